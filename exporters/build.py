@@ -1,0 +1,161 @@
+"""From a converted checkpoint to a verified artifact: spec, graph, weights, parity, manifest, rename.
+
+An artifact that does not compute what the torch model computes is not written.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ligerexport.console import ProgressFactory, silent
+from ligerexport.errors import MissingDependency, UsageError, close_matches
+from ligerexport.exporters.targets import get_target
+
+if TYPE_CHECKING:
+    from ligerexport.artifact import Manifest
+    from ligerexport.checkpoint import CheckpointInfo
+    from ligerexport.exporters.onnx.spec import ModelSpec
+
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "LICENSE",
+)  # fmt: skip
+"""Files of the checkpoint that go into the artifact as they are."""
+
+
+def build(
+    model: Path | str = ".",
+    output: Path | str | None = None,
+    *,
+    target: str = "onnx",
+    lowering: str | None = None,
+    max_chunk: int = 128,
+    force: bool = False,
+    verify: bool = True,
+    progress: ProgressFactory | None = None,
+) -> Path:
+    """Export a converted checkpoint.
+
+    Args:
+        model: Directory that `convert` wrote.
+        output: Directory to make; None is the target's name inside the checkpoint.
+        target: Row of `TARGETS`.
+        lowering: How the mixer is written; None takes the target's default.
+        max_chunk: Most tokens of one call.
+        force: Whether an older artifact at `output` may be replaced.
+        verify: Whether to compare logits and state with the torch model first; without it the manifest says so.
+        progress: Opens a phase of long work; see `ligerexport.console.progress`.
+
+    Returns:
+        The artifact's directory.
+
+    Raises:
+        UsageError: A name is in no table, a number makes no sense, or `output` holds something.
+        CheckpointError: The checkpoint is not converted, incomplete or damaged.
+        VerificationError: The graph differs from the torch model; nothing was written.
+        MissingDependency: The extra of the target is not installed.
+    """
+    row = get_target(target)
+    lowering = row.lowerings[0] if lowering is None else lowering
+    if lowering not in row.lowerings:
+        raise UsageError(f"unknown lowering '{lowering}' for {target}", hint=close_matches(lowering, row.lowerings))
+    if max_chunk < 1:
+        raise UsageError(f"max_chunk {max_chunk}", hint="a call takes at least one token")
+    _check_installed(row.extra)
+
+    from ligerexport.artifact import Artifact, ArtifactWriter
+    from ligerexport.checkpoint import check_checkpoint
+    from ligerexport.exporters.onnx import graph as onnx_graph
+    from ligerexport.exporters.onnx.spec import read_spec
+    from ligerexport.exporters.verify import verify_artifact
+
+    progress = progress or silent
+    info = check_checkpoint(model, tokenizer=False)
+    spec = read_spec(info)
+    destination = Path(model) / target if output is None else Path(output)
+    with ArtifactWriter(destination, force=force) as writer:
+        with progress("writing weights", onnx_graph.weight_bytes(spec)) as advance:
+            onnx_graph.write_weights(spec, writer.directory, advance)
+        onnx_graph.write_graph(spec, writer.directory, lowering=lowering, max_chunk=max_chunk)
+        for name in COMPANIONS:
+            if (info.path / name).is_file():
+                shutil.copyfile(info.path / name, writer.directory / name)
+        with progress("hashing the source", info.bytes) as advance:
+            source = _source(info, advance)
+        verification: dict[str, Any] = {"passed": False, "skipped": True}
+        manifest = make_manifest(spec, source, target, lowering, max_chunk, row.requires, verification)
+        if verify:
+            checked = verify_artifact(spec, Artifact(writer.directory, manifest), progress=progress)
+            manifest = make_manifest(spec, source, target, lowering, max_chunk, row.requires, checked)
+            gc.collect()
+        writer.commit(manifest)
+    return destination
+
+
+def make_manifest(
+    spec: ModelSpec,
+    source: Any,
+    target: str,
+    lowering: str,
+    max_chunk: int,
+    requires: Mapping[str, str],
+    verification: dict[str, Any],
+) -> Manifest:
+    """Say what an artifact is, all but its files."""
+    from ligerexport import __version__
+    from ligerexport.artifact import ByteCounts, Graph, Manifest, ModelShape, StateTensor, TensorInfo
+    from ligerexport.exporters.onnx import graph as onnx_graph
+
+    tensors = onnx_graph.state_tensors(spec)
+    ids = TensorInfo("input_ids", "int64", ("B", "T")), TensorInfo("position", "int64", ("B",))
+    inputs = (*ids, *(TensorInfo(t.past, t.dtype, t.shape) for t in tensors))
+    logits = TensorInfo("logits", "float32", ("B", spec.vocab_size))
+    outputs = (logits, *(TensorInfo(t.present, t.dtype, t.shape) for t in tensors))
+    weights = onnx_graph.weight_bytes(spec)
+    return Manifest(
+        ligerexport=__version__,
+        target=target,
+        lowering=lowering,
+        precision="float32",
+        source=source,
+        family=spec.family,
+        liger=spec.liger.to_dict(),
+        model=ModelShape(
+            layers=len(spec.mixers), hidden_size=spec.hidden_size, vocab_size=spec.vocab_size, q_heads=spec.q_heads,
+            kv_heads=spec.kv_heads, d_k=spec.head_dim, d_v=spec.head_dim, trained_length=spec.trained_length,
+            parameters=weights // 4,
+        ),
+        graph=Graph(onnx_graph.GRAPH_FILE, max_chunk, inputs, outputs),
+        state=tuple(StateTensor(t.past, t.present, t.shape, t.dtype, t.fill, t.grows) for t in tensors),
+        bytes=ByteCounts(
+            weights=weights,
+            state_per_sequence=sum(t.nbytes() for m in spec.mixers if m is not None for t in m.state()),
+            kv_per_token=len(spec.mixers) * 2 * spec.kv_heads * spec.head_dim * 4,
+        ),
+        requires=dict(requires),
+        verification=verification,
+    )  # fmt: skip
+
+
+def _source(info: CheckpointInfo, advance: Any) -> Any:
+    """Say where the weights come from; links of `convert` to the original files have the original's hashes."""
+    from ligerexport.artifact import Source, sha256
+
+    hashes = {}
+    for file in info.files:
+        hashes[file.name] = sha256(file)
+        advance(file.stat().st_size)
+    name = info.config.get("_name_or_path") or info.path.resolve().name
+    return Source(model=str(name), revision=info.config.get("_commit_hash"), files=hashes)
+
+
+def _check_installed(extra: str) -> None:
+    try:
+        import onnx_ir  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency(error.name or "onnx", extra=extra) from error

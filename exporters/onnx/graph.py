@@ -1,0 +1,201 @@
+"""A converted checkpoint as an ONNX graph: the model around the mixers, and its weights in one external data file.
+
+Weights keep their names and the orientation `[out, in]` of the checkpoint, so a file is copied and never transposed, and
+a tied embedding is stored once: `Gather` and `Gemm` read the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ligerexport.exporters.onnx.attention import softmax_attention
+from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Axis, Builder, graph_input
+from ligerexport.exporters.onnx.lowerings import LOWERINGS
+from ligerexport.exporters.onnx.mixer import Frame, candidates, mixer, rotary_tables
+from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.state import TensorSpec
+
+GRAPH_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+ALIGNMENT = 4096
+"""Bytes; a page, so that a runtime can map a weight instead of copying it."""
+EMBEDDED = 4096
+"""Constants of at most this many bytes stay in the graph's own file."""
+DTYPES = {"activation": "float32", "float32": "float32", "int64": "int64"}
+_ONNX = {"float32": "FLOAT", "int64": "INT64"}
+
+
+@dataclass(frozen=True)
+class StateTensorSpec:
+    """One tensor of the state of one layer; `shape` with its letters `B` and `P`."""
+
+    layer: int
+    name: str
+    shape: tuple[Axis, ...]
+    dtype: str
+    fill: float
+    grows: bool
+
+    @property
+    def past(self) -> str:
+        """Name of the input."""
+        return f"past.{self.layer}.{self.name}"
+
+    @property
+    def present(self) -> str:
+        """Name of the output."""
+        return f"present.{self.layer}.{self.name}"
+
+
+def state_tensors(spec: ModelSpec) -> tuple[StateTensorSpec, ...]:
+    """Return the state of the whole model in the order of the graph's inputs."""
+    growing = ("B", spec.kv_heads, "P", spec.head_dim)
+    tensors = []
+    for layer, layer_spec in enumerate(spec.mixers):
+        if layer_spec is None:
+            tensors += [StateTensorSpec(layer, name, growing, "float32", 0.0, True) for name in ("key", "value")]
+        else:
+            tensors += [_fixed(layer, tensor) for tensor in layer_spec.state()]
+    return tuple(tensors)
+
+
+def _fixed(layer: int, tensor: TensorSpec) -> StateTensorSpec:
+    return StateTensorSpec(layer, tensor.name, ("B", *tensor.shape), DTYPES[tensor.dtype], tensor.fill, False)
+
+
+def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128) -> ir.Model:
+    """Write the step graph of a model; weights refer to `DATA_FILE`, laid out by `data_layout`.
+
+    The residual stream after each layer is named `hidden.LAYER`, for finding where a graph goes wrong.
+
+    Args:
+        spec: The checkpoint.
+        lowering: Row of `LOWERINGS`.
+        max_chunk: Most tokens of one call.
+    """
+    import torch
+
+    g = Builder()
+    lower = LOWERINGS[lowering](g)
+    input_ids, position = graph_input("input_ids", "INT64", ("B", "T")), graph_input("position", "INT64", ("B",))
+    state = state_tensors(spec)
+    past = {t.past: graph_input(t.past, _ONNX[t.dtype], t.shape) for t in state}
+    layout = data_layout(spec)
+
+    def weight(name: str) -> ir.Value:
+        offset, shape = layout[name]
+        size = 4 * prod(shape)
+        return g.once(
+            ("weight", name),
+            lambda: g.initializer(
+                ir.ExternalTensor(DATA_FILE, offset, size, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+            ),
+        )
+
+    def linear(x: ir.Value, name: str) -> ir.Value:
+        bias = [weight(f"{name}.bias")] if f"{name}.bias" in spec.weights else []
+        return g.op("Gemm", x, weight(f"{name}.weight"), *bias, transB=1)
+
+    def head_norm(x: ir.Value, name: str) -> ir.Value:
+        width = int(weight(f"{name}.weight").shape[0])  # type: ignore[index,arg-type]
+        normed = lower.rms_norm(g.reshape(x, -1, width), weight(f"{name}.weight"), spec.norm_eps)
+        return g.op("Reshape", normed, g.op("Shape", x))
+
+    frame = Frame(g, input_ids, position)
+    positions = [past[t.past] for t in state if t.name == "slot_position"]
+    mixers = [layer for layer in spec.mixers if layer is not None]
+    if mixers:
+        tables = rotary_tables(g, torch.tensor(spec.inv_freq), mixers[0], max_chunk)
+        seen = iter(candidates(frame, mixers[0], tables.rows, positions))
+    outputs: dict[str, ir.Value] = {}
+    residual = g.op("Gather", weight("model.embed_tokens.weight"), g.reshape(input_ids, -1))
+    normed = lower.rms_norm(residual, weight("model.layers.0.input_layernorm.weight"), spec.norm_eps)
+    for i, layer in enumerate(spec.mixers):
+        name = f"model.layers.{i}"
+        with g.scope(f"layers.{i}"):
+            query, key, value = (linear(normed, f"{name}.self_attn.{kind}_proj") for kind in "qkv")
+            if spec.qk_norm:
+                query, key = head_norm(query, f"{name}.self_attn.q_norm"), head_norm(key, f"{name}.self_attn.k_norm")
+            own = {t.name: past[t.past] for t in state if t.layer == i}
+            if layer is None:
+                mixed, present = softmax_attention(lower, frame, spec, (query, key, value), own, spec.windows[i])
+            else:
+                mixed, present = mixer(lower, frame, layer, tables, (query, key, value), own, next(seen))
+            outputs |= {f"present.{i}.{kind}": tensor for kind, tensor in present.items()}
+            mixed = linear(mixed, f"{name}.self_attn.o_proj")
+            after = weight(f"{name}.post_attention_layernorm.weight")
+            normed, residual = lower.add_norm(mixed, residual, after, spec.norm_eps)
+            gate = lower.silu(linear(normed, f"{name}.mlp.gate_proj"))
+            x = linear(g.op("Mul", gate, linear(normed, f"{name}.mlp.up_proj")), f"{name}.mlp.down_proj")
+            if i + 1 < len(spec.mixers):
+                following = weight(f"model.layers.{i + 1}.input_layernorm.weight")
+                normed, residual = lower.add_norm(x, residual, following, spec.norm_eps)
+                residual.name = f"hidden.{i}"
+    last = [g.op("Gather", frame.per_token(y, spec.hidden_size), g.const(-1), axis=1) for y in (x, residual)]
+    normed, residual = lower.add_norm(*last, weight("model.norm.weight"), spec.norm_eps)
+    residual.name = f"hidden.{len(spec.mixers) - 1}"
+    logits = linear(normed, "model.embed_tokens" if spec.tied else "lm_head")
+
+    named = [g.output(logits, "logits", "FLOAT", ("B", spec.vocab_size))]
+    named += [g.output(outputs[t.present], t.present, _ONNX[t.dtype], t.shape) for t in state]
+    graph = ir.Graph(
+        [input_ids, position, *past.values()], named, nodes=g.nodes, initializers=list(g.initializers.values()),
+        opset_imports={"": OPSET, CONTRIB: 1}, name="ligerexport",
+    )  # fmt: skip
+    functions = lower.functions(spec.kv_heads, spec.head_dim) if spec.liger.recurrent or spec.liger.judged else []
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="ligerexport", functions=functions)
+
+
+def data_layout(spec: ModelSpec) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Return offset in bytes and shape of every weight in `DATA_FILE`: shard after shard, fp32, on page boundaries."""
+    layout, end = {}, 0
+    for name, stored in spec.weights.items():
+        if not name.endswith("rotary_emb.inv_freq") and not (spec.tied and name == "lm_head.weight"):
+            layout[name] = end, stored.shape
+            end = _align(end + 4 * prod(stored.shape))
+    return layout
+
+
+def weight_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of all weights of the graph."""
+    return sum(4 * prod(shape) for _, shape in data_layout(spec).values())
+
+
+def _align(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def write_weights(spec: ModelSpec, directory: Path, advance: Callable[[float], None] = lambda amount: None) -> None:
+    """Stream the weights from the shards into `DATA_FILE` as fp32, a tensor at a time."""
+    from safetensors import safe_open
+
+    with (directory / DATA_FILE).open("wb") as data:
+        for name, (offset, _) in data_layout(spec).items():
+            with safe_open(spec.weights[name].file, framework="pt") as shard:  # numpy knows no bf16
+                array = shard.get_tensor(name).float().numpy()
+            data.seek(offset)
+            data.write(memoryview(array.reshape(-1)).cast("B"))
+            advance(array.nbytes)
+
+
+def write_graph(spec: ModelSpec, directory: Path, *, lowering: str = "ort", max_chunk: int = 128) -> None:
+    """Write the graph, and its large constants behind the weights in `DATA_FILE`."""
+    model = build_graph(spec, lowering=lowering, max_chunk=max_chunk)
+    end = max(_align(offset + 4 * prod(shape)) for offset, shape in data_layout(spec).values())
+    with (directory / DATA_FILE).open("r+b") as data:
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes <= EMBEDDED:
+                continue
+            data.seek(end)
+            data.write(tensor.tobytes())
+            value.const_value = ir.ExternalTensor(
+                DATA_FILE, end, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+            )
+            end = _align(end + tensor.nbytes)
+    ir.save(model, directory / GRAPH_FILE)

@@ -1,0 +1,213 @@
+"""How each piece of the model is written: in operators of every runtime, or in those of ONNX Runtime where they help.
+
+`Portable` is standard operators of opset 21 without control flow; `Ort` replaces pieces by contrib operators, same
+semantics. What the pieces are put together to is in `mixer.py` and `graph.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from ligerexport.exporters.onnx.builder import CONTRIB, OPSET, Builder
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cosine and sine `[rows, R]` of rotary embedding, R half the rotated width."""
+
+    cos: ir.Value
+    sin: ir.Value
+    half: int
+
+
+class Portable:
+    """Standard operators only."""
+
+    def __init__(self, g: Builder) -> None:
+        self.g = g
+
+    def functions(self, kv_heads: int, d_k: int) -> list[ir.Function]:
+        """Return the model-local functions that the graph needs."""
+        return []
+
+    def rms_norm(self, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+        """Norm the last axis."""
+        g = self.g
+        mean = g.op("ReduceMean", g.op("Mul", x, x), g.const([-1]))
+        scaled = g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.floats(eps))))
+        return g.op("Mul", scaled, weight)
+
+    def add_norm(self, x: ir.Value, residual: ir.Value, weight: ir.Value, eps: float) -> tuple[ir.Value, ir.Value]:
+        """Return the norm of the sum, and the sum."""
+        total = self.g.op("Add", x, residual)
+        return self.rms_norm(total, weight, eps), total
+
+    def silu(self, x: ir.Value) -> ir.Value:
+        """Return x * sigmoid(x)."""
+        return self.g.op("Mul", x, self.g.op("Sigmoid", x))
+
+    def scores(self, query: ir.Value, key: ir.Value, scale: float) -> ir.Value:
+        """Return `scale * query @ key^T`."""
+        g = self.g
+        return g.op("MatMul", g.op("Mul", query, g.floats(scale)), g.transpose(key, 0, 1, 3, 2))
+
+    def rotate_queries(self, x: ir.Value, table: Table, length: ir.Value, d_k: int) -> ir.Value:
+        """Rotate `[B, H_q, T, d_k]` by the first T rows of a table; `length` is T, `[1]`."""
+        g = self.g
+
+        def rows(values: ir.Value) -> ir.Value:
+            return g.op("Slice", values, g.const([0]), length, g.const([0]))
+
+        cos, sin = (g.once(("rows", values.name), lambda values=values: rows(values)) for values in (table.cos, table.sin))
+        return rotate(g, x, cos, sin, table.half, d_k)
+
+    def rotate_keys(self, x: ir.Value, table: Table, row: ir.Value, heads: int, d_k: int) -> ir.Value:
+        """Rotate `[B, H, C, d_k]` by rows `[B * H, C]` of a table."""
+        g = self.g
+        flat = g.op("Reshape", x, g.const([-1, 1, 0, d_k]))
+        cos, sin = (g.op("Unsqueeze", g.op("Gather", values, row), g.const([1])) for values in (table.cos, table.sin))
+        return g.reshape(rotate(g, flat, cos, sin, table.half, d_k), -1, heads, 0, d_k)
+
+    def linear_attention(
+        self,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        state: ir.Value,
+        decay: ir.Value,
+        heads: tuple[int, int],
+        d_k: int,
+    ) -> tuple[ir.Value, ir.Value]:
+        """Run ONNX LinearAttention, `gated`, scale 1: packed `[B, T, H * d]` in, output and state out; heads are H_q, H_kv."""
+        return pairwise_linear_attention(self.g, query, key, value, state, decay, heads[1], d_k)
+
+
+class Ort(Portable):
+    """Contrib operators of ONNX Runtime, CPU kernels in fp32."""
+
+    def functions(self, kv_heads: int, d_k: int) -> list[ir.Function]:
+        """Return the body of `LinearAttention` for runtimes without a kernel for it; for these head counts only."""
+        return [linear_attention_function(kv_heads, d_k)]
+
+    def rms_norm(self, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+        """Norm the last axis."""
+        return self.g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=eps, stash_type=1)
+
+    def add_norm(self, x: ir.Value, residual: ir.Value, weight: ir.Value, eps: float) -> tuple[ir.Value, ir.Value]:
+        """Return the norm of the sum, and the sum."""
+        name = "SkipSimplifiedLayerNormalization"
+        normed, _, _, total = self.g.op(name, x, residual, weight, outputs=4, domain=CONTRIB, epsilon=eps)
+        return normed, total
+
+    def silu(self, x: ir.Value) -> ir.Value:
+        """Return x * sigmoid(x)."""
+        return self.g.op("QuickGelu", x, domain=CONTRIB, alpha=1.0)
+
+    def scores(self, query: ir.Value, key: ir.Value, scale: float) -> ir.Value:
+        """Return `scale * query @ key^T`."""
+        return self.g.op("FusedMatMul", query, key, domain=CONTRIB, transB=1, alpha=float(scale))
+
+    def rotate_queries(self, x: ir.Value, table: Table, length: ir.Value, d_k: int) -> ir.Value:
+        """Rotate `[B, H_q, T, d_k]` by the first T rows of a table."""
+        if 2 * table.half != d_k:
+            return super().rotate_queries(x, table, length, d_k)
+        return self.g.op("RotaryEmbedding", x, self.g.const([0]), table.cos, table.sin, domain=CONTRIB)
+
+    def rotate_keys(self, x: ir.Value, table: Table, row: ir.Value, heads: int, d_k: int) -> ir.Value:
+        """Rotate `[B, H, C, d_k]` by rows `[B * H, C]` of a table: to the operator every head is a sequence."""
+        g = self.g
+        if 2 * table.half != d_k:
+            return super().rotate_keys(x, table, row, heads, d_k)
+        rotated = g.op("RotaryEmbedding", g.reshape(x, -1, 1, 0, d_k), row, table.cos, table.sin, domain=CONTRIB)
+        return g.reshape(rotated, -1, heads, 0, d_k)
+
+    def linear_attention(
+        self,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        state: ir.Value,
+        decay: ir.Value,
+        heads: tuple[int, int],
+        d_k: int,
+    ) -> tuple[ir.Value, ir.Value]:
+        """Run ONNX LinearAttention, `gated`, scale 1: packed `[B, T, H * d]` in, output and state out."""
+        return self.g.op(
+            "LinearAttention", query, key, value, state, decay,
+            outputs=2, domain=CONTRIB, q_num_heads=heads[0], kv_num_heads=heads[1], update_rule="gated", scale=1.0,
+        )  # fmt: skip
+
+
+def rotate(g: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, half: int, d_k: int) -> ir.Value:
+    """Rotate the halves of the first 2 R channels of the last axis."""
+    widths = [half, half, d_k - 2 * half] if d_k > 2 * half else [half, half]
+    first, second, *rest = g.op("Split", x, g.const(widths), outputs=len(widths), axis=-1)
+    left = g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin))
+    right = g.op("Add", g.op("Mul", second, cos), g.op("Mul", first, sin))
+    return g.concat(left, right, *rest, axis=-1)
+
+
+def pairwise_linear_attention(
+    g: Builder, query: ir.Value, key: ir.Value, value: ir.Value, state: ir.Value, decay: ir.Value, heads: int, d_k: int
+) -> tuple[ir.Value, ir.Value]:
+    """Write gated linear attention over T tokens at once; packed tensors, `heads` is H_kv.
+
+    The decay between two tokens is taken from their difference, which is at most 0, so no gate overflows. State and
+    values are joined first: the state has one consumer and may be updated in place.
+    """
+
+    def split_heads(x: ir.Value) -> ir.Value:
+        return g.transpose(g.reshape(x, 0, 0, heads, -1), 0, 2, 1, 3)
+
+    def unsqueeze(x: ir.Value, axis: int) -> ir.Value:
+        return g.op("Unsqueeze", x, g.const([axis]))
+
+    q = g.transpose(g.reshape(query, 0, 0, heads, -1, d_k), 0, 2, 1, 3, 4)  # [B, H, T, G, d_k]
+    k, v, gate = split_heads(key), split_heads(value), split_heads(decay)
+    memory = g.concat(state, v, axis=2)  # [B, H, d_k + T, d_v]
+    total = g.op("CumSum", gate, g.const(2))
+
+    between = g.op("Sub", unsqueeze(total, 3), unsqueeze(total, 2))  # [B, H, T, S, d_k]
+    reach = g.op("Mul", g.op("Exp", g.op("Min", between, g.floats(0))), unsqueeze(k, 2))
+    pairs = g.op("MatMul", q, g.transpose(reach, 0, 1, 2, 4, 3))  # [B, H, T, G, S]
+    weights = g.op("Mul", pairs, _causal(g, k))
+    carried = g.op("Mul", q, unsqueeze(g.op("Exp", total), 3))
+    rows = g.op("Concat", carried, weights, axis=-1)  # [B, H, T, G, d_k + T]
+    width = g.op("Concat", g.const([0, 0, -1]), g.op("Shape", memory, start=2, end=3), axis=0)
+    read = g.op("MatMul", g.op("Reshape", rows, width), memory)
+    groups = g.op("Concat", g.op("Shape", q, end=4), g.const([-1]), axis=0)
+    output = g.reshape(g.transpose(g.op("Reshape", read, groups), 0, 2, 1, 3, 4), 0, 0, -1)
+
+    end = g.slice(total, -1, np.iinfo(np.int64).max, 2)
+    added = g.op("MatMul", g.transpose(g.op("Mul", k, g.op("Exp", g.op("Sub", end, total))), 0, 1, 3, 2), v)
+    kept = g.op("Mul", g.transpose(g.op("Exp", end), 0, 1, 3, 2), g.slice(memory, 0, d_k, 2))
+    return output, g.op("Add", kept, added)
+
+
+def _causal(g: Builder, key: ir.Value) -> ir.Value:
+    """Return `[T, 1, S]`, 1 where s <= t."""
+    length = g.op("Squeeze", g.op("Shape", key, start=2, end=3))
+    t = g.op("Range", g.const(0), length, g.const(1))
+    seen = g.op("LessOrEqual", t, g.op("Unsqueeze", t, g.const([1, 2])))
+    return g.op("Cast", seen, to=ir.DataType.FLOAT)
+
+
+def linear_attention_function(kv_heads: int, d_k: int) -> ir.Function:
+    """Return `com.microsoft::LinearAttention` as a model-local function, right for these heads and the gated rule."""
+    g = Builder(function=True)
+    names = ("query", "key", "value", "past_state", "decay")
+    inputs = [ir.Value(name=name) for name in names]
+    output, state = pairwise_linear_attention(g, *inputs, kv_heads, d_k)
+    output.name, state.name = "output", "present_state"
+    graph = ir.Graph(inputs, [output, state], nodes=g.nodes, opset_imports={"": OPSET})
+    attributes = [
+        ir.Attr(name, ir.AttributeType.UNDEFINED, None)
+        for name in ("q_num_heads", "kv_num_heads", "update_rule", "scale")
+    ]
+    return ir.Function(CONTRIB, "LinearAttention", "", graph=graph, attributes=attributes)
+
+
+LOWERINGS: dict[str, type[Portable]] = {"ort": Ort, "portable": Portable}

@@ -1,0 +1,402 @@
+"""One layer's mixer as graph nodes: the same semantics as `ligerexport.kernels.ops.liger_mixer` for one chunk of T tokens.
+
+Every `past` tensor has one consumer. Names in the comments are axes: C = N + T candidates, G queries of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor
+
+from ligerexport.exporters.onnx.builder import Builder
+from ligerexport.exporters.onnx.lowerings import Portable, Table
+from ligerexport.gates import FeatureMap, get_gate
+from ligerexport.kernels.memory_attention import FAINTEST, MASKED, rotary_table
+from ligerexport.memory import get_score
+from ligerexport.state import MixerSpec
+
+NEVER = 1e30  # a position that no query reaches
+TINY = float(np.finfo(np.float32).tiny)
+LAST = int(np.iinfo(np.int64).max)
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """Tables for keys by offset from `-max_distance` on, for the queries of a chunk, and for the largest distance."""
+
+    keys: Table
+    near: Table
+    far: Table
+    rows: int
+
+
+def rotary_tables(g: Builder, inv_freq: Tensor, spec: MixerSpec, max_chunk: int) -> RotaryTables:
+    """Add the tables of a model to the graph, for calls of at most `max_chunk` tokens."""
+    # ONNX Runtime wants as many rows as there are candidates
+    ahead = max(max_chunk, max_chunk + spec.config.num_slots - spec.max_distance)
+    rotary = rotary_table(inv_freq, spec.max_distance, ahead).numpy()
+    half = rotary.shape[2]
+    far = np.stack([rotary[0, :1], -rotary[1, :1]]).repeat(ahead, axis=1)
+
+    def table(name: str, values: np.ndarray) -> Table:
+        cos, sin = (g.table(f"rotary.{name}.{kind}", np.ascontiguousarray(x)) for kind, x in zip(("cos", "sin"), values))
+        return Table(cos, sin, half)
+
+    near = rotary[:, spec.max_distance :]
+    return RotaryTables(table("keys", rotary), table("near", near), table("far", far), rotary.shape[1])
+
+
+class Frame:
+    """What all layers share in one call: sizes, positions and padding. Computed at most once.
+
+    Args:
+        g: The graph.
+        input_ids: `[B, T]`.
+        position: `[B]`, tokens seen.
+    """
+
+    def __init__(self, g: Builder, input_ids: ir.Value, position: ir.Value) -> None:
+        self.g, self.position = g, position
+        self.length = g.op("Shape", input_ids, start=1, end=2)
+        self.batch_length = g.op("Shape", input_ids)
+        self.batch = g.op("Shape", input_ids, start=0, end=1)
+
+    def per_token(self, x: ir.Value, *shape: int) -> ir.Value:
+        """Reshape `[B * T, ...]` to `[B, T, *shape]`."""
+        g = self.g
+        target = g.once(("per_token", shape), lambda: g.concat(self.batch_length, g.const(shape), axis=0))
+        return g.op("Reshape", x, target)
+
+    def steps(self) -> ir.Value:
+        """Return 0 to T - 1, `[T]` int64."""
+        g = self.g
+        return g.once("steps", lambda: g.op("Range", g.const(0), g.op("Squeeze", self.length), g.const(1)))
+
+    def now(self) -> ir.Value:
+        """Return the position of each token `[B, T]` int64."""
+        g = self.g
+        return g.once(
+            "now", lambda: g.op("Add", g.op("Unsqueeze", self.position, g.const([1])), self.steps())
+        )
+
+    def row(self, offset: int) -> ir.Value:
+        """Return the row of each query in the table of keys plus `offset`, `[T, 1]` fp32."""
+        g = self.g
+
+        def make() -> ir.Value:
+            t = g.op("Cast", g.op("Add", self.steps(), g.const(offset)), to=ir.DataType.FLOAT)
+            return g.op("Unsqueeze", t, g.const([1]))
+
+        return g.once(("row", offset), make)
+
+    def real(self, scale: float = 1.0) -> ir.Value:
+        """Return `scale` for tokens and 0 for padding, `[B, T, 1]` fp32."""
+        g = self.g
+
+        def make() -> ir.Value:
+            values = g.op("Where", g.op("Less", self.now(), g.const(0)), g.floats(0), g.floats(scale))
+            return g.op("Unsqueeze", values, g.const([2]))
+
+        return g.once(("real", scale), make)
+
+    def filled(self, value: float, *shape: int) -> ir.Value:
+        """Return `[B, *shape]` fp32 of one value; 0 stands for T, -1 for T + 1."""
+        g = self.g
+
+        def make() -> ir.Value:
+            sizes = {0: self.length, -1: g.op("Add", self.length, g.const([1]))}
+            parts = [sizes[size] if size in sizes else g.const([size]) for size in shape]
+            return g.op("ConstantOfShape", g.concat(self.batch, *parts, axis=0), value=ir.tensor(np.float32([value])))
+
+        return g.once(("filled", value, shape), make)
+
+    def candidates(self, slots: int) -> ir.Value:
+        """Return C, `[1]`."""
+        g = self.g
+        return g.once(("C", slots), lambda: g.op("Add", self.length, g.const([slots])))
+
+    def columns(self, slots: int) -> tuple[ir.Value, ir.Value]:
+        """Return 0 to C - 1, and C to 2 C - 1, `[C]` fp32."""
+        g = self.g
+
+        def make() -> tuple[ir.Value, ir.Value]:
+            index = g.op("Range", g.const(0), g.op("Squeeze", self.candidates(slots)), g.const(1))
+            later = g.op("Add", index, self.candidates(slots))
+            return tuple(g.op("Cast", x, to=ir.DataType.FLOAT) for x in (index, later))  # type: ignore[return-value]
+
+        return g.once(("columns", slots), make)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates of one layer, as far as their positions tell: C = N slots, oldest first, then the T new tokens.
+
+    Attributes:
+        position: `[B, H, 1, C]` int64, -1 for an empty slot.
+        row: Row of each in the table of keys, `[B * H, C]` int64.
+        always: What each query sees of window and sinks, `[B, H, 1, T, C]`.
+        left: What has left the window by then and is no sink, likewise.
+        within: Where the distance is at most the largest rotary distance, likewise.
+        counts: Per pool kept by attention received: where what is received counts, likewise; None for other pools.
+        ages: Per pool that ages: position over horizon `[B, H, 1, C]` fp32; None for other pools.
+    """
+
+    position: ir.Value
+    row: ir.Value
+    always: ir.Value
+    left: ir.Value | None
+    within: ir.Value
+    counts: tuple[ir.Value | None, ...]
+    ages: tuple[ir.Value | None, ...]
+
+
+def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -> list[Candidates]:
+    """Compare positions for all layers at once, from their `slot_position` `[B, H, N]`; one result a layer.
+
+    Positions are known before the first layer runs, and one large comparison is cheaper than one a layer.
+    """
+    g, config, cap, layers = frame.g, spec.config, spec.max_distance, len(past)
+
+    def split(x: ir.Value) -> list[Any]:
+        return list(g.op("Split", x, outputs=layers, axis=0, num_outputs=layers)) if layers > 1 else [x]
+
+    base = g.op("Tile", frame.position, g.const([layers])) if layers > 1 else frame.position  # [L * B]
+    base = g.op("Unsqueeze", base, g.const([1, 2]))
+    now = g.op("Expand", g.op("Add", base, frame.steps()), g.const([1, spec.kv_heads, 1]))
+    position = g.concat(g.concat(*past, axis=0) if layers > 1 else past[0], now, axis=2)  # [L * B, H, C]
+    # rows of the table are distances: exact in fp32 wherever it matters, for texts of any length
+    row = g.op("Sub", position, g.op("Sub", base, g.const(cap)))
+    table_row = g.op("Flatten", g.op("Clip", row, g.const(0), g.const(rows - 1)), axis=2)
+    row, position = (g.op("Unsqueeze", x, g.const([2, 3])) for x in (row, position))
+    birth = g.op("Cast", row, to=ir.DataType.FLOAT)
+    born = g.op("Where", g.op("Less", position, g.const(0)), g.floats(NEVER), birth)
+    stays = born
+    if config.sinks:
+        stays = g.op("Where", g.op("Less", position, g.const(config.sinks)), g.floats(NEVER), birth)
+    leaving = frame.row(cap - config.window + 1)
+    near = g.op("LessOrEqual", leaving, stays)
+    always = g.op("And", g.op("GreaterOrEqual", frame.row(cap), born), near)
+    within = g.op("LessOrEqual", frame.row(0), birth)
+    none = [None] * layers
+    columns = g.op("Squeeze", position, g.const([2]))
+    left = split(g.op("Not", near)) if config.slots else none
+    counts, ages = [], []
+    for score in (get_score(name) for name, _ in config.slots):
+        counted = aged = none
+        if score.signal == "received":
+            first = frame.row(cap - score.first_distance(config.window))
+            counted = split(g.op("And", g.op("LessOrEqual", leaving, born), g.op("GreaterOrEqual", first, born)))
+        if score.horizon is not None:
+            aged = split(g.op("Div", g.op("Cast", columns, to=ir.DataType.FLOAT), g.floats(score.horizon)))
+        counts.append(counted)
+        ages.append(aged)
+    by_layer = zip(split(columns), split(table_row), split(always), left, split(within))
+    return [
+        Candidates(*masks, tuple(pool[i] for pool in counts), tuple(pool[i] for pool in ages))
+        for i, masks in enumerate(by_layer)
+    ]
+
+
+def mixer(
+    lower: Portable,
+    frame: Frame,
+    spec: MixerSpec,
+    tables: RotaryTables,
+    projected: tuple[ir.Value, ir.Value, ir.Value],
+    past: dict[str, ir.Value],
+    seen: Candidates,
+) -> tuple[ir.Value, dict[str, ir.Value]]:
+    """Write one mixer.
+
+    Args:
+        lower: The lowering.
+        frame: What layers share.
+        spec: The layer.
+        tables: From `rotary_tables`.
+        projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
+        past: State by the names of `MixerSpec.state`, but for the positions.
+        seen: From `candidates`.
+
+    Returns:
+        Output `[B * T, H_q * d_v]` and the new state.
+    """
+    g, config, heads = lower.g, spec.config, spec.kv_heads
+    query = g.transpose(frame.per_token(projected[0], spec.q_heads, spec.d_k), 0, 2, 1, 3)
+    keys, values = frame.per_token(projected[1], heads, spec.d_k), frame.per_token(projected[2], heads, spec.d_v)
+
+    present: dict[str, ir.Value] = {}
+    novelty = features = None
+    if config.judged:
+        features = g.op("Mul", g.op("Softmax", keys, axis=-1), g.once("real4", lambda: g.op("Unsqueeze", frame.real(), g.const([3]))))
+        novelty, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
+    mixed, kept = Slots(lower, frame, spec, tables, seen).attend(query, keys, values, novelty, past)
+    mixed = _scaled(g, mixed, config.attention_weight)
+    if config.recurrent:
+        gate = get_gate(config.gate)
+        q = g.reshape(_feature_map(g, frame.per_token(projected[0], spec.q_heads, spec.d_k), gate.query_map), 0, 0, -1)
+        if gate.key_map == "softmax" and features is not None:
+            k = g.reshape(features, 0, 0, -1)
+        else:
+            k = g.op("Mul", g.reshape(_feature_map(g, keys, gate.key_map), 0, 0, -1), frame.real())
+        key, value = (frame.per_token(x, -1) for x in projected[1:])
+        decay = g.op("Mul", g.op("Softplus", g.op("Neg", key)), frame.real(-1 / gate.decay_divisor))
+        recurred, present["recurrent_state"] = lower.linear_attention(
+            q, k, value, past["recurrent_state"], decay, (spec.q_heads, heads), spec.d_k
+        )
+        recurred = g.reshape(recurred, -1, spec.q_heads * spec.d_v)
+        mixed = g.op("Add", mixed, _scaled(g, recurred, config.recurrence_weight))
+    return mixed, kept | present
+
+
+def _scaled(g: Builder, x: ir.Value, weight: float) -> ir.Value:
+    return x if weight == 1 else g.op("Mul", x, g.floats(weight))
+
+
+def _feature_map(g: Builder, x: ir.Value, kind: FeatureMap) -> ir.Value:
+    return g.op("Softmax", x, axis=-1) if kind == "softmax" else g.op("Sigmoid", g.op("Neg", x))
+
+
+def _judge(
+    lower: Portable, frame: Frame, spec: MixerSpec, features: ir.Value, values: ir.Value, state: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Return the recall error of each token `[B, H, 1, T]` and the new judge state; see `recall_error`.
+
+    Keys lag a token behind queries, so each token asks for what came before it: nothing is subtracted, nothing cancels.
+    """
+    g, heads = lower.g, spec.kv_heads
+    key = g.op("Pad", features, g.const([0, 1, 0, 0, 0, 0, 0, 0]))
+    query = g.op("Pad", features, g.const([0, 0, 0, 0, 0, 1, 0, 0]))
+    extended = g.op("Pad", values, g.const([0, 1, 0, 0, 0, 0, 0, 1]), g.floats(1))
+    packed = (g.reshape(x, 0, 0, -1) for x in (query, key, extended))
+    still = frame.filled(0.0, -1, heads * spec.d_k)
+    recalled, state = lower.linear_attention(*packed, state, still, (heads, heads), spec.d_k)
+    recalled = g.reshape(g.slice(recalled, 0, -1, 1), 0, 0, heads, spec.d_v + 1)
+    total, weight = g.op("Split", recalled, g.const([spec.d_v, 1]), outputs=2, axis=-1)
+    answer = g.op("Div", total, g.op("Max", weight, g.floats(TINY)))
+    error = g.op("ReduceL2", g.op("Sub", values, answer), g.const([3]))
+    return g.transpose(error, 0, 2, 3, 1), state
+
+
+class Slots:
+    """The bounded exact memory of one layer; see `ligerexport.kernels.memory_attention`."""
+
+    def __init__(self, lower: Portable, frame: Frame, spec: MixerSpec, tables: RotaryTables, seen: Candidates) -> None:
+        self.lower, self.frame, self.spec, self.tables, self.seen = lower, frame, spec, tables, seen
+        self.g = lower.g
+
+    def attend(
+        self, query: ir.Value, keys: ir.Value, values: ir.Value, novelty: ir.Value | None, past: dict[str, ir.Value]
+    ) -> tuple[ir.Value, dict[str, ir.Value]]:
+        """Return the output `[B * T, H_q * d_v]` and the slots after the last token."""
+        g, spec, heads = self.g, self.spec, self.spec.kv_heads
+        key = g.concat(past["slot_key"], g.transpose(keys, 0, 2, 1, 3), axis=2)  # [B, H, C, d_k]
+        value = g.concat(past["slot_value"], g.transpose(values, 0, 2, 1, 3), axis=2)
+        logits = self._logits(query, key)
+        visible, scores = self.seen.always, []
+        if spec.config.slots:
+            scores = self._scores(logits, value, novelty, past["slot_score"])
+            visible = self._keep(scores)
+        weights = g.op("Softmax", self._masked(visible, logits), axis=-1)  # [B, H, G, T, C]
+        mixed = g.op("MatMul", g.op("Reshape", weights, self._rows_by_candidates()), value)
+        mixed = g.transpose(g.op("Reshape", mixed, self._heads_by_tokens()), 0, 2, 1, 3)
+        return g.reshape(mixed, -1, spec.q_heads * spec.d_v), self._survivors(visible, key, value, scores)
+
+    def _masked(self, mask: ir.Value, logits: ir.Value) -> ir.Value:
+        return self.g.op("Where", mask, logits, self.g.floats(MASKED))
+
+    def _rows_by_candidates(self) -> ir.Value:
+        g, slots = self.g, self.spec.config.num_slots
+        return g.once(
+            ("rows_by_candidates", slots), lambda: g.concat(g.const([0, 0, -1]), self.frame.candidates(slots), axis=0)
+        )
+
+    def _heads_by_tokens(self) -> ir.Value:
+        g, heads = self.g, self.spec.q_heads
+        return g.once(
+            ("heads_by_tokens", heads), lambda: g.concat(g.const([0, heads]), self.frame.length, g.const([-1]), axis=0)
+        )
+
+    def _by_groups(self) -> ir.Value:
+        """Return the shape `[B, H, G, T, -1]`."""
+        g, group = self.g, self.spec.q_heads // self.spec.kv_heads
+        return g.once(
+            ("groups", group), lambda: g.concat(g.const([0, 0, group]), self.frame.length, g.const([-1]), axis=0)
+        )
+
+    def _logits(self, query: ir.Value, key: ir.Value) -> ir.Value:
+        """Return logits `[B, H, G, T, C]` at the rotary distance, or at the largest one where that is exceeded."""
+        g, spec, heads = self.g, self.spec, self.spec.kv_heads
+
+        def scored(table: Table, keys: ir.Value) -> ir.Value:
+            q = self.lower.rotate_queries(query, table, self.frame.length, spec.d_k)
+            logits = self.lower.scores(g.reshape(q, 0, heads, -1, spec.d_k), keys, spec.scale)
+            return g.op("Reshape", logits, self._by_groups())
+
+        rotated = self.lower.rotate_keys(key, self.tables.keys, self.seen.row, heads, spec.d_k)
+        return g.op("Where", self.seen.within, scored(self.tables.near, rotated), scored(self.tables.far, key))
+
+    def _scores(
+        self, logits: ir.Value, value: ir.Value, novelty: ir.Value | None, past: ir.Value
+    ) -> list[ir.Value]:
+        """Return the scores `[B, H, 1, C]` of all candidates for each pool, complete once a token has left the window."""
+        g, spec = self.g, self.spec
+        rows = [get_score(name) for name, _ in spec.config.slots]
+        nothing = self.frame.filled(0.0, spec.kv_heads, 1, 0)
+        fresh = [novelty if score.signal == "novelty" else nothing for score in rows]
+        carried = g.concat(past, self._join(fresh), axis=3)
+        scores = g.op("Split", carried, outputs=len(rows), axis=2, num_outputs=len(rows)) if len(rows) > 1 else [carried]
+        scores, local = list(scores), None
+        for i, (score, counts) in enumerate(zip(rows, self.seen.counts)):
+            if counts is None:
+                continue
+            if local is None:
+                local = g.op("Softmax", self._masked(self.seen.always, logits), axis=-1)
+            reduce, merge = ("ReduceMax", "Max") if score.reduce == "max" else ("ReduceSum", "Add")
+            received = g.op(reduce, g.op("Where", counts, local, g.floats(0)), g.const([2, 3]), keepdims=0)
+            if score.by_value:
+                received = g.op("Mul", received, g.op("ReduceL2", value, g.const([-1]), keepdims=0))
+            scores[i] = g.op(merge, scores[i], g.op("Unsqueeze", received, g.const([2])))
+        return scores
+
+    def _join(self, parts: list[Any]) -> ir.Value:
+        return self.g.concat(*parts, axis=2) if len(parts) > 1 else parts[0]
+
+    def _keep(self, scores: list[ir.Value]) -> ir.Value:
+        """Return what each query sees `[B, H, 1, T, C]`: window, sinks, and of what left the best of each pool.
+
+        What is seen already ranks lowest and what is no candidate next, so that the best are among the unseen, of which
+        there are always enough; a rank above `MASKED` tells the candidates.
+        """
+        g, visible = self.g, self.seen.always
+        for (_, count), rank, age in zip(self.spec.config.slots, scores, self.seen.ages):
+            if age is not None:
+                rank = g.op("Add", g.op("Log", g.op("Max", rank, g.floats(FAINTEST))), age)
+            ranked = g.op("Where", self.seen.left, g.op("Unsqueeze", rank, g.const([2])), g.floats(MASKED))
+            ranked = g.op("Where", visible, g.floats(-np.inf), ranked)
+            value, best = g.op("TopK", ranked, g.const([count]), outputs=2, axis=-1)
+            won = g.op("Greater", value, g.floats(MASKED / 2))
+            visible = g.op("ScatterElements", visible, best, won, axis=-1)
+        return visible
+
+    def _survivors(
+        self, visible: ir.Value, key: ir.Value, value: ir.Value, scores: list[ir.Value]
+    ) -> dict[str, ir.Value]:
+        """Return the slots that the last query sees, in the order of their positions, empty ones last."""
+        g, slots = self.g, self.spec.config.num_slots
+        last = g.op("Gather", visible, g.const(-1), axis=3)  # [B, H, 1, C]
+        rank = g.op("Where", last, *self.frame.columns(slots))
+        _, order = g.op("TopK", rank, g.const([slots]), outputs=2, axis=-1, largest=0)
+        rows = g.reshape(order, 0, 0, -1, 1)
+        position = g.op("Where", last, self.seen.position, g.const(-1))
+        present = {
+            "slot_key": g.op("GatherND", key, rows, batch_dims=2),
+            "slot_value": g.op("GatherND", value, rows, batch_dims=2),
+            "slot_position": g.op("Squeeze", g.op("GatherElements", position, order, axis=3), g.const([2])),
+        }
+        if scores:
+            present["slot_score"] = self._join([g.op("GatherElements", score, order, axis=3) for score in scores])
+        return present

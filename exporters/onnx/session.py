@@ -1,0 +1,241 @@
+"""Run a step graph with ONNX Runtime: everything bound once, state updated in place, logits read where they are.
+
+The graph promises that each `past.*` has one consumer and that its `present.*` comes after it, so both are one buffer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ligerexport.artifact import Artifact, StateTensor
+from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError
+from ligerexport.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+DEFAULT_CHUNK = 64
+"""Prompt tokens a call, where the graph takes more. On SmolLM2 64 and 128 are equally fast; 64 needs less memory."""
+
+
+class OnnxSession:
+    """One batch of sequences on an ONNX artifact. See `ligerexport.runtime.Session` for the face.
+
+    Args:
+        artifact: From `open_artifact`, or an unfinished one under verification.
+        batch: B, sequences that advance together.
+        threads: Of one operator; None takes the physical cores that this process may use.
+        chunk: Prompt tokens a call, at most the graph's `max_chunk`; None takes the measured best.
+
+    Raises:
+        ArtifactError: ONNX Runtime does not load the graph, or it is not the one in the manifest.
+        MissingDependency: ONNX Runtime is not installed.
+        UsageError: `batch`, `threads` or `chunk` makes no sense.
+    """
+
+    def __init__(
+        self, artifact: Artifact, *, batch: int = 1, threads: int | None = None, chunk: int | None = None
+    ) -> None:
+        manifest = artifact.manifest
+        limit = manifest.graph.max_chunk
+        self.artifact = artifact
+        self.batch = batch
+        self.chunk = min(DEFAULT_CHUNK, limit) if chunk is None else chunk
+        self.threads = default_threads() if threads is None else threads
+        if not 1 <= self.chunk <= limit:
+            raise UsageError(f"chunk {chunk}", hint=f"this graph takes 1 to {limit} tokens a call")
+        if batch < 1 or self.threads < 1:
+            raise UsageError(f"batch {batch} and threads {self.threads}", hint="both are at least 1")
+        self._session = _open(artifact, self.threads)
+        self._fixed = {t: np.full(self._shape(t), t.fill, t.dtype) for t in manifest.state if not t.grows}
+        self._growing = {t: self._empty(t) for t in manifest.state if t.grows}
+        self._position = np.zeros(batch, np.int64)
+        self._logits = np.zeros((batch, manifest.model.vocab_size), np.float32)
+        self._step_ids = np.zeros((batch, 1), np.int64)
+        self._step, self._chunk = self._bind(), self._bind()
+        self._step.bind_ortvalue_input("input_ids", _value(self._step_ids))
+
+    @property
+    def position(self) -> np.ndarray:
+        """Tokens seen, `[B]` int64."""
+        return self._position.copy()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state of all sequences, now."""
+        fixed = sum(array.nbytes for array in self._fixed.values())
+        return fixed + sum(value.tensor_size_in_bytes() for value in self._growing.values())
+
+    def prefill(self, ids: Sequence[int] | np.ndarray, padding: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Advance by a prompt of any length, in chunks.
+
+        Args:
+            ids: `[T]` for one sequence, or `[B, T]`.
+            padding: `[B]`, how many ids of each row are padding on its left. Only for sequences that have seen nothing.
+
+        Returns:
+            Logits after the last token, `[B, V]` fp32; a view that the next call overwrites.
+
+        Raises:
+            UsageError: No tokens, ids outside the vocabulary, or a shape that does not fit.
+        """
+        array = np.atleast_2d(np.asarray(ids))
+        if array.size == 0:
+            raise UsageError("the prompt has no tokens", hint="give at least one token of text")
+        if array.dtype.kind not in "iu" or array.ndim != 2 or array.shape[0] != self.batch:
+            raise UsageError(f"ids {list(array.shape)} of {array.dtype}, integers [{self.batch}, T] were expected")
+        self._check_vocabulary(int(array.min()), int(array.max()))
+        if padding is not None:
+            if self._position.any():
+                raise UsageError("padding after the first token", hint="pad the first call on a fresh session only")
+            self._position -= np.asarray(padding, np.int64)
+        for start in range(0, array.shape[1], self.chunk):
+            part = np.array(array[:, start : start + self.chunk], np.int64, order="C")  # keeps its own memory
+            self._chunk.bind_ortvalue_input("input_ids", _value(part))
+            self._run(self._chunk, part.shape[1])
+        return self._logits
+
+    def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Advance by one token: an id for one sequence, or `[B]` ids. Returns and raises as `prefill`."""
+        self._step_ids[:, 0] = ids
+        self._check_vocabulary(int(self._step_ids.min()), int(self._step_ids.max()))
+        self._run(self._step, 1)
+        return self._logits
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._position.fill(0)
+        for tensor, array in self._fixed.items():
+            array.fill(tensor.fill)
+        self._growing = {tensor: self._empty(tensor) for tensor in self._growing}
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of the state."""
+        tensors = {t.past: array.copy() for t, array in self._fixed.items()}
+        tensors |= {t.past: value.numpy() for t, value in self._growing.items()}
+        return Snapshot(self.artifact.manifest.fingerprint, self.position, tensors)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go to a state that this or another session of the same model was in.
+
+        Raises:
+            UsageError: It is the state of another model, or of another batch.
+        """
+        if snapshot.model != self.artifact.manifest.fingerprint:
+            raise UsageError("this state belongs to another model", hint="load the artifact that it was saved with")
+        for tensor in (*self._fixed, *self._growing):
+            given = snapshot.tensors.get(tensor.past)
+            shape = self._shape(tensor, None if given is None or given.ndim < 3 else given.shape[2])
+            if given is None or given.shape != shape or given.dtype != np.dtype(tensor.dtype):
+                raise UsageError(f"this state has no {tensor.past} {list(shape)} of {tensor.dtype}",
+                                 hint=f"this session runs {self.batch} sequences")  # fmt: skip
+        for tensor, array in self._fixed.items():
+            np.copyto(array, snapshot.tensors[tensor.past])
+        self._growing = {tensor: _value(snapshot.tensors[tensor.past].copy()) for tensor in self._growing}
+        np.copyto(self._position, snapshot.position)
+
+    def _shape(self, tensor: StateTensor, grown: int | None = None) -> tuple[int, ...]:
+        letters = {"B": self.batch, "P": grown or 0}
+        return tuple(letters[size] if isinstance(size, str) else size for size in tensor.shape)
+
+    def _empty(self, tensor: StateTensor) -> onnxruntime.OrtValue:
+        return _value(np.empty(self._shape(tensor), tensor.dtype))
+
+    def _check_vocabulary(self, low: int, high: int) -> None:
+        size = self.artifact.manifest.model.vocab_size
+        if low < 0 or high >= size:
+            raise UsageError(f"token id {low if low < 0 else high}", hint=f"ids of this model are 0 to {size - 1}")
+
+    def _bind(self) -> onnxruntime.IOBinding:
+        """Bind all that stays in its place; ids and growing tensors come later."""
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input("position", _value(self._position))
+        binding.bind_ortvalue_output("logits", _value(self._logits))
+        for tensor, array in self._fixed.items():
+            value = _value(array)
+            binding.bind_ortvalue_input(tensor.past, value)
+            binding.bind_ortvalue_output(tensor.present, value)
+        return binding
+
+    def _run(self, binding: onnxruntime.IOBinding, tokens: int) -> None:
+        for tensor, value in self._growing.items():
+            binding.bind_ortvalue_input(tensor.past, value)
+            binding.bind_output(tensor.present, "cpu")
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's own classes have no common base
+            raise LigerError(
+                f"ONNX Runtime failed after {self._position.max()} tokens: {_first_line(error)}",
+                hint="the state is undefined now: reset the session or restore a snapshot",
+            ) from error
+        if self._growing:
+            names = [output.name for output in self._session.get_outputs()]
+            values = dict(zip(names, binding.get_outputs(), strict=True))
+            self._growing = {tensor: values[tensor.present] for tensor in self._growing}
+        self._position += tokens
+
+
+def _value(array: np.ndarray) -> onnxruntime.OrtValue:
+    """Return a tensor of ONNX Runtime over the memory of `array`."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _open(artifact: Artifact, threads: int) -> onnxruntime.InferenceSession:
+    """Load the graph and compare it with the manifest."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependency("onnxruntime", extra="onnx") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # The planner's search for buffers to reuse is quadratic in nodes (11 of 13 seconds of loading SmolLM2). The arena
+    # reuses them anyway: same speed, same memory.
+    options.enable_mem_reuse = False
+    # Threads that spin between operators take the cores from everybody else: twice the time a token on a busy machine.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(str(artifact.graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own classes have no common base
+        raise ArtifactError(
+            f"onnxruntime {onnxruntime.__version__} cannot load {artifact.graph}: {_first_line(error)}",
+            hint="ligerexport doctor",
+        ) from error
+    graph = artifact.manifest.graph
+    for side, found, expected in (
+        ("inputs", session.get_inputs(), graph.inputs),
+        ("outputs", session.get_outputs(), graph.outputs),
+    ):
+        if [x.name for x in found] != [x.name for x in expected]:
+            raise ArtifactError(f"the {side} of {artifact.graph} are not those of its manifest", hint="build it again")
+    return session
+
+
+def default_threads() -> int:
+    """Return the physical cores that this process may use: its affinity and its container's quota count."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    cores = {_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed}
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    limit = max(1, int(quota) // int(period)) if quota.isdigit() else len(cores)
+    return min(len(cores), limit)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,147 @@
+"""What the graph needs to know of a converted checkpoint, from its config.json and headers: no model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ligerexport.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint
+from ligerexport.config import LigerConfig
+from ligerexport.errors import CheckpointError
+from ligerexport.families import PREFIX, get_family
+from ligerexport.state import MixerSpec
+
+FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of the dtypes of weights that are read, in safetensors' spelling."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A converted checkpoint as the graph sees it.
+
+    Attributes:
+        path: The checkpoint's directory.
+        family: Row of `FAMILIES`.
+        liger: The conversion.
+        mixers: One a layer; None is a layer kept as softmax.
+        windows: Sliding window of each layer kept as softmax, None without one.
+        hidden_size: Width of the residual stream.
+        vocab_size: Rows of the embedding.
+        q_heads: H_q.
+        kv_heads: H_kv.
+        head_dim: Width of a head.
+        scale: Softmax scale, YaRN's factor on cosine and sine squared into it.
+        norm_eps: Epsilon of every norm.
+        qk_norm: Whether query and key heads are normed.
+        inv_freq: `[R]`, radians a token.
+        trained_length: Tokens.
+        tied: Whether the output projection is the embedding.
+        weights: What the checkpoint stores, by name.
+    """
+
+    path: Path
+    family: str
+    liger: LigerConfig
+    mixers: tuple[MixerSpec | None, ...]
+    windows: tuple[int | None, ...]
+    hidden_size: int
+    vocab_size: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    norm_eps: float
+    qk_norm: bool
+    inv_freq: tuple[float, ...]
+    trained_length: int
+    tied: bool
+    weights: Mapping[str, TensorInfo]
+
+    @property
+    def max_distance(self) -> int:
+        """Largest rotary distance in tokens."""
+        return self.liger.max_distance or self.trained_length
+
+
+def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
+    """Read a converted checkpoint.
+
+    Raises:
+        CheckpointError: It is not converted, not whole, or has something that the graph does not have.
+    """
+    from transformers import AutoConfig
+
+    from ligerexport.mixer import layer_specs  # registers the converted families with transformers
+
+    info = checkpoint if isinstance(checkpoint, CheckpointInfo) else check_checkpoint(checkpoint, tokenizer=False)
+    if not str(info.config["model_type"]).startswith(PREFIX):
+        raise CheckpointError(
+            f"{info.path} is not converted (model_type '{info.config['model_type']}')",
+            hint=f"ligerexport convert {info.path} -o {info.path.resolve().name}-liger",
+        )
+    config: Any = AutoConfig.from_pretrained(info.path)
+    family = get_family(config.model_type)
+    if config.hidden_act != "silu":
+        raise CheckpointError(f"activation '{config.hidden_act}' in config.json, 'silu' was expected")
+    mixers = tuple(layer_specs(config))
+    inv_freq, rotary_scale = family.rope(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    spec = ModelSpec(
+        path=info.path,
+        family=family.model_type,
+        liger=LigerConfig.from_dict(config.liger),
+        mixers=mixers,
+        windows=tuple(_window(config, layer) for layer in range(len(mixers))),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        q_heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5 * rotary_scale**2,
+        norm_eps=config.rms_norm_eps,
+        qk_norm=family.qk_norm,
+        inv_freq=tuple(inv_freq.tolist()),
+        trained_length=config.max_position_embeddings,
+        tied=info.tied,
+        weights=info.tensors,
+    )
+    _check_weights(spec, config.intermediate_size)
+    return spec
+
+
+def _window(config: Any, layer: int) -> int | None:
+    """Return the sliding window with which transformers runs the softmax of a layer."""
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _check_weights(spec: ModelSpec, intermediate: int) -> None:
+    """Check name, shape and dtype of every weight that the graph uses."""
+    d, q, kv = spec.hidden_size, spec.q_heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    expected: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, d), "model.norm.weight": (d,)}
+    if not spec.tied:
+        expected["lm_head.weight"] = (spec.vocab_size, d)
+    shapes = {"input_layernorm": (d,), "post_attention_layernorm": (d,), "self_attn.q_proj": (q, d),
+              "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q),
+              "mlp.gate_proj": (intermediate, d), "mlp.up_proj": (intermediate, d),
+              "mlp.down_proj": (d, intermediate)}  # fmt: skip
+    if spec.qk_norm:
+        shapes |= {"self_attn.q_norm": (spec.head_dim,), "self_attn.k_norm": (spec.head_dim,)}
+    for layer in range(len(spec.mixers)):
+        expected |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()}
+    hint = "config.json and the weights come from different models; copy both from the same place"
+    for name, shape in expected.items():
+        stored = spec.weights.get(name)
+        if stored is None:
+            raise CheckpointError(f"{name} is missing from {spec.path}", hint=hint)
+        if stored.shape != shape:
+            raise CheckpointError(f"{name} is {list(stored.shape)}, config.json says {list(shape)}", hint=hint)
+        if stored.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{name} is stored as {stored.dtype}, one of {', '.join(FLOATS)} was expected",
+                hint="load the model with transformers in bfloat16 and save it again",
+            )

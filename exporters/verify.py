@@ -1,0 +1,322 @@
+"""Parity of a built graph with the torch model: logits and state on real text, for prompts cut anywhere, and for steps.
+
+Torch runs first and only its answers are kept, so the weights are in memory once. A token keeps a slot by comparing fp32
+scores, so two right answers can differ when scores tie; such ties are told apart from errors, counted, and resolved by
+copying torch's state.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ligerexport.artifact import Artifact
+from ligerexport.console import ProgressFactory, silent
+from ligerexport.errors import VerificationError
+from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.text import PROMPT
+from ligerexport.memory import get_score
+
+if TYPE_CHECKING:
+    import torch
+
+    from ligerexport.exporters.onnx.session import OnnxSession
+    from ligerexport.snapshot import Snapshot
+
+State = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a graph may be off.
+
+    Attributes:
+        logits: Largest absolute difference.
+        state: Largest difference, relative to the largest element of the tensor, or absolute below 1.
+        tie: Scores as near as this, relative, may be taken in either order.
+    """
+
+    logits: float
+    state: float
+    tie: float
+
+
+TOLERANCES = {"float32": Tolerance(logits=2e-4, state=2e-4, tie=1e-4)}
+
+PIECES = 6
+"""Pieces that the prompt is cut into, at random places."""
+STEPS = 24
+"""Tokens of greedy continuation, one call each."""
+WHOLE = 8
+"""Of so many steps one is compared with the whole state."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What torch says after one call: the tokens of the call, logits `[V]`, and the state by `past.*` names.
+
+    `whole` is whether the state is complete; between such states only positions and scores of slots are kept.
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+    state: State
+    whole: bool
+
+
+@dataclass
+class Result:
+    """What was compared; `to_dict` of it is the manifest's `verification`."""
+
+    passed: bool = False
+    tokens: int = 0
+    checks: int = 0
+    near_ties: int = 0
+    max_logit_error: float = 0.0
+    max_state_error: float = 0.0
+    greedy_tokens: int = 0
+    greedy_tokens_equal: int = 0
+    tolerance: dict[str, float] = field(default_factory=dict)
+
+
+class Mismatch(Exception):
+    """A layer's tensor, or with layer None the logits, are off."""
+
+    def __init__(self, layer: int | None, what: str) -> None:
+        super().__init__(what)
+        self.layer, self.what = layer, what
+
+
+def verify_artifact(
+    spec: ModelSpec, artifact: Artifact, *, seed: int = 0, progress: ProgressFactory = silent
+) -> dict[str, Any]:
+    """Compare an unfinished artifact with the torch model of its checkpoint.
+
+    Args:
+        spec: The checkpoint.
+        artifact: Graph, weights and a manifest without files.
+        seed: Of the places where the prompt is cut.
+        progress: Opens a phase.
+
+    Returns:
+        The numbers for the manifest.
+
+    Raises:
+        VerificationError: They differ; names the first layer that does.
+    """
+    from ligerexport.exporters.onnx.session import OnnxSession
+
+    ids = prompt_ids(spec)
+    cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, len(ids)), PIECES - 1, replace=False))
+    with progress("running the torch model", PIECES + STEPS, "steps") as advance:
+        answers = []
+        for answer in torch_answers(spec, np.split(ids, cuts), STEPS):
+            answers.append(answer)
+            advance(1)
+    gc.collect()
+    comparison = Comparison(spec, TOLERANCES[artifact.manifest.precision])
+    with progress("comparing", len(answers) + 1, "steps") as advance:
+        session = OnnxSession(artifact, chunk=artifact.manifest.graph.max_chunk)
+        try:
+            comparison.run(session, answers, advance)
+        except Mismatch as mismatch:
+            del session
+            raise _explain(spec, artifact, answers, mismatch) from mismatch
+    return asdict(comparison.result)
+
+
+def prompt_ids(spec: ModelSpec) -> np.ndarray:
+    """Return the ids of `PROMPT`, or ids at random where the checkpoint has no tokenizer."""
+    file = spec.path / "tokenizer.json"
+    if not file.is_file():
+        return np.random.default_rng(0).integers(0, spec.vocab_size, 400)
+    from tokenizers import Tokenizer
+
+    return np.array(Tokenizer.from_file(str(file)).encode(PROMPT).ids)
+
+
+def torch_answers(spec: ModelSpec, pieces: list[np.ndarray], steps: int) -> Iterator[Answer]:
+    """Run the torch model over pieces of a prompt and then over its own greedy choices."""
+    import torch
+
+    from ligerexport.convert import load_model
+    from ligerexport.mixer import LigerCache
+
+    model = load_model(spec.path, dtype=torch.float32).eval()
+    cache = LigerCache(model.config)
+    pieces = list(pieces)
+    with torch.inference_mode():
+        while pieces:
+            ids = pieces.pop(0)
+            output = model(torch.from_numpy(ids)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits = output.logits[0, -1].float().numpy().copy()
+            whole = len(ids) > 1 or steps % WHOLE == 0
+            yield Answer(ids, logits, _torch_state(cache, whole), whole)
+            if not pieces and steps:
+                steps -= 1
+                pieces.append(np.array([int(logits.argmax())]))
+
+
+def _torch_state(cache: Any, whole: bool) -> State:
+    """Copy the state of all layers by the graph's names; of those kept as softmax the values alone: the keys are rotated."""
+    state = {}
+    for layer, entry in enumerate(cache.layers):
+        tensors: dict[str, torch.Tensor] = getattr(entry, "state", None) or {"value": entry.values}
+        for name, tensor in tensors.items():
+            if whole or name in ("slot_position", "slot_score"):
+                state[f"past.{layer}.{name}"] = tensor.numpy().copy()
+    return state
+
+
+class Comparison:
+    """Runs a session against torch's answers and gathers the differences."""
+
+    def __init__(self, spec: ModelSpec, tolerance: Tolerance) -> None:
+        self.spec, self.tolerance = spec, tolerance
+        self.result = Result(tolerance=asdict(tolerance))
+        self._adrift = False
+
+    def run(self, session: OnnxSession, answers: list[Answer], advance: Any) -> None:
+        """Feed the prompt in torch's pieces and then step; then feed the whole prompt at once.
+
+        Raises:
+            Mismatch: Something is off.
+        """
+        for i, answer in enumerate(answers):
+            logits = session.step(int(answer.ids[0])) if len(answer.ids) == 1 else session.prefill(answer.ids)
+            conclusive = self._check(session, answer, logits[0])
+            if conclusive and i >= PIECES - 1:
+                self._check_choice(answer.logits, logits[0])
+            advance(1)
+        session.reset()
+        self._adrift = False
+        prompt = answers[:PIECES]
+        logits = session.prefill(np.concatenate([answer.ids for answer in prompt]))
+        self._check(session, prompt[-1], logits[0])
+        advance(1)
+        if self.result.near_ties * 2 > self.result.checks:
+            raise Mismatch(None, f"{self.result.near_ties} of {self.result.checks} comparisons ended in tied scores")
+        self.result.passed = True
+
+    def _check(self, session: OnnxSession, answer: Answer, logits: np.ndarray) -> bool:
+        """Compare one call; return False where a near tie left it open."""
+        result = self.result
+        result.checks += 1
+        result.tokens += len(answer.ids)
+        snapshot = session.snapshot()
+        if self._adrift:
+            self._resume(session, snapshot, answer)
+            return False
+        for layer, mixer in enumerate(self.spec.mixers):
+            found, expected = (_of_layer(state, layer) for state in (snapshot.tensors, answer.state))
+            if mixer is not None:
+                found, expected = sort_slots(found), sort_slots(expected)
+                if not np.array_equal(found["slot_position"], expected["slot_position"]):
+                    if not is_near_tie(expected, found, mixer.config.slots, self.tolerance.tie):
+                        raise Mismatch(layer, "other tokens keep a slot")
+                    result.near_ties += 1
+                    self._resume(session, snapshot, answer)
+                    return False
+            for name, tensor in expected.items():
+                error = state_error(tensor, found[name])
+                if not error <= self.tolerance.state:
+                    raise Mismatch(layer, f"{name} is off by {error:.1e} of its size")
+                result.max_state_error = max(result.max_state_error, error)
+        error = float(np.abs(logits - answer.logits).max())
+        if not error <= self.tolerance.logits:
+            raise Mismatch(None, f"logits are off by {error:.1e}")
+        result.max_logit_error = max(result.max_logit_error, error)
+        return True
+
+    def _resume(self, session: OnnxSession, snapshot: Snapshot, answer: Answer) -> None:
+        """Go on from torch's state after a near tie, as soon as there is a whole one."""
+        self._adrift = not answer.whole
+        if answer.whole:
+            session.restore(replace(snapshot, tensors=snapshot.tensors | answer.state))
+
+    def _check_choice(self, expected: np.ndarray, found: np.ndarray) -> None:
+        """Compare the greedy choice, unless two logits are as near as the tolerance."""
+        self.result.greedy_tokens += 1
+        if expected.argmax() == found.argmax() or expected.max() - expected[found.argmax()] < 2 * self.tolerance.logits:
+            self.result.greedy_tokens_equal += 1
+        else:
+            raise Mismatch(None, "the greedy choice is another token")
+
+
+def _of_layer(state: State, layer: int) -> State:
+    prefix = f"past.{layer}."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def sort_slots(state: State) -> State:
+    """Return a mixer's state with its slots in the order of their positions and empty ones zeroed."""
+    position = state["slot_position"]
+    order = position.argsort(axis=-1, kind="stable")
+    position = np.take_along_axis(position, order, -1)
+    full = position >= 0
+    result = dict(state) | {"slot_position": position}
+    for name in {"slot_key", "slot_value"} & state.keys():
+        result[name] = np.take_along_axis(state[name], order[..., None], 2) * full[..., None]
+    if "slot_score" in state:
+        result["slot_score"] = np.take_along_axis(state["slot_score"], order[:, :, None], 3) * full[:, :, None]
+    return result
+
+
+def state_error(expected: np.ndarray, found: np.ndarray) -> float:
+    """Return the largest difference, relative to the largest element where that is over 1."""
+    if expected.size == 0:
+        return 0.0
+    difference = np.abs(expected.astype(np.float64) - found).max()
+    return float(difference / max(1.0, np.abs(expected).max()))
+
+
+def is_near_tie(expected: State, found: State, pools: tuple[tuple[str, int], ...], tie: float) -> bool:
+    """Return whether two kept sets differ only by tokens that rank nearly equal.
+
+    Args:
+        expected: Of one mixer, sorted.
+        found: Likewise.
+        pools: The mixer's pools.
+        tie: Largest relative difference of the scores of such tokens.
+    """
+    if "slot_score" not in expected:
+        return False
+    for index in np.ndindex(expected["slot_position"].shape[:2]):
+        ours, theirs = expected["slot_position"][index], found["slot_position"][index]
+        lost, gained = ~np.isin(ours, theirs), ~np.isin(theirs, ours)
+        if lost.sum() != gained.sum():
+            return False
+        left = _ranks(expected["slot_score"][index][:, lost], ours[lost], pools)  # [P, changed]
+        came = _ranks(found["slot_score"][index][:, gained], theirs[gained], pools)
+        near = np.abs(left[:, :, None] - came[:, None]) <= tie
+        if not near.any(axis=0).any(axis=1).all():
+            return False
+    return True
+
+
+def _ranks(scores: np.ndarray, positions: np.ndarray, pools: tuple[tuple[str, int], ...]) -> np.ndarray:
+    """Return ranks `[P, n]` on a logarithmic scale, on which a relative difference of scores is a distance."""
+    ranks = np.log(np.maximum(scores, 1e-30))
+    for i, (name, _) in enumerate(pools):
+        if horizon := get_score(name).horizon:
+            ranks[i] += positions / horizon
+    return ranks
+
+
+def _explain(spec: ModelSpec, artifact: Artifact, answers: list[Answer], mismatch: Mismatch) -> VerificationError:
+    """Say which layer is the first that differs, from the residual stream and the state after each layer."""
+    from ligerexport.exporters.locate import first_difference
+
+    found = first_difference(spec, artifact, np.concatenate([answer.ids for answer in answers]))
+    where = "no layer differs by itself" if found is None else f"layer {found[0]} is the first that differs ({found[1]})"
+    seen = f"{mismatch.what}" if mismatch.layer is None else f"layer {mismatch.layer}: {mismatch.what}"
+    return VerificationError(
+        f"the {artifact.manifest.lowering} graph does not compute what torch computes: {where}; noticed by: {seen}",
+        hint="nothing was written; please report this with the configuration of the model and the version of onnxruntime",
+    )
+
+

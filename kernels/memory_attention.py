@@ -1,0 +1,161 @@
+"""Softmax attention over the bounded exact memory (sinks, window, scored slots) in plain torch, a block at a time.
+
+Every query of a block sees exactly its own set: what is in its window, the sinks, and the best of all that had left
+the window by then. The only place with rotary embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ligerexport.memory import get_score
+from ligerexport.state import MixerSpec, MixerState
+
+MASKED = -1e30
+"""Logit of a slot that a query does not see; finite, so that a query that sees nothing stays finite."""
+
+
+FAINTEST = 1e-30
+"""Smallest score whose logarithm ranks an ageing pool."""
+
+
+def rotary_table(inv_freq: Tensor, max_distance: int, ahead: int) -> Tensor:
+    """Tabulate rotary embedding for offsets from `-max_distance` to `ahead - 1` tokens.
+
+    Args:
+        inv_freq: `[R]`, radians a token; R is half the rotated width.
+        max_distance: Largest distance in tokens.
+        ahead: Longest block of tokens, at least 1.
+
+    Returns:
+        `[2, max_distance + ahead, R]` fp32, cosine and sine, computed in fp64.
+    """
+    offset = torch.arange(-max_distance, ahead, dtype=torch.float64, device=inv_freq.device)
+    angle = offset[:, None] * inv_freq.double()
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of the first 2 R channels of `x` `[..., d_k]` by angles `[..., R]`."""
+    half = cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def memory_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    novelty: Tensor | None,
+    position: Tensor,
+    state: MixerState,
+    spec: MixerSpec,
+    rotary: Tensor,
+) -> tuple[Tensor, MixerState]:
+    """Attend over the slots and choose the slots that the next block starts with.
+
+    Args:
+        query: `[B, H_kv, G, T, d_k]` before rotary embedding.
+        key: `[B, H_kv, T, d_k]` before rotary embedding.
+        value: `[B, H_kv, T, d_v]`.
+        novelty: `[B, H_kv, T]`, needed when a pool is kept by it.
+        position: `[B]`, tokens seen before this block; a token at a negative position is padding.
+        state: Tensors named `slot_*`, as `MixerSpec.state` lists them.
+        spec: The layer.
+        rotary: From `rotary_table`, with `ahead` at least T.
+
+    Returns:
+        Output `[B, H_kv, G, T, d_v]` and the slots after the last token.
+    """
+    config = spec.config
+    now = position[:, None] + torch.arange(key.shape[2], device=key.device)
+    keys = torch.cat([state["slot_key"].to(key.dtype), key], dim=2)
+    values = torch.cat([state["slot_value"].to(value.dtype), value], dim=2)
+    positions = torch.cat([state["slot_position"], now[:, None].expand(-1, key.shape[1], -1)], dim=2)
+
+    distance = now[:, None, :, None] - positions[:, :, None]  # [B, H_kv, T, C]
+    seen = (distance >= 0) & (positions >= 0)[:, :, None]
+    near = distance < config.window
+    sink = (positions < config.sinks)[:, :, None]
+    always = seen & (near | sink)
+    logits = _logits(query, keys, positions, distance, position, spec, rotary)
+
+    scores = None
+    if config.slots:
+        local = torch.softmax(logits.where(always[:, :, None], MASKED), dim=-1)
+        scores = _scores(local, seen & near, distance, values, novelty, state["slot_score"], spec)
+    visible = always | _kept(seen & ~near & ~sink, scores, positions, config.slots)
+    output = torch.softmax(logits.where(visible[:, :, None], MASKED), dim=-1) @ values[:, :, None]
+
+    last = positions.where(visible[:, :, -1], -1)
+    order = last.sort(dim=-1, stable=True).indices[..., -config.num_slots :]
+    present = {
+        "slot_key": _take(keys, order).to(state["slot_key"].dtype),
+        "slot_value": _take(values, order).to(state["slot_value"].dtype),
+        "slot_position": last.gather(-1, order),
+    }
+    if scores is not None:
+        present["slot_score"] = scores.gather(-1, order[:, :, None].expand(-1, -1, scores.shape[2], -1))
+    return output, present
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Gather rows `index` `[B, H, N]` of `x` `[B, H, C, d]`."""
+    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
+def _logits(
+    query: Tensor, keys: Tensor, positions: Tensor, distance: Tensor, position: Tensor, spec: MixerSpec, rotary: Tensor
+) -> Tensor:
+    """Return logits `[B, H_kv, G, T, C]` at the rotary distance, or at the largest one where that is exceeded."""
+    cos, sin = rotary.to(keys.dtype)
+    length, cap = query.shape[3], spec.max_distance
+    offset = (positions - position[:, None, None]).clamp(min=-cap) + cap
+    rotated = rotate(keys, cos[offset], sin[offset])[:, :, None].transpose(-1, -2)
+    logits = rotate(query, cos[cap : cap + length], sin[cap : cap + length]) @ rotated
+    if length > 1:  # a single query's slots are exact already: their offsets are their distances
+        far = rotate(query, cos[0], -sin[0]) @ keys[:, :, None].transpose(-1, -2)
+        logits = logits.where((distance <= cap)[:, :, None], far)
+    return spec.scale * logits
+
+
+def _scores(
+    local: Tensor,
+    in_window: Tensor,
+    distance: Tensor,
+    values: Tensor,
+    novelty: Tensor | None,
+    past: Tensor,
+    spec: MixerSpec,
+) -> Tensor:
+    """Return the scores `[B, H_kv, P, C]` of all candidates, each complete once its token has left the window."""
+    window, scores = spec.config.window, []
+    for i, (name, _) in enumerate(spec.config.slots):
+        score = get_score(name)
+        if score.signal == "novelty":
+            assert novelty is not None
+            scores.append(torch.cat([past[:, :, i], novelty], dim=-1))
+            continue
+        counts = in_window & (distance >= score.first_distance(window))
+        weight = local.where(counts[:, :, None], 0.0)
+        received = weight.amax(dim=(2, 3)) if score.reduce == "max" else weight.sum(dim=(2, 3))
+        if score.by_value:
+            received = received * values.norm(dim=-1)
+        carried = torch.nn.functional.pad(past[:, :, i], (0, local.shape[3]))
+        scores.append(torch.maximum(carried, received) if score.reduce == "max" else carried + received)
+    return torch.stack(scores, dim=2)
+
+
+def _kept(left: Tensor, scores: Tensor | None, positions: Tensor, pools: tuple[tuple[str, int], ...]) -> Tensor:
+    """Return which of the tokens that left the window `[B, H_kv, T, C]` hold a slot for each query; older on ties."""
+    kept = torch.zeros_like(left)
+    for i, (name, count) in enumerate(pools):
+        assert scores is not None
+        rank, horizon = scores[:, :, i], get_score(name).horizon
+        if horizon is not None:
+            rank = rank.clamp_min(FAINTEST).log() + positions / horizon
+        best = rank[:, :, None].where(left, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        won = torch.zeros_like(left).scatter(-1, best, True) & left
+        kept, left = kept | won, left & ~won
+    return kept

@@ -1,0 +1,170 @@
+"""The truth of `liger_mixer`: a plain loop over sequences, heads and tokens that a newcomer can check by reading.
+
+Slow, exact, and written apart from the chunked form in `ops.py`, which must agree with it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ligerexport.gates import get_gate
+from ligerexport.memory import get_score
+from ligerexport.state import MixerSpec, MixerState
+
+
+@dataclass
+class Slot:
+    """One token of the exact memory of one KV head."""
+
+    key: Tensor
+    value: Tensor
+    position: int
+    scores: list[float]
+
+
+def liger_mixer_reference(
+    query: Tensor, key: Tensor, value: Tensor, position: Tensor, state: MixerState, spec: MixerSpec, rotary: Tensor
+) -> tuple[Tensor, MixerState]:
+    """Mix tokens one after the other; arguments and results as in `ligerexport.kernels.ops.liger_mixer`."""
+    batch, length, _, _ = query.shape
+    group = spec.q_heads // spec.kv_heads
+    output = query.new_zeros(batch, length, spec.q_heads, spec.d_v)
+    present = {name: tensor.clone() for name, tensor in state.items()}
+    for b in range(batch):
+        for h in range(spec.kv_heads):
+            slots = _load_slots(state, b, h)
+            recurrent = present["recurrent_state"][b, h] if spec.config.recurrent else None
+            judge = present["judge_state"][b, h] if spec.config.judged else None
+            for t in range(length):
+                now = int(position[b]) + t
+                if now < 0:  # padding on the left
+                    continue
+                q, k, v = query[b, t, h * group : (h + 1) * group], key[b, t, h], value[b, t, h]
+                mixed = spec.config.attention_weight * _attend(q, k, v, now, slots, judge, spec, rotary)
+                if recurrent is not None:
+                    mixed = mixed + spec.config.recurrence_weight * _recur(q, k, v, recurrent, spec)
+                output[b, t, h * group : (h + 1) * group] = mixed
+            _store_slots(present, b, h, slots)
+    return output, present
+
+
+def feature_map(x: Tensor, kind: str) -> Tensor:
+    """Map raw projections `[..., d_k]` to features of the recurrence."""
+    return torch.softmax(x, dim=-1) if kind == "softmax" else torch.sigmoid(-x)
+
+
+def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) -> Tensor:
+    """Update `recurrent` `[d_k, d_v]` in place and read it: paper, equation 7; ONNX LinearAttention, `gated`."""
+    gate = get_gate(spec.config.gate)
+    decay = torch.nn.functional.logsigmoid(k) / gate.decay_divisor
+    recurrent.mul_(decay.exp()[:, None]).add_(torch.outer(feature_map(k, gate.key_map), v))
+    return feature_map(q, gate.query_map) @ recurrent
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, now: int, slots: list[Slot], judge: Tensor | None, spec: MixerSpec, rotary: Tensor
+) -> Tensor:
+    """Take the token into `slots`, drop the loser of its leaving token, and attend: `[G, d_v]`."""
+    config = spec.config
+    novelty = 0.0 if judge is None else _judge(k, v, judge)
+    scores = [novelty if get_score(name).signal == "novelty" else 0.0 for name, _ in config.slots]
+    slots.append(Slot(k, v, now, scores))
+
+    in_window = [now - s.position < config.window for s in slots]
+    kept = _kept([s for s, near in zip(slots, in_window) if not near and s.position >= config.sinks], config.slots)
+    slots[:] = [
+        s
+        for s, near in zip(slots, in_window)
+        if near or s.position < config.sinks or any(s is other for other in kept)
+    ]
+
+    logits = torch.stack([_logit(q, s.key, now - s.position, spec, rotary) for s in slots], dim=-1)
+    _score(logits, now, slots, spec)
+    return torch.softmax(logits, dim=-1) @ torch.stack([s.value for s in slots])
+
+
+def _judge(k: Tensor, v: Tensor, judge: Tensor) -> float:
+    """Return how far the linear state's answer for this key is from `v`, then add the token to it in place."""
+    phi = torch.softmax(k, dim=-1)
+    recalled = phi @ judge
+    answer = recalled[:-1] / recalled[-1] if recalled[-1] > 0 else torch.zeros_like(v)
+    judge.add_(torch.outer(phi, torch.cat([v, v.new_ones(1)])))
+    return float((v - answer).norm())
+
+
+def _kept(left: list[Slot], pools: tuple[tuple[str, int], ...]) -> list[Slot]:
+    """Return the tokens that keep a slot: the best of the first pool, then of the next among the rest; older on ties."""
+    kept: list[Slot] = []
+    for i, (name, count) in enumerate(pools):
+        horizon = get_score(name).horizon
+
+        def rank(s: Slot) -> float:
+            return s.scores[i] if horizon is None else math.log(max(s.scores[i], 1e-30)) + s.position / horizon
+
+        left = sorted(left, key=lambda s: (-rank(s), s.position))
+        kept, left = kept + left[:count], left[count:]
+    return kept
+
+
+def _rotate(x: Tensor, offset: int, spec: MixerSpec, rotary: Tensor) -> Tensor:
+    """Rotate the halves of `x` `[..., d_k]` by `offset` tokens, as transformers' `apply_rotary_pos_emb`."""
+    cos, sin = rotary[:, spec.max_distance + offset].to(x.dtype)
+    half = cos.numel()
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def _logit(q: Tensor, k: Tensor, distance: int, spec: MixerSpec, rotary: Tensor) -> Tensor:
+    """Return the attention logits `[G]` of one slot."""
+    capped = min(distance, spec.max_distance)
+    return spec.scale * (_rotate(q, 0, spec, rotary) @ _rotate(k, -capped, spec, rotary))
+
+
+def _score(logits: Tensor, now: int, slots: list[Slot], spec: MixerSpec) -> None:
+    """Add what this token's queries gave to the slots in the window, by softmax over sinks and window alone."""
+    config = spec.config
+    local = [now - s.position < config.window or s.position < config.sinks for s in slots]
+    weight = torch.softmax(logits.masked_fill(~torch.tensor(local, device=logits.device), -math.inf), dim=-1)
+    for i, (name, _) in enumerate(config.slots):
+        score = get_score(name)
+        if score.signal != "received":
+            continue
+        for j, s in enumerate(slots):
+            if score.first_distance(config.window) <= now - s.position < config.window:
+                received = weight[:, j] * (s.value.norm() if score.by_value else 1.0)
+                if score.reduce == "max":
+                    s.scores[i] = max(s.scores[i], float(received.max()))
+                else:
+                    s.scores[i] += float(received.sum())
+
+
+def _load_slots(state: MixerState, b: int, h: int) -> list[Slot]:
+    """Read the filled slots of one head."""
+    scores = state.get("slot_score")
+    return [
+        Slot(
+            state["slot_key"][b, h, n],
+            state["slot_value"][b, h, n],
+            int(p),
+            [] if scores is None else scores[b, h, :, n].tolist(),
+        )
+        for n, p in enumerate(state["slot_position"][b, h].tolist())
+        if p >= 0
+    ]
+
+
+def _store_slots(present: MixerState, b: int, h: int, slots: list[Slot]) -> None:
+    """Write the slots of one head in the order of their positions, empty ones first."""
+    slots.sort(key=lambda s: s.position)
+    empty = present["slot_position"].shape[-1] - len(slots)
+    present["slot_position"][b, h] = -1
+    for n, s in enumerate(slots, start=empty):
+        present["slot_key"][b, h, n] = s.key
+        present["slot_value"][b, h, n] = s.value
+        present["slot_position"][b, h, n] = s.position
+        if "slot_score" in present:
+            present["slot_score"][b, h, :, n] = torch.tensor(s.scores, dtype=present["slot_score"].dtype)

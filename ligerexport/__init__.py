@@ -1,0 +1,57 @@
+"""Linearize a pretrained Transformer (Liger, arXiv 2503.01496) and ship it as a recurrent model with constant memory.
+
+The names below are the whole public API. They load on first use, so that importing the package loads neither torch nor
+a runtime.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ligerexport.config import LigerConfig as LigerConfig
+    from ligerexport.convert import convert as convert
+    from ligerexport.convert import load_model as load_model
+    from ligerexport.exporters.build import build as build
+    from ligerexport.generate import generate as generate
+    from ligerexport.runtime import Session as Session
+    from ligerexport.runtime import load as load
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LigerConfig": "ligerexport.config",
+    "Session": "ligerexport.runtime",
+    "build": "ligerexport.exporters.build",
+    "convert": "ligerexport.convert",
+    "generate": "ligerexport.generate",
+    "load": "ligerexport.runtime",
+    "load_model": "ligerexport.convert",
+}
+
+__all__ = ["LigerConfig", "Session", "__version__", "build", "convert", "generate", "load", "load_model"]
+
+
+class _Package(ModuleType):
+    """Keeps `ligerexport.convert` the function when the import system binds the module of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ligerexport' has no attribute '{name}'")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,109 @@
+"""The `ligerexport` command: verbs are functions, errors become one line with a hint and an exit code.
+
+`make` has convert and build, `use` has run and chat, `tell` has inspect, doctor and list. Torch and the runtimes are
+imported by the verb that needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from ligerexport import __version__
+from ligerexport.cli import common, make, tell, use
+from ligerexport.console import data, print_error, say
+from ligerexport.errors import LigerError, UsageError, close_matches
+
+
+class _Verbs(TyperGroup):
+    """Verbs in the order of work, with close matches for typos."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            raise UsageError(f"unknown command '{args[0]}'", hint=close_matches(args[0], self.commands))
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _verb in (make.convert, make.build, use.run, use.chat, tell.inspect, tell.doctor):
+    app.command()(_verb)
+app.command("list")(tell.list_)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        data(f"ligerexport {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Turn a pretrained Transformer into a gated linear recurrent model with constant memory, and run it.
+
+    Start with: ligerexport convert smollm2-135m -o liger
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit: 0 done, 1 failed, 2 usage, 3 verification failed, 4 something is missing, 130 Ctrl-C.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's.
+    """
+    common.settings.debug = False
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is removed
+    try:
+        result = app(arguments or ["--help"], prog_name="ligerexport", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):  # typer returns 130 or raises, by its version
+        code = 130
+    except BrokenPipeError:  # the reader of stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        if common.settings.debug:
+            raise
+        explained = _explain(error)
+        print_error(explained)
+        code = explained.exit_code
+    if code == 130:
+        say("\nstopped")
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> LigerError:
+    """Return what to tell the user about an exception."""
+    if isinstance(error, LigerError):
+        return error
+    describe = getattr(error, "format_message", None)
+    if describe is not None:  # the argument parser's
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "ligerexport"
+        if near := getattr(error, "possibilities", None):
+            return UsageError(f"unknown option '{error.option_name}'", hint=f"did you mean {' or '.join(near)}?")  # type: ignore[attr-defined]
+        return UsageError(describe().rstrip("."), hint=f"{command} --help")
+    if isinstance(error, OSError) and error.filename:
+        return LigerError(f"{error.filename}: {error.strerror}")
+    return LigerError(
+        f"unexpected {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+        hint="this is a bug; the same command with --debug shows where",
+    )

@@ -1,0 +1,186 @@
+"""`convert` and `build`: from a pretrained Transformer to a verified artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ligerexport.cli import common
+from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
+from ligerexport.config import DEFAULT_PRESET, PRESETS, LigerConfig, get_preset
+from ligerexport.console import card, format_bytes, progress
+from ligerexport.errors import UsageError, close_matches
+from ligerexport.gates import GATES
+from ligerexport.memory import SCORES
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="A directory, a hub id, or a built-in model such as smollm2-135m.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")] = DEFAULT_PRESET,
+    gate: Annotated[str | None, typer.Option(help=f"One of: {', '.join(GATES)}.")] = None,
+    sinks: Annotated[int | None, typer.Option(help="First tokens kept exactly for ever.")] = None,
+    window: Annotated[int | None, typer.Option(help="Most recent tokens kept exactly.")] = None,
+    slots: Annotated[
+        str | None,
+        typer.Option(metavar="SCORE=COUNT,...", help=f"Tokens kept by a score: {', '.join(SCORES)}; or none."),
+    ] = None,
+    attention_weight: Annotated[float | None, typer.Option(help="Weight of the softmax over the slots.")] = None,
+    recurrence_weight: Annotated[float | None, typer.Option(help="Weight of the recurrence; 0 leaves it out.")] = None,
+    keep_softmax: Annotated[str | None, typer.Option(metavar="LAYER,...", help="Layers left as they are.")] = None,
+    max_distance: Annotated[int | None, typer.Option(help="Largest rotary distance; default: trained length.")] = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make a Transformer recurrent; takes seconds.
+
+    Its attention is swapped for a gated recurrence and a bounded exact memory. No weight changes.
+    """
+    common.begin(quiet, debug)
+    changes = {
+        "gate": gate, "sinks": sinks, "window": window, "slots": common.parse_slots(slots),
+        "attention_weight": attention_weight, "recurrence_weight": recurrence_weight,
+        "keep_softmax": common.parse_layers(keep_softmax), "max_distance": max_distance,
+    }  # fmt: skip
+    config = get_preset(preset, **changes)
+    _check_output(output, force, "config.json")
+    common.announce("convert", model=model, output=output, preset=preset, **vars(config))
+    if dry_run:
+        plan = _plan_convert(model, output, config)
+        return _finish(json, f"would write {output}", plan, None)
+    from ligerexport.convert import convert as convert_model
+
+    path = convert_model(model, output, preset=preset, force=force, progress=progress, **changes)
+    _finish(json, "converted", _describe(Path(path), config), f"ligerexport build {path} --target onnx")
+
+
+def _check_output(output: Path, force: bool, marker: str) -> None:
+    from ligerexport.staging import check_destination
+
+    check_destination(output, force=force, marker=marker)
+
+
+def _finish(json: bool, title: str, facts: dict[str, Any], next_command: str | None) -> None:
+    """End with the card and, if wanted, JSON."""
+    common.finish_json(json, facts)
+    labels = {"state_bytes": "state", "kv_cache_larger_from": "KV cache larger"}
+    rows = []
+    for key, value in facts.items():
+        if key == "kv_cache_larger_from":
+            rows.append(common.crossover_row(value))
+        elif value is not None:
+            text = format_bytes(value) if key.endswith("bytes") else str(value)
+            rows.append((labels.get(key, key.removesuffix("_bytes").replace("_", " ")), text))
+    card(title, rows, next_command=next_command)
+
+
+def _plan_convert(model: str, output: Path, config: LigerConfig) -> dict[str, Any]:
+    """Return what a conversion would do, without fetching anything."""
+    from ligerexport.sources import BUILTIN_MODELS
+
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _describe(path, config) | {"path": str(output), "from": str(path)}
+    if model in BUILTIN_MODELS:
+        return {"path": str(output), "from": BUILTIN_MODELS[model].doc, "peak_memory_bytes": None}
+    if "/" in model:
+        return {"path": str(output), "from": f"{model} on the hub"}
+    raise UsageError(f"no model '{model}'", hint=close_matches(model, BUILTIN_MODELS))
+
+
+def _describe(path: Path, config: LigerConfig) -> dict[str, Any]:
+    """Return facts about a checkpoint under a conversion."""
+    from transformers import AutoConfig
+
+    from ligerexport.checkpoint import check_checkpoint
+    from ligerexport.mixer import layer_specs
+
+    info = check_checkpoint(path)
+    hf = AutoConfig.from_pretrained(path)
+    hf.liger = config.to_dict()
+    specs = layer_specs(hf)
+    state = sum(tensor.nbytes() for spec in specs if spec for tensor in spec.state())
+    spec = next((spec for spec in specs if spec), None)
+    saved = sum(4 * spec.kv_heads * (spec.d_k + spec.d_v) for spec in specs if spec)
+    return {
+        "path": str(path),
+        "weight_bytes": info.bytes,
+        "layers": f"{sum(s is not None for s in specs)} of {len(specs)} converted",
+        "exact_slots": config.num_slots if spec else 0,
+        "state_bytes": state,
+        "kv_cache_larger_from": state // saved + 1 if saved else None,
+    }
+
+
+def build(
+    model: Annotated[Path, typer.Argument(help="A converted checkpoint; default: this directory.")] = Path("."),
+    target: Annotated[str, typer.Option(help="See `ligerexport list targets`.")] = "onnx",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write; default: TARGET inside the checkpoint.")
+    ] = None,
+    lowering: Annotated[
+        str | None, typer.Option(help="ort: ONNX Runtime's own operators. portable: primitive ones, for any runtime.")
+    ] = None,
+    max_chunk: Annotated[int, typer.Option(help="Most tokens of one call.")] = 128,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Export a converted checkpoint, and verify it.
+
+    The artifact is compared with the torch model on real prompts and written only if it passes.
+    """
+    common.begin(quiet, debug)
+    from ligerexport.artifact import MANIFEST, open_artifact
+    from ligerexport.exporters.targets import get_target
+
+    lowering = lowering or get_target(target).lowerings[0]
+    output = model / target if output is None else output
+    _check_output(output, force, MANIFEST)
+    config = _converted(model)
+    common.announce("build", model=model, target=target, output=output, lowering=lowering, max_chunk=max_chunk)
+    if dry_run:
+        return _finish(json, f"would write {output}", _describe(model, config) | {"path": str(output)}, None)
+    from ligerexport.exporters.build import build as build_artifact
+
+    path = Path(build_artifact(model, output, target=target, lowering=lowering, max_chunk=max_chunk, force=force,
+                               progress=progress))  # fmt: skip
+    manifest = open_artifact(path, hashes=False).manifest
+    facts = {
+        "path": str(path),
+        "artifact_bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "state_bytes": manifest.bytes.state_per_sequence,
+        "kv_cache_larger_from": manifest.crossover,
+        "verified": _verdict(manifest.verification),
+    }
+    _finish(json, "built and verified", facts, f'ligerexport run {path} "Once upon a time"')
+
+
+def _converted(model: Path) -> LigerConfig:
+    """Return the conversion of a checkpoint that was converted.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+        UsageError: It was not converted.
+    """
+    from ligerexport.checkpoint import check_checkpoint
+
+    config = check_checkpoint(model).config
+    if "liger" not in config:
+        raise UsageError(f"{model} is not converted yet", hint=f"ligerexport convert {model} -o liger")
+    return LigerConfig.from_dict(config["liger"])
+
+
+def _verdict(verification: dict[str, Any]) -> str:
+    error = verification.get("max_logit_error")
+    tokens = verification.get("tokens")
+    parts = [f"{tokens:,} tokens"] if tokens else []
+    parts += [f"largest logit difference {error:.1e}"] if error else []
+    return ", ".join(parts) or "passed"

@@ -1,0 +1,194 @@
+"""`inspect`, `doctor` and `list`: what there is. Their answer is data, on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ligerexport.cli import common
+from ligerexport.cli.common import Debug, Json, Quiet
+from ligerexport.console import format_bytes, out
+from ligerexport.errors import MissingDependency, UsageError, close_matches
+
+
+def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(header))
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    out.print(table)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An artifact or a checkpoint.")] = Path("."),
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a directory is: state, bytes, parity."""
+    common.begin(quiet, debug)
+    from ligerexport.artifact import MANIFEST
+
+    facts = _artifact(path) if (path / MANIFEST).is_file() else _checkpoint(path)
+    if json:
+        return common.finish_json(True, facts)
+    state = facts.pop("state")
+    rows = [(key.replace("_", " "), _plain(key, value)) for key, value in facts.items() if value not in (None, {})]
+    _print_table(("", ""), rows)
+    if state:
+        out.print()
+        _print_table(("state", "shape", "type", "layers", "bytes a sequence"), [
+            (s["name"], str(s["shape"]), s["dtype"], str(s["layers"]),
+             format_bytes(s["bytes"]) if s["bytes"] is not None else "grows") for s in state
+        ])  # fmt: skip
+
+
+def _plain(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{name}={_plain(name, x)}" for name, x in value.items() if not isinstance(x, dict))
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain("", x) for x in value) or "none"
+    if isinstance(value, int) and not isinstance(value, bool) and "bytes" in key:
+        return format_bytes(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _artifact(path: Path) -> dict[str, Any]:
+    from ligerexport.artifact import open_artifact
+
+    manifest = open_artifact(path, runtime=False).manifest
+    return {
+        "kind": "artifact",
+        "target": f"{manifest.target}, {manifest.lowering} lowering, {manifest.precision}",
+        "source": {k: v for k, v in vars(manifest.source).items() if v and k != "files"},
+        "family": manifest.family,
+        "liger": manifest.liger,
+        "model": vars(manifest.model),
+        "weight_bytes": manifest.bytes.weights,
+        "state_bytes": manifest.bytes.state_per_sequence,
+        "state_bytes_per_token": manifest.growth or None,
+        "kv_cache_larger_from": manifest.crossover,
+        "max_chunk": manifest.graph.max_chunk,
+        "requires": manifest.requires,
+        "verification": manifest.verification,
+        "written_by": f"ligerexport {manifest.ligerexport}, format {manifest.format_version}",
+        "files": len(manifest.files) + 1,
+        "state": _group((t.past.rpartition(".")[2], t.shape[1:], t.dtype) for t in manifest.state),
+    }
+
+
+def _group(tensors: Iterable[tuple[str, Sequence[int | str], str]]) -> list[dict[str, Any]]:
+    """Return one row for tensors that are the same in several layers."""
+    rows: dict[tuple[str, tuple[int | str, ...], str], int] = {}
+    for name, shape, dtype in tensors:
+        key = (name, tuple(shape), dtype)
+        rows[key] = rows.get(key, 0) + 1
+    found = []
+    for (name, shape, dtype), layers in rows.items():
+        count: int | None = {"float16": 2, "int64": 8}.get(dtype, 4) * layers
+        for size in shape:
+            count = count * size if isinstance(size, int) and count is not None else None
+        found.append({"name": name, "shape": list(shape), "dtype": dtype, "layers": layers, "bytes": count})
+    return found
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from ligerexport.checkpoint import check_checkpoint
+
+    info = check_checkpoint(path)
+    config = info.config
+    facts: dict[str, Any] = {
+        "kind": "converted checkpoint" if "liger" in config else "checkpoint",
+        "family": str(config["model_type"]).removeprefix("liger_"),
+        "liger": config.get("liger"),
+        "layers": config.get("num_hidden_layers"),
+        "weight_bytes": info.bytes,
+        "weight_types": list(info.dtypes),
+        "tied": info.tied,
+        "files": len(info.files),
+        "state": [],
+    }
+    if "liger" in config:
+        from transformers import AutoConfig
+
+        from ligerexport.mixer import layer_specs
+
+        specs = layer_specs(AutoConfig.from_pretrained(path))
+        tensors = [(t.name, t.shape, "float32" if t.dtype == "activation" else t.dtype)
+                   for spec in specs if spec for t in spec.state()]  # fmt: skip
+        facts["state"] = _group(tensors)
+        facts["state_bytes"] = sum(row["bytes"] for row in facts["state"])
+    return facts
+
+
+def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Say what is missing, and what mends it."""
+    common.begin(quiet, debug)
+    from ligerexport.doctor import examine
+
+    checks = examine()
+    if json:
+        fine = all(check.ok or not check.needed for check in checks)
+        common.finish_json(True, {"ok": fine, "checks": [check.to_dict() for check in checks]})
+    else:
+        _print_table(("", "", "", ""), [
+            ("ok" if c.ok else "missing" if c.needed else "-", c.name, c.found, "" if c.ok else c.mend or "")
+            for c in checks
+        ])  # fmt: skip
+    if any(check.needed and not check.ok for check in checks):
+        raise typer.Exit(MissingDependency.exit_code)
+
+
+def _targets() -> dict[str, str]:
+    from ligerexport.exporters.targets import TARGETS
+
+    return {name: target.doc for name, target in TARGETS.items()}
+
+
+def _gates() -> dict[str, str]:
+    from ligerexport.gates import GATES
+
+    return {name: gate.source for name, gate in GATES.items()}
+
+
+def _families() -> dict[str, str]:
+    from ligerexport.families import FAMILIES
+
+    return {name: f"{f.prefix}ForCausalLM{', query and key norm' if f.qk_norm else ''}" for name, f in FAMILIES.items()}
+
+
+def _presets() -> dict[str, str]:
+    from ligerexport.config import PRESETS
+
+    return {name: preset.doc for name, preset in PRESETS.items()}
+
+
+def _scores() -> dict[str, str]:
+    from ligerexport.memory import SCORES
+
+    return {name: score.doc for name, score in SCORES.items()}
+
+
+_TABLES = {"targets": _targets, "gates": _gates, "families": _families, "presets": _presets, "scores": _scores}
+
+
+def list_(
+    table: Annotated[str, typer.Argument(help=f"One of: {', '.join(_TABLES)}.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """List targets, gates, families, presets, scores."""
+    common.begin(quiet, debug)
+    if table not in _TABLES:
+        raise UsageError(f"unknown table '{table}'", hint=close_matches(table, _TABLES))
+    rows = _TABLES[table]()
+    if json:
+        return common.finish_json(True, rows)
+    _print_table(("", ""), list(rows.items()))

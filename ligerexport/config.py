@@ -1,0 +1,153 @@
+"""What a conversion is: gate, window, sinks, scored slots, mix. `PRESETS` are named rows of it.
+
+No arithmetic here; `ligerexport.state` says which tensors a configuration needs, `ligerexport.kernels` what they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ligerexport.errors import UsageError, close_matches
+from ligerexport.gates import get_gate
+from ligerexport.memory import get_score
+
+
+@dataclass(frozen=True)
+class LigerConfig:
+    """How the attention of a checkpoint becomes a recurrence and a bounded exact memory.
+
+    Attributes:
+        gate: Row of `GATES`.
+        window: Most recent tokens kept exactly, the current one included.
+        sinks: First tokens of a sequence, kept exactly for ever.
+        slots: Pools of further exact slots per KV head: (score, count), in order; what a pool drops competes for the
+            next one.
+        attention_weight: Weight of the softmax over the slots in the mixed output.
+        recurrence_weight: Weight of the gated recurrence; at 0 it is neither computed nor kept.
+        keep_softmax: Layers left as they are, with a growing key-value cache.
+        max_distance: Largest rotary distance in tokens; farther slots are read as if at this distance. None takes
+            the checkpoint's trained length.
+
+    Raises:
+        UsageError: A value makes no sense or a name is in no table.
+    """
+
+    gate: str = "gla"
+    window: int = 64
+    sinks: int = 0
+    slots: tuple[tuple[str, int], ...] = ()
+    attention_weight: float = 0.5
+    recurrence_weight: float = 0.5
+    keep_softmax: tuple[int, ...] = ()
+    max_distance: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slots", tuple((str(name), int(count)) for name, count in self.slots))
+        object.__setattr__(self, "keep_softmax", tuple(sorted({int(layer) for layer in self.keep_softmax})))
+        get_gate(self.gate)
+        for name, count in self.slots:
+            get_score(name)
+            if count < 1:
+                raise UsageError(f"pool '{name}' has {count} slots", hint="give it at least one or leave it out")
+        names = [name for name, _ in self.slots]
+        if len(set(names)) != len(names):
+            raise UsageError(f"a score appears twice in slots: {', '.join(names)}", hint="add the counts up")
+        if self.window < 1 or self.sinks < 0:
+            raise UsageError(
+                f"window {self.window}, sinks {self.sinks}", hint="window is at least 1 (the current token), sinks 0"
+            )
+        if self.attention_weight < 0 or self.recurrence_weight < 0:
+            raise UsageError(
+                f"mix weights {self.attention_weight} and {self.recurrence_weight}", hint="neither may be negative"
+            )
+        if self.max_distance is not None and self.max_distance < self.window:
+            raise UsageError(
+                f"max_distance {self.max_distance} is smaller than the window {self.window}",
+                hint="give at least the window, or leave it out for the checkpoint's trained length",
+            )
+
+    @property
+    def kept(self) -> int:
+        """Slots beside the window: sinks and scored ones."""
+        return self.sinks + sum(count for _, count in self.slots)
+
+    @property
+    def num_slots(self) -> int:
+        """N, all exact slots per KV head."""
+        return self.window + self.kept
+
+    @property
+    def judged(self) -> bool:
+        """Whether a pool needs the linear state that judges novelty."""
+        return any(get_score(name).signal == "novelty" for name, _ in self.slots)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the output contains the gated recurrence."""
+        return self.recurrence_weight > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self) | {"slots": [list(pool) for pool in self.slots], "keep_softmax": list(self.keep_softmax)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LigerConfig:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            UsageError: A key is unknown (a newer version wrote it) or a value makes no sense.
+        """
+        known = cls.__dataclass_fields__
+        for key in data:
+            if key not in known:
+                raise UsageError(f"unknown setting '{key}' in the liger configuration", hint=close_matches(key, known))
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named configuration and what it is for."""
+
+    config: LigerConfig
+    doc: str
+
+
+DEFAULT_PRESET = "memory"
+
+PRESETS: dict[str, Preset] = {
+    "liger": Preset(
+        LigerConfig(gate="gla", window=64),
+        "the paper: window 64, no sinks, half softmax and half recurrence; needs recovery",
+    ),
+    "sinks": Preset(
+        LigerConfig(window=60, sinks=4, attention_weight=1.0, recurrence_weight=0.0),
+        "the control: 4 sinks and a window of 60, softmax only",
+    ),
+    "memory": Preset(
+        LigerConfig(
+            window=60,
+            sinks=4,
+            slots=(("recent_use", 28), ("peak_effect", 18), ("novelty", 18)),
+            attention_weight=1.0,
+            recurrence_weight=0.0,
+        ),
+        "sinks, window and slots kept by a score; best untrained",
+    ),
+}
+
+
+def get_preset(name: str, **changes: Any) -> LigerConfig:
+    """Return the configuration of a preset, with some fields changed.
+
+    Args:
+        name: Row of `PRESETS`.
+        **changes: Fields of `LigerConfig`; None leaves the preset's value.
+
+    Raises:
+        UsageError: No such preset; the hint names close matches.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset '{name}'", hint=close_matches(name, PRESETS))
+    return replace(PRESETS[name].config, **{key: value for key, value in changes.items() if value is not None})

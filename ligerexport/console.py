@@ -1,0 +1,135 @@
+"""How the commands talk: data goes to stdout, everything else to stderr.
+
+Colour, width and `NO_COLOR` are rich's business. Nothing here knows a model; long work takes `progress` as an argument,
+so that library code stays silent by default.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ligerexport.errors import LigerError
+
+Advance = Callable[[float], None]
+Unit = Literal["bytes", "steps"]
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class ProgressFactory(Protocol):
+    """What long work accepts as `progress`: opens one phase and hands back a function that advances it."""
+
+    def __call__(
+        self, description: str, total: float | None = None, unit: Unit = "bytes"
+    ) -> AbstractContextManager[Advance]: ...
+
+
+def silent(description: str, total: float | None = None, unit: Unit = "bytes") -> AbstractContextManager[Advance]:
+    """Report nothing; the default of everything that takes `progress`."""
+    return nullcontext(lambda amount: None)
+
+
+def set_quiet(quiet: bool = True) -> None:
+    """Silence talk on stderr. Data and errors are printed all the same."""
+    err.quiet = quiet
+
+
+def say(message: str) -> None:
+    """Print one line of talk."""
+    err.print(Text(message), soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """Print one line that the user should read although the work goes on."""
+    err.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
+
+
+def data(text: str, *, end: str = "\n") -> None:
+    """Print text on stdout exactly as it is: no markup, no wrapping, no colour."""
+    out.file.write(text + end)
+    out.file.flush()
+
+
+def data_json(value: Any) -> None:
+    """Print a value on stdout as JSON."""
+    data(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def card(title: str, rows: Sequence[tuple[str, str]], *, next_command: str | None = None) -> None:
+    """Print the short summary that ends a command.
+
+    Args:
+        title: What was done, in a few words.
+        rows: Label and value, in order.
+        next_command: What to type next; printed last, unwrapped so that it can be copied.
+    """
+    width = max(len(label) for label, _ in [*rows, ("next", "")])
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True, min_width=width + 2)
+    table.add_column(overflow="fold")
+    for label, value in rows:
+        table.add_row(Text(f"  {label}"), Text(value))
+    err.print(Text(title, style="bold green"))
+    err.print(table)
+    if next_command:  # outside the table, which would wrap it
+        err.print(Text.assemble((f"  {'next':{width}}  ", "dim"), next_command), soft_wrap=True)
+
+
+def print_error(error: LigerError) -> None:
+    """Print an error and its hint; also when quiet."""
+    quiet, err.quiet = err.quiet, False
+    err.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
+    if error.hint:
+        err.print(Text.assemble(("hint: ", "bold cyan"), error.hint), soft_wrap=True)
+    err.quiet = quiet
+
+
+@contextmanager
+def progress(description: str, total: float | None = None, unit: Unit = "bytes") -> Iterator[Advance]:
+    """Show one long phase: a bar on a terminal, one line at its end anywhere else.
+
+    Args:
+        description: The phase, in a few words.
+        total: Amount at which the phase is done; None when it is not known.
+        unit: What the amounts are.
+
+    Yields:
+        A function that takes the amount done since it was last called.
+    """
+    start, done = time.perf_counter(), 0.0
+    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = [TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn()]
+    with Progress(*columns, console=err, transient=True, disable=err.quiet or not err.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+
+        def advance(amount: float) -> None:
+            nonlocal done
+            done += amount
+            bar.advance(task, amount)
+
+        yield advance
+    seconds = time.perf_counter() - start
+    amount = f"{format_bytes(done)} in " if unit == "bytes" and done else ""
+    say(f"{description}: {amount}{seconds:.1f} s")
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes for people, in decimal units."""
+    if abs(count) < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB"):
+        count /= 1000
+        if abs(count) < 999.5:
+            return f"{count:.3g} {unit}"
+    count /= 1000
+    return f"{count:.3g} GB" if abs(count) < 999.5 else f"{count:,.0f} GB"

@@ -1,0 +1,77 @@
+"""Every error that a user is meant to read: what was found, a hint for what to do, and the exit code of the CLI.
+
+Printing them is the business of `ligerexport.console`; anything else that is raised is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LigerError(Exception):
+    """Base of all errors that carry a message for the user.
+
+    Args:
+        message: One line: what was found and what was expected.
+        hint: One line: what to do about it, best a command. Empty text counts as no hint.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint or None
+
+
+class UsageError(LigerError):
+    """An argument or a setting makes no sense."""
+
+    exit_code = 2
+
+
+class SourceError(LigerError):
+    """A model could not be found, fetched or unpacked."""
+
+
+class CheckpointError(LigerError):
+    """A checkpoint directory is incomplete, damaged or in a form that is not read."""
+
+
+class ArtifactError(LigerError):
+    """A built artifact is incomplete, damaged, or not for this version."""
+
+
+class VerificationError(LigerError):
+    """A built graph does not compute what the torch model computes."""
+
+    exit_code = 3
+
+
+class MissingDependency(LigerError):
+    """An optional dependency or a piece of hardware is not there.
+
+    Args:
+        what: The library or device, as the user knows it.
+        extra: The extra of this package that installs it; None when no extra can.
+        hint: Replaces the install command, for what pip cannot install.
+    """
+
+    exit_code = 4
+
+    def __init__(self, what: str, *, extra: str | None = None, hint: str | None = None) -> None:
+        super().__init__(
+            f"{what} is needed for this and was not found",
+            hint=hint or (f"pip install 'ligerexport[{extra}]'" if extra else None),
+        )
+        self.extra = extra
+
+
+def close_matches(name: str, choices: Iterable[str]) -> str:
+    """Return a hint for a name that is in no table: the nearest names, or all of them when none is near."""
+    choices = sorted(choices)
+    near = get_close_matches(name.lower(), choices, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"choose from {', '.join(choices)}" if choices else "there is nothing to choose from"

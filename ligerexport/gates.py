@@ -1,0 +1,48 @@
+"""The gates: how a layer's raw projections become the features and the decay of the gated linear recurrence.
+
+A gate is data, one row of `GATES`, so that the torch side, the reference and the ONNX lowering read the same table.
+What the recurrence does with features and decay is in `ligerexport.kernels`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ligerexport.errors import UsageError, close_matches
+
+FeatureMap = Literal["softmax", "one_minus_sigmoid"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One parameter-free gate made from the key projection.
+
+    Attributes:
+        query_map: Feature map of the query, over the head dimension.
+        key_map: Feature map of the key, over the head dimension.
+        decay_divisor: The decay is `logsigmoid(key) / decay_divisor`, per key channel, in nats a token.
+        source: Where the gate is defined.
+    """
+
+    query_map: FeatureMap
+    key_map: FeatureMap
+    decay_divisor: float
+    source: str
+
+
+GATES: dict[str, Gate] = {
+    "gla": Gate("softmax", "softmax", 16.0, "Liger-GLA, arXiv 2503.01496, equations 6 and 7 and the authors' code"),
+    "hgrn2": Gate("softmax", "one_minus_sigmoid", 1.0, "Liger-HGRN2, arXiv 2503.01496, Table 1 and the authors' code"),
+}
+
+
+def get_gate(name: str) -> Gate:
+    """Return the row of `GATES` with this name.
+
+    Raises:
+        UsageError: No such gate; the hint names close matches.
+    """
+    if name not in GATES:
+        raise UsageError(f"unknown gate '{name}'", hint=close_matches(name, GATES))
+    return GATES[name]

@@ -1,0 +1,348 @@
+"""Write text: sampling, stop strings, streaming, conversations. It needs a `Session` and not what is behind it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from ligerexport.console import ProgressFactory, silent
+from ligerexport.errors import LigerError, UsageError
+from ligerexport.text import Detokenizer, Message, TextModel
+
+if TYPE_CHECKING:
+    from ligerexport.runtime import Session
+
+Finish = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a generation cost.
+
+    Attributes:
+        prompt_tokens: Ids prefilled.
+        new_tokens: Ids sampled, an end-of-text id included.
+        ttft: Seconds from the call to the first token.
+        decode_seconds: Seconds of all later tokens, without the time that the reader of the stream took.
+        state_bytes: Size of the session's state at the end.
+        finish: Why it ended: an end-of-text id, a stop string, or `max_new_tokens`.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft: float
+    decode_seconds: float
+    state_bytes: int
+    finish: Finish
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed of decoding after the first token; None when there was only one."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One sampled token.
+
+    Attributes:
+        text: The text that it completes: possibly none (part of a character or of a stop string), or more than itself.
+        token: Its id.
+        seconds: What it took; for the first token that is the TTFT.
+        finish: Set on the last chunk.
+        summary: Set on the last chunk.
+    """
+
+    text: str
+    token: int
+    seconds: float
+    finish: Finish | None = None
+    summary: Summary | None = None
+
+
+class Sampler:
+    """Choose a token from logits. The same seed and logits give the same tokens.
+
+    Args:
+        temperature: 0 takes the most likely token.
+        top_k: Keep this many most likely tokens (and ties with the last); 0 keeps all.
+        top_p: Then keep the fewest most likely tokens whose probabilities sum to at least this.
+        seed: Of the random numbers; None takes one from the system.
+
+    Raises:
+        UsageError: A value makes no sense.
+    """
+
+    def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> None:
+        if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or (seed is not None and seed < 0):
+            raise UsageError(
+                f"temperature {temperature}, top_k {top_k}, top_p {top_p}, seed {seed}",
+                hint="temperature, top_k and seed are at least 0, top_p is above 0 and at most 1",
+            )
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self._random = np.random.default_rng(seed)
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """Return an id for logits `[V]`.
+
+        Raises:
+            LigerError: The logits are not numbers.
+        """
+        best = int(logits.argmax())  # the first NaN, where there is one
+        if not np.isfinite(logits[best]):
+            raise LigerError(
+                f"the model returned {logits[best]} instead of logits",
+                hint="reset the session, or build the artifact again",
+            )
+        if self.temperature == 0:
+            return best
+        ids, weights = self.distribution(logits)
+        return int(ids[np.searchsorted(weights.cumsum(), self._random.random(), side="right").clip(max=len(ids) - 1)])
+
+    def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids that may be drawn `[N]` and their probabilities `[N]` fp64, for a temperature above 0."""
+        ids = np.arange(len(logits))
+        if 0 < self.top_k < len(logits):
+            ids = np.flatnonzero(logits >= np.partition(logits, -self.top_k)[-self.top_k])
+        scaled = (logits[ids].astype(np.float64) - logits.max()) / self.temperature
+        weights = np.exp(scaled)
+        weights /= weights.sum()
+        if self.top_p < 1:
+            # tokens this unlikely sum to less than 1 - top_p: none is needed, and sorting the rest is much less work
+            likely = np.flatnonzero(weights >= (1 - self.top_p) / len(weights))
+            order = likely[np.argsort(-weights[likely], kind="stable")]
+            count = int(np.searchsorted(weights[order].cumsum(), self.top_p)) + 1
+            ids, weights = ids[order[:count]], weights[order[:count]]
+            weights /= weights.sum()
+        return ids, weights
+
+
+class StopStrings:
+    """Cut a stream of text before the first stop string, also one that arrives in pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Return the text that cannot be part of a stop string, and whether one was found."""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            out, self._held = self._held[: min(found)], ""
+            return out, True
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        out, self._held = self._held[:cut], self._held[cut:]
+        return out, False
+
+    def flush(self) -> str:
+        """Return what was held back; no stop string came of it."""
+        out, self._held = self._held, ""
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that `stop` begins with."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def generate(
+    session: Session,
+    prompt: str | Sequence[int] | None = None,
+    *,
+    messages: Sequence[Message] | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    fresh: bool = True,
+    progress: ProgressFactory = silent,
+) -> Generator[Chunk]:
+    """Continue a prompt, one token after the other.
+
+    When the stream ends or is closed, the session has seen the prompt and every token but the last one.
+
+    Args:
+        session: Of one sequence.
+        prompt: Text, or ids that are taken as they are.
+        messages: A conversation, instead of a prompt.
+        chat: Whether the prompt is a question to put through the chat template.
+        max_new_tokens: Most tokens to sample.
+        temperature: See `Sampler`; 0 takes the most likely token.
+        top_k: See `Sampler`.
+        top_p: See `Sampler`.
+        seed: See `Sampler`.
+        stop: Texts that end the generation and are not part of it.
+        fresh: Whether to reset the session first; otherwise the prompt continues what it has seen.
+        progress: Told about the prefill of long prompts.
+
+    Returns:
+        A generator of chunks, the last with a summary; closing it ends the text there.
+
+    Raises:
+        UsageError: No prompt or two, no tokens, a value that makes no sense, or no chat template.
+        ArtifactError: Text, but the model has no tokenizer.
+    """
+    if (prompt is None) == (messages is None):
+        raise UsageError("a prompt or messages were expected, one of them")
+    sampler = Sampler(temperature, top_k, top_p, seed)
+    text = None
+    if messages is not None or isinstance(prompt, str):
+        text = text_model(session.artifact.directory)
+    if messages is None and chat:
+        if not isinstance(prompt, str):
+            raise UsageError("chat takes a prompt of text, not ids")
+        messages = [{"role": "user", "content": prompt}]
+    if text is not None and messages is not None:
+        ids = text.encode(text.render(messages), special=False)
+    elif text is not None:
+        special = fresh or not session.position.any()
+        ids = text.encode(str(prompt), special=special)
+    else:
+        ids = [int(token) for token in prompt or ()]
+        if (session.artifact.directory / "tokenizer.json").is_file():
+            text = text_model(session.artifact.directory)
+    _check(session, ids, max_new_tokens)
+    if fresh:
+        session.reset()
+    return _stream(session, ids, text, sampler, max_new_tokens, StopStrings(stop), progress)
+
+
+def _check(session: Session, ids: Sequence[int], max_new_tokens: int) -> None:
+    if session.batch != 1:
+        raise UsageError(f"this session runs {session.batch} sequences", hint="load the artifact with batch=1")
+    if not ids:
+        raise UsageError("the prompt has no tokens", hint="give at least one token of text")
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens {max_new_tokens}", hint="it is at least 1")
+
+
+def text_model(directory: Path) -> TextModel:
+    """Return the tokenizer and chat template of a directory, read once while they do not change."""
+    file = directory / "tokenizer.json"
+    return _text_model(directory.resolve(), file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+@lru_cache(maxsize=4)
+def _text_model(directory: Path, changed: int) -> TextModel:
+    return TextModel(directory)
+
+
+_PREFILL = 16
+"""Chunks of the engine between two reports of progress."""
+
+
+def _stream(
+    session: Session,
+    ids: Sequence[int],
+    text: TextModel | None,
+    sampler: Sampler,
+    max_new_tokens: int,
+    stops: StopStrings,
+    progress: ProgressFactory,
+) -> Generator[Chunk]:
+    clock = time.perf_counter()
+    prompt = np.asarray(ids, np.int64)
+    with progress("reading the prompt", len(prompt), "steps") as advance:
+        for start in range(0, len(prompt), session.chunk * _PREFILL):
+            part = prompt[start : start + session.chunk * _PREFILL]
+            logits = session.prefill(part)
+            advance(len(part))
+    eos = text.eos_ids if text else frozenset()
+    detokenizer = Detokenizer(text, ids) if text else None
+    ttft = decode = 0.0
+    for count in range(1, max_new_tokens + 1):
+        token, out = sampler(logits[0]), ""
+        finish: Finish | None = None
+        if token in eos:
+            finish = "eos"
+        else:
+            out, stopped = stops.push(detokenizer.push(token) if detokenizer else "")
+            finish = "stop" if stopped else "length" if count == max_new_tokens else None
+        if finish in ("eos", "length"):
+            rest, stopped = stops.push(detokenizer.flush() if detokenizer else "")
+            out += rest + stops.flush()
+        seconds = time.perf_counter() - clock
+        ttft, decode = (seconds, 0.0) if count == 1 else (ttft, decode + seconds)
+        summary = Summary(len(ids), count, ttft, decode, session.state_bytes, finish) if finish else None
+        yield Chunk(out, token, seconds, finish, summary)
+        if finish:
+            return
+        clock = time.perf_counter()
+        logits = session.step(token)
+
+
+class Conversation:
+    """Turns of a chat on one session. The session's state is the only memory: each turn prefills its own text alone.
+
+    Args:
+        session: Of one sequence; what it has seen before is kept.
+        sampler: For all turns.
+        system: A system message, told with the first turn.
+        max_new_tokens: Most tokens of one answer.
+        stop: Texts that end an answer.
+
+    Raises:
+        ArtifactError: The model has no tokenizer.
+        UsageError: It has no chat template.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        sampler: Sampler | None = None,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        stop: Sequence[str] = (),
+    ) -> None:
+        self.session = session
+        self._text = text_model(session.artifact.directory)
+        self._text.next_turn("?")
+        self._sampler = sampler or Sampler()
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._max_new_tokens, self._stop = max_new_tokens, stop
+        self._unseen: list[int] = []  # sampled, shown, and not yet fed to the session
+
+    def say(self, text: str) -> Generator[Chunk]:
+        """Stream the model's answer. Closing the stream ends the answer and leaves a state to go on from."""
+        if self.session.position.any():
+            ids = self._unseen + self._text.encode(self._text.next_turn(text), special=False)
+        else:
+            turns = [*self._system, {"role": "user", "content": text}]
+            ids = self._text.encode(self._text.render(turns), special=False)
+        _check(self.session, ids, self._max_new_tokens)
+        stops = StopStrings(self._stop)
+        self._unseen = []
+        for chunk in _stream(self.session, ids, self._text, self._sampler, self._max_new_tokens, stops, silent):
+            self._unseen = [] if chunk.finish == "eos" else [chunk.token]  # the next turn brings its own end of answer
+            yield chunk
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.session.reset()
+        self._unseen = []
+
+    def save(self, path: Path | str) -> None:
+        """Write the conversation's state to a file."""
+        if self._unseen:
+            self.session.prefill(self._unseen)
+            self._unseen = []
+        self.session.snapshot().save(path)
+
+    def load(self, path: Path | str) -> None:
+        """Go on with a conversation that was saved."""
+        from ligerexport.runtime import Snapshot
+
+        self.session.restore(Snapshot.load(path))
+        self._unseen = []

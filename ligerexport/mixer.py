@@ -1,0 +1,238 @@
+"""The Hugging Face side of the waist: attention modules swapped for `LigerMixer`, and a cache that is the state spec.
+
+The family's own projections, norms, MLPs and `generate` stay; there is no modeling code per family or gate.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from ligerexport.config import LigerConfig
+from ligerexport.errors import UsageError
+from ligerexport.families import FAMILIES, PREFIX, Family, get_family
+from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
+from ligerexport.state import MixerSpec, MixerState
+
+
+def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
+    """Return what the op needs to know of each layer of a converted checkpoint; None is a layer kept as softmax.
+
+    Raises:
+        UsageError: `keep_softmax` names a layer that the model has not.
+        CheckpointError: The family or its rotary embedding is not supported.
+    """
+    liger = LigerConfig.from_dict(config.liger)
+    layers = config.num_hidden_layers
+    if liger.keep_softmax and not 0 <= liger.keep_softmax[0] <= liger.keep_softmax[-1] < layers:
+        raise UsageError(f"keep_softmax {list(liger.keep_softmax)}", hint=f"layers are 0 to {layers - 1}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    _, rotary_scale = get_family(config.model_type).rope(config)
+    spec = MixerSpec(
+        config=liger,
+        q_heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        d_k=head_dim,
+        d_v=head_dim,
+        scale=head_dim**-0.5 * rotary_scale**2,
+        max_distance=liger.max_distance or config.max_position_embeddings,
+    )
+    return [None if layer in liger.keep_softmax else spec for layer in range(layers)]
+
+
+@lru_cache(maxsize=8)
+def _shared_table(inv_freq: tuple[float, ...], max_distance: int, device: torch.device) -> Tensor:
+    """Return one rotary table for all layers of a model."""
+    return rotary_table(torch.tensor(inv_freq), max_distance, BLOCK).to(device)
+
+
+class LigerMixer(nn.Module):
+    """An attention module of the family, its softmax over everything replaced by `liger_mixer`.
+
+    Parameters keep their names, so checkpoints, PEFT and sharding plans work as before.
+    """
+
+    def __init__(self, attention: nn.Module, spec: MixerSpec, inv_freq: tuple[float, ...]):
+        super().__init__()
+        for name, module in attention.named_children():
+            self.add_module(name, module)
+        self.layer_idx: int = attention.layer_idx  # type: ignore[assignment]
+        self.spec = spec
+        self.inv_freq = inv_freq
+
+    def forward(
+        self, hidden_states: Tensor, position_ids: Tensor, past_key_values: Cache | None = None, **_: Any
+    ) -> tuple[Tensor, None]:
+        """Mix `[B, T, hidden]`; `position_ids` `[B or 1, T]` are consecutive, negative on padding."""
+        batch, length, _ = hidden_states.shape
+        spec = self.spec
+        query = self.q_proj(hidden_states).unflatten(-1, (spec.q_heads, spec.d_k))
+        key = self.k_proj(hidden_states).unflatten(-1, (spec.kv_heads, spec.d_k))
+        value = self.v_proj(hidden_states).unflatten(-1, (spec.kv_heads, spec.d_v))
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        state = None if layer is None else layer.state
+        if state is None:
+            state = spec.initial_state(batch, hidden_states.dtype, hidden_states.device)
+        position = position_ids[:, 0].expand(batch)
+        rotary = _shared_table(self.inv_freq, spec.max_distance, hidden_states.device)
+        output, state = liger_mixer(query, key, value, position, state, spec, rotary)
+        if layer is not None:
+            layer.advance(state, length)
+        return self.o_proj(output.flatten(2)), None
+
+
+class LigerLayer(CacheLayerMixin):
+    """The state of one mixer in a transformers cache.
+
+    Attributes:
+        state: Tensors by the names of `MixerSpec.state`; None before the first token.
+        seen: Tokens seen, padding included.
+    """
+
+    def __init__(self, needs_mask: bool):
+        super().__init__()
+        self.state: MixerState | None = None
+        self.seen = 0
+        self.needs_mask = needs_mask
+
+    def advance(self, state: MixerState, tokens: int) -> None:
+        """Take the state after `tokens` more tokens."""
+        self.state, self.seen, self.is_initialized = state, self.seen + tokens, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: the mixer makes the first state."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse keys and values: a mixer keeps a state."""
+        raise TypeError("a converted layer keeps a state, not keys and values; see LigerLayer.advance")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the mask that layers kept as softmax need; without such layers it does not grow."""
+        return (self.seen + query_length if self.needs_mask else query_length), 0
+
+    def get_seq_length(self) -> int:
+        """Return the tokens seen."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name before transformers 5.20
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state, self.seen, self.is_initialized = None, 0, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: a state cannot be rolled back; copy the cache before."""
+        raise NotImplementedError("a recurrent state cannot be cropped; keep a copy.deepcopy of the cache to go back to")
+
+    def _map(self, change: Any) -> None:
+        if self.state is not None:
+            self.state = {name: change(tensor) for name, tensor in self.state.items()}
+
+    def offload(self) -> None:
+        """Move the state to the CPU."""
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Permute sequences for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices` `[B']`."""
+        self._map(lambda x: x.index_select(0, indices.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+
+class LigerCache(Cache):
+    """A transformers cache of constant size: one `LigerLayer` a mixer, a growing layer where softmax was kept."""
+
+    def __init__(self, config: PreTrainedConfig):
+        specs = layer_specs(config)
+        hybrid = any(spec is None for spec in specs)
+        super().__init__(layers=[DynamicLayer() if spec is None else LigerLayer(hybrid) for spec in specs])
+
+
+class _LigerModel:
+    """What a converted model adds to the family's `ForCausalLM`."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        with torch.device("cpu"):  # real numbers even where the model is built without memory
+            inv_freq, _ = get_family(config.model_type).rope(config)
+        frequencies = tuple(inv_freq.tolist())
+        for layer, spec in zip(self.model.layers, layer_specs(config)):  # type: ignore[attr-defined]
+            if spec is not None:
+                layer.self_attn = LigerMixer(layer.self_attn, spec, frequencies)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the family's forward with a constant-size cache; left padding of `attention_mask` `[B, S]` is honoured."""
+        use_cache = self.config.use_cache if use_cache is None else use_cache  # type: ignore[attr-defined]
+        if use_cache and past_key_values is None and not self.training:  # type: ignore[attr-defined]
+            past_key_values = LigerCache(self.config)  # type: ignore[attr-defined]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+            padding = attention_mask.long().argmax(dim=1)
+            columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)[-length:]
+            position_ids = columns - padding[:, None]
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = LigerCache(self.config)  # type: ignore[attr-defined]
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+
+@lru_cache
+def model_classes(family: Family) -> tuple[type[PreTrainedConfig], type[Any]]:
+    """Return the configuration and model class of a converted family, made once and known to the Auto classes."""
+    names = f"Liger{family.prefix}Config", f"Liger{family.prefix}ForCausalLM"
+    base_config, base_model = family.attribute("Config"), family.attribute("ForCausalLM")
+    config_class = type(names[0], (base_config,), {"model_type": PREFIX + family.model_type, "__module__": __name__})
+    model_class = type(
+        names[1], (_LigerModel, base_model), {"config_class": config_class, "__module__": __name__}
+    )
+    AutoConfig.register(PREFIX + family.model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    return config_class, model_class
+
+
+for _family in FAMILIES.values():
+    model_classes(_family)

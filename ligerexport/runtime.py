@@ -1,0 +1,87 @@
+"""Run a model: `load` opens an artifact and returns a `Session`, the same face for every target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ligerexport.artifact import Artifact, open_artifact
+from ligerexport.errors import ArtifactError, close_matches
+from ligerexport.snapshot import Snapshot
+
+__all__ = ["Session", "Snapshot", "load"]
+
+
+class Session(Protocol):
+    """Sequences that advance together through one model, and the state that carries them.
+
+    Calls append: cut a prompt anywhere, call for each piece, get the same logits. One session is for one thread at a
+    time; sessions of one artifact do not share state.
+
+    Attributes:
+        artifact: What it runs.
+        batch: B, sequences.
+        chunk: Prompt tokens a call of the engine.
+    """
+
+    artifact: Artifact
+    batch: int
+    chunk: int
+
+    @property
+    def position(self) -> np.ndarray:
+        """Tokens seen, `[B]` int64."""
+        ...
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state of all sequences, now."""
+        ...
+
+    def prefill(self, ids: Sequence[int] | np.ndarray, padding: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Advance by a prompt `[T]` or `[B, T]`; return the logits after it, `[B, V]`, valid until the next call."""
+        ...
+
+    def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Advance by one token; return as `prefill`."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of the state."""
+        ...
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go to a state that a session of the same model was in."""
+        ...
+
+
+def load(
+    path: Path | str, *, batch: int = 1, threads: int | None = None, chunk: int | None = None, hashes: bool = True
+) -> Session:
+    """Open an artifact for running.
+
+    Args:
+        path: Directory that `build` wrote.
+        batch: Sequences that advance together.
+        threads: Of one operator; None takes the physical cores that this process may use.
+        chunk: Prompt tokens a call; None takes the measured best.
+        hashes: Whether to check the sha256 of every file first.
+
+    Raises:
+        ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
+        MissingDependency: Its runtime is not installed.
+    """
+    artifact = open_artifact(path, hashes=hashes)
+    target = artifact.manifest.target
+    if target == "onnx":
+        from ligerexport.exporters.onnx.session import OnnxSession
+
+        return OnnxSession(artifact, batch=batch, threads=threads, chunk=chunk)
+    raise ArtifactError(f"no runtime here for target '{target}'", hint=close_matches(target, ["onnx"]))

@@ -1,0 +1,183 @@
+"""Directories that appear whole or not at all: written beside their destination, synced, renamed.
+
+Artifacts and checkpoints are both made this way. A killed run leaves a locked-by-nobody directory that the next run
+for the same destination removes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ligerexport.errors import LigerError, UsageError
+
+# Windows has no such locks: there a killed run's directory stays until somebody deletes it.
+fcntl: Any = import_module("fcntl") if os.name == "posix" else None
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def check_destination(destination: Path | str, *, force: bool = False, marker: str) -> None:
+    """Refuse a destination that would lose something.
+
+    Args:
+        destination: Directory to be written.
+        force: Whether an older output of the same kind may be replaced.
+        marker: File that tells such an output from any other directory.
+
+    Raises:
+        UsageError: It is a file, is not empty, or `force` would replace what this program did not write.
+    """
+    path = Path(destination)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UsageError(f"{path} is a file, a directory was expected", hint="choose another place with -o")
+    if not any(path.iterdir()):
+        return
+    if not force:
+        raise UsageError(f"{path} exists and is not empty", hint="choose another place with -o, or add --force")
+    if not (path / marker).is_file():
+        raise UsageError(
+            f"{path} holds other things (no {marker}), so --force will not replace it",
+            hint="choose another place with -o",
+        )
+
+
+@contextmanager
+def staged_directory(destination: Path | str, *, force: bool = False, marker: str) -> Iterator[Path]:
+    """Yield a temporary directory that becomes `destination` when the block ends without an exception.
+
+    The old directory, if `force` lets it be replaced, stays until the new one is whole and synced; where the system
+    can exchange two names (Linux) there is no moment without one of them in place. Any exception removes what was
+    written.
+
+    Args:
+        destination: Directory to make; its parents are made as needed.
+        force: Whether an older output of the same kind may be replaced.
+        marker: See `check_destination`.
+
+    Raises:
+        UsageError: See `check_destination`.
+        LigerError: The disk is full, or the place cannot be written.
+    """
+    path = Path(os.path.abspath(destination))
+    check_destination(path, force=force, marker=marker)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path, marker)
+        stage, lock = _make_stage(path)
+    except OSError as error:
+        raise LigerError(f"cannot write {path}: {error.strerror}", hint="choose another place with -o") from error
+    try:
+        yield stage
+        _sync(stage)
+        check_destination(path, force=force, marker=marker)
+        _replace(stage, path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise LigerError(
+            f"no space left for {path} ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB free), or a limit on the "
+            "size of files; nothing was written",
+            hint="free some space, or choose another disk with -o",
+        ) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        os.close(lock)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}."
+
+
+def _make_stage(path: Path) -> tuple[Path, int]:
+    """Make a temporary directory beside `path` and hold its lock, which dies with this process."""
+    while True:
+        stage = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".partial", dir=path.parent))
+        if fcntl is None:
+            return stage, os.open(os.devnull, os.O_RDONLY)
+        lock = os.open(stage, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if stage.exists():  # else another run took it for stale before it was locked
+                stage.chmod(0o777 & ~_umask())
+                return stage, lock
+        except BlockingIOError:
+            pass
+        os.close(lock)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _remove_stale(path: Path, marker: str) -> None:
+    """Clean up after killed runs: finish or drop what no process holds."""
+    if fcntl is None:
+        return
+    for stage in path.parent.glob(f"{_prefix(path)}*.partial"):
+        lock = os.open(stage, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(stage, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+    backup = path.with_name(f"{_prefix(path)}old")
+    if (backup / marker).is_file() and not path.exists():  # killed between the two renames of `_replace`
+        backup.rename(path)
+
+
+def _sync(directory: Path) -> None:
+    """Bring every file and directory below `directory` to the disk."""
+    if os.name != "posix":
+        return
+    for root, _, files in os.walk(directory, topdown=False):
+        for name in [*files, "."]:
+            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _replace(stage: Path, path: Path) -> None:
+    """Give `stage` the name `path`; what had that name goes to `stage`'s name or away."""
+    if not path.exists():
+        stage.rename(path)
+    elif not _exchange(stage, path):
+        backup = path.with_name(f"{_prefix(path)}old")
+        shutil.rmtree(backup, ignore_errors=True)
+        path.rename(backup)
+        stage.rename(path)
+        shutil.rmtree(backup, ignore_errors=True)
+    if os.name == "posix":
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, where the system and the file system can."""
+    at_fdcwd, rename_exchange = -100, 2
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    arguments = (at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange)
+    return renameat2(*arguments) == 0

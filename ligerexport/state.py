@@ -1,0 +1,96 @@
+"""The state of a mixer: names, shapes, types and initial values, from one place for torch, ONNX and engines.
+
+`MixerSpec` is all that the op needs to know about a layer; nothing in it names a family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ligerexport.config import LigerConfig
+
+if TYPE_CHECKING:
+    import torch
+
+MixerState = dict[str, "torch.Tensor"]
+"""A layer's state by the names of `MixerSpec.state`, each tensor with its leading batch axis."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a layer's state, without its leading batch axis.
+
+    Attributes:
+        name: Name in `past.LAYER.NAME` and `present.LAYER.NAME`.
+        shape: Sizes after `B`.
+        dtype: `float32`, `int64`, or `activation` for the dtype of the model's activations.
+        fill: Initial value of every element.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    fill: float = 0.0
+
+    def nbytes(self, activation_bytes: int = 4) -> int:
+        """Return the bytes of one sequence."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * {"float32": 4, "int64": 8, "activation": activation_bytes}[self.dtype]
+
+
+@dataclass(frozen=True)
+class MixerSpec:
+    """One layer as the op sees it.
+
+    Attributes:
+        config: The conversion.
+        q_heads: H_q, a multiple of H_kv.
+        kv_heads: H_kv.
+        d_k: Width of query and key heads.
+        d_v: Width of value heads.
+        scale: Softmax scale of the slots, usually d_k ** -0.5; YaRN's factor on cosine and sine is squared into it.
+        max_distance: Largest rotary distance in tokens.
+    """
+
+    config: LigerConfig
+    q_heads: int
+    kv_heads: int
+    d_k: int
+    d_v: int
+    scale: float
+    max_distance: int
+
+    def state(self) -> tuple[TensorSpec, ...]:
+        """Return the tensors that carry this layer from one call to the next, in order.
+
+        `recurrent_state` `[B, H_kv, d_k, d_v]` is the gated recurrence; `judge_state` `[B, H_kv, d_k, d_v + 1]` the
+        linear state without decay that judges novelty, its last column the sum of the keys' features; the slots hold
+        keys before rotary embedding, values, positions (-1 is an empty slot) and one score a pool, ordered by position.
+        """
+        c, heads = self.config, self.kv_heads
+        tensors = [
+            TensorSpec("slot_key", (heads, c.num_slots, self.d_k), "activation"),
+            TensorSpec("slot_value", (heads, c.num_slots, self.d_v), "activation"),
+            TensorSpec("slot_position", (heads, c.num_slots), "int64", -1),
+        ]
+        if c.slots:
+            tensors.append(TensorSpec("slot_score", (heads, len(c.slots), c.num_slots), "float32"))
+        if c.recurrent:
+            tensors.append(TensorSpec("recurrent_state", (heads, self.d_k, self.d_v), "float32"))
+        if c.judged:
+            tensors.append(TensorSpec("judge_state", (heads, self.d_k, self.d_v + 1), "float32"))
+        return tuple(tensors)
+
+    def initial_state(
+        self, batch: int, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> MixerState:
+        """Return the state of `batch` sequences that have seen nothing."""
+        import torch
+
+        types = {"activation": dtype, "float32": torch.promote_types(dtype, torch.float32), "int64": torch.int64}
+        return {
+            t.name: torch.full((batch, *t.shape), t.fill, dtype=types[t.dtype], device=device) for t in self.state()
+        }

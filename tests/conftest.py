@@ -1,0 +1,48 @@
+"""Fixtures for all tests: fixed seeds, the built-in model, and what is skipped where."""
+
+from __future__ import annotations
+
+import os
+import random
+from importlib.util import find_spec
+from pathlib import Path
+
+# Before anything imports huggingface_hub: no test may reach a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+
+from ligerexport.console import progress
+from ligerexport.sources import resolve
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take more than a minute")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    cuda = torch.cuda.is_available()
+    reasons = {
+        "gpu": None if cuda else "no CUDA device",
+        "trt": None if cuda and find_spec("tensorrt") else "no TensorRT or no CUDA device",
+        "slow": None if config.getoption("--slow") or "slow" in config.getoption("-m") else "slow; run with --slow",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Directory of the built-in model; mark the tests that use it `real`."""
+    return resolve("smollm2-135m", progress=progress).path

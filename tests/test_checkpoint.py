@@ -1,0 +1,175 @@
+"""Checks of a checkpoint directory: each way in which one is damaged gives one line and a hint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ligerexport.checkpoint import check_checkpoint, checkpoint_files
+from ligerexport.errors import CheckpointError
+
+CONFIG = {"model_type": "llama", "vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 2}
+TENSORS = {
+    "model.embed_tokens.weight": (12, 8),
+    "model.layers.0.self_attn.q_proj.weight": (8, 8),
+    "model.layers.1.self_attn.q_proj.weight": (8, 8),
+    "lm_head.weight": (12, 8),
+}
+INDEX = "model.safetensors.index.json"
+
+
+def write_config(path: Path, **changes: object) -> None:
+    (path / "config.json").write_text(json.dumps(CONFIG | changes))
+
+
+def write_weights(path: Path, names: list[str], file: str = "model.safetensors") -> None:
+    save_file({name: torch.zeros(TENSORS[name], dtype=torch.bfloat16) for name in names}, path / file)
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    """A whole checkpoint in one file, output not tied."""
+    write_config(tmp_path, tie_word_embeddings=False)
+    write_weights(tmp_path, list(TENSORS))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.fixture
+def sharded(single: Path) -> Path:
+    """The same in two shards with an index."""
+    (single / "model.safetensors").unlink()
+    names = list(TENSORS)
+    weight_map = {}
+    for shard, part in (
+        ("model-00001-of-00002.safetensors", names[:2]),
+        ("model-00002-of-00002.safetensors", names[2:]),
+    ):
+        write_weights(single, part, shard)
+        weight_map |= dict.fromkeys(part, shard)
+    (single / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return single
+
+
+def test_single(single: Path) -> None:
+    info = check_checkpoint(single)
+    assert info.files == (single / "model.safetensors",)
+    assert info.bytes == info.files[0].stat().st_size
+    assert info.dtypes == ("BF16",)
+    assert not info.tied
+    assert {name: tensor.shape for name, tensor in info.tensors.items()} == TENSORS
+
+
+def test_sharded(sharded: Path) -> None:
+    info = check_checkpoint(sharded)
+    assert [file.name[:11] for file in info.files] == ["model-00001", "model-00002"]
+    assert checkpoint_files(sharded) == list(info.files)
+    assert info.tensors["lm_head.weight"].file == info.files[1]
+    assert set(info.tensors) == set(TENSORS)
+
+
+def test_tied_without_a_head(single: Path) -> None:
+    write_config(single)
+    write_weights(single, list(TENSORS)[:3])
+    assert check_checkpoint(single).tied
+
+
+def test_tokenizer_can_be_left_out(single: Path) -> None:
+    (single / "tokenizer.json").unlink()
+    check_checkpoint(single, tokenizer=False)
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        check_checkpoint(single)
+
+
+def cut(file: str, size: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        content = (path / file).read_bytes()
+        (path / file).write_bytes(content[:size] if size >= 0 else content + b"x")
+
+    return damage
+
+
+def write(file: str, content: bytes) -> Callable[[Path], None]:
+    return lambda path: (path / file).write_bytes(content) and None
+
+
+def pickle_only(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def adapter_only(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "adapter_model.safetensors")
+
+
+SINGLE_DAMAGE = {
+    "no config": (lambda path: (path / "config.json").unlink(), "no config.json", "holds config.json"),
+    "config not JSON": (write("config.json", b"{"), "is not JSON", "copy or download"),
+    "config without type": (write("config.json", b"{}"), "names no model_type", "config.json"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), "no weights in", "copy or download"),
+    "pickle": (pickle_only, "pickle weights only .pytorch_model.bin.", "save_pretrained"),
+    "adapter": (adapter_only, "LoRA adapter", "merge_and_unload"),
+    "cut in the weights": (cut("model.safetensors", 700), "bytes where its header announces", "cut off"),
+    "cut in the header": (cut("model.safetensors", 60), "too few for its header", "cut off"),
+    "empty": (cut("model.safetensors", 0), "has 0 bytes", "cut off"),
+    "longer": (cut("model.safetensors", -1), "bytes where its header announces", "damaged"),
+    "no header": (write("model.safetensors", b"\x04" + bytes(7) + b"abcd"), "cannot be read", "damaged"),
+    "LFS": (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid"), "pointer", "lfs pull"),
+    "layers": (lambda path: write_config(path, num_hidden_layers=3), "3 layers, layer 2 has no weights", "different"),
+    "more layers": (lambda path: write_config(path, num_hidden_layers=1), "1 layers, the weights have 2", "different"),
+    "shape": (lambda path: write_config(path, hidden_size=9), r"is \[12, 8\], config.json says \[12, 9\]", "different"),
+    "no embedding": (lambda path: write_weights(path, list(TENSORS)[1:]), "no embed_tokens.weight", "different"),
+    "no head": (lambda path: write_weights(path, list(TENSORS)[:3]), "lm_head.weight is missing", "different"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message", "hint"), SINGLE_DAMAGE.values(), ids=list(SINGLE_DAMAGE))
+def test_damage(single: Path, damage: Callable[[Path], None], message: str, hint: str) -> None:
+    damage(single)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        check_checkpoint(single)
+    assert caught.value.hint is not None
+    assert hint in caught.value.hint
+    assert "\n" not in caught.value.message + caught.value.hint
+
+
+def move_tensor(path: Path) -> None:
+    write_weights(path, list(TENSORS)[2:3], "model-00002-of-00002.safetensors")
+
+
+SHARDED_DAMAGE = {
+    "missing shard": (
+        lambda path: (path / "model-00002-of-00002.safetensors").unlink(),
+        r"model-00002-of-00002.safetensors is missing .*1 of 2 files",
+    ),
+    "cut shard": (cut("model-00001-of-00002.safetensors", 300), "bytes where its header announces"),
+    "other content": (move_tensor, "places lm_head.weight in model-00002-of-00002.safetensors, which does not hold it"),
+    "index not JSON": (write(INDEX, b"["), "is not JSON"),
+    "index empty": (write(INDEX, b"{}"), "has no weight_map"),
+    "index leaves": (write(INDEX, b'{"weight_map": {"a": "../a.safetensors"}}'), "outside its directory"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), SHARDED_DAMAGE.values(), ids=list(SHARDED_DAMAGE))
+def test_sharded_damage(sharded: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(sharded)
+    with pytest.raises(CheckpointError, match=message):
+        check_checkpoint(sharded)
+
+
+def test_the_directory_itself(single: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(CheckpointError, match="no directory"):
+        check_checkpoint(single / "absent")
+    above = tmp_path_factory.mktemp("above")
+    single.rename(above / "inner")
+    with pytest.raises(CheckpointError) as caught:
+        check_checkpoint(above)
+    assert caught.value.hint == f"did you mean {above / 'inner'}?"
+    (above / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError) as caught:
+        check_checkpoint(above)
+    assert caught.value.hint == f"this is a built artifact; try: ligerexport run {above}"

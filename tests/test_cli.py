@@ -1,0 +1,304 @@
+"""The command: verbs, exit codes, what goes to stdout and what to stderr, typos, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import toy
+
+from ligerexport.artifact import ArtifactWriter
+from ligerexport.cli import main
+from ligerexport.config import PRESETS
+from ligerexport.gates import GATES
+from ligerexport.memory import SCORES
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.build(tmp_path_factory.mktemp("toy") / "artifact")
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact without an end of text."""
+    path = tmp_path_factory.mktemp("toy") / "endless"
+    with ArtifactWriter(path) as writer:
+        toy.write_files(writer.directory)
+        (writer.directory / "generation_config.json").write_text('{"eos_token_id": []}')
+        writer.commit(toy.manifest())
+    return path
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """Run the command in this process."""
+
+    def call(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        assert isinstance(caught.value.code, int)
+        return Result(caught.value.code, captured.out, captured.err)
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "ligerexport", *map(str, arguments)]
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from ligerexport.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: print(sorted({'torch', 'onnxruntime', 'transformers', 'onnx', 'numpy'} & set(sys.modules)))"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for verb in ("convert", "build", "run", "chat", "inspect", "doctor", "list"):
+        assert f"\n  {verb} " in done.stdout
+    for verb in ("recover", "eval", "bench", "demo"):
+        assert f"\n  {verb}" not in done.stdout
+    assert min(seconds) < 0.5
+
+
+def test_running_needs_no_torch(artifact: Path) -> None:
+    code = (
+        "import sys; import ligerexport as lx\n"
+        f"list(lx.generate(lx.load({str(artifact)!r}), 'hi', max_new_tokens=2)); print('torch' in sys.modules, "
+        "'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr
+
+
+def test_no_arguments_is_help_and_version_is_data(cli: Cli) -> None:
+    assert cli() == cli("--help")
+    assert cli("--version").out.startswith("ligerexport 0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error", "hint"),
+    [
+        (["rnu", "x"], 2, "unknown command 'rnu'", "run"),
+        (["run", "x", "y", "--tmperature", "1"], 2, "unknown option '--tmperature'", "--temperature"),
+        (["run"], 2, "Missing argument", "ligerexport run --help"),
+        (["run", "/absent", "hi"], 1, "no directory /absent", "ligerexport build"),
+        (["list", "gate"], 2, "unknown table 'gate'", "gates"),
+        (["convert", "m", "-o", "o", "--preset", "memry"], 2, "unknown preset 'memry'", "did you mean memory?"),
+        (["convert", "m", "-o", "o", "--gate", "gal"], 2, "unknown gate 'gal'", "did you mean gla?"),
+        (["convert", "m", "-o", "o", "--slots", "peek_use=3"], 2, "unknown score 'peek_use'", "did you mean peak_use"),
+        (["convert", "m", "-o", "o", "--slots", "peak_use"], 2, "--slots peak_use", "peak_use=32"),
+        (["convert", "m", "-o", "o", "--keep-softmax", "a"], 2, "--keep-softmax a", "8,16"),
+        (["convert", "m", "-o", "o", "--window", "0"], 2, "window 0", "at least 1"),
+        (["convert", "smolm2-135m", "-o", "o", "--dry-run"], 2, "no model 'smolm2-135m'", "smollm2-135m"),
+        (["convert", "m"], 2, "Missing option", "ligerexport convert --help"),
+        (["build", "--target", "onxn"], 2, "onxn", "onnx"),
+        (["build", "/absent"], 1, "/absent", "config.json"),
+    ],
+)
+def test_mistakes_get_one_line_and_a_hint(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, error: str, hint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cli(*arguments)
+    lines = [line for line in result.err.splitlines() if line.startswith(("error: ", "hint: "))]
+    assert (result.code, result.out, len(lines)) == (code, "", 2), result
+    assert error in lines[0] and hint in lines[1]
+    assert "Traceback" not in result.err and not any(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = subprocess.run(command("run", "/absent", "hi", "--debug"), capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ArtifactError" in done.stderr
+
+
+def test_run_streams_text_to_stdout_and_talks_on_stderr(cli: Cli, artifact: Path) -> None:
+    result = cli("run", artifact, "hello", "-n", 6)
+    told = json.loads(cli("run", artifact, "hello", "-n", 6, "--json").out)
+    assert result.code == 0 and result.out == told["text"] + "\n"
+    for word in (
+        "max_new_tokens=6",
+        "tokens per second",
+        "first token",
+        "state",
+        "KV cache larger",
+        "ligerexport chat",
+    ):
+        assert word in result.err
+    assert (told["prompt_tokens"], told["new_tokens"], told["finish"]) == (6, 6, "length")
+    assert told["state_bytes"] == 48 + 32 * 11
+
+
+def test_quiet_says_nothing_but_errors(cli: Cli, artifact: Path) -> None:
+    assert cli("run", artifact, "hi", "-n", 2, "--quiet").err == ""
+    assert cli("run", artifact, "hi", "-n", 0, "--quiet").err.startswith("error: max_new_tokens 0")
+    assert "run:" in cli("run", artifact, "hi", "-n", 2).err
+
+
+def test_sampling_flags_reach_the_sampler(cli: Cli, artifact: Path) -> None:
+    def text(*flags: object) -> str:
+        return json.loads(cli("run", artifact, "hi", "-n", 20, "-t", 50, "--json", *flags).out)["text"]
+
+    assert text("--seed", 1) == text("--seed", 1) != text("--seed", 2)
+    assert text("--seed", 1, "--top-k", 1) == text("--seed", 2, "--top-p", 0.0001)
+
+
+def test_a_long_prompt_from_a_pipe(artifact: Path) -> None:
+    arguments = command("run", artifact, "-", "-n", 1, "--json")
+    done = subprocess.run(arguments, input="x" * 20_000, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1])["prompt_tokens"] == 20_001
+    assert "reading the prompt" in done.stderr
+
+
+def test_chat_from_a_pipe(artifact: Path, tmp_path: Path) -> None:
+    lines = ["first", "/save kept", "second", "/reset", "/load kept", "second", "/sve x", "/load absent", "/exit", "no"]
+    arguments = command("chat", artifact, "-n", 6, "--json")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        arguments, input="\n".join(lines), capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    turns = json.loads(done.stdout.splitlines()[-1])["turns"]
+    assert done.returncode == 0
+    assert [turn["user"] for turn in turns] == ["first", "second", "second"]
+    assert turns[1] == turns[2] and turns[0]["answer"] != turns[1]["answer"]
+    assert "unknown command '/sve'" in done.stderr and "did you mean /save?" in done.stderr
+    assert "cannot read a state from absent" in done.stderr
+
+
+def test_chat_without_a_template_says_so(tmp_path: Path) -> None:
+    with ArtifactWriter(tmp_path / "plain") as writer:
+        toy.write_files(writer.directory)
+        (writer.directory / "tokenizer_config.json").write_text("{}")
+        writer.commit(toy.manifest())
+    done = subprocess.run(command("chat", tmp_path / "plain"), input="hi\n", capture_output=True, text=True)
+    assert done.returncode == 2 and "no chat template" in done.stderr and "ligerexport run" in done.stderr
+
+
+def test_ctrl_c_while_running_is_130(endless: Path) -> None:
+    with subprocess.Popen(
+        command("run", endless, "hi", "-n", 10_000_000, "-t", 1), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"stopped" in err and b"Traceback" not in err
+
+
+def test_ctrl_c_in_a_chat_stops_the_answer_only(endless: Path) -> None:
+    master, slave = pty.openpty()
+    arguments = command("chat", endless, "-n", 10_000_000, "-t", 1)
+    with subprocess.Popen(arguments, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as process:
+        os.close(slave)
+        seen = b""
+
+        def read() -> None:
+            nonlocal seen
+            assert select.select([master], [], [], 30)[0], f"no more after {seen[-500:]!r}"
+            seen += os.read(master, 65536)
+
+        def expect(word: bytes) -> None:
+            nonlocal seen
+            while word not in seen:
+                read()
+            seen = seen.partition(word)[2]
+
+        expect(b"> ")
+        for question in (b"one", b"two"):
+            os.write(master, question + b"\n")
+            expect(question)
+            expect(b"\n")
+            while len(seen) < 200:
+                read()
+            process.send_signal(signal.SIGINT)
+            expect(b"[stopped")
+            expect(b"> ")
+        process.send_signal(signal.SIGINT)
+        expect(b"again leaves")
+        os.write(master, b"/exit\n")
+        expect(b"2 turns")
+        assert process.wait(30) == 0
+    os.close(master)
+
+
+def test_ctrl_c_and_sigterm_while_building_leave_nothing(tmp_path: Path) -> None:
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import toy; from ligerexport import cli; from ligerexport.artifact import ArtifactWriter\n"
+        "@cli.app.command('write')\n"
+        "def write() -> None:\n"
+        f"    with ArtifactWriter({str(tmp_path / 'artifact')!r}) as writer:\n"
+        "        toy.write_files(writer.directory); print('half', flush=True); time.sleep(60)\n"
+        "cli.main(['write'])\n"
+    )
+    for number, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"half\n"
+            process.send_signal(number)
+            assert process.wait(30) == expected
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_leaves_early(endless: Path) -> None:
+    shell = f"{' '.join(command('run', endless, 'hi', '-n', 100000, '-t', 1))} | head -c 1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, timeout=60)
+    assert b"Traceback" not in done.stderr and len(done.stdout) == 1
+
+
+def test_inspect_tells_what_an_artifact_is(cli: Cli, artifact: Path) -> None:
+    told = json.loads(cli("inspect", artifact, "--json").out)
+    assert told["kind"] == "artifact" and told["verification"] == {"passed": True}
+    assert told["state"][0] == {"name": "recurrent_state", "shape": [8], "dtype": "float32", "layers": 1, "bytes": 32}
+    text = cli("inspect", artifact).out
+    for word in ("recurrent_state", "slot_position", "grows", "ort lowering", "passed=True", "gate=gla"):
+        assert word in text
+
+
+def test_inspect_notices_damage(cli: Cli, tmp_path: Path) -> None:
+    path = toy.build(tmp_path / "artifact")
+    (path / "config.json").write_text("{}")
+    result = cli("inspect", path)
+    assert result.code == 1 and "config.json has 2 bytes" in result.err
+
+
+def test_doctor(cli: Cli) -> None:
+    result = cli("doctor", "--json")
+    told = json.loads(result.out)
+    names = {check["name"] for check in told["checks"]}
+    assert {"python", "cores", "memory", "cache", "model smollm2-135m"} <= names
+    assert result.code == (0 if told["ok"] else 4)
+    assert all(check["mend"] for check in told["checks"] if not check["ok"])
+    assert "python" in cli("doctor").out
+
+
+@pytest.mark.parametrize(("table", "rows"), [("gates", GATES), ("presets", PRESETS), ("scores", SCORES)])
+def test_list_shows_every_row(cli: Cli, table: str, rows: dict[str, object]) -> None:
+    assert list(json.loads(cli("list", table, "--json").out)) == list(rows)
+    assert all(name in cli("list", table).out for name in rows)

@@ -1,0 +1,286 @@
+"""The ONNX graph: its mixer against the torch op, the model against torch, and what the graph promises."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from checkpoints import MEMORY, make_checkpoint
+from torch import Tensor
+
+from ligerexport.config import PRESETS, LigerConfig
+from ligerexport.exporters.onnx.builder import CONTRIB, Builder, graph_input
+from ligerexport.exporters.onnx.graph import build_graph, state_tensors, write_graph, write_weights
+from ligerexport.exporters.onnx.lowerings import LOWERINGS
+from ligerexport.exporters.onnx.mixer import Frame, candidates, mixer, rotary_tables
+from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
+from ligerexport.exporters.verify import sort_slots, state_error
+from ligerexport.gates import GATES
+from ligerexport.kernels.ops import liger_mixer, rotary_table
+from ligerexport.state import MixerSpec
+
+OUTPUT = 5e-5
+STATE = 1e-5
+LOGITS = 2e-4
+CHUNK = 96
+INV_FREQ = 1 / (100 ** (torch.arange(8) / 8))
+
+MIXERS = {
+    "paper": LigerConfig(gate="gla", window=16, max_distance=200),
+    "hgrn2": LigerConfig(gate="hgrn2", window=9, sinks=2, attention_weight=0.7, recurrence_weight=0.4, max_distance=30),
+    "scores": LigerConfig(gate="gla", window=10, sinks=3, max_distance=25,
+                          slots=(("use", 2), ("novelty", 3), ("peak_use", 4), ("peak_effect", 2), ("recent_use", 2))),
+    "memory": MEMORY,
+}  # fmt: skip
+
+
+def mixer_graph(spec: MixerSpec, lowering: str) -> onnx.ModelProto:
+    g = Builder()
+    lower = LOWERINGS[lowering](g)
+    ids, position = graph_input("input_ids", "INT64", ("B", "T")), graph_input("position", "INT64", ("B",))
+    widths = {"q": spec.q_heads * spec.d_k, "k": spec.kv_heads * spec.d_k, "v": spec.kv_heads * spec.d_v}
+    projected = tuple(graph_input(name, "FLOAT", ("BT", width)) for name, width in widths.items())
+    types = {t.name: "INT64" if t.dtype == "int64" else "FLOAT" for t in spec.state()}
+    past = {t.name: graph_input(f"past.{t.name}", types[t.name], ("B", *t.shape)) for t in spec.state()}
+    frame = Frame(g, ids, position)
+    tables = rotary_tables(g, INV_FREQ, spec, CHUNK)
+    seen = candidates(frame, spec, tables.rows, [past["slot_position"]])[0]
+    output, present = mixer(lower, frame, spec, tables, projected, past, seen)  # type: ignore[arg-type]
+    outputs = [g.output(output, "output", "FLOAT", ("BT", spec.q_heads * spec.d_v))]
+    outputs += [g.output(present[t.name], f"present.{t.name}", types[t.name], ("B", *t.shape)) for t in spec.state()]
+    graph = ir.Graph(
+        [ids, position, *projected, *past.values()], outputs, nodes=g.nodes,
+        initializers=list(g.initializers.values()), opset_imports={"": 21, CONTRIB: 1}, name="mixer",
+    )  # fmt: skip
+    functions = lower.functions(spec.kv_heads, spec.d_k) if spec.config.recurrent or spec.config.judged else []
+    return ir.serde.serialize_model(ir.Model(graph, ir_version=10, functions=functions))
+
+
+class MixerSession:
+    """A mixer graph and its state, called like the torch op."""
+
+    def __init__(self, model: onnx.ModelProto, spec: MixerSpec, batch: int) -> None:
+        self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        self.wanted = {entry.name for entry in self.session.get_inputs()}
+        self.state = {name: x.numpy() for name, x in spec.initial_state(batch, torch.float32).items()}
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, position: Tensor) -> Tensor:
+        batch, length, heads, _ = query.shape
+        feeds = {"input_ids": np.zeros((batch, length), np.int64), "position": position.numpy()}
+        feeds |= {name: x.reshape(batch * length, -1).numpy() for name, x in zip("qkv", (query, key, value))}
+        feeds |= {f"past.{name}": x for name, x in self.state.items()}
+        output, *state = self.session.run(None, {k: v for k, v in feeds.items() if k in self.wanted})
+        self.state = dict(zip(self.state, state))
+        return torch.from_numpy(output).view(batch, length, heads, -1)
+
+
+def mixer_spec(config: LigerConfig) -> MixerSpec:
+    return MixerSpec(config, q_heads=6, kv_heads=2, d_k=16, d_v=24, scale=0.25, max_distance=config.max_distance or 64)
+
+
+def projections(length: int, outliers: bool) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    query, key = (torch.randn(2, length, heads, 16, generator=generator) * 1.5 for heads in (6, 2))
+    value = torch.randn(2, length, 2, 24, generator=generator)
+    if outliers:
+        key[:, ::13, :, :3] = -100
+    return query, key, value
+
+
+def compare_states(expected: dict[str, Any], found: dict[str, np.ndarray], tolerance: float) -> None:
+    ours, theirs = (sort_slots({k: np.asarray(v) for k, v in state.items()}) for state in (expected, found))
+    np.testing.assert_array_equal(ours["slot_position"], theirs["slot_position"])
+    for name, tensor in ours.items():
+        assert state_error(tensor, theirs[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("outliers", [False, True], ids=["plain", "outliers"])
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("cuts", [(96, 44), (1,) * 40 + (7, 1, 92), (63, 1, 76)], ids=["chunks", "steps", "odd"])
+def test_mixer_is_the_torch_op(lowering: str, name: str, outliers: bool, cuts: tuple[int, ...]) -> None:
+    """Two sequences, one with padding on its left, d_k != d_v, three queries a key."""
+    spec = mixer_spec(MIXERS[name])
+    query, key, value = projections(sum(cuts), outliers)
+    session, position, start = MixerSession(mixer_graph(spec, lowering), spec, 2), torch.tensor([0, -9]), 0
+    found = []
+    for length in cuts:
+        part = slice(start, start + length)
+        found.append(session.run(query[:, part], key[:, part], value[:, part], position + start))
+        start += length
+    table = rotary_table(INV_FREQ, spec.max_distance, CHUNK)
+    expected, state = liger_mixer(query, key, value, position, spec.initial_state(2, torch.float32), spec, table)
+    real = position[:, None] + torch.arange(start) >= 0
+    assert (torch.cat(found, dim=1) - expected)[real].abs().max() < OUTPUT
+    compare_states(state, session.state, STATE)
+
+
+def test_function_body_is_the_kernel() -> None:
+    """Runtimes without a kernel for LinearAttention inline the body that the model carries."""
+    spec = mixer_spec(MIXERS["scores"])
+    model = mixer_graph(spec, "ort")
+    inlined = onnx.inliner.inline_local_functions(model)
+    assert not [node for node in inlined.graph.node if node.op_type == "LinearAttention"]
+    sessions = [MixerSession(m, spec, 2) for m in (model, inlined)]
+    query, key, value = projections(60, outliers=True)
+    for part in (slice(0, 37), slice(37, 38), slice(38, 60)):
+        outputs = [
+            s.run(query[:, part], key[:, part], value[:, part], torch.tensor([part.start, part.start])) for s in sessions
+        ]
+        assert (outputs[0] - outputs[1]).abs().max() < OUTPUT
+    compare_states(sessions[0].state, sessions[1].state, STATE)
+
+
+class GraphSession:
+    """A whole graph with its state, two sequences."""
+
+    def __init__(self, spec: ModelSpec, directory: Path, lowering: str) -> None:
+        write_weights(spec, directory)
+        write_graph(spec, directory, lowering=lowering, max_chunk=CHUNK)
+        onnx.checker.check_model(str(directory / "model.onnx"), full_check=True)
+        self.session = onnxruntime.InferenceSession(str(directory / "model.onnx"), providers=["CPUExecutionProvider"])
+        letters = {"B": 2, "P": 0}
+        self.state = {
+            t.past: np.full([letters[n] if isinstance(n, str) else n for n in t.shape], t.fill, t.dtype)
+            for t in state_tensors(spec)
+        }
+
+    def run(self, ids: Tensor, position: Tensor) -> Tensor:
+        feeds = self.state | {"input_ids": ids.numpy(), "position": position.numpy()}
+        wanted = {entry.name for entry in self.session.get_inputs()}
+        logits, *state = self.session.run(None, {k: v for k, v in feeds.items() if k in wanted})
+        self.state = dict(zip(self.state, state))
+        return torch.from_numpy(logits)
+
+
+def check_model(spec: ModelSpec, directory: Path, lowering: str) -> None:
+    """Compare a prompt, its rest, and steps with torch: two sequences, the second with padding on its left."""
+    import ligerexport.mixer
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(spec.path, dtype=torch.float32).eval()
+    cache = ligerexport.mixer.LigerCache(model.config)
+    session, padding = GraphSession(spec, directory, lowering), torch.tensor([0, 5])
+    ids = torch.randint(0, spec.vocab_size, (2, 90 + 64), generator=torch.Generator().manual_seed(1))
+    start = 0
+    for length in (50, 40, *([1] * 64)):
+        part = ids[:, start : start + length]
+        mask = (torch.arange(start + length) >= padding[:, None]).long()
+        with torch.inference_mode():
+            expected = model(part, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
+        found = session.run(part, start - padding)
+        start += length
+        assert (found - expected).abs().max() < LOGITS, f"after {start} tokens"
+    for layer, mixer_spec_ in enumerate(spec.mixers):
+        if mixer_spec_ is not None:
+            state = {t.name: session.state[f"past.{layer}.{t.name}"] for t in mixer_spec_.state()}
+            compare_states(cache.layers[layer].state, state, 10 * STATE)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_model_is_the_torch_model(tmp_path: Path, family: str, gate: str, lowering: str) -> None:
+    config = LigerConfig(gate=gate, window=20, sinks=2, slots=(("peak_effect", 4), ("novelty", 6)))
+    check_model(read_spec(make_checkpoint(tmp_path / "model", config, family)), tmp_path, lowering)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 32},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_rotary_types(tmp_path: Path, rope: dict[str, Any]) -> None:
+    path = make_checkpoint(tmp_path / "model", MEMORY, rope_parameters=rope | {"rope_theta": 5000.0})
+    check_model(read_spec(path), tmp_path, "ort")
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_layers_kept_as_softmax(tmp_path: Path, lowering: str) -> None:
+    """One keeps everything, one has the family's own sliding window of 24."""
+    liger = LigerConfig(window=20, keep_softmax=(0, 2))
+    path = make_checkpoint(tmp_path / "model", liger, "mistral", sliding_window=24)
+    spec = read_spec(path)
+    assert spec.windows == (24, 24, 24)
+    check_model(spec, tmp_path, lowering)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sharded_bf16(tmp_path: Path, tied: bool) -> None:
+    path = make_checkpoint(
+        tmp_path / "model", MEMORY, dtype=torch.bfloat16, shard="40KB", tie_word_embeddings=tied, attention_bias=True
+    )
+    assert len(list(path.glob("*.safetensors"))) > 2
+    spec = read_spec(path)
+    assert spec.tied == tied
+    check_model(spec, tmp_path, "ort")
+
+
+def proto(spec: ModelSpec, lowering: str) -> onnx.ModelProto:
+    return ir.serde.serialize_model(build_graph(spec, lowering=lowering))
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str) -> None:
+    """Every past has one consumer, and its present is computed from what that consumer puts out."""
+    liger = LigerConfig(window=8, sinks=1, slots=(("use", 2), ("novelty", 2)), keep_softmax=(1,))
+    graph = proto(read_spec(make_checkpoint(tmp_path / "model", liger)), lowering).graph
+    producer = {output: node for node in graph.node for output in node.output}
+    for value in graph.input:
+        if not value.name.startswith("past."):
+            continue
+        consumers = [node for node in graph.node if value.name in node.input]
+        assert len(consumers) == 1, value.name
+        todo, seen = [value.name.replace("past.", "present.", 1)], set()
+        while todo:
+            node = producer.get(todo.pop())
+            if node is not None and node.name not in seen:
+                seen.add(node.name)
+                todo.extend(node.input)
+        assert consumers[0].name in seen, value.name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
+    """As many nodes in every layer, no loop, and nothing that the preset does not use."""
+    config = PRESETS[preset].config
+    graphs = [
+        proto(read_spec(make_checkpoint(tmp_path / str(layers), config, num_hidden_layers=layers)), lowering).graph
+        for layers in (2, 3, 5)
+    ]
+    two, three, five = (len(graph.node) for graph in graphs)
+    assert five - three == 2 * (three - two)
+    layers = Counter(node.name.split("/")[0] for node in graphs[2].node if node.name.startswith("layers."))
+    assert len(layers) == 5 and len(set(layers.values())) == 1
+    kinds = Counter(node.op_type for node in graphs[2].node)
+    assert not kinds.keys() & {"If", "Loop", "Scan"}
+    expected = 5 * (config.recurrent + config.judged) if lowering == "ort" else 0
+    assert kinds["LinearAttention"] == expected
+    assert kinds["CumSum"] == (0 if lowering == "ort" else 5 * (config.recurrent + config.judged))
+    names = {value.name.split(".")[2] for value in graphs[2].input if value.name.startswith("past.")}
+    assert ("recurrent_state" in names, "judge_state" in names) == (config.recurrent, config.judged)
+    if lowering == "portable":
+        assert {node.domain for node in graphs[2].node} == {""}
+
+
+def test_weights_keep_their_names(tmp_path: Path) -> None:
+    spec = read_spec(make_checkpoint(tmp_path / "model", MEMORY, tie_word_embeddings=True))
+    graph = proto(spec, "ort").graph
+    names = {tensor.name for tensor in graph.initializer}
+    assert set(spec.weights) - {"lm_head.weight"} <= names
+    readers = [node.op_type for node in graph.node if "model.embed_tokens.weight" in node.input]
+    assert readers == ["Gather", "Gemm"]
