@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,8 +26,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ligerexport.config import PRESETS, LigerConfig
-from ligerexport.mixer import LigerMixer, layer_specs, model_classes
 from ligerexport.families import get_family
+from ligerexport.mixer import layer_specs, model_classes
 
 LENGTH = 8192
 EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -60,7 +61,7 @@ class Text:
             ids: list[int] = []
             for path in sorted(directory.glob("*.txt")):
                 if first <= int(re.match(r"\d{4}", path.name).group()) < last:  # type: ignore[union-attr]
-                    ids += tokenizer(path.read_text()).input_ids + [tokenizer.eos_token_id]
+                    ids += [*tokenizer(path.read_text()).input_ids, tokenizer.eos_token_id]
             return ids
 
         ids = torch.tensor(tokens(split))
@@ -83,14 +84,19 @@ def nll_by_position(model: torch.nn.Module, windows: Tensor, batch: int, chunk: 
             rows.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none"))
         losses.append(torch.cat(rows, dim=1).cpu())
     loss = torch.cat(losses).double()
-    bins = {f"{a}-{b}": loss[:, max(a - 1, 0) : b - 1].mean().item() for a, b in zip(EDGES, EDGES[1:]) if b <= LENGTH}
+    bins = {f"{a}-{b}": loss[:, max(a - 1, 0) : b - 1].mean().item() for a, b in pairwise(EDGES) if b <= LENGTH}
     return bins | {"mean": loss.mean().item()}
 
 
 @torch.no_grad()
 def recall(
-    model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, prose: list[int], said: str, distance: int,
-    trials: int, batch: int,
+    model: torch.nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prose: list[int],
+    said: str,
+    distance: int,
+    trials: int,
+    batch: int,
 ) -> float:
     """Return the share of digits recalled of a five-digit key, said at a random depth of `distance` tokens of prose."""
     rng = random.Random(f"{said} {distance}")

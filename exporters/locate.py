@@ -63,7 +63,7 @@ class _Torch:
         from ligerexport.mixer import LigerCache
 
         self._model: Any = load_model(spec.path, dtype=torch.float32).eval()
-        self._cache = LigerCache(self._model.config)
+        self._cache: Any = LigerCache(self._model.config)
         self._hidden: list[np.ndarray] = []
         for layer in self._model.model.layers:
             layer.register_forward_hook(self._keep)
@@ -82,7 +82,7 @@ class _Torch:
         states = (getattr(layer, "state", None) or {"value": layer.values} for layer in self._cache.layers)
         return [
             {name: tensor.numpy() for name, tensor in state.items()} | {"hidden": hidden}
-            for state, hidden in zip(states, self._hidden)
+            for state, hidden in zip(states, self._hidden, strict=True)
         ]
 
 
@@ -107,9 +107,9 @@ class _Graph:
             self._session = onnxruntime.InferenceSession(str(variant), options, providers=["CPUExecutionProvider"])
         finally:
             variant.unlink()
-        letters = {"B": 1, "P": 0}
+        letters: dict[int | str, int] = {"B": 1, "P": 0}
         self._state = {
-            t.past: np.full([letters.get(n, n) if isinstance(n, str) else n for n in t.shape], t.fill, t.dtype)
+            t.past: np.full([letters[n] if isinstance(n, str) else n for n in t.shape], t.fill, t.dtype)
             for t in manifest.state
         }
         self._position = 0
@@ -120,7 +120,8 @@ class _Graph:
         feeds = self._state | {"input_ids": ids[None], "position": np.array([self._position])}
         wanted = {entry.name for entry in self._session.get_inputs()}
         names = [output.name for output in self._session.get_outputs()]
-        values = dict(zip(names, self._session.run(None, {k: v for k, v in feeds.items() if k in wanted})))
+        results = self._session.run(None, {name: value for name, value in feeds.items() if name in wanted})
+        values = dict(zip(names, results, strict=True))
         self._state = {name: values[name.replace("past.", "present.", 1)] for name in self._state}
         self._position += len(ids)
         return [

@@ -1,8 +1,8 @@
-"""Parity of a built graph with the torch model: logits and state on real text, for prompts cut anywhere, and for steps.
+"""Parity of a built graph with the torch model: logits and state on real text, for prompts cut anywhere and steps.
 
-Torch runs first and only its answers are kept, so the weights are in memory once. A token keeps a slot by comparing fp32
-scores, so two right answers can differ when scores tie; such ties are told apart from errors, counted, and resolved by
-copying torch's state.
+Torch runs first and only its answers are kept, so the weights are in memory once. A token keeps a slot by comparing
+fp32 scores, so two right answers can differ when scores tie; such ties are told apart from errors, counted, and
+resolved by copying torch's state.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def torch_answers(spec: ModelSpec, pieces: list[np.ndarray], steps: int) -> Iter
 
 
 def _torch_state(cache: Any, whole: bool) -> State:
-    """Copy the state of all layers by the graph's names; of those kept as softmax the values alone: the keys are rotated."""
+    """Copy the state of all layers by the graph's names; of those kept as softmax the values: the keys are rotated."""
     state = {}
     for layer, entry in enumerate(cache.layers):
         tensors: dict[str, torch.Tensor] = getattr(entry, "state", None) or {"value": entry.values}
@@ -180,8 +180,8 @@ class Comparison:
         self.result = Result(tolerance=asdict(tolerance))
         self._adrift = False
 
-    def run(self, session: OnnxSession, answers: list[Answer], advance: Any) -> None:
-        """Feed the prompt in torch's pieces and then step; then feed the whole prompt at once.
+    def run(self, session: OnnxSession, answers: list[Answer], advance: Any, prompt: int = PIECES) -> None:
+        """Feed the prompt, the first `prompt` answers, in torch's pieces and then step; then all of it at once.
 
         Raises:
             Mismatch: Something is off.
@@ -189,14 +189,13 @@ class Comparison:
         for i, answer in enumerate(answers):
             logits = session.step(int(answer.ids[0])) if len(answer.ids) == 1 else session.prefill(answer.ids)
             conclusive = self._check(session, answer, logits[0])
-            if conclusive and i >= PIECES - 1:
+            if conclusive and i >= prompt - 1:
                 self._check_choice(answer.logits, logits[0])
             advance(1)
         session.reset()
         self._adrift = False
-        prompt = answers[:PIECES]
-        logits = session.prefill(np.concatenate([answer.ids for answer in prompt]))
-        self._check(session, prompt[-1], logits[0])
+        logits = session.prefill(np.concatenate([answer.ids for answer in answers[:prompt]]))
+        self._check(session, answers[prompt - 1], logits[0])
         advance(1)
         if self.result.near_ties * 2 > self.result.checks:
             raise Mismatch(None, f"{self.result.near_ties} of {self.result.checks} comparisons ended in tied scores")
@@ -312,11 +311,11 @@ def _explain(spec: ModelSpec, artifact: Artifact, answers: list[Answer], mismatc
     from ligerexport.exporters.locate import first_difference
 
     found = first_difference(spec, artifact, np.concatenate([answer.ids for answer in answers]))
-    where = "no layer differs by itself" if found is None else f"layer {found[0]} is the first that differs ({found[1]})"
-    seen = f"{mismatch.what}" if mismatch.layer is None else f"layer {mismatch.layer}: {mismatch.what}"
+    where = "no layer differs by itself"
+    if found is not None:
+        where = f"layer {found[0]} is the first that differs ({found[1]})"
+    seen = mismatch.what if mismatch.layer is None else f"layer {mismatch.layer}: {mismatch.what}"
     return VerificationError(
         f"the {artifact.manifest.lowering} graph does not compute what torch computes: {where}; noticed by: {seen}",
-        hint="nothing was written; please report this with the configuration of the model and the version of onnxruntime",
+        hint="nothing was written; please report this with the model's config.json and the version of onnxruntime",
     )
-
-

@@ -12,7 +12,9 @@ CHUNK = 32
 """Tokens a chunk; the pairwise decay of a chunk takes CHUNK * CHUNK * d_k floats a head."""
 
 
-def gated_linear_attention(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def gated_linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """Run S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = q_t S_t (ONNX LinearAttention, `update_rule="gated"`).
 
     Args:
@@ -27,7 +29,8 @@ def gated_linear_attention(query: Tensor, key: Tensor, value: Tensor, decay: Ten
     """
     outputs = []
     for start in range(0, key.shape[2], CHUNK):
-        q, (k, v, g) = query[:, :, :, start : start + CHUNK], (x[:, :, start : start + CHUNK] for x in (key, value, decay))
+        q = query[:, :, :, start : start + CHUNK]
+        k, v, g = (x[:, :, start : start + CHUNK] for x in (key, value, decay))
         total = g.cumsum(2)
         between = total[:, :, :, None] - total[:, :, None]  # [B, H, T, S, d_k]
         past = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril()[..., None]

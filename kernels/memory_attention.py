@@ -20,20 +20,21 @@ FAINTEST = 1e-30
 """Smallest score whose logarithm ranks an ageing pool."""
 
 
-def rotary_table(inv_freq: Tensor, max_distance: int, ahead: int) -> Tensor:
+def rotary_table(inv_freq: Tensor, max_distance: int, ahead: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Tabulate rotary embedding for offsets from `-max_distance` to `ahead - 1` tokens.
 
     Args:
         inv_freq: `[R]`, radians a token; R is half the rotated width.
         max_distance: Largest distance in tokens.
         ahead: Longest block of tokens, at least 1.
+        dtype: Of the table; it is computed in fp64.
 
     Returns:
-        `[2, max_distance + ahead, R]` fp32, cosine and sine, computed in fp64.
+        `[2, max_distance + ahead, R]`, cosine and sine.
     """
     offset = torch.arange(-max_distance, ahead, dtype=torch.float64, device=inv_freq.device)
     angle = offset[:, None] * inv_freq.double()
-    return torch.stack([angle.cos(), angle.sin()]).float()
+    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

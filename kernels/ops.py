@@ -40,8 +40,8 @@ def liger_mixer(
     """
     outputs = []
     for start in range(0, query.shape[1], BLOCK):
-        block = (x[:, start : start + BLOCK] for x in (query, key, value))
-        output, state = _mix_block(*block, position + start, state, spec, rotary)
+        q, k, v = (x[:, start : start + BLOCK] for x in (query, key, value))
+        output, state = _mix_block(q, k, v, position + start, state, spec, rotary)
         outputs.append(output)
     return torch.cat(outputs, dim=1), state
 
@@ -63,9 +63,11 @@ def _mix_block(
     mixed, slots = memory_attention(q, k, v, novelty, position, state, spec, rotary)
     mixed = config.attention_weight * mixed
     if config.recurrent:
-        features = feature_map(q, gate.query_map), feature_map(k, gate.key_map) * real
+        features_q, features_k = feature_map(q, gate.query_map), feature_map(k, gate.key_map) * real
         decay = torch.nn.functional.logsigmoid(k) / gate.decay_divisor * real
-        recurred, present["recurrent_state"] = gated_linear_attention(*features, v, decay, state["recurrent_state"])
+        recurred, present["recurrent_state"] = gated_linear_attention(
+            features_q, features_k, v, decay, state["recurrent_state"]
+        )
         mixed = mixed + config.recurrence_weight * recurred
     output = mixed.permute(0, 3, 1, 2, 4).reshape(batch, length, spec.q_heads, spec.d_v)
     return output.to(query.dtype), slots | present

@@ -37,7 +37,7 @@ def liger_mixer_reference(
     for b in range(batch):
         for h in range(spec.kv_heads):
             slots = _load_slots(state, b, h)
-            recurrent = present["recurrent_state"][b, h] if spec.config.recurrent else None
+            recurrent = state["recurrent_state"][b, h] if spec.config.recurrent else None
             judge = present["judge_state"][b, h] if spec.config.judged else None
             for t in range(length):
                 now = int(position[b]) + t
@@ -46,9 +46,12 @@ def liger_mixer_reference(
                 q, k, v = query[b, t, h * group : (h + 1) * group], key[b, t, h], value[b, t, h]
                 mixed = spec.config.attention_weight * _attend(q, k, v, now, slots, judge, spec, rotary)
                 if recurrent is not None:
-                    mixed = mixed + spec.config.recurrence_weight * _recur(q, k, v, recurrent, spec)
+                    recurred, recurrent = _recur(q, k, v, recurrent, spec)
+                    mixed = mixed + spec.config.recurrence_weight * recurred
                 output[b, t, h * group : (h + 1) * group] = mixed
             _store_slots(present, b, h, slots)
+            if recurrent is not None:
+                present["recurrent_state"][b, h] = recurrent.detach()
     return output, present
 
 
@@ -57,12 +60,12 @@ def feature_map(x: Tensor, kind: str) -> Tensor:
     return torch.softmax(x, dim=-1) if kind == "softmax" else torch.sigmoid(-x)
 
 
-def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) -> Tensor:
-    """Update `recurrent` `[d_k, d_v]` in place and read it: paper, equation 7; ONNX LinearAttention, `gated`."""
+def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
+    """Update `[d_k, d_v]` and read it: paper, equation 7; ONNX LinearAttention, `gated`."""
     gate = get_gate(spec.config.gate)
     decay = torch.nn.functional.logsigmoid(k) / gate.decay_divisor
-    recurrent.mul_(decay.exp()[:, None]).add_(torch.outer(feature_map(k, gate.key_map), v))
-    return feature_map(q, gate.query_map) @ recurrent
+    recurrent = decay.exp()[:, None] * recurrent + torch.outer(feature_map(k, gate.key_map), v)
+    return feature_map(q, gate.query_map) @ recurrent, recurrent
 
 
 def _attend(
@@ -75,10 +78,12 @@ def _attend(
     slots.append(Slot(k, v, now, scores))
 
     in_window = [now - s.position < config.window for s in slots]
-    kept = _kept([s for s, near in zip(slots, in_window) if not near and s.position >= config.sinks], config.slots)
+    kept = _kept(
+        [s for s, near in zip(slots, in_window, strict=True) if not near and s.position >= config.sinks], config.slots
+    )
     slots[:] = [
         s
-        for s, near in zip(slots, in_window)
+        for s, near in zip(slots, in_window, strict=True)
         if near or s.position < config.sinks or any(s is other for other in kept)
     ]
 
@@ -93,21 +98,22 @@ def _judge(k: Tensor, v: Tensor, judge: Tensor) -> float:
     recalled = phi @ judge
     answer = recalled[:-1] / recalled[-1] if recalled[-1] > 0 else torch.zeros_like(v)
     judge.add_(torch.outer(phi, torch.cat([v, v.new_ones(1)])))
-    return float((v - answer).norm())
+    return (v - answer).norm().item()
 
 
 def _kept(left: list[Slot], pools: tuple[tuple[str, int], ...]) -> list[Slot]:
-    """Return the tokens that keep a slot: the best of the first pool, then of the next among the rest; older on ties."""
+    """Return what keeps a slot: the best of the first pool, then of the next among the rest; older on ties."""
     kept: list[Slot] = []
     for i, (name, count) in enumerate(pools):
-        horizon = get_score(name).horizon
-
-        def rank(s: Slot) -> float:
-            return s.scores[i] if horizon is None else math.log(max(s.scores[i], 1e-30)) + s.position / horizon
-
-        left = sorted(left, key=lambda s: (-rank(s), s.position))
+        left = sorted(left, key=lambda s, i=i, name=name: (-_rank(s.scores[i], s.position, name), s.position))  # type: ignore[misc]
         kept, left = kept + left[:count], left[count:]
     return kept
+
+
+def _rank(value: float, position: int, name: str) -> float:
+    """Return what a pool ranks by: the score, or its logarithm with what age takes off."""
+    horizon = get_score(name).horizon
+    return value if horizon is None else math.log(max(value, 1e-30)) + position / horizon
 
 
 def _rotate(x: Tensor, offset: int, spec: MixerSpec, rotary: Tensor) -> Tensor:
@@ -137,9 +143,9 @@ def _score(logits: Tensor, now: int, slots: list[Slot], spec: MixerSpec) -> None
             if score.first_distance(config.window) <= now - s.position < config.window:
                 received = weight[:, j] * (s.value.norm() if score.by_value else 1.0)
                 if score.reduce == "max":
-                    s.scores[i] = max(s.scores[i], float(received.max()))
+                    s.scores[i] = max(s.scores[i], received.max().item())
                 else:
-                    s.scores[i] += float(received.sum())
+                    s.scores[i] += received.sum().item()
 
 
 def _load_slots(state: MixerState, b: int, h: int) -> list[Slot]:
@@ -163,8 +169,8 @@ def _store_slots(present: MixerState, b: int, h: int, slots: list[Slot]) -> None
     empty = present["slot_position"].shape[-1] - len(slots)
     present["slot_position"][b, h] = -1
     for n, s in enumerate(slots, start=empty):
-        present["slot_key"][b, h, n] = s.key
-        present["slot_value"][b, h, n] = s.value
+        present["slot_key"][b, h, n] = s.key.detach()
+        present["slot_value"][b, h, n] = s.value.detach()
         present["slot_position"][b, h, n] = s.position
         if "slot_score" in present:
             present["slot_score"][b, h, :, n] = torch.tensor(s.scores, dtype=present["slot_score"].dtype)

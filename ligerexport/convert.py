@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ligerexport.checkpoint import check_checkpoint
 from ligerexport.config import DEFAULT_PRESET, LigerConfig, get_preset
 from ligerexport.console import ProgressFactory, silent
-from ligerexport.errors import CheckpointError
+from ligerexport.errors import CheckpointError, UsageError
 from ligerexport.families import PREFIX, get_family
 from ligerexport.sources import resolve
 from ligerexport.staging import staged_directory
@@ -57,6 +57,7 @@ def convert(
         CheckpointError: It is incomplete, damaged, or of a family that is not supported.
     """
     liger = get_preset(preset, **changes)
+    _check_output(Path(output))
     source = resolve(model, progress=progress)
     info = check_checkpoint(source.path)
     config = converted_config(dict(info.config), liger)
@@ -74,6 +75,13 @@ def convert(
     return Path(output)
 
 
+def _check_output(output: Path) -> None:
+    """Refuse to replace a checkpoint that was not made by a conversion: it may be the only copy."""
+    config = output / "config.json"
+    if config.is_file() and '"liger"' not in config.read_text():
+        raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
+
+
 def converted_config(config: dict[str, Any], liger: LigerConfig) -> dict[str, Any]:
     """Return the config.json of the converted checkpoint, checked against what the op supports.
 
@@ -82,7 +90,7 @@ def converted_config(config: dict[str, Any], liger: LigerConfig) -> dict[str, An
         CheckpointError: The family or its rotary embedding is not supported.
     """
     if "model_type" not in config:
-        raise CheckpointError("config.json names no model_type", hint="save the model with transformers' save_pretrained")
+        raise CheckpointError("config.json names no model_type", hint="save it with transformers' save_pretrained")
     family = get_family(config["model_type"])
     config = config | {
         "model_type": PREFIX + family.model_type,

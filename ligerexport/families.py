@@ -1,4 +1,4 @@
-"""The families of checkpoints: which transformers classes they are, and the few facts that the mixer and the graph need.
+"""The families of checkpoints: which transformers classes they are, and the few facts that others need of them.
 
 A new family is a row of `FAMILIES`. Nothing here imports torch before a row is used.
 """

@@ -6,7 +6,7 @@ The family's own projections, norms, MLPs and `generate` stay; there is no model
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +57,18 @@ class LigerMixer(nn.Module):
     Parameters keep their names, so checkpoints, PEFT and sharding plans work as before.
     """
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+
     def __init__(self, attention: nn.Module, spec: MixerSpec, inv_freq: tuple[float, ...]):
         super().__init__()
         for name, module in attention.named_children():
             self.add_module(name, module)
-        self.layer_idx: int = attention.layer_idx  # type: ignore[assignment]
+        self.layer_idx = cast(int, attention.layer_idx)
         self.spec = spec
         self.inv_freq = inv_freq
 
@@ -77,7 +84,7 @@ class LigerMixer(nn.Module):
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
 
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        layer = None if past_key_values is None else cast(LigerLayer, past_key_values.layers[self.layer_idx])
         state = None if layer is None else layer.state
         if state is None:
             state = spec.initial_state(batch, hidden_states.dtype, hidden_states.device)
@@ -134,7 +141,7 @@ class LigerLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: a state cannot be rolled back; copy the cache before."""
-        raise NotImplementedError("a recurrent state cannot be cropped; keep a copy.deepcopy of the cache to go back to")
+        raise NotImplementedError("a recurrent state cannot be cropped; go back to a copy.deepcopy of the cache")
 
     def _map(self, change: Any) -> None:
         if self.state is not None:
@@ -170,11 +177,11 @@ class _LigerModel:
     """What a converted model adds to the family's `ForCausalLM`."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         with torch.device("cpu"):  # real numbers even where the model is built without memory
             inv_freq, _ = get_family(config.model_type).rope(config)
         frequencies = tuple(inv_freq.tolist())
-        for layer, spec in zip(self.model.layers, layer_specs(config)):  # type: ignore[attr-defined]
+        for layer, spec in zip(self.model.layers, layer_specs(config), strict=True):  # type: ignore[attr-defined]
             if spec is not None:
                 layer.self_attn = LigerMixer(layer.self_attn, spec, frequencies)
 
@@ -190,9 +197,10 @@ class _LigerModel:
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """Run the family's forward with a constant-size cache; left padding of `attention_mask` `[B, S]` is honoured."""
-        use_cache = self.config.use_cache if use_cache is None else use_cache  # type: ignore[attr-defined]
-        if use_cache and past_key_values is None and not self.training:  # type: ignore[attr-defined]
+        """Run the family's forward with a constant-size cache, honouring left padding in `attention_mask` `[B, S]`."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training  # type: ignore[attr-defined]
+        if use_cache and past_key_values is None:
             past_key_values = LigerCache(self.config)  # type: ignore[attr-defined]
         if attention_mask is not None and attention_mask.ndim == 2:
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
@@ -226,9 +234,7 @@ def model_classes(family: Family) -> tuple[type[PreTrainedConfig], type[Any]]:
     names = f"Liger{family.prefix}Config", f"Liger{family.prefix}ForCausalLM"
     base_config, base_model = family.attribute("Config"), family.attribute("ForCausalLM")
     config_class = type(names[0], (base_config,), {"model_type": PREFIX + family.model_type, "__module__": __name__})
-    model_class = type(
-        names[1], (_LigerModel, base_model), {"config_class": config_class, "__module__": __name__}
-    )
+    model_class = type(names[1], (_LigerModel, base_model), {"config_class": config_class, "__module__": __name__})
     AutoConfig.register(PREFIX + family.model_type, config_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     return config_class, model_class

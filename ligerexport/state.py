@@ -84,9 +84,7 @@ class MixerSpec:
             tensors.append(TensorSpec("judge_state", (heads, self.d_k, self.d_v + 1), "float32"))
         return tuple(tensors)
 
-    def initial_state(
-        self, batch: int, dtype: torch.dtype, device: torch.device | str | None = None
-    ) -> MixerState:
+    def initial_state(self, batch: int, dtype: torch.dtype, device: torch.device | str | None = None) -> MixerState:
         """Return the state of `batch` sequences that have seen nothing."""
         import torch
 

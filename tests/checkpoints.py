@@ -24,7 +24,12 @@ MEMORY = LigerConfig(
 
 
 def make_checkpoint(
-    path: Path, liger: LigerConfig, family: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "1GB", **sizes: Any
+    path: Path,
+    liger: LigerConfig,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    shard: str = "1GB",
+    **sizes: Any,
 ) -> Path:
     """Write a converted checkpoint of a random model."""
     torch.manual_seed(0)

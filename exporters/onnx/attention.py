@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
+from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable, rotate
-from ligerexport.exporters.onnx.mixer import Frame
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.kernels.memory_attention import MASKED
 
@@ -50,14 +52,14 @@ def softmax_attention(
         first = g.op("Sub", g.op("Add", frame.position, frame.length), count)
         return g.op("Add", g.op("Unsqueeze", first, g.const([1])), index)
 
+    def turn(x: ir.Value, memo: str, position: Callable[[], ir.Value], axes: list[int]) -> ir.Value:
+        cos, sin = g.once(memo, lambda: tuple(g.op("Unsqueeze", y, g.const(axes)) for y in angles(position())))
+        return rotate(g, x, cos, sin, half, d)
+
     column = g.once("kept_columns", columns)
-    row_angles = g.once("kept_rows", lambda: tuple(g.op("Unsqueeze", x, g.const([2, 3])) for x in angles(frame.now())))
-    column_angles = g.once(
-        "kept_angles", lambda: tuple(g.op("Unsqueeze", x, g.const([1])) for x in angles(column))
-    )
-    query = g.transpose(rotate(g, query, *row_angles, half, d), 0, 2, 1, 3, 4)  # [B, H, T, G, d]
+    query = g.transpose(turn(query, "kept_rows", frame.now, [2, 3]), 0, 2, 1, 3, 4)  # [B, H, T, G, d]
     logits = lower.scores(
-        g.reshape(query, 0, 0, -1, d), rotate(g, key, *column_angles, half, d), spec.scale
+        g.reshape(query, 0, 0, -1, d), turn(key, "kept_angles", lambda: column, [1]), spec.scale
     )  # [B, H, T * G, C]
 
     def mask() -> ir.Value:
@@ -69,12 +71,10 @@ def softmax_attention(
         return g.op("Unsqueeze", seen, g.const([1, 3]))  # [B, 1, T, 1, C]
 
     groups = g.once(
-        ("groups", group), lambda: g.concat(g.const([0, 0]), frame.length, g.const([group, -1]), axis=0)
+        ("kept_groups", group), lambda: g.concat(g.const([0, 0]), frame.length, g.const([group, -1]), axis=0)
     )
     logits = g.op("Where", g.once(("kept_mask", window), mask), g.op("Reshape", logits, groups), g.floats(MASKED))
     weights = g.op("Softmax", logits, axis=-1)
     flat = g.op("Concat", g.const([0, 0, -1]), g.op("Shape", key, start=2, end=3), axis=0)
     mixed = g.op("Reshape", g.op("MatMul", g.op("Reshape", weights, flat), value), groups)
     return g.reshape(g.transpose(mixed, 0, 2, 1, 3, 4), -1, spec.q_heads * d), {"key": key, "value": value}
-
-

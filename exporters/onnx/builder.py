@@ -70,9 +70,8 @@ class Builder:
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         """Add an initializer under the tensor's own name."""
         assert tensor.name is not None
-        value = ir.Value(
-            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
-        )
+        shape = ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
         self.initializers[tensor.name] = value
         return value
 

@@ -1,7 +1,7 @@
 """A converted checkpoint as an ONNX graph: the model around the mixers, and its weights in one external data file.
 
-Weights keep their names and the orientation `[out, in]` of the checkpoint, so a file is copied and never transposed, and
-a tied embedding is stored once: `Gather` and `Gemm` read the same rows.
+Weights keep their names and the orientation `[out, in]` of the checkpoint, so a file is copied and never transposed,
+and a tied embedding is stored once: `Gather` and `Gemm` read the same rows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import onnx_ir as ir
 
 from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Axis, Builder, graph_input
+from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import LOWERINGS
-from ligerexport.exporters.onnx.mixer import Frame, candidates, mixer, rotary_tables
+from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.state import TensorSpec
 
@@ -132,12 +133,12 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
             normed, residual = lower.add_norm(mixed, residual, after, spec.norm_eps)
             gate = lower.silu(linear(normed, f"{name}.mlp.gate_proj"))
             x = linear(g.op("Mul", gate, linear(normed, f"{name}.mlp.up_proj")), f"{name}.mlp.down_proj")
-            if i + 1 < len(spec.mixers):
-                following = weight(f"model.layers.{i + 1}.input_layernorm.weight")
-                normed, residual = lower.add_norm(x, residual, following, spec.norm_eps)
-                residual.name = f"hidden.{i}"
-    last = [g.op("Gather", frame.per_token(y, spec.hidden_size), g.const(-1), axis=1) for y in (x, residual)]
-    normed, residual = lower.add_norm(*last, weight("model.norm.weight"), spec.norm_eps)
+        if i + 1 < len(spec.mixers):
+            following = weight(f"model.layers.{i + 1}.input_layernorm.weight")
+            normed, residual = lower.add_norm(x, residual, following, spec.norm_eps)
+            residual.name = f"hidden.{i}"
+    x, residual = (g.op("Gather", frame.per_token(y, spec.hidden_size), g.const(-1), axis=1) for y in (x, residual))
+    normed, residual = lower.add_norm(x, residual, weight("model.norm.weight"), spec.norm_eps)
     residual.name = f"hidden.{len(spec.mixers) - 1}"
     logits = linear(normed, "model.embed_tokens" if spec.tied else "lm_head")
 
@@ -195,7 +196,7 @@ def write_graph(spec: ModelSpec, directory: Path, *, lowering: str = "ort", max_
             data.seek(end)
             data.write(tensor.tobytes())
             value.const_value = ir.ExternalTensor(
-                DATA_FILE, end, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+                DATA_FILE, end, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )
             end = _align(end + tensor.nbytes)
     ir.save(model, directory / GRAPH_FILE)

@@ -34,9 +34,9 @@ class Portable:
         return []
 
     def rms_norm(self, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
-        """Norm the last axis."""
+        """Norm the last axis; in the form that ONNX Runtime fuses."""
         g = self.g
-        mean = g.op("ReduceMean", g.op("Mul", x, x), g.const([-1]))
+        mean = g.op("ReduceMean", g.op("Pow", x, g.floats(2)), g.const([-1]))
         scaled = g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.floats(eps))))
         return g.op("Mul", scaled, weight)
 
@@ -59,9 +59,10 @@ class Portable:
         g = self.g
 
         def rows(values: ir.Value) -> ir.Value:
-            return g.op("Slice", values, g.const([0]), length, g.const([0]))
+            first = ("rows", values.name)
+            return g.once(first, lambda: g.op("Slice", values, g.const([0]), length, g.const([0])))
 
-        cos, sin = (g.once(("rows", values.name), lambda values=values: rows(values)) for values in (table.cos, table.sin))
+        cos, sin = rows(table.cos), rows(table.sin)
         return rotate(g, x, cos, sin, table.half, d_k)
 
     def rotate_keys(self, x: ir.Value, table: Table, row: ir.Value, heads: int, d_k: int) -> ir.Value:
@@ -81,7 +82,10 @@ class Portable:
         heads: tuple[int, int],
         d_k: int,
     ) -> tuple[ir.Value, ir.Value]:
-        """Run ONNX LinearAttention, `gated`, scale 1: packed `[B, T, H * d]` in, output and state out; heads are H_q, H_kv."""
+        """Run ONNX LinearAttention, `gated`, scale 1: packed `[B, T, H * d]` in, output and state out.
+
+        `heads` are H_q and H_kv.
+        """
         return pairwise_linear_attention(self.g, query, key, value, state, decay, heads[1], d_k)
 
 
@@ -91,10 +95,6 @@ class Ort(Portable):
     def functions(self, kv_heads: int, d_k: int) -> list[ir.Function]:
         """Return the body of `LinearAttention` for runtimes without a kernel for it; for these head counts only."""
         return [linear_attention_function(kv_heads, d_k)]
-
-    def rms_norm(self, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
-        """Norm the last axis."""
-        return self.g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=eps, stash_type=1)
 
     def add_norm(self, x: ir.Value, residual: ir.Value, weight: ir.Value, eps: float) -> tuple[ir.Value, ir.Value]:
         """Return the norm of the sum, and the sum."""
@@ -198,9 +198,9 @@ def _causal(g: Builder, key: ir.Value) -> ir.Value:
 def linear_attention_function(kv_heads: int, d_k: int) -> ir.Function:
     """Return `com.microsoft::LinearAttention` as a model-local function, right for these heads and the gated rule."""
     g = Builder(function=True)
-    names = ("query", "key", "value", "past_state", "decay")
-    inputs = [ir.Value(name=name) for name in names]
-    output, state = pairwise_linear_attention(g, *inputs, kv_heads, d_k)
+    inputs = [ir.Value(name=name) for name in ("query", "key", "value", "past_state", "decay")]
+    query, key, value, past, decay = inputs
+    output, state = pairwise_linear_attention(g, query, key, value, past, decay, kv_heads, d_k)
     output.name, state.name = "output", "present_state"
     graph = ir.Graph(inputs, [output, state], nodes=g.nodes, opset_imports={"": OPSET})
     attributes = [

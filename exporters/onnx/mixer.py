@@ -1,4 +1,4 @@
-"""One layer's mixer as graph nodes: the same semantics as `ligerexport.kernels.ops.liger_mixer` for one chunk of T tokens.
+"""One layer's mixer as graph nodes, for one chunk of T tokens: what `ligerexport.kernels.ops.liger_mixer` says.
 
 Every `past` tensor has one consumer. Names in the comments are axes: C = N + T candidates, G queries of a group.
 """
@@ -13,6 +13,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from ligerexport.exporters.onnx.builder import Builder
+from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable, Table
 from ligerexport.gates import FeatureMap, get_gate
 from ligerexport.kernels.memory_attention import FAINTEST, MASKED, rotary_table
@@ -43,92 +44,11 @@ def rotary_tables(g: Builder, inv_freq: Tensor, spec: MixerSpec, max_chunk: int)
     far = np.stack([rotary[0, :1], -rotary[1, :1]]).repeat(ahead, axis=1)
 
     def table(name: str, values: np.ndarray) -> Table:
-        cos, sin = (g.table(f"rotary.{name}.{kind}", np.ascontiguousarray(x)) for kind, x in zip(("cos", "sin"), values))
-        return Table(cos, sin, half)
+        cos, sin = (np.ascontiguousarray(x) for x in values)
+        return Table(g.table(f"rotary.{name}.cos", cos), g.table(f"rotary.{name}.sin", sin), half)
 
     near = rotary[:, spec.max_distance :]
     return RotaryTables(table("keys", rotary), table("near", near), table("far", far), rotary.shape[1])
-
-
-class Frame:
-    """What all layers share in one call: sizes, positions and padding. Computed at most once.
-
-    Args:
-        g: The graph.
-        input_ids: `[B, T]`.
-        position: `[B]`, tokens seen.
-    """
-
-    def __init__(self, g: Builder, input_ids: ir.Value, position: ir.Value) -> None:
-        self.g, self.position = g, position
-        self.length = g.op("Shape", input_ids, start=1, end=2)
-        self.batch_length = g.op("Shape", input_ids)
-        self.batch = g.op("Shape", input_ids, start=0, end=1)
-
-    def per_token(self, x: ir.Value, *shape: int) -> ir.Value:
-        """Reshape `[B * T, ...]` to `[B, T, *shape]`."""
-        g = self.g
-        target = g.once(("per_token", shape), lambda: g.concat(self.batch_length, g.const(shape), axis=0))
-        return g.op("Reshape", x, target)
-
-    def steps(self) -> ir.Value:
-        """Return 0 to T - 1, `[T]` int64."""
-        g = self.g
-        return g.once("steps", lambda: g.op("Range", g.const(0), g.op("Squeeze", self.length), g.const(1)))
-
-    def now(self) -> ir.Value:
-        """Return the position of each token `[B, T]` int64."""
-        g = self.g
-        return g.once(
-            "now", lambda: g.op("Add", g.op("Unsqueeze", self.position, g.const([1])), self.steps())
-        )
-
-    def row(self, offset: int) -> ir.Value:
-        """Return the row of each query in the table of keys plus `offset`, `[T, 1]` fp32."""
-        g = self.g
-
-        def make() -> ir.Value:
-            t = g.op("Cast", g.op("Add", self.steps(), g.const(offset)), to=ir.DataType.FLOAT)
-            return g.op("Unsqueeze", t, g.const([1]))
-
-        return g.once(("row", offset), make)
-
-    def real(self, scale: float = 1.0) -> ir.Value:
-        """Return `scale` for tokens and 0 for padding, `[B, T, 1]` fp32."""
-        g = self.g
-
-        def make() -> ir.Value:
-            values = g.op("Where", g.op("Less", self.now(), g.const(0)), g.floats(0), g.floats(scale))
-            return g.op("Unsqueeze", values, g.const([2]))
-
-        return g.once(("real", scale), make)
-
-    def filled(self, value: float, *shape: int) -> ir.Value:
-        """Return `[B, *shape]` fp32 of one value; 0 stands for T, -1 for T + 1."""
-        g = self.g
-
-        def make() -> ir.Value:
-            sizes = {0: self.length, -1: g.op("Add", self.length, g.const([1]))}
-            parts = [sizes[size] if size in sizes else g.const([size]) for size in shape]
-            return g.op("ConstantOfShape", g.concat(self.batch, *parts, axis=0), value=ir.tensor(np.float32([value])))
-
-        return g.once(("filled", value, shape), make)
-
-    def candidates(self, slots: int) -> ir.Value:
-        """Return C, `[1]`."""
-        g = self.g
-        return g.once(("C", slots), lambda: g.op("Add", self.length, g.const([slots])))
-
-    def columns(self, slots: int) -> tuple[ir.Value, ir.Value]:
-        """Return 0 to C - 1, and C to 2 C - 1, `[C]` fp32."""
-        g = self.g
-
-        def make() -> tuple[ir.Value, ir.Value]:
-            index = g.op("Range", g.const(0), g.op("Squeeze", self.candidates(slots)), g.const(1))
-            later = g.op("Add", index, self.candidates(slots))
-            return tuple(g.op("Cast", x, to=ir.DataType.FLOAT) for x in (index, later))  # type: ignore[return-value]
-
-        return g.once(("columns", slots), make)
 
 
 @dataclass(frozen=True)
@@ -161,8 +81,8 @@ def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -
     """
     g, config, cap, layers = frame.g, spec.config, spec.max_distance, len(past)
 
-    def split(x: ir.Value) -> list[Any]:
-        return list(g.op("Split", x, outputs=layers, axis=0, num_outputs=layers)) if layers > 1 else [x]
+    def by_layer(x: ir.Value) -> list[Any]:
+        return split(g, x, layers, axis=0)
 
     base = g.op("Tile", frame.position, g.const([layers])) if layers > 1 else frame.position  # [L * B]
     base = g.op("Unsqueeze", base, g.const([1, 2]))
@@ -181,24 +101,29 @@ def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -
     near = g.op("LessOrEqual", leaving, stays)
     always = g.op("And", g.op("GreaterOrEqual", frame.row(cap), born), near)
     within = g.op("LessOrEqual", frame.row(0), birth)
-    none = [None] * layers
+    none: list[Any] = [None] * layers
     columns = g.op("Squeeze", position, g.const([2]))
-    left = split(g.op("Not", near)) if config.slots else none
+    left = by_layer(g.op("Not", near)) if config.slots else none
     counts, ages = [], []
     for score in (get_score(name) for name, _ in config.slots):
         counted = aged = none
         if score.signal == "received":
             first = frame.row(cap - score.first_distance(config.window))
-            counted = split(g.op("And", g.op("LessOrEqual", leaving, born), g.op("GreaterOrEqual", first, born)))
+            counted = by_layer(g.op("And", g.op("LessOrEqual", leaving, born), g.op("GreaterOrEqual", first, born)))
         if score.horizon is not None:
-            aged = split(g.op("Div", g.op("Cast", columns, to=ir.DataType.FLOAT), g.floats(score.horizon)))
+            aged = by_layer(g.op("Div", g.op("Cast", columns, to=ir.DataType.FLOAT), g.floats(score.horizon)))
         counts.append(counted)
         ages.append(aged)
-    by_layer = zip(split(columns), split(table_row), split(always), left, split(within))
+    masks = by_layer(columns), by_layer(table_row), by_layer(always), left, by_layer(within)
     return [
-        Candidates(*masks, tuple(pool[i] for pool in counts), tuple(pool[i] for pool in ages))
-        for i, masks in enumerate(by_layer)
+        Candidates(*layer, tuple(x[i] for x in counts), tuple(x[i] for x in ages))
+        for i, layer in enumerate(zip(*masks, strict=True))
     ]
+
+
+def split(g: Builder, x: ir.Value, parts: int, axis: int) -> list[ir.Value]:
+    """Split one axis into equal parts."""
+    return list(g.op("Split", x, outputs=parts, axis=axis, num_outputs=parts)) if parts > 1 else [x]
 
 
 def mixer(
@@ -231,7 +156,8 @@ def mixer(
     present: dict[str, ir.Value] = {}
     novelty = features = None
     if config.judged:
-        features = g.op("Mul", g.op("Softmax", keys, axis=-1), g.once("real4", lambda: g.op("Unsqueeze", frame.real(), g.const([3]))))
+        real = g.once("real4", lambda: g.op("Unsqueeze", frame.real(), g.const([3])))
+        features = g.op("Mul", g.op("Softmax", keys, axis=-1), real)
         novelty, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
     mixed, kept = Slots(lower, frame, spec, tables, seen).attend(query, keys, values, novelty, past)
     mixed = _scaled(g, mixed, config.attention_weight)
@@ -271,9 +197,9 @@ def _judge(
     key = g.op("Pad", features, g.const([0, 1, 0, 0, 0, 0, 0, 0]))
     query = g.op("Pad", features, g.const([0, 0, 0, 0, 0, 1, 0, 0]))
     extended = g.op("Pad", values, g.const([0, 1, 0, 0, 0, 0, 0, 1]), g.floats(1))
-    packed = (g.reshape(x, 0, 0, -1) for x in (query, key, extended))
+    query, key, extended = (g.reshape(x, 0, 0, -1) for x in (query, key, extended))
     still = frame.filled(0.0, -1, heads * spec.d_k)
-    recalled, state = lower.linear_attention(*packed, state, still, (heads, heads), spec.d_k)
+    recalled, state = lower.linear_attention(query, key, extended, state, still, (heads, heads), spec.d_k)
     recalled = g.reshape(g.slice(recalled, 0, -1, 1), 0, 0, heads, spec.d_v + 1)
     total, weight = g.op("Split", recalled, g.const([spec.d_v, 1]), outputs=2, axis=-1)
     answer = g.op("Div", total, g.op("Max", weight, g.floats(TINY)))
@@ -292,7 +218,7 @@ class Slots:
         self, query: ir.Value, keys: ir.Value, values: ir.Value, novelty: ir.Value | None, past: dict[str, ir.Value]
     ) -> tuple[ir.Value, dict[str, ir.Value]]:
         """Return the output `[B * T, H_q * d_v]` and the slots after the last token."""
-        g, spec, heads = self.g, self.spec, self.spec.kv_heads
+        g, spec = self.g, self.spec
         key = g.concat(past["slot_key"], g.transpose(keys, 0, 2, 1, 3), axis=2)  # [B, H, C, d_k]
         value = g.concat(past["slot_value"], g.transpose(values, 0, 2, 1, 3), axis=2)
         logits = self._logits(query, key)
@@ -339,18 +265,15 @@ class Slots:
         rotated = self.lower.rotate_keys(key, self.tables.keys, self.seen.row, heads, spec.d_k)
         return g.op("Where", self.seen.within, scored(self.tables.near, rotated), scored(self.tables.far, key))
 
-    def _scores(
-        self, logits: ir.Value, value: ir.Value, novelty: ir.Value | None, past: ir.Value
-    ) -> list[ir.Value]:
-        """Return the scores `[B, H, 1, C]` of all candidates for each pool, complete once a token has left the window."""
+    def _scores(self, logits: ir.Value, value: ir.Value, novelty: ir.Value | None, past: ir.Value) -> list[ir.Value]:
+        """Return the scores `[B, H, 1, C]` of all candidates by pool, complete once a token has left the window."""
         g, spec = self.g, self.spec
         rows = [get_score(name) for name, _ in spec.config.slots]
         nothing = self.frame.filled(0.0, spec.kv_heads, 1, 0)
         fresh = [novelty if score.signal == "novelty" else nothing for score in rows]
         carried = g.concat(past, self._join(fresh), axis=3)
-        scores = g.op("Split", carried, outputs=len(rows), axis=2, num_outputs=len(rows)) if len(rows) > 1 else [carried]
-        scores, local = list(scores), None
-        for i, (score, counts) in enumerate(zip(rows, self.seen.counts)):
+        scores, local = split(g, carried, len(rows), axis=2), None
+        for i, (score, counts) in enumerate(zip(rows, self.seen.counts, strict=True)):
             if counts is None:
                 continue
             if local is None:
@@ -372,7 +295,7 @@ class Slots:
         there are always enough; a rank above `MASKED` tells the candidates.
         """
         g, visible = self.g, self.seen.always
-        for (_, count), rank, age in zip(self.spec.config.slots, scores, self.seen.ages):
+        for (_, count), rank, age in zip(self.spec.config.slots, scores, self.seen.ages, strict=True):
             if age is not None:
                 rank = g.op("Add", g.op("Log", g.op("Max", rank, g.floats(FAINTEST))), age)
             ranked = g.op("Where", self.seen.left, g.op("Unsqueeze", rank, g.const([2])), g.floats(MASKED))

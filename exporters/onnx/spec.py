@@ -122,7 +122,8 @@ def _window(config: Any, layer: int) -> int | None:
 def _check_weights(spec: ModelSpec, intermediate: int) -> None:
     """Check name, shape and dtype of every weight that the graph uses."""
     d, q, kv = spec.hidden_size, spec.q_heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    expected: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, d), "model.norm.weight": (d,)}
+    expected: dict[str, tuple[int, ...]] = {"model.norm.weight": (d,)}
+    expected["model.embed_tokens.weight"] = spec.vocab_size, d
     if not spec.tied:
         expected["lm_head.weight"] = (spec.vocab_size, d)
     shapes = {"input_layernorm": (d,), "post_attention_layernorm": (d,), "self_attn.q_proj": (q, d),

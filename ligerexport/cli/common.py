@@ -29,11 +29,12 @@ def begin(quiet: bool, debug: bool) -> None:
 
 def announce(verb: str, **arguments: Any) -> None:
     """Say what will be done, with every argument resolved."""
-    given = [f"{name}={_plain(value)}" for name, value in arguments.items() if value is not None]
+    given = [f"{name}={plain(value)}" for name, value in arguments.items() if value is not None]
     say(f"{verb}: " + "  ".join(given))
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """Return a setting as it would be typed: pools as `score=count`, lists with commas."""
     if isinstance(value, (tuple, list)):
         return ",".join("=".join(map(str, x)) if isinstance(x, (tuple, list)) else str(x) for x in value) or "none"
     return str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +49,8 @@ def convert(
         "keep_softmax": common.parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
     config = get_preset(preset, **changes)
+    if output.resolve() == Path(model).expanduser().resolve():
+        raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
     _check_output(output, force, "config.json")
     common.announce("convert", model=model, output=output, preset=preset, **vars(config))
     if dry_run:
@@ -68,7 +71,7 @@ def _check_output(output: Path, force: bool, marker: str) -> None:
 def _finish(json: bool, title: str, facts: dict[str, Any], next_command: str | None) -> None:
     """End with the card and, if wanted, JSON."""
     common.finish_json(json, facts)
-    labels = {"state_bytes": "state", "kv_cache_larger_from": "KV cache larger"}
+    labels = {"path": "where", "weight_bytes": "weights"}
     rows = []
     for key, value in facts.items():
         if key == "kv_cache_larger_from":
@@ -138,6 +141,7 @@ def build(
     The artifact is compared with the torch model on real prompts and written only if it passes.
     """
     common.begin(quiet, debug)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars while torch loads; ours say as much
     from ligerexport.artifact import MANIFEST, open_artifact
     from ligerexport.exporters.targets import get_target
 

@@ -53,7 +53,7 @@ def _plain(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return "  ".join(f"{name}={_plain(name, x)}" for name, x in value.items() if not isinstance(x, dict))
     if isinstance(value, (list, tuple)):
-        return ", ".join(_plain("", x) for x in value) or "none"
+        return common.plain(value)
     if isinstance(value, int) and not isinstance(value, bool) and "bytes" in key:
         return format_bytes(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)

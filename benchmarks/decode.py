@@ -1,0 +1,159 @@
+"""Time and memory of one decoded token against the length of the context: an artifact and the original Transformer.
+
+    python benchmarks/decode.py ARTIFACT MODEL -o benchmarks/results/decode.json
+
+Every engine at every context is a process of its own; they are timed in turns, a block of tokens each, so that all see
+the same machine. The Transformer's cache is filled with random keys and values of the right shape (its time does not
+depend on what they hold, and a prompt of 32,768 tokens takes hours on two cores); the artifact reads real tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+CONTEXTS = (128, 1024, 8192, 32768)
+ENGINES = ("ligerexport", "transformers eager", "transformers sdpa")
+
+
+def memory() -> dict[str, int]:
+    """Return resident bytes of this process, now and at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return {"rss": int(fields["VmRSS"].split()[0]) * 1024, "peak": int(fields["VmHWM"].split()[0]) * 1024}
+
+
+class Artifact:
+    """An artifact that has read `context` tokens."""
+
+    def __init__(self, path: str, context: int, threads: int) -> None:
+        import ligerexport as lx
+
+        self.session = lx.load(path, threads=threads)
+        vocab = self.session.artifact.manifest.model.vocab_size
+        self.session.prefill([(7 * i) % (vocab - 100) + 50 for i in range(context)])
+
+    def step(self) -> None:
+        """Decode one token."""
+        logits = self.session.step(11)
+        assert logits.shape[0] == 1
+
+
+class Transformer:
+    """The original model in transformers with a cache of `context` tokens."""
+
+    def __init__(self, path: str, context: int, threads: int, attention: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, DynamicCache
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+        config = self.model.config
+        self.cache, self.context = DynamicCache(config=config), context
+        for layer in range(config.num_hidden_layers):
+            shape = (1, config.num_key_value_heads, context, config.head_dim)
+            self.cache.update(torch.randn(shape), torch.randn(shape), layer)
+        self.token = torch.tensor([[11]])
+
+    def step(self) -> None:
+        """Decode one token; the cache grows by it."""
+        self.model(self.token, past_key_values=self.cache, use_cache=True)
+
+
+def work(engine: str, path: str, context: int, threads: int) -> None:
+    """Answer on stdout: for each line `n` on stdin, the milliseconds of n tokens, then memory."""
+    runner: Any
+    if engine == "ligerexport":
+        runner = Artifact(path, context, threads)
+    else:
+        runner = Transformer(path, context, threads, attention=engine.split()[-1])
+    runner.step()
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        times = []
+        for _ in range(int(line)):
+            begin = time.perf_counter()
+            runner.step()
+            times.append((time.perf_counter() - begin) * 1e3)
+        print(json.dumps({"ms": times, **memory()}), flush=True)
+
+
+def spawn(engine: str, path: str, context: int, threads: int) -> subprocess.Popen[str]:
+    """Start a worker and wait until it is ready."""
+    command = [sys.executable, __file__, "--work", engine, path, str(context), str(threads)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline()) == "ready", engine
+    return process
+
+
+def main() -> None:
+    """Measure and write the table."""
+    if sys.argv[1:2] == ["--work"]:
+        engine, path, context, threads = sys.argv[2:]
+        return work(engine, path, int(context), int(threads))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact")
+    parser.add_argument("model")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=8, help="tokens a block")
+    parser.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
+    args = parser.parse_args()
+    workers = {}
+    for context in args.contexts:
+        for engine in ENGINES:
+            path = args.artifact if engine == "ligerexport" else args.model
+            workers[engine, context] = spawn(engine, path, context, args.threads)
+            print(f"ready: {engine} at {context}", file=sys.stderr, flush=True)
+    samples: dict[tuple[str, int], list[float]] = {key: [] for key in workers}
+    last: dict[tuple[str, int], dict[str, Any]] = {}
+    for turn in range(args.rounds + 1):
+        for key, process in workers.items():
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(f"{args.tokens}\n")
+            process.stdin.flush()
+            last[key] = json.loads(process.stdout.readline())
+            if turn:  # the first is a warm-up
+                samples[key].append(statistics.median(last[key]["ms"]))
+    for process in workers.values():
+        process.kill()
+    rows = []
+    for (engine, context), medians in samples.items():
+        row = {"engine": engine, "context": context, "ms_per_token": statistics.median(medians)}
+        row |= {"ms_low": min(medians), "ms_high": max(medians), "rss": last[engine, context]["rss"]}
+        rows.append(row | {"peak": last[engine, context]["peak"]})
+    versions = {name: version(name) for name in ("torch", "transformers", "onnxruntime")}
+    result = {
+        "command": "python " + " ".join(sys.argv),
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": args.threads},
+        "versions": versions | {"python": platform.python_version()},
+        "blocks": args.rounds,
+        "tokens_a_block": args.tokens,
+        "rows": rows,
+    }
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    for row in rows:
+        time_ms = "{ms_per_token:8.2f} ms ({ms_low:.2f} to {ms_high:.2f})".format(**row)
+        print(f"{row['engine']:20s} {row['context']:6d} {time_ms} {row['rss'] / 1e6:8.0f} MB")
+    print(json.dumps(result))
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Level 1: the chunked op against the plain loop, for every gate and score: cuts, padding, strong gates, gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from ligerexport.config import PRESETS, LigerConfig
+from ligerexport.gates import GATES
+from ligerexport.kernels.memory_attention import rotary_table
+from ligerexport.kernels.ops import BLOCK, liger_mixer
+from ligerexport.kernels.reference import liger_mixer_reference
+from ligerexport.memory import SCORES
+from ligerexport.state import MixerSpec, MixerState
+from tests.tolerances import OP_FP32, OP_FP64
+
+SMALL = LigerConfig(window=8, sinks=2, attention_weight=0.7, recurrence_weight=0.3)
+EVERY_SCORE = replace(SMALL, slots=tuple((name, 2 + i) for i, name in enumerate(SCORES)))
+CONFIGS = {
+    "liger": PRESETS["liger"].config,
+    "sinks": PRESETS["sinks"].config,
+    "memory": PRESETS["memory"].config,
+    "every score": EVERY_SCORE,
+    "window of one": replace(SMALL, window=1, sinks=0),
+    **{gate: replace(SMALL, gate=gate) for gate in GATES},
+    **{name: replace(SMALL, slots=((name, 5),), recurrence_weight=0.0) for name in SCORES},
+}
+CAP = 40
+
+
+def make(
+    config: LigerConfig, length: int, dtype: torch.dtype = torch.float64, position: tuple[int, ...] = (0, 3)
+) -> tuple[MixerSpec, list[Tensor], MixerState, Tensor]:
+    """Return a layer with H_q != H_kv and d_k != d_v, inputs `[B, T, H, d]` and position, state, rotary table."""
+    spec = MixerSpec(config, q_heads=6, kv_heads=2, d_k=8, d_v=12, scale=8**-0.5, max_distance=max(CAP, config.window))
+    inputs = [torch.randn(len(position), length, heads, d, dtype=dtype) * 2 for heads, d in ((6, 8), (2, 8), (2, 12))]
+    table = rotary_table(10.0 ** (-torch.arange(3) / 3), spec.max_distance, BLOCK, dtype)
+    return spec, [*inputs, torch.tensor(position)], spec.initial_state(len(position), dtype), table
+
+
+def assert_states_equal(found: MixerState, expected: MixerState, tolerance: float) -> None:
+    """Compare what states mean: empty slots may hold anything."""
+    filled = expected["slot_position"] >= 0
+    assert torch.equal(found["slot_position"], expected["slot_position"])
+    for name, tensor in expected.items():
+        difference = (found[name] - tensor).abs()
+        if name in ("slot_key", "slot_value"):
+            difference = difference[filled]
+        elif name == "slot_score":
+            difference = difference * filled[:, :, None]
+        assert difference.max() <= tolerance * max(1.0, tensor.abs().max().item()), name
+
+
+CASES = [(name, length) for name in CONFIGS for length in (7, 65)] + [
+    ("every score", 1),
+    ("every score", 63),
+    ("every score", 64),
+    ("memory", 150),
+    ("liger", 150),
+]
+
+
+@pytest.mark.parametrize(("name", "length"), CASES)
+def test_chunked_equals_the_loop(name: str, length: int) -> None:
+    spec, inputs, state, table = make(CONFIGS[name], length)
+    expected, expected_state = liger_mixer_reference(*inputs, state, spec, table)
+    found, found_state = liger_mixer(*inputs, state, spec, table)
+    assert (found - expected).abs().max() <= OP_FP64
+    assert_states_equal(found_state, expected_state, OP_FP64)
+
+
+@pytest.mark.parametrize("name", ["liger", "memory", "every score"])
+def test_any_cut_gives_the_same(name: str) -> None:
+    spec, (q, k, v, position), state, table = make(CONFIGS[name], 150)
+    expected, expected_state = liger_mixer(q, k, v, position, state, spec, table)
+    outputs, cuts = [], [0, 1, 2, 30, 31, 94, 149, 150]
+    for start, end in pairwise(cuts):
+        piece = (x[:, start:end] for x in (q, k, v))
+        output, state = liger_mixer(*piece, position + start, state, spec, table)
+        outputs.append(output)
+    assert (torch.cat(outputs, dim=1) - expected).abs().max() <= OP_FP64
+    assert_states_equal(state, expected_state, OP_FP64)
+
+
+def test_padding_on_the_left_changes_nothing() -> None:
+    spec, (q, k, v, _), _, table = make(EVERY_SCORE, 90, position=(0, 0))
+    alone, alone_state = liger_mixer(*(x[:, 20:] for x in (q, k, v)), torch.tensor([0, 0]), spec.initial_state(2, q.dtype), spec, table)  # fmt: skip # noqa: E501
+    padded, padded_state = liger_mixer(q, k, v, torch.tensor([-20, -20]), spec.initial_state(2, q.dtype), spec, table)
+    assert (padded[:, 20:] - alone).abs().max() <= OP_FP64
+    assert padded.isfinite().all()
+    assert_states_equal(padded_state, alone_state, OP_FP64)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_strong_gates_stay_exact(gate: str) -> None:
+    spec, inputs, state, table = make(replace(SMALL, gate=gate), 130, torch.float32)
+    inputs[1][..., 3], inputs[1][..., 5] = -100.0, 100.0
+    expected, expected_state = liger_mixer_reference(*(x.double() for x in inputs[:3]), inputs[3], spec.initial_state(2, torch.float64), spec, table)  # fmt: skip # noqa: E501
+    found, found_state = liger_mixer(*inputs, state, spec, table)
+    assert (found - expected).abs().max() <= OP_FP32 * expected.abs().max()
+    difference = found_state["recurrent_state"] - expected_state["recurrent_state"]
+    assert difference.abs().max() <= OP_FP32 * expected_state["recurrent_state"].abs().max()
+
+
+@pytest.mark.parametrize("name", ["liger", "every score"])
+def test_gradients_equal_those_of_the_loop(name: str) -> None:
+    spec, inputs, state, table = make(CONFIGS[name], 40, position=(0,))
+    weight = torch.randn(1, 40, 6, 12, dtype=torch.float64)
+    gradients = []
+    for op in (liger_mixer, liger_mixer_reference):
+        leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+        output, _ = op(*leaves, inputs[3], state, spec, table)
+        gradients.append(torch.autograd.grad((output * weight).sum(), leaves))
+    for found, expected in zip(*gradients, strict=True):
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_drift_of_fp32_over_2048_steps() -> None:
+    """Step by step in fp32 against fp64 in one go: nothing grows."""
+    config = replace(EVERY_SCORE, window=24, gate="gla")
+    spec, inputs, state, table = make(config, 2048, position=(0,))
+    expected, expected_state = liger_mixer(*inputs, state, spec, table)
+    q, k, v = (x.float() for x in inputs[:3])
+    state = spec.initial_state(1, torch.float32)
+    worst = torch.zeros(2048)
+    for t in range(2048):
+        output, state = liger_mixer(
+            q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], torch.tensor([t]), state, spec, table
+        )
+        worst[t] = (output[0, 0] - expected[0, t]).abs().max()
+    assert worst.max() <= OP_FP32
+    assert worst[1024:].mean() <= 2 * worst[64:1024].mean()
+    assert_states_equal(state, expected_state, 1e-4)
+
+
+def test_exact_slots_beyond_the_rotary_cap_read_as_at_the_cap() -> None:
+    """A sink's logit stops changing once it is farther away than the cap."""
+    config = LigerConfig(window=4, sinks=1, attention_weight=1.0, recurrence_weight=0.0)
+    spec, (q, k, v, _), state, table = make(config, 120, position=(0,))
+    q[:], k[:] = q[:, :1], k[:, :1]
+    output, _ = liger_mixer(
+        q, k, v * 0 + (torch.arange(120) == 0)[None, :, None, None], torch.tensor([0]), state, spec, table
+    )
+    assert (output[:, CAP:] - output[:, CAP : CAP + 1]).abs().max() <= OP_FP64
+    assert (output[:, 5:CAP] - output[:, CAP : CAP + 1]).abs().max() > 1e-3

@@ -1,0 +1,159 @@
+"""Level 2: converted models of every family, with tiny random weights, against transformers and against themselves."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ligerexport.config import LigerConfig
+from ligerexport.convert import convert, load_model
+from ligerexport.families import FAMILIES, get_family
+from ligerexport.mixer import LigerCache, LigerMixer
+from tests.checkpoints import MEMORY, SIZES
+from tests.tolerances import MODEL_FP32
+
+EVERYTHING = LigerConfig(window=200, attention_weight=1.0, recurrence_weight=0.0, max_distance=200)
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+
+
+def make_teacher(
+    path: Path, family: str = "llama", shard: str = "1GB", dtype: torch.dtype = torch.float32, **sizes: Any
+) -> Path:
+    """Write a random checkpoint as transformers' own `save_pretrained` does, with a tokenizer file beside it."""
+    row = get_family(family)
+    model = row.attribute("ForCausalLM")(row.attribute("Config")(**SIZES | sizes)).to(dtype)
+    model.save_pretrained(path, max_shard_size=shard)
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def converted(teacher: Path, config: LigerConfig, **kwargs: Any) -> PreTrainedModel:
+    """Convert through the public function and load."""
+    changes = config.to_dict() | {"slots": config.slots}
+    return load_model(convert(teacher, teacher.with_name("liger"), **changes), **kwargs).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_window_over_everything_is_the_teacher(tmp_path: Path, family: str) -> None:
+    path = make_teacher(tmp_path / "teacher", family)
+    teacher, model = AutoModelForCausalLM.from_pretrained(path).eval(), converted(path, EVERYTHING)
+    assert sum(isinstance(module, LigerMixer) for module in model.modules()) == SIZES["num_hidden_layers"]
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in teacher.named_parameters()}
+    ids = torch.randint(0, SIZES["vocab_size"], (2, 150))
+    with torch.no_grad():
+        assert (model(ids).logits - teacher(ids).logits).abs().max() <= MODEL_FP32
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_scaled_rotary_embeddings(tmp_path: Path, kind: str) -> None:
+    path = make_teacher(tmp_path / "teacher", rope_parameters=ROPES[kind])
+    teacher, model = AutoModelForCausalLM.from_pretrained(path).eval(), converted(path, EVERYTHING)
+    ids = torch.randint(0, SIZES["vocab_size"], (1, 60))
+    with torch.no_grad():
+        assert (model(ids).logits - teacher(ids).logits).abs().max() <= MODEL_FP32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_shards_of_bf16_with_either_head(tmp_path: Path, tied: bool) -> None:
+    path = make_teacher(tmp_path / "teacher", shard="40KB", dtype=torch.bfloat16, tie_word_embeddings=tied)
+    assert len(list(path.glob("*.safetensors"))) > 1
+    teacher = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = converted(path, EVERYTHING)
+    ids = torch.randint(0, SIZES["vocab_size"], (1, 40))
+    with torch.no_grad():
+        assert (model(ids).logits - teacher(ids).logits).abs().max() <= MODEL_FP32
+
+
+@pytest.mark.parametrize("config", [MEMORY, LigerConfig(window=9), LigerConfig(window=9, gate="hgrn2")], ids=str)
+def test_prefill_equals_steps_equals_any_cut(tmp_path: Path, config: LigerConfig) -> None:
+    model = converted(make_teacher(tmp_path / "teacher"), config)
+    ids = torch.randint(0, SIZES["vocab_size"], (2, 100))
+    with torch.no_grad():
+        expected = model(ids).logits
+        for cuts in ([*range(101)], [0, 1, 66, 67, 100]):
+            cache = LigerCache(model.config)
+            pieces = [model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in pairwise(cuts)]
+            assert (torch.cat(pieces, dim=1) - expected).abs().max() <= MODEL_FP32
+            assert cache.get_seq_length() == 100
+
+
+def test_state_does_not_grow(tmp_path: Path) -> None:
+    model = converted(make_teacher(tmp_path / "teacher"), MEMORY)
+    cache, shapes = LigerCache(model.config), set()
+    with torch.no_grad():
+        for _ in range(4):
+            model(torch.randint(0, SIZES["vocab_size"], (1, 40)), past_key_values=cache, use_cache=True)
+            shapes.add(tuple(tuple(t.shape) for layer in cache.layers for t in layer.state.values()))
+    assert len(shapes) == 1
+
+
+def test_layers_kept_as_softmax(tmp_path: Path) -> None:
+    path = make_teacher(tmp_path / "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(path).eval()
+    hybrid = converted(path, replace(MEMORY, keep_softmax=(0, 2)))
+    assert [isinstance(layer.self_attn, LigerMixer) for layer in hybrid.model.layers] == [False, True, False]
+    ids = torch.randint(0, SIZES["vocab_size"], (1, 90))
+    with torch.no_grad():
+        cache = LigerCache(hybrid.config)
+        pieces = [hybrid(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in [(0, 50), (50, 90)]]
+        assert (torch.cat(pieces, dim=1) - hybrid(ids).logits).abs().max() <= MODEL_FP32
+        assert (hybrid(ids).logits - teacher(ids).logits).abs().max() > MODEL_FP32
+        kept = convert(path, tmp_path / "kept", keep_softmax=(0, 1, 2))
+        assert (load_model(kept)(ids).logits - teacher(ids).logits).abs().max() <= MODEL_FP32
+
+
+def test_generate_with_padding_equals_each_alone(tmp_path: Path) -> None:
+    model = converted(make_teacher(tmp_path / "teacher", eos_token_id=None), MEMORY)
+    long, short = torch.randint(3, SIZES["vocab_size"], (1, 40)), torch.randint(3, SIZES["vocab_size"], (1, 23))
+    settings = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    alone = [model.generate(ids, **settings)[0, ids.shape[1] :] for ids in (long, short)]
+    padded = torch.cat([torch.zeros(1, 17, dtype=torch.long), short], dim=1)
+    mask = torch.cat([torch.ones_like(long), (torch.arange(40) >= 17).long()[None]])
+    together = model.generate(torch.cat([long, padded]), attention_mask=mask, **settings)[:, 40:]
+    for found, expected in zip(together, alone, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_beam_search_reorders_the_state(tmp_path: Path) -> None:
+    model = converted(make_teacher(tmp_path / "teacher", eos_token_id=None), MEMORY)
+    ids = torch.randint(3, SIZES["vocab_size"], (1, 40))
+    settings = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
+
+
+def test_save_load_and_a_copied_cache(tmp_path: Path) -> None:
+    model = converted(make_teacher(tmp_path / "teacher"), MEMORY)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    ids = torch.randint(0, SIZES["vocab_size"], (1, 60))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        cache = LigerCache(model.config)
+        model(ids, past_key_values=cache, use_cache=True)
+        copied = copy.deepcopy(cache)
+        first = model(ids[:, :5], past_key_values=cache, use_cache=True).logits
+        assert torch.equal(model(ids[:, :5], past_key_values=copied, use_cache=True).logits, first)
+    with pytest.raises(NotImplementedError, match="deepcopy"):
+        cache.crop(1)
+
+
+def test_training_reaches_every_projection(tmp_path: Path) -> None:
+    model = converted(make_teacher(tmp_path / "teacher"), replace(MEMORY, recurrence_weight=0.5)).train()
+    ids = torch.randint(0, SIZES["vocab_size"], (2, 80))
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name

@@ -1,0 +1,187 @@
+"""`build` writes what passes and nothing else: planted faults are caught and named by their layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import MEMORY, make_checkpoint
+
+from ligerexport.config import LigerConfig
+from ligerexport.errors import CheckpointError, UsageError, VerificationError
+from ligerexport.exporters import verify
+from ligerexport.exporters.build import build
+from ligerexport.exporters.onnx import graph as onnx_graph
+from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
+from ligerexport.runtime import load
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("verify") / "model", MEMORY)
+
+
+@pytest.mark.parametrize("lowering", ["ort", "portable"])
+def test_artifact_runs(checkpoint: Path, tmp_path: Path, lowering: str) -> None:
+    path = build(checkpoint, tmp_path / "engine", lowering=lowering)
+    result = json.loads((path / "manifest.json").read_text())["verification"]
+    assert result["passed"] and result["greedy_tokens"] == result["greedy_tokens_equal"] > 0
+    assert 0 < result["max_logit_error"] < result["tolerance"]["logits"]
+    assert load(path).prefill([3, 4, 5]).shape == (1, 131)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["engine"]
+
+
+def test_layer_kept_as_softmax(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", LigerConfig(window=16, sinks=2, keep_softmax=(1,)))
+    build(model)
+    assert load(model / "onnx").artifact.manifest.growth == 2 * 2 * 16 * 4
+
+
+def swap_layers(spec: ModelSpec, data: np.memmap) -> None:
+    one, other = (_weight(spec, data, f"model.layers.{i}.mlp.down_proj.weight") for i in (1, 2))
+    one[:], other[:] = other.copy(), one.copy()
+
+
+def transpose(spec: ModelSpec, data: np.memmap) -> None:
+    square = _weight(spec, data, "model.layers.2.self_attn.o_proj.weight")
+    square[:] = square.copy().T
+
+
+def flip_key(spec: ModelSpec, data: np.memmap) -> None:
+    _weight(spec, data, "model.layers.1.self_attn.k_proj.weight")[0] *= -1
+
+
+def _weight(spec: ModelSpec, data: np.memmap, name: str) -> np.ndarray:
+    offset, shape = onnx_graph.data_layout(spec)[name]
+    return data[offset : offset + 4 * int(np.prod(shape))].view(np.float32).reshape(shape)
+
+
+@pytest.mark.parametrize(("fault", "layer"), [(swap_layers, 1), (transpose, 2), (flip_key, 1)])
+def test_wrong_weights(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None], layer: int
+) -> None:
+    write = onnx_graph.write_graph
+
+    def broken(spec: ModelSpec, directory: Path, **options: Any) -> None:
+        write(spec, directory, **options)
+        data = np.memmap(directory / onnx_graph.DATA_FILE, mode="r+")
+        fault(spec, data)
+        data.flush()
+
+    monkeypatch.setattr(onnx_graph, "write_graph", broken)
+    with pytest.raises(VerificationError, match=f"layer {layer} is the first that differs"):
+        build(checkpoint, tmp_path / "engine")
+    assert not list(tmp_path.iterdir())
+
+
+def _with(spec: ModelSpec, **changes: Any) -> ModelSpec:
+    mixers = [replace(m, config=replace(m.config, **changes)) for m in spec.mixers if m is not None]
+    return replace(spec, mixers=tuple(mixers))
+
+
+FAULTS: dict[str, Callable[[ModelSpec], ModelSpec]] = {
+    "sink dropped": lambda spec: _with(spec, sinks=1, slots=(("recent_use", 3), ("peak_effect", 4), ("novelty", 6))),
+    "window off by one": lambda spec: _with(
+        spec, window=11, slots=(("recent_use", 3), ("peak_effect", 4), ("novelty", 6))
+    ),
+    "pools swapped": lambda spec: _with(spec, slots=(("recent_use", 3), ("novelty", 4), ("peak_effect", 5))),
+    "rope base": lambda spec: replace(spec, inv_freq=tuple(f * 1.01 for f in spec.inv_freq)),
+    "epsilon": lambda spec: replace(spec, norm_eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_graph(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Such a fault is in every layer; it shows in the first."""
+    write = onnx_graph.write_graph
+    monkeypatch.setattr(onnx_graph, "write_graph", lambda spec, *a, **k: write(FAULTS[fault](spec), *a, **k))
+    with pytest.raises(VerificationError, match="layer 0 is the first that differs"):
+        build(checkpoint, tmp_path / "engine")
+    assert not list(tmp_path.iterdir())
+
+
+def slots(positions: list[int], scores: list[float]) -> dict[str, np.ndarray]:
+    return {
+        "slot_position": np.array([[positions]]),
+        "slot_score": np.array([[[scores]]], np.float32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "near"),
+    [
+        (slots([3, 6, 9], [0.5, 0.25001, 0.125]), True),
+        (slots([3, 6, 9], [0.5, 0.26, 0.125]), False),
+        (slots([3, 6, 8], [0.5, 0.25001, 0.3]), False),
+    ],
+    ids=["tie", "other score", "one tie and one error"],
+)
+def test_near_ties(found: dict[str, np.ndarray], near: bool) -> None:
+    expected = slots([3, 5, 9], [0.5, 0.25, 0.125])
+    assert verify.is_near_tie(expected, found, (("use", 3),), 1e-4) is near
+
+
+def test_a_near_tie_is_counted_and_resolved(checkpoint: Path) -> None:
+    """A session that keeps a token of equal score goes on from torch's state and passes."""
+    spec = read_spec(checkpoint)
+    answers = list(verify.torch_answers(spec, [np.arange(30), np.arange(30, 60)], 3))
+    session = Replay(answers)
+    position = session.state[0]["past.1.slot_position"]
+    changed = position.copy()
+    kept = np.flatnonzero((position[0, 0] > 2) & (position[0, 0] < 15))[0]
+    changed[0, 0, kept] = next(p for p in range(2, 18) if p not in position[0, 0])
+    session.state[0] = session.state[0] | {"past.1.slot_position": changed}
+    comparison = verify.Comparison(spec, replace(verify.TOLERANCES["float32"], tie=0.5))
+    comparison.run(session, answers, lambda amount: None, prompt=2)
+    assert comparison.result.near_ties == 1 and comparison.result.passed
+    assert session.restored == 1
+
+
+class Replay:
+    """A session that answers what it was given, and counts what is restored."""
+
+    def __init__(self, answers: list[verify.Answer]) -> None:
+        self.answers = answers
+        self.state = [answer.state for answer in answers]
+        self.at, self.restored = -1, 0
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        self.at = 1 if len(ids) == 60 else self.at + 1
+        return self.answers[self.at].logits[None]
+
+    def step(self, token: int) -> np.ndarray:
+        self.at += 1
+        return self.answers[self.at].logits[None]
+
+    def reset(self) -> None:
+        self.at = -1
+
+    def snapshot(self) -> Any:
+        from ligerexport.snapshot import Snapshot
+
+        return Snapshot("", np.zeros(1), self.state[self.at])
+
+    def restore(self, snapshot: Any) -> None:
+        self.restored += 1
+
+
+def test_refusals(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown target 'onx'"):
+        build(checkpoint, tmp_path / "a", target="onx")
+    with pytest.raises(UsageError, match="unknown lowering 'portabel'"):
+        build(checkpoint, tmp_path / "a", lowering="portabel")
+    plain = make_checkpoint(tmp_path / "plain", MEMORY)
+    config = json.loads((plain / "config.json").read_text()) | {"model_type": "llama"}
+    (plain / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="is not converted"):
+        build(plain, tmp_path / "a")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("keep me")
+    with pytest.raises(UsageError, match="not empty"):
+        build(checkpoint, tmp_path / "full")
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,8 @@
+"""The numbers that tests hold results to, by level and dtype."""
+
+OP_FP64 = 1e-10
+"""Chunked op against the plain loop in fp64."""
+OP_FP32 = 2e-5
+"""The same in fp32, where keys of 100 make logits of a few hundred."""
+MODEL_FP32 = 2e-4
+"""Logits of a model in fp32, any cut of the prompt, and of a teacher against a window that holds everything."""
