@@ -77,6 +77,16 @@ class Frame:
         g = self.g
         return g.once(("C", slots), lambda: g.op("Add", self.length, g.const([slots])))
 
+    def row_base(self, heads: int, slots: int) -> ir.Value:
+        """Return where the C candidates of each head start when all lie end to end, `[B, H, 1]` int64."""
+        g = self.g
+
+        def make() -> ir.Value:
+            index = g.op("Range", g.const(0), g.op("Squeeze", g.op("Mul", self.batch, g.const([heads]))), g.const(1))
+            return g.reshape(g.op("Mul", index, self.candidates(slots)), -1, heads, 1)
+
+        return g.once(("row_base", heads, slots), make)
+
     def columns(self, slots: int) -> tuple[ir.Value, ir.Value]:
         """Return 0 to C - 1, and C to 2 C - 1, `[C]` fp32."""
         g = self.g

@@ -59,16 +59,19 @@ class Candidates:
         position: `[B, H, 1, C]` int64, -1 for an empty slot.
         row: Row of each in the table of keys, `[B * H, C]` int64.
         always: What each query sees of window and sinks, `[B, H, 1, T, C]`.
-        left: What has left the window by then and is no sink, likewise.
+        local: 0 where `always`, else `MASKED`, fp32.
+        rank: What to add to a rank before the best are taken: 0 for what has left the window and is no sink, minus
+            infinity where `always`, else `MASKED`.
         within: Where the distance is at most the largest rotary distance, likewise.
-        counts: Per pool kept by attention received: where what is received counts, likewise; None for other pools.
+        counts: Per pool kept by attention received: 1 where what is received counts, else 0; None for other pools.
         ages: Per pool that ages: position over horizon `[B, H, 1, C]` fp32; None for other pools.
     """
 
     position: ir.Value
     row: ir.Value
     always: ir.Value
-    left: ir.Value | None
+    local: ir.Value | None
+    rank: ir.Value | None
     within: ir.Value
     counts: tuple[ir.Value | None, ...]
     ages: tuple[ir.Value | None, ...]
@@ -103,22 +106,26 @@ def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -
     within = g.op("LessOrEqual", frame.row(0), birth)
     none: list[Any] = [None] * layers
     columns = g.op("Squeeze", position, g.const([2]))
-    left = by_layer(g.op("Not", near)) if config.slots else none
+    local = rank = none
+    if config.slots:
+        bias = g.op("Where", always, g.floats(0), g.floats(MASKED))
+        local = by_layer(bias) if any(get_score(name).signal == "received" for name, _ in config.slots) else none
+        outside = g.op("Where", always, g.floats(-np.inf), g.floats(MASKED))
+        rank = by_layer(g.op("Where", near, outside, g.floats(0)))
     counts, ages = [], []
     for score in (get_score(name) for name, _ in config.slots):
         counted = aged = none
         if score.signal == "received":
             first = frame.row(cap - score.first_distance(config.window))
-            counted = by_layer(g.op("And", g.op("LessOrEqual", leaving, born), g.op("GreaterOrEqual", first, born)))
+            counted = g.op("And", g.op("LessOrEqual", leaving, born), g.op("GreaterOrEqual", first, born))
+            counted = by_layer(g.op("Cast", counted, to=ir.DataType.FLOAT))
         if score.horizon is not None:
             aged = by_layer(g.op("Div", g.op("Cast", columns, to=ir.DataType.FLOAT), g.floats(score.horizon)))
         counts.append(counted)
         ages.append(aged)
-    masks = by_layer(columns), by_layer(table_row), by_layer(always), left, by_layer(within)
-    return [
-        Candidates(*layer, tuple(x[i] for x in counts), tuple(x[i] for x in ages))
-        for i, layer in enumerate(zip(*masks, strict=True))
-    ]
+    fields = [by_layer(columns), by_layer(table_row), by_layer(always), local, rank, by_layer(within)]
+    pools = [[tuple(pool[i] for pool in x) for i in range(layers)] for x in (counts, ages)]
+    return [Candidates(*(x[i] for x in (*fields, *pools))) for i in range(layers)]
 
 
 def split(g: Builder, x: ir.Value, parts: int, axis: int) -> list[ir.Value]:
@@ -226,13 +233,10 @@ class Slots:
         if spec.config.slots:
             scores = self._scores(logits, value, novelty, past["slot_score"])
             visible = self._keep(scores)
-        weights = g.op("Softmax", self._masked(visible, logits), axis=-1)  # [B, H, G, T, C]
+        weights = g.op("Softmax", g.op("Where", visible, logits, g.floats(MASKED)), axis=-1)  # [B, H, G, T, C]
         mixed = g.op("MatMul", g.op("Reshape", weights, self._rows_by_candidates()), value)
         mixed = g.transpose(g.op("Reshape", mixed, self._heads_by_tokens()), 0, 2, 1, 3)
         return g.reshape(mixed, -1, spec.q_heads * spec.d_v), self._survivors(visible, key, value, scores)
-
-    def _masked(self, mask: ir.Value, logits: ir.Value) -> ir.Value:
-        return self.g.op("Where", mask, logits, self.g.floats(MASKED))
 
     def _rows_by_candidates(self) -> ir.Value:
         g, slots = self.g, self.spec.config.num_slots
@@ -277,9 +281,9 @@ class Slots:
             if counts is None:
                 continue
             if local is None:
-                local = g.op("Softmax", self._masked(self.seen.always, logits), axis=-1)
+                local = g.op("Softmax", g.op("Add", logits, self.seen.local), axis=-1)
             reduce, merge = ("ReduceMax", "Max") if score.reduce == "max" else ("ReduceSum", "Add")
-            received = g.op(reduce, g.op("Where", counts, local, g.floats(0)), g.const([2, 3]), keepdims=0)
+            received = g.op(reduce, g.op("Mul", local, counts), g.const([2, 3]), keepdims=0)
             if score.by_value:
                 received = g.op("Mul", received, g.op("ReduceL2", value, g.const([-1]), keepdims=0))
             scores[i] = g.op(merge, scores[i], g.op("Unsqueeze", received, g.const([2])))
@@ -298,8 +302,9 @@ class Slots:
         for (_, count), rank, age in zip(self.spec.config.slots, scores, self.seen.ages, strict=True):
             if age is not None:
                 rank = g.op("Add", g.op("Log", g.op("Max", rank, g.floats(FAINTEST))), age)
-            ranked = g.op("Where", self.seen.left, g.op("Unsqueeze", rank, g.const([2])), g.floats(MASKED))
-            ranked = g.op("Where", visible, g.floats(-np.inf), ranked)
+            ranked = g.op("Add", g.op("Unsqueeze", rank, g.const([2])), self.seen.rank)
+            if visible is not self.seen.always:
+                ranked = g.op("Where", visible, g.floats(-np.inf), ranked)
             value, best = g.op("TopK", ranked, g.const([count]), outputs=2, axis=-1)
             won = g.op("Greater", value, g.floats(MASKED / 2))
             visible = g.op("ScatterElements", visible, best, won, axis=-1)
@@ -309,15 +314,16 @@ class Slots:
         self, visible: ir.Value, key: ir.Value, value: ir.Value, scores: list[ir.Value]
     ) -> dict[str, ir.Value]:
         """Return the slots that the last query sees, in the order of their positions, empty ones last."""
-        g, slots = self.g, self.spec.config.num_slots
+        g, spec = self.g, self.spec
+        slots = spec.config.num_slots
         last = g.op("Gather", visible, g.const(-1), axis=3)  # [B, H, 1, C]
         rank = g.op("Where", last, *self.frame.columns(slots))
         _, order = g.op("TopK", rank, g.const([slots]), outputs=2, axis=-1, largest=0)
-        rows = g.reshape(order, 0, 0, -1, 1)
+        row = g.op("Add", g.reshape(order, 0, 0, -1), self.frame.row_base(spec.kv_heads, slots))
         position = g.op("Where", last, self.seen.position, g.const(-1))
         present = {
-            "slot_key": g.op("GatherND", key, rows, batch_dims=2),
-            "slot_value": g.op("GatherND", value, rows, batch_dims=2),
+            "slot_key": g.op("Gather", g.reshape(key, -1, spec.d_k), row),
+            "slot_value": g.op("Gather", g.reshape(value, -1, spec.d_v), row),
             "slot_position": g.op("Squeeze", g.op("GatherElements", position, order, axis=3), g.const([2])),
         }
         if scores:

@@ -1,0 +1,134 @@
+"""Write the tables of the documents from `benchmarks/results/`, so that no figure in them is typed.
+
+python benchmarks/report.py            writes them
+python benchmarks/report.py --check    fails where a document disagrees with the results
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("README.md", "docs/concepts/memory.md", "docs/verified.md")
+
+
+def table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """Return a Markdown table."""
+    lines = [list(header), *[list(row) for row in rows]]
+    text = ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "---|" * len(lines[0]), *text[1:]])
+
+
+def result(name: str) -> Any:
+    """Read one file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def nll() -> str:
+    """Untrained presets: held-out NLL by position."""
+    data = result("quality")
+    bins = list(data["rows"]["teacher"]["nll"])
+    rows = ([name, *(f"{row['nll'][b]:.3f}" for b in bins)] for name, row in data["rows"].items())
+    return table(["nats a token at positions", *bins], rows)
+
+
+def recall() -> str:
+    """Untrained presets: recall of a key in prose, and bytes of state."""
+    data = result("quality")
+    distances = list(data["rows"]["teacher"]["recall_once"])
+    header = ["", *(f"once, {d}" for d in distances), *(f"twice, {d}" for d in distances), "state"]
+    rows = []
+    for name, row in data["rows"].items():
+        shares = [f"{row[f'recall_{said}'][d]:.2f}" for said in ("once", "twice") for d in distances]
+        size = row["state_bytes"]
+        rows.append([name, *shares, "grows, 46 kB a token" if size is None else f"{size / 1e6:.1f} MB"])
+    return table(header, rows)
+
+
+def stream() -> str:
+    """Streams beyond the trained length."""
+    rows = {name: row["stream"] for name, row in result("quality")["rows"].items() if "stream" in row}
+    lengths = list(next(iter(rows.values())))
+    return table(
+        ["NLL of the same 2,048 tokens after", *(f"{int(n):,} tokens" for n in lengths)],
+        ([name, *(f"{row[n]:.3f}" for n in lengths)] for name, row in rows.items()),
+    )
+
+
+def decode() -> str:
+    """Time and memory of a decoded token."""
+    rows = result("decode")["rows"]
+    contexts = list(dict.fromkeys(row["context"] for row in rows))
+    lines = []
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        found = {row["context"]: row for row in rows if row["engine"] == engine}
+        cells = (f"{found[c]['ms_per_token']:.1f} ms, {found[c]['rss'] / 1e6:.0f} MB" for c in contexts)
+        lines.append([engine, *cells])
+    return table(["tokens of context", *(f"{c:,}" for c in contexts)], lines)
+
+
+def build() -> str:
+    """Build time and memory."""
+    data = result("build")
+    rows = (
+        [row["lowering"], f"{row['seconds']:.0f} s", f"{row['peak'] / 1e6:.0f} MB", f"{row['ratio']:.2f}"]
+        for row in data["rows"]
+    )
+    return table(["lowering", "build and verify", "peak resident", "times the weights"], rows)
+
+
+def sweep() -> str:
+    """All settings tried on the development split."""
+    parts = []
+    for group in result("slots")["groups"]:
+        rows = group["rows"]
+        bins = list(next(iter(rows.values()))["nll"])[4:]
+        distances = list(next(iter(rows.values()))["recall_once"])
+        header = ["setting", *bins, *(f"once {d}" for d in distances), *(f"twice {d}" for d in distances)]
+        lines = []
+        for name, row in sorted(rows.items(), key=lambda item: item[1]["nll"]["mean"]):
+            shares = [
+                f"{row[f'recall_{said}'].get(d, float('nan')):.2f}" for said in ("once", "twice") for d in distances
+            ]
+            lines.append([name, *(f"{row['nll'][b]:.3f}" for b in bins), *shares])
+        parts.append(f"**{group['group']}** ({group['note']})\n\n{table(header, lines)}")
+    return "\n\n".join(parts)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "nll": nll, "recall": recall, "stream": stream, "decode": decode, "build": build, "sweep": sweep,
+}  # fmt: skip
+
+
+def render(text: str) -> str:
+    """Return a document with its tables made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Write or check."""
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text()
+        fresh = render(text)
+        if fresh != text:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(fresh)
+    print("\n".join(f"{'stale' if '--check' in sys.argv else 'written'}: {name}" for name in stale) or "up to date")
+    sys.exit(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    main()
