@@ -149,8 +149,8 @@ def _source(info: CheckpointInfo, advance: Any) -> Any:
     for file in info.files:
         hashes[file.name] = sha256(file)
         advance(file.stat().st_size)
-    name = info.config.get("_name_or_path") or info.path.resolve().name
-    return Source(model=str(name), revision=info.config.get("_commit_hash"), files=hashes)
+    origin = info.config.get("liger_source") or {"model": info.path.resolve().name}
+    return Source(**origin, files=hashes)
 
 
 def _check_installed(extra: str) -> None:

@@ -120,7 +120,7 @@ def verify_artifact(
     gc.collect()
     comparison = Comparison(spec, TOLERANCES[artifact.manifest.precision])
     with progress("comparing", len(answers) + 1, "steps") as advance:
-        session = OnnxSession(artifact, chunk=artifact.manifest.graph.max_chunk)
+        session = OnnxSession(artifact, chunk=artifact.manifest.graph.max_chunk, prepack=False)
         try:
             comparison.run(session, answers, advance)
         except Mismatch as mismatch:

@@ -112,7 +112,8 @@ def _logits(
     """Return logits `[B, H_kv, G, T, C]` at the rotary distance, or at the largest one where that is exceeded."""
     cos, sin = rotary.to(keys.dtype)
     length, cap = query.shape[3], spec.max_distance
-    offset = (positions - position[:, None, None]).clamp(min=-cap) + cap
+    # an empty slot's offset means nothing and may lie beyond the table while padding lasts
+    offset = (positions - position[:, None, None] + cap).clamp(0, rotary.shape[1] - 1)
     rotated = rotate(keys, cos[offset], sin[offset])[:, :, None].transpose(-1, -2)
     logits = rotate(query, cos[cap : cap + length], sin[cap : cap + length]) @ rotated
     if length > 1:  # a single query's slots are exact already: their offsets are their distances

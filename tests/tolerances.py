@@ -6,3 +6,5 @@ OP_FP32 = 2e-5
 """The same in fp32, where keys of 100 make logits of a few hundred."""
 MODEL_FP32 = 2e-4
 """Logits of a model in fp32, any cut of the prompt, and of a teacher against a window that holds everything."""
+DRIFT_FP32 = 2e-4
+"""Logits after up to 2,048 single steps in fp32, against fp64."""

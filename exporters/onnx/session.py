@@ -31,6 +31,8 @@ class OnnxSession:
         batch: B, sequences that advance together.
         threads: Of one operator; None takes the physical cores that this process may use.
         chunk: Prompt tokens a call, at most the graph's `max_chunk`; None takes the measured best.
+        prepack: Whether to copy the weights into the order that is fastest. Without, they stay mapped from the file:
+            half the memory, loaded in half the time, about a tenth slower.
 
     Raises:
         ArtifactError: ONNX Runtime does not load the graph, or it is not the one in the manifest.
@@ -39,7 +41,13 @@ class OnnxSession:
     """
 
     def __init__(
-        self, artifact: Artifact, *, batch: int = 1, threads: int | None = None, chunk: int | None = None
+        self,
+        artifact: Artifact,
+        *,
+        batch: int = 1,
+        threads: int | None = None,
+        chunk: int | None = None,
+        prepack: bool = True,
     ) -> None:
         manifest = artifact.manifest
         limit = manifest.graph.max_chunk
@@ -51,7 +59,7 @@ class OnnxSession:
             raise UsageError(f"chunk {chunk}", hint=f"this graph takes 1 to {limit} tokens a call")
         if batch < 1 or self.threads < 1:
             raise UsageError(f"batch {batch} and threads {self.threads}", hint="both are at least 1")
-        self._session = _open(artifact, self.threads)
+        self._session = _open(artifact, self.threads, prepack)
         self._fixed = {t: np.full(self._shape(t), t.fill, t.dtype) for t in manifest.state if not t.grows}
         self._growing = {t: self._empty(t) for t in manifest.state if t.grows}
         self._position = np.zeros(batch, np.int64)
@@ -174,7 +182,8 @@ class OnnxSession:
                 hint="the state is undefined now: reset the session or restore a snapshot",
             ) from error
         if self._growing:
-            names = [output.name for output in self._session.get_outputs()]
+            # a binding answers in the order in which outputs were bound
+            names = ["logits", *(tensor.present for tensor in (*self._fixed, *self._growing))]
             values = dict(zip(names, binding.get_outputs(), strict=True))
             self._growing = {tensor: values[tensor.present] for tensor in self._growing}
         self._position += tokens
@@ -191,7 +200,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _open(artifact: Artifact, threads: int) -> onnxruntime.InferenceSession:
+def _open(artifact: Artifact, threads: int, prepack: bool) -> onnxruntime.InferenceSession:
     """Load the graph and compare it with the manifest."""
     try:
         import onnxruntime
@@ -206,6 +215,7 @@ def _open(artifact: Artifact, threads: int) -> onnxruntime.InferenceSession:
     options.enable_mem_reuse = False
     # Threads that spin between operators take the cores from everybody else: twice the time a token on a busy machine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
     try:
         session = onnxruntime.InferenceSession(str(artifact.graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own classes have no common base

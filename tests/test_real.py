@@ -1,0 +1,80 @@
+"""Level 4: the built-in model itself. Prefill, steps and cuts agree in torch, `ort` and `portable`, over 256 tokens."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import ligerexport as lx
+from ligerexport.convert import load_model
+from ligerexport.exporters.text import PROMPT
+from ligerexport.mixer import LigerCache
+from tests.tolerances import MODEL_FP32
+
+pytestmark = pytest.mark.real
+
+STEPS = 256
+CUTS = (0, 1, 2, 65, 130, 131, 200)
+
+
+@pytest.fixture(scope="module")
+def liger(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lx.convert(smollm2, tmp_path_factory.mktemp("real") / "liger")
+
+
+@pytest.fixture(scope="module")
+def prompt(smollm2: Path) -> np.ndarray:
+    return np.array(AutoTokenizer.from_pretrained(smollm2)(PROMPT).input_ids[: CUTS[-1]])
+
+
+@pytest.fixture(scope="module")
+def torch_run(liger: Path, prompt: np.ndarray) -> tuple[np.ndarray, list[int], np.ndarray]:
+    """Return the logits after the prompt, `STEPS` greedy tokens, and the logits after them."""
+    model = load_model(liger).eval()
+    cache = LigerCache(model.config)
+    with torch.inference_mode():
+        ids = torch.from_numpy(prompt)[None]
+        first = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits, tokens = first, []
+        for _ in range(STEPS):
+            tokens.append(int(logits.argmax()))
+            logits = model(torch.tensor([[tokens[-1]]]), past_key_values=cache, use_cache=True).logits[0, -1]
+        whole = model(torch.cat([ids, torch.tensor([tokens])], dim=1), use_cache=False, logits_to_keep=1).logits[0, -1]
+        assert (whole - logits).abs().max() <= MODEL_FP32
+        cache = LigerCache(model.config)
+        pieces = [
+            model(ids[:, a:b], past_key_values=cache, use_cache=True, logits_to_keep=1) for a, b in pairwise(CUTS)
+        ]
+        assert (pieces[-1].logits[0, -1] - first).abs().max() <= MODEL_FP32
+    return first.numpy(), tokens, logits.numpy()
+
+
+@pytest.mark.parametrize("lowering", ["ort", "portable"])
+def test_an_artifact_equals_torch(
+    liger: Path, prompt: np.ndarray, torch_run: tuple[np.ndarray, list[int], np.ndarray], tmp_path: Path, lowering: str
+) -> None:
+    first, tokens, last = torch_run
+    lx.build(liger, tmp_path / "engine", lowering=lowering, verify=False)
+    session = lx.load(tmp_path / "engine")
+    session.prefill(prompt)
+    snapshot = session.snapshot()
+
+    session.reset()
+    for a, b in pairwise(CUTS):
+        logits = session.prefill(prompt[a:b])
+    assert np.abs(logits[0] - first).max() <= MODEL_FP32
+    session.restore(snapshot)
+    logits, found = first[None], []
+    for _ in range(STEPS):
+        found.append(int(logits[0].argmax()))
+        logits = session.step(found[-1])
+    assert found == tokens
+    assert np.abs(logits[0] - last).max() <= MODEL_FP32
+    session.reset()
+    logits = session.prefill(np.concatenate([prompt, tokens]))
+    assert np.abs(logits[0] - last).max() <= MODEL_FP32
