@@ -110,10 +110,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=8, help="tokens a block")
     parser.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
+    parser.add_argument("--engines", nargs="*", default=ENGINES)
     args = parser.parse_args()
     workers = {}
     for context in args.contexts:
-        for engine in ENGINES:
+        for engine in args.engines:
             path = args.artifact if engine == "ligerexport" else args.model
             workers[engine, context] = spawn(engine, path, context, args.threads)
             print(f"ready: {engine} at {context}", file=sys.stderr, flush=True)

@@ -73,6 +73,17 @@ def decode() -> str:
     return table(["tokens of context", *(f"{c:,}" for c in contexts)], lines)
 
 
+def flat() -> str:
+    """The artifact alone, with more blocks."""
+    rows = result("flat")["rows"]
+    least = min(row["ms_per_token"] for row in rows), min(row["rss"] for row in rows)
+    lines = [
+        ["time a token", *(f"{row['ms_per_token']:.2f} ms, +{row['ms_per_token'] / least[0] - 1:.1%}" for row in rows)],
+        ["resident memory", *(f"{row['rss'] / 1e6:.0f} MB, +{row['rss'] / least[1] - 1:.1%}" for row in rows)],
+    ]
+    return table(["tokens of context", *(f"{row['context']:,}" for row in rows)], lines)
+
+
 def build() -> str:
     """Build time and memory."""
     data = result("build")
@@ -102,7 +113,7 @@ def sweep() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "nll": nll, "recall": recall, "stream": stream, "decode": decode, "build": build, "sweep": sweep,
+    "nll": nll, "recall": recall, "stream": stream, "decode": decode, "flat": flat, "build": build, "sweep": sweep,
 }  # fmt: skip
 
 

@@ -73,7 +73,7 @@ class LigerMixer(nn.Module):
         self.inv_freq = inv_freq
 
     def forward(
-        self, hidden_states: Tensor, position_ids: Tensor, past_key_values: Cache | None = None, **_: Any
+        self, hidden_states: Tensor, position_ids: Tensor, past_key_values: Cache | None = None, **unused: Any
     ) -> tuple[Tensor, None]:
         """Mix `[B, T, hidden]`; `position_ids` `[B or 1, T]` are consecutive, negative on padding."""
         batch, length, _ = hidden_states.shape
