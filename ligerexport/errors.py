@@ -5,8 +5,11 @@ Printing them is the business of `ligerexport.console`; anything else that is ra
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import TypeVar
+
+Row = TypeVar("Row")
 
 
 class LigerError(Exception):
@@ -75,3 +78,14 @@ def close_matches(name: str, choices: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"choose from {', '.join(choices)}" if choices else "there is nothing to choose from"
+
+
+def look_up(kind: str, name: str, table: Mapping[str, Row]) -> Row:
+    """Return the row of a table with this name.
+
+    Raises:
+        UsageError: No such row; the hint names close matches.
+    """
+    if name not in table:
+        raise UsageError(f"unknown {kind} '{name}'", hint=close_matches(name, table))
+    return table[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ligerexport.errors import UsageError, close_matches
+from ligerexport.errors import look_up
 
 FeatureMap = Literal["softmax", "one_minus_sigmoid"]
 
@@ -43,6 +43,4 @@ def get_gate(name: str) -> Gate:
     Raises:
         UsageError: No such gate; the hint names close matches.
     """
-    if name not in GATES:
-        raise UsageError(f"unknown gate '{name}'", hint=close_matches(name, GATES))
-    return GATES[name]
+    return look_up("gate", name, GATES)

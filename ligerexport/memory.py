@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ligerexport.errors import UsageError, close_matches
+from ligerexport.errors import look_up
 
 PEAK_DISTANCE = 4
 """Attention from fewer or as many tokens away does not count for `peak_use`: every token is looked at by its next."""
@@ -58,6 +58,4 @@ def get_score(name: str) -> Score:
     Raises:
         UsageError: No such score; the hint names close matches.
     """
-    if name not in SCORES:
-        raise UsageError(f"unknown score '{name}'", hint=close_matches(name, SCORES))
-    return SCORES[name]
+    return look_up("score", name, SCORES)

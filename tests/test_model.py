@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ligerexport.config import LigerConfig
 from ligerexport.convert import convert, load_model
 from ligerexport.families import FAMILIES, get_family
-from ligerexport.mixer import LigerCache, LigerMixer
+from ligerexport.mixer import LigerCache, LigerMixer, _shared_table
 from tests.checkpoints import MEMORY, SIZES
 from tests.tolerances import MODEL_FP32
 
@@ -154,6 +154,9 @@ def test_save_load_and_a_copied_cache(tmp_path: Path) -> None:
 def test_training_reaches_every_projection(tmp_path: Path) -> None:
     model = converted(make_teacher(tmp_path / "teacher"), replace(MEMORY, recurrence_weight=0.5)).train()
     ids = torch.randint(0, SIZES["vocab_size"], (2, 80))
+    _shared_table.cache_clear()
+    with torch.inference_mode():
+        model(ids)
     model(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
