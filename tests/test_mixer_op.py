@@ -86,11 +86,13 @@ def test_any_cut_gives_the_same(name: str) -> None:
     assert_states_equal(state, expected_state, OP_FP64)
 
 
-def test_padding_on_the_left_changes_nothing() -> None:
-    spec, (q, k, v, _), _, table = make(EVERY_SCORE, 90, position=(0, 0))
-    alone, alone_state = liger_mixer(*(x[:, 20:] for x in (q, k, v)), torch.tensor([0, 0]), spec.initial_state(2, q.dtype), spec, table)  # fmt: skip # noqa: E501
-    padded, padded_state = liger_mixer(q, k, v, torch.tensor([-20, -20]), spec.initial_state(2, q.dtype), spec, table)
-    assert (padded[:, 20:] - alone).abs().max() <= OP_FP64
+@pytest.mark.parametrize("padding", [20, 2 * BLOCK])
+def test_padding_on_the_left_changes_nothing(padding: int) -> None:
+    spec, (q, k, v, _), state, table = make(EVERY_SCORE, 70 + padding, position=(0, 0))
+    position, pad = torch.tensor([0, 0]), torch.tensor([-padding, -padding])
+    alone, alone_state = liger_mixer(q[:, padding:], k[:, padding:], v[:, padding:], position, state, spec, table)
+    padded, padded_state = liger_mixer(q, k, v, pad, state, spec, table)
+    assert (padded[:, padding:] - alone).abs().max() <= OP_FP64
     assert padded.isfinite().all()
     assert_states_equal(padded_state, alone_state, OP_FP64)
 
@@ -99,7 +101,9 @@ def test_padding_on_the_left_changes_nothing() -> None:
 def test_strong_gates_stay_exact(gate: str) -> None:
     spec, inputs, state, table = make(replace(SMALL, gate=gate), 130, torch.float32)
     inputs[1][..., 3], inputs[1][..., 5] = -100.0, 100.0
-    expected, expected_state = liger_mixer_reference(*(x.double() for x in inputs[:3]), inputs[3], spec.initial_state(2, torch.float64), spec, table)  # fmt: skip # noqa: E501
+    exact = [x.double() for x in inputs[:3]]
+    start = spec.initial_state(2, torch.float64)
+    expected, expected_state = liger_mixer_reference(*exact, inputs[3], start, spec, table)
     found, found_state = liger_mixer(*inputs, state, spec, table)
     assert (found - expected).abs().max() <= OP_FP32 * expected.abs().max()
     difference = found_state["recurrent_state"] - expected_state["recurrent_state"]
