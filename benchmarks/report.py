@@ -47,7 +47,7 @@ def recall() -> str:
     for name, row in data["rows"].items():
         shares = [f"{row[f'recall_{said}'][d]:.2f}" for said in ("once", "twice") for d in distances]
         size = row["state_bytes"]
-        rows.append([name, *shares, "grows, 46 kB a token" if size is None else f"{size / 1e6:.1f} MB"])
+        rows.append([name, *shares, "grows with the text" if size is None else f"{size / 1e6:.1f} MB"])
     return table(header, rows)
 
 
