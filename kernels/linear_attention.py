@@ -1,6 +1,6 @@
 """Gated linear attention in plain torch, chunked: the recurrence of the mixer and the judge of novelty.
 
-Exact under strong gates: every exponent that is taken is at most zero. No feature maps here; see `ops.py`.
+Exact under strong gates: every exponent that is taken is at most zero. Which features and decay is for `ops.py` to say.
 """
 
 from __future__ import annotations
@@ -8,8 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ligerexport.gates import FeatureMap
+
 CHUNK = 32
 """Tokens a chunk; the pairwise decay of a chunk takes CHUNK * CHUNK * d_k floats a head."""
+
+
+def feature_map(x: Tensor, kind: FeatureMap) -> Tensor:
+    """Map raw projections `[..., d_k]` to features of the recurrence."""
+    return torch.softmax(x, dim=-1) if kind == "softmax" else torch.sigmoid(-x)
 
 
 def gated_linear_attention(

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ligerexport.gates import get_gate
-from ligerexport.kernels.linear_attention import gated_linear_attention, recall_error
+from ligerexport.kernels.linear_attention import feature_map, gated_linear_attention, recall_error
 from ligerexport.kernels.memory_attention import memory_attention, rotary_table
-from ligerexport.kernels.reference import feature_map
 from ligerexport.state import MixerSpec, MixerState
 
 __all__ = ["BLOCK", "liger_mixer", "rotary_table"]

@@ -55,17 +55,17 @@ def liger_mixer_reference(
     return output, present
 
 
-def feature_map(x: Tensor, kind: str) -> Tensor:
+def _features(x: Tensor, kind: str) -> Tensor:
     """Map raw projections `[..., d_k]` to features of the recurrence."""
-    return torch.softmax(x, dim=-1) if kind == "softmax" else torch.sigmoid(-x)
+    return torch.softmax(x, dim=-1) if kind == "softmax" else 1 - torch.sigmoid(x)
 
 
 def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
     """Update `[d_k, d_v]` and read it: paper, equation 7; ONNX LinearAttention, `gated`."""
     gate = get_gate(spec.config.gate)
     decay = torch.nn.functional.logsigmoid(k) / gate.decay_divisor
-    recurrent = decay.exp()[:, None] * recurrent + torch.outer(feature_map(k, gate.key_map), v)
-    return feature_map(q, gate.query_map) @ recurrent, recurrent
+    recurrent = decay.exp()[:, None] * recurrent + torch.outer(_features(k, gate.key_map), v)
+    return _features(q, gate.query_map) @ recurrent, recurrent
 
 
 def _attend(

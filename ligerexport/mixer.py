@@ -55,7 +55,7 @@ def _shared_table(inv_freq: tuple[float, ...], max_distance: int, device: torch.
 class LigerMixer(nn.Module):
     """An attention module of the family, its softmax over everything replaced by `liger_mixer`.
 
-    Parameters keep their names, so checkpoints, PEFT and sharding plans work as before.
+    Parameters keep their names, so checkpoints load as before.
     """
 
     q_proj: nn.Linear

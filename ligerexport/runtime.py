@@ -79,7 +79,7 @@ def load(
         threads: Of one operator; None takes the physical cores that this process may use.
         chunk: Prompt tokens a call; None takes the measured best.
         prepack: Whether the runtime may copy the weights into the order that is fastest; without, they stay mapped
-            from the file, and a token takes about a tenth longer.
+            from the file, which takes less memory and more time a token.
         hashes: Whether to check the sha256 of every file first.
 
     Raises:

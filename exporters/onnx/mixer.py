@@ -22,7 +22,6 @@ from ligerexport.state import MixerSpec
 
 NEVER = 1e30  # a position that no query reaches
 TINY = float(np.finfo(np.float32).tiny)
-LAST = int(np.iinfo(np.int64).max)
 
 
 @dataclass(frozen=True)
