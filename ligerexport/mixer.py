@@ -16,6 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from ligerexport.config import LigerConfig
 from ligerexport.errors import UsageError
 from ligerexport.families import FAMILIES, PREFIX, Family, get_family
+from ligerexport.kernels.library.dispatch import fused
+from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.state import MixerSpec, MixerState
 
@@ -91,7 +93,11 @@ class LigerMixer(nn.Module):
             state = spec.initial_state(batch, hidden_states.dtype, hidden_states.device)
         position = position_ids[:, 0].expand(batch)
         rotary = _shared_table(self.inv_freq, spec.max_distance, hidden_states.device)
-        output, state = liger_mixer(query, key, value, position, state, spec, rotary)
+        if length == 1 and layer is not None and fused(query) and not torch.is_grad_enabled():
+            q, k, v = query[:, 0], key[:, 0], value[:, 0]
+            output = mixer_step(q, k, v, position, state, spec, rotary)[:, None]  # the cache's own state, in place
+        else:
+            output, state = liger_mixer(query, key, value, position, state, spec, rotary)
         if layer is not None:
             layer.advance(state, length)
         return self.o_proj(output.flatten(2)), None

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ligerexport.config import LigerConfig
@@ -53,6 +55,7 @@ class MixerSpec:
         d_v: Width of value heads.
         scale: Softmax scale of the slots, usually d_k ** -0.5; YaRN's factor on cosine and sine is squared into it.
         max_distance: Largest rotary distance in tokens.
+        text: The layer as JSON, for operators whose arguments are tensors and plain values.
     """
 
     config: LigerConfig
@@ -62,6 +65,18 @@ class MixerSpec:
     d_v: int
     scale: float
     max_distance: int
+    text: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # written once: a compiler that traces the model reads a constant
+        object.__setattr__(self, "text", json.dumps({**vars(self), "config": self.config.to_dict()}))
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def from_text(cls, text: str) -> MixerSpec:
+        """Read `text`."""
+        fields = json.loads(text)
+        return cls(**fields | {"config": LigerConfig.from_dict(fields["config"])})
 
     def state(self) -> tuple[TensorSpec, ...]:
         """Return the tensors that carry this layer from one call to the next, in order.

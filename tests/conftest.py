@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports triton: its interpreter runs the kernels on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from ligerexport.console import progress
 from ligerexport.sources import resolve
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 import ligerexport as lx
+from ligerexport.config import PRESETS
 from ligerexport.convert import load_model
 from ligerexport.exporters.text import PROMPT
 from ligerexport.mixer import LigerCache
@@ -78,3 +79,27 @@ def test_an_artifact_equals_torch(
     session.reset()
     logits = session.prefill(np.concatenate([prompt, tokens]))
     assert np.abs(logits[0] - last).max() <= MODEL_FP32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", PRESETS)
+@torch.inference_mode()
+def test_kernels_give_the_logits_of_plain_torch(smollm2: Path, prompt: np.ndarray, tmp_path: Path, preset: str) -> None:
+    """Fused kernels on the GPU in fp32 against plain torch in fp64 there: a padded batch, a cut, and single steps."""
+    liger = lx.convert(smollm2, tmp_path / "liger", preset=preset)
+    ids = torch.from_numpy(np.stack([prompt[:150], np.concatenate([prompt[:20] * 0, prompt[20:150]])])).cuda()
+    mask = torch.ones(2, 160, dtype=torch.long, device="cuda")
+    mask[1, :20] = 0
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        model = load_model(liger).to("cuda", dtype).eval()
+        cache = LigerCache(model.config)
+        logits = []
+        for start, end in (*pairwise((0, 70, 140)), *((t, t + 1) for t in range(140, 150))):
+            piece = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            logits.append(piece.logits)
+        together = torch.cat(logits, dim=1).double()
+        results.append(torch.cat([together[0], together[1, 20:]]))
+    truth, found = results
+    assert (found - truth).norm() <= MODEL_FP32 * truth.norm()
+    assert (found.argmax(-1) == truth.argmax(-1)).double().mean() > 0.99

@@ -8,3 +8,7 @@ MODEL_FP32 = 2e-4
 """Logits of a model in fp32, any cut of the prompt, and of a teacher against a window that holds everything."""
 DRIFT_FP32 = 2e-4
 """Logits after up to 2,048 single steps in fp32, against fp64."""
+FUSED_FP32 = 1e-5
+"""Relative root mean square error of the fused kernels in fp32, against fp64."""
+FUSED_BF16 = 5e-3
+"""The same with inputs in bf16 or fp16."""
