@@ -1,0 +1,447 @@
+"""Level 1: cubins against their manifest, plans against the calls that they stand for, and both on a GPU.
+
+Compiling happens in a process of its own, for Triton's interpreter, which other tests use, replaces its compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from ligerexport.config import PRESETS
+from ligerexport.errors import LigerError, MissingDependency, UsageError
+from ligerexport.kernels import aot
+from ligerexport.kernels.fused.segments import cut_batch
+from ligerexport.kernels.launches import evaluate
+from ligerexport.kernels.manifest import HIDDEN, MANIFEST
+from ligerexport.kernels.ops import BLOCK, rotary_table
+from ligerexport.kernels.plans import spec_fields
+from ligerexport.kernels.tuning import SHARED_MEMORY
+from ligerexport.state import MixerSpec
+from tests.tolerances import FUSED_BF16
+
+ROOT = Path(__file__).parent.parent
+RECURRENT = replace(
+    PRESETS["memory"].config, window=12, slots=(("recent_use", 6), ("novelty", 6)), recurrence_weight=0.3
+)
+TINY = MixerSpec(replace(PRESETS["liger"].config, window=12), 2, 1, 32, 32, 32**-0.5, 128)
+SMOLLM2 = MixerSpec(PRESETS["liger"].config, 9, 3, 64, 64, 64**-0.5, 8192)
+MEMORY = replace(SMOLLM2, config=RECURRENT, max_distance=300)
+SIZES = {"i32": 4, "i64": 8, "fp32": 4}
+TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
+
+PREAMBLE = f"""
+import dataclasses, json, sys
+from ligerexport.config import LigerConfig
+from ligerexport.kernels import aot, plans
+from ligerexport.kernels.launches import Pointer, record
+from ligerexport.state import MixerSpec
+
+def spec(data):
+    return MixerSpec(**(data | {{"config": LigerConfig.from_dict(data["config"])}}))
+
+TINY, SMOLLM2, MEMORY = (spec(data) for data in {[spec_fields(x) for x in (TINY, SMOLLM2, MEMORY)]!r})
+"""
+
+
+def python(code: str) -> str:
+    """Run code in a process with Triton's compiler and return what it printed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PREAMBLE + code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kernels of a tiny layer for two GPUs, of a small model's for one, the tiny step once more, and a refusal."""
+    place = tmp_path_factory.mktemp("cubins")
+    python(f"""
+small = dict(jobs=1, max_batch=4)
+aot.compile_kernels([TINY], "bf16", [90, 86], "{place}/tiny", **small)
+aot.compile_kernels([SMOLLM2], "bf16", [90], "{place}/smollm2", **small)
+aot.compile_kernels([TINY], "bf16", [90], "{place}/again", operators=["step"], **small)
+aot.SHARED_MEMORY = {{90: 64}}
+try:
+    aot.compile_kernels([TINY], "bf16", [90], "{place}/refused", operators=["step"], **small)
+except aot.LigerError as e:
+    open("{place}/refusal.txt", "w").write(e.message)
+""")
+    return place
+
+
+def read(place: Path) -> dict[str, Any]:
+    found = json.loads((place / MANIFEST).read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def cubins(place: Path) -> Iterator[tuple[dict[str, Any], int, dict[str, Any], bytes]]:
+    for kernel in read(place)["kernels"].values():
+        for sm, cubin in kernel["cubins"].items():
+            yield kernel, int(sm), cubin, (place / cubin["file"]).read_bytes()
+
+
+def sections(elf: bytes) -> dict[str, bytes]:
+    """Return the sections of a 64-bit ELF file by name."""
+    start, size, count, names = struct.unpack_from("<Q10xHHH", elf, 40)
+    headers = [struct.unpack_from("<II8x8xQQ", elf, start + i * (size or 64)) for i in range(count)]
+    text = elf[headers[names][2] :]
+    return {text[h[0] : text.index(b"\0", h[0])].decode(): elf[h[2] : h[2] + h[3]] for h in headers}
+
+
+def parameter_bytes(elf: bytes, symbol: str) -> int:
+    """Return the bytes of a kernel's parameters as the compiler noted them."""
+    info, at = sections(elf)[f".nv.info.{symbol}"], 0
+    while at < len(info):
+        form, attribute, value = struct.unpack_from("<BBH", info, at)
+        if (form, attribute) == (3, 0x19):
+            return int(value)
+        at += 4 + (value if form == 4 else 0)
+    raise AssertionError(f"{symbol} has no parameters")
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2"])
+def test_cubins_are_what_the_manifest_says(compiled: Path, name: str) -> None:
+    place, kernels = compiled / name, set()
+    for kernel, sm, cubin, content in cubins(place):
+        kernels.add((kernel["name"], sm))
+        assert hashlib.sha256(content).hexdigest() == cubin["sha256"]
+        assert len(content) == cubin["bytes"]
+        assert content[:4] == b"\x7fELF"
+        assert struct.unpack_from("<H", content, 18) == (190,), "not CUDA code"
+        assert content[48] == sm
+        assert f".text.{cubin['symbol']}" in sections(content)
+        assert cubin["shared"] <= SHARED_MEMORY[sm]
+        assert cubin["threads"] == 32 * kernel["options"].get("num_warps", 4)
+        assert cubin["registers"] is None or 0 < cubin["registers"] <= 255
+        # arguments in order, each at a multiple of its size, then the hidden pointers
+        end = 0
+        for kind in [x["type"] for x in kernel["arguments"]] + ["*"] * len(HIDDEN):
+            size = 8 if kind[0] == "*" else SIZES[kind]
+            end = -(-end // size) * size + size
+        assert parameter_bytes(content, cubin["symbol"]) == end, kernel["name"]
+    expected = {"prepare", "segment_states", "scan_states", "attend_segments", "_mixer_step_kernel"}
+    for sm in (86, 90) if name == "tiny" else (90,):
+        assert {kernel for kernel, other in kernels if other == sm} >= expected
+    files = {path.name for path in place.iterdir()}
+    assert files == {MANIFEST, *(cubin["file"] for _, _, cubin, _ in cubins(place))}
+
+
+def test_same_bytes_twice(compiled: Path) -> None:
+    again = {cubin["file"]: content for _, _, cubin, content in cubins(compiled / "again")}
+    assert again and all((compiled / "tiny" / name).read_bytes() == content for name, content in again.items())
+    assert not any(str(ROOT).encode() in content or b"/tmp" in content for content in again.values())
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2"])
+def test_plans_are_whole(compiled: Path, name: str) -> None:
+    found = read(compiled / name)
+    assert found["hidden"] == list(HIDDEN)
+    written: set[str] = set()
+    for plan in found["plans"]:
+        for launch in plan["launches"]:
+            kernel = found["kernels"][launch["kernel"]]
+            assert {int(sm) for sm in kernel["cubins"]} >= set(plan["sms"])
+            for argument, value in zip(kernel["arguments"], launch["values"], strict=True):
+                given = {key for key in value if value[key] is not None}
+                if argument["type"][0] == "*":
+                    assert given == {"buffer", "offset"} and value["buffer"] in plan["buffers"]
+                else:
+                    assert given == ({"number"} if argument["type"] == "fp32" else {"integer"})
+                if argument["type"][0] == "*" or argument["name"].startswith(("stride_", "s_")):
+                    assert argument["divisible"] == 16, argument
+        written |= {buffer["role"] for buffer in plan["buffers"].values()}
+    assert {plan["operator"] for plan in found["plans"]} == {"step", "linear_attention"}
+    assert written >= {"input", "output", "state", "scratch", "table"}
+
+
+def test_plans_hold_for_other_sizes() -> None:
+    """Sizes that no expression was found from; the memory's attention too, which is planned but not compiled here."""
+    output = python("""
+cases = []
+made = {(spec, name): list(plans.make_plans(name, spec, "bf16", 90, 9))
+        for spec in (SMOLLM2, MEMORY) for name in plans.OPERATORS}
+sizes = [(1, 11), (3, 77), (4, 10), (9, 61), (17, 128), (40, 700), (2, 6001), (1, 12345), (300, 1234)]
+plans._prefill_sizes = lambda longest: [(b, t) for b, t in sizes if t <= longest]
+for (spec, name), found in made.items():
+    row = plans.OPERATORS[name]
+    for call in row.calls(spec, plans.torch.bfloat16, 9):
+        recorded = record(call, tuple(row.tables))
+        cases.append({
+            "plans": [dataclasses.asdict(plan) for plan, _ in found],
+            "axes": recorded.axes,
+            "launches": [[x.kernel.__name__.strip("_"), x.grid,
+                          [[y.buffer, y.offset] if isinstance(y, Pointer) else y for y in x.arguments.values()]]
+                         for x in recorded.launches],
+            "shapes": {key: x.shape() for key, x in recorded.buffers.items()},
+        })
+print(json.dumps(cases))
+""")
+    checked = set()
+    for case in json.loads(output):
+        plan, axes = choose(case["plans"], case["axes"])
+        checked.add((plan["operator"], len(plan["launches"])))
+        for launch, (kernel, grid, values) in zip(plan["launches"], case["launches"], strict=True):
+            assert launch["kernel"].rpartition("-")[0] == kernel
+            assert [evaluate(text, axes) for text in launch["grid"]] == grid, (kernel, launch["grid"], axes)
+            for value, expected in zip(launch["values"], values, strict=True):
+                assert resolve(value, axes) == expected, (kernel, value, axes)
+        shapes = {name: [evaluate(x, axes) for x in buffer["shape"]] for name, buffer in plan["buffers"].items()}
+        assert shapes == case["shapes"]
+    assert {name for name, _ in checked} == {"step", "linear_attention", "memory_attention"}
+    assert {count for name, count in checked if name == "linear_attention"} == {3, 5}
+
+
+def choose(plans: list[dict[str, Any]], given: dict[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the one plan for these axes, and the axes with the derived ones."""
+    fitting = []
+    for plan in plans:
+        axes = dict(given)
+        for name, expression in plan["derived"].items():
+            axes[name] = evaluate(expression, axes)
+        if all(
+            low <= axes[name] and (high is None or axes[name] <= high) for name, (low, high) in plan["ranges"].items()
+        ):
+            fitting.append((plan, axes))
+    assert len(fitting) == 1, given
+    return fitting[0]
+
+
+def resolve(value: dict[str, Any], axes: dict[str, int]) -> Any:
+    """Return what a launch takes: a number, or a buffer and an offset in bytes."""
+    if value["buffer"] is not None:
+        return [value["buffer"], evaluate(value["offset"], axes)]
+    return value["number"] if value["integer"] is None else evaluate(value["integer"], axes)
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 7), (3, 1000), (2, 9001)])
+def test_tables_can_be_made_from_what_the_manifest_says(compiled: Path, batch: int, tokens: int) -> None:
+    plans = [plan for plan in read(compiled / "smollm2")["plans"] if plan["operator"] == "linear_attention"]
+    _, axes = choose(plans, {"batch": batch, "tokens": tokens})
+    segments = cut_batch(batch, tokens, axes["segment"], axes["chunk"], torch.device("cpu"))
+    assert table("segments", axes) == segments.table.tolist()
+    assert table("offsets", axes) == segments.offsets.tolist()
+    chunks = cut_batch(batch, tokens, axes["chunk"], axes["chunk"], torch.device("cpu"))
+    assert table("chunks", axes) == chunks.table.tolist()
+
+
+def test_too_much_shared_memory_is_found_before_anything_is_written(compiled: Path) -> None:
+    message = (compiled / "refusal.txt").read_text()
+    assert "kernel '_mixer_step_kernel' for sm_90 takes" in message and "64 are there" in message
+    assert not (compiled / "refused").exists()
+
+
+def test_unknown_names_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown compute capability '91'") as caught:
+        aot.compile_kernels([TINY], "bf16", [91], tmp_path / "none")
+    assert caught.value.hint is not None and "90" in caught.value.hint
+    for text in ("memory", "memory:9:3", "memory:9:x:64"):
+        with pytest.raises(UsageError, match="is no layer"):
+            aot.parse_spec(text)
+    assert aot.parse_spec("liger:9:3:64") == SMOLLM2
+    assert aot.main(["liger:9:3:64", "-o", str(tmp_path / "none"), "--sm", "sm_90"]) == UsageError.exit_code
+
+
+def test_without_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependency) as caught:
+        aot.compile_kernels([TINY], "bf16", [90], tmp_path / "none")
+    assert caught.value.hint == "pip install 'ligerexport[gpu]'"
+
+
+def test_expressions() -> None:
+    axes = {"batch": 3, "tokens": 129}
+    assert evaluate("12 * batch * cdiv(tokens, 64) - 1 + 0", axes) == 107
+    for text in ("heads", "tokens / 2", "abs(tokens)", "'a'"):
+        with pytest.raises(LigerError, match="cannot evaluate"):
+            evaluate(text, axes)
+
+
+class Driver:
+    """What a caller in C does: loads cubins and launches plans through the CUDA driver alone."""
+
+    def __init__(self, place: Path, sm: int) -> None:
+        self.place, self.manifest, self.sm = place, read(place), sm
+        self.library = ctypes.CDLL("libcuda.so.1")
+        self.persistent: dict[str, Tensor] = {}
+
+    def check(self, name: str, *arguments: Any) -> None:
+        assert getattr(self.library, name)(*arguments) == 0, name
+
+    def run(self, operator: str, given: dict[str, int], tensors: dict[str, Tensor]) -> None:
+        """Launch a plan; `tensors` holds inputs, outputs and state."""
+        plan, axes = choose([x for x in self.manifest["plans"] if x["operator"] == operator], given)
+        buffers = {name: self.buffer(name, buffer, axes, tensors) for name, buffer in plan["buffers"].items()}
+        for launch in plan["launches"]:
+            kernel = self.manifest["kernels"][launch["kernel"]]
+            parameters: list[Any] = []
+            for argument, value in zip(kernel["arguments"], launch["values"], strict=True):
+                if value["buffer"] is not None:
+                    address = buffers[value["buffer"]].data_ptr() + evaluate(value["offset"], axes)
+                    assert address % argument["divisible"] == 0
+                    parameters.append(ctypes.c_uint64(address))
+                elif argument["type"] == "fp32":
+                    parameters.append(ctypes.c_float(value["number"]))
+                else:
+                    number = evaluate(value["integer"], axes)
+                    assert number % argument["divisible"] == 0
+                    parameters.append({"i32": ctypes.c_int32, "i64": ctypes.c_int64}[argument["type"]](number))
+            self.launch(kernel["cubins"][str(self.sm)], [evaluate(x, axes) for x in launch["grid"]], parameters)
+        torch.cuda.synchronize()
+
+    def buffer(self, name: str, buffer: dict[str, Any], axes: dict[str, int], tensors: dict[str, Tensor]) -> Tensor:
+        shape = [evaluate(x, axes) for x in buffer["shape"]]
+        if buffer["role"] in ("input", "output", "state"):
+            assert list(tensors[name].shape) == shape and tensors[name].dtype == TYPES[buffer["type"]]
+            return tensors[name]
+        if buffer["role"] == "table":
+            made = torch.tensor(table(name, axes), dtype=torch.int32, device="cuda")
+            assert list(made.shape) == shape
+            return made
+        if buffer["role"] == "persistent" and name in self.persistent:
+            return self.persistent[name]
+        made = torch.empty(shape, dtype=TYPES[buffer["type"]], device="cuda")
+        made.view(torch.uint8).fill_(0 if buffer["fill"].startswith("zero") else 255)  # a NaN of any width
+        if buffer["role"] == "persistent":
+            self.persistent[name] = made
+        return made
+
+    def launch(self, cubin: dict[str, Any], grid: list[int], parameters: list[Any]) -> None:
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self.check("cuModuleLoadData", ctypes.byref(module), (self.place / cubin["file"]).read_bytes())
+        self.check("cuModuleGetFunction", ctypes.byref(function), module, cubin["symbol"].encode())
+        if cubin["shared"] > 48 << 10:
+            self.check("cuFuncSetAttribute", function, 8, cubin["shared"])
+        assert cubin["global_scratch"] == cubin["profile_scratch"] == 0
+        parameters = [*parameters, *(ctypes.c_uint64(0) for _ in self.manifest["hidden"])]
+        addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(x) for x in parameters))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        block = (cubin["threads"], 1, 1)
+        self.check("cuLaunchKernel", function, *grid, *block, cubin["shared"], stream, addresses, None)
+
+
+def table(name: str, axes: dict[str, int]) -> list[Any]:
+    """Make a table as the manifest describes it."""
+    a = SimpleNamespace(**axes)
+    if name == "offsets":
+        return [b * a.pieces for b in range(a.batch + 1)]
+    size = a.segment if name == "segments" else a.chunk
+    count, chunks = -(-a.tokens // size), -(-a.tokens // a.chunk)
+    return [
+        [
+            b * a.tokens + i * size, min(b * a.tokens + (i + 1) * size, (b + 1) * a.tokens), b,
+            int(i == count - 1), b * chunks + i * size // a.chunk,
+        ]
+        for b in range(a.batch) for i in range(count)
+    ]  # fmt: skip
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Return the relative root mean square error; NaN counts as infinite."""
+    a, b = found.double(), expected.double()
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).nan_to_num(float("inf")).item()
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
+    major, minor = torch.cuda.get_device_capability()
+    sm, place = 10 * major + minor, tmp_path_factory.mktemp("device")
+    operators = ("step", "linear_attention", "memory_attention")
+    aot.compile_kernels([MEMORY], "bf16", [sm], place / "cubins", operators=operators, max_batch=8, jobs=1)
+    torch.zeros(1, device="cuda")  # makes the context
+    return Driver(place / "cubins", sm)
+
+
+def projections(*sizes: int) -> dict[str, Tensor]:
+    """Return query, key and value cut out of one tensor, as a fused projection leaves them."""
+    heads = (MEMORY.q_heads, MEMORY.kv_heads, MEMORY.kv_heads)
+    fused = torch.randn(*sizes, sum(heads), MEMORY.d_k, device="cuda", dtype=torch.bfloat16)
+    return dict(zip(("query", "key", "value"), fused.split(heads, dim=-2), strict=True))
+
+
+def axes_of(tensors: dict[str, Tensor], **sizes: int) -> dict[str, int]:
+    strides = {f"{name}_stride_{i}": s for name, x in tensors.items() for i, s in enumerate(x.stride()[:-1])}
+    return sizes | strides
+
+
+def rotary() -> Tensor:
+    frequency = 10.0 ** (-torch.arange(MEMORY.d_k // 2, device="cuda") / 8)
+    return rotary_table(frequency, MEMORY.max_distance, BLOCK)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 7])
+def test_steps_on_a_gpu(driver: Driver, batch: int) -> None:
+    from ligerexport.kernels.fused.mixer_step import mixer_step
+
+    eager = MEMORY.initial_state(batch, torch.bfloat16, "cuda")
+    compiled = {name: x.clone() for name, x in eager.items()}
+    for step in range(60):
+        tensors = projections(batch)
+        position = torch.full((batch,), step, device="cuda")
+        expected = mixer_step(*tensors.values(), position, eager, MEMORY, rotary())
+        output = torch.full_like(expected, float("nan"))
+        inputs = {**tensors, **compiled, "position": position, "rotary": rotary(), "output": output}
+        driver.run("step", axes_of(tensors, batch=batch), inputs)
+        assert error(output, expected) < FUSED_BF16
+    assert (eager["slot_position"] >= 0).all()
+    assert torch.equal(compiled["slot_position"], eager["slot_position"])
+    for name, x in compiled.items():
+        assert error(x, eager[name]) < FUSED_BF16, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 50), (3, 1000), (1, 9001)])
+def test_linear_attention_on_a_gpu(driver: Driver, batch: int, tokens: int) -> None:
+    from ligerexport.kernels.fused.linear_attention import forward
+
+    tensors = projections(batch, tokens)
+    past = torch.randn(batch, MEMORY.kv_heads, MEMORY.d_k, MEMORY.d_v, device="cuda")
+    expected, expected_state, _ = forward(*tensors.values(), None, past, None, MEMORY.config.gate, 1.0)
+    output, state = torch.full_like(expected, float("nan")), torch.full_like(past, float("nan"))
+    inputs = {**tensors, "past_recurrent_state": past, "output": output, "present_recurrent_state": state}
+    driver.run("linear_attention", axes_of(tensors, batch=batch, tokens=tokens), inputs)
+    assert error(output, expected) < FUSED_BF16
+    assert error(state, expected_state) < FUSED_BF16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 50), (3, 200)])
+def test_memory_attention_on_a_gpu(driver: Driver, batch: int, tokens: int) -> None:
+    from ligerexport.kernels.fused.memory_attention import forward
+
+    past = MEMORY.initial_state(batch, torch.bfloat16, "cuda")
+    past = {name: x for name, x in past.items() if name.startswith("slot_")}
+    position = torch.zeros(batch, dtype=torch.int64, device="cuda")
+    for _ in range(2):  # the second call finds slots that are full
+        tensors = projections(batch, tokens)
+        novelty = torch.rand(batch, tokens, MEMORY.kv_heads, device="cuda")
+        expected = forward(*tensors.values(), novelty, position, past, MEMORY, rotary())
+        outputs = {f"present_{name}": torch.zeros_like(x) for name, x in expected.present.items()}
+        outputs["output"] = torch.full_like(expected.output, float("nan"))
+        inputs = {**tensors, "novelty": novelty, "position": position, "rotary": rotary()}
+        inputs |= {f"past_{name}": x for name, x in past.items()} | outputs
+        driver.run("memory_attention", axes_of(tensors, batch=batch, tokens=tokens), inputs)
+        assert error(outputs["output"], expected.output) < FUSED_BF16
+        assert torch.equal(outputs["present_slot_position"], expected.present["slot_position"])
+        for name, x in expected.present.items():
+            assert error(outputs[f"present_{name}"], x) < FUSED_BF16, name
+        past, position = expected.present, position + tokens
