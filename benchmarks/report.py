@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/concepts/memory.md", "docs/verified.md")
+DOCUMENTS = ("README.md", "docs/concepts/memory.md", "docs/concepts/kernels.md", "docs/verified.md")
 
 
 def table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
@@ -112,8 +112,119 @@ def sweep() -> str:
     return "\n\n".join(parts)
 
 
+def _ms(cell: dict[str, float]) -> str:
+    """Median and spread in milliseconds."""
+    return f"{cell['ms']:.3f} ({cell['low']:.3f}-{cell['high']:.3f})"
+
+
+def linear() -> str:
+    """Gated linear attention against flash-linear-attention."""
+    data = result("fused")
+    copy, product = data["rates"]["copy"], data["rates"]["product"]
+    lines = []
+    for row in [*data["forward"], *data["raw"]]:
+        shape = "B{} T{} H{}/{} D{}".format(*row["shape"])
+        for what in ("forward", "both"):
+            floor = row["floors"][what]
+            least = [floor["bytes"] / copy * 1e3, floor["operations"] / product * 1e3]
+            mine, peer = row["ours"][what], row["fla"][what]
+            lines.append(
+                [
+                    shape, "raw projections" if row["raw"] else "explicit decay",
+                    "forward" if what == "forward" else "forward + backward", _ms(mine),
+                    _ms(peer), f"{peer['ms'] / mine['ms']:.2f}",
+                    f"{least[0]:.3f}, {least[1]:.3f}", f"{max(least) / mine['ms']:.0%}",
+                ]
+            )  # fmt: skip
+    header = [
+        "shape",
+        "from",
+        "pass",
+        "here, ms",
+        "fla, ms",
+        "times faster",
+        "floors: bytes, operations, ms",
+        "of the floor",
+    ]
+    return table(header, lines)
+
+
+def linear_profile() -> str:
+    """Time of the kernels alone."""
+    data = result("fused")
+    lines = []
+    for row in data["profile"]:
+        shape = "B{} T{} H{}/{} D{}".format(*row["shape"]) + (", raw" if row["raw"] else ", explicit")
+        parts = sorted(row["kernels"].items(), key=lambda item: -item[1])
+        lines.append([shape, f"{sum(row['kernels'].values()):.0f}", ", ".join(f"{n} {us:.0f}" for n, us in parts)])
+    return table(["forward + backward", "microseconds", "of which"], lines)
+
+
+def linear_memory() -> str:
+    """Peak memory of forward and backward."""
+    data = result("fused")
+    lines = []
+    for row in [*data["forward"], *data["raw"]]:
+        peer = row["fla"]["peak"]
+        shape = "B{} T{} H{}/{} D{}".format(*row["shape"]) + (", raw" if row["raw"] else ", explicit")
+        lines.append([shape, f"{row['ours']['peak'] / 1e6:.0f} MB", f"{peer / 1e6:.0f} MB"])
+    return table(["peak above the inputs, forward + backward", "here", "fla"], lines)
+
+
+def linear_softmax() -> str:
+    """The recurrence against softmax over everything."""
+    rows = result("fused")["softmax"]
+    lines = [
+        [name, *(_ms(row[key]) for row in rows)]
+        for name, key in (("recurrence", "ours"), ("SDPA, flash", "flash"), ("SDPA, cuDNN", "cudnn"))
+    ]
+    return table(["forward, ms", *(f"T {row['length']:,}" for row in rows)], lines)
+
+
+def memory_kernel() -> str:
+    """Softmax over the bounded memory against softmax over everything."""
+    lines = []
+    for row in result("fused")["memory"]:
+        for what in ("forward", "both"):
+            lines.append(
+                [
+                    f"{row['preset']}, T {row['length']:,}", "forward" if what == "forward" else "forward + backward",
+                    *(_ms(row[name][what]) for name in ("ours", "flex", "flash", "cudnn")),
+                ]
+            )  # fmt: skip
+    return table(["ms", "pass", "here", "FlexAttention, same mask", "SDPA flash, causal", "SDPA cuDNN, causal"], lines)
+
+
+def step() -> str:
+    """One token of one layer."""
+    data = result("fused")
+    lines = []
+    for row in data["step"]:
+        mine, peer = row["ours"], row.get("composition")
+        lines.append(
+            [
+                row["preset"], row["slots"], row["batch"], f"{mine['us']:.1f} ({mine['low']:.1f}-{mine['high']:.1f})",
+                f"{row['bytes'] / 1e6:.1f} MB", f"{row['bytes'] / mine['us'] * 1e6 / data['rates']['copy']:.0%}",
+                f"{peer['us']:.1f}, {peer['us'] / mine['us']:.1f} times" if peer else "",
+            ]
+        )  # fmt: skip
+    header = ["preset", "slots", "batch", "microseconds", "bytes that must move", "of copy bandwidth", "composition"]
+    return table(header, lines)
+
+
+def first_result() -> str:
+    """From a fresh process to the first result."""
+    found = result("fused")["first"]
+    return table(
+        ["fresh process, empty cache", "here", "fla"],
+        [["seconds to the first result", *(f"{found[n]:.1f}" for n in ("ours", "fla"))]],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "nll": nll, "recall": recall, "stream": stream, "decode": decode, "flat": flat, "build": build, "sweep": sweep,
+    "linear": linear, "linear_profile": linear_profile, "linear_memory": linear_memory,
+    "linear_softmax": linear_softmax, "memory_kernel": memory_kernel, "step": step, "first_result": first_result,
 }  # fmt: skip
 
 

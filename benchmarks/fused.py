@@ -1,0 +1,493 @@
+"""The fused kernels against their peers on one GPU: same run, same inputs, medians of triton's do_bench.
+
+python benchmarks/fused.py -o benchmarks/results/fused.json [--only forward,raw,profile,softmax,memory,step,first]
+
+Needs a CUDA device and flash-linear-attention 0.6. Each section first compares a cut of its inputs with fp64 and
+refuses to time what is wrong. Floors: bytes read and written once over the copy bandwidth, and operations of the
+chunked form over the rate of a large bf16 matrix product, both measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import logsigmoid, scaled_dot_product_attention
+
+from ligerexport.config import PRESETS, LigerConfig
+from ligerexport.kernels.fused.mixer_step import mixer_step
+from ligerexport.kernels.library.linear_attention import _plain, linear_attention
+from ligerexport.kernels.library.memory_attention import memory_attention
+from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
+from ligerexport.state import MixerSpec, MixerState
+
+SHAPES = ((1, 8192, 32, 128), (4, 2048, 16, 128), (8, 1024, 8, 64), (1, 65536, 16, 128))
+GROUP = 4
+LIMIT = 5e-3
+DEVICE, DTYPE = "cuda", torch.bfloat16
+MEMORY_MIX = replace(PRESETS["memory"].config, attention_weight=0.9, recurrence_weight=0.1)
+
+
+def bench(call: Callable[[], Any], grad: list[Tensor] | None = None) -> dict[str, float]:
+    """Return milliseconds: median, 20th and 80th percentile; the L2 cache is cleared between runs."""
+    median, low, high = triton.testing.do_bench(call, warmup=50, rep=200, quantiles=[0.5, 0.2, 0.8], grad_to_none=grad)
+    return {"ms": median, "low": low, "high": high}
+
+
+def peak(call: Callable[[], Any]) -> int:
+    """Return the most bytes allocated during a call beyond what stood before it."""
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Return the relative root mean square error."""
+    return ((found.double() - expected).norm() / expected.norm()).item() if found.isfinite().all() else math.inf
+
+
+def gate(name: str, pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Return the errors, or stop: what is wrong is not timed."""
+    errors = {key: error(*pair) for key, pair in pairs.items()}
+    if not all(value < LIMIT for value in errors.values()):
+        raise SystemExit(f"{name} is wrong: {errors}")
+    return errors
+
+
+def rates() -> dict[str, float]:
+    """Measure bytes a second of a copy, read and written, and operations a second of a bf16 product."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    return {
+        "copy": 2 * source.numel() / bench(lambda: target.copy_(source))["ms"] * 1e3,
+        "product": 2 * 8192**3 / bench(lambda: a @ b)["ms"] * 1e3,
+    }
+
+
+def floors(batch: int, length: int, heads: int, kv: int, d: int, raw: bool, both: bool) -> dict[str, float]:
+    """Return bytes and operations of one call with chunks of 64."""
+    tokens = batch * length
+    q, k = tokens * heads * d * 2, tokens * kv * d * 2
+    decay = 0 if raw else tokens * kv * d * 4
+    size = 2 * q + 2 * k + decay
+    operations = tokens * heads * (2 * 64 * d + 2 * d * d) + tokens * kv * 2 * d * d
+    if both:
+        size += size + q + 2 * k + decay + q  # inputs again, gradient of the output, gradients of the inputs
+        operations *= 3.5
+    return {"bytes": size, "operations": operations}
+
+
+def inputs(batch: int, length: int, heads: int, kv: int, d: int, raw: bool) -> list[Tensor]:
+    """Return query, key, value and, unless raw, decay."""
+    torch.manual_seed(0)
+    made = [torch.randn(batch, length, h, d, device=DEVICE, dtype=DTYPE) for h in (heads, kv, kv)]
+    return made if raw else [*made, logsigmoid(torch.randn(batch, length, kv, d, device=DEVICE)).clamp_min(-5)]
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
+    """Run the fused operator."""
+    return linear_attention(q, k, v, g, gate=None if g is not None else "gla")[0]
+
+
+def peer(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
+    """Run the same with flash-linear-attention, which needs repeated heads, feature maps and gate made before."""
+    from fla.ops.gla import chunk_gla
+
+    if g is None:
+        group = q.shape[2] // k.shape[2]
+        g = (logsigmoid(k.float()) / 16).repeat_interleave(group, 2)
+        q, k = q.softmax(-1), k.softmax(-1).repeat_interleave(group, 2)
+        v = v.repeat_interleave(group, 2)
+    return chunk_gla(q, k, v, g, scale=1.0)[0]
+
+
+@contextmanager
+def alone(path: Path | None) -> Iterator[None]:
+    """Hold the lock that other runs on this GPU wait for; a file beside it says who is ready."""
+    if path is None:
+        yield
+        return
+    path.with_suffix(f".{os.getpid()}").touch()
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def linear(raw: bool, shapes: Sequence[tuple[int, ...]], lock: Path | None) -> list[dict[str, Any]]:
+    """Time forward, and forward and backward, on each shape."""
+    rows = []
+    for batch, length, heads, d in shapes:
+        kv = heads // GROUP if raw else heads
+        cut = [x[:1, :512].contiguous() for x in inputs(batch, length, heads, kv, d, raw)]
+        leaves, exact = ([y.detach().requires_grad_() for y in x] for x in (cut, [x.double() for x in cut]))
+        out = ours(*leaves)
+        truth, _ = _plain(*(exact if not raw else [*exact, None]), None, None, "gla" if raw else None, 1.0)  # type: ignore[arg-type]
+        weight = torch.randn_like(out)
+        found, wanted = torch.autograd.grad(out, leaves, weight), torch.autograd.grad(truth, exact, weight.double())
+        pairs = {"output": (out.detach(), truth.detach())}
+        pairs |= {f"gradient {i}": pair for i, pair in enumerate(zip(found, wanted, strict=True))}
+        row: dict[str, Any] = {
+            "shape": [batch, length, heads, kv, d],
+            "raw": raw,
+            "errors": gate(str(cut[0].shape), pairs),
+        }
+        args = inputs(batch, length, heads, kv, d, raw)
+        for x in args:
+            x.requires_grad_()
+        weight = torch.randn(batch, length, heads, d, device=DEVICE, dtype=DTYPE)
+
+        def forward(op: Any) -> None:
+            with torch.no_grad():
+                op(*args)
+
+        def both(op: Any) -> None:
+            op(*args).backward(weight)
+
+        def clear() -> None:
+            for x in args:
+                x.grad = None
+            torch.cuda.empty_cache()
+
+        peers = {"ours": ours, "fla": peer}
+        for op in peers.values():  # compile and tune
+            both(op)
+            forward(op)
+            clear()
+        with alone(lock):
+            for name, op in peers.items():
+                row[name] = {"forward": bench(lambda: forward(op)), "both": bench(lambda: both(op), args)}
+                clear()
+                row[name]["peak"] = peak(lambda: both(op))
+                clear()
+        row["floors"] = {
+            "forward": floors(batch, length, heads, kv, d, raw, both=False),
+            "both": floors(batch, length, heads, kv, d, raw, both=True),
+        }
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        rows.append(row)
+    return rows
+
+
+def profile() -> list[dict[str, Any]]:
+    """Return microseconds of every kernel, forward and backward, by torch's profiler: without the host."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    rows = []
+    for raw in (False, True):
+        for batch, length, heads, d in SHAPES:
+            kv = heads // GROUP if raw else heads
+            args = [x.requires_grad_() for x in inputs(batch, length, heads, kv, d, raw)]
+            weight = torch.randn(batch, length, heads, d, device=DEVICE, dtype=DTYPE)
+            ours(*args).backward(weight)
+            with record(activities=[ProfilerActivity.CUDA]) as found:
+                for _ in range(8):
+                    ours(*args).backward(weight)
+                torch.cuda.synchronize()
+            kernels: dict[str, float] = {}
+            for event in found.events():
+                if event.device_type == torch.autograd.DeviceType.CUDA:
+                    kernels[event.name] = kernels.get(event.name, 0.0) + event.time_range.elapsed_us() / 8
+            rows.append({"shape": [batch, length, heads, kv, d], "raw": raw, "kernels": kernels})
+    return rows
+
+
+def softmax() -> list[dict[str, Any]]:
+    """Time the recurrence from raw projections against softmax over everything; 32 and 8 heads of 128."""
+    rows = []
+    for length in (2048, 4096, 8192, 16384, 32768, 65536):
+        args = inputs(1, length, 32, 8, 128, raw=True)
+        q, k, v = (x.transpose(1, 2) for x in args)
+        row: dict[str, Any] = {"length": length, "ours": bench(lambda: ours(*args))}
+        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+            with sdpa_kernel(backend):
+                row[name] = bench(lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+        rows.append(row)
+    return rows
+
+
+def layer(config: LigerConfig, q_heads: int = 32, kv_heads: int = 8, d: int = 128) -> MixerSpec:
+    """Return a layer of the shape of Llama-3-8B."""
+    return MixerSpec(config, q_heads, kv_heads, d, d, d**-0.5, 8192)
+
+
+def rotary(spec: MixerSpec) -> Tensor:
+    """Return the rotary table of Llama 3."""
+    pairs = torch.arange(spec.d_k // 2, device=DEVICE) / (spec.d_k // 2)
+    return rotary_table(5e5**-pairs, spec.max_distance, BLOCK)
+
+
+def memory() -> list[dict[str, Any]]:
+    """Time softmax over the bounded memory against softmax over everything, and FlexAttention with the same mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    from ligerexport.kernels.fused.candidates import gather_candidates
+    from ligerexport.kernels.fused.slot_scores import complete_scores
+    from ligerexport.kernels.fused.slots import deaths
+
+    rows = []
+    for length in (2048, 8192):
+        for preset in ("sinks", "memory"):
+            spec = layer(PRESETS[preset].config)
+            table = rotary(spec)
+            args = [x.requires_grad_() for x in inputs(1, length, 32, 8, 128, raw=True)]
+            novelty = torch.rand(1, length, 8, device=DEVICE)
+            position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+            state = spec.initial_state(1, DTYPE, DEVICE)
+            weight = torch.randn(1, length, 32, 128, device=DEVICE, dtype=DTYPE)
+            row: dict[str, Any] = {"length": length, "preset": preset}
+
+            def run(args: Any = args, rest: Any = (novelty, position, state, spec, table)) -> Tensor:
+                return memory_attention(*args, *rest)[0]
+
+            def clear(args: Any = args) -> None:
+                for x in args:
+                    x.grad = None
+
+            def time_both(call: Callable[[], Tensor], weight: Tensor, args: Any = args) -> dict[str, Any]:
+                with torch.no_grad():
+                    forward = bench(call)
+                return {"forward": forward, "both": bench(lambda: call().backward(weight), args)}
+
+            row["ours"] = time_both(run, weight)
+            row["ours"]["peak"] = peak(lambda: run().backward(weight))
+            q, k, v = (x.transpose(1, 2) for x in args)
+            for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+                with sdpa_kernel(backend):
+                    row[name] = time_both(
+                        lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+                        weight.transpose(1, 2),
+                    )
+            clear()
+            with torch.no_grad():
+                found = gather_candidates(*(x.detach() for x in args), novelty, position, state, spec, table)
+                complete_scores(found)
+                death = deaths(found)[:, :, spec.config.num_slots :]
+
+            def seen(b: Tensor, h: Tensor, t: Tensor, c: Tensor, death: Tensor = death) -> Tensor:
+                return (c <= t) & (t < death[b, h // GROUP, c])
+
+            row["flex mask"] = bench(lambda: create_block_mask(seen, 1, 32, length, length, DEVICE))
+            mask = create_block_mask(seen, 1, 32, length, length, DEVICE)
+            flex = torch.compile(flex_attention)
+            row["flex"] = time_both(lambda: flex(q, k, v, block_mask=mask, enable_gqa=True), weight.transpose(1, 2))
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    return rows
+
+
+def filled(spec: MixerSpec, batch: int, seen: int) -> MixerState:
+    """Return the state of sequences that have seen `seen` tokens, with random contents."""
+    config, state = spec.config, spec.initial_state(batch, DTYPE, DEVICE)
+    kept = sum(count for _, count in config.slots)
+    scored = torch.randperm(seen - config.window - config.sinks)[:kept] + config.sinks
+    state["slot_position"][:] = torch.cat(
+        [torch.arange(config.sinks), scored, torch.arange(seen - config.window, seen)]
+    ).to(DEVICE)
+    for name, x in state.items():
+        if name in ("slot_score", "judge_state"):
+            x.uniform_()
+        elif name != "slot_position":
+            x.normal_()
+    return state
+
+
+def composition(spec: MixerSpec, batch: int, seen: int) -> Callable[..., Tensor]:
+    """Return one token of the preset `liger` out of a peer's kernels: recurrence, ring, rotary, SDPA, mix."""
+    from fla.ops.gla import fused_recurrent_gla
+
+    group = spec.q_heads // spec.kv_heads
+    angle = 5e5 ** -(torch.arange(spec.d_k // 2, device=DEVICE) / (spec.d_k // 2)) * seen
+    cos, sin = (torch.cat([x, x]).to(DTYPE) for x in (angle.cos(), angle.sin()))
+
+    def turn(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+    def step(q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, recurrent: Tensor) -> Tensor:
+        rk, rv = (x.repeat_interleave(group, 1)[:, None] for x in (k, v))
+        g = logsigmoid(rk.float()) / 16
+        out, new = fused_recurrent_gla(
+            q[:, None].softmax(-1),
+            rk.softmax(-1),
+            rv,
+            gk=g,
+            scale=1.0,
+            initial_state=recurrent,
+            output_final_state=True,
+        )
+        recurrent.copy_(new)
+        slot = seen % spec.config.window
+        ring_k[:, :, slot] = turn(k)
+        ring_v[:, :, slot] = v
+        local = scaled_dot_product_attention(turn(q)[:, :, None], ring_k, ring_v, enable_gqa=True)
+        return 0.5 * local[:, :, 0] + 0.5 * out[:, 0]
+
+    return step
+
+
+def replayed(call: Callable[[int], Any], launches: int) -> dict[str, float]:
+    """Return microseconds a call of a CUDA graph with `launches` calls: median and spread of 20 replays."""
+    call(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            call(i)
+    times = []
+    for _ in range(23):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / launches)
+    times = sorted(times[3:])
+    return {"us": times[10], "low": times[2], "high": times[17]}
+
+
+def check_step(config: LigerConfig) -> dict[str, float]:
+    """Compare one step from a random full state with plain torch in fp64."""
+    spec, batch = layer(config), 2
+    table, state = rotary(spec), filled(layer(config), 2, 5000)
+    # plain torch takes slots in the order of their positions
+    order = state["slot_position"].argsort(-1)
+    for name in ("slot_key", "slot_value"):
+        state[name] = state[name].gather(2, order[..., None].expand_as(state[name]))
+    if "slot_score" in state:
+        state["slot_score"] = state["slot_score"].gather(3, order[:, :, None].expand_as(state["slot_score"]))
+    state["slot_position"] = state["slot_position"].gather(2, order)
+    q, k, v = (x[:, 0] for x in inputs(batch, 1, 32, 8, 128, raw=True))
+    position = torch.full((batch,), 5000, device=DEVICE)
+    exact = {name: (x.double() if x.is_floating_point() else x).cpu() for name, x in state.items()}
+    wanted, after = liger_mixer(
+        *(x[:, None].double().cpu() for x in (q, k, v)), position.cpu(), exact, spec, table.double().cpu()
+    )
+    found = mixer_step(q, k, v, position, state, spec, table)
+    pairs = {"output": (found, wanted[:, 0].to(DEVICE))}
+    for name in ("recurrent_state", "judge_state"):
+        if name in state:
+            pairs[name] = state[name], after[name].to(DEVICE)
+    assert torch.equal(state["slot_position"].sort(-1).values, after["slot_position"].to(DEVICE))
+    return gate("mixer_step", pairs)
+
+
+def step() -> list[dict[str, Any]]:
+    """Time one token of one layer under a CUDA graph; pools rotate so that the cache does not hold them."""
+    rows = []
+    configs = {
+        "liger": PRESETS["liger"].config, "sinks": PRESETS["sinks"].config, "memory": PRESETS["memory"].config,
+        "memory and recurrence": MEMORY_MIX,
+    }  # fmt: skip
+    for name, config in configs.items():
+        spec, errors = layer(config), check_step(config)
+        one = sum(t.nbytes(2) for t in spec.state())
+        written = sum(t.nbytes(2) for t in spec.state() if t.name in ("recurrent_state", "judge_state", "slot_score"))
+        for batch in (1, 16, 64, 256):
+            pools = [filled(spec, batch, 5000) for _ in range(max(1, min(64, round(160e6 / (batch * one)))))]
+            q, k, v = (x[:, 0] for x in inputs(batch, 1, 32, 8, 128, raw=True))
+            table, position = rotary(spec), torch.full((batch,), 5000, device=DEVICE)
+            out = torch.empty_like(q)
+            launches = max(len(pools), 8)
+
+            def call(i: int, pools: Any = pools, rest: Any = (q, k, v, position, spec, table, out)) -> None:
+                q, k, v, position, spec, table, out = rest
+                mixer_step(q, k, v, position, pools[i % len(pools)], spec, table, out=out)
+
+            row: dict[str, Any] = {"preset": name, "batch": batch, "slots": config.num_slots, "errors": errors}
+            row |= {"bytes": batch * (one + written), "ours": replayed(call, launches)}
+            if name == "liger":
+                made = composition(spec, batch, 5000)
+                count = max(1, min(16, round(160e6 / (batch * one * 4))))
+                states = [
+                    [torch.randn(batch, 8, 64, 128, device=DEVICE, dtype=DTYPE) for _ in range(2)]
+                    + [torch.randn(batch, 32, 128, 128, device=DEVICE)]
+                    for _ in range(count)
+                ]
+
+                def combined(i: int, made: Any = made, states: Any = states, rest: Any = (q, k, v)) -> None:
+                    made(*rest, *states[i % len(states)])
+
+                row["composition"] = replayed(combined, max(count, 4))
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    return rows
+
+
+def first() -> dict[str, float]:
+    """Return seconds from the start of a fresh process with an empty cache to the first result."""
+    code = (
+        "import sys, time; start = time.time(); sys.path[:0] = ['benchmarks']; import torch, fused\n"
+        "args = fused.inputs(1, 8192, 32, 8, 128, raw=True)\n"
+        "out = fused.{0}(*args); torch.cuda.synchronize(); print(time.time() - start)"
+    )
+    seconds = {}
+    for name, call in (("ours", "ours"), ("fla", "peer")):
+        with tempfile.TemporaryDirectory() as cache:
+            done = subprocess.run(
+                [sys.executable, "-c", code.format(call)], env={**os.environ, "TRITON_CACHE_DIR": cache},
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+        seconds[name] = float(done.stdout.split()[-1])
+    return seconds
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "forward": lambda args: linear(False, [SHAPES[i] for i in args.shapes], args.lock),
+    "raw": lambda args: linear(True, [SHAPES[i] for i in args.shapes], args.lock),
+    "profile": lambda _: profile(),
+    "softmax": lambda _: softmax(),
+    "memory": lambda _: memory(),
+    "step": lambda _: step(),
+    "first": lambda _: first(),
+}
+
+
+def main() -> None:
+    """Run the sections and write what they gave; sections run before are kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)), help="rows of forward and raw")
+    parser.add_argument("--lock", type=Path, help="runs that share this file time one at a time")
+    args = parser.parse_args()
+    result: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    result |= {
+        "command": "python benchmarks/fused.py -o benchmarks/results/fused.json",
+        "device": torch.cuda.get_device_name(),
+        "versions": {name: version(name) for name in ("torch", "triton", "flash-linear-attention")},
+    }
+    for name in args.only.split(","):
+        start = time.time()
+        result[name] = SECTIONS[name](args)
+        print(f"{name}: {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+        with alone(args.lock):
+            result["rates"] = rates()
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

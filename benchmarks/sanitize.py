@@ -1,0 +1,61 @@
+"""Run every fused kernel once on small inputs, for NVIDIA's compute-sanitizer.
+
+compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+compute-sanitizer --tool racecheck python benchmarks/sanitize.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ligerexport.config import PRESETS
+from ligerexport.kernels.library.linear_attention import linear_attention
+from ligerexport.kernels.library.mixer_step import mixer_step
+from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
+from ligerexport.state import MixerSpec
+
+DEVICE = "cuda"
+
+
+def recurrence(dtype: torch.dtype) -> None:
+    """Given and computed decay, groups, packed sequences, strong channels, forward and backward."""
+    for gate, strong, bounds in ((None, True, None), ("gla", False, (0, 1, 1, 130, 200)), ("hgrn2", True, None)):
+        q, k, v = (torch.randn(1, 200, heads, d, device=DEVICE) for heads, d in ((4, 64), (2, 64), (2, 48)))
+        k[..., 3] -= 100.0 * strong
+        g = None if gate else (torch.nn.functional.logsigmoid(torch.randn_like(k)) - 20.0 * (k < -50)).requires_grad_()
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        cut = None if bounds is None else torch.tensor(bounds, device=DEVICE)
+        state = torch.randn(1 if cut is None else 4, 2, 64, 48, device=DEVICE, requires_grad=True)
+        output, final = linear_attention(*leaves, g, gate=gate, initial_state=state, cu_seqlens=cut)
+        (output.float().square().sum() + final.square().sum()).backward()
+
+
+def mixer(dtype: torch.dtype) -> None:
+    """A prompt with padding, its gradient, and steps, for every preset."""
+    configs = [preset.config for preset in PRESETS.values()]
+    for config in [*configs, replace(PRESETS["memory"].config, recurrence_weight=0.1)]:
+        spec = MixerSpec(config, 8, 2, 64, 64, 0.125, 300)
+        rotary = rotary_table(10.0 ** (-torch.arange(32, device=DEVICE) / 32), 300, BLOCK)
+        shapes = ((8, 64), (2, 64), (2, 64))
+        q, k, v = (torch.randn(2, 400, *s, device=DEVICE, dtype=dtype).requires_grad_() for s in shapes)
+        position = torch.tensor([0, -7], device=DEVICE)
+        output, state = liger_mixer(q, k, v, position, spec.initial_state(2, dtype, DEVICE), spec, rotary)
+        output.float().square().sum().backward()
+        with torch.no_grad():
+            for t in range(3):
+                mixer_step(q[:, t], k[:, t], v[:, t], position + 400 + t, state, spec, rotary)
+
+
+def main() -> None:
+    """Run both in both widths of activations."""
+    for dtype in (torch.float32, torch.bfloat16):
+        recurrence(dtype)
+        mixer(dtype)
+    torch.cuda.synchronize()
+    print("ran")
+
+
+if __name__ == "__main__":
+    main()
