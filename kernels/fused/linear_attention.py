@@ -41,7 +41,6 @@ class _Call:
     d_k: int
     d_v: int
     sequences: int
-    packed: bool
     query_map: str
     key_map: str
     divisor: float
@@ -49,7 +48,6 @@ class _Call:
     operand: tl.dtype
     precision: str
     saved: torch.dtype
-    target: int
 
     def tile(self, kernel: str) -> Tile:
         return get_tile(kernel, max(padded(self.d_k), padded(self.d_v)), self.itemsize)
@@ -120,7 +118,10 @@ class _Call:
 
 @lru_cache(maxsize=1024)
 def _call(layouts: Any, sequences: int, packed: bool, gate: str | None, target: int) -> _Call:
-    """Return the call for the `layout` of query, key, value `[T, H, d]` and whatever else comes in."""
+    """Return the call for the `layout` of query, key, value `[T, H, d]` and whatever else comes in.
+
+    `packed` decides numbers of segments, and `target` tiles: calls that differ in them share nothing.
+    """
     (tokens, q_heads, d_k), _, dtype, *_ = layouts[0]
     (_, heads, _), (_, _, d_v) = layouts[1][0], layouts[2][0]
     row = None if gate is None else get_gate(gate)
@@ -132,7 +133,6 @@ def _call(layouts: Any, sequences: int, packed: bool, gate: str | None, target: 
         d_k=d_k,
         d_v=d_v,
         sequences=sequences,
-        packed=packed,
         query_map="none" if row is None else row.query_map,
         key_map="none" if row is None else row.key_map,
         divisor=1.0 if row is None else row.decay_divisor,
@@ -140,7 +140,6 @@ def _call(layouts: Any, sequences: int, packed: bool, gate: str | None, target: 
         operand=tl.float32 if exact or INTERPRETED else tl.bfloat16,  # the interpreter has no bf16 product
         precision="tf32x3" if exact else "tf32",
         saved=torch.float32 if exact else torch.bfloat16,
-        target=target,
     )
 
 
