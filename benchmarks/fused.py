@@ -1,6 +1,6 @@
 """The fused kernels against their peers on one GPU: same run, same inputs, medians of triton's do_bench.
 
-python benchmarks/fused.py -o benchmarks/results/fused.json [--only forward,raw,profile,softmax,memory,step,first]
+python benchmarks/fused.py -o benchmarks/results/fused.json [--only forward,raw,...]
 
 Needs a CUDA device and flash-linear-attention 0.6. Each section first compares a cut of its inputs with fp64 and
 refuses to time what is wrong. Floors: bytes read and written once over the copy bandwidth, and operations of the
@@ -201,10 +201,10 @@ def profile() -> list[dict[str, Any]]:
             kv = heads // GROUP if raw else heads
             args = [x.requires_grad_() for x in inputs(batch, length, heads, kv, d, raw)]
             weight = torch.randn(batch, length, heads, d, device=DEVICE, dtype=DTYPE)
-            ours(*args).backward(weight)
+            torch.autograd.grad(ours(*args), args, weight)
             with record(activities=[ProfilerActivity.CUDA]) as found:
                 for _ in range(8):
-                    ours(*args).backward(weight)
+                    torch.autograd.grad(ours(*args), args, weight)
                 torch.cuda.synchronize()
             kernels: dict[str, float] = {}
             for event in found.events():
@@ -436,22 +436,18 @@ def step() -> list[dict[str, Any]]:
     return rows
 
 
-def first() -> dict[str, float]:
-    """Return seconds from the start of a fresh process with an empty cache to the first result."""
+def first(name: str) -> float:
+    """Return seconds from the start of a fresh process with an empty cache to the first result of `ours` or `peer`."""
     code = (
         "import sys, time; start = time.time(); sys.path[:0] = ['benchmarks']; import torch, fused\n"
         "args = fused.inputs(1, 8192, 32, 8, 128, raw=True)\n"
-        "out = fused.{0}(*args); torch.cuda.synchronize(); print(time.time() - start)"
+        f"out = fused.{name}(*args); torch.cuda.synchronize(); print(time.time() - start)"
     )
-    seconds = {}
-    for name, call in (("ours", "ours"), ("fla", "peer")):
-        with tempfile.TemporaryDirectory() as cache:
-            done = subprocess.run(
-                [sys.executable, "-c", code.format(call)], env={**os.environ, "TRITON_CACHE_DIR": cache},
-                capture_output=True, text=True, check=True,
-            )  # fmt: skip
-        seconds[name] = float(done.stdout.split()[-1])
-    return seconds
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], Any]] = {
@@ -461,7 +457,8 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "softmax": lambda _: softmax(),
     "memory": lambda _: memory(),
     "step": lambda _: step(),
-    "first": lambda _: first(),
+    "first": lambda _: first("ours"),
+    "first of fla": lambda _: first("peer"),
 }
 
 

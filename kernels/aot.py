@@ -135,8 +135,8 @@ def _plan(
     return list(plans.values()), kernels, work
 
 
-def _compile(job: _Job) -> _Compiled:
-    """Compile one kernel; prints nothing and leaves Triton's cache as it was."""
+def _make(job: _Job) -> Any:
+    """Return what Triton makes of one kernel; prints nothing and leaves Triton's cache as it was."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -152,15 +152,20 @@ def _compile(job: _Job) -> _Compiled:
         attrs={places[name]: [["tt.divisibility", ALIGNMENT]] for name in promised},
     )  # fmt: skip
     knobs = triton.knobs
-    what = f"kernel '{kernel.name}' for sm_{job.sm}"
     with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = cache
         knobs.compilation.disable_line_info = True  # paths of this machine would be in the file
-        try:
-            with redirect_stdout(io.StringIO()):
-                made = triton.compile(source, target=GPUTarget("cuda", job.sm, 32), options=dict(kernel.options))
-        except Exception as e:  # of many kinds, from several compilers
-            return _Compiled(failure=f"{what} does not compile: {(str(e).strip() or repr(e)).splitlines()[-1]}")
+        with redirect_stdout(io.StringIO()):
+            return triton.compile(source, target=GPUTarget("cuda", job.sm, 32), options=dict(kernel.options))
+
+
+def _compile(job: _Job) -> _Compiled:
+    """Compile one kernel and look at what came out."""
+    what = f"kernel '{job.kernel.name}' for sm_{job.sm}"
+    try:
+        made = _make(job)
+    except Exception as e:  # of many kinds, from several compilers
+        return _Compiled(failure=f"{what} does not compile: {(str(e).strip() or repr(e)).splitlines()[-1]}")
     content, metadata = made.asm["cubin"], made.metadata
     if metadata.shared > SHARED_MEMORY[job.sm]:
         return _Compiled(

@@ -209,7 +209,7 @@ def test_recall_error_equals_plain_torch(batch: int, length: int, d_k: int, d_v:
         length, d_k = 20 * length, 2 * d_k
     k, v = torch.randn(batch, length, 2, d_k, device=DEVICE) * 2, torch.randn(batch, length, 2, d_v, device=DEVICE)
     state = torch.rand(batch, 2, d_k, d_v + 1, device=DEVICE)
-    position = torch.tensor([0, -20][:batch], device=DEVICE)
+    position = torch.tensor([[0, 77], [-20, 77]][:batch], device=DEVICE)[:, 0]
     found, found_state = fused_recall_error.recall_error(k, v, position, state)
     real = (position[:, None] + torch.arange(length, device=DEVICE) >= 0)[:, None, :, None]
     features = torch.softmax(k.double().transpose(1, 2), dim=-1) * real

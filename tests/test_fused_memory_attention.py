@@ -63,6 +63,11 @@ def memory_attention(*arguments: Any, death: Tensor | None = None) -> tuple[Tens
     return output, attended.present
 
 
+def column(position: tuple[int, ...]) -> Tensor:
+    """Return positions as a column of something wider."""
+    return torch.tensor(position, device=DEVICE)[:, None].expand(-1, 2).add(torch.tensor([0, 77], device=DEVICE))[:, 0]
+
+
 @dataclass(frozen=True)
 class Case:
     """A layer, a number of tokens and where the sequences stand."""
@@ -89,7 +94,7 @@ class Case:
         # a slice of something wider: strides that no one may assume away
         whole = [torch.randn(batch, self.length, heads, d + 8, device=DEVICE) * scale for heads, d in shapes]
         novelty = torch.rand(batch, self.length, self.kv_heads, device=DEVICE)
-        return [x.to(dtype)[..., :-8] for x in whole], novelty, torch.tensor(self.position, device=DEVICE)
+        return [x.to(dtype)[..., :-8] for x in whole], novelty, column(self.position)
 
     def start(self, dtype: torch.dtype = torch.float32) -> MixerState:
         """Return the state of sequences that have seen nothing."""
@@ -113,6 +118,7 @@ CASES = [
     *(Case(name, 65, group=1) for name in SCORES),
 ]
 if DEVICE == "cuda":
+    CASES += [Case(name, 70, (0, 5), 2, 2, 32, 16, 16, 512) for name in ("liger", "sinks", "every score")]
     CASES += [
         Case(name, length, (0, 900), group, 2, d, d, d // 2, cap)
         for name in CONFIGS
@@ -237,9 +243,12 @@ def test_cut_anywhere_and_slots_in_any_order() -> None:
 
 def test_half_precision_with_the_same_memory() -> None:
     """Rounded scores may keep other tokens, so both sides get one memory's decisions."""
-    sizes = [(140, 2, 32, 24, 12, 40)] if DEVICE == "cpu" else [(700, 4, 128, 128, 64, 8192), (700, 4, 64, 64, 32, 300)]
-    for length, group, d_k, d_v, turning, cap in sizes:
-        case = Case("every score", length, (50,), group, 1, d_k, d_v, turning, cap)
+    sizes = [("every score", 140, 2, 32, 24, 12, 40)]
+    if DEVICE == "cuda":
+        wide, far = (700, 4, 128, 128, 64, 8192), (700, 4, 64, 64, 32, 300)
+        sizes = [(name, *size) for name in ("every score", "memory", "sinks") for size in (wide, far)]
+    for name, length, group, d_k, d_v, turning, cap in sizes:
+        case = Case(name, length, (50,), group, 1, d_k, d_v, turning, cap)
         spec = case.spec()
         # Of unit variance: rounding the turned queries and keys errs in proportion to the logits, and at 1.5 this alone
         # takes the gradients to the tolerance.

@@ -94,11 +94,12 @@ def run(
 ) -> Tensor:
     """Mix the tokens of `inputs` `[B, T, ...]` one by one in fp32, `state` in place; outputs `[B, T, H_q, d_v]`."""
     q, k, v, table = (x.to(DEVICE, torch.float32) for x in inputs)
-    position = position.to(DEVICE)
+    columns = torch.stack([position + t for t in range(q.shape[1])], dim=1).to(DEVICE)
     outputs = []
     for t in range(q.shape[1]):
         out = torch.full((q.shape[0], spec.q_heads, spec.d_v), torch.nan, device=DEVICE)
-        outputs.append(mixer_step(q[:, t], k[:, t], v[:, t], position + t, state, spec, table, out=out, tiling=tiling))
+        now = columns[:, t]
+        outputs.append(mixer_step(q[:, t], k[:, t], v[:, t], now, state, spec, table, out=out, tiling=tiling))
     return torch.stack(outputs, dim=1)
 
 

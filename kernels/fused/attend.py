@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ligerexport.kernels.fused.candidates import BLOCK, Candidates, angles, turn
+from ligerexport.kernels.fused.launch import launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -118,7 +119,8 @@ def _attend_kernel(
 def far_launches(found: Candidates, kept: int) -> tuple[tuple[bool, int], ...]:
     """Return (with pairs beyond the largest rotary distance, that distance) for each launch that is needed.
 
-    Positions are on the device, so that both are when anything kept may be that far away.
+    Positions are on the device, so that both are when anything kept may be that far away. Those with such pairs load
+    nothing ahead: Triton 3.6 then computes wrong addresses in the rows of the table, for which `test_aot` has an eye.
     """
     cap = found.spec.max_distance
     return ((False, cap), (True, cap)) if kept else ((False, 2**31 - 1),)
@@ -160,12 +162,16 @@ def attend(
     output = found.query.new_empty(batch, length, q_heads, d_v) if with_output else None
     tile = tiles(max(width_k, found.value.shape[3]), found.query.dtype)
     for far, cap in far_launches(found, table.shape[3]):
-        _attend_kernel[(query_programs(found, tile), kv_heads, batch)](
+        launch(
+            (found.call, far, with_output), _attend_kernel, (query_programs(found, tile), kv_heads, batch),
             found.query, found.key, found.value, death, found.time, table, found.position, found.angles,
             lse if output is None else output, lse, *((0, 0, 0) if output is None else output.stride()[:3]), length,
-            found.blocks, found.angles.stride(0), found.reach, cap, found.spec.scale, H_KV=kv_heads, GROUP=group,
-            SLOTS=config.num_slots, WINDOW=config.window, KEPT=table.shape[3], WIDTH_K=width_k, D_V=d_v,
-            WIDTH_V=found.value.shape[3], R=found.angles.shape[2], BLOCK=BLOCK, FAR=far, WITH_OUTPUT=with_output,
-            PRECISION=found.precision, **tile,
+            found.blocks, found.angles.stride(0), found.reach, cap, found.spec.scale,
+            constants=lambda: {
+                "H_KV": kv_heads, "GROUP": group, "SLOTS": config.num_slots, "WINDOW": config.window,
+                "KEPT": table.shape[3], "WIDTH_K": width_k, "D_V": d_v, "WIDTH_V": found.value.shape[3],
+                "R": found.angles.shape[2], "BLOCK": BLOCK, "FAR": far, "WITH_OUTPUT": with_output,
+                "PRECISION": found.precision, **tile, "num_stages": 1 if far else tile["num_stages"],
+            },
         )  # fmt: skip
     return output, lse

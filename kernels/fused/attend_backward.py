@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ligerexport.kernels.fused.attend import LOG2E, far_launches, far_logits, listed, query_programs
 from ligerexport.kernels.fused.candidates import BLOCK, Candidates, angles, channels, turn
+from ligerexport.kernels.fused.launch import launch, layout, same
 
 CHAPTER = 4
 """Blocks of queries for which a kept key gathers its gradient in one sum."""
@@ -288,16 +289,19 @@ def attend_backward(
     grad_k = output.new_empty(batch, length, kv_heads, spec.d_k)
     grad_v = output.new_empty(batch, length, kv_heads, d_v)
     turns = (found.angles.stride(0), found.reach)
-    launches = far_launches(found, config.kept)
+    launches, call = far_launches(found, config.kept), same(found.call, layout(gradient))
     shape = {
         "H_KV": kv_heads, "GROUP": group, "SLOTS": config.num_slots, "WIDTH_K": width_k, "D_V": d_v,
         "WIDTH_V": width_v, "R": found.angles.shape[2], "BLOCK": BLOCK, "PRECISION": found.precision,
     }  # fmt: skip
     for far, cap in launches:
-        _query_kernel[(query_programs(found, tile["query"]), kv_heads, batch)](
+        launch(
+            (call, far), _query_kernel, (query_programs(found, tile["query"]), kv_heads, batch),
             found.query, found.key, found.value, death, found.time, table, found.position, found.angles, output,
             gradient, lse, delta, grad_q, *gradient.stride()[:3], length, blocks, *turns, cap, spec.scale,
-            WINDOW=config.window, KEPT=config.kept, D_K=spec.d_k, FAR=far, **shape, **tile["query"],
+            constants=lambda: {
+                "WINDOW": config.window, "KEPT": config.kept, "D_K": spec.d_k, "FAR": far, **shape, **tile["query"],
+            },
         )  # fmt: skip
 
     back = triton.cdiv(config.window - 1, BLOCK)
@@ -312,19 +316,30 @@ def attend_backward(
     common = (found.query, found.key, found.value, death, found.angles, gradient, lse, delta)
     if chapters:
         chapter_list = torch.empty(parts, dtype=torch.int32, device=output.device)
-        _chapter_kernel[(chapters, batch * kv_heads)](
-            death, chapter_list, place, found.count, length, blocks, chapters, back, SLOTS=config.num_slots,
-            CAPACITY=capacity, BLOCK=BLOCK, CHAPTER=CHAPTER, KEYS=keys, COLUMNS=1024, num_warps=4,
+        launch(
+            call, _chapter_kernel, (chapters, batch * kv_heads, 1),
+            death, chapter_list, place, found.count, length, blocks, chapters, back,
+            constants=lambda: {
+                "SLOTS": config.num_slots, "CAPACITY": capacity, "BLOCK": BLOCK, "CHAPTER": CHAPTER, "KEYS": keys,
+                "COLUMNS": 1024, "num_warps": 4,
+            },
         )  # fmt: skip
         for far, cap in launches:
-            _kept_kernel[(chapters * (capacity // keys), kv_heads, batch)](
+            launch(
+                (call, far), _kept_kernel, (chapters * (capacity // keys), kv_heads, batch),
                 *common, found.position, chapter_list, part_k, part_v, *gradient.stride()[:3], length, blocks,
-                chapters, back, *turns, cap, spec.scale, CAPACITY=capacity, CHAPTER=CHAPTER, FAR=far,
-                **shape, **tile["keys"],
+                chapters, back, *turns, cap, spec.scale,
+                constants=lambda: {
+                    "CAPACITY": capacity, "CHAPTER": CHAPTER, "FAR": far, **shape, **tile["keys"],
+                },
             )  # fmt: skip
-    _near_kernel[(triton.cdiv(length, keys), kv_heads, batch)](
+    launch(
+        call, _near_kernel, (triton.cdiv(length, keys), kv_heads, batch),
         *common, place, part_k, part_v, grad_k, grad_v, *gradient.stride()[:3], length, blocks, chapters, back, *turns,
-        spec.max_distance, spec.scale, D_K=spec.d_k, CAPACITY=capacity, CHAPTER=CHAPTER,
-        FAR=spec.max_distance < (back + 2) * BLOCK, **shape, **tile["keys"],
+        spec.max_distance, spec.scale,
+        constants=lambda: {
+            "D_K": spec.d_k, "CAPACITY": capacity, "CHAPTER": CHAPTER,
+            "FAR": spec.max_distance < (back + 2) * BLOCK, **shape, **tile["keys"],
+        },
     )  # fmt: skip
     return grad_q, grad_k, grad_v

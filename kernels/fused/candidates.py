@@ -6,6 +6,7 @@ turned in registers, and the scalar product of a query and a key does not see th
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ligerexport.kernels.fused.launch import launch, layout, same
 from ligerexport.memory import get_score
 from ligerexport.state import MixerSpec, MixerState
 
 BLOCK = 64
 """Queries that are mixed at a time."""
+
+NARROWEST = 32
+"""Fewest channels of a tile; with 16, Triton 3.6 gets the gradient of fp32 queries wrong on an H100."""
 
 EMPTY = tl.constexpr(-(2**30))
 """Time of a candidate that holds nothing; differences to it still fit in 32 bits."""
@@ -27,10 +32,12 @@ NEVER = tl.constexpr(2**31 - 1)
 
 @dataclass(frozen=True)
 class Candidates:
-    """What the kernels of one call share. C = N + T; D_k and D_v are the widths rounded up to powers of two.
+    """What the kernels of one call share. C = N + T; D_k and D_v are the widths rounded up to powers of two,
+    at least `NARROWEST`.
 
     Attributes:
         spec: The layer.
+        call: The same object for calls of equal layout.
         query: `[B, H_q, T, D_k]`, turned by the token's index.
         key: `[B, H_kv, C, D_k]`, turned by `time`, carried ones by at most the largest distance.
         value: `[B, H_kv, C, D_v]`.
@@ -44,6 +51,7 @@ class Candidates:
     """
 
     spec: MixerSpec
+    call: Hashable
     query: Tensor
     key: Tensor
     value: Tensor
@@ -225,13 +233,16 @@ def gather_candidates(
 ) -> Candidates:
     """Return the candidates of a call; arguments as in `memory_attention`."""
     batch, length, q_heads, d_k = query.shape
+    position = position.contiguous()
     kv_heads, d_v = value.shape[2:]
     config, slots, pools = spec.config, spec.config.num_slots, len(spec.config.slots)
-    width_k, width_v = max(triton.next_power_of_2(d_k), 16), max(triton.next_power_of_2(d_v), 16)
+    width_k, width_v = (max(triton.next_power_of_2(d), NARROWEST) for d in (d_k, d_v))
     table, reach = _reach(rotary, spec.max_distance, length)
+    call = same(layout(query, key, value, novelty, position, table, *state.values()), spec.text)
     time = torch.empty(batch, kv_heads, slots + length, dtype=torch.int32, device=query.device)
     found = Candidates(
         spec=spec,
+        call=call,
         query=query.new_empty(batch, q_heads, length, width_k),
         key=query.new_empty(batch, kv_heads, slots + length, width_k),
         value=query.new_empty(batch, kv_heads, slots + length, width_v),
@@ -248,21 +259,25 @@ def gather_candidates(
     strides = [s for x in (query, key, value) for s in x.stride()[:3]] + [
         *(novelty.stride() if novelty is not None else (0, 0, 0))
     ]
-    layout = {
+    constants = {
         "H_KV": kv_heads, "SLOTS": slots, "WINDOW": config.window, "SINKS": config.sinks, "POOLS": pools, "D_K": d_k,
         "WIDTH_K": width_k, "D_V": d_v, "WIDTH_V": width_v, "R": table.shape[2],
     }  # fmt: skip
     rows = 32 if max(width_k, width_v) <= 128 else 16
-    _tokens_kernel[(triton.cdiv(length, rows), kv_heads, batch)](
+    launch(
+        call, _tokens_kernel, (triton.cdiv(length, rows), kv_heads, batch),
         query, key, value, given, position, table, found.query, found.key, found.value, found.time, found.leave,
-        found.score, *strides, length, table.stride(0), reach, GROUP=q_heads // kv_heads,
-        NOVELTY_POOL=judged[0] if judged else -1, ROWS=rows, **layout, num_warps=4,
+        found.score, *strides, length, table.stride(0), reach,
+        constants=lambda: constants | {
+            "GROUP": q_heads // kv_heads, "NOVELTY_POOL": judged[0] if judged else -1, "ROWS": rows, "num_warps": 4,
+        },
     )  # fmt: skip
-    _slots_kernel[(triton.cdiv(slots, 16), kv_heads, batch)](
+    launch(
+        call, _slots_kernel, (triton.cdiv(slots, 16), kv_heads, batch),
         state["slot_key"], state["slot_value"], state["slot_position"], state.get("slot_score", found.score), position,
         table, found.key, found.value, found.time, found.leave, found.score, found.source, found.count,
-        table.stride(0), reach, spec.max_distance, SLOTS_PADDED=triton.next_power_of_2(slots), ROWS=16, **layout,
-        num_warps=4,
+        table.stride(0), reach, spec.max_distance,
+        constants=lambda: constants | {"SLOTS_PADDED": triton.next_power_of_2(slots), "ROWS": 16, "num_warps": 4},
     )  # fmt: skip
     return found
 

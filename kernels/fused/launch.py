@@ -6,9 +6,13 @@ Triton looks at every argument of every launch; for kernels of some microseconds
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
+
+MOST = 4096
+"""Launches that are remembered; lengths of text may vary without end."""
 
 _COMPILED: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
@@ -18,6 +22,12 @@ def layout(*tensors: Tensor | None) -> Hashable:
     return tuple(
         None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0) for x in tensors
     )
+
+
+@lru_cache(maxsize=1024)
+def same(*things: Hashable) -> Hashable:
+    """Return one object for equal things; it is quicker to look up than they are."""
+    return object()
 
 
 def launch(
@@ -40,5 +50,7 @@ def launch(
         return
     named = constants()
     compiled = kernel[grid](*arguments, **named)
+    if len(_COMPILED) >= MOST:
+        _COMPILED.clear()
     if hasattr(compiled, "function"):  # the interpreter and whoever records launches return something else
         _COMPILED[id(kernel), key] = compiled, tuple(named[name] for name in kernel.arg_names[len(arguments) :])

@@ -81,6 +81,8 @@ def mixer_step(
         Output `[B, H_q, d_v]` in the dtype of `query`.
     """
     config, gate, batch = spec.config, get_gate(spec.config.gate), query.shape[0]
+    position = position.contiguous()
+    index = None if index is None else index.contiguous()
     if out is None:
         out = query.new_empty(batch, spec.q_heads, spec.d_v)
     tiling = tiling or choose_tiling(spec, batch, query.element_size())

@@ -92,6 +92,7 @@ def judge_segments(
 def recall_error(key: Tensor, value: Tensor, position: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Judge every token of a call; arguments and results as `ligerexport.kernels.library.recall_error`."""
     batch, length, heads, d_k = key.shape
+    position = position.contiguous()
     d_v = value.shape[3]
     tile = get_tile("recall_error", max(padded(d_k), padded(d_v)), 4)
     block_v = min(tile.block_v, padded(d_v))

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ligerexport.kernels.fused.attend import LOG2E, attend
 from ligerexport.kernels.fused.candidates import EMPTY, Candidates
+from ligerexport.kernels.fused.launch import launch
 from ligerexport.kernels.fused.slots import old_table
 from ligerexport.memory import get_score
 
@@ -84,21 +85,23 @@ def complete_scores(found: Candidates) -> None:
         return
     sinks = old_table(found, found.leave, only_sinks=True)
     _, lse = attend(found, found.leave, sinks, found.value.shape[3], with_output=False)
-    bits = {
+    pools = {
         "MAX_POOLS": [s.signal == "received" and s.reduce == "max" for s in scores],
         "SUM_POOLS": [s.signal == "received" and s.reduce == "sum" for s in scores],
         "VALUE_POOLS": [s.signal == "received" and s.by_value for s in scores],
     }
     first = {score.reduce: score.first_distance(config.window) for score in received}
     batch, kv_heads = found.time.shape[:2]
-    width, single = found.key.shape[3], found.query.element_size() == 4
-    tile = 32 if single else 64
+    tile = 32 if found.query.element_size() == 4 else 64
     back = triton.cdiv(config.window - 1, tile)
-    _received_kernel[(back + triton.cdiv(found.length, tile), kv_heads, batch)](
+    launch(
+        found.call, _received_kernel, (back + triton.cdiv(found.length, tile), kv_heads, batch),
         found.query, found.key, found.value, found.time, lse, found.score, found.length, found.spec.scale, back,
-        H_KV=kv_heads, GROUP=found.query.shape[1] // kv_heads, SLOTS=config.num_slots, WINDOW=config.window,
-        POOLS=len(scores), MAX_FROM=first.get("max", 0), SUM_FROM=first.get("sum", 0), WIDTH_K=width,
-        WIDTH_V=found.value.shape[3], TILE=tile, PRECISION=found.precision,
-        **{name: sum(1 << i for i, bit in enumerate(pools) if bit) for name, pools in bits.items()},
-        num_warps=4, num_stages=2,
+        constants=lambda: {
+            "H_KV": kv_heads, "GROUP": found.query.shape[1] // kv_heads, "SLOTS": config.num_slots,
+            "WINDOW": config.window, "POOLS": len(scores), "MAX_FROM": first.get("max", 0),
+            "SUM_FROM": first.get("sum", 0), "WIDTH_K": found.key.shape[3], "WIDTH_V": found.value.shape[3],
+            "TILE": tile, "PRECISION": found.precision, "num_warps": 4, "num_stages": 2,
+            **{name: sum(1 << i for i, bit in enumerate(bits) if bit) for name, bits in pools.items()},
+        },
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ligerexport.kernels.fused.candidates import BLOCK, EMPTY, NEVER, Candidates
+from ligerexport.kernels.fused.launch import launch
 from ligerexport.memory import get_score
 from ligerexport.state import MixerState
 
@@ -248,24 +249,33 @@ def deaths(found: Candidates) -> Tensor:
 
     key = torch.empty(batch, kv_heads, events, dtype=torch.int64, device=death.device)
     best = lists(listed[0])
-    layout = {"H_KV": kv_heads, "POOLS": len(pools), "EVENTS": EVENTS, "num_warps": 4}
-    _enter_kernel[(triton.cdiv(count, EVENTS), kv_heads, batch)](
+    common = {"H_KV": kv_heads, "POOLS": len(pools), "EVENTS": EVENTS, "num_warps": 4}
+    launch(
+        found.call, _enter_kernel, (triton.cdiv(count, EVENTS), kv_heads, batch),
         found.time, found.leave, found.score, found.position, death, key, best, count, events, blocks,
-        SINKS=found.spec.config.sinks, HORIZON=horizons[0], LISTED=listed[0], **layout,
+        constants=lambda: common | {
+            "SINKS": found.spec.config.sinks, "HORIZON": horizons[0], "LISTED": listed[0],
+        },
     )  # fmt: skip
     for i, (_, size) in enumerate(pools):
         last = i == len(pools) - 1
         after = i if last else i + 1
         leaders = lists(places[i])
-        _leaders_kernel[(batch * kv_heads,)](
-            best, leaders, blocks, LISTED=listed[i], PLACES=places[i], STAGES=places[i].bit_length() - 1,
-            num_warps=1,
+        launch(
+            (found.call, i), _leaders_kernel, (batch * kv_heads, 1, 1), best, leaders, blocks,
+            constants=lambda: {
+                "LISTED": listed[i], "PLACES": places[i], "STAGES": places[i].bit_length() - 1, "num_warps": 1,
+            },
         )  # fmt: skip
         next_key, next_best = (key, best) if last else (torch.empty_like(key), lists(listed[after]))
-        _drop_kernel[(blocks, kv_heads, batch)](
+        launch(
+            (found.call, i), _drop_kernel, (blocks, kv_heads, batch),
             key, leaders, next_key, next_best, found.score, found.position, found.time, found.leave,
-            death, count, events, blocks, SIZE=size, PLACES=places[i], NEXT=i + 1, HORIZON=horizons[after],
-            LISTED=listed[after], ROWS=16, **layout,
+            death, count, events, blocks,
+            constants=lambda: common | {
+                "SIZE": size, "PLACES": places[i], "NEXT": i + 1, "HORIZON": horizons[after],
+                "LISTED": listed[after], "ROWS": 16,
+            },
         )  # fmt: skip
         key, best = next_key, next_best
     return death
@@ -290,10 +300,14 @@ def old_table(found: Candidates, death: Tensor, only_sinks: bool = False) -> Ten
     kept = config.sinks if only_sinks else config.kept
     table = torch.empty(batch, kv_heads, found.blocks + 1, kept, dtype=torch.int32, device=death.device)
     if kept:
-        _table_kernel[(found.blocks + 1, batch * kv_heads)](
-            death, table, found.position, count, found.length, found.blocks, H_KV=kv_heads, SLOTS=config.num_slots,
-            SINKS=config.sinks, ONLY_SINKS=only_sinks, WINDOW=config.window, KEPT=kept,
-            KEPT_PADDED=triton.next_power_of_2(kept), BLOCK=BLOCK, COLUMNS=1024, num_warps=4,
+        launch(
+            (found.call, only_sinks), _table_kernel, (found.blocks + 1, batch * kv_heads, 1),
+            death, table, found.position, count, found.length, found.blocks,
+            constants=lambda: {
+                "H_KV": kv_heads, "SLOTS": config.num_slots, "SINKS": config.sinks, "ONLY_SINKS": only_sinks,
+                "WINDOW": config.window, "KEPT": kept, "KEPT_PADDED": triton.next_power_of_2(kept), "BLOCK": BLOCK,
+                "COLUMNS": 1024, "num_warps": 4,
+            },
         )  # fmt: skip
     return table
 
@@ -306,12 +320,15 @@ def present_slots(found: Candidates, table: Tensor, key: Tensor, value: Tensor, 
     present = {
         name: torch.empty_like(state[name], memory_format=torch.contiguous_format) for name in names if name in state
     }
-    _present_kernel[(triton.cdiv(config.num_slots, 16), kv_heads, batch)](
+    launch(
+        found.call, _present_kernel, (triton.cdiv(config.num_slots, 16), kv_heads, batch),
         key, value, state["slot_key"], state["slot_value"], found.time, found.source, found.score, table,
         found.position, present["slot_key"], present["slot_value"], present["slot_position"],
         present.get("slot_score", found.score), *key.stride()[:3], *value.stride()[:3], length, found.blocks,
-        H_KV=kv_heads, SLOTS=config.num_slots, KEPT=config.kept,
-        KEPT_PADDED=triton.next_power_of_2(max(config.kept, 1)), POOLS=len(config.slots), D_K=d_k,
-        WIDTH_K=found.key.shape[3], D_V=d_v, WIDTH_V=found.value.shape[3], ROWS=16, num_warps=4,
+        constants=lambda: {
+            "H_KV": kv_heads, "SLOTS": config.num_slots, "KEPT": config.kept,
+            "KEPT_PADDED": triton.next_power_of_2(max(config.kept, 1)), "POOLS": len(config.slots), "D_K": d_k,
+            "WIDTH_K": found.key.shape[3], "D_V": d_v, "WIDTH_V": found.value.shape[3], "ROWS": 16, "num_warps": 4,
+        },
     )  # fmt: skip
     return present
