@@ -12,32 +12,29 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
 import re
 import sys
 import time
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ligerexport.config import PRESETS, LigerConfig
-from ligerexport.families import get_family
-from ligerexport.mixer import layer_specs, model_classes
+from ligerexport.convert import convert_in_memory
+from ligerexport.evaluate.nll import by_position
+from ligerexport.evaluate.recall import ONCE, TWICE, PlainTokenizer, answer_all, passkey_prompts
+from ligerexport.evaluate.scorer import TorchScorer
+from ligerexport.evaluate.settings import DISTANCES
+from ligerexport.evaluate.subject import state_bytes
 from ligerexport.sources import resolve
+from ligerexport.text import TextModel
 
 LENGTH = 8192
-EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-DISTANCES = (128, 512, 1024, 2048, 4096)
 YEARS = {"test": (1990, 2100), "dev": (1950, 1990), "prose": (0, 1950)}
-ONCE = " The secret pass key is {key}."
-TWICE = " The secret pass key is {key}. Remember it: {key} is the secret pass key."
-QUESTION = " What is the secret pass key? The secret pass key is"
-
 STREAM = (4096, 32768)
 TAIL = 2048
 
@@ -71,54 +68,6 @@ class Text:
 
 
 @torch.no_grad()
-def nll_by_position(model: torch.nn.Module, windows: Tensor, batch: int, chunk: int = 1024) -> dict[str, float]:
-    """Return mean negative log likelihood in nats a token, by bins of the position that is predicted, and the mean."""
-    device = next(model.parameters()).device
-    losses = []
-    for ids in windows.split(batch):
-        ids, cache, rows = ids.to(device), None, []
-        for start in range(0, ids.shape[1], chunk):
-            out = model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            target = ids[:, start + 1 : start + chunk + 1]
-            logits = out.logits[:, : target.shape[1]].float()
-            rows.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none"))
-        losses.append(torch.cat(rows, dim=1).cpu())
-    loss = torch.cat(losses).double()
-    bins = {f"{a}-{b}": loss[:, max(a - 1, 0) : b - 1].mean().item() for a, b in pairwise(EDGES) if b <= LENGTH}
-    return bins | {"mean": loss.mean().item()}
-
-
-@torch.no_grad()
-def recall(
-    model: torch.nn.Module,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    prose: list[int],
-    said: str,
-    distance: int,
-    trials: int,
-    batch: int,
-) -> float:
-    """Return the share of digits recalled of a five-digit key, said at a random depth of `distance` tokens of prose."""
-    rng = random.Random(f"{said} {distance}")
-    device = next(model.parameters()).device
-    rows = []
-    for _ in range(trials):
-        key = "".join(rng.choice("0123456789") for _ in range(5))
-        start, depth = rng.randrange(len(prose) - distance), rng.randrange(distance - 64 if distance > 64 else 1)
-        context = prose[start : start + distance]
-        needle = tokenizer(said.format(key=key)).input_ids
-        question = tokenizer(QUESTION + " " + key).input_ids
-        rows.append(context[:depth] + needle + context[depth:] + question)
-    hits = []
-    for group in (rows[i : i + batch] for i in range(0, trials, batch)):
-        ids = torch.tensor(group, device=device)
-        logits = model(ids, use_cache=False, logits_to_keep=6).logits
-        hits.append((logits[:, :5].argmax(-1) == ids[:, -5:]).float().mean(dim=1).cpu())
-    return torch.cat(hits).mean().item()
-
-
-@torch.no_grad()
 def stream(model: torch.nn.Module, prose: list[int], count: int, chunk: int = 1024) -> dict[str, float]:
     """Return the mean NLL of the same `TAIL` tokens, read at the end of streams of different lengths."""
     device, longest = next(model.parameters()).device, max(STREAM)
@@ -140,24 +89,6 @@ def stream(model: torch.nn.Module, prose: list[int], count: int, chunk: int = 10
     return result
 
 
-def convert_in_memory(teacher: torch.nn.Module, config: LigerConfig) -> torch.nn.Module:
-    """Return a converted model that shares the teacher's weights."""
-    config_class, model_class = model_classes(get_family(teacher.config.model_type))
-    hf_config = config_class(**{**teacher.config.to_dict(), "liger": config.to_dict()})
-    with torch.device("meta"):
-        model = model_class(hf_config)
-    model.load_state_dict(teacher.state_dict(), assign=True, strict=True)
-    model.model.rotary_emb = teacher.model.rotary_emb
-    model.tie_weights()
-    return model.eval()
-
-
-def state_bytes(model: torch.nn.Module) -> int | None:
-    """Return the bytes of one sequence's state in fp32; None where it grows."""
-    specs = layer_specs(model.config) if hasattr(model.config, "liger") else [None]
-    return None if None in specs else sum(t.nbytes() for spec in specs for t in spec.state())
-
-
 def parse_setting(text: str) -> LigerConfig:
     """Read `KEY=COUNT,...`: window, sinks, and pools in their order."""
     counts = {key: int(count) for key, count in (pair.split("=") for pair in text.split(","))}
@@ -167,13 +98,15 @@ def parse_setting(text: str) -> LigerConfig:
     )
 
 
-def measure(model: torch.nn.Module, tokenizer: object, text: Text, args: argparse.Namespace) -> dict[str, object]:
+def measure(model: PreTrainedModel, tokenizer: TextModel, text: Text, args: argparse.Namespace) -> dict[str, object]:
     """Return one row of the table."""
     begin = time.time()
-    row: dict[str, object] = {"nll": nll_by_position(model, text.windows, args.batch)}
+    nll = by_position({"model": TorchScorer(model)}, text.windows, batch=args.batch)["model"]["nll"]
+    row: dict[str, object] = {"nll": {position: value.mean for position, value in nll.items()}}
+    plain, scorer = PlainTokenizer(tokenizer), TorchScorer(model, batch=args.trials)
     for name, said in (("once", ONCE), ("twice", TWICE)):
         row[f"recall_{name}"] = {
-            distance: recall(model, tokenizer, text.prose, said, distance, args.trials, args.trials)  # type: ignore[arg-type]
+            distance: answer_all(scorer, passkey_prompts(plain, text.prose, said, distance, args.trials))[0].mean
             for distance in DISTANCES
         }
     if args.stream and hasattr(model.config, "liger"):  # the Transformer ends at its trained length
@@ -231,7 +164,7 @@ def main() -> None:
     }
     for name in wanted:
         model = convert_in_memory(teacher, SETTINGS[name]) if name in SETTINGS else teacher
-        result["rows"][name] = row = measure(model, tokenizer, text, args)
+        result["rows"][name] = row = measure(model, TextModel(checkpoint), text, args)
         print(show(name, row), flush=True)
         args.output.write_text(json.dumps(result, indent=1))
 

@@ -86,11 +86,12 @@ def build(
                 shutil.copyfile(info.path / name, writer.directory / name)
         with progress("hashing the source", info.bytes) as advance:
             source = _source(info, advance)
+        recovery = info.config.get("liger_recovery")
         verification: dict[str, Any] = {"passed": False, "skipped": True}
-        manifest = make_manifest(spec, source, target, lowering, max_chunk, row.requires, verification)
+        manifest = make_manifest(spec, source, target, lowering, max_chunk, row.requires, verification, recovery)
         if verify:
             checked = verify_artifact(spec, Artifact(writer.directory, manifest), progress=progress)
-            manifest = make_manifest(spec, source, target, lowering, max_chunk, row.requires, checked)
+            manifest = make_manifest(spec, source, target, lowering, max_chunk, row.requires, checked, recovery)
             gc.collect()
         writer.commit(manifest)
     return destination
@@ -104,6 +105,7 @@ def make_manifest(
     max_chunk: int,
     requires: Mapping[str, str],
     verification: dict[str, Any],
+    recovery: dict[str, Any] | None = None,
 ) -> Manifest:
     """Say what an artifact is, all but its files."""
     from ligerexport import __version__
@@ -138,6 +140,7 @@ def make_manifest(
         ),
         requires=dict(requires),
         verification=verification,
+        recovery=recovery,
     )  # fmt: skip
 
 

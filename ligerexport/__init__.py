@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from ligerexport.config import LigerConfig as LigerConfig
     from ligerexport.convert import convert as convert
     from ligerexport.convert import load_model as load_model
+    from ligerexport.evaluate import evaluate as evaluate
     from ligerexport.exporters.build import build as build
     from ligerexport.generate import generate as generate
+    from ligerexport.recover import recover as recover
     from ligerexport.runtime import Session as Session
     from ligerexport.runtime import load as load
 
@@ -27,12 +29,25 @@ _HOMES = {
     "Session": "ligerexport.runtime",
     "build": "ligerexport.exporters.build",
     "convert": "ligerexport.convert",
+    "evaluate": "ligerexport.evaluate",
     "generate": "ligerexport.generate",
     "load": "ligerexport.runtime",
     "load_model": "ligerexport.convert",
+    "recover": "ligerexport.recover",
 }
 
-__all__ = ["LigerConfig", "Session", "__version__", "build", "convert", "generate", "load", "load_model"]
+__all__ = [
+    "LigerConfig",
+    "Session",
+    "__version__",
+    "build",
+    "convert",
+    "evaluate",
+    "generate",
+    "load",
+    "load_model",
+    "recover",
+]
 
 
 class _Package(ModuleType):

@@ -123,6 +123,7 @@ class Manifest:
         bytes: Byte counts.
         requires: Distribution and version specifier of each runtime that the graph needs.
         verification: Result of the parity check against torch, as the verifier wrote it.
+        recovery: How the weights were trained after the conversion, as config.json says it; None where they were not.
         files: Every other file of the artifact; filled when it is written.
         format_version: Of this structure.
     """
@@ -140,6 +141,7 @@ class Manifest:
     bytes: ByteCounts
     requires: dict[str, str]
     verification: dict[str, Any]
+    recovery: dict[str, Any] | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

@@ -130,3 +130,28 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrained
     if "liger" not in info.config:
         raise CheckpointError(f"{path} is not converted", hint=f"ligerexport convert {path} -o liger")
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32)
+
+
+def convert_in_memory(model: PreTrainedModel, liger: LigerConfig) -> PreTrainedModel:
+    """Return a converted model that shares the weights of a loaded one, for comparing conversions.
+
+    Args:
+        model: A Transformer of a family in `FAMILIES`, or a converted model.
+        liger: The conversion; what `model` was converted to does not matter.
+
+    Raises:
+        UsageError: A setting makes no sense for this model.
+        CheckpointError: The family or its rotary embedding is not supported.
+    """
+    import torch
+
+    from ligerexport.mixer import model_classes
+
+    _, model_class = model_classes(get_family(model.config.model_type))
+    config = model_class.config_class.from_dict(converted_config(model.config.to_dict(), liger))
+    with torch.device("meta"):
+        converted = model_class(config)
+    converted.load_state_dict(model.state_dict(), assign=True, strict=True)
+    converted.model.rotary_emb = model.model.rotary_emb
+    converted.tie_weights()
+    return converted.eval()

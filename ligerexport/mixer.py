@@ -76,9 +76,27 @@ class LigerMixer(nn.Module):
         self.inv_freq = inv_freq
 
     def forward(
-        self, hidden_states: Tensor, position_ids: Tensor, past_key_values: Cache | None = None, **unused: Any
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor,
+        past_key_values: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
+        **unused: Any,
     ) -> tuple[Tensor, None]:
-        """Mix `[B, T, hidden]`; `position_ids` `[B or 1, T]` are consecutive, negative on padding."""
+        """Mix tokens with those before them, in one sequence a row or in packed documents.
+
+        Args:
+            hidden_states: `[B, T, hidden]`.
+            position_ids: `[B or 1, T]`, consecutive and negative on padding; not read where documents are packed.
+            past_key_values: State to go on from.
+            cu_seq_lens_q: `[N + 1]`, where the documents begin and end in the `B T` tokens, as transformers'
+                `DataCollatorWithFlattening` has it; they must cover all tokens.
+            max_length_q: At least the tokens of the longest document.
+
+        Raises:
+            ValueError: Packed documents come with a cache, or without their largest length.
+        """
         batch, length, _ = hidden_states.shape
         spec = self.spec
         query = self.q_proj(hidden_states).unflatten(-1, (spec.q_heads, spec.d_k))
@@ -86,6 +104,10 @@ class LigerMixer(nn.Module):
         value = self.v_proj(hidden_states).unflatten(-1, (spec.kv_heads, spec.d_v))
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
+        if cu_seq_lens_q is not None:
+            if past_key_values is not None or max_length_q is None:
+                raise ValueError("packed documents need max_length_q and keep no cache: pass use_cache=False")
+            return self.o_proj(self._mix_packed(query, key, value, cu_seq_lens_q, max_length_q).flatten(2)), None
 
         layer = None if past_key_values is None else cast(LigerLayer, past_key_values.layers[self.layer_idx])
         state = None if layer is None else layer.state
@@ -101,6 +123,24 @@ class LigerMixer(nn.Module):
         if layer is not None:
             layer.advance(state, length)
         return self.o_proj(output.flatten(2)), None
+
+    def _mix_packed(self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        """Mix each document on its own: as rows `[N, longest]`, padded on the left. Reads nothing back from a GPU."""
+        shape, device, spec = query.shape, query.device, self.spec
+        ends, token = bounds[1:].long(), torch.arange(query.shape[0] * query.shape[1], device=query.device)
+        document = torch.searchsorted(ends, token, right=True)
+        place = (document + 1) * longest - ends[document] + token
+        rows = len(ends)
+
+        def unpack(x: Tensor) -> Tensor:
+            x = x.flatten(0, 1)
+            return x.new_zeros(rows * longest, *x.shape[1:]).index_copy(0, place, x).unflatten(0, (rows, longest))
+
+        state = spec.initial_state(rows, query.dtype, device)
+        rotary = _shared_table(self.inv_freq, spec.max_distance, device)
+        position = ends - bounds[:-1] - longest
+        output, _ = liger_mixer(unpack(query), unpack(key), unpack(value), position, state, spec, rotary)
+        return output.flatten(0, 1).index_select(0, place).unflatten(0, shape[:2])
 
 
 class LigerLayer(CacheLayerMixin):

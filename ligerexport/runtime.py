@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -49,6 +49,10 @@ class Session(Protocol):
         """Advance by one token; return as `prefill`."""
         ...
 
+    def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
+        """Advance by a prompt `[T]` or `[B, T]`; yield the logits after each token as `[B, t, V]`, T together."""
+        ...
+
     def reset(self) -> None:
         """Forget everything."""
         ...
@@ -70,6 +74,7 @@ def load(
     chunk: int | None = None,
     prepack: bool = True,
     hashes: bool = True,
+    scoring: bool = False,
 ) -> Session:
     """Open an artifact for running.
 
@@ -81,6 +86,7 @@ def load(
         prepack: Whether the runtime may copy the weights into the order that is fastest; without, they stay mapped
             from the file, which takes less memory and more time a token.
         hashes: Whether to check the sha256 of every file first.
+        scoring: Whether calls compute the logits of all their tokens, for `Session.every`; else it steps.
 
     Raises:
         ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
@@ -91,5 +97,5 @@ def load(
     if target == "onnx":
         from ligerexport.exporters.onnx.session import OnnxSession
 
-        return OnnxSession(artifact, batch=batch, threads=threads, chunk=chunk, prepack=prepack)
+        return OnnxSession(artifact, batch=batch, threads=threads, chunk=chunk, prepack=prepack, scoring=scoring)
     raise ArtifactError(f"no runtime here for target '{target}'", hint=close_matches(target, ["onnx"]))

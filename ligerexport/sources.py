@@ -17,7 +17,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -312,7 +311,7 @@ def _dequantise(gguf: Path, directory: Path, builtin: BuiltinModel) -> None:
 
     # Without `dequantize` the weights may stay packed, depending on which other packages are installed.
     settings = GgufConfig(dequantize=True)
-    with _no_bars():
+    with no_bars():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=settings
@@ -327,12 +326,16 @@ def _dequantise(gguf: Path, directory: Path, builtin: BuiltinModel) -> None:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Silence every tqdm bar: the GGUF loader has one that the switch of transformers does not reach."""
-    from tqdm.auto import tqdm
+def no_bars() -> Iterator[None]:
+    """Silence every tqdm bar, also those of libraries that have no switch for them."""
+    from tqdm.std import tqdm
 
     plain = tqdm.__init__
-    setattr(tqdm, "__init__", partialmethod(plain, disable=True))  # noqa: B010
+
+    def silent_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs | {"disable": True})
+
+    setattr(tqdm, "__init__", silent_init)  # noqa: B010
     try:
         yield
     finally:

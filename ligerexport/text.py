@@ -65,6 +65,18 @@ class TextModel:
         return frozenset()
 
     @cached_property
+    def bos_id(self) -> int | None:
+        """Id that begins a text, as tokenizer_config.json names it; None where it names none."""
+        token = self._config.get("bos_token")
+        name = token["content"] if isinstance(token, dict) else token
+        return None if name is None else self._tokenizer.token_to_id(name)
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token with its id, added ones too."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    @cached_property
     def chat_template(self) -> str | None:
         """Source of the chat template, None where the model has none."""
         file = self._directory / "chat_template.jinja"
@@ -74,6 +86,11 @@ class TextModel:
         if isinstance(found, list):  # several by name, as older checkpoints have it
             found = {entry["name"]: entry["template"] for entry in found}.get("default")
         return found
+
+    @cached_property
+    def _template(self) -> Any:
+        """The compiled chat template: compiling takes longer than rendering."""
+        return _environment().from_string(self.chat_template)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of a text; `special` adds what the tokenizer's post-processor says, such as BOS."""
@@ -103,8 +120,7 @@ class TextModel:
             if name.endswith("_token") and isinstance(token, (str, dict))
         }
         try:
-            template = _environment().from_string(self.chat_template)
-            return template.render(
+            return self._template.render(
                 messages=list(messages), tools=None, documents=None, add_generation_prompt=answer, **names
             )
         except TemplateError as error:

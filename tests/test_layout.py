@@ -32,10 +32,10 @@ LAYERS = (
     ("kernels",),
     ("mixer",),
     ("convert",),
-    ("recover", "evaluate"),
+    ("recover",),
     ("exporters",),
     ("runtime",),
-    ("generate", "bench", "doctor"),
+    ("generate", "evaluate", "bench", "doctor"),
     ("cli", "demo"),
     ("__main__",),
 )

@@ -6,7 +6,7 @@ The graph promises that each `past.*` has one consumer and that its `present.*` 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ class OnnxSession:
         chunk: Prompt tokens a call, at most the graph's `max_chunk`; None takes the measured best.
         prepack: Whether to copy the weights into the order that is fastest. Without, they stay mapped from the file:
             less memory, loaded faster, and slower tokens.
+        scoring: Whether a call computes the logits of all its tokens, so that `every` need not step.
 
     Raises:
         ArtifactError: ONNX Runtime does not load the graph, or it is not the one in the manifest.
@@ -48,6 +49,7 @@ class OnnxSession:
         threads: int | None = None,
         chunk: int | None = None,
         prepack: bool = True,
+        scoring: bool = False,
     ) -> None:
         manifest = artifact.manifest
         limit = manifest.graph.max_chunk
@@ -59,7 +61,9 @@ class OnnxSession:
             raise UsageError(f"chunk {chunk}", hint=f"this graph takes 1 to {limit} tokens a call")
         if batch < 1 or self.threads < 1:
             raise UsageError(f"batch {batch} and threads {self.threads}", hint="both are at least 1")
-        self._session = _open(artifact, self.threads, prepack)
+        graph = _scoring_graph(artifact) if scoring else None
+        self._scoring = graph is not None
+        self._session = _open(artifact, self.threads, prepack, graph)
         self._fixed = {t: np.full(self._shape(t), t.fill, t.dtype) for t in manifest.state if not t.grows}
         self._growing = {t: self._empty(t) for t in manifest.state if t.grows}
         self._position = np.zeros(batch, np.int64)
@@ -114,6 +118,18 @@ class OnnxSession:
         self._check_vocabulary(int(self._step_ids.min()), int(self._step_ids.max()))
         self._run(self._step, 1)
         return self._logits
+
+    def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
+        """Advance by a prompt as `prefill` does, and yield the logits after each token.
+
+        Yields:
+            `[B, t, V]` fp32, in order; T of them together.
+        """
+        array = np.atleast_2d(np.asarray(ids))
+        width = self.chunk if self._scoring else 1
+        for start in range(0, max(1, array.shape[1]), width):
+            logits = self.prefill(array[:, start : start + width])
+            yield self._every if self._scoring else logits[:, None].copy()
 
     def reset(self) -> None:
         """Forget everything."""
@@ -174,6 +190,9 @@ class OnnxSession:
         for tensor, value in self._growing.items():
             binding.bind_ortvalue_input(tensor.past, value)
             binding.bind_output(tensor.present, "cpu")
+        if self._scoring:
+            self._every = np.empty((self.batch, tokens, self._logits.shape[1]), np.float32)
+            binding.bind_ortvalue_output("logits", _value(self._every.reshape(self.batch * tokens, -1)))
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's own classes have no common base
@@ -186,6 +205,8 @@ class OnnxSession:
             names = ["logits", *(tensor.present for tensor in (*self._fixed, *self._growing))]
             values = dict(zip(names, binding.get_outputs(), strict=True))
             self._growing = {tensor: values[tensor.present] for tensor in self._growing}
+        if self._scoring:
+            self._logits[:] = self._every[:, -1]
         self._position += tokens
 
 
@@ -200,8 +221,16 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _open(artifact: Artifact, threads: int, prepack: bool) -> onnxruntime.InferenceSession:
-    """Load the graph and compare it with the manifest."""
+def _scoring_graph(artifact: Artifact) -> bytes | None:
+    try:
+        from ligerexport.exporters.onnx.scoring import every_token
+    except ImportError as error:
+        raise MissingDependency(error.name or "onnx-ir", extra="onnx") from error
+    return every_token(artifact.graph)
+
+
+def _open(artifact: Artifact, threads: int, prepack: bool, graph: bytes | None = None) -> onnxruntime.InferenceSession:
+    """Load the graph, or one made from it, and compare it with the manifest."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -216,17 +245,22 @@ def _open(artifact: Artifact, threads: int, prepack: bool) -> onnxruntime.Infere
     # Threads that spin between operators take the cores from everybody else: twice the time a token on a busy machine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
+    if graph is not None:  # given as bytes it does not know where its weights are
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(artifact.directory)
+        )
     try:
-        session = onnxruntime.InferenceSession(str(artifact.graph), options, providers=["CPUExecutionProvider"])
+        model = str(artifact.graph) if graph is None else graph
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own classes have no common base
         raise ArtifactError(
             f"onnxruntime {onnxruntime.__version__} cannot load {artifact.graph}: {_first_line(error)}",
             hint="ligerexport doctor",
         ) from error
-    graph = artifact.manifest.graph
+    promised = artifact.manifest.graph
     for side, found, expected in (
-        ("inputs", session.get_inputs(), graph.inputs),
-        ("outputs", session.get_outputs(), graph.outputs),
+        ("inputs", session.get_inputs(), promised.inputs),
+        ("outputs", session.get_outputs(), promised.outputs),
     ):
         if [x.name for x in found] != [x.name for x in expected]:
             raise ArtifactError(f"the {side} of {artifact.graph} are not those of its manifest", hint="build it again")

@@ -1,7 +1,7 @@
 """The `ligerexport` command: verbs are functions, errors become one line with a hint and an exit code.
 
-`make` has convert and build, `use` has run and chat, `tell` has inspect, doctor and list. Torch and the runtimes are
-imported by the verb that needs them.
+`make` has convert and build, `train` has recover, `judge` has eval, `use` has run and chat, `tell` has inspect, doctor
+and list. Torch and the runtimes are imported by the verb that needs them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from ligerexport import __version__
-from ligerexport.cli import common, make, tell, use
+from ligerexport.cli import common, judge, make, tell, train, use
 from ligerexport.console import data, print_error, say
 from ligerexport.errors import LigerError, UsageError, close_matches
 
@@ -40,9 +40,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (make.convert, make.build, use.run, use.chat, tell.inspect, tell.doctor):
-    app.command()(_verb)
-app.command("list")(tell.list_)
+_VERBS = (
+    make.convert,
+    train.recover,
+    judge.eval_,
+    make.build,
+    use.run,
+    use.chat,
+    tell.inspect,
+    tell.doctor,
+    tell.list_,
+)
+for _verb in _VERBS:
+    app.command(_verb.__name__.rstrip("_"))(_verb)
 
 
 def _version(wanted: bool) -> None:

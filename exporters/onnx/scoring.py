@@ -1,0 +1,49 @@
+"""A step graph that answers with the logits of every token of a call, made from an artifact's own graph in memory.
+
+Only the choice of the last token before the output projection is left out; weights and state are the artifact's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+
+def every_token(graph: Path) -> bytes | None:
+    """Return the graph with logits `[B * T, V]`; its weights stay in the files beside `graph`.
+
+    None is a graph that was not written by `ligerexport.exporters.onnx.graph`: what to leave out is not known there.
+    """
+    model = ir.load(graph)
+    logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
+    gathers = None if logits is None else _last_token(logits)
+    if logits is None or not gathers:
+        return None
+    for gather, rows in gathers.items():
+        gather.outputs[0].replace_all_uses_with(rows)
+    logits.shape = ir.Shape([None, logits.shape[-1] if logits.shape else None])
+    return ir.to_proto(model).SerializeToString()
+
+
+def _last_token(logits: ir.Value) -> dict[ir.Node, ir.Value] | None:
+    """Return the nodes above `logits` that take the last token of `[B, T, D]`, with the `[B * T, D]` they take from."""
+    found: dict[ir.Node, ir.Value] = {}
+    waiting, seen = [logits], set()
+    while waiting:
+        node = waiting.pop().producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.op_type != "Gather":
+            waiting += [value for value in node.inputs if value is not None]
+            continue
+        rows, index = node.inputs
+        assert rows is not None and index is not None
+        axis, reshape, last = node.attributes.get("axis"), rows.producer(), ir.convenience.get_const_tensor(index)
+        if axis is None or axis.as_int() != 1 or last is None or last.numpy().tolist() != -1:
+            return None
+        if reshape is None or reshape.op_type != "Reshape" or reshape.inputs[0] is None:
+            return None
+        found[node] = reshape.inputs[0]
+    return found

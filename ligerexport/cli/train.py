@@ -1,0 +1,176 @@
+"""`recover`: LoRA repairs what a conversion cost."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ligerexport.cli import common
+from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
+from ligerexport.console import card, format_bytes, progress, say
+from ligerexport.errors import UsageError
+from ligerexport.recover.config import DEFAULT_TOKENS, TARGETS, RecoverConfig
+from ligerexport.recover.recipes import DEFAULT_RECIPE, RECIPES
+
+if TYPE_CHECKING:
+    from ligerexport.recover.train import OnStep
+
+_EVERY = 10
+"""Steps between two lines about the loss."""
+
+
+def recover(
+    model: Annotated[Path, typer.Argument(help="A converted checkpoint.")],
+    data: Annotated[
+        list[str], typer.Option("--data", help="JSONL chats or pairs, text, a directory, a hub data set; repeatable.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")] = DEFAULT_RECIPE,
+    against: Annotated[
+        str | None, typer.Option(help="The Transformer to follow; default: the checkpoint's own weights.")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 8,
+    alpha: Annotated[float, typer.Option(help="Of LoRA.")] = 8.0,
+    targets: Annotated[str, typer.Option(metavar="NAME,...", help="Projections that get LoRA.")] = ",".join(TARGETS),
+    tokens: Annotated[
+        str | None, typer.Option(metavar="N", help=f"Tokens to train on, as 500k or 3M; default: {DEFAULT_TOKENS:,}.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --tokens.")] = None,
+    length: Annotated[int, typer.Option(help="Longest document, and tokens of a packed row.")] = 1024,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of one optimizer step.")] = 8192,
+    micro_batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens in memory at a time; default: all of a step.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Largest learning rate; default: the recipe's.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps in which the rate rises; default: the recipe's.")] = None,
+    overlong: Annotated[str, typer.Option(help="What happens to a longer chat: cut or drop.")] = "cut",
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights and the arithmetic: bf16 or fp32.")] = "bf16",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
+    ] = False,
+    shard: Annotated[bool, typer.Option("--shard", help="Several processes share the weights (FSDP2).")] = False,
+    seed: Annotated[int, typer.Option(help="Of the order of the data and LoRA's first values.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between two states to resume from.")] = 100,
+    resume: Annotated[str, typer.Option(help="auto goes on from OUTPUT.state, never starts again.")] = "auto",
+    merge: Annotated[bool, typer.Option("--merge/--adapter", help="Write whole weights, or LoRA alone.")] = True,
+    tensorboard: Annotated[Path | None, typer.Option(help="Directory for TensorBoard's scalars.")] = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train LoRA on a converted checkpoint.
+
+    A run that was stopped goes on when the same command is given again.
+    """
+    main = os.environ.get("RANK", "0") == "0"  # of several processes one talks
+    common.begin(quiet or not main, debug)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    settings: dict[str, Any] = {
+        "recipe": recipe, "rank": rank, "alpha": alpha, "targets": tuple(filter(None, targets.split(","))),
+        "tokens": parse_count(tokens), "steps": steps, "length": length, "batch_tokens": batch_tokens,
+        "micro_batch_tokens": micro_batch_tokens, "rate": lr, "warmup": warmup, "overlong": overlong, "dtype": dtype,
+        "gradient_checkpointing": gradient_checkpointing, "seed": seed, "save_every": save_every,
+    }  # fmt: skip
+    from ligerexport.recover.run import check_places, make_config
+    from ligerexport.recover.run import recover as run
+
+    config = make_config(settings)
+    check_places(model, output, force)
+    plan = _plan(model, config, shard)
+    common.announce("recover", model=model, data=data, output=output, **config.identity())
+    _talk(plan)
+    if dry_run:
+        return _dry(model, data, output, config, against, plan, json)
+    path = run(model, data, output, against=against, merge=merge, resume=resume, shard=shard, force=force,  # type: ignore[arg-type]
+               tensorboard=tensorboard, progress=progress, on_step=_teller(config), **settings)  # fmt: skip
+    if main:
+        _finish(path, merge, json)
+
+
+def parse_count(text: str | None) -> int | None:
+    """Read `3000000`, `500k` or `3M`.
+
+    Raises:
+        UsageError: It has another form.
+    """
+    if text is None:
+        return None
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
+    try:
+        return round(float(text[:-1] if factor > 1 else text) * factor)
+    except ValueError:
+        raise UsageError(f"--tokens {text}", hint="write a number, as 3000000, 500k or 3M") from None
+
+
+def _plan(model: Path, config: RecoverConfig, shard: bool) -> dict[str, Any]:
+    from ligerexport.recover.model import check_student
+    from ligerexport.recover.plan import make_plan
+
+    return make_plan(check_student(model), config, int(os.environ.get("WORLD_SIZE", "1")), shard).to_dict()
+
+
+def _talk(plan: dict[str, Any]) -> None:
+    share = plan["trainable_parameters"] / plan["parameters"]
+    say(f"{plan['trainable_parameters']:,} trainable parameters ({share:.2%}), {plan['steps']:,} steps, "
+        f"{plan['tokens']:,} tokens, about {format_bytes(plan['memory_bytes'])} of memory")  # fmt: skip
+
+
+def _dry(
+    model: Path, data: list[str], output: Path, config: RecoverConfig, against: str | None, plan: dict[str, Any],
+    json: bool,
+) -> None:  # fmt: skip
+    """Read the data too: what is wrong with it is worth knowing before."""
+    from ligerexport.recover.run import prepare
+
+    _, documents = prepare(model, data, config, against, progress)
+    found = {"documents": len(documents.lengths), "tokens": len(documents.ids), **documents.counts}
+    common.finish_json(json, {"path": str(output), **plan, "data": found})
+    card(f"would write {output}", [
+        ("parameters", f"{plan['trainable_parameters']:,} of {plan['parameters']:,} learn"),
+        ("steps", f"{plan['steps']:,} of {config.batch_tokens:,} tokens"),
+        ("memory", f"about {format_bytes(plan['memory_bytes'])}: " + ", ".join(
+            f"{name} {format_bytes(plan[f'{name}_bytes'])}" for name in ("weight", "lora", "activation", "logit"))),
+        ("data", ", ".join(f"{count:,} {what}" for what, count in found.items())),
+    ])  # fmt: skip
+
+
+def _teller(config: RecoverConfig) -> OnStep:
+    """Return what prints a line every few steps."""
+    from ligerexport.recover.train import Step
+
+    done: list[Step] = []
+
+    def tell(step: Step) -> None:
+        done.append(step)
+        if len(done) % _EVERY and step.step != config.num_steps:
+            return
+        last = done[-_EVERY:]
+        seconds = sum(row.seconds for row in last)
+        left = (config.num_steps - step.step) * seconds / len(last)
+        speed = sum(row.tokens for row in last) / seconds
+        say(
+            f"step {step.step} of {config.num_steps}  {step.phase}  loss {step.loss:.4f}  rate {step.rate:.1e}  "
+            f"{speed:,.0f} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left"
+        )
+
+    return tell
+
+
+def _finish(path: Path, merge: bool, json: bool) -> None:
+    import json as library
+
+    report = library.loads((path / "report.json").read_text(encoding="utf-8"))
+    record, phases = report["record"], report["phases"]
+    common.finish_json(json, {"path": str(path), "merged": merge, "record": record, "phases": phases})
+    card("recovered", [
+        ("where", str(path)),
+        *((row["phase"], f"{row['steps']} steps, loss {row['first_loss']:.4f} to {row['final_loss']:.4f}")
+          for row in phases),
+        ("tokens", f"{record['tokens']:,}"),
+        ("report", str(path / "report.md")),
+    ], next_command=f"ligerexport build {path} --target onnx" if merge else None)  # fmt: skip

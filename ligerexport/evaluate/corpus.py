@@ -1,0 +1,75 @@
+"""Held-out text: files and directories become one stream of tokens and windows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ligerexport.errors import UsageError
+from ligerexport.text import TextModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def text_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the files that are meant: a file itself, of a directory every `.txt` below it, in the order of names.
+
+    Raises:
+        UsageError: One is not there, or a directory holds no text.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*.txt") if file.is_file())
+            if not found:
+                raise UsageError(f"no .txt file in {path}", hint="name the files themselves: --text FILE")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UsageError(f"no file or directory {path}", hint="give plain text: --text FILE_OR_DIRECTORY")
+    return files
+
+
+def read_tokens(files: Iterable[Path], text: TextModel) -> list[int]:
+    """Return the tokens of all files, each ended by the end-of-text token where the model has one.
+
+    Raises:
+        UsageError: A file is not UTF-8 text.
+    """
+    end = sorted(text.eos_ids)[:1]
+    ids: list[int] = []
+    for file in files:
+        try:
+            content = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UsageError(f"{file} is not UTF-8 text", hint="give plain text files") from None
+        ids += [*text.encode(content, special=False), *end]
+    return ids
+
+
+def cut_windows(ids: Sequence[int], length: int, count: int, prefix: Sequence[int] = ()) -> Tensor:
+    """Return windows `[n, length]` that do not overlap, spread evenly over the stream.
+
+    Args:
+        ids: The stream.
+        length: Tokens of a window, its prefix included.
+        count: Most windows.
+        prefix: Ids that begin every text of this model, such as BOS.
+
+    Raises:
+        UsageError: The stream is shorter than one window.
+    """
+    import torch
+
+    body = length - len(prefix)
+    if len(ids) < body:
+        raise UsageError(
+            f"the text has {len(ids):,} tokens, one window has {length:,}",
+            hint=f"give more text, or smaller windows: --length {1 << max(1, len(ids).bit_length() - 1)}",
+        )
+    stream = torch.tensor(ids[: len(ids) // body * body]).view(-1, body)
+    windows = stream[:: max(1, len(stream) // count)][:count]
+    return torch.cat([torch.tensor(list(prefix), dtype=torch.long).expand(len(windows), -1), windows], dim=1)

@@ -1,0 +1,41 @@
+"""A measured number with its standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over independent samples.
+
+    Attributes:
+        mean: The number.
+        stderr: Standard error of the mean; None for a single sample.
+        count: Samples: windows, prompts or questions.
+    """
+
+    mean: float
+    stderr: float | None
+    count: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Estimate:
+        """Return mean and standard error of samples."""
+        count = len(samples)
+        mean = sum(samples) / count
+        if count < 2:
+            return cls(mean, None, count)
+        variance = sum((x - mean) ** 2 for x in samples) / (count - 1)
+        return cls(mean, sqrt(variance / count), count)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+Table = dict[str, dict[str, Estimate]]
+"""Measurement, then column (bin of positions, distance, metric of a task)."""

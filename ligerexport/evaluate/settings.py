@@ -1,0 +1,139 @@
+"""What an evaluation measures: tables of parts, controls and tasks, and the settings of one run, checked.
+
+No measurement here; nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ligerexport.errors import UsageError, look_up
+
+PARTS = {
+    "nll": "negative log likelihood of held-out text in nats a token, by position",
+    "agreement": "share of equal first choices and KL(teacher || model) in nats a token, by position",
+    "recall": "keys said once, said twice, several at once; associations; copies of a span: by distance",
+    "tasks": "tasks of lm-eval",
+}
+
+CONTROLS = {
+    "window": "all slots of the memory given to sinks and window, no recurrence",
+    "no-recurrence": "the same memory, the recurrence left out",
+    "random-judge": "the scored slots given to tokens at random",
+}
+
+TASKS = {
+    "piqa": 0, "arc_easy": 0, "arc_challenge": 0, "hellaswag": 0, "winogrande": 0, "lambada_openai": 0, "mmlu": 5,
+}  # fmt: skip
+"""Tasks with their usual number of examples in the prompt; any other task of lm-eval runs with none."""
+
+DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+DISTANCES = (128, 512, 1024, 2048, 4096)
+"""Tokens of prose around a key, and between a span and its copy."""
+KEYS = (4, 8)
+"""Named keys said in one prompt."""
+PAIRS = (4, 8, 16, 32)
+"""Associations given in one prompt."""
+PAIR_LENGTHS = (256, 512, 1024)
+"""Tokens of such a prompt before the questions."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One evaluation.
+
+    Attributes:
+        parts: Rows of `PARTS`.
+        tasks: Names of lm-eval's tasks.
+        controls: Rows of `CONTROLS`.
+        length: Tokens of a window of held-out text; also the largest distance of recall.
+        windows: Most windows, spread evenly over the text.
+        trials: Prompts for each distance of recall.
+        limit: Most questions of a task; None is all.
+        seed: Of everything that is drawn.
+        batch: Sequences at a time on a GPU; elsewhere one.
+        device: Row of `DEVICES`.
+        dtype: Row of `DTYPES`, of a torch model's weights.
+
+    Raises:
+        UsageError: A value makes no sense or a name is in no table.
+    """
+
+    parts: tuple[str, ...] = ("nll", "recall")
+    tasks: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
+    length: int = 8192
+    windows: int = 16
+    trials: int = 64
+    limit: int | None = None
+    seed: int = 0
+    batch: int = 8
+    device: str = "auto"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            look_up("part", part, PARTS)
+        for control in self.controls:
+            look_up("control", control, CONTROLS)
+        look_up("device", self.device, dict.fromkeys(DEVICES))
+        look_up("dtype", self.dtype, dict.fromkeys(DTYPES))
+        if not self.parts:
+            raise UsageError("nothing to measure", hint=f"choose parts from {', '.join(PARTS)}")
+        for name in ("windows", "trials", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)}", hint="give at least 1")
+        if self.length < 2:
+            raise UsageError(f"length {self.length}", hint="a window has at least 2 tokens")
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"limit {self.limit}", hint="give at least 1, or leave it out for all questions")
+
+    @property
+    def distances(self) -> tuple[int, ...]:
+        """Distances of recall that are no longer than a window; the window itself where all are."""
+        return tuple(d for d in DISTANCES if d <= self.length) or (self.length,)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether any part reads the user's text."""
+        return set(self.parts) != {"tasks"}
+
+
+def choose_parts(
+    parts: Sequence[str] | None, tasks: Sequence[str] | None, *, text: bool, teacher: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return parts and tasks: what was asked for, else what the inputs allow.
+
+    Args:
+        parts: Rows of `PARTS`; None chooses by the rest.
+        tasks: Names of tasks; None is `DEFAULT_TASKS` where the part is asked for.
+        text: Whether held-out text was given.
+        teacher: Whether there is a model to compare with.
+
+    Raises:
+        UsageError: A part lacks what it needs.
+    """
+    if parts is None:
+        chosen = ["nll", "recall"] if text or not tasks else []
+        chosen += ["agreement"] if teacher and chosen else []
+    else:
+        chosen = list(dict.fromkeys(parts))
+    if tasks and "tasks" not in chosen:
+        chosen.append("tasks")
+    for part in chosen:
+        look_up("part", part, PARTS)
+    if "agreement" in chosen and not teacher:
+        raise UsageError("agreement needs a teacher", hint="name it: --against MODEL")
+    reading = [part for part in chosen if part != "tasks"]
+    if reading and not text:
+        raise UsageError(
+            f"no text for {', '.join(reading)}",
+            hint="give plain text that no model was trained on: --text FILE_OR_DIRECTORY",
+        )
+    wanted = tuple(tasks or DEFAULT_TASKS) if "tasks" in chosen else ()
+    return tuple(part for part in PARTS if part in chosen), wanted

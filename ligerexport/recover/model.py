@@ -1,0 +1,151 @@
+"""The two models of a recovery: the student with LoRA in it and the Transformer that it follows.
+
+A checkpoint that was only converted is its own teacher: its weights are the Transformer's, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ligerexport.checkpoint import CheckpointInfo, check_checkpoint
+from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
+from ligerexport.families import get_family
+from ligerexport.recover.config import RecoverConfig
+
+if TYPE_CHECKING:
+    import torch
+
+RECOVERY = "liger_recovery"
+"""Key of config.json under which a recovered checkpoint says how it was made."""
+
+_VOLATILE = ("transformers_version", "liger_source", RECOVERY, "_name_or_path", "dtype", "torch_dtype")
+
+
+def check_student(path: str | Path) -> CheckpointInfo:
+    """Check the checkpoint to recover.
+
+    Raises:
+        CheckpointError: It is incomplete or damaged.
+        UsageError: It is not converted.
+    """
+    info = check_checkpoint(path)
+    if "liger" not in info.config:
+        raise UsageError(f"{path} is not converted yet", hint=f"ligerexport convert {path} -o liger")
+    return info
+
+
+def model_id(info: CheckpointInfo) -> str:
+    """Return a digest of what an adapter fits: configuration, conversion, and the last norm of these very weights."""
+    from safetensors import safe_open
+
+    digest = hashlib.sha256(json.dumps({k: v for k, v in info.config.items() if k not in _VOLATILE},
+                                       sort_keys=True).encode())  # fmt: skip
+    for name in sorted(name for name in info.tensors if name.endswith(".norm.weight") and ".layers." not in name):
+        with safe_open(info.tensors[name].file, "pt") as file:
+            digest.update(file.get_tensor(name).float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def target_shapes(info: CheckpointInfo, targets: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Return the weights that get LoRA and their shapes `[out, in]`.
+
+    Raises:
+        UsageError: A target is no projection of this model.
+    """
+    suffixes = {name.split(".")[-2] for name, tensor in info.tensors.items()
+                if ".layers." in name and name.endswith(".weight") and len(tensor.shape) == 2}  # fmt: skip
+    for target in targets:
+        if target not in suffixes:
+            raise UsageError(f"no projection is called '{target}'", hint=close_matches(target, suffixes))
+    return {name: tensor.shape for name, tensor in info.tensors.items()
+            if ".layers." in name and name.endswith(tuple(f".{target}.weight" for target in targets))}  # fmt: skip
+
+
+def load_student(info: CheckpointInfo, config: RecoverConfig, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Load the checkpoint and put LoRA into it.
+
+    Returns:
+        The model, only LoRA trainable and in fp32, and PEFT's configuration.
+
+    Raises:
+        MissingDependency: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingDependency("peft", extra="recover") from None
+    from ligerexport.convert import load_model
+
+    settings = LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), lora_dropout=0.0, bias="none",  # type: ignore[arg-type]
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model: Any = get_peft_model(load_model(info.path, dtype), settings).get_base_model().train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, settings
+
+
+def load_teacher(info: CheckpointInfo, against: str | Path | None, dtype: torch.dtype) -> Any:
+    """Load the Transformer that the student follows.
+
+    Args:
+        info: The student.
+        against: Directory, hub id or built-in name; None takes the student's own weights with softmax attention.
+        dtype: Of its weights.
+
+    Raises:
+        UsageError: It does not fit the student, or a recovered checkpoint comes without one.
+        SourceError: There is no such model.
+        CheckpointError: It is incomplete or damaged.
+    """
+    path, raw = teacher_config(info, against)
+    family = get_family(raw["model_type"])
+    config = family.attribute("Config").from_dict(raw)
+    config._attn_implementation = "sdpa"
+    model = family.attribute("ForCausalLM").from_pretrained(path, config=config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def teacher_config(info: CheckpointInfo, against: str | Path | None) -> tuple[Path, dict[str, Any]]:
+    """Return where the teacher's weights are, and its configuration, checked against the student's; loads nothing."""
+    if against is None:
+        if RECOVERY in info.config:
+            raise UsageError(
+                f"{info.path} was recovered before, so its weights are no longer the Transformer's",
+                hint="name the Transformer that it came from: --against MODEL",
+            )
+        family = get_family(info.config["model_type"])
+        changes = {"model_type": family.model_type, "architectures": [f"{family.prefix}ForCausalLM"]}
+        return info.path, {k: v for k, v in info.config.items() if not k.startswith("liger")} | changes
+    from ligerexport.sources import resolve
+
+    teacher = check_checkpoint(resolve(against).path, tokenizer=False)
+    if "liger" in teacher.config:
+        raise UsageError(f"{against} is converted", hint="--against takes the Transformer that it was made from")
+    shape = {"vocab_size": "vocabulary", "hidden_size": "width", "num_hidden_layers": "number of layers"}
+    for key, what in shape.items():
+        mine, theirs = info.config.get(key), teacher.config.get(key)
+        if mine != theirs:
+            raise UsageError(
+                f"{against} has another {what} than {info.path}: {theirs}, not {mine}",
+                hint="--against takes the Transformer that this checkpoint was converted from",
+            )
+    return teacher.path, dict(teacher.config)
+
+
+def check_adapter(record: dict[str, Any], info: CheckpointInfo) -> None:
+    """Refuse an adapter that was trained on another model.
+
+    Raises:
+        CheckpointError: The record names another model, or none.
+    """
+    found, expected = record.get("model"), model_id(info)
+    if found != expected:
+        raise CheckpointError(
+            f"this adapter was trained on another model ({found}) than {info.path} ({expected})",
+            hint="give the converted checkpoint that it was trained on",
+        )

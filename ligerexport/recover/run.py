@@ -1,0 +1,260 @@
+"""`recover`: from a converted checkpoint and text to a recovered one.
+
+Only the order of the work is here. Torch is imported once there is something to train.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ligerexport.console import ProgressFactory, say
+from ligerexport.errors import MissingDependency, UsageError
+from ligerexport.recover.config import RecoverConfig
+from ligerexport.staging import check_destination, staged_directory
+
+if TYPE_CHECKING:
+    from ligerexport.checkpoint import CheckpointInfo
+    from ligerexport.recover.data import Documents
+    from ligerexport.recover.train import OnStep, Step
+
+_VERSIONS = ("ligerexport", "torch", "transformers", "peft", "accelerate")
+
+
+def recover(
+    model: str | Path,
+    data: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    against: str | Path | None = None,
+    merge: bool = True,
+    resume: Literal["auto", "never"] = "auto",
+    shard: bool = False,
+    force: bool = False,
+    tensorboard: str | Path | None = None,
+    progress: ProgressFactory | None = None,
+    on_step: OnStep | None = None,
+    **settings: Any,
+) -> Path:
+    """Train LoRA on a converted checkpoint and write what it became.
+
+    The run keeps states in `OUTPUT.state` and goes on from the newest one when it is called again with the same
+    settings; they are removed when the result is whole. Under `torchrun` or `accelerate launch` all processes call it.
+
+    Args:
+        model: Directory that `convert` wrote.
+        data: Files, directories or data sets of the hub; see `ligerexport.recover.records.FORMS`.
+        output: Directory to write.
+        against: The Transformer to follow; None takes the checkpoint's own weights with their softmax attention.
+        merge: Whether to merge LoRA into the weights; otherwise `output` is PEFT's adapter.
+        resume: `auto` goes on from a state, `never` starts again.
+        shard: Whether the processes share the weights (FSDP2) instead of holding copies.
+        force: Whether an older result in `output` may be replaced.
+        tensorboard: Directory for TensorBoard's scalars.
+        progress: Reports the phases; silent by default.
+        on_step: Called on the main process after each step.
+        **settings: Fields of `RecoverConfig`; None leaves the default.
+
+    Returns:
+        `output`.
+
+    Raises:
+        UsageError: A setting makes no sense for this model, or a place is in use.
+        DataError: The data is damaged, empty or in another form.
+        CheckpointError: A checkpoint is incomplete or damaged, or a state belongs to another run.
+        MissingDependency: The `recover` extra is not installed.
+        LigerError: The loss is not finite, or memory ran out; what was kept says how to go on.
+    """
+    from ligerexport.recover.result import RECORD
+
+    config, output = make_config(settings), Path(output)
+    if resume not in ("auto", "never"):
+        raise UsageError(f"resume '{resume}'", hint="choose from auto, never")
+    check_places(Path(model), output, force)
+    info, documents = prepare(model, data, config, against, progress)
+    _require("accelerate", "peft")
+    writer = _writer(tensorboard)
+
+    from ligerexport.recover.distributed import Group
+    from ligerexport.recover.report import write_report
+    from ligerexport.recover.result import write_adapter, write_merged
+    from ligerexport.recover.state import load_state, state_directory
+
+    group = Group.join(shard)
+    states, run = state_directory(output), identity(info, documents, config, against)
+    if resume == "never" and group.main:
+        shutil.rmtree(states, ignore_errors=True)
+    group.wait()
+    state = load_state(states, run)  # before the weights are loaded: a mistake is told at once
+    trainer, lora = _trainer(info, documents, config, against, group, states, run)
+    if state is not None:
+        trainer.restore(state)
+        if group.main:
+            say(f"going on after step {state.step} of {config.num_steps}")
+    trainer.train(progress if group.main else None, _observers(writer, on_step) if group.main else None)
+
+    tensors = trainer.tensors()
+    if group.main:
+        record = make_record(run, config, documents, trainer.history)
+        with staged_directory(output, force=force, marker=RECORD) as stage:
+            if merge:
+                write_merged(stage, info, tensors, config.alpha / config.rank, record, progress)
+            else:
+                write_adapter(stage, tensors, lora, record)
+            write_report(stage, record, trainer.history)
+        shutil.rmtree(states, ignore_errors=True)
+    group.wait()
+    return output
+
+
+def make_config(settings: dict[str, Any]) -> RecoverConfig:
+    """Return the settings that are not None as a configuration.
+
+    Raises:
+        UsageError: One makes no sense.
+    """
+    return RecoverConfig(**{key: value for key, value in settings.items() if value is not None})
+
+
+def check_places(model: Path, output: Path, force: bool) -> None:
+    """Refuse an output that would lose something.
+
+    Raises:
+        UsageError: It is in use, or is the model itself.
+    """
+    from ligerexport.recover.result import RECORD
+
+    if output.resolve() == model.expanduser().resolve():
+        raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
+    check_destination(output, force=force, marker=RECORD)
+
+
+def prepare(
+    model: str | Path,
+    data: str | Path | Sequence[str | Path],
+    config: RecoverConfig,
+    against: str | Path | None,
+    progress: ProgressFactory | None = None,
+) -> tuple[CheckpointInfo, Documents]:
+    """Check the model, the teacher and the data; loads no weight.
+
+    Returns:
+        The checkpoint, and as many documents as the run reads, or all there are.
+
+    Raises:
+        UsageError, DataError, CheckpointError: See `recover`.
+    """
+    from ligerexport.recover.data import tokenize
+    from ligerexport.recover.model import check_student, target_shapes, teacher_config
+    from ligerexport.recover.records import read_records
+    from ligerexport.text import TextModel
+
+    info = check_student(model)
+    target_shapes(info, config.targets)
+    context = info.config.get("max_position_embeddings")
+    if context is not None and config.length > context:
+        raise UsageError(f"length {config.length} is more than the {context} tokens that the model was trained on",
+                         hint=f"--length {context}")  # fmt: skip
+    if config.row.needs_teacher:
+        teacher_config(info, against)
+        kept = info.config["liger"].get("keep_softmax", ())
+        if len(kept) == info.config["num_hidden_layers"]:
+            raise UsageError(f"{model} has no converted layer", hint="convert it without --keep-softmax")
+    elif against is not None:
+        raise UsageError(
+            f"the recipe {config.recipe} needs no teacher", hint="leave --against out, or --recipe distill"
+        )
+    sources = [data] if isinstance(data, (str, Path)) else list(data)
+    documents = tokenize(
+        read_records(sources), TextModel(info.path), length=config.length, vocab_size=info.config["vocab_size"],
+        overlong=config.overlong, wanted=config.num_steps * config.batch_tokens, seed=config.seed, progress=progress,
+    )  # fmt: skip
+    return info, documents
+
+
+def identity(
+    info: CheckpointInfo, documents: Documents, config: RecoverConfig, against: str | Path | None
+) -> dict[str, Any]:
+    """Return what tells a run from others: model, data, settings."""
+    from ligerexport.recover.model import model_id
+
+    teacher = (str(against) if against else "itself") if config.row.needs_teacher else None
+    return {"model": model_id(info), "data": documents.sha256, "teacher": teacher, **config.identity()}
+
+
+def make_record(
+    run: dict[str, Any], config: RecoverConfig, documents: Documents, history: Sequence[Step]
+) -> dict[str, Any]:
+    """Return what the result says about its making."""
+    from ligerexport.recover.report import phase_table
+
+    versions = {}
+    for name in _VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            continue
+    return run | {
+        "tokens": sum(step.tokens for step in history),
+        "final_loss": phase_table(history)[-1]["final_loss"],
+        "phases": [asdict(phase) for phase in config.row.phases],
+        "samples": documents.counts,
+        "versions": versions,
+    }
+
+
+def _trainer(
+    info: CheckpointInfo, documents: Documents, config: RecoverConfig, against: Any, group: Any, states: Path, run: Any
+) -> tuple[Any, Any]:
+    """Load the models and return the trainer and PEFT's configuration."""
+    import torch
+    from transformers import set_seed
+
+    from ligerexport.recover.distributed import place
+    from ligerexport.recover.model import load_student, load_teacher
+    from ligerexport.recover.packing import Rows, pack
+    from ligerexport.recover.train import Trainer, micro_rows
+
+    micro_rows(config, group.size)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+    set_seed(config.seed)
+    student, lora = load_student(info, config, dtype)
+    teacher = place(load_teacher(info, against, dtype), group) if config.row.needs_teacher else None
+    rows = Rows(documents, pack(documents.lengths, config.length), config.length, config.seed)
+    return Trainer(place(student, group), teacher, rows, config, group, states, run), lora
+
+
+def _require(*modules: str) -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise MissingDependency(" and ".join(missing), extra="recover")
+
+
+def _writer(directory: str | Path | None) -> Any:
+    """Return TensorBoard's writer, if one is wanted."""
+    if directory is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingDependency("tensorboard", hint="pip install tensorboard, or leave --tensorboard out") from None
+    return SummaryWriter(str(directory))
+
+
+def _observers(writer: Any, on_step: OnStep | None) -> OnStep:
+    def observe(step: Step) -> None:
+        if on_step is not None:
+            on_step(step)
+        if writer is not None:
+            values = {"loss": step.loss, "norm": step.norm, "rate": step.rate,
+                      "tokens_per_second": step.tokens / step.seconds}  # fmt: skip
+            for name, value in values.items():
+                writer.add_scalar(f"{step.phase}/{name}" if name == "loss" else name, value, step.step)
+            writer.flush()
+
+    return observe

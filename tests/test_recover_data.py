@@ -1,0 +1,217 @@
+"""What recovery learns from: every form of file, every bad input, what is learned of a chat, how rows are packed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toy
+
+from ligerexport.errors import LigerError, UsageError
+from ligerexport.recover.data import Documents, tokenize
+from ligerexport.recover.packing import IGNORE, Rows, pack
+from ligerexport.recover.records import DataError, Record, as_record, read_records
+from ligerexport.text import TextModel
+
+CHAT = (("user", "hi"), ("assistant", "you"), ("user", "and"), ("assistant", "me"))
+MESSAGES = [{"role": role, "content": content} for role, content in CHAT]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
+    return make_text(tmp_path_factory.mktemp("text"), toy.TEMPLATE)
+
+
+def make_text(path: Path, template: str | None) -> TextModel:
+    toy.tokenizer().save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "chat_template": template}))
+    return TextModel(path)
+
+
+def documents(text: TextModel, *records: Record, **settings: Any) -> Documents:
+    return tokenize(records, text, **{"length": 64, "vocab_size": toy.VOCAB} | settings)
+
+
+def lines(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def test_every_form_of_line(tmp_path: Path) -> None:
+    sharegpt = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "you"}]
+    file = lines(
+        tmp_path / "all.jsonl", {"messages": MESSAGES}, {"conversations": sharegpt},
+        {"prompt": "hi", "response": "you"}, {"instruction": "hi", "input": "there", "output": "you"},
+        {"instruction": "hi", "input": "", "output": "you"}, {"text": "plain"},
+    )  # fmt: skip
+    turns = [record.turns for record in read_records([file])]
+    assert turns[0] == CHAT and turns[1] == turns[2] == turns[4] == CHAT[:2]
+    assert turns[3] == (("user", "hi\n\nthere"), ("assistant", "you"))
+    assert read_records([file])[5] == Record(f"{file}:6", text="plain")
+
+
+def test_files_directories_and_arrays(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("first\n\nsecond")
+    (tmp_path / "sub" / "b.json").write_text(json.dumps([{"text": "third"}]))
+    (tmp_path / "ignored.py").write_text("no text")
+    assert [record.text for record in read_records([tmp_path])] == ["first\n\nsecond", "third"]
+
+
+def test_a_hub_data_set_is_read_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "owner" / "chats"  # the library takes a folder of that name for the data set
+    folder.mkdir(parents=True)
+    lines(folder / "train.jsonl", {"prompt": "hi", "response": "you"})
+    monkeypatch.chdir(tmp_path)
+    [record] = read_records(["owner/chats:train"])
+    assert record.turns == CHAT[:2] and record.where == "owner/chats:train, row 0"
+
+
+def test_an_absent_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(LigerError) as caught:
+        read_records(["owner/chats"])
+    assert caught.value.exit_code == 4 and "ligerexport[recover]" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [', "bad.jsonl:2 is not JSON"),
+        ("[1]", "holds list"),
+        ('{"question": "a", "answer": "b"}', "has the keys question, answer"),
+        ('{"messages": []}', "no list of turns"),
+        ('{"messages": "hi"}', "no list of turns"),
+        ('{"messages": ["hi"]}', "has str as turn 0"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', "role 'robot' in turn 0"),
+        ('{"messages": [{"role": "user", "content": [1]}]}', "has list as 'content'"),
+        ('{"prompt": "a", "response": null}', "has nothing as 'response'"),
+        ('{"text": 3}', "has int as 'text'"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl:2") as caught:
+        read_records([file])
+    assert message in caught.value.message and caught.value.hint
+    assert "messages" in caught.value.message + str(caught.value.hint)
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "none").mkdir()
+    for source, message in (("empty.jsonl", "nothing to learn"), ("latin.txt", "not UTF-8"), ("none", "no text in"),
+                            ("absent.jsonl", "no file or directory")):  # fmt: skip
+        with pytest.raises(LigerError, match=message) as caught:
+            read_records([tmp_path / source])
+        assert caught.value.hint
+
+
+def test_only_answers_are_learned(text: TextModel) -> None:
+    found = documents(text, Record("x", CHAT))
+    assert text.encode(text.render(MESSAGES, answer=False), special=False) == found.ids.tolist()
+    learned = [int(i) for i, answer in zip(found.ids, found.answers, strict=True) if answer]
+    assert learned == text.encode("you</s>me</s>", special=False)
+    assert found.counts == {"records": 1}
+
+
+def test_all_of_a_plain_text_is_learned(text: TextModel) -> None:
+    found = documents(text, Record("x", text="a" * 150))
+    assert found.answers.all() and found.lengths.tolist() == [64, 64, 23]  # with BOS in front
+    assert found.ids[0] == toy.BOS and (found.ids[1:] == found.ids[1]).all()
+
+
+def test_a_long_chat_is_cut_or_dropped_and_counted(text: TextModel) -> None:
+    long = Record("x", (("user", "hi"), ("assistant", "y" * 100)))
+    hopeless = Record("x", (("user", "h" * 100), ("assistant", "y")))
+    short = Record("x", CHAT)
+    cut = documents(text, long, hopeless, short)
+    assert sorted(cut.lengths) == [len(documents(text, short).ids), 64]
+    assert cut.counts == {"records": 3, "cut": 2, "with no answer within the length": 1}
+    dropped = documents(text, long, hopeless, short, overlong="drop")
+    assert len(dropped.lengths) == 1 and dropped.counts["dropped as too long"] == 2
+    with pytest.raises(DataError, match=r"nothing is left.*1 dropped as too long"):
+        documents(text, long, overlong="drop")
+
+
+def test_chats_without_answers_and_refused_ones_are_counted(tmp_path: Path) -> None:
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}" + toy.TEMPLATE
+    text = make_text(tmp_path, strict)
+    found = documents(text, Record("x", CHAT), Record("y", CHAT[:1]), Record("z", CHAT[1:]))
+    assert found.counts == {"records": 3, "without an answer": 1, "refused by the chat template": 1}
+    assert len(found.lengths) == 1
+
+
+def test_a_template_that_drops_earlier_answers_ends_what_is_learned(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}<{{ m.content }}>{% endif %}{% endfor %}"
+    found = documents(make_text(tmp_path, template), Record("x", CHAT))
+    assert len(found.lengths) == 1 and sum(found.counts.values()) == 2
+
+
+def test_without_a_template_pairs_are_read_plainly(tmp_path: Path) -> None:
+    text = make_text(tmp_path, None)
+    found = documents(text, as_record({"prompt": "hi", "response": "you"}, "x"))
+    assert text.decode(found.ids.tolist()) == "hi\n\nyou" and found.answers.sum() == 3
+    assert found.ids[0] == toy.BOS and found.counts == {"records": 1}
+    with pytest.raises(UsageError, match="x is a chat"):
+        documents(text, Record("x", CHAT))
+
+
+def test_a_tokenizer_of_another_model(text: TextModel) -> None:
+    with pytest.raises(UsageError, match="the model knows 100"):
+        documents(text, Record("x", text="abc"), vocab_size=100)
+
+
+def test_the_order_and_the_digest_follow_the_seed(text: TextModel) -> None:
+    records = [Record("x", text=f"text {i}") for i in range(20)]
+    first, again, other = (documents(text, *records, seed=seed) for seed in (0, 0, 1))
+    assert first.sha256 == again.sha256 != other.sha256
+    some = documents(text, *records, wanted=20)
+    assert some.ids.tolist() == first.ids[: len(some.ids)].tolist() and some.counts["records"] == 3
+
+
+def test_rows_are_full_and_hold_everything_once() -> None:
+    lengths = (1 + np.random.default_rng(0).exponential(15, 500)).clip(max=64).astype(int)
+    rows = pack(lengths, 64)
+    assert sorted(document for row in rows for document in row) == list(range(500))
+    assert max(lengths[row].sum() for row in rows) <= 64
+    assert lengths.sum() / (64 * len(rows)) > 0.97
+    assert pack([64, 64], 64) == [[0], [1]]
+
+
+def test_every_epoch_has_all_rows_in_another_order(text: TextModel) -> None:
+    docs = documents(text, *(Record("x", text="a" * 40) for _ in range(7)))
+    rows = Rows(docs, pack(docs.lengths, 64), 64, seed=3)
+    epochs = [rows.at(7 * epoch, 7) for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert rows.at(5, 11) == (epochs[0] + epochs[1] + epochs[2])[5:16]
+
+
+def test_a_batch_keeps_documents_apart(text: TextModel) -> None:
+    docs = documents(text, Record("x", CHAT), Record("y", text="ab"), seed=1, length=40)
+    rows = Rows(docs, [[0, 1]], 40)
+    batch = rows.collate([0, 0])
+    total = len(docs.ids)
+    assert batch.input_ids[0, :total].tolist() == docs.ids.tolist()
+    first = int(docs.lengths[0])
+    assert batch.cu_seq_lens_q.tolist() == [0, first, total, 40, 40 + first, 40 + total, 80]
+    assert batch.max_length_q == max(*docs.lengths, 40 - total)
+    expected = [*range(first), *range(total - first), *range(40 - total)]
+    assert batch.position_ids[1].tolist() == expected
+    assert (batch.targets[0, : first - 1] == batch.input_ids[0, 1:first]).all()
+    assert (batch.targets[0, [first - 1, total - 1]] == IGNORE).all() and (batch.targets[0, total:] == IGNORE).all()
+    answers = batch.count(answers=True, after=0)
+    assert int(answers.counted.sum()) == 2 * (docs.answers.sum() - docs.answers[docs.bounds[:-1]].sum())
+    late = batch.count(answers=False, after=3)
+    assert int(late.counted.sum()) == 2 * sum(max(0, int(n) - 1 - 3) for n in docs.lengths)
+    assert late.places.tolist() == late.counted.flatten().nonzero().flatten().tolist()

@@ -1,0 +1,163 @@
+"""Every loss against a plain formula, whatever the chunk; alignment against a plain loop over layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ligerexport.checkpoint import check_checkpoint
+from ligerexport.convert import load_model
+from ligerexport.errors import UsageError
+from ligerexport.recover.data import Documents
+from ligerexport.recover.losses import divergence, next_token_loss, relative_error
+from ligerexport.recover.model import load_teacher
+from ligerexport.recover.packing import Batch, Rows
+from ligerexport.recover.phases import PHASES
+from ligerexport.recover.recipes import RECIPES, Phase, Recipe, rate_at
+from tests.checkpoints import MEMORY, SIZES, make_checkpoint
+
+
+def close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_next_token_loss(chunk: int) -> None:
+    hidden, head, targets = torch.randn(20, 8, requires_grad=True), nn.Linear(8, 31), torch.randint(0, 31, (20,))
+    expected = -head(hidden).log_softmax(-1)[torch.arange(20), targets].sum()
+    found = next_token_loss(hidden, head, targets, chunk)
+    close(found, expected)
+    close(torch.autograd.grad(found, hidden)[0], torch.autograd.grad(expected, hidden)[0])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_divergence(chunk: int) -> None:
+    hidden, head = torch.randn(20, 8, requires_grad=True), nn.Linear(8, 31)
+    teacher, teacher_head = torch.randn(20, 6), nn.Linear(6, 31)
+    p, q = teacher_head(teacher).softmax(-1).detach(), head(hidden).softmax(-1)
+    expected = (p * (p / q).log()).sum()
+    found = divergence(hidden, head, teacher, teacher_head, chunk)
+    close(found, expected)
+    close(torch.autograd.grad(found, hidden)[0], torch.autograd.grad(expected, hidden)[0])
+    assert divergence(hidden, head, hidden.detach(), head).abs() < 1e-5
+
+
+def test_nothing_counted_is_zero_with_a_gradient() -> None:
+    hidden = torch.randn(0, 8, requires_grad=True)
+    loss = next_token_loss(hidden, nn.Linear(8, 31), torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert loss == 0 and hidden.grad is not None
+
+
+def test_relative_error() -> None:
+    output, target = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    counted = torch.tensor([[True, True, False, False, True], [False, False, False, True, False]])
+    expected = sum(
+        int(keep.sum()) * ((o - t)[keep] ** 2).sum() / (t[keep] ** 2).sum()
+        for o, t, keep in zip(output, target, counted, strict=True)
+    )
+    close(relative_error(output, target, counted), expected)
+    parts = sum(relative_error(output[i : i + 1], target[i : i + 1], counted[i : i + 1]) for i in range(2))
+    close(parts, expected)
+    assert relative_error(output, target, torch.zeros(2, 5, dtype=torch.bool)) == 0
+
+
+def make_batch(**phase: Any) -> Batch:
+    lengths = np.array([30, 30, 17, 40])
+    ids = np.random.default_rng(0).integers(0, SIZES["vocab_size"], lengths.sum())
+    answers = np.random.default_rng(1).random(lengths.sum()) < 0.5
+    documents = Documents(ids.astype(np.int32), answers, np.concatenate([[0], lengths.cumsum()]))
+    return Rows(documents, [[0, 1], [2, 3]], 64).collate([0, 1]).count(**{"answers": False, "after": 0} | phase)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_checkpoint(tmp_path_factory.mktemp("losses") / "liger", replace(MEMORY, keep_softmax=(2,)))
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint: Path) -> tuple[Any, Any]:
+    return load_model(checkpoint).train(), load_teacher(check_checkpoint(checkpoint), None, torch.float32)
+
+
+def test_align_is_a_loop_over_layers(models: tuple[Any, Any]) -> None:
+    student, teacher = models
+    batch = make_batch(after=3)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hooks = [
+        layer.self_attn.register_forward_hook(
+            lambda module, args, kwargs, output: seen.append((kwargs["hidden_states"], output[0])), with_kwargs=True
+        )
+        for layer in teacher.model.layers
+    ]
+    with torch.no_grad():
+        teacher(**batch.inputs())
+    for hook in hooks:
+        hook.remove()
+    expected = torch.zeros(())
+    for layer, (hidden, target) in list(zip(student.model.layers, seen, strict=True))[:2]:
+        inputs = {key: value for key, value in batch.inputs().items() if key not in ("input_ids", "use_cache")}
+        output = layer.self_attn(hidden, **inputs)[0]
+        expected = expected + relative_error(output, target, batch.counted)
+    found = PHASES["align"](student, teacher, batch)
+    close(found, expected / 2)
+    assert not any(layer.self_attn._forward_hooks for layer in teacher.model.layers)
+    student.zero_grad()
+    found.backward()
+    plain = student.model.layers[0].self_attn.q_proj.weight.grad.clone()
+    assert student.model.layers[2].self_attn.q_proj.weight.grad is None
+    assert student.model.embed_tokens.weight.grad is None
+
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    student.zero_grad()
+    PHASES["align"](student, teacher, batch).backward()
+    student.gradient_checkpointing_disable()
+    close(student.model.layers[0].self_attn.q_proj.weight.grad, plain)
+
+
+def test_follow_and_next_token_are_plain_losses_of_logits(models: tuple[Any, Any]) -> None:
+    student, teacher = models
+    batch = make_batch(answers=True)
+    with torch.no_grad():
+        mine, theirs = (model(**batch.inputs()).logits[batch.counted] for model in models)
+        expected = functional.kl_div(mine.log_softmax(-1), theirs.softmax(-1), reduction="sum")
+        close(PHASES["follow"](student, teacher, batch), expected)
+        likelihood = functional.cross_entropy(mine, batch.targets[batch.counted], reduction="sum")
+        close(PHASES["next_token"](student, None, batch), likelihood)
+
+
+def test_the_teacher_is_the_transformer_of_the_same_weights(models: tuple[Any, Any]) -> None:
+    student, teacher = models
+    assert type(teacher).__name__ == "LlamaForCausalLM" and not any(p.requires_grad for p in teacher.parameters())
+    for name, parameter in teacher.named_parameters():
+        assert torch.equal(parameter, student.get_parameter(name))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_name_phases_and_share_all_steps(recipe: str) -> None:
+    row = RECIPES[recipe]
+    assert all(phase.loss in PHASES for phase in row.phases)
+    names = [row.phase_at(step, 100) for step in range(100)]
+    assert [names.count(phase) for phase in row.phases] == [round(100 * phase.share) for phase in row.phases]
+
+
+def test_shares_are_checked() -> None:
+    with pytest.raises(UsageError, match=r"sum to 0\.9"):
+        Recipe((Phase("align", 0.4), Phase("follow", 0.5)), "")
+    with pytest.raises(UsageError, match="share 0"):
+        Phase("align", 0.0)
+
+
+def test_the_rate_rises_and_falls() -> None:
+    assert [rate_at(step, 10, 1.0, 2, "constant") for step in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]
+    cosine = [rate_at(step, 10, 1.0, 2, "cosine") for step in range(10)]
+    assert cosine[2] == 1.0 and cosine[2:] == sorted(cosine[2:], reverse=True) and 0 < cosine[9] < 0.05

@@ -1,0 +1,76 @@
+"""What a recovery is said to take: exact parameters, and the table of the guide from the same formula."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+
+pytest.importorskip("peft")
+
+from ligerexport.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint
+from ligerexport.recover.config import RecoverConfig
+from ligerexport.recover.distributed import trainable
+from ligerexport.recover.model import load_student
+from ligerexport.recover.plan import make_plan
+from tests.checkpoints import MEMORY, make_checkpoint
+
+GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "recover.md"
+LLAMA_70B = {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+
+
+def info_70b() -> CheckpointInfo:
+    """Return the header of a 70B Llama, as its config.json gives the shapes."""
+    c = LLAMA_70B
+    width, kv = c["hidden_size"], c["num_key_value_heads"] * 128
+    shapes = {"model.embed_tokens.weight": (c["vocab_size"], width), "lm_head.weight": (c["vocab_size"], width)}
+    for layer in range(c["num_hidden_layers"]):
+        name = f"model.layers.{layer}"
+        shapes |= {f"{name}.self_attn.{x}_proj.weight": (width, width) for x in "qo"}
+        shapes |= {f"{name}.self_attn.{x}_proj.weight": (kv, width) for x in "kv"}
+        shapes |= {f"{name}.mlp.{x}_proj.weight": (c["intermediate_size"], width) for x in ("gate", "up")}
+        shapes |= {f"{name}.mlp.down_proj.weight": (width, c["intermediate_size"])}
+    file = Path("model.safetensors")
+    tensors = {name: TensorInfo("BF16", shape, file) for name, shape in shapes.items()}
+    return CheckpointInfo(Path(), c, (file,), 0, ("BF16",), False, tensors)
+
+
+def row_70b(processes: int, **settings: Any) -> str:
+    """Return a row of the guide's table."""
+    config = RecoverConfig(batch_tokens=1024 * processes, **settings)
+    plan = make_plan(info_70b(), config, processes, shard=True)
+    checkpointed = "yes" if config.gradient_checkpointing else "no"
+    parts = (plan.weight_bytes, plan.lora_bytes, plan.activation_bytes, plan.logit_bytes, plan.memory_bytes)
+    numbers = " | ".join(f"{part / 1e9:.1f}" for part in parts)
+    return f"| {config.recipe} | {processes} | {checkpointed} | {numbers} |"
+
+
+@pytest.mark.parametrize("recipe", ["distill", "paper"])
+@pytest.mark.parametrize("processes", [8, 16])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_guide_has_the_plan_for_70b(recipe: str, processes: int, checkpointing: bool) -> None:
+    assert row_70b(processes, recipe=recipe, gradient_checkpointing=checkpointing) in GUIDE.read_text()
+
+
+def test_trainable_parameters_are_exact(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "liger", MEMORY, vocab_size=toy.VOCAB)
+    info = check_checkpoint(path, tokenizer=False)
+    for config in (RecoverConfig(), RecoverConfig(rank=3, targets=("q_proj", "down_proj"))):
+        student, _ = load_student(info, config, torch.float32)
+        plan = make_plan(info, config)
+        assert plan.trainable_parameters == sum(parameter.numel() for parameter in trainable(student).values())
+        assert plan.steps == round(3_000_000 / 8192) and plan.tokens == plan.steps * 8192
+
+
+def test_checkpointing_and_smaller_pieces_take_less(tmp_path: Path) -> None:
+    info = info_70b()
+    plain = make_plan(info, RecoverConfig())
+    assert make_plan(info, RecoverConfig(gradient_checkpointing=True)).activation_bytes < plain.activation_bytes / 10
+    assert make_plan(info, RecoverConfig(micro_batch_tokens=1024)).activation_bytes == plain.activation_bytes // 8
+    assert make_plan(info, RecoverConfig(recipe="paper")).weight_bytes == plain.weight_bytes // 2
