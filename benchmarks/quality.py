@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ligerexport.config import PRESETS, LigerConfig
-from ligerexport.convert import convert_in_memory
+from ligerexport.convert import convert_in_memory, load_model
 from ligerexport.evaluate.nll import by_position
 from ligerexport.evaluate.recall import ONCE, TWICE, PlainTokenizer, answer_all, passkey_prompts
 from ligerexport.evaluate.scorer import TorchScorer
@@ -38,8 +38,9 @@ YEARS = {"test": (1990, 2100), "dev": (1950, 1990), "prose": (0, 1950)}
 STREAM = (4096, 32768)
 TAIL = 2048
 
-SETTINGS: dict[str, LigerConfig] = {name: preset.config for name, preset in PRESETS.items()} | {
-    "window of 128": LigerConfig(window=124, sinks=4, attention_weight=1.0, recurrence_weight=0.0)
+SETTINGS: dict[str, LigerConfig] = {
+    **{name: preset.config for name, preset in PRESETS.items() if not preset.config.foresees},
+    "window of 128": LigerConfig(window=124, sinks=4, attention_weight=1.0, recurrence_weight=0.0),
 }
 
 
@@ -141,6 +142,13 @@ def main() -> None:
         metavar="KEY=COUNT,...",
         help="one more row: 4 sinks, a window of 60 and pools, such as peak_use=64 or window=92,use=32",
     )
+    parser.add_argument(
+        "--converted",
+        action="append",
+        default=[],
+        metavar="NAME=DIRECTORY",
+        help="one more row: a converted checkpoint, as it is; the form for learned scores",
+    )
     parser.add_argument("--only", nargs="*", help="rows to measure; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -150,7 +158,8 @@ def main() -> None:
     teacher = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(args.device).eval()
     text = Text.read(args.texts, tokenizer, args.split, args.windows)
     SETTINGS.update({text: parse_setting(text) for text in args.setting})
-    wanted = args.only or ["teacher", *SETTINGS]
+    converted = dict(text.split("=", 1) for text in args.converted)
+    wanted = args.only or ["teacher", *SETTINGS, *converted]
     result = {
         "command": "python " + " ".join(sys.argv),
         "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),
@@ -164,6 +173,8 @@ def main() -> None:
     }
     for name in wanted:
         model = convert_in_memory(teacher, SETTINGS[name]) if name in SETTINGS else teacher
+        if name in converted:
+            model = load_model(converted[name]).to(args.device).eval()
         result["rows"][name] = row = measure(model, TextModel(checkpoint), text, args)
         print(show(name, row), flush=True)
         args.output.write_text(json.dumps(result, indent=1))

@@ -41,11 +41,13 @@ def mixer(dtype: torch.dtype) -> None:
         shapes = ((8, 64), (2, 64), (2, 64))
         q, k, v = (torch.randn(2, 400, *s, device=DEVICE, dtype=dtype).requires_grad_() for s in shapes)
         position = torch.tensor([0, -7], device=DEVICE)
-        output, state = liger_mixer(q, k, v, position, spec.initial_state(2, dtype, DEVICE), spec, rotary)
+        score = torch.randn(2, 400, 2, device=DEVICE) if config.foresees else None
+        output, state = liger_mixer(q, k, v, position, spec.initial_state(2, dtype, DEVICE), spec, rotary, score)
         output.float().square().sum().backward()
         with torch.no_grad():
             for t in range(3):
-                mixer_step(q[:, t], k[:, t], v[:, t], position + 400 + t, state, spec, rotary)
+                now = None if score is None else score[:, t]
+                mixer_step(q[:, t], k[:, t], v[:, t], position + 400 + t, state, spec, rotary, score=now)
 
 
 def main() -> None:

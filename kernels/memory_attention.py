@@ -48,7 +48,7 @@ def memory_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    novelty: Tensor | None,
+    arrival: Tensor | None,
     position: Tensor,
     state: MixerState,
     spec: MixerSpec,
@@ -60,7 +60,7 @@ def memory_attention(
         query: `[B, H_kv, G, T, d_k]` before rotary embedding.
         key: `[B, H_kv, T, d_k]` before rotary embedding.
         value: `[B, H_kv, T, d_v]`.
-        novelty: `[B, H_kv, T]`, needed when a pool is kept by it.
+        arrival: `[B, H_kv, T]`, score on arrival, novelty or the learned one; needed when a pool is kept by it.
         position: `[B]`, tokens seen before this block; a token at a negative position is padding.
         state: Tensors named `slot_*`, as `MixerSpec.state` lists them.
         spec: The layer.
@@ -85,7 +85,7 @@ def memory_attention(
     scores = None
     if config.slots:
         local = torch.softmax(logits.where(always[:, :, None], MASKED), dim=-1)
-        scores = _scores(local, seen & near, distance, values, novelty, state["slot_score"], spec)
+        scores = _scores(local, seen & near, distance, values, arrival, state["slot_score"], spec)
     visible = always | _kept(seen & ~near & ~sink, scores, positions, config.slots)
     output = torch.softmax(logits.where(visible[:, :, None], MASKED), dim=-1) @ values[:, :, None]
 
@@ -127,7 +127,7 @@ def _scores(
     in_window: Tensor,
     distance: Tensor,
     values: Tensor,
-    novelty: Tensor | None,
+    arrival: Tensor | None,
     past: Tensor,
     spec: MixerSpec,
 ) -> Tensor:
@@ -135,9 +135,9 @@ def _scores(
     window, scores = spec.config.window, []
     for i, (name, _) in enumerate(spec.config.slots):
         score = get_score(name)
-        if score.signal == "novelty":
-            assert novelty is not None
-            scores.append(torch.cat([past[:, :, i], novelty], dim=-1))
+        if score.on_arrival:
+            assert arrival is not None
+            scores.append(torch.cat([past[:, :, i], arrival], dim=-1))
             continue
         counts = in_window & (distance >= score.first_distance(window))
         weight = local.where(counts[:, :, None], 0.0)

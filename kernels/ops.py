@@ -22,11 +22,18 @@ OPEN = 100.0
 
 
 def liger_mixer(
-    query: Tensor, key: Tensor, value: Tensor, position: Tensor, state: MixerState, spec: MixerSpec, rotary: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    state: MixerState,
+    spec: MixerSpec,
+    rotary: Tensor,
+    score: Tensor | None = None,
 ) -> tuple[Tensor, MixerState]:
     """Mix softmax over the bounded exact memory with the gated recurrence.
 
-    Differentiable in query, key and value, not in the state.
+    Differentiable in query, key and value, not in state and score.
 
     Args:
         query: `[B, T, H_q, d_k]`, projected and normed as the family does, before rotary embedding.
@@ -36,15 +43,22 @@ def liger_mixer(
         state: What the last call returned, or `spec.initial_state`.
         spec: The layer.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
+        score: `[B, T, H_kv]` fp32, what each token competes with for the slots of a `learned` pool; needed where
+            `spec.config.foresees`.
 
     Returns:
         Output `[B, T, H_q, d_v]` in the dtype of `query`, and the new state. Sums and states are fp32, or fp64 for
         fp64.
+
+    Raises:
+        ValueError: A pool needs `score`.
     """
-    config, novelty, present = spec.config, None, {}
+    config, arrival, present = spec.config, score, {}
+    if config.foresees and score is None:
+        raise ValueError("a pool is kept by a learned score, and no score was given")
     if config.judged:
-        novelty, present["judge_state"] = recall_error(key.detach(), value.detach(), position, state["judge_state"])
-    mixed, slots = memory_attention(query, key, value, novelty, position, state, spec, rotary)
+        arrival, present["judge_state"] = recall_error(key.detach(), value.detach(), position, state["judge_state"])
+    mixed, slots = memory_attention(query, key, value, arrival, position, state, spec, rotary)
     mixed = config.attention_weight * mixed
     if config.recurrent:
         padding = (position[:, None] + torch.arange(key.shape[1], device=key.device) < 0)[..., None, None]

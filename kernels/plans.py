@@ -184,7 +184,8 @@ def _step(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]
         query, key, value = x.add_heads(batch)
         position, state, rotary = x.add("position", batch, dtype=torch.int64), x.add_state(batch), x.add_rotary()
         output = x.add("output", batch, spec.q_heads, spec.d_v)
-        run = partial(mixer_step, query, key, value, position, state, spec, rotary, out=output)
+        score = x.add("score", batch, spec.kv_heads, dtype=torch.float32) if spec.config.foresees else None
+        run = partial(mixer_step, query, key, value, position, state, spec, rotary, out=output, score=score)
         yield Call({"batch": batch} | x.axes, x.tensors, run, {"output": "output"} | dict.fromkeys(state, "state"))
 
 
@@ -242,9 +243,10 @@ def _memory_attention(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> It
         x = _Inputs(spec, dtype, seed)
         projections = x.add_heads(batch, tokens)
         shape = (batch, tokens, spec.kv_heads)
-        novelty = x.add("novelty", *shape, dtype=torch.float32) if spec.config.judged else None
+        arrives = spec.config.judged or spec.config.foresees
+        arrival = x.add("arrival", *shape, dtype=torch.float32) if arrives else None
         position, state = x.add("position", batch, dtype=torch.int64), x.add_state(batch, "past_", "slot_")
-        call = partial(run, *projections, novelty, position, state, spec, x.add_rotary())
+        call = partial(run, *projections, arrival, position, state, spec, x.add_rotary())
         yield Call({"batch": batch, "tokens": tokens} | x.axes, x.tensors, call)
 
 

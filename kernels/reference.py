@@ -27,7 +27,14 @@ class Slot:
 
 
 def liger_mixer_reference(
-    query: Tensor, key: Tensor, value: Tensor, position: Tensor, state: MixerState, spec: MixerSpec, rotary: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    state: MixerState,
+    spec: MixerSpec,
+    rotary: Tensor,
+    score: Tensor | None = None,
 ) -> tuple[Tensor, MixerState]:
     """Mix tokens one after the other; arguments and results as in `ligerexport.kernels.ops.liger_mixer`."""
     batch, length, _, _ = query.shape
@@ -44,7 +51,11 @@ def liger_mixer_reference(
                 if now < 0:  # padding on the left
                     continue
                 q, k, v = query[b, t, h * group : (h + 1) * group], key[b, t, h], value[b, t, h]
-                mixed = spec.config.attention_weight * _attend(q, k, v, now, slots, judge, spec, rotary)
+                arrival = 0.0 if judge is None else _judge(k, v, judge)
+                if spec.config.foresees:
+                    assert score is not None
+                    arrival = score[b, t, h].item()
+                mixed = spec.config.attention_weight * _attend(q, k, v, now, slots, arrival, spec, rotary)
                 if recurrent is not None:
                     recurred, recurrent = _recur(q, k, v, recurrent, spec)
                     mixed = mixed + spec.config.recurrence_weight * recurred
@@ -69,12 +80,11 @@ def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) 
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, now: int, slots: list[Slot], judge: Tensor | None, spec: MixerSpec, rotary: Tensor
+    q: Tensor, k: Tensor, v: Tensor, now: int, slots: list[Slot], arrival: float, spec: MixerSpec, rotary: Tensor
 ) -> Tensor:
     """Take the token into `slots`, drop the loser of its leaving token, and attend: `[G, d_v]`."""
     config = spec.config
-    novelty = 0.0 if judge is None else _judge(k, v, judge)
-    scores = [novelty if get_score(name).signal == "novelty" else 0.0 for name, _ in config.slots]
+    scores = [arrival if get_score(name).on_arrival else 0.0 for name, _ in config.slots]
     slots.append(Slot(k, v, now, scores))
 
     in_window = [now - s.position < config.window for s in slots]

@@ -200,8 +200,27 @@ def _check_config(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
         gaps = sorted(set(range(layers)) - found)
         problem = f"layer {gaps[0]} has no weights" if gaps else f"the weights have {max(found) + 1}"
         raise CheckpointError(f"config.json says {layers} layers, {problem}", hint=hint)
+    _check_scores(config, tensors)
     if "lm_head.weight" not in tensors and config.get("tie_word_embeddings") is False:
         raise CheckpointError("config.json says the output is not tied, but lm_head.weight is missing", hint=hint)
+
+
+def _check_scores(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Check that a conversion with a `learned` pool has the map of every layer that it converts."""
+    liger = config.get("liger") or {}
+    if not any(name == "learned" for name, _ in liger.get("slots", ())):
+        return
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
+    hint = "convert again, with --calibrate TEXT or the file of its scores: --scores FILE"
+    for layer in sorted(set(range(config.get("num_hidden_layers", 0))) - set(liger.get("keep_softmax", ()))):
+        for kind, shape in (("weight", (heads, config.get("hidden_size"))), ("bias", (heads,))):
+            name = f"model.layers.{layer}.self_attn.score_proj.{kind}"
+            if name not in tensors:
+                raise CheckpointError(f"{name} is missing, which the learned score needs", hint=hint)
+            if tensors[name].shape != shape:
+                raise CheckpointError(
+                    f"{name} is {list(tensors[name].shape)}, config.json says {list(shape)}", hint=hint
+                )
 
 
 def _no_weights(path: Path) -> CheckpointError:

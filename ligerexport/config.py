@@ -54,6 +54,11 @@ class LigerConfig:
         names = [name for name, _ in self.slots]
         if len(set(names)) != len(names):
             raise UsageError(f"a score appears twice in slots: {', '.join(names)}", hint="add the counts up")
+        arriving = [name for name in names if get_score(name).on_arrival]
+        if len(arriving) > 1:
+            raise UsageError(
+                f"{' and '.join(arriving)} together: a token comes with one score", hint="keep one of these pools"
+            )
         if self.window < 1 or self.sinks < 0:
             raise UsageError(
                 f"window {self.window}, sinks {self.sinks}", hint="window is at least 1 (the current token), sinks 0"
@@ -82,6 +87,11 @@ class LigerConfig:
     def judged(self) -> bool:
         """Whether a pool needs the linear state that judges novelty."""
         return any(get_score(name).signal == "novelty" for name, _ in self.slots)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether a pool is kept by a score that comes with each token."""
+        return any(get_score(name).signal == "given" for name, _ in self.slots)
 
     @property
     def recurrent(self) -> bool:
@@ -134,6 +144,17 @@ PRESETS: dict[str, Preset] = {
             recurrence_weight=0.0,
         ),
         "sinks, window and slots kept by a score; best untrained",
+    ),
+    "foresight": Preset(
+        LigerConfig(
+            window=60,
+            sinks=4,
+            slots=(("recent_use", 28), ("learned", 36)),
+            attention_weight=1.0,
+            recurrence_weight=0.0,
+        ),
+        "the same with a score that foresees what will be asked for; needs --calibrate or scores that come with "
+        "the model",
     ),
 }
 

@@ -1,6 +1,7 @@
 """Conversion: a Transformer's checkpoint becomes a converted one, and a converted one becomes a torch model.
 
-Liger adds no parameters, so the weights stay the bytes they were; what changes is config.json.
+The weights stay the bytes they were; what changes is config.json. A learned score adds a file of its own, from the fit
+in `ligerexport.calibrate` or from one that was made before.
 """
 
 from __future__ import annotations
@@ -8,20 +9,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ligerexport.checkpoint import check_checkpoint
+from ligerexport.checkpoint import CheckpointInfo, check_checkpoint
 from ligerexport.config import DEFAULT_PRESET, LigerConfig, get_preset
 from ligerexport.console import ProgressFactory, silent
+from ligerexport.corpus import text_files
 from ligerexport.errors import CheckpointError, UsageError
 from ligerexport.families import PREFIX, get_family
-from ligerexport.sources import resolve
+from ligerexport.sources import BUILTIN_MODELS, Source, no_bars, resolve
 from ligerexport.staging import staged_directory
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import PreTrainedModel
+
+    from ligerexport.calibrate import Scores
+
+WINDOWS = 64
+"""Windows of text that a learned score is fitted on by default."""
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
 
 COMPANIONS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "generation_config")
 """What the names of files start with that belong to a checkpoint beside config and weights."""
@@ -32,20 +44,28 @@ def convert(
     output: str | Path,
     *,
     preset: str = DEFAULT_PRESET,
+    calibrate: Sequence[str | Path] | None = None,
+    scores: str | Path | None = None,
+    windows: int = WINDOWS,
     force: bool = False,
     progress: ProgressFactory | None = None,
     **changes: Any,
 ) -> Path:
-    """Convert a checkpoint of a family in `FAMILIES`; takes seconds and no memory to speak of.
+    """Convert a checkpoint of a family in `FAMILIES`; takes seconds and no memory to speak of, but for a fit.
 
-    Weights are hard links to the source's files where the file system can, copies where not.
+    Weights are hard links to the source's files where the file system can, copies where not. A `learned` pool needs
+    scores: fitted on text, from a file, the source's own, or those that ship with a built-in model; the first of
+    these that there is.
 
     Args:
         model: A directory, a hub id or a built-in model.
         output: Directory to write.
         preset: Row of `PRESETS`.
+        calibrate: Text files, or directories of them, to fit the learned score on; runs the Transformer over them.
+        scores: Safetensors file of scores that were fitted before.
+        windows: Windows of text that a fit reads.
         force: Whether an older converted checkpoint in `output` may be replaced.
-        progress: Reports downloads and copies; silent by default.
+        progress: Reports downloads, copies and the fit; silent by default.
         **changes: Fields of `LigerConfig` that differ from the preset; None leaves the preset's value.
 
     Returns:
@@ -57,22 +77,159 @@ def convert(
         CheckpointError: It is incomplete, damaged, or of a family that is not supported.
     """
     liger = get_preset(preset, **changes)
+    texts = check_score_options(liger, calibrate, scores, windows)
     _check_output(Path(output))
     source = resolve(model, progress=progress)
     info = check_checkpoint(source.path)
     config = converted_config(dict(info.config), liger)
     config["liger_source"] = {"model": source.name, "revision": source.revision, "license": source.license}
     with staged_directory(output, force=force, marker="config.json") as stage:
+        found = None
+        if liger.foresees:
+            path = None if scores is None else Path(scores)
+            found = _find_scores(source, info, liger, texts, path, windows, progress or silent)
+            config["liger_scores"] = found.facts
         (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        companions = [f for f in source.path.iterdir() if f.name.startswith(COMPANIONS) and f.is_file()]
-        index = source.path / "model.safetensors.index.json"
-        for file in [*companions, *([index] if index.is_file() else [])]:
+        for file in [f for f in source.path.iterdir() if f.name.startswith(COMPANIONS) and f.is_file()]:
             shutil.copyfile(file, stage / file.name)
-        with (progress or silent)("weights", info.bytes, "bytes") as advance:
+        _write_weights(stage, info, found, progress or silent)
+    return Path(output)
+
+
+def check_score_options(
+    liger: LigerConfig, calibrate: Sequence[str | Path] | None, scores: str | Path | None, windows: int = WINDOWS
+) -> list[Path]:
+    """Return the text files to fit a learned score on, having checked the options that say where it comes from.
+
+    Raises:
+        UsageError: They contradict each other or the conversion, or name what is not there.
+    """
+    if (calibrate or scores) and not liger.foresees:
+        raise UsageError(
+            f"{'--calibrate' if calibrate else '--scores'} is for a learned score, and no pool is kept by one",
+            hint="--preset foresight, or --slots learned=COUNT",
+        )
+    if calibrate and scores:
+        raise UsageError("both --calibrate and --scores", hint="fit a score, or give one that was fitted before")
+    if windows < 1:
+        raise UsageError(f"{windows} windows", hint="a fit reads at least one; 64 is a good number")
+    if scores is not None and not Path(scores).is_file():
+        raise UsageError(f"no file {scores}", hint="give a safetensors file, or text to fit on: --calibrate TEXT")
+    return text_files([Path(path).expanduser() for path in calibrate or ()], "--calibrate")
+
+
+def packaged_scores(source: Source) -> Path | None:
+    """Return the scores that ship with this package for a built-in model; None where there are none."""
+    builtin = BUILTIN_MODELS.get(source.name)
+    if builtin is None or source.revision != builtin.requirement:  # a directory may have that name too
+        return None
+    file = Path(__file__).parent / "scores" / f"{source.name}.safetensors"
+    return file if file.is_file() else None
+
+
+def _find_scores(
+    source: Source,
+    info: CheckpointInfo,
+    liger: LigerConfig,
+    texts: Sequence[Path],
+    file: Path | None,
+    windows: int,
+    progress: ProgressFactory,
+) -> Scores:
+    """Return the learned scores of a conversion, from the first place that has them.
+
+    Raises:
+        UsageError: No place has them.
+        CheckpointError: They belong to another model.
+    """
+    from ligerexport.calibrate import Scores, digest, load_scores, read_scores, score_shapes
+
+    shapes = score_shapes(info.config, liger)
+    if texts:
+        return _fit(source, info, liger, texts, windows, progress)
+    if file is not None:
+        return read_scores(file, shapes, "file")
+    if all(name in info.tensors for name in shapes):  # of a source that was converted before
+        tensors = load_scores(info.files, shapes)
+        return Scores(tensors, dict(info.config.get("liger_scores") or {}) | {"sha256": digest(tensors)})
+    if (packaged := packaged_scores(source)) is not None:
+        return read_scores(packaged, shapes, "package")
+    raise UsageError(
+        f"the learned score of {source.name} has to be fitted first",
+        hint="give some plain text: --calibrate FILE_OR_DIRECTORY, or scores that were fitted before: --scores FILE",
+    )
+
+
+def _fit(
+    source: Source,
+    info: CheckpointInfo,
+    liger: LigerConfig,
+    texts: Sequence[Path],
+    windows: int,
+    progress: ProgressFactory,
+) -> Scores:
+    import torch
+
+    from ligerexport.calibrate import Scores, digest, drills, fit_scores, score_shapes, window_length
+    from ligerexport.corpus import read_tokens
+    from ligerexport.text import TextModel
+
+    seed, text = 0, TextModel(source.path)
+    rows = drills(text, read_tokens(texts, text), windows, window_length(info.config), seed)
+    gpu = torch.cuda.is_available()
+    with progress(f"loading {source.name}", info.bytes) as advance:
+        model = load_transformer(info.path, info.config, "auto" if gpu else torch.float32)
+        model.to("cuda" if gpu else "cpu")  # type: ignore[arg-type]
+        advance(info.bytes)
+    fit = fit_scores(model, rows, liger.window, batch=4 if gpu else 1, progress=progress)
+    needed = score_shapes(info.config, liger)
+    shares = [share for layer, share in enumerate(fit.explained) if layer not in liger.keep_softmax]
+    tensors = {name: fit.tensors[name] for name in needed}
+    facts = {"from": "fit", "windows": windows, "tokens": rows.numel(), "seed": seed,
+             "explained": round(sum(shares) / max(1, len(shares)), 4), "sha256": digest(tensors)}  # fmt: skip
+    return Scores(tensors, facts)
+
+
+def _write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, progress: ProgressFactory) -> None:
+    """Put the weights of a conversion in place: the source's files, and those of its scores that are wanted.
+
+    Raises:
+        CheckpointError: Scores that are not wanted lie in a file with other weights.
+    """
+    from ligerexport.calibrate import digest, load_scores, write_scores
+
+    old = {name for name in info.tensors if ".score_proj." in name}
+    new: Mapping[str, Tensor] = {} if scores is None else scores.tensors
+    if old == set(new) and digest(load_scores(info.files, old)) == digest(new):
+        if (info.path / _INDEX).is_file():
+            shutil.copyfile(info.path / _INDEX, stage / _INDEX)
+        with progress("weights", info.bytes, "bytes") as advance:
             for file in info.files:
                 _link(file, stage / file.name)
                 advance(file.stat().st_size)
-    return Path(output)
+        return
+    held = {file: {name for name, tensor in info.tensors.items() if tensor.file == file} for file in info.files}
+    if mixed := [file for file, names in held.items() if names & old and names - old]:
+        raise CheckpointError(
+            f"{mixed[0]} holds a learned score among other weights, so it cannot be left out",
+            hint="convert the Transformer that this checkpoint came from",
+        )
+    kept = [file for file in info.files if not held[file] & old]
+    count = len(kept) + bool(new)
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [_SINGLE]
+    places = dict(zip(kept, names[: len(kept)], strict=True))
+    with progress("weights", sum(file.stat().st_size for file in kept), "bytes") as advance:
+        for file, name in places.items():
+            _link(file, stage / name)
+            advance(file.stat().st_size)
+    if scores is not None:
+        write_scores(stage / names[-1], scores)
+    if count > 1:
+        tensors = {tensor: name for file, name in places.items() for tensor in sorted(held[file])}
+        tensors |= dict.fromkeys(sorted(new), names[-1])
+        size = sum((stage / name).stat().st_size for name in names)
+        index = {"metadata": {"total_size": size}, "weight_map": tensors}
+        (stage / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _check_output(output: Path) -> None:
@@ -92,7 +249,7 @@ def converted_config(config: dict[str, Any], liger: LigerConfig) -> dict[str, An
     if "model_type" not in config:
         raise CheckpointError("config.json names no model_type", hint="save it with transformers' save_pretrained")
     family = get_family(config["model_type"])
-    config = config | {
+    config = {key: value for key, value in config.items() if key != "liger_scores"} | {
         "model_type": PREFIX + family.model_type,
         "architectures": [f"Liger{family.prefix}ForCausalLM"],
         "liger": liger.to_dict(),
@@ -132,15 +289,43 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrained
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32)
 
 
-def convert_in_memory(model: PreTrainedModel, liger: LigerConfig) -> PreTrainedModel:
+def load_transformer(
+    path: str | Path, config: Mapping[str, Any], dtype: torch.dtype | Literal["auto"]
+) -> PreTrainedModel:
+    """Load the Transformer in a checkpoint, its attention as the family has it, converted or not.
+
+    Args:
+        path: Directory.
+        config: Content of its config.json.
+        dtype: Of the weights; "auto" is the file's.
+
+    Raises:
+        CheckpointError: The family is not supported.
+    """
+    family = get_family(config["model_type"])
+    plain = {key: value for key, value in config.items() if not key.startswith("liger")}
+    plain |= {"model_type": family.model_type, "architectures": [f"{family.prefix}ForCausalLM"]}
+    loaded = family.attribute("Config").from_dict(plain)
+    loaded._attn_implementation = "sdpa"
+    base = family.attribute("ForCausalLM")
+    aside = {"_keys_to_ignore_on_load_unexpected": [r"\.score_proj\."], "__module__": base.__module__}
+    model_class: Any = type(base.__name__, (base,), aside)
+    with no_bars():
+        return model_class.from_pretrained(path, config=loaded, dtype=dtype).eval()
+
+
+def convert_in_memory(
+    model: PreTrainedModel, liger: LigerConfig, scores: Mapping[str, Tensor] | None = None
+) -> PreTrainedModel:
     """Return a converted model that shares the weights of a loaded one, for comparing conversions.
 
     Args:
         model: A Transformer of a family in `FAMILIES`, or a converted model.
         liger: The conversion; what `model` was converted to does not matter.
+        scores: Learned scores by their names in a checkpoint, for a `learned` pool; default: the model's own.
 
     Raises:
-        UsageError: A setting makes no sense for this model.
+        UsageError: A setting makes no sense for this model, or it has no learned scores.
         CheckpointError: The family or its rotary embedding is not supported.
     """
     import torch
@@ -151,7 +336,12 @@ def convert_in_memory(model: PreTrainedModel, liger: LigerConfig) -> PreTrainedM
     config = model_class.config_class.from_dict(converted_config(model.config.to_dict(), liger))
     with torch.device("meta"):
         converted = model_class(config)
-    converted.load_state_dict(model.state_dict(), assign=True, strict=True)
+    weights = model.state_dict() | {name: tensor.to(model.device) for name, tensor in (scores or {}).items()}
+    wanted = converted.state_dict()
+    if missing := [name for name in wanted if ".score_proj." in name and name not in weights]:
+        raise UsageError(f"a learned pool needs {missing[0]}", hint="pass scores=, such as the tensors of a fit")
+    weights = {name: tensor for name, tensor in weights.items() if name in wanted or ".score_proj." not in name}
+    converted.load_state_dict(weights, assign=True, strict=True)
     converted.model.rotary_emb = model.model.rotary_emb
     converted.tie_weights()
     return converted.eval()

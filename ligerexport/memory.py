@@ -25,18 +25,24 @@ class Score:
 
     Attributes:
         signal: `received` for attention received while in the window (over sinks and window alone, so that no score
-            depends on what the memory kept), `novelty` for the judge's recall error on arrival.
+            depends on what the memory kept), `novelty` for the judge's recall error on arrival, `given` for a number
+            that comes with the token.
         doc: One line for tables.
         reduce: How attention received is gathered over queries and the heads of a group.
         by_value: Whether attention counts times the norm of the token's value, so as what it added to the output.
         horizon: Tokens of age that cost a factor e in the ranking; None for no ageing.
     """
 
-    signal: Literal["received", "novelty"]
+    signal: Literal["received", "novelty", "given"]
     doc: str
     reduce: Literal["max", "sum"] = "max"
     by_value: bool = False
     horizon: float | None = None
+
+    @property
+    def on_arrival(self) -> bool:
+        """Whether the score is a number that is fixed as soon as the token is there."""
+        return self.signal != "received"
 
     def first_distance(self, window: int) -> int:
         """Return the smallest distance in tokens at which attention received counts."""
@@ -49,6 +55,9 @@ SCORES: dict[str, Score] = {
     "use": Score("received", "attention received in the last half of the stay in the window", "sum"),
     "recent_use": Score("received", "the same, a factor e less for each 1,024 tokens of age", "sum", horizon=RECENCY),
     "novelty": Score("novelty", "error of the linear state when asked for the token's value on arrival"),
+    "learned": Score(
+        "given", "what a linear map of the hidden state foresees of later attention; fitted by `convert --calibrate`"
+    ),
 }
 
 

@@ -57,7 +57,7 @@ def _shared_table(inv_freq: tuple[float, ...], max_distance: int, device: torch.
 class LigerMixer(nn.Module):
     """An attention module of the family, its softmax over everything replaced by `liger_mixer`.
 
-    Parameters keep their names, so checkpoints load as before.
+    Parameters keep their names, so checkpoints load as before; `score_proj` is there for a pool kept by `learned`.
     """
 
     q_proj: nn.Linear
@@ -66,6 +66,7 @@ class LigerMixer(nn.Module):
     o_proj: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
+    score_proj: nn.Linear
 
     def __init__(self, attention: nn.Module, spec: MixerSpec, inv_freq: tuple[float, ...]):
         super().__init__()
@@ -74,6 +75,8 @@ class LigerMixer(nn.Module):
         self.layer_idx = cast(int, attention.layer_idx)
         self.spec = spec
         self.inv_freq = inv_freq
+        if spec.config.foresees and not hasattr(self, "score_proj"):
+            self.score_proj = nn.Linear(self.q_proj.in_features, spec.kv_heads)
 
     def forward(
         self,
@@ -104,10 +107,12 @@ class LigerMixer(nn.Module):
         value = self.v_proj(hidden_states).unflatten(-1, (spec.kv_heads, spec.d_v))
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
+        score = self.foresee(hidden_states, position_ids) if spec.config.foresees else None
         if cu_seq_lens_q is not None:
             if past_key_values is not None or max_length_q is None:
                 raise ValueError("packed documents need max_length_q and keep no cache: pass use_cache=False")
-            return self.o_proj(self._mix_packed(query, key, value, cu_seq_lens_q, max_length_q).flatten(2)), None
+            mixed = self._mix_packed(query, key, value, score, cu_seq_lens_q, max_length_q)
+            return self.o_proj(mixed.flatten(2)), None
 
         layer = None if past_key_values is None else cast(LigerLayer, past_key_values.layers[self.layer_idx])
         state = None if layer is None else layer.state
@@ -116,15 +121,30 @@ class LigerMixer(nn.Module):
         position = position_ids[:, 0].expand(batch)
         rotary = _shared_table(self.inv_freq, spec.max_distance, hidden_states.device)
         if length == 1 and layer is not None and fused(query) and not torch.is_grad_enabled():
-            q, k, v = query[:, 0], key[:, 0], value[:, 0]
-            output = mixer_step(q, k, v, position, state, spec, rotary)[:, None]  # the cache's own state, in place
+            q, k, v, given = query[:, 0], key[:, 0], value[:, 0], None if score is None else score[:, 0]
+            output = mixer_step(q, k, v, position, state, spec, rotary, score=given)[:, None]  # in the cache, in place
         else:
-            output, state = liger_mixer(query, key, value, position, state, spec, rotary)
+            output, state = liger_mixer(query, key, value, position, state, spec, rotary, score)
         if layer is not None:
             layer.advance(state, length)
         return self.o_proj(output.flatten(2)), None
 
-    def _mix_packed(self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    def foresee(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+        """Return what each token competes with for the slots of a `learned` pool, `[B, T, H_kv]` fp32, no gradient.
+
+        Args:
+            hidden_states: `[B, T, hidden]`.
+            position_ids: `[B or 1, T]`; not read here.
+        """
+        # too many tokens would tie in bf16, to which autocast would round
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
+            weight, bias = self.score_proj.weight.to(dtype), self.score_proj.bias.to(dtype)
+            return nn.functional.linear(hidden_states.to(dtype), weight, bias)
+
+    def _mix_packed(
+        self, query: Tensor, key: Tensor, value: Tensor, score: Tensor | None, bounds: Tensor, longest: int
+    ) -> Tensor:
         """Mix each document on its own: as rows `[N, longest]`, padded on the left. Reads nothing back from a GPU."""
         shape, device, spec = query.shape, query.device, self.spec
         ends, token = bounds[1:].long(), torch.arange(query.shape[0] * query.shape[1], device=query.device)
@@ -139,7 +159,9 @@ class LigerMixer(nn.Module):
         state = spec.initial_state(rows, query.dtype, device)
         rotary = _shared_table(self.inv_freq, spec.max_distance, device)
         position = ends - bounds[:-1] - longest
-        output, _ = liger_mixer(unpack(query), unpack(key), unpack(value), position, state, spec, rotary)
+        query, key, value = unpack(query), unpack(key), unpack(value)
+        given = None if score is None else unpack(score)
+        output, _ = liger_mixer(query, key, value, position, state, spec, rotary, given)
         return output.flatten(0, 1).index_select(0, place).unflatten(0, shape[:2])
 
 
@@ -231,6 +253,8 @@ class _LigerModel:
         for layer, spec in zip(self.model.layers, layer_specs(config), strict=True):  # type: ignore[attr-defined]
             if spec is not None:
                 layer.self_attn = LigerMixer(layer.self_attn, spec, frequencies)
+        if LigerConfig.from_dict(config.liger).foresees:
+            self._keep_in_fp32_modules_strict = {"score_proj"}  # as in the file, whatever the model is loaded in
 
     def forward(
         self,

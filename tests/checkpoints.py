@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ligerexport.config import LigerConfig
-from ligerexport.families import PREFIX, get_family
+from ligerexport.families import get_family
+from ligerexport.mixer import model_classes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 131, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -21,6 +22,7 @@ MEMORY = LigerConfig(
     window=12, sinks=2, slots=(("recent_use", 3), ("peak_effect", 4), ("novelty", 5)),
     attention_weight=1.0, recurrence_weight=0.0,
 )  # fmt: skip
+FORESIGHT = replace(MEMORY, slots=(("recent_use", 5), ("learned", 7)))
 
 
 def make_checkpoint(
@@ -33,18 +35,13 @@ def make_checkpoint(
 ) -> Path:
     """Write a converted checkpoint of a random model."""
     torch.manual_seed(0)
-    row = get_family(family)
-    model = row.attribute("ForCausalLM")(row.attribute("Config")(**SIZES | sizes)).to(dtype)
+    config_class, model_class = model_classes(get_family(family))
+    model = model_class(config_class(**SIZES | sizes, liger=liger.to_dict())).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            if "score_proj" in name:
+                parameter.data = parameter.float()
     model.save_pretrained(path, max_shard_size=shard)
-    config = json.loads((path / "config.json").read_text())
-    config |= {
-        "model_type": PREFIX + family,
-        "architectures": [f"Liger{row.prefix}ForCausalLM"],
-        "liger": liger.to_dict(),
-    }
-    (path / "config.json").write_text(json.dumps(config))
     return path

@@ -43,6 +43,7 @@ RECURRENT = replace(
 TINY = MixerSpec(replace(PRESETS["liger"].config, window=12), 2, 1, 32, 32, 32**-0.5, 128)
 SMOLLM2 = MixerSpec(PRESETS["liger"].config, 9, 3, 64, 64, 64**-0.5, 8192)
 MEMORY = replace(SMOLLM2, config=RECURRENT, max_distance=300)
+FORESIGHT = replace(MEMORY, config=replace(RECURRENT, slots=(("recent_use", 6), ("learned", 6))))
 SIZES = {"i32": 4, "i64": 8, "fp32": 4}
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
 
@@ -56,7 +57,9 @@ from ligerexport.state import MixerSpec
 def spec(data):
     return MixerSpec(**(data | {{"config": LigerConfig.from_dict(data["config"])}}))
 
-TINY, SMOLLM2, MEMORY = (spec(data) for data in {[spec_fields(x) for x in (TINY, SMOLLM2, MEMORY)]!r})
+TINY, SMOLLM2, MEMORY, FORESIGHT = (
+    spec(data) for data in {[spec_fields(x) for x in (TINY, SMOLLM2, MEMORY, FORESIGHT)]!r}
+)
 """
 
 
@@ -178,7 +181,7 @@ def test_plans_hold_for_other_sizes() -> None:
     output = python("""
 cases = []
 made = {(spec, name): list(plans.make_plans(name, spec, "bf16", 90, 9))
-        for spec in (SMOLLM2, MEMORY) for name in plans.OPERATORS}
+        for spec in (SMOLLM2, MEMORY, FORESIGHT) for name in plans.OPERATORS}
 sizes = [(1, 11), (3, 77), (4, 10), (9, 61), (17, 128), (40, 700), (2, 6001), (1, 12345), (300, 1234)]
 plans._prefill_sizes = lambda longest: [(b, t) for b, t in sizes if t <= longest]
 for (spec, name), found in made.items():
@@ -195,10 +198,13 @@ for (spec, name), found in made.items():
         })
 print(json.dumps(cases))
 """)
-    checked = set()
+    checked, scored = set(), set()
     for case in json.loads(output):
         plan, axes = choose(case["plans"], case["axes"])
         checked.add((plan["operator"], len(plan["launches"])))
+        if ["learned", 6] in plan["spec"]["config"]["slots"]:
+            given = {name for name, buffer in plan["buffers"].items() if buffer["role"] in ("input", "state")}
+            scored |= {(plan["operator"], name) for name in given & {"score", "arrival", "judge_state"}}
         for launch, (kernel, grid, values) in zip(plan["launches"], case["launches"], strict=True):
             assert launch["kernel"].rpartition("-")[0] == kernel
             assert [evaluate(text, axes) for text in launch["grid"]] == grid, (kernel, launch["grid"], axes)
@@ -207,6 +213,7 @@ print(json.dumps(cases))
         shapes = {name: [evaluate(x, axes) for x in buffer["shape"]] for name, buffer in plan["buffers"].items()}
         assert shapes == case["shapes"]
     assert {name for name, _ in checked} == {"step", "linear_attention", "memory_attention"}
+    assert scored == {("step", "score"), ("memory_attention", "arrival")}
     assert {count for name, count in checked if name == "linear_attention"} == {3, 5}
 
 
@@ -446,11 +453,11 @@ def test_memory_attention_on_a_gpu(driver: Driver, batch: int, tokens: int) -> N
     position = torch.zeros(batch, dtype=torch.int64, device="cuda")
     for _ in range(2):  # the second call finds slots that are full
         tensors = projections(batch, tokens)
-        novelty = torch.rand(batch, tokens, MEMORY.kv_heads, device="cuda")
-        expected = forward(*tensors.values(), novelty, position, past, MEMORY, rotary())
+        arrival = torch.rand(batch, tokens, MEMORY.kv_heads, device="cuda")
+        expected = forward(*tensors.values(), arrival, position, past, MEMORY, rotary())
         outputs = {f"present_{name}": torch.zeros_like(x) for name, x in expected.present.items()}
         outputs["output"] = torch.full_like(expected.output, float("nan"))
-        inputs = {**tensors, "novelty": novelty, "position": position, "rotary": rotary()}
+        inputs = {**tensors, "arrival": arrival, "position": position, "rotary": rotary()}
         inputs |= {f"past_{name}": x for name, x in past.items()} | outputs
         driver.run("memory_attention", axes_of(tensors, batch=batch, tokens=tokens), inputs)
         assert error(outputs["output"], expected.output) < FUSED_BF16

@@ -137,6 +137,26 @@ def test_damage(single: Path, damage: Callable[[Path], None], message: str, hint
     assert "\n" not in caught.value.message + caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [(None, "score_proj.weight is missing"), ((2, 9), r"is \[2, 9\], config.json says \[2, 8\]"), ((2, 8), None)],
+)
+def test_learned_scores(single: Path, shape: tuple[int, ...] | None, message: str | None) -> None:
+    liger = {"slots": [["recent_use", 2], ["learned", 3]], "keep_softmax": [0]}
+    write_config(single, tie_word_embeddings=False, num_key_value_heads=2, liger=liger)
+    name = "model.layers.1.self_attn.score_proj"
+    tensors = {key: torch.zeros(size) for key, size in TENSORS.items()}
+    if shape is not None:
+        tensors |= {f"{name}.weight": torch.zeros(shape), f"{name}.bias": torch.zeros(2)}
+    save_file(tensors, single / "model.safetensors")
+    if message is None:
+        assert check_checkpoint(single).tensors[f"{name}.bias"].shape == (2,)
+        return
+    with pytest.raises(CheckpointError, match=message) as caught:
+        check_checkpoint(single)
+    assert caught.value.hint is not None and "--calibrate" in caught.value.hint
+
+
 def move_tensor(path: Path) -> None:
     write_weights(path, list(TENSORS)[2:3], "model-00002-of-00002.safetensors")
 

@@ -18,10 +18,10 @@ import ligerexport as lx
 from ligerexport.cli import main
 from ligerexport.config import LigerConfig
 from ligerexport.convert import convert_in_memory, load_model
+from ligerexport.corpus import cut_windows, read_tokens, text_files
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError
 from ligerexport.evaluate import scorer as scorer_module
 from ligerexport.evaluate.controls import RandomJudge, control_config, make_control, random_scores
-from ligerexport.evaluate.corpus import cut_windows, read_tokens, text_files
 from ligerexport.evaluate.estimate import Estimate
 from ligerexport.evaluate.nll import by_position, position_bins
 from ligerexport.evaluate.recall import ONCE, PlainTokenizer, passkey_prompts
@@ -215,7 +215,7 @@ def test_control_settings() -> None:
     assert (window.attention_weight, window.recurrence_weight) == (1.0, 0.0)
     assert control_config("no-recurrence", MIXED) == replace(MIXED, recurrence_weight=0.0)
     judge = control_config("random-judge", MIXED)
-    assert judge.slots == (("novelty", 12),) and judge.num_slots == MIXED.num_slots
+    assert judge.slots == (("learned", 12),) and judge.num_slots == MIXED.num_slots
     with pytest.raises(UsageError, match="no recurrence"):
         control_config("no-recurrence", MEMORY)
     with pytest.raises(UsageError, match="no scored slots"):
@@ -253,7 +253,7 @@ def test_the_random_judge_does_not_depend_on_cuts_or_batches(liger: Path) -> Non
     whole = torch.cat(list(judge.logits(ids)), dim=1)
     assert (torch.cat(list(judge.logits(ids, chunk=37)), dim=1) - whole).abs().max() < MODEL_FP32
     assert (torch.cat(list(judge.logits(ids[1:])), dim=1) - whole[1:]).abs().max() < MODEL_FP32
-    novelty = TorchScorer(convert_in_memory(model, control_config("random-judge", MIXED)))
+    novelty = TorchScorer(convert_in_memory(model, replace(MIXED, slots=(("novelty", 12),))))
     assert (torch.cat(list(novelty.logits(ids)), dim=1) - whole).abs().max() > 0.01
     other = TorchScorer(make_control("random-judge", model, seed=1))
     assert (torch.cat(list(other.logits(ids)), dim=1) - whole).abs().max() > 0.01

@@ -29,12 +29,13 @@ from tests.tolerances import FUSED_BF16, FUSED_FP32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cannot multiply bf16
 SMALL = LigerConfig(window=8, sinks=2)
-EVERY_SCORE = replace(SMALL, slots=tuple((name, 2 + i) for i, name in enumerate(SCORES)))
+EVERY_SCORE = replace(SMALL, slots=tuple((name, 2 + i) for i, name in enumerate(SCORES) if name != "learned"))
 CONFIGS = {
     "liger": PRESETS["liger"].config,
     "sinks": PRESETS["sinks"].config,
     "memory": PRESETS["memory"].config,
     "every score": EVERY_SCORE,
+    "foresight": replace(SMALL, slots=(("recent_use", 3), ("learned", 4), ("peak_use", 2))),
     "window of one": replace(SMALL, window=1, sinks=0, slots=(("novelty", 3),)),
     "wide window": replace(SMALL, window=70, slots=(("use", 3),)),
     **{name: replace(SMALL, slots=((name, 5),)) for name in SCORES},
@@ -46,8 +47,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Attended]:
-        q, k, v, novelty, *rest, death = arguments
-        attended = forward(q, k, v, novelty, *rest, death)
+        q, k, v, arrival, *rest, death = arguments
+        attended = forward(q, k, v, arrival, *rest, death)
         ctx.arguments = (q, k, v, *rest), attended
         return attended.output, attended
 
@@ -88,13 +89,13 @@ class Case:
         return MixerSpec(config, self.group * self.kv_heads, self.kv_heads, self.d_k, self.d_v, self.d_k**-0.5, cap)
 
     def inputs(self, dtype: torch.dtype = torch.float32, scale: float = 1.5) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return query, key and value of a standard deviation, novelty and position."""
+        """Return query, key and value of a standard deviation, scores on arrival and position."""
         spec, batch = self.spec(), len(self.position)
         shapes = ((spec.q_heads, self.d_k), (self.kv_heads, self.d_k), (self.kv_heads, self.d_v))
         # a slice of something wider: strides that no one may assume away
         whole = [torch.randn(batch, self.length, heads, d + 8, device=DEVICE) * scale for heads, d in shapes]
-        novelty = torch.rand(batch, self.length, self.kv_heads, device=DEVICE)
-        return [x.to(dtype)[..., :-8] for x in whole], novelty, column(self.position)
+        arrival = torch.rand(batch, self.length, self.kv_heads, device=DEVICE) * (-3 if spec.config.foresees else 1)
+        return [x.to(dtype)[..., :-8] for x in whole], arrival, column(self.position)
 
     def start(self, dtype: torch.dtype = torch.float32) -> MixerState:
         """Return the state of sequences that have seen nothing."""
@@ -111,6 +112,7 @@ CASES = [
     Case("every score", 132, (3,), group=3),
     Case("every score", 130, cap=4000, turning=16),
     Case("memory", 132, cap=4000),
+    Case("foresight", 132, (3,)),
     Case("liger", 65, kv_heads=2, group=1, d_v=40),
     Case("window of one", 63),
     Case("wide window", 140, group=1),
@@ -127,16 +129,16 @@ if DEVICE == "cuda":
 
 
 def plain(
-    inputs: list[Tensor], novelty: Tensor, position: Tensor, state: MixerState, spec: MixerSpec, table: Tensor
+    inputs: list[Tensor], arrival: Tensor, position: Tensor, state: MixerState, spec: MixerSpec, table: Tensor
 ) -> tuple[Tensor, MixerState]:
     """Chain plain torch over blocks, as `ops.py` does."""
     outputs = []
     for start in range(0, inputs[0].shape[1], BLOCK):
         q, k, v = (x[:, start : start + BLOCK] for x in inputs)
         q = q.unflatten(2, (spec.kv_heads, -1)).permute(0, 2, 3, 1, 4)
-        judged = novelty[:, start : start + BLOCK].transpose(1, 2)
+        fresh = arrival[:, start : start + BLOCK].transpose(1, 2)
         output, state = plain_memory_attention(
-            q, k.transpose(1, 2), v.transpose(1, 2), judged, position + start, state, spec, table
+            q, k.transpose(1, 2), v.transpose(1, 2), fresh, position + start, state, spec, table
         )
         outputs.append(output.permute(0, 3, 1, 2, 4).flatten(2, 3))
     return torch.cat(outputs, dim=1), state
@@ -176,12 +178,12 @@ def _small_blocks_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
 def compare(case: Case) -> None:
     """Compare output, slots and gradients in fp32 with plain torch in fp64."""
     spec = case.spec()
-    inputs, novelty, position = case.inputs()
+    inputs, arrival, position = case.inputs()
     exact = [x.double().requires_grad_() for x in inputs]
     leaves = [x.requires_grad_() for x in inputs]
     start, table = case.start(torch.float64), case.table(torch.float64)
-    expected, expected_state = plain(exact, novelty.double(), position, start, spec, table)
-    found, state = memory_attention(*leaves, novelty, position, case.start(), spec, case.table())
+    expected, expected_state = plain(exact, arrival.double(), position, start, spec, table)
+    found, state = memory_attention(*leaves, arrival, position, case.start(), spec, case.table())
     mask = real(position, case.length)
     assert error(found * mask, expected * mask) <= FUSED_FP32
     assert_states_equal(state, expected_state)
@@ -224,11 +226,11 @@ def _poison(x: Tensor) -> Tensor:
 def test_cut_anywhere_and_slots_in_any_order() -> None:
     case = Case("every score", 100, (0,), 1) if DEVICE == "cpu" else Case("every score", 150, (0, 30))
     spec, table = case.spec(), case.table()
-    inputs, novelty, position = case.inputs()
-    expected, expected_state = memory_attention(*inputs, novelty, position, case.start(), spec, table)
+    inputs, arrival, position = case.inputs()
+    expected, expected_state = memory_attention(*inputs, arrival, position, case.start(), spec, table)
     state, outputs = case.start(), []
     for start, end in pairwise([0, 1, 70, 100] if DEVICE == "cpu" else [0, 1, 2, 30, 31, 94, 149, 150]):
-        piece = [x[:, start:end] for x in (*inputs, novelty)]
+        piece = [x[:, start:end] for x in (*inputs, arrival)]
         output, state = memory_attention(*piece, position + start, state, spec, table)
         outputs.append(output)
         order = torch.randperm(spec.config.num_slots, device=DEVICE)
@@ -252,16 +254,16 @@ def test_half_precision_with_the_same_memory() -> None:
         spec = case.spec()
         # Of unit variance: rounding the turned queries and keys errs in proportion to the logits, and at 1.5 this alone
         # takes the gradients to the tolerance.
-        inputs, novelty, position = case.inputs(HALF, scale=1.0)
+        inputs, arrival, position = case.inputs(HALF, scale=1.0)
         exact = [x.double().requires_grad_() for x in inputs]
         wide = [x.float() for x in inputs]
-        found = candidates_module.gather_candidates(*wide, novelty, position, case.start(), spec, case.table())
+        found = candidates_module.gather_candidates(*wide, arrival, position, case.start(), spec, case.table())
         complete_scores(found)
         death = slots_module.deaths(found)
         start, table = case.start(torch.float64), case.table(torch.float64)
-        expected, _ = plain(exact, novelty.double(), position, start, spec, table)
+        expected, _ = plain(exact, arrival.double(), position, start, spec, table)
         leaves = [x.requires_grad_() for x in inputs]
-        output, _ = memory_attention(*leaves, novelty, position, case.start(HALF), spec, case.table(), death=death)
+        output, _ = memory_attention(*leaves, arrival, position, case.start(HALF), spec, case.table(), death=death)
         assert output.dtype == HALF
         assert error(output, expected) <= FUSED_BF16
         weight = torch.randn_like(output)
@@ -319,10 +321,10 @@ def test_deaths_equal_a_loop_over_the_tokens(pools: tuple[tuple[str, int], ...])
 def test_runs_are_bitwise_equal() -> None:
     case = Case("memory", 1000, (0,), 4, 2, 64, 64, 32, 300)
     results = []
-    inputs, novelty, position = case.inputs(HALF)
+    inputs, arrival, position = case.inputs(HALF)
     for _ in range(2):
         leaves = [x.detach().requires_grad_() for x in inputs]
-        output, _ = memory_attention(*leaves, novelty, position, case.start(HALF), case.spec(), case.table())
+        output, _ = memory_attention(*leaves, arrival, position, case.start(HALF), case.spec(), case.table())
         results.append([output, *torch.autograd.grad(output.float().square().sum(), leaves)])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)

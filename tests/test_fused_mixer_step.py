@@ -25,14 +25,17 @@ STEPS = 150 if GPU else 3
 CAP = 40
 
 SMALL = LigerConfig(window=8, sinks=2, attention_weight=0.7, recurrence_weight=0.3)
-EVERY_SCORE = replace(SMALL, slots=tuple((name, 2 + i % 2) for i, name in enumerate(SCORES)))
+EVERY_SCORE = replace(SMALL, slots=tuple((name, 2 + i % 2) for i, name in enumerate(SCORES) if name != "learned"))
 MEMORY = replace(PRESETS["memory"].config, window=14, slots=(("recent_use", 4), ("peak_effect", 3), ("novelty", 3)))
+FORESIGHT = replace(MEMORY, slots=(("recent_use", 4), ("learned", 6)))
 CONFIGS = {
     "liger": replace(PRESETS["liger"].config, window=16),
     "sinks": replace(PRESETS["sinks"].config, window=12),
     "memory": MEMORY,
     "memory and recurrence": replace(MEMORY, recurrence_weight=0.1),
     "every score": EVERY_SCORE,
+    "foresight": FORESIGHT,
+    "foresight and recurrence": replace(FORESIGHT, recurrence_weight=0.1),
     "window of one": replace(SMALL, window=1, sinks=0),
     "window of one, scored": replace(SMALL, window=1, sinks=0, slots=(("use", 3), ("novelty", 2))),
     **{gate: replace(SMALL, gate=gate) for gate in GATES},
@@ -50,6 +53,11 @@ def make_inputs(spec: MixerSpec, batch: int, length: int) -> list[Tensor]:
     inputs = [torch.randn(batch, length, heads, d, dtype=torch.float64) * 2 for heads, d in widths]
     rotated = max(1, spec.d_k * 3 // 8)
     return [*inputs, rotary_table(10.0 ** (-torch.arange(rotated) / rotated), spec.max_distance, BLOCK, torch.float64)]
+
+
+def foreseen(value: Tensor) -> Tensor:
+    """Return scores for `value` `[..., d_v]` as a linear map might foresee them: logarithms, none of them 0."""
+    return -value.norm(dim=-1)
 
 
 def to_device(state: MixerState, dtype: torch.dtype = torch.float32) -> MixerState:
@@ -99,7 +107,8 @@ def run(
     for t in range(q.shape[1]):
         out = torch.full((q.shape[0], spec.q_heads, spec.d_v), torch.nan, device=DEVICE)
         now = columns[:, t]
-        outputs.append(mixer_step(q[:, t], k[:, t], v[:, t], now, state, spec, table, out=out, tiling=tiling))
+        step, score = (q[:, t], k[:, t], v[:, t]), foreseen(v[:, t])
+        outputs.append(mixer_step(*step, now, state, spec, table, out=out, tiling=tiling, score=score))
     return torch.stack(outputs, dim=1)
 
 
@@ -107,7 +116,7 @@ def prefilled(spec: MixerSpec, length: int, starts: tuple[int, ...]) -> MixerSta
     """Return the state after `length` random tokens, in fp64; empty slots hold NaN."""
     q, k, v, table = make_inputs(spec, len(starts), length)
     start = spec.initial_state(len(starts), torch.float64)
-    _, state = liger_mixer(q, k, v, torch.tensor(starts), start, spec, table)
+    _, state = liger_mixer(q, k, v, torch.tensor(starts), start, spec, table, foreseen(v))
     empty = state["slot_position"] < 0
     state["slot_key"][empty], state["slot_value"][empty] = torch.nan, torch.nan
     return state
@@ -117,7 +126,8 @@ def check(spec: MixerSpec, before: int, steps: int, starts: tuple[int, ...] = (0
     """Compare `steps` tokens after a prompt of `before` with the loop."""
     state = prefilled(spec, before, starts) if before else spec.initial_state(len(starts), torch.float64)
     inputs, position = make_inputs(spec, len(starts), steps), torch.tensor(starts) + before
-    expected, expected_state = liger_mixer_reference(*inputs[:3], position, state, spec, inputs[3])
+    score = foreseen(inputs[2])
+    expected, expected_state = liger_mixer_reference(*inputs[:3], position, state, spec, inputs[3], score)
     found_state = to_device(state)
     found = run(spec, inputs, position, found_state, tiling)
     assert max(error(found[:, t], expected[:, t]) for t in range(steps)) <= FUSED_FP32
@@ -164,7 +174,7 @@ def test_presets_at_full_size(preset: str) -> None:
     check(make_spec(PRESETS[preset].config, (4, 2), 64, 64), before=200, steps=150)
 
 
-@pytest.mark.parametrize("name", ["memory and recurrence"])
+@pytest.mark.parametrize("name", ["memory and recurrence", "foresight"])
 def test_rows_of_the_pools(name: str) -> None:
     """Sequences lie anywhere in pools that are NaN elsewhere; one is skipped, one is padding."""
     spec = make_spec(CONFIGS[name])
@@ -183,12 +193,14 @@ def test_rows_of_the_pools(name: str) -> None:
     out = torch.full((4, spec.q_heads, spec.d_v), torch.nan, device=DEVICE)
     for index in (rows, rows.int()):
         after = to_device(pools)
-        mixer_step(q[:, 0], k[:, 0], v[:, 0], position.to(DEVICE), after, spec, table, index=index.to(DEVICE), out=out)
+        step, now, index = (q[:, 0], k[:, 0], v[:, 0]), position.to(DEVICE), index.to(DEVICE)
+        mixer_step(*step, now, after, spec, table, index=index, out=out, score=foreseen(v[:, 0]))
         assert (out[1:3] == 0).all()
         real = torch.tensor([0, 3])
         kept = {n: x[[0, 2]] for n, x in state.items()}
-        pieces = (x[real] for x in inputs[:3])
-        expected, expected_state = liger_mixer_reference(*pieces, position[real], kept, spec, inputs[3])
+        pieces = [x[real] for x in inputs[:3]]
+        score = foreseen(pieces[2])
+        expected, expected_state = liger_mixer_reference(*pieces, position[real], kept, spec, inputs[3], score)
         assert error(out[real], expected[:, 0]) <= FUSED_FP32
         assert_states_equal({n: x[rows[real].to(DEVICE)] for n, x in after.items()}, expected_state, FUSED_FP32)
         untouched = torch.tensor([0, 1, 3, 5], device=DEVICE)

@@ -27,10 +27,11 @@ PACKAGE = ROOT / "ligerexport"
 LAYERS = (
     ("errors",),
     ("console", "staging", "snapshot", "checkpoint", "families", "gates", "memory", "text"),
-    ("config", "artifact", "sources"),
+    ("config", "artifact", "sources", "corpus"),
     ("state",),
     ("kernels",),
     ("mixer",),
+    ("calibrate",),
     ("convert",),
     ("recover",),
     ("exporters",),
@@ -153,6 +154,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_module_once(wheel: Path) -> None:
     expected = {f"ligerexport/{name.replace('.', '/')}.py" for name, _ in modules()}
     expected |= {"ligerexport/__init__.py", "ligerexport/py.typed"}
+    expected |= {f"ligerexport/scores/{file.name}" for file in (PACKAGE / "scores").glob("*.safetensors")}
     with zipfile.ZipFile(wheel) as archive:
         infos = [info for info in archive.infolist() if ".dist-info/" not in info.filename]
     assert {info.filename for info in infos} == expected

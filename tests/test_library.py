@@ -18,10 +18,19 @@ from tests.tolerances import OP_FP32
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EVERYTHING = LigerConfig(
-    window=8, sinks=2, slots=tuple((name, 2 + i) for i, name in enumerate(SCORES)), recurrence_weight=0.3
-)
-CONFIGS = {"liger": replace(PRESETS["liger"].config, window=8), "sinks": PRESETS["sinks"].config, "all": EVERYTHING}
+    window=8, sinks=2, slots=tuple((name, 2 + i) for i, name in enumerate(SCORES) if name != "learned"),
+    recurrence_weight=0.3,
+)  # fmt: skip
+CONFIGS = {
+    "liger": replace(PRESETS["liger"].config, window=8), "sinks": PRESETS["sinks"].config, "all": EVERYTHING,
+    "foresight": replace(EVERYTHING, slots=(("recent_use", 3), ("learned", 4))),
+}  # fmt: skip
 OPS = torch.ops.ligerexport
+
+
+def foreseen(value: Tensor) -> Tensor:
+    """Return scores for `value` `[..., d_v]` as a linear map might foresee them."""
+    return -value.float().norm(dim=-1)
 
 
 class Layer(nn.Module):
@@ -42,7 +51,7 @@ class Layer(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, state: MixerState
     ) -> tuple[Tensor, MixerState]:
-        return liger_mixer(q, k, v, position, state, self.spec, self.rotary)
+        return liger_mixer(q, k, v, position, state, self.spec, self.rotary, foreseen(v))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -53,12 +62,12 @@ def test_operators_are_registered_as_they_behave(name: str, device: str) -> None
     q, k, v = (x.requires_grad_() for x in layer.inputs(2, 70))
     state, position = layer.state(2), torch.tensor([0, 5], device=device)
     slots = [state[n] for n in ("slot_key", "slot_value", "slot_position", "slot_score") if n in state]
-    novelty = torch.rand(2, 70, 2, device=device)
+    arrival = torch.rand(2, 70, 2, device=device)
     text = layer.spec.text
     # plain torch stands in for the backward operator on the CPU, which the tracer of `opcheck` cannot look into
     some = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        OPS.memory_attention.default, (q, k, v, novelty, position, slots, layer.rotary, text), test_utils=some
+        OPS.memory_attention.default, (q, k, v, arrival, position, slots, layer.rotary, text), test_utils=some
     )
     arguments = (q, k, v, None, torch.randn(2, 2, 32, 16, device=device), None, "gla", 1.0)
     torch.library.opcheck(OPS.linear_attention.default, arguments, test_utils=some)
@@ -67,7 +76,9 @@ def test_operators_are_registered_as_they_behave(name: str, device: str) -> None
     one = [x[:, 0].detach() for x in (q, k, v)]
     names = ("slot_key", "slot_value", "slot_position", "slot_score", "recurrent_state", "judge_state")
     tensors = [state[n].clone() if n in state else None for n in names]
-    torch.library.opcheck(OPS.mixer_step.default, (*one, position, *tensors, layer.rotary, None, text))
+    torch.library.opcheck(
+        OPS.mixer_step.default, (*one, position, *tensors, layer.rotary, None, foreseen(one[2]), text)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -111,7 +122,9 @@ def test_step_in_place_equals_the_mixer(name: str, device: str) -> None:
         index = torch.tensor([2, -1, 0, 1], device=device)
         pools = {key: torch.stack([x[2], x[3], x[0], x[1]]) for key, x in state.items()}
         before = {key: x.clone() for key, x in pools.items()}
-        found = mixer_step(*(x[:, 0] for x in one), position + 90, pools, layer.spec, layer.rotary, index)
+        step = [x[:, 0] for x in one]
+        score = foreseen(step[2])
+        found = mixer_step(*step, position + 90, pools, layer.spec, layer.rotary, index, score)
     assert (found[[0, 3]] - expected[[0, 3], 0]).abs().max() <= OP_FP32
     assert not found[[1, 2]].any()
     for key, x in pools.items():
@@ -125,6 +138,11 @@ def test_step_in_place_equals_the_mixer(name: str, device: str) -> None:
 
 
 def test_mistakes_are_named() -> None:
+    layer = Layer(CONFIGS["foresight"], "cpu")
+    with pytest.raises(ValueError, match="no score was given"):
+        mixer_step(
+            *(x[:, 0] for x in layer.inputs(2, 1)), torch.tensor([0, 5]), layer.state(2), layer.spec, layer.rotary
+        )
     q, k, v = torch.zeros(2, 5, 4, 32), torch.zeros(2, 5, 3, 32), torch.zeros(2, 5, 3, 16)
     with pytest.raises(ValueError, match="either decay or gate"):
         linear_attention(q, k, v)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ligerexport.config import PRESETS, LigerConfig
+from ligerexport.errors import UsageError
 from ligerexport.gates import GATES
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.kernels.ops import BLOCK, liger_mixer
@@ -19,12 +20,14 @@ from ligerexport.state import MixerSpec, MixerState
 from tests.tolerances import OP_FP32, OP_FP64
 
 SMALL = LigerConfig(window=8, sinks=2, attention_weight=0.7, recurrence_weight=0.3)
-EVERY_SCORE = replace(SMALL, slots=tuple((name, 2 + i) for i, name in enumerate(SCORES)))
+EVERY_SCORE = replace(SMALL, slots=tuple((name, 2 + i) for i, name in enumerate(SCORES) if name != "learned"))
+FORESIGHT = replace(EVERY_SCORE, slots=(*EVERY_SCORE.slots[:2], ("learned", 3), *EVERY_SCORE.slots[2:-1]))
 CONFIGS = {
     "liger": PRESETS["liger"].config,
     "sinks": PRESETS["sinks"].config,
     "memory": PRESETS["memory"].config,
     "every score": EVERY_SCORE,
+    "foresight": FORESIGHT,
     "window of one": replace(SMALL, window=1, sinks=0),
     **{gate: replace(SMALL, gate=gate) for gate in GATES},
     **{name: replace(SMALL, slots=((name, 5),), recurrence_weight=0.0) for name in SCORES},
@@ -42,6 +45,11 @@ def make(
     return spec, [*inputs, torch.tensor(position)], spec.initial_state(len(position), dtype), table
 
 
+def foreseen(value: Tensor) -> Tensor:
+    """Return scores for `value` `[B, T, H_kv, d_v]` as a linear map might foresee them: logarithms, none of them 0."""
+    return -value.detach().norm(dim=-1)
+
+
 def assert_states_equal(found: MixerState, expected: MixerState, tolerance: float) -> None:
     """Compare what states mean: empty slots may hold anything."""
     filled = expected["slot_position"] >= 0
@@ -57,6 +65,7 @@ def assert_states_equal(found: MixerState, expected: MixerState, tolerance: floa
 
 CASES = [(name, length) for name in CONFIGS for length in (7, 65)] + [
     ("every score", 1),
+    ("foresight", 150),
     ("every score", 63),
     ("every score", 64),
     ("memory", 150),
@@ -67,31 +76,36 @@ CASES = [(name, length) for name in CONFIGS for length in (7, 65)] + [
 @pytest.mark.parametrize(("name", "length"), CASES)
 def test_chunked_equals_the_loop(name: str, length: int) -> None:
     spec, inputs, state, table = make(CONFIGS[name], length)
-    expected, expected_state = liger_mixer_reference(*inputs, state, spec, table)
-    found, found_state = liger_mixer(*inputs, state, spec, table)
+    score = foreseen(inputs[2])
+    expected, expected_state = liger_mixer_reference(*inputs, state, spec, table, score)
+    found, found_state = liger_mixer(*inputs, state, spec, table, score)
     assert (found - expected).abs().max() <= OP_FP64
     assert_states_equal(found_state, expected_state, OP_FP64)
 
 
-@pytest.mark.parametrize("name", ["liger", "memory", "every score"])
+@pytest.mark.parametrize("name", ["liger", "memory", "every score", "foresight"])
 def test_any_cut_gives_the_same(name: str) -> None:
     spec, (q, k, v, position), state, table = make(CONFIGS[name], 150)
-    expected, expected_state = liger_mixer(q, k, v, position, state, spec, table)
+    expected, expected_state = liger_mixer(q, k, v, position, state, spec, table, foreseen(v))
     outputs, cuts = [], [0, 1, 2, 30, 31, 94, 149, 150]
     for start, end in pairwise(cuts):
-        piece = (x[:, start:end] for x in (q, k, v))
-        output, state = liger_mixer(*piece, position + start, state, spec, table)
+        piece = [x[:, start:end] for x in (q, k, v)]
+        output, state = liger_mixer(*piece, position + start, state, spec, table, foreseen(piece[2]))
         outputs.append(output)
     assert (torch.cat(outputs, dim=1) - expected).abs().max() <= OP_FP64
     assert_states_equal(state, expected_state, OP_FP64)
 
 
+@pytest.mark.parametrize("config", [EVERY_SCORE, FORESIGHT], ids=["every score", "foresight"])
 @pytest.mark.parametrize("padding", [20, 2 * BLOCK])
-def test_padding_on_the_left_changes_nothing(padding: int) -> None:
-    spec, (q, k, v, _), state, table = make(EVERY_SCORE, 70 + padding, position=(0, 0))
+def test_padding_on_the_left_changes_nothing(padding: int, config: LigerConfig) -> None:
+    spec, (q, k, v, _), state, table = make(config, 70 + padding, position=(0, 0))
+    score = foreseen(v)
+    score[:, :padding] = 1e6
     position, pad = torch.tensor([0, 0]), torch.tensor([-padding, -padding])
-    alone, alone_state = liger_mixer(q[:, padding:], k[:, padding:], v[:, padding:], position, state, spec, table)
-    padded, padded_state = liger_mixer(q, k, v, pad, state, spec, table)
+    rest = [x[:, padding:] for x in (q, k, v, score)]
+    alone, alone_state = liger_mixer(*rest[:3], position, state, spec, table, rest[3])
+    padded, padded_state = liger_mixer(q, k, v, pad, state, spec, table, score)
     assert (padded[:, padding:] - alone).abs().max() <= OP_FP64
     assert padded.isfinite().all()
     assert_states_equal(padded_state, alone_state, OP_FP64)
@@ -110,17 +124,32 @@ def test_strong_gates_stay_exact(gate: str) -> None:
     assert difference.abs().max() <= OP_FP32 * expected_state["recurrent_state"].abs().max()
 
 
-@pytest.mark.parametrize("name", ["liger", "every score"])
+@pytest.mark.parametrize("name", ["liger", "every score", "foresight"])
 def test_gradients_equal_those_of_the_loop(name: str) -> None:
     spec, inputs, state, table = make(CONFIGS[name], 40, position=(0,))
     weight = torch.randn(1, 40, 6, 12, dtype=torch.float64)
     gradients = []
     for op in (liger_mixer, liger_mixer_reference):
         leaves = [x.clone().requires_grad_() for x in inputs[:3]]
-        output, _ = op(*leaves, inputs[3], state, spec, table)
+        output, _ = op(*leaves, inputs[3], state, spec, table, foreseen(inputs[2]))
         gradients.append(torch.autograd.grad((output * weight).sum(), leaves))
     for found, expected in zip(*gradients, strict=True):
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_learned_pool_keeps_what_was_foreseen() -> None:
+    """The best of all that left the window, by the score alone; without scores there is nothing to keep by."""
+    config = LigerConfig(window=4, sinks=1, slots=(("learned", 3),), attention_weight=1.0, recurrence_weight=0.0)
+    spec, inputs, state, table = make(config, 60, position=(0,))
+    score = torch.randn(1, 60, 2) - 7
+    _, after = liger_mixer(*inputs, state, spec, table, score)
+    for head in range(2):
+        best = score[0, 1:56, head].topk(3).indices + 1
+        assert after["slot_position"][0, head].tolist() == [0, *best.sort().values.tolist(), 56, 57, 58, 59]
+    with pytest.raises(ValueError, match="no score was given"):
+        liger_mixer(*inputs, state, spec, table)
+    with pytest.raises(UsageError, match="novelty and learned together"):
+        replace(EVERY_SCORE, slots=(*EVERY_SCORE.slots, ("learned", 2)))
 
 
 def test_drift_of_fp32_over_2048_steps() -> None:

@@ -16,7 +16,7 @@ from ligerexport.config import LigerConfig
 from ligerexport.convert import convert, load_model
 from ligerexport.families import FAMILIES, get_family
 from ligerexport.mixer import LigerCache, LigerMixer, _shared_table
-from tests.checkpoints import MEMORY, SIZES
+from tests.checkpoints import FORESIGHT, MEMORY, SIZES, make_checkpoint
 from tests.tolerances import MODEL_FP32
 
 EVERYTHING = LigerConfig(window=200, attention_weight=1.0, recurrence_weight=0.0, max_distance=200)
@@ -89,6 +89,42 @@ def test_prefill_equals_steps_equals_any_cut(tmp_path: Path, config: LigerConfig
             pieces = [model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in pairwise(cuts)]
             assert (torch.cat(pieces, dim=1) - expected).abs().max() <= MODEL_FP32
             assert cache.get_seq_length() == 100
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_the_hidden_state(tmp_path: Path, family: str) -> None:
+    """Any cut and left padding give the same logits, and the scores decide what is kept."""
+    model = load_model(make_checkpoint(tmp_path / "liger", FORESIGHT, family)).eval()
+    ids = torch.randint(0, SIZES["vocab_size"], (2, 100))
+    with torch.no_grad():
+        expected = model(ids).logits
+        for cuts in ([*range(101)], [0, 1, 66, 67, 100]):
+            cache = LigerCache(model.config)
+            pieces = [model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in pairwise(cuts)]
+            assert (torch.cat(pieces, dim=1) - expected).abs().max() <= MODEL_FP32
+        mask = torch.ones_like(ids)
+        mask[1, :30] = 0
+        padded = model(ids, attention_mask=mask).logits
+        assert (padded[0] - expected[0]).abs().max() <= MODEL_FP32
+        assert (padded[1:, 30:] - model(ids[1:, 30:]).logits).abs().max() <= MODEL_FP32
+        model.model.layers[0].self_attn.score_proj.weight.neg_()
+        assert (model(ids).logits - expected).abs().max() > 0.01
+
+
+def test_scores_stay_in_fp32(tmp_path: Path) -> None:
+    """In a bf16 model and under autocast they are what the fp32 weights of the file say."""
+    path = make_checkpoint(tmp_path / "liger", FORESIGHT, dtype=torch.bfloat16)
+    model = load_model(path, torch.bfloat16)
+    mixer, weights = model.model.layers[1].self_attn, load_model(path).model.layers[1].self_attn.score_proj
+    assert mixer.score_proj.weight.dtype == torch.float32
+    hidden = torch.randn(2, 7, SIZES["hidden_size"]).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        score = mixer.foresee(hidden, torch.arange(7)[None])
+    assert score.dtype == torch.float32 and not score.requires_grad
+    assert torch.equal(score, weights(hidden.float()))
+    model.save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again").model.layers[1].self_attn.score_proj
+    assert torch.equal(again.weight, weights.weight) and torch.equal(again.bias, weights.bias)
 
 
 def test_state_does_not_grow(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from checkpoints import MEMORY, make_checkpoint
+from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 from torch import Tensor
 
 from ligerexport.config import PRESETS, LigerConfig
 from ligerexport.convert import load_model
+from ligerexport.errors import CheckpointError
 from ligerexport.exporters.onnx.builder import CONTRIB, Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.graph import build_graph, state_tensors, write_graph, write_weights
@@ -42,6 +45,7 @@ MIXERS = {
     "scores": LigerConfig(gate="gla", window=10, sinks=3, max_distance=25,
                           slots=(("use", 2), ("novelty", 3), ("peak_use", 4), ("peak_effect", 2), ("recent_use", 2))),
     "memory": MEMORY,
+    "foresight": FORESIGHT,
 }  # fmt: skip
 
 
@@ -51,16 +55,17 @@ def mixer_graph(spec: MixerSpec, lowering: str) -> onnx.ModelProto:
     ids, position = graph_input("input_ids", "INT64", ("B", "T")), graph_input("position", "INT64", ("B",))
     widths = {"q": spec.q_heads * spec.d_k, "k": spec.kv_heads * spec.d_k, "v": spec.kv_heads * spec.d_v}
     projected = tuple(graph_input(name, "FLOAT", ("BT", width)) for name, width in widths.items())
+    score = graph_input("score", "FLOAT", ("BT", spec.kv_heads)) if spec.config.foresees else None
     types = {t.name: "INT64" if t.dtype == "int64" else "FLOAT" for t in spec.state()}
     past = {t.name: graph_input(f"past.{t.name}", types[t.name], ("B", *t.shape)) for t in spec.state()}
     frame = Frame(g, ids, position)
     tables = rotary_tables(g, INV_FREQ, spec, CHUNK)
     seen = candidates(frame, spec, tables.rows, [past["slot_position"]])[0]
-    output, present = mixer(lower, frame, spec, tables, projected, past, seen)  # type: ignore[arg-type]
+    output, present = mixer(lower, frame, spec, tables, projected, past, seen, score)  # type: ignore[arg-type]
     outputs = [g.output(output, "output", "FLOAT", ("BT", spec.q_heads * spec.d_v))]
     outputs += [g.output(present[t.name], f"present.{t.name}", types[t.name], ("B", *t.shape)) for t in spec.state()]
     graph = ir.Graph(
-        [ids, position, *projected, *past.values()], outputs, nodes=g.nodes,
+        [ids, position, *projected, *([score] if score else []), *past.values()], outputs, nodes=g.nodes,
         initializers=list(g.initializers.values()), opset_imports={"": 21, CONTRIB: 1}, name="mixer",
     )  # fmt: skip
     functions = lower.functions(spec.kv_heads, spec.d_k) if spec.config.recurrent or spec.config.judged else []
@@ -81,10 +86,16 @@ class MixerSession:
         feeds |= {
             name: x.reshape(batch * length, -1).numpy() for name, x in zip("qkv", (query, key, value), strict=True)
         }
+        feeds["score"] = foreseen(value).reshape(batch * length, -1).numpy()
         feeds |= {f"past.{name}": x for name, x in self.state.items()}
         output, *state = self.session.run(None, {k: v for k, v in feeds.items() if k in self.wanted})
         self.state = dict(zip(self.state, state, strict=True))
         return torch.from_numpy(output).view(batch, length, heads, -1)
+
+
+def foreseen(value: Tensor) -> Tensor:
+    """Return scores for `value` `[..., d_v]` as a linear map might foresee them."""
+    return -value.norm(dim=-1)
 
 
 def mixer_spec(config: LigerConfig) -> MixerSpec:
@@ -122,7 +133,8 @@ def test_mixer_is_the_torch_op(lowering: str, name: str, outliers: bool, cuts: t
         found.append(session.run(query[:, part], key[:, part], value[:, part], position + start))
         start += length
     table = rotary_table(INV_FREQ, spec.max_distance, CHUNK)
-    expected, state = liger_mixer(query, key, value, position, spec.initial_state(2, torch.float32), spec, table)
+    start_state = spec.initial_state(2, torch.float32)
+    expected, state = liger_mixer(query, key, value, position, start_state, spec, table, foreseen(value))
     real = position[:, None] + torch.arange(start) >= 0
     assert (torch.cat(found, dim=1) - expected)[real].abs().max() < OUTPUT
     compare_states(state, session.state, STATE)
@@ -194,6 +206,21 @@ def check_model(spec: ModelSpec, directory: Path, lowering: str) -> None:
 def test_model_is_the_torch_model(tmp_path: Path, family: str, gate: str, lowering: str) -> None:
     config = LigerConfig(gate=gate, window=20, sinks=2, slots=(("peak_effect", 4), ("novelty", 6)))
     check_model(read_spec(make_checkpoint(tmp_path / "model", config, family)), tmp_path, lowering)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_scores_of_the_hidden_state(tmp_path: Path, family: str, lowering: str) -> None:
+    check_model(read_spec(make_checkpoint(tmp_path / "model", FORESIGHT, family)), tmp_path, lowering)
+
+
+def test_scores_must_be_in_the_checkpoint(tmp_path: Path) -> None:
+    """A checkpoint whose configuration alone was changed has none."""
+    path = make_checkpoint(tmp_path / "model", replace(MEMORY, slots=(("recent_use", 3),)))
+    config = json.loads((path / "config.json").read_text()) | {"liger": FORESIGHT.to_dict()}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="score_proj"):
+        read_spec(path)
 
 
 @pytest.mark.parametrize(

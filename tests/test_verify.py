@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import MEMORY, make_checkpoint
+from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 
 from ligerexport.config import LigerConfig
 from ligerexport.errors import CheckpointError, UsageError, VerificationError
@@ -34,6 +34,23 @@ def test_artifact_runs(checkpoint: Path, tmp_path: Path, lowering: str) -> None:
     assert 0 < result["max_logit_error"] < result["tolerance"]["logits"]
     assert load(path).prefill([3, 4, 5]).shape == (1, 131)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["engine"]
+
+
+def test_scores_of_the_hidden_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are part of the artifact, and wrong ones are noticed in their layer."""
+    model = make_checkpoint(tmp_path / "model", FORESIGHT)
+    build(model, tmp_path / "engine")
+    write = onnx_graph.write_graph
+
+    def broken(spec: ModelSpec, directory: Path, **options: Any) -> None:
+        write(spec, directory, **options)
+        data = np.memmap(directory / onnx_graph.DATA_FILE, mode="r+")
+        _weight(spec, data, "model.layers.1.self_attn.score_proj.weight")[1] *= -1
+        data.flush()
+
+    monkeypatch.setattr(onnx_graph, "write_graph", broken)
+    with pytest.raises(VerificationError, match="layer 1 is the first that differs"):
+        build(model, tmp_path / "other")
 
 
 def test_layer_kept_as_softmax(tmp_path: Path) -> None:
@@ -124,6 +141,13 @@ def slots(positions: list[int], scores: list[float]) -> dict[str, np.ndarray]:
 def test_near_ties(found: dict[str, np.ndarray], near: bool) -> None:
     expected = slots([3, 5, 9], [0.5, 0.25, 0.125])
     assert verify.is_near_tie(expected, found, (("use", 3),), 1e-4) is near
+
+
+def test_learned_scores_are_compared_as_they_are() -> None:
+    """They are logarithms already, most of them negative."""
+    expected, near, other = (slots([3, p, 9], [-5.0, s, -2.0]) for p, s in ((5, -6.0), (6, -6.00001), (6, -5.5)))
+    assert verify.is_near_tie(expected, near, (("learned", 3),), 1e-4)
+    assert not verify.is_near_tie(expected, other, (("learned", 3),), 1e-4)
 
 
 def test_a_near_tie_is_counted_and_resolved(checkpoint: Path) -> None:

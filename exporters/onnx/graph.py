@@ -126,7 +126,8 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
             if layer is None:
                 mixed, present = softmax_attention(lower, frame, spec, (query, key, value), own, spec.windows[i])
             else:
-                mixed, present = mixer(lower, frame, layer, tables, (query, key, value), own, next(seen))
+                score = linear(normed, f"{name}.self_attn.score_proj") if layer.config.foresees else None
+                mixed, present = mixer(lower, frame, layer, tables, (query, key, value), own, next(seen), score)
             outputs |= {f"present.{i}.{kind}": tensor for kind, tensor in present.items()}
             mixed = linear(mixed, f"{name}.self_attn.o_proj")
             after = weight(f"{name}.post_attention_layernorm.weight")

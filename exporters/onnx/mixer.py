@@ -140,6 +140,7 @@ def mixer(
     projected: tuple[ir.Value, ir.Value, ir.Value],
     past: dict[str, ir.Value],
     seen: Candidates,
+    score: ir.Value | None = None,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """Write one mixer.
 
@@ -151,6 +152,7 @@ def mixer(
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
         past: State by the names of `MixerSpec.state`, but for the positions.
         seen: From `candidates`.
+        score: `[B * T, H]` fp32, needed where `spec.config.foresees`.
 
     Returns:
         Output `[B * T, H_q * d_v]` and the new state.
@@ -160,12 +162,15 @@ def mixer(
     keys, values = frame.per_token(projected[1], heads, spec.d_k), frame.per_token(projected[2], heads, spec.d_v)
 
     present: dict[str, ir.Value] = {}
-    novelty = features = None
+    arrival = features = None
+    if config.foresees:
+        assert score is not None
+        arrival = g.transpose(frame.per_token(score, heads, 1), 0, 2, 3, 1)
     if config.judged:
         real = g.once("real4", lambda: g.op("Unsqueeze", frame.real(), g.const([3])))
         features = g.op("Mul", g.op("Softmax", keys, axis=-1), real)
-        novelty, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
-    mixed, kept = Slots(lower, frame, spec, tables, seen).attend(query, keys, values, novelty, past)
+        arrival, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
+    mixed, kept = Slots(lower, frame, spec, tables, seen).attend(query, keys, values, arrival, past)
     mixed = _scaled(g, mixed, config.attention_weight)
     if config.recurrent:
         gate = get_gate(config.gate)
@@ -221,7 +226,7 @@ class Slots:
         self.g = lower.g
 
     def attend(
-        self, query: ir.Value, keys: ir.Value, values: ir.Value, novelty: ir.Value | None, past: dict[str, ir.Value]
+        self, query: ir.Value, keys: ir.Value, values: ir.Value, arrival: ir.Value | None, past: dict[str, ir.Value]
     ) -> tuple[ir.Value, dict[str, ir.Value]]:
         """Return the output `[B * T, H_q * d_v]` and the slots after the last token."""
         g, spec = self.g, self.spec
@@ -230,7 +235,7 @@ class Slots:
         logits = self._logits(query, key)
         visible, scores = self.seen.always, []
         if spec.config.slots:
-            scores = self._scores(logits, value, novelty, past["slot_score"])
+            scores = self._scores(logits, value, arrival, past["slot_score"])
             visible = self._keep(scores)
         weights = g.op("Softmax", g.op("Where", visible, logits, g.floats(MASKED)), axis=-1)  # [B, H, G, T, C]
         mixed = g.op("MatMul", g.op("Reshape", weights, self._rows_by_candidates()), value)
@@ -268,12 +273,12 @@ class Slots:
         rotated = self.lower.rotate_keys(key, self.tables.keys, self.seen.row, heads, spec.d_k)
         return g.op("Where", self.seen.within, scored(self.tables.near, rotated), scored(self.tables.far, key))
 
-    def _scores(self, logits: ir.Value, value: ir.Value, novelty: ir.Value | None, past: ir.Value) -> list[ir.Value]:
+    def _scores(self, logits: ir.Value, value: ir.Value, arrival: ir.Value | None, past: ir.Value) -> list[ir.Value]:
         """Return the scores `[B, H, 1, C]` of all candidates by pool, complete once a token has left the window."""
         g, spec = self.g, self.spec
         rows = [get_score(name) for name, _ in spec.config.slots]
         nothing = self.frame.filled(0.0, spec.kv_heads, 1, 0)
-        fresh = [novelty if score.signal == "novelty" else nothing for score in rows]
+        fresh = [arrival if score.on_arrival else nothing for score in rows]
         carried = g.concat(past, self._join(fresh), axis=3)
         scores, local = split(g, carried, len(rows), axis=2), None
         for i, (score, counts) in enumerate(zip(rows, self.seen.counts, strict=True)):

@@ -132,8 +132,11 @@ def _check_weights(spec: ModelSpec, intermediate: int) -> None:
               "mlp.down_proj": (d, intermediate)}  # fmt: skip
     if spec.qk_norm:
         shapes |= {"self_attn.q_norm": (spec.head_dim,), "self_attn.k_norm": (spec.head_dim,)}
-    for layer in range(len(spec.mixers)):
+    for layer, mixer in enumerate(spec.mixers):
         expected |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()}
+        if mixer is not None and mixer.config.foresees:
+            score = f"model.layers.{layer}.self_attn.score_proj"
+            expected |= {f"{score}.weight": (spec.kv_heads, d), f"{score}.bias": (spec.kv_heads,)}
     hint = "config.json and the weights come from different models; copy both from the same place"
     for name, shape in expected.items():
         stored = spec.weights.get(name)

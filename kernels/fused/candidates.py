@@ -134,12 +134,12 @@ def _leave(time, position, WINDOW: tl.constexpr, SINKS: tl.constexpr):
 
 @triton.jit
 def _tokens_kernel(
-    p_query, p_key, p_value, p_novelty, p_position, p_angles,
+    p_query, p_key, p_value, p_arrival, p_position, p_angles,
     p_turned_query, p_turned_key, p_copied_value, p_time, p_leave, p_score,
-    query_b, query_t, query_h, key_b, key_t, key_h, value_b, value_t, value_h, novelty_b, novelty_t, novelty_h,
+    query_b, query_t, query_h, key_b, key_t, key_h, value_b, value_t, value_h, arrival_b, arrival_t, arrival_h,
     length, plane, reach,
     H_KV: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    POOLS: tl.constexpr, NOVELTY_POOL: tl.constexpr, D_K: tl.constexpr, WIDTH_K: tl.constexpr, D_V: tl.constexpr,
+    POOLS: tl.constexpr, ARRIVAL_POOL: tl.constexpr, D_K: tl.constexpr, WIDTH_K: tl.constexpr, D_V: tl.constexpr,
     WIDTH_V: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Turn queries and keys of `ROWS` new tokens for one KV head's group and copy what else belongs to them.
@@ -170,9 +170,9 @@ def _tokens_kernel(
     time = tl.where(t + position >= 0, t, EMPTY)
     tl.store(p_time + lane, time, mask=m_t)
     tl.store(p_leave + lane, _leave(time, position, WINDOW, SINKS), mask=m_t)
-    if NOVELTY_POOL >= 0:
-        b_score = tl.load(p_novelty + b * novelty_b + t * novelty_t + h * novelty_h, mask=m_t, other=0.0)
-        row = (bh * POOLS + NOVELTY_POOL) * (SLOTS + length) + SLOTS + t
+    if ARRIVAL_POOL >= 0:
+        b_score = tl.load(p_arrival + b * arrival_b + t * arrival_t + h * arrival_h, mask=m_t, other=0.0)
+        row = (bh * POOLS + ARRIVAL_POOL) * (SLOTS + length) + SLOTS + t
         tl.store(p_score + row, b_score, mask=m_t)
 
 
@@ -225,7 +225,7 @@ def gather_candidates(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    novelty: Tensor | None,
+    arrival: Tensor | None,
     position: Tensor,
     state: MixerState,
     spec: MixerSpec,
@@ -238,7 +238,7 @@ def gather_candidates(
     config, slots, pools = spec.config, spec.config.num_slots, len(spec.config.slots)
     width_k, width_v = (max(triton.next_power_of_2(d), NARROWEST) for d in (d_k, d_v))
     table, reach = _reach(rotary, spec.max_distance, length)
-    call = same(layout(query, key, value, novelty, position, table, *state.values()), spec.text)
+    call = same(layout(query, key, value, arrival, position, table, *state.values()), spec.text)
     time = torch.empty(batch, kv_heads, slots + length, dtype=torch.int32, device=query.device)
     found = Candidates(
         spec=spec,
@@ -254,10 +254,10 @@ def gather_candidates(
         angles=table,
         reach=reach,
     )
-    judged = [i for i, (name, _) in enumerate(config.slots) if get_score(name).signal == "novelty"]
-    given = novelty if novelty is not None else position  # never read without a pool that is kept by it
+    pool = next((i for i, (name, _) in enumerate(config.slots) if get_score(name).on_arrival), -1)
+    given = arrival if arrival is not None else position  # never read without a pool that is kept by it
     strides = [s for x in (query, key, value) for s in x.stride()[:3]] + [
-        *(novelty.stride() if novelty is not None else (0, 0, 0))
+        *(arrival.stride() if arrival is not None else (0, 0, 0))
     ]
     constants = {
         "H_KV": kv_heads, "SLOTS": slots, "WINDOW": config.window, "SINKS": config.sinks, "POOLS": pools, "D_K": d_k,
@@ -269,7 +269,7 @@ def gather_candidates(
         query, key, value, given, position, table, found.query, found.key, found.value, found.time, found.leave,
         found.score, *strides, length, table.stride(0), reach,
         constants=lambda: constants | {
-            "GROUP": q_heads // kv_heads, "NOVELTY_POOL": judged[0] if judged else -1, "ROWS": rows, "num_warps": 4,
+            "GROUP": q_heads // kv_heads, "ARRIVAL_POOL": pool, "ROWS": rows, "num_warps": 4,
         },
     )  # fmt: skip
     launch(

@@ -48,7 +48,7 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    novelty: Tensor | None,
+    arrival: Tensor | None,
     position: Tensor,
     state: MixerState,
     spec: MixerSpec,
@@ -61,7 +61,7 @@ def forward(
     """
     query, key, value = _rows(query, key, value)
     state = {name: tensor.contiguous() for name, tensor in state.items() if name.startswith("slot_")}
-    found = gather_candidates(query, key, value, novelty, position, state, spec, rotary)
+    found = gather_candidates(query, key, value, arrival, position, state, spec, rotary)
     if death is None:
         complete_scores(found)
         death = deaths(found)
@@ -86,6 +86,6 @@ def backward(
     """Return the gradients of query, key and value; what the candidates are is worked out again, not kept."""
     query, key, value, d_output = _rows(query, key, value, d_output)
     state = {name: tensor.contiguous() for name, tensor in state.items() if name.startswith("slot_")}
-    novelty = query.new_zeros(1, 1, 1, dtype=torch.float32).expand(*key.shape[:3])  # its part is done
-    found = gather_candidates(query, key, value, novelty, position, state, spec, rotary)
+    arrival = query.new_zeros(1, 1, 1, dtype=torch.float32).expand(*key.shape[:3])  # its part is done
+    found = gather_candidates(query, key, value, arrival, position, state, spec, rotary)
     return attend_backward(found, attended.death, attended.table, attended.output, attended.lse, d_output)

@@ -62,6 +62,7 @@ def mixer_step(
     index: Tensor | None = None,
     out: Tensor | None = None,
     tiling: Tiling | None = None,
+    score: Tensor | None = None,
 ) -> Tensor:
     """Mix one token of every sequence and update its state in place.
 
@@ -76,6 +77,7 @@ def mixer_step(
         index: `[B]`, the row of the pools that holds each sequence, negative to skip it; None for row b.
         out: `[B, H_q, d_v]`, contiguous, to write to.
         tiling: Cut of the launch; None for `choose_tiling`.
+        score: `[B, H_kv]` fp32, needed where `spec.config.foresees`.
 
     Returns:
         Output `[B, H_q, d_v]` in the dtype of `query`.
@@ -83,6 +85,7 @@ def mixer_step(
     config, gate, batch = spec.config, get_gate(spec.config.gate), query.shape[0]
     position = position.contiguous()
     index = None if index is None else index.contiguous()
+    score = score.contiguous() if score is not None and config.foresees else None
     if out is None:
         out = query.new_empty(batch, spec.q_heads, spec.d_v)
     tiling = tiling or choose_tiling(spec, batch, query.element_size())
@@ -96,7 +99,7 @@ def mixer_step(
     _mixer_step_kernel[(heads * roles,)](
         query, key, value, position, index, rotary, out,
         state["slot_key"], state["slot_value"], state["slot_position"], state.get("slot_score"),
-        recurrent, judge, scratch, count,
+        recurrent, judge, score, scratch, count,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         spec.scale * LOG2E, config.attention_weight, config.recurrence_weight,
         H=spec.kv_heads, G=spec.q_heads // spec.kv_heads, D_K=spec.d_k, DK_PAD=triton.next_power_of_2(spec.d_k),
@@ -127,12 +130,12 @@ def _scratch(device: torch.device, size: int) -> Tensor:
 
 
 def pool_table(spec: MixerSpec) -> tuple[tuple[int, bool, bool, bool, int, float], ...]:
-    """Return for each pool: count, by novelty, by value, summed, first distance that counts, horizon or 0."""
+    """Return for each pool: count, by a score on arrival, by value, summed, first distance counted, horizon or 0."""
     rows = []
     for name, count in spec.config.slots:
         s = get_score(name)
         first = s.first_distance(spec.config.window)
-        rows.append((count, s.signal == "novelty", s.by_value, s.reduce == "sum", first, s.horizon or 0.0))
+        rows.append((count, s.on_arrival, s.by_value, s.reduce == "sum", first, s.horizon or 0.0))
     return tuple(rows)
 
 
@@ -214,8 +217,8 @@ def _loser(keys, candidate, POOLS: tl.constexpr):
 
 @triton.jit
 def _attend(
-    p_query, p_key, p_value, s_query_h, p_rotary, p_slot_key, p_slot_value, p_slot_position, p_slot_score, p_mixed,
-    p_place, now, scale2, attention_weight,
+    p_query, p_key, p_value, s_query_h, p_rotary, p_slot_key, p_slot_value, p_slot_position, p_slot_score, p_score,
+    p_mixed, p_place, now, scale2, attention_weight,
     G: tl.constexpr, D_K: tl.constexpr, DK_PAD: tl.constexpr, D_V: tl.constexpr, DV_PAD: tl.constexpr, R: tl.constexpr,
     R_PAD: tl.constexpr, BLOCK_R: tl.constexpr, REST_PAD: tl.constexpr, CAP: tl.constexpr, TABLE: tl.constexpr,
     N: tl.constexpr, N_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, POOLS: tl.constexpr,
@@ -335,6 +338,8 @@ def _attend(
                     score = tl.where(is_new, received_now if POOLS[i][4] == 0 else 0.0, score)
                     counts = is_new | (near & (distance >= POOLS[i][4]))
                     tl.store(p_slot_score + i * N + o_n, score, mask=counts & m_n)
+                elif p_score is not None:  # what the judge says is not known yet
+                    tl.store(p_slot_score + i * N + place, tl.load(p_score))
 
 
 @triton.jit
@@ -391,7 +396,7 @@ def _judge(
 @triton.jit
 def _mixer_step_kernel(
     p_query, p_key, p_value, p_position, p_index, p_rotary, p_output, p_slot_key, p_slot_value, p_slot_position,
-    p_slot_score, p_recurrent, p_judge, p_scratch, p_count,
+    p_slot_score, p_recurrent, p_judge, p_score, p_scratch, p_count,
     s_query_b, s_query_h, s_key_b, s_key_h, s_value_b, s_value_h,
     scale2, attention_weight, recurrence_weight,
     H: tl.constexpr, G: tl.constexpr, D_K: tl.constexpr, DK_PAD: tl.constexpr, D_V: tl.constexpr,
@@ -433,10 +438,12 @@ def _mixer_step_kernel(
             p_mixed = p_scratch
     if p_slot_score is not None:
         p_slot_score += head * (len(POOLS) * N)
+    if p_score is not None:
+        p_score += unit
     if role == 0:
         _attend(
             p_query, p_key, p_value, s_query_h, p_rotary, p_slot_key + head * (N * D_K),
-            p_slot_value + head * (N * D_V), p_slot_position + head * N, p_slot_score, p_mixed, p_place, now,
+            p_slot_value + head * (N * D_V), p_slot_position + head * N, p_slot_score, p_score, p_mixed, p_place, now,
             scale2, attention_weight, G, D_K, DK_PAD, D_V, DV_PAD, R, R_PAD, BLOCK_R, REST_PAD, CAP, TABLE, N, N_PAD,
             WINDOW, SINKS, POOLS, P_PAD, BY_VALUE, TILE, PRECISION,
         )  # fmt: skip

@@ -19,6 +19,7 @@ def mixer_step(
     spec: MixerSpec,
     rotary: Tensor,
     index: Tensor | None = None,
+    score: Tensor | None = None,
 ) -> Tensor:
     """Mix one token of every sequence and update its state in place; not differentiable.
 
@@ -32,13 +33,20 @@ def mixer_step(
         spec: The layer.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
         index: `[B]` integer, the row of the pools that holds each sequence, negative to skip it; None for row b.
+        score: `[B, H_kv]` fp32, needed where `spec.config.foresees`.
 
     Returns:
         Output `[B, H_q, d_v]` in the dtype of `query`; zero for a sequence that is skipped or padding.
+
+    Raises:
+        ValueError: A pool needs `score`.
     """
+    if spec.config.foresees and score is None:
+        raise ValueError("a pool is kept by a learned score, and no score was given")
     return _mixer_step(
         query, key, value, position, state["slot_key"], state["slot_value"], state["slot_position"],
-        state.get("slot_score"), state.get("recurrent_state"), state.get("judge_state"), rotary, index, spec.text,
+        state.get("slot_score"), state.get("recurrent_state"), state.get("judge_state"), rotary, index, score,
+        spec.text,
     )  # fmt: skip
 
 
@@ -49,15 +57,15 @@ def mixer_step(
 def _mixer_step(
     query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
     slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, judge_state: Tensor | None,
-    rotary: Tensor, index: Tensor | None, spec: str,
+    rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
 ) -> Tensor:  # fmt: skip
     if not fused(query):
         pools = (slot_key, slot_value, slot_position, slot_score, recurrent_state, judge_state)
-        return _plain(query, key, value, position, *pools, rotary, index, spec)
+        return _plain(query, key, value, position, *pools, rotary, index, score, spec)
     from ligerexport.kernels.fused.mixer_step import mixer_step as kernel
 
     state = _state(slot_key, slot_value, slot_position, slot_score, recurrent_state, judge_state)
-    return kernel(query, key, value, position, state, MixerSpec.from_text(spec), rotary, index)
+    return kernel(query, key, value, position, state, MixerSpec.from_text(spec), rotary, index, score=score)
 
 
 def _state(*tensors: Tensor | None) -> MixerState:
@@ -68,7 +76,7 @@ def _state(*tensors: Tensor | None) -> MixerState:
 def _plain(
     query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
     slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, judge_state: Tensor | None,
-    rotary: Tensor, index: Tensor | None, spec: str,
+    rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
 ) -> Tensor:  # fmt: skip
     pools = _state(slot_key, slot_value, slot_position, slot_score, recurrent_state, judge_state)
     rows = torch.arange(query.shape[0], device=query.device) if index is None else index.long()
@@ -78,7 +86,8 @@ def _plain(
     if len(active):
         q, k, v = (x[active, None] for x in (query, key, value))
         state = {name: pool[rows] for name, pool in pools.items()}
-        mixed, state = liger_mixer(q, k, v, position[active], state, MixerSpec.from_text(spec), rotary)
+        given = None if score is None else score[active, None]
+        mixed, state = liger_mixer(q, k, v, position[active], state, MixerSpec.from_text(spec), rotary, given)
         output[active] = mixed[:, 0]
         for name, pool in pools.items():
             pool[rows] = state[name]
@@ -89,6 +98,6 @@ def _plain(
 def _(
     query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
     slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, judge_state: Tensor | None,
-    rotary: Tensor, index: Tensor | None, spec: str,
+    rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
 ) -> Tensor:  # fmt: skip
     return query.new_empty(*query.shape[:2], value.shape[2])

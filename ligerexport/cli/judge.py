@@ -102,7 +102,7 @@ def _plan(json: bool, model: str, inputs: dict[str, Any], controls: tuple[str, .
     """Say what would be measured, without loading anything."""
     from importlib.util import find_spec
 
-    from ligerexport.evaluate.corpus import text_files
+    from ligerexport.corpus import text_files
 
     files = text_files(inputs["text"])
     rows = [*(["teacher"] if inputs["against"] else []), "model", *controls]

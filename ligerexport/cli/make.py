@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from ligerexport.cli import common
 from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
 from ligerexport.config import DEFAULT_PRESET, PRESETS, LigerConfig, get_preset
 from ligerexport.console import card, format_bytes, progress
+from ligerexport.convert import WINDOWS, check_score_options
 from ligerexport.errors import UsageError, close_matches
 from ligerexport.gates import GATES
 from ligerexport.memory import SCORES
@@ -32,33 +34,41 @@ def convert(
     recurrence_weight: Annotated[float | None, typer.Option(help="Weight of the recurrence; 0 leaves it out.")] = None,
     keep_softmax: Annotated[str | None, typer.Option(metavar="LAYER,...", help="Layers left as they are.")] = None,
     max_distance: Annotated[int | None, typer.Option(help="Largest rotary distance; default: trained length.")] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="TEXT", help="Fit the learned score on .txt files or directories of them; repeatable."),
+    ] = None,
+    scores: Annotated[Path | None, typer.Option(metavar="FILE", help="Learned scores that were fitted before.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of 2,048 tokens that a fit reads.")] = WINDOWS,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Make a Transformer recurrent; takes seconds.
+    """Make a Transformer recurrent; takes seconds, minutes with --calibrate.
 
     Its attention is swapped for a gated recurrence and a bounded exact memory. No weight changes.
     """
     common.begin(quiet, debug)
-    changes = {
+    changes: dict[str, Any] = {
         "gate": gate, "sinks": sinks, "window": window, "slots": common.parse_slots(slots),
         "attention_weight": attention_weight, "recurrence_weight": recurrence_weight,
         "keep_softmax": common.parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
     config = get_preset(preset, **changes)
+    texts = check_score_options(config, calibrate, scores, windows)
     if output.resolve() == Path(model).expanduser().resolve():
         raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
     _check_output(output, force, "config.json")
     common.announce("convert", model=model, output=output, preset=preset, **vars(config))
     if dry_run:
         plan = _plan_convert(model, output, config)
-        return _finish(json, f"would write {output}", plan, None)
+        return _finish(json, f"would write {output}", plan | _plan_fit(model, texts, windows), None)
     from ligerexport.convert import convert as convert_model
 
-    path = convert_model(model, output, preset=preset, force=force, progress=progress, **changes)
+    path = convert_model(model, output, preset=preset, calibrate=calibrate, scores=scores, windows=windows, force=force,
+                         progress=progress, **changes)  # fmt: skip
     _finish(json, "converted", _describe(Path(path), config), f"ligerexport build {path} --target onnx")
 
 
@@ -78,6 +88,8 @@ def _finish(json: bool, title: str, facts: dict[str, Any], next_command: str | N
             rows.append(common.crossover_row(value))
         elif value is not None:
             text = format_bytes(value) if key.endswith("bytes") else str(value)
+            if key == "scores_explain":
+                text = f"{value:.0%} of the variance"
             rows.append((labels.get(key, key.removesuffix("_bytes").replace("_", " ")), text))
     card(title, rows, next_command=next_command)
 
@@ -94,6 +106,27 @@ def _plan_convert(model: str, output: Path, config: LigerConfig) -> dict[str, An
     if "/" in model:
         return {"path": str(output), "from": f"{model} on the hub"}
     raise UsageError(f"no model '{model}'", hint=close_matches(model, BUILTIN_MODELS))
+
+
+def _plan_fit(model: str, texts: list[Path], windows: int) -> dict[str, Any]:
+    """Return what fitting a learned score would take; nothing where there is no text to fit on."""
+    if not texts:
+        return {}
+    plan: dict[str, Any] = {"fit_text_bytes": sum(file.stat().st_size for file in texts)}
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        return plan | {"fit": f"{windows} windows, of {len(texts)} text files"}
+    from ligerexport.calibrate import window_length
+    from ligerexport.checkpoint import check_checkpoint
+
+    info = check_checkpoint(path)
+    length, weights = window_length(info.config), sum(math.prod(tensor.shape) for tensor in info.tensors.values())
+    squares = 8 * info.config["num_hidden_layers"] * info.config["hidden_size"] ** 2
+    return plan | {
+        "fit": f"{windows} windows of {length:,} tokens, of {len(texts)} text files",
+        "fit_tflop": round(2e-12 * weights * windows * length, 1),
+        "fit_memory_bytes": 4 * weights + squares,
+    }
 
 
 def _describe(path: Path, config: LigerConfig) -> dict[str, Any]:
@@ -117,6 +150,7 @@ def _describe(path: Path, config: LigerConfig) -> dict[str, Any]:
         "exact_slots": config.num_slots if spec else 0,
         "state_bytes": state,
         "kv_cache_larger_from": state // saved + 1 if saved else None,
+        "scores_explain": (info.config.get("liger_scores") or {}).get("explained"),
     }
 
 

@@ -7,7 +7,7 @@ recurrence add anything, do the scores choose better than chance.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from ligerexport.config import LigerConfig
 from ligerexport.convert import convert_in_memory
 from ligerexport.errors import UsageError, look_up
 from ligerexport.evaluate.settings import CONTROLS
-from ligerexport.kernels.library.linear_attention import linear_attention
-from ligerexport.kernels.library.memory_attention import memory_attention
-from ligerexport.mixer import LigerMixer, _shared_table
+from ligerexport.mixer import LigerMixer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +47,7 @@ def control_config(name: str, config: LigerConfig) -> LigerConfig:
         )
     if not config.slots:
         raise UsageError("this conversion has no scored slots to choose at random", hint="leave random-judge out")
-    return replace(config, slots=(("novelty", sum(count for _, count in config.slots)),))
+    return replace(config, slots=(("learned", sum(count for _, count in config.slots)),))
 
 
 def make_control(name: str, model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -58,54 +56,32 @@ def make_control(name: str, model: PreTrainedModel, seed: int = 0) -> PreTrained
     Raises:
         UsageError: See `control_config`.
     """
-    control = convert_in_memory(model, control_config(name, LigerConfig.from_dict(model.config.liger)))
-    if name == "random-judge":
-        for layer in control.model.layers:
-            if isinstance(layer.self_attn, LigerMixer):
-                layer.self_attn = RandomJudge(layer.self_attn, seed)
+    config = control_config(name, LigerConfig.from_dict(model.config.liger))
+    if name != "random-judge":
+        return convert_in_memory(model, config)
+    control = convert_in_memory(model, replace(config, slots=()))  # with scored slots it would need weights for them
+    for layer in control.model.layers:
+        if isinstance(layer.self_attn, LigerMixer):
+            layer.self_attn = RandomJudge(layer.self_attn, config, seed)
+    control.config.liger = config.to_dict()
     return control
 
 
 class RandomJudge(LigerMixer):
-    """A mixer whose one pool is kept by a number drawn for each token, layer and head instead of novelty.
+    """A mixer whose learned score is a number drawn for each token, layer and head.
 
-    The number depends on the token's position alone, so that a prompt can be cut anywhere. Without padding, for
-    measuring only.
+    The number depends on the token's position alone, so that a prompt can be cut anywhere. For measuring only.
     """
 
-    def __init__(self, mixer: LigerMixer, seed: int):
-        super().__init__(mixer, mixer.spec, mixer.inv_freq)
+    def __init__(self, mixer: LigerMixer, config: LigerConfig, seed: int):
+        super().__init__(mixer, replace(mixer.spec, config=config), mixer.inv_freq)
+        del self.score_proj
         self.seed = seed
 
-    def forward(
-        self, hidden_states: Tensor, position_ids: Tensor, past_key_values: Any = None, *unused: Any, **ignored: Any
-    ) -> tuple[Tensor, None]:
-        """Mix as `LigerMixer.forward`."""
-        batch, length, _ = hidden_states.shape
-        spec, device = self.spec, hidden_states.device
-        query = self.q_proj(hidden_states).unflatten(-1, (spec.q_heads, spec.d_k))
-        key = self.k_proj(hidden_states).unflatten(-1, (spec.kv_heads, spec.d_k))
-        value = self.v_proj(hidden_states).unflatten(-1, (spec.kv_heads, spec.d_v))
-        if hasattr(self, "q_norm"):
-            query, key = self.q_norm(query), self.k_norm(key)
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        state = None if layer is None else layer.state
-        if state is None:
-            state = spec.initial_state(batch, hidden_states.dtype, device)
-        position = position_ids[:, 0].expand(batch)
-        rotary = _shared_table(self.inv_freq, spec.max_distance, device)
-        places = position[:, None] + torch.arange(length, device=device)
-        score = random_scores(places, spec.kv_heads, self.seed * 1_000_003 + self.layer_idx)
-        mixed, present = memory_attention(query, key, value, score, position, state, spec, rotary)
-        mixed = spec.config.attention_weight * mixed
-        if spec.config.recurrent:
-            recurred, present["recurrent_state"] = linear_attention(
-                query, key, value, gate=spec.config.gate, initial_state=state["recurrent_state"]
-            )
-            mixed = mixed + spec.config.recurrence_weight * recurred
-        if layer is not None:
-            layer.advance(state | present, length)
-        return self.o_proj(mixed.flatten(2)), None
+    def foresee(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the numbers for positions `[B or 1, T]` as `[B, T, H_kv]`."""
+        position = position_ids.expand(hidden_states.shape[:2])
+        return random_scores(position, self.spec.kv_heads, self.seed * 1_000_003 + self.layer_idx)
 
 
 def random_scores(position: Tensor, heads: int, seed: int) -> Tensor:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ligerexport.console import ProgressFactory, silent
+from ligerexport.corpus import cut_windows, read_tokens, text_files
 from ligerexport.errors import CheckpointError
-from ligerexport.evaluate.corpus import cut_windows, read_tokens, text_files
 from ligerexport.evaluate.settings import KEYS, PAIR_LENGTHS, PAIRS, Settings, choose_parts
 from ligerexport.evaluate.subject import Subject, check_same_tokenizer, is_artifact, open_subject, state_bytes
 

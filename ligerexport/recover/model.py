@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ligerexport.checkpoint import CheckpointInfo, check_checkpoint
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
-from ligerexport.families import get_family
 from ligerexport.recover.config import RecoverConfig
 
 if TYPE_CHECKING:
@@ -102,12 +101,10 @@ def load_teacher(info: CheckpointInfo, against: str | Path | None, dtype: torch.
         SourceError: There is no such model.
         CheckpointError: It is incomplete or damaged.
     """
+    from ligerexport.convert import load_transformer
+
     path, raw = teacher_config(info, against)
-    family = get_family(raw["model_type"])
-    config = family.attribute("Config").from_dict(raw)
-    config._attn_implementation = "sdpa"
-    model = family.attribute("ForCausalLM").from_pretrained(path, config=config, dtype=dtype)
-    return model.eval().requires_grad_(False)
+    return load_transformer(path, raw, dtype).requires_grad_(False)
 
 
 def teacher_config(info: CheckpointInfo, against: str | Path | None) -> tuple[Path, dict[str, Any]]:
@@ -118,9 +115,7 @@ def teacher_config(info: CheckpointInfo, against: str | Path | None) -> tuple[Pa
                 f"{info.path} was recovered before, so its weights are no longer the Transformer's",
                 hint="name the Transformer that it came from: --against MODEL",
             )
-        family = get_family(info.config["model_type"])
-        changes = {"model_type": family.model_type, "architectures": [f"{family.prefix}ForCausalLM"]}
-        return info.path, {k: v for k, v in info.config.items() if not k.startswith("liger")} | changes
+        return info.path, dict(info.config)
     from ligerexport.sources import resolve
 
     teacher = check_checkpoint(resolve(against).path, tokenizer=False)

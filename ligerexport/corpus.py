@@ -1,4 +1,4 @@
-"""Held-out text: files and directories become one stream of tokens and windows of it."""
+"""Plain text: files and directories become one stream of tokens and windows of it, to measure or to fit on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def text_files(paths: Iterable[Path]) -> list[Path]:
+def text_files(paths: Iterable[Path], option: str = "--text") -> list[Path]:
     """Return the files that are meant: a file itself, of a directory every `.txt` below it, in the order of names.
+
+    Args:
+        paths: Files and directories.
+        option: Under which the user gave them, for hints.
 
     Raises:
         UsageError: One is not there, or a directory holds no text.
@@ -24,12 +28,12 @@ def text_files(paths: Iterable[Path]) -> list[Path]:
         if path.is_dir():
             found = sorted(file for file in path.rglob("*.txt") if file.is_file())
             if not found:
-                raise UsageError(f"no .txt file in {path}", hint="name the files themselves: --text FILE")
+                raise UsageError(f"no .txt file in {path}", hint=f"name the files themselves: {option} FILE")
             files += found
         elif path.is_file():
             files.append(path)
         else:
-            raise UsageError(f"no file or directory {path}", hint="give plain text: --text FILE_OR_DIRECTORY")
+            raise UsageError(f"no file or directory {path}", hint=f"give plain text: {option} FILE_OR_DIRECTORY")
     return files
 
 
