@@ -1,9 +1,11 @@
 """Convert, recover and evaluate by the ordinary commands, row after row: what each preset and recipe is worth.
 
-    python benchmarks/recovery.py MODEL --chats chats.jsonl --calibrate prose/ --text heldout/ -o recovery.json
+    python benchmarks/recovery.py MODEL --chats chats.jsonl --calibrate prose/ --text heldout/ --heldout-chats \
+        heldout.jsonl -o recovery.json
 
 MODEL is the Transformer. `--chats` is what recovery reads (see `ligerexport recover`), `--calibrate` the text that
-scores are fitted on, `--text` what nobody was trained on. Rows that end in `untrained` are only converted; `window` has
+scores are fitted on; nobody was trained on `--text`, which loss and recall are measured on, nor on `--heldout-chats`,
+whose loss is measured in windows of 2,048 tokens. Rows that end in `untrained` are only converted; `window` has
 the same number of exact slots as the default and the same training, so it is the control for all others.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -19,7 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import ligerexport as lx
+from ligerexport.config import get_preset
 from ligerexport.console import progress, say
+from ligerexport.recover.records import read_records
+from ligerexport.recover.result import merge_adapter
+from ligerexport.sources import resolve
+from ligerexport.text import TextModel
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Row:
 
 WINDOW = {"window": 124}
 MIXED = {"recurrence_weight": 0.1}
+LONG = {"length": 2048, "batch_tokens": 16384}
 
 ROWS: dict[str, Row] = {
     "window, untrained": Row("sinks", WINDOW),
@@ -58,27 +67,57 @@ ROWS: dict[str, Row] = {
     "foresight, untrained": Row("foresight"),
     "foresight, distill": Row("foresight", {}, "distill", controls=("random-judge",)),
     "foresight with recurrence, distill": Row("foresight", MIXED, "distill", controls=("no-recurrence",)),
+    "evicted, untrained": Row("evicted", controls=("no-recurrence",)),
+    "evicted, distill": Row("evicted", {}, "distill", controls=("no-recurrence",)),
+    "evicted, distill, long": Row("evicted", {}, "distill", LONG, controls=("no-recurrence",)),
 }
+
+
+CHAT_LENGTH = 2048
+
+
+def judge(model: str | Path, args: argparse.Namespace, controls: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the tables of a model and of its controls: loss and recall on prose, loss on chats."""
+    shared: dict[str, Any] = {"controls": controls, "batch": args.batch, "progress": progress}
+    found = {
+        "tables": lx.evaluate(
+            model, text=args.text, parts=("nll", "recall"), length=args.length, windows=args.windows,
+            trials=args.trials, **shared,
+        ).to_dict()["rows"]
+    }  # fmt: skip
+    if args.heldout_chats:
+        with tempfile.TemporaryDirectory() as place:
+            text = Path(place, "chats.txt")
+            text.write_text(rendered(model, args.heldout_chats), encoding="utf-8")
+            report = lx.evaluate(model, text=[text], parts=("nll",), length=CHAT_LENGTH, windows=10_000, **shared)
+        found["chats"] = report.to_dict()["rows"]
+    return found
+
+
+def rendered(model: str | Path, files: list[Path]) -> str:
+    """Return conversations as the model reads them, one after the other."""
+    text = TextModel(resolve(model).path)
+    conversations = ([{"role": role, "content": said} for role, said in x.turns] for x in read_records(files))
+    return "".join(text.render(turns, answer=False) for turns in conversations)
 
 
 def measure(name: str, row: Row, args: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Return the tables of a row and of its controls, and what training took."""
-    fitted = {"calibrate": args.calibrate} if row.preset == "foresight" and args.calibrate else {}
+    fitted = {"calibrate": args.calibrate} if get_preset(row.preset).foresees and args.calibrate else {}
     model = lx.convert(args.model, place / "converted", preset=row.preset, progress=progress, **fitted, **row.changes)
     found: dict[str, Any] = {"preset": row.preset, "changes": row.changes, "recipe": row.recipe}
     if row.recipe is not None:
         start, losses = time.perf_counter(), []
         settings = {"tokens": args.tokens, "dtype": args.dtype, **row.settings}
-        model = lx.recover(
-            model, args.chats, place / "recovered", recipe=row.recipe, progress=progress,
-            on_step=lambda step: losses.append((step.phase, step.loss)), **settings,
+        adapters = args.adapters or place / "adapters"
+        adapters.mkdir(parents=True, exist_ok=True)
+        adapter = lx.recover(
+            model, args.chats, adapters / re.sub(r"\W+", "-", name), recipe=row.recipe, merge=False, force=True,
+            progress=progress, on_step=lambda step: losses.append((step.phase, step.loss)), **settings,
         )  # fmt: skip
+        model = merge_adapter(model, adapter, place / "recovered")
         found |= {"settings": settings, "seconds": time.perf_counter() - start, "losses": losses}
-    report = lx.evaluate(
-        model, text=args.text, parts=("nll", "recall"), controls=row.controls, length=args.length, windows=args.windows,
-        trials=args.trials, batch=args.batch, progress=progress,
-    )  # fmt: skip
-    return found | {"tables": report.to_dict()["rows"]}
+    return found | judge(model, args, row.controls)
 
 
 def main() -> None:
@@ -88,7 +127,9 @@ def main() -> None:
     parser.add_argument("--chats", type=Path, nargs="+")
     parser.add_argument("--calibrate", type=Path, nargs="+")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--heldout-chats", type=Path, nargs="+")
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--adapters", type=Path, help="where what was trained is kept; nowhere by default")
     parser.add_argument("--only", nargs="*", help="rows to measure; all by default")
     parser.add_argument("--tokens", type=int, default=3_000_000)
     parser.add_argument("--dtype", default="bf16")
@@ -101,14 +142,7 @@ def main() -> None:
     result["command"] = "python " + " ".join(sys.argv)
     for name in args.only or ["teacher", *ROWS]:
         with tempfile.TemporaryDirectory() as place:
-            if name == "teacher":
-                report = lx.evaluate(
-                    args.model, text=args.text, parts=("nll", "recall"), length=args.length, windows=args.windows,
-                    trials=args.trials, batch=args.batch, progress=progress,
-                )  # fmt: skip
-                found = {"tables": report.to_dict()["rows"]}
-            else:
-                found = measure(name, ROWS[name], args, Path(place))
+            found = judge(args.model, args) if name == "teacher" else measure(name, ROWS[name], args, Path(place))
         result["rows"][name] = found
         args.output.write_text(json.dumps(result, indent=1) + "\n")
         say(f"{name}: {json.dumps(found['tables'])[:400]}")

@@ -121,6 +121,11 @@ def _plan(
     kernels: dict[str, Kernel] = {}
     work: dict[tuple[str, int], _Job] = {}
     for spec in specs:
+        if spec.config.evicts:
+            raise UsageError(
+                "no kernel is compiled ahead of time for a recurrence over evicted tokens",
+                hint="convert with --recurrence-weight 0, or with another preset",
+            )
         for name in operators:
             if name == "linear_attention" and not spec.config.recurrent:
                 continue

@@ -53,7 +53,7 @@ def memory_attention(
     state: MixerState,
     spec: MixerSpec,
     rotary: Tensor,
-) -> tuple[Tensor, MixerState]:
+) -> tuple[Tensor, MixerState, Tensor, Tensor]:
     """Attend over the slots and choose the slots that the next block starts with.
 
     Args:
@@ -67,7 +67,8 @@ def memory_attention(
         rotary: From `rotary_table`, with `ahead` at least T.
 
     Returns:
-        Output `[B, H_kv, G, T, d_v]` and the slots after the last token.
+        Output `[B, H_kv, G, T, d_v]`, the slots after the last token, the logarithm of the softmax's denominator
+        `[B, H_kv, G, T]`, and the position of the token that lost its place at each step `[B, H_kv, T]`, -1 for none.
     """
     config = spec.config
     now = position[:, None] + torch.arange(key.shape[2], device=key.device)
@@ -87,7 +88,11 @@ def memory_attention(
         local = torch.softmax(logits.where(always[:, :, None], MASKED), dim=-1)
         scores = _scores(local, seen & near, distance, values, arrival, state["slot_score"], spec)
     visible = always | _kept(seen & ~near & ~sink, scores, positions, config.slots)
-    output = torch.softmax(logits.where(visible[:, :, None], MASKED), dim=-1) @ values[:, :, None]
+    logits = logits.where(visible[:, :, None], MASKED)
+    output = torch.softmax(logits, dim=-1) @ values[:, :, None]
+    lost = torch.nn.functional.pad(state["slot_position"] >= 0, (0, key.shape[2]))[:, :, None]
+    lost = torch.cat([lost, visible[:, :, :-1]], dim=2) & ~visible
+    lost_position = torch.where(lost, positions[:, :, None], -1).amax(dim=-1)
 
     last = positions.where(visible[:, :, -1], -1)
     order = last.sort(dim=-1, stable=True).indices[..., -config.num_slots :]
@@ -98,7 +103,7 @@ def memory_attention(
     }
     if scores is not None:
         present["slot_score"] = scores.gather(-1, order[:, :, None].expand(-1, -1, scores.shape[2], -1))
-    return output, present
+    return output, present, logits.logsumexp(dim=-1), lost_position
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

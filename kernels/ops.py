@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ligerexport.kernels.evicted import evicted_recurrence
 from ligerexport.kernels.library.linear_attention import linear_attention
 from ligerexport.kernels.library.memory_attention import BLOCK, memory_attention
 from ligerexport.kernels.library.recall_error import recall_error
@@ -31,7 +32,7 @@ def liger_mixer(
     rotary: Tensor,
     score: Tensor | None = None,
 ) -> tuple[Tensor, MixerState]:
-    """Mix softmax over the bounded exact memory with the gated recurrence.
+    """Mix softmax over the bounded exact memory with the recurrence.
 
     Differentiable in query, key and value, not in state and score.
 
@@ -58,7 +59,13 @@ def liger_mixer(
         raise ValueError("a pool is kept by a learned score, and no score was given")
     if config.judged:
         arrival, present["judge_state"] = recall_error(key.detach(), value.detach(), position, state["judge_state"])
-    mixed, slots = memory_attention(query, key, value, arrival, position, state, spec, rotary)
+    mixed, slots, evicted = memory_attention(query, key, value, arrival, position, state, spec, rotary)
+    if evicted is not None:
+        mixed, present["recurrent_state"], present["recurrent_mass"] = evicted_recurrence(
+            query, evicted.key, evicted.value, evicted.lost, mixed, evicted.normaliser, state["recurrent_state"],
+            state["recurrent_mass"], spec, rotary,
+        )  # fmt: skip
+        return mixed.to(query.dtype), slots | present
     mixed = config.attention_weight * mixed
     if config.recurrent:
         padding = (position[:, None] + torch.arange(key.shape[1], device=key.device) < 0)[..., None, None]

@@ -45,6 +45,7 @@ def liger_mixer_reference(
         for h in range(spec.kv_heads):
             slots = _load_slots(state, b, h)
             recurrent = state["recurrent_state"][b, h] if spec.config.recurrent else None
+            mass = state["recurrent_mass"][b, h] if spec.config.evicts else None
             judge = present["judge_state"][b, h] if spec.config.judged else None
             for t in range(length):
                 now = int(position[b]) + t
@@ -55,14 +56,23 @@ def liger_mixer_reference(
                 if spec.config.foresees:
                     assert score is not None
                     arrival = score[b, t, h].item()
-                mixed = spec.config.attention_weight * _attend(q, k, v, now, slots, arrival, spec, rotary)
-                if recurrent is not None:
+                mixed, normaliser, evicted = _attend(q, k, v, now, slots, arrival, spec, rotary)
+                if mass is not None:
+                    assert recurrent is not None
+                    for slot in evicted:
+                        recurrent, mass = _evict(slot, recurrent, mass, spec, rotary)
+                    mixed = _expand(q, recurrent, mass, mixed, normaliser, spec, rotary)
+                else:
+                    mixed = spec.config.attention_weight * mixed
+                if recurrent is not None and mass is None:
                     recurred, recurrent = _recur(q, k, v, recurrent, spec)
                     mixed = mixed + spec.config.recurrence_weight * recurred
                 output[b, t, h * group : (h + 1) * group] = mixed
             _store_slots(present, b, h, slots)
             if recurrent is not None:
                 present["recurrent_state"][b, h] = recurrent.detach()
+            if mass is not None:
+                present["recurrent_mass"][b, h] = mass.detach()
     return output, present
 
 
@@ -79,10 +89,49 @@ def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) 
     return _features(q, gate.query_map) @ recurrent, recurrent
 
 
+def _slow(spec: MixerSpec, rotary: Tensor) -> tuple[int, Tensor]:
+    """Return the distance at which the recurrence reads, and which channels turn by at most 90 degrees over it."""
+    distance = min(spec.config.recurrence_distance, spec.max_distance)
+    cos, sin = rotary[:, spec.max_distance - 1].double()
+    slow = torch.atan2(-sin, cos) * distance <= math.pi / 2
+    slow = torch.cat([slow, slow, slow.new_ones(spec.d_k - 2 * len(slow))])
+    slow[0] = False  # the count of the evicted is there
+    return distance, slow
+
+
+def _evict(slot: Slot, recurrent: Tensor, mass: Tensor, spec: MixerSpec, rotary: Tensor) -> tuple[Tensor, Tensor]:
+    """Add one token to the recurrence, by the features 1 and its slow channels."""
+    phi = slot.key * _slow(spec, rotary)[1]
+    phi = torch.cat([phi.new_ones(1), phi[1:]])
+    return recurrent + torch.outer(phi, slot.value), mass + phi
+
+
+def _expand(
+    q: Tensor, recurrent: Tensor, mass: Tensor, mixed: Tensor, normaliser: Tensor, spec: MixerSpec, rotary: Tensor
+) -> Tensor:
+    """Share the softmax's denominator with the first-order expansion around the mean logit of the evicted."""
+    count = mass[0]
+    if count == 0:
+        return mixed
+    distance, slow = _slow(spec, rotary)
+    back = rotary.clone()
+    back[1] *= -1  # the table reaches back further than ahead
+    phi = spec.scale * _rotate(q, -distance, spec, back) * slow
+    mean = phi @ mass / count  # [G], the mean logit
+    deviation = phi @ recurrent - mean[:, None] * recurrent[0]  # of the logits from it, times values
+    answer = (recurrent[0] + deviation) / count
+    share = torch.sigmoid(mean + torch.log(spec.config.recurrence_weight * count) - normaliser)
+    return (1 - share)[:, None] * mixed + share[:, None] * answer
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, now: int, slots: list[Slot], arrival: float, spec: MixerSpec, rotary: Tensor
-) -> Tensor:
-    """Take the token into `slots`, drop the loser of its leaving token, and attend: `[G, d_v]`."""
+) -> tuple[Tensor, Tensor, list[Slot]]:
+    """Take the token into `slots`, drop the loser of its leaving token, and attend.
+
+    Returns:
+        Output `[G, d_v]`, the logarithm of the softmax's denominator `[G]`, and what was dropped.
+    """
     config = spec.config
     scores = [arrival if get_score(name).on_arrival else 0.0 for name, _ in config.slots]
     slots.append(Slot(k, v, now, scores))
@@ -91,6 +140,7 @@ def _attend(
     kept = _kept(
         [s for s, near in zip(slots, in_window, strict=True) if not near and s.position >= config.sinks], config.slots
     )
+    before = list(slots)
     slots[:] = [
         s
         for s, near in zip(slots, in_window, strict=True)
@@ -99,7 +149,9 @@ def _attend(
 
     logits = torch.stack([_logit(q, s.key, now - s.position, spec, rotary) for s in slots], dim=-1)
     _score(logits, now, slots, spec)
-    return torch.softmax(logits, dim=-1) @ torch.stack([s.value for s in slots])
+    evicted = [s for s in before if not any(s is other for other in slots)]
+    mixed = torch.softmax(logits, dim=-1) @ torch.stack([s.value for s in slots])
+    return mixed, torch.logsumexp(logits, dim=-1), evicted
 
 
 def _judge(k: Tensor, v: Tensor, judge: Tensor) -> float:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ligerexport.errors import UsageError, close_matches, look_up
 from ligerexport.gates import get_gate
 from ligerexport.memory import get_score
+
+RECURRENCES = ("parallel", "evicted")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,11 @@ class LigerConfig:
         slots: Pools of further exact slots per KV head: (score, count), in order; what a pool drops competes for the
             next one.
         attention_weight: Weight of the softmax over the slots in the mixed output.
-        recurrence_weight: Weight of the gated recurrence; at 0 it is neither computed nor kept.
+        recurrence_weight: Weight of the recurrence; at 0 it is neither computed nor kept.
+        recurrence: `parallel` reads every token through the gate and is added to the softmax, as in the paper;
+            `evicted` reads the tokens that lost their place in the memory and shares the softmax's denominator, so
+            that its weight is 1 and it takes what the softmax would have given them. It has no gate.
+        recurrence_distance: Distance in tokens at which `evicted` reads what it holds.
         keep_softmax: Layers left as they are, with a growing key-value cache.
         max_distance: Largest rotary distance in tokens; farther slots are read as if at this distance. None takes
             the checkpoint's trained length.
@@ -40,6 +46,8 @@ class LigerConfig:
     slots: tuple[tuple[str, int], ...] = ()
     attention_weight: float = 0.5
     recurrence_weight: float = 0.5
+    recurrence: Literal["parallel", "evicted"] = "parallel"
+    recurrence_distance: int = 512
     keep_softmax: tuple[int, ...] = ()
     max_distance: int | None = None
 
@@ -67,6 +75,14 @@ class LigerConfig:
             raise UsageError(
                 f"mix weights {self.attention_weight} and {self.recurrence_weight}", hint="neither may be negative"
             )
+        look_up("recurrence", self.recurrence, dict.fromkeys(RECURRENCES))
+        if self.evicts and self.attention_weight != 1:
+            raise UsageError(
+                f"attention weight {self.attention_weight:g} with a recurrence over what was evicted",
+                hint="it shares the softmax's denominator: --attention-weight 1",
+            )
+        if self.recurrence_distance < 1:
+            raise UsageError(f"recurrence distance {self.recurrence_distance}", hint="give at least one token")
         if self.max_distance is not None and self.max_distance < self.window:
             raise UsageError(
                 f"max_distance {self.max_distance} is smaller than the window {self.window}",
@@ -95,8 +111,13 @@ class LigerConfig:
 
     @property
     def recurrent(self) -> bool:
-        """Whether the output contains the gated recurrence."""
+        """Whether the output contains a recurrence."""
         return self.recurrence_weight > 0
+
+    @property
+    def evicts(self) -> bool:
+        """Whether what loses its place in the memory goes to the recurrence."""
+        return self.recurrent and self.recurrence == "evicted"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -155,6 +176,17 @@ PRESETS: dict[str, Preset] = {
         ),
         "the same with a score that foresees what will be asked for; needs --calibrate or scores that come with "
         "the model",
+    ),
+    "evicted": Preset(
+        LigerConfig(
+            window=60,
+            sinks=4,
+            slots=(("recent_use", 28), ("learned", 36)),
+            attention_weight=1.0,
+            recurrence_weight=1.0,
+            recurrence="evicted",
+        ),
+        "foresight, and a recurrence that reads what loses its slot and shares the softmax's denominator",
     ),
 }
 

@@ -81,7 +81,8 @@ class MixerSpec:
     def state(self) -> tuple[TensorSpec, ...]:
         """Return the tensors that carry this layer from one call to the next, in order.
 
-        `recurrent_state` `[B, H_kv, d_k, d_v]` is the gated recurrence; `judge_state` `[B, H_kv, d_k, d_v + 1]` the
+        `recurrent_state` `[B, H_kv, d_k, d_v]` is the recurrence, `recurrent_mass` `[B, H_kv, d_k]` the sum of the
+        features of evicted tokens, the first of which counts them; `judge_state` `[B, H_kv, d_k, d_v + 1]` the
         linear state without decay that judges novelty, its last column the sum of the keys' features; the slots hold
         keys before rotary embedding, values, positions (-1 is an empty slot) and one score a pool, ordered by position.
         """
@@ -95,6 +96,8 @@ class MixerSpec:
             tensors.append(TensorSpec("slot_score", (heads, len(c.slots), c.num_slots), "float32"))
         if c.recurrent:
             tensors.append(TensorSpec("recurrent_state", (heads, self.d_k, self.d_v), "float32"))
+        if c.evicts:
+            tensors.append(TensorSpec("recurrent_mass", (heads, self.d_k), "float32"))
         if c.judged:
             tensors.append(TensorSpec("judge_state", (heads, self.d_k, self.d_v + 1), "float32"))
         return tuple(tensors)

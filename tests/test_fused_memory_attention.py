@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ from ligerexport.kernels.fused import candidates as candidates_module
 from ligerexport.kernels.fused import slots as slots_module
 from ligerexport.kernels.fused.memory_attention import Attended, backward, forward
 from ligerexport.kernels.fused.slot_scores import complete_scores
+from ligerexport.kernels.library.memory_attention import find_lost
 from ligerexport.kernels.memory_attention import memory_attention as plain_memory_attention
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.kernels.ops import BLOCK
@@ -46,21 +48,21 @@ class _Attend(torch.autograd.Function):
     """The fused kernels without dispatch, so that the interpreter runs them on CPU tensors."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Attended]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Attended]:
         q, k, v, arrival, *rest, death = arguments
         attended = forward(q, k, v, arrival, *rest, death)
         ctx.arguments = (q, k, v, *rest), attended
-        return attended.output, attended
+        return attended.output, attended.lse, attended
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         arguments, attended = ctx.arguments
-        return *backward(gradients[0], *arguments, attended), *[None] * 6
+        return *backward(gradients[0], *arguments, attended, gradients[1]), *[None] * 6
 
 
 def memory_attention(*arguments: Any, death: Tensor | None = None) -> tuple[Tensor, MixerState]:
     """Return output, differentiable, and slots."""
-    output, attended = _Attend.apply(*arguments, death)
+    output, _, attended = _Attend.apply(*arguments, death)
     return output, attended.present
 
 
@@ -130,18 +132,20 @@ if DEVICE == "cuda":
 
 def plain(
     inputs: list[Tensor], arrival: Tensor, position: Tensor, state: MixerState, spec: MixerSpec, table: Tensor
-) -> tuple[Tensor, MixerState]:
-    """Chain plain torch over blocks, as `ops.py` does."""
-    outputs = []
+) -> tuple[Tensor, MixerState, Tensor, Tensor]:
+    """Chain plain torch over blocks: output, slots, base-2 normalisers `[B, H_q, T]`, positions of the evicted."""
+    outputs, normalisers, evicted = [], [], []
     for start in range(0, inputs[0].shape[1], BLOCK):
         q, k, v = (x[:, start : start + BLOCK] for x in inputs)
         q = q.unflatten(2, (spec.kv_heads, -1)).permute(0, 2, 3, 1, 4)
         fresh = arrival[:, start : start + BLOCK].transpose(1, 2)
-        output, state = plain_memory_attention(
+        output, state, normaliser, lost = plain_memory_attention(
             q, k.transpose(1, 2), v.transpose(1, 2), fresh, position + start, state, spec, table
         )
         outputs.append(output.permute(0, 3, 1, 2, 4).flatten(2, 3))
-    return torch.cat(outputs, dim=1), state
+        normalisers.append(normaliser.flatten(1, 2) / math.log(2))
+        evicted.append(lost)
+    return torch.cat(outputs, dim=1), state, torch.cat(normalisers, dim=2), torch.cat(evicted, dim=2)
 
 
 def real(position: Tensor, length: int) -> Tensor:
@@ -176,20 +180,28 @@ def _small_blocks_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compare(case: Case) -> None:
-    """Compare output, slots and gradients in fp32 with plain torch in fp64."""
+    """Compare output, normalisers, slots, the evicted and gradients in fp32 with plain torch in fp64."""
     spec = case.spec()
     inputs, arrival, position = case.inputs()
     exact = [x.double().requires_grad_() for x in inputs]
     leaves = [x.requires_grad_() for x in inputs]
     start, table = case.start(torch.float64), case.table(torch.float64)
-    expected, expected_state = plain(exact, arrival.double(), position, start, spec, table)
-    found, state = memory_attention(*leaves, arrival, position, case.start(), spec, case.table())
+    expected, expected_state, expected_log, expected_lost = plain(exact, arrival.double(), position, start, spec, table)
+    found, log, attended = _Attend.apply(*leaves, arrival, position, case.start(), spec, case.table(), None)
     mask = real(position, case.length)
     assert error(found * mask, expected * mask) <= FUSED_FP32
-    assert_states_equal(state, expected_state)
-    weight = torch.randn_like(expected) * mask
-    wanted = torch.autograd.grad((expected * weight).sum(), exact)
-    for gradient, true in zip(torch.autograd.grad((found * weight).sum(), leaves), wanted, strict=True):
+    there = mask[:, None, :, 0, 0] > 0
+    assert error(torch.where(there, log, 0.0), torch.where(there, expected_log, 0.0)) <= FUSED_FP32
+    assert_states_equal(attended.present, expected_state)
+    lost = find_lost(attended.death, position, start["slot_position"]).transpose(1, 2)
+    index = spec.config.num_slots + expected_lost - position[:, None, None]  # no slot was filled at the start
+    assert torch.equal(lost, index.where(expected_lost >= 0, -1))
+    weight, other = torch.randn_like(expected) * mask, torch.randn_like(expected_log)
+    wanted = torch.autograd.grad(
+        (expected * weight).sum() + (expected_log * other)[there.expand_as(other)].sum(), exact
+    )
+    gradients = torch.autograd.grad((found * weight).sum() + (log * other)[there.expand_as(other)].sum(), leaves)
+    for gradient, true in zip(gradients, wanted, strict=True):
         assert gradient.dtype == torch.float32
         assert error(gradient, true) <= FUSED_FP32 or true.norm() == 0
 
@@ -261,7 +273,7 @@ def test_half_precision_with_the_same_memory() -> None:
         complete_scores(found)
         death = slots_module.deaths(found)
         start, table = case.start(torch.float64), case.table(torch.float64)
-        expected, _ = plain(exact, arrival.double(), position, start, spec, table)
+        expected, *_ = plain(exact, arrival.double(), position, start, spec, table)
         leaves = [x.requires_grad_() for x in inputs]
         output, _ = memory_attention(*leaves, arrival, position, case.start(HALF), spec, case.table(), death=death)
         assert output.dtype == HALF

@@ -14,7 +14,7 @@ from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.memory import SCORES
 from ligerexport.state import MixerSpec, MixerState
-from tests.tolerances import OP_FP32
+from tests.tolerances import FUSED_FP32, OP_FP32
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EVERYTHING = LigerConfig(
@@ -22,9 +22,15 @@ EVERYTHING = LigerConfig(
     recurrence_weight=0.3,
 )  # fmt: skip
 CONFIGS = {
-    "liger": replace(PRESETS["liger"].config, window=8), "sinks": PRESETS["sinks"].config, "all": EVERYTHING,
+    "liger": replace(PRESETS["liger"].config, window=8),
+    "sinks": PRESETS["sinks"].config,
+    "all": EVERYTHING,
     "foresight": replace(EVERYTHING, slots=(("recent_use", 3), ("learned", 4))),
-}  # fmt: skip
+    "evicted": replace(
+        EVERYTHING, attention_weight=1.0, recurrence_weight=1.0, recurrence="evicted", recurrence_distance=6
+    ),
+}
+STEPPING = [name for name, config in CONFIGS.items() if not config.evicts]  # fmt: skip
 OPS = torch.ops.ligerexport
 
 
@@ -73,6 +79,8 @@ def test_operators_are_registered_as_they_behave(name: str, device: str) -> None
     torch.library.opcheck(OPS.linear_attention.default, arguments, test_utils=some)
     judge = torch.rand(2, 2, 32, 17, device=device)
     torch.library.opcheck(OPS.recall_error.default, (k.detach(), v.detach(), position, judge))
+    if layer.spec.config.evicts:
+        return
     one = [x[:, 0].detach() for x in (q, k, v)]
     names = ("slot_key", "slot_value", "slot_position", "slot_score", "recurrent_state", "judge_state")
     tensors = [state[n].clone() if n in state else None for n in names]
@@ -110,7 +118,7 @@ def test_exported_graph_holds_one_operator_for_each_part(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", STEPPING)
 def test_step_in_place_equals_the_mixer(name: str, device: str) -> None:
     """Rows of the pools in another order, one sequence skipped, one still in its padding."""
     layer = Layer(CONFIGS[name], device)
@@ -137,9 +145,36 @@ def test_step_in_place_equals_the_mixer(name: str, device: str) -> None:
                 assert (pools[key][row] - after[key][sequence]).abs().max() <= OP_FP32
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kernels_equal_plain_torch_in_fp64(name: str) -> None:
+    """The whole mixer on the GPU, from a state that has evicted tokens: output, state and gradients."""
+    layer = Layer(CONFIGS[name], "cuda")
+    prompt, position = layer.inputs(2, 300), torch.tensor([0, -30], device="cuda")
+    inputs = layer.inputs(2, 200)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        table, layer.rotary = layer.rotary, layer.rotary.to(dtype)
+        state = layer.spec.initial_state(2, dtype, "cuda")
+        with torch.no_grad():
+            _, state = layer(*(x.to(dtype) for x in prompt), position, state)
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        output, state = layer(*leaves, position + 300, state)
+        gradients = torch.autograd.grad((output * torch.linspace(-1, 1, 16, device="cuda").to(dtype)).sum(), leaves)
+        results.append([output.detach(), *gradients, *state.values()])
+        layer.rotary = table
+    for exact, found in zip(*results, strict=True):
+        assert (found - exact).double().norm() <= FUSED_FP32 * exact.double().norm()
+
+
 def test_mistakes_are_named() -> None:
     layer = Layer(CONFIGS["foresight"], "cpu")
     with pytest.raises(ValueError, match="no score was given"):
+        mixer_step(
+            *(x[:, 0] for x in layer.inputs(2, 1)), torch.tensor([0, 5]), layer.state(2), layer.spec, layer.rotary
+        )
+    layer = Layer(CONFIGS["evicted"], "cpu")
+    with pytest.raises(ValueError, match="no one-launch step"):
         mixer_step(
             *(x[:, 0] for x in layer.inputs(2, 1)), torch.tensor([0, 5]), layer.state(2), layer.spec, layer.rotary
         )

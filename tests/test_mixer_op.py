@@ -22,7 +22,13 @@ from tests.tolerances import OP_FP32, OP_FP64
 SMALL = LigerConfig(window=8, sinks=2, attention_weight=0.7, recurrence_weight=0.3)
 EVERY_SCORE = replace(SMALL, slots=tuple((name, 2 + i) for i, name in enumerate(SCORES) if name != "learned"))
 FORESIGHT = replace(EVERY_SCORE, slots=(*EVERY_SCORE.slots[:2], ("learned", 3), *EVERY_SCORE.slots[2:-1]))
+EVICTED = replace(
+    SMALL, slots=(("peak_use", 3), ("novelty", 2)), attention_weight=1.0, recurrence_weight=0.9, recurrence="evicted",
+    recurrence_distance=6,
+)  # fmt: skip
 CONFIGS = {
+    "evicted": EVICTED,
+    "evicted from the window": replace(EVICTED, slots=(), recurrence_weight=1.0),
     "liger": PRESETS["liger"].config,
     "sinks": PRESETS["sinks"].config,
     "memory": PRESETS["memory"].config,
@@ -70,6 +76,8 @@ CASES = [(name, length) for name in CONFIGS for length in (7, 65)] + [
     ("every score", 64),
     ("memory", 150),
     ("liger", 150),
+    ("evicted", 150),
+    ("evicted", 1),
 ]
 
 
@@ -83,7 +91,7 @@ def test_chunked_equals_the_loop(name: str, length: int) -> None:
     assert_states_equal(found_state, expected_state, OP_FP64)
 
 
-@pytest.mark.parametrize("name", ["liger", "memory", "every score", "foresight"])
+@pytest.mark.parametrize("name", ["liger", "memory", "every score", "foresight", "evicted"])
 def test_any_cut_gives_the_same(name: str) -> None:
     spec, (q, k, v, position), state, table = make(CONFIGS[name], 150)
     expected, expected_state = liger_mixer(q, k, v, position, state, spec, table, foreseen(v))
@@ -96,7 +104,7 @@ def test_any_cut_gives_the_same(name: str) -> None:
     assert_states_equal(state, expected_state, OP_FP64)
 
 
-@pytest.mark.parametrize("config", [EVERY_SCORE, FORESIGHT], ids=["every score", "foresight"])
+@pytest.mark.parametrize("config", [EVERY_SCORE, FORESIGHT, EVICTED], ids=["every score", "foresight", "evicted"])
 @pytest.mark.parametrize("padding", [20, 2 * BLOCK])
 def test_padding_on_the_left_changes_nothing(padding: int, config: LigerConfig) -> None:
     spec, (q, k, v, _), state, table = make(config, 70 + padding, position=(0, 0))
@@ -124,7 +132,7 @@ def test_strong_gates_stay_exact(gate: str) -> None:
     assert difference.abs().max() <= OP_FP32 * expected_state["recurrent_state"].abs().max()
 
 
-@pytest.mark.parametrize("name", ["liger", "every score", "foresight"])
+@pytest.mark.parametrize("name", ["liger", "every score", "foresight", "evicted"])
 def test_gradients_equal_those_of_the_loop(name: str) -> None:
     spec, inputs, state, table = make(CONFIGS[name], 40, position=(0,))
     weight = torch.randn(1, 40, 6, 12, dtype=torch.float64)

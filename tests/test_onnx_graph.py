@@ -39,6 +39,7 @@ LOGITS = 2e-4
 CHUNK = 96
 INV_FREQ = 1 / (100 ** (torch.arange(8) / 8))
 
+EVICTED = replace(FORESIGHT, recurrence_weight=1.0, recurrence="evicted", recurrence_distance=5)
 MIXERS = {
     "paper": LigerConfig(gate="gla", window=16, max_distance=200),
     "hgrn2": LigerConfig(gate="hgrn2", window=9, sinks=2, attention_weight=0.7, recurrence_weight=0.4, max_distance=30),
@@ -46,6 +47,8 @@ MIXERS = {
                           slots=(("use", 2), ("novelty", 3), ("peak_use", 4), ("peak_effect", 2), ("recent_use", 2))),
     "memory": MEMORY,
     "foresight": FORESIGHT,
+    "evicted": EVICTED,
+    "evicted from the window": replace(EVICTED, slots=(), recurrence_weight=0.7),
 }  # fmt: skip
 
 
@@ -209,9 +212,10 @@ def test_model_is_the_torch_model(tmp_path: Path, family: str, gate: str, loweri
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("config", [FORESIGHT, EVICTED], ids=["foresight", "evicted"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_scores_of_the_hidden_state(tmp_path: Path, family: str, lowering: str) -> None:
-    check_model(read_spec(make_checkpoint(tmp_path / "model", FORESIGHT, family)), tmp_path, lowering)
+def test_scores_of_the_hidden_state(tmp_path: Path, family: str, config: LigerConfig, lowering: str) -> None:
+    check_model(read_spec(make_checkpoint(tmp_path / "model", config, family)), tmp_path, lowering)
 
 
 def test_scores_must_be_in_the_checkpoint(tmp_path: Path) -> None:
@@ -263,10 +267,11 @@ def proto(spec: ModelSpec, lowering: str) -> onnx.ModelProto:
     return ir.serde.serialize_model(build_graph(spec, lowering=lowering))
 
 
+@pytest.mark.parametrize("changes", [{}, {"attention_weight": 1.0, "recurrence": "evicted"}], ids=["", "evicted"])
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str) -> None:
+def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str, changes: dict[str, Any]) -> None:
     """Every past has one consumer, and its present is computed from what that consumer puts out."""
-    liger = LigerConfig(window=8, sinks=1, slots=(("use", 2), ("novelty", 2)), keep_softmax=(1,))
+    liger = LigerConfig(window=8, sinks=1, slots=(("use", 2), ("novelty", 2)), keep_softmax=(1,), **changes)
     graph = proto(read_spec(make_checkpoint(tmp_path / "model", liger)), lowering).graph
     producer = {output: node for node in graph.node for output in node.output}
     for value in graph.input:
@@ -300,7 +305,8 @@ def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
     assert not kinds.keys() & {"If", "Loop", "Scan"}
     expected = 5 * (config.recurrent + config.judged) if lowering == "ort" else 0
     assert kinds["LinearAttention"] == expected
-    assert kinds["CumSum"] == (0 if lowering == "ort" else 5 * (config.recurrent + config.judged))
+    sums = 5 * (config.recurrent + config.judged) if lowering == "portable" else 0
+    assert kinds["CumSum"] == sums + 5 * config.evicts
     names = {value.name.split(".")[2] for value in graphs[2].input if value.name.startswith("past.")}
     assert ("recurrent_state" in names, "judge_state" in names) == (config.recurrent, config.judged)
     if lowering == "portable":

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable, Table
 from ligerexport.gates import FeatureMap, get_gate
-from ligerexport.kernels.memory_attention import FAINTEST, MASKED, rotary_table
+from ligerexport.kernels.evicted import slow_rotation
+from ligerexport.kernels.memory_attention import FAINTEST, MASKED, rotary_table, rotate
 from ligerexport.memory import get_score
 from ligerexport.state import MixerSpec
 
@@ -26,12 +28,17 @@ TINY = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """Tables for keys by offset from `-max_distance` on, for the queries of a chunk, and for the largest distance."""
+    """Tables for keys by offset from `-max_distance` on, for the queries of a chunk, and for the largest distance.
+
+    `query_map` and `key_map` `[d_k, d_k - 1]` make the features of evicted tokens but for the first.
+    """
 
     keys: Table
     near: Table
     far: Table
     rows: int
+    query_map: ir.Value | None
+    key_map: ir.Value | None
 
 
 def rotary_tables(g: Builder, inv_freq: Tensor, spec: MixerSpec, max_chunk: int) -> RotaryTables:
@@ -47,7 +54,14 @@ def rotary_tables(g: Builder, inv_freq: Tensor, spec: MixerSpec, max_chunk: int)
         return Table(g.table(f"rotary.{name}.cos", cos), g.table(f"rotary.{name}.sin", sin), half)
 
     near = rotary[:, spec.max_distance :]
-    return RotaryTables(table("keys", rotary), table("near", near), table("far", far), rotary.shape[1])
+    maps: list[Any] = [None, None]
+    if spec.config.evicts:
+        (cos, sin), slow = slow_rotation(torch.from_numpy(rotary), spec)
+        channels = torch.eye(spec.d_k)
+        turned = rotate(channels, cos, sin) * spec.scale, rotate(channels, slow.float(), torch.zeros_like(sin))
+        names = ("query_map", "key_map")
+        maps = [g.table(f"evicted.{n}", x[:, 1:].contiguous().numpy()) for n, x in zip(names, turned, strict=True)]
+    return RotaryTables(table("keys", rotary), table("near", near), table("far", far), rotary.shape[1], *maps)
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,7 @@ class Candidates:
         rank: What to add to a rank before the best are taken: 0 for what has left the window and is no sink, minus
             infinity where `always`, else `MASKED`.
         within: Where the distance is at most the largest rotary distance, likewise.
+        carried: Which of them a slot held before the chunk, likewise with one query; None where nothing is evicted.
         counts: Per pool kept by attention received: 1 where what is received counts, else 0; None for other pools.
         ages: Per pool that ages: position over horizon `[B, H, 1, C]` fp32; None for other pools.
     """
@@ -72,6 +87,7 @@ class Candidates:
     local: ir.Value | None
     rank: ir.Value | None
     within: ir.Value
+    carried: ir.Value | None
     counts: tuple[ir.Value | None, ...]
     ages: tuple[ir.Value | None, ...]
 
@@ -104,6 +120,7 @@ def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -
     always = g.op("And", g.op("GreaterOrEqual", frame.row(cap), born), near)
     within = g.op("LessOrEqual", frame.row(0), birth)
     none: list[Any] = [None] * layers
+    carried = by_layer(g.op("Less", born, g.floats(cap))) if config.evicts else none
     columns = g.op("Squeeze", position, g.const([2]))
     local = rank = none
     if config.slots:
@@ -122,7 +139,7 @@ def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -
             aged = by_layer(g.op("Div", g.op("Cast", columns, to=ir.DataType.FLOAT), g.floats(score.horizon)))
         counts.append(counted)
         ages.append(aged)
-    fields = [by_layer(columns), by_layer(table_row), by_layer(always), local, rank, by_layer(within)]
+    fields = [by_layer(columns), by_layer(table_row), by_layer(always), local, rank, by_layer(within), carried]
     pools = [[tuple(pool[i] for pool in x) for i in range(layers)] for x in (counts, ages)]
     return [Candidates(*(x[i] for x in (*fields, *pools))) for i in range(layers)]
 
@@ -171,6 +188,8 @@ def mixer(
         features = g.op("Mul", g.op("Softmax", keys, axis=-1), real)
         arrival, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
     mixed, kept = Slots(lower, frame, spec, tables, seen).attend(query, keys, values, arrival, past)
+    if config.evicts:
+        return mixed, kept | present
     mixed = _scaled(g, mixed, config.attention_weight)
     if config.recurrent:
         gate = get_gate(config.gate)
@@ -237,10 +256,61 @@ class Slots:
         if spec.config.slots:
             scores = self._scores(logits, value, arrival, past["slot_score"])
             visible = self._keep(scores)
-        weights = g.op("Softmax", g.op("Where", visible, logits, g.floats(MASKED)), axis=-1)  # [B, H, G, T, C]
+        logits = g.op("Where", visible, logits, g.floats(MASKED))  # [B, H, G, T, C]
+        evicted, present = self._evicted(query, visible, key, value, past) if spec.config.evicts else (None, {})
+        if evicted is not None:
+            logits = g.concat(logits, evicted[0], axis=-1)  # all that was evicted is one candidate more
+        weights = g.op("Softmax", logits, axis=-1)
+        if evicted is not None:
+            weights, share = g.op("Split", weights, self._candidates_and_one(), outputs=2, axis=-1)
         mixed = g.op("MatMul", g.op("Reshape", weights, self._rows_by_candidates()), value)
         mixed = g.transpose(g.op("Reshape", mixed, self._heads_by_tokens()), 0, 2, 1, 3)
-        return g.reshape(mixed, -1, spec.q_heads * spec.d_v), self._survivors(visible, key, value, scores)
+        mixed = g.reshape(mixed, -1, spec.q_heads * spec.d_v)
+        if evicted is not None:
+            answer = g.op("Mul", g.transpose(share, 0, 3, 1, 2, 4), evicted[1])
+            mixed = g.op("Add", mixed, g.reshape(answer, -1, spec.q_heads * spec.d_v))
+        return mixed, self._survivors(visible, key, value, scores) | present
+
+    def _candidates_and_one(self) -> ir.Value:
+        g, slots = self.g, self.spec.config.num_slots
+        return g.once(("C and 1", slots), lambda: g.concat(self.frame.candidates(slots), g.const([1]), axis=0))
+
+    def _evicted(
+        self, query: ir.Value, visible: ir.Value, key: ir.Value, value: ir.Value, past: dict[str, ir.Value]
+    ) -> tuple[tuple[ir.Value, ir.Value], dict[str, ir.Value]]:
+        """Return logit `[B, H, G, T, 1]` and value `[B, T, H, G, d_v]` of all evicted tokens, and the new state.
+
+        See `ligerexport.kernels.evicted`.
+        """
+        g, spec, frame, heads = self.g, self.spec, self.frame, self.spec.kv_heads
+        assert self.seen.carried is not None
+        before = g.concat(self.seen.carried, g.slice(visible, 0, -1, 3), axis=3)
+        lost = g.op("Cast", g.op("And", before, g.op("Not", visible)), to=ir.DataType.FLOAT)
+        lost = g.op("Squeeze", lost, g.const([2]))  # [B, H, T, C], at most one 1 a row
+        parts = g.op("ReduceSum", lost, g.const([3])), g.op("MatMul", lost, key), g.op("MatMul", lost, value)
+        there, lost_key, lost_value = (g.transpose(x, 0, 2, 1, 3) for x in parts)
+        features = g.concat(there, g.op("MatMul", lost_key, self.tables.key_map), axis=3)  # [B, T, H, d_k]
+        mass = g.op("Unsqueeze", past["recurrent_mass"], g.const([1]))
+        mass = g.op("Add", mass, g.op("CumSum", features, g.const(1)))
+        present = {"recurrent_mass": g.op("Gather", mass, g.const(-1), axis=1)}
+
+        count, sums = g.op(
+            "Split", g.op("Unsqueeze", mass, g.const([4])), g.const([1, spec.d_k - 1]), outputs=2, axis=3
+        )
+        turned = g.op("MatMul", g.transpose(query, 0, 2, 1, 3), self.tables.query_map)
+        turned = g.reshape(turned, 0, 0, heads, -1, spec.d_k - 1)  # [B, T, H, G, d_k - 1]
+        some = g.op("Max", count, g.floats(1))
+        mean = g.op("Div", g.op("MatMul", turned, sums), some)
+        packed = g.concat(g.op("Sub", g.floats(1), mean), turned, axis=4), features, lost_value
+        still = frame.filled(0.0, 0, heads * spec.d_k)
+        q, k, v = (g.reshape(x, 0, 0, -1) for x in packed)
+        read, present["recurrent_state"] = self.lower.linear_attention(
+            q, k, v, past["recurrent_state"], still, (spec.q_heads, heads), spec.d_k
+        )
+        # the logarithm of no tokens is minus infinity, which the softmax takes for nothing
+        logit = g.op("Add", mean, g.op("Log", _scaled(g, count, spec.config.recurrence_weight)))
+        answer = g.op("Div", g.reshape(read, 0, 0, heads, -1, spec.d_v), some)
+        return (g.transpose(logit, 0, 2, 3, 1, 4), answer), present
 
     def _rows_by_candidates(self) -> ir.Value:
         g, slots = self.g, self.spec.config.num_slots

@@ -6,6 +6,8 @@ keys that the memory kept, chapters of several blocks, whose sums are then added
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -67,7 +69,7 @@ def _query_kernel(
     p_row = p_gradient + b * gradient_b + t.to(tl.int64) * gradient_t + (h * GROUP + head) * gradient_h
     b_do = tl.load(p_row[:, None] + i_v[None, :], mask=m_v, other=0.0)
     b_o = tl.load(p_output + token[:, None] * D_V + i_v[None, :], mask=m_v, other=0.0)
-    delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), axis=1)
+    delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), axis=1) + tl.load(p_delta + lane, mask=m_t, other=0.0)
     tl.store(p_delta + lane, delta, mask=m_t)
     lse = tl.load(p_lse + lane, mask=m_t, other=0.0)
 
@@ -277,14 +279,25 @@ def backward_tiles(width: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
 
 
 def attend_backward(
-    found: Candidates, death: Tensor, table: Tensor, output: Tensor, lse: Tensor, gradient: Tensor
+    found: Candidates,
+    death: Tensor,
+    table: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    gradient: Tensor,
+    lse_gradient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients `[B, T, H, d]` of query, key and value of the call's tokens."""
+    """Return the gradients `[B, T, H, d]` of query, key and value of the call's tokens.
+
+    `lse_gradient` is that of the base-2 normalisers, None for zero.
+    """
     batch, length, q_heads, d_v = output.shape
     kv_heads, width_k, width_v = found.key.shape[1], found.key.shape[3], found.value.shape[3]
     spec, config, group, blocks = found.spec, found.spec.config, q_heads // kv_heads, found.blocks
     tile = backward_tiles(max(width_k, width_v), output.dtype)
-    delta = torch.empty_like(lse)
+    # what the kernel subtracts from each gradient of a weight: output times its gradient, added there, less this
+    delta = torch.zeros_like(lse) if lse_gradient is None else lse_gradient / -math.log(2)
+    delta = delta.contiguous()
     grad_q = output.new_empty(batch, length, q_heads, spec.d_k)
     grad_k = output.new_empty(batch, length, kv_heads, spec.d_k)
     grad_v = output.new_empty(batch, length, kv_heads, d_v)

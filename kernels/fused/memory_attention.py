@@ -29,7 +29,7 @@ class Attended:
         death: `[B, H_kv, N + T]` int32, the first token that no longer sees each candidate, carried ones (by position)
             before new ones.
         table: `[B, H_kv, blocks + 1, kept]` int32, what `old_table` returned.
-        lse: `[B, H_q, T]` fp32, normalisers.
+        lse: `[B, H_q, T]` fp32, base-2 logarithms of the softmax's denominators.
     """
 
     output: Tensor
@@ -82,10 +82,14 @@ def backward(
     spec: MixerSpec,
     rotary: Tensor,
     attended: Attended,
+    d_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value; what the candidates are is worked out again, not kept."""
+    """Return the gradients of query, key and value; what the candidates are is worked out again, not kept.
+
+    `d_lse` `[B, H_q, T]` is the gradient of the normalisers, None where nothing reads them.
+    """
     query, key, value, d_output = _rows(query, key, value, d_output)
     state = {name: tensor.contiguous() for name, tensor in state.items() if name.startswith("slot_")}
     arrival = query.new_zeros(1, 1, 1, dtype=torch.float32).expand(*key.shape[:3])  # its part is done
     found = gather_candidates(query, key, value, arrival, position, state, spec, rotary)
-    return attend_backward(found, attended.death, attended.table, attended.output, attended.lse, d_output)
+    return attend_backward(found, attended.death, attended.table, attended.output, attended.lse, d_output, d_lse)

@@ -11,7 +11,7 @@ import typer
 
 from ligerexport.cli import common
 from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
-from ligerexport.config import DEFAULT_PRESET, PRESETS, LigerConfig, get_preset
+from ligerexport.config import DEFAULT_PRESET, PRESETS, RECURRENCES, LigerConfig, get_preset
 from ligerexport.console import card, format_bytes, progress
 from ligerexport.convert import WINDOWS, check_score_options
 from ligerexport.errors import UsageError, close_matches
@@ -32,6 +32,10 @@ def convert(
     ] = None,
     attention_weight: Annotated[float | None, typer.Option(help="Weight of the softmax over the slots.")] = None,
     recurrence_weight: Annotated[float | None, typer.Option(help="Weight of the recurrence; 0 leaves it out.")] = None,
+    recurrence: Annotated[str | None, typer.Option(help=f"One of: {', '.join(RECURRENCES)}.")] = None,
+    recurrence_distance: Annotated[
+        int | None, typer.Option(help="Distance in tokens at which evicted tokens are read.")
+    ] = None,
     keep_softmax: Annotated[str | None, typer.Option(metavar="LAYER,...", help="Layers left as they are.")] = None,
     max_distance: Annotated[int | None, typer.Option(help="Largest rotary distance; default: trained length.")] = None,
     calibrate: Annotated[
@@ -54,6 +58,7 @@ def convert(
     changes: dict[str, Any] = {
         "gate": gate, "sinks": sinks, "window": window, "slots": common.parse_slots(slots),
         "attention_weight": attention_weight, "recurrence_weight": recurrence_weight,
+        "recurrence": recurrence, "recurrence_distance": recurrence_distance,
         "keep_softmax": common.parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
     config = get_preset(preset, **changes)

@@ -1,0 +1,87 @@
+"""The recurrence over evicted tokens: what the memory lets go is not forgotten but blurred.
+
+Softmax over the evicted would weigh a value by exp(q k). Expanded to first order around the mean logit m of all n of
+them, the sum of the weights is n exp(m), and that of the weighted values exp(m) ((1 - m) sum v + q sum k v): linear
+attention with the features 1 and k, and 1 - m and q, which shares the softmax's denominator. By Jensen's inequality
+n exp(m) is never more than what the softmax itself would have given these tokens.
+
+The distance to an evicted token is not known to a sum, so all are read at one distance, and channels that turn by more
+than 90 degrees over it are left out: over many tokens they average out. Channel 0, the fastest, carries the 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ligerexport.kernels.library.linear_attention import linear_attention
+from ligerexport.kernels.memory_attention import rotate
+from ligerexport.state import MixerSpec
+
+
+def slow_rotation(rotary: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
+    """Return the turn of a query over the distance, `[2, R]` with zeros for fast channels, and which are slow, `[R]`.
+
+    Args:
+        rotary: `rotary_table(inv_freq, spec.max_distance, ahead)`.
+        spec: The layer.
+    """
+    distance = min(spec.config.recurrence_distance, spec.max_distance)
+    cos, sin = rotary[:, spec.max_distance - 1].double()  # one token back
+    slow = torch.atan2(-sin, cos) * distance <= math.pi / 2
+    slow[0] = False
+    cos, sin = rotary[:, spec.max_distance - distance]
+    return torch.stack([cos, -sin]).where(slow, 0.0), slow
+
+
+def evicted_recurrence(
+    query: Tensor,
+    lost_key: Tensor,
+    lost_value: Tensor,
+    lost: Tensor,
+    mixed: Tensor,
+    normaliser: Tensor,
+    state: Tensor,
+    mass: Tensor,
+    spec: MixerSpec,
+    rotary: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the evicted tokens to a softmax.
+
+    Args:
+        query: `[B, T, H_q, d_k]` before rotary embedding.
+        lost_key: `[B, T, H_kv, d_k]`, key of the token that each step evicts, before rotary embedding.
+        lost_value: `[B, T, H_kv, d_v]`, its value.
+        lost: `[B, T, H_kv]`, whether there is one.
+        mixed: `[B, T, H_q, d_v]`, output of the softmax.
+        normaliser: `[B, T, H_q]`, logarithm of its denominator.
+        state: `[B, H_kv, d_k, d_v]`, sum of the products of features and values so far.
+        mass: `[B, H_kv, d_k]`, sum of the features; the first is the number of tokens.
+        spec: The layer.
+        rotary: `rotary_table(inv_freq, spec.max_distance, ahead)`.
+
+    Returns:
+        Output `[B, T, H_q, d_v]`, new state and new mass; all in at least fp32.
+    """
+    dtype, heads = torch.promote_types(query.dtype, torch.float32), lost_key.shape[2]
+    (cos, sin), slow = slow_rotation(rotary.to(dtype), spec)
+    there = lost[..., None].to(dtype)
+    key = rotate(lost_key.to(dtype), slow.to(dtype), torch.zeros_like(cos)) * there
+    key = torch.cat([there, key[..., 1:]], dim=-1)
+    value = torch.where(lost[..., None], lost_value.to(dtype), 0.0)
+    sums = mass[:, None] + key.cumsum(dim=1)
+
+    count = sums[..., :1].detach()  # [B, T, H_kv, 1]
+    turned = rotate(query.to(dtype), cos, sin)[..., 1:].unflatten(2, (heads, -1)) * spec.scale
+    mean = (turned @ sums[..., 1:, None])[..., 0] / count.clamp_min(1)  # [B, T, H_kv, G]
+    features = torch.cat([(1 - mean)[..., None], turned], dim=-1).flatten(2, 3)
+    read, state = linear_attention(features, key, value, torch.zeros_like(key), initial_state=state)
+
+    there = (count > 0).expand_as(mean)
+    logit = mean + torch.where(there, count * spec.config.recurrence_weight, 1.0).log()
+    logit = torch.where(there, logit - normaliser.unflatten(2, (heads, -1)), -torch.inf)
+    share = torch.sigmoid(logit).flatten(2, 3)[..., None]
+    count = count.expand_as(mean).flatten(2, 3)[..., None]
+    return mixed.to(dtype) + share * (read / count.clamp_min(1) - mixed), state, sums[:, -1].detach()
