@@ -15,7 +15,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/concepts/memory.md", "docs/concepts/kernels.md", "docs/verified.md")
+DOCUMENTS = (
+    "README.md", "docs/concepts/memory.md", "docs/concepts/kernels.md", "docs/guides/recover.md", "docs/verified.md",
+)  # fmt: skip
 
 
 def table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
@@ -110,6 +112,37 @@ def sweep() -> str:
             lines.append([name, *(f"{row['nll'][b]:.3f}" for b in bins), *shares])
         parts.append(f"**{group['group']}** ({group['note']})\n\n{table(header, lines)}")
     return "\n\n".join(parts)
+
+
+def evicted() -> str:
+    """What to do with tokens that lose their slot: the prototype."""
+    data = result("evicted")["rows"]
+    bins = list(data["teacher"]["nll"])
+    rows = [
+        [name, *(f"{row['nll'][b]:.3f}" for b in bins), f"{row['nll_6144']:.3f}", f"{row['nll_chats_2048']:.3f}",
+         *(f"{row['once'][d]:.2f}" for d in ("512", "1024")), f"{row['keys_4']['512']:.2f}"]
+        for name, row in data.items()
+    ]  # fmt: skip
+    return table(["", *bins, "6,144 tokens", "chats, 2,048", "once, 512", "once, 1024", "4 keys, 512"], rows)
+
+
+def recovered() -> str:
+    """What recovery and its controls are worth."""
+    rows = []
+    for name, row in result("recovery")["rows"].items():
+        for model, found in row["tables"].items():
+            title = name if model == "model" else f"{name}: {model}"
+            chats = row["chats"][model]["nll"]["mean"]
+            shares = [f"{found['once'][d]['mean']:.2f}" for d in ("512", "1024", "4096")]
+            shares += [f"{found[part]['1024']['mean']:.2f}" for part in ("keys_4", "copy")]
+            nll = found["nll"]
+            rows.append([title, f"{nll['mean']['mean']:.3f}", f"{nll['2048-4096']['mean']:.3f}",
+                         f"{chats['mean']:.3f} ± {chats['stderr']:.3f}", *shares])  # fmt: skip
+    return table(
+        ["", "prose, 4,096", "prose, 2,048-4,096", "chats, 2,048", "once, 512", "once, 1,024", "once, 4,096",
+         "4 keys, 1,024", "copy, 1,024"],
+        rows,
+    )  # fmt: skip
 
 
 def _ms(cell: dict[str, float]) -> str:
@@ -225,6 +258,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "nll": nll, "recall": recall, "stream": stream, "decode": decode, "flat": flat, "build": build, "sweep": sweep,
     "linear": linear, "linear_profile": linear_profile, "linear_memory": linear_memory,
     "linear_softmax": linear_softmax, "memory_kernel": memory_kernel, "step": step, "first_result": first_result,
+    "evicted": evicted, "recovered": recovered,
 }  # fmt: skip
 
 
