@@ -115,7 +115,7 @@ def test_killed_and_resumed_is_as_if_never_stopped(liger: Path, chats: Path, tmp
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "stopped").exists()
-    assert len(list(states.glob("step-*"))) <= 2
+    assert len(list(states.glob("step-*"))) <= 3  # two are kept; the kill may come before the removal of another
 
     again = subprocess.run(
         command(liger, chats, tmp_path / "stopped", *more), env=ENVIRONMENT, capture_output=True, text=True
