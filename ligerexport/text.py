@@ -96,6 +96,10 @@ class TextModel:
         """Return the ids of a text; `special` adds what the tokenizer's post-processor says, such as BOS."""
         return self._tokenizer.encode(text, add_special_tokens=special).ids
 
+    def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """Return the ids of each text, as `encode` does, with all cores at once."""
+        return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)

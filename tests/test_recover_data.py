@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,30 @@ def test_without_a_template_pairs_are_read_plainly(tmp_path: Path) -> None:
     assert found.ids[0] == toy.BOS and found.counts == {"records": 1}
     with pytest.raises(UsageError, match="x is a chat"):
         documents(text, Record("x", CHAT))
+
+
+def test_records_are_encoded_in_blocks_that_do_not_show(text: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = (Record("x", CHAT), Record("y", text="plain " * 30), Record("z", CHAT[:1]), Record("e"))
+    records = [*kinds, Record("l", (("user", "hi"), ("assistant", "y" * 100)))] * 5
+    for wanted in (None, 1, 300):
+        whole = documents(text, *records, wanted=wanted)
+        for block in (1, 100):
+            monkeypatch.setitem(tokenize.__globals__, "_BLOCK", block)
+            parts = documents(text, *records, wanted=wanted)
+            assert parts.sha256 == whole.sha256 and parts.counts == whole.counts
+        monkeypatch.undo()
+    assert text.encode_batch(["hi", "you"]) == [text.encode("hi"), text.encode("you")]
+
+
+def test_a_chat_beyond_what_is_wanted_is_not_missed(tmp_path: Path) -> None:
+    text = make_text(tmp_path, None)
+    records = [Record("x", text="a" * 30)] * 4
+    order = list(range(5))
+    random.Random(0).shuffle(order)
+    records.insert(order[-1], Record("x", CHAT))  # is taken last
+    assert documents(text, *records, wanted=100).counts == {"records": 4}
+    with pytest.raises(UsageError, match="x is a chat"):
+        documents(text, *records)
 
 
 def test_a_tokenizer_of_another_model(text: TextModel) -> None:

@@ -9,9 +9,9 @@ import hashlib
 import random
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,17 @@ from ligerexport.recover.records import DataError, Record
 
 if TYPE_CHECKING:
     from ligerexport.text import TextModel
+
+_BLOCK = 1 << 18
+"""Characters that are encoded at once: enough to keep all cores busy, few enough for memory."""
+
+
+class _Segment(NamedTuple):
+    """Part of a record that is encoded alone, as a prompt is at inference."""
+
+    text: str
+    answer: bool
+    special: bool = False  # whether the tokenizer adds its own tokens, such as BOS
 
 
 @dataclass(frozen=True)
@@ -84,15 +95,17 @@ def tokenize(
     random.Random(seed).shuffle(order)
     ids, answers, bounds, counts = array("i"), bytearray(), array("q", [0]), Counter[str]()
     with (progress or silent)("reading the data", wanted, "steps") as advance:
-        for index in order:
-            if wanted is not None and len(ids) >= wanted:
-                break
+        for record, segments, remark in _encoded((records[index] for index in order), text):
             counts["records"] += 1
-            for piece, learned in _pieces(records[index], text, length, overlong, counts):
+            if remark:
+                counts[remark] += 1
+            for piece, learned in _pieces(record, segments, length, overlong, counts):
                 ids.extend(piece)
                 answers.extend(learned)
                 bounds.append(len(ids))
                 advance(len(piece))
+            if wanted is not None and len(ids) >= wanted:
+                break  # before the next record is asked for, which may be a faulty one
     if not ids:
         reasons = ", ".join(f"{count} {what}" for what, count in counts.items() if what != "records")
         raise DataError(f"nothing is left to learn from in {len(records)} records ({reasons or 'all are empty'})",
@@ -104,31 +117,49 @@ def tokenize(
     return Documents(tokens, np.frombuffer(answers, dtype=bool), np.array(bounds, dtype=np.int64), dict(counts))
 
 
+def _encoded(records: Iterable[Record], text: TextModel) -> Iterator[tuple[Record, list[tuple[list[int], bool]], str]]:
+    """Yield each record with the ids of its segments and a remark to be counted; many are encoded at once."""
+    block: list[tuple[Record, list[_Segment], str]] = []
+    size = 0
+    for record in records:
+        try:
+            segments, remark = _segments(record, text)
+        except UsageError:
+            yield from _encode(block, text)  # there may be enough before this record
+            raise
+        block.append((record, segments, remark))
+        size += sum(len(segment.text) for segment in segments)
+        if size >= _BLOCK:
+            yield from _encode(block, text)
+            block, size = [], 0
+    yield from _encode(block, text)
+
+
+def _encode(
+    block: Sequence[tuple[Record, list[_Segment], str]], text: TextModel
+) -> Iterator[tuple[Record, list[tuple[list[int], bool]], str]]:
+    every = [segment for _, segments, _ in block for segment in segments]
+    ids = {
+        special: iter(text.encode_batch([part.text for part in every if part.special is special], special=special))
+        for special in (False, True)
+    }
+    for record, segments, remark in block:
+        yield record, [(next(ids[part.special]), part.answer) for part in segments], remark
+
+
 def _pieces(
-    record: Record, text: TextModel, length: int, overlong: str, counts: Counter[str]
-) -> Iterator[tuple[list[int], list[bool]]]:
+    record: Record, segments: Sequence[tuple[list[int], bool]], length: int, overlong: str, counts: Counter[str]
+) -> Iterator[tuple[list[int], bytes]]:
     """Yield the documents of a record: several for a long text, none where nothing can be learned."""
+    if not segments:
+        return
+    ids = [token for found, _ in segments for token in found]
+    answers = b"".join(bytes([answer]) * len(found) for found, answer in segments)
     if not record.turns:
-        ids = text.encode(record.text)
         for start in range(0, len(ids), length):
             if len(piece := ids[start : start + length]) > 1:
-                yield piece, [True] * len(piece)
+                yield piece, answers[start : start + length]
         return
-    if not any(role == "assistant" for role, _ in record.turns):
-        counts["without an answer"] += 1
-        return
-    segments = _segments(record, text, counts)
-    if segments is None:
-        return
-    plain = not text.chat_template  # a template writes its own beginning of text
-    ids, answers = [], []
-    for part, answer in segments:
-        found = text.encode(part, special=plain and not ids)
-        ids += found
-        answers += [answer] * len(found)
-    # A tokenizer may join characters across the border of a prompt. At inference the prompt is read alone, as here.
-    if text.encode("".join(part for part, _ in segments), special=plain) != ids:
-        counts["read as separate turns"] += 1
     if len(ids) > length:
         counts["cut" if overlong == "cut" else "dropped as too long"] += 1
         if overlong == "drop":
@@ -140,8 +171,12 @@ def _pieces(
     yield ids, answers
 
 
-def _segments(record: Record, text: TextModel, counts: Counter[str]) -> list[tuple[str, bool]] | None:
-    """Cut a rendered conversation into what is read and what is learned; None where the template refuses it."""
+def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
+    """Cut a record into what is read and what is learned, with a remark where some or all of it is left out."""
+    if not record.turns:
+        return [_Segment(record.text, answer=True, special=True)], ""
+    if not any(role == "assistant" for role, _ in record.turns):
+        return [], "without an answer"
     if not text.chat_template:
         if not record.alone:
             raise UsageError(
@@ -149,9 +184,9 @@ def _segments(record: Record, text: TextModel, counts: Counter[str]) -> list[tup
                 hint="give plain text or prompt and response pairs, or put chat_template.jinja beside the weights",
             )
         (_, prompt), (_, answer) = record.turns
-        return [(prompt + "\n\n", False), (answer, True)]
+        return [_Segment(prompt + "\n\n", answer=False, special=True), _Segment(answer, answer=True)], ""
     messages = [{"role": role, "content": content} for role, content in record.turns]
-    segments: list[tuple[str, bool]] = []
+    segments: list[_Segment] = []  # a template writes its own beginning of text
     done = ""
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -159,12 +194,10 @@ def _segments(record: Record, text: TextModel, counts: Counter[str]) -> list[tup
         try:
             prompt, whole = text.render(messages[:index]), text.render(messages[: index + 1], answer=False)
         except UsageError:
-            counts["refused by the chat template"] += 1
-            return None
+            return [], "refused by the chat template"
         if not (prompt.startswith(done) and whole.startswith(prompt)):
             # as templates that drop earlier answers or their reasoning do: what comes later has another past
-            counts["only up to the turn that the chat template rewrites"] += 1
-            break
-        segments += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
+            return segments, "only up to the turn that the chat template rewrites"
+        segments += [_Segment(prompt[len(done) :], answer=False), _Segment(whole[len(prompt) :], answer=True)]
         done = whole
-    return segments or None
+    return segments, ""
