@@ -147,6 +147,10 @@ class Preset:
 
 DEFAULT_PRESET = "memory"
 
+FORESIGHT = LigerConfig(
+    window=60, sinks=4, slots=(("recent_use", 28), ("learned", 36)), attention_weight=1.0, recurrence_weight=0.0
+)
+
 PRESETS: dict[str, Preset] = {
     "liger": Preset(
         LigerConfig(gate="gla", window=64),
@@ -167,25 +171,12 @@ PRESETS: dict[str, Preset] = {
         "sinks, window and slots kept by a score; best untrained",
     ),
     "foresight": Preset(
-        LigerConfig(
-            window=60,
-            sinks=4,
-            slots=(("recent_use", 28), ("learned", 36)),
-            attention_weight=1.0,
-            recurrence_weight=0.0,
-        ),
+        FORESIGHT,
         "the same with a score that foresees what will be asked for; needs --calibrate or scores that come with "
         "the model",
     ),
     "evicted": Preset(
-        LigerConfig(
-            window=60,
-            sinks=4,
-            slots=(("recent_use", 28), ("learned", 36)),
-            attention_weight=1.0,
-            recurrence_weight=1.0,
-            recurrence="evicted",
-        ),
+        replace(FORESIGHT, recurrence_weight=1.0, recurrence="evicted"),
         "foresight, and a recurrence that reads what loses its slot and shares the softmax's denominator",
     ),
 }

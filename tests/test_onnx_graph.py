@@ -52,7 +52,7 @@ MIXERS = {
 }  # fmt: skip
 
 
-def mixer_graph(spec: MixerSpec, lowering: str) -> onnx.ModelProto:
+def mixer_graph(spec: MixerSpec, lowering: str, inv_freq: Tensor = INV_FREQ) -> onnx.ModelProto:
     g = Builder()
     lower = LOWERINGS[lowering](g)
     ids, position = graph_input("input_ids", "INT64", ("B", "T")), graph_input("position", "INT64", ("B",))
@@ -62,7 +62,7 @@ def mixer_graph(spec: MixerSpec, lowering: str) -> onnx.ModelProto:
     types = {t.name: "INT64" if t.dtype == "int64" else "FLOAT" for t in spec.state()}
     past = {t.name: graph_input(f"past.{t.name}", types[t.name], ("B", *t.shape)) for t in spec.state()}
     frame = Frame(g, ids, position)
-    tables = rotary_tables(g, INV_FREQ, spec, CHUNK)
+    tables = rotary_tables(g, inv_freq, spec, CHUNK)
     seen = candidates(frame, spec, tables.rows, [past["slot_position"]])[0]
     output, present = mixer(lower, frame, spec, tables, projected, past, seen, score)  # type: ignore[arg-type]
     outputs = [g.output(output, "output", "FLOAT", ("BT", spec.q_heads * spec.d_v))]
@@ -140,6 +140,21 @@ def test_mixer_is_the_torch_op(lowering: str, name: str, outliers: bool, cuts: t
     expected, state = liger_mixer(query, key, value, position, start_state, spec, table, foreseen(value))
     real = position[:, None] + torch.arange(start) >= 0
     assert (torch.cat(found, dim=1) - expected)[real].abs().max() < OUTPUT
+    compare_states(state, session.state, STATE)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_evicted_tokens_where_some_channels_are_not_rotated(lowering: str) -> None:
+    spec, inv_freq = mixer_spec(EVICTED), INV_FREQ[:6]
+    query, key, value = projections(90, outliers=False)
+    position = torch.tensor([0, -9])
+    session = MixerSession(mixer_graph(spec, lowering, inv_freq), spec, 2)
+    found = session.run(query, key, value, position)
+    table = rotary_table(inv_freq, spec.max_distance, CHUNK)
+    start = spec.initial_state(2, torch.float32)
+    expected, state = liger_mixer(query, key, value, position, start, spec, table, foreseen(value))
+    real = position[:, None] + torch.arange(90) >= 0
+    assert (found - expected)[real].abs().max() < OUTPUT
     compare_states(state, session.state, STATE)
 
 

@@ -213,21 +213,9 @@ def _differentiate(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     evicts = MixerSpec.from_text(ctx.spec).config.evicts
     if fused(query):
         found = _memory_attention_backward(
-            gradients[0],
-            gradients[-2] if evicts else None,
-            query,
-            key,
-            value,
-            arrival,
-            position,
-            slots,
-            rotary,
-            output,
-            death,
-            table,
-            lse,
-            ctx.spec,
-        )
+            gradients[0], gradients[-2] if evicts else None, query, key, value, arrival, position, slots, rotary,
+            output, death, table, lse, ctx.spec,
+        )  # fmt: skip
     else:
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (query, key, value)]
