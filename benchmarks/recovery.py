@@ -13,17 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import ligerexport as lx
 from ligerexport.config import get_preset
 from ligerexport.console import progress, say
+from ligerexport.gates import get_gate
+from ligerexport.kernels import ops
 from ligerexport.recover.records import read_records
 from ligerexport.recover.result import merge_adapter
 from ligerexport.sources import resolve
@@ -40,6 +48,7 @@ class Row:
         recipe: Row of `RECIPES`; None leaves the conversion as it is.
         settings: Fields of `RecoverConfig` that differ.
         controls: Rows of `CONTROLS` to measure beside it.
+        random_gate: Whether the gate reads a fixed random projection of the key instead of the key.
     """
 
     preset: str
@@ -47,11 +56,17 @@ class Row:
     recipe: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     controls: tuple[str, ...] = ()
+    random_gate: bool = False
 
 
 WINDOW = {"window": 124}
+DOUBLE = {"window": 124, "slots": (("recent_use", 56), ("learned", 72))}
+HYBRID = {"keep_softmax": tuple(map(int, os.environ.get("HYBRID", "").split()))}
 MIXED = {"recurrence_weight": 0.1}
 LONG = {"length": 2048, "batch_tokens": 16384}
+WIDE = {**LONG, "rank": 16, "alpha": 16.0, "targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
+MOST = {**WIDE, "tokens": 10_000_000}
+FULL = {"rank": 576, "alpha": 576.0}  # every update that a projection can have
 
 ROWS: dict[str, Row] = {
     "window, untrained": Row("sinks", WINDOW),
@@ -60,7 +75,12 @@ ROWS: dict[str, Row] = {
     "liger, untrained": Row("liger"),
     "liger, paper": Row("liger", {}, "paper"),
     "liger with hgrn2, paper": Row("liger", {"gate": "hgrn2"}, "paper"),
-    "liger without window, paper": Row("liger", {"window": 1}, "paper"),
+    "liger without window, paper": Row(
+        "liger", {"window": 1, "attention_weight": 0.0, "recurrence_weight": 1.0}, "paper"
+    ),
+    "liger without recurrence, paper": Row("liger", {"attention_weight": 1.0, "recurrence_weight": 0.0}, "paper"),
+    "liger with a random gate, paper": Row("liger", {}, "paper", random_gate=True),
+    "liger without LoRA, paper": Row("liger", {}, "paper", FULL),
     "liger, distill": Row("liger", {}, "distill"),
     "memory, untrained": Row("memory"),
     "memory, distill": Row("memory", {}, "distill", controls=("random-judge",)),
@@ -70,6 +90,13 @@ ROWS: dict[str, Row] = {
     "evicted, untrained": Row("evicted", controls=("no-recurrence",)),
     "evicted, distill": Row("evicted", {}, "distill", controls=("no-recurrence",)),
     "evicted, distill, long": Row("evicted", {}, "distill", LONG, controls=("no-recurrence",)),
+    "evicted, distill, long and wide": Row("evicted", {}, "distill", WIDE, controls=("no-recurrence",)),
+    "window, distill, 10M": Row("sinks", WINDOW, "distill", MOST),
+    "evicted, distill, 10M": Row("evicted", {}, "distill", MOST, controls=("no-recurrence",)),
+    "evicted with 256 slots, untrained": Row("evicted", DOUBLE, controls=("no-recurrence",)),
+    "evicted with 256 slots, distill": Row("evicted", DOUBLE, "distill", WIDE, controls=("no-recurrence",)),
+    "hybrid, untrained": Row("evicted", HYBRID, controls=("no-recurrence",)),
+    "hybrid, distill": Row("evicted", HYBRID, "distill", WIDE, controls=("no-recurrence",)),
 }
 
 
@@ -81,8 +108,8 @@ def judge(model: str | Path, args: argparse.Namespace, controls: tuple[str, ...]
     shared: dict[str, Any] = {"controls": controls, "batch": args.batch, "progress": progress}
     found = {
         "tables": lx.evaluate(
-            model, text=args.text, parts=("nll", "recall"), length=args.length, windows=args.windows,
-            trials=args.trials, **shared,
+            model, text=args.text, length=args.length, windows=args.windows, trials=args.trials,
+            tasks=args.tasks, task_data=args.task_data, limit=args.limit, **shared,
         ).to_dict()["rows"]
     }  # fmt: skip
     if args.heldout_chats:
@@ -101,8 +128,34 @@ def rendered(model: str | Path, files: list[Path]) -> str:
     return "".join(text.render(turns, answer=False) for turns in conversations)
 
 
+@contextmanager
+def random_gate(seed: int = 0) -> Iterator[None]:
+    """Let the parallel recurrence take its decay from a random projection of the key, the paper's ablation."""
+    inner = ops.linear_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *, gate: str, initial_state: Tensor) -> Any:
+        width = key.shape[-1]
+        projection = torch.randn(width, width, generator=torch.Generator().manual_seed(seed)) / width**0.5
+        wide = key.float()
+        decay = torch.nn.functional.logsigmoid(wide @ projection.to(key.device)) / get_gate(gate).decay_divisor
+        decay = decay.masked_fill(wide >= ops.OPEN, 0.0)
+        features = (x.float().softmax(dim=-1).to(value.dtype) for x in (query, key))
+        return inner(*features, value, decay, initial_state=initial_state)
+
+    ops.linear_attention = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        ops.linear_attention = inner
+
+
 def measure(name: str, row: Row, args: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Return the tables of a row and of its controls, and what training took."""
+    with random_gate() if row.random_gate else nullcontext():
+        return _measure(name, row, args, place)
+
+
+def _measure(name: str, row: Row, args: argparse.Namespace, place: Path) -> dict[str, Any]:
     fitted = {"calibrate": args.calibrate} if get_preset(row.preset).foresees and args.calibrate else {}
     model = lx.convert(args.model, place / "converted", preset=row.preset, progress=progress, **fitted, **row.changes)
     found: dict[str, Any] = {"preset": row.preset, "changes": row.changes, "recipe": row.recipe}
@@ -128,6 +181,9 @@ def main() -> None:
     parser.add_argument("--calibrate", type=Path, nargs="+")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--heldout-chats", type=Path, nargs="+")
+    parser.add_argument("--tasks", nargs="*", help="tasks of lm-eval; none by default")
+    parser.add_argument("--task-data", type=Path, help="their data sets, for a machine without a network")
+    parser.add_argument("--limit", type=int, help="questions of each task; all by default")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--adapters", type=Path, help="where what was trained is kept; nowhere by default")
     parser.add_argument("--only", nargs="*", help="rows to measure; all by default")

@@ -20,6 +20,9 @@ from ligerexport.kernels.library.linear_attention import linear_attention
 from ligerexport.kernels.memory_attention import rotate
 from ligerexport.state import MixerSpec
 
+BLOCK = 64
+"""Tokens that are summed by one product."""
+
 
 def slow_rotation(rotary: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
     """Return the turn of a query over the distance, `[2, R]` with zeros for fast channels, and which are slow, `[R]`.
@@ -66,22 +69,39 @@ def evicted_recurrence(
         Output `[B, T, H_q, d_v]`, new state and new mass; all in at least fp32.
     """
     dtype, heads = torch.promote_types(query.dtype, torch.float32), lost_key.shape[2]
-    (cos, sin), slow = slow_rotation(rotary.to(dtype), spec)
-    there = lost[..., None].to(dtype)
-    key = rotate(lost_key.to(dtype), slow.to(dtype), torch.zeros_like(cos)) * there
-    key = torch.cat([there, key[..., 1:]], dim=-1)
-    value = torch.where(lost[..., None], lost_value.to(dtype), 0.0)
-    sums = mass[:, None] + key.cumsum(dim=1)
+    with torch.autocast(query.device.type, enabled=False):  # sums over thousands of tokens need more than bf16
+        (cos, sin), slow = slow_rotation(rotary.to(dtype), spec)
+        one = torch.nn.functional.one_hot(torch.zeros((), dtype=torch.long, device=query.device), query.shape[-1])
+        there = lost[..., None].to(dtype)
+        key = (lost_key.to(dtype) * _both_halves(slow.to(dtype), query.shape[-1]) + one) * there
+        value = torch.where(lost[..., None], lost_value, 0.0)
+        sums = mass[:, None] + _running_sum(key)
 
-    count = sums[..., :1].detach()  # [B, T, H_kv, 1]
-    turned = rotate(query.to(dtype), cos, sin)[..., 1:].unflatten(2, (heads, -1)) * spec.scale
-    mean = (turned @ sums[..., 1:, None])[..., 0] / count.clamp_min(1)  # [B, T, H_kv, G]
-    features = torch.cat([(1 - mean)[..., None], turned], dim=-1).flatten(2, 3)
-    read, state = linear_attention(features, key, value, torch.zeros_like(key), initial_state=state)
+        count = sums[..., :1].detach()  # [B, T, H_kv, 1]
+        turned = rotate(query.to(dtype), cos, sin).unflatten(2, (heads, -1)) * spec.scale  # nothing in channel 0
+        mean = (turned * sums[..., None, :]).sum(dim=-1) / count.clamp_min(1)  # [B, T, H_kv, G]
+        features = (turned + (1 - mean)[..., None] * one).flatten(2, 3)
+        q, k = features.to(query.dtype), key.to(query.dtype)
+        read, state = linear_attention(q, k, value, torch.zeros_like(k), initial_state=state)
 
-    there = (count > 0).expand_as(mean)
-    logit = mean + torch.where(there, count * spec.config.recurrence_weight, 1.0).log()
-    logit = torch.where(there, logit - normaliser.unflatten(2, (heads, -1)), -torch.inf)
-    share = torch.sigmoid(logit).flatten(2, 3)[..., None]
-    count = count.expand_as(mean).flatten(2, 3)[..., None]
-    return mixed.to(dtype) + share * (read / count.clamp_min(1) - mixed), state, sums[:, -1].detach()
+        there = (count > 0).expand_as(mean)
+        logit = mean + torch.where(there, count * spec.config.recurrence_weight, 1.0).log()
+        logit = torch.where(there, logit - normaliser.unflatten(2, (heads, -1)), -torch.inf)
+        share = torch.sigmoid(logit).flatten(2, 3)[..., None]
+        count = count.expand_as(mean).flatten(2, 3)[..., None]
+        return mixed.to(dtype) + share * (read / count.clamp_min(1) - mixed), state, sums[:, -1].detach()
+
+
+def _both_halves(x: Tensor, width: int) -> Tensor:
+    """Spread `[R]`, one number a rotated pair, over `[width]` channels; those that are not rotated get 1."""
+    return torch.nn.functional.pad(torch.cat([x, x]), (0, width - 2 * len(x)), value=1.0)
+
+
+def _running_sum(x: Tensor) -> Tensor:
+    """Return `x.cumsum(dim=1)` of `[B, T, H, d]` as products within blocks: a scan over strided memory is slow."""
+    length = x.shape[1]
+    block = min(BLOCK, length)
+    blocks = torch.nn.functional.pad(x.flatten(2), (0, 0, 0, -length % block)).unflatten(1, (-1, block))
+    within = torch.ones(block, block, dtype=x.dtype, device=x.device).tril() @ blocks  # [B, blocks, block, H d]
+    total = within[:, :, -1]
+    return (within + (total.cumsum(dim=1) - total)[:, :, None]).flatten(1, 2)[:, :length].unflatten(2, x.shape[2:])

@@ -159,6 +159,16 @@ def test_a_template_that_drops_earlier_answers_ends_what_is_learned(tmp_path: Pa
     assert len(found.lengths) == 1 and sum(found.counts.values()) == 2
 
 
+def test_an_answer_to_nothing_is_read_but_not_learned(text: TextModel) -> None:
+    found = documents(text, Record("x", CHAT[1:]))
+    assert found.counts == {"records": 1}
+    prompt = text.encode(text.render(MESSAGES[1:3]), special=False)
+    assert found.ids.tolist()[: len(prompt)] == prompt
+    assert found.answers.tolist() == [False] * len(prompt) + [True] * (len(found.ids) - len(prompt))
+    whole = text.render(MESSAGES[1:], answer=False)
+    assert text.decode(found.ids.tolist()) == text.decode(text.encode(whole, special=False))
+
+
 def test_without_a_template_pairs_are_read_plainly(tmp_path: Path) -> None:
     text = make_text(tmp_path, None)
     found = documents(text, as_record({"prompt": "hi", "response": "you"}, "x"))

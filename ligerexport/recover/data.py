@@ -175,7 +175,9 @@ def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
     """Cut a record into what is read and what is learned, with a remark where some or all of it is left out."""
     if not record.turns:
         return [_Segment(record.text, answer=True, special=True)], ""
-    if not any(role == "assistant" for role, _ in record.turns):
+    roles = [role for role, _ in record.turns]
+    asked = roles.index("user") if "user" in roles else len(roles)  # an answer to nothing is read, not learned
+    if "assistant" not in roles[asked:]:
         return [], "without an answer"
     if not text.chat_template:
         if not record.alone:
@@ -189,7 +191,7 @@ def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
     segments: list[_Segment] = []  # a template writes its own beginning of text
     done = ""
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if index < asked or message["role"] != "assistant":
             continue
         try:
             prompt, whole = text.render(messages[:index]), text.render(messages[: index + 1], answer=False)
