@@ -5,7 +5,7 @@ No arithmetic here; `ligerexport.state` says which tensors a configuration needs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +14,13 @@ from ligerexport.gates import get_gate
 from ligerexport.memory import get_score
 
 RECURRENCES = ("parallel", "evicted")
+
+Slots = tuple[tuple[str, int], ...]
+"""Pools of exact slots: (score, count), in order."""
+
+
+def _pools(slots: Slots) -> Slots:
+    return tuple((str(name), int(count)) for name, count in slots)
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class LigerConfig:
             `evicted` reads the tokens that lost their place in the memory and shares the softmax's denominator, so
             that its weight is 1 and it takes what the softmax would have given them. It has no gate.
         recurrence_distance: Distance in tokens at which `evicted` reads what it holds.
+        layer_memory: Layers whose memory has another size: (layer, window, slots), with pools of the same scores.
         keep_softmax: Layers left as they are, with a growing key-value cache.
         max_distance: Largest rotary distance in tokens; farther slots are read as if at this distance. None takes
             the checkpoint's trained length.
@@ -43,16 +51,19 @@ class LigerConfig:
     gate: str = "gla"
     window: int = 64
     sinks: int = 0
-    slots: tuple[tuple[str, int], ...] = ()
+    slots: Slots = ()
     attention_weight: float = 0.5
     recurrence_weight: float = 0.5
     recurrence: Literal["parallel", "evicted"] = "parallel"
     recurrence_distance: int = 512
+    layer_memory: tuple[tuple[int, int, Slots], ...] = ()
     keep_softmax: tuple[int, ...] = ()
     max_distance: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "slots", tuple((str(name), int(count)) for name, count in self.slots))
+        object.__setattr__(self, "slots", _pools(self.slots))
+        memory = sorted((int(layer), int(window), _pools(slots)) for layer, window, slots in self.layer_memory)
+        object.__setattr__(self, "layer_memory", tuple(memory))
         object.__setattr__(self, "keep_softmax", tuple(sorted({int(layer) for layer in self.keep_softmax})))
         get_gate(self.gate)
         for name, count in self.slots:
@@ -88,6 +99,35 @@ class LigerConfig:
                 f"max_distance {self.max_distance} is smaller than the window {self.window}",
                 hint="give at least the window, or leave it out for the checkpoint's trained length",
             )
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        layers = [layer for layer, _, _ in self.layer_memory]
+        if len(set(layers)) != len(layers) or set(layers) & set(self.keep_softmax):
+            raise UsageError(
+                f"a layer has two memories: {', '.join(map(str, layers))}", hint="name it once, kept as softmax or not"
+            )
+        for layer, _, slots in self.layer_memory:
+            if [name for name, _ in slots] != [name for name, _ in self.slots]:
+                raise UsageError(f"the pools of layer {layer} are kept by other scores than those of the rest",
+                                 hint="a layer may differ in the sizes of its window and its pools")  # fmt: skip
+            self.for_layer(layer)
+
+    def for_layer(self, layer: int) -> LigerConfig:
+        """Return the configuration of one converted layer.
+
+        Raises:
+            UsageError: Its sizes make no sense.
+        """
+        sizes = {at: (window, slots) for at, window, slots in self.layer_memory}
+        window, slots = sizes.get(layer, (self.window, self.slots))
+        return replace(self, window=window, slots=slots, layer_memory=(), keep_softmax=())
+
+    def in_all_layers(self, change: Callable[[LigerConfig], LigerConfig]) -> LigerConfig:
+        """Return this configuration with a change of windows and pools made in the memory of every layer."""
+        changed = change(replace(self, layer_memory=()))
+        single = [(layer, change(self.for_layer(layer))) for layer, _, _ in self.layer_memory]
+        return replace(changed, layer_memory=tuple((layer, c.window, c.slots) for layer, c in single))
 
     @property
     def kept(self) -> int:
@@ -121,7 +161,11 @@ class LigerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return asdict(self) | {"slots": [list(pool) for pool in self.slots], "keep_softmax": list(self.keep_softmax)}
+        memory = [[layer, window, [list(pool) for pool in slots]] for layer, window, slots in self.layer_memory]
+        return asdict(self) | {
+            "slots": [list(pool) for pool in self.slots], "layer_memory": memory,
+            "keep_softmax": list(self.keep_softmax),
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LigerConfig:

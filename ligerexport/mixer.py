@@ -5,6 +5,7 @@ The family's own projections, norms, MLPs and `generate` stay; there is no model
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -26,17 +27,19 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
     """Return what the op needs to know of each layer of a converted checkpoint; None is a layer kept as softmax.
 
     Raises:
-        UsageError: `keep_softmax` names a layer that the model has not.
+        UsageError: `keep_softmax` or `layer_memory` names a layer that the model has not.
         CheckpointError: The family or its rotary embedding is not supported.
     """
     liger = LigerConfig.from_dict(config.liger)
     layers = config.num_hidden_layers
-    if liger.keep_softmax and not 0 <= liger.keep_softmax[0] <= liger.keep_softmax[-1] < layers:
-        raise UsageError(f"keep_softmax {list(liger.keep_softmax)}", hint=f"layers are 0 to {layers - 1}")
+    sized = [layer for layer, _, _ in liger.layer_memory]
+    for name, named in (("keep_softmax", liger.keep_softmax), ("layer_memory", sized)):
+        if not set(named) <= set(range(layers)):
+            raise UsageError(f"{name} {list(named)}", hint=f"layers are 0 to {layers - 1}")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     _, rotary_scale = get_family(config.model_type).rope(config)
-    spec = MixerSpec(
-        config=liger,
+    shape = MixerSpec(
+        config=liger.for_layer(-1),
         q_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         d_k=head_dim,
@@ -44,7 +47,10 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
         scale=head_dim**-0.5 * rotary_scale**2,
         max_distance=liger.max_distance or config.max_position_embeddings,
     )
-    return [None if layer in liger.keep_softmax else spec for layer in range(layers)]
+    specs: list[MixerSpec | None] = [None if layer in liger.keep_softmax else shape for layer in range(layers)]
+    for layer in sized:
+        specs[layer] = replace(shape, config=liger.for_layer(layer))
+    return specs
 
 
 @lru_cache(maxsize=8)

@@ -116,6 +116,8 @@ def test_no_arguments_is_help_and_version_is_data(cli: Cli) -> None:
         (["convert", "m", "-o", "o", "--slots", "peek_use=3"], 2, "unknown score 'peek_use'", "did you mean peak_use"),
         (["convert", "m", "-o", "o", "--slots", "peak_use"], 2, "--slots peak_use", "peak_use=32"),
         (["convert", "m", "-o", "o", "--keep-softmax", "a"], 2, "--keep-softmax a", "8,16"),
+        (["convert", "m", "-o", "o", "--layer-memory", "7"], 2, "--layer-memory 7", "window=240"),
+        (["convert", "m", "-o", "o", "--layer-memory", "7:use=2"], 2, "--layer-memory 7:use=2", "window=240"),
         (["convert", "m", "-o", "o", "--window", "0"], 2, "window 0", "at least 1"),
         (["convert", "smolm2-135m", "-o", "o", "--dry-run"], 2, "no model 'smolm2-135m'", "smollm2-135m"),
         (["convert", "m"], 2, "Missing option", "ligerexport convert --help"),

@@ -93,6 +93,11 @@ def test_an_unknown_family_names_the_close_one(tmp_path: Path) -> None:
         ({"recurrence_weight": -1.0}, "mix weights"),
         ({"max_distance": 3}, "smaller than the window"),
         ({"keep_softmax": (99,)}, "keep_softmax"),
+        ({"layer_memory": ((99, 8, ()),)}, "layer_memory"),
+        ({"layer_memory": ((0, 8, (("use", 2),)),)}, "other scores"),
+        ({"layer_memory": ((0, 8, ()), (0, 9, ()))}, "two memories"),
+        ({"layer_memory": ((0, 8, ()),), "keep_softmax": (0,)}, "two memories"),
+        ({"layer_memory": ((0, 0, ()),)}, "window 0"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path: Path, changes: dict[str, object], message: str) -> None:

@@ -36,6 +36,7 @@ from tests.checkpoints import MEMORY, make_checkpoint
 from tests.tolerances import MODEL_FP32
 
 MIXED = replace(MEMORY, attention_weight=0.7, recurrence_weight=0.3)
+SIZED = replace(MEMORY, layer_memory=((1, 11, tuple((name, count + 3) for name, count in MEMORY.slots)),))
 SIZES = {"vocab_size": toy.VOCAB, "bos_token_id": toy.BOS, "eos_token_id": toy.EOS}
 
 
@@ -102,7 +103,9 @@ def torch_scorer(path: Path) -> TorchScorer:
 
 
 @pytest.mark.parametrize("lowering", ["ort", "portable"])
-@pytest.mark.parametrize("config", [MIXED, LigerConfig(window=8, keep_softmax=(1,))], ids=["memory", "hybrid"])
+@pytest.mark.parametrize(
+    "config", [MIXED, LigerConfig(window=8, keep_softmax=(1,)), SIZED], ids=["memory", "hybrid", "sized"]
+)
 def test_an_artifact_scores_every_token_as_torch(tmp_path: Path, config: LigerConfig, lowering: str) -> None:
     checkpoint = make_checkpoint(tmp_path / "liger", config)
     artifact = lx.build(checkpoint, tmp_path / "onnx", lowering=lowering, verify=False)
@@ -214,6 +217,11 @@ def test_control_settings() -> None:
     assert window.num_slots == MIXED.num_slots and window.sinks == 4 and not window.slots
     assert (window.attention_weight, window.recurrence_weight) == (1.0, 0.0)
     assert control_config("no-recurrence", MIXED) == replace(MIXED, recurrence_weight=0.0)
+    for name in ("window", "random-judge"):  # every layer keeps its number of slots
+        sized = control_config(name, SIZED)
+        for layer in (0, 1):
+            assert sized.for_layer(layer).num_slots == SIZED.for_layer(layer).num_slots
+        assert sized.for_layer(1).num_slots > sized.for_layer(0).num_slots
     judge = control_config("random-judge", MIXED)
     assert judge.slots == (("learned", 12),) and judge.num_slots == MIXED.num_slots
     with pytest.raises(UsageError, match="no recurrence"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ligerexport.config import LigerConfig
 from ligerexport.convert import convert, load_model
 from ligerexport.families import FAMILIES, get_family
-from ligerexport.mixer import LigerCache, LigerMixer, _shared_table
+from ligerexport.mixer import LigerCache, LigerMixer, _shared_table, layer_specs
 from tests.checkpoints import FORESIGHT, MEMORY, SIZES, make_checkpoint
 from tests.tolerances import MODEL_FP32
 
@@ -135,6 +136,21 @@ def test_state_does_not_grow(tmp_path: Path) -> None:
             model(torch.randint(0, SIZES["vocab_size"], (1, 40)), past_key_values=cache, use_cache=True)
             shapes.add(tuple(tuple(t.shape) for layer in cache.layers for t in layer.state.values()))
     assert len(shapes) == 1
+
+
+def test_a_layer_with_a_memory_of_its_own(tmp_path: Path) -> None:
+    """A large one changes nothing in its layer, so that the others decide; cuts do not matter."""
+    path = make_teacher(tmp_path / "sized" / "teacher")
+    other = Path(shutil.copytree(path, tmp_path / "kept" / "teacher"))
+    large = (48, tuple((name, 100) for name, _ in MEMORY.slots))
+    sized = converted(path, replace(MEMORY, layer_memory=((0, *large), (2, *large))))
+    assert [spec.config.window for spec in layer_specs(sized.config)] == [48, MEMORY.window, 48]
+    ids = torch.randint(0, SIZES["vocab_size"], (1, 60))
+    with torch.no_grad():
+        cache = LigerCache(sized.config)
+        pieces = [sized(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in [(0, 40), (40, 60)]]
+        expected = converted(other, replace(MEMORY, keep_softmax=(0, 2)))(ids).logits
+        assert (torch.cat(pieces, dim=1) - expected).abs().max() <= MODEL_FP32
 
 
 def test_layers_kept_as_softmax(tmp_path: Path) -> None:

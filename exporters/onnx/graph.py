@@ -17,7 +17,7 @@ from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Axis, Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import LOWERINGS
-from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
+from ligerexport.exporters.onnx.mixer import Candidates, candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.state import TensorSpec
 
@@ -108,11 +108,16 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         return g.op("Reshape", normed, g.op("Shape", x))
 
     frame = Frame(g, input_ids, position)
-    positions = [past[t.past] for t in state if t.name == "slot_position"]
-    mixers = [layer for layer in spec.mixers if layer is not None]
+    positions = {t.layer: past[t.past] for t in state if t.name == "slot_position"}
+    mixers = dict.fromkeys(layer for layer in spec.mixers if layer is not None)
+    seen: dict[int, Candidates] = {}
     if mixers:
-        tables = rotary_tables(g, torch.tensor(spec.inv_freq), mixers[0], max_chunk)
-        seen = iter(candidates(frame, mixers[0], tables.rows, positions))
+        largest = max(mixers, key=lambda layer: layer.config.num_slots)
+        tables = rotary_tables(g, torch.tensor(spec.inv_freq), largest, max_chunk)
+    for alike in mixers:
+        layers = [i for i, layer in enumerate(spec.mixers) if layer == alike]
+        found = candidates(frame, alike, tables.rows, [positions[i] for i in layers])
+        seen |= dict(zip(layers, found, strict=True))
     outputs: dict[str, ir.Value] = {}
     residual = g.op("Gather", weight("model.embed_tokens.weight"), g.reshape(input_ids, -1))
     normed = lower.rms_norm(residual, weight("model.layers.0.input_layernorm.weight"), spec.norm_eps)
@@ -127,7 +132,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
                 mixed, present = softmax_attention(lower, frame, spec, (query, key, value), own, spec.windows[i])
             else:
                 score = linear(normed, f"{name}.self_attn.score_proj") if layer.config.foresees else None
-                mixed, present = mixer(lower, frame, layer, tables, (query, key, value), own, next(seen), score)
+                mixed, present = mixer(lower, frame, layer, tables, (query, key, value), own, seen[i], score)
             outputs |= {f"present.{i}.{kind}": tensor for kind, tensor in present.items()}
             mixed = linear(mixed, f"{name}.self_attn.o_proj")
             after = weight(f"{name}.post_attention_layernorm.weight")

@@ -42,7 +42,7 @@ class RotaryTables:
 
 
 def rotary_tables(g: Builder, inv_freq: Tensor, spec: MixerSpec, max_chunk: int) -> RotaryTables:
-    """Add the tables of a model to the graph, for calls of at most `max_chunk` tokens."""
+    """Add the tables of a model to the graph, for calls of at most `max_chunk` tokens; `spec` has the most slots."""
     # ONNX Runtime wants as many rows as there are candidates
     ahead = max(max_chunk, max_chunk + spec.config.num_slots - spec.max_distance)
     rotary = rotary_table(inv_freq, spec.max_distance, ahead).numpy()
@@ -93,7 +93,7 @@ class Candidates:
 
 
 def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -> list[Candidates]:
-    """Compare positions for all layers at once, from their `slot_position` `[B, H, N]`; one result a layer.
+    """Compare positions for all layers alike at once, from their `slot_position` `[B, H, N]`; one result a layer.
 
     Positions are known before the first layer runs, and one large comparison is cheaper than one a layer.
     """

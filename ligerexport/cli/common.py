@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
 
+from ligerexport.config import Slots
 from ligerexport.console import data, format_bytes, say, set_quiet
 from ligerexport.errors import UsageError
 
@@ -34,10 +36,12 @@ def announce(verb: str, **arguments: Any) -> None:
 
 
 def plain(value: Any) -> str:
-    """Return a setting as it would be typed: pools as `score=count`, lists with commas."""
-    if isinstance(value, (tuple, list)):
-        return ",".join("=".join(map(str, x)) if isinstance(x, (tuple, list)) else str(x) for x in value) or "none"
-    return str(value)
+    """Return a setting as it would be typed: pools as `score=count`, lists with commas, memories as their option."""
+    if not isinstance(value, (tuple, list)):
+        return str(value)
+    if value and isinstance(value[0], (tuple, list)) and len(value[0]) == 3:
+        return " ".join(f"{layer}:window={window},{plain(slots)}" for layer, window, slots in value)
+    return ",".join("=".join(map(str, x)) if isinstance(x, (tuple, list)) else str(x) for x in value) or "none"
 
 
 def finish_json(wanted: bool, result: dict[str, Any]) -> None:
@@ -46,7 +50,7 @@ def finish_json(wanted: bool, result: dict[str, Any]) -> None:
         data(json.dumps(result, ensure_ascii=False))
 
 
-def parse_slots(text: str | None) -> tuple[tuple[str, int], ...] | None:
+def parse_slots(text: str | None) -> Slots | None:
     """Read `peak_use=32,novelty=32`; `none` is no slots.
 
     Raises:
@@ -54,11 +58,38 @@ def parse_slots(text: str | None) -> tuple[tuple[str, int], ...] | None:
     """
     if text is None:
         return None
+    return _counts(text, f"--slots {text}", "write SCORE=COUNT,... as in --slots peak_use=32,novelty=32")
+
+
+def parse_layer_memory(texts: Sequence[str] | None) -> tuple[tuple[int, int, Slots], ...] | None:
+    """Read several of `7,18:window=240,peak_use=32`: layers, then their window and pools.
+
+    Raises:
+        UsageError: One has another form.
+    """
+    if texts is None:
+        return None
+    memory = []
+    for text in texts:
+        given = f"--layer-memory {text}"
+        hint = "write LAYER,...:window=TOKENS,SCORE=COUNT,... as in --layer-memory 7,18:window=240,recent_use=112"
+        layers, _, sizes = text.partition(":")
+        pools = _counts(sizes, given, hint)
+        numbers = [part.strip() for part in layers.split(",")]
+        if not all(number.isdigit() for number in numbers) or [n for n, _ in pools].count("window") != 1:
+            raise UsageError(given, hint=hint)
+        slots = tuple(pool for pool in pools if pool[0] != "window")
+        memory += [(int(number), dict(pools)["window"], slots) for number in numbers]
+    return tuple(memory)
+
+
+def _counts(text: str, given: str, hint: str) -> Slots:
+    """Read `NAME=COUNT,...`."""
     pools = []
     for part in _parts(text):
         name, found, count = part.partition("=")
         if not found or not count.strip().isdigit():
-            raise UsageError(f"--slots {text}", hint="write SCORE=COUNT,... as in --slots peak_use=32,novelty=32")
+            raise UsageError(given, hint=hint)
         pools.append((name.strip(), int(count)))
     return tuple(pools)
 

@@ -36,6 +36,12 @@ def convert(
     recurrence_distance: Annotated[
         int | None, typer.Option(help="Distance in tokens at which evicted tokens are read.")
     ] = None,
+    layer_memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER,...:window=TOKENS,SCORE=COUNT,...", help="Layers with a memory of another size; repeatable."
+        ),
+    ] = None,
     keep_softmax: Annotated[str | None, typer.Option(metavar="LAYER,...", help="Layers left as they are.")] = None,
     max_distance: Annotated[int | None, typer.Option(help="Largest rotary distance; default: trained length.")] = None,
     calibrate: Annotated[
@@ -59,6 +65,7 @@ def convert(
         "gate": gate, "sinks": sinks, "window": window, "slots": common.parse_slots(slots),
         "attention_weight": attention_weight, "recurrence_weight": recurrence_weight,
         "recurrence": recurrence, "recurrence_distance": recurrence_distance,
+        "layer_memory": common.parse_layer_memory(layer_memory),
         "keep_softmax": common.parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
     config = get_preset(preset, **changes)
@@ -145,14 +152,14 @@ def _describe(path: Path, config: LigerConfig) -> dict[str, Any]:
     hf = AutoConfig.from_pretrained(path)
     hf.liger = config.to_dict()
     specs = layer_specs(hf)
-    state = sum(tensor.nbytes() for spec in specs if spec for tensor in spec.state())
-    spec = next((spec for spec in specs if spec), None)
-    saved = sum(4 * spec.kv_heads * (spec.d_k + spec.d_v) for spec in specs if spec)
+    converted = [spec for spec in specs if spec]
+    state = sum(tensor.nbytes() for spec in converted for tensor in spec.state())
+    saved = sum(4 * spec.kv_heads * (spec.d_k + spec.d_v) for spec in converted)
     return {
         "path": str(path),
         "weight_bytes": info.bytes,
-        "layers": f"{sum(s is not None for s in specs)} of {len(specs)} converted",
-        "exact_slots": config.num_slots if spec else 0,
+        "layers": f"{len(converted)} of {len(specs)} converted",
+        "exact_slots": round(sum(spec.config.num_slots for spec in converted) / max(1, len(converted))),
         "state_bytes": state,
         "kv_cache_larger_from": state // saved + 1 if saved else None,
         "scores_explain": (info.config.get("liger_scores") or {}).get("explained"),

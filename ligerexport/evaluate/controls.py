@@ -39,12 +39,17 @@ def control_config(name: str, config: LigerConfig) -> LigerConfig:
         if not config.recurrent:
             raise UsageError("this conversion has no recurrence to leave out", hint="leave no-recurrence out")
         return replace(config, recurrence_weight=0.0)
-    if name == "window":
-        if config.num_slots <= SINKS:
-            raise UsageError(f"{config.num_slots} slots are too few for {SINKS} sinks and a window")
-        return replace(
-            config, window=config.num_slots - SINKS, sinks=SINKS, slots=(), attention_weight=1.0, recurrence_weight=0.0
-        )
+    return config.in_all_layers(_window if name == "window" else _random)
+
+
+def _window(config: LigerConfig) -> LigerConfig:
+    if config.num_slots <= SINKS:
+        raise UsageError(f"{config.num_slots} slots are too few for {SINKS} sinks and a window")
+    window = config.num_slots - SINKS
+    return replace(config, window=window, sinks=SINKS, slots=(), attention_weight=1.0, recurrence_weight=0.0)
+
+
+def _random(config: LigerConfig) -> LigerConfig:
     if not config.slots:
         raise UsageError("this conversion has no scored slots to choose at random", hint="leave random-judge out")
     return replace(config, slots=(("learned", sum(count for _, count in config.slots)),))
@@ -59,10 +64,11 @@ def make_control(name: str, model: PreTrainedModel, seed: int = 0) -> PreTrained
     config = control_config(name, LigerConfig.from_dict(model.config.liger))
     if name != "random-judge":
         return convert_in_memory(model, config)
-    control = convert_in_memory(model, replace(config, slots=()))  # with scored slots it would need weights for them
+    bare = replace(config, slots=(), layer_memory=())  # with scored slots it would need weights for them
+    control = convert_in_memory(model, bare)
     for layer in control.model.layers:
         if isinstance(layer.self_attn, LigerMixer):
-            layer.self_attn = RandomJudge(layer.self_attn, config, seed)
+            layer.self_attn = RandomJudge(layer.self_attn, config.for_layer(layer.self_attn.layer_idx), seed)
     control.config.liger = config.to_dict()
     return control
 
