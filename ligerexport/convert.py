@@ -35,6 +35,9 @@ WINDOWS = 64
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
+SHIPPED = "shipped"
+"""Name of the adapter that ships with a built-in model."""
+
 COMPANIONS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "generation_config")
 """What the names of files start with that belong to a checkpoint beside config and weights."""
 
@@ -47,6 +50,7 @@ def convert(
     calibrate: Sequence[str | Path] | None = None,
     scores: str | Path | None = None,
     windows: int = WINDOWS,
+    adapter: str | Path | None = None,
     force: bool = False,
     progress: ProgressFactory | None = None,
     **changes: Any,
@@ -64,6 +68,8 @@ def convert(
         calibrate: Text files, or directories of them, to fit the learned score on; runs the Transformer over them.
         scores: Safetensors file of scores that were fitted before.
         windows: Windows of text that a fit reads.
+        adapter: LoRA that `recover` trained on this very conversion, to merge into its weights: a directory, or
+            `shipped` for the one that ships with a built-in model.
         force: Whether an older converted checkpoint in `output` may be replaced.
         progress: Reports downloads, copies and the fit; silent by default.
         **changes: Fields of `LigerConfig` that differ from the preset; None leaves the preset's value.
@@ -74,7 +80,8 @@ def convert(
     Raises:
         UsageError: A setting makes no sense for this model, or `output` is in use.
         SourceError: There is no such model.
-        CheckpointError: It is incomplete, damaged, or of a family that is not supported.
+        CheckpointError: It is incomplete, damaged, or of a family that is not supported; or the adapter is another
+            conversion's.
     """
     liger = get_preset(preset, **changes)
     texts = check_score_options(liger, calibrate, scores, windows)
@@ -83,16 +90,24 @@ def convert(
     info = check_checkpoint(source.path)
     config = converted_config(dict(info.config), liger)
     config["liger_source"] = {"model": source.name, "revision": source.revision, "license": source.license}
+    lora = None if adapter is None else _find_adapter(source, adapter)
     with staged_directory(output, force=force, marker="config.json") as stage:
+        place = stage if lora is None else stage / "converted"
+        place.mkdir(exist_ok=True)
         found = None
         if liger.foresees:
             path = None if scores is None else Path(scores)
             found = _find_scores(source, info, liger, texts, path, windows, progress or silent)
             config["liger_scores"] = found.facts
-        (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in [f for f in source.path.iterdir() if f.name.startswith(COMPANIONS) and f.is_file()]:
-            shutil.copyfile(file, stage / file.name)
-        _write_weights(stage, info, found, progress or silent)
+            shutil.copyfile(file, place / file.name)
+        _write_weights(place, info, found, progress or silent)
+        if lora is not None:
+            from ligerexport.recover.result import write_recovered
+
+            write_recovered(stage, check_checkpoint(place), lora, progress)
+            shutil.rmtree(place)
     return Path(output)
 
 
@@ -120,11 +135,27 @@ def check_score_options(
 
 def packaged_scores(source: Source) -> Path | None:
     """Return the scores that ship with this package for a built-in model; None where there are none."""
+    return _packaged(source, f"scores/{source.name}.safetensors")
+
+
+def _packaged(source: Source, name: str) -> Path | None:
     builtin = BUILTIN_MODELS.get(source.name)
     if builtin is None or source.revision != builtin.requirement:  # a directory may have that name too
         return None
-    file = Path(__file__).parent / "scores" / f"{source.name}.safetensors"
-    return file if file.is_file() else None
+    path = Path(__file__).parent / name
+    return path if path.exists() else None
+
+
+def _find_adapter(source: Source, adapter: str | Path) -> Path:
+    if adapter != SHIPPED:
+        return Path(adapter).expanduser()
+    found = _packaged(source, f"adapters/{source.name}")
+    if found is None:
+        raise UsageError(
+            f"no adapter ships for {source.name}",
+            hint="convert it without, then train one: ligerexport recover LIGER --data FILE --adapter",
+        )
+    return found
 
 
 def _find_scores(

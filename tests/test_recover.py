@@ -155,6 +155,11 @@ def test_merged_weights_equal_the_adapter(liger: Path, chats: Path, tmp_path: Pa
     merged = lx.recover(liger, chats, tmp_path / "merged", **settings)
     again = merge_adapter(liger, adapter, tmp_path / "again")
     assert (again / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+    changes = json.loads((liger / "config.json").read_text())["liger"]
+    once = lx.convert(liger, tmp_path / "once", adapter=adapter, **changes)
+    assert (once / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+    assert json.loads((once / "config.json").read_text())["liger_recovery"]["steps"] == 4
+    assert sorted(x.name for x in once.iterdir()) == sorted(x.name for x in again.iterdir())
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
     with_lora = PeftModel.from_pretrained(lx.load_model(liger), adapter).eval()
     plain, whole = logits(lx.load_model(liger)), logits(lx.load_model(merged))
@@ -185,6 +190,9 @@ def test_an_adapter_of_another_model(liger: Path, chats: Path, tmp_path: Path) -
         assert caught.value.hint and not (tmp_path / "merged").exists()
     with pytest.raises(CheckpointError, match="no adapter"):
         merge_adapter(liger, liger, tmp_path / "merged")
+    with pytest.raises(UsageError, match="no adapter ships for liger"):
+        lx.convert(liger, tmp_path / "converted", adapter="shipped")
+    assert not (tmp_path / "converted").exists()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from ligerexport.cli import common
 from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
 from ligerexport.config import DEFAULT_PRESET, PRESETS, RECURRENCES, LigerConfig, get_preset
 from ligerexport.console import card, format_bytes, progress
-from ligerexport.convert import WINDOWS, check_score_options
+from ligerexport.convert import SHIPPED, WINDOWS, check_score_options
 from ligerexport.errors import UsageError, close_matches
 from ligerexport.gates import GATES
 from ligerexport.memory import SCORES
@@ -50,6 +50,12 @@ def convert(
     ] = None,
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="Learned scores that were fitted before.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of 2,048 tokens that a fit reads.")] = WINDOWS,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help=f"Merge what `recover --adapter` wrote; {SHIPPED}: what comes with a built-in model."
+        ),
+    ] = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -58,7 +64,7 @@ def convert(
 ) -> None:
     """Make a Transformer recurrent; takes seconds, minutes with --calibrate.
 
-    Its attention is swapped for a gated recurrence and a bounded exact memory. No weight changes.
+    Its attention is swapped for a gated recurrence and a bounded exact memory. No weight changes without --adapter.
     """
     common.begin(quiet, debug)
     changes: dict[str, Any] = {
@@ -79,8 +85,8 @@ def convert(
         return _finish(json, f"would write {output}", plan | _plan_fit(model, texts, windows), None)
     from ligerexport.convert import convert as convert_model
 
-    path = convert_model(model, output, preset=preset, calibrate=calibrate, scores=scores, windows=windows, force=force,
-                         progress=progress, **changes)  # fmt: skip
+    path = convert_model(model, output, preset=preset, calibrate=calibrate, scores=scores, windows=windows,
+                         adapter=adapter, force=force, progress=progress, **changes)  # fmt: skip
     _finish(json, "converted", _describe(Path(path), config), f"ligerexport build {path} --target onnx")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ligerexport.checkpoint import CheckpointInfo, check_checkpoint
+from ligerexport.config import LigerConfig
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
 from ligerexport.recover.config import RecoverConfig
 
@@ -37,11 +38,16 @@ def check_student(path: str | Path) -> CheckpointInfo:
 
 
 def model_id(info: CheckpointInfo) -> str:
-    """Return a digest of what an adapter fits: configuration, conversion, and the last norm of these very weights."""
+    """Return a digest of what an adapter fits: configuration, conversion, and the last norm of these very weights.
+
+    Settings that have their default value do not count, so that a later version may have more of them.
+    """
     from safetensors import safe_open
 
-    digest = hashlib.sha256(json.dumps({k: v for k, v in info.config.items() if k not in _VOLATILE},
-                                       sort_keys=True).encode())  # fmt: skip
+    default = LigerConfig().to_dict()
+    liger = {k: v for k, v in LigerConfig.from_dict(info.config["liger"]).to_dict().items() if v != default[k]}
+    facts = {k: v for k, v in info.config.items() if k not in _VOLATILE} | {"liger": liger}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(name for name in info.tensors if name.endswith(".norm.weight") and ".layers." not in name):
         with safe_open(info.tensors[name].file, "pt") as file:
             digest.update(file.get_tensor(name).float().numpy().tobytes())

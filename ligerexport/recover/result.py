@@ -63,9 +63,26 @@ def merge_adapter(
         CheckpointError: One of them is damaged, or the adapter was trained on another model.
         UsageError: `output` is in use.
     """
+    info = check_student(checkpoint)
+    with staged_directory(output, force=force, marker=RECORD) as stage:
+        write_recovered(stage, info, Path(adapter), progress)
+    return Path(output)
+
+
+def write_recovered(stage: Path, info: CheckpointInfo, adapter: Path, progress: ProgressFactory | None = None) -> None:
+    """Write a converted checkpoint with an adapter merged.
+
+    Args:
+        stage: Directory.
+        info: The checkpoint that the adapter was trained on.
+        adapter: What `write_adapter` wrote.
+        progress: Reports the weights; silent by default.
+
+    Raises:
+        CheckpointError: The adapter is damaged, or was trained on another model.
+    """
     from safetensors.torch import load_file
 
-    info, adapter = check_student(checkpoint), Path(adapter)
     try:
         record = json.loads((adapter / RECORD).read_text(encoding="utf-8"))
         settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -75,10 +92,8 @@ def merge_adapter(
             f"{adapter} is no adapter of a recovery ({error})", hint="give what `recover --adapter` wrote"
         ) from None
     check_adapter(record, info)
-    with staged_directory(output, force=force, marker=RECORD) as stage:
-        write_merged(stage, info, {name.removeprefix(_PEFT_PREFIX): x for name, x in tensors.items()}, scale, record,
-                     progress)  # fmt: skip
-    return Path(output)
+    write_merged(stage, info, {name.removeprefix(_PEFT_PREFIX): x for name, x in tensors.items()}, scale, record,
+                 progress)  # fmt: skip
 
 
 def write_merged(
