@@ -128,21 +128,51 @@ def evicted() -> str:
 
 def recovered() -> str:
     """What recovery and its controls are worth."""
+    return _recovered(lambda name, row: row.get("recipe") != "paper")
+
+
+def paper() -> str:
+    """The paper's recipe and its ablations."""
+    return _recovered(lambda name, row: row.get("recipe") == "paper")
+
+
+def _recovered(wanted: Callable[[str, Any], bool]) -> str:
     rows = []
     for name, row in result("recovery")["rows"].items():
-        for model, found in row["tables"].items():
+        for model, found in row["tables"].items() if wanted(name, row) else ():
             title = name if model == "model" else f"{name}: {model}"
             chats = row["chats"][model]["nll"]["mean"]
             shares = [f"{found['once'][d]['mean']:.2f}" for d in ("512", "1024", "4096")]
-            shares += [f"{found[part]['1024']['mean']:.2f}" for part in ("keys_4", "copy")]
+            shares += [f"{found[part]['1024']['mean']:.2f}" for part in ("keys_4", "pairs_4", "copy")]
             nll = found["nll"]
             rows.append([title, f"{nll['mean']['mean']:.3f}", f"{nll['2048-4096']['mean']:.3f}",
                          f"{chats['mean']:.3f} ± {chats['stderr']:.3f}", *shares])  # fmt: skip
     return table(
         ["", "prose, 4,096", "prose, 2,048-4,096", "chats, 2,048", "once, 512", "once, 1,024", "once, 4,096",
-         "4 keys, 1,024", "copy, 1,024"],
+         "4 keys, 1,024", "4 pairs, 1,024", "copy, 1,024"],
         rows,
     )  # fmt: skip
+
+
+def tasks() -> str:
+    """Short tasks of lm-eval."""
+    rows = [(name, row["tables"]["model"]["tasks"]) for name, row in result("recovery")["rows"].items()
+            if "tasks" in row["tables"]["model"]]  # fmt: skip
+    names = [name for name in rows[0][1] if name.endswith(" acc")]
+    body = [[name, *(f"{found[task]['mean']:.3f} ± {found[task]['stderr']:.3f}" for task in names),
+             f"{sum(found[task]['mean'] for task in names) / len(names):.3f}"] for name, found in rows]  # fmt: skip
+    return table(["accuracy", *(name.removesuffix(" acc") for name in names), "mean"], body)
+
+
+def layers() -> str:
+    """What single layers cost."""
+    data = result("layers")
+    cells = lambda row: [f"{row['kl']:.3f}", f"{row['once']:.2f}", f"{row['once_nll']:.2f}"]  # noqa: E731
+    ranked = sorted(enumerate(data["layers"]), key=lambda x: x[1]["kl"] + x[1]["once_nll"])
+    rows = [["none", *cells(data["converted"])], *[[str(i), *cells(row)] for i, row in ranked[:8]]]
+    rows += [[", ".join(map(str, row["layers"])), *cells(row)] for row in data["chosen"][1:]]
+    rows += [["all: the Transformer", "0", f"{data['teacher']['once']:.2f}", f"{data['teacher']['once_nll']:.2f}"]]
+    return table(["softmax in layers", "divergence, nats", "once, 2,048", "its NLL, nats"], rows)
 
 
 def _ms(cell: dict[str, float]) -> str:
@@ -258,7 +288,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "nll": nll, "recall": recall, "stream": stream, "decode": decode, "flat": flat, "build": build, "sweep": sweep,
     "linear": linear, "linear_profile": linear_profile, "linear_memory": linear_memory,
     "linear_softmax": linear_softmax, "memory_kernel": memory_kernel, "step": step, "first_result": first_result,
-    "evicted": evicted, "recovered": recovered,
+    "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
 }  # fmt: skip
 
 

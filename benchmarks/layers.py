@@ -1,0 +1,120 @@
+"""What each layer's conversion costs: softmax put back into one layer at a time, then greedily into several.
+
+    python benchmarks/layers.py MODEL --chats chats.jsonl --text prose/ -o layers.json
+
+Divergence from the Transformer on chats and recall of a key said once in prose, untrained, in bf16 on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from recovery import rendered
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from ligerexport.config import get_preset
+from ligerexport.console import progress, say
+from ligerexport.convert import convert, load_model
+from ligerexport.corpus import cut_windows, read_tokens, text_files
+from ligerexport.evaluate.recall import ONCE, PlainTokenizer, Prompt, passkey_prompts
+from ligerexport.sources import resolve
+from ligerexport.text import TextModel
+
+FIRST = 256
+"""Earlier positions lose nothing."""
+
+
+class Measure:
+    """Divergence and recall of a model against a Transformer on fixed text."""
+
+    def __init__(self, teacher: Any, windows: Tensor, text: TextModel, prose: list[int], args: argparse.Namespace):
+        self.windows = windows
+        self.prompts = list(passkey_prompts(PlainTokenizer(text), prose, ONCE, args.distance, args.trials, seed=7))
+        self.expected = [self._log_p(teacher, row).bfloat16() for row in windows]
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Return KL(Transformer || model), the share of digits recalled and their NLL, in nats a token."""
+        total = sum(
+            functional.kl_div(self._log_p(model, row), expected.float(), reduction="sum", log_target=True).item()
+            for row, expected in zip(self.windows, self.expected, strict=True)
+        )
+        found = torch.tensor([self._answer(model, prompt) for prompt in self.prompts]).mean(dim=0).tolist()
+        return {"kl": total / self.windows[:, FIRST:].numel(), "once": found[0], "once_nll": found[1]}
+
+    @torch.no_grad()
+    def _answer(self, model: Any, prompt: Prompt) -> tuple[float, float]:
+        ids, asked = torch.tensor(prompt.ids, device=model.device), list(prompt.asked)
+        last = len(ids) - asked[0]  # no cache: it would be another one in each layer
+        logits = model(ids[None, :-1], use_cache=False, logits_to_keep=last).logits[0].float()
+        logits, target = logits[[i - asked[0] for i in asked]], ids[asked]
+        share = (logits.argmax(dim=-1) == target).float().mean()
+        return float(share), float(functional.cross_entropy(logits, target))
+
+    @torch.no_grad()
+    def _log_p(self, model: Any, row: Tensor) -> Tensor:
+        logits = model(row[None].to(model.device), use_cache=False).logits[0, FIRST:]
+        return logits.float().log_softmax(dim=-1)
+
+
+def main() -> None:
+    """Measure every layer alone, then choose the best few one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--preset", default="evicted")
+    parser.add_argument("--chats", type=Path, nargs="+", required=True)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--distance", type=int, default=2048)
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--choose", type=int, default=4)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args()
+    source = resolve(args.model).path
+    device, text = "cuda" if torch.cuda.is_available() else "cpu", TextModel(source)
+    teacher: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(device).eval()
+    place = args.output.with_suffix(".converted")
+    student: Any = load_model(convert(args.model, place, preset=args.preset, force=True), torch.bfloat16)
+    student = student.to(device).eval()
+    ids = text.encode(rendered(source, args.chats), special=False)
+    windows = torch.as_tensor(cut_windows(ids, args.length, args.windows))
+    measure = Measure(teacher, windows, text, read_tokens(text_files(args.text), text), args)
+    ours = [layer.self_attn for layer in student.model.layers]
+    theirs = [layer.self_attn for layer in teacher.model.layers]
+
+    def restored(layers: list[int]) -> dict[str, float]:
+        for i, layer in enumerate(student.model.layers):
+            layer.self_attn = theirs[i] if i in layers else ours[i]
+        return measure(student)
+
+    result: dict[str, Any] = {"command": "python " + " ".join(sys.argv), "slots": get_preset(args.preset).num_slots}
+    result |= {"teacher": measure(teacher), "converted": restored([]), "layers": [], "chosen": []}
+    base = result["converted"]
+
+    def cost(found: dict[str, float]) -> float:
+        return found["kl"] / base["kl"] + found["once_nll"] / base["once_nll"]
+
+    with progress("layers", len(ours), "steps") as advance:
+        for layer in range(len(ours)):
+            result["layers"].append(restored([layer]))
+            advance(1)
+    likely = sorted(range(len(ours)), key=lambda layer: cost(result["layers"][layer]))[: 2 * args.choose]
+    chosen: list[int] = []
+    for _ in range(args.choose):
+        tried = {layer: restored([*chosen, layer]) for layer in likely if layer not in chosen}
+        best = min(tried, key=lambda layer: cost(tried[layer]))
+        chosen.append(best)
+        result["chosen"].append({"layers": list(chosen)} | tried[best])
+        say(f"{chosen}: {tried[best]}")
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
