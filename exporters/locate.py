@@ -93,6 +93,8 @@ class _Graph:
         import onnx
         import onnxruntime
 
+        from ligerexport.exporters.onnx.native import register
+
         manifest = artifact.manifest
         model = onnx.load(artifact.graph, load_external_data=False)
         model.graph.output.extend(
@@ -104,6 +106,8 @@ class _Graph:
         try:
             options = onnxruntime.SessionOptions()
             options.enable_mem_reuse = False  # planning reuse is quadratic in the nodes
+            if manifest.lowering == "native":
+                register(options, threads=1)
             self._session = onnxruntime.InferenceSession(str(variant), options, providers=["CPUExecutionProvider"])
         finally:
             variant.unlink()

@@ -26,7 +26,7 @@ class Target:
 
 TARGETS: dict[str, Target] = {
     "onnx": Target(
-        lowerings=("ort", "portable"),
+        lowerings=("ort", "portable", "native"),
         extra="onnx",
         requires={"onnxruntime": ">=1.29"},  # first with right shapes for LinearAttention with fewer KV heads
         doc="a step graph for ONNX Runtime, weights in fp32",

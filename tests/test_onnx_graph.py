@@ -26,6 +26,7 @@ from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.graph import build_graph, state_tensors, write_graph, write_weights
 from ligerexport.exporters.onnx.lowerings import LOWERINGS
 from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
+from ligerexport.exporters.onnx.native import DOMAIN, register
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.verify import sort_slots, state_error
 from ligerexport.gates import GATES
@@ -62,24 +63,32 @@ def mixer_graph(spec: MixerSpec, lowering: str, inv_freq: Tensor = INV_FREQ) -> 
     types = {t.name: "INT64" if t.dtype == "int64" else "FLOAT" for t in spec.state()}
     past = {t.name: graph_input(f"past.{t.name}", types[t.name], ("B", *t.shape)) for t in spec.state()}
     frame = Frame(g, ids, position)
-    tables = rotary_tables(g, inv_freq, spec, CHUNK)
-    seen = candidates(frame, spec, tables.rows, [past["slot_position"]])[0]
+    tables = rotary_tables(lower, inv_freq, spec, CHUNK)
+    seen = None if lower.native else candidates(frame, spec, tables.rows, [past["slot_position"]])[0]
     output, present = mixer(lower, frame, spec, tables, projected, past, seen, score)  # type: ignore[arg-type]
     outputs = [g.output(output, "output", "FLOAT", ("BT", spec.q_heads * spec.d_v))]
     outputs += [g.output(present[t.name], f"present.{t.name}", types[t.name], ("B", *t.shape)) for t in spec.state()]
     graph = ir.Graph(
         [ids, position, *projected, *([score] if score else []), *past.values()], outputs, nodes=g.nodes,
-        initializers=list(g.initializers.values()), opset_imports={"": 21, CONTRIB: 1}, name="mixer",
+        initializers=list(g.initializers.values()), opset_imports={"": 21, CONTRIB: 1, DOMAIN: 1}, name="mixer",
     )  # fmt: skip
     functions = lower.functions(spec.kv_heads, spec.d_k) if spec.config.recurrent or spec.config.judged else []
     return ir.serde.serialize_model(ir.Model(graph, ir_version=10, functions=functions))
+
+
+def session_options() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    register(options, threads=2)
+    return options
 
 
 class MixerSession:
     """A mixer graph and its state, called like the torch op."""
 
     def __init__(self, model: onnx.ModelProto, spec: MixerSpec, batch: int) -> None:
-        self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
+        )
         self.wanted = {entry.name for entry in self.session.get_inputs()}
         self.state = {name: x.numpy() for name, x in spec.initial_state(batch, torch.float32).items()}
 
@@ -182,7 +191,9 @@ class GraphSession:
         write_weights(spec, directory)
         write_graph(spec, directory, lowering=lowering, max_chunk=CHUNK)
         onnx.checker.check_model(str(directory / "model.onnx"), full_check=True)
-        self.session = onnxruntime.InferenceSession(str(directory / "model.onnx"), providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            str(directory / "model.onnx"), session_options(), providers=["CPUExecutionProvider"]
+        )
         letters = {"B": 2, "P": 0}
         self.state = {
             t.past: np.full([letters[n] if isinstance(n, str) else n for n in t.shape], t.fill, t.dtype)
@@ -318,10 +329,11 @@ def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
     assert len(layers) == 5 and len(set(layers.values())) == 1
     kinds = Counter(node.op_type for node in graphs[2].node)
     assert not kinds.keys() & {"If", "Loop", "Scan"}
-    expected = 5 * (config.recurrent + config.judged) if lowering == "ort" else 0
-    assert kinds["LinearAttention"] == expected
-    sums = 5 * (config.recurrent + config.judged) if lowering == "portable" else 0
-    assert kinds["CumSum"] == sums + 5 * config.evicts
+    within = config.evicts and lowering == "native"  # our own operator has the recurrence too
+    recurrences = 5 * (config.recurrent - within + config.judged)
+    assert kinds["BoundedMemory"] == (5 if lowering == "native" else 0)
+    assert kinds["LinearAttention"] == (0 if lowering == "portable" else recurrences)
+    assert kinds["CumSum"] == (recurrences if lowering == "portable" else 0) + 5 * (config.evicts - within)
     names = {value.name.split(".")[2] for value in graphs[2].input if value.name.startswith("past.")}
     assert ("recurrent_state" in names, "judge_state" in names) == (config.recurrent, config.judged)
     if lowering == "portable":

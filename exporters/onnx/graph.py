@@ -18,6 +18,7 @@ from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Axis,
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import LOWERINGS
 from ligerexport.exporters.onnx.mixer import Candidates, candidates, mixer, rotary_tables
+from ligerexport.exporters.onnx.native import DOMAIN
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.state import TensorSpec
 
@@ -113,8 +114,8 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     seen: dict[int, Candidates] = {}
     if mixers:
         largest = max(mixers, key=lambda layer: layer.config.num_slots)
-        tables = rotary_tables(g, torch.tensor(spec.inv_freq), largest, max_chunk)
-    for alike in mixers:
+        tables = rotary_tables(lower, torch.tensor(spec.inv_freq), largest, max_chunk)
+    for alike in () if lower.native else mixers:
         layers = [i for i, layer in enumerate(spec.mixers) if layer == alike]
         found = candidates(frame, alike, tables.rows, [positions[i] for i in layers])
         seen |= dict(zip(layers, found, strict=True))
@@ -132,7 +133,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
                 mixed, present = softmax_attention(lower, frame, spec, (query, key, value), own, spec.windows[i])
             else:
                 score = linear(normed, f"{name}.self_attn.score_proj") if layer.config.foresees else None
-                mixed, present = mixer(lower, frame, layer, tables, (query, key, value), own, seen[i], score)
+                mixed, present = mixer(lower, frame, layer, tables, (query, key, value), own, seen.get(i), score)
             outputs |= {f"present.{i}.{kind}": tensor for kind, tensor in present.items()}
             mixed = linear(mixed, f"{name}.self_attn.o_proj")
             after = weight(f"{name}.post_attention_layernorm.weight")
@@ -152,7 +153,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     named += [g.output(outputs[t.present], t.present, _ONNX[t.dtype], t.shape) for t in state]
     graph = ir.Graph(
         [input_ids, position, *past.values()], named, nodes=g.nodes, initializers=list(g.initializers.values()),
-        opset_imports={"": OPSET, CONTRIB: 1}, name="ligerexport",
+        opset_imports={"": OPSET, CONTRIB: 1} | ({DOMAIN: 1} if lower.native else {}), name="ligerexport",
     )  # fmt: skip
     functions = lower.functions(spec.kv_heads, spec.head_dim) if spec.liger.recurrent or spec.liger.judged else []
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="ligerexport", functions=functions)

@@ -1,7 +1,7 @@
 """How each piece of the model is written: in operators of every runtime, or in those of ONNX Runtime where they help.
 
-`Portable` is standard operators of opset 21 without control flow; `Ort` replaces pieces by contrib operators, same
-semantics. What the pieces are put together to is in `mixer.py` and `graph.py`.
+`Portable` is standard operators of opset 21 without control flow; `Ort` replaces pieces by contrib operators, `Native`
+the memory of a layer by our own, same semantics. What the pieces are put together to is in `mixer.py` and `graph.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ class Table:
 
 
 class Portable:
-    """Standard operators only."""
+    """Standard operators only.
+
+    Attributes:
+        native: Whether a layer's memory is one node, of the library that `native` compiles.
+    """
+
+    native = False
 
     def __init__(self, g: Builder) -> None:
         self.g = g
@@ -210,4 +216,10 @@ def linear_attention_function(kv_heads: int, d_k: int) -> ir.Function:
     return ir.Function(CONTRIB, "LinearAttention", "", graph=graph, attributes=attributes)
 
 
-LOWERINGS: dict[str, type[Portable]] = {"ort": Ort, "portable": Portable}
+class Native(Ort):
+    """The same with the memory of a layer as one operator of our own, on the CPU."""
+
+    native = True
+
+
+LOWERINGS: dict[str, type[Portable]] = {"ort": Ort, "portable": Portable, "native": Native}

@@ -16,6 +16,7 @@ from torch import Tensor
 from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable, Table
+from ligerexport.exporters.onnx.native.node import bounded_memory, turn_table
 from ligerexport.gates import FeatureMap, get_gate
 from ligerexport.kernels.evicted import slow_rotation
 from ligerexport.kernels.memory_attention import FAINTEST, MASKED, rotary_table, rotate
@@ -30,19 +31,22 @@ TINY = float(np.finfo(np.float32).tiny)
 class RotaryTables:
     """Tables for keys by offset from `-max_distance` on, for the queries of a chunk, and for the largest distance.
 
-    `query_map` and `key_map` `[d_k, d_k - 1]` make the features of evicted tokens but for the first.
+    `query_map` and `key_map` `[d_k, d_k - 1]` make the features of evicted tokens but for the first; `turn` `[3, R]` is
+    what makes them in the lowering `native`.
     """
 
     keys: Table
     near: Table
     far: Table
     rows: int
-    query_map: ir.Value | None
-    key_map: ir.Value | None
+    query_map: ir.Value | None = None
+    key_map: ir.Value | None = None
+    turn: ir.Value | None = None
 
 
-def rotary_tables(g: Builder, inv_freq: Tensor, spec: MixerSpec, max_chunk: int) -> RotaryTables:
+def rotary_tables(lower: Portable, inv_freq: Tensor, spec: MixerSpec, max_chunk: int) -> RotaryTables:
     """Add the tables of a model to the graph, for calls of at most `max_chunk` tokens; `spec` has the most slots."""
+    g = lower.g
     # ONNX Runtime wants as many rows as there are candidates
     ahead = max(max_chunk, max_chunk + spec.config.num_slots - spec.max_distance)
     rotary = rotary_table(inv_freq, spec.max_distance, ahead).numpy()
@@ -54,14 +58,16 @@ def rotary_tables(g: Builder, inv_freq: Tensor, spec: MixerSpec, max_chunk: int)
         return Table(g.table(f"rotary.{name}.cos", cos), g.table(f"rotary.{name}.sin", sin), half)
 
     near = rotary[:, spec.max_distance :]
-    maps: list[Any] = [None, None]
-    if spec.config.evicts:
+    maps: dict[str, ir.Value] = {}
+    if spec.config.evicts and lower.native:
+        maps["turn"] = turn_table(g, torch.from_numpy(rotary), spec)
+    elif spec.config.evicts:
         (cos, sin), slow = slow_rotation(torch.from_numpy(rotary), spec)
         channels = torch.eye(spec.d_k)
         turned = rotate(channels, cos, sin) * spec.scale, rotate(channels, slow.float(), torch.zeros_like(sin))
         names = ("query_map", "key_map")
-        maps = [g.table(f"evicted.{n}", x[:, 1:].contiguous().numpy()) for n, x in zip(names, turned, strict=True)]
-    return RotaryTables(table("keys", rotary), table("near", near), table("far", far), rotary.shape[1], *maps)
+        maps = {n: g.table(f"evicted.{n}", x[:, 1:].contiguous().numpy()) for n, x in zip(names, turned, strict=True)}
+    return RotaryTables(table("keys", rotary), table("near", near), table("far", far), rotary.shape[1], **maps)
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ def mixer(
     tables: RotaryTables,
     projected: tuple[ir.Value, ir.Value, ir.Value],
     past: dict[str, ir.Value],
-    seen: Candidates,
+    seen: Candidates | None,
     score: ir.Value | None = None,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """Write one mixer.
@@ -167,15 +173,14 @@ def mixer(
         spec: The layer.
         tables: From `rotary_tables`.
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
-        past: State by the names of `MixerSpec.state`, but for the positions.
-        seen: From `candidates`.
+        past: State by the names of `MixerSpec.state`; the positions are read by `candidates`, but in `native`.
+        seen: From `candidates`; not needed by the lowering `native`.
         score: `[B * T, H]` fp32, needed where `spec.config.foresees`.
 
     Returns:
         Output `[B * T, H_q * d_v]` and the new state.
     """
     g, config, heads = lower.g, spec.config, spec.kv_heads
-    query = g.transpose(frame.per_token(projected[0], spec.q_heads, spec.d_k), 0, 2, 1, 3)
     keys, values = frame.per_token(projected[1], heads, spec.d_k), frame.per_token(projected[2], heads, spec.d_v)
 
     present: dict[str, ir.Value] = {}
@@ -187,7 +192,12 @@ def mixer(
         real = g.once("real4", lambda: g.op("Unsqueeze", frame.real(), g.const([3])))
         features = g.op("Mul", g.op("Softmax", keys, axis=-1), real)
         arrival, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
-    mixed, kept = Slots(lower, frame, spec, tables, seen).attend(query, keys, values, arrival, past)
+    if lower.native:
+        mixed, kept = bounded_memory(frame, spec, tables.keys, tables.turn, projected, arrival, past)
+    else:
+        assert seen is not None
+        query = g.transpose(frame.per_token(projected[0], spec.q_heads, spec.d_k), 0, 2, 1, 3)
+        mixed, kept = Slots(lower, frame, spec, tables, seen).attend(query, keys, values, arrival, past)
     if config.evicts:
         return mixed, kept | present
     mixed = _scaled(g, mixed, config.attention_weight)

@@ -245,6 +245,10 @@ def _open(artifact: Artifact, threads: int, prepack: bool, graph: bytes | None =
     # Threads that spin between operators take the cores from everybody else: twice the time a token on a busy machine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
+    if artifact.manifest.lowering == "native":
+        from ligerexport.exporters.onnx.native import register
+
+        register(options, threads)
     if graph is not None:  # given as bytes it does not know where its weights are
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(artifact.directory)

@@ -179,7 +179,11 @@ def build(
         Path | None, typer.Option("--output", "-o", help="Directory to write; default: TARGET inside the checkpoint.")
     ] = None,
     lowering: Annotated[
-        str | None, typer.Option(help="ort: ONNX Runtime's own operators. portable: primitive ones, for any runtime.")
+        str | None,
+        typer.Option(
+            help="ort: ONNX Runtime's own operators. portable: primitive ones, for any runtime. native: our own "
+            "operator on the CPU, the fastest; needs a C++ compiler where it runs."
+        ),
     ] = None,
     max_chunk: Annotated[int, typer.Option(help="Most tokens of one call.")] = 128,
     force: Force = False,

@@ -1,0 +1,86 @@
+"""The operator library of the lowering `native`, compiled for this machine's processor when it is first needed.
+
+Its sources lie beside this file: the memory itself in plain C++, and ONNX Runtime's interface to it. A C++ compiler is
+all that is needed; the library goes to the cache, under a name that changes with sources, compiler and processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ligerexport.errors import LigerError, MissingDependency
+from ligerexport.sources import cache_dir
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+DOMAIN = "ligerexport"
+"""Of the operator."""
+
+_COMPILERS = ("c++", "g++", "clang++")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
+
+
+def register(options: onnxruntime.SessionOptions, threads: int) -> None:
+    """Let a session load graphs of the lowering `native`.
+
+    Args:
+        options: Of the session.
+        threads: Of calls with many tokens; the last registration of a process counts for all its sessions.
+
+    Raises:
+        MissingDependency: There is no C++ compiler.
+        LigerError: It fails.
+    """
+    path = library()
+    ctypes.CDLL(str(path)).ligerexport_threads(ctypes.c_int64(threads))
+    options.register_custom_ops_library(str(path))
+
+
+@lru_cache(maxsize=1)
+def library() -> Path:
+    """Return the compiled library, which is compiled first where it is not in the cache.
+
+    Raises:
+        MissingDependency: There is no C++ compiler.
+        LigerError: It fails.
+    """
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise MissingDependency(
+            "a C++ compiler",
+            hint="install g++ or clang++, or set CXX; or build with --lowering ort, which needs none",
+        )
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".h", ".cc"))
+    features = _compile([compiler, native, "-dM", "-E", "-x", "c++", os.devnull])  # names compiler and processor
+    digest = hashlib.sha256("\n".join([*_FLAGS, features]).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    path = cache_dir() / "native" / f"liger-{digest.hexdigest()[:16]}.so"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as place:
+            made = Path(place, path.name)
+            _compile([compiler, *_FLAGS, native, *(str(x) for x in sources if x.suffix == ".cc"), "-o", str(made)])
+            made.replace(path)
+    return path
+
+
+def _compile(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise LigerError(
+            f"{command[0]} failed: {done.stderr.strip().partition(chr(10))[0]}",
+            hint="set CXX to another C++ compiler, or build with --lowering ort, which needs none",
+        )
+    return done.stdout

@@ -1,0 +1,380 @@
+// The bounded exact memory of one layer on the CPU: what
+// `ligerexport.kernels.memory_attention` and, where tokens are evicted, `ligerexport.kernels.evicted` say.
+//
+// A token after the other, so that a memory is a few lists instead of a sort over all candidates; keys are rotated
+// once a call. Where a present lies in the memory of its past, only what changed is written.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+
+namespace liger {
+
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+constexpr float kFaintest = 1e-30f;
+
+struct Pool {
+  int64_t count, received, maximum, by_value, first_distance;  // `first_distance`: from which on attention counts
+  float horizon;                                               // 0 where the score does not age
+};
+
+struct Layer {
+  int64_t q_heads, kv_heads, d_k, d_v, slots, window, sinks, max_distance, evicts;
+  float scale, recurrence_weight;
+  std::vector<Pool> pools;
+};
+
+struct Call {  // pointers to the tensors of one call; past and present may be the same
+  int64_t batch, length, half;
+  const float *query, *key, *value, *arrival, *cos, *sin, *turn;  // `turn`: cosine, sine and what is slow, `[3, R]`
+  const int64_t* position;
+  const float *past_key, *past_value, *past_score, *past_state, *past_mass;
+  const int64_t* past_position;
+  float *mixed, *new_key, *new_value, *new_score, *new_state, *new_mass;
+  int64_t* new_position;
+};
+
+using Vector = float __attribute__((vector_size(32), aligned(4), may_alias));  // GCC and Clang, any processor
+constexpr int kVector = 8;
+
+inline const Vector& at(const float* x, int64_t i) { return *reinterpret_cast<const Vector*>(x + i * kVector); }
+
+// What follows is made for the usual widths of a head, 64 and 128, and for any (`W` = 0) at run time: with a width that
+// the compiler knows, sums stay in registers.
+
+template <int W>
+float dot(const float* a, const float* b, int64_t width) {
+  if constexpr (W == 0) {
+    float sum = 0;
+    for (int64_t i = 0; i < width; ++i) sum += a[i] * b[i];
+    return sum;
+  } else {
+    Vector even = at(a, 0) * at(b, 0), odd = at(a, 1) * at(b, 1);
+#pragma GCC unroll 8
+    for (int i = 2; i < W / kVector; i += 2) {
+      even += at(a, i) * at(b, i);
+      odd += at(a, i + 1) * at(b, i + 1);
+    }
+    even += odd;
+    return ((even[0] + even[4]) + (even[1] + even[5])) + ((even[2] + even[6]) + (even[3] + even[7]));
+  }
+}
+
+inline void add(float* to, const float* x, float weight, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] += weight * x[i];
+}
+
+// Returns the sum of rows, each by its weight.
+template <int W>
+void mix(float* to, const std::vector<const float*>& rows, const std::vector<int64_t>& which, const float* weight,
+         int64_t width) {
+  if constexpr (W == 0) {
+    std::fill_n(to, width, 0.0f);
+    for (size_t j = 0; j < which.size(); ++j) add(to, rows[which[j]], weight[j], width);
+  } else {
+    for (int begin = 0; begin < W; begin += 64) {  // 8 sums fit the registers
+      Vector sum[8] = {};
+      for (size_t j = 0; j < which.size(); ++j) {
+        const float* row = rows[which[j]] + begin;
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) sum[i] += weight[j] * at(row, i);
+      }
+      std::memcpy(to + begin, sum, sizeof(sum));
+    }
+  }
+}
+
+// Rotates the halves of the first 2 R of `width` channels.
+inline void rotate(float* to, const float* x, const float* cos, const float* sin, float sign, int64_t half, int64_t width) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float s = sign * sin[i];
+    to[i] = x[i] * cos[i] - x[half + i] * s;
+    to[half + i] = x[half + i] * cos[i] + x[i] * s;
+  }
+  std::copy(x + 2 * half, x + width, to + 2 * half);
+}
+
+// One KV head of one sequence.
+template <int W>
+class Head {
+ public:
+  Head(const Layer& layer, const Call& call, int64_t b, int64_t h) : l_(layer), c_(call), b_(b), h_(h) {
+    const int64_t bh = b * l_.kv_heads + h, n = l_.slots;
+    start_ = c_.position[b];
+    at_ = bh * n;
+    candidates_ = n + c_.length;
+    time_.assign(candidates_, -1);
+    rotated_.resize(candidates_ * l_.d_k);
+    keys_.resize(candidates_);
+    values_.resize(candidates_);
+    score_.assign(l_.pools.size() * candidates_, 0.0f);
+    rank_.resize(candidates_);
+    in_.resize(l_.pools.size());
+    for (int64_t i = 0; i < n; ++i) {
+      time_[i] = c_.past_position[at_ + i];
+      keys_[i] = c_.past_key + (at_ + i) * l_.d_k;
+      values_[i] = c_.past_value + (at_ + i) * l_.d_v;
+      for (size_t p = 0; p < l_.pools.size(); ++p)
+        score_[p * candidates_ + i] = c_.past_score[(bh * l_.pools.size() + p) * n + i];
+    }
+    for (int64_t t = 0; t < c_.length; ++t) {
+      const int64_t token = b * c_.length + t, i = n + t;
+      keys_[i] = c_.key + (token * l_.kv_heads + h) * l_.d_k;
+      values_[i] = c_.value + (token * l_.kv_heads + h) * l_.d_v;
+      for (size_t p = 0; p < l_.pools.size(); ++p)
+        if (!l_.pools[p].received) score_[p * candidates_ + i] = c_.arrival[bh * c_.length + t];
+    }
+    if (l_.evicts) {
+      const int64_t state = bh * l_.d_k * l_.d_v, mass = bh * l_.d_k;
+      state_ = c_.new_state + state;
+      mass_ = c_.new_mass + mass;
+      if (c_.new_state != c_.past_state) {
+        std::copy_n(c_.past_state + state, l_.d_k * l_.d_v, state_);
+        std::copy_n(c_.past_mass + mass, l_.d_k, mass_);
+      }
+    }
+    Sort();
+  }
+
+  void Run() {
+    for (int64_t t = 0; t < c_.length; ++t) {
+      if (start_ + t < 0) {
+        const int64_t token = b_ * c_.length + t, group = l_.q_heads / l_.kv_heads;
+        std::fill_n(c_.mixed + (token * l_.q_heads + h_ * group) * l_.d_v, group * l_.d_v, 0.0f);
+        continue;
+      }
+      Take(t);
+      Attend(t);
+    }
+    Store();
+  }
+
+ private:
+  float Rank(size_t pool, int64_t i) const {
+    const float score = score_[pool * candidates_ + i], horizon = l_.pools[pool].horizon;
+    return horizon == 0 ? score : std::log(std::max(score, kFaintest)) + static_cast<float>(time_[i]) / horizon;
+  }
+
+  // Whether a ranks before b in a pool; `rank_` has the ranks.
+  bool Better(int64_t a, int64_t b) const {
+    return rank_[a] > rank_[b] || (rank_[a] == rank_[b] && time_[a] < time_[b]);
+  }
+
+  void Rotate(int64_t i) {
+    const int64_t offset = std::max<int64_t>(time_[i] - start_, -l_.max_distance) + l_.max_distance;
+    rotate(&rotated_[i * l_.d_k], keys_[i], c_.cos + offset * c_.half, c_.sin + offset * c_.half, 1.0f, c_.half,
+           l_.d_k);
+  }
+
+  // Finds what the slots were kept for before this call.
+  void Sort() {
+    std::vector<int64_t> left;
+    for (int64_t i = 0; i < l_.slots; ++i) {
+      if (time_[i] < 0) continue;
+      Rotate(i);
+      if (start_ - 1 - time_[i] < l_.window)
+        window_.push_back(i);
+      else if (time_[i] < l_.sinks)
+        sinks_.push_back(i);
+      else
+        left.push_back(i);
+    }
+    std::sort(window_.begin(), window_.end(), [&](int64_t a, int64_t b) { return time_[a] < time_[b]; });
+    for (size_t p = 0; p < l_.pools.size(); ++p) {
+      const size_t kept = std::min<size_t>(l_.pools[p].count, left.size());
+      for (int64_t i : left) rank_[i] = Rank(p, i);
+      if (kept < left.size())
+        std::nth_element(left.begin(), left.begin() + kept, left.end(),
+                         [&](int64_t a, int64_t b) { return Better(a, b); });
+      in_[p].assign(left.begin(), left.begin() + kept);
+      left.erase(left.begin(), left.begin() + kept);
+    }
+  }
+
+  // Takes a token into the window and lets what leaves it compete.
+  void Take(int64_t t) {
+    const int64_t now = start_ + t, i = l_.slots + t;
+    time_[i] = now;
+    Rotate(i);
+    window_.push_back(i);
+    if (now - time_[window_[first_]] < l_.window) return;
+    int64_t item = window_[first_++];
+    if (time_[item] < l_.sinks) {
+      sinks_.push_back(item);
+      return;
+    }
+    for (size_t p = 0; p < l_.pools.size(); ++p) {
+      std::vector<int64_t>& pool = in_[p];
+      rank_[item] = Rank(p, item);
+      if (static_cast<int64_t>(pool.size()) < l_.pools[p].count) {
+        pool.push_back(item);
+        return;
+      }
+      const auto worst =
+          std::min_element(pool.begin(), pool.end(), [&](int64_t a, int64_t b) { return Better(b, a); });
+      if (Better(item, *worst)) std::swap(item, *worst);
+    }
+    if (l_.evicts) Evict(item);
+    time_[item] = -1;
+  }
+
+  void Evict(int64_t i) {
+    const float* slow = c_.turn + 2 * c_.half;
+    features_.assign(keys_[i], keys_[i] + l_.d_k);
+    for (int64_t r = 0; r < c_.half; ++r) {
+      features_[r] *= slow[r];
+      features_[c_.half + r] *= slow[r];
+    }
+    features_[0] = 1;
+    for (int64_t c = 0; c < l_.d_k; ++c) {
+      mass_[c] += features_[c];
+      if (features_[c] != 0) add(state_ + c * l_.d_v, values_[i], features_[c], l_.d_v);
+    }
+  }
+
+  void Attend(int64_t t) {
+    const int64_t now = start_ + t, token = b_ * c_.length + t, group = l_.q_heads / l_.kv_heads;
+    seen_.assign(window_.begin() + first_, window_.end());
+    const size_t near = seen_.size();
+    seen_.insert(seen_.end(), sinks_.begin(), sinks_.end());
+    const size_t always = seen_.size();
+    for (const auto& pool : in_) seen_.insert(seen_.end(), pool.begin(), pool.end());
+    const size_t count = seen_.size();
+    weight_.resize(count);
+    turned_.resize(l_.d_k);
+    far_.resize(l_.d_k);
+    received_.assign(l_.pools.size() * near, 0.0f);
+
+    for (int64_t g = 0; g < group; ++g) {
+      const float* q = c_.query + (token * l_.q_heads + h_ * group + g) * l_.d_k;
+      float* mixed = c_.mixed + (token * l_.q_heads + h_ * group + g) * l_.d_v;
+      const int64_t row = l_.max_distance + t;
+      rotate(turned_.data(), q, c_.cos + row * c_.half, c_.sin + row * c_.half, 1.0f, c_.half, l_.d_k);
+      if (now > l_.max_distance) rotate(far_.data(), q, c_.cos, c_.sin, -1.0f, c_.half, l_.d_k);
+      float local = kNever;
+      for (size_t j = 0; j < count; ++j)
+        weight_[j] = l_.scale * dot<W>(turned_.data(), &rotated_[seen_[j] * l_.d_k], l_.d_k);
+      if (now > l_.max_distance)
+        for (size_t j = 0; j < count; ++j)
+          if (now - time_[seen_[j]] > l_.max_distance)
+            weight_[j] = l_.scale * dot<W>(far_.data(), keys_[seen_[j]], l_.d_k);
+      for (size_t j = 0; j < always; ++j) local = std::max(local, weight_[j]);
+      float top = local;
+      for (size_t j = always; j < count; ++j) top = std::max(top, weight_[j]);
+      float sum = 0;
+      for (size_t j = 0; j < always; ++j) sum += weight_[j] = std::exp(weight_[j] - local);
+      Receive(now, near, sum);
+      const float faded = std::exp(local - top);
+      for (size_t j = 0; j < always; ++j) weight_[j] *= faded;
+      sum *= faded;
+      for (size_t j = always; j < count; ++j) sum += weight_[j] = std::exp(weight_[j] - top);
+      for (float& weight : weight_) weight /= sum;
+      mix<W>(mixed, values_, seen_, weight_.data(), l_.d_v);
+      if (l_.evicts && mass_[0] > 0) Expand(q, mixed, top + std::log(sum));
+    }
+    Score(now, near);
+  }
+
+  // Collects what the tokens in the window get from one query by the softmax over window and sinks alone.
+  void Receive(int64_t now, size_t near, float sum) {
+    for (size_t p = 0; p < l_.pools.size(); ++p) {
+      const Pool& pool = l_.pools[p];
+      if (!pool.received) continue;
+      for (size_t j = 0; j < near; ++j) {
+        if (now - time_[seen_[j]] < pool.first_distance) break;  // the oldest come first
+        float* to = &received_[p * near + j];
+        *to = pool.maximum ? std::max(*to, weight_[j] / sum) : *to + weight_[j] / sum;
+      }
+    }
+  }
+
+  void Score(int64_t now, size_t near) {
+    for (size_t p = 0; p < l_.pools.size(); ++p) {
+      const Pool& pool = l_.pools[p];
+      if (!pool.received) continue;
+      for (size_t j = 0; j < near; ++j) {
+        const int64_t i = seen_[j];
+        if (now - time_[i] < pool.first_distance) break;
+        float got = received_[p * near + j];
+        if (pool.by_value) got *= std::sqrt(dot<W>(values_[i], values_[i], l_.d_v));
+        float& score = score_[p * candidates_ + i];
+        score = pool.maximum ? std::max(score, got) : score + got;
+      }
+    }
+  }
+
+  // Shares the softmax's denominator with what was evicted; see `ligerexport.kernels.evicted`.
+  void Expand(const float* q, float* mixed, float normaliser) {
+    const float count = mass_[0];
+    rotate(turned_.data(), q, c_.turn, c_.turn + c_.half, 1.0f, c_.half, l_.d_k);
+    for (float& x : turned_) x *= l_.scale;
+    const float mean = dot<W>(turned_.data(), mass_, l_.d_k) / count;
+    turned_[0] = 1 - mean;
+    features_.assign(l_.d_v, 0.0f);
+    for (int64_t c = 0; c < l_.d_k; ++c)
+      if (turned_[c] != 0) add(features_.data(), state_ + c * l_.d_v, turned_[c] / count, l_.d_v);
+    const float share = 1 / (1 + std::exp(normaliser - mean - std::log(l_.recurrence_weight * count)));
+    for (int64_t v = 0; v < l_.d_v; ++v) mixed[v] += share * (features_[v] - mixed[v]);
+  }
+
+  void Store() {
+    const int64_t n = l_.slots, pools = l_.pools.size(), bh = at_ / n;
+    std::vector<int64_t> source(n, -1), arrived;
+    for (int64_t i = n; i < candidates_; ++i)
+      if (time_[i] >= 0) arrived.push_back(i);
+    size_t next = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      source[i] = time_[i] >= 0 ? i : next < arrived.size() ? arrived[next++] : -1;
+      c_.new_position[at_ + i] = source[i] < 0 ? -1 : time_[source[i]];
+      for (int64_t p = 0; p < pools; ++p)
+        c_.new_score[(bh * pools + p) * n + i] = source[i] < 0 ? 0.0f : score_[p * candidates_ + source[i]];
+      Copy(c_.new_key + (at_ + i) * l_.d_k, source[i] < 0 ? nullptr : keys_[source[i]], l_.d_k);
+      Copy(c_.new_value + (at_ + i) * l_.d_v, source[i] < 0 ? nullptr : values_[source[i]], l_.d_v);
+    }
+  }
+
+  static void Copy(float* to, const float* from, int64_t n) {
+    if (from == nullptr)
+      std::fill_n(to, n, 0.0f);
+    else if (from != to)
+      std::copy_n(from, n, to);
+  }
+
+  const Layer& l_;
+  const Call& c_;
+  int64_t b_, h_, start_, at_, candidates_;
+  std::vector<int64_t> time_, window_, sinks_, seen_;  // `time_`: position of each candidate, -1 for none
+  size_t first_ = 0;                                   // of the window
+  std::vector<std::vector<int64_t>> in_;
+  std::vector<const float*> keys_, values_;
+  std::vector<float> rotated_, score_, rank_, weight_, turned_, far_, received_, features_;
+  float *state_ = nullptr, *mass_ = nullptr;
+};
+
+template <int W>
+void run_heads(const Layer& layer, const Call& call, int64_t threads) {
+  const int64_t heads = call.batch * layer.kv_heads;
+  // What a step of few tokens takes is less than what it takes to wake a thread.
+  const int64_t workers = call.length * layer.slots < 2048 ? 1 : std::min(threads, heads);
+  const auto work = [&](int64_t worker) {
+    for (int64_t i = worker; i < heads; i += workers)
+      Head<W>(layer, call, i / layer.kv_heads, i % layer.kv_heads).Run();
+  };
+  std::vector<std::thread> others;
+  for (int64_t w = 1; w < workers; ++w) others.emplace_back(work, w);
+  work(0);
+  for (std::thread& other : others) other.join();
+}
+
+inline void run(const Layer& layer, const Call& call, int64_t threads) {
+  if (layer.d_k == layer.d_v && layer.d_k == 64) return run_heads<64>(layer, call, threads);
+  if (layer.d_k == layer.d_v && layer.d_k == 128) return run_heads<128>(layer, call, threads);
+  run_heads<0>(layer, call, threads);
+}
+
+}  // namespace liger

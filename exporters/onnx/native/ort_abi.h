@@ -1,0 +1,69 @@
+// The few entries of ONNX Runtime's C interface that an operator needs. Its table of functions only ever grows at the
+// end, so an entry's number is part of the interface; with these numbers a C++ compiler is all that building needs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {
+
+struct OrtStatus;
+struct OrtSessionOptions;
+struct OrtCustomOpDomain;
+struct OrtKernelInfo;
+struct OrtKernelContext;
+struct OrtValue;
+struct OrtTensorTypeAndShapeInfo;
+
+using OrtApi = void* const;  // a table of pointers to functions
+
+struct OrtApiBase {
+  const OrtApi* (*GetApi)(uint32_t version);
+  const char* (*GetVersionString)();
+};
+
+enum OrtElementType { kUndefined = 0, kFloat = 1, kInt64 = 7 };
+enum OrtCharacteristic { kRequired = 0, kOptional = 1 };
+
+struct OrtCustomOp {  // as of version 10 of the interface, the oldest that has all that is used here
+  uint32_t version;
+  void* (*CreateKernel)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*);
+  const char* (*GetName)(const OrtCustomOp*);
+  const char* (*GetExecutionProviderType)(const OrtCustomOp*);
+  OrtElementType (*GetInputType)(const OrtCustomOp*, size_t);
+  size_t (*GetInputTypeCount)(const OrtCustomOp*);
+  OrtElementType (*GetOutputType)(const OrtCustomOp*, size_t);
+  size_t (*GetOutputTypeCount)(const OrtCustomOp*);
+  void (*KernelCompute)(void*, OrtKernelContext*);
+  void (*KernelDestroy)(void*);
+  OrtCharacteristic (*GetInputCharacteristic)(const OrtCustomOp*, size_t);
+  OrtCharacteristic (*GetOutputCharacteristic)(const OrtCustomOp*, size_t);
+};
+}
+
+namespace ort {
+
+constexpr uint32_t kVersion = 10;
+
+enum Entry : size_t {
+  kCreateStatus = 0,
+  kCreateCustomOpDomain = 26,
+  kCustomOpDomainAdd = 27,
+  kAddCustomOpDomain = 28,
+  kGetTensorMutableData = 51,
+  kGetDimensionsCount = 61,
+  kGetDimensions = 62,
+  kGetTensorTypeAndShape = 65,
+  kGetAttributeFloat = 85,
+  kGetAttributeInt = 86,
+  kGetInput = 90,
+  kGetOutput = 91,
+  kReleaseShape = 99,
+};
+
+template <typename Result = OrtStatus*, typename... Arguments>
+Result call(const OrtApi* api, Entry entry, Arguments... arguments) {
+  return reinterpret_cast<Result (*)(Arguments...)>(api[entry])(arguments...);
+}
+
+}  // namespace ort
