@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ligerexport.errors import CheckpointError, close_matches
 
@@ -21,6 +21,26 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length of the text."""
 
 
+class Norms(NamedTuple):
+    """Names of a layer's norms by their place, None where a family has none.
+
+    Attributes:
+        before_attention: Of what enters attention.
+        after_attention: Of what attention adds to the residual stream.
+        before_mlp: Of what enters the MLP.
+        after_mlp: Of what the MLP adds to the residual stream.
+    """
+
+    before_attention: str | None
+    after_attention: str | None
+    before_mlp: str | None
+    after_mlp: str | None
+
+
+BEFORE = Norms("input_layernorm", None, "post_attention_layernorm", None)
+AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of decoder-only Transformers in transformers.
@@ -28,12 +48,16 @@ class Family:
     Attributes:
         model_type: Value of `model_type` in its config.json.
         prefix: What its classes' names start with.
-        qk_norm: Whether each query and key head is normed before rotary embedding.
+        doc: What sets it apart.
+        norms: Of a layer.
+        qk_norm: What queries and keys are normed over before rotary embedding: each head, or all heads at once.
     """
 
     model_type: str
     prefix: str
-    qk_norm: bool = False
+    doc: str = ""
+    norms: Norms = BEFORE
+    qk_norm: Literal["head", "all"] | None = None
 
     def attribute(self, suffix: str) -> Any:
         """Return the family's class whose name ends in `suffix`, such as `ForCausalLM` or `RotaryEmbedding`."""
@@ -63,7 +87,8 @@ FAMILIES: dict[str, Family] = {
         Family("llama", "Llama"),
         Family("mistral", "Mistral"),
         Family("qwen2", "Qwen2"),
-        Family("qwen3", "Qwen3", qk_norm=True),
+        Family("qwen3", "Qwen3", "query and key norm", qk_norm="head"),
+        Family("olmo2", "Olmo2", "norms after attention and MLP, query and key norm", norms=AFTER, qk_norm="all"),
     )
 }
 

@@ -102,11 +102,12 @@ class LigerMixer(nn.Module):
         """
         batch, length, _ = hidden_states.shape
         spec = self.spec
-        query = self.q_proj(hidden_states).unflatten(-1, (spec.q_heads, spec.d_k))
-        key = self.k_proj(hidden_states).unflatten(-1, (spec.kv_heads, spec.d_k))
-        value = self.v_proj(hidden_states).unflatten(-1, (spec.kv_heads, spec.d_v))
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if hasattr(self, "q_norm"):
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = _normed(self.q_norm, query), _normed(self.k_norm, key)
+        query = query.unflatten(-1, (spec.q_heads, spec.d_k))
+        key = key.unflatten(-1, (spec.kv_heads, spec.d_k))
+        value = value.unflatten(-1, (spec.kv_heads, spec.d_v))
         score = self.foresee(hidden_states, position_ids) if spec.config.foresees else None
         if cu_seq_lens_q is not None:
             if past_key_values is not None or max_length_q is None:
@@ -164,6 +165,12 @@ class LigerMixer(nn.Module):
         given = None if score is None else unpack(score)
         output, _ = liger_mixer(query, key, value, position, state, spec, rotary, given)
         return output.flatten(0, 1).index_select(0, place).unflatten(0, shape[:2])
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """Norm each head of `[B, T, H * d]`, or all of them at once: as the norm is wide."""
+    width = cast(Tensor, norm.weight).shape[0]
+    return norm(x.unflatten(-1, (-1, width))).flatten(-2)
 
 
 class LigerLayer(CacheLayerMixin):

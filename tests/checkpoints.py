@@ -17,6 +17,8 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "initializer_range": 0.2,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }  # fmt: skip
+OF_FAMILY: dict[str, dict[str, Any]] = {}
+"""What the configurations of some families have beside `SIZES`."""
 
 MEMORY = LigerConfig(
     window=12, sinks=2, slots=(("recent_use", 3), ("peak_effect", 4), ("novelty", 5)),
@@ -36,7 +38,7 @@ def make_checkpoint(
     """Write a converted checkpoint of a random model."""
     torch.manual_seed(0)
     config_class, model_class = model_classes(get_family(family))
-    model = model_class(config_class(**SIZES | sizes, liger=liger.to_dict())).to(dtype)
+    model = model_class(config_class(**SIZES | OF_FAMILY.get(family, {}) | sizes, liger=liger.to_dict())).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:

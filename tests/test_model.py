@@ -16,7 +16,7 @@ from ligerexport.config import LigerConfig
 from ligerexport.convert import convert, load_model
 from ligerexport.families import FAMILIES, get_family
 from ligerexport.mixer import LigerCache, LigerMixer, _shared_table
-from tests.checkpoints import FORESIGHT, MEMORY, SIZES, make_checkpoint
+from tests.checkpoints import FORESIGHT, MEMORY, OF_FAMILY, SIZES, make_checkpoint
 from tests.tolerances import MODEL_FP32
 
 EVERYTHING = LigerConfig(window=200, attention_weight=1.0, recurrence_weight=0.0, max_distance=200)
@@ -35,7 +35,7 @@ def make_teacher(
 ) -> Path:
     """Write a random checkpoint as transformers' own `save_pretrained` does, with a tokenizer file beside it."""
     row = get_family(family)
-    model = row.attribute("ForCausalLM")(row.attribute("Config")(**SIZES | sizes)).to(dtype)
+    model = row.attribute("ForCausalLM")(row.attribute("Config")(**SIZES | OF_FAMILY.get(family, {}) | sizes)).to(dtype)
     model.save_pretrained(path, max_shard_size=shard)
     (path / "tokenizer.json").write_text("{}")
     return path
@@ -152,8 +152,9 @@ def test_layers_kept_as_softmax(tmp_path: Path) -> None:
         assert (load_model(kept)(ids).logits - teacher(ids).logits).abs().max() <= MODEL_FP32
 
 
-def test_generate_with_padding_equals_each_alone(tmp_path: Path) -> None:
-    model = converted(make_teacher(tmp_path / "teacher", eos_token_id=None), MEMORY)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_with_padding_equals_each_alone(tmp_path: Path, family: str) -> None:
+    model = converted(make_teacher(tmp_path / "teacher", family, eos_token_id=None), MEMORY)
     long, short = torch.randint(3, SIZES["vocab_size"], (1, 40)), torch.randint(3, SIZES["vocab_size"], (1, 23))
     settings = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
     alone = [model.generate(ids, **settings)[0, ids.shape[1] :] for ids in (long, short)]

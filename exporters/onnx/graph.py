@@ -19,6 +19,7 @@ from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import LOWERINGS
 from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.families import Norms, get_family
 from ligerexport.state import TensorSpec
 
 GRAPH_FILE = "model.onnx"
@@ -86,7 +87,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     input_ids, position = graph_input("input_ids", "INT64", ("B", "T")), graph_input("position", "INT64", ("B",))
     state = state_tensors(spec)
     past = {t.past: graph_input(t.past, _ONNX[t.dtype], t.shape) for t in state}
-    layout = data_layout(spec)
+    layout, family = data_layout(spec), get_family(spec.family)
 
     def weight(name: str) -> ir.Value:
         offset, shape = layout[name]
@@ -102,10 +103,20 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         bias = [weight(f"{name}.bias")] if f"{name}.bias" in spec.weights else []
         return g.op("Gemm", x, weight(f"{name}.weight"), *bias, transB=1)
 
+    def norm(x: ir.Value, name: str | None) -> ir.Value:
+        return x if name is None else lower.rms_norm(x, weight(f"{name}.weight"), spec.norm_eps)
+
     def head_norm(x: ir.Value, name: str) -> ir.Value:
-        width = int(weight(f"{name}.weight").shape[0])  # type: ignore[index,arg-type]
-        normed = lower.rms_norm(g.reshape(x, -1, width), weight(f"{name}.weight"), spec.norm_eps)
-        return g.op("Reshape", normed, g.op("Shape", x))
+        """Norm each head, or all of them at once: as the norm is wide."""
+        width = layout[f"{name}.weight"][1][0]
+        return g.op("Reshape", norm(g.reshape(x, -1, width), name), g.op("Shape", x))
+
+    def add(x: ir.Value, residual: ir.Value, name: str | None) -> tuple[ir.Value, ir.Value]:
+        """Return the sum as the norm of the next block leaves it, and the sum."""
+        if name is None:
+            total = g.op("Add", x, residual)
+            return total, total
+        return lower.add_norm(x, residual, weight(f"{name}.weight"), spec.norm_eps)
 
     frame = Frame(g, input_ids, position)
     positions = [past[t.past] for t in state if t.name == "slot_position"]
@@ -115,12 +126,13 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         seen = iter(candidates(frame, mixers[0], tables.rows, positions))
     outputs: dict[str, ir.Value] = {}
     residual = g.op("Gather", weight("model.embed_tokens.weight"), g.reshape(input_ids, -1))
-    normed = lower.rms_norm(residual, weight("model.layers.0.input_layernorm.weight"), spec.norm_eps)
+    norms = [_named(family.norms, i) for i in range(len(spec.mixers))]
+    normed = norm(residual, norms[0].before_attention)
     for i, layer in enumerate(spec.mixers):
         name = f"model.layers.{i}"
         with g.scope(f"layers.{i}"):
             query, key, value = (linear(normed, f"{name}.self_attn.{kind}_proj") for kind in "qkv")
-            if spec.qk_norm:
+            if family.qk_norm is not None:
                 query, key = head_norm(query, f"{name}.self_attn.q_norm"), head_norm(key, f"{name}.self_attn.k_norm")
             own = {t.name: past[t.past] for t in state if t.layer == i}
             if layer is None:
@@ -129,17 +141,16 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
                 score = linear(normed, f"{name}.self_attn.score_proj") if layer.config.foresees else None
                 mixed, present = mixer(lower, frame, layer, tables, (query, key, value), own, next(seen), score)
             outputs |= {f"present.{i}.{kind}": tensor for kind, tensor in present.items()}
-            mixed = linear(mixed, f"{name}.self_attn.o_proj")
-            after = weight(f"{name}.post_attention_layernorm.weight")
-            normed, residual = lower.add_norm(mixed, residual, after, spec.norm_eps)
+            mixed = norm(linear(mixed, f"{name}.self_attn.o_proj"), norms[i].after_attention)
+            normed, residual = add(mixed, residual, norms[i].before_mlp)
             gate = lower.silu(linear(normed, f"{name}.mlp.gate_proj"))
             x = linear(g.op("Mul", gate, linear(normed, f"{name}.mlp.up_proj")), f"{name}.mlp.down_proj")
+            x = norm(x, norms[i].after_mlp)
         if i + 1 < len(spec.mixers):
-            following = weight(f"model.layers.{i + 1}.input_layernorm.weight")
-            normed, residual = lower.add_norm(x, residual, following, spec.norm_eps)
+            normed, residual = add(x, residual, norms[i + 1].before_attention)
             residual.name = f"hidden.{i}"
     x, residual = (g.op("Gather", frame.per_token(y, spec.hidden_size), g.const(-1), axis=1) for y in (x, residual))
-    normed, residual = lower.add_norm(x, residual, weight("model.norm.weight"), spec.norm_eps)
+    normed, residual = add(x, residual, "model.norm")
     residual.name = f"hidden.{len(spec.mixers) - 1}"
     logits = linear(normed, "model.embed_tokens" if spec.tied else "lm_head")
 
@@ -151,6 +162,11 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     )  # fmt: skip
     functions = lower.functions(spec.kv_heads, spec.head_dim) if spec.liger.recurrent or spec.liger.judged else []
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="ligerexport", functions=functions)
+
+
+def _named(norms: Norms, layer: int) -> Norms:
+    """Return the norms of a layer under their whole names."""
+    return Norms(*(name and f"model.layers.{layer}.{name}" for name in norms))
 
 
 def data_layout(spec: ModelSpec) -> dict[str, tuple[int, tuple[int, ...]]]:

@@ -34,7 +34,6 @@ class ModelSpec:
         head_dim: Width of a head.
         scale: Softmax scale, YaRN's factor on cosine and sine squared into it.
         norm_eps: Epsilon of every norm.
-        qk_norm: Whether query and key heads are normed.
         inv_freq: `[R]`, radians a token.
         trained_length: Tokens.
         tied: Whether the output projection is the embedding.
@@ -53,7 +52,6 @@ class ModelSpec:
     head_dim: int
     scale: float
     norm_eps: float
-    qk_norm: bool
     inv_freq: tuple[float, ...]
     trained_length: int
     tied: bool
@@ -101,7 +99,6 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
         head_dim=head_dim,
         scale=head_dim**-0.5 * rotary_scale**2,
         norm_eps=config.rms_norm_eps,
-        qk_norm=family.qk_norm,
         inv_freq=tuple(inv_freq.tolist()),
         trained_length=config.max_position_embeddings,
         tied=info.tied,
@@ -126,12 +123,15 @@ def _check_weights(spec: ModelSpec, intermediate: int) -> None:
     expected["model.embed_tokens.weight"] = spec.vocab_size, d
     if not spec.tied:
         expected["lm_head.weight"] = (spec.vocab_size, d)
-    shapes = {"input_layernorm": (d,), "post_attention_layernorm": (d,), "self_attn.q_proj": (q, d),
-              "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q),
-              "mlp.gate_proj": (intermediate, d), "mlp.up_proj": (intermediate, d),
+    family = get_family(spec.family)
+    shapes: dict[str, tuple[int, ...]]
+    shapes = {"self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
+              "self_attn.o_proj": (d, q), "mlp.gate_proj": (intermediate, d), "mlp.up_proj": (intermediate, d),
               "mlp.down_proj": (d, intermediate)}  # fmt: skip
-    if spec.qk_norm:
-        shapes |= {"self_attn.q_norm": (spec.head_dim,), "self_attn.k_norm": (spec.head_dim,)}
+    shapes |= {norm: (d,) for norm in family.norms if norm is not None}
+    if family.qk_norm is not None:
+        normed = (q, kv) if family.qk_norm == "all" else (spec.head_dim, spec.head_dim)
+        shapes |= {"self_attn.q_norm": normed[:1], "self_attn.k_norm": normed[1:]}
     for layer, mixer in enumerate(spec.mixers):
         expected |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()}
         if mixer is not None and mixer.config.foresees:
