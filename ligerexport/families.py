@@ -5,6 +5,7 @@ A new family is a row of `FAMILIES`. Nothing here imports torch before a row is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -42,6 +43,23 @@ AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernor
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """Factors on what flows through a model.
+
+    Attributes:
+        softmax: On the products of queries and keys; None is d_k ** -0.5.
+        embedding: On what enters the first layer.
+        residual: On what attention and MLP add to the residual stream.
+        logits: On the logits.
+    """
+
+    softmax: float | None = None
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits: float = 1.0
+
+
+@dataclass(frozen=True)
 class Family:
     """One family of decoder-only Transformers in transformers.
 
@@ -51,6 +69,7 @@ class Family:
         doc: What sets it apart.
         norms: Of a layer.
         qk_norm: What queries and keys are normed over before rotary embedding: each head, or all heads at once.
+        scaling: Factors, from the configuration.
     """
 
     model_type: str
@@ -58,6 +77,7 @@ class Family:
     doc: str = ""
     norms: Norms = BEFORE
     qk_norm: Literal["head", "all"] | None = None
+    scaling: Callable[[Any], Scaling] = lambda config: Scaling()
 
     def attribute(self, suffix: str) -> Any:
         """Return the family's class whose name ends in `suffix`, such as `ForCausalLM` or `RotaryEmbedding`."""
@@ -81,6 +101,24 @@ class Family:
         return embedding.inv_freq.float(), float(embedding.attention_scaling)
 
 
+def head_dim(config: Any) -> int:
+    """Return the width of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def output_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what makes logits `[..., V]` of a model's last hidden states `[..., hidden]`, converted or not."""
+    scaling = get_family(model.config.model_type).scaling(model.config)
+    return model.lm_head if scaling.logits == 1 else lambda hidden: model.lm_head(hidden) * scaling.logits
+
+
+def _granite(config: Any) -> Scaling:
+    return Scaling(
+        softmax=config.attention_multiplier, embedding=config.embedding_multiplier,
+        residual=config.residual_multiplier, logits=1 / config.logits_scaling,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -89,6 +127,7 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2", "Qwen2"),
         Family("qwen3", "Qwen3", "query and key norm", qk_norm="head"),
         Family("olmo2", "Olmo2", "norms after attention and MLP, query and key norm", norms=AFTER, qk_norm="all"),
+        Family("granite", "Granite", "multipliers", scaling=_granite),
     )
 }
 

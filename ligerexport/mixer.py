@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ligerexport.config import LigerConfig
 from ligerexport.errors import UsageError
-from ligerexport.families import FAMILIES, PREFIX, Family, get_family
+from ligerexport.families import FAMILIES, PREFIX, Family, get_family, head_dim
 from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
@@ -33,15 +33,15 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
     layers = config.num_hidden_layers
     if liger.keep_softmax and not 0 <= liger.keep_softmax[0] <= liger.keep_softmax[-1] < layers:
         raise UsageError(f"keep_softmax {list(liger.keep_softmax)}", hint=f"layers are 0 to {layers - 1}")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    _, rotary_scale = get_family(config.model_type).rope(config)
+    width, family = head_dim(config), get_family(config.model_type)
+    _, rotary_scale = family.rope(config)
     spec = MixerSpec(
         config=liger,
         q_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        d_k=head_dim,
-        d_v=head_dim,
-        scale=head_dim**-0.5 * rotary_scale**2,
+        d_k=width,
+        d_v=width,
+        scale=(family.scaling(config).softmax or width**-0.5) * rotary_scale**2,
         max_distance=liger.max_distance or config.max_position_embeddings,
     )
     return [None if layer in liger.keep_softmax else spec for layer in range(layers)]

@@ -17,7 +17,10 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "initializer_range": 0.2,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }  # fmt: skip
-OF_FAMILY: dict[str, dict[str, Any]] = {}
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "granite": {"embedding_multiplier": 6.0, "attention_multiplier": 0.4, "residual_multiplier": 0.3,
+                "logits_scaling": 1.7},
+}  # fmt: skip
 """What the configurations of some families have beside `SIZES`."""
 
 MEMORY = LigerConfig(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ligerexport.config import LigerConfig
 from ligerexport.convert import convert, load_model
-from ligerexport.families import FAMILIES, get_family
+from ligerexport.families import FAMILIES, get_family, output_head
 from ligerexport.mixer import LigerCache, LigerMixer, _shared_table
 from tests.checkpoints import FORESIGHT, MEMORY, OF_FAMILY, SIZES, make_checkpoint
 from tests.tolerances import MODEL_FP32
@@ -55,7 +55,11 @@ def test_a_window_over_everything_is_the_teacher(tmp_path: Path, family: str) ->
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in teacher.named_parameters()}
     ids = torch.randint(0, SIZES["vocab_size"], (2, 150))
     with torch.no_grad():
-        assert (model(ids).logits - teacher(ids).logits).abs().max() <= MODEL_FP32
+        logits = model(ids).logits
+        assert (logits - teacher(ids).logits).abs().max() <= MODEL_FP32
+        assert (
+            output_head(model)(model.model(ids, use_cache=False).last_hidden_state) - logits
+        ).abs().max() <= MODEL_FP32
 
 
 @pytest.mark.parametrize("kind", ROPES)

@@ -103,6 +103,9 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         bias = [weight(f"{name}.bias")] if f"{name}.bias" in spec.weights else []
         return g.op("Gemm", x, weight(f"{name}.weight"), *bias, transB=1)
 
+    def scaled(x: ir.Value, factor: float) -> ir.Value:
+        return x if factor == 1 else g.op("Mul", x, g.floats(factor))
+
     def norm(x: ir.Value, name: str | None) -> ir.Value:
         return x if name is None else lower.rms_norm(x, weight(f"{name}.weight"), spec.norm_eps)
 
@@ -113,6 +116,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
 
     def add(x: ir.Value, residual: ir.Value, name: str | None) -> tuple[ir.Value, ir.Value]:
         """Return the sum as the norm of the next block leaves it, and the sum."""
+        x = scaled(x, spec.scaling.residual)
         if name is None:
             total = g.op("Add", x, residual)
             return total, total
@@ -126,6 +130,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         seen = iter(candidates(frame, mixers[0], tables.rows, positions))
     outputs: dict[str, ir.Value] = {}
     residual = g.op("Gather", weight("model.embed_tokens.weight"), g.reshape(input_ids, -1))
+    residual = scaled(residual, spec.scaling.embedding)
     norms = [_named(family.norms, i) for i in range(len(spec.mixers))]
     normed = norm(residual, norms[0].before_attention)
     for i, layer in enumerate(spec.mixers):
@@ -152,7 +157,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     x, residual = (g.op("Gather", frame.per_token(y, spec.hidden_size), g.const(-1), axis=1) for y in (x, residual))
     normed, residual = add(x, residual, "model.norm")
     residual.name = f"hidden.{len(spec.mixers) - 1}"
-    logits = linear(normed, "model.embed_tokens" if spec.tied else "lm_head")
+    logits = scaled(linear(normed, "model.embed_tokens" if spec.tied else "lm_head"), spec.scaling.logits)
 
     named = [g.output(logits, "logits", "FLOAT", ("B", spec.vocab_size))]
     named += [g.output(outputs[t.present], t.present, _ONNX[t.dtype], t.shape) for t in state]

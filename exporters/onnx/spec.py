@@ -10,7 +10,7 @@ from typing import Any
 from ligerexport.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint
 from ligerexport.config import LigerConfig
 from ligerexport.errors import CheckpointError
-from ligerexport.families import PREFIX, get_family
+from ligerexport.families import PREFIX, Scaling, get_family, head_dim
 from ligerexport.state import MixerSpec
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
@@ -33,6 +33,7 @@ class ModelSpec:
         kv_heads: H_kv.
         head_dim: Width of a head.
         scale: Softmax scale, YaRN's factor on cosine and sine squared into it.
+        scaling: Factors on embedding, residual stream and logits.
         norm_eps: Epsilon of every norm.
         inv_freq: `[R]`, radians a token.
         trained_length: Tokens.
@@ -51,6 +52,7 @@ class ModelSpec:
     kv_heads: int
     head_dim: int
     scale: float
+    scaling: Scaling
     norm_eps: float
     inv_freq: tuple[float, ...]
     trained_length: int
@@ -85,7 +87,7 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
         raise CheckpointError(f"activation '{config.hidden_act}' in config.json, 'silu' was expected")
     mixers = tuple(layer_specs(config))
     inv_freq, rotary_scale = family.rope(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width, scaling = head_dim(config), family.scaling(config)
     spec = ModelSpec(
         path=info.path,
         family=family.model_type,
@@ -96,8 +98,9 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
         vocab_size=config.vocab_size,
         q_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        scale=head_dim**-0.5 * rotary_scale**2,
+        head_dim=width,
+        scale=(scaling.softmax or width**-0.5) * rotary_scale**2,
+        scaling=scaling,
         norm_eps=config.rms_norm_eps,
         inv_freq=tuple(inv_freq.tolist()),
         trained_length=config.max_position_embeddings,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ligerexport.families import output_head
 from ligerexport.mixer import LigerMixer
 from ligerexport.recover.losses import divergence, next_token_loss, relative_error
 from ligerexport.recover.packing import Batch
@@ -24,14 +25,14 @@ PhaseFunction = Callable[[Any, Any, Batch], Tensor]
 def next_token(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """Predict the next token; needs no teacher."""
     assert batch.places is not None
-    return next_token_loss(_hidden(student, batch), student.lm_head, batch.targets.flatten()[batch.places])
+    return next_token_loss(_hidden(student, batch), output_head(student), batch.targets.flatten()[batch.places])
 
 
 def follow(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """Predict what the teacher predicts: KL(teacher || student)."""
     with torch.no_grad():
         expected = _hidden(teacher, batch)
-    return divergence(_hidden(student, batch), student.lm_head, expected, teacher.lm_head)
+    return divergence(_hidden(student, batch), output_head(student), expected, output_head(teacher))
 
 
 def align(student: Any, teacher: Any, batch: Batch) -> Tensor:
