@@ -42,6 +42,20 @@ BEFORE = Norms("input_layernorm", None, "post_attention_layernorm", None)
 AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 
 
+class Attention(NamedTuple):
+    """What the softmax of one layer is, as the family has it.
+
+    Attributes:
+        scale: On the products of queries and keys; YaRN's factor on cosine and sine is squared into it.
+        inv_freq: `[R]`, radians a token; zeros in a layer without rotary embedding.
+        window: Most recent tokens seen, the current one included; None is all.
+    """
+
+    scale: float
+    inv_freq: tuple[float, ...]
+    window: int | None
+
+
 @dataclass(frozen=True)
 class Scaling:
     """Factors on what flows through a model.
@@ -70,6 +84,7 @@ class Family:
         norms: Of a layer.
         qk_norm: What queries and keys are normed over before rotary embedding: each head, or all heads at once.
         scaling: Factors, from the configuration.
+        nope: Whether its `no_rope_layers` says which layers have rotary embedding (1) and which have none (0).
     """
 
     model_type: str
@@ -78,6 +93,7 @@ class Family:
     norms: Norms = BEFORE
     qk_norm: Literal["head", "all"] | None = None
     scaling: Callable[[Any], Scaling] = lambda config: Scaling()
+    nope: bool = False
 
     def attribute(self, suffix: str) -> Any:
         """Return the family's class whose name ends in `suffix`, such as `ForCausalLM` or `RotaryEmbedding`."""
@@ -85,12 +101,28 @@ class Family:
         module = "configuration" if suffix == "Config" else "modeling"
         return getattr(import_module(f"{package}.{module}_{self.model_type}"), self.prefix + suffix)
 
-    def rope(self, config: Any) -> tuple[torch.Tensor, float]:
-        """Return the rotary frequencies `[R]` in radians a token, and the factor on cosine and sine.
+    def attention(self, config: Any) -> tuple[Attention, ...]:
+        """Return what the softmax of each layer is.
 
         Raises:
-            CheckpointError: The frequencies depend on the length of the text.
+            CheckpointError: The rotary frequencies depend on the length of the text.
         """
+        width, types = head_dim(config), getattr(config, "layer_types", None)
+        scale = self.scaling(config).softmax
+        inv_freq, factor = self._rotary(config)
+        layers = []
+        for layer in range(config.num_hidden_layers):
+            turns = not self.nope or config.no_rope_layers[layer]
+            local = types is None or types[layer] == "sliding_attention"
+            layers.append(Attention(
+                scale=(width**-0.5 if scale is None else scale) * factor**2,
+                inv_freq=inv_freq if turns else (0.0,) * (width // 2),
+                window=getattr(config, "sliding_window", None) if local else None,
+            ))  # fmt: skip
+        return tuple(layers)
+
+    def _rotary(self, config: Any) -> tuple[tuple[float, ...], float]:
+        """Return the rotary frequencies, and the factor on cosine and sine."""
         kind = config.rope_parameters["rope_type"]
         if kind not in STATIC_ROPE:
             raise CheckpointError(
@@ -98,7 +130,7 @@ class Family:
                 hint=f"supported: {', '.join(STATIC_ROPE)}",
             )
         embedding = self.attribute("RotaryEmbedding")(config)
-        return embedding.inv_freq.float(), float(embedding.attention_scaling)
+        return tuple(embedding.inv_freq.float().tolist()), float(embedding.attention_scaling)
 
 
 def head_dim(config: Any) -> int:
@@ -128,6 +160,7 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3", "Qwen3", "query and key norm", qk_norm="head"),
         Family("olmo2", "Olmo2", "norms after attention and MLP, query and key norm", norms=AFTER, qk_norm="all"),
         Family("granite", "Granite", "multipliers", scaling=_granite),
+        Family("smollm3", "SmolLM3", "layers without rotary embedding", nope=True),
     )
 }
 

@@ -5,6 +5,7 @@ The family's own projections, norms, MLPs and `generate` stay; there is no model
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -30,21 +31,23 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
         CheckpointError: The family or its rotary embedding is not supported.
     """
     liger = LigerConfig.from_dict(config.liger)
-    layers = config.num_hidden_layers
+    layers, width = config.num_hidden_layers, head_dim(config)
     if liger.keep_softmax and not 0 <= liger.keep_softmax[0] <= liger.keep_softmax[-1] < layers:
         raise UsageError(f"keep_softmax {list(liger.keep_softmax)}", hint=f"layers are 0 to {layers - 1}")
-    width, family = head_dim(config), get_family(config.model_type)
-    _, rotary_scale = family.rope(config)
     spec = MixerSpec(
         config=liger,
         q_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         d_k=width,
         d_v=width,
-        scale=(family.scaling(config).softmax or width**-0.5) * rotary_scale**2,
+        scale=1.0,
         max_distance=liger.max_distance or config.max_position_embeddings,
     )
-    return [None if layer in liger.keep_softmax else spec for layer in range(layers)]
+    attention = get_family(config.model_type).attention(config)
+    return [
+        None if layer in liger.keep_softmax else replace(spec, scale=softmax.scale)
+        for layer, softmax in enumerate(attention)
+    ]
 
 
 @lru_cache(maxsize=8)
@@ -256,11 +259,10 @@ class _LigerModel:
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         with torch.device("cpu"):  # real numbers even where the model is built without memory
-            inv_freq, _ = get_family(config.model_type).rope(config)
-        frequencies = tuple(inv_freq.tolist())
-        for layer, spec in zip(self.model.layers, layer_specs(config), strict=True):  # type: ignore[attr-defined]
+            attention, specs = get_family(config.model_type).attention(config), layer_specs(config)
+        for layer, softmax, spec in zip(self.model.layers, attention, specs, strict=True):  # type: ignore[attr-defined]
             if spec is not None:
-                layer.self_attn = LigerMixer(layer.self_attn, spec, frequencies)
+                layer.self_attn = LigerMixer(layer.self_attn, spec, softmax.inv_freq)
         if LigerConfig.from_dict(config.liger).foresees:
             self._keep_in_fp32_modules_strict = {"score_proj"}  # as in the file, whatever the model is loaded in
 

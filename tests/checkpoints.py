@@ -20,6 +20,7 @@ SIZES: dict[str, Any] = {
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "granite": {"embedding_multiplier": 6.0, "attention_multiplier": 0.4, "residual_multiplier": 0.3,
                 "logits_scaling": 1.7},
+    "smollm3": {"no_rope_layer_interval": 2},
 }  # fmt: skip
 """What the configurations of some families have beside `SIZES`."""
 

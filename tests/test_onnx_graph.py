@@ -146,9 +146,10 @@ def test_mixer_is_the_torch_op(lowering: str, name: str, outliers: bool, cuts: t
     compare_states(state, session.state, STATE)
 
 
+@pytest.mark.parametrize("inv_freq", [INV_FREQ[:6], torch.zeros(8)], ids=["some", "all"])
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_evicted_tokens_where_some_channels_are_not_rotated(lowering: str) -> None:
-    spec, inv_freq = mixer_spec(EVICTED), INV_FREQ[:6]
+def test_evicted_tokens_where_channels_are_not_rotated(lowering: str, inv_freq: Tensor) -> None:
+    spec = mixer_spec(EVICTED)
     query, key, value = projections(90, outliers=False)
     position = torch.tensor([0, -9])
     session = MixerSession(mixer_graph(spec, lowering, inv_freq), spec, 2)
@@ -265,7 +266,7 @@ def test_layers_kept_as_softmax(tmp_path: Path, lowering: str) -> None:
     liger = LigerConfig(window=20, keep_softmax=(0, 2))
     path = make_checkpoint(tmp_path / "model", liger, "mistral", sliding_window=24)
     spec = read_spec(path)
-    assert spec.windows == (24, 24, 24)
+    assert [softmax.window for softmax in spec.attention] == [24, 24, 24]
     check_model(spec, tmp_path, lowering)
 
 

@@ -107,7 +107,9 @@ FAULTS: dict[str, Callable[[ModelSpec], ModelSpec]] = {
         spec, window=11, slots=(("recent_use", 3), ("peak_effect", 4), ("novelty", 6))
     ),
     "pools swapped": lambda spec: _with(spec, slots=(("recent_use", 3), ("novelty", 4), ("peak_effect", 5))),
-    "rope base": lambda spec: replace(spec, inv_freq=tuple(f * 1.01 for f in spec.inv_freq)),
+    "rope base": lambda spec: replace(
+        spec, attention=tuple(a._replace(inv_freq=tuple(f * 1.01 for f in a.inv_freq)) for a in spec.attention)
+    ),
     "epsilon": lambda spec: replace(spec, norm_eps=1e-3),
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -17,7 +18,7 @@ from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Axis, Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import LOWERINGS
-from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
+from ligerexport.exporters.onnx.mixer import Candidates, RotaryTables, candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.families import Norms, get_family
 from ligerexport.state import TensorSpec
@@ -80,8 +81,6 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         lowering: Row of `LOWERINGS`.
         max_chunk: Most tokens of one call.
     """
-    import torch
-
     g = Builder()
     lower = LOWERINGS[lowering](g)
     input_ids, position = graph_input("input_ids", "INT64", ("B", "T")), graph_input("position", "INT64", ("B",))
@@ -123,11 +122,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         return lower.add_norm(x, residual, weight(f"{name}.weight"), spec.norm_eps)
 
     frame = Frame(g, input_ids, position)
-    positions = [past[t.past] for t in state if t.name == "slot_position"]
-    mixers = [layer for layer in spec.mixers if layer is not None]
-    if mixers:
-        tables = rotary_tables(g, torch.tensor(spec.inv_freq), mixers[0], max_chunk)
-        seen = iter(candidates(frame, mixers[0], tables.rows, positions))
+    tables, seen = _shared(g, frame, spec, past, max_chunk)
     outputs: dict[str, ir.Value] = {}
     residual = g.op("Gather", weight("model.embed_tokens.weight"), g.reshape(input_ids, -1))
     residual = scaled(residual, spec.scaling.embedding)
@@ -141,10 +136,10 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
                 query, key = head_norm(query, f"{name}.self_attn.q_norm"), head_norm(key, f"{name}.self_attn.k_norm")
             own = {t.name: past[t.past] for t in state if t.layer == i}
             if layer is None:
-                mixed, present = softmax_attention(lower, frame, spec, (query, key, value), own, spec.windows[i])
+                mixed, present = softmax_attention(lower, frame, spec, (query, key, value), own, spec.attention[i])
             else:
                 score = linear(normed, f"{name}.self_attn.score_proj") if layer.config.foresees else None
-                mixed, present = mixer(lower, frame, layer, tables, (query, key, value), own, next(seen), score)
+                mixed, present = mixer(lower, frame, layer, tables[i], (query, key, value), own, seen[i], score)
             outputs |= {f"present.{i}.{kind}": tensor for kind, tensor in present.items()}
             mixed = norm(linear(mixed, f"{name}.self_attn.o_proj"), norms[i].after_attention)
             normed, residual = add(mixed, residual, norms[i].before_mlp)
@@ -167,6 +162,32 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     )  # fmt: skip
     functions = lower.functions(spec.kv_heads, spec.head_dim) if spec.liger.recurrent or spec.liger.judged else []
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="ligerexport", functions=functions)
+
+
+def _shared(
+    g: Builder, frame: Frame, spec: ModelSpec, past: dict[str, ir.Value], max_chunk: int
+) -> tuple[dict[int, RotaryTables], dict[int, Candidates]]:
+    """Write what layers share before the first one runs: tables of those that turn alike, candidates of equal mixers.
+
+    Returns:
+        Both by layer.
+    """
+    import torch
+
+    made: dict[Any, RotaryTables] = {}
+    tables: dict[int, RotaryTables] = {}
+    seen: dict[int, Candidates] = {}
+    for mixer_spec in dict.fromkeys(layer for layer in spec.mixers if layer is not None):
+        layers = [i for i, layer in enumerate(spec.mixers) if layer == mixer_spec]
+        for i in layers:
+            inv_freq = spec.attention[i].inv_freq
+            if (key := (mixer_spec, inv_freq)) not in made:
+                name = f"rotary.{len(made)}" if made else "rotary"
+                made[key] = rotary_tables(g, torch.tensor(inv_freq), mixer_spec, max_chunk, name)
+            tables[i] = made[key]
+        positions = [past[f"past.{i}.slot_position"] for i in layers]
+        seen |= zip(layers, candidates(frame, mixer_spec, tables[layers[0]].rows, positions), strict=True)
+    return tables, seen
 
 
 def _named(norms: Norms, layer: int) -> Norms:

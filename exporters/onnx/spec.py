@@ -10,7 +10,7 @@ from typing import Any
 from ligerexport.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint
 from ligerexport.config import LigerConfig
 from ligerexport.errors import CheckpointError
-from ligerexport.families import PREFIX, Scaling, get_family, head_dim
+from ligerexport.families import PREFIX, Attention, Scaling, get_family, head_dim
 from ligerexport.state import MixerSpec
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
@@ -26,16 +26,14 @@ class ModelSpec:
         family: Row of `FAMILIES`.
         liger: The conversion.
         mixers: One a layer; None is a layer kept as softmax.
-        windows: Sliding window of each layer kept as softmax, None without one.
+        attention: The softmax of each layer.
         hidden_size: Width of the residual stream.
         vocab_size: Rows of the embedding.
         q_heads: H_q.
         kv_heads: H_kv.
         head_dim: Width of a head.
-        scale: Softmax scale, YaRN's factor on cosine and sine squared into it.
         scaling: Factors on embedding, residual stream and logits.
         norm_eps: Epsilon of every norm.
-        inv_freq: `[R]`, radians a token.
         trained_length: Tokens.
         tied: Whether the output projection is the embedding.
         weights: What the checkpoint stores, by name.
@@ -45,16 +43,14 @@ class ModelSpec:
     family: str
     liger: LigerConfig
     mixers: tuple[MixerSpec | None, ...]
-    windows: tuple[int | None, ...]
+    attention: tuple[Attention, ...]
     hidden_size: int
     vocab_size: int
     q_heads: int
     kv_heads: int
     head_dim: int
-    scale: float
     scaling: Scaling
     norm_eps: float
-    inv_freq: tuple[float, ...]
     trained_length: int
     tied: bool
     weights: Mapping[str, TensorInfo]
@@ -86,37 +82,25 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
     if config.hidden_act != "silu":
         raise CheckpointError(f"activation '{config.hidden_act}' in config.json, 'silu' was expected")
     mixers = tuple(layer_specs(config))
-    inv_freq, rotary_scale = family.rope(config)
-    width, scaling = head_dim(config), family.scaling(config)
     spec = ModelSpec(
         path=info.path,
         family=family.model_type,
         liger=LigerConfig.from_dict(config.liger),
         mixers=mixers,
-        windows=tuple(_window(config, layer) for layer in range(len(mixers))),
+        attention=family.attention(config),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         q_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=width,
-        scale=(scaling.softmax or width**-0.5) * rotary_scale**2,
-        scaling=scaling,
+        head_dim=head_dim(config),
+        scaling=family.scaling(config),
         norm_eps=config.rms_norm_eps,
-        inv_freq=tuple(inv_freq.tolist()),
         trained_length=config.max_position_embeddings,
         tied=info.tied,
         weights=info.tensors,
     )
     _check_weights(spec, config.intermediate_size)
     return spec
-
-
-def _window(config: Any, layer: int) -> int | None:
-    """Return the sliding window with which transformers runs the softmax of a layer."""
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[layer] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
 
 
 def _check_weights(spec: ModelSpec, intermediate: int) -> None:
