@@ -85,6 +85,7 @@ class Family:
         qk_norm: What queries and keys are normed over before rotary embedding: each head, or all heads at once.
         scaling: Factors, from the configuration.
         nope: Whether its `no_rope_layers` says which layers have rotary embedding (1) and which have none (0).
+        packed: Whether `qkv_proj` holds query, key and value, and `gate_up_proj` gate and up.
     """
 
     model_type: str
@@ -94,6 +95,7 @@ class Family:
     qk_norm: Literal["head", "all"] | None = None
     scaling: Callable[[Any], Scaling] = lambda config: Scaling()
     nope: bool = False
+    packed: bool = False
 
     def attribute(self, suffix: str) -> Any:
         """Return the family's class whose name ends in `suffix`, such as `ForCausalLM` or `RotaryEmbedding`."""
@@ -161,6 +163,7 @@ FAMILIES: dict[str, Family] = {
         Family("olmo2", "Olmo2", "norms after attention and MLP, query and key norm", norms=AFTER, qk_norm="all"),
         Family("granite", "Granite", "multipliers", scaling=_granite),
         Family("smollm3", "SmolLM3", "layers without rotary embedding", nope=True),
+        Family("phi3", "Phi3", "packed projections, partly rotated heads", packed=True),
     )
 }
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ligerexport.config import LigerConfig
@@ -66,6 +66,7 @@ class LigerMixer(nn.Module):
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
+    qkv_proj: nn.Linear
     o_proj: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
@@ -79,7 +80,7 @@ class LigerMixer(nn.Module):
         self.spec = spec
         self.inv_freq = inv_freq
         if spec.config.foresees and not hasattr(self, "score_proj"):
-            self.score_proj = nn.Linear(self.q_proj.in_features, spec.kv_heads)
+            self.score_proj = nn.Linear(self.o_proj.out_features, spec.kv_heads)
 
     def forward(
         self,
@@ -105,7 +106,11 @@ class LigerMixer(nn.Module):
         """
         batch, length, _ = hidden_states.shape
         spec = self.spec
-        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if hasattr(self, "qkv_proj"):
+            widths = [spec.q_heads * spec.d_k, spec.kv_heads * spec.d_k, spec.kv_heads * spec.d_v]
+            query, key, value = self.qkv_proj(hidden_states).split(widths, dim=-1)
+        else:
+            query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if hasattr(self, "q_norm"):
             query, key = _normed(self.q_norm, query), _normed(self.k_norm, key)
         query = query.unflatten(-1, (spec.q_heads, spec.d_k))
@@ -299,6 +304,9 @@ class _LigerModel:
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    # Phi3's own throws the cache away where its rotary embedding would change; here it never does
+    prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -20,6 +20,8 @@ SIZES: dict[str, Any] = {
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "granite": {"embedding_multiplier": 6.0, "attention_multiplier": 0.4, "residual_multiplier": 0.3,
                 "logits_scaling": 1.7},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+             "original_max_position_embeddings": 45},
     "smollm3": {"no_rope_layer_interval": 2},
 }  # fmt: skip
 """What the configurations of some families have beside `SIZES`."""

@@ -59,9 +59,12 @@ def test_a_source_is_never_replaced(tmp_path: Path) -> None:
     [
         ({"model_type": "lama"}, "unknown family 'lama'"),
         ({"model_type": None}, "model_type"),
+        ({"model_type": "phi3", "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+        }}, "'longrope' changes with the length"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "changes with the length"),
     ],
-)
+)  # fmt: skip
 def test_unsupported_checkpoints(tmp_path: Path, change: dict[str, object], message: str) -> None:
     teacher = make_teacher(tmp_path / "teacher")
     config = json.loads((teacher / "config.json").read_text()) | change

@@ -164,7 +164,10 @@ def test_generate_with_padding_equals_each_alone(tmp_path: Path, family: str) ->
     alone = [model.generate(ids, **settings)[0, ids.shape[1] :] for ids in (long, short)]
     padded = torch.cat([torch.zeros(1, 17, dtype=torch.long), short], dim=1)
     mask = torch.cat([torch.ones_like(long), (torch.arange(40) >= 17).long()[None]])
+    lengths: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
     together = model.generate(torch.cat([long, padded]), attention_mask=mask, **settings)[:, 40:]
+    assert lengths == [40, *[1] * 29]
     for found, expected in zip(together, alone, strict=True):
         assert torch.equal(found, expected)
 

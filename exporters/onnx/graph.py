@@ -102,6 +102,11 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         bias = [weight(f"{name}.bias")] if f"{name}.bias" in spec.weights else []
         return g.op("Gemm", x, weight(f"{name}.weight"), *bias, transB=1)
 
+    def projections(x: ir.Value, name: str, packed: str, kinds: tuple[str, ...], widths: list[int]) -> list[ir.Value]:
+        if not family.packed:
+            return [linear(x, f"{name}.{kind}_proj") for kind in kinds]
+        return list(g.op("Split", linear(x, f"{name}.{packed}_proj"), g.const(widths), outputs=len(kinds), axis=-1))
+
     def scaled(x: ir.Value, factor: float) -> ir.Value:
         return x if factor == 1 else g.op("Mul", x, g.floats(factor))
 
@@ -123,6 +128,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
 
     frame = Frame(g, input_ids, position)
     tables, seen = _shared(g, frame, spec, past, max_chunk)
+    heads = [count * spec.head_dim for count in (spec.q_heads, spec.kv_heads, spec.kv_heads)]
     outputs: dict[str, ir.Value] = {}
     residual = g.op("Gather", weight("model.embed_tokens.weight"), g.reshape(input_ids, -1))
     residual = scaled(residual, spec.scaling.embedding)
@@ -131,7 +137,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     for i, layer in enumerate(spec.mixers):
         name = f"model.layers.{i}"
         with g.scope(f"layers.{i}"):
-            query, key, value = (linear(normed, f"{name}.self_attn.{kind}_proj") for kind in "qkv")
+            query, key, value = projections(normed, f"{name}.self_attn", "qkv", ("q", "k", "v"), heads)
             if family.qk_norm is not None:
                 query, key = head_norm(query, f"{name}.self_attn.q_norm"), head_norm(key, f"{name}.self_attn.k_norm")
             own = {t.name: past[t.past] for t in state if t.layer == i}
@@ -143,8 +149,8 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
             outputs |= {f"present.{i}.{kind}": tensor for kind, tensor in present.items()}
             mixed = norm(linear(mixed, f"{name}.self_attn.o_proj"), norms[i].after_attention)
             normed, residual = add(mixed, residual, norms[i].before_mlp)
-            gate = lower.silu(linear(normed, f"{name}.mlp.gate_proj"))
-            x = linear(g.op("Mul", gate, linear(normed, f"{name}.mlp.up_proj")), f"{name}.mlp.down_proj")
+            gate, up = projections(normed, f"{name}.mlp", "gate_up", ("gate", "up"), [spec.intermediate_size] * 2)
+            x = linear(g.op("Mul", lower.silu(gate), up), f"{name}.mlp.down_proj")
             x = norm(x, norms[i].after_mlp)
         if i + 1 < len(spec.mixers):
             normed, residual = add(x, residual, norms[i + 1].before_attention)

@@ -28,6 +28,7 @@ class ModelSpec:
         mixers: One a layer; None is a layer kept as softmax.
         attention: The softmax of each layer.
         hidden_size: Width of the residual stream.
+        intermediate_size: Width of the MLP.
         vocab_size: Rows of the embedding.
         q_heads: H_q.
         kv_heads: H_kv.
@@ -45,6 +46,7 @@ class ModelSpec:
     mixers: tuple[MixerSpec | None, ...]
     attention: tuple[Attention, ...]
     hidden_size: int
+    intermediate_size: int
     vocab_size: int
     q_heads: int
     kv_heads: int
@@ -89,6 +91,7 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
         mixers=mixers,
         attention=family.attention(config),
         hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         q_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
@@ -99,22 +102,30 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
         tied=info.tied,
         weights=info.tensors,
     )
-    _check_weights(spec, config.intermediate_size)
+    _check_weights(spec)
     return spec
 
 
-def _check_weights(spec: ModelSpec, intermediate: int) -> None:
+def _check_weights(spec: ModelSpec) -> None:
     """Check name, shape and dtype of every weight that the graph uses."""
-    d, q, kv = spec.hidden_size, spec.q_heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    d, inner, q, kv = (
+        spec.hidden_size,
+        spec.intermediate_size,
+        spec.q_heads * spec.head_dim,
+        spec.kv_heads * spec.head_dim,
+    )
     expected: dict[str, tuple[int, ...]] = {"model.norm.weight": (d,)}
     expected["model.embed_tokens.weight"] = spec.vocab_size, d
     if not spec.tied:
         expected["lm_head.weight"] = (spec.vocab_size, d)
     family = get_family(spec.family)
     shapes: dict[str, tuple[int, ...]]
-    shapes = {"self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
-              "self_attn.o_proj": (d, q), "mlp.gate_proj": (intermediate, d), "mlp.up_proj": (intermediate, d),
-              "mlp.down_proj": (d, intermediate)}  # fmt: skip
+    if family.packed:
+        shapes = {"self_attn.qkv_proj": (q + 2 * kv, d), "mlp.gate_up_proj": (2 * inner, d)}
+    else:
+        shapes = {"self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
+                  "mlp.gate_proj": (inner, d), "mlp.up_proj": (inner, d)}  # fmt: skip
+    shapes |= {"self_attn.o_proj": (d, q), "mlp.down_proj": (d, inner)}
     shapes |= {norm: (d,) for norm in family.norms if norm is not None}
     if family.qk_norm is not None:
         normed = (q, kv) if family.qk_norm == "all" else (spec.head_dim, spec.head_dim)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ligerexport.checkpoint import CheckpointInfo, check_checkpoint
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
+from ligerexport.families import get_family
 from ligerexport.recover.config import RecoverConfig
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 RECOVERY = "liger_recovery"
 """Key of config.json under which a recovered checkpoint says how it was made."""
 
+_PACKED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
 _VOLATILE = ("transformers_version", "liger_source", RECOVERY, "_name_or_path", "dtype", "torch_dtype")
 
 
@@ -48,12 +52,20 @@ def model_id(info: CheckpointInfo) -> str:
     return digest.hexdigest()[:16]
 
 
+def lora_targets(info: CheckpointInfo, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the projections that get LoRA: where query, key and value are packed into one, that one for its parts."""
+    if get_family(info.config["model_type"]).packed:
+        targets = tuple(dict.fromkeys(_PACKED.get(target, target) for target in targets))
+    return targets
+
+
 def target_shapes(info: CheckpointInfo, targets: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """Return the weights that get LoRA and their shapes `[out, in]`.
 
     Raises:
         UsageError: A target is no projection of this model.
     """
+    targets = lora_targets(info, targets)
     suffixes = {name.split(".")[-2] for name, tensor in info.tensors.items()
                 if ".layers." in name and name.endswith(".weight") and len(tensor.shape) == 2}  # fmt: skip
     for target in targets:
@@ -78,8 +90,9 @@ def load_student(info: CheckpointInfo, config: RecoverConfig, dtype: torch.dtype
         raise MissingDependency("peft", extra="recover") from None
     from ligerexport.convert import load_model
 
+    targets = lora_targets(info, config.targets)
     settings = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), lora_dropout=0.0, bias="none",  # type: ignore[arg-type]
+        r=config.rank, lora_alpha=config.alpha, target_modules=list(targets), lora_dropout=0.0, bias="none",  # type: ignore[arg-type]
         task_type="CAUSAL_LM",
     )  # fmt: skip
     model: Any = get_peft_model(load_model(info.path, dtype), settings).get_base_model().train()
