@@ -212,7 +212,8 @@ def _check_scores(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) 
         return
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
     hint = "convert again, with --calibrate TEXT or the file of its scores: --scores FILE"
-    for layer in sorted(set(range(config.get("num_hidden_layers", 0))) - set(liger.get("keep_softmax", ()))):
+    unchanged = {*liger.get("keep_softmax", ()), *(liger.get("keep_window") or ())}
+    for layer in sorted(set(range(config.get("num_hidden_layers", 0))) - unchanged):
         for kind, shape in (("weight", (heads, config.get("hidden_size"))), ("bias", (heads,))):
             name = f"model.layers.{layer}.self_attn.score_proj.{kind}"
             if name not in tensors:

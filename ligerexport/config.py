@@ -33,6 +33,8 @@ class LigerConfig:
             that its weight is 1 and it takes what the softmax would have given them. It has no gate.
         recurrence_distance: Distance in tokens at which `evicted` reads what it holds.
         keep_softmax: Layers left as they are, with a growing key-value cache.
+        keep_window: Layers that keep the checkpoint's own sliding window as it is: a memory of that window, bounded
+            already. None takes what the family keeps.
         max_distance: Largest rotary distance in tokens; farther slots are read as if at this distance. None takes
             the checkpoint's trained length.
 
@@ -49,11 +51,14 @@ class LigerConfig:
     recurrence: Literal["parallel", "evicted"] = "parallel"
     recurrence_distance: int = 512
     keep_softmax: tuple[int, ...] = ()
+    keep_window: tuple[int, ...] | None = None
     max_distance: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slots", tuple((str(name), int(count)) for name, count in self.slots))
         object.__setattr__(self, "keep_softmax", tuple(sorted({int(layer) for layer in self.keep_softmax})))
+        if self.keep_window is not None:
+            object.__setattr__(self, "keep_window", tuple(sorted({int(layer) for layer in self.keep_window})))
         get_gate(self.gate)
         for name, count in self.slots:
             get_score(name)
@@ -100,6 +105,11 @@ class LigerConfig:
         return self.window + self.kept
 
     @property
+    def unchanged(self) -> frozenset[int]:
+        """Layers that see what they saw in the Transformer."""
+        return frozenset(self.keep_softmax) | frozenset(self.keep_window or ())
+
+    @property
     def judged(self) -> bool:
         """Whether a pool needs the linear state that judges novelty."""
         return any(get_score(name).signal == "novelty" for name, _ in self.slots)
@@ -121,7 +131,12 @@ class LigerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return asdict(self) | {"slots": [list(pool) for pool in self.slots], "keep_softmax": list(self.keep_softmax)}
+        lists = {
+            "slots": [list(pool) for pool in self.slots],
+            "keep_softmax": list(self.keep_softmax),
+            "keep_window": None if self.keep_window is None else list(self.keep_window),
+        }
+        return asdict(self) | lists
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LigerConfig:

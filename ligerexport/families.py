@@ -41,6 +41,8 @@ class Norms(NamedTuple):
 BEFORE = Norms("input_layernorm", None, "post_attention_layernorm", None)
 AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 
+AROUND = Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
 
 class Attention(NamedTuple):
     """What the softmax of one layer is, as the family has it.
@@ -65,12 +67,14 @@ class Scaling:
         embedding: On what enters the first layer.
         residual: On what attention and MLP add to the residual stream.
         logits: On the logits.
+        logit_cap: c where the logits x become c tanh(x / c), after their factor; None where they stay.
     """
 
     softmax: float | None = None
     embedding: float = 1.0
     residual: float = 1.0
     logits: float = 1.0
+    logit_cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,11 @@ class Family:
         norms: Of a layer.
         qk_norm: What queries and keys are normed over before rotary embedding: each head, or all heads at once.
         scaling: Factors, from the configuration.
+        unit_norms: Whether a norm multiplies by 1 + its weight.
         nope: Whether its `no_rope_layers` says which layers have rotary embedding (1) and which have none (0).
         packed: Whether `qkv_proj` holds query, key and value, and `gate_up_proj` gate and up.
+        keeps_windows: Whether layers with a sliding window keep it; others are what a conversion is for.
+        refused: Settings of its configuration that must be off.
     """
 
     model_type: str
@@ -94,28 +101,40 @@ class Family:
     norms: Norms = BEFORE
     qk_norm: Literal["head", "all"] | None = None
     scaling: Callable[[Any], Scaling] = lambda config: Scaling()
+    unit_norms: bool = False
     nope: bool = False
     packed: bool = False
+    keeps_windows: bool = False
+    refused: tuple[str, ...] = ()
 
     def attribute(self, suffix: str) -> Any:
         """Return the family's class whose name ends in `suffix`, such as `ForCausalLM` or `RotaryEmbedding`."""
-        package = f"transformers.models.{self.model_type}"
-        module = "configuration" if suffix == "Config" else "modeling"
-        return getattr(import_module(f"{package}.{module}_{self.model_type}"), self.prefix + suffix)
+        from transformers import CONFIG_MAPPING
+
+        config = CONFIG_MAPPING[self.model_type]
+        if suffix == "Config":
+            return config
+        return getattr(import_module(config.__module__.replace(".configuration_", ".modeling_")), self.prefix + suffix)
 
     def attention(self, config: Any) -> tuple[Attention, ...]:
         """Return what the softmax of each layer is.
 
         Raises:
-            CheckpointError: The rotary frequencies depend on the length of the text.
+            CheckpointError: The rotary frequencies depend on the length of the text, or a setting is refused.
         """
+        for setting in self.refused:
+            if getattr(config, setting, None):
+                raise CheckpointError(
+                    f"{setting} {getattr(config, setting)} in config.json is not supported",
+                    hint=f"models of the family {self.model_type} without it are",
+                )
         width, types = head_dim(config), getattr(config, "layer_types", None)
-        scale = self.scaling(config).softmax
-        inv_freq, factor = self._rotary(config)
+        scale, embedding = self.scaling(config).softmax, self.attribute("RotaryEmbedding")(config)
         layers = []
         for layer in range(config.num_hidden_layers):
             turns = not self.nope or config.no_rope_layers[layer]
             local = types is None or types[layer] == "sliding_attention"
+            inv_freq, factor = _rotary(config, embedding, types and types[layer])
             layers.append(Attention(
                 scale=(width**-0.5 if scale is None else scale) * factor**2,
                 inv_freq=inv_freq if turns else (0.0,) * (width // 2),
@@ -123,16 +142,25 @@ class Family:
             ))  # fmt: skip
         return tuple(layers)
 
-    def _rotary(self, config: Any) -> tuple[tuple[float, ...], float]:
-        """Return the rotary frequencies, and the factor on cosine and sine."""
-        kind = config.rope_parameters["rope_type"]
-        if kind not in STATIC_ROPE:
-            raise CheckpointError(
-                f"rotary embedding of type '{kind}' changes with the length of the text",
-                hint=f"supported: {', '.join(STATIC_ROPE)}",
-            )
-        embedding = self.attribute("RotaryEmbedding")(config)
-        return tuple(embedding.inv_freq.float().tolist()), float(embedding.attention_scaling)
+    def local_layers(self, config: Any) -> tuple[int, ...]:
+        """Return the layers that keep their sliding window."""
+        windows = [softmax.window for softmax in self.attention(config)] if self.keeps_windows else []
+        return tuple(layer for layer, window in enumerate(windows) if window is not None)
+
+
+def _rotary(config: Any, embedding: Any, layer_type: str | None) -> tuple[tuple[float, ...], float]:
+    """Return the rotary frequencies of a layer, and the factor on cosine and sine; some models have them by type."""
+    parameters, prefix = config.rope_parameters, ""
+    if "rope_type" not in parameters:
+        parameters, prefix = parameters[layer_type], f"{layer_type}_"
+    kind = parameters["rope_type"]
+    if kind not in STATIC_ROPE:
+        raise CheckpointError(
+            f"rotary embedding of type '{kind}' changes with the length of the text",
+            hint=f"supported: {', '.join(STATIC_ROPE)}",
+        )
+    inv_freq = getattr(embedding, f"{prefix}inv_freq")
+    return tuple(inv_freq.float().tolist()), float(getattr(embedding, f"{prefix}attention_scaling"))
 
 
 def head_dim(config: Any) -> int:
@@ -143,13 +171,23 @@ def head_dim(config: Any) -> int:
 def output_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return what makes logits `[..., V]` of a model's last hidden states `[..., hidden]`, converted or not."""
     scaling = get_family(model.config.model_type).scaling(model.config)
-    return model.lm_head if scaling.logits == 1 else lambda hidden: model.lm_head(hidden) * scaling.logits
+    factor, cap = scaling.logits, scaling.logit_cap
+    if cap is not None:
+        return lambda hidden: cap * (model.lm_head(hidden) * (factor / cap)).tanh()
+    return model.lm_head if factor == 1 else lambda hidden: model.lm_head(hidden) * factor
 
 
 def _granite(config: Any) -> Scaling:
     return Scaling(
         softmax=config.attention_multiplier, embedding=config.embedding_multiplier,
         residual=config.residual_multiplier, logits=1 / config.logits_scaling,
+    )  # fmt: skip
+
+
+def _gemma3(config: Any) -> Scaling:
+    return Scaling(
+        softmax=config.query_pre_attn_scalar**-0.5, embedding=config.hidden_size**0.5,
+        logit_cap=config.final_logit_softcapping,
     )  # fmt: skip
 
 
@@ -164,6 +202,17 @@ FAMILIES: dict[str, Family] = {
         Family("granite", "Granite", "multipliers", scaling=_granite),
         Family("smollm3", "SmolLM3", "layers without rotary embedding", nope=True),
         Family("phi3", "Phi3", "packed projections, partly rotated heads", packed=True),
+        Family(
+            "gemma3_text",
+            "Gemma3",
+            "four norms a layer, query and key norm, layers that keep a sliding window",
+            norms=AROUND,
+            qk_norm="head",
+            scaling=_gemma3,
+            unit_norms=True,
+            keeps_windows=True,
+            refused=("attn_logit_softcapping", "use_bidirectional_attention"),
+        ),
     )
 }
 

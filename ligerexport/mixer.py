@@ -27,7 +27,7 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
     """Return what the op needs to know of each layer of a converted checkpoint; None is a layer kept as softmax.
 
     Raises:
-        UsageError: `keep_softmax` names a layer that the model has not.
+        UsageError: `keep_softmax` names a layer that the model has not, or `keep_window` one without a window.
         CheckpointError: The family or its rotary embedding is not supported.
     """
     liger = LigerConfig.from_dict(config.liger)
@@ -43,11 +43,23 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
         scale=1.0,
         max_distance=liger.max_distance or config.max_position_embeddings,
     )
-    attention = get_family(config.model_type).attention(config)
-    return [
-        None if layer in liger.keep_softmax else replace(spec, scale=softmax.scale)
-        for layer, softmax in enumerate(attention)
-    ]
+    family = get_family(config.model_type)
+    local = family.local_layers(config) if liger.keep_window is None else liger.keep_window
+    specs: list[MixerSpec | None] = []
+    attention = family.attention(config)
+    for layer in local:
+        if not 0 <= layer < layers or attention[layer].window is None:
+            raise UsageError(f"keep_window {list(local)}", hint=f"layer {layer} has no sliding window")
+    for layer, softmax in enumerate(attention):
+        if layer in liger.keep_softmax:
+            specs.append(None)
+        elif layer in local:
+            assert softmax.window is not None
+            memory = LigerConfig(window=softmax.window, attention_weight=1.0, recurrence_weight=0.0)
+            specs.append(replace(spec, config=memory, scale=softmax.scale, max_distance=softmax.window))
+        else:
+            specs.append(replace(spec, scale=softmax.scale))
+    return specs
 
 
 @lru_cache(maxsize=8)

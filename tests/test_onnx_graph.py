@@ -260,13 +260,17 @@ def test_rotary_types(tmp_path: Path, rope: dict[str, Any]) -> None:
     check_model(read_spec(path), tmp_path, "ort")
 
 
+@pytest.mark.parametrize(
+    ("family", "windows"),
+    [("mistral", [24, 24, 24]), ("smollm3", [None, None, None]), ("gemma3_text", [24, None, 24])],
+)
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_layers_kept_as_softmax(tmp_path: Path, lowering: str) -> None:
-    """One keeps everything, one has the family's own sliding window of 24."""
-    liger = LigerConfig(window=20, keep_softmax=(0, 2))
-    path = make_checkpoint(tmp_path / "model", liger, "mistral", sliding_window=24)
+def test_layers_kept_as_softmax(tmp_path: Path, lowering: str, family: str, windows: list[int | None]) -> None:
+    """With a sliding window of the family's own, without rotary embedding, and with rotary embeddings of two kinds."""
+    liger = LigerConfig(window=20, keep_softmax=(0, 1))
+    path = make_checkpoint(tmp_path / "model", liger, family, **({"sliding_window": 24} if family == "mistral" else {}))
     spec = read_spec(path)
-    assert [softmax.window for softmax in spec.attention] == [24, 24, 24]
+    assert [softmax.window for softmax in spec.attention] == windows
     check_model(spec, tmp_path, lowering)
 
 

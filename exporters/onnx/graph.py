@@ -19,7 +19,7 @@ from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Axis,
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import LOWERINGS
 from ligerexport.exporters.onnx.mixer import Candidates, RotaryTables, candidates, mixer, rotary_tables
-from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
 from ligerexport.families import Norms, get_family
 from ligerexport.state import TensorSpec
 
@@ -110,8 +110,12 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     def scaled(x: ir.Value, factor: float) -> ir.Value:
         return x if factor == 1 else g.op("Mul", x, g.floats(factor))
 
+    def norm_weight(name: str) -> ir.Value:
+        stored = weight(f"{name}.weight")
+        return g.once(("norm", name), lambda: g.op("Add", stored, g.floats(1))) if family.unit_norms else stored
+
     def norm(x: ir.Value, name: str | None) -> ir.Value:
-        return x if name is None else lower.rms_norm(x, weight(f"{name}.weight"), spec.norm_eps)
+        return x if name is None else lower.rms_norm(x, norm_weight(name), spec.norm_eps)
 
     def head_norm(x: ir.Value, name: str) -> ir.Value:
         """Norm each head, or all of them at once: as the norm is wide."""
@@ -124,10 +128,11 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         if name is None:
             total = g.op("Add", x, residual)
             return total, total
-        return lower.add_norm(x, residual, weight(f"{name}.weight"), spec.norm_eps)
+        return lower.add_norm(x, residual, norm_weight(name), spec.norm_eps)
 
     frame = Frame(g, input_ids, position)
     tables, seen = _shared(g, frame, spec, past, max_chunk)
+    activation = getattr(lower, ACTIVATIONS[spec.activation])
     heads = [count * spec.head_dim for count in (spec.q_heads, spec.kv_heads, spec.kv_heads)]
     outputs: dict[str, ir.Value] = {}
     residual = g.op("Gather", weight("model.embed_tokens.weight"), g.reshape(input_ids, -1))
@@ -150,7 +155,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
             mixed = norm(linear(mixed, f"{name}.self_attn.o_proj"), norms[i].after_attention)
             normed, residual = add(mixed, residual, norms[i].before_mlp)
             gate, up = projections(normed, f"{name}.mlp", "gate_up", ("gate", "up"), [spec.intermediate_size] * 2)
-            x = linear(g.op("Mul", lower.silu(gate), up), f"{name}.mlp.down_proj")
+            x = linear(g.op("Mul", activation(gate), up), f"{name}.mlp.down_proj")
             x = norm(x, norms[i].after_mlp)
         if i + 1 < len(spec.mixers):
             normed, residual = add(x, residual, norms[i + 1].before_attention)
@@ -158,7 +163,10 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     x, residual = (g.op("Gather", frame.per_token(y, spec.hidden_size), g.const(-1), axis=1) for y in (x, residual))
     normed, residual = add(x, residual, "model.norm")
     residual.name = f"hidden.{len(spec.mixers) - 1}"
-    logits = scaled(linear(normed, "model.embed_tokens" if spec.tied else "lm_head"), spec.scaling.logits)
+    factor, cap = spec.scaling.logits, spec.scaling.logit_cap
+    logits = scaled(linear(normed, "model.embed_tokens" if spec.tied else "lm_head"), factor / (cap or 1))
+    if cap is not None:
+        logits = scaled(g.op("Tanh", logits), cap)
 
     named = [g.output(logits, "logits", "FLOAT", ("B", spec.vocab_size))]
     named += [g.output(outputs[t.present], t.present, _ONNX[t.dtype], t.shape) for t in state]
@@ -166,7 +174,8 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         [input_ids, position, *past.values()], named, nodes=g.nodes, initializers=list(g.initializers.values()),
         opset_imports={"": OPSET, CONTRIB: 1}, name="ligerexport",
     )  # fmt: skip
-    functions = lower.functions(spec.kv_heads, spec.head_dim) if spec.liger.recurrent or spec.liger.judged else []
+    linear_states = any(layer is not None and (layer.config.recurrent or layer.config.judged) for layer in spec.mixers)
+    functions = lower.functions(spec.kv_heads, spec.head_dim) if linear_states else []
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="ligerexport", functions=functions)
 
 

@@ -16,6 +16,9 @@ from ligerexport.state import MixerSpec
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 """Bytes of the dtypes of weights that are read, in safetensors' spelling."""
 
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
+"""Method of a lowering that writes each."""
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -34,6 +37,7 @@ class ModelSpec:
         kv_heads: H_kv.
         head_dim: Width of a head.
         scaling: Factors on embedding, residual stream and logits.
+        activation: Of the MLP's gate; key of `ACTIVATIONS`.
         norm_eps: Epsilon of every norm.
         trained_length: Tokens.
         tied: Whether the output projection is the embedding.
@@ -52,6 +56,7 @@ class ModelSpec:
     kv_heads: int
     head_dim: int
     scaling: Scaling
+    activation: str
     norm_eps: float
     trained_length: int
     tied: bool
@@ -81,8 +86,9 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
         )
     config: Any = AutoConfig.from_pretrained(info.path)
     family = get_family(config.model_type)
-    if config.hidden_act != "silu":
-        raise CheckpointError(f"activation '{config.hidden_act}' in config.json, 'silu' was expected")
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(f"activation '{activation}' in config.json", hint=f"supported: {', '.join(ACTIVATIONS)}")
     mixers = tuple(layer_specs(config))
     spec = ModelSpec(
         path=info.path,
@@ -97,6 +103,7 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim(config),
         scaling=family.scaling(config),
+        activation=activation,
         norm_eps=config.rms_norm_eps,
         trained_length=config.max_position_embeddings,
         tied=info.tied,

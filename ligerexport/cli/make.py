@@ -146,13 +146,13 @@ def _describe(path: Path, config: LigerConfig) -> dict[str, Any]:
     hf.liger = config.to_dict()
     specs = layer_specs(hf)
     state = sum(tensor.nbytes() for spec in specs if spec for tensor in spec.state())
-    spec = next((spec for spec in specs if spec), None)
+    converted = sum(spec is not None and spec.config == config for spec in specs)
     saved = sum(4 * spec.kv_heads * (spec.d_k + spec.d_v) for spec in specs if spec)
     return {
         "path": str(path),
         "weight_bytes": info.bytes,
-        "layers": f"{sum(s is not None for s in specs)} of {len(specs)} converted",
-        "exact_slots": config.num_slots if spec else 0,
+        "layers": f"{converted} of {len(specs)} converted",
+        "exact_slots": config.num_slots if converted else 0,
         "state_bytes": state,
         "kv_cache_larger_from": state // saved + 1 if saved else None,
         "scores_explain": (info.config.get("liger_scores") or {}).get("explained"),

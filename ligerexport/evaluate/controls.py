@@ -60,8 +60,8 @@ def make_control(name: str, model: PreTrainedModel, seed: int = 0) -> PreTrained
     if name != "random-judge":
         return convert_in_memory(model, config)
     control = convert_in_memory(model, replace(config, slots=()))  # with scored slots it would need weights for them
-    for layer in control.model.layers:
-        if isinstance(layer.self_attn, LigerMixer):
+    for i, layer in enumerate(control.model.layers):
+        if i not in config.unchanged:
             layer.self_attn = RandomJudge(layer.self_attn, config, seed)
     control.config.liger = config.to_dict()
     return control
