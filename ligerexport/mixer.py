@@ -22,6 +22,9 @@ from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.state import MixerSpec, MixerState
 
+ONE_LAUNCH = 32_768
+"""Numbers in the slots' keys of one head up to which a step is one launch: it holds them in registers."""
+
 
 def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
     """Return what the op needs to know of each layer of a converted checkpoint; None is a layer kept as softmax.
@@ -142,6 +145,7 @@ class LigerMixer(nn.Module):
         position = position_ids[:, 0].expand(batch)
         rotary = _shared_table(self.inv_freq, spec.max_distance, hidden_states.device)
         one_launch = layer is not None and fused(query) and not spec.config.evicts
+        one_launch = one_launch and spec.config.num_slots * spec.d_k <= ONE_LAUNCH
         if length == 1 and one_launch and not torch.is_grad_enabled():
             q, k, v, given = query[:, 0], key[:, 0], value[:, 0], None if score is None else score[:, 0]
             output = mixer_step(q, k, v, position, state, spec, rotary, score=given)[:, None]  # in the cache, in place
