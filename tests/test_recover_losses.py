@@ -126,6 +126,15 @@ def test_align_is_a_loop_over_layers(models: tuple[Any, Any]) -> None:
     close(student.model.layers[0].self_attn.q_proj.weight.grad, plain)
 
 
+def test_layers_that_keep_their_window_are_not_aligned(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "liger", MEMORY, "gemma3_text")
+    teacher = load_teacher(check_checkpoint(path, tokenizer=False), None, torch.float32)
+    student = load_model(path).train()
+    PHASES["align"](student, teacher, make_batch()).backward()
+    trained = [layer.self_attn.q_proj.weight.grad is not None for layer in student.model.layers]
+    assert trained == [False, True, False]
+
+
 def test_follow_and_next_token_are_plain_losses_of_logits(models: tuple[Any, Any]) -> None:
     student, teacher = models
     batch = make_batch(answers=True)

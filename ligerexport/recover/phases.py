@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ligerexport.config import LigerConfig
 from ligerexport.families import output_head
 from ligerexport.mixer import LigerMixer
 from ligerexport.recover.losses import divergence, next_token_loss, relative_error
@@ -54,11 +55,12 @@ def align(student: Any, teacher: Any, batch: Batch) -> Tensor:
                                                                             use_reentrant=False)  # fmt: skip
         losses.append(found)
 
-    pairs = zip(student.model.layers, teacher.model.layers, strict=True)
+    unchanged = LigerConfig.from_dict(student.config.liger).unchanged
+    pairs = enumerate(zip(student.model.layers, teacher.model.layers, strict=True))
     hooks = [
         theirs.self_attn.register_forward_hook(partial(compare, mine.self_attn), with_kwargs=True)
-        for mine, theirs in pairs
-        if isinstance(mine.self_attn, LigerMixer)
+        for layer, (mine, theirs) in pairs
+        if layer not in unchanged
     ]
     try:
         with torch.no_grad():

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ligerexport.config import LigerConfig
 from ligerexport.console import ProgressFactory, say
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.recover.config import RecoverConfig
@@ -161,7 +162,7 @@ def prepare(
                          hint=f"--length {context}")  # fmt: skip
     if config.row.needs_teacher:
         teacher_config(info, against)
-        kept = info.config["liger"].get("keep_softmax", ())
+        kept = LigerConfig.from_dict(info.config["liger"]).unchanged
         if len(kept) == info.config["num_hidden_layers"]:
             raise UsageError(f"{model} has no converted layer", hint="convert it without --keep-softmax")
     elif against is not None:
