@@ -5,7 +5,7 @@ A new family is a row of `FAMILIES`. Nothing here imports torch before a row is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -40,7 +40,6 @@ class Norms(NamedTuple):
 
 BEFORE = Norms("input_layernorm", None, "post_attention_layernorm", None)
 AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
-
 AROUND = Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
@@ -128,6 +127,7 @@ class Family:
                     f"{setting} {getattr(config, setting)} in config.json is not supported",
                     hint=f"models of the family {self.model_type} without it are",
                 )
+        _check_rotary(config.rope_parameters)
         width, types = head_dim(config), getattr(config, "layer_types", None)
         scale, embedding = self.scaling(config).softmax, self.attribute("RotaryEmbedding")(config)
         layers = []
@@ -148,17 +148,19 @@ class Family:
         return tuple(layer for layer, window in enumerate(windows) if window is not None)
 
 
+def _check_rotary(parameters: Mapping[str, Any]) -> None:
+    """Refuse frequencies that depend on the length of the text; some models have parameters by the type of a layer."""
+    for row in [parameters] if "rope_type" in parameters else parameters.values():
+        if row["rope_type"] not in STATIC_ROPE:
+            raise CheckpointError(
+                f"rotary embedding of type '{row['rope_type']}' changes with the length of the text",
+                hint=f"supported: {', '.join(STATIC_ROPE)}",
+            )
+
+
 def _rotary(config: Any, embedding: Any, layer_type: str | None) -> tuple[tuple[float, ...], float]:
-    """Return the rotary frequencies of a layer, and the factor on cosine and sine; some models have them by type."""
-    parameters, prefix = config.rope_parameters, ""
-    if "rope_type" not in parameters:
-        parameters, prefix = parameters[layer_type], f"{layer_type}_"
-    kind = parameters["rope_type"]
-    if kind not in STATIC_ROPE:
-        raise CheckpointError(
-            f"rotary embedding of type '{kind}' changes with the length of the text",
-            hint=f"supported: {', '.join(STATIC_ROPE)}",
-        )
+    """Return the rotary frequencies of a layer, and the factor on cosine and sine."""
+    prefix = "" if "rope_type" in config.rope_parameters else f"{layer_type}_"
     inv_freq = getattr(embedding, f"{prefix}inv_freq")
     return tuple(inv_freq.float().tolist()), float(getattr(embedding, f"{prefix}attention_scaling"))
 
