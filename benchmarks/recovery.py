@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 import ligerexport as lx
+from ligerexport.adapter import merge_adapter
 from ligerexport.config import get_preset
 from ligerexport.console import progress, say
 from ligerexport.gates import get_gate
 from ligerexport.kernels import ops
 from ligerexport.recover.records import read_records
-from ligerexport.recover.result import merge_adapter
 from ligerexport.sources import resolve
 from ligerexport.text import TextModel
 

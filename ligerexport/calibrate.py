@@ -101,12 +101,12 @@ def score_shapes(config: Mapping[str, Any], liger: LigerConfig) -> dict[str, tup
 
     Args:
         config: config.json of the model.
-        liger: The conversion.
+        liger: The conversion, as its checkpoint has it.
     """
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(config["num_hidden_layers"]) if liger.foresees else ():
-        if layer not in liger.keep_softmax:
+        if layer not in liger.unchanged:
             weight, bias = score_names(layer)
             shapes |= {weight: (heads, config["hidden_size"]), bias: (heads,)}
     return shapes

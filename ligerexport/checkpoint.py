@@ -21,6 +21,9 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LFS_POINTER = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000  # safetensors' own limit; more is not a header
 
+COMPANIONS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "generation_config")
+"""What the names of files start with that belong to a checkpoint beside config and weights."""
+
 
 class TensorInfo(NamedTuple):
     """A tensor as its file's header describes it: dtype in safetensors' spelling (`F32`, `BF16`), shape, file."""
@@ -212,7 +215,8 @@ def _check_scores(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) 
         return
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
     hint = "convert again, with --calibrate TEXT or the file of its scores: --scores FILE"
-    for layer in sorted(set(range(config.get("num_hidden_layers", 0))) - set(liger.get("keep_softmax", ()))):
+    unchanged = {*liger.get("keep_softmax", ()), *(liger.get("keep_window") or ())}
+    for layer in sorted(set(range(config.get("num_hidden_layers", 0))) - unchanged):
         for kind, shape in (("weight", (heads, config.get("hidden_size"))), ("bias", (heads,))):
             name = f"model.layers.{layer}.self_attn.score_proj.{kind}"
             if name not in tensors:

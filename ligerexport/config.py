@@ -41,6 +41,8 @@ class LigerConfig:
         recurrence_distance: Distance in tokens at which `evicted` reads what it holds.
         layer_memory: Layers whose memory has another size: (layer, window, slots), with pools of the same scores.
         keep_softmax: Layers left as they are, with a growing key-value cache.
+        keep_window: Layers that keep the checkpoint's own sliding window as it is: a memory of that window, bounded
+            already. None takes what the family keeps.
         max_distance: Largest rotary distance in tokens; farther slots are read as if at this distance. None takes
             the checkpoint's trained length.
 
@@ -58,6 +60,7 @@ class LigerConfig:
     recurrence_distance: int = 512
     layer_memory: tuple[tuple[int, int, Slots], ...] = ()
     keep_softmax: tuple[int, ...] = ()
+    keep_window: tuple[int, ...] | None = None
     max_distance: int | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class LigerConfig:
         memory = sorted((int(layer), int(window), _pools(slots)) for layer, window, slots in self.layer_memory)
         object.__setattr__(self, "layer_memory", tuple(memory))
         object.__setattr__(self, "keep_softmax", tuple(sorted({int(layer) for layer in self.keep_softmax})))
+        if self.keep_window is not None:
+            object.__setattr__(self, "keep_window", tuple(sorted({int(layer) for layer in self.keep_window})))
         get_gate(self.gate)
         for name, count in self.slots:
             get_score(name)
@@ -103,7 +108,7 @@ class LigerConfig:
 
     def _check_layers(self) -> None:
         layers = [layer for layer, _, _ in self.layer_memory]
-        if len(set(layers)) != len(layers) or set(layers) & set(self.keep_softmax):
+        if len(set(layers)) != len(layers) or set(layers) & self.unchanged:
             raise UsageError(
                 f"a layer has two memories: {', '.join(map(str, layers))}", hint="name it once, kept as softmax or not"
             )
@@ -121,7 +126,7 @@ class LigerConfig:
         """
         sizes = {at: (window, slots) for at, window, slots in self.layer_memory}
         window, slots = sizes.get(layer, (self.window, self.slots))
-        return replace(self, window=window, slots=slots, layer_memory=(), keep_softmax=())
+        return replace(self, window=window, slots=slots, layer_memory=(), keep_softmax=(), keep_window=None)
 
     def in_all_layers(self, change: Callable[[LigerConfig], LigerConfig]) -> LigerConfig:
         """Return this configuration with a change of windows and pools made in the memory of every layer."""
@@ -138,6 +143,11 @@ class LigerConfig:
     def num_slots(self) -> int:
         """N, all exact slots per KV head."""
         return self.window + self.kept
+
+    @property
+    def unchanged(self) -> frozenset[int]:
+        """Layers that see what they saw in the Transformer."""
+        return frozenset(self.keep_softmax) | frozenset(self.keep_window or ())
 
     @property
     def judged(self) -> bool:
@@ -162,10 +172,13 @@ class LigerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         memory = [[layer, window, [list(pool) for pool in slots]] for layer, window, slots in self.layer_memory]
-        return asdict(self) | {
-            "slots": [list(pool) for pool in self.slots], "layer_memory": memory,
+        lists = {
+            "slots": [list(pool) for pool in self.slots],
+            "layer_memory": memory,
             "keep_softmax": list(self.keep_softmax),
-        }  # fmt: skip
+            "keep_window": None if self.keep_window is None else list(self.keep_window),
+        }
+        return asdict(self) | lists
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LigerConfig:

@@ -10,10 +10,11 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ligerexport.checkpoint import CheckpointInfo, check_checkpoint
+from ligerexport.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint
 from ligerexport.config import DEFAULT_PRESET, LigerConfig, get_preset
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.corpus import text_files
@@ -37,9 +38,6 @@ _SINGLE = "model.safetensors"
 
 SHIPPED = "shipped"
 """Name of the adapter that ships with a built-in model."""
-
-COMPANIONS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "generation_config")
-"""What the names of files start with that belong to a checkpoint beside config and weights."""
 
 
 def convert(
@@ -89,6 +87,7 @@ def convert(
     source = resolve(model, progress=progress)
     info = check_checkpoint(source.path)
     config = converted_config(dict(info.config), liger)
+    liger = LigerConfig.from_dict(config["liger"])
     config["liger_source"] = {"model": source.name, "revision": source.revision, "license": source.license}
     lora = None if adapter is None else _find_adapter(source, adapter)
     with staged_directory(output, force=force, marker="config.json") as stage:
@@ -104,7 +103,7 @@ def convert(
             shutil.copyfile(file, place / file.name)
         _write_weights(place, info, found, progress or silent)
         if lora is not None:
-            from ligerexport.recover.result import write_recovered
+            from ligerexport.adapter import write_recovered
 
             write_recovered(stage, check_checkpoint(place), lora, progress)
             shutil.rmtree(place)
@@ -214,7 +213,7 @@ def _fit(
         advance(info.bytes)
     fit = fit_scores(model, rows, liger.window, batch=4 if gpu else 1, progress=progress)
     needed = score_shapes(info.config, liger)
-    shares = [share for layer, share in enumerate(fit.explained) if layer not in liger.keep_softmax]
+    shares = [share for layer, share in enumerate(fit.explained) if layer not in liger.unchanged]
     tensors = {name: fit.tensors[name] for name in needed}
     facts = {"from": "fit", "windows": windows, "tokens": rows.numel(), "seed": seed,
              "explained": round(sum(shares) / max(1, len(shares)), 4), "sha256": digest(tensors)}  # fmt: skip
@@ -271,7 +270,7 @@ def _check_output(output: Path) -> None:
 
 
 def converted_config(config: dict[str, Any], liger: LigerConfig) -> dict[str, Any]:
-    """Return the config.json of the converted checkpoint, checked against what the op supports.
+    """Return the config.json of the converted checkpoint, complete and checked against what the op supports.
 
     Raises:
         UsageError: A setting makes no sense for this model.
@@ -283,11 +282,14 @@ def converted_config(config: dict[str, Any], liger: LigerConfig) -> dict[str, An
     config = {key: value for key, value in config.items() if key != "liger_scores"} | {
         "model_type": PREFIX + family.model_type,
         "architectures": [f"Liger{family.prefix}ForCausalLM"],
-        "liger": liger.to_dict(),
     }
     from ligerexport.mixer import layer_specs, model_classes
 
-    layer_specs(model_classes(family)[0].from_dict(config))
+    found = model_classes(family)[0].from_dict(config)
+    if liger.keep_window is None:
+        liger = replace(liger, keep_window=family.local_layers(found) or None)
+    found.liger = config["liger"] = liger.to_dict()
+    layer_specs(found)
     return config
 
 
@@ -373,6 +375,8 @@ def convert_in_memory(
         raise UsageError(f"a learned pool needs {missing[0]}", hint="pass scores=, such as the tensors of a fit")
     weights = {name: tensor for name, tensor in weights.items() if name in wanted or ".score_proj." not in name}
     converted.load_state_dict(weights, assign=True, strict=True)
-    converted.model.rotary_emb = model.model.rotary_emb
+    for name, module in model.named_modules():  # what is in no file, such as rotary frequencies
+        for buffer in module._non_persistent_buffers_set:
+            setattr(converted.get_submodule(name), buffer, getattr(module, buffer))
     converted.tie_weights()
     return converted.eval()

@@ -5,9 +5,10 @@ A new family is a row of `FAMILIES`. Nothing here imports torch before a row is 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ligerexport.errors import CheckpointError, close_matches
 
@@ -21,6 +22,60 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length of the text."""
 
 
+class Norms(NamedTuple):
+    """Names of a layer's norms by their place, None where a family has none.
+
+    Attributes:
+        before_attention: Of what enters attention.
+        after_attention: Of what attention adds to the residual stream.
+        before_mlp: Of what enters the MLP.
+        after_mlp: Of what the MLP adds to the residual stream.
+    """
+
+    before_attention: str | None
+    after_attention: str | None
+    before_mlp: str | None
+    after_mlp: str | None
+
+
+BEFORE = Norms("input_layernorm", None, "post_attention_layernorm", None)
+AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+AROUND = Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+class Attention(NamedTuple):
+    """What the softmax of one layer is, as the family has it.
+
+    Attributes:
+        scale: On the products of queries and keys; YaRN's factor on cosine and sine is squared into it.
+        inv_freq: `[R]`, radians a token; zeros in a layer without rotary embedding.
+        window: Most recent tokens seen, the current one included; None is all.
+    """
+
+    scale: float
+    inv_freq: tuple[float, ...]
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Factors on what flows through a model.
+
+    Attributes:
+        softmax: On the products of queries and keys; None is d_k ** -0.5.
+        embedding: On what enters the first layer.
+        residual: On what attention and MLP add to the residual stream.
+        logits: On the logits.
+        logit_cap: c where the logits x become c tanh(x / c), after their factor; None where they stay.
+    """
+
+    softmax: float | None = None
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits: float = 1.0
+    logit_cap: float | None = None
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of decoder-only Transformers in transformers.
@@ -28,33 +83,114 @@ class Family:
     Attributes:
         model_type: Value of `model_type` in its config.json.
         prefix: What its classes' names start with.
-        qk_norm: Whether each query and key head is normed before rotary embedding.
+        doc: What sets it apart.
+        norms: Of a layer.
+        qk_norm: What queries and keys are normed over before rotary embedding: each head, or all heads at once.
+        scaling: Factors, from the configuration.
+        unit_norms: Whether a norm multiplies by 1 + its weight.
+        nope: Whether its `no_rope_layers` says which layers have rotary embedding (1) and which have none (0).
+        packed: Whether `qkv_proj` holds query, key and value, and `gate_up_proj` gate and up.
+        keeps_windows: Whether layers with a sliding window keep it; others are what a conversion is for.
+        refused: Settings of its configuration that must be off.
     """
 
     model_type: str
     prefix: str
-    qk_norm: bool = False
+    doc: str = ""
+    norms: Norms = BEFORE
+    qk_norm: Literal["head", "all"] | None = None
+    scaling: Callable[[Any], Scaling] = lambda config: Scaling()
+    unit_norms: bool = False
+    nope: bool = False
+    packed: bool = False
+    keeps_windows: bool = False
+    refused: tuple[str, ...] = ()
 
     def attribute(self, suffix: str) -> Any:
         """Return the family's class whose name ends in `suffix`, such as `ForCausalLM` or `RotaryEmbedding`."""
-        package = f"transformers.models.{self.model_type}"
-        module = "configuration" if suffix == "Config" else "modeling"
-        return getattr(import_module(f"{package}.{module}_{self.model_type}"), self.prefix + suffix)
+        from transformers import CONFIG_MAPPING
 
-    def rope(self, config: Any) -> tuple[torch.Tensor, float]:
-        """Return the rotary frequencies `[R]` in radians a token, and the factor on cosine and sine.
+        config = CONFIG_MAPPING[self.model_type]
+        if suffix == "Config":
+            return config
+        return getattr(import_module(config.__module__.replace(".configuration_", ".modeling_")), self.prefix + suffix)
+
+    def attention(self, config: Any) -> tuple[Attention, ...]:
+        """Return what the softmax of each layer is.
 
         Raises:
-            CheckpointError: The frequencies depend on the length of the text.
+            CheckpointError: The rotary frequencies depend on the length of the text, or a setting is refused.
         """
-        kind = config.rope_parameters["rope_type"]
-        if kind not in STATIC_ROPE:
+        for setting in self.refused:
+            if getattr(config, setting, None):
+                raise CheckpointError(
+                    f"{setting} {getattr(config, setting)} in config.json is not supported",
+                    hint=f"models of the family {self.model_type} without it are",
+                )
+        _check_rotary(config.rope_parameters)
+        width, types = head_dim(config), getattr(config, "layer_types", None)
+        scale, embedding = self.scaling(config).softmax, self.attribute("RotaryEmbedding")(config)
+        layers = []
+        for layer in range(config.num_hidden_layers):
+            turns = not self.nope or config.no_rope_layers[layer]
+            local = types is None or types[layer] == "sliding_attention"
+            inv_freq, factor = _rotary(config, embedding, types and types[layer])
+            layers.append(Attention(
+                scale=(width**-0.5 if scale is None else scale) * factor**2,
+                inv_freq=inv_freq if turns else (0.0,) * (width // 2),
+                window=getattr(config, "sliding_window", None) if local else None,
+            ))  # fmt: skip
+        return tuple(layers)
+
+    def local_layers(self, config: Any) -> tuple[int, ...]:
+        """Return the layers that keep their sliding window."""
+        windows = [softmax.window for softmax in self.attention(config)] if self.keeps_windows else []
+        return tuple(layer for layer, window in enumerate(windows) if window is not None)
+
+
+def _check_rotary(parameters: Mapping[str, Any]) -> None:
+    """Refuse frequencies that depend on the length of the text; some models have parameters by the type of a layer."""
+    for row in [parameters] if "rope_type" in parameters else parameters.values():
+        if row["rope_type"] not in STATIC_ROPE:
             raise CheckpointError(
-                f"rotary embedding of type '{kind}' changes with the length of the text",
+                f"rotary embedding of type '{row['rope_type']}' changes with the length of the text",
                 hint=f"supported: {', '.join(STATIC_ROPE)}",
             )
-        embedding = self.attribute("RotaryEmbedding")(config)
-        return embedding.inv_freq.float(), float(embedding.attention_scaling)
+
+
+def _rotary(config: Any, embedding: Any, layer_type: str | None) -> tuple[tuple[float, ...], float]:
+    """Return the rotary frequencies of a layer, and the factor on cosine and sine."""
+    prefix = "" if "rope_type" in config.rope_parameters else f"{layer_type}_"
+    inv_freq = getattr(embedding, f"{prefix}inv_freq")
+    return tuple(inv_freq.float().tolist()), float(getattr(embedding, f"{prefix}attention_scaling"))
+
+
+def head_dim(config: Any) -> int:
+    """Return the width of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def output_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what makes logits `[..., V]` of a model's last hidden states `[..., hidden]`, converted or not."""
+    scaling = get_family(model.config.model_type).scaling(model.config)
+    factor, cap = scaling.logits, scaling.logit_cap
+    if cap is not None:
+        return lambda hidden: cap * (model.lm_head(hidden) * (factor / cap)).tanh()
+    return model.lm_head if factor == 1 else lambda hidden: model.lm_head(hidden) * factor
+
+
+def _granite(config: Any) -> Scaling:
+    return Scaling(
+        softmax=config.attention_multiplier, embedding=config.embedding_multiplier,
+        residual=config.residual_multiplier, logits=1 / config.logits_scaling,
+    )  # fmt: skip
+
+
+def _gemma3(config: Any) -> Scaling:
+    return Scaling(
+        softmax=config.query_pre_attn_scalar**-0.5, embedding=config.hidden_size**0.5,
+        logit_cap=config.final_logit_softcapping,
+    )  # fmt: skip
 
 
 FAMILIES: dict[str, Family] = {
@@ -63,7 +199,22 @@ FAMILIES: dict[str, Family] = {
         Family("llama", "Llama"),
         Family("mistral", "Mistral"),
         Family("qwen2", "Qwen2"),
-        Family("qwen3", "Qwen3", qk_norm=True),
+        Family("qwen3", "Qwen3", "query and key norm", qk_norm="head"),
+        Family("olmo2", "Olmo2", "norms after attention and MLP, query and key norm", norms=AFTER, qk_norm="all"),
+        Family("granite", "Granite", "multipliers", scaling=_granite),
+        Family("smollm3", "SmolLM3", "layers without rotary embedding", nope=True),
+        Family("phi3", "Phi3", "packed projections, partly rotated heads", packed=True),
+        Family(
+            "gemma3_text",
+            "Gemma3",
+            "four norms a layer, query and key norm, layers that keep a sliding window",
+            norms=AROUND,
+            qk_norm="head",
+            scaling=_gemma3,
+            unit_norms=True,
+            keeps_windows=True,
+            refused=("attn_logit_softcapping", "use_bidirectional_attention"),
+        ),
     )
 }
 

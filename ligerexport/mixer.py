@@ -11,45 +11,62 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ligerexport.config import LigerConfig
 from ligerexport.errors import UsageError
-from ligerexport.families import FAMILIES, PREFIX, Family, get_family
+from ligerexport.families import FAMILIES, PREFIX, Family, get_family, head_dim
 from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.state import MixerSpec, MixerState
+
+ONE_LAUNCH = 32_768
+"""Numbers in the slots' keys of one head up to which a step is one launch: it holds them in registers."""
 
 
 def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
     """Return what the op needs to know of each layer of a converted checkpoint; None is a layer kept as softmax.
 
     Raises:
-        UsageError: `keep_softmax` or `layer_memory` names a layer that the model has not.
+        UsageError: `keep_softmax` or `layer_memory` names a layer that the model has not, or `keep_window` one without
+            a window.
         CheckpointError: The family or its rotary embedding is not supported.
     """
     liger = LigerConfig.from_dict(config.liger)
-    layers = config.num_hidden_layers
+    layers, width = config.num_hidden_layers, head_dim(config)
     sized = [layer for layer, _, _ in liger.layer_memory]
     for name, named in (("keep_softmax", liger.keep_softmax), ("layer_memory", sized)):
         if not set(named) <= set(range(layers)):
             raise UsageError(f"{name} {list(named)}", hint=f"layers are 0 to {layers - 1}")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    _, rotary_scale = get_family(config.model_type).rope(config)
-    shape = MixerSpec(
+    spec = MixerSpec(
         config=liger.for_layer(-1),
         q_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        d_k=head_dim,
-        d_v=head_dim,
-        scale=head_dim**-0.5 * rotary_scale**2,
+        d_k=width,
+        d_v=width,
+        scale=1.0,
         max_distance=liger.max_distance or config.max_position_embeddings,
     )
-    specs: list[MixerSpec | None] = [None if layer in liger.keep_softmax else shape for layer in range(layers)]
-    for layer in sized:
-        specs[layer] = replace(shape, config=liger.for_layer(layer))
+    family = get_family(config.model_type)
+    local = family.local_layers(config) if liger.keep_window is None else liger.keep_window
+    specs: list[MixerSpec | None] = []
+    attention = family.attention(config)
+    for layer in local:
+        if not 0 <= layer < layers or attention[layer].window is None:
+            raise UsageError(f"keep_window {list(local)}", hint=f"layer {layer} has no sliding window")
+        if layer in sized:
+            raise UsageError(f"layer {layer} keeps its own window", hint="leave it out of layer_memory")
+    for layer, softmax in enumerate(attention):
+        if layer in liger.keep_softmax:
+            specs.append(None)
+        elif layer in local:
+            assert softmax.window is not None
+            memory = LigerConfig(window=softmax.window, attention_weight=1.0, recurrence_weight=0.0)
+            specs.append(replace(spec, config=memory, scale=softmax.scale, max_distance=softmax.window))
+        else:
+            specs.append(replace(spec, config=liger.for_layer(layer), scale=softmax.scale))
     return specs
 
 
@@ -69,6 +86,7 @@ class LigerMixer(nn.Module):
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
+    qkv_proj: nn.Linear
     o_proj: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
@@ -82,7 +100,7 @@ class LigerMixer(nn.Module):
         self.spec = spec
         self.inv_freq = inv_freq
         if spec.config.foresees and not hasattr(self, "score_proj"):
-            self.score_proj = nn.Linear(self.q_proj.in_features, spec.kv_heads)
+            self.score_proj = nn.Linear(self.o_proj.out_features, spec.kv_heads)
 
     def forward(
         self,
@@ -108,11 +126,16 @@ class LigerMixer(nn.Module):
         """
         batch, length, _ = hidden_states.shape
         spec = self.spec
-        query = self.q_proj(hidden_states).unflatten(-1, (spec.q_heads, spec.d_k))
-        key = self.k_proj(hidden_states).unflatten(-1, (spec.kv_heads, spec.d_k))
-        value = self.v_proj(hidden_states).unflatten(-1, (spec.kv_heads, spec.d_v))
+        if hasattr(self, "qkv_proj"):
+            widths = [spec.q_heads * spec.d_k, spec.kv_heads * spec.d_k, spec.kv_heads * spec.d_v]
+            query, key, value = self.qkv_proj(hidden_states).split(widths, dim=-1)
+        else:
+            query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if hasattr(self, "q_norm"):
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = _normed(self.q_norm, query), _normed(self.k_norm, key)
+        query = query.unflatten(-1, (spec.q_heads, spec.d_k))
+        key = key.unflatten(-1, (spec.kv_heads, spec.d_k))
+        value = value.unflatten(-1, (spec.kv_heads, spec.d_v))
         score = self.foresee(hidden_states, position_ids) if spec.config.foresees else None
         if cu_seq_lens_q is not None:
             if past_key_values is not None or max_length_q is None:
@@ -127,6 +150,7 @@ class LigerMixer(nn.Module):
         position = position_ids[:, 0].expand(batch)
         rotary = _shared_table(self.inv_freq, spec.max_distance, hidden_states.device)
         one_launch = layer is not None and fused(query) and not spec.config.evicts
+        one_launch = one_launch and spec.config.num_slots * spec.d_k <= ONE_LAUNCH
         if length == 1 and one_launch and not torch.is_grad_enabled():
             q, k, v, given = query[:, 0], key[:, 0], value[:, 0], None if score is None else score[:, 0]
             output = mixer_step(q, k, v, position, state, spec, rotary, score=given)[:, None]  # in the cache, in place
@@ -170,6 +194,12 @@ class LigerMixer(nn.Module):
         given = None if score is None else unpack(score)
         output, _ = liger_mixer(query, key, value, position, state, spec, rotary, given)
         return output.flatten(0, 1).index_select(0, place).unflatten(0, shape[:2])
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """Norm each head of `[B, T, H * d]`, or all of them at once: as the norm is wide."""
+    width = cast(Tensor, norm.weight).shape[0]
+    return norm(x.unflatten(-1, (-1, width))).flatten(-2)
 
 
 class LigerLayer(CacheLayerMixin):
@@ -255,11 +285,10 @@ class _LigerModel:
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         with torch.device("cpu"):  # real numbers even where the model is built without memory
-            inv_freq, _ = get_family(config.model_type).rope(config)
-        frequencies = tuple(inv_freq.tolist())
-        for layer, spec in zip(self.model.layers, layer_specs(config), strict=True):  # type: ignore[attr-defined]
+            attention, specs = get_family(config.model_type).attention(config), layer_specs(config)
+        for layer, softmax, spec in zip(self.model.layers, attention, specs, strict=True):  # type: ignore[attr-defined]
             if spec is not None:
-                layer.self_attn = LigerMixer(layer.self_attn, spec, frequencies)
+                layer.self_attn = LigerMixer(layer.self_attn, spec, softmax.inv_freq)
         if LigerConfig.from_dict(config.liger).foresees:
             self._keep_in_fp32_modules_strict = {"score_proj"}  # as in the file, whatever the model is loaded in
 
@@ -296,6 +325,9 @@ class _LigerModel:
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    # Phi3's own throws the cache away where its rotary embedding would change; here it never does
+    prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ligerexport.config import LigerConfig
+from ligerexport.convert import converted_config
 from ligerexport.families import get_family
 from ligerexport.mixer import model_classes
 
@@ -17,6 +18,19 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "initializer_range": 0.2,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }  # fmt: skip
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                    "query_pre_attn_scalar": 20, "final_logit_softcapping": 5.0, "rope_parameters": {
+                        "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+                        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                    }},
+    "granite": {"embedding_multiplier": 6.0, "attention_multiplier": 0.4, "residual_multiplier": 0.3,
+                "logits_scaling": 1.7},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+             "original_max_position_embeddings": 45},
+    "smollm3": {"no_rope_layer_interval": 2},
+}  # fmt: skip
+"""What the configurations of some families have beside `SIZES`."""
 
 MEMORY = LigerConfig(
     window=12, sinks=2, slots=(("recent_use", 3), ("peak_effect", 4), ("novelty", 5)),
@@ -36,7 +50,8 @@ def make_checkpoint(
     """Write a converted checkpoint of a random model."""
     torch.manual_seed(0)
     config_class, model_class = model_classes(get_family(family))
-    model = model_class(config_class(**SIZES | sizes, liger=liger.to_dict())).to(dtype)
+    config = config_class(**SIZES | OF_FAMILY.get(family, {}) | sizes)
+    model = model_class(config_class.from_dict(converted_config(config.to_dict(), liger))).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:

@@ -15,14 +15,14 @@ from ligerexport.errors import UsageError
 from ligerexport.families import FAMILIES, get_family
 from ligerexport.text import TextModel
 from tests import toy
-from tests.checkpoints import SIZES
+from tests.checkpoints import OF_FAMILY, SIZES
 
 WINDOW, LENGTH = 12, 160  # longer than a block of queries
 
 
 def transformer(family: str, **sizes: Any) -> Any:
     row = get_family(family)
-    config = row.attribute("Config")(**SIZES | {"max_position_embeddings": 256} | sizes)
+    config = row.attribute("Config")(**SIZES | OF_FAMILY.get(family, {}) | {"max_position_embeddings": 256} | sizes)
     model = row.attribute("ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -42,7 +42,8 @@ def expected(model: Any, ids: Tensor, ridge: float) -> list[tuple[Tensor, Tensor
     found = []
     for layer, hidden, weights in zip(model.model.layers, seen.hidden_states, seen.attentions, strict=False):
         with torch.no_grad():
-            x = layer.input_layernorm(hidden)[:, FIRST : LENGTH * 3 // 4].flatten(0, 1).double()
+            entering = getattr(layer, "input_layernorm", torch.nn.Identity())(hidden)
+            x = entering[:, FIRST : LENGTH * 3 // 4].flatten(0, 1).double()
         peak = (weights * far).amax(2).unflatten(1, (2, 2)).amax(2).transpose(1, 2)  # [B, T, H_kv]
         y = (peak[:, FIRST : LENGTH * 3 // 4].flatten(0, 1) + 1e-3).log().double()
         centred = x - x.mean(0)

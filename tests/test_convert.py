@@ -59,9 +59,13 @@ def test_a_source_is_never_replaced(tmp_path: Path) -> None:
     [
         ({"model_type": "lama"}, "unknown family 'lama'"),
         ({"model_type": None}, "model_type"),
+        ({"model_type": "phi3", "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+        }}, "'longrope' changes with the length"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "changes with the length"),
     ],
-)
+)  # fmt: skip
 def test_unsupported_checkpoints(tmp_path: Path, change: dict[str, object], message: str) -> None:
     teacher = make_teacher(tmp_path / "teacher")
     config = json.loads((teacher / "config.json").read_text()) | change
@@ -93,11 +97,11 @@ def test_an_unknown_family_names_the_close_one(tmp_path: Path) -> None:
         ({"recurrence_weight": -1.0}, "mix weights"),
         ({"max_distance": 3}, "smaller than the window"),
         ({"keep_softmax": (99,)}, "keep_softmax"),
-        ({"layer_memory": ((99, 8, ()),)}, "layer_memory"),
+        ({"preset": "sinks", "layer_memory": ((99, 8, ()),)}, "layer_memory"),
         ({"layer_memory": ((0, 8, (("use", 2),)),)}, "other scores"),
         ({"layer_memory": ((0, 8, ()), (0, 9, ()))}, "two memories"),
         ({"layer_memory": ((0, 8, ()),), "keep_softmax": (0,)}, "two memories"),
-        ({"layer_memory": ((0, 0, ()),)}, "window 0"),
+        ({"preset": "sinks", "layer_memory": ((0, 0, ()),)}, "window 0"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -128,9 +132,9 @@ def text(tmp_path: Path) -> Path:
     return path.parent
 
 
-def readable_teacher(path: Path, shard: str = "1GB") -> Path:
+def readable_teacher(path: Path, shard: str = "1GB", family: str = "llama") -> Path:
     """A teacher whose tokenizer can be used, trained on enough tokens for a fit."""
-    make_teacher(path, shard=shard, vocab_size=toy.VOCAB, max_position_embeddings=512)
+    make_teacher(path, family, shard=shard, vocab_size=toy.VOCAB, max_position_embeddings=512)
     toy.tokenizer().save(str(path / "tokenizer.json"))
     return path
 
@@ -169,6 +173,22 @@ def test_a_fit_goes_beside_the_weights(tmp_path: Path, text: Path, shard: str) -
     assert built.manifest.verification["passed"] and after.files[-1].name in built.manifest.source.files
     model.get_parameter("model.layers.0.self_attn.score_proj.weight").data.neg_()
     assert not torch.equal(model(ids).logits, logits)
+
+
+def test_layers_that_keep_their_window_need_no_score(tmp_path: Path, text: Path) -> None:
+    readable_teacher(tmp_path / "teacher", family="gemma3_text")
+    liger = foresee(tmp_path / "liger", calibrate=[text], windows=1)
+    info = check_checkpoint(liger)
+    names = {name for name in info.tensors if ".score_proj." in name}
+    assert names == {f"model.layers.1.self_attn.score_proj.{kind}" for kind in ("weight", "bias")}
+    assert info.config["liger"]["keep_window"] == [0, 2]
+    memories = [layer.self_attn.spec.config for layer in load_model(liger).model.layers]
+    assert [memory.num_slots for memory in memories] == [24, 32, 24] and memories[0] == memories[2]
+    sinks = load_model(convert(liger, tmp_path / "sinks", preset="sinks", keep_window=()))
+    assert [layer.self_attn.spec.config.num_slots for layer in sinks.model.layers] == [64, 64, 64]
+    with pytest.raises(UsageError, match="keep_window") as error:
+        convert(liger, tmp_path / "other", preset="sinks", keep_window=(1,))
+    assert "layer 1 has no sliding window" in str(error.value.hint)
 
 
 def test_scores_go_from_one_conversion_to_the_next(

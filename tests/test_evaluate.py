@@ -267,6 +267,13 @@ def test_the_random_judge_does_not_depend_on_cuts_or_batches(liger: Path) -> Non
     assert (torch.cat(list(other.logits(ids)), dim=1) - whole).abs().max() > 0.01
 
 
+def test_the_random_judge_leaves_layers_that_keep_their_window(tmp_path: Path) -> None:
+    model = load_model(make_checkpoint(tmp_path / "liger", MEMORY, "gemma3_text")).eval()
+    control = make_control("random-judge", model)
+    assert [isinstance(layer.self_attn, RandomJudge) for layer in control.model.layers] == [False, True, False]
+    assert control(torch.randint(0, 131, (1, 60))).logits.isfinite().all()
+
+
 def test_the_random_judge_keeps_tokens_of_any_age(liger: Path) -> None:
     model = make_control("random-judge", load_model(liger).eval())
     cache = model(torch.randint(0, toy.BYTES, (1, 400)), use_cache=True).past_key_values

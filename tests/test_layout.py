@@ -31,7 +31,7 @@ LAYERS = (
     ("state",),
     ("kernels",),
     ("mixer",),
-    ("calibrate",),
+    ("calibrate", "adapter"),
     ("convert",),
     ("recover",),
     ("exporters",),

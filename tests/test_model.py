@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ligerexport.config import LigerConfig
-from ligerexport.convert import convert, load_model
-from ligerexport.families import FAMILIES, get_family
+from ligerexport.convert import convert, convert_in_memory, load_model
+from ligerexport.families import FAMILIES, get_family, output_head
 from ligerexport.mixer import LigerCache, LigerMixer, _shared_table, layer_specs
-from tests.checkpoints import FORESIGHT, MEMORY, SIZES, make_checkpoint
+from tests.checkpoints import FORESIGHT, MEMORY, OF_FAMILY, SIZES, make_checkpoint
 from tests.tolerances import MODEL_FP32
 
 EVERYTHING = LigerConfig(window=200, attention_weight=1.0, recurrence_weight=0.0, max_distance=200)
@@ -36,7 +36,7 @@ def make_teacher(
 ) -> Path:
     """Write a random checkpoint as transformers' own `save_pretrained` does, with a tokenizer file beside it."""
     row = get_family(family)
-    model = row.attribute("ForCausalLM")(row.attribute("Config")(**SIZES | sizes)).to(dtype)
+    model = row.attribute("ForCausalLM")(row.attribute("Config")(**SIZES | OF_FAMILY.get(family, {}) | sizes)).to(dtype)
     model.save_pretrained(path, max_shard_size=shard)
     (path / "tokenizer.json").write_text("{}")
     return path
@@ -56,7 +56,11 @@ def test_a_window_over_everything_is_the_teacher(tmp_path: Path, family: str) ->
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in teacher.named_parameters()}
     ids = torch.randint(0, SIZES["vocab_size"], (2, 150))
     with torch.no_grad():
-        assert (model(ids).logits - teacher(ids).logits).abs().max() <= MODEL_FP32
+        logits = model(ids).logits
+        assert (logits - teacher(ids).logits).abs().max() <= MODEL_FP32
+        hidden = model.model(ids, use_cache=False).last_hidden_state
+        assert (output_head(model)(hidden) - logits).abs().max() <= MODEL_FP32
+        assert torch.equal(convert_in_memory(teacher, EVERYTHING)(ids).logits, logits)
 
 
 @pytest.mark.parametrize("kind", ROPES)
@@ -108,7 +112,7 @@ def test_scores_of_the_hidden_state(tmp_path: Path, family: str) -> None:
         padded = model(ids, attention_mask=mask).logits
         assert (padded[0] - expected[0]).abs().max() <= MODEL_FP32
         assert (padded[1:, 30:] - model(ids[1:, 30:]).logits).abs().max() <= MODEL_FP32
-        model.model.layers[0].self_attn.score_proj.weight.neg_()
+        model.model.layers[1].self_attn.score_proj.weight.neg_()
         assert (model(ids).logits - expected).abs().max() > 0.01
 
 
@@ -153,8 +157,9 @@ def test_a_layer_with_a_memory_of_its_own(tmp_path: Path) -> None:
         assert (torch.cat(pieces, dim=1) - expected).abs().max() <= MODEL_FP32
 
 
-def test_layers_kept_as_softmax(tmp_path: Path) -> None:
-    path = make_teacher(tmp_path / "teacher")
+@pytest.mark.parametrize("family", ["llama", "smollm3", "gemma3_text"])
+def test_layers_kept_as_softmax(tmp_path: Path, family: str) -> None:
+    path = make_teacher(tmp_path / "teacher", family)
     teacher = AutoModelForCausalLM.from_pretrained(path).eval()
     hybrid = converted(path, replace(MEMORY, keep_softmax=(0, 2)))
     assert [isinstance(layer.self_attn, LigerMixer) for layer in hybrid.model.layers] == [False, True, False]
@@ -168,14 +173,18 @@ def test_layers_kept_as_softmax(tmp_path: Path) -> None:
         assert (load_model(kept)(ids).logits - teacher(ids).logits).abs().max() <= MODEL_FP32
 
 
-def test_generate_with_padding_equals_each_alone(tmp_path: Path) -> None:
-    model = converted(make_teacher(tmp_path / "teacher", eos_token_id=None), MEMORY)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_with_padding_equals_each_alone(tmp_path: Path, family: str) -> None:
+    model = converted(make_teacher(tmp_path / "teacher", family, eos_token_id=None), MEMORY)
     long, short = torch.randint(3, SIZES["vocab_size"], (1, 40)), torch.randint(3, SIZES["vocab_size"], (1, 23))
     settings = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
     alone = [model.generate(ids, **settings)[0, ids.shape[1] :] for ids in (long, short)]
     padded = torch.cat([torch.zeros(1, 17, dtype=torch.long), short], dim=1)
     mask = torch.cat([torch.ones_like(long), (torch.arange(40) >= 17).long()[None]])
+    lengths: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
     together = model.generate(torch.cat([long, padded]), attention_mask=mask, **settings)[:, 40:]
+    assert lengths == [40, *[1] * 29]
     for found, expected in zip(together, alone, strict=True):
         assert torch.equal(found, expected)
 

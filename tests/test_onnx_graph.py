@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.native import DOMAIN, register
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.verify import sort_slots, state_error
+from ligerexport.families import FAMILIES
 from ligerexport.gates import GATES
 from ligerexport.kernels.ops import liger_mixer, rotary_table
 from ligerexport.mixer import LigerCache
@@ -38,6 +40,7 @@ OUTPUT = 5e-5
 STATE = 5e-5
 LOGITS = 2e-4
 CHUNK = 96
+OTHERS = [family for family in FAMILIES if family not in ("llama", "qwen3")]
 INV_FREQ = 1 / (100 ** (torch.arange(8) / 8))
 
 EVICTED = replace(FORESIGHT, recurrence_weight=1.0, recurrence="evicted", recurrence_distance=5)
@@ -152,9 +155,10 @@ def test_mixer_is_the_torch_op(lowering: str, name: str, outliers: bool, cuts: t
     compare_states(state, session.state, STATE)
 
 
+@pytest.mark.parametrize("inv_freq", [INV_FREQ[:6], torch.zeros(8)], ids=["some", "all"])
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_evicted_tokens_where_some_channels_are_not_rotated(lowering: str) -> None:
-    spec, inv_freq = mixer_spec(EVICTED), INV_FREQ[:6]
+def test_evicted_tokens_where_channels_are_not_rotated(lowering: str, inv_freq: Tensor) -> None:
+    spec = mixer_spec(EVICTED)
     query, key, value = projections(90, outliers=False)
     position = torch.tensor([0, -9])
     session = MixerSession(mixer_graph(spec, lowering, inv_freq), spec, 2)
@@ -230,8 +234,7 @@ def check_model(spec: ModelSpec, directory: Path, lowering: str) -> None:
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("family", "gate"), [*product(["llama", "qwen3"], GATES), *((f, "gla") for f in OTHERS)])
 def test_model_is_the_torch_model(tmp_path: Path, family: str, gate: str, lowering: str) -> None:
     config = LigerConfig(gate=gate, window=20, sinks=2, slots=(("peak_effect", 4), ("novelty", 6)))
     check_model(read_spec(make_checkpoint(tmp_path / "model", config, family)), tmp_path, lowering)
@@ -268,13 +271,17 @@ def test_rotary_types(tmp_path: Path, rope: dict[str, Any]) -> None:
     check_model(read_spec(path), tmp_path, "ort")
 
 
+@pytest.mark.parametrize(
+    ("family", "windows"),
+    [("mistral", [24, 24, 24]), ("smollm3", [None, None, None]), ("gemma3_text", [24, None, 24])],
+)
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_layers_kept_as_softmax(tmp_path: Path, lowering: str) -> None:
-    """One keeps everything, one has the family's own sliding window of 24."""
-    liger = LigerConfig(window=20, keep_softmax=(0, 2))
-    path = make_checkpoint(tmp_path / "model", liger, "mistral", sliding_window=24)
+def test_layers_kept_as_softmax(tmp_path: Path, lowering: str, family: str, windows: list[int | None]) -> None:
+    """With a sliding window of the family's own, without rotary embedding, and with rotary embeddings of two kinds."""
+    liger = LigerConfig(window=20, keep_softmax=(0, 1))
+    path = make_checkpoint(tmp_path / "model", liger, family, **({"sliding_window": 24} if family == "mistral" else {}))
     spec = read_spec(path)
-    assert spec.windows == (24, 24, 24)
+    assert [softmax.window for softmax in spec.attention] == windows
     check_model(spec, tmp_path, lowering)
 
 

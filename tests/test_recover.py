@@ -21,11 +21,11 @@ import toy
 pytest.importorskip("peft")
 
 import ligerexport as lx
+from ligerexport.adapter import merge_adapter
 from ligerexport.artifact import open_artifact
 from ligerexport.cli import main
 from ligerexport.errors import CheckpointError, LigerError, UsageError
 from ligerexport.recover import phases
-from ligerexport.recover.result import merge_adapter
 from ligerexport.recover.state import KEPT
 from ligerexport.recover.train import Step
 from tests.checkpoints import MEMORY, make_checkpoint

@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn import functional
 
 from ligerexport.checkpoint import check_checkpoint
+from ligerexport.config import LigerConfig
 from ligerexport.convert import load_model
 from ligerexport.errors import UsageError
+from ligerexport.families import FAMILIES
 from ligerexport.recover.data import Documents
 from ligerexport.recover.losses import divergence, next_token_loss, relative_error
 from ligerexport.recover.model import load_teacher
@@ -124,6 +126,15 @@ def test_align_is_a_loop_over_layers(models: tuple[Any, Any]) -> None:
     close(student.model.layers[0].self_attn.q_proj.weight.grad, plain)
 
 
+def test_layers_that_keep_their_window_are_not_aligned(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "liger", MEMORY, "gemma3_text")
+    teacher = load_teacher(check_checkpoint(path, tokenizer=False), None, torch.float32)
+    student = load_model(path).train()
+    PHASES["align"](student, teacher, make_batch()).backward()
+    trained = [layer.self_attn.q_proj.weight.grad is not None for layer in student.model.layers]
+    assert trained == [False, True, False]
+
+
 def test_follow_and_next_token_are_plain_losses_of_logits(models: tuple[Any, Any]) -> None:
     student, teacher = models
     batch = make_batch(answers=True)
@@ -133,6 +144,21 @@ def test_follow_and_next_token_are_plain_losses_of_logits(models: tuple[Any, Any
         close(PHASES["follow"](student, teacher, batch), expected)
         likelihood = functional.cross_entropy(mine, batch.targets[batch.counted], reduction="sum")
         close(PHASES["next_token"](student, None, batch), likelihood)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_window_over_everything_has_nothing_to_learn(tmp_path: Path, family: str) -> None:
+    config = LigerConfig(window=64, attention_weight=1.0, recurrence_weight=0.0)
+    path = make_checkpoint(tmp_path / "liger", config, family)
+    student = load_model(path).train()
+    teacher = load_teacher(check_checkpoint(path, tokenizer=False), None, torch.float32)
+    batch = make_batch()
+    with torch.no_grad():
+        logits = teacher(**batch.inputs()).logits[batch.counted]
+        likelihood = functional.cross_entropy(logits, batch.targets[batch.counted], reduction="sum")
+        torch.testing.assert_close(PHASES["next_token"](student, None, batch), likelihood, rtol=1e-4, atol=0)
+        assert PHASES["follow"](student, teacher, batch).abs() < 1e-3
+        assert PHASES["align"](student, teacher, batch) < 1e-6
 
 
 def test_the_teacher_is_the_transformer_of_the_same_weights(models: tuple[Any, Any]) -> None:

@@ -38,7 +38,7 @@ def info_70b() -> CheckpointInfo:
         shapes |= {f"{name}.mlp.down_proj.weight": (width, c["intermediate_size"])}
     file = Path("model.safetensors")
     tensors = {name: TensorInfo("BF16", shape, file) for name, shape in shapes.items()}
-    return CheckpointInfo(Path(), c, (file,), 0, ("BF16",), False, tensors)
+    return CheckpointInfo(Path(), c | {"model_type": "liger_llama"}, (file,), 0, ("BF16",), False, tensors)
 
 
 def row_70b(processes: int, **settings: Any) -> str:
@@ -58,8 +58,9 @@ def test_the_guide_has_the_plan_for_70b(recipe: str, processes: int, checkpointi
     assert row_70b(processes, recipe=recipe, gradient_checkpointing=checkpointing) in GUIDE.read_text()
 
 
-def test_trainable_parameters_are_exact(tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path / "liger", MEMORY, vocab_size=toy.VOCAB)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_trainable_parameters_are_exact(tmp_path: Path, family: str) -> None:
+    path = make_checkpoint(tmp_path / "liger", MEMORY, family, vocab_size=toy.VOCAB)
     info = check_checkpoint(path, tokenizer=False)
     for config in (RecoverConfig(), RecoverConfig(rank=3, targets=("q_proj", "down_proj"))):
         student, _ = load_student(info, config, torch.float32)

@@ -18,6 +18,7 @@ from ligerexport.exporters import verify
 from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
+from ligerexport.families import FAMILIES
 from ligerexport.runtime import load
 
 
@@ -34,6 +35,13 @@ def test_artifact_runs(checkpoint: Path, tmp_path: Path, lowering: str) -> None:
     assert 0 < result["max_logit_error"] < result["tolerance"]["logits"]
     assert load(path).prefill([3, 4, 5]).shape == (1, 131)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["engine"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes(tmp_path: Path, family: str) -> None:
+    path = build(make_checkpoint(tmp_path / "model", MEMORY, family), tmp_path / "engine")
+    result = json.loads((path / "manifest.json").read_text())["verification"]
+    assert result["passed"] and 0 < result["max_logit_error"] < result["tolerance"]["logits"]
 
 
 def test_scores_of_the_hidden_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +115,9 @@ FAULTS: dict[str, Callable[[ModelSpec], ModelSpec]] = {
         spec, window=11, slots=(("recent_use", 3), ("peak_effect", 4), ("novelty", 6))
     ),
     "pools swapped": lambda spec: _with(spec, slots=(("recent_use", 3), ("novelty", 4), ("peak_effect", 5))),
-    "rope base": lambda spec: replace(spec, inv_freq=tuple(f * 1.01 for f in spec.inv_freq)),
+    "rope base": lambda spec: replace(
+        spec, attention=tuple(a._replace(inv_freq=tuple(f * 1.01 for f in a.inv_freq)) for a in spec.attention)
+    ),
     "epsilon": lambda spec: replace(spec, norm_eps=1e-3),
 }
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable, rotate
 from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.families import Attention
 from ligerexport.kernels.memory_attention import MASKED
 
 
@@ -18,7 +19,7 @@ def softmax_attention(
     spec: ModelSpec,
     projected: tuple[ir.Value, ir.Value, ir.Value],
     past: dict[str, ir.Value],
-    window: int | None,
+    softmax: Attention,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """Write one layer of causal softmax attention over everything seen.
 
@@ -28,13 +29,13 @@ def softmax_attention(
         spec: The model.
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
         past: `key` and `value` `[B, H_kv, P, d]`, keys before rotary embedding.
-        window: Most recent tokens seen; None sees all.
+        softmax: Of this layer.
 
     Returns:
         Output `[B * T, H_q * d]` and `key`, `value` with the new tokens.
     """
     g, heads, d = lower.g, spec.kv_heads, spec.head_dim
-    group, half = spec.q_heads // heads, len(spec.inv_freq)
+    group, (scale, inv_freq, window) = spec.q_heads // heads, softmax
     query = frame.per_token(projected[0], heads, group, d)
     new_key, new_value = (g.transpose(frame.per_token(x, heads, d), 0, 2, 1, 3) for x in projected[1:])
     key, value = g.concat(past["key"], new_key, axis=2), g.concat(past["value"], new_value, axis=2)
@@ -42,7 +43,7 @@ def softmax_attention(
     def angles(position: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return cosine and sine `[..., R]` for positions `[...]`."""
         turned = g.op("Cast", g.op("Unsqueeze", position, g.const([-1])), to=ir.DataType.FLOAT)
-        angle = g.op("Mul", turned, g.floats(spec.inv_freq))
+        angle = g.op("Mul", turned, g.floats(inv_freq))
         return g.op("Cos", angle), g.op("Sin", angle)
 
     def columns() -> ir.Value:
@@ -53,13 +54,17 @@ def softmax_attention(
         return g.op("Add", g.op("Unsqueeze", first, g.const([1])), index)
 
     def turn(x: ir.Value, memo: str, position: Callable[[], ir.Value], axes: list[int]) -> ir.Value:
-        cos, sin = g.once(memo, lambda: tuple(g.op("Unsqueeze", y, g.const(axes)) for y in angles(position())))
-        return rotate(g, x, cos, sin, half, d)
+        if not any(inv_freq):
+            return x
+        cos, sin = g.once(
+            (memo, inv_freq), lambda: tuple(g.op("Unsqueeze", y, g.const(axes)) for y in angles(position()))
+        )
+        return rotate(g, x, cos, sin, len(inv_freq), d)
 
     column = g.once("kept_columns", columns)
     query = g.transpose(turn(query, "kept_rows", frame.now, [2, 3]), 0, 2, 1, 3, 4)  # [B, H, T, G, d]
     logits = lower.scores(
-        g.reshape(query, 0, 0, -1, d), turn(key, "kept_angles", lambda: column, [1]), spec.scale
+        g.reshape(query, 0, 0, -1, d), turn(key, "kept_angles", lambda: column, [1]), scale
     )  # [B, H, T * G, C]
 
     def mask() -> ir.Value:

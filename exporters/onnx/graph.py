@@ -10,16 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Axis, Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
-from ligerexport.exporters.onnx.lowerings import LOWERINGS
-from ligerexport.exporters.onnx.mixer import Candidates, candidates, mixer, rotary_tables
+from ligerexport.exporters.onnx.lowerings import LOWERINGS, Portable
+from ligerexport.exporters.onnx.mixer import Candidates, RotaryTables, candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.native import DOMAIN
-from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
+from ligerexport.families import Norms, get_family
 from ligerexport.state import TensorSpec
 
 GRAPH_FILE = "model.onnx"
@@ -80,14 +82,12 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         lowering: Row of `LOWERINGS`.
         max_chunk: Most tokens of one call.
     """
-    import torch
-
     g = Builder()
     lower = LOWERINGS[lowering](g)
     input_ids, position = graph_input("input_ids", "INT64", ("B", "T")), graph_input("position", "INT64", ("B",))
     state = state_tensors(spec)
     past = {t.past: graph_input(t.past, _ONNX[t.dtype], t.shape) for t in state}
-    layout = data_layout(spec)
+    layout, family = data_layout(spec), get_family(spec.family)
 
     def weight(name: str) -> ir.Value:
         offset, shape = layout[name]
@@ -103,51 +103,71 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         bias = [weight(f"{name}.bias")] if f"{name}.bias" in spec.weights else []
         return g.op("Gemm", x, weight(f"{name}.weight"), *bias, transB=1)
 
+    def projections(x: ir.Value, name: str, packed: str, kinds: tuple[str, ...], widths: list[int]) -> list[ir.Value]:
+        if not family.packed:
+            return [linear(x, f"{name}.{kind}_proj") for kind in kinds]
+        return list(g.op("Split", linear(x, f"{name}.{packed}_proj"), g.const(widths), outputs=len(kinds), axis=-1))
+
+    def scaled(x: ir.Value, factor: float) -> ir.Value:
+        return x if factor == 1 else g.op("Mul", x, g.floats(factor))
+
+    def norm_weight(name: str) -> ir.Value:
+        stored = weight(f"{name}.weight")
+        return g.once(("norm", name), lambda: g.op("Add", stored, g.floats(1))) if family.unit_norms else stored
+
+    def norm(x: ir.Value, name: str | None) -> ir.Value:
+        return x if name is None else lower.rms_norm(x, norm_weight(name), spec.norm_eps)
+
     def head_norm(x: ir.Value, name: str) -> ir.Value:
-        width = int(weight(f"{name}.weight").shape[0])  # type: ignore[index,arg-type]
-        normed = lower.rms_norm(g.reshape(x, -1, width), weight(f"{name}.weight"), spec.norm_eps)
-        return g.op("Reshape", normed, g.op("Shape", x))
+        """Norm each head, or all of them at once: as the norm is wide."""
+        width = layout[f"{name}.weight"][1][0]
+        return g.op("Reshape", norm(g.reshape(x, -1, width), name), g.op("Shape", x))
+
+    def add(x: ir.Value, residual: ir.Value, name: str | None) -> tuple[ir.Value, ir.Value]:
+        """Return the sum as the norm of the next block leaves it, and the sum."""
+        x = scaled(x, spec.scaling.residual)
+        if name is None:
+            total = g.op("Add", x, residual)
+            return total, total
+        return lower.add_norm(x, residual, norm_weight(name), spec.norm_eps)
 
     frame = Frame(g, input_ids, position)
-    positions = {t.layer: past[t.past] for t in state if t.name == "slot_position"}
-    mixers = dict.fromkeys(layer for layer in spec.mixers if layer is not None)
-    seen: dict[int, Candidates] = {}
-    if mixers:
-        largest = max(mixers, key=lambda layer: layer.config.num_slots)
-        tables = rotary_tables(lower, torch.tensor(spec.inv_freq), largest, max_chunk)
-    for alike in () if lower.native else mixers:
-        layers = [i for i, layer in enumerate(spec.mixers) if layer == alike]
-        found = candidates(frame, alike, tables.rows, [positions[i] for i in layers])
-        seen |= dict(zip(layers, found, strict=True))
+    tables, seen = _shared(lower, frame, spec, past, max_chunk)
+    activation = getattr(lower, ACTIVATIONS[spec.activation])
+    heads = [count * spec.head_dim for count in (spec.q_heads, spec.kv_heads, spec.kv_heads)]
     outputs: dict[str, ir.Value] = {}
     residual = g.op("Gather", weight("model.embed_tokens.weight"), g.reshape(input_ids, -1))
-    normed = lower.rms_norm(residual, weight("model.layers.0.input_layernorm.weight"), spec.norm_eps)
+    residual = scaled(residual, spec.scaling.embedding)
+    norms = [_named(family.norms, i) for i in range(len(spec.mixers))]
+    normed = norm(residual, norms[0].before_attention)
     for i, layer in enumerate(spec.mixers):
         name = f"model.layers.{i}"
         with g.scope(f"layers.{i}"):
-            query, key, value = (linear(normed, f"{name}.self_attn.{kind}_proj") for kind in "qkv")
-            if spec.qk_norm:
+            query, key, value = projections(normed, f"{name}.self_attn", "qkv", ("q", "k", "v"), heads)
+            if family.qk_norm is not None:
                 query, key = head_norm(query, f"{name}.self_attn.q_norm"), head_norm(key, f"{name}.self_attn.k_norm")
             own = {t.name: past[t.past] for t in state if t.layer == i}
             if layer is None:
-                mixed, present = softmax_attention(lower, frame, spec, (query, key, value), own, spec.windows[i])
+                mixed, present = softmax_attention(lower, frame, spec, (query, key, value), own, spec.attention[i])
             else:
                 score = linear(normed, f"{name}.self_attn.score_proj") if layer.config.foresees else None
-                mixed, present = mixer(lower, frame, layer, tables, (query, key, value), own, seen.get(i), score)
+                mixed, present = mixer(lower, frame, layer, tables[i], (query, key, value), own, seen.get(i), score)
             outputs |= {f"present.{i}.{kind}": tensor for kind, tensor in present.items()}
-            mixed = linear(mixed, f"{name}.self_attn.o_proj")
-            after = weight(f"{name}.post_attention_layernorm.weight")
-            normed, residual = lower.add_norm(mixed, residual, after, spec.norm_eps)
-            gate = lower.silu(linear(normed, f"{name}.mlp.gate_proj"))
-            x = linear(g.op("Mul", gate, linear(normed, f"{name}.mlp.up_proj")), f"{name}.mlp.down_proj")
+            mixed = norm(linear(mixed, f"{name}.self_attn.o_proj"), norms[i].after_attention)
+            normed, residual = add(mixed, residual, norms[i].before_mlp)
+            gate, up = projections(normed, f"{name}.mlp", "gate_up", ("gate", "up"), [spec.intermediate_size] * 2)
+            x = linear(g.op("Mul", activation(gate), up), f"{name}.mlp.down_proj")
+            x = norm(x, norms[i].after_mlp)
         if i + 1 < len(spec.mixers):
-            following = weight(f"model.layers.{i + 1}.input_layernorm.weight")
-            normed, residual = lower.add_norm(x, residual, following, spec.norm_eps)
+            normed, residual = add(x, residual, norms[i + 1].before_attention)
             residual.name = f"hidden.{i}"
     x, residual = (g.op("Gather", frame.per_token(y, spec.hidden_size), g.const(-1), axis=1) for y in (x, residual))
-    normed, residual = lower.add_norm(x, residual, weight("model.norm.weight"), spec.norm_eps)
+    normed, residual = add(x, residual, "model.norm")
     residual.name = f"hidden.{len(spec.mixers) - 1}"
-    logits = linear(normed, "model.embed_tokens" if spec.tied else "lm_head")
+    factor, cap = spec.scaling.logits, spec.scaling.logit_cap
+    logits = scaled(linear(normed, "model.embed_tokens" if spec.tied else "lm_head"), factor / (cap or 1))
+    if cap is not None:
+        logits = scaled(g.op("Tanh", logits), cap)
 
     named = [g.output(logits, "logits", "FLOAT", ("B", spec.vocab_size))]
     named += [g.output(outputs[t.present], t.present, _ONNX[t.dtype], t.shape) for t in state]
@@ -155,8 +175,42 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         [input_ids, position, *past.values()], named, nodes=g.nodes, initializers=list(g.initializers.values()),
         opset_imports={"": OPSET, CONTRIB: 1} | ({DOMAIN: 1} if lower.native else {}), name="ligerexport",
     )  # fmt: skip
-    functions = lower.functions(spec.kv_heads, spec.head_dim) if spec.liger.recurrent or spec.liger.judged else []
+    linear_states = any(layer is not None and (layer.config.recurrent or layer.config.judged) for layer in spec.mixers)
+    functions = lower.functions(spec.kv_heads, spec.head_dim) if linear_states else []
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="ligerexport", functions=functions)
+
+
+def _shared(
+    lower: Portable, frame: Frame, spec: ModelSpec, past: dict[str, ir.Value], max_chunk: int
+) -> tuple[dict[int, RotaryTables], dict[int, Candidates]]:
+    """Write what layers share before the first one runs: tables of those that turn alike, candidates of equal mixers.
+
+    Returns:
+        Both by layer; no candidates for the lowering `native`.
+    """
+    import torch
+
+    mixers = {i: layer for i, layer in enumerate(spec.mixers) if layer is not None}
+    alike: dict[Any, list[int]] = {}
+    for i, layer in mixers.items():
+        turns = spec.attention[i].inv_freq, layer.max_distance, layer.scale, layer.config.evicts
+        alike.setdefault(turns, []).append(i)
+    tables: dict[int, RotaryTables] = {}
+    for count, ((inv_freq, *_), layers) in enumerate(alike.items()):
+        largest = max((mixers[i] for i in layers), key=lambda layer: layer.config.num_slots)
+        name = f"rotary.{count}" if count else "rotary"
+        tables |= dict.fromkeys(layers, rotary_tables(lower, torch.tensor(inv_freq), largest, max_chunk, name))
+    seen: dict[int, Candidates] = {}
+    for mixer_spec in () if lower.native else dict.fromkeys(mixers.values()):
+        layers = [i for i, layer in mixers.items() if layer == mixer_spec]
+        positions = [past[f"past.{i}.slot_position"] for i in layers]
+        seen |= zip(layers, candidates(frame, mixer_spec, tables[layers[0]].rows, positions), strict=True)
+    return tables, seen
+
+
+def _named(norms: Norms, layer: int) -> Norms:
+    """Return the norms of a layer under their whole names."""
+    return Norms(*(name and f"model.layers.{layer}.{name}" for name in norms))
 
 
 def data_layout(spec: ModelSpec) -> dict[str, tuple[int, tuple[int, ...]]]:

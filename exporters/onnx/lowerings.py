@@ -55,6 +55,10 @@ class Portable:
         """Return x * sigmoid(x)."""
         return self.g.op("Mul", x, self.g.op("Sigmoid", x))
 
+    def gelu(self, x: ir.Value) -> ir.Value:
+        """Return GELU in its approximation by tanh."""
+        return self.g.op("Gelu", x, approximate="tanh")
+
     def scores(self, query: ir.Value, key: ir.Value, scale: float) -> ir.Value:
         """Return `scale * query @ key^T`."""
         g = self.g

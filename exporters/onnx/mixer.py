@@ -29,23 +29,29 @@ TINY = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """Tables for keys by offset from `-max_distance` on, for the queries of a chunk, and for the largest distance.
+    """Tables for keys by offset from `-max_distance` on, for the queries of a chunk, and for the largest distance; None
+    in a layer without rotary embedding.
 
     `query_map` and `key_map` `[d_k, d_k - 1]` make the features of evicted tokens but for the first; `turn` `[3, R]` is
     what makes them in the lowering `native`.
     """
 
-    keys: Table
-    near: Table
-    far: Table
+    keys: Table | None
+    near: Table | None
+    far: Table | None
     rows: int
     query_map: ir.Value | None = None
     key_map: ir.Value | None = None
     turn: ir.Value | None = None
 
 
-def rotary_tables(lower: Portable, inv_freq: Tensor, spec: MixerSpec, max_chunk: int) -> RotaryTables:
-    """Add the tables of a model to the graph, for calls of at most `max_chunk` tokens; `spec` has the most slots."""
+def rotary_tables(
+    lower: Portable, inv_freq: Tensor, spec: MixerSpec, max_chunk: int, name: str = "rotary"
+) -> RotaryTables:
+    """Add the tables of layers that share them to the graph, for calls of at most `max_chunk` tokens.
+
+    `spec` is the one with the most slots.
+    """
     g = lower.g
     # ONNX Runtime wants as many rows as there are candidates
     ahead = max(max_chunk, max_chunk + spec.config.num_slots - spec.max_distance)
@@ -53,20 +59,22 @@ def rotary_tables(lower: Portable, inv_freq: Tensor, spec: MixerSpec, max_chunk:
     half = rotary.shape[2]
     far = np.stack([rotary[0, :1], -rotary[1, :1]]).repeat(ahead, axis=1)
 
-    def table(name: str, values: np.ndarray) -> Table:
+    def table(kind: str, values: np.ndarray) -> Table | None:
+        if not inv_freq.any() and not lower.native:
+            return None
         cos, sin = (np.ascontiguousarray(x) for x in values)
-        return Table(g.table(f"rotary.{name}.cos", cos), g.table(f"rotary.{name}.sin", sin), half)
+        return Table(g.table(f"{name}.{kind}.cos", cos), g.table(f"{name}.{kind}.sin", sin), half)
 
     near = rotary[:, spec.max_distance :]
     maps: dict[str, ir.Value] = {}
     if spec.config.evicts and lower.native:
-        maps["turn"] = turn_table(g, torch.from_numpy(rotary), spec)
+        maps["turn"] = turn_table(g, torch.from_numpy(rotary), spec, name)
     elif spec.config.evicts:
         (cos, sin), slow = slow_rotation(torch.from_numpy(rotary), spec)
         channels = torch.eye(spec.d_k)
         turned = rotate(channels, cos, sin) * spec.scale, rotate(channels, slow.float(), torch.zeros_like(sin))
         names = ("query_map", "key_map")
-        maps = {n: g.table(f"evicted.{n}", x[:, 1:].contiguous().numpy()) for n, x in zip(names, turned, strict=True)}
+        maps = {n: g.table(f"{name}.{n}", x[:, 1:].contiguous().numpy()) for n, x in zip(names, turned, strict=True)}
     return RotaryTables(table("keys", rotary), table("near", near), table("far", far), rotary.shape[1], **maps)
 
 
@@ -193,6 +201,7 @@ def mixer(
         features = g.op("Mul", g.op("Softmax", keys, axis=-1), real)
         arrival, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
     if lower.native:
+        assert tables.keys is not None
         mixed, kept = bounded_memory(frame, spec, tables.keys, tables.turn, projected, arrival, past)
     else:
         assert seen is not None
@@ -345,11 +354,15 @@ class Slots:
         """Return logits `[B, H, G, T, C]` at the rotary distance, or at the largest one where that is exceeded."""
         g, spec, heads = self.g, self.spec, self.spec.kv_heads
 
-        def scored(table: Table, keys: ir.Value) -> ir.Value:
-            q = self.lower.rotate_queries(query, table, self.frame.length, spec.d_k)
+        def scored(table: Table | None, keys: ir.Value) -> ir.Value:
+            q = query
+            if table is not None:
+                q = self.lower.rotate_queries(query, table, self.frame.length, spec.d_k)
             logits = self.lower.scores(g.reshape(q, 0, heads, -1, spec.d_k), keys, spec.scale)
             return g.op("Reshape", logits, self._by_groups())
 
+        if self.tables.keys is None:
+            return scored(None, key)
         rotated = self.lower.rotate_keys(key, self.tables.keys, self.seen.row, heads, spec.d_k)
         return g.op("Where", self.seen.within, scored(self.tables.near, rotated), scored(self.tables.far, key))
 

@@ -10,11 +10,14 @@ from typing import Any
 from ligerexport.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint
 from ligerexport.config import LigerConfig
 from ligerexport.errors import CheckpointError
-from ligerexport.families import PREFIX, get_family
+from ligerexport.families import PREFIX, Attention, Scaling, get_family, head_dim
 from ligerexport.state import MixerSpec
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 """Bytes of the dtypes of weights that are read, in safetensors' spelling."""
+
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
+"""Method of a lowering that writes each."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,16 @@ class ModelSpec:
         family: Row of `FAMILIES`.
         liger: The conversion.
         mixers: One a layer; None is a layer kept as softmax.
-        windows: Sliding window of each layer kept as softmax, None without one.
+        attention: The softmax of each layer.
         hidden_size: Width of the residual stream.
+        intermediate_size: Width of the MLP.
         vocab_size: Rows of the embedding.
         q_heads: H_q.
         kv_heads: H_kv.
         head_dim: Width of a head.
-        scale: Softmax scale, YaRN's factor on cosine and sine squared into it.
+        scaling: Factors on embedding, residual stream and logits.
+        activation: Of the MLP's gate; key of `ACTIVATIONS`.
         norm_eps: Epsilon of every norm.
-        qk_norm: Whether query and key heads are normed.
-        inv_freq: `[R]`, radians a token.
         trained_length: Tokens.
         tied: Whether the output projection is the embedding.
         weights: What the checkpoint stores, by name.
@@ -45,16 +48,16 @@ class ModelSpec:
     family: str
     liger: LigerConfig
     mixers: tuple[MixerSpec | None, ...]
-    windows: tuple[int | None, ...]
+    attention: tuple[Attention, ...]
     hidden_size: int
+    intermediate_size: int
     vocab_size: int
     q_heads: int
     kv_heads: int
     head_dim: int
-    scale: float
+    scaling: Scaling
+    activation: str
     norm_eps: float
-    qk_norm: bool
-    inv_freq: tuple[float, ...]
     trained_length: int
     tied: bool
     weights: Mapping[str, TensorInfo]
@@ -83,55 +86,57 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
         )
     config: Any = AutoConfig.from_pretrained(info.path)
     family = get_family(config.model_type)
-    if config.hidden_act != "silu":
-        raise CheckpointError(f"activation '{config.hidden_act}' in config.json, 'silu' was expected")
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(f"activation '{activation}' in config.json", hint=f"supported: {', '.join(ACTIVATIONS)}")
     mixers = tuple(layer_specs(config))
-    inv_freq, rotary_scale = family.rope(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     spec = ModelSpec(
         path=info.path,
         family=family.model_type,
         liger=LigerConfig.from_dict(config.liger),
         mixers=mixers,
-        windows=tuple(_window(config, layer) for layer in range(len(mixers))),
+        attention=family.attention(config),
         hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         q_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        scale=head_dim**-0.5 * rotary_scale**2,
+        head_dim=head_dim(config),
+        scaling=family.scaling(config),
+        activation=activation,
         norm_eps=config.rms_norm_eps,
-        qk_norm=family.qk_norm,
-        inv_freq=tuple(inv_freq.tolist()),
         trained_length=config.max_position_embeddings,
         tied=info.tied,
         weights=info.tensors,
     )
-    _check_weights(spec, config.intermediate_size)
+    _check_weights(spec)
     return spec
 
 
-def _window(config: Any, layer: int) -> int | None:
-    """Return the sliding window with which transformers runs the softmax of a layer."""
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[layer] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def _check_weights(spec: ModelSpec, intermediate: int) -> None:
+def _check_weights(spec: ModelSpec) -> None:
     """Check name, shape and dtype of every weight that the graph uses."""
-    d, q, kv = spec.hidden_size, spec.q_heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    d, inner, q, kv = (
+        spec.hidden_size,
+        spec.intermediate_size,
+        spec.q_heads * spec.head_dim,
+        spec.kv_heads * spec.head_dim,
+    )
     expected: dict[str, tuple[int, ...]] = {"model.norm.weight": (d,)}
     expected["model.embed_tokens.weight"] = spec.vocab_size, d
     if not spec.tied:
         expected["lm_head.weight"] = (spec.vocab_size, d)
-    shapes = {"input_layernorm": (d,), "post_attention_layernorm": (d,), "self_attn.q_proj": (q, d),
-              "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q),
-              "mlp.gate_proj": (intermediate, d), "mlp.up_proj": (intermediate, d),
-              "mlp.down_proj": (d, intermediate)}  # fmt: skip
-    if spec.qk_norm:
-        shapes |= {"self_attn.q_norm": (spec.head_dim,), "self_attn.k_norm": (spec.head_dim,)}
+    family = get_family(spec.family)
+    shapes: dict[str, tuple[int, ...]]
+    if family.packed:
+        shapes = {"self_attn.qkv_proj": (q + 2 * kv, d), "mlp.gate_up_proj": (2 * inner, d)}
+    else:
+        shapes = {"self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
+                  "mlp.gate_proj": (inner, d), "mlp.up_proj": (inner, d)}  # fmt: skip
+    shapes |= {"self_attn.o_proj": (d, q), "mlp.down_proj": (d, inner)}
+    shapes |= {norm: (d,) for norm in family.norms if norm is not None}
+    if family.qk_norm is not None:
+        normed = (q, kv) if family.qk_norm == "all" else (spec.head_dim, spec.head_dim)
+        shapes |= {"self_attn.q_norm": normed[:1], "self_attn.k_norm": normed[1:]}
     for layer, mixer in enumerate(spec.mixers):
         expected |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()}
         if mixer is not None and mixer.config.foresees:

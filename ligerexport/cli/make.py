@@ -158,9 +158,9 @@ def _describe(path: Path, config: LigerConfig) -> dict[str, Any]:
     hf = AutoConfig.from_pretrained(path)
     hf.liger = config.to_dict()
     specs = layer_specs(hf)
-    converted = [spec for spec in specs if spec]
-    state = sum(tensor.nbytes() for spec in converted for tensor in spec.state())
-    saved = sum(4 * spec.kv_heads * (spec.d_k + spec.d_v) for spec in converted)
+    state = sum(tensor.nbytes() for spec in specs if spec for tensor in spec.state())
+    converted = [spec for layer, spec in enumerate(specs) if spec and spec.config == config.for_layer(layer)]
+    saved = sum(4 * spec.kv_heads * (spec.d_k + spec.d_v) for spec in specs if spec)
     return {
         "path": str(path),
         "weight_bytes": info.bytes,

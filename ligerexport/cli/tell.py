@@ -160,7 +160,7 @@ def _gates() -> dict[str, str]:
 def _families() -> dict[str, str]:
     from ligerexport.families import FAMILIES
 
-    return {name: f"{f.prefix}ForCausalLM{', query and key norm' if f.qk_norm else ''}" for name, f in FAMILIES.items()}
+    return {name: f"{f.prefix}ForCausalLM{f', {f.doc}' if f.doc else ''}" for name, f in FAMILIES.items()}
 
 
 def _presets() -> dict[str, str]:

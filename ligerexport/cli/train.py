@@ -108,7 +108,7 @@ def parse_count(text: str | None) -> int | None:
 
 
 def _plan(model: Path, config: RecoverConfig, shard: bool) -> dict[str, Any]:
-    from ligerexport.recover.model import check_student
+    from ligerexport.adapter import check_student
     from ligerexport.recover.plan import make_plan
 
     return make_plan(check_student(model), config, int(os.environ.get("WORLD_SIZE", "1")), shard).to_dict()

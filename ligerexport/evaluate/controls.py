@@ -66,9 +66,9 @@ def make_control(name: str, model: PreTrainedModel, seed: int = 0) -> PreTrained
         return convert_in_memory(model, config)
     bare = replace(config, slots=(), layer_memory=())  # with scored slots it would need weights for them
     control = convert_in_memory(model, bare)
-    for layer in control.model.layers:
-        if isinstance(layer.self_attn, LigerMixer):
-            layer.self_attn = RandomJudge(layer.self_attn, config.for_layer(layer.self_attn.layer_idx), seed)
+    for i, layer in enumerate(control.model.layers):
+        if i not in config.unchanged:
+            layer.self_attn = RandomJudge(layer.self_attn, config.for_layer(i), seed)
     control.config.liger = config.to_dict()
     return control
 

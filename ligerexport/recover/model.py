@@ -5,53 +5,28 @@ A checkpoint that was only converted is its own teacher: its weights are the Tra
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ligerexport.adapter import RECOVERY
 from ligerexport.checkpoint import CheckpointInfo, check_checkpoint
-from ligerexport.config import LigerConfig
-from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
+from ligerexport.errors import MissingDependency, UsageError, close_matches
+from ligerexport.families import get_family
 from ligerexport.recover.config import RecoverConfig
 
 if TYPE_CHECKING:
     import torch
 
-RECOVERY = "liger_recovery"
-"""Key of config.json under which a recovered checkpoint says how it was made."""
-
-_VOLATILE = ("transformers_version", "liger_source", RECOVERY, "_name_or_path", "dtype", "torch_dtype")
-
-
-def check_student(path: str | Path) -> CheckpointInfo:
-    """Check the checkpoint to recover.
-
-    Raises:
-        CheckpointError: It is incomplete or damaged.
-        UsageError: It is not converted.
-    """
-    info = check_checkpoint(path)
-    if "liger" not in info.config:
-        raise UsageError(f"{path} is not converted yet", hint=f"ligerexport convert {path} -o liger")
-    return info
+_PACKED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
 
 
-def model_id(info: CheckpointInfo) -> str:
-    """Return a digest of what an adapter fits: configuration, conversion, and the last norm of these very weights.
-
-    Settings that have their default value do not count, so that a later version may have more of them.
-    """
-    from safetensors import safe_open
-
-    default = LigerConfig().to_dict()
-    liger = {k: v for k, v in LigerConfig.from_dict(info.config["liger"]).to_dict().items() if v != default[k]}
-    facts = {k: v for k, v in info.config.items() if k not in _VOLATILE} | {"liger": liger}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name in sorted(name for name in info.tensors if name.endswith(".norm.weight") and ".layers." not in name):
-        with safe_open(info.tensors[name].file, "pt") as file:
-            digest.update(file.get_tensor(name).float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def lora_targets(info: CheckpointInfo, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the projections that get LoRA: where query, key and value are packed into one, that one for its parts."""
+    if get_family(info.config["model_type"]).packed:
+        targets = tuple(dict.fromkeys(_PACKED.get(target, target) for target in targets))
+    return targets
 
 
 def target_shapes(info: CheckpointInfo, targets: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -60,6 +35,7 @@ def target_shapes(info: CheckpointInfo, targets: tuple[str, ...]) -> dict[str, t
     Raises:
         UsageError: A target is no projection of this model.
     """
+    targets = lora_targets(info, targets)
     suffixes = {name.split(".")[-2] for name, tensor in info.tensors.items()
                 if ".layers." in name and name.endswith(".weight") and len(tensor.shape) == 2}  # fmt: skip
     for target in targets:
@@ -84,8 +60,9 @@ def load_student(info: CheckpointInfo, config: RecoverConfig, dtype: torch.dtype
         raise MissingDependency("peft", extra="recover") from None
     from ligerexport.convert import load_model
 
+    targets = lora_targets(info, config.targets)
     settings = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), lora_dropout=0.0, bias="none",  # type: ignore[arg-type]
+        r=config.rank, lora_alpha=config.alpha, target_modules=list(targets), lora_dropout=0.0, bias="none",  # type: ignore[arg-type]
         task_type="CAUSAL_LM",
     )  # fmt: skip
     model: Any = get_peft_model(load_model(info.path, dtype), settings).get_base_model().train()
@@ -136,17 +113,3 @@ def teacher_config(info: CheckpointInfo, against: str | Path | None) -> tuple[Pa
                 hint="--against takes the Transformer that this checkpoint was converted from",
             )
     return teacher.path, dict(teacher.config)
-
-
-def check_adapter(record: dict[str, Any], info: CheckpointInfo) -> None:
-    """Refuse an adapter that was trained on another model.
-
-    Raises:
-        CheckpointError: The record names another model, or none.
-    """
-    found, expected = record.get("model"), model_id(info)
-    if found != expected:
-        raise CheckpointError(
-            f"this adapter was trained on another model ({found}) than {info.path} ({expected})",
-            hint="give the converted checkpoint that it was trained on",
-        )

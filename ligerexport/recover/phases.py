@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ligerexport.config import LigerConfig
+from ligerexport.families import output_head
 from ligerexport.mixer import LigerMixer
 from ligerexport.recover.losses import divergence, next_token_loss, relative_error
 from ligerexport.recover.packing import Batch
@@ -24,14 +26,14 @@ PhaseFunction = Callable[[Any, Any, Batch], Tensor]
 def next_token(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """Predict the next token; needs no teacher."""
     assert batch.places is not None
-    return next_token_loss(_hidden(student, batch), student.lm_head, batch.targets.flatten()[batch.places])
+    return next_token_loss(_hidden(student, batch), output_head(student), batch.targets.flatten()[batch.places])
 
 
 def follow(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """Predict what the teacher predicts: KL(teacher || student)."""
     with torch.no_grad():
         expected = _hidden(teacher, batch)
-    return divergence(_hidden(student, batch), student.lm_head, expected, teacher.lm_head)
+    return divergence(_hidden(student, batch), output_head(student), expected, output_head(teacher))
 
 
 def align(student: Any, teacher: Any, batch: Batch) -> Tensor:
@@ -53,11 +55,12 @@ def align(student: Any, teacher: Any, batch: Batch) -> Tensor:
                                                                             use_reentrant=False)  # fmt: skip
         losses.append(found)
 
-    pairs = zip(student.model.layers, teacher.model.layers, strict=True)
+    unchanged = LigerConfig.from_dict(student.config.liger).unchanged
+    pairs = enumerate(zip(student.model.layers, teacher.model.layers, strict=True))
     hooks = [
         theirs.self_attn.register_forward_hook(partial(compare, mine.self_attn), with_kwargs=True)
-        for mine, theirs in pairs
-        if isinstance(mine.self_attn, LigerMixer)
+        for layer, (mine, theirs) in pairs
+        if layer not in unchanged
     ]
     try:
         with torch.no_grad():

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ligerexport.config import LigerConfig
 from ligerexport.console import ProgressFactory, say
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.recover.config import RecoverConfig
@@ -69,7 +70,7 @@ def recover(
         MissingDependency: The `recover` extra is not installed.
         LigerError: The loss is not finite, or memory ran out; what was kept says how to go on.
     """
-    from ligerexport.recover.result import RECORD
+    from ligerexport.adapter import RECORD
 
     config, output = make_config(settings), Path(output)
     if resume not in ("auto", "never"):
@@ -79,9 +80,9 @@ def recover(
     _require("accelerate", "peft")
     writer = _writer(tensorboard)
 
+    from ligerexport.adapter import write_adapter, write_merged
     from ligerexport.recover.distributed import Group
     from ligerexport.recover.report import write_report
-    from ligerexport.recover.result import write_adapter, write_merged
     from ligerexport.recover.state import load_state, state_directory
 
     group = Group.join(shard)
@@ -126,7 +127,7 @@ def check_places(model: Path, output: Path, force: bool) -> None:
     Raises:
         UsageError: It is in use, or is the model itself.
     """
-    from ligerexport.recover.result import RECORD
+    from ligerexport.adapter import RECORD
 
     if output.resolve() == model.expanduser().resolve():
         raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
@@ -148,8 +149,9 @@ def prepare(
     Raises:
         UsageError, DataError, CheckpointError: See `recover`.
     """
+    from ligerexport.adapter import check_student
     from ligerexport.recover.data import tokenize
-    from ligerexport.recover.model import check_student, target_shapes, teacher_config
+    from ligerexport.recover.model import target_shapes, teacher_config
     from ligerexport.recover.records import read_records
     from ligerexport.text import TextModel
 
@@ -161,7 +163,7 @@ def prepare(
                          hint=f"--length {context}")  # fmt: skip
     if config.row.needs_teacher:
         teacher_config(info, against)
-        kept = info.config["liger"].get("keep_softmax", ())
+        kept = LigerConfig.from_dict(info.config["liger"]).unchanged
         if len(kept) == info.config["num_hidden_layers"]:
             raise UsageError(f"{model} has no converted layer", hint="convert it without --keep-softmax")
     elif against is not None:
@@ -180,7 +182,7 @@ def identity(
     info: CheckpointInfo, documents: Documents, config: RecoverConfig, against: str | Path | None
 ) -> dict[str, Any]:
     """Return what tells a run from others: model, data, settings."""
-    from ligerexport.recover.model import model_id
+    from ligerexport.adapter import model_id
 
     teacher = (str(against) if against else "itself") if config.row.needs_teacher else None
     return {"model": model_id(info), "data": documents.sha256, "teacher": teacher, **config.identity()}

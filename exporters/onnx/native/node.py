@@ -17,10 +17,10 @@ SLOTS = ("slot_key", "slot_value", "slot_position", "slot_score")
 EVICTED = ("recurrent_state", "recurrent_mass")
 
 
-def turn_table(g: Builder, rotary: torch.Tensor, spec: MixerSpec) -> ir.Value:
+def turn_table(g: Builder, rotary: torch.Tensor, spec: MixerSpec, name: str) -> ir.Value:
     """Add cosine and sine of the distance at which evicted tokens are read, and which pairs are slow, `[3, R]`."""
     turn, slow = slow_rotation(rotary, spec)
-    return g.table("evicted.turn", torch.cat([turn, slow[None].float()]).numpy())
+    return g.table(f"{name}.turn", torch.cat([turn, slow[None].float()]).numpy())
 
 
 def bounded_memory(

@@ -1,21 +1,21 @@
-"""What a recovery leaves: a checkpoint with LoRA merged into its weights, or LoRA alone as PEFT's adapter.
+"""What a recovery leaves, and what it fits: a checkpoint with LoRA merged into its weights, or LoRA as PEFT's adapter.
 
 Weights are merged file by file, so the memory is that of one file; what has no LoRA stays the bytes it was.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.checkpoint import CheckpointInfo
+from ligerexport.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint
+from ligerexport.config import LigerConfig
 from ligerexport.console import ProgressFactory, silent
-from ligerexport.convert import COMPANIONS
-from ligerexport.errors import CheckpointError
-from ligerexport.recover.model import RECOVERY, check_adapter, check_student
+from ligerexport.errors import CheckpointError, UsageError
 from ligerexport.staging import staged_directory
 
 if TYPE_CHECKING:
@@ -25,7 +25,54 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 RECORD = "recovery.json"
 """In every result; tells it from other directories."""
+RECOVERY = "liger_recovery"
+"""Key of config.json under which a recovered checkpoint says how it was made."""
+_VOLATILE = ("transformers_version", "liger_source", RECOVERY, "_name_or_path", "dtype", "torch_dtype")
 _PEFT_PREFIX = "base_model.model."
+
+
+def check_student(path: str | Path) -> CheckpointInfo:
+    """Check the checkpoint to recover.
+
+    Raises:
+        CheckpointError: It is incomplete or damaged.
+        UsageError: It is not converted.
+    """
+    info = check_checkpoint(path)
+    if "liger" not in info.config:
+        raise UsageError(f"{path} is not converted yet", hint=f"ligerexport convert {path} -o liger")
+    return info
+
+
+def model_id(info: CheckpointInfo) -> str:
+    """Return a digest of what an adapter fits: configuration, conversion, and the last norm of these very weights.
+
+    Settings that have their default value do not count, so that a later version may have more of them.
+    """
+    from safetensors import safe_open
+
+    default = LigerConfig().to_dict()
+    liger = {k: v for k, v in LigerConfig.from_dict(info.config["liger"]).to_dict().items() if v != default[k]}
+    facts = {k: v for k, v in info.config.items() if k not in _VOLATILE} | {"liger": liger}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(name for name in info.tensors if name.endswith(".norm.weight") and ".layers." not in name):
+        with safe_open(info.tensors[name].file, "pt") as file:
+            digest.update(file.get_tensor(name).float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_adapter(record: dict[str, Any], info: CheckpointInfo) -> None:
+    """Refuse an adapter that was trained on another model.
+
+    Raises:
+        CheckpointError: The record names another model, or none.
+    """
+    found, expected = record.get("model"), model_id(info)
+    if found != expected:
+        raise CheckpointError(
+            f"this adapter was trained on another model ({found}) than {info.path} ({expected})",
+            hint="give the converted checkpoint that it was trained on",
+        )
 
 
 def write_adapter(stage: Path, tensors: Mapping[str, Tensor], settings: Any, record: Mapping[str, Any]) -> None:
