@@ -155,6 +155,8 @@ def test_wheel_holds_every_module_once(wheel: Path) -> None:
     expected = {f"ligerexport/{name.replace('.', '/')}.py" for name, _ in modules()}
     expected |= {"ligerexport/__init__.py", "ligerexport/py.typed"}
     expected |= {f"ligerexport/scores/{file.name}" for file in (PACKAGE / "scores").glob("*.safetensors")}
+    native = (ROOT / "exporters" / "onnx" / "native").iterdir()
+    expected |= {f"ligerexport/exporters/onnx/native/{file.name}" for file in native if file.suffix in (".h", ".cc")}
     with zipfile.ZipFile(wheel) as archive:
         infos = [info for info in archive.infolist() if ".dist-info/" not in info.filename]
     assert {info.filename for info in infos} == expected
