@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import tempfile
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 import ligerexport as lx
-from ligerexport.adapter import merge_adapter
+from ligerexport.adapter import RECORD, merge_adapter
 from ligerexport.config import get_preset
 from ligerexport.console import progress, say
 from ligerexport.gates import get_gate
@@ -61,7 +60,21 @@ class Row:
 
 WINDOW = {"window": 124}
 DOUBLE = {"window": 124, "slots": (("recent_use", 56), ("learned", 72))}
-HYBRID = {"keep_softmax": tuple(map(int, os.environ.get("HYBRID", "").split()))}
+FEW = (7, 18, 20, 23)  # the layers of SmolLM2-135M that cost most, by layers.py
+HYBRID = {"keep_softmax": FEW}
+
+
+def deep(window: int, use: int, learned: int, few: tuple[int, int, int]) -> dict[str, Any]:
+    """Return a memory with one size in the few layers that cost most, (window, use, learned), and one in the others."""
+    large = (("recent_use", few[1]), ("learned", few[2]))
+    return {
+        "window": window, "slots": (("recent_use", use), ("learned", learned)),
+        "layer_memory": tuple((layer, few[0], large) for layer in FEW),
+    }  # fmt: skip
+
+
+DEEP = deep(34, 14, 18, (244, 112, 144))  # 3,836 slots in 30 layers, 128 in each would be 3,840
+DEEP_DOUBLE = deep(60, 28, 36, (496, 220, 304))  # 7,424; 256 in each would be 7,680
 MIXED = {"recurrence_weight": 0.1}
 LONG = {"length": 2048, "batch_tokens": 16384}
 WIDE = {**LONG, "rank": 16, "alpha": 16.0, "targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -95,6 +108,11 @@ ROWS: dict[str, Row] = {
     "evicted, distill, 10M": Row("evicted", {}, "distill", MOST, controls=("no-recurrence",)),
     "evicted with 256 slots, untrained": Row("evicted", DOUBLE, controls=("no-recurrence",)),
     "evicted with 256 slots, distill": Row("evicted", DOUBLE, "distill", WIDE, controls=("no-recurrence",)),
+    "deep, untrained": Row("evicted", DEEP, controls=("no-recurrence",)),
+    "deep, distill": Row("evicted", DEEP, "distill", WIDE, controls=("no-recurrence",)),
+    "deep, distill, 10M": Row("evicted", DEEP, "distill", MOST, controls=("no-recurrence",)),
+    "deep with 256 slots, untrained": Row("evicted", DEEP_DOUBLE, controls=("no-recurrence",)),
+    "deep with 256 slots, distill": Row("evicted", DEEP_DOUBLE, "distill", WIDE, controls=("no-recurrence",)),
     "hybrid, untrained": Row("evicted", HYBRID, controls=("no-recurrence",)),
     "hybrid, distill": Row("evicted", HYBRID, "distill", WIDE, controls=("no-recurrence",)),
 }
@@ -160,16 +178,19 @@ def _measure(name: str, row: Row, args: argparse.Namespace, place: Path) -> dict
     model = lx.convert(args.model, place / "converted", preset=row.preset, progress=progress, **fitted, **row.changes)
     found: dict[str, Any] = {"preset": row.preset, "changes": row.changes, "recipe": row.recipe}
     if row.recipe is not None:
-        start, losses = time.perf_counter(), []
+        start = time.perf_counter()
         settings = {"tokens": args.tokens, "dtype": args.dtype, **row.settings}
         adapters = args.adapters or place / "adapters"
         adapters.mkdir(parents=True, exist_ok=True)
         adapter = lx.recover(
             model, args.chats, adapters / re.sub(r"\W+", "-", name), recipe=row.recipe, merge=False, force=True,
-            progress=progress, on_step=lambda step: losses.append((step.phase, step.loss)), **settings,
+            progress=progress, **settings,
         )  # fmt: skip
         model = merge_adapter(model, adapter, place / "recovered")
-        found |= {"settings": settings, "seconds": time.perf_counter() - start, "losses": losses}
+        found |= {"settings": settings, "seconds": time.perf_counter() - start}
+        record = json.loads((adapter / RECORD).read_text())
+        found |= {key: record[key] for key in ("final_loss", "tokens", "samples")}
+        torch.cuda.empty_cache()  # other rows may run beside this one
     return found | judge(model, args, row.controls)
 
 
