@@ -1,14 +1,8 @@
-"""A converted checkpoint as an ONNX graph: the model around the mixers, and its weights in one external data file.
-
-Weights keep their names and the orientation `[out, in]` of the checkpoint, so a file is copied and never transposed,
-and a tied embedding is stored once: `Gather` and `Gemm` read the same rows.
-"""
+"""A converted checkpoint as an ONNX graph: the model around the mixers. Its weights are in `weights.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,15 +10,15 @@ import onnx_ir as ir
 from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Axis, Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
+from ligerexport.exporters.onnx.linear import Weights
 from ligerexport.exporters.onnx.lowerings import LOWERINGS
 from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, WeightFormat, align, data_layout
+from ligerexport.exporters.targets import BLOCK, get_precision
 from ligerexport.state import TensorSpec
 
 GRAPH_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
-ALIGNMENT = 4096
-"""Bytes; a page, so that a runtime can map a weight instead of copying it."""
 EMBEDDED = 4096
 """Constants of at most this many bytes stay in the graph's own file."""
 DTYPES = {"activation": "float32", "float32": "float32", "int64": "int64"}
@@ -69,7 +63,16 @@ def _fixed(layer: int, tensor: TensorSpec) -> StateTensorSpec:
     return StateTensorSpec(layer, tensor.name, ("B", *tensor.shape), DTYPES[tensor.dtype], tensor.fill, False)
 
 
-def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128) -> ir.Model:
+def weight_format(weights: str = "fp32", block: int = BLOCK, lowering: str = "ort") -> WeightFormat:
+    """Return how weights are stored for a lowering.
+
+    Raises:
+        UsageError: No such precision, or no kernel takes such blocks.
+    """
+    return WeightFormat(get_precision(weights, block), block, LOWERINGS[lowering].transposed)
+
+
+def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128, form: WeightFormat = FP32) -> ir.Model:
     """Write the step graph of a model; weights refer to `DATA_FILE`, laid out by `data_layout`.
 
     The residual stream after each layer is named `hidden.LAYER`, for finding where a graph goes wrong.
@@ -78,6 +81,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         spec: The checkpoint.
         lowering: Row of `LOWERINGS`.
         max_chunk: Most tokens of one call.
+        form: How weights are stored, from `weight_format` for this lowering.
     """
     import torch
 
@@ -86,21 +90,8 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     input_ids, position = graph_input("input_ids", "INT64", ("B", "T")), graph_input("position", "INT64", ("B",))
     state = state_tensors(spec)
     past = {t.past: graph_input(t.past, _ONNX[t.dtype], t.shape) for t in state}
-    layout = data_layout(spec)
-
-    def weight(name: str) -> ir.Value:
-        offset, shape = layout[name]
-        size = 4 * prod(shape)
-        return g.once(
-            ("weight", name),
-            lambda: g.initializer(
-                ir.ExternalTensor(DATA_FILE, offset, size, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
-            ),
-        )
-
-    def linear(x: ir.Value, name: str) -> ir.Value:
-        bias = [weight(f"{name}.bias")] if f"{name}.bias" in spec.weights else []
-        return g.op("Gemm", x, weight(f"{name}.weight"), *bias, transB=1)
+    weights = Weights(g, lower, spec, form)
+    weight, linear = weights.vector, weights.linear
 
     def head_norm(x: ir.Value, name: str) -> ir.Value:
         width = int(weight(f"{name}.weight").shape[0])  # type: ignore[index,arg-type]
@@ -114,7 +105,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         tables = rotary_tables(g, torch.tensor(spec.inv_freq), mixers[0], max_chunk)
         seen = iter(candidates(frame, mixers[0], tables.rows, positions))
     outputs: dict[str, ir.Value] = {}
-    residual = g.op("Gather", weight("model.embed_tokens.weight"), g.reshape(input_ids, -1))
+    residual = weights.embed(g.reshape(input_ids, -1))
     normed = lower.rms_norm(residual, weight("model.layers.0.input_layernorm.weight"), spec.norm_eps)
     for i, layer in enumerate(spec.mixers):
         name = f"model.layers.{i}"
@@ -141,7 +132,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     x, residual = (g.op("Gather", frame.per_token(y, spec.hidden_size), g.const(-1), axis=1) for y in (x, residual))
     normed, residual = lower.add_norm(x, residual, weight("model.norm.weight"), spec.norm_eps)
     residual.name = f"hidden.{len(spec.mixers) - 1}"
-    logits = linear(normed, "model.embed_tokens" if spec.tied else "lm_head")
+    logits = linear(normed, "lm_head")
 
     named = [g.output(logits, "logits", "FLOAT", ("B", spec.vocab_size))]
     named += [g.output(outputs[t.present], t.present, _ONNX[t.dtype], t.shape) for t in state]
@@ -153,42 +144,12 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="ligerexport", functions=functions)
 
 
-def data_layout(spec: ModelSpec) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Return offset in bytes and shape of every weight in `DATA_FILE`: shard after shard, fp32, on page boundaries."""
-    layout, end = {}, 0
-    for name, stored in spec.weights.items():
-        if not name.endswith("rotary_emb.inv_freq") and not (spec.tied and name == "lm_head.weight"):
-            layout[name] = end, stored.shape
-            end = _align(end + 4 * prod(stored.shape))
-    return layout
-
-
-def weight_bytes(spec: ModelSpec) -> int:
-    """Return the bytes of all weights of the graph."""
-    return sum(4 * prod(shape) for _, shape in data_layout(spec).values())
-
-
-def _align(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def write_weights(spec: ModelSpec, directory: Path, advance: Callable[[float], None] = lambda amount: None) -> None:
-    """Stream the weights from the shards into `DATA_FILE` as fp32, a tensor at a time."""
-    from safetensors import safe_open
-
-    with (directory / DATA_FILE).open("wb") as data:
-        for name, (offset, _) in data_layout(spec).items():
-            with safe_open(spec.weights[name].file, framework="pt") as shard:  # numpy knows no bf16
-                array = shard.get_tensor(name).float().numpy()
-            data.seek(offset)
-            data.write(memoryview(array.reshape(-1)).cast("B"))
-            advance(array.nbytes)
-
-
-def write_graph(spec: ModelSpec, directory: Path, *, lowering: str = "ort", max_chunk: int = 128) -> None:
+def write_graph(
+    spec: ModelSpec, directory: Path, *, lowering: str = "ort", max_chunk: int = 128, form: WeightFormat = FP32
+) -> None:
     """Write the graph, and its large constants behind the weights in `DATA_FILE`."""
-    model = build_graph(spec, lowering=lowering, max_chunk=max_chunk)
-    end = max(_align(offset + 4 * prod(shape)) for offset, shape in data_layout(spec).values())
+    model = build_graph(spec, lowering=lowering, max_chunk=max_chunk, form=form)
+    end = max(align(part.offset + part.nbytes) for part in data_layout(spec, form).values())
     with (directory / DATA_FILE).open("r+b") as data:
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
@@ -199,5 +160,5 @@ def write_graph(spec: ModelSpec, directory: Path, *, lowering: str = "ort", max_
             value.const_value = ir.ExternalTensor(
                 DATA_FILE, end, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )
-            end = _align(end + tensor.nbytes)
+            end = align(end + tensor.nbytes)
     ir.save(model, directory / GRAPH_FILE)
