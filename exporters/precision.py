@@ -10,14 +10,7 @@ from ligerexport.artifact import Artifact
 from ligerexport.console import ProgressFactory
 from ligerexport.errors import VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.onnx.weights import (
-    DATA_FILE,
-    WeightFormat,
-    compressed,
-    data_layout,
-    read_matrix,
-    weight_names,
-)
+from ligerexport.exporters.onnx.weights import DATA_FILE, WeightFormat, read_matrix, weight_names
 
 
 def reference_model(
@@ -41,13 +34,12 @@ def reference_model(
     model = load_model(spec.path, dtype=torch.float32).eval()
     if artifact is None or form is None or form.precision.bits == 32:
         return model
-    layout, parameters = data_layout(spec, form), dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     data = np.memmap(artifact.directory / DATA_FILE, mode="r")
     for name in weight_names(spec):
-        shape = spec.weights[name].shape
-        if not compressed(name, shape):
+        if form.bits(spec, name) == 32:
             continue
-        own, stored = parameters[name].data, torch.from_numpy(read_matrix(data, layout, name, shape[1], form))
+        own, stored = parameters[name].data, torch.from_numpy(read_matrix(spec, form, data, name))
         apart = (stored - own).norm(dim=1) / own.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
         row = int(torch.nan_to_num(apart, nan=torch.inf).argmax())
         if not apart[row] <= tolerance:

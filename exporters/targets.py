@@ -57,8 +57,8 @@ class Precision:
 WEIGHTS: dict[str, Precision] = {
     "fp32": Precision("float32", 32, "as computed with"),
     "fp16": Precision("float16", 16, "half the file; a CPU makes them fp32 when it loads them"),
-    "int8": Precision("int8", 8, "a quarter of the file and of the memory, nothing lost that can be measured"),
-    "int4": Precision("int4", 4, "a sixth of the file, the fastest tokens on a CPU"),
+    "int8": Precision("int8", 8, "less than a third of the file, nothing lost that can be measured"),
+    "int4": Precision("int4", 4, "4 bits where they cost least and 8 elsewhere; loses a little"),
 }
 BLOCK = 32
 """Elements of a row that share a scale and a zero point, unless told otherwise."""

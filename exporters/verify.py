@@ -58,9 +58,9 @@ TOLERANCES = {
 }
 """The arithmetic is fp32 in all of them. Of rows, a few large elements may leave little precision to the others."""
 
-TEXTS = 2
-"""Texts that are tried. Tied scores may part two right answers inside one call, where neither shows which tokens it
-kept: then no layer differs by itself, and another text, the same in another order, passes."""
+TEXTS = 3
+"""Texts that are tried, the same in another order. Tied scores may part two right answers inside one call, where what
+was kept is past when the call ends: it happens on one text in three. A fault is there in every text."""
 PIECES = 6
 """Pieces that the prompt is cut into, at random places."""
 STEPS = 24
@@ -141,12 +141,10 @@ def verify_artifact(
         mismatch = _compare(Comparison(spec, tolerance, result), artifact, answers, progress)
         if mismatch is None:
             return asdict(result), cost_of_precision(spec, artifact, ids, progress)
-        model = reference_model(spec, artifact, form, tolerance.weights)
-        found = first_difference(spec, artifact, np.concatenate([answer.ids for answer in answers]), model)
-        if found is not None:
-            break
         result.hidden_ties += 1
+        model = reference_model(spec, artifact, form, tolerance.weights)
     assert mismatch is not None
+    found = first_difference(spec, artifact, np.concatenate([answer.ids for answer in answers]), model)
     raise _explain(artifact, found, mismatch) from mismatch
 
 

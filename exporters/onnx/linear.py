@@ -69,5 +69,5 @@ class Weights:
             part = self._layout[stored + suffix]
             return self._value(name + suffix, Part(part.offset, dtype or part.dtype, shape or part.shape))
 
-        rows, width = self.spec.weights[stored].shape  # of a tied output `name` is lm_head's, which nothing else has
-        return Blocked(rows, width, self.form.precision.bits, self.form.block, view)
+        rows, width = self.spec.weights[stored].shape
+        return Blocked(rows, width, self.form.bits(self.spec, stored), self.form.block, view)

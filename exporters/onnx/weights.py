@@ -6,6 +6,7 @@ the checkpoint; a tied embedding is stored once. Nothing here knows an operator.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -24,6 +25,7 @@ ALIGNMENT = 4096
 """Bytes; a page, so that a runtime can map a weight instead of copying it."""
 SUFFIXES = ("", "_scale", "_zero_point")
 """Of the names of the three tensors of a quantised matrix."""
+_MLP = re.compile(r"layers\.(\d+)\.mlp\.(\w+)_proj")
 SLAB = 1 << 24
 """Elements that are read at a time."""
 
@@ -42,6 +44,21 @@ class WeightFormat:
     precision: Precision = WEIGHTS["fp32"]
     block: int = BLOCK
     transposed: bool = False
+
+    def bits(self, spec: ModelSpec, name: str) -> int:
+        """Return the bits of an element of a weight; 32 for what is no matrix, and for learned scores.
+
+        Of `int4`, what costs most has 8: the embedding and the output, the attention's projections, which decide what
+        keeps a slot, and `down_proj` of the layers that ONNX Runtime's model builder (`k_quant_mixed`) and llama.cpp
+        (`Q4_K_M`) choose: the first, the last and every third between.
+        """
+        if len(spec.weights[name].shape) != 2 or "score_proj" in name:
+            return 32
+        if self.precision.bits != 4 or not (place := _MLP.search(name)):
+            return max(self.precision.bits, 8)
+        layer, layers = int(place[1]), len(spec.mixers)
+        often = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+        return 8 if often and place[2] == "down" else 4
 
 
 FP32 = WeightFormat()
@@ -67,7 +84,7 @@ def data_layout(spec: ModelSpec, form: WeightFormat = FP32) -> dict[str, Part]:
     """
     layout, end = {}, 0
     for name in weight_names(spec):
-        for suffix, (dtype, shape) in _parts(name, spec.weights[name].shape, form).items():
+        for suffix, (dtype, shape) in _parts(spec, name, form).items():
             part = layout[name + suffix] = Part(end, dtype, shape)
             end = align(end + part.nbytes)
     return layout
@@ -84,14 +101,9 @@ def weight_names(spec: ModelSpec) -> list[str]:
     return [name for name in spec.weights if not name.endswith("rotary_emb.inv_freq") and name not in unused]
 
 
-def compressed(name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a weight is stored in the chosen precision: matrices but for those of learned scores."""
-    return len(shape) == 2 and "score_proj" not in name
-
-
-def _parts(name: str, shape: tuple[int, ...], form: WeightFormat) -> dict[str, tuple[ir.DataType, tuple[int, ...]]]:
-    bits = form.precision.bits
-    if bits == 32 or not compressed(name, shape):
+def _parts(spec: ModelSpec, name: str, form: WeightFormat) -> dict[str, tuple[ir.DataType, tuple[int, ...]]]:
+    bits, shape = form.bits(spec, name), spec.weights[name].shape
+    if bits == 32:
         return {"": (ir.DataType.FLOAT, shape)}
     if bits == 16:
         return {"": (ir.DataType.FLOAT16, shape)}
@@ -129,10 +141,11 @@ def write_weights(
                     data.write(np.ascontiguousarray(slab, part.dtype.numpy()).data.cast("B"))
                     advance(slab.size * part.dtype.itemsize)
                 continue
-            found = [quantise(slab, form.precision.bits, form.block) for slab in _slabs(spec, name)]
+            bits = form.bits(spec, name)
+            found = [quantise(slab, bits, form.block) for slab in _slabs(spec, name)]
             blocks = Blocks(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
             del found
-            for suffix, array in _encode(blocks, spec.weights[name].shape[1], form).items():
+            for suffix, array in _encode(blocks, spec.weights[name].shape[1], bits, form.transposed).items():
                 part = layout[name + suffix]
                 assert array.nbytes == part.nbytes
                 data.seek(part.offset)
@@ -152,33 +165,32 @@ def _slabs(spec: ModelSpec, name: str) -> Iterator[np.ndarray]:
             yield stored[start : start + rows].float().numpy()
 
 
-def _encode(blocks: Blocks, width: int, form: WeightFormat) -> dict[str, np.ndarray]:
+def _encode(blocks: Blocks, width: int, bits: int, transposed: bool) -> dict[str, np.ndarray]:
     """Return the bytes of the three tensors of a quantised matrix, C-contiguous."""
-    bits = form.precision.bits
     codes, scale, zero = blocks
-    if form.transposed:
+    if transposed:
         codes, scale, zero = codes[:, :width].T.reshape(-1), scale.T, zero.T.reshape(-1)
     arrays = pack(codes, bits), scale, pack(zero, bits)
     return {suffix: np.ascontiguousarray(array) for suffix, array in zip(SUFFIXES, arrays, strict=True)}
 
 
-def read_matrix(file: np.ndarray, layout: dict[str, Part], name: str, width: int, form: WeightFormat) -> np.ndarray:
-    """Return what a stored matrix stands for, `[out, width]` fp32.
+def read_matrix(spec: ModelSpec, form: WeightFormat, file: np.ndarray, name: str) -> np.ndarray:
+    """Return what a stored matrix stands for, `[out, in]` fp32.
 
     Args:
-        file: The bytes of `DATA_FILE`.
-        layout: From `data_layout`.
-        name: Of the weight.
-        width: Its second size.
+        spec: The model.
         form: As it was written with.
+        file: The bytes of `DATA_FILE`.
+        name: Of the weight.
     """
+    layout, bits, width = data_layout(spec, form), form.bits(spec, name), spec.weights[name].shape[1]
 
     def bytes_of(suffix: str) -> np.ndarray:
         part = layout[name + suffix]
         return file[part.offset : part.offset + part.nbytes]
 
-    part, bits = layout[name], form.precision.bits
     if f"{name}_scale" not in layout:
+        part = layout[name]
         return bytes_of("").view(part.dtype.numpy()).reshape(part.shape).astype(np.float32)
     scale = bytes_of("_scale").view(np.float32).reshape(layout[f"{name}_scale"].shape)
     if not form.transposed:
