@@ -8,17 +8,20 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import MissingDependency, UsageError, close_matches
-from ligerexport.exporters.targets import get_target
+from ligerexport.exporters.targets import BLOCK, Target, get_precision, get_target
 
 if TYPE_CHECKING:
     from ligerexport.artifact import Manifest
     from ligerexport.checkpoint import CheckpointInfo
     from ligerexport.exporters.onnx.spec import ModelSpec
+    from ligerexport.exporters.onnx.weights import WeightFormat
 
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -34,6 +37,8 @@ def build(
     target: str = "onnx",
     lowering: str | None = None,
     max_chunk: int = 128,
+    weights: str = "fp32",
+    block: int = BLOCK,
     force: bool = False,
     verify: bool = True,
     progress: ProgressFactory | None = None,
@@ -46,6 +51,8 @@ def build(
         target: Row of `TARGETS`.
         lowering: How the mixer is written; None takes the target's default.
         max_chunk: Most tokens of one call.
+        weights: Row of `WEIGHTS`.
+        block: Elements of a row that share a scale, for int8 and int4.
         force: Whether an older artifact at `output` may be replaced.
         verify: Whether to compare logits and state with the torch model first; without it the manifest says so.
         progress: Opens a phase of long work; see `ligerexport.console.progress`.
@@ -59,42 +66,70 @@ def build(
         VerificationError: The graph differs from the torch model; nothing was written.
         MissingDependency: The extra of the target is not installed.
     """
-    row = get_target(target)
-    lowering = row.lowerings[0] if lowering is None else lowering
-    if lowering not in row.lowerings:
-        raise UsageError(f"unknown lowering '{lowering}' for {target}", hint=close_matches(lowering, row.lowerings))
+    row, lowering = _resolve(target, lowering, weights, block)
     if max_chunk < 1:
         raise UsageError(f"max_chunk {max_chunk}", hint="a call takes at least one token")
-    _check_installed(row.extra)
 
     from ligerexport.artifact import Artifact, ArtifactWriter
     from ligerexport.checkpoint import check_checkpoint
     from ligerexport.exporters.onnx import graph as onnx_graph
     from ligerexport.exporters.onnx.spec import read_spec
+    from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
     from ligerexport.exporters.verify import verify_artifact
 
     progress = progress or silent
     info = check_checkpoint(model, tokenizer=False)
     spec = read_spec(info)
+    form = onnx_graph.weight_format(weights, block, lowering)
     destination = Path(model) / target if output is None else Path(output)
     with ArtifactWriter(destination, force=force) as writer:
-        with progress("writing weights", onnx_graph.weight_bytes(spec)) as advance:
-            onnx_graph.write_weights(spec, writer.directory, advance)
-        onnx_graph.write_graph(spec, writer.directory, lowering=lowering, max_chunk=max_chunk)
+        with progress("writing weights", weight_bytes(spec, form)) as advance:
+            write_weights(spec, writer.directory, form, advance)
+        onnx_graph.write_graph(spec, writer.directory, lowering=lowering, max_chunk=max_chunk, form=form)
         for name in COMPANIONS:
             if (info.path / name).is_file():
                 shutil.copyfile(info.path / name, writer.directory / name)
         with progress("hashing the source", info.bytes) as advance:
             source = _source(info, advance)
         recovery = info.config.get("liger_recovery")
-        verification: dict[str, Any] = {"passed": False, "skipped": True}
-        manifest = make_manifest(spec, source, target, lowering, max_chunk, row.requires, verification, recovery)
+        skipped: dict[str, Any] = {"passed": False, "skipped": True}
+        manifest = make_manifest(
+            spec, source, target, lowering, max_chunk, row.requires, skipped, recovery=recovery, form=form
+        )
         if verify:
-            checked = verify_artifact(spec, Artifact(writer.directory, manifest), progress=progress)
-            manifest = make_manifest(spec, source, target, lowering, max_chunk, row.requires, checked, recovery)
+            checked, quality = verify_artifact(spec, Artifact(writer.directory, manifest), form, progress=progress)
+            manifest = replace(manifest, verification=checked, quality=quality)
             gc.collect()
         writer.commit(manifest)
     return destination
+
+
+def planned_weight_bytes(
+    model: Path | str,
+    *,
+    target: str = "onnx",
+    lowering: str | None = None,
+    weights: str = "fp32",
+    block: int = BLOCK,
+) -> int:
+    """Return the bytes that `build` would store for the weights; reads no weight. Arguments and errors as there."""
+    _, lowering = _resolve(target, lowering, weights, block)
+    from ligerexport.exporters.onnx.graph import weight_format
+    from ligerexport.exporters.onnx.spec import read_spec
+    from ligerexport.exporters.onnx.weights import weight_bytes
+
+    return weight_bytes(read_spec(model), weight_format(weights, block, lowering))
+
+
+def _resolve(target: str, lowering: str | None, weights: str, block: int) -> tuple[Target, str]:
+    """Check names and what is installed; return the target and its lowering."""
+    row = get_target(target)
+    lowering = row.lowerings[0] if lowering is None else lowering
+    if lowering not in row.lowerings:
+        raise UsageError(f"unknown lowering '{lowering}' for {target}", hint=close_matches(lowering, row.lowerings))
+    get_precision(weights, block)
+    _check_installed(row.extra)
+    return row, lowering
 
 
 def make_manifest(
@@ -105,36 +140,39 @@ def make_manifest(
     max_chunk: int,
     requires: Mapping[str, str],
     verification: dict[str, Any],
+    *,
+    form: WeightFormat,
     recovery: dict[str, Any] | None = None,
 ) -> Manifest:
     """Say what an artifact is, all but its files."""
     from ligerexport import __version__
     from ligerexport.artifact import ByteCounts, Graph, Manifest, ModelShape, StateTensor, TensorInfo
     from ligerexport.exporters.onnx import graph as onnx_graph
+    from ligerexport.exporters.onnx.weights import weight_bytes, weight_names
 
     tensors = onnx_graph.state_tensors(spec)
     ids = TensorInfo("input_ids", "int64", ("B", "T")), TensorInfo("position", "int64", ("B",))
     inputs = (*ids, *(TensorInfo(t.past, t.dtype, t.shape) for t in tensors))
     logits = TensorInfo("logits", "float32", ("B", spec.vocab_size))
     outputs = (logits, *(TensorInfo(t.present, t.dtype, t.shape) for t in tensors))
-    weights = onnx_graph.weight_bytes(spec)
     return Manifest(
         ligerexport=__version__,
         target=target,
         lowering=lowering,
-        precision="float32",
+        precision=form.precision.dtype,
+        block=form.block if form.precision.blocked else None,
         source=source,
         family=spec.family,
         liger=spec.liger.to_dict(),
         model=ModelShape(
             layers=len(spec.mixers), hidden_size=spec.hidden_size, vocab_size=spec.vocab_size, q_heads=spec.q_heads,
             kv_heads=spec.kv_heads, d_k=spec.head_dim, d_v=spec.head_dim, trained_length=spec.trained_length,
-            parameters=weights // 4,
+            parameters=sum(prod(spec.weights[name].shape) for name in weight_names(spec)),
         ),
         graph=Graph(onnx_graph.GRAPH_FILE, max_chunk, inputs, outputs),
         state=tuple(StateTensor(t.past, t.present, t.shape, t.dtype, t.fill, t.grows) for t in tensors),
         bytes=ByteCounts(
-            weights=weights,
+            weights=weight_bytes(spec, form),
             state_per_sequence=sum(t.nbytes() for m in spec.mixers if m is not None for t in m.state()),
             kv_per_token=len(spec.mixers) * 2 * spec.kv_heads * spec.head_dim * 4,
         ),

@@ -13,18 +13,19 @@ APART = 1e-3
 """Relative distance of two residual vectors from which a layer counts as different."""
 
 
-def first_difference(spec: ModelSpec, artifact: Artifact, ids: np.ndarray) -> tuple[int, str] | None:
+def first_difference(spec: ModelSpec, artifact: Artifact, ids: np.ndarray, reference: Any) -> tuple[int, str] | None:
     """Run both from the start, a chunk at a time, and compare state and residual stream layer by layer.
 
     Args:
         spec: The checkpoint.
         artifact: The graph at fault; a variant with more outputs is written beside it for a moment.
         ids: Tokens that showed the difference.
+        reference: The torch model to compare with.
 
     Returns:
         The layer and what differs in it, or None when they agree.
     """
-    graph, torch_model = _Graph(artifact), _Torch(spec)
+    graph, torch_model = _Graph(artifact), _Torch(reference)
     chunk = artifact.manifest.graph.max_chunk
     for start in range(0, len(ids), chunk):
         part = ids[start : start + chunk]
@@ -56,13 +57,10 @@ def _difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> s
 class _Torch:
     """The torch model with the residual stream after each layer."""
 
-    def __init__(self, spec: ModelSpec) -> None:
-        import torch
-
-        from ligerexport.convert import load_model
+    def __init__(self, model: Any) -> None:
         from ligerexport.mixer import LigerCache
 
-        self._model: Any = load_model(spec.path, dtype=torch.float32).eval()
+        self._model = model
         self._cache: Any = LigerCache(self._model.config)
         self._hidden: list[np.ndarray] = []
         for layer in self._model.model.layers:
@@ -93,6 +91,7 @@ class _Graph:
         import onnx
         import onnxruntime
 
+        from ligerexport.exporters.onnx.lowerings import FP32_ACTIVATIONS
         from ligerexport.exporters.onnx.native import register
 
         manifest = artifact.manifest
@@ -101,10 +100,15 @@ class _Graph:
             onnx.helper.make_tensor_value_info(f"hidden.{i}", onnx.TensorProto.FLOAT, None)
             for i in range(manifest.model.layers)
         )
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = FP32_ACTIVATIONS
         variant = artifact.graph.with_suffix(".debug")
         onnx.save(model, variant)
         try:
             options = onnxruntime.SessionOptions()
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(FP32_ACTIVATIONS))
             options.enable_mem_reuse = False  # planning reuse is quadratic in the nodes
             if manifest.lowering == "native":
                 register(options, threads=1)

@@ -1,10 +1,10 @@
-"""The targets of `build`: what exists, one row each. How a target is built is in its own package."""
+"""The targets of `build` and the precisions of weights: what exists, one row each. How is in the targets' packages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ligerexport.errors import look_up
+from ligerexport.errors import UsageError, look_up
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,52 @@ TARGETS: dict[str, Target] = {
         lowerings=("ort", "portable", "native"),
         extra="onnx",
         requires={"onnxruntime": ">=1.29"},  # first with right shapes for LinearAttention with fewer KV heads
-        doc="a step graph for ONNX Runtime, weights in fp32",
+        doc="a step graph for ONNX Runtime, weights in fp32 to int4",
     ),
 }
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the embedding and the weights of linear maps are stored; norms, biases and scores are always fp32.
+
+    Attributes:
+        dtype: As the manifest calls it.
+        bits: Of an element. Below 16, blocks of elements share a scale and a zero point.
+        doc: One line for tables.
+    """
+
+    dtype: str
+    bits: int
+    doc: str
+
+    @property
+    def blocked(self) -> bool:
+        """Whether elements are integers in blocks."""
+        return self.bits < 16
+
+
+WEIGHTS: dict[str, Precision] = {
+    "fp32": Precision("float32", 32, "as computed with"),
+    "fp16": Precision("float16", 16, "half the file; a CPU makes them fp32 when it loads them"),
+    "int8": Precision("int8", 8, "less than a third of the file, nothing lost that can be measured"),
+    "int4": Precision("int4", 4, "4 bits where they cost least and 8 elsewhere; loses a little"),
+}
+BLOCK = 32
+"""Elements of a row that share a scale and a zero point, unless told otherwise."""
+BLOCKS = (16, 32, 64, 128, 256)
+"""What ONNX Runtime's kernels take."""
+
+
+def get_precision(name: str, block: int) -> Precision:
+    """Return the row of `WEIGHTS` with this name.
+
+    Raises:
+        UsageError: No such precision, or no kernel takes such blocks.
+    """
+    if block not in BLOCKS:
+        raise UsageError(f"block {block}", hint=f"choose from {', '.join(map(str, BLOCKS))}")
+    return look_up("precision of weights", name, WEIGHTS)
 
 
 def get_target(name: str) -> Target:

@@ -124,6 +124,9 @@ class Manifest:
         requires: Distribution and version specifier of each runtime that the graph needs.
         verification: Result of the parity check against torch, as the verifier wrote it.
         recovery: How the weights were trained after the conversion, as config.json says it; None where they were not.
+        block: Weights that share a scale, None where each stands for itself.
+        quality: What storing the weights so costs, against fp32 on a built-in text, as the verifier measured it: nats a
+            token before and after, and the divergence. None for fp32.
         files: Every other file of the artifact; filled when it is written.
         format_version: Of this structure.
     """
@@ -142,6 +145,8 @@ class Manifest:
     requires: dict[str, str]
     verification: dict[str, Any]
     recovery: dict[str, Any] | None = None
+    block: int | None = None
+    quality: dict[str, Any] | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -167,7 +172,9 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Digest of what gives a state its meaning: weights and conversion, whatever the target or lowering."""
-        meaning = [self.source.files, self.liger, asdict(self.model)]
+        meaning: list[Any] = [self.source.files, self.liger, asdict(self.model)]
+        if self.precision != "float32":  # other weights, in effect
+            meaning += [self.precision, self.block]
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:

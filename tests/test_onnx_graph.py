@@ -24,11 +24,12 @@ from ligerexport.convert import load_model
 from ligerexport.errors import CheckpointError
 from ligerexport.exporters.onnx.builder import CONTRIB, Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
-from ligerexport.exporters.onnx.graph import build_graph, state_tensors, write_graph, write_weights
+from ligerexport.exporters.onnx.graph import build_graph, state_tensors, write_graph
 from ligerexport.exporters.onnx.lowerings import LOWERINGS
 from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.native import DOMAIN, register
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
+from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.verify import sort_slots, state_error
 from ligerexport.families import FAMILIES
 from ligerexport.gates import GATES

@@ -18,6 +18,7 @@ from ligerexport.exporters import verify
 from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
+from ligerexport.exporters.precision import reference_model
 from ligerexport.families import FAMILIES
 from ligerexport.runtime import load
 
@@ -82,8 +83,8 @@ def flip_key(spec: ModelSpec, data: np.memmap) -> None:
 
 
 def _weight(spec: ModelSpec, data: np.memmap, name: str) -> np.ndarray:
-    offset, shape = onnx_graph.data_layout(spec)[name]
-    return data[offset : offset + 4 * int(np.prod(shape))].view(np.float32).reshape(shape)
+    part = onnx_graph.data_layout(spec)[name]
+    return data[part.offset : part.offset + part.nbytes].view(np.float32).reshape(part.shape)
 
 
 @pytest.mark.parametrize(("fault", "layer"), [(swap_layers, 1), (transpose, 2), (flip_key, 1)])
@@ -163,7 +164,7 @@ def test_learned_scores_are_compared_as_they_are() -> None:
 def test_a_near_tie_is_counted_and_resolved(checkpoint: Path) -> None:
     """A session that keeps a token of equal score goes on from torch's state and passes."""
     spec = read_spec(checkpoint)
-    answers = list(verify.torch_answers(spec, [np.arange(30), np.arange(30, 60)], 3))
+    answers = list(verify.torch_answers(reference_model(spec), [np.arange(30), np.arange(30, 60)], 3))
     session = Replay(answers)
     position = session.state[0]["past.1.slot_position"]
     changed = position.copy()
@@ -174,6 +175,29 @@ def test_a_near_tie_is_counted_and_resolved(checkpoint: Path) -> None:
     comparison.run(session, answers, lambda amount: None, prompt=2)
     assert comparison.result.near_ties == 1 and comparison.result.passed
     assert session.restored == 1
+
+
+def test_a_tie_inside_a_call_is_told_by_another_text(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What differs on one text and not on the next is counted; on every text it is a fault."""
+    run = verify.Comparison.run
+    failures: list[int] = []
+
+    def part(self: verify.Comparison, *arguments: Any, **options: Any) -> None:
+        if failures.pop():
+            raise verify.Mismatch(1, "slot_value is off")
+        failures.insert(0, 0)
+        run(self, *arguments, **options)
+
+    monkeypatch.setattr(verify.Comparison, "run", part)
+    failures[:] = [0, 1]
+    path = build(checkpoint, tmp_path / "engine")
+    result = json.loads((path / "manifest.json").read_text())["verification"]
+    assert result["passed"] and result["hidden_ties"] == 1
+    failures[:] = [1] * verify.TEXTS
+    with pytest.raises(VerificationError, match="no layer differs by itself"):
+        build(checkpoint, tmp_path / "engine", force=True)
 
 
 class Replay:

@@ -1,14 +1,8 @@
-"""A converted checkpoint as an ONNX graph: the model around the mixers, and its weights in one external data file.
-
-Weights keep their names and the orientation `[out, in]` of the checkpoint, so a file is copied and never transposed,
-and a tied embedding is stored once: `Gather` and `Gemm` read the same rows.
-"""
+"""A converted checkpoint as an ONNX graph: the model around the mixers. Its weights are in `weights.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +11,17 @@ import onnx_ir as ir
 from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Axis, Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
+from ligerexport.exporters.onnx.linear import Weights
 from ligerexport.exporters.onnx.lowerings import LOWERINGS, Portable
 from ligerexport.exporters.onnx.mixer import Candidates, RotaryTables, candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.native import DOMAIN
 from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
+from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, WeightFormat, align, data_layout
+from ligerexport.exporters.targets import BLOCK, get_precision
 from ligerexport.families import Norms, get_family
 from ligerexport.state import TensorSpec
 
 GRAPH_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
-ALIGNMENT = 4096
-"""Bytes; a page, so that a runtime can map a weight instead of copying it."""
 EMBEDDED = 4096
 """Constants of at most this many bytes stay in the graph's own file."""
 DTYPES = {"activation": "float32", "float32": "float32", "int64": "int64"}
@@ -72,7 +66,16 @@ def _fixed(layer: int, tensor: TensorSpec) -> StateTensorSpec:
     return StateTensorSpec(layer, tensor.name, ("B", *tensor.shape), DTYPES[tensor.dtype], tensor.fill, False)
 
 
-def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128) -> ir.Model:
+def weight_format(weights: str = "fp32", block: int = BLOCK, lowering: str = "ort") -> WeightFormat:
+    """Return how weights are stored for a lowering.
+
+    Raises:
+        UsageError: No such precision, or no kernel takes such blocks.
+    """
+    return WeightFormat(get_precision(weights, block), block, LOWERINGS[lowering].transposed)
+
+
+def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128, form: WeightFormat = FP32) -> ir.Model:
     """Write the step graph of a model; weights refer to `DATA_FILE`, laid out by `data_layout`.
 
     The residual stream after each layer is named `hidden.LAYER`, for finding where a graph goes wrong.
@@ -81,27 +84,15 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
         spec: The checkpoint.
         lowering: Row of `LOWERINGS`.
         max_chunk: Most tokens of one call.
+        form: How weights are stored, from `weight_format` for this lowering.
     """
     g = Builder()
     lower = LOWERINGS[lowering](g)
     input_ids, position = graph_input("input_ids", "INT64", ("B", "T")), graph_input("position", "INT64", ("B",))
     state = state_tensors(spec)
     past = {t.past: graph_input(t.past, _ONNX[t.dtype], t.shape) for t in state}
-    layout, family = data_layout(spec), get_family(spec.family)
-
-    def weight(name: str) -> ir.Value:
-        offset, shape = layout[name]
-        size = 4 * prod(shape)
-        return g.once(
-            ("weight", name),
-            lambda: g.initializer(
-                ir.ExternalTensor(DATA_FILE, offset, size, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
-            ),
-        )
-
-    def linear(x: ir.Value, name: str) -> ir.Value:
-        bias = [weight(f"{name}.bias")] if f"{name}.bias" in spec.weights else []
-        return g.op("Gemm", x, weight(f"{name}.weight"), *bias, transB=1)
+    family, weights = get_family(spec.family), Weights(g, lower, spec, form)
+    weight, linear = weights.vector, weights.linear
 
     def projections(x: ir.Value, name: str, packed: str, kinds: tuple[str, ...], widths: list[int]) -> list[ir.Value]:
         if not family.packed:
@@ -120,7 +111,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
 
     def head_norm(x: ir.Value, name: str) -> ir.Value:
         """Norm each head, or all of them at once: as the norm is wide."""
-        width = layout[f"{name}.weight"][1][0]
+        width = spec.weights[f"{name}.weight"].shape[0]
         return g.op("Reshape", norm(g.reshape(x, -1, width), name), g.op("Shape", x))
 
     def add(x: ir.Value, residual: ir.Value, name: str | None) -> tuple[ir.Value, ir.Value]:
@@ -136,8 +127,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     activation = getattr(lower, ACTIVATIONS[spec.activation])
     heads = [count * spec.head_dim for count in (spec.q_heads, spec.kv_heads, spec.kv_heads)]
     outputs: dict[str, ir.Value] = {}
-    residual = g.op("Gather", weight("model.embed_tokens.weight"), g.reshape(input_ids, -1))
-    residual = scaled(residual, spec.scaling.embedding)
+    residual = scaled(weights.embed(g.reshape(input_ids, -1)), spec.scaling.embedding)
     norms = [_named(family.norms, i) for i in range(len(spec.mixers))]
     normed = norm(residual, norms[0].before_attention)
     for i, layer in enumerate(spec.mixers):
@@ -165,7 +155,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128)
     normed, residual = add(x, residual, "model.norm")
     residual.name = f"hidden.{len(spec.mixers) - 1}"
     factor, cap = spec.scaling.logits, spec.scaling.logit_cap
-    logits = scaled(linear(normed, "model.embed_tokens" if spec.tied else "lm_head"), factor / (cap or 1))
+    logits = scaled(linear(normed, "lm_head"), factor / (cap or 1))
     if cap is not None:
         logits = scaled(g.op("Tanh", logits), cap)
 
@@ -213,42 +203,12 @@ def _named(norms: Norms, layer: int) -> Norms:
     return Norms(*(name and f"model.layers.{layer}.{name}" for name in norms))
 
 
-def data_layout(spec: ModelSpec) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Return offset in bytes and shape of every weight in `DATA_FILE`: shard after shard, fp32, on page boundaries."""
-    layout, end = {}, 0
-    for name, stored in spec.weights.items():
-        if not name.endswith("rotary_emb.inv_freq") and not (spec.tied and name == "lm_head.weight"):
-            layout[name] = end, stored.shape
-            end = _align(end + 4 * prod(stored.shape))
-    return layout
-
-
-def weight_bytes(spec: ModelSpec) -> int:
-    """Return the bytes of all weights of the graph."""
-    return sum(4 * prod(shape) for _, shape in data_layout(spec).values())
-
-
-def _align(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def write_weights(spec: ModelSpec, directory: Path, advance: Callable[[float], None] = lambda amount: None) -> None:
-    """Stream the weights from the shards into `DATA_FILE` as fp32, a tensor at a time."""
-    from safetensors import safe_open
-
-    with (directory / DATA_FILE).open("wb") as data:
-        for name, (offset, _) in data_layout(spec).items():
-            with safe_open(spec.weights[name].file, framework="pt") as shard:  # numpy knows no bf16
-                array = shard.get_tensor(name).float().numpy()
-            data.seek(offset)
-            data.write(memoryview(array.reshape(-1)).cast("B"))
-            advance(array.nbytes)
-
-
-def write_graph(spec: ModelSpec, directory: Path, *, lowering: str = "ort", max_chunk: int = 128) -> None:
+def write_graph(
+    spec: ModelSpec, directory: Path, *, lowering: str = "ort", max_chunk: int = 128, form: WeightFormat = FP32
+) -> None:
     """Write the graph, and its large constants behind the weights in `DATA_FILE`."""
-    model = build_graph(spec, lowering=lowering, max_chunk=max_chunk)
-    end = max(_align(offset + 4 * prod(shape)) for offset, shape in data_layout(spec).values())
+    model = build_graph(spec, lowering=lowering, max_chunk=max_chunk, form=form)
+    end = max(align(part.offset + part.nbytes) for part in data_layout(spec, form).values())
     with (directory / DATA_FILE).open("r+b") as data:
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
@@ -259,5 +219,5 @@ def write_graph(spec: ModelSpec, directory: Path, *, lowering: str = "ort", max_
             value.const_value = ir.ExternalTensor(
                 DATA_FILE, end, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )
-            end = _align(end + tensor.nbytes)
+            end = align(end + tensor.nbytes)
     ir.save(model, directory / GRAPH_FILE)

@@ -6,12 +6,16 @@ the memory of a layer by our own, same semantics. What the pieces are put togeth
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from ligerexport.exporters.onnx.builder import CONTRIB, OPSET, Builder
+
+FP32_ACTIVATIONS, INT8_ACTIVATIONS = 1, 4
+"""`accuracy_level` of `MatMulNBits`. Left out, codes of 8 bits take a path a hundred times slower."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,30 @@ class Table:
     half: int
 
 
+@dataclass(frozen=True)
+class Blocked:
+    """A quantised matrix `[rows, width]`: blocks of a row share a scale and a zero point.
+
+    Attributes:
+        rows: Outputs of the map, or rows of the embedding.
+        width: Elements of a row.
+        bits: Of a code.
+        block: Elements of a block; the last one of a row may have fewer.
+        view: Returns codes (suffix ""), `_scale` or `_zero_point` as they are stored, or given a shape, or a shape and
+            a type, the same bytes as those.
+    """
+
+    rows: int
+    width: int
+    bits: int
+    block: int
+    view: Callable[..., ir.Value]
+
+    def parts(self) -> list[ir.Value]:
+        """Return codes, scales and zero points as they are stored."""
+        return [self.view(suffix) for suffix in ("", "_scale", "_zero_point")]
+
+
 class Portable:
     """Standard operators only.
 
@@ -31,6 +59,9 @@ class Portable:
     """
 
     native = False
+
+    transposed = True
+    """Whether quantised matrices are stored as `[in, out]`."""
 
     def __init__(self, g: Builder) -> None:
         self.g = g
@@ -82,6 +113,36 @@ class Portable:
         cos, sin = (g.op("Unsqueeze", g.op("Gather", values, row), g.const([1])) for values in (table.cos, table.sin))
         return g.reshape(rotate(g, flat, cos, sin, table.half, d_k), -1, heads, 0, d_k)
 
+    def blocked_linear(self, x: ir.Value, matrix: Blocked, bias: ir.Value | None) -> ir.Value:
+        """Return `x @ matrix^T + bias`, in the form that ONNX Runtime fuses to `MatMulNBits`."""
+        weight = self.g.op("DequantizeLinear", *matrix.parts(), axis=0, block_size=matrix.block)
+        return self.g.op("Gemm", x, weight, *([bias] if bias else []))
+
+    def blocked_rows(self, matrix: Blocked, ids: ir.Value) -> ir.Value:
+        """Return rows `[tokens, width]` of a quantised matrix for ids `[tokens]`.
+
+        Opset 21 gathers no 4-bit integers, so codes are taken out of their bytes, element by element: a matrix that is
+        also multiplied with has one form, in which a row is a column.
+        """
+        g, bits = self.g, matrix.bits
+        column = np.arange(matrix.width)
+        ids = g.op("Unsqueeze", ids, g.const([1]))
+        at, block = (g.op("Add", ids, g.const(x * matrix.rows)) for x in (column, column // matrix.block))
+        count = -(-matrix.width // matrix.block) * matrix.rows
+
+        def codes(suffix: str, size: int, index: ir.Value) -> ir.Value:
+            stored = matrix.view(suffix, (-(-size * bits // 8),), ir.DataType.UINT8)
+            if bits == 8:
+                return g.op("Cast", g.op("Gather", stored, index), to=ir.DataType.FLOAT)
+            byte = g.op("Cast", g.op("Gather", stored, g.op("Div", index, g.const(2))), to=ir.DataType.INT64)
+            high = g.op("Mod", index, g.const(2))
+            divisor = g.op("Add", g.op("Mul", high, g.const(15)), g.const(1))
+            return g.op("Cast", g.op("Mod", g.op("Div", byte, divisor), g.const(16)), to=ir.DataType.FLOAT)
+
+        code = codes("", matrix.width * matrix.rows, at)
+        scale = g.op("Gather", matrix.view("_scale", (count,)), block)
+        return g.op("Mul", g.op("Sub", code, codes("_zero_point", count, block)), scale)
+
     def linear_attention(
         self,
         query: ir.Value,
@@ -101,6 +162,8 @@ class Portable:
 
 class Ort(Portable):
     """Contrib operators of ONNX Runtime, CPU kernels in fp32."""
+
+    transposed = False
 
     def functions(self, kv_heads: int, d_k: int) -> list[ir.Function]:
         """Return the body of `LinearAttention` for runtimes without a kernel for it; for these head counts only."""
@@ -133,6 +196,24 @@ class Ort(Portable):
             return super().rotate_keys(x, table, row, heads, d_k)
         rotated = g.op("RotaryEmbedding", g.reshape(x, -1, 1, 0, d_k), row, table.cos, table.sin, domain=CONTRIB)
         return g.reshape(rotated, -1, heads, 0, d_k)
+
+    def blocked_linear(self, x: ir.Value, matrix: Blocked, bias: ir.Value | None) -> ir.Value:
+        """Return `x @ matrix^T + bias`; x in int8 with a scale for each block, which is what makes it fast."""
+        inputs = [x, *matrix.parts(), *([None, bias] if bias else [])]
+        return self.g.op(
+            "MatMulNBits", *inputs, domain=CONTRIB, K=matrix.width, N=matrix.rows, bits=matrix.bits,
+            block_size=matrix.block, accuracy_level=INT8_ACTIVATIONS,
+        )  # fmt: skip
+
+    def blocked_rows(self, matrix: Blocked, ids: ir.Value) -> ir.Value:
+        """Return rows `[tokens, width]` of a quantised matrix for ids `[tokens]`."""
+        g, padded = self.g, -(-matrix.width // matrix.block) * matrix.block
+        codes = matrix.view("", (matrix.rows, padded * matrix.bits // 8))
+        rows = g.op(
+            "GatherBlockQuantized", codes, ids, matrix.view("_scale"), matrix.view("_zero_point"), domain=CONTRIB,
+            bits=matrix.bits, block_size=matrix.block, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+        return rows if padded == matrix.width else g.slice(rows, 0, matrix.width, 1)
 
     def linear_attention(
         self,

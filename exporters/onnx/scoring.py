@@ -1,6 +1,6 @@
-"""A step graph that answers with the logits of every token of a call, made from an artifact's own graph in memory.
+"""Variants of a step graph, made from an artifact's own graph in memory: weights and state are the artifact's.
 
-Only the choice of the last token before the output projection is left out; weights and state are the artifact's.
+One answers with the logits of every token of a call; in one, products with quantised weights are exact.
 """
 
 from __future__ import annotations
@@ -8,6 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx_ir as ir
+
+from ligerexport.exporters.onnx.lowerings import FP32_ACTIVATIONS
+
+
+def exact_products(graph: Path) -> bytes:
+    """Return the graph with activations left in fp32 where it lets a kernel round them; weights stay beside `graph`."""
+    model = ir.load(graph)
+    for node in model.graph:
+        if "accuracy_level" in node.attributes:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", FP32_ACTIVATIONS)
+    return ir.to_proto(model).SerializeToString()
 
 
 def every_token(graph: Path) -> bytes | None:

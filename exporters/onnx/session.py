@@ -34,6 +34,8 @@ class OnnxSession:
         prepack: Whether to copy the weights into the order that is fastest. Without, they stay mapped from the file:
             less memory, loaded faster, and slower tokens.
         scoring: Whether a call computes the logits of all its tokens, so that `every` need not step.
+        exact: Whether products with quantised weights leave activations in fp32: slower, and for comparing a graph with
+            arithmetic on the same weights. Not together with `scoring`.
 
     Raises:
         ArtifactError: ONNX Runtime does not load the graph, or it is not the one in the manifest.
@@ -50,6 +52,7 @@ class OnnxSession:
         chunk: int | None = None,
         prepack: bool = True,
         scoring: bool = False,
+        exact: bool = False,
     ) -> None:
         manifest = artifact.manifest
         limit = manifest.graph.max_chunk
@@ -61,9 +64,9 @@ class OnnxSession:
             raise UsageError(f"chunk {chunk}", hint=f"this graph takes 1 to {limit} tokens a call")
         if batch < 1 or self.threads < 1:
             raise UsageError(f"batch {batch} and threads {self.threads}", hint="both are at least 1")
-        graph = _scoring_graph(artifact) if scoring else None
-        self._scoring = graph is not None
-        self._session = _open(artifact, self.threads, prepack, graph)
+        graph = _variant(artifact, scoring) if scoring or exact else None
+        self._scoring = scoring and graph is not None
+        self._session = _open(artifact, self.threads, prepack, graph, exact)
         self._fixed = {t: np.full(self._shape(t), t.fill, t.dtype) for t in manifest.state if not t.grows}
         self._growing = {t: self._empty(t) for t in manifest.state if t.grows}
         self._position = np.zeros(batch, np.int64)
@@ -221,15 +224,17 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _scoring_graph(artifact: Artifact) -> bytes | None:
+def _variant(artifact: Artifact, scoring: bool) -> bytes | None:
     try:
-        from ligerexport.exporters.onnx.scoring import every_token
+        from ligerexport.exporters.onnx.scoring import every_token, exact_products
     except ImportError as error:
         raise MissingDependency(error.name or "onnx-ir", extra="onnx") from error
-    return every_token(artifact.graph)
+    return every_token(artifact.graph) if scoring else exact_products(artifact.graph)
 
 
-def _open(artifact: Artifact, threads: int, prepack: bool, graph: bytes | None = None) -> onnxruntime.InferenceSession:
+def _open(
+    artifact: Artifact, threads: int, prepack: bool, graph: bytes | None, exact: bool
+) -> onnxruntime.InferenceSession:
     """Load the graph, or one made from it, and compare it with the manifest."""
     try:
         import onnxruntime
@@ -249,6 +254,8 @@ def _open(artifact: Artifact, threads: int, prepack: bool, graph: bytes | None =
         from ligerexport.exporters.onnx.native import register
 
         register(options, threads)
+    if exact:  # of products that ONNX Runtime fuses itself
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if graph is not None:  # given as bytes it does not know where its weights are
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(artifact.directory)

@@ -15,6 +15,7 @@ from ligerexport.config import DEFAULT_PRESET, PRESETS, RECURRENCES, LigerConfig
 from ligerexport.console import card, format_bytes, progress
 from ligerexport.convert import SHIPPED, WINDOWS, check_score_options
 from ligerexport.errors import UsageError, close_matches
+from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision, get_target
 from ligerexport.gates import GATES
 from ligerexport.memory import SCORES
 
@@ -186,6 +187,8 @@ def build(
         ),
     ] = None,
     max_chunk: Annotated[int, typer.Option(help="Most tokens of one call.")] = 128,
+    weights: Annotated[str, typer.Option(help=f"How weights are stored: {', '.join(WEIGHTS)}.")] = "fp32",
+    block: Annotated[int, typer.Option(help="Weights that share a scale, for int8 and int4.")] = BLOCK,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -199,26 +202,32 @@ def build(
     common.begin(quiet, debug)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars while torch loads; ours say as much
     from ligerexport.artifact import MANIFEST, open_artifact
-    from ligerexport.exporters.targets import get_target
 
     lowering = lowering or get_target(target).lowerings[0]
+    get_precision(weights, block)
     output = model / target if output is None else output
     _check_output(output, force, MANIFEST)
     config = _converted(model)
-    common.announce("build", model=model, target=target, output=output, lowering=lowering, max_chunk=max_chunk)
-    if dry_run:
-        return _finish(json, f"would write {output}", _describe(model, config) | {"path": str(output)}, None)
+    common.announce("build", model=model, target=target, output=output, lowering=lowering, max_chunk=max_chunk,
+                    weights=weights, block=block if get_precision(weights, block).blocked else None)  # fmt: skip
     from ligerexport.exporters.build import build as build_artifact
+    from ligerexport.exporters.build import planned_weight_bytes
 
-    path = Path(build_artifact(model, output, target=target, lowering=lowering, max_chunk=max_chunk, force=force,
-                               progress=progress))  # fmt: skip
+    if dry_run:
+        planned = planned_weight_bytes(model, target=target, lowering=lowering, weights=weights, block=block)
+        plan = _describe(model, config) | {"path": str(output), "weight_bytes": planned}
+        return _finish(json, f"would write {output}", plan, None)
+    path = Path(build_artifact(model, output, target=target, lowering=lowering, max_chunk=max_chunk, weights=weights,
+                               block=block, force=force, progress=progress))  # fmt: skip
     manifest = open_artifact(path, hashes=False).manifest
     facts = {
         "path": str(path),
         "artifact_bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "weight_bytes": manifest.bytes.weights,
         "state_bytes": manifest.bytes.state_per_sequence,
         "kv_cache_larger_from": manifest.crossover,
         "verified": _verdict(manifest.verification),
+        "quality": _cost(manifest.precision, manifest.quality),
     }
     _finish(json, "built and verified", facts, f'ligerexport run {path} "Once upon a time"')
 
@@ -236,6 +245,14 @@ def _converted(model: Path) -> LigerConfig:
     if "liger" not in config:
         raise UsageError(f"{model} is not converted yet", hint=f"ligerexport convert {model} -o liger")
     return LigerConfig.from_dict(config["liger"])
+
+
+def _cost(precision: str, quality: dict[str, Any] | None) -> str | None:
+    """Say what a precision costs on the built-in text."""
+    if quality is None:
+        return None
+    change = quality["nll"] - quality["nll_float32"]
+    return f"{change:+.3f} nats a token by {precision} (KL {quality['kl']:.3f}, {quality['tokens']} tokens)"
 
 
 def _verdict(verification: dict[str, Any]) -> str:

@@ -1,0 +1,73 @@
+"""Products with weights and rows of the embedding, in each precision. What the bytes mean is in `weights.py`."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ligerexport.exporters.onnx.builder import Builder
+from ligerexport.exporters.onnx.lowerings import Blocked, Portable
+from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.onnx.weights import DATA_FILE, Part, WeightFormat, data_layout
+
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+
+
+class Weights:
+    """The weights of a model as initializers of a graph, and what is computed with them.
+
+    Args:
+        g: The graph.
+        lower: Its lowering.
+        spec: The model.
+        form: How weights are stored.
+    """
+
+    def __init__(self, g: Builder, lower: Portable, spec: ModelSpec, form: WeightFormat) -> None:
+        self.g, self.lower, self.spec, self.form = g, lower, spec, form
+        self._layout = data_layout(spec, form)
+
+    def vector(self, name: str) -> ir.Value:
+        """Return a weight that is stored as fp32."""
+        return self._value(name, self._layout[name])
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        """Return `x @ weight^T + bias` of a linear map; x is `[tokens, in]`."""
+        g, weight = self.g, f"{name}.weight"
+        bias = self.vector(f"{name}.bias") if f"{name}.bias" in self.spec.weights else None
+        stored = f"{EMBEDDING}.weight" if name == HEAD and self.spec.tied else weight
+        part = self._layout[stored]
+        if f"{stored}_scale" in self._layout:
+            return self.lower.blocked_linear(x, self._blocked(stored, weight), bias)
+        table = self._value(stored, part)
+        if part.dtype != ir.DataType.FLOAT:  # of a constant: folded when the graph is loaded
+            table = g.op("Cast", table, to=ir.DataType.FLOAT)
+        return g.op("Gemm", x, table, *([bias] if bias else []), transB=1)
+
+    def embed(self, ids: ir.Value) -> ir.Value:
+        """Return rows of the embedding `[tokens, D]` fp32 for ids `[tokens]`."""
+        name = f"{EMBEDDING}.weight"
+        if f"{name}_scale" in self._layout:
+            return self.lower.blocked_rows(self._blocked(name, name), ids)
+        rows = self.g.op("Gather", self._value(name, self._layout[name]), ids)
+        stored = self._layout[name].dtype
+        return rows if stored == ir.DataType.FLOAT else self.g.op("Cast", rows, to=ir.DataType.FLOAT)
+
+    def _value(self, name: str, part: Part) -> ir.Value:
+        def make() -> ir.Value:
+            shape = ir.Shape(part.shape)
+            return self.g.initializer(
+                ir.ExternalTensor(DATA_FILE, part.offset, part.nbytes, part.dtype, shape=shape, name=name)
+            )
+
+        return self.g.once(("weight", name), make)
+
+    def _blocked(self, stored: str, name: str) -> Blocked:
+        """Describe a quantised matrix; its bytes may be initializers of several shapes under several names."""
+
+        def view(suffix: str, shape: tuple[int, ...] | None = None, dtype: ir.DataType | None = None) -> ir.Value:
+            part = self._layout[stored + suffix]
+            return self._value(name + suffix, Part(part.offset, dtype or part.dtype, shape or part.shape))
+
+        rows, width = self.spec.weights[stored].shape
+        return Blocked(rows, width, self.form.bits(self.spec, stored), self.form.block, view)

@@ -1,0 +1,212 @@
+"""Weights of less than fp32: what they stand for, the graphs that compute with them, and what the manifest says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from checkpoints import FORESIGHT, make_checkpoint
+
+import ligerexport as lx
+from ligerexport.artifact import MANIFEST, Artifact, Manifest, open_artifact
+from ligerexport.errors import UsageError, VerificationError
+from ligerexport.exporters import verify
+from ligerexport.exporters.build import build, planned_weight_bytes
+from ligerexport.exporters.onnx import graph as onnx_graph
+from ligerexport.exporters.onnx.graph import weight_format
+from ligerexport.exporters.onnx.quantise import dequantise, pack, quantise, unpack
+from ligerexport.exporters.onnx.session import OnnxSession
+from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
+from ligerexport.exporters.onnx.weights import data_layout, read_matrix, write_weights
+from ligerexport.exporters.targets import WEIGHTS
+
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": {"tie_word_embeddings": True},
+    "odd": {"vocab_size": 133, "hidden_size": 84, "intermediate_size": 75, "family": "qwen2"},
+}
+"""`odd`: untied, with biases, no size a multiple of a block, an odd number of rows and an odd number of blocks."""
+LOWERINGS = ("ort", "portable")
+SMALL = [name for name, row in WEIGHTS.items() if row.bits < 32]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quantised") / request.param
+    return make_checkpoint(path, FORESIGHT, num_hidden_layers=2, **MODELS[request.param])
+
+
+@pytest.mark.parametrize("weights", SMALL)
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_graph_is_torch_with_the_same_weights(checkpoint: Path, tmp_path: Path, lowering: str, weights: str) -> None:
+    """`build` compares logits and state; here is what it says, and that what runs is near what was compared."""
+    path = build(checkpoint, tmp_path / "engine", lowering=lowering, weights=weights)
+    artifact = open_artifact(path)
+    manifest, precision = artifact.manifest, WEIGHTS[weights]
+    assert manifest.verification["passed"] and manifest.verification["max_logit_error"] < 1e-4
+    assert (manifest.precision, manifest.block) == (precision.dtype, 32 if precision.blocked else None)
+    assert manifest.quality is not None
+    assert manifest.quality["tokens"] == 399 and manifest.quality["nll"] != manifest.quality["nll_float32"]
+    assert manifest.bytes.weights == planned_weight_bytes(checkpoint, lowering=lowering, weights=weights)
+    assert manifest.bytes.weights < {16: 0.53, 8: 0.4, 4: 0.36}[precision.bits] * 4 * manifest.model.parameters
+    assert manifest.model.parameters == build_parameters(read_spec(checkpoint))
+    ids = np.random.default_rng(0).integers(0, 131, 10)  # in the window: nothing that rounding can tip over
+    exact = OnnxSession(artifact, exact=True).prefill(ids)
+    found = lx.load(path).prefill(ids)
+    assert np.abs(found - exact).max() <= 0.1 * np.abs(exact).max()
+    np.testing.assert_allclose(OnnxSession(artifact, exact=True, prepack=False).prefill(ids), exact, atol=1e-4)
+
+
+def test_what_costs_most_has_more_bits(tmp_path: Path) -> None:
+    spec = read_spec(make_checkpoint(tmp_path / "model", FORESIGHT, num_hidden_layers=16))
+    form = weight_format("int4")
+    found = {name: form.bits(spec, name) for name in spec.weights}
+    assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == 8
+    assert found["model.norm.weight"] == found["model.layers.3.self_attn.score_proj.weight"] == 32
+    assert {found[f"model.layers.{i}.self_attn.{kind}_proj.weight"] for i in range(16) for kind in "qkvo"} == {8}
+    more = [i for i in range(16) if found[f"model.layers.{i}.mlp.down_proj.weight"] == 8]
+    assert more == [0, 1, 4, 7, 10, 13, 14, 15]
+    assert {found[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(16)} == {4}
+    assert {form.bits(spec, name) for name in found} == {4, 8, 32}
+
+
+def build_parameters(spec: ModelSpec) -> int:
+    return sum(prod(weight.shape) for weight in spec.weights.values())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_products_are_fused(checkpoint: Path, tmp_path: Path, lowering: str, bits: int) -> None:
+    """Every product with a weight but the learned scores', tied or with a bias, becomes ONNX Runtime's own."""
+    spec, form = read_spec(checkpoint), weight_format(f"int{bits}", 32, lowering)
+    write_weights(spec, tmp_path, form)
+    onnx_graph.write_graph(spec, tmp_path, lowering=lowering, form=form)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    import onnx
+
+    nodes = onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node
+    kinds = [node.op_type for node in nodes if node.op_type in ("MatMulNBits", "Gemm", "DequantizeLinear")]
+    assert sorted(kinds) == ["Gemm"] * 2 + ["MatMulNBits"] * (2 * 7 + 1)
+    levels = {a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"}
+    assert levels == {4}
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_a_tied_embedding_is_stored_once(tmp_path: Path, lowering: str) -> None:
+    spec = read_spec(make_checkpoint(tmp_path / "model", FORESIGHT, num_hidden_layers=1, tie_word_embeddings=True))
+    graph = onnx_graph.build_graph(spec, lowering=lowering, form=weight_format("int4", 32, lowering)).graph
+    places: dict[int, list[str]] = {}
+    for name, value in graph.initializers.items():
+        if (offset := getattr(value.const_value, "offset", None)) is not None:
+            places.setdefault(offset, []).append(name)
+    shared = sorted(name for names in places.values() if len(names) > 1 for name in names)
+    suffixes = ("", "_scale", "_zero_point")
+    assert shared == sorted(f"{name}.weight{s}" for name in ("lm_head", "model.embed_tokens") for s in suffixes)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("weights", SMALL)
+def test_what_is_written_is_what_is_read(checkpoint: Path, tmp_path: Path, lowering: str, weights: str) -> None:
+    from safetensors.numpy import load_file
+
+    spec, form = read_spec(checkpoint), weight_format(weights, 16, lowering)
+    write_weights(spec, tmp_path, form)
+    layout, data = data_layout(spec, form), np.fromfile(tmp_path / "model.onnx.data", np.uint8)
+    for name, original in load_file(checkpoint / "model.safetensors").items():
+        if original.ndim == 2 and "score_proj" not in name:
+            found, bits = read_matrix(spec, form, data, name), form.bits(spec, name)
+            if form.precision.blocked:
+                expected = dequantise(quantise(original, bits, 16), original.shape[1])
+            else:
+                expected = original.astype(np.float16).astype(np.float32)
+            np.testing.assert_array_equal(found, expected)
+        else:
+            part = layout[name]
+            np.testing.assert_array_equal(data[part.offset :][: part.nbytes].view(np.float32), original.ravel())
+
+
+def test_quantiser() -> None:
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((300, 100)).astype(np.float32)
+    matrix[0], matrix[1, 40:], matrix[2, 5] = 0, 0, 1000
+    matrix[3] = np.arange(100) % 2
+    for bits, limit in ((4, 0.08), (8, 0.006)):
+        blocks = quantise(matrix, bits, 32)
+        found = dequantise(blocks, 100)
+        assert found.shape == matrix.shape and np.isfinite(found).all()
+        assert np.linalg.norm((found - matrix)[4:]) < limit * np.linalg.norm(matrix[4:])
+        assert not found[0].any() and not found[1, 64:].any()
+        np.testing.assert_allclose(found[3], matrix[3], atol=1e-6)
+        assert abs(found[2, 5] - 1000) < 1
+        assert not dequantise(blocks, 128)[:, 100:].any()
+        np.testing.assert_array_equal(unpack(pack(blocks.codes[:, :99], bits), bits, 99), blocks.codes[:, :99])
+
+
+def broken(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any) -> str:
+    """Plant a fault between writing and verification; return what `build` says."""
+    write = onnx_graph.write_graph
+
+    def plant(spec: ModelSpec, directory: Path, **options: Any) -> None:
+        write(fault(spec, directory, options["form"]), directory, **options)
+
+    monkeypatch.setattr(onnx_graph, "write_graph", plant)
+    with pytest.raises(VerificationError) as caught:
+        build(checkpoint, tmp_path / "engine", weights="int4")
+    assert not list(tmp_path.iterdir())
+    return caught.value.message
+
+
+def test_wrong_weights_are_not_taken_for_rounded_ones(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(spec: ModelSpec, directory: Path, form: Any) -> ModelSpec:
+        part = data_layout(spec, form)["model.layers.1.self_attn.k_proj.weight_scale"]
+        data = np.memmap(directory / onnx_graph.DATA_FILE, mode="r+")
+        data[part.offset : part.offset + part.nbytes].view(np.float32).reshape(part.shape)[3] *= -1
+        data.flush()
+        return spec
+
+    message = broken(checkpoint, tmp_path, monkeypatch, fault)
+    assert "model.layers.1.self_attn.k_proj.weight" in message and "row 3" in message
+
+
+def test_a_fault_of_the_graph_is_not_taken_for_rounding(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = broken(checkpoint, tmp_path, monkeypatch, lambda spec, *_: replace(spec, norm_eps=1e-3))
+    assert "layer 0 is the first that differs" in message
+
+
+def test_refusals(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown precision of weights 'int44'") as caught:
+        build(checkpoint, tmp_path / "a", weights="int44")
+    assert caught.value.hint is not None and "int4" in caught.value.hint
+    with pytest.raises(UsageError, match="block 48") as caught:
+        build(checkpoint, tmp_path / "a", weights="int4", block=48)
+    assert caught.value.hint == "choose from 16, 32, 64, 128, 256"
+    assert not (tmp_path / "a").exists()
+
+
+def test_older_artifacts_and_states(checkpoint: Path, tmp_path: Path) -> None:
+    """A manifest without the newer fields is read, and a state belongs to the weights that made it."""
+    path = build(checkpoint, tmp_path / "engine", verify=False)
+    data = json.loads((path / MANIFEST).read_text())
+    fingerprint = open_artifact(path).manifest.fingerprint
+    del data["block"], data["quality"]
+    (path / MANIFEST).write_text(json.dumps(data))
+    old = open_artifact(path).manifest
+    assert old.block is None and old.quality is None and old.fingerprint == fingerprint
+    quantised = replace(old, precision="int4", block=32)
+    assert len({m.fingerprint for m in (old, quantised, replace(quantised, block=64))}) == 3
+    assert Manifest.from_dict(quantised.to_dict()) == quantised
+    assert isinstance(Artifact(path, quantised).graph, Path) and set(verify.TOLERANCES) == {
+        row.dtype for row in WEIGHTS.values()
+    }
