@@ -16,7 +16,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
-    "README.md", "docs/concepts/memory.md", "docs/concepts/kernels.md", "docs/guides/recover.md", "docs/verified.md",
+    "README.md", "docs/concepts/memory.md", "docs/concepts/kernels.md", "docs/guides/recover.md",
+    "docs/guides/quantise.md", "docs/verified.md",
 )  # fmt: skip
 
 
@@ -94,6 +95,20 @@ def build() -> str:
         for row in data["rows"]
     )
     return table(["lowering", "build and verify", "peak resident", "times the weights"], rows)
+
+
+def quantised() -> str:
+    """Weights of less than fp32."""
+    lines = []
+    for row in result("quantised")["rows"]:
+        prompt = row["prompt_tokens_per_second"]
+        lines.append(
+            [row["name"], f"{row['bytes'] / 1e6:.0f} MB", f"{row['nll_mean']:.3f}",
+             f"{row['nll_change']:+.3f} ± {row['nll_change_error']:.3f}", f"{row['ms_per_token']:.1f} ms",
+             *(f"{prompt[chunk]:.0f}" for chunk in ("64", "128"))]
+        )  # fmt: skip
+    header = ["weights", "bytes", "nats a token", "against fp32", "a token", "prompt tokens/s, 64 a call", "128 a call"]
+    return table(header, lines)
 
 
 def sweep() -> str:
@@ -289,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": linear, "linear_profile": linear_profile, "linear_memory": linear_memory,
     "linear_softmax": linear_softmax, "memory_kernel": memory_kernel, "step": step, "first_result": first_result,
     "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
+    "quantised": quantised,
 }  # fmt: skip
 
 
