@@ -61,9 +61,8 @@ def bounded_memory(
             f"pool{i}_by_value": int(score.by_value), f"pool{i}_horizon": float(score.horizon or 0),
             f"pool{i}_first_distance": score.first_distance(config.window) if received else 0,
         }  # fmt: skip
-    names = [*SLOTS, *(EVICTED if config.evicts else ())]
-    state = {name: past.get(name) for name in (*SLOTS, *EVICTED)} if config.evicts else {x: past.get(x) for x in SLOTS}
-    tensors = [*projected, frame.position, keys.cos, keys.sin, *(state[name] for name in SLOTS), arrival]
-    tensors += [turn, *(state[name] for name in EVICTED)] if config.evicts else []
+    names = (*SLOTS, *(EVICTED if config.evicts else ()))
+    tensors = [*projected, frame.position, keys.cos, keys.sin, *(past.get(name) for name in SLOTS), arrival]
+    tensors += [turn, *(past[name] for name in EVICTED)] if config.evicts else []
     mixed, *present = frame.g.op("BoundedMemory", *tensors, outputs=1 + len(names), domain=DOMAIN, **attributes)
-    return mixed, {name: new for name, new in zip(names, present, strict=True) if state[name] is not None}
+    return mixed, {name: new for name, new in zip(names, present, strict=True) if name in past}
