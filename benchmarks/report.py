@@ -190,6 +190,15 @@ def layers() -> str:
     return table(["softmax in layers", "divergence, nats", "once, 2,048", "its NLL, nats"], rows)
 
 
+def native() -> str:
+    """Decode by lowering and precision."""
+    rows = []
+    for name, cells in result("native")["artifacts"].items():
+        texts = [f"{x['ms_per_token']:.1f} ms ({x['ms_low']:.1f}-{x['ms_high']:.1f})" for x in cells]
+        rows.append([name, *texts, f"{cells[0]['rss'] / 1e6:.0f} MB"])
+    return table(["lowering, weights", "128", "1,024", "resident"], rows)
+
+
 def _ms(cell: dict[str, float]) -> str:
     """Median and spread in milliseconds."""
     return f"{cell['ms']:.3f} ({cell['low']:.3f}-{cell['high']:.3f})"
@@ -304,7 +313,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": linear, "linear_profile": linear_profile, "linear_memory": linear_memory,
     "linear_softmax": linear_softmax, "memory_kernel": memory_kernel, "step": step, "first_result": first_result,
     "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
-    "quantised": quantised,
+    "quantised": quantised, "native": native,
 }  # fmt: skip
 
 
