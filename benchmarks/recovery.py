@@ -75,10 +75,19 @@ def deep(window: int, use: int, learned: int, few: tuple[int, int, int]) -> dict
 
 DEEP = deep(34, 14, 18, (244, 112, 144))  # 3,836 slots in 30 layers, 128 in each would be 3,840
 DEEP_DOUBLE = deep(60, 28, 36, (496, 220, 304))  # 7,424; 256 in each would be 7,680
+SPREAD = Path(__file__).parent / "results" / "spread.json"
+
+
+def spread(slots: int) -> dict[str, Any]:
+    """Return the memory of so many slots a layer, on average, that spread.py chose; nothing before it has run."""
+    return json.loads(SPREAD.read_text())["chosen"][str(slots)] if SPREAD.is_file() else {}
+
+
 MIXED = {"recurrence_weight": 0.1}
 LONG = {"length": 2048, "batch_tokens": 16384}
 WIDE = {**LONG, "rank": 16, "alpha": 16.0, "targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
 MOST = {**WIDE, "tokens": 10_000_000}
+ALL = {**WIDE, "tokens": 20_000_000}
 FULL = {"rank": 576, "alpha": 576.0}  # every update that a projection can have
 
 ROWS: dict[str, Row] = {
@@ -113,6 +122,12 @@ ROWS: dict[str, Row] = {
     "deep, distill, 10M": Row("evicted", DEEP, "distill", MOST, controls=("no-recurrence",)),
     "deep with 256 slots, untrained": Row("evicted", DEEP_DOUBLE, controls=("no-recurrence",)),
     "deep with 256 slots, distill": Row("evicted", DEEP_DOUBLE, "distill", WIDE, controls=("no-recurrence",)),
+    "spread, untrained": Row("evicted", spread(128), controls=("no-recurrence",)),
+    "spread, distill": Row("evicted", spread(128), "distill", WIDE, controls=("no-recurrence",)),
+    "spread, distill, 20M": Row("evicted", spread(128), "distill", ALL, controls=("no-recurrence", "random-judge")),
+    "spread over 256 slots, untrained": Row("evicted", spread(256), controls=("no-recurrence",)),
+    "spread over 256 slots, distill": Row("evicted", spread(256), "distill", WIDE, controls=("no-recurrence",)),
+    "spread over 256 slots, distill, 10M": Row("evicted", spread(256), "distill", MOST, controls=("no-recurrence",)),
     "hybrid, untrained": Row("evicted", HYBRID, controls=("no-recurrence",)),
     "hybrid, distill": Row("evicted", HYBRID, "distill", WIDE, controls=("no-recurrence",)),
 }
@@ -178,16 +193,17 @@ def _measure(name: str, row: Row, args: argparse.Namespace, place: Path) -> dict
     model = lx.convert(args.model, place / "converted", preset=row.preset, progress=progress, **fitted, **row.changes)
     found: dict[str, Any] = {"preset": row.preset, "changes": row.changes, "recipe": row.recipe}
     if row.recipe is not None:
-        start = time.perf_counter()
         settings = {"tokens": args.tokens, "dtype": args.dtype, **row.settings}
-        adapters = args.adapters or place / "adapters"
-        adapters.mkdir(parents=True, exist_ok=True)
-        adapter = lx.recover(
-            model, args.chats, adapters / re.sub(r"\W+", "-", name), recipe=row.recipe, merge=False, force=True,
-            progress=progress, **settings,
-        )  # fmt: skip
+        found["settings"] = settings
+        adapter = (args.adapters or place / "adapters") / re.sub(r"\W+", "-", name)
+        if not (adapter / RECORD).is_file():
+            adapter.parent.mkdir(parents=True, exist_ok=True)
+            start = time.perf_counter()
+            lx.recover(
+                model, args.chats, adapter, recipe=row.recipe, merge=False, force=True, progress=progress, **settings
+            )
+            found["seconds"] = time.perf_counter() - start
         model = merge_adapter(model, adapter, place / "recovered")
-        found |= {"settings": settings, "seconds": time.perf_counter() - start}
         record = json.loads((adapter / RECORD).read_text())
         found |= {key: record[key] for key in ("final_loss", "tokens", "samples")}
         torch.cuda.empty_cache()  # other rows may run beside this one
@@ -206,7 +222,9 @@ def main() -> None:
     parser.add_argument("--task-data", type=Path, help="their data sets, for a machine without a network")
     parser.add_argument("--limit", type=int, help="questions of each task; all by default")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--adapters", type=Path, help="where what was trained is kept; nowhere by default")
+    parser.add_argument(
+        "--adapters", type=Path, help="where what was trained is kept, and found again; nowhere by default"
+    )
     parser.add_argument("--only", nargs="*", help="rows to measure; all by default")
     parser.add_argument("--tokens", type=int, default=3_000_000)
     parser.add_argument("--dtype", default="bf16")

@@ -105,7 +105,7 @@ def recover(
             if merge:
                 write_merged(stage, info, tensors, config.alpha / config.rank, record, progress)
             else:
-                write_adapter(stage, tensors, lora, record)
+                write_adapter(stage, tensors, lora, record | {"liger": info.config["liger"]})
             write_report(stage, record, trainer.history)
         shutil.rmtree(states, ignore_errors=True)
     group.wait()
