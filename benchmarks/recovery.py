@@ -87,13 +87,14 @@ MIXED = {"recurrence_weight": 0.1}
 LONG = {"length": 2048, "batch_tokens": 16384}
 WIDE = {**LONG, "rank": 16, "alpha": 16.0, "targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
 MOST = {**WIDE, "tokens": 10_000_000}
-ALL = {**WIDE, "tokens": 20_000_000}
 FULL = {"rank": 576, "alpha": 576.0}  # every update that a projection can have
 
 ROWS: dict[str, Row] = {
     "window, untrained": Row("sinks", WINDOW),
     "window, distill": Row("sinks", WINDOW, "distill"),
     "window, paper": Row("sinks", WINDOW, "paper"),
+    "window, blend": Row("sinks", WINDOW, "blend", WIDE),
+    "Transformer, paper": Row("sinks", {"keep_softmax": tuple(range(30))}, "paper"),
     "liger, untrained": Row("liger"),
     "liger, paper": Row("liger", {}, "paper"),
     "liger with hgrn2, paper": Row("liger", {"gate": "hgrn2"}, "paper"),
@@ -124,9 +125,12 @@ ROWS: dict[str, Row] = {
     "deep with 256 slots, distill": Row("evicted", DEEP_DOUBLE, "distill", WIDE, controls=("no-recurrence",)),
     "spread, untrained": Row("evicted", spread(128), controls=("no-recurrence",)),
     "spread, distill": Row("evicted", spread(128), "distill", WIDE, controls=("no-recurrence",)),
-    "spread, distill, 20M": Row("evicted", spread(128), "distill", ALL, controls=("no-recurrence", "random-judge")),
+    "spread, distill, 10M": Row("evicted", spread(128), "distill", MOST, controls=("no-recurrence",)),
+    "spread, paper": Row("evicted", spread(128), "paper", controls=("no-recurrence",)),
+    "spread, blend": Row("evicted", spread(128), "blend", WIDE, controls=("no-recurrence",)),
     "spread over 256 slots, untrained": Row("evicted", spread(256), controls=("no-recurrence",)),
     "spread over 256 slots, distill": Row("evicted", spread(256), "distill", WIDE, controls=("no-recurrence",)),
+    "spread over 256 slots, blend": Row("evicted", spread(256), "blend", WIDE, controls=("no-recurrence",)),
     "spread over 256 slots, distill, 10M": Row("evicted", spread(256), "distill", MOST, controls=("no-recurrence",)),
     "hybrid, untrained": Row("evicted", HYBRID, controls=("no-recurrence",)),
     "hybrid, distill": Row("evicted", HYBRID, "distill", WIDE, controls=("no-recurrence",)),

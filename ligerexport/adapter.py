@@ -27,7 +27,6 @@ RECORD = "recovery.json"
 """In every result; tells it from other directories."""
 RECOVERY = "liger_recovery"
 """Key of config.json under which a recovered checkpoint says how it was made."""
-_VOLATILE = ("transformers_version", "liger_source", RECOVERY, "_name_or_path", "dtype", "torch_dtype")
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -45,20 +44,44 @@ def check_student(path: str | Path) -> CheckpointInfo:
 
 
 def model_id(info: CheckpointInfo) -> str:
-    """Return a digest of what an adapter fits: configuration, conversion, and the last norm of these very weights.
+    """Return a digest of what an adapter fits: the conversion, the layers' shapes, and some of these very weights.
 
-    Settings that have their default value do not count, so that a later version may have more of them.
+    What differs between versions that wrote the same model does not count: other keys of config.json, settings of the
+    conversion that have their default value, dtypes.
     """
     from safetensors import safe_open
 
     default = LigerConfig().to_dict()
-    liger = {k: v for k, v in LigerConfig.from_dict(info.config["liger"]).to_dict().items() if v != default[k]}
-    facts = {k: v for k, v in info.config.items() if k not in _VOLATILE} | {"liger": liger}
+    facts = {
+        "model_type": info.config["model_type"],
+        "liger": {k: v for k, v in LigerConfig.from_dict(info.config["liger"]).to_dict().items() if v != default[k]},
+        "scores": (info.config.get("liger_scores") or {}).get("sha256"),
+        "layers": {name: list(tensor.shape) for name, tensor in info.tensors.items() if ".layers." in name},
+    }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name in sorted(name for name in info.tensors if name.endswith(".norm.weight") and ".layers." not in name):
+    for name in sorted(name for name in info.tensors if name.endswith((".norm.weight", ".embed_tokens.weight"))):
         with safe_open(info.tensors[name].file, "pt") as file:
-            digest.update(file.get_tensor(name).float().numpy().tobytes())
+            digest.update(file.get_slice(name)[slice(None) if ".norm." in name else slice(1)].float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def read_record(adapter: Path) -> dict[str, Any]:
+    """Return what an adapter says of how it was made; under `liger` the conversion that it was trained on.
+
+    Raises:
+        CheckpointError: It is no adapter of a recovery.
+    """
+    try:
+        record = json.loads((adapter / RECORD).read_text(encoding="utf-8"))
+        return record | {"liger": dict(record["liger"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _no_adapter(adapter, error) from None
+
+
+def _no_adapter(adapter: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{adapter} is no adapter of a recovery ({error})", hint="give what `recover --adapter` wrote"
+    )
 
 
 def check_adapter(record: dict[str, Any], info: CheckpointInfo) -> None:
@@ -130,14 +153,12 @@ def write_recovered(stage: Path, info: CheckpointInfo, adapter: Path, progress: 
     """
     from safetensors.torch import load_file
 
+    record = read_record(adapter)
     try:
-        record = json.loads((adapter / RECORD).read_text(encoding="utf-8"))
         settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         tensors, scale = load_file(adapter / ADAPTER), settings["lora_alpha"] / settings["r"]
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{adapter} is no adapter of a recovery ({error})", hint="give what `recover --adapter` wrote"
-        ) from None
+        raise _no_adapter(adapter, error) from None
     check_adapter(record, info)
     write_merged(stage, info, {name.removeprefix(_PEFT_PREFIX): x for name, x in tensors.items()}, scale, record,
                  progress)  # fmt: skip

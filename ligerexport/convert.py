@@ -38,13 +38,14 @@ _SINGLE = "model.safetensors"
 
 SHIPPED = "shipped"
 """Name of the adapter that ships with a built-in model."""
+_ADAPTERS = Path(__file__).parent / "adapters"
 
 
 def convert(
     model: str | Path,
     output: str | Path,
     *,
-    preset: str = DEFAULT_PRESET,
+    preset: str | None = None,
     calibrate: Sequence[str | Path] | None = None,
     scores: str | Path | None = None,
     windows: int = WINDOWS,
@@ -62,7 +63,7 @@ def convert(
     Args:
         model: A directory, a hub id or a built-in model.
         output: Directory to write.
-        preset: Row of `PRESETS`.
+        preset: Row of `PRESETS`; None is the default, or with an adapter and no changes what that was trained on.
         calibrate: Text files, or directories of them, to fit the learned score on; runs the Transformer over them.
         scores: Safetensors file of scores that were fitted before.
         windows: Windows of text that a fit reads.
@@ -81,7 +82,7 @@ def convert(
         CheckpointError: It is incomplete, damaged, or of a family that is not supported; or the adapter is another
             conversion's.
     """
-    liger = get_preset(preset, **changes)
+    liger = choose_conversion(model, preset, adapter, changes)
     texts = check_score_options(liger, calibrate, scores, windows)
     _check_output(Path(output))
     source = resolve(model, progress=progress)
@@ -110,6 +111,25 @@ def convert(
     return Path(output)
 
 
+def choose_conversion(
+    model: str | Path, preset: str | None, adapter: str | Path | None, changes: Mapping[str, Any]
+) -> LigerConfig:
+    """Return the conversion that the options of `convert` ask for.
+
+    Raises:
+        UsageError: A setting makes no sense, or no adapter ships for this model.
+        CheckpointError: The adapter is none.
+    """
+    from ligerexport.adapter import read_record
+
+    if adapter is None or preset is not None or any(value is not None for value in changes.values()):
+        return get_preset(preset or DEFAULT_PRESET, **changes)
+    if adapter == SHIPPED and model not in BUILTIN_MODELS:
+        raise _none_ships(str(model))
+    place = _ADAPTERS / str(model) if adapter == SHIPPED else Path(adapter).expanduser()
+    return LigerConfig.from_dict(read_record(place)["liger"])
+
+
 def check_score_options(
     liger: LigerConfig, calibrate: Sequence[str | Path] | None, scores: str | Path | None, windows: int = WINDOWS
 ) -> list[Path]:
@@ -134,27 +154,30 @@ def check_score_options(
 
 def packaged_scores(source: Source) -> Path | None:
     """Return the scores that ship with this package for a built-in model; None where there are none."""
-    return _packaged(source, f"scores/{source.name}.safetensors")
+    return _packaged(source, Path(__file__).parent / "scores" / f"{source.name}.safetensors")
 
 
-def _packaged(source: Source, name: str) -> Path | None:
+def _packaged(source: Source, path: Path) -> Path | None:
     builtin = BUILTIN_MODELS.get(source.name)
     if builtin is None or source.revision != builtin.requirement:  # a directory may have that name too
         return None
-    path = Path(__file__).parent / name
     return path if path.exists() else None
 
 
 def _find_adapter(source: Source, adapter: str | Path) -> Path:
     if adapter != SHIPPED:
         return Path(adapter).expanduser()
-    found = _packaged(source, f"adapters/{source.name}")
+    found = _packaged(source, _ADAPTERS / source.name)
     if found is None:
-        raise UsageError(
-            f"no adapter ships for {source.name}",
-            hint="convert it without, then train one: ligerexport recover LIGER --data FILE --adapter",
-        )
+        raise _none_ships(source.name)
     return found
+
+
+def _none_ships(name: str) -> UsageError:
+    return UsageError(
+        f"no adapter ships for {name}",
+        hint="convert it without, then train one: ligerexport recover LIGER --data FILE --adapter",
+    )
 
 
 def _find_scores(

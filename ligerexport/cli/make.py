@@ -11,9 +11,9 @@ import typer
 
 from ligerexport.cli import common
 from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
-from ligerexport.config import DEFAULT_PRESET, PRESETS, RECURRENCES, LigerConfig, get_preset
+from ligerexport.config import DEFAULT_PRESET, PRESETS, RECURRENCES, LigerConfig
 from ligerexport.console import card, format_bytes, progress
-from ligerexport.convert import SHIPPED, WINDOWS, check_score_options
+from ligerexport.convert import SHIPPED, WINDOWS, check_score_options, choose_conversion
 from ligerexport.errors import UsageError, close_matches
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision, get_target
 from ligerexport.gates import GATES
@@ -23,7 +23,10 @@ from ligerexport.memory import SCORES
 def convert(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or a built-in model such as smollm2-135m.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
-    preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")] = DEFAULT_PRESET,
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"One of: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}, or the adapter's conversion."),
+    ] = None,
     gate: Annotated[str | None, typer.Option(help=f"One of: {', '.join(GATES)}.")] = None,
     sinks: Annotated[int | None, typer.Option(help="First tokens kept exactly for ever.")] = None,
     window: Annotated[int | None, typer.Option(help="Most recent tokens kept exactly.")] = None,
@@ -75,7 +78,7 @@ def convert(
         "layer_memory": common.parse_layer_memory(layer_memory),
         "keep_softmax": common.parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
-    config = get_preset(preset, **changes)
+    config = choose_conversion(model, preset, adapter, changes)
     texts = check_score_options(config, calibrate, scores, windows)
     if output.resolve() == Path(model).expanduser().resolve():
         raise UsageError(f"{output} is the model itself", hint="choose another place with -o")

@@ -96,6 +96,14 @@ RECIPES: dict[str, Recipe] = {
         ),
         "align each layer's attention output with the Transformer's, then follow its predictions",
     ),
+    "blend": Recipe(
+        (
+            Phase("align", share=0.25, answers=False),
+            Phase("follow", share=0.25, answers=False),
+            Phase("next_token", share=0.50),
+        ),
+        "align, follow, then next-token prediction on the answers",
+    ),
     "paper": Recipe(
         (Phase("next_token"),),
         "the paper: next-token prediction on the answers, constant rate",
