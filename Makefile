@@ -45,7 +45,7 @@ run: build/smollm2-onnx/manifest.json ## Write text with the artifact.
 
 # The verbs write a whole directory or nothing, so one file of it stands for all.
 build/smollm2-liger/config.json: $(READY) $(SOURCES)
-	$(BIN)/ligerexport convert smollm2-135m --preset foresight -o build/smollm2-liger --force
+	$(BIN)/ligerexport convert smollm2-135m --adapter shipped -o build/smollm2-liger --force
 
 build/smollm2-onnx/manifest.json: build/smollm2-liger/config.json
 	$(BIN)/ligerexport build build/smollm2-liger --target onnx -o build/smollm2-onnx --force

@@ -169,6 +169,53 @@ def _recovered(wanted: Callable[[str, Any], bool]) -> str:
     )  # fmt: skip
 
 
+def kept() -> str:
+    """The adapter that ships: its model, the Transformer and the control."""
+    rows = result("recovery")["rows"]
+    names = {
+        "the Transformer": "teacher",
+        "the same, after the same chats": "Transformer, paper",
+        "ours, trained": "spread, blend",
+        "ours, untrained": "spread, untrained",
+        "window of 128, the same training": "window, blend",
+        "window of 128, untrained": "window, untrained",
+    }
+    return table(
+        ["", "prose, 4,096", "chats, 2,048", "once, 512", "once, 1,024", "once, 4,096", "4 keys, 1,024", "copy, 1,024"],
+        [[title, f"{found['nll']['mean']['mean']:.3f}", f"{rows[name]['chats']['model']['nll']['mean']['mean']:.3f}",
+          *(f"{found['once'][d]['mean']:.2f}" for d in ("512", "1024", "4096")),
+          *(f"{found[part]['1024']['mean']:.2f}" for part in ("keys_4", "copy"))]
+         for title, name in names.items() for found in [rows[name]["tables"]["model"]]],
+    )  # fmt: skip
+
+
+def shares() -> str:
+    """Slots of the layers, as shared out."""
+    chosen = result("spread")["chosen"]
+    layers = range(len(result("spread")["measured"][0]["layers"]))
+    lines = []
+    for slots, memory in chosen.items():
+        single = {layer: (window, pools) for layer, window, pools in memory["layer_memory"]}
+        totals = [4 + window + sum(count for _, count in pools) for window, pools in (
+            single.get(layer, (memory["window"], memory["slots"])) for layer in layers)]  # fmt: skip
+        lines.append([slots, *(", ".join(str(i) for i in layers if totals[i] == size) for size in SIZES)])
+    return table(["slots a layer on average", *(f"{size} in layers" for size in SIZES)], lines)
+
+
+SIZES = (40, 64, 128, 256, 512)
+
+
+def mmlu() -> str:
+    """MMLU of a larger model."""
+    rows = {name: row["mmlu acc"] for name, row in result("mmlu")["rows"].items()}
+    best = next(iter(rows.values()))["mean"] - 0.25
+    return table(
+        ["Qwen2.5-Coder-1.5B-Instruct", "MMLU, 5 examples", "share of the Transformer above chance"],
+        [[name, f"{x['mean']:.3f} ± {x['stderr']:.3f}", f"{(x['mean'] - 0.25) / best:.2f} ± {x['stderr'] / best:.2f}"]
+         for name, x in rows.items()],
+    )  # fmt: skip
+
+
 def tasks() -> str:
     """Short tasks of lm-eval."""
     rows = [(name, row["tables"]["model"]["tasks"]) for name, row in result("recovery")["rows"].items()
@@ -313,7 +360,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": linear, "linear_profile": linear_profile, "linear_memory": linear_memory,
     "linear_softmax": linear_softmax, "memory_kernel": memory_kernel, "step": step, "first_result": first_result,
     "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
-    "quantised": quantised, "native": native,
+    "quantised": quantised, "native": native, "kept": kept, "shares": shares, "mmlu": mmlu,
 }  # fmt: skip
 
 

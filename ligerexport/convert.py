@@ -125,7 +125,7 @@ def choose_conversion(
     if adapter is None or preset is not None or any(value is not None for value in changes.values()):
         return get_preset(preset or DEFAULT_PRESET, **changes)
     if adapter == SHIPPED and model not in BUILTIN_MODELS:
-        raise _none_ships(str(model))
+        raise _none_ships(Path(model).name)
     place = _ADAPTERS / str(model) if adapter == SHIPPED else Path(adapter).expanduser()
     return LigerConfig.from_dict(read_record(place)["liger"])
 

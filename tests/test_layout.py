@@ -154,7 +154,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_module_once(wheel: Path) -> None:
     expected = {f"ligerexport/{name.replace('.', '/')}.py" for name, _ in modules()}
     expected |= {"ligerexport/__init__.py", "ligerexport/py.typed"}
-    expected |= {f"ligerexport/scores/{file.name}" for file in (PACKAGE / "scores").glob("*.safetensors")}
+    data = [*(PACKAGE / "scores").glob("*.safetensors"), *(PACKAGE / "adapters").glob("*/*")]
+    expected |= {f"ligerexport/{file.relative_to(PACKAGE)}" for file in data}
     native = (ROOT / "exporters" / "onnx" / "native").iterdir()
     expected |= {f"ligerexport/exporters/onnx/native/{file.name}" for file in native if file.suffix in (".h", ".cc")}
     with zipfile.ZipFile(wheel) as archive:

@@ -103,3 +103,14 @@ def test_kernels_give_the_logits_of_plain_torch(smollm2: Path, prompt: np.ndarra
     truth, found = results
     assert (found - truth).norm() <= MODEL_FP32 * truth.norm()
     assert (found.argmax(-1) == truth.argmax(-1)).double().mean() > 0.99
+
+
+def test_the_shipped_adapter_fits_and_helps(smollm2: Path, tmp_path: Path) -> None:
+    ids = torch.tensor(AutoTokenizer.from_pretrained(smollm2)(PROMPT).input_ids)[None]
+
+    def nll(**options: str) -> float:
+        model = load_model(lx.convert("smollm2-135m", tmp_path / "liger", force=True, **options)).eval()
+        with torch.inference_mode():
+            return float(model(ids, labels=ids, use_cache=False).loss)
+
+    assert nll(adapter="shipped") < nll(preset="foresight") - 0.1

@@ -114,7 +114,7 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 
-DEFAULT_RECIPE = "distill"
+DEFAULT_RECIPE = "blend"
 
 
 def get_recipe(name: str) -> Recipe:
