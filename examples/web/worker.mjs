@@ -28,6 +28,7 @@ async function load(backend) {
     optional("config.json"),
     ort.InferenceSession.create(ARTIFACT + graph, {
       executionProviders: [backend],
+      extra: { session: { disable_quant_qdq: "1" } },
       externalData: weights.map((path) => ({ path, data: ARTIFACT + path })),
     }),
   ]);
