@@ -64,7 +64,7 @@ def liger_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("cpp")
     options = [f"-DORT_HOME={os.environ.get('ORT_HOME', made)}"]
     if "ORT_HOME" not in os.environ:
-        package = Path(find_spec("onnxruntime").origin).parent  # type: ignore[union-attr, arg-type]
+        package = Path(find_spec("onnxruntime").origin).parent
         library = next(package.glob("capi/libonnxruntime.so.1*"), None)
         if library is None:
             pytest.skip("needs ONNX Runtime's shared library: set ORT_HOME")
@@ -73,7 +73,9 @@ def liger_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (made / "lib" / name).symlink_to(library)
         options.append(f"-DORT_INCLUDE={ROOT / 'tests' / 'ort'}")
     configured = subprocess.run(
-        ["cmake", "-S", EXAMPLES / "cpp", "-B", made / "build", *options], capture_output=True, text=True
+        ["cmake", "-S", EXAMPLES / "cpp", "-B", made / "build", "-DCMAKE_BUILD_TYPE=Debug", *options],
+        capture_output=True,
+        text=True,
     )
     for library, package in (("ICU", "libicu-dev"), ("nlohmann_json", "nlohmann-json3-dev")):
         if configured.returncode and f"Find{library}" in configured.stderr + configured.stdout:
@@ -132,7 +134,7 @@ class Page:
 
     def __init__(self, browser: Any, artifact: Path) -> None:
         sys.path.insert(0, str(EXAMPLES / "web"))
-        from serve import Handler, server  # type: ignore[import-not-found]
+        from serve import Handler, server
 
         Handler.log_message = lambda *_: None
         self.server = server(artifact)

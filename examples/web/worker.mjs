@@ -28,7 +28,8 @@ async function load(backend) {
     optional("config.json"),
     ort.InferenceSession.create(ARTIFACT + graph, {
       executionProviders: [backend],
-      extra: { session: { disable_quant_qdq: "1" } },
+      // WebAssembly has no fast products with 4-bit weights: make them fp32 while loading (lowering `portable`).
+      extra: { session: { disable_quant_qdq: backend === "wasm" ? "1" : "0" } },
       externalData: weights.map((path) => ({ path, data: ARTIFACT + path })),
     }),
   ]);
