@@ -22,7 +22,7 @@ export class Session {
     const arrays = { float32: Float32Array, int64: BigInt64Array };
     this.position = 0;
     this.state = new Map();
-    for (const { past, shape, dtype, fill, grows } of this.manifest.state) {
+    for (const { past, shape, dtype, fill } of this.manifest.state) {
       const sizes = shape.map((size) => ({ B: 1, P: 0 })[size] ?? size);
       const array = new arrays[dtype](sizes.reduce((a, b) => a * b, 1));
       array.fill(dtype === "int64" ? BigInt(fill) : fill);
