@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 SOURCES = $(shell find ligerexport kernels exporters -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart convert build run test lint typecheck pytest dist clean
+.PHONY: help setup quickstart convert build run examples test lint typecheck pytest dist clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -49,6 +49,10 @@ build/smollm2-liger/config.json: $(READY) $(SOURCES)
 
 build/smollm2-onnx/manifest.json: build/smollm2-liger/config.json
 	$(BIN)/ligerexport build build/smollm2-liger --target onnx -o build/smollm2-onnx --force
+
+examples: ## Fetch the packages of the JavaScript examples; needs npm.
+	npm install --no-audit --no-fund --ignore-scripts --prefix examples/node
+	npm install --no-audit --no-fund --ignore-scripts --prefix examples/web
 
 test: lint typecheck pytest ## Check style and types, then run the tests.
 

@@ -1,0 +1,237 @@
+#include "tokenizer.h"
+
+#include <unicode/normalizer2.h>
+#include <unicode/unistr.h>
+
+#include <algorithm>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+
+namespace {
+
+using nlohmann::json;
+
+// GPT-2's pattern, the one of the pre-tokenizer ByteLevel.
+constexpr char kByteLevel[] =
+    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+
+[[noreturn]] void refuse(const std::string& what) {
+  throw std::runtime_error("this program has no " + what + "; it reads byte-level BPE tokenizers");
+}
+
+void check(UErrorCode status) {
+  if (U_FAILURE(status)) throw std::runtime_error(std::string("ICU: ") + u_errorName(status));
+}
+
+// Tokens in tokenizer.json spell each byte as a printable character; this turns them back into bytes.
+std::string unspell(const std::string& token) {
+  static const auto byte_of = [] {
+    std::unordered_map<UChar32, char> map;
+    UChar32 next = 256;
+    for (int byte = 0; byte < 256; ++byte) {
+      const bool printable = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
+      map[printable ? byte : next++] = static_cast<char>(byte);
+    }
+    return map;
+  }();
+  std::string bytes;
+  const auto text = icu::UnicodeString::fromUTF8(token);
+  for (int32_t i = 0; i < text.length(); i = text.moveIndex32(i, 1)) {
+    const auto found = byte_of.find(text.char32At(i));
+    if (found == byte_of.end()) return token;  // an added token, spelled as it is
+    bytes += found->second;
+  }
+  return bytes;
+}
+
+// `\s` is Unicode's white space to the tokenizers library, and something else to ICU.
+std::string for_icu(std::string pattern) {
+  for (size_t at = 0; (at = pattern.find('\\', at)) != std::string::npos && at + 1 < pattern.size();) {
+    const char next = pattern[at + 1];
+    const std::string text = next == 's' ? "\\p{White_Space}" : next == 'S' ? "\\P{White_Space}" : pattern.substr(at, 2);
+    pattern.replace(at, 2, text);
+    at += text.size();
+  }
+  return pattern;
+}
+
+std::string literally(const std::string& text) { return "\\Q" + text + "\\E"; }
+
+}  // namespace
+
+Tokenizer::Tokenizer(const std::filesystem::path& file) {
+  std::ifstream stream(file);
+  if (!stream) throw std::runtime_error("there is no " + file.string());
+  const json data = json::parse(stream);
+  const json& model = data["model"];
+  const auto set = [&](const char* key) { return model.contains(key) && !model[key].is_null() && model[key] != ""; };
+  if (model.value("type", "BPE") != "BPE") refuse("model " + model["type"].dump());
+  if (model.value("byte_fallback", false)) refuse("byte fallback, as SentencePiece has it");
+  if (set("dropout") || set("continuing_subword_prefix") || set("end_of_word_suffix")) refuse("marks within words");
+  whole_pieces_ = model.value("ignore_merges", false);
+
+  for (const auto& [token, id] : model["vocab"].items()) {
+    const std::string bytes = unspell(token);
+    vocabulary_[bytes] = id;
+    bytes_[id] = bytes;
+  }
+  for (const json& merge : model["merges"]) {
+    std::string left, right;
+    if (merge.is_array()) {
+      left = merge[0], right = merge[1];
+    } else {
+      const std::string text = merge;
+      const size_t space = text.find(' ');
+      left = text.substr(0, space), right = text.substr(space + 1);
+    }
+    left = unspell(left), right = unspell(right);
+    const uint64_t pair = static_cast<uint64_t>(vocabulary_.at(left)) << 32 | vocabulary_.at(right);
+    merges_.emplace(pair, std::make_pair(merges_.size(), vocabulary_.at(left + right)));
+  }
+  for (const json& token : data["added_tokens"]) {
+    if (token["single_word"] || token["lstrip"] || token["rstrip"]) refuse("added token with conditions");
+    added_.push_back({token["content"], token["id"]});
+    bytes_[token["id"]] = token["special"] ? "" : token["content"].get<std::string>();
+  }
+  std::stable_sort(added_.begin(), added_.end(),
+                   [](const Added& a, const Added& b) { return a.text.size() > b.text.size(); });
+
+  if (const json& normalizer = data["normalizer"]; !normalizer.is_null()) {
+    if (normalizer["type"] != "NFC") refuse("normalizer " + normalizer["type"].dump());
+    nfc_ = true;
+  }
+  if (data["decoder"].is_null() || data["decoder"]["type"] != "ByteLevel") refuse("decoder but ByteLevel");
+  add_pre_tokenizer(data["pre_tokenizer"]);
+  if (!data["post_processor"].is_null()) add_post_processor(data["post_processor"]);
+}
+
+template <typename Json>
+void Tokenizer::add_pre_tokenizer(const Json& step) {
+  const std::string type = step.is_null() ? "null" : step["type"].template get<std::string>();
+  if (type == "Sequence") {
+    for (const json& part : step["pretokenizers"]) add_pre_tokenizer(part);
+  } else if (type == "ByteLevel") {
+    prefix_space_ = step["add_prefix_space"];
+    if (prefix_space_ && !splits_.empty()) refuse("ByteLevel with a space in front after another pre-tokenizer");
+    if (step.value("use_regex", true)) add_split(kByteLevel, true);
+  } else if (type == "Digits") {
+    add_split(step["individual_digits"] ? "\\p{N}" : "\\p{N}+", true);
+  } else if (type == "Split") {
+    const std::string behavior = step["behavior"];
+    const bool invert = step["invert"];
+    if (behavior != "Isolated" && !(behavior == "Removed" && invert)) refuse("Split that is " + behavior);
+    const json& pattern = step["pattern"];
+    add_split(pattern.contains("Regex") ? pattern["Regex"].template get<std::string>() : literally(pattern["String"]),
+              behavior == "Isolated");
+  } else {
+    refuse("pre-tokenizer " + type);
+  }
+}
+
+template <typename Json>
+void Tokenizer::add_post_processor(const Json& step) {
+  const std::string type = step["type"];
+  if (type == "Sequence") {
+    for (const json& part : step["processors"]) add_post_processor(part);
+  } else if (type == "TemplateProcessing") {
+    bool seen = false;
+    for (const json& piece : step["single"]) {
+      if (piece.contains("Sequence")) {
+        seen = true;
+        continue;
+      }
+      auto& ids = seen ? after_ : before_;
+      for (const int64_t id : step["special_tokens"][piece["SpecialToken"]["id"].template get<std::string>()]["ids"])
+        ids.push_back(id);
+    }
+  } else if (type != "ByteLevel") {  // that one is about offsets
+    refuse("post-processor " + type);
+  }
+}
+
+void Tokenizer::add_split(const std::string& pattern, bool gaps) {
+  UErrorCode status = U_ZERO_ERROR;
+  const auto text = icu::UnicodeString::fromUTF8(for_icu(pattern));
+  splits_.push_back({std::unique_ptr<icu::RegexPattern>(icu::RegexPattern::compile(text, 0, status)), gaps});
+  if (U_FAILURE(status)) refuse("pattern " + pattern);
+}
+
+std::vector<int64_t> Tokenizer::encode(const std::string& text) const {
+  std::vector<int64_t> ids = before_;
+  size_t start = 0;
+  for (size_t at = 0; at < text.size();) {
+    const auto token = std::find_if(added_.begin(), added_.end(), [&](const Added& added) {
+      return text.compare(at, added.text.size(), added.text) == 0;
+    });
+    if (token == added_.end()) {
+      ++at;
+      continue;
+    }
+    encode_text(text.substr(start, at - start), ids);
+    ids.push_back(token->id);
+    start = at += token->text.size();
+  }
+  encode_text(text.substr(start), ids);
+  ids.insert(ids.end(), after_.begin(), after_.end());
+  return ids;
+}
+
+void Tokenizer::encode_text(const std::string& text, std::vector<int64_t>& ids) const {
+  if (text.empty()) return;
+  UErrorCode status = U_ZERO_ERROR;
+  auto whole = icu::UnicodeString::fromUTF8(text);
+  if (nfc_) whole = icu::Normalizer2::getNFCInstance(status)->normalize(whole, status);
+  check(status);
+  if (prefix_space_ && whole[0] != ' ') whole.insert(0, ' ');
+  std::vector<icu::UnicodeString> pieces{whole};
+  for (const Split& split : splits_) {
+    std::vector<icu::UnicodeString> parts;
+    const auto add = [&](const icu::UnicodeString& piece, int32_t from, int32_t to) {
+      if (to > from) parts.emplace_back(piece, from, to - from);
+    };
+    for (const auto& piece : pieces) {
+      const std::unique_ptr<icu::RegexMatcher> match(split.pattern->matcher(piece, status));
+      int32_t end = 0;
+      for (check(status); match->find(status); end = match->end(status)) {
+        if (split.gaps) add(piece, end, match->start(status));
+        add(piece, match->start(status), match->end(status));
+      }
+      check(status);
+      if (split.gaps) add(piece, end, piece.length());
+    }
+    pieces = std::move(parts);
+  }
+  for (const auto& piece : pieces) {
+    std::string bytes;
+    encode_piece(piece.toUTF8String(bytes), ids);
+  }
+}
+
+void Tokenizer::encode_piece(const std::string& piece, std::vector<int64_t>& ids) const {
+  if (const auto whole = vocabulary_.find(piece); whole_pieces_ && whole != vocabulary_.end()) {
+    ids.push_back(whole->second);
+    return;
+  }
+  std::vector<int64_t> tokens;
+  for (const char byte : piece) tokens.push_back(vocabulary_.at(std::string(1, byte)));
+  while (tokens.size() > 1) {
+    auto best = merges_.end();
+    size_t place = 0;
+    for (size_t i = 0; i + 1 < tokens.size(); ++i) {
+      const auto found = merges_.find(static_cast<uint64_t>(tokens[i]) << 32 | tokens[i + 1]);
+      if (found != merges_.end() && (best == merges_.end() || found->second.first < best->second.first))
+        best = found, place = i;
+    }
+    if (best == merges_.end()) break;
+    tokens[place] = best->second.second;
+    tokens.erase(tokens.begin() + place + 1);
+  }
+  ids.insert(ids.end(), tokens.begin(), tokens.end());
+}
+
+const std::string& Tokenizer::bytes(int64_t id) const {
+  static const std::string none;
+  const auto found = bytes_.find(id);
+  return found == bytes_.end() ? none : found->second;
+}

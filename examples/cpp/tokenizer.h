@@ -1,0 +1,49 @@
+// Byte-level BPE as tokenizer.json describes it. Other kinds of tokenizer are refused with the reason.
+#pragma once
+
+#include <unicode/regex.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+class Tokenizer {
+ public:
+  explicit Tokenizer(const std::filesystem::path& file);
+
+  // Ids of a text, with what the post-processor adds, such as BOS.
+  std::vector<int64_t> encode(const std::string& text) const;
+
+  // Bytes of a token: perhaps a part of a character. A special token has none.
+  const std::string& bytes(int64_t id) const;
+
+ private:
+  struct Split {
+    std::unique_ptr<icu::RegexPattern> pattern;
+    bool gaps;  // whether what lies between the matches is kept
+  };
+  struct Added {
+    std::string text;
+    int64_t id;
+  };
+
+  template <typename Json>
+  void add_pre_tokenizer(const Json& step);
+  template <typename Json>
+  void add_post_processor(const Json& step);
+  void add_split(const std::string& pattern, bool gaps);
+  void encode_text(const std::string& text, std::vector<int64_t>& ids) const;
+  void encode_piece(const std::string& piece, std::vector<int64_t>& ids) const;
+
+  std::unordered_map<std::string, int64_t> vocabulary_;               // by bytes
+  std::unordered_map<int64_t, std::string> bytes_;
+  std::unordered_map<uint64_t, std::pair<size_t, int64_t>> merges_;  // left << 32 | right: rank and result
+  std::vector<Added> added_;                                          // longest first
+  std::vector<Split> splits_;
+  std::vector<int64_t> before_, after_;
+  bool nfc_ = false, prefix_space_ = false, whole_pieces_ = false;
+};

@@ -1,0 +1,27 @@
+// node run.mjs ARTIFACT "Once upon a time" [--tokens N] [--ids]
+
+import { existsSync, readFileSync } from "node:fs";
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+import { Tokenizer } from "@huggingface/tokenizers";
+import * as ort from "onnxruntime-node";
+import { endIds, generate, Session } from "../web/liger.mjs";
+
+const { positionals, values } = parseArgs({
+  allowPositionals: true,
+  options: { tokens: { type: "string", default: "64" }, ids: { type: "boolean" } },
+});
+const [artifact, prompt] = positionals;
+if (positionals.length !== 2) throw new Error('usage: node run.mjs ARTIFACT "PROMPT" [--tokens N] [--ids]');
+
+const json = (name) => {
+  const file = join(artifact, name);
+  return existsSync(file) ? JSON.parse(readFileSync(file, "utf8")) : {};
+};
+const manifest = json("manifest.json");
+const tokenizer = new Tokenizer(json("tokenizer.json"), json("tokenizer_config.json"));
+const ends = endIds(json("generation_config.json"), json("config.json"));
+const session = new Session(ort, manifest, await ort.InferenceSession.create(join(artifact, manifest.graph.file)), true);
+for await (const { token, text } of generate(session, tokenizer, ends, prompt, Number(values.tokens)))
+  process.stdout.write(values.ids ? `${token} ` : text);
+process.stdout.write("\n");

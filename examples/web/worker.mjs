@@ -1,0 +1,70 @@
+// The model, off the page's thread. Messages in: { backend } first, then { prompt, tokens } or { stop }.
+
+import { Tokenizer } from "./node_modules/@huggingface/tokenizers/dist/tokenizers.min.mjs";
+import { endIds, generate, Session } from "./liger.mjs";
+
+const RUNTIME = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
+const ARTIFACT = new URL("./artifact/", import.meta.url).href;
+
+const json = async (name) => {
+  const answer = await fetch(ARTIFACT + name);
+  if (!answer.ok) throw new Error(`${name}: ${answer.status} ${answer.statusText}`);
+  return answer.json();
+};
+
+let model, stopped;
+
+async function load(backend) {
+  const manifest = await json("manifest.json");
+  const optional = (name) => (name in manifest.files ? json(name) : {});
+  const ort = await import(`${RUNTIME}ort.${backend}.min.mjs`);
+  ort.env.wasm.wasmPaths = RUNTIME;
+  const graph = manifest.graph.file;
+  const weights = Object.keys(manifest.files).filter((name) => name.startsWith(graph) && name !== graph);
+  const [tokenizer, settings, generation, config, session] = await Promise.all([
+    json("tokenizer.json"),
+    optional("tokenizer_config.json"),
+    optional("generation_config.json"),
+    optional("config.json"),
+    ort.InferenceSession.create(ARTIFACT + graph, {
+      executionProviders: [backend],
+      // WebAssembly has no fast products with 4-bit weights: make them fp32 while loading (lowering `portable`).
+      extra: { session: { disable_quant_qdq: backend === "wasm" ? "1" : "0" } },
+      externalData: weights.map((path) => ({ path, data: ARTIFACT + path })),
+    }),
+  ]);
+  model = {
+    session: new Session(ort, manifest, session),
+    tokenizer: new Tokenizer(tokenizer, settings),
+    ends: endIds(generation, config),
+  };
+  postMessage({ ready: manifest.source.model, stateBytes: model.session.stateBytes });
+}
+
+/** Let messages in, such as stop: a promise of ONNX Runtime alone need not. */
+const breathe = () =>
+  new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => resolve(port1.close());
+    port2.postMessage(0);
+  });
+
+async function write({ prompt, tokens }) {
+  stopped = false;
+  for await (const piece of generate(model.session, model.tokenizer, model.ends, prompt, tokens)) {
+    postMessage({ ...piece, stateBytes: model.session.stateBytes });
+    await breathe();
+    if (stopped) break;
+  }
+  postMessage({ done: true });
+}
+
+onmessage = async ({ data }) => {
+  try {
+    if (data.stop) stopped = true;
+    else if (data.backend) await load(data.backend);
+    else await write(data);
+  } catch (error) {
+    postMessage({ error: String(error?.message ?? error) });
+  }
+};
