@@ -12,11 +12,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
+import toy
 import torch
 
 if not torch.cuda.is_available():  # before anything imports triton: its interpreter runs the kernels on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import ligerexport as lx
 from ligerexport.console import progress
 from ligerexport.sources import resolve
 
@@ -49,3 +51,21 @@ def _seeds() -> None:
 def smollm2() -> Path:
     """Directory of the built-in model; mark the tests that use it `real`."""
     return resolve("smollm2-135m", progress=progress).path
+
+
+@pytest.fixture(scope="session", params=[(), (1,)], ids=["recurrent", "hybrid"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny Llama with random weights, converted, and the artifact built from it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=toy.VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory / "source")
+    toy.tokenizer().save(str(directory / "source" / "tokenizer.json"))
+    liger = {"window": 8, "sinks": 2, "slots": (("peak_use", 4), ("novelty", 4)), "keep_softmax": request.param}
+    lx.convert(directory / "source", directory / "liger", preset="liger", **liger)
+    return directory / "liger", lx.build(directory / "liger", max_chunk=16)
