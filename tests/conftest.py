@@ -12,13 +12,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
-import toy
 import torch
 
 if not torch.cuda.is_available():  # before anything imports triton: its interpreter runs the kernels on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import ligerexport as lx
 from ligerexport.console import progress
 from ligerexport.sources import resolve
 
@@ -56,7 +54,10 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session", params=[(), (1,)], ids=["recurrent", "hybrid"])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny Llama with random weights, converted, and the artifact built from it."""
+    import toy  # not at the top: the tests of kernels run without onnx too
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    import ligerexport as lx
 
     torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("tiny")
