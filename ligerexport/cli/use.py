@@ -98,7 +98,8 @@ def run(
 
 
 def _cached(cache: PromptCache) -> str:
-    return f"{cache.note}, {cache.restored or cache.keep:,} tokens in {cache.path}"
+    tokens = cache.restored or cache.keep
+    return cache.note + (f", {tokens:,} tokens in {cache.path}" if tokens else "")
 
 
 def _show(chunk: Chunk, json: bool) -> Chunk:
