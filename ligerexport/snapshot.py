@@ -12,6 +12,7 @@ import numpy as np
 from ligerexport.errors import LigerError, UsageError
 
 _FORMAT = "1"
+_HINT = "give a file that /save, --prompt-cache or Snapshot.save wrote; this one was left as it is"
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,10 @@ class Snapshot:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
         except (OSError, SafetensorError) as error:
-            raise LigerError(f"cannot read a state from {path}: {error}") from error
+            raise LigerError(f"cannot read a state from {path}: {error}", hint=_HINT) from error
         if header.get("ligerexport.snapshot") != _FORMAT:
-            raise LigerError(f"{path} is not a saved state", hint="give a file that /save or Snapshot.save wrote")
-        return cls(header["model"], tensors.pop("position"), ids=tensors.pop("ids", None), tensors=tensors)
+            raise LigerError(f"{path} is not a saved state", hint=_HINT)
+        return cls(header["model"], tensors.pop("position"), tensors, tensors.pop("ids", None))
 
 
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:

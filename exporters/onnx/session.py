@@ -228,9 +228,8 @@ class OnnxSession:
         for tensor, new in given.items():
             grown = np.zeros(self._shape(tensor, grown=columns), tensor.dtype)
             if columns:
-                old = self._growing[tensor].numpy()[:, :, -columns:]
+                old, new = self._growing[tensor].numpy()[:, :, -columns:], new[:, :, -columns:]
                 grown[:, :, columns - old.shape[2] :] = old
-                new = new[:, :, -columns:]
                 grown[rows] = 0
                 grown[rows, :, columns - new.shape[2] :] = new
             self._growing[tensor] = _value(grown)
