@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md", "docs/concepts/memory.md", "docs/concepts/kernels.md", "docs/guides/recover.md",
-    "docs/guides/quantise.md", "docs/verified.md",
+    "docs/guides/quantise.md", "docs/guides/sessions.md", "docs/verified.md",
 )  # fmt: skip
 
 
@@ -246,6 +246,16 @@ def native() -> str:
     return table(["lowering, weights", "128", "1,024", "resident"], rows)
 
 
+def prompt_cache() -> str:
+    """First token of a long prompt, with and without a cache."""
+    rows = []
+    for row in result("prompt_cache")["rows"]:
+        restored = f"{row['ms_restored']:.0f} ms ({row['ms_low']:.0f}-{row['ms_high']:.0f})"
+        size = f"{row['file_bytes'] / 1e6:.1f} MB"
+        rows.append([row["artifact"], f"{row['tokens']:,}", f"{row['seconds_read']:.1f} s", restored, size])
+    return table(["artifact", "tokens of the prompt", "first token, read", "first token, restored", "file"], rows)
+
+
 def _ms(cell: dict[str, float]) -> str:
     """Median and spread in milliseconds."""
     return f"{cell['ms']:.3f} ({cell['low']:.3f}-{cell['high']:.3f})"
@@ -361,6 +371,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear_softmax": linear_softmax, "memory_kernel": memory_kernel, "step": step, "first_result": first_result,
     "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
     "quantised": quantised, "native": native, "kept": kept, "shares": shares, "mmlu": mmlu,
+    "prompt_cache": prompt_cache,
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ligerexport.generate import generate as generate
     from ligerexport.recover import recover as recover
     from ligerexport.runtime import Session as Session
+    from ligerexport.runtime import Snapshot as Snapshot
     from ligerexport.runtime import load as load
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LigerConfig": "ligerexport.config",
     "Session": "ligerexport.runtime",
+    "Snapshot": "ligerexport.runtime",
     "build": "ligerexport.exporters.build",
     "convert": "ligerexport.convert",
     "evaluate": "ligerexport.evaluate",
@@ -39,6 +41,7 @@ _HOMES = {
 __all__ = [
     "LigerConfig",
     "Session",
+    "Snapshot",
     "__version__",
     "build",
     "convert",

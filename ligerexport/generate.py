@@ -13,6 +13,7 @@ import numpy as np
 
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import LigerError, UsageError
+from ligerexport.prompt_cache import PromptCache
 from ligerexport.text import Detokenizer, Message, TextModel
 
 if TYPE_CHECKING:
@@ -26,12 +27,13 @@ class Summary:
     """What a generation cost.
 
     Attributes:
-        prompt_tokens: Ids prefilled.
+        prompt_tokens: Ids of the prompt.
         new_tokens: Ids sampled, an end-of-text id included.
         ttft: Seconds from the call to the first token.
         decode_seconds: Seconds of all later tokens, without the time that the reader of the stream took.
         state_bytes: Size of the session's state at the end.
         finish: Why it ended: an end-of-text id, a stop string, or `max_new_tokens`.
+        cached_tokens: How many of `prompt_tokens` came from a prompt cache.
     """
 
     prompt_tokens: int
@@ -40,6 +42,7 @@ class Summary:
     decode_seconds: float
     state_bytes: int
     finish: Finish
+    cached_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -166,6 +169,7 @@ def generate(
     seed: int | None = None,
     stop: Sequence[str] = (),
     fresh: bool = True,
+    prompt_cache: PromptCache | Path | str | None = None,
     progress: ProgressFactory = silent,
 ) -> Generator[Chunk]:
     """Continue a prompt, one token after the other.
@@ -184,6 +188,7 @@ def generate(
         seed: See `Sampler`.
         stop: Texts that end the generation and are not part of it.
         fresh: Whether to reset the session first; otherwise the prompt continues what it has seen.
+        prompt_cache: File that keeps the state after the beginning of the prompt for the next time.
         progress: Told about the prefill of long prompts.
 
     Returns:
@@ -192,6 +197,7 @@ def generate(
     Raises:
         UsageError: No prompt or two, no tokens, a value that makes no sense, or no chat template.
         ArtifactError: Text, but the model has no tokenizer.
+        LigerError: `prompt_cache` is a file of another kind, or cannot be written.
     """
     if (prompt is None) == (messages is None):
         raise UsageError("a prompt or messages were expected, one of them")
@@ -215,7 +221,10 @@ def generate(
     _check(session, ids, max_new_tokens)
     if fresh:
         session.reset()
-    return _stream(session, ids, text, sampler, max_new_tokens, StopStrings(stop), progress)
+    elif prompt_cache is not None:
+        raise UsageError("a prompt cache with fresh=False", hint="it holds the beginning of a prompt; leave one out")
+    cache = PromptCache(prompt_cache) if isinstance(prompt_cache, str | Path) else prompt_cache
+    return _stream(session, ids, text, sampler, max_new_tokens, StopStrings(stop), cache, progress)
 
 
 def _check(session: Session, ids: Sequence[int], max_new_tokens: int) -> None:
@@ -249,15 +258,22 @@ def _stream(
     sampler: Sampler,
     max_new_tokens: int,
     stops: StopStrings,
+    cache: PromptCache | None,
     progress: ProgressFactory,
 ) -> Generator[Chunk]:
     clock = time.perf_counter()
     prompt = np.asarray(ids, np.int64)
-    with progress("reading the prompt", len(prompt), "steps") as advance:
-        for start in range(0, len(prompt), session.chunk * _PREFILL):
-            part = prompt[start : start + session.chunk * _PREFILL]
-            logits = session.prefill(part)
+    start = cached = cache.restore(session, prompt) if cache else 0
+    with progress("reading the prompt", len(prompt) - start, "steps") as advance:
+        while start < len(prompt):
+            end = start + session.chunk * _PREFILL
+            if cache and start < cache.keep:
+                end = min(end, cache.keep)
+            logits = session.prefill(part := prompt[start:end])
             advance(len(part))
+            start += len(part)
+            if cache and start == cache.keep:
+                cache.save(session, prompt[:start])
     eos = text.eos_ids if text else frozenset()
     detokenizer = Detokenizer(text, ids) if text else None
     ttft = decode = 0.0
@@ -274,7 +290,7 @@ def _stream(
             out += rest + stops.flush()
         seconds = time.perf_counter() - clock
         ttft, decode = (seconds, 0.0) if count == 1 else (ttft, decode + seconds)
-        summary = Summary(len(ids), count, ttft, decode, session.state_bytes, finish) if finish else None
+        summary = Summary(len(ids), count, ttft, decode, session.state_bytes, finish, cached) if finish else None
         yield Chunk(out, token, seconds, finish, summary)
         if finish:
             return
@@ -291,6 +307,7 @@ class Conversation:
         system: A system message, told with the first turn.
         max_new_tokens: Most tokens of one answer.
         stop: Texts that end an answer.
+        prompt_cache: As for `generate`, for the first turn.
 
     Raises:
         ArtifactError: The model has no tokenizer.
@@ -305,26 +322,28 @@ class Conversation:
         system: str | None = None,
         max_new_tokens: int = 512,
         stop: Sequence[str] = (),
+        prompt_cache: PromptCache | None = None,
     ) -> None:
         self.session = session
         self._text = text_model(session.artifact.directory)
         self._text.next_turn("?")
         self._sampler = sampler or Sampler()
         self._system = [{"role": "system", "content": system}] if system else []
-        self._max_new_tokens, self._stop = max_new_tokens, stop
+        self._max_new_tokens, self._stop, self._cache = max_new_tokens, stop, prompt_cache
         self._unseen: list[int] = []  # sampled, shown, and not yet fed to the session
 
     def say(self, text: str) -> Generator[Chunk]:
         """Stream the model's answer. Closing the stream ends the answer and leaves a state to go on from."""
+        cache = None
         if self.session.position.any():
             ids = self._unseen + self._text.encode(self._text.next_turn(text), special=False)
         else:
             turns = [*self._system, {"role": "user", "content": text}]
-            ids = self._text.encode(self._text.render(turns), special=False)
+            ids, cache = self._text.encode(self._text.render(turns), special=False), self._cache
         _check(self.session, ids, self._max_new_tokens)
         stops = StopStrings(self._stop)
         self._unseen = []
-        for chunk in _stream(self.session, ids, self._text, self._sampler, self._max_new_tokens, stops, silent):
+        for chunk in _stream(self.session, ids, self._text, self._sampler, self._max_new_tokens, stops, cache, silent):
             self._unseen = [] if chunk.finish == "eos" else [chunk.token]  # the next turn brings its own end of answer
             yield chunk
 

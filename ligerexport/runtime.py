@@ -19,7 +19,8 @@ class Session(Protocol):
     """Sequences that advance together through one model, and the state that carries them.
 
     Calls append: cut a prompt anywhere, call for each piece, get the same logits. One session is for one thread at a
-    time; sessions of one artifact do not share state.
+    time; sessions of one artifact do not share state. Its sequences are rows that do not touch each other: one may be
+    taken out, put in or forgotten between two calls, and a row that has seen nothing may stay so.
 
     Attributes:
         artifact: What it runs.
@@ -46,23 +47,27 @@ class Session(Protocol):
         ...
 
     def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Advance by one token; return as `prefill`."""
+        """Advance by one token; return as `prefill`. The id -1 leaves a row that has seen nothing as it is."""
         ...
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
         """Advance by a prompt `[T]` or `[B, T]`; yield the logits after each token as `[B, t, V]`, T together."""
         ...
 
-    def reset(self) -> None:
-        """Forget everything."""
+    def reset(self, row: int | None = None) -> None:
+        """Forget everything, or one row."""
         ...
 
-    def snapshot(self) -> Snapshot:
-        """Return a copy of the state."""
+    def snapshot(self, row: int | None = None) -> Snapshot:
+        """Return a copy of the state, or of that of one row."""
         ...
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go to a state that a session of the same model was in."""
+    def restore(self, snapshot: Snapshot, row: int | None = None) -> None:
+        """Go to a state that a session of the same model was in, or take one sequence into one row."""
+        ...
+
+    def sibling(self, batch: int = 1) -> Session:
+        """Return a session of other sequences on the same loaded weights."""
         ...
 
 

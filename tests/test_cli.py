@@ -179,6 +179,22 @@ def test_a_long_prompt_from_a_pipe(artifact: Path) -> None:
     assert "reading the prompt" in done.stderr
 
 
+def test_prompt_cache(cli: Cli, artifact: Path, tmp_path: Path) -> None:
+    prompt, file = "x" * 60, tmp_path / "cache"
+    first, second, plain = (
+        cli("run", artifact, prompt, "-n", 4, "--json", *options) for options in (*[["--prompt-cache", file]] * 2, [])
+    )
+    assert "made, 60 tokens" in first.err and "used, 60 tokens" in second.err
+    results = [json.loads(result.out) for result in (first, second, plain)]
+    assert [result["cached_tokens"] for result in results] == [0, 60, 0]
+    assert results[0]["text"] == results[1]["text"] == results[2]["text"]
+    done = subprocess.run(
+        command("chat", artifact, "-n", 4, "--system", prompt, "--prompt-cache", tmp_path / "chat"),
+        input="hi\n", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "prompt cache" in done.stderr and (tmp_path / "chat").is_file()
+
+
 def test_chat_from_a_pipe(artifact: Path, tmp_path: Path) -> None:
     lines = ["first", "/save kept", "second", "/reset", "/load kept", "second", "/sve x", "/load absent", "/exit", "no"]
     arguments = command("chat", artifact, "-n", 6, "--json")

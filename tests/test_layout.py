@@ -36,6 +36,7 @@ LAYERS = (
     ("recover",),
     ("exporters",),
     ("runtime",),
+    ("prompt_cache",),
     ("generate", "evaluate", "bench", "doctor"),
     ("cli", "demo"),
     ("__main__",),

@@ -167,25 +167,6 @@ def test_threads_default_to_cores_that_exist() -> None:
     assert 1 <= default_threads() <= (os.cpu_count() or 1)
 
 
-@pytest.fixture(scope="module", params=[(), (1,)], ids=["recurrent", "hybrid"])
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny Llama with random weights, converted, and the artifact built from it."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig(
-        vocab_size=toy.VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory / "source")
-    toy.tokenizer().save(str(directory / "source" / "tokenizer.json"))
-    liger = {"window": 8, "sinks": 2, "slots": (("peak_use", 4), ("novelty", 4)), "keep_softmax": request.param}
-    lx.convert(directory / "source", directory / "liger", preset="liger", **liger)
-    return directory / "liger", lx.build(directory / "liger", max_chunk=16)
-
-
 @pytest.mark.parametrize("chunk", [1, 5, 16])
 def test_built_artifact_equals_torch(built: tuple[Path, Path], chunk: int) -> None:
     import torch

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 
@@ -17,6 +18,7 @@ from ligerexport.errors import CheckpointError, UsageError, VerificationError
 from ligerexport.exporters import verify
 from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx import graph as onnx_graph
+from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.precision import reference_model
 from ligerexport.families import FAMILIES
@@ -177,27 +179,69 @@ def test_a_near_tie_is_counted_and_resolved(checkpoint: Path) -> None:
     assert session.restored == 1
 
 
-def test_a_tie_inside_a_call_is_told_by_another_text(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What differs on one text and not on the next is counted; on every text it is a fault."""
-    run = verify.Comparison.run
-    failures: list[int] = []
+def perturb(directory: Path, layer: int, size: float, only: int | None = None) -> None:
+    """Add `size` to the rank of every second candidate of a layer's learned pool, `only` for the token there."""
+    model = onnx.load(directory / onnx_graph.GRAPH_FILE, load_external_data=False)
+    nodes = list(model.graph.node)
+    at = next(i for i, node in enumerate(nodes) if node.name == f"layers.{layer}/TopK_1")
+    made = [
+        ("Shape", [nodes[at].input[0]], "fault.count", {"start": 4}),
+        ("Squeeze", ["fault.count"], "fault.columns", {}),
+        ("Range", ["fault.zero", "fault.columns", "fault.one"], "fault.column", {}),
+        ("Mod", ["fault.column", "fault.two"], "fault.odd", {}),
+        ("Shape", ["input_ids"], "fault.tokens", {"start": 1}),
+        ("Squeeze", ["fault.tokens"], "fault.length", {}),
+        ("Range", ["fault.zero", "fault.length", "fault.one"], "fault.step", {}),
+        ("Add", ["fault.step", "position"], "fault.now", {}),
+        ("Equal", ["fault.now", "fault.only"], "fault.here", {}),
+        ("Or", ["fault.here", "fault.everywhere"], "fault.hit", {}),
+        ("Cast", ["fault.hit"], "fault.factor", {"to": onnx.TensorProto.FLOAT}),
+        ("Unsqueeze", ["fault.factor", "fault.axis"], "fault.row", {}),
+        ("Cast", ["fault.odd"], "fault.odd_f", {"to": onnx.TensorProto.FLOAT}),
+        ("Mul", ["fault.row", "fault.odd_f"], "fault.place", {}),
+        ("Mul", ["fault.place", "fault.size"], "fault.noise", {}),
+        ("Add", [nodes[at].input[0], "fault.noise"], "fault.rank", {}),
+    ]  # fmt: skip
+    values = {"zero": 0, "one": 1, "two": 2, "only": -1 if only is None else only, "axis": [1]}
+    constants = {name: np.array(value, np.int64) for name, value in values.items()}
+    constants |= {"everywhere": np.array(only is None), "size": np.array(size, np.float32)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(x, f"fault.{name}") for name, x in constants.items())
+    nodes[at].input[0] = "fault.rank"
+    nodes[at:at] = [onnx.helper.make_node(op, names, [out], **settings) for op, names, out, settings in made]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, directory / onnx_graph.GRAPH_FILE)
 
-    def part(self: verify.Comparison, *arguments: Any, **options: Any) -> None:
-        if failures.pop():
-            raise verify.Mismatch(1, "slot_value is off")
-        failures.insert(0, 0)
-        run(self, *arguments, **options)
 
-    monkeypatch.setattr(verify.Comparison, "run", part)
-    failures[:] = [0, 1]
-    path = build(checkpoint, tmp_path / "engine")
-    result = json.loads((path / "manifest.json").read_text())["verification"]
-    assert result["passed"] and result["hidden_ties"] == 1
-    failures[:] = [1] * verify.TEXTS
-    with pytest.raises(VerificationError, match="no layer differs by itself"):
-        build(checkpoint, tmp_path / "engine", force=True)
+def plant(monkeypatch: pytest.MonkeyPatch, *fault: Any) -> None:
+    write = onnx_graph.write_graph
+
+    def broken(spec: ModelSpec, directory: Path, **options: Any) -> None:
+        write(spec, directory, **options)
+        perturb(directory, *fault)
+
+    monkeypatch.setattr(onnx_graph, "write_graph", broken)
+
+
+def test_a_tie_inside_a_call_is_found_token_by_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first layer, tokens of one id have equal learned scores: a trace of noise decides which one is kept."""
+    model = make_checkpoint(tmp_path / "model", FORESIGHT)
+    plant(monkeypatch, 0, 4e-5)
+    artifact = load(build(model, tmp_path / "engine")).artifact
+    assert artifact.manifest.verification["passed"] and artifact.manifest.verification["near_ties"] > 0
+    spec = read_spec(model)
+    answers = list(verify.torch_answers(reference_model(spec), np.split(verify.prompt_ids(spec), [200]), 0))
+    with pytest.raises(verify.Mismatch):
+        verify.Comparison(spec, verify.TOLERANCES["float32"]).run(OnnxSession(artifact), answers, str, prompt=2)
+
+
+@pytest.mark.parametrize(("layer", "token"), [(0, 205), (1, 205), (1, 310)])
+def test_a_wrong_rank_at_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int, token: int) -> None:
+    """No other call shows it, and no other text would."""
+    model = make_checkpoint(tmp_path / "model", FORESIGHT)
+    plant(monkeypatch, layer, 1.0, token)
+    with pytest.raises(VerificationError, match=rf"layer {layer}: slot_position: .* after {token + 1} tokens"):
+        build(model, tmp_path / "engine")
 
 
 class Replay:

@@ -5,6 +5,7 @@ The graph promises that each `past.*` has one consumer and that its `present.*` 
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from ligerexport.snapshot import Snapshot
 if TYPE_CHECKING:
     import onnxruntime
 
+IDLE = -1
+"""In place of an id: no token for this row."""
 DEFAULT_CHUNK = 64
 """Prompt tokens a call, where the graph takes more. On SmolLM2 64 and 128 are equally fast; 64 needs less memory."""
 
@@ -67,13 +70,31 @@ class OnnxSession:
         graph = _variant(artifact, scoring) if scoring or exact else None
         self._scoring = scoring and graph is not None
         self._session = _open(artifact, self.threads, prepack, graph, exact)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Make and bind a state that has seen nothing."""
+        manifest = self.artifact.manifest
         self._fixed = {t: np.full(self._shape(t), t.fill, t.dtype) for t in manifest.state if not t.grows}
         self._growing = {t: self._empty(t) for t in manifest.state if t.grows}
-        self._position = np.zeros(batch, np.int64)
-        self._logits = np.zeros((batch, manifest.model.vocab_size), np.float32)
-        self._step_ids = np.zeros((batch, 1), np.int64)
+        self._position = np.zeros(self.batch, np.int64)
+        self._logits = np.zeros((self.batch, manifest.model.vocab_size), np.float32)
+        self._step_ids = np.zeros((self.batch, 1), np.int64)
         self._step, self._chunk = self._bind(), self._bind()
         self._step.bind_ortvalue_input("input_ids", _value(self._step_ids))
+
+    def sibling(self, batch: int = 1) -> OnnxSession:
+        """Return a session of other sequences on the same loaded weights, which may run in a thread of its own.
+
+        Raises:
+            UsageError: `batch` makes no sense.
+        """
+        if batch < 1:
+            raise UsageError(f"batch {batch}", hint="it is at least 1")
+        other = copy.copy(self)
+        other.batch = batch
+        other._allocate()
+        return other
 
     @property
     def position(self) -> np.ndarray:
@@ -91,7 +112,7 @@ class OnnxSession:
 
         Args:
             ids: `[T]` for one sequence, or `[B, T]`.
-            padding: `[B]`, how many ids of each row are padding on its left. Only for sequences that have seen nothing.
+            padding: `[B]`, how many ids of each row are padding on its left; only in rows that have seen nothing.
 
         Returns:
             Logits after the last token, `[B, V]` fp32; a view that the next call overwrites.
@@ -106,9 +127,10 @@ class OnnxSession:
             raise UsageError(f"ids {list(array.shape)} of {array.dtype}, integers [{self.batch}, T] were expected")
         self._check_vocabulary(int(array.min()), int(array.max()))
         if padding is not None:
-            if self._position.any():
-                raise UsageError("padding after the first token", hint="pad the first call on a fresh session only")
-            self._position -= np.asarray(padding, np.int64)
+            padded = np.asarray(padding, np.int64)
+            if (self._position.astype(bool) & (padded != 0)).any():
+                raise UsageError("padding after the first token", hint="pad rows that have seen nothing only")
+            self._position -= padded
         for start in range(0, array.shape[1], self.chunk):
             part = np.array(array[:, start : start + self.chunk], np.int64, order="C")  # keeps its own memory
             self._chunk.bind_ortvalue_input("input_ids", _value(part))
@@ -116,9 +138,29 @@ class OnnxSession:
         return self._logits
 
     def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Advance by one token: an id for one sequence, or `[B]` ids. Returns and raises as `prefill`."""
-        self._step_ids[:, 0] = ids
-        self._check_vocabulary(int(self._step_ids.min()), int(self._step_ids.max()))
+        """Advance by one token.
+
+        Args:
+            ids: An id for one sequence, or `[B]`; `IDLE` for a row that has seen nothing leaves it so.
+
+        Returns:
+            As `prefill`; the logits of an idle row mean nothing.
+
+        Raises:
+            UsageError: An id outside the vocabulary, or a row that is idle in the middle of its sequence.
+        """
+        row = self._step_ids[:, 0]
+        row[:] = ids
+        idle = row == IDLE
+        if idle.any() and not idle.all():
+            if (seen := self._position * idle).max() > 0:
+                raise UsageError(
+                    f"row {seen.argmax()} has seen {seen.max()} tokens and gets none",
+                    hint="keep session.snapshot(row) if it goes on later, then session.reset(row)",
+                )
+            row[idle] = 0
+            self._position[idle] = np.minimum(self._position[idle], -1)  # padding leaves no trace
+        self._check_vocabulary(int(row.min()), int(row.max()))
         self._run(self._step, 1)
         return self._logits
 
@@ -134,44 +176,70 @@ class OnnxSession:
             logits = self.prefill(array[:, start : start + width])
             yield self._every if self._scoring else logits[:, None].copy()
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self._position.fill(0)
+    def reset(self, row: int | None = None) -> None:
+        """Forget everything, or one row."""
+        rows = self._rows(row)
+        self._position[rows] = 0
         for tensor, array in self._fixed.items():
-            array.fill(tensor.fill)
-        self._growing = {tensor: self._empty(tensor) for tensor in self._growing}
+            array[rows] = tensor.fill
+        self._regrow(rows, {tensor: self._empty(tensor, 1).numpy() for tensor in self._growing})
 
-    def snapshot(self) -> Snapshot:
-        """Return a copy of the state."""
-        tensors = {t.past: array.copy() for t, array in self._fixed.items()}
-        tensors |= {t.past: value.numpy() for t, value in self._growing.items()}
-        return Snapshot(self.artifact.manifest.fingerprint, self.position, tensors)
+    def snapshot(self, row: int | None = None) -> Snapshot:
+        """Return a copy of the state, or of that of one row."""
+        rows = self._rows(row)
+        tensors = {t.past: array[rows].copy() for t, array in self._fixed.items()}
+        for tensor, value in self._growing.items():
+            grown = value.numpy()[rows]
+            first = 0 if row is None else grown.shape[2] - max(0, self._position[row])
+            tensors[tensor.past] = grown[:, :, first:].copy()
+        return Snapshot(self.artifact.manifest.fingerprint, self._position[rows].copy(), tensors)
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go to a state that this or another session of the same model was in.
+    def restore(self, snapshot: Snapshot, row: int | None = None) -> None:
+        """Go to a state that this or another session of the same model was in, or take one sequence into one row.
 
         Raises:
             UsageError: It is the state of another model, or of another batch.
         """
+        rows = self._rows(row)
+        batch = self.batch if row is None else 1
         if snapshot.model != self.artifact.manifest.fingerprint:
             raise UsageError("this state belongs to another model", hint="load the artifact that it was saved with")
         for tensor in (*self._fixed, *self._growing):
             given = snapshot.tensors.get(tensor.past)
-            shape = self._shape(tensor, None if given is None or given.ndim < 3 else given.shape[2])
+            shape = self._shape(tensor, batch, None if given is None or given.ndim < 3 else given.shape[2])
             if given is None or given.shape != shape or given.dtype != np.dtype(tensor.dtype):
-                raise UsageError(f"this state has no {tensor.past} {list(shape)} of {tensor.dtype}",
-                                 hint=f"this session runs {self.batch} sequences")  # fmt: skip
+                raise UsageError(
+                    f"this state has no {tensor.past} {list(shape)} of {tensor.dtype}",
+                    hint=f"{batch} sequences were expected; see Snapshot.stack and Snapshot.sequence",
+                )
+        self._position[rows] = snapshot.position
         for tensor, array in self._fixed.items():
-            np.copyto(array, snapshot.tensors[tensor.past])
-        self._growing = {tensor: _value(snapshot.tensors[tensor.past].copy()) for tensor in self._growing}
-        np.copyto(self._position, snapshot.position)
+            array[rows] = snapshot.tensors[tensor.past]
+        self._regrow(rows, {tensor: snapshot.tensors[tensor.past] for tensor in self._growing})
 
-    def _shape(self, tensor: StateTensor, grown: int | None = None) -> tuple[int, ...]:
-        letters = {"B": self.batch, "P": grown or 0}
+    def _rows(self, row: int | None) -> slice:
+        if row is not None and not 0 <= row < self.batch:
+            raise UsageError(f"row {row}", hint=f"this session runs {self.batch} sequences, 0 to {self.batch - 1}")
+        return slice(None) if row is None else slice(row, row + 1)
+
+    def _regrow(self, rows: slice, given: dict[StateTensor, np.ndarray]) -> None:
+        """Put rows into tensors that grow. The newest token is in the last column: short sequences begin later."""
+        columns = max(0, int(self._position.max()))
+        for tensor, new in given.items():
+            grown = np.zeros(self._shape(tensor, grown=columns), tensor.dtype)
+            if columns:
+                old, new = self._growing[tensor].numpy()[:, :, -columns:], new[:, :, -columns:]
+                grown[:, :, columns - old.shape[2] :] = old
+                grown[rows] = 0
+                grown[rows, :, columns - new.shape[2] :] = new
+            self._growing[tensor] = _value(grown)
+
+    def _shape(self, tensor: StateTensor, batch: int | None = None, grown: int | None = None) -> tuple[int, ...]:
+        letters = {"B": batch or self.batch, "P": grown or 0}
         return tuple(letters[size] if isinstance(size, str) else size for size in tensor.shape)
 
-    def _empty(self, tensor: StateTensor) -> onnxruntime.OrtValue:
-        return _value(np.empty(self._shape(tensor), tensor.dtype))
+    def _empty(self, tensor: StateTensor, batch: int | None = None) -> onnxruntime.OrtValue:
+        return _value(np.empty(self._shape(tensor, batch), tensor.dtype))
 
     def _check_vocabulary(self, low: int, high: int) -> None:
         size = self.artifact.manifest.model.vocab_size

@@ -18,7 +18,7 @@ from ligerexport.errors import LigerError, UsageError, close_matches
 
 if TYPE_CHECKING:
     from ligerexport.generate import Chunk, Conversation, Summary
-    from ligerexport.runtime import Session
+    from ligerexport.prompt_cache import PromptCache
 
 Artifact = Annotated[Path, typer.Argument(help="Directory that build wrote.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to write.")]
@@ -29,6 +29,9 @@ Seed = Annotated[int | None, typer.Option("--seed", help="The same seed writes t
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; may be repeated.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Default: physical cores.")]
 NoHash = Annotated[bool, typer.Option("--no-hash", help="Do not compare the files' sha256 first.")]
+PromptCacheFile = Annotated[
+    Path | None, typer.Option("--prompt-cache", help="File that keeps the state after the beginning of the prompt.")
+]
 
 _LONG_PROMPT = 2048
 """Tokens from which a progress bar is worth it."""
@@ -44,6 +47,7 @@ def run(
     top_p: TopP = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    prompt_cache: PromptCacheFile = None,
     threads: Threads = None,
     no_hash: NoHash = False,
     json: Json = False,
@@ -53,16 +57,18 @@ def run(
     """Continue a prompt; text streams to stdout."""
     common.begin(quiet, debug)
     from ligerexport.generate import generate
+    from ligerexport.prompt_cache import PromptCache
     from ligerexport.runtime import load
 
     if prompt == "-":
         prompt = sys.stdin.read()
     common.announce("run", artifact=artifact, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-                    top_p=top_p, seed=seed, stop=stop)  # fmt: skip
+                    top_p=top_p, seed=seed, stop=stop, prompt_cache=prompt_cache)  # fmt: skip
     session = load(artifact, threads=threads, hashes=not no_hash)
+    cache = PromptCache(prompt_cache) if prompt_cache else None
     chunks = generate(
         session, prompt, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        seed=seed, stop=stop or (), progress=progress if len(prompt) > 4 * _LONG_PROMPT else silent,
+        seed=seed, stop=stop or (), prompt_cache=cache, progress=progress if len(prompt) > 4 * _LONG_PROMPT else silent,
     )  # fmt: skip
     pieces = [_show(chunk, json) for chunk in chunks]
     if not json:
@@ -73,6 +79,7 @@ def run(
     speed = summary.tokens_per_second
     common.finish_json(json, {
         "text": "".join(chunk.text for chunk in pieces), "prompt_tokens": summary.prompt_tokens,
+        "cached_tokens": summary.cached_tokens,
         "new_tokens": summary.new_tokens, "finish": summary.finish, "ttft_seconds": summary.ttft,
         "tokens_per_second": speed, "state_bytes": summary.state_bytes, "kv_cache_larger_from": manifest.crossover,
     })  # fmt: skip
@@ -81,12 +88,18 @@ def run(
         [
             *([("speed", f"{speed:.1f} tokens per second")] if speed else []),
             ("first token", f"{summary.ttft:.2f} s"),
+            *([("prompt cache", _cached(cache))] if cache else []),
             ("state", f"{format_bytes(summary.state_bytes)}, whatever the length" if not manifest.growth
              else f"{format_bytes(summary.state_bytes)}, {format_bytes(manifest.growth)} more a token"),
             common.crossover_row(manifest.crossover),
         ],
         next_command=f"ligerexport chat {artifact}",
     )  # fmt: skip
+
+
+def _cached(cache: PromptCache) -> str:
+    tokens = cache.restored or cache.keep
+    return cache.note + (f", {tokens:,} tokens in {cache.path}" if tokens else "")
 
 
 def _show(chunk: Chunk, json: bool) -> Chunk:
@@ -113,6 +126,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    prompt_cache: PromptCacheFile = None,
     threads: Threads = None,
     no_hash: NoHash = False,
     json: Json = False,
@@ -126,13 +140,17 @@ def chat(
     """
     common.begin(quiet, debug)
     from ligerexport.generate import Conversation, Sampler
+    from ligerexport.prompt_cache import PromptCache
     from ligerexport.runtime import load
 
     sampler = Sampler(temperature, top_k, top_p, seed)
     common.announce("chat", artifact=artifact, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-                    top_p=top_p, seed=seed, stop=stop)  # fmt: skip
+                    top_p=top_p, seed=seed, stop=stop, prompt_cache=prompt_cache)  # fmt: skip
     session = load(artifact, threads=threads, hashes=not no_hash)
-    talk = Conversation(session, sampler, system=system, max_new_tokens=max_new_tokens, stop=stop or ())
+    cache = PromptCache(prompt_cache) if prompt_cache else None
+    talk = Conversation(
+        session, sampler, system=system, max_new_tokens=max_new_tokens, stop=stop or (), prompt_cache=cache
+    )
     say("Ctrl-C stops an answer, /help lists what else there is")
     turns: list[dict[str, Any]] = []
     for line in _lines():
@@ -145,11 +163,14 @@ def chat(
         except LigerError as error:
             print_error(error)
     common.finish_json(json, {"turns": turns, "position": int(session.position[0]), "state_bytes": session.state_bytes})
-    card(f"{len(turns)} turns", [("tokens seen", f"{int(session.position[0]):,}"), _state_row(session)])
-
-
-def _state_row(session: Session) -> tuple[str, str]:
-    return common.bytes_row("state", session.state_bytes)
+    card(
+        f"{len(turns)} turns",
+        [
+            ("tokens seen", f"{int(session.position[0]):,}"),
+            common.bytes_row("state", session.state_bytes),
+            *([("prompt cache", _cached(cache))] if cache and cache.note else []),
+        ],
+    )
 
 
 def _lines() -> Iterator[str]:
