@@ -111,7 +111,7 @@ class _Graph:
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(FP32_ACTIVATIONS))
             options.enable_mem_reuse = False  # planning reuse is quadratic in the nodes
             if manifest.lowering == "native":
-                register(options, threads=1)
+                register(options)
             self._session = onnxruntime.InferenceSession(str(variant), options, providers=["CPUExecutionProvider"])
         finally:
             variant.unlink()

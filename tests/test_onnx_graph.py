@@ -82,7 +82,7 @@ def mixer_graph(spec: MixerSpec, lowering: str, inv_freq: Tensor = INV_FREQ) -> 
 
 def session_options() -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    register(options, threads=2)
+    register(options)
     return options
 
 

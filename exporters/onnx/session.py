@@ -26,6 +26,10 @@ DEFAULT_CHUNK = 64
 """Prompt tokens a call, where the graph takes more. On SmolLM2 64 and 128 are equally fast; 64 needs less memory."""
 
 
+SPIN = "200"
+"""Microseconds that a thread waits for the next operator before it sleeps."""
+
+
 class OnnxSession:
     """One batch of sequences on an ONNX artifact. See `ligerexport.runtime.Session` for the face.
 
@@ -315,13 +319,15 @@ def _open(
     # The planner's search for buffers to reuse is quadratic in nodes, most of the time of loading SmolLM2. The arena
     # reuses them anyway: same speed, same memory.
     options.enable_mem_reuse = False
-    # Threads that spin between operators take the cores from everybody else: twice the time a token on a busy machine.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Waking a thread for an operator takes as long as many an operator; one that spins for longer takes the core from
+    # everybody else.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN)
     options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
     if artifact.manifest.lowering == "native":
         from ligerexport.exporters.onnx.native import register
 
-        register(options, threads)
+        register(options)
     if exact:  # of products that ONNX Runtime fuses itself
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if graph is not None:  # given as bytes it does not know where its weights are

@@ -6,7 +6,6 @@ all that is needed; the library goes to the cache, under a name that changes wit
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import platform
@@ -30,20 +29,14 @@ _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
 
 
-def register(options: onnxruntime.SessionOptions, threads: int) -> None:
+def register(options: onnxruntime.SessionOptions) -> None:
     """Let a session load graphs of the lowering `native`.
-
-    Args:
-        options: Of the session.
-        threads: Of calls with many tokens; the last registration of a process counts for all its sessions.
 
     Raises:
         MissingDependency: There is no C++ compiler.
         LigerError: It fails.
     """
-    path = library()
-    ctypes.CDLL(str(path)).ligerexport_threads(ctypes.c_int64(threads))
-    options.register_custom_ops_library(str(path))
+    options.register_custom_ops_library(str(library()))
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <thread>
 #include <vector>
 
 namespace liger {
@@ -99,35 +98,46 @@ inline void rotate(float* to, const float* x, const float* cos, const float* sin
   std::copy(x + 2 * half, x + width, to + 2 * half);
 }
 
+// Lists of one thread, which keep their memory from call to call.
+struct Workspace {
+  std::vector<int64_t> time, window, sinks, seen, left, arrived;  // `time`: position of each candidate, -1 for none
+  std::vector<std::vector<int64_t>> in;
+  std::vector<const float*> keys, values;
+  std::vector<float> rotated, score, rank, weight, turned, far, received, features;
+};
+
 // One KV head of one sequence.
 template <int W>
 class Head {
  public:
-  Head(const Layer& layer, const Call& call, int64_t b, int64_t h) : l_(layer), c_(call), b_(b), h_(h) {
+  Head(const Layer& layer, const Call& call, int64_t b, int64_t h, Workspace& workspace)
+      : l_(layer), c_(call), w_(workspace), b_(b), h_(h) {
     const int64_t bh = b * l_.kv_heads + h, n = l_.slots;
     start_ = c_.position[b];
     at_ = bh * n;
     candidates_ = n + c_.length;
-    time_.assign(candidates_, -1);
-    rotated_.resize(candidates_ * l_.d_k);
-    keys_.resize(candidates_);
-    values_.resize(candidates_);
-    score_.assign(l_.pools.size() * candidates_, 0.0f);
-    rank_.resize(candidates_);
-    in_.resize(l_.pools.size());
+    w_.window.clear(), w_.sinks.clear();
+    w_.time.assign(candidates_, -1);
+    w_.rotated.resize(candidates_ * l_.d_k);
+    w_.keys.resize(candidates_);
+    w_.values.resize(candidates_);
+    w_.score.assign(l_.pools.size() * candidates_, 0.0f);
+    w_.rank.resize(candidates_);
+    w_.in.resize(l_.pools.size());
     for (int64_t i = 0; i < n; ++i) {
-      time_[i] = c_.past_position[at_ + i];
-      keys_[i] = c_.past_key + (at_ + i) * l_.d_k;
-      values_[i] = c_.past_value + (at_ + i) * l_.d_v;
+      w_.time[i] = c_.past_position[at_ + i];
+      w_.keys[i] = c_.past_key + (at_ + i) * l_.d_k;
+      w_.values[i] = c_.past_value + (at_ + i) * l_.d_v;
+      for (int64_t line = 0; line < l_.d_v; line += 16) __builtin_prefetch(w_.values[i] + line);  // read out of order
       for (size_t p = 0; p < l_.pools.size(); ++p)
-        score_[p * candidates_ + i] = c_.past_score[(bh * l_.pools.size() + p) * n + i];
+        w_.score[p * candidates_ + i] = c_.past_score[(bh * l_.pools.size() + p) * n + i];
     }
     for (int64_t t = 0; t < c_.length; ++t) {
       const int64_t token = b * c_.length + t, i = n + t;
-      keys_[i] = c_.key + (token * l_.kv_heads + h) * l_.d_k;
-      values_[i] = c_.value + (token * l_.kv_heads + h) * l_.d_v;
+      w_.keys[i] = c_.key + (token * l_.kv_heads + h) * l_.d_k;
+      w_.values[i] = c_.value + (token * l_.kv_heads + h) * l_.d_v;
       for (size_t p = 0; p < l_.pools.size(); ++p)
-        if (!l_.pools[p].received) score_[p * candidates_ + i] = c_.arrival[bh * c_.length + t];
+        if (!l_.pools[p].received) w_.score[p * candidates_ + i] = c_.arrival[bh * c_.length + t];
     }
     if (l_.evicts) {
       const int64_t state = bh * l_.d_k * l_.d_v, mass = bh * l_.d_k;
@@ -156,42 +166,44 @@ class Head {
 
  private:
   float Rank(size_t pool, int64_t i) const {
-    const float score = score_[pool * candidates_ + i], horizon = l_.pools[pool].horizon;
-    return horizon == 0 ? score : std::log(std::max(score, kFaintest)) + static_cast<float>(time_[i]) / horizon;
+    const float score = w_.score[pool * candidates_ + i], horizon = l_.pools[pool].horizon;
+    return horizon == 0 ? score : std::log(std::max(score, kFaintest)) + static_cast<float>(w_.time[i]) / horizon;
   }
 
-  // Whether a ranks before b in a pool; `rank_` has the ranks.
+  // Whether a ranks before b in a pool; `w_.rank` has the ranks.
   bool Better(int64_t a, int64_t b) const {
-    return rank_[a] > rank_[b] || (rank_[a] == rank_[b] && time_[a] < time_[b]);
+    return w_.rank[a] > w_.rank[b] || (w_.rank[a] == w_.rank[b] && w_.time[a] < w_.time[b]);
   }
 
   void Rotate(int64_t i) {
-    const int64_t offset = std::max<int64_t>(time_[i] - start_, -l_.max_distance) + l_.max_distance;
-    rotate(&rotated_[i * l_.d_k], keys_[i], c_.cos + offset * c_.half, c_.sin + offset * c_.half, 1.0f, c_.half,
+    const int64_t offset = std::max<int64_t>(w_.time[i] - start_, -l_.max_distance) + l_.max_distance;
+    rotate(&w_.rotated[i * l_.d_k], w_.keys[i], c_.cos + offset * c_.half, c_.sin + offset * c_.half, 1.0f, c_.half,
            l_.d_k);
   }
 
   // Finds what the slots were kept for before this call.
   void Sort() {
-    std::vector<int64_t> left;
+    std::vector<int64_t>& left = w_.left;
+    left.clear();
+    const int64_t oldest = std::max<int64_t>(start_ - l_.window, 0);
+    w_.window.assign(std::max<int64_t>(start_ - oldest, 0), -1);  // its positions have no gaps
     for (int64_t i = 0; i < l_.slots; ++i) {
-      if (time_[i] < 0) continue;
+      if (w_.time[i] < 0) continue;
       Rotate(i);
-      if (start_ - 1 - time_[i] < l_.window)
-        window_.push_back(i);
-      else if (time_[i] < l_.sinks)
-        sinks_.push_back(i);
+      if (w_.time[i] >= oldest)
+        w_.window[w_.time[i] - oldest] = i;
+      else if (w_.time[i] < l_.sinks)
+        w_.sinks.push_back(i);
       else
         left.push_back(i);
     }
-    std::sort(window_.begin(), window_.end(), [&](int64_t a, int64_t b) { return time_[a] < time_[b]; });
     for (size_t p = 0; p < l_.pools.size(); ++p) {
       const size_t kept = std::min<size_t>(l_.pools[p].count, left.size());
-      for (int64_t i : left) rank_[i] = Rank(p, i);
+      for (int64_t i : left) w_.rank[i] = Rank(p, i);
       if (kept < left.size())
         std::nth_element(left.begin(), left.begin() + kept, left.end(),
                          [&](int64_t a, int64_t b) { return Better(a, b); });
-      in_[p].assign(left.begin(), left.begin() + kept);
+      w_.in[p].assign(left.begin(), left.begin() + kept);
       left.erase(left.begin(), left.begin() + kept);
     }
   }
@@ -199,18 +211,18 @@ class Head {
   // Takes a token into the window and lets what leaves it compete.
   void Take(int64_t t) {
     const int64_t now = start_ + t, i = l_.slots + t;
-    time_[i] = now;
+    w_.time[i] = now;
     Rotate(i);
-    window_.push_back(i);
-    if (now - time_[window_[first_]] < l_.window) return;
-    int64_t item = window_[first_++];
-    if (time_[item] < l_.sinks) {
-      sinks_.push_back(item);
+    w_.window.push_back(i);
+    if (now - w_.time[w_.window[first_]] < l_.window) return;
+    int64_t item = w_.window[first_++];
+    if (w_.time[item] < l_.sinks) {
+      w_.sinks.push_back(item);
       return;
     }
     for (size_t p = 0; p < l_.pools.size(); ++p) {
-      std::vector<int64_t>& pool = in_[p];
-      rank_[item] = Rank(p, item);
+      std::vector<int64_t>& pool = w_.in[p];
+      w_.rank[item] = Rank(p, item);
       if (static_cast<int64_t>(pool.size()) < l_.pools[p].count) {
         pool.push_back(item);
         return;
@@ -220,61 +232,61 @@ class Head {
       if (Better(item, *worst)) std::swap(item, *worst);
     }
     if (l_.evicts) Evict(item);
-    time_[item] = -1;
+    w_.time[item] = -1;
   }
 
   void Evict(int64_t i) {
     const float* slow = c_.turn + 2 * c_.half;
-    features_.assign(keys_[i], keys_[i] + l_.d_k);
+    w_.features.assign(w_.keys[i], w_.keys[i] + l_.d_k);
     for (int64_t r = 0; r < c_.half; ++r) {
-      features_[r] *= slow[r];
-      features_[c_.half + r] *= slow[r];
+      w_.features[r] *= slow[r];
+      w_.features[c_.half + r] *= slow[r];
     }
-    features_[0] = 1;
+    w_.features[0] = 1;
     for (int64_t c = 0; c < l_.d_k; ++c) {
-      mass_[c] += features_[c];
-      if (features_[c] != 0) add(state_ + c * l_.d_v, values_[i], features_[c], l_.d_v);
+      mass_[c] += w_.features[c];
+      if (w_.features[c] != 0) add(state_ + c * l_.d_v, w_.values[i], w_.features[c], l_.d_v);
     }
   }
 
   void Attend(int64_t t) {
     const int64_t now = start_ + t, token = b_ * c_.length + t, group = l_.q_heads / l_.kv_heads;
-    seen_.assign(window_.begin() + first_, window_.end());
-    const size_t near = seen_.size();
-    seen_.insert(seen_.end(), sinks_.begin(), sinks_.end());
-    const size_t always = seen_.size();
-    for (const auto& pool : in_) seen_.insert(seen_.end(), pool.begin(), pool.end());
-    const size_t count = seen_.size();
-    weight_.resize(count);
-    turned_.resize(l_.d_k);
-    far_.resize(l_.d_k);
-    received_.assign(l_.pools.size() * near, 0.0f);
+    w_.seen.assign(w_.window.begin() + first_, w_.window.end());
+    const size_t near = w_.seen.size();
+    w_.seen.insert(w_.seen.end(), w_.sinks.begin(), w_.sinks.end());
+    const size_t always = w_.seen.size();
+    for (const auto& pool : w_.in) w_.seen.insert(w_.seen.end(), pool.begin(), pool.end());
+    const size_t count = w_.seen.size();
+    w_.weight.resize(count);
+    w_.turned.resize(l_.d_k);
+    w_.far.resize(l_.d_k);
+    w_.received.assign(l_.pools.size() * near, 0.0f);
 
     for (int64_t g = 0; g < group; ++g) {
       const float* q = c_.query + (token * l_.q_heads + h_ * group + g) * l_.d_k;
       float* mixed = c_.mixed + (token * l_.q_heads + h_ * group + g) * l_.d_v;
       const int64_t row = l_.max_distance + t;
-      rotate(turned_.data(), q, c_.cos + row * c_.half, c_.sin + row * c_.half, 1.0f, c_.half, l_.d_k);
-      if (now > l_.max_distance) rotate(far_.data(), q, c_.cos, c_.sin, -1.0f, c_.half, l_.d_k);
+      rotate(w_.turned.data(), q, c_.cos + row * c_.half, c_.sin + row * c_.half, 1.0f, c_.half, l_.d_k);
+      if (now > l_.max_distance) rotate(w_.far.data(), q, c_.cos, c_.sin, -1.0f, c_.half, l_.d_k);
       float local = kNever;
       for (size_t j = 0; j < count; ++j)
-        weight_[j] = l_.scale * dot<W>(turned_.data(), &rotated_[seen_[j] * l_.d_k], l_.d_k);
+        w_.weight[j] = l_.scale * dot<W>(w_.turned.data(), &w_.rotated[w_.seen[j] * l_.d_k], l_.d_k);
       if (now > l_.max_distance)
         for (size_t j = 0; j < count; ++j)
-          if (now - time_[seen_[j]] > l_.max_distance)
-            weight_[j] = l_.scale * dot<W>(far_.data(), keys_[seen_[j]], l_.d_k);
-      for (size_t j = 0; j < always; ++j) local = std::max(local, weight_[j]);
+          if (now - w_.time[w_.seen[j]] > l_.max_distance)
+            w_.weight[j] = l_.scale * dot<W>(w_.far.data(), w_.keys[w_.seen[j]], l_.d_k);
+      for (size_t j = 0; j < always; ++j) local = std::max(local, w_.weight[j]);
       float top = local;
-      for (size_t j = always; j < count; ++j) top = std::max(top, weight_[j]);
+      for (size_t j = always; j < count; ++j) top = std::max(top, w_.weight[j]);
       float sum = 0;
-      for (size_t j = 0; j < always; ++j) sum += weight_[j] = std::exp(weight_[j] - local);
+      for (size_t j = 0; j < always; ++j) sum += w_.weight[j] = std::exp(w_.weight[j] - local);
       Receive(now, near, sum);
       const float faded = std::exp(local - top);
-      for (size_t j = 0; j < always; ++j) weight_[j] *= faded;
+      for (size_t j = 0; j < always; ++j) w_.weight[j] *= faded;
       sum *= faded;
-      for (size_t j = always; j < count; ++j) sum += weight_[j] = std::exp(weight_[j] - top);
-      for (float& weight : weight_) weight /= sum;
-      mix<W>(mixed, values_, seen_, weight_.data(), l_.d_v);
+      for (size_t j = always; j < count; ++j) sum += w_.weight[j] = std::exp(w_.weight[j] - top);
+      for (float& weight : w_.weight) weight /= sum;
+      mix<W>(mixed, w_.values, w_.seen, w_.weight.data(), l_.d_v);
       if (l_.evicts && mass_[0] > 0) Expand(q, mixed, top + std::log(sum));
     }
     Score(now, near);
@@ -286,9 +298,9 @@ class Head {
       const Pool& pool = l_.pools[p];
       if (!pool.received) continue;
       for (size_t j = 0; j < near; ++j) {
-        if (now - time_[seen_[j]] < pool.first_distance) break;  // the oldest come first
-        float* to = &received_[p * near + j];
-        *to = pool.maximum ? std::max(*to, weight_[j] / sum) : *to + weight_[j] / sum;
+        if (now - w_.time[w_.seen[j]] < pool.first_distance) break;  // the oldest come first
+        float* to = &w_.received[p * near + j];
+        *to = pool.maximum ? std::max(*to, w_.weight[j] / sum) : *to + w_.weight[j] / sum;
       }
     }
   }
@@ -298,11 +310,11 @@ class Head {
       const Pool& pool = l_.pools[p];
       if (!pool.received) continue;
       for (size_t j = 0; j < near; ++j) {
-        const int64_t i = seen_[j];
-        if (now - time_[i] < pool.first_distance) break;
-        float got = received_[p * near + j];
-        if (pool.by_value) got *= std::sqrt(dot<W>(values_[i], values_[i], l_.d_v));
-        float& score = score_[p * candidates_ + i];
+        const int64_t i = w_.seen[j];
+        if (now - w_.time[i] < pool.first_distance) break;
+        float got = w_.received[p * near + j];
+        if (pool.by_value) got *= std::sqrt(dot<W>(w_.values[i], w_.values[i], l_.d_v));
+        float& score = w_.score[p * candidates_ + i];
         score = pool.maximum ? std::max(score, got) : score + got;
       }
     }
@@ -311,30 +323,31 @@ class Head {
   // Shares the softmax's denominator with what was evicted; see `ligerexport.kernels.evicted`.
   void Expand(const float* q, float* mixed, float normaliser) {
     const float count = mass_[0];
-    rotate(turned_.data(), q, c_.turn, c_.turn + c_.half, 1.0f, c_.half, l_.d_k);
-    for (float& x : turned_) x *= l_.scale;
-    const float mean = dot<W>(turned_.data(), mass_, l_.d_k) / count;
-    turned_[0] = 1 - mean;
-    features_.assign(l_.d_v, 0.0f);
+    rotate(w_.turned.data(), q, c_.turn, c_.turn + c_.half, 1.0f, c_.half, l_.d_k);
+    for (float& x : w_.turned) x *= l_.scale;
+    const float mean = dot<W>(w_.turned.data(), mass_, l_.d_k) / count;
+    w_.turned[0] = 1 - mean;
+    w_.features.assign(l_.d_v, 0.0f);
     for (int64_t c = 0; c < l_.d_k; ++c)
-      if (turned_[c] != 0) add(features_.data(), state_ + c * l_.d_v, turned_[c] / count, l_.d_v);
+      if (w_.turned[c] != 0) add(w_.features.data(), state_ + c * l_.d_v, w_.turned[c] / count, l_.d_v);
     const float share = 1 / (1 + std::exp(normaliser - mean - std::log(l_.recurrence_weight * count)));
-    for (int64_t v = 0; v < l_.d_v; ++v) mixed[v] += share * (features_[v] - mixed[v]);
+    for (int64_t v = 0; v < l_.d_v; ++v) mixed[v] += share * (w_.features[v] - mixed[v]);
   }
 
   void Store() {
     const int64_t n = l_.slots, pools = l_.pools.size(), bh = at_ / n;
-    std::vector<int64_t> source(n, -1), arrived;
+    std::vector<int64_t>& arrived = w_.arrived;
+    arrived.clear();
     for (int64_t i = n; i < candidates_; ++i)
-      if (time_[i] >= 0) arrived.push_back(i);
+      if (w_.time[i] >= 0) arrived.push_back(i);
     size_t next = 0;
     for (int64_t i = 0; i < n; ++i) {
-      source[i] = time_[i] >= 0 ? i : next < arrived.size() ? arrived[next++] : -1;
-      c_.new_position[at_ + i] = source[i] < 0 ? -1 : time_[source[i]];
+      const int64_t source = w_.time[i] >= 0 ? i : next < arrived.size() ? arrived[next++] : -1;
+      c_.new_position[at_ + i] = source < 0 ? -1 : w_.time[source];
       for (int64_t p = 0; p < pools; ++p)
-        c_.new_score[(bh * pools + p) * n + i] = source[i] < 0 ? 0.0f : score_[p * candidates_ + source[i]];
-      Copy(c_.new_key + (at_ + i) * l_.d_k, source[i] < 0 ? nullptr : keys_[source[i]], l_.d_k);
-      Copy(c_.new_value + (at_ + i) * l_.d_v, source[i] < 0 ? nullptr : values_[source[i]], l_.d_v);
+        c_.new_score[(bh * pools + p) * n + i] = source < 0 ? 0.0f : w_.score[p * candidates_ + source];
+      Copy(c_.new_key + (at_ + i) * l_.d_k, source < 0 ? nullptr : w_.keys[source], l_.d_k);
+      Copy(c_.new_value + (at_ + i) * l_.d_v, source < 0 ? nullptr : w_.values[source], l_.d_v);
     }
   }
 
@@ -347,34 +360,26 @@ class Head {
 
   const Layer& l_;
   const Call& c_;
+  Workspace& w_;
   int64_t b_, h_, start_, at_, candidates_;
-  std::vector<int64_t> time_, window_, sinks_, seen_;  // `time_`: position of each candidate, -1 for none
-  size_t first_ = 0;                                   // of the window
-  std::vector<std::vector<int64_t>> in_;
-  std::vector<const float*> keys_, values_;
-  std::vector<float> rotated_, score_, rank_, weight_, turned_, far_, received_, features_;
+  size_t first_ = 0;  // of the window
   float *state_ = nullptr, *mass_ = nullptr;
 };
 
-template <int W>
-void run_heads(const Layer& layer, const Call& call, int64_t threads) {
-  const int64_t heads = call.batch * layer.kv_heads;
-  // What a step of few tokens takes is less than what it takes to wake a thread.
-  const int64_t workers = call.length * layer.slots < 2048 ? 1 : std::min(threads, heads);
-  const auto work = [&](int64_t worker) {
-    for (int64_t i = worker; i < heads; i += workers)
-      Head<W>(layer, call, i / layer.kv_heads, i % layer.kv_heads).Run();
-  };
-  std::vector<std::thread> others;
-  for (int64_t w = 1; w < workers; ++w) others.emplace_back(work, w);
-  work(0);
-  for (std::thread& other : others) other.join();
+template <int W, typename Parallel>
+void run_heads(const Layer& layer, const Call& call, const Parallel& parallel) {
+  parallel(call.batch * layer.kv_heads, [&](int64_t i) {
+    thread_local Workspace workspace;
+    Head<W>(layer, call, i / layer.kv_heads, i % layer.kv_heads, workspace).Run();
+  });
 }
 
-inline void run(const Layer& layer, const Call& call, int64_t threads) {
-  if (layer.d_k == layer.d_v && layer.d_k == 64) return run_heads<64>(layer, call, threads);
-  if (layer.d_k == layer.d_v && layer.d_k == 128) return run_heads<128>(layer, call, threads);
-  run_heads<0>(layer, call, threads);
+// `parallel(n, work)` calls work(0) to work(n - 1), on as many threads as it likes.
+template <typename Parallel>
+void run(const Layer& layer, const Call& call, const Parallel& parallel) {
+  if (layer.d_k == layer.d_v && layer.d_k == 64) return run_heads<64>(layer, call, parallel);
+  if (layer.d_k == layer.d_v && layer.d_k == 128) return run_heads<128>(layer, call, parallel);
+  run_heads<0>(layer, call, parallel);
 }
 
 }  // namespace liger

@@ -43,7 +43,8 @@ struct OrtCustomOp {  // as of version 10 of the interface, the oldest that has 
 
 namespace ort {
 
-constexpr uint32_t kVersion = 10;
+constexpr uint32_t kVersion = 10;        // of `OrtCustomOp`
+constexpr uint32_t kTableVersion = 17;  // of the table
 
 enum Entry : size_t {
   kCreateStatus = 0,
@@ -59,6 +60,7 @@ enum Entry : size_t {
   kGetInput = 90,
   kGetOutput = 91,
   kReleaseShape = 99,
+  kParallelFor = 274,  // since version 17
 };
 
 template <typename Result = OrtStatus*, typename... Arguments>

@@ -20,8 +20,6 @@ enum Input {
 };
 enum Output { kMixed, kNewKey, kNewValue, kNewPosition, kNewScore, kNewState, kNewMass, kOutputs };
 
-int64_t threads = 1;
-
 struct Kernel {
   const OrtApi* api;
   liger::Layer layer;
@@ -104,7 +102,11 @@ struct Kernel {
     call.new_score = Renewed<float>(context, kSlotScore, kNewScore);
     call.new_state = Renewed<float>(context, kState, kNewState);
     call.new_mass = Renewed<float>(context, kMass, kNewMass);
-    liger::run(layer, call, threads);
+    liger::run(layer, call, [&](int64_t count, auto work) {  // on ONNX Runtime's own threads
+      void (*each)(void*, size_t) = [](void* to, size_t i) { (*static_cast<decltype(work)*>(to))(i); };
+      ort::call(api, ort::kParallelFor, static_cast<const OrtKernelContext*>(context), each,
+                static_cast<size_t>(count), size_t{0}, static_cast<void*>(&work));
+    });
   }
 };
 
@@ -131,12 +133,9 @@ OrtCustomOp make_operator() {
 
 extern "C" {
 
-// Sets the threads of calls with many tokens, for all sessions of the process.
-void ligerexport_threads(int64_t count) { threads = count; }
-
 OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   static const OrtCustomOp op = make_operator();
-  const OrtApi* api = base->GetApi(ort::kVersion);
+  const OrtApi* api = base->GetApi(ort::kTableVersion);
   OrtCustomOpDomain* domain = nullptr;  // lives as long as the process: sessions refer to it
   if (OrtStatus* bad = ort::call(api, ort::kCreateCustomOpDomain, kDomain, &domain)) return bad;
   if (OrtStatus* bad = ort::call(api, ort::kCustomOpDomainAdd, domain, &op)) return bad;
