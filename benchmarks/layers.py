@@ -15,52 +15,15 @@ from typing import Any
 
 import torch
 from recovery import rendered
-from torch import Tensor
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from ligerexport.allocate import Measure
 from ligerexport.config import get_preset
 from ligerexport.console import progress, say
 from ligerexport.convert import convert, load_model
 from ligerexport.corpus import cut_windows, read_tokens, text_files
-from ligerexport.evaluate.recall import ONCE, PlainTokenizer, Prompt, passkey_prompts
 from ligerexport.sources import resolve
 from ligerexport.text import TextModel
-
-FIRST = 256
-"""Earlier positions lose nothing."""
-
-
-class Measure:
-    """Divergence and recall of a model against a Transformer on fixed text."""
-
-    def __init__(self, teacher: Any, windows: Tensor, text: TextModel, prose: list[int], args: argparse.Namespace):
-        self.windows = windows
-        self.prompts = list(passkey_prompts(PlainTokenizer(text), prose, ONCE, args.distance, args.trials, seed=7))
-        self.expected = [self._log_p(teacher, row).bfloat16() for row in windows]
-
-    def __call__(self, model: Any) -> dict[str, float]:
-        """Return KL(Transformer || model), the share of digits recalled and their NLL, in nats a token."""
-        total = sum(
-            functional.kl_div(self._log_p(model, row), expected.float(), reduction="sum", log_target=True).item()
-            for row, expected in zip(self.windows, self.expected, strict=True)
-        )
-        found = torch.tensor([self._answer(model, prompt) for prompt in self.prompts]).mean(dim=0).tolist()
-        return {"kl": total / self.windows[:, FIRST:].numel(), "once": found[0], "once_nll": found[1]}
-
-    @torch.no_grad()
-    def _answer(self, model: Any, prompt: Prompt) -> tuple[float, float]:
-        ids, asked = torch.tensor(prompt.ids, device=model.device), list(prompt.asked)
-        last = len(ids) - asked[0]  # no cache: it would be another one in each layer
-        logits = model(ids[None, :-1], use_cache=False, logits_to_keep=last).logits[0].float()
-        logits, target = logits[[i - asked[0] for i in asked]], ids[asked]
-        share = (logits.argmax(dim=-1) == target).float().mean()
-        return float(share), float(functional.cross_entropy(logits, target))
-
-    @torch.no_grad()
-    def _log_p(self, model: Any, row: Tensor) -> Tensor:
-        logits = model(row[None].to(model.device), use_cache=False).logits[0, FIRST:]
-        return logits.float().log_softmax(dim=-1)
 
 
 def main() -> None:
@@ -85,7 +48,8 @@ def main() -> None:
     student = student.to(device).eval()
     ids = text.encode(rendered(source, args.chats), special=False)
     windows = torch.as_tensor(cut_windows(ids, args.length, args.windows))
-    measure = Measure(teacher, windows, text, read_tokens(text_files(args.text), text), args)
+    prose = read_tokens(text_files(args.text), text)
+    measure = Measure(teacher, windows, text, prose, distance=args.distance, trials=args.trials)
     ours = [layer.self_attn for layer in student.model.layers]
     theirs = [layer.self_attn for layer in teacher.model.layers]
 

@@ -79,7 +79,7 @@ SPREAD = Path(__file__).parent / "results" / "spread.json"
 
 
 def spread(slots: int) -> dict[str, Any]:
-    """Return the memory of so many slots a layer, on average, that spread.py chose; nothing before it has run."""
+    """Return the memory of so many slots a layer, on average, as an earlier form of `allocate` shared them out."""
     return json.loads(SPREAD.read_text())["chosen"][str(slots)] if SPREAD.is_file() else {}
 
 

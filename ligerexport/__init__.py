@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ligerexport.allocate import allocate as allocate
     from ligerexport.config import LigerConfig as LigerConfig
     from ligerexport.convert import convert as convert
     from ligerexport.convert import load_model as load_model
@@ -29,6 +30,7 @@ _HOMES = {
     "LigerConfig": "ligerexport.config",
     "Session": "ligerexport.runtime",
     "Snapshot": "ligerexport.runtime",
+    "allocate": "ligerexport.allocate",
     "build": "ligerexport.exporters.build",
     "convert": "ligerexport.convert",
     "evaluate": "ligerexport.evaluate",
@@ -43,6 +45,7 @@ __all__ = [
     "Session",
     "Snapshot",
     "__version__",
+    "allocate",
     "build",
     "convert",
     "evaluate",

@@ -5,8 +5,10 @@ No arithmetic here; `ligerexport.state` says which tensors a configuration needs
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from ligerexport.errors import UsageError, close_matches, look_up
@@ -17,6 +19,9 @@ RECURRENCES = ("parallel", "evicted")
 
 Slots = tuple[tuple[str, int], ...]
 """Pools of exact slots: (score, count), in order."""
+
+MEMORY = ("window", "slots", "layer_memory")
+"""Fields of `LigerConfig` that `allocate` chooses."""
 
 
 def _pools(slots: Slots) -> Slots:
@@ -251,3 +256,30 @@ def get_preset(name: str, **changes: Any) -> LigerConfig:
     """
     preset = look_up("preset", name, PRESETS)
     return replace(preset.config, **{key: value for key, value in changes.items() if value is not None})
+
+
+def read_memory(path: str | Path, preset: str | None = None, **changes: Any) -> LigerConfig:
+    """Return a conversion whose windows and pools are those in a file.
+
+    Args:
+        path: JSON with the fields `MEMORY`, as `allocate` writes it.
+        preset: Row of `PRESETS`; None takes the conversion in which they were measured, if the file says so.
+        **changes: Other fields that differ; None leaves their value.
+
+    Raises:
+        UsageError: The file holds no memory, or a change is made to what it holds.
+    """
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if twice := [name for name in MEMORY if name in changes]:
+        option = twice[0].replace("_", "-")
+        raise UsageError(f"both --memory and --{option}", hint=f"the file says it too: leave --{option} out")
+    try:
+        data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        fields = {name: data[name] for name in MEMORY}
+        base = data.get("record", {}).get("base")
+        LigerConfig(**fields)
+        measured = get_preset(preset or DEFAULT_PRESET) if preset or base is None else LigerConfig.from_dict(base)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+        hint = "give the file that `ligerexport allocate` wrote"
+        raise UsageError(f"{path} holds no memory of layers ({error})", hint=hint) from None
+    return replace(measured, **fields, **changes)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ligerexport.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint
-from ligerexport.config import DEFAULT_PRESET, LigerConfig, get_preset
+from ligerexport.config import DEFAULT_PRESET, LigerConfig, get_preset, read_memory
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.corpus import text_files
 from ligerexport.errors import CheckpointError, UsageError
@@ -46,6 +46,7 @@ def convert(
     output: str | Path,
     *,
     preset: str | None = None,
+    memory: str | Path | None = None,
     calibrate: Sequence[str | Path] | None = None,
     scores: str | Path | None = None,
     windows: int = WINDOWS,
@@ -63,7 +64,9 @@ def convert(
     Args:
         model: A directory, a hub id or a built-in model.
         output: Directory to write.
-        preset: Row of `PRESETS`; None is the default, or with an adapter and no changes what that was trained on.
+        preset: Row of `PRESETS`; None is the default, with a memory what it was measured in, or with an adapter and
+            no changes what that was trained on.
+        memory: File with windows and pools of all layers, from `allocate`.
         calibrate: Text files, or directories of them, to fit the learned score on; runs the Transformer over them.
         scores: Safetensors file of scores that were fitted before.
         windows: Windows of text that a fit reads.
@@ -82,7 +85,7 @@ def convert(
         CheckpointError: It is incomplete, damaged, or of a family that is not supported; or the adapter is another
             conversion's.
     """
-    liger = choose_conversion(model, preset, adapter, changes)
+    liger = choose_conversion(model, preset, memory, adapter, changes)
     texts = check_score_options(liger, calibrate, scores, windows)
     _check_output(Path(output))
     source = resolve(model, progress=progress)
@@ -112,16 +115,22 @@ def convert(
 
 
 def choose_conversion(
-    model: str | Path, preset: str | None, adapter: str | Path | None, changes: Mapping[str, Any]
+    model: str | Path,
+    preset: str | None,
+    memory: str | Path | None,
+    adapter: str | Path | None,
+    changes: Mapping[str, Any],
 ) -> LigerConfig:
     """Return the conversion that the options of `convert` ask for.
 
     Raises:
-        UsageError: A setting makes no sense, or no adapter ships for this model.
+        UsageError: A setting makes no sense, a memory is none, or no adapter ships for this model.
         CheckpointError: The adapter is none.
     """
     from ligerexport.adapter import read_record
 
+    if memory is not None:
+        return read_memory(memory, preset, **changes)
     if adapter is None or preset is not None or any(value is not None for value in changes.values()):
         return get_preset(preset or DEFAULT_PRESET, **changes)
     if adapter == SHIPPED and model not in BUILTIN_MODELS:

@@ -38,6 +38,7 @@ LAYERS = (
     ("runtime",),
     ("prompt_cache",),
     ("generate", "evaluate", "bench", "doctor"),
+    ("allocate",),
     ("cli", "demo"),
     ("__main__",),
 )
@@ -104,7 +105,7 @@ def test_public_names() -> None:
 
 
 @pytest.mark.parametrize("first", ["import ligerexport.{0}", "lx.{0}"])
-@pytest.mark.parametrize("name", ["convert", "generate"])
+@pytest.mark.parametrize("name", ["allocate", "convert", "generate"])
 def test_a_function_wins_over_its_module(name: str, first: str) -> None:
     code = f"import ligerexport as lx; {first}; import ligerexport.{name}; from ligerexport.{name} import {name} as f; "
     code += f"assert lx.{name} is f and callable(f); from ligerexport import {name} as g; assert g is f"

@@ -25,7 +25,10 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     preset: Annotated[
         str | None,
-        typer.Option(help=f"One of: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}, or the adapter's conversion."),
+        typer.Option(help=f"One of: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}, or that of a memory or adapter."),
+    ] = None,
+    memory: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Windows and pools of all layers, from `allocate`.")
     ] = None,
     gate: Annotated[str | None, typer.Option(help=f"One of: {', '.join(GATES)}.")] = None,
     sinks: Annotated[int | None, typer.Option(help="First tokens kept exactly for ever.")] = None,
@@ -78,7 +81,7 @@ def convert(
         "layer_memory": common.parse_layer_memory(layer_memory),
         "keep_softmax": common.parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
-    config = choose_conversion(model, preset, adapter, changes)
+    config = choose_conversion(model, preset, memory, adapter, changes)
     texts = check_score_options(config, calibrate, scores, windows)
     if output.resolve() == Path(model).expanduser().resolve():
         raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
@@ -89,8 +92,8 @@ def convert(
         return _finish(json, f"would write {output}", plan | _plan_fit(model, texts, windows), None)
     from ligerexport.convert import convert as convert_model
 
-    path = convert_model(model, output, preset=preset, calibrate=calibrate, scores=scores, windows=windows,
-                         adapter=adapter, force=force, progress=progress, **changes)  # fmt: skip
+    path = convert_model(model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores,
+                         windows=windows, adapter=adapter, force=force, progress=progress, **changes)  # fmt: skip
     _finish(json, "converted", _describe(Path(path), config), f"ligerexport build {path} --target onnx")
 
 

@@ -75,6 +75,10 @@ class Prompt:
     ids: tuple[int, ...]
     asked: tuple[int, ...]
 
+    def after(self, prefix: Sequence[int]) -> Prompt:
+        """Return the prompt with ids before it."""
+        return Prompt((*prefix, *self.ids), tuple(len(prefix) + i for i in self.asked))
+
 
 def random_key(rng: random.Random) -> str:
     """Return five digits."""
@@ -217,9 +221,7 @@ def recall(
     """
 
     def ask(prompts: Iterable[Prompt]) -> tuple[Estimate, Estimate]:
-        shift = len(prefix)
-        begun = (Prompt((*prefix, *p.ids), tuple(i + shift for i in p.asked)) for p in prompts)
-        return answer_all(scorer, begun, advance)
+        return answer_all(scorer, (prompt.after(prefix) for prompt in prompts), advance)
 
     table: Table = {}
     for name, said in (("once", ONCE), ("twice", TWICE)):
