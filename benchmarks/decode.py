@@ -1,10 +1,12 @@
 """Time and memory of one decoded token against the length of the context: an artifact and the original Transformer.
 
     python benchmarks/decode.py ARTIFACT MODEL -o benchmarks/results/decode.json
+    python benchmarks/decode.py ARTIFACT MODEL.gguf --engines ligerexport llama.cpp -o benchmarks/results/peers.json
 
 Every engine at every context is a process of its own; they are timed in turns, a block of tokens each, so that all see
 the same machine. The Transformer's cache is filled with random keys and values of the right shape (its time does not
-depend on what they hold, and a prompt of 32,768 tokens takes hours on two cores); the artifact reads real tokens.
+depend on what they hold, and a prompt of 32,768 tokens takes hours on two cores); the artifact and llama.cpp (package
+llama-cpp-python) read real tokens, one engine at a time, and how long they take is in the table too.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXTS = (128, 1024, 8192, 32768)
-ENGINES = ("ligerexport", "transformers eager", "transformers sdpa")
+ENGINES = ("ligerexport", "transformers eager", "transformers sdpa", "llama.cpp")
 
 
 def memory() -> dict[str, int]:
@@ -32,6 +34,11 @@ def memory() -> dict[str, int]:
     return {"rss": int(fields["VmRSS"].split()[0]) * 1024, "peak": int(fields["VmHWM"].split()[0]) * 1024}
 
 
+def prompt(tokens: int) -> list[int]:
+    """Return ids that every engine knows."""
+    return [(7 * i) % 30_000 + 50 for i in range(tokens)]
+
+
 class Artifact:
     """An artifact that has read `context` tokens."""
 
@@ -39,8 +46,11 @@ class Artifact:
         import ligerexport as lx
 
         self.session = lx.load(path, threads=threads)
-        vocab = self.session.artifact.manifest.model.vocab_size
-        self.session.prefill([(7 * i) % (vocab - 100) + 50 for i in range(context)])
+        self.session.prefill(prompt(32))  # the first call allocates
+        self.session.reset()
+        begin = time.perf_counter()
+        self.session.prefill(prompt(context))
+        self.read = time.perf_counter() - begin
 
     def step(self) -> None:
         """Decode one token."""
@@ -70,15 +80,33 @@ class Transformer:
         self.model(self.token, past_key_values=self.cache, use_cache=True)
 
 
+class Llama:
+    """The original model in llama.cpp, which has read `context` tokens; its cache is fp16."""
+
+    def __init__(self, path: str, context: int, threads: int) -> None:
+        from llama_cpp import Llama as Model
+
+        self.model = Model(path, n_ctx=context + 512, n_threads=threads, n_threads_batch=threads, verbose=False)
+        self.model.eval(prompt(32))
+        self.model.reset()
+        begin = time.perf_counter()
+        self.model.eval(prompt(context))
+        self.read = time.perf_counter() - begin
+
+    def step(self) -> None:
+        """Decode one token; the cache grows by it."""
+        self.model.eval([11])
+
+
 def work(engine: str, path: str, context: int, threads: int) -> None:
     """Answer on stdout: for each line `n` on stdin, the milliseconds of n tokens, then memory."""
     runner: Any
-    if engine == "ligerexport":
-        runner = Artifact(path, context, threads)
+    if engine in ("ligerexport", "llama.cpp"):
+        runner = (Artifact if engine == "ligerexport" else Llama)(path, context, threads)
     else:
         runner = Transformer(path, context, threads, attention=engine.split()[-1])
     runner.step()
-    print(json.dumps("ready"), flush=True)
+    print(json.dumps(getattr(runner, "read", None)), flush=True)
     for line in sys.stdin:
         times = []
         for _ in range(int(line)):
@@ -88,13 +116,12 @@ def work(engine: str, path: str, context: int, threads: int) -> None:
         print(json.dumps({"ms": times, **memory()}), flush=True)
 
 
-def spawn(engine: str, path: str, context: int, threads: int) -> subprocess.Popen[str]:
-    """Start a worker and wait until it is ready."""
+def spawn(engine: str, path: str, context: int, threads: int) -> tuple[subprocess.Popen[str], float | None]:
+    """Start a worker and wait until it is ready; return it and the seconds that it read the context for."""
     command = [sys.executable, __file__, "--work", engine, path, str(context), str(threads)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert json.loads(process.stdout.readline()) == "ready", engine
-    return process
+    return process, json.loads(process.stdout.readline())
 
 
 def main() -> None:
@@ -110,13 +137,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=8, help="tokens a block")
     parser.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
-    parser.add_argument("--engines", nargs="*", default=ENGINES)
+    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=ENGINES[:-1])
     args = parser.parse_args()
-    workers = {}
+    workers, seconds = {}, {}
     for context in args.contexts:
         for engine in args.engines:
             path = args.artifact if engine == "ligerexport" else args.model
-            workers[engine, context] = spawn(engine, path, context, args.threads)
+            workers[engine, context], seconds[engine, context] = spawn(engine, path, context, args.threads)
             print(f"ready: {engine} at {context}", file=sys.stderr, flush=True)
     samples: dict[tuple[str, int], list[float]] = {key: [] for key in workers}
     last: dict[tuple[str, int], dict[str, Any]] = {}
@@ -134,8 +161,11 @@ def main() -> None:
     for (engine, context), medians in samples.items():
         row = {"engine": engine, "context": context, "ms_per_token": statistics.median(medians)}
         row |= {"ms_low": min(medians), "ms_high": max(medians), "rss": last[engine, context]["rss"]}
-        rows.append(row | {"peak": last[engine, context]["peak"]})
-    versions = {name: version(name) for name in ("torch", "transformers", "onnxruntime")}
+        read = seconds[engine, context]
+        row |= {"peak": last[engine, context]["peak"], "prefill_tokens_per_s": read and context / read}
+        rows.append(row)
+    packages = ["torch", "transformers", "onnxruntime", *(["llama-cpp-python"] if "llama.cpp" in args.engines else [])]
+    versions = {name: version(name) for name in packages}
     result = {
         "command": "python " + " ".join(sys.argv),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": args.threads},
