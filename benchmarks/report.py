@@ -237,6 +237,22 @@ def layers() -> str:
     return table(["softmax in layers", "divergence, nats", "once, 2,048", "its NLL, nats"], rows)
 
 
+def peers() -> str:
+    """Decode, prefill and memory against llama.cpp."""
+    data = result("peers")["rows"]
+    contexts = sorted({row["context"] for row in data})
+    lines = []
+    for engine in dict.fromkeys(row["engine"] for row in data):
+        rows = {row["context"]: row for row in data if row["engine"] == engine}
+        times = [
+            f"{rows[c]['ms_per_token']:.1f} ms ({rows[c]['ms_low']:.1f}-{rows[c]['ms_high']:.1f})" for c in contexts
+        ]
+        lines.append([f"{engine}: a token", *times])
+        lines.append([f"{engine}: reading", *(f"{rows[c]['prefill_tokens_per_s']:.0f} tokens/s" for c in contexts)])
+        lines.append([f"{engine}: resident", *(f"{rows[c]['rss'] / 1e6:.0f} MB" for c in contexts)])
+    return table(["tokens of context", *(f"{c:,}" for c in contexts)], lines)
+
+
 def native() -> str:
     """Decode by lowering and precision."""
     rows = []
@@ -370,7 +386,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": linear, "linear_profile": linear_profile, "linear_memory": linear_memory,
     "linear_softmax": linear_softmax, "memory_kernel": memory_kernel, "step": step, "first_result": first_result,
     "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
-    "quantised": quantised, "native": native, "kept": kept, "shares": shares, "mmlu": mmlu,
+    "quantised": quantised, "native": native, "peers": peers, "kept": kept, "shares": shares, "mmlu": mmlu,
     "prompt_cache": prompt_cache,
 }  # fmt: skip
 
