@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import product
@@ -348,10 +349,13 @@ def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
         assert {node.domain for node in graphs[2].node} == {""}
 
 
-def test_weights_keep_their_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_weights_keep_their_names(tmp_path: Path, lowering: str) -> None:
+    """Those of one input, which are one product, have a joint name."""
     spec = read_spec(make_checkpoint(tmp_path / "model", MEMORY, tie_word_embeddings=True))
-    graph = proto(spec, "ort").graph
-    names = {tensor.name for tensor in graph.initializer}
-    assert set(spec.weights) - {"lm_head.weight"} <= names
+    names = set(spec.weights) - {"lm_head.weight"}
+    expected = {re.sub(r"\.[qkv]_", ".qkv_", re.sub(r"\.(gate|up)_", ".gate_up_", name)) for name in names}
+    graph = proto(spec, lowering).graph
+    assert expected <= {tensor.name for tensor in graph.initializer}
     readers = [node.op_type for node in graph.node if "model.embed_tokens.weight" in node.input]
     assert readers == ["Gather", "Gemm"]

@@ -91,6 +91,15 @@ class Builder:
         """Take a range of one axis."""
         return self.op("Slice", x, self.const([start]), self.const([stop]), self.const([axis]))
 
+    def split(self, x: ir.Value, widths: list[int]) -> list[ir.Value]:
+        """Split the last axis into parts of these widths."""
+        return list(self.op("Split", x, self.const(widths), outputs=len(widths), axis=-1))
+
+    def whole(self, *parts: ir.Value) -> ir.Value | None:
+        """Return what was split into exactly these parts, if they come from one value."""
+        node = parts[0].producer()
+        return node.inputs[0] if node is not None and node.op_type == "Split" and node.outputs == parts else None
+
     def output(self, value: ir.Value, name: str, dtype: str, shape: tuple[Axis, ...]) -> ir.Value:
         """Name a value as an output of the graph."""
         value.name, value.type, value.shape = name, ir.TensorType(ir.DataType[dtype]), ir.Shape(shape)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Axis, Builder, graph_input
@@ -16,7 +17,7 @@ from ligerexport.exporters.onnx.lowerings import LOWERINGS, Portable
 from ligerexport.exporters.onnx.mixer import Candidates, RotaryTables, candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.native import DOMAIN
 from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
-from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, WeightFormat, align, data_layout
+from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, JOINT, WeightFormat, align, data_layout
 from ligerexport.exporters.targets import BLOCK, get_precision
 from ligerexport.families import Norms, get_family
 from ligerexport.state import TensorSpec
@@ -94,10 +95,11 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     family, weights = get_family(spec.family), Weights(g, lower, spec, form)
     weight, linear = weights.vector, weights.linear
 
-    def projections(x: ir.Value, name: str, packed: str, kinds: tuple[str, ...], widths: list[int]) -> list[ir.Value]:
-        if not family.packed:
-            return [linear(x, f"{name}.{kind}_proj") for kind in kinds]
-        return list(g.op("Split", linear(x, f"{name}.{packed}_proj"), g.const(widths), outputs=len(kinds), axis=-1))
+    def projections(x: ir.Value, layer: str, joint: str, widths: list[int]) -> list[ir.Value]:
+        """Return the maps of one input."""
+        if weights.stored(f"{layer}.{joint}"):
+            return g.split(linear(x, f"{layer}.{joint}"), widths)
+        return [linear(x, f"{layer}.{joint.partition('.')[0]}.{kind}_proj") for kind in JOINT[joint]]
 
     def scaled(x: ir.Value, factor: float) -> ir.Value:
         return x if factor == 1 else g.op("Mul", x, g.floats(factor))
@@ -124,7 +126,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
 
     frame = Frame(g, input_ids, position)
     tables, seen = _shared(lower, frame, spec, past, max_chunk)
-    activation = getattr(lower, ACTIVATIONS[spec.activation])
+    activation = ACTIVATIONS[spec.activation]
     heads = [count * spec.head_dim for count in (spec.q_heads, spec.kv_heads, spec.kv_heads)]
     outputs: dict[str, ir.Value] = {}
     residual = scaled(weights.embed(g.reshape(input_ids, -1)), spec.scaling.embedding)
@@ -133,7 +135,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     for i, layer in enumerate(spec.mixers):
         name = f"model.layers.{i}"
         with g.scope(f"layers.{i}"):
-            query, key, value = projections(normed, f"{name}.self_attn", "qkv", ("q", "k", "v"), heads)
+            query, key, value = projections(normed, name, "self_attn.qkv_proj", heads)
             if family.qk_norm is not None:
                 query, key = head_norm(query, f"{name}.self_attn.q_norm"), head_norm(key, f"{name}.self_attn.k_norm")
             own = {t.name: past[t.past] for t in state if t.layer == i}
@@ -145,8 +147,8 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
             outputs |= {f"present.{i}.{kind}": tensor for kind, tensor in present.items()}
             mixed = norm(linear(mixed, f"{name}.self_attn.o_proj"), norms[i].after_attention)
             normed, residual = add(mixed, residual, norms[i].before_mlp)
-            gate, up = projections(normed, f"{name}.mlp", "gate_up", ("gate", "up"), [spec.intermediate_size] * 2)
-            x = linear(g.op("Mul", activation(gate), up), f"{name}.mlp.down_proj")
+            gate, up = projections(normed, name, "mlp.gate_up_proj", [spec.intermediate_size] * 2)
+            x = linear(lower.gated_unit(gate, up, activation), f"{name}.mlp.down_proj")
             x = norm(x, norms[i].after_mlp)
         if i + 1 < len(spec.mixers):
             normed, residual = add(x, residual, norms[i + 1].before_attention)
@@ -167,7 +169,9 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     )  # fmt: skip
     linear_states = any(layer is not None and (layer.config.recurrent or layer.config.judged) for layer in spec.mixers)
     functions = lower.functions(spec.kv_heads, spec.head_dim) if linear_states else []
-    return ir.Model(graph, ir_version=IR_VERSION, producer_name="ligerexport", functions=functions)
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="ligerexport", functions=functions)
+    RemoveUnusedNodesPass()(model)  # what an operator took over from the nodes before it
+    return model
 
 
 def _shared(

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ligerexport.exporters.onnx.builder import CONTRIB, OPSET, Builder
+from ligerexport.exporters.onnx.native import DOMAIN
 
 FP32_ACTIVATIONS, INT8_ACTIVATIONS = 1, 4
 """`accuracy_level` of `MatMulNBits`. Left out, codes of 8 bits take a path a hundred times slower."""
@@ -89,6 +90,10 @@ class Portable:
     def gelu(self, x: ir.Value) -> ir.Value:
         """Return GELU in its approximation by tanh."""
         return self.g.op("Gelu", x, approximate="tanh")
+
+    def gated_unit(self, gate: ir.Value, up: ir.Value, activation: str) -> ir.Value:
+        """Return `activation(gate) * up`; the activation by the name of its method."""
+        return self.g.op("Mul", getattr(self, activation)(gate), up)
 
     def scores(self, query: ir.Value, key: ir.Value, scale: float) -> ir.Value:
         """Return `scale * query @ key^T`."""
@@ -302,9 +307,24 @@ def linear_attention_function(kv_heads: int, d_k: int) -> ir.Function:
 
 
 class Native(Ort):
-    """The same with the memory of a layer as one operator of our own, on the CPU."""
+    """The same with a layer's memory, its MLP's gate and quantised products as operators of our own, on the CPU."""
 
     native = True
+
+    def blocked_linear(self, x: ir.Value, matrix: Blocked, bias: ir.Value | None) -> ir.Value:
+        """Return `x @ matrix^T + bias` from the codes as they lie in the file, of which the runtime makes no copy."""
+        if matrix.block not in (32, 64, 128):
+            return super().blocked_linear(x, matrix, bias)
+        return self.g.op(
+            "BlockLinear", x, *matrix.parts(), *([bias] if bias else []), domain=DOMAIN, K=matrix.width,
+            N=matrix.rows, bits=matrix.bits, block_size=matrix.block, accuracy_level=INT8_ACTIVATIONS,
+        )  # fmt: skip
+
+    def gated_unit(self, gate: ir.Value, up: ir.Value, activation: str) -> ir.Value:
+        """Return `activation(gate) * up`, of two products or of one that has both."""
+        whole = self.g.whole(gate, up)
+        inputs = [gate, up] if whole is None else [whole, None]
+        return self.g.op("GatedUnit", *inputs, domain=DOMAIN, activation=["silu", "gelu"].index(activation))
 
 
 LOWERINGS: dict[str, type[Portable]] = {"ort": Ort, "portable": Portable, "native": Native}

@@ -202,7 +202,7 @@ def mixer(
         arrival, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
     if lower.native:
         assert tables.keys is not None
-        mixed, kept = bounded_memory(frame, spec, tables.keys, tables.turn, projected, arrival, past)
+        mixed, kept = bounded_memory(frame, spec, tables.keys, tables.turn, projected, arrival, score, past)
     else:
         assert seen is not None
         query = g.transpose(frame.per_token(projected[0], spec.q_heads, spec.d_k), 0, 2, 1, 3)
