@@ -121,10 +121,10 @@ def _plan(
     kernels: dict[str, Kernel] = {}
     work: dict[tuple[str, int], _Job] = {}
     for spec in specs:
-        if spec.config.evicts:
+        if not spec.config.fuses:
             raise UsageError(
-                "no kernel is compiled ahead of time for a recurrence over evicted tokens",
-                hint="convert with --recurrence-weight 0, or with another preset",
+                "no kernel is compiled ahead of time for a recurrence over evicted tokens or with keyed rows",
+                hint="convert with --recurrence-weight 0, or with another preset or gate",
             )
         for name in operators:
             if name == "linear_attention" and not spec.config.recurrent:

@@ -269,8 +269,9 @@ for preset in ("sinks", "memory"):
 
 
 def test_unknown_names_are_told(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="evicted tokens"):
-        aot._plan([replace(TINY, config=PRESETS["evicted"].config)], "bf16", [90], ["mixer_step"], 1)
+    for config in (PRESETS["evicted"].config, replace(PRESETS["liger"].config, gate="gsa")):
+        with pytest.raises(UsageError, match="evicted tokens or with keyed rows"):
+            aot._plan([replace(TINY, config=config)], "bf16", [90], ["step"], 1)
     with pytest.raises(UsageError, match="unknown compute capability '91'") as caught:
         aot.compile_kernels([TINY], "bf16", [91], tmp_path / "none")
     assert caught.value.hint is not None and "90" in caught.value.hint

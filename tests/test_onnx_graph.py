@@ -49,6 +49,8 @@ EVICTED = replace(FORESIGHT, recurrence_weight=1.0, recurrence="evicted", recurr
 MIXERS = {
     "paper": LigerConfig(gate="gla", window=16, max_distance=200),
     "hgrn2": LigerConfig(gate="hgrn2", window=9, sinks=2, attention_weight=0.7, recurrence_weight=0.4, max_distance=30),
+    "gsa": LigerConfig(gate="gsa", window=9, sinks=2, attention_weight=0.7, recurrence_weight=0.4, max_distance=30),
+    "gsa and scores": LigerConfig(gate="gsa", window=10, sinks=3, max_distance=25, slots=(("use", 2), ("novelty", 3))),
     "scores": LigerConfig(gate="gla", window=10, sinks=3, max_distance=25,
                           slots=(("use", 2), ("novelty", 3), ("peak_use", 4), ("peak_effect", 2), ("recent_use", 2))),
     "memory": MEMORY,
@@ -302,7 +304,9 @@ def proto(spec: ModelSpec, lowering: str) -> onnx.ModelProto:
     return ir.serde.serialize_model(build_graph(spec, lowering=lowering))
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_weight": 1.0, "recurrence": "evicted"}], ids=["", "evicted"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"gate": "gsa"}, {"attention_weight": 1.0, "recurrence": "evicted"}], ids=["", "gsa", "evicted"]
+)
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str, changes: dict[str, Any]) -> None:
     """Every past has one consumer, and its present is computed from what that consumer puts out."""

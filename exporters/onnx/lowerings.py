@@ -254,36 +254,45 @@ def pairwise_linear_attention(
     The decay between two tokens is taken from their difference, which is at most 0, so no gate overflows. State and
     values are joined first: the state has one consumer and may be updated in place.
     """
-
-    def split_heads(x: ir.Value) -> ir.Value:
-        return g.transpose(g.reshape(x, 0, 0, heads, -1), 0, 2, 1, 3)
-
-    def unsqueeze(x: ir.Value, axis: int) -> ir.Value:
-        return g.op("Unsqueeze", x, g.const([axis]))
-
     q = g.transpose(g.reshape(query, 0, 0, heads, -1, d_k), 0, 2, 1, 3, 4)  # [B, H, T, G, d_k]
-    k, v, gate = split_heads(key), split_heads(value), split_heads(decay)
+    k, v, gate = (split_heads(g, x, heads) for x in (key, value, decay))
     memory = g.concat(state, v, axis=2)  # [B, H, d_k + T, d_v]
     total = g.op("CumSum", gate, g.const(2))
-
-    between = g.op("Sub", unsqueeze(total, 3), unsqueeze(total, 2))  # [B, H, T, S, d_k]
-    reach = g.op("Mul", g.op("Exp", g.op("Min", between, g.floats(0))), unsqueeze(k, 2))
-    pairs = g.op("MatMul", q, g.transpose(reach, 0, 1, 2, 4, 3))  # [B, H, T, G, S]
-    weights = g.op("Mul", pairs, _causal(g, k))
-    carried = g.op("Mul", q, unsqueeze(g.op("Exp", total), 3))
+    pairs = g.op("MatMul", q, g.transpose(reach(g, k, total), 0, 1, 2, 4, 3))  # [B, H, T, G, S]
+    weights = g.op("Mul", pairs, causal(g, k))
+    carried = g.op("Mul", q, unsqueeze(g, g.op("Exp", total), 3))
     rows = g.op("Concat", carried, weights, axis=-1)  # [B, H, T, G, d_k + T]
     width = g.op("Concat", g.const([0, 0, -1]), g.op("Shape", memory, start=2, end=3), axis=0)
     read = g.op("MatMul", g.op("Reshape", rows, width), memory)
     groups = g.op("Concat", g.op("Shape", q, end=4), g.const([-1]), axis=0)
     output = g.reshape(g.transpose(g.op("Reshape", read, groups), 0, 2, 1, 3, 4), 0, 0, -1)
+    return output, advance(g, k, v, total, g.slice(memory, 0, d_k, 2))
 
+
+def split_heads(g: Builder, x: ir.Value, heads: int) -> ir.Value:
+    """Return `[B, H, T, d]` of packed `[B, T, H * d]`."""
+    return g.transpose(g.reshape(x, 0, 0, heads, -1), 0, 2, 1, 3)
+
+
+def unsqueeze(g: Builder, x: ir.Value, axis: int) -> ir.Value:
+    """Add an axis."""
+    return g.op("Unsqueeze", x, g.const([axis]))
+
+
+def reach(g: Builder, key: ir.Value, total: ir.Value) -> ir.Value:
+    """Return what is left of keys s at times t, `[B, H, T, S, d_k]`; all of later ones. `total` sums the decay."""
+    between = g.op("Sub", unsqueeze(g, total, 3), unsqueeze(g, total, 2))
+    return g.op("Mul", g.op("Exp", g.op("Min", between, g.floats(0))), unsqueeze(g, key, 2))
+
+
+def advance(g: Builder, key: ir.Value, value: ir.Value, total: ir.Value, state: ir.Value) -> ir.Value:
+    """Return the state after the last token."""
     end = g.slice(total, -1, np.iinfo(np.int64).max, 2)
-    added = g.op("MatMul", g.transpose(g.op("Mul", k, g.op("Exp", g.op("Sub", end, total))), 0, 1, 3, 2), v)
-    kept = g.op("Mul", g.transpose(g.op("Exp", end), 0, 1, 3, 2), g.slice(memory, 0, d_k, 2))
-    return output, g.op("Add", kept, added)
+    added = g.op("MatMul", g.transpose(g.op("Mul", key, g.op("Exp", g.op("Sub", end, total))), 0, 1, 3, 2), value)
+    return g.op("Add", g.op("Mul", g.transpose(g.op("Exp", end), 0, 1, 3, 2), state), added)
 
 
-def _causal(g: Builder, key: ir.Value) -> ir.Value:
+def causal(g: Builder, key: ir.Value) -> ir.Value:
     """Return `[T, 1, S]`, 1 where s <= t."""
     length = g.op("Squeeze", g.op("Shape", key, start=2, end=3))
     t = g.op("Range", g.const(0), length, g.const(1))

@@ -17,7 +17,7 @@ from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable, Table
 from ligerexport.exporters.onnx.native.node import bounded_memory, turn_table
-from ligerexport.gates import FeatureMap, get_gate
+from ligerexport.exporters.onnx.recurrence import gated_recurrence
 from ligerexport.kernels.evicted import slow_rotation
 from ligerexport.kernels.memory_attention import FAINTEST, MASKED, rotary_table, rotate
 from ligerexport.memory import get_score
@@ -211,28 +211,14 @@ def mixer(
         return mixed, kept | present
     mixed = _scaled(g, mixed, config.attention_weight)
     if config.recurrent:
-        gate = get_gate(config.gate)
-        q = g.reshape(_feature_map(g, frame.per_token(projected[0], spec.q_heads, spec.d_k), gate.query_map), 0, 0, -1)
-        if gate.key_map == "softmax" and features is not None:
-            k = g.reshape(features, 0, 0, -1)
-        else:
-            k = g.op("Mul", g.reshape(_feature_map(g, keys, gate.key_map), 0, 0, -1), frame.real())
-        key, value = (frame.per_token(x, -1) for x in projected[1:])
-        decay = g.op("Mul", g.op("Softplus", g.op("Neg", key)), frame.real(-1 / gate.decay_divisor))
-        recurred, present["recurrent_state"] = lower.linear_attention(
-            q, k, value, past["recurrent_state"], decay, (spec.q_heads, heads), spec.d_k
-        )
-        recurred = g.reshape(recurred, -1, spec.q_heads * spec.d_v)
+        recurred, recurrent = gated_recurrence(lower, frame, spec, projected, features, past)
+        present |= recurrent
         mixed = g.op("Add", mixed, _scaled(g, recurred, config.recurrence_weight))
     return mixed, kept | present
 
 
 def _scaled(g: Builder, x: ir.Value, weight: float) -> ir.Value:
     return x if weight == 1 else g.op("Mul", x, g.floats(weight))
-
-
-def _feature_map(g: Builder, x: ir.Value, kind: FeatureMap) -> ir.Value:
-    return g.op("Softmax", x, axis=-1) if kind == "softmax" else g.op("Sigmoid", g.op("Neg", x))
 
 
 def _judge(
