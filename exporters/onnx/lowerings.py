@@ -56,9 +56,11 @@ class Portable:
 
     Attributes:
         native: Whether a layer's memory is one node, of the library that `native` compiles.
+        max_tensors: Most inputs and outputs of a node; None is any number. WebGPU guarantees a shader 8 storage buffers.
     """
 
     native = False
+    max_tensors: int | None = 8
 
     transposed = True
     """Whether quantised matrices are stored as `[in, out]`."""
@@ -163,6 +165,7 @@ class Portable:
 class Ort(Portable):
     """Contrib operators of ONNX Runtime, CPU kernels in fp32."""
 
+    max_tensors = None
     transposed = False
 
     def functions(self, kv_heads: int, d_k: int) -> list[ir.Function]:
