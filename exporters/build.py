@@ -75,7 +75,7 @@ def build(
     from ligerexport.artifact import Artifact, ArtifactWriter
     from ligerexport.checkpoint import check_checkpoint
     from ligerexport.exporters.onnx import graph as onnx_graph
-    from ligerexport.exporters.onnx.genai import write_genai
+    from ligerexport.exporters.onnx.genai import check_genai, write_genai
     from ligerexport.exporters.onnx.spec import read_spec
     from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
     from ligerexport.exporters.verify import verify_artifact
@@ -83,6 +83,8 @@ def build(
     progress = progress or silent
     info = check_checkpoint(model, tokenizer=False)
     spec = read_spec(info)
+    if genai:
+        check_genai(info.path, lowering)
     form = onnx_graph.weight_format(weights, block, lowering)
     destination = Path(model) / target if output is None else Path(output)
     with ArtifactWriter(destination, force=force) as writer:

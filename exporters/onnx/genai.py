@@ -1,15 +1,16 @@
 """A second graph for onnxruntime-genai, made from an artifact's own: the same nodes on the same weights, other ends.
 
-onnxruntime-genai carries two tensors a layer, `conv_state` and `recurrent_state`, whose shapes are those of the first such
-layer and which begin as zeros. So one layer stands for all: its `recurrent_state` is every fp32 tensor of the state, its
-`conv_state` every int64 one and the position, each less what it is filled with. Keys and values of layers kept as softmax
-are its own KV cache.
+onnxruntime-genai carries two tensors a layer, `conv_state` and `recurrent_state`, zero in the beginning and of the same
+shapes in all layers. So one layer stands for all: its `recurrent_state` is every fp32 tensor of the state, its
+`conv_state` every int64 one and the position, each less what it is filled with. Keys and values of layers kept as
+softmax are its KV cache.
 """
 
 from __future__ import annotations
 
 import json
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,15 +35,26 @@ TOLERANCE = 1e-4
 """Largest difference of a logit from the artifact's own graph, which has the same nodes."""
 
 
+def check_genai(checkpoint: Path, lowering: str) -> None:
+    """Check that onnxruntime-genai can run what will be built.
+
+    Raises:
+        UsageError: The lowering has an operator that it does not have, or no id ends a text.
+    """
+    if lowering == "native":
+        raise UsageError("onnxruntime-genai does not have the operator of the lowering native", hint="--lowering ort")
+    if not eos_ids(checkpoint):
+        raise UsageError(
+            f"{checkpoint} has no eos_token_id", hint="onnxruntime-genai needs it; see generation_config.json"
+        )
+
+
 def write_genai(artifact: Artifact) -> None:
     """Write graph and configuration beside those of an artifact that is not finished.
 
     Raises:
-        UsageError: The lowering has an operator that onnxruntime-genai does not have, or no id ends a text.
         VerificationError: The graph does not compute what the artifact's own computes.
     """
-    if artifact.manifest.lowering == "native":
-        raise UsageError("onnxruntime-genai does not have the operator of the lowering native", hint="--lowering ort")
     model = ir.load(artifact.graph)
     _pack(model.graph, artifact)
     ir.save(model, artifact.directory / GRAPH_FILE)
@@ -54,10 +66,6 @@ def configuration(artifact: Artifact) -> dict[str, Any]:
     """Return `genai_config.json`."""
     shape = artifact.manifest.model
     eos = sorted(eos_ids(artifact.directory))
-    if not eos:
-        raise UsageError(
-            "no eos_token_id in generation_config.json", hint="onnxruntime-genai wants the ids that end a text"
-        )
     return {
         "model": {
             "type": "decoder", "vocab_size": shape.vocab_size, "context_length": CONTEXT,
@@ -67,13 +75,14 @@ def configuration(artifact: Artifact) -> dict[str, Any]:
                 "num_attention_heads": shape.q_heads, "num_key_value_heads": shape.kv_heads,
                 "num_hidden_layers": shape.layers,
                 "session_options": {"log_severity_level": 3, "provider_options": []},
-                "inputs": {"input_ids": "input_ids", "past_key_names": f"{PAST}key", "past_value_names": f"{PAST}value"},
+                "inputs": {"input_ids": "input_ids", "past_key_names": f"{PAST}key",
+                           "past_value_names": f"{PAST}value"},
                 "outputs": {"logits": "logits", "present_key_names": f"{PRESENT}key",
                             "present_value_names": f"{PRESENT}value"},
             },
         },
-        "search": {"max_length": LENGTH, "chunk_size": min(DEFAULT_CHUNK, artifact.manifest.graph.max_chunk), "do_sample": False,
-                   "past_present_share_buffer": False},
+        "search": {"max_length": LENGTH, "chunk_size": min(DEFAULT_CHUNK, artifact.manifest.graph.max_chunk),
+                   "do_sample": False, "past_present_share_buffer": False},
     }  # fmt: skip
 
 

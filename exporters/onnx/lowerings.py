@@ -56,7 +56,8 @@ class Portable:
 
     Attributes:
         native: Whether a layer's memory is one node, of the library that `native` compiles.
-        max_tensors: Most inputs and outputs of a node; None is any number. WebGPU guarantees a shader 8 storage buffers.
+        max_tensors: Most inputs and outputs of a node; None is any number. A shader of WebGPU has 8 storage
+            buffers for sure.
     """
 
     native = False
