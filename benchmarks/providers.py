@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+from decode import _cpu
 
 import ligerexport as lx
 from ligerexport.runtime import Session
@@ -58,7 +59,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     result = {
         "command": "python " + " ".join(sys.argv),
-        "machine": {"cpu": platform.processor(), "cores": os.cpu_count(), "threads": args.threads, "gpu": _gpu()},
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": args.threads, "gpu": _gpu()},
         "versions": _versions() | {"python": platform.python_version()},
         "blocks": args.rounds,
         "tokens_a_block": args.tokens,

@@ -266,7 +266,7 @@ def pairwise_linear_attention(
     total = g.op("CumSum", gate, g.const(2))
 
     between = g.op("Sub", unsqueeze(total, 3), unsqueeze(total, 2))  # [B, H, T, S, d_k]
-    reach = g.op("Mul", g.op("Exp", g.op("Min", between, g.floats(0))), unsqueeze(k, 2))
+    reach = g.op("Mul", g.op("Exp", g.op("Clip", between, None, g.floats(0))), unsqueeze(k, 2))
     pairs = g.op("MatMul", q, g.transpose(reach, 0, 1, 2, 4, 3))  # [B, H, T, G, S]
     weights = g.op("Mul", pairs, _causal(g, k))
     carried = g.op("Mul", q, unsqueeze(g.op("Exp", total), 3))
