@@ -11,6 +11,7 @@ from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 
 import ligerexport as lx
 from ligerexport.config import PRESETS, LigerConfig
+from ligerexport.errors import UsageError
 
 genai = pytest.importorskip("onnxruntime_genai")
 
@@ -62,3 +63,14 @@ def test_the_same_tokens(tmp_path: Path, name: str, lowering: str) -> None:
     (path / "genai_config.json").write_text(json.dumps(config))
     assert theirs(path, [ids], STEPS) == expected
     assert theirs(path, [ids[:130], ids[130:]], STEPS) == expected
+
+
+def test_refused_before_any_work(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "liger", MEMORY)
+    with pytest.raises(UsageError, match="native"):
+        lx.build(source, tmp_path / "engine", lowering="native", genai=True)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    (source / "generation_config.json").unlink()
+    with pytest.raises(UsageError, match="eos_token_id"):
+        lx.build(source, tmp_path / "engine", genai=True)

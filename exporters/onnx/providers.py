@@ -1,7 +1,7 @@
 """Which nodes of a graph an execution provider takes, by its own operator list; the others run on the CPU.
 
-The lists in `providers.json` hold facts of ONNX Runtime's documentation and kernel registrations at one commit (1.24), for
-the operators that graphs here have: operator to first opset, last opset, and the types of its first inputs.
+The lists in `providers.json` hold facts of ONNX Runtime's documentation and kernel registrations at one commit (1.24),
+for the operators that graphs here have: operator to first opset, last opset, and the types of its first inputs.
 """
 
 from __future__ import annotations
