@@ -39,6 +39,7 @@ def build(
     max_chunk: int = 128,
     weights: str = "fp32",
     block: int = BLOCK,
+    genai: bool = False,
     force: bool = False,
     verify: bool = True,
     progress: ProgressFactory | None = None,
@@ -53,6 +54,7 @@ def build(
         max_chunk: Most tokens of one call.
         weights: Row of `WEIGHTS`.
         block: Elements of a row that share a scale, for int8 and int4.
+        genai: Whether to add what onnxruntime-genai runs: a second graph on the same weights, and its configuration.
         force: Whether an older artifact at `output` may be replaced.
         verify: Whether to compare logits and state with the torch model first; without it the manifest says so.
         progress: Opens a phase of long work; see `ligerexport.console.progress`.
@@ -73,6 +75,7 @@ def build(
     from ligerexport.artifact import Artifact, ArtifactWriter
     from ligerexport.checkpoint import check_checkpoint
     from ligerexport.exporters.onnx import graph as onnx_graph
+    from ligerexport.exporters.onnx.genai import check_genai, write_genai
     from ligerexport.exporters.onnx.spec import read_spec
     from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
     from ligerexport.exporters.verify import verify_artifact
@@ -80,6 +83,8 @@ def build(
     progress = progress or silent
     info = check_checkpoint(model, tokenizer=False)
     spec = read_spec(info)
+    if genai:
+        check_genai(info.path, lowering)
     form = onnx_graph.weight_format(weights, block, lowering)
     destination = Path(model) / target if output is None else Path(output)
     with ArtifactWriter(destination, force=force) as writer:
@@ -100,6 +105,8 @@ def build(
             checked, quality = verify_artifact(spec, Artifact(writer.directory, manifest), form, progress=progress)
             manifest = replace(manifest, verification=checked, quality=quality)
             gc.collect()
+        if genai:
+            write_genai(Artifact(writer.directory, manifest))
         writer.commit(manifest)
     return destination
 

@@ -80,6 +80,7 @@ def load(
     prepack: bool = True,
     hashes: bool = True,
     scoring: bool = False,
+    device: str = "cpu",
 ) -> Session:
     """Open an artifact for running.
 
@@ -92,6 +93,7 @@ def load(
             from the file, which takes less memory and more time a token.
         hashes: Whether to check the sha256 of every file first.
         scoring: Whether calls compute the logits of all their tokens, for `Session.every`; else it steps.
+        device: `cpu`, or `cuda` with the package onnxruntime-gpu; the state stays there between calls.
 
     Raises:
         ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
@@ -102,5 +104,7 @@ def load(
     if target == "onnx":
         from ligerexport.exporters.onnx.session import OnnxSession
 
-        return OnnxSession(artifact, batch=batch, threads=threads, chunk=chunk, prepack=prepack, scoring=scoring)
+        return OnnxSession(
+            artifact, batch=batch, threads=threads, chunk=chunk, prepack=prepack, scoring=scoring, device=device
+        )
     raise ArtifactError(f"no runtime here for target '{target}'", hint=close_matches(target, ["onnx"]))

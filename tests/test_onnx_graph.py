@@ -353,6 +353,15 @@ def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
         assert {node.domain for node in graphs[2].node} == {""}
 
 
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_portable_nodes_are_narrow(tmp_path: Path, name: str, family: str) -> None:
+    """A shader of WebGPU has 8 storage buffers at least, one for each input and output; in a model of any depth."""
+    spec = read_spec(make_checkpoint(tmp_path / "model", MIXERS[name], family, num_hidden_layers=9))
+    for node in proto(spec, "portable").graph.node:
+        assert len(node.input) + len(node.output) <= 8, node.name
+
+
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_weights_keep_their_names(tmp_path: Path, lowering: str) -> None:
     """Those of one input, which are one product, have a joint name."""

@@ -21,12 +21,14 @@ class Builder:
 
     Args:
         function: Whether this is the body of a function, which holds its constants as nodes.
+        prefix: Before every name, where the nodes go into a graph that is there.
     """
 
-    def __init__(self, *, function: bool = False) -> None:
+    def __init__(self, *, function: bool = False, prefix: str = "") -> None:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self._function = function
+        self._prefix = prefix
         self._scope = ""
         self._memo: dict[Any, Any] = {}
         self._names: dict[str, int] = {}
@@ -106,7 +108,7 @@ class Builder:
         return value
 
     def _name(self, kind: str) -> str:
-        stem = self._scope + kind
+        stem = self._prefix + self._scope + kind
         count = self._names[stem] = self._names.get(stem, -1) + 1
         return f"{stem}_{count}" if count else stem
 

@@ -196,9 +196,11 @@ def _shared(
         tables |= dict.fromkeys(layers, rotary_tables(lower, torch.tensor(inv_freq), largest, max_chunk, name))
     seen: dict[int, Candidates] = {}
     for mixer_spec in () if lower.native else dict.fromkeys(mixers.values()):
-        layers = [i for i, layer in mixers.items() if layer == mixer_spec]
-        positions = [past[f"past.{i}.slot_position"] for i in layers]
-        seen |= zip(layers, candidates(frame, mixer_spec, tables[layers[0]].rows, positions), strict=True)
+        equal = [i for i, layer in mixers.items() if layer == mixer_spec]
+        width = (lower.max_tensors or len(equal) + 1) - 1
+        for layers in (equal[start : start + width] for start in range(0, len(equal), width)):
+            positions = [past[f"past.{i}.slot_position"] for i in layers]
+            seen |= zip(layers, candidates(frame, mixer_spec, tables[layers[0]].rows, positions), strict=True)
     return tables, seen
 
 

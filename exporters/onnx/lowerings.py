@@ -57,9 +57,12 @@ class Portable:
 
     Attributes:
         native: Whether a layer's memory is one node, of the library that `native` compiles.
+        max_tensors: Most inputs and outputs of a node; None is any number. A shader of WebGPU has 8 storage
+            buffers for sure.
     """
 
     native = False
+    max_tensors: int | None = 8
 
     transposed = True
     """Whether quantised matrices are stored as `[in, out]`."""
@@ -168,6 +171,7 @@ class Portable:
 class Ort(Portable):
     """Contrib operators of ONNX Runtime, CPU kernels in fp32."""
 
+    max_tensors = None
     transposed = False
 
     def functions(self, kv_heads: int, d_k: int) -> list[ir.Function]:
@@ -282,7 +286,7 @@ def unsqueeze(g: Builder, x: ir.Value, axis: int) -> ir.Value:
 def reach(g: Builder, key: ir.Value, total: ir.Value) -> ir.Value:
     """Return what is left of keys s at times t, `[B, H, T, S, d_k]`; all of later ones. `total` sums the decay."""
     between = g.op("Sub", unsqueeze(g, total, 3), unsqueeze(g, total, 2))
-    return g.op("Mul", g.op("Exp", g.op("Min", between, g.floats(0))), unsqueeze(g, key, 2))
+    return g.op("Mul", g.op("Exp", g.op("Clip", between, None, g.floats(0))), unsqueeze(g, key, 2))
 
 
 def advance(g: Builder, key: ir.Value, value: ir.Value, total: ir.Value, state: ir.Value) -> ir.Value:

@@ -237,7 +237,7 @@ def _judge(
     recalled, state = lower.linear_attention(query, key, extended, state, still, (heads, heads), spec.d_k)
     recalled = g.reshape(g.slice(recalled, 0, -1, 1), 0, 0, heads, spec.d_v + 1)
     total, weight = g.op("Split", recalled, g.const([spec.d_v, 1]), outputs=2, axis=-1)
-    answer = g.op("Div", total, g.op("Max", weight, g.floats(TINY)))
+    answer = g.op("Div", total, g.op("Clip", weight, g.floats(TINY)))
     error = g.op("ReduceL2", g.op("Sub", values, answer), g.const([3]))
     return g.transpose(error, 0, 2, 3, 1), state
 
@@ -304,7 +304,7 @@ class Slots:
         )
         turned = g.op("MatMul", g.transpose(query, 0, 2, 1, 3), self.tables.query_map)
         turned = g.reshape(turned, 0, 0, heads, -1, spec.d_k - 1)  # [B, T, H, G, d_k - 1]
-        some = g.op("Max", count, g.floats(1))
+        some = g.op("Clip", count, g.floats(1))
         mean = g.op("Div", g.op("MatMul", turned, sums), some)
         packed = g.concat(g.op("Sub", g.floats(1), mean), turned, axis=4), features, lost_value
         still = frame.filled(0.0, 0, heads * spec.d_k)
@@ -384,7 +384,7 @@ class Slots:
         g, visible = self.g, self.seen.always
         for (_, count), rank, age in zip(self.spec.config.slots, scores, self.seen.ages, strict=True):
             if age is not None:
-                rank = g.op("Add", g.op("Log", g.op("Max", rank, g.floats(FAINTEST))), age)
+                rank = g.op("Add", g.op("Log", g.op("Clip", rank, g.floats(FAINTEST))), age)
             ranked = g.op("Add", g.op("Unsqueeze", rank, g.const([2])), self.seen.rank)
             if visible is not self.seen.always:
                 ranked = g.op("Where", visible, g.floats(-np.inf), ranked)

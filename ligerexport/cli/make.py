@@ -195,6 +195,7 @@ def build(
     max_chunk: Annotated[int, typer.Option(help="Most tokens of one call.")] = 128,
     weights: Annotated[str, typer.Option(help=f"How weights are stored: {', '.join(WEIGHTS)}.")] = "fp32",
     block: Annotated[int, typer.Option(help="Weights that share a scale, for int8 and int4.")] = BLOCK,
+    genai: Annotated[bool, typer.Option("--genai", help="Add what onnxruntime-genai runs.")] = False,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -224,7 +225,7 @@ def build(
         plan = _describe(model, config) | {"path": str(output), "weight_bytes": planned}
         return _finish(json, f"would write {output}", plan, None)
     path = Path(build_artifact(model, output, target=target, lowering=lowering, max_chunk=max_chunk, weights=weights,
-                               block=block, force=force, progress=progress))  # fmt: skip
+                               block=block, genai=genai, force=force, progress=progress))  # fmt: skip
     manifest = open_artifact(path, hashes=False).manifest
     facts = {
         "path": str(path),
