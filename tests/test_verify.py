@@ -20,7 +20,7 @@ from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
-from ligerexport.exporters.precision import reference_model
+from ligerexport.exporters.reference import Answer, Reference
 from ligerexport.families import FAMILIES
 from ligerexport.runtime import load
 
@@ -166,7 +166,7 @@ def test_learned_scores_are_compared_as_they_are() -> None:
 def test_a_near_tie_is_counted_and_resolved(checkpoint: Path) -> None:
     """A session that keeps a token of equal score goes on from torch's state and passes."""
     spec = read_spec(checkpoint)
-    answers = list(verify.torch_answers(reference_model(spec), [np.arange(30), np.arange(30, 60)], 3))
+    answers = Reference(spec).answers([np.arange(30), np.arange(30, 60), *np.arange(60, 63)[:, None]])
     session = Replay(answers)
     position = session.state[0]["past.1.slot_position"]
     changed = position.copy()
@@ -230,7 +230,7 @@ def test_a_tie_inside_a_call_is_found_token_by_token(tmp_path: Path, monkeypatch
     artifact = load(build(model, tmp_path / "engine")).artifact
     assert artifact.manifest.verification["passed"] and artifact.manifest.verification["near_ties"] > 0
     spec = read_spec(model)
-    answers = list(verify.torch_answers(reference_model(spec), np.split(verify.prompt_ids(spec), [200]), 0))
+    answers = Reference(spec).answers(np.split(verify.prompt_ids(spec), [200]))
     with pytest.raises(verify.Mismatch):
         verify.Comparison(spec, verify.TOLERANCES["float32"]).run(OnnxSession(artifact), answers, str, prompt=2)
 
@@ -247,7 +247,7 @@ def test_a_wrong_rank_at_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 class Replay:
     """A session that answers what it was given, and counts what is restored."""
 
-    def __init__(self, answers: list[verify.Answer]) -> None:
+    def __init__(self, answers: list[Answer]) -> None:
         self.answers = answers
         self.state = [answer.state for answer in answers]
         self.at, self.restored = -1, 0
