@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,12 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     linear_states = any(layer is not None and (layer.config.recurrent or layer.config.judged) for layer in spec.mixers)
     functions = lower.functions(spec.kv_heads, spec.head_dim) if linear_states else []
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="ligerexport", functions=functions)
+
+
+def nodes_by_layer(graph: ir.Graph) -> list[int]:
+    """Return how many nodes each layer has; what layers share is in none."""
+    places = Counter(node.name.split("/")[0] for node in graph if node.name and node.name.startswith("layers."))
+    return [places[f"layers.{i}"] for i in range(len(places))]
 
 
 def _shared(
