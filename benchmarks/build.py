@@ -37,9 +37,11 @@ def make_checkpoint(directory: Path, shape: str, layers: int | None, preset: str
     """Write a converted checkpoint of a shape with random weights in bf16, a shard for each layer."""
     import torch
     from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     from ligerexport.config import get_preset
     from ligerexport.convert import converted_config
+    from ligerexport.exporters.text import PROMPT
     from ligerexport.families import get_family
     from ligerexport.mixer import model_classes
 
@@ -50,6 +52,10 @@ def make_checkpoint(directory: Path, shape: str, layers: int | None, preset: str
         named = dict(model_class(config_class.from_dict(settings)).named_parameters())
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    words = {word: i for i, word in enumerate(dict.fromkeys(PROMPT.split()))}
+    tokenizer = Tokenizer(models.WordLevel(words))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
     shards: dict[str, list[str]] = {}
     for name in named:
         part = name.split(".")[2] if ".layers." in name else name.removesuffix(".weight")

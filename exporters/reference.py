@@ -142,8 +142,8 @@ class Reference:
     def _calls(self, pieces: list[np.ndarray], cache: LigerCache) -> list[list[tuple[Tensor, dict[str, Any]]]]:
         """Return what the family's own model calls each layer with for each piece; only the first stream is real."""
         model, seen = self._model.model, self.new_cache()
-        for entry, own in zip(seen.layers, cache.layers, strict=True):
-            _count(entry, own.get_seq_length())
+        for i, entry in enumerate(seen.layers):
+            _count(entry, cache.get_seq_length(i))
         calls: list[list[tuple[Tensor, dict[str, Any]]]] = []
 
         def note(entry: Any) -> Callable[..., Tensor]:
@@ -234,7 +234,7 @@ def _empty_model(spec: ModelSpec) -> PreTrainedModel:
     """Return the model without the memory of its weights; what it computes of its configuration is real."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
         return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     hook = register_module_parameter_registration_hook(empty)

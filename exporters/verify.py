@@ -110,7 +110,7 @@ def verify_artifact(
     cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, first), PIECES - 1, replace=False))
     pieces = np.split(ids, [*cuts, *range(first, len(ids))])
     whole = {i for i in range(len(pieces)) if i < PIECES or (len(pieces) - 1 - i) % WHOLE == 0}
-    with progress("running the torch model", len(spec.mixers), "layers") as advance:
+    with progress("running the torch model", len(spec.mixers), "steps") as advance:
         answers = reference.answers(pieces, whole=whole, advance=advance)
     comparison = Comparison(spec, tolerance, reference)
     mismatch = _compare(comparison, artifact, answers, progress)
