@@ -21,23 +21,21 @@ from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.exporters.targets import WEIGHTS
 
 
-def count(preset: str, layers: int = 3, max_chunk: int = 128) -> dict[str, dict[str, dict[str, int]]]:
-    """Return nodes of a layer and of what layers share, by lowering and precision, of a Llama of that many layers.
+def count(preset: str, layers: int = 3, max_chunk: int = 128) -> dict[str, dict[str, int]]:
+    """Return nodes of a layer by lowering and precision, of a Llama of that many layers.
 
     Raises:
         ValueError: Layers differ.
     """
     with tempfile.TemporaryDirectory() as place:
         spec = read_spec(make_checkpoint(Path(place, "model"), "tiny", layers, preset))
-        found: dict[str, dict[str, dict[str, int]]] = {}
+        found: dict[str, dict[str, int]] = {}
         for lowering, weights in product(LOWERINGS, WEIGHTS):
             form = weight_format(weights, lowering=lowering)
-            graph = build_graph(spec, lowering=lowering, max_chunk=max_chunk, form=form).graph
-            each = nodes_by_layer(graph)
+            each = nodes_by_layer(build_graph(spec, lowering=lowering, max_chunk=max_chunk, form=form).graph)
             if len(each) != layers or len(set(each)) != 1:
                 raise ValueError(f"{preset}, {lowering}, {weights}: layers have {each} nodes")
-            shared = len(graph) - sum(each)
-            found.setdefault(lowering, {})[weights] = {"layer": each[0], "shared": shared}
+            found.setdefault(lowering, {})[weights] = each[0]
     return found
 
 

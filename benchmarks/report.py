@@ -268,7 +268,7 @@ def nodes() -> str:
     presets = result("nodes")["presets"]
     kinds = [(lowering, weights) for lowering, row in next(iter(presets.values())).items() for weights in row]
     rows = [
-        [f"{lowering}, {weights}", *(found[lowering][weights]["layer"] for found in presets.values())]
+        [f"{lowering}, {weights}", *(found[lowering][weights] for found in presets.values())]
         for lowering, weights in kinds
     ]
     return table(["nodes of a layer", *presets], rows)

@@ -53,7 +53,9 @@ def replay(
                 count = len(part)
             else:
                 cache, ties = past, ties + 1
-                count = _first_tie(check, session, before, _steps(torch_model, cache, part), start)
+                steps = _steps(torch_model, copy.deepcopy(past), part)
+                count = _first_tie(check, session, before, steps, start)
+                torch_model.answers(np.split(part[:count], count), cache, whole=())
             if ties * OFTEN > len(ids) + OFTEN:
                 raise Mismatch(None, f"{ties} of {len(ids)} tokens ended in tied scores")
             part, start = part[count:], start + count

@@ -56,7 +56,7 @@ TOLERANCES = {
 PIECES = 6
 """Pieces that the prompt is cut into, at random places."""
 STEPS = 24
-"""Tokens at the end of the text that are fed one by one; the greedy choice after each is compared."""
+"""Tokens, the text's first once more, that are fed one by one; the greedy choice after each is compared."""
 WHOLE = 8
 """Of so many steps one is compared with the whole state."""
 
@@ -106,16 +106,15 @@ def verify_artifact(
 
     tolerance, ids = TOLERANCES[form.precision.dtype], prompt_ids(spec)
     reference = Reference(spec, artifact, form, tolerance.weights)
-    first = len(ids) - STEPS
-    cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, first), PIECES - 1, replace=False))
-    pieces = np.split(ids, [*cuts, *range(first, len(ids))])
+    cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, len(ids)), PIECES - 1, replace=False))
+    pieces = [*np.split(ids, cuts), *ids[:STEPS, None]]
     whole = {i for i in range(len(pieces)) if i < PIECES or (len(pieces) - 1 - i) % WHOLE == 0}
     with progress("running the torch model", len(spec.mixers), "steps") as advance:
         answers = reference.answers(pieces, whole=whole, advance=advance)
     comparison = Comparison(spec, tolerance, reference)
     mismatch = _compare(comparison, artifact, answers, progress)
     if mismatch is not None:
-        found = first_difference(spec, artifact, ids, reference)
+        found = first_difference(spec, artifact, np.concatenate(pieces), reference)
         raise _explain(artifact, found, mismatch) from mismatch
     return asdict(comparison.result), cost_of_precision(spec, artifact, ids, progress)
 
