@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from ligerexport.artifact import Artifact, open_artifact
+from ligerexport.artifact import Artifact, check_data, open_artifact
 from ligerexport.errors import ArtifactError, close_matches
 from ligerexport.snapshot import Snapshot
 
@@ -91,7 +92,7 @@ def load(
         chunk: Prompt tokens a call; None takes the measured best.
         prepack: Whether the runtime may copy the weights into the order that is fastest; without, they stay mapped
             from the file, which takes less memory and more time a token.
-        hashes: Whether to check the sha256 of every file first.
+        hashes: Whether to check the sha256 of every file first; that of the weights while the engine takes them in.
         scoring: Whether calls compute the logits of all their tokens, for `Session.every`; else it steps.
         device: `cpu`, or `cuda` with the package onnxruntime-gpu; the state stays there between calls.
 
@@ -99,12 +100,18 @@ def load(
         ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
         MissingDependency: Its runtime is not installed.
     """
-    artifact = open_artifact(path, hashes=hashes)
+    artifact = open_artifact(path, hashes=hashes, data=False)
     target = artifact.manifest.target
-    if target == "onnx":
-        from ligerexport.exporters.onnx.session import OnnxSession
+    if target != "onnx":
+        raise ArtifactError(f"no runtime here for target '{target}'", hint=close_matches(target, ["onnx"]))
+    with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter's lock, and so does the engine
+        checked = pool.submit(check_data, artifact) if hashes else None
+        try:
+            from ligerexport.exporters.onnx.session import OnnxSession
 
-        return OnnxSession(
-            artifact, batch=batch, threads=threads, chunk=chunk, prepack=prepack, scoring=scoring, device=device
-        )
-    raise ArtifactError(f"no runtime here for target '{target}'", hint=close_matches(target, ["onnx"]))
+            return OnnxSession(
+                artifact, batch=batch, threads=threads, chunk=chunk, prepack=prepack, scoring=scoring, device=device
+            )
+        finally:  # before anything runs, and before what the engine may say of changed weights
+            if checked is not None:
+                checked.result()

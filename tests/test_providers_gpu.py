@@ -21,6 +21,7 @@ from ligerexport.exporters.verify import sort_slots, state_error
 CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 needs_cuda = pytest.mark.skipif(not CUDA, reason="onnxruntime has no CUDA")
 STEPS = 64
+VOCABULARY = 200
 CONFIGS = {
     "paper": LigerConfig(window=20),
     "memory": MEMORY,
@@ -47,14 +48,16 @@ def compare(one: OnnxSession, other: OnnxSession) -> None:
 
 
 def run(cuda: OnnxSession, cpu: OnnxSession) -> None:
-    """Feed both a prompt in pieces and the tokens that the CPU chooses; two sequences, the second shorter."""
-    ids = np.random.default_rng(0).integers(0, 131, (2, 90))
-    for piece, padding in ((ids[:, :50], [0, 9]), (ids[:, 50:], None)):
+    """Feed both a prompt in pieces and single tokens; two sequences, the second shorter.
+
+    No token comes twice: in the first layer equal tokens have equal scores, which rounding would decide between.
+    """
+    ids = np.stack([np.random.default_rng(row).permutation(VOCABULARY)[: 90 + STEPS] for row in (0, 1)])
+    for piece, padding in ((ids[:, :50], [0, 9]), (ids[:, 50:90], None)):
         found, expected = cuda.prefill(piece, padding), cpu.prefill(piece, padding)
         np.testing.assert_allclose(found, expected, atol=MODEL_FP32, rtol=0)
     compare(cuda, cpu)
-    for _ in range(STEPS):
-        chosen = expected.argmax(-1)
+    for chosen in ids[:, 90:].T:
         gap = expected.max(-1) - np.take_along_axis(expected, found.argmax(-1)[:, None], 1)[:, 0]
         assert (gap <= 2 * MODEL_FP32).all()  # the same token, but for ties
         found, expected = cuda.step(chosen), cpu.step(chosen)
@@ -73,7 +76,7 @@ def sessions(path: Path, **options: Any) -> tuple[OnnxSession, OnnxSession]:
 @pytest.mark.parametrize("lowering", ["portable", "ort"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cuda_is_the_cpu(tmp_path: Path, name: str, lowering: str) -> None:
-    source = make_checkpoint(tmp_path / "liger", CONFIGS[name])
+    source = make_checkpoint(tmp_path / "liger", CONFIGS[name], vocab_size=VOCABULARY)
     cuda, cpu = sessions(lx.build(source, tmp_path / "engine", lowering=lowering, verify=False))
     run(cuda, cpu)
     saved = cuda.snapshot(1)
@@ -91,7 +94,7 @@ def test_cuda_is_the_cpu(tmp_path: Path, name: str, lowering: str) -> None:
 @pytest.mark.parametrize("lowering", ["portable", "ort"])
 def test_int4(tmp_path: Path, lowering: str) -> None:
     """Products that leave activations in fp32 on both."""
-    source = make_checkpoint(tmp_path / "liger", MEMORY)
+    source = make_checkpoint(tmp_path / "liger", MEMORY, vocab_size=VOCABULARY)
     path = lx.build(source, tmp_path / "engine", lowering=lowering, weights="int4", verify=False)
     run(*sessions(path, exact=True))
 

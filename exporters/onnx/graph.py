@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,12 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="ligerexport", functions=functions)
     RemoveUnusedNodesPass()(model)  # what an operator took over from the nodes before it
     return model
+
+
+def nodes_by_layer(graph: ir.Graph) -> list[int]:
+    """Return how many nodes each layer has; what layers share is in none."""
+    places = Counter(node.name.split("/")[0] for node in graph if node.name and node.name.startswith("layers."))
+    return [places[f"layers.{i}"] for i in range(len(places))]
 
 
 def _shared(

@@ -170,12 +170,12 @@ def write_weights(
             part = layout[name]
             if f"{name}_scale" not in layout:
                 data.seek(part.offset)
-                for slab in _slabs(spec, name):
+                for slab in weight_slabs(spec, name):
                     data.write(np.ascontiguousarray(slab, part.dtype.numpy()).data.cast("B"))
                     advance(slab.size * part.dtype.itemsize)
                 continue
             bits = form.bits(spec, name)
-            found = [quantise(slab, bits, form.block_of(spec, name)) for slab in _slabs(spec, name)]
+            found = [quantise(slab, bits, form.block_of(spec, name)) for slab in weight_slabs(spec, name)]
             blocks = Blocks(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
             del found
             for suffix, array in _encode(blocks, spec.weights[name].shape[1], bits, form.transposed).items():
@@ -186,16 +186,21 @@ def write_weights(
                 advance(part.nbytes)
 
 
-def _slabs(spec: ModelSpec, name: str) -> Iterator[np.ndarray]:
+def weight_slabs(spec: ModelSpec, name: str) -> Iterator[np.ndarray]:
     """Yield a weight of the checkpoint in fp32, some rows at a time."""
     from safetensors import safe_open
 
-    shape = spec.weights[name].shape
-    rows = max(1, SLAB // prod(shape[1:]))
     with safe_open(spec.weights[name].file, framework="pt") as shard:  # numpy knows no bf16
         stored = shard.get_slice(name)
-        for start in range(0, shape[0], rows):
-            yield stored[start : start + rows].float().numpy()
+        for rows in _slabs(spec, name):
+            yield stored[rows].float().numpy()
+
+
+def _slabs(spec: ModelSpec, name: str) -> Iterator[slice]:
+    """Yield the rows of a weight, as many at a time as `SLAB` allows."""
+    shape = spec.weights[name].shape
+    height = max(1, SLAB // prod(shape[1:]))
+    return (slice(start, start + height) for start in range(0, shape[0], height))
 
 
 def _encode(blocks: Blocks, width: int, bits: int, transposed: bool) -> dict[str, np.ndarray]:
@@ -207,32 +212,34 @@ def _encode(blocks: Blocks, width: int, bits: int, transposed: bool) -> dict[str
     return {suffix: np.ascontiguousarray(array) for suffix, array in zip(SUFFIXES, arrays, strict=True)}
 
 
-def read_matrix(spec: ModelSpec, form: WeightFormat, file: np.ndarray, name: str) -> np.ndarray:
-    """Return what a stored matrix stands for, `[out, in]` fp32.
+def matrix_slabs(spec: ModelSpec, form: WeightFormat, directory: Path, name: str) -> Iterator[np.ndarray]:
+    """Yield what a stored matrix stands for in fp32, the same rows at a time as `weight_slabs`.
 
     Args:
         spec: The model.
         form: As it was written with.
-        file: The bytes of `DATA_FILE`.
+        directory: Where `DATA_FILE` is.
         name: Of the weight.
     """
-    layout, bits, width = data_layout(spec, form), form.bits(spec, name), spec.weights[name].shape[1]
-    block = form.block_of(spec, name)
+    layout, bits, (height, width) = data_layout(spec, form), form.bits(spec, name), spec.weights[name].shape
+    block, file = form.block_of(spec, name), np.memmap(directory / DATA_FILE, mode="r")
 
     def bytes_of(suffix: str) -> np.ndarray:
         part = layout[name + suffix]
         return file[part.offset : part.offset + part.nbytes]
 
     if f"{name}_scale" not in layout:
-        part = layout[name]
-        return bytes_of("").view(part.dtype.numpy()).reshape(part.shape).astype(np.float32)
+        matrix = bytes_of("").view(layout[name].dtype.numpy()).reshape(height, width)
+        yield from (matrix[rows].astype(np.float32) for rows in _slabs(spec, name))
+        return
     scale = bytes_of("_scale").view(np.float32).reshape(layout[f"{name}_scale"].shape)
-    if not form.transposed:
-        rows, count = scale.shape
-        codes = unpack(bytes_of("").reshape(rows, -1), bits, count * block)
-        return dequantise(Blocks(codes, scale, unpack(bytes_of("_zero_point").reshape(rows, -1), bits, count)), width)
-    count, rows = scale.shape
-    codes = unpack(bytes_of(""), bits, width * rows).reshape(width, rows).T
-    zero = unpack(bytes_of("_zero_point"), bits, count * rows).reshape(count, rows).T
-    padded = np.pad(codes, ((0, 0), (0, count * block - width)))
-    return dequantise(Blocks(padded, np.ascontiguousarray(scale.T), zero), width)
+    count = -(-width // block)
+    whole = {"": width if form.transposed else count * block, "_zero_point": count}
+    if form.transposed:
+        scale = scale.T
+        codes, zero = (unpack(bytes_of(s), bits, n * height).reshape(n, height).T for s, n in whole.items())
+    else:
+        codes, zero = (unpack(bytes_of(s).reshape(height, -1), bits, n) for s, n in whole.items())
+    beyond = (0, 0), (0, count * block - whole[""])
+    for rows in _slabs(spec, name):
+        yield dequantise(Blocks(np.pad(codes[rows], beyond), np.ascontiguousarray(scale[rows]), zero[rows]), width)
