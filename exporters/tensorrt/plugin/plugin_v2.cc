@@ -86,10 +86,12 @@ class MixerCreator final : public nvinfer1::IPluginCreator {
 
   nvinfer1::IPluginV2* createPlugin(const char* node,
                                     const nvinfer1::PluginFieldCollection* given) noexcept override {
+    set_logger(getLogger());  // there is none before the first builder or runtime
     return guarded<MixerPlugin*>(node, nullptr, [&] { return new MixerPlugin(attributes_of(given), true); });
   }
 
   nvinfer1::IPluginV2* deserializePlugin(const char* node, const void* data, size_t size) noexcept override {
+    set_logger(getLogger());
     return guarded<MixerPlugin*>(node, nullptr, [&] {
       return new MixerPlugin(Attributes::Parse({static_cast<const char*>(data), size}), false);
     });
@@ -102,10 +104,7 @@ class MixerCreator final : public nvinfer1::IPluginCreator {
 MixerCreator creator;
 
 // Registers when the library is opened, under the namespace that nodes name; REGISTER_TENSORRT_PLUGIN has none.
-const bool registered = [] {
-  set_logger(getLogger());
-  return getPluginRegistry()->registerCreator(creator, kNamespace);
-}();
+const bool registered = getPluginRegistry()->registerCreator(creator, kNamespace);
 
 }  // namespace
 }  // namespace liger
