@@ -311,4 +311,4 @@ OPERATORS: dict[str, Operator] = {
     "positions": Operator(_positions),
 }  # fmt: skip
 """What can be compiled: one token with everything; of whole chunks the recurrence, the memory's softmax, and both as
-the op mixes them; and the positions of all tokens, each row at a multiple of `ALIGNMENT`, for a step after the other."""
+the op mixes them; and the positions of all tokens, rows at multiples of `ALIGNMENT`, for a step after the other."""

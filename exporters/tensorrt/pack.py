@@ -1,4 +1,4 @@
-"""The kernel pack `kernels.liger`: cubins of several compute capabilities, and plans, as the TensorRT plugin reads them.
+"""The kernel pack `kernels.liger`: cubins of several compute capabilities and plans, as the TensorRT plugin reads them.
 
 Little-endian: `MAGIC`, kernels, plans, blobs, and the CRC-32 of all before; `plugin/pack.cc` is the reader. Strings and
 lists have their length in front, and expressions are in postfix.
@@ -131,7 +131,7 @@ def _launch(launch: Launch, kernels: dict[str, int], buffers: dict[str, int], ax
 
 
 def _expression(text: str, axes: dict[str, int]) -> bytes:
-    """Encode an expression of `ligerexport.kernels.launches.evaluate`: numbers, axes, + - * and cdiv, operands first."""
+    """Encode an expression of `launches.evaluate`: numbers, axes, + - * and cdiv, operands first."""
 
     def visit(node: ast.expr) -> list[bytes]:
         match node:

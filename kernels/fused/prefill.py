@@ -26,8 +26,14 @@ def prefill(
     spec: MixerSpec,
     rotary: Tensor,
 ) -> tuple[Tensor, MixerState]:
-    """Run `liger_mixer` where nothing is judged and evicted tokens feed nothing; arguments and results are its own."""
+    """Run `liger_mixer`; arguments and results are its own.
+
+    Raises:
+        ValueError: A judge scores tokens, or evicted tokens feed the recurrence.
+    """
     config = spec.config
+    if config.judged or config.evicts:
+        raise ValueError("a layer that judges its tokens, or that keeps evicted ones, is not launches alone")
     attended = memory_attention.forward(query, key, value, score, position, state, spec, rotary)
     if not config.recurrent and config.attention_weight == 1:
         return attended.output, attended.present

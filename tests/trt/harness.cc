@@ -29,7 +29,7 @@ struct Function {
 const liger::Kernel& kernel_of(const Function& function, const liger::Cubin*& cubin) {
   for (const liger::Kernel& kernel : pack->kernels())
     for (const liger::Cubin& x : kernel.cubins)
-      if (pack->blob(x.blob).data == function.image && x.symbol == function.symbol) return cubin = &x, kernel;
+      if (pack->blob(x.blob).data() == function.image && x.symbol == function.symbol) return cubin = &x, kernel;
   std::abort();
 }
 

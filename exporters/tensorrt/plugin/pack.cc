@@ -4,7 +4,6 @@
 #include <array>
 #include <cstring>
 #include <fstream>
-#include <iterator>
 #include <limits>
 
 namespace liger {
@@ -229,24 +228,28 @@ int64_t Plan::Value(const std::string& axis, const std::vector<int64_t>& values)
 }
 
 Pack Pack::Read(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw Error("cannot read the kernel pack " + path);
-  return Pack(std::vector<uint8_t>{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()});
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  std::vector<uint8_t> bytes(file ? static_cast<size_t>(file.tellg()) : 0);
+  file.seekg(0);
+  if (!file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(bytes.size())))
+    throw Error("cannot read the kernel pack " + path);
+  return Pack(bytes);
 }
 
-Pack::Pack(std::vector<uint8_t> bytes) : bytes_(std::move(bytes)) {
+Pack::Pack(const std::vector<uint8_t>& bytes) {
   constexpr size_t kSum = sizeof(uint32_t);
-  if (bytes_.size() < kMagicSize + kSum || std::memcmp(bytes_.data(), kMagic, kMagicSize) != 0)
+  if (bytes.size() < kMagicSize + kSum || std::memcmp(bytes.data(), kMagic, kMagicSize) != 0)
     throw Error("this is no kernel pack of this version");
-  const size_t size = bytes_.size() - kSum;
-  if (Reader(bytes_.data() + size, kSum).Get<uint32_t>() != crc32(bytes_.data(), size))
+  const size_t size = bytes.size() - kSum;
+  if (Reader(bytes.data() + size, kSum).Get<uint32_t>() != crc32(bytes.data(), size))
     damaged("its check sum is another");
-  Reader in(bytes_.data() + kMagicSize, size - kMagicSize);
+  Reader in(bytes.data() + kMagicSize, size - kMagicSize);
   kernels_ = in.List([&] { return kernel(in); });
   plans_ = in.List([&] { return plan(in, kernels_); });
   blobs_ = in.List([&] {
     const auto length = in.Get<uint64_t>();
-    return Blob{in.Take(length), length};
+    const uint8_t* const code = in.Take(length);
+    return Blob(code, code + length);
   });
   if (!in.Done()) damaged("something follows its end");
   for (const Kernel& x : kernels_)

@@ -94,15 +94,12 @@ struct Plan {
   int64_t Value(const std::string& axis, const std::vector<int64_t>& values) const;
 };
 
-struct Blob {
-  const uint8_t* data;
-  size_t size;
-};
+using Blob = std::vector<uint8_t>;  // of its own, for the driver wants code aligned
 
 class Pack {
  public:
   static Pack Read(const std::string& path);
-  explicit Pack(std::vector<uint8_t> bytes);
+  explicit Pack(const std::vector<uint8_t>& bytes);
   Pack(Pack&&) = default;
   Pack(const Pack&) = delete;
 
@@ -114,7 +111,6 @@ class Pack {
   uint32_t Serving(const std::string& layer, const std::string& dtype, uint32_t sm) const;
 
  private:
-  std::vector<uint8_t> bytes_;
   std::vector<Kernel> kernels_;
   std::vector<Plan> plans_;
   std::vector<Blob> blobs_;

@@ -4,6 +4,7 @@
 #include <climits>
 #include <cstring>
 #include <mutex>
+#include <tuple>
 
 namespace liger {
 namespace {
@@ -37,11 +38,11 @@ CUfunction function_of(const Pack& pack, const Kernel& kernel, uint32_t sm) {
   CUcontext context = nullptr;
   check(cuCtxGetCurrent(&context), "cuCtxGetCurrent");
   std::lock_guard<std::mutex> lock(mutex);
-  CUfunction& function = known[{context, blob.data, cubin->symbol}];
+  CUfunction& function = known[{context, blob.data(), cubin->symbol}];
   if (function == nullptr) {
     CUmodule module = nullptr;
     CUfunction found = nullptr;
-    check(cuModuleLoadData(&module, blob.data), "cuModuleLoadData");
+    check(cuModuleLoadData(&module, blob.data()), "cuModuleLoadData");
     check(cuModuleGetFunction(&found, module, cubin->symbol.c_str()), "cuModuleGetFunction");
     if (cubin->shared > 48 << 10)
       check(cuFuncSetAttribute(found, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, static_cast<int>(cubin->shared)),

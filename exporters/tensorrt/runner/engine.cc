@@ -40,6 +40,23 @@ void load_plugin(const Options& options) {
     throw std::runtime_error("cannot use " + kernels.string());
 }
 
+#if NV_TENSORRT_MAJOR < 10
+// Before strong typing a builder may compute in 16 bits what the graph has in 32: norms, softmax and logits stay.
+void keep_floats(nvinfer1::INetworkDefinition& network) {
+  using nvinfer1::DataType;
+  using nvinfer1::LayerType;
+  for (int i = 0; i < network.getNbLayers(); ++i) {
+    nvinfer1::ILayer& layer = *network.getLayer(i);
+    if (layer.getType() == LayerType::kCONSTANT || layer.getType() == LayerType::kPLUGIN_V2) continue;
+    bool floats = layer.getNbInputs() > 0 && layer.getNbOutputs() > 0;
+    for (int j = 0; j < layer.getNbInputs(); ++j)
+      floats = floats && layer.getInput(j) != nullptr && layer.getInput(j)->getType() == DataType::kFLOAT;
+    for (int j = 0; j < layer.getNbOutputs(); ++j) floats = floats && layer.getOutput(j)->getType() == DataType::kFLOAT;
+    if (floats) layer.setPrecision(DataType::kFLOAT);
+  }
+}
+#endif
+
 }  // namespace
 
 void Logger::log(Severity severity, const char* text) noexcept {
@@ -102,7 +119,11 @@ void Engine::Build(const Options& options, Logger& logger, const std::filesystem
   config->setTacticSources(0);
   const std::string precision =
       options.precision.empty() ? manifest.at("precision").get<std::string>() : options.precision;
-  if (precision == "fp16" || precision == "float16") config->setFlag(nvinfer1::BuilderFlag::kFP16);
+  if (precision == "fp16" || precision == "float16") {
+    config->setFlag(nvinfer1::BuilderFlag::kFP16);
+    config->setFlag(nvinfer1::BuilderFlag::kPREFER_PRECISION_CONSTRAINTS);
+    keep_floats(*network);
+  }
 #endif
   for (const bool prefill : {false, true}) {
     nvinfer1::IOptimizationProfile* profile = builder->createOptimizationProfile();
