@@ -4,7 +4,7 @@
 #include <array>
 #include <cstring>
 #include <fstream>
-#include <limits>
+#include <set>
 
 namespace liger {
 namespace {
@@ -259,18 +259,19 @@ Pack::Pack(const std::vector<uint8_t>& bytes) {
 
 uint32_t Pack::Serving(const std::string& layer, const std::string& dtype, uint32_t sm) const {
   uint32_t best = 0;
-  std::string known;
-  for (const Plan& x : plans_) {
-    if (x.layer != layer || x.op != "step") continue;
-    for (uint32_t built : x.sms) {
-      if (x.dtype == dtype && runs_on(built, sm)) best = std::max(best, built);
-      known += " sm_" + std::to_string(built) + "/" + x.dtype;
-    }
-  }
-  if (best == 0)
-    throw Error("the kernel pack has nothing for layer " + layer + " on sm_" + std::to_string(sm) + " in " + dtype +
-                "; for this layer there is:" + (known.empty() ? " nothing" : known));
-  return best;
+  for (const Plan& x : plans_)
+    if (x.layer == layer && x.op == "step" && x.dtype == dtype)
+      for (uint32_t built : x.sms)
+        if (runs_on(built, sm)) best = std::max(best, built);
+  if (best > 0) return best;
+  std::set<std::string> known;
+  for (const Plan& x : plans_)
+    if (x.layer == layer)
+      for (uint32_t built : x.sms) known.insert(" sm_" + std::to_string(built) + "/" + x.dtype);
+  std::string text = "the kernel pack has nothing for layer " + layer + " on sm_" + std::to_string(sm) + " in " +
+                     dtype + "; for this layer there is:";
+  for (const std::string& x : known) text += x;
+  throw Error(known.empty() ? text + " nothing" : text);
 }
 
 uint32_t crc32(const uint8_t* data, size_t size) {
