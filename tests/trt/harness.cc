@@ -95,8 +95,10 @@ CUresult cuLaunchKernel(CUfunction handle, unsigned x, unsigned y, unsigned z, u
   for (size_t i = 0; i < kernel.arguments.size(); ++i) {
     if (kernel.arguments[i].type == liger::Kernel::kFloat)
       std::cout << " " << *static_cast<float*>(parameters[i]);
-    else if (kernel.arguments[i].type == liger::Kernel::kInt32) std::cout << " " << *static_cast<int32_t*>(parameters[i]);
-    else std::cout << " " << *static_cast<int64_t*>(parameters[i]);
+    else if (kernel.arguments[i].type == liger::Kernel::kInt32)
+      std::cout << " " << *static_cast<int32_t*>(parameters[i]);
+    else
+      std::cout << " " << *static_cast<int64_t*>(parameters[i]);
   }
   std::cout << "\n";
   return CUDA_SUCCESS;

@@ -21,7 +21,8 @@ const nvinfer1::PluginFieldCollection& fields() {
   using nvinfer1::PluginFieldType;
   static const auto all = [] {
     std::vector<PluginField> made = {{"layer_spec", nullptr, PluginFieldType::kCHAR, 0}};
-    for (const auto& [name, field] : Attributes::Integers()) made.push_back({name, nullptr, PluginFieldType::kINT32, 1});
+    for (const auto& [name, field] : Attributes::Integers())
+      made.push_back({name, nullptr, PluginFieldType::kINT32, 1});
     return made;
   }();
   static const nvinfer1::PluginFieldCollection collection{static_cast<int32_t>(all.size()), all.data()};

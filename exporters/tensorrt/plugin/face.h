@@ -22,7 +22,8 @@ R guarded(const char* where, R otherwise, F&& work) noexcept {
   try {
     return work();
   } catch (const std::exception& error) {
-    say(nvinfer1::ILogger::Severity::kERROR, std::string("LigerMixer, ") + (where == nullptr ? "" : where) + ": " + error.what());
+    say(nvinfer1::ILogger::Severity::kERROR, std::string(kName) + ", " + (where == nullptr ? "" : where) +
+                                                 ": " + error.what());
   }
   return otherwise;
 }

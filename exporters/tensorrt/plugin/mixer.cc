@@ -204,7 +204,7 @@ void Mixer::Enqueue(const Call& call) {
     void* const present = call.outputs.at(1 + i - first_state());
     if (present != call.inputs.at(i)) {
       if (!call.timed)
-        throw Error("'" + name + "' must be bound to one address as input and as output: the state is updated in place");
+        throw Error("'" + name + "' must be bound to one address as input and output: state is updated in place");
       check(cuMemcpyDtoDAsync(address(present), address(call.inputs[i]), bytes, call.stream), "cuMemcpyDtoDAsync");
     }
     places[name] = past["past_" + name] = {address(present), bytes};
@@ -223,7 +223,8 @@ void Mixer::Enqueue(const Call& call) {
 
 // A step after the other, where there are no kernels for many tokens at once.
 void Mixer::OneByOne(const Pack& pack, const Call& call, uint32_t sm, const Places& given) {
-  const Chosen positions = Choose(pack, "positions", call.dtype, sm, {{"batch", call.batch}, {"tokens", call.tokens}}, true);
+  const Axes sizes = {{"batch", call.batch}, {"tokens", call.tokens}};
+  const Chosen positions = Choose(pack, "positions", call.dtype, sm, sizes, true);
   const Chosen step = Choose(pack, "step", call.dtype, sm, Sizes(call.batch, call.tokens, true), true);
   const int64_t stride = (call.batch + 3) / 4 * 4 * sizeof(int32_t);  // as the plan has it: addresses stay aligned
   const size_t scores = attributes_.kv_heads * sizeof(float);
@@ -232,8 +233,8 @@ void Mixer::OneByOne(const Pack& pack, const Call& call, uint32_t sm, const Plac
   const auto take = [&](size_t bytes) { return std::exchange(workspace, workspace + aligned(bytes)); };
   const CUdeviceptr all = take(stride * call.tokens), score = take(call.batch * scores), mixed = take(call.batch * row);
 
-  run(pack, *positions.plan, positions.axes, sm,
-      {{"position", given.at("position")}, {"positions", {all, stride * call.tokens}}}, workspace, memory_, call.stream);
+  const Places counted = {{"position", given.at("position")}, {"positions", {all, stride * call.tokens}}};
+  run(pack, *positions.plan, positions.axes, sm, counted, workspace, memory_, call.stream);
   for (int64_t t = 0; t < call.tokens; ++t) {
     Places now = given;
     now["position"] = {all + t * stride, given.at("position").bytes};

@@ -92,6 +92,6 @@ const Pack& kernels();
 
 }  // namespace liger
 
-// Reads kernels from a file instead of LIGEREXPORT_KERNELS or `kernels.liger` beside this library. Returns 0, or 1 where
-// the file cannot be used, and says why on stderr.
+// Reads kernels from a file instead of LIGEREXPORT_KERNELS or `kernels.liger` beside this library. Returns 0, or 1
+// where the file cannot be used, and says why on stderr.
 extern "C" int ligerexport_load_kernels(const char* path);

@@ -50,8 +50,8 @@ size_t workspace_bytes(const Plan& plan, const std::vector<int64_t>& axes);
 // Compiled code of a plan gets to the device, so that the first launch does not have to wait for it.
 void load(const Pack& pack, const Plan& plan, uint32_t sm);
 
-// Launches a plan on `stream`. `places` holds inputs, outputs and state by name; what the plan calls `present_X` goes to
-// the workspace first and replaces `past_X` after the last launch.
+// Launches a plan on `stream`. `places` holds inputs, outputs and state by name; what the plan calls `present_X` goes
+// to the workspace first and replaces `past_X` after the last launch.
 void run(const Pack& pack, const Plan& plan, const std::vector<int64_t>& axes, uint32_t sm, const Places& places,
          CUdeviceptr workspace, Memory& memory, CUstream stream);
 

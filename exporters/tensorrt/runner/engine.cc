@@ -139,7 +139,8 @@ void Engine::Build(const Options& options, Logger& logger, const std::filesystem
       profile->setDimensions(input->getName(), nvinfer1::OptProfileSelector::kOPT, most);
       profile->setDimensions(input->getName(), nvinfer1::OptProfileSelector::kMAX, most);
     }
-    if (config->addOptimizationProfile(profile) < 0) throw std::runtime_error("TensorRT refuses an optimization profile");
+    if (config->addOptimizationProfile(profile) < 0)
+      throw std::runtime_error("TensorRT refuses an optimization profile");
   }
   const auto known = read(timing);
   std::unique_ptr<nvinfer1::ITimingCache> cache(config->createTimingCache(known.data(), known.size()));
