@@ -180,13 +180,19 @@ def divergence(wanted: Sequence[float], found: Sequence[float]) -> float:
 def reference(given: argparse.Namespace) -> int:
     """Write what torch makes of a prompt in fp32: greedy tokens, and logits before each of them."""
     import numpy as np
+    import torch
 
     from ligerexport.convert import load_model
-    from ligerexport.exporters.verify import torch_answers
 
     ids = [int(x) for x in given.ids.split(",")]
-    model = load_model(given.checkpoint).eval()
-    answers = [x.logits for x in torch_answers(model, [np.array(ids)], given.tokens - 1)]
+    model = load_model(given.checkpoint, dtype=torch.float32).eval()
+    fed, cache, answers = torch.tensor([ids]), None, []
+    with torch.inference_mode():
+        for _ in range(given.tokens):
+            made = model(fed, past_key_values=cache, use_cache=True)
+            cache = made.past_key_values
+            answers.append(made.logits[0, -1].numpy())
+            fed = made.logits[:, -1:].argmax(-1)
     np.stack(answers).astype(np.float32).tofile(given.output.with_suffix(".bin"))
     tokens = [int(x.argmax()) for x in answers]
     described = {"ids": ids, "tokens": tokens, "vocabulary": len(answers[0])}
