@@ -112,7 +112,7 @@ def test_no_arguments_is_help_and_version_is_data(cli: Cli) -> None:
         (["run", "/absent", "hi"], 1, "no directory /absent", "ligerexport build"),
         (["list", "gate"], 2, "unknown table 'gate'", "gates"),
         (["convert", "m", "-o", "o", "--preset", "memry"], 2, "unknown preset 'memry'", "did you mean memory?"),
-        (["convert", "m", "-o", "o", "--gate", "gal"], 2, "unknown gate 'gal'", "did you mean gla?"),
+        (["convert", "m", "-o", "o", "--gate", "hgrn"], 2, "unknown gate 'hgrn'", "did you mean hgrn2?"),
         (["convert", "m", "-o", "o", "--slots", "peek_use=3"], 2, "unknown score 'peek_use'", "did you mean peak_use"),
         (["convert", "m", "-o", "o", "--slots", "peak_use"], 2, "--slots peak_use", "peak_use=32"),
         (["convert", "m", "-o", "o", "--keep-softmax", "a"], 2, "--keep-softmax a", "8,16"),
