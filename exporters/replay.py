@@ -16,14 +16,14 @@ from ligerexport.exporters.verify import Answer, Comparison, Mismatch, torch_ans
 from ligerexport.mixer import LigerCache
 
 if TYPE_CHECKING:
-    from ligerexport.exporters.onnx.session import OnnxSession
+    from ligerexport.exporters.verify import Engine
     from ligerexport.snapshot import Snapshot
 
 OFTEN = 8
 """Of so many tokens one may tie; more is noise in the scores."""
 
 
-def replay(check: Comparison, session: OnnxSession, model: Any, seen: list[np.ndarray], ids: np.ndarray) -> None:
+def replay(check: Comparison, session: Engine, model: Any, seen: list[np.ndarray], ids: np.ndarray) -> None:
     """Compare a call with torch token by token, and go on from torch's state after each near tie.
 
     Torch steps. The session makes calls that are one token longer each time, because the call as it was must be
@@ -60,7 +60,7 @@ def _steps(model: Any, cache: Any, ids: np.ndarray) -> Iterator[Answer]:
     return torch_answers(model, np.split(ids, len(ids)), 0, cache)
 
 
-def _agree(check: Comparison, session: OnnxSession, model: Any, cache: Any, part: np.ndarray) -> bool:
+def _agree(check: Comparison, session: Engine, model: Any, cache: Any, part: np.ndarray) -> bool:
     """Feed one call to the session and its tokens one by one to torch; return whether they end alike."""
     (answer,) = deque(_steps(model, cache, part), maxlen=1)
     logits = session.prefill(part)[0]
@@ -70,7 +70,7 @@ def _agree(check: Comparison, session: OnnxSession, model: Any, cache: Any, part
         return False
 
 
-def _first_tie(check: Comparison, session: OnnxSession, before: Snapshot, answers: Iterator[Answer], start: int) -> int:
+def _first_tie(check: Comparison, session: Engine, before: Snapshot, answers: Iterator[Answer], start: int) -> int:
     """Make the call longer until it differs; return its tokens, the session in torch's state, after a near tie."""
     ids = np.empty(0, np.int64)
     for answer in answers:

@@ -24,7 +24,7 @@ from ligerexport.exporters.onnx.quantise import dequantise, pack, quantise, unpa
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import data_layout, read_matrix, write_weights
-from ligerexport.exporters.targets import WEIGHTS
+from ligerexport.exporters.targets import TARGETS, WEIGHTS
 
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
@@ -32,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """`odd`: untied, with biases, no size a multiple of a block, an odd number of rows and an odd number of blocks."""
 LOWERINGS = ("ort", "portable")
-SMALL = [name for name, row in WEIGHTS.items() if row.bits < 32]
+SMALL = [name for name in TARGETS["onnx"].weights if WEIGHTS[name].bits < 32]
 
 
 @pytest.fixture(scope="module", params=MODELS)
