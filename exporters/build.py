@@ -84,13 +84,15 @@ def build(
     from ligerexport.exporters.onnx import graph as onnx_graph
     from ligerexport.exporters.onnx.spec import read_spec
     from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
-    from ligerexport.exporters.tensorrt.package import choose_gpu, package
+    from ligerexport.exporters.tensorrt.package import check_layers, choose_gpu, package
     from ligerexport.exporters.verify import verify_artifact
 
     progress = progress or silent
     gpu = choose_gpu(target, sms, max_batch, plugin, engine)
     info = check_checkpoint(model, tokenizer=False)
     spec = read_spec(info)
+    if gpu is not None:
+        check_layers(target, spec)
     form = onnx_graph.weight_format(weights, block, lowering, row.typed)
     # ONNX Runtime verifies the graph of an engine with the same weights and products in fp32
     checked_form = form if lowering == "plugin" else replace(form, typed=False)

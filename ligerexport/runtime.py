@@ -96,6 +96,7 @@ def load(
     Raises:
         ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
         MissingDependency: Its runtime is not installed.
+        LigerError: The engine does not run on the GPU that is here.
     """
     artifact = open_artifact(path, hashes=hashes)
     target = artifact.manifest.target
@@ -103,4 +104,13 @@ def load(
         from ligerexport.exporters.onnx.session import OnnxSession
 
         return OnnxSession(artifact, batch=batch, threads=threads, chunk=chunk, prepack=prepack, scoring=scoring)
-    raise ArtifactError(f"no runtime here for target '{target}'", hint=close_matches(target, ["onnx"]))
+    hint = close_matches(target, ["onnx"])
+    if target == "trt":
+        hint = f"run it with liger-run {path} on a machine with TensorRT, see docs/guides/tensorrt.md"
+    elif target == "trt-rtx":
+        from ligerexport.exporters.tensorrt.engine import check_engine
+        from ligerexport.exporters.tensorrt.package import rtx
+
+        check_engine(rtx(), artifact.graph)
+        hint = f"run {artifact.graph} with TensorRT-RTX on an RTX GPU, see docs/guides/tensorrt.md"
+    raise ArtifactError(f"no runtime here for target '{target}'", hint=hint)

@@ -1,4 +1,4 @@
-"""The graph for the TensorRT plugin: what its nodes say, that TensorRT 8.5 could parse it, and that it computes right."""
+"""The graph for the TensorRT plugin: what its nodes say, that TensorRT 8.5 can parse it, and that it computes right."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 from ligerexport.artifact import Artifact, Source
 from ligerexport.config import PRESETS, LigerConfig
 from ligerexport.convert import load_model
-from ligerexport.errors import UsageError
 from ligerexport.exporters.build import make_manifest
 from ligerexport.exporters.onnx.evaluation import PluginSession
-from ligerexport.exporters.onnx.graph import GRAPH_FILE, build_graph, weight_format, write_graph
+from ligerexport.exporters.onnx.graph import GRAPH_FILE, weight_format, write_graph
 from ligerexport.exporters.onnx.plugin import CONTRACT, layer_digest
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
@@ -154,7 +153,7 @@ def test_layer_digest() -> None:
 
 def test_types_meet_only_in_casts(tmp_path: Path) -> None:
     """Every product with a stored half gets halves, everything else is fp32: what strongly typed networks ask for."""
-    spec, artifact = write(tmp_path, FORESIGHT, "fp16", "gemma3_text")
+    _, artifact = write(tmp_path, FORESIGHT, "fp16", "gemma3_text")
     model = onnx.shape_inference.infer_shapes(onnx.load(artifact.directory / GRAPH_FILE), strict_mode=True)
     types = {x.name: x.type.tensor_type.elem_type for x in (*model.graph.value_info, *model.graph.input)}
     types |= {x.name: x.data_type for x in model.graph.initializer}
@@ -168,9 +167,3 @@ def test_types_meet_only_in_casts(tmp_path: Path) -> None:
             assert floats == {full}, node.name
     stored = {x.name for x in model.graph.initializer if x.data_type == half}
     assert {node.op_type for node in model.graph.node if stored & set(node.input)} == {"Gemm", "Gather"}
-
-
-def test_layers_kept_as_softmax_are_refused(tmp_path: Path) -> None:
-    spec = read_spec(make_checkpoint(tmp_path / "model", LigerConfig(window=8, keep_softmax=(1,))))
-    with pytest.raises(UsageError, match="layer 1 is kept as softmax"):
-        build_graph(spec, lowering="plugin")

@@ -9,7 +9,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ligerexport.errors import UsageError
 from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import Axis, Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
@@ -92,17 +91,9 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
         lowering: Row of `LOWERINGS`.
         max_chunk: Most tokens of one call.
         form: How weights are stored, from `weight_format` for this lowering.
-
-    Raises:
-        UsageError: The lowering `plugin` has no node for a layer kept as softmax.
     """
     g = Builder()
     lower = LOWERINGS[lowering](g, form.activation)
-    if lower.plugin and (kept := [str(i) for i, layer in enumerate(spec.mixers) if layer is None]):
-        raise UsageError(
-            f"layer {', '.join(kept)} is kept as softmax, and the plugin for TensorRT has no growing cache",
-            hint="convert all layers, or build with --target onnx",
-        )
     integer = _ONNX[lower.integer]
     input_ids, position = graph_input("input_ids", integer, ("B", "T")), graph_input("position", integer, ("B",))
     state = state_tensors(spec, lowering, form)

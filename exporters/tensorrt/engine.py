@@ -90,7 +90,7 @@ def check_engine(trt: Any, file: Path) -> None:
         validity, reasons = trt.Runtime(logger).get_engine_validity(engine.read())
     if validity == trt.EngineValidity.INVALID:
         raise LigerError(
-            f"{file} does not run on this GPU: {logger.first() or f'diagnostics {reasons:#x}'}",
+            f"{file} does not run here: {logger.first() or f'diagnostics {reasons:#x}'}",
             hint="build it for this GPU's compute capability with --sm, or for another runtime with --target",
         )
 

@@ -83,6 +83,24 @@ def choose_gpu(
     return gpu
 
 
+def check_layers(target: str, spec: ModelSpec) -> None:
+    """Check that a target for GPUs has all that the layers of a checkpoint need.
+
+    Raises:
+        UsageError: It has not.
+    """
+    if kept := [str(i) for i, layer in enumerate(spec.mixers) if layer is None]:
+        raise UsageError(
+            f"layer {', '.join(kept)} is kept as softmax, and engines here have no growing cache",
+            hint="convert all layers, or build with --target onnx",
+        )
+    if target == "trt" and any(2 * len(softmax.inv_freq) != spec.head_dim for softmax in spec.attention):
+        raise UsageError(
+            f"heads of {spec.head_dim} channels are rotated in part, the plugin's kernels rotate them whole",
+            hint="build with --target trt-rtx or --target onnx",
+        )
+
+
 _LATER = "--no-engine, and liger-run makes the engine on the device"
 
 

@@ -127,12 +127,18 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     return facts
 
 
-def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+def doctor(
+    target: Annotated[str | None, typer.Option(help="Look at what this target needs too.")] = None,
+    plugin: Annotated[Path | None, typer.Option(metavar="FILE", help="Library of the TensorRT plugin.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
     """Say what is missing, and what mends it."""
     common.begin(quiet, debug)
     from ligerexport.doctor import examine
 
-    checks = examine()
+    checks = examine(target, plugin)
     if json:
         fine = all(check.ok or not check.needed for check in checks)
         common.finish_json(True, {"ok": fine, "checks": [check.to_dict() for check in checks]})
