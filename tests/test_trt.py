@@ -59,9 +59,10 @@ def test_trt_without_tensorrt(checkpoint: Path, tmp_path: Path, packed: list[dic
     manifest = open_artifact(path).manifest
     assert manifest.target == "trt" and manifest.lowering == "plugin" and manifest.precision == "float16"
     assert manifest.device == {
-        "sms": [86, 87], "max_batch": 2, "contract": 1, "kernels": "kernels.liger", "plugin": "libplugin.so",
+        "sms": [86, 87], "max_batch": 2, "contract": 1, "kernels": "kernels.liger",
+        "plugin": "libligerexport_trt.so",
     }  # fmt: skip
-    assert {"model.onnx", "model.onnx.data", "kernels.liger", "libplugin.so"} <= set(manifest.files)
+    assert {"model.onnx", "model.onnx.data", "kernels.liger", "libligerexport_trt.so"} <= set(manifest.files)
     assert manifest.verification["passed"] and manifest.verification["tokens"] > 400
     (call,) = packed
     assert len(call["specs"]) == 1 and call["sms"] == (86, 87) and call["dtype"] == "fp16" and call["max_batch"] == 2
@@ -152,6 +153,58 @@ def test_old_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingDependency, match="TensorRT 10") as caught:
         package.tensorrt()
     assert "8.5.3.1" in str(caught.value.hint)
+
+
+def test_engine_of_tensorrt(
+    checkpoint: Path, tmp_path: Path, packed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked of TensorRT, and the names that `liger-run` looks for."""
+    asked: dict[str, Any] = {}
+
+    class Recorder:
+        """Stands for every class and object of TensorRT, and says yes."""
+
+        __version__ = "10.13.2.6"
+
+        def __init__(self, path: str = "trt") -> None:
+            self.path = path
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("ILogger", "IProgressMonitor"):
+                return type(name, (), {"__init__": lambda self: None})
+            return Recorder(f"{self.path}.{name}")
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            asked.setdefault(self.path.rpartition(".")[2], []).append(arguments)
+            if self.path.endswith(("build_serialized_network", "serialize")):
+                return b"engine"
+            return self
+
+        def __int__(self) -> int:
+            return 0
+
+    monkeypatch.setitem(sys.modules, "tensorrt", Recorder())  # type: ignore[arg-type]
+    monkeypatch.setattr(package, "driver", lambda: None)
+    library = tmp_path / "build" / "plugin.so"
+    library.parent.mkdir()
+    library.write_bytes(b"plugin")
+    with pytest.raises(MissingDependency, match="CUDA device"):
+        lx.build(checkpoint, tmp_path / "a", target="trt", plugin=library)
+    monkeypatch.setattr(package, "driver", lambda: machine.Driver("13.0", (90,)))
+    with pytest.raises(MissingDependency, match="plugin"):
+        lx.build(checkpoint, tmp_path / "a", target="trt")
+    path = lx.build(checkpoint, tmp_path / "a", target="trt", plugin=library, sms=(90,), max_batch=4, max_chunk=48,
+                    weights="bf16", verify=False)  # fmt: skip
+    device = open_artifact(path).manifest.device
+    assert device is not None and device["engine"] == "trt101302-sm90-b4.engine" and device["tensorrt"] == "10.13.2.6"
+    assert (path / "trt101302-sm90-b4.engine").read_bytes() == b"engine" and (path / "trt101302-sm90.timing").is_file()
+    assert asked["load_library"][0][0].endswith("libligerexport_trt.so") and packed[0]["dtype"] == "bf16"
+    shapes = {}
+    for name, *sizes in asked["set_shape"]:
+        shapes.setdefault(name, []).append(sizes)
+    assert shapes["input_ids"] == [[[1, 1], [1, 1], [4, 1]], [[1, 1], [1, 48], [4, 48]]]
+    assert shapes["past.1.slot_position"] == [[[1, 2, 26], [1, 2, 26], [4, 2, 26]]] * 2
+    assert "set_compute_capability" not in asked
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

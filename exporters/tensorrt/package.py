@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ligerexport.console import ProgressFactory
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.exporters.targets import get_target
+from ligerexport.exporters.tensorrt.machine import driver
 
 if TYPE_CHECKING:
     from ligerexport.artifact import Manifest
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 ENGINE_FILE = "model.engine"
 PACK_FILE = "kernels.liger"
-CACHE_FILE = "timing.cache"
+PLUGIN_FILE = "libligerexport_trt.so"
 _RTX = ("tensorrt_rtx", "tensorrt_rtx_bindings")  # the metapackage's module, and what is in its wheel
 
 
@@ -77,7 +78,7 @@ def choose_gpu(
         if not find_spec("triton"):
             raise MissingDependency("Triton, which compiles the kernels,", extra="gpu")
         if engine:
-            tensorrt()
+            engine_stem()
             if plugin is None:
                 raise MissingDependency("the plugin's library", hint=f"--plugin PATH; or {_LATER}")
     return gpu
@@ -175,15 +176,28 @@ def _add_plugin(
     device: dict[str, Any] = {"sms": list(gpu.sms), "max_batch": gpu.max_batch, "contract": CONTRACT,
                               "kernels": PACK_FILE}  # fmt: skip
     if gpu.plugin is not None:
-        shutil.copyfile(gpu.plugin, directory / gpu.plugin.name)
-        device["plugin"] = gpu.plugin.name
+        shutil.copyfile(gpu.plugin, directory / PLUGIN_FILE)
+        device["plugin"] = PLUGIN_FILE
     if gpu.engine:
-        trt = tensorrt()
-        build_engine(trt, directory / manifest.graph.file, directory / ENGINE_FILE, graph=manifest.graph,
-                     max_batch=gpu.max_batch, progress=progress, plugin=directory / device["plugin"],
-                     cache=directory / CACHE_FILE)  # fmt: skip
-        device |= {"engine": ENGINE_FILE, "tensorrt": trt.__version__}
+        trt, stem = tensorrt(), engine_stem()
+        engine = f"{stem}-b{gpu.max_batch}.engine"
+        build_engine(trt, directory / manifest.graph.file, directory / engine, graph=manifest.graph,
+                     max_batch=gpu.max_batch, progress=progress, plugin=directory / PLUGIN_FILE,
+                     cache=directory / f"{stem}.timing")  # fmt: skip
+        device |= {"engine": engine, "tensorrt": trt.__version__}
     return replace(manifest, device=device)
+
+
+def engine_stem() -> str:
+    """Return what the names of engines begin with for the TensorRT and the GPU that are here, as `liger-run` has them.
+
+    Raises:
+        MissingDependency: One of them is not here.
+    """
+    version, found = [int(part) for part in tensorrt().__version__.split(".")[:3]], driver()
+    if found is None or not found.sms:
+        raise MissingDependency("a CUDA device", hint=_LATER)
+    return f"trt{version[0] * 10000 + version[1] * 100 + version[2]}-sm{found.sms[0]}"
 
 
 def _dtype(form: WeightFormat) -> str:
