@@ -124,7 +124,7 @@ def _gpu(target: str, plugin: Path | None) -> list[Check]:
     if not rtx:
         here = plugin is not None and plugin.is_file()
         found = "not given" if plugin is None else str(plugin) if here else f"{plugin} is not there"
-        mend = "cmake -S exporters/tensorrt -B build/trt && cmake --build build/trt, then --plugin FILE"
+        mend = "cmake -S exporters/tensorrt/runner -B build/trt && cmake --build build/trt, then --plugin FILE"
         rows.append(Check("plugin", found, here, False, mend))
         triton = installed_version("triton")
         rows.append(

@@ -76,6 +76,7 @@ def _artifact(path: Path) -> dict[str, Any]:
         "kv_cache_larger_from": manifest.crossover,
         "max_chunk": manifest.graph.max_chunk,
         "requires": manifest.requires,
+        "device": manifest.device,
         "verification": manifest.verification,
         "written_by": f"ligerexport {manifest.ligerexport}, format {manifest.format_version}",
         "files": len(manifest.files) + 1,
@@ -91,7 +92,7 @@ def _group(tensors: Iterable[tuple[str, Sequence[int | str], str]]) -> list[dict
         rows[key] = rows.get(key, 0) + 1
     found = []
     for (name, shape, dtype), layers in rows.items():
-        count: int | None = {"float16": 2, "int64": 8}.get(dtype, 4) * layers
+        count: int | None = {"float16": 2, "bfloat16": 2, "int64": 8}.get(dtype, 4) * layers
         for size in shape:
             count = count * size if isinstance(size, int) and count is not None else None
         found.append({"name": name, "shape": list(shape), "dtype": dtype, "layers": layers, "bytes": count})
