@@ -345,7 +345,7 @@ class Native(Ort):
 class Plugin(Portable):
     """A mixer as one node, and around it what TensorRT parses from 8.5 on: opset 17, integers of 32 bits.
 
-    Parsers of 8.5 silently read `Shape` of a range as the whole shape, and know no index from the end.
+    Parsers of 8.5 silently read `Shape` of a range as the whole shape, and hand an index from the end on as it is.
     """
 
     plugin = True
