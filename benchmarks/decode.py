@@ -1,12 +1,14 @@
 """Time and memory of one decoded token against the length of the context: an artifact and the original Transformer.
 
     python benchmarks/decode.py ARTIFACT MODEL -o benchmarks/results/decode.json
-    python benchmarks/decode.py ARTIFACT MODEL.gguf --engines ligerexport llama.cpp -o benchmarks/results/peers.json
+    python benchmarks/decode.py ARTIFACT Q4.gguf --engines ligerexport llama.cpp --also "llama.cpp Q8_0=Q8.gguf" \
+        "onnxruntime-genai int4=DIRECTORY" "transformers sdpa=MODEL" -o benchmarks/results/peers.json
 
 Every engine at every context is a process of its own; they are timed in turns, a block of tokens each, so that all see
 the same machine. The Transformer's cache is filled with random keys and values of the right shape (its time does not
-depend on what they hold, and a prompt of 32,768 tokens takes hours on two cores); the artifact and llama.cpp (package
-llama-cpp-python) read real tokens, one engine at a time, and how long they take is in the table too.
+depend on what they hold, and a prompt of 32,768 tokens takes hours on two cores); the artifact, llama.cpp (package
+llama-cpp-python) and onnxruntime-genai (a directory of its builder) read real tokens, one engine at a time, and how
+long they take is in the table too. A peer whose process fails, such as beyond its trained length, is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXTS = (128, 1024, 8192, 32768)
-ENGINES = ("ligerexport", "transformers eager", "transformers sdpa", "llama.cpp")
+ENGINES = ("ligerexport", "transformers eager", "transformers sdpa", "llama.cpp", "onnxruntime-genai")
 
 
 def memory() -> dict[str, int]:
@@ -98,13 +100,42 @@ class Llama:
         self.model.eval([11])
 
 
+class GenAI:
+    """The original model in onnxruntime-genai, which has read `context` tokens."""
+
+    def __init__(self, path: str, context: int, threads: int) -> None:
+        import onnxruntime_genai as og
+
+        config = og.Config(path)
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        model = og.Model(config)
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=context + 512)
+        warm = og.Generator(model, parameters)
+        warm.append_tokens(prompt(32))
+        self.generator = og.Generator(model, parameters)
+        begin = time.perf_counter()
+        self.generator.append_tokens(prompt(context))
+        self.generator.get_logits()
+        self.read = time.perf_counter() - begin
+
+    def step(self) -> None:
+        """Decode one token; the cache grows by it."""
+        self.generator.append_tokens([11])
+        self.generator.get_logits()
+
+
+READERS = {"ligerexport": Artifact, "llama.cpp": Llama, "onnxruntime-genai": GenAI}
+
+
 def work(engine: str, path: str, context: int, threads: int) -> None:
     """Answer on stdout: for each line `n` on stdin, the milliseconds of n tokens, then memory."""
     runner: Any
-    if engine in ("ligerexport", "llama.cpp"):
-        runner = (Artifact if engine == "ligerexport" else Llama)(path, context, threads)
+    kind, *rest = engine.split()
+    if kind in READERS:
+        runner = READERS[kind](path, context, threads)
     else:
-        runner = Transformer(path, context, threads, attention=engine.split()[-1])
+        runner = Transformer(path, context, threads, attention=rest[0])
     runner.step()
     print(json.dumps(getattr(runner, "read", None)), flush=True)
     for line in sys.stdin:
@@ -117,11 +148,18 @@ def work(engine: str, path: str, context: int, threads: int) -> None:
 
 
 def spawn(engine: str, path: str, context: int, threads: int) -> tuple[subprocess.Popen[str], float | None]:
-    """Start a worker and wait until it is ready; return it and the seconds that it read the context for."""
+    """Start a worker and wait until it is ready; return it and the seconds that it read the context for.
+
+    Raises:
+        ChildProcessError: It is not there any more.
+    """
     command = [sys.executable, __file__, "--work", engine, path, str(context), str(threads)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    return process, json.loads(process.stdout.readline())
+    answer = process.stdout.readline()
+    if not answer:
+        raise ChildProcessError(f"{engine} at {context} ended with {process.wait()}")
+    return process, json.loads(answer)
 
 
 def main() -> None:
@@ -137,14 +175,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=8, help="tokens a block")
     parser.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
-    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=ENGINES[:-1])
+    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=ENGINES[:3])
+    parser.add_argument(
+        "--also", nargs="*", default=[], help="an engine, perhaps with more to tell it apart = its path"
+    )
     args = parser.parse_args()
+    paths = {engine: args.artifact if engine == "ligerexport" else args.model for engine in args.engines}
+    paths |= dict(engine.split("=", 1) for engine in args.also)
     workers, seconds = {}, {}
     for context in args.contexts:
-        for engine in args.engines:
-            path = args.artifact if engine == "ligerexport" else args.model
-            workers[engine, context], seconds[engine, context] = spawn(engine, path, context, args.threads)
-            print(f"ready: {engine} at {context}", file=sys.stderr, flush=True)
+        for engine, path in paths.items():
+            try:
+                workers[engine, context], seconds[engine, context] = spawn(engine, path, context, args.threads)
+            except ChildProcessError as error:
+                print(f"left out: {error}", file=sys.stderr, flush=True)
+            else:
+                print(f"ready: {engine} at {context}", file=sys.stderr, flush=True)
     samples: dict[tuple[str, int], list[float]] = {key: [] for key in workers}
     last: dict[tuple[str, int], dict[str, Any]] = {}
     for turn in range(args.rounds + 1):
@@ -164,7 +210,13 @@ def main() -> None:
         read = seconds[engine, context]
         row |= {"peak": last[engine, context]["peak"], "prefill_tokens_per_s": read and context / read}
         rows.append(row)
-    packages = ["torch", "transformers", "onnxruntime", *(["llama-cpp-python"] if "llama.cpp" in args.engines else [])]
+    optional = {"llama.cpp": "llama-cpp-python", "onnxruntime-genai": "onnxruntime-genai"}
+    packages = [
+        "torch",
+        "transformers",
+        "onnxruntime",
+        *{optional[x] for p in paths if (x := p.split()[0]) in optional},
+    ]
     versions = {name: version(name) for name in packages}
     result = {
         "command": "python " + " ".join(sys.argv),

@@ -98,6 +98,7 @@ ROWS: dict[str, Row] = {
     "liger, untrained": Row("liger"),
     "liger, paper": Row("liger", {}, "paper"),
     "liger with hgrn2, paper": Row("liger", {"gate": "hgrn2"}, "paper"),
+    "liger with gsa, paper": Row("liger", {"gate": "gsa"}, "paper"),
     "liger without window, paper": Row(
         "liger", {"window": 1, "attention_weight": 0.0, "recurrence_weight": 1.0}, "paper"
     ),

@@ -16,7 +16,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
-    "README.md", "docs/concepts/memory.md", "docs/concepts/kernels.md", "docs/guides/recover.md",
+    "README.md", "docs/concepts/memory.md", "docs/concepts/kernels.md", "docs/concepts/graph.md",
+    "docs/guides/recover.md",
     "docs/guides/quantise.md", "docs/guides/sessions.md", "docs/verified.md",
 )  # fmt: skip
 
@@ -262,6 +263,17 @@ def native() -> str:
     return table(["lowering, weights", "128", "1,024", "resident"], rows)
 
 
+def nodes() -> str:
+    """Nodes of a layer of the step graph."""
+    presets = result("nodes")["presets"]
+    kinds = [(lowering, weights) for lowering, row in next(iter(presets.values())).items() for weights in row]
+    rows = [
+        [f"{lowering}, {weights}", *(found[lowering][weights] for found in presets.values())]
+        for lowering, weights in kinds
+    ]
+    return table(["nodes of a layer", *presets], rows)
+
+
 def prompt_cache() -> str:
     """First token of a long prompt, with and without a cache."""
     rows = []
@@ -387,7 +399,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear_softmax": linear_softmax, "memory_kernel": memory_kernel, "step": step, "first_result": first_result,
     "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
     "quantised": quantised, "native": native, "peers": peers, "kept": kept, "shares": shares, "mmlu": mmlu,
-    "prompt_cache": prompt_cache,
+    "prompt_cache": prompt_cache, "nodes": nodes,
 }  # fmt: skip
 
 

@@ -43,6 +43,7 @@ def build(
     max_batch: int = 8,
     plugin: Path | str | None = None,
     engine: bool = True,
+    genai: bool = False,
     force: bool = False,
     verify: bool = True,
     progress: ProgressFactory | None = None,
@@ -62,6 +63,7 @@ def build(
         plugin: Library of the plugin for TensorRT, to put into the artifact and to build the engine with.
         engine: Whether the target `trt` builds the engine too, which takes TensorRT and this machine's GPU; without,
             the artifact is what one is made of on the device.
+        genai: Whether to add what onnxruntime-genai runs: a second graph on the same weights, and its configuration.
         force: Whether an older artifact at `output` may be replaced.
         verify: Whether to compare logits and state with the torch model first; without it the manifest says so.
         progress: Opens a phase of long work; see `ligerexport.console.progress`.
@@ -82,6 +84,7 @@ def build(
     from ligerexport.artifact import Artifact, ArtifactWriter
     from ligerexport.checkpoint import check_checkpoint
     from ligerexport.exporters.onnx import graph as onnx_graph
+    from ligerexport.exporters.onnx.genai import check_genai, write_genai
     from ligerexport.exporters.onnx.spec import read_spec
     from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
     from ligerexport.exporters.tensorrt.package import check_layers, choose_gpu, package
@@ -93,6 +96,8 @@ def build(
     spec = read_spec(info)
     if gpu is not None:
         check_layers(target, spec)
+    if genai:
+        check_genai(info.path, target, lowering)
     form = onnx_graph.weight_format(weights, block, lowering, row.typed)
     # ONNX Runtime verifies the graph of an engine with the same weights and products in fp32
     checked_form = form if lowering == "plugin" else replace(form, typed=False)
@@ -117,6 +122,8 @@ def build(
             gc.collect()
         if gpu is not None:
             manifest = package(writer.directory, manifest, spec, form, gpu, progress)
+        if genai:
+            write_genai(Artifact(writer.directory, manifest))
         writer.commit(manifest)
     return destination
 

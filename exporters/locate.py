@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from ligerexport.artifact import Artifact
 from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.reference import Reference, State
 
 APART = 1e-3
 """Relative distance of two residual vectors from which a layer counts as different."""
 
 
-def first_difference(spec: ModelSpec, artifact: Artifact, ids: np.ndarray, reference: Any) -> tuple[int, str] | None:
+def first_difference(
+    spec: ModelSpec, artifact: Artifact, ids: np.ndarray, reference: Reference
+) -> tuple[int, str] | None:
     """Run both from the start, a chunk at a time, and compare state and residual stream layer by layer.
 
     Args:
@@ -25,18 +26,18 @@ def first_difference(spec: ModelSpec, artifact: Artifact, ids: np.ndarray, refer
     Returns:
         The layer and what differs in it, or None when they agree.
     """
-    graph, torch_model = _Graph(artifact), _Torch(reference)
-    chunk = artifact.manifest.graph.max_chunk
-    for start in range(0, len(ids), chunk):
-        part = ids[start : start + chunk]
-        ours, theirs = torch_model.run(part), graph.run(part)
+    from ligerexport.exporters.verify import of_layer
+
+    graph, chunk = _Graph(artifact), artifact.manifest.graph.max_chunk
+    for answer in reference.answers(np.split(ids, range(chunk, len(ids), chunk)), hidden=True):
+        found = graph.run(answer.ids)
         for layer in range(len(spec.mixers)):
-            if what := _difference(ours[layer], theirs[layer]):
+            if what := _difference(of_layer(answer.state, layer), of_layer(found, layer)):
                 return layer, what
     return None
 
 
-def _difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> str | None:
+def _difference(ours: State, theirs: State) -> str | None:
     """Return which of a layer's tensors differs, in the order in which the layer computes them."""
     from ligerexport.exporters.verify import sort_slots, state_error
 
@@ -52,36 +53,6 @@ def _difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> s
         elif not np.array_equal(tensor, other) if tensor.dtype.kind == "i" else not state_error(tensor, other) < APART:
             return f"its {name}"
     return None
-
-
-class _Torch:
-    """The torch model with the residual stream after each layer."""
-
-    def __init__(self, model: Any) -> None:
-        from ligerexport.mixer import LigerCache
-
-        self._model = model
-        self._cache: Any = LigerCache(self._model.config)
-        self._hidden: list[np.ndarray] = []
-        for layer in self._model.model.layers:
-            layer.register_forward_hook(self._keep)
-
-    def _keep(self, module: Any, arguments: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        self._hidden.append(hidden.reshape(-1, hidden.shape[-1]).numpy())
-
-    def run(self, ids: np.ndarray) -> list[dict[str, np.ndarray]]:
-        """Return state and `hidden` of each layer after more tokens."""
-        import torch
-
-        self._hidden = []
-        with torch.inference_mode():
-            self._model(torch.from_numpy(ids)[None], past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        states = (getattr(layer, "state", None) or {"value": layer.values} for layer in self._cache.layers)
-        return [
-            {name: tensor.numpy() for name, tensor in state.items()} | {"hidden": hidden}
-            for state, hidden in zip(states, self._hidden, strict=True)
-        ]
 
 
 class _Graph:
@@ -123,8 +94,8 @@ class _Graph:
         self._position = 0
         self._layers = manifest.model.layers
 
-    def run(self, ids: np.ndarray) -> list[dict[str, np.ndarray]]:
-        """Return state and `hidden` of each layer after more tokens."""
+    def run(self, ids: np.ndarray) -> State:
+        """Return the state after more tokens, with `past.LAYER.hidden` as `Reference.answers` has it."""
         feeds = self._state | {"input_ids": ids[None], "position": np.array([self._position])}
         wanted = {entry.name for entry in self._session.get_inputs()}
         names = [output.name for output in self._session.get_outputs()]
@@ -132,8 +103,4 @@ class _Graph:
         values = dict(zip(names, results, strict=True))
         self._state = {name: values[name.replace("past.", "present.", 1)] for name in self._state}
         self._position += len(ids)
-        return [
-            {name.split(".", 2)[2]: value for name, value in self._state.items() if name.startswith(f"past.{i}.")}
-            | {"hidden": values[f"hidden.{i}"]}
-            for i in range(self._layers)
-        ]
+        return self._state | {f"past.{i}.hidden": values[f"hidden.{i}"] for i in range(self._layers)}

@@ -6,14 +6,13 @@ A token may keep a slot by a tie in the middle of a call and be gone at its end,
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ligerexport.exporters.verify import Answer, Comparison, Mismatch, torch_answers
-from ligerexport.mixer import LigerCache
+from ligerexport.exporters.reference import Answer, Reference
+from ligerexport.exporters.verify import Comparison, Mismatch
 
 if TYPE_CHECKING:
     from ligerexport.exporters.verify import Engine
@@ -21,9 +20,11 @@ if TYPE_CHECKING:
 
 OFTEN = 8
 """Of so many tokens one may tie; more is noise in the scores."""
+GROUP = 16
+"""Tokens whose states are kept at a time."""
 
 
-def replay(check: Comparison, session: Engine, model: Any, seen: list[np.ndarray], ids: np.ndarray) -> None:
+def replay(check: Comparison, session: Engine, torch_model: Reference, seen: list[np.ndarray], ids: np.ndarray) -> None:
     """Compare a call with torch token by token, and go on from torch's state after each near tie.
 
     Torch steps. The session makes calls that are one token longer each time, because the call as it was must be
@@ -33,36 +34,40 @@ def replay(check: Comparison, session: Engine, model: Any, seen: list[np.ndarray
     Args:
         check: Compares.
         session: In the state before the call.
-        model: The torch model.
+        torch_model: Answers.
         seen: Pieces of the prompt before the call.
         ids: Tokens of the call `[T]`.
 
     Raises:
         Mismatch: The first difference after some token is no near tie, or ties are too many.
     """
-    cache, ties, start = LigerCache(model.config), 0, sum(map(len, seen))
-    for _ in torch_answers(model, seen, 0, cache):
-        pass
+    cache, ties, start = torch_model.new_cache(), 0, sum(map(len, seen))
+    if seen:
+        torch_model.answers(seen, cache, whole=())
     for part in np.split(ids, range(session.chunk, len(ids), session.chunk)):
         while len(part):
             before, past = session.snapshot(), copy.deepcopy(cache)
-            if _agree(check, session, model, cache, part):
+            if _agree(check, session, torch_model, cache, part):
                 count = len(part)
             else:
                 cache, ties = past, ties + 1
-                count = _first_tie(check, session, before, _steps(model, cache, part), start)
+                steps = _steps(torch_model, copy.deepcopy(past), part)
+                count = _first_tie(check, session, before, steps, start)
+                torch_model.answers(np.split(part[:count], count), cache, whole=())
             if ties * OFTEN > len(ids) + OFTEN:
                 raise Mismatch(None, f"{ties} of {len(ids)} tokens ended in tied scores")
             part, start = part[count:], start + count
 
 
-def _steps(model: Any, cache: Any, ids: np.ndarray) -> Iterator[Answer]:
-    return torch_answers(model, np.split(ids, len(ids)), 0, cache)
+def _steps(torch_model: Reference, cache: Any, ids: np.ndarray) -> Iterator[Answer]:
+    """Yield torch's answers to single tokens, so many at a time that their states can be kept."""
+    for group in np.split(ids, range(GROUP, len(ids), GROUP)):
+        yield from torch_model.answers(np.split(group, len(group)), cache)
 
 
-def _agree(check: Comparison, session: Engine, model: Any, cache: Any, part: np.ndarray) -> bool:
+def _agree(check: Comparison, session: Engine, torch_model: Reference, cache: Any, part: np.ndarray) -> bool:
     """Feed one call to the session and its tokens one by one to torch; return whether they end alike."""
-    (answer,) = deque(_steps(model, cache, part), maxlen=1)
+    answer = torch_model.answers(np.split(part, len(part)), cache, whole={len(part) - 1})[-1]
     logits = session.prefill(part)[0]
     try:
         return check.agrees(session.snapshot(), answer, logits)

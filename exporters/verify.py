@@ -10,10 +10,7 @@ resolved by copying torch's state. Those inside a call are searched for by `repl
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,20 +20,17 @@ from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightFormat
-from ligerexport.exporters.precision import cost_of_precision, reference_model
+from ligerexport.exporters.precision import cost_of_precision
+from ligerexport.exporters.reference import Answer, Reference, State
 from ligerexport.exporters.text import PROMPT
 from ligerexport.memory import get_score
 
 if TYPE_CHECKING:
-    import torch
-
     from ligerexport.exporters.onnx.evaluation import PluginSession
     from ligerexport.exporters.onnx.session import OnnxSession
     from ligerexport.snapshot import Snapshot
 
     Engine = OnnxSession | PluginSession
-
-State = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -65,22 +59,9 @@ TOLERANCES = {
 PIECES = 6
 """Pieces that the prompt is cut into, at random places."""
 STEPS = 24
-"""Tokens of greedy continuation, one call each."""
+"""Tokens, the text's first once more, that are fed one by one; the greedy choice after each is compared."""
 WHOLE = 8
 """Of so many steps one is compared with the whole state."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What torch says after one call: the tokens of the call, logits `[V]`, and the state by `past.*` names.
-
-    `whole` is whether the state is complete; between such states only positions and scores of slots are kept.
-    """
-
-    ids: np.ndarray
-    logits: np.ndarray
-    state: State
-    whole: bool
 
 
 @dataclass
@@ -127,26 +108,19 @@ def verify_artifact(
     from ligerexport.exporters.locate import first_difference
 
     tolerance, ids = TOLERANCES[form.precision.dtype], prompt_ids(spec)
-    reference = lru_cache(lambda: reference_model(spec, artifact, form, tolerance.weights))
+    reference = Reference(spec, artifact, form, tolerance.weights)
     cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, len(ids)), PIECES - 1, replace=False))
-    answers = []
-    with progress("running the torch model", PIECES + STEPS, "steps") as advance:
-        for answer in torch_answers(reference(), np.split(ids, cuts), STEPS):
-            answers.append(answer)
-            advance(1)
-    reference.cache_clear()
-    gc.collect()
+    pieces = [*np.split(ids, cuts), *ids[:STEPS, None]]
+    whole = {i for i in range(len(pieces)) if i < PIECES or (len(pieces) - 1 - i) % WHOLE == 0}
+    with progress("running the torch model", len(spec.mixers), "steps") as advance:
+        answers = reference.answers(pieces, whole=whole, advance=advance)
     comparison = Comparison(spec, tolerance, reference)
     mismatch = _compare(comparison, artifact, answers, progress)
+    plugin = artifact.manifest.lowering == "plugin"  # which ONNX Runtime cannot run
     if mismatch is not None:
-        found = None
-        if artifact.manifest.lowering != "plugin":  # which the search cannot run
-            found = first_difference(spec, artifact, np.concatenate([answer.ids for answer in answers]), reference())
+        found = None if plugin else first_difference(spec, artifact, np.concatenate(pieces), reference)
         raise _explain(artifact, found, mismatch) from mismatch
-    reference.cache_clear()
-    gc.collect()
-    quality = None if artifact.manifest.lowering == "plugin" else cost_of_precision(spec, artifact, ids, progress)
-    return asdict(comparison.result), quality
+    return asdict(comparison.result), None if plugin else cost_of_precision(spec, artifact, ids, progress)
 
 
 def _compare(
@@ -183,47 +157,16 @@ def prompt_ids(spec: ModelSpec) -> np.ndarray:
     return np.array(Tokenizer.from_file(str(file)).encode(PROMPT).ids)
 
 
-def torch_answers(model: Any, pieces: list[np.ndarray], steps: int, cache: Any = None) -> Iterator[Answer]:
-    """Run the torch model over pieces of a prompt and then over its own greedy choices, on from what `cache` holds."""
-    import torch
-
-    from ligerexport.mixer import LigerCache
-
-    cache = LigerCache(model.config) if cache is None else cache
-    pieces = list(pieces)
-    while pieces:
-        ids = pieces.pop(0)
-        with torch.inference_mode():
-            output = model(torch.from_numpy(ids)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = output.logits[0, -1].float().numpy().copy()
-        whole = len(ids) > 1 or steps % WHOLE == 0
-        yield Answer(ids, logits, _torch_state(cache, whole), whole)
-        if not pieces and steps:
-            steps -= 1
-            pieces.append(np.array([int(logits.argmax())]))
-
-
-def _torch_state(cache: Any, whole: bool) -> State:
-    """Copy the state of all layers by the graph's names; of those kept as softmax the values: the keys are rotated."""
-    state = {}
-    for layer, entry in enumerate(cache.layers):
-        tensors: dict[str, torch.Tensor] = getattr(entry, "state", None) or {"value": entry.values}
-        for name, tensor in tensors.items():
-            if whole or name in ("slot_position", "slot_score"):
-                state[f"past.{layer}.{name}"] = tensor.numpy().copy()
-    return state
-
-
 class Comparison:
     """Runs a session against torch's answers and gathers the differences.
 
     Args:
         spec: The checkpoint.
         tolerance: What may be off.
-        reference: Makes the torch model again, to search a call for tied scores; None takes a difference for an error.
+        reference: The torch model, to search a call for tied scores; None takes a difference for an error.
     """
 
-    def __init__(self, spec: ModelSpec, tolerance: Tolerance, reference: Callable[[], Any] | None = None) -> None:
+    def __init__(self, spec: ModelSpec, tolerance: Tolerance, reference: Reference | None = None) -> None:
         self.spec, self.tolerance = spec, tolerance
         self.result = Result(tolerance=asdict(tolerance))
         scored = any(mixer is not None and mixer.config.slots for mixer in spec.mixers)  # nothing else can tie
@@ -268,7 +211,7 @@ class Comparison:
                 from ligerexport.exporters.replay import replay
 
                 session.restore(before)
-                replay(self, session, self._reference(), seen, answer.ids)
+                replay(self, session, self._reference, seen, answer.ids)
             self.result.near_ties += 1
         self.resume(session, after, answer)
         return None
@@ -281,7 +224,7 @@ class Comparison:
         """
         result = self.result
         for layer, mixer in enumerate(self.spec.mixers):
-            found, expected = (_of_layer(state, layer) for state in (snapshot.tensors, answer.state))
+            found, expected = (of_layer(state, layer) for state in (snapshot.tensors, answer.state))
             if mixer is not None:
                 found, expected = sort_slots(found), sort_slots(expected)
                 if not np.array_equal(found["slot_position"], expected["slot_position"]):
@@ -314,7 +257,7 @@ class Comparison:
             raise Mismatch(None, "the greedy choice is another token")
 
 
-def _of_layer(state: State, layer: int) -> State:
+def of_layer(state: State, layer: int) -> State:
     prefix = f"past.{layer}."
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 

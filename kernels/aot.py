@@ -70,7 +70,8 @@ def compile_kernels(
         dtype: Of activations: `bf16`, `fp16` or `fp32`.
         sms: Compute capabilities, 90 for 9.0, from `SHARED_MEMORY`.
         directory: Where to; written whole or not at all.
-        operators: Rows of `OPERATORS`; linear attention is left out of layers without recurrence.
+        operators: Rows of `OPERATORS`; linear attention is left out of layers without recurrence, and the prefill of
+            layers with a judge of novelty, which torch has a part in.
         max_batch: Largest batch of a step.
         jobs: Processes; None for one a core.
         force: Whether an older output may be replaced.
@@ -121,13 +122,13 @@ def _plan(
     kernels: dict[str, Kernel] = {}
     work: dict[tuple[str, int], _Job] = {}
     for spec in specs:
-        if spec.config.evicts:
+        if not spec.config.fuses:
             raise UsageError(
-                "no kernel is compiled ahead of time for a recurrence over evicted tokens",
-                hint="convert with --recurrence-weight 0, or with another preset",
+                "no kernel is compiled ahead of time for a recurrence over evicted tokens or with keyed rows",
+                hint="convert with --recurrence-weight 0, or with another preset or gate",
             )
         for name in operators:
-            if name == "linear_attention" and not spec.config.recurrent:
+            if (name == "linear_attention" and not spec.config.recurrent) or (name == "prefill" and spec.config.judged):
                 continue
             for sm in sorted(set(sms)):
                 for plan, found in make_plans(name, spec, dtype, sm, max_batch):

@@ -39,15 +39,49 @@ def gated_linear_attention(
         q = query[:, :, :, start : start + CHUNK]
         k, v, g = (x[:, :, start : start + CHUNK] for x in (key, value, decay))
         total = g.cumsum(2)
-        between = total[:, :, :, None] - total[:, :, None]  # [B, H, T, S, d_k]
-        past = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril()[..., None]
-        reach = torch.where(past, between, -torch.inf).exp()
-        weight = torch.einsum("bhgtc,bhtsc->bhgts", q, reach * k[:, :, None])
+        weight = torch.einsum("bhgtc,bhtsc->bhgts", q, _reach(k, total))
         carried = (q * total.exp()[:, :, None]) @ state[:, :, None]
         outputs.append(carried + weight @ v[:, :, None])
-        to_end = k * (total[:, :, -1:] - total).exp()
-        state = total[:, :, -1, :, None].exp() * state + to_end.transpose(-1, -2) @ v
+        state = _advance(k, v, total, state)
     return torch.cat(outputs, dim=3), state
+
+
+def row_logits(query: Tensor, key: Tensor, write: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Run S_t = exp(g_t) S_{t-1} + w_t k_t^T, o_t = S_t q_t: the same recurrence, read by its columns.
+
+    Args:
+        query: `[B, H_kv, G, T, d_k]`, of the G query heads of each KV head.
+        key: `[B, H_kv, T, d_k]`.
+        write: `[B, H_kv, T, M]`, how much of the token's key each of M rows takes.
+        decay: `[B, H_kv, T, M]`, g in nats, at most 0.
+        state: `[B, H_kv, M, d_k]`, S before the first token.
+
+    Returns:
+        Output `[B, H_kv, G, T, M]` and the state after the last token.
+    """
+    outputs = []
+    for start in range(0, key.shape[2], CHUNK):
+        q = query[:, :, :, start : start + CHUNK]
+        k, w, g = (x[:, :, start : start + CHUNK] for x in (key, write, decay))
+        total = g.cumsum(2)
+        pairs = q @ k[:, :, None].transpose(-1, -2)  # [B, H, G, T, S]
+        carried = (q @ state[:, :, None].transpose(-1, -2)) * total.exp()[:, :, None]
+        outputs.append(carried + torch.einsum("bhgts,bhtsm->bhgtm", pairs, _reach(w, total)))
+        state = _advance(w, k, total, state)
+    return torch.cat(outputs, dim=3), state
+
+
+def _reach(key: Tensor, total: Tensor) -> Tensor:
+    """Return what is left of keys s at times t, `[B, H, T, S, d_k]`; nothing of later ones. `total` sums the decay."""
+    between = total[:, :, :, None] - total[:, :, None]
+    past = torch.ones(key.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()[..., None]
+    return torch.where(past, between, -torch.inf).exp() * key[:, :, None]
+
+
+def _advance(key: Tensor, value: Tensor, total: Tensor, state: Tensor) -> Tensor:
+    """Return the state after a chunk."""
+    to_end = key * (total[:, :, -1:] - total).exp()
+    return total[:, :, -1, :, None].exp() * state + to_end.transpose(-1, -2) @ value
 
 
 def recall_error(key: Tensor, value: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

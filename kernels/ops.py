@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ligerexport.gates import get_gate
 from ligerexport.kernels.evicted import evicted_recurrence
+from ligerexport.kernels.keyed import keyed_recurrence
 from ligerexport.kernels.library.linear_attention import linear_attention
 from ligerexport.kernels.library.memory_attention import BLOCK, memory_attention
 from ligerexport.kernels.library.recall_error import recall_error
@@ -69,9 +71,14 @@ def liger_mixer(
     mixed = config.attention_weight * mixed
     if config.recurrent:
         padding = (position[:, None] + torch.arange(key.shape[1], device=key.device) < 0)[..., None, None]
-        recurred, present["recurrent_state"] = linear_attention(
-            query, key.masked_fill(padding, OPEN), value.masked_fill(padding, 0.0), gate=config.gate,
-            initial_state=state["recurrent_state"],
-        )  # fmt: skip
+        if config.keyed:
+            recurred, present["recurrent_key"], present["recurrent_state"] = keyed_recurrence(
+                query, key, value, padding, state["recurrent_key"], state["recurrent_state"], get_gate(config.gate)
+            )
+        else:
+            recurred, present["recurrent_state"] = linear_attention(
+                query, key.masked_fill(padding, OPEN), value.masked_fill(padding, 0.0), gate=config.gate,
+                initial_state=state["recurrent_state"],
+            )  # fmt: skip
         mixed = mixed + config.recurrence_weight * recurred
-    return mixed, slots | present
+    return mixed.to(query.dtype), slots | present

@@ -51,6 +51,12 @@ def spec_fields(spec: MixerSpec) -> dict[str, Any]:
     return given | {"config": spec.config.to_dict()}
 
 
+def layer_digest(layer: Mapping[str, Any]) -> str:
+    """Return the name of a layer, from `spec_fields` of it: what the TensorRT plugin looks kernels up by."""
+    text = json.dumps(layer, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def make_plans(
     name: str, spec: MixerSpec, dtype: str, sm: int, max_batch: int
 ) -> Iterator[tuple[Plan, dict[str, tuple[Kernel, Recorded]]]]:
@@ -163,8 +169,8 @@ class _Inputs:
         return made
 
     def add_state(self, batch: int, prefix: str = "", part: str = "") -> MixerState:
-        """Make the tensors of the state whose names begin with `part`."""
-        types = {"float32": torch.float32, "int64": torch.int64, "activation": self.dtype}
+        """Make the tensors of the state whose names begin with `part`; int64 is int32, which every caller has."""
+        types = {"float32": torch.float32, "int64": torch.int32, "activation": self.dtype}
         return {
             x.name: self.add(prefix + x.name, batch, *x.shape, dtype=types[x.dtype])
             for x in self.spec.state() if x.name.startswith(part)
@@ -182,7 +188,7 @@ def _step(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]
     for seed in range(2 * max_batch):
         batch, x = 1 + seed // 2, _Inputs(spec, dtype, seed)
         query, key, value = x.add_heads(batch)
-        position, state, rotary = x.add("position", batch, dtype=torch.int64), x.add_state(batch), x.add_rotary()
+        position, state, rotary = x.add("position", batch, dtype=torch.int32), x.add_state(batch), x.add_rotary()
         output = x.add("output", batch, spec.q_heads, spec.d_v)
         score = x.add("score", batch, spec.kv_heads, dtype=torch.float32) if spec.config.foresees else None
         run = partial(mixer_step, query, key, value, position, state, spec, rotary, out=output, score=score)
@@ -195,6 +201,7 @@ def _prefill_sizes(longest: int) -> Iterator[tuple[int, int]]:
     for i in range(96):
         span = 300 if i % 2 else 1 << chance.randrange(1, 17)
         yield (1, 2, 3, 5, 8, 61, 500)[i % 7], chance.randint(2, min(max(span, 2), longest))
+    yield from ((batch, longest) for batch in (1, 3))
 
 
 def _linear_attention(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]:
@@ -245,7 +252,7 @@ def _memory_attention(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> It
         shape = (batch, tokens, spec.kv_heads)
         arrives = spec.config.judged or spec.config.foresees
         arrival = x.add("arrival", *shape, dtype=torch.float32) if arrives else None
-        position, state = x.add("position", batch, dtype=torch.int64), x.add_state(batch, "past_", "slot_")
+        position, state = x.add("position", batch, dtype=torch.int32), x.add_state(batch, "past_", "slot_")
         call = partial(run, *projections, arrival, position, state, spec, x.add_rotary())
         yield Call({"batch": batch, "tokens": tokens} | x.axes, x.tensors, call)
 
@@ -260,11 +267,54 @@ def _memory_attention_axes(spec: MixerSpec, dtype: torch.dtype) -> dict[str, str
     }
 
 
+def _prefill(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]:
+    from ligerexport.kernels.fused.prefill import prefill
+
+    def run(*args: Any) -> dict[str, Tensor]:
+        output, present = prefill(*args)
+        return {"output": output} | {f"present_{name}": x for name, x in present.items()}
+
+    for seed, (batch, tokens) in enumerate(_prefill_sizes(spec.max_distance + 1)):
+        x = _Inputs(spec, dtype, seed)
+        projections = x.add_heads(batch, tokens)
+        shape = (batch, tokens, spec.kv_heads)
+        score = x.add("score", *shape, dtype=torch.float32) if spec.config.foresees else None
+        position, state = x.add("position", batch, dtype=torch.int32), x.add_state(batch, "past_")
+        call = partial(run, *projections, score, position, state, spec, x.add_rotary())
+        yield Call({"batch": batch, "tokens": tokens} | x.axes, x.tensors, call)
+
+
+def _prefill_axes(spec: MixerSpec, dtype: torch.dtype) -> dict[str, str]:
+    linear = _linear_attention_axes(spec, dtype) if spec.config.recurrent else {"pieces": "cdiv(tokens, tokens)"}
+    return linear | _memory_attention_axes(spec, dtype)
+
+
+def _positions(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]:
+    from ligerexport.kernels.fused.prefill import count_positions
+
+    def run(position: Tensor, positions: Tensor) -> None:
+        tokens, stride = positions.shape
+        count_positions[tokens, -(-position.shape[0] // 64)](position, positions, position.shape[0], stride, BLOCK=64)
+
+    for seed, (batch, tokens) in enumerate(_prefill_sizes(1 << 16)):
+        x = _Inputs(spec, dtype, seed)
+        position = x.add("position", batch, dtype=torch.int32)
+        positions = x.add("positions", tokens, 4 * -(-batch // 4), dtype=torch.int32)
+        run_all = partial(run, position, positions)
+        yield Call({"batch": batch, "tokens": tokens}, x.tensors, run_all, {"positions": "output"})
+
+
 OPERATORS: dict[str, Operator] = {
     "step": Operator(_step, by="batch", limits=lambda spec, max_batch: {"batch": max_batch}),
     "linear_attention": Operator(_linear_attention, _linear_attention_axes, LINEAR_ATTENTION_TABLES, by="pieces"),
     "memory_attention": Operator(
         _memory_attention, _memory_attention_axes, limits=lambda spec, max_batch: {"tokens": spec.max_distance + 1}
     ),
-}
-"""What can be compiled: one token with everything, and of whole chunks the recurrence and the memory's softmax."""
+    "prefill": Operator(
+        _prefill, _prefill_axes, LINEAR_ATTENTION_TABLES, by="pieces",
+        limits=lambda spec, max_batch: {"tokens": spec.max_distance + 1},
+    ),
+    "positions": Operator(_positions),
+}  # fmt: skip
+"""What can be compiled: one token with everything; of whole chunks the recurrence, the memory's softmax, and both as
+the op mixes them; and the positions of all tokens, rows at multiples of `ALIGNMENT`, for a step after the other."""

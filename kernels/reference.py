@@ -45,6 +45,7 @@ def liger_mixer_reference(
         for h in range(spec.kv_heads):
             slots = _load_slots(state, b, h)
             recurrent = state["recurrent_state"][b, h] if spec.config.recurrent else None
+            keys = state["recurrent_key"][b, h] if spec.config.keyed else None
             mass = state["recurrent_mass"][b, h] if spec.config.evicts else None
             judge = present["judge_state"][b, h] if spec.config.judged else None
             for t in range(length):
@@ -65,12 +66,17 @@ def liger_mixer_reference(
                 else:
                     mixed = spec.config.attention_weight * mixed
                 if recurrent is not None and mass is None:
-                    recurred, recurrent = _recur(q, k, v, recurrent, spec)
+                    if keys is None:
+                        recurred, recurrent = _recur(q, k, v, recurrent, spec)
+                    else:
+                        recurred, recurrent, keys = _recur_by_keys(q, k, v, recurrent, keys, spec)
                     mixed = mixed + spec.config.recurrence_weight * recurred
                 output[b, t, h * group : (h + 1) * group] = mixed
             _store_slots(present, b, h, slots)
             if recurrent is not None:
                 present["recurrent_state"][b, h] = recurrent.detach()
+            if keys is not None:
+                present["recurrent_key"][b, h] = keys.detach()
             if mass is not None:
                 present["recurrent_mass"][b, h] = mass.detach()
     return output, present
@@ -87,6 +93,15 @@ def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) 
     decay = torch.nn.functional.logsigmoid(k) / gate.decay_divisor
     recurrent = decay.exp()[:, None] * recurrent + torch.outer(_features(k, gate.key_map), v)
     return _features(q, gate.query_map) @ recurrent, recurrent
+
+
+def _recur_by_keys(
+    q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, keys: Tensor, spec: MixerSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Update `[d_k, d_v]` and the keys of its rows `[d_k, d_k]` and read it by softmax: gated slot attention."""
+    kept = (torch.nn.functional.logsigmoid(k) / get_gate(spec.config.gate).decay_divisor).exp()[:, None]
+    recurrent, keys = kept * recurrent + (1 - kept) * v, kept * keys + (1 - kept) * k
+    return torch.softmax(q @ keys.T, dim=-1) @ recurrent, recurrent, keys
 
 
 def _slow(spec: MixerSpec, rotary: Tensor) -> tuple[int, Tensor]:

@@ -62,6 +62,11 @@ class Graph:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
 
+    @property
+    def data(self) -> str:
+        """File of its weights, numbers and nothing else."""
+        return f"{self.file}.data"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -310,12 +315,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_artifact(path: Path | str, *, hashes: bool = True, runtime: bool = True) -> Artifact:
+def open_artifact(path: Path | str, *, hashes: bool = True, data: bool = True, runtime: bool = True) -> Artifact:
     """Check an artifact before any engine reads it.
 
     Args:
         path: The artifact's directory.
         hashes: Whether to read every file and compare its sha256; sizes are compared in any case.
+        data: Whether that goes for the weights too; else `check_data` does, before anything is computed with them.
         runtime: Whether the installed runtimes must fit.
 
     Raises:
@@ -329,18 +335,29 @@ def open_artifact(path: Path | str, *, hashes: bool = True, runtime: bool = True
     if not file.is_file():
         raise ArtifactError(f"{directory} is not an artifact: there is no {MANIFEST}", hint=_suggest(directory))
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ArtifactError(f"{file} is not JSON: {error}", hint=_REBUILD) from error
-    manifest = Manifest.from_dict(data)
+    manifest = Manifest.from_dict(content)
     if manifest.graph.file not in manifest.files:
         raise ArtifactError(f"{file} does not list the graph {manifest.graph.file} among its files", hint=_REBUILD)
     for name, entry in manifest.files.items():
-        _check_file(directory, name, entry, hashes)
+        _check_file(directory, name, entry, hashes and (data or name != manifest.graph.data))
     if runtime:
         for name, specifier in manifest.requires.items():
             _check_runtime(name, specifier)
     return Artifact(directory, manifest)
+
+
+def check_data(artifact: Artifact) -> None:
+    """Compare the sha256 of the weights with the manifest's.
+
+    Raises:
+        ArtifactError: They were changed.
+    """
+    name = artifact.manifest.graph.data
+    if name in artifact.manifest.files:
+        _check_hash(artifact.directory / name, artifact.manifest.files[name])
 
 
 def _suggest(directory: Path) -> str:
@@ -367,7 +384,12 @@ def _check_file(directory: Path, name: str, entry: FileInfo, hashes: bool) -> No
     size = file.stat().st_size
     if size != entry.bytes:
         raise ArtifactError(f"{file} has {size} bytes where {entry.bytes} were written", hint=_REBUILD)
-    if hashes and sha256(file) != entry.sha256:
+    if hashes:
+        _check_hash(file, entry)
+
+
+def _check_hash(file: Path, entry: FileInfo) -> None:
+    if sha256(file) != entry.sha256:
         raise ArtifactError(f"{file} was changed after the build: its sha256 is not the manifest's", hint=_REBUILD)
 
 

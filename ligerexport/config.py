@@ -102,6 +102,10 @@ class LigerConfig:
                 f"attention weight {self.attention_weight:g} with a recurrence over what was evicted",
                 hint="it shares the softmax's denominator: --attention-weight 1",
             )
+        if self.evicts and self.gate != LigerConfig.gate:
+            raise UsageError(
+                f"gate '{self.gate}' with a recurrence over what was evicted", hint="it has no gate: leave --gate out"
+            )
         if self.recurrence_distance < 1:
             raise UsageError(f"recurrence distance {self.recurrence_distance}", hint="give at least one token")
         if self.max_distance is not None and self.max_distance < self.window:
@@ -173,6 +177,16 @@ class LigerConfig:
     def evicts(self) -> bool:
         """Whether what loses its place in the memory goes to the recurrence."""
         return self.recurrent and self.recurrence == "evicted"
+
+    @property
+    def keyed(self) -> bool:
+        """Whether the recurrence is two: the rows of its state have keys."""
+        return self.recurrent and not self.evicts and get_gate(self.gate).keyed
+
+    @property
+    def fuses(self) -> bool:
+        """Whether fused kernels can do all of it: of recurrences they know gated linear attention alone."""
+        return not (self.evicts or self.keyed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -15,7 +15,8 @@ from packaging.specifiers import SpecifierSet
 
 from ligerexport.artifact import installed_version
 from ligerexport.exporters.targets import TARGETS, get_target
-from ligerexport.sources import BUILTIN_MODELS, cache_dir
+from ligerexport.sources import BUILTIN_MODELS
+from ligerexport.staging import cache_dir
 
 PACKAGE = "ligerexport"
 

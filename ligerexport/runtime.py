@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from ligerexport.artifact import Artifact, open_artifact
+from ligerexport.artifact import Artifact, check_data, open_artifact
 from ligerexport.errors import ArtifactError, close_matches
 from ligerexport.snapshot import Snapshot
 
@@ -80,6 +81,7 @@ def load(
     prepack: bool = True,
     hashes: bool = True,
     scoring: bool = False,
+    device: str = "cpu",
 ) -> Session:
     """Open an artifact for running.
 
@@ -90,27 +92,46 @@ def load(
         chunk: Prompt tokens a call; None takes the measured best.
         prepack: Whether the runtime may copy the weights into the order that is fastest; without, they stay mapped
             from the file, which takes less memory and more time a token.
-        hashes: Whether to check the sha256 of every file first.
+        hashes: Whether to check the sha256 of every file first; that of the weights while the engine takes them in.
         scoring: Whether calls compute the logits of all their tokens, for `Session.every`; else it steps.
+        device: `cpu`, or `cuda` with the package onnxruntime-gpu; the state stays there between calls.
 
     Raises:
         ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
         MissingDependency: Its runtime is not installed.
         LigerError: The engine does not run on the GPU that is here.
     """
-    artifact = open_artifact(path, hashes=hashes)
+    artifact = open_artifact(path, hashes=hashes, data=False)
     target = artifact.manifest.target
-    if target == "onnx":
-        from ligerexport.exporters.onnx.session import OnnxSession
+    if target != "onnx":
+        raise ArtifactError(f"no runtime here for target '{target}'", hint=_elsewhere(artifact))
+    with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter's lock, and so does the engine
+        checked = pool.submit(check_data, artifact) if hashes else None
+        try:
+            from ligerexport.exporters.onnx.session import OnnxSession
 
-        return OnnxSession(artifact, batch=batch, threads=threads, chunk=chunk, prepack=prepack, scoring=scoring)
-    hint = close_matches(target, ["onnx"])
+            return OnnxSession(
+                artifact, batch=batch, threads=threads, chunk=chunk, prepack=prepack, scoring=scoring, device=device
+            )
+        finally:  # before anything runs, and before what the engine may say of changed weights
+            if checked is not None:
+                checked.result()
+
+
+def _elsewhere(artifact: Artifact) -> str | None:
+    """Say where an artifact without a session runs.
+
+    Raises:
+        MissingDependency: TensorRT-RTX is not installed.
+        LigerError: Its engine does not run on the GPU that is here.
+    """
+    target = artifact.manifest.target
     if target == "trt":
-        hint = f"run it with liger-run {path} on a machine with TensorRT, see docs/guides/tensorrt.md"
-    elif target == "trt-rtx":
+        return f"run it with liger-run {artifact.directory} on a machine with TensorRT, see docs/guides/tensorrt.md"
+    if target == "trt-rtx":
         from ligerexport.exporters.tensorrt.engine import check_engine
         from ligerexport.exporters.tensorrt.package import rtx
 
         check_engine(rtx(), artifact.graph)
-        hint = f"run {artifact.graph} with TensorRT-RTX on an RTX GPU, see docs/guides/tensorrt.md"
-    raise ArtifactError(f"no runtime here for target '{target}'", hint=hint)
+        return f"run {artifact.graph} with TensorRT-RTX on an RTX GPU, see docs/guides/tensorrt.md"
+    return close_matches(target, ["onnx"])

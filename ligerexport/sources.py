@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from ligerexport.console import ProgressFactory, say, silent, warn
 from ligerexport.errors import LigerError, MissingDependency, SourceError, close_matches
+from ligerexport.staging import cache_dir
 
 _BLOCK = 1 << 20
 _STAMP = "ligerexport-source.json"
@@ -85,13 +86,6 @@ class Source:
     revision: str | None = None
     license: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
-
-
-def cache_dir() -> Path:
-    """Return where fetched models live: `LIGEREXPORT_CACHE`, else `ligerexport` in the user's cache directory."""
-    if own := os.environ.get("LIGEREXPORT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ligerexport"
 
 
 def resolve(model: str | Path, *, progress: ProgressFactory | None = None) -> Source:

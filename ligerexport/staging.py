@@ -26,6 +26,16 @@ fcntl: Any = import_module("fcntl") if os.name == "posix" else None
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def cache_dir() -> Path:
+    """Return where fetched models and compiled operators live.
+
+    That is `LIGEREXPORT_CACHE`, else `ligerexport` in the user's cache directory.
+    """
+    if own := os.environ.get("LIGEREXPORT_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ligerexport"
+
+
 def check_destination(destination: Path | str, *, force: bool = False, marker: str) -> None:
     """Refuse a destination that would lose something.
 

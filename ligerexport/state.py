@@ -81,10 +81,11 @@ class MixerSpec:
     def state(self) -> tuple[TensorSpec, ...]:
         """Return the tensors that carry this layer from one call to the next, in order.
 
-        `recurrent_state` `[B, H_kv, d_k, d_v]` is the recurrence, `recurrent_mass` `[B, H_kv, d_k]` the sum of the
-        features of evicted tokens, the first of which counts them; `judge_state` `[B, H_kv, d_k, d_v + 1]` the
-        linear state without decay that judges novelty, its last column the sum of the keys' features; the slots hold
-        keys before rotary embedding, values, positions (-1 is an empty slot) and one score a pool, ordered by position.
+        `recurrent_state` `[B, H_kv, d_k, d_v]` is the recurrence, `recurrent_key` `[B, H_kv, d_k, d_k]` the keys of its
+        rows where the gate is keyed, `recurrent_mass` `[B, H_kv, d_k]` the sum of the features of evicted tokens, the
+        first of which counts them; `judge_state` `[B, H_kv, d_k, d_v + 1]` the linear state without decay that judges
+        novelty, its last column the sum of the keys' features; the slots hold keys before rotary embedding, values,
+        positions (-1 is an empty slot) and one score a pool, ordered by position.
         """
         c, heads = self.config, self.kv_heads
         tensors = [
@@ -96,6 +97,8 @@ class MixerSpec:
             tensors.append(TensorSpec("slot_score", (heads, len(c.slots), c.num_slots), "float32"))
         if c.recurrent:
             tensors.append(TensorSpec("recurrent_state", (heads, self.d_k, self.d_v), "float32"))
+        if c.keyed:
+            tensors.append(TensorSpec("recurrent_key", (heads, self.d_k, self.d_k), "float32"))
         if c.evicts:
             tensors.append(TensorSpec("recurrent_mass", (heads, self.d_k), "float32"))
         if c.judged:

@@ -22,6 +22,19 @@ _HELD_BYTES = 4
 """Longest UTF-8 character; more tokens than this without a whole character are no beginning of one."""
 
 
+def eos_ids(directory: Path) -> frozenset[int]:
+    """Return the ids that end a text, from the generation configuration or else the model's."""
+    for name in ("generation_config.json", "config.json"):
+        found = _json(directory / name).get("eos_token_id")
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 class TextModel:
     """Everything that turns text into ids and back for one model.
 
@@ -52,17 +65,12 @@ class TextModel:
         self._config = self._json("tokenizer_config.json")
 
     def _json(self, name: str) -> dict[str, Any]:
-        file = self._directory / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return _json(self._directory / name)
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
         """Ids that end a text, from the generation configuration or else the model's."""
-        for name in ("generation_config.json", "config.json"):
-            found = self._json(name).get("eos_token_id")
-            if found is not None:
-                return frozenset(found if isinstance(found, list) else [found])
-        return frozenset()
+        return eos_ids(self._directory)
 
     @cached_property
     def bos_id(self) -> int | None:

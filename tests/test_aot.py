@@ -43,6 +43,7 @@ RECURRENT = replace(
 TINY = MixerSpec(replace(PRESETS["liger"].config, window=12), 2, 1, 32, 32, 32**-0.5, 128)
 SMOLLM2 = MixerSpec(PRESETS["liger"].config, 9, 3, 64, 64, 64**-0.5, 8192)
 MEMORY = replace(SMOLLM2, config=RECURRENT, max_distance=300)
+PLAIN = replace(MEMORY, config=replace(RECURRENT, slots=(("recent_use", 12),)))
 FORESIGHT = replace(MEMORY, config=replace(RECURRENT, slots=(("recent_use", 6), ("learned", 6))))
 SIZES = {"i32": 4, "i64": 8, "fp32": 4}
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
@@ -181,7 +182,8 @@ def test_plans_hold_for_other_sizes() -> None:
     output = python("""
 cases = []
 made = {(spec, name): list(plans.make_plans(name, spec, "bf16", 90, 9))
-        for spec in (SMOLLM2, MEMORY, FORESIGHT) for name in plans.OPERATORS}
+        for spec in (SMOLLM2, MEMORY, FORESIGHT) for name in plans.OPERATORS
+        if name != "prefill" or not spec.config.judged}
 sizes = [(1, 11), (3, 77), (4, 10), (9, 61), (17, 128), (40, 700), (2, 6001), (1, 12345), (300, 1234)]
 plans._prefill_sizes = lambda longest: [(b, t) for b, t in sizes if t <= longest]
 for (spec, name), found in made.items():
@@ -212,8 +214,8 @@ print(json.dumps(cases))
                 assert resolve(value, axes) == expected, (kernel, value, axes)
         shapes = {name: [evaluate(x, axes) for x in buffer["shape"]] for name, buffer in plan["buffers"].items()}
         assert shapes == case["shapes"]
-    assert {name for name, _ in checked} == {"step", "linear_attention", "memory_attention"}
-    assert scored == {("step", "score"), ("memory_attention", "arrival")}
+    assert {name for name, _ in checked} == {"step", "linear_attention", "memory_attention", "prefill", "positions"}
+    assert scored == {("step", "score"), ("memory_attention", "arrival"), ("prefill", "score")}
     assert {count for name, count in checked if name == "linear_attention"} == {3, 5}
 
 
@@ -269,8 +271,9 @@ for preset in ("sinks", "memory"):
 
 
 def test_unknown_names_are_told(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="evicted tokens"):
-        aot._plan([replace(TINY, config=PRESETS["evicted"].config)], "bf16", [90], ["mixer_step"], 1)
+    for config in (PRESETS["evicted"].config, replace(PRESETS["liger"].config, gate="gsa")):
+        with pytest.raises(UsageError, match="evicted tokens or with keyed rows"):
+            aot._plan([replace(TINY, config=config)], "bf16", [90], ["step"], 1)
     with pytest.raises(UsageError, match="unknown compute capability '91'") as caught:
         aot.compile_kernels([TINY], "bf16", [91], tmp_path / "none")
     assert caught.value.hint is not None and "90" in caught.value.hint
@@ -307,9 +310,11 @@ class Driver:
     def check(self, name: str, *arguments: Any) -> None:
         assert getattr(self.library, name)(*arguments) == 0, name
 
-    def run(self, operator: str, given: dict[str, int], tensors: dict[str, Tensor]) -> None:
+    def run(self, operator: str, given: dict[str, int], tensors: dict[str, Tensor], spec: MixerSpec = MEMORY) -> None:
         """Launch a plan; `tensors` holds inputs, outputs and state."""
-        plan, axes = choose([x for x in self.manifest["plans"] if x["operator"] == operator], given)
+        fields = json.loads(json.dumps(spec_fields(spec)))
+        plans = [x for x in self.manifest["plans"] if x["operator"] == operator and x["spec"] == fields]
+        plan, axes = choose(plans, given)
         buffers = {name: self.buffer(name, buffer, axes, tensors) for name, buffer in plan["buffers"].items()}
         for launch in plan["launches"]:
             kernel = self.manifest["kernels"][launch["kernel"]]
@@ -386,8 +391,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
     major, minor = torch.cuda.get_device_capability()
     sm, place = 10 * major + minor, tmp_path_factory.mktemp("device")
-    operators = ("step", "linear_attention", "memory_attention")
-    aot.compile_kernels([MEMORY], "bf16", [sm], place / "cubins", operators=operators, max_batch=8, jobs=1)
+    operators = ("step", "linear_attention", "memory_attention", "prefill", "positions")
+    aot.compile_kernels([MEMORY, PLAIN], "bf16", [sm], place / "cubins", operators=operators, max_batch=8, jobs=1)
     torch.zeros(1, device="cuda")  # makes the context
     return Driver(place / "cubins", sm)
 
@@ -415,10 +420,11 @@ def test_steps_on_a_gpu(driver: Driver, batch: int) -> None:
     from ligerexport.kernels.fused.mixer_step import mixer_step
 
     eager = MEMORY.initial_state(batch, torch.bfloat16, "cuda")
+    eager["slot_position"] = eager["slot_position"].int()  # as plans have it
     compiled = {name: x.clone() for name, x in eager.items()}
     for step in range(60):
         tensors = projections(batch)
-        position = torch.full((batch,), step, device="cuda")
+        position = torch.full((batch,), step, device="cuda", dtype=torch.int32)
         expected = mixer_step(*tensors.values(), position, eager, MEMORY, rotary())
         output = torch.full_like(expected, float("nan"))
         inputs = {**tensors, **compiled, "position": position, "rotary": rotary(), "output": output}
@@ -452,7 +458,8 @@ def test_memory_attention_on_a_gpu(driver: Driver, batch: int, tokens: int) -> N
 
     past = MEMORY.initial_state(batch, torch.bfloat16, "cuda")
     past = {name: x for name, x in past.items() if name.startswith("slot_")}
-    position = torch.zeros(batch, dtype=torch.int64, device="cuda")
+    past["slot_position"] = past["slot_position"].int()
+    position = torch.zeros(batch, dtype=torch.int32, device="cuda")
     for _ in range(2):  # the second call finds slots that are full
         tensors = projections(batch, tokens)
         arrival = torch.rand(batch, tokens, MEMORY.kv_heads, device="cuda")
@@ -467,3 +474,33 @@ def test_memory_attention_on_a_gpu(driver: Driver, batch: int, tokens: int) -> N
         for name, x in expected.present.items():
             assert error(outputs[f"present_{name}"], x) < FUSED_BF16, name
         past, position = expected.present, position + tokens
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 50), (3, 200)])
+def test_prefill_on_a_gpu(driver: Driver, batch: int, tokens: int) -> None:
+    from ligerexport.kernels.ops import liger_mixer
+
+    past = PLAIN.initial_state(batch, torch.bfloat16, "cuda")
+    position = torch.full((batch,), -5, device="cuda")
+    for _ in range(2):
+        tensors = projections(batch, tokens)
+        expected, state = liger_mixer(*tensors.values(), position, past, PLAIN, rotary())
+        inputs = {f"past_{name}": x.int() if x.dtype == torch.int64 else x for name, x in past.items()}
+        outputs = {f"present_{name[5:]}": torch.zeros_like(x) for name, x in inputs.items()}
+        outputs["output"] = torch.full_like(expected, float("nan"))
+        inputs |= {**tensors, **outputs, "position": position.int(), "rotary": rotary()}
+        driver.run("prefill", axes_of(tensors, batch=batch, tokens=tokens), inputs, PLAIN)
+        assert error(outputs["output"], expected) < FUSED_BF16
+        for name, x in state.items():
+            assert error(outputs[f"present_{name}"], x) < FUSED_BF16, name
+        past, position = state, position + tokens
+
+
+@pytest.mark.gpu
+def test_positions_on_a_gpu(driver: Driver) -> None:
+    position = torch.tensor([-3, 0, 1 << 20, 5, 9], device="cuda", dtype=torch.int32)
+    positions = torch.zeros(130, 8, device="cuda", dtype=torch.int32)
+    driver.run("positions", {"batch": 5, "tokens": 130}, {"position": position, "positions": positions})
+    assert torch.equal(positions[:, :5], position + torch.arange(130, device="cuda", dtype=torch.int32)[:, None])
+    assert not positions[:, 5:].any()

@@ -204,10 +204,10 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         toy.build(tmp_path / "file" / "artifact")
 
 
-def _flip(artifact: Path) -> None:
-    data = bytearray((artifact / "model.onnx").read_bytes())
+def _flip(artifact: Path, file: str = "model.onnx") -> None:
+    data = bytearray((artifact / file).read_bytes())
     data[len(data) // 2] ^= 1
-    (artifact / "model.onnx").write_bytes(data)
+    (artifact / file).write_bytes(data)
 
 
 def _truncate(artifact: Path) -> None:
@@ -319,3 +319,26 @@ def test_a_slow_writer_is_not_taken_for_a_killed_one(tmp_path: Path) -> None:
             raise ValueError("mistake")
         first.commit(toy.manifest())
     open_artifact(tmp_path / "artifact")
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.onnx.data"])
+def test_load_answers_for_no_changed_file(
+    built: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """No engine sees a changed graph; one that was given changed weights is thrown away, whatever it says of them."""
+    copy = tmp_path / "copy"
+    shutil.copytree(built[1], copy)
+    _flip(copy, file)
+    made: list[object] = []
+
+    def engine(artifact: object, **settings: object) -> None:
+        made.append(artifact)
+        raise RuntimeError("the engine does not like these numbers")
+
+    monkeypatch.setattr("ligerexport.exporters.onnx.session.OnnxSession", engine)
+    with pytest.raises(ArtifactError, match=f"{file} was changed after the build"):
+        lx.load(copy)
+    assert bool(made) == (file == "model.onnx.data")
+    monkeypatch.undo()
+    with pytest.raises(ArtifactError, match=f"{file} was changed after the build"):
+        lx.load(copy)

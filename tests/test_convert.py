@@ -90,6 +90,7 @@ def test_an_unknown_family_names_the_close_one(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"gate": "glaa"}, "unknown gate"),
+        ({"preset": "evicted", "gate": "gsa"}, "gate 'gsa'"),
         ({"slots": (("peak", 3),)}, "unknown score"),
         ({"slots": (("use", 0),)}, "0 slots"),
         ({"slots": (("use", 1), ("use", 2))}, "twice"),

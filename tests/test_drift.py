@@ -18,6 +18,7 @@ STEPS = 2048
 CONFIGS = {
     "gla": LigerConfig(window=9, gate="gla"),
     "hgrn2": LigerConfig(window=9, sinks=2, gate="hgrn2"),
+    "gsa": LigerConfig(window=9, sinks=2, gate="gsa"),
     "memory": MEMORY,
 }
 

@@ -160,6 +160,9 @@ def test_wheel_holds_every_module_once(wheel: Path) -> None:
     expected |= {f"ligerexport/{file.relative_to(PACKAGE)}" for file in data}
     native = (ROOT / "exporters" / "onnx" / "native").iterdir()
     expected |= {f"ligerexport/exporters/onnx/native/{file.name}" for file in native if file.suffix in (".h", ".cc")}
+    expected.add("ligerexport/exporters/onnx/providers.json")
+    trt = (ROOT / "exporters" / "tensorrt").glob("*/*.*")
+    expected |= {f"ligerexport/{x.relative_to(ROOT)}" for x in trt if x.suffix in (".h", ".cc", ".txt")}
     with zipfile.ZipFile(wheel) as archive:
         infos = [info for info in archive.infolist() if ".dist-info/" not in info.filename]
     assert {info.filename for info in infos} == expected

@@ -26,11 +26,12 @@ CONFIGS = {
     "sinks": PRESETS["sinks"].config,
     "all": EVERYTHING,
     "foresight": replace(EVERYTHING, slots=(("recent_use", 3), ("learned", 4))),
+    "gsa": LigerConfig(window=8, sinks=2, gate="gsa"),
     "evicted": replace(
         EVERYTHING, attention_weight=1.0, recurrence_weight=1.0, recurrence="evicted", recurrence_distance=6
     ),
 }
-STEPPING = [name for name, config in CONFIGS.items() if not config.evicts]  # fmt: skip
+STEPPING = [name for name, config in CONFIGS.items() if config.fuses]
 OPS = torch.ops.ligerexport
 
 
@@ -79,7 +80,9 @@ def test_operators_are_registered_as_they_behave(name: str, device: str) -> None
     torch.library.opcheck(OPS.linear_attention.default, arguments, test_utils=some)
     judge = torch.rand(2, 2, 32, 17, device=device)
     torch.library.opcheck(OPS.recall_error.default, (k.detach(), v.detach(), position, judge))
-    if layer.spec.config.evicts:
+    write, keys = torch.rand(2, 70, 2, 32, device=device).requires_grad_(), torch.rand(2, 2, 32, 32, device=device)
+    torch.library.opcheck(OPS.row_logits.default, (q, k, write, -write.detach(), keys), test_utils=some)
+    if not layer.spec.config.fuses:
         return
     one = [x[:, 0].detach() for x in (q, k, v)]
     names = ("slot_key", "slot_value", "slot_position", "slot_score", "recurrent_state", "judge_state")
@@ -174,14 +177,17 @@ def test_mistakes_are_named() -> None:
         mixer_step(
             *(x[:, 0] for x in layer.inputs(2, 1)), torch.tensor([0, 5]), layer.state(2), layer.spec, layer.rotary
         )
-    layer = Layer(CONFIGS["evicted"], "cpu")
-    with pytest.raises(ValueError, match="no one-launch step"):
-        mixer_step(
-            *(x[:, 0] for x in layer.inputs(2, 1)), torch.tensor([0, 5]), layer.state(2), layer.spec, layer.rotary
-        )
+    for name in ("evicted", "gsa"):
+        layer = Layer(CONFIGS[name], "cpu")
+        with pytest.raises(ValueError, match="no one-launch step"):
+            mixer_step(
+                *(x[:, 0] for x in layer.inputs(2, 1)), torch.tensor([0, 5]), layer.state(2), layer.spec, layer.rotary
+            )
     q, k, v = torch.zeros(2, 5, 4, 32), torch.zeros(2, 5, 3, 32), torch.zeros(2, 5, 3, 16)
     with pytest.raises(ValueError, match="either decay or gate"):
         linear_attention(q, k, v)
+    with pytest.raises(ValueError, match="rows of 'gsa' have keys"):
+        linear_attention(q[:, :, :3], k, v, gate="gsa")
     with pytest.raises(ValueError, match="not a multiple"):
         linear_attention(q, k, v, gate="gla")
     with pytest.raises(ValueError, match="do not agree"):

@@ -78,6 +78,8 @@ CASES = [(name, length) for name in CONFIGS for length in (7, 65)] + [
     ("liger", 150),
     ("evicted", 150),
     ("evicted", 1),
+    ("gsa", 150),
+    ("gsa", 1),
 ]
 
 
@@ -91,7 +93,7 @@ def test_chunked_equals_the_loop(name: str, length: int) -> None:
     assert_states_equal(found_state, expected_state, OP_FP64)
 
 
-@pytest.mark.parametrize("name", ["liger", "memory", "every score", "foresight", "evicted"])
+@pytest.mark.parametrize("name", ["liger", "memory", "every score", "foresight", "evicted", "gsa"])
 def test_any_cut_gives_the_same(name: str) -> None:
     spec, (q, k, v, position), state, table = make(CONFIGS[name], 150)
     expected, expected_state = liger_mixer(q, k, v, position, state, spec, table, foreseen(v))
@@ -104,10 +106,10 @@ def test_any_cut_gives_the_same(name: str) -> None:
     assert_states_equal(state, expected_state, OP_FP64)
 
 
-@pytest.mark.parametrize("config", [EVERY_SCORE, FORESIGHT, EVICTED], ids=["every score", "foresight", "evicted"])
+@pytest.mark.parametrize("name", ["every score", "foresight", "evicted", "gsa"])
 @pytest.mark.parametrize("padding", [20, 2 * BLOCK])
-def test_padding_on_the_left_changes_nothing(padding: int, config: LigerConfig) -> None:
-    spec, (q, k, v, _), state, table = make(config, 70 + padding, position=(0, 0))
+def test_padding_on_the_left_changes_nothing(padding: int, name: str) -> None:
+    spec, (q, k, v, _), state, table = make(CONFIGS[name], 70 + padding, position=(0, 0))
     score = foreseen(v)
     score[:, :padding] = 1e6
     position, pad = torch.tensor([0, 0]), torch.tensor([-padding, -padding])
@@ -128,11 +130,12 @@ def test_strong_gates_stay_exact(gate: str) -> None:
     expected, expected_state = liger_mixer_reference(*exact, inputs[3], start, spec, table)
     found, found_state = liger_mixer(*inputs, state, spec, table)
     assert (found - expected).abs().max() <= OP_FP32 * expected.abs().max()
-    difference = found_state["recurrent_state"] - expected_state["recurrent_state"]
-    assert difference.abs().max() <= OP_FP32 * expected_state["recurrent_state"].abs().max()
+    for name in [name for name in expected_state if name.startswith("recurrent")]:
+        difference = found_state[name] - expected_state[name]
+        assert difference.abs().max() <= OP_FP32 * expected_state[name].abs().max()
 
 
-@pytest.mark.parametrize("name", ["liger", "every score", "foresight", "evicted"])
+@pytest.mark.parametrize("name", ["liger", "every score", "foresight", "evicted", "gsa"])
 def test_gradients_equal_those_of_the_loop(name: str) -> None:
     spec, inputs, state, table = make(CONFIGS[name], 40, position=(0,))
     weight = torch.randn(1, 40, 6, 12, dtype=torch.float64)

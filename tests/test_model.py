@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ligerexport.config import LigerConfig
 from ligerexport.convert import convert, convert_in_memory, load_model
 from ligerexport.families import FAMILIES, get_family, output_head
+from ligerexport.gates import GATES
 from ligerexport.mixer import LigerCache, LigerMixer, _shared_table, layer_specs
 from tests.checkpoints import FORESIGHT, MEMORY, OF_FAMILY, SIZES, make_checkpoint
 from tests.tolerances import MODEL_FP32
@@ -83,7 +84,7 @@ def test_shards_of_bf16_with_either_head(tmp_path: Path, tied: bool) -> None:
         assert (model(ids).logits - teacher(ids).logits).abs().max() <= MODEL_FP32
 
 
-@pytest.mark.parametrize("config", [MEMORY, LigerConfig(window=9), LigerConfig(window=9, gate="hgrn2")], ids=str)
+@pytest.mark.parametrize("config", [MEMORY, *(LigerConfig(window=9, gate=gate) for gate in GATES)], ids=str)
 def test_prefill_equals_steps_equals_any_cut(tmp_path: Path, config: LigerConfig) -> None:
     model = converted(make_teacher(tmp_path / "teacher"), config)
     ids = torch.randint(0, SIZES["vocab_size"], (2, 100))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import product
@@ -49,6 +50,8 @@ EVICTED = replace(FORESIGHT, recurrence_weight=1.0, recurrence="evicted", recurr
 MIXERS = {
     "paper": LigerConfig(gate="gla", window=16, max_distance=200),
     "hgrn2": LigerConfig(gate="hgrn2", window=9, sinks=2, attention_weight=0.7, recurrence_weight=0.4, max_distance=30),
+    "gsa": LigerConfig(gate="gsa", window=9, sinks=2, attention_weight=0.7, recurrence_weight=0.4, max_distance=30),
+    "gsa and scores": LigerConfig(gate="gsa", window=10, sinks=3, max_distance=25, slots=(("use", 2), ("novelty", 3))),
     "scores": LigerConfig(gate="gla", window=10, sinks=3, max_distance=25,
                           slots=(("use", 2), ("novelty", 3), ("peak_use", 4), ("peak_effect", 2), ("recent_use", 2))),
     "memory": MEMORY,
@@ -302,7 +305,9 @@ def proto(spec: ModelSpec, lowering: str) -> onnx.ModelProto:
     return ir.serde.serialize_model(build_graph(spec, lowering=lowering))
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_weight": 1.0, "recurrence": "evicted"}], ids=["", "evicted"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"gate": "gsa"}, {"attention_weight": 1.0, "recurrence": "evicted"}], ids=["", "gsa", "evicted"]
+)
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str, changes: dict[str, Any]) -> None:
     """Every past has one consumer, and its present is computed from what that consumer puts out."""
@@ -349,10 +354,22 @@ def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
         assert {node.domain for node in graphs[2].node} == {""}
 
 
-def test_weights_keep_their_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_portable_nodes_are_narrow(tmp_path: Path, name: str, family: str) -> None:
+    """A shader of WebGPU has 8 storage buffers at least, one for each input and output; in a model of any depth."""
+    spec = read_spec(make_checkpoint(tmp_path / "model", MIXERS[name], family, num_hidden_layers=9))
+    for node in proto(spec, "portable").graph.node:
+        assert len(node.input) + len(node.output) <= 8, node.name
+
+
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
+def test_weights_keep_their_names(tmp_path: Path, lowering: str) -> None:
+    """Those of one input, which are one product, have a joint name."""
     spec = read_spec(make_checkpoint(tmp_path / "model", MEMORY, tie_word_embeddings=True))
-    graph = proto(spec, "ort").graph
-    names = {tensor.name for tensor in graph.initializer}
-    assert set(spec.weights) - {"lm_head.weight"} <= names
+    names = set(spec.weights) - {"lm_head.weight"}
+    expected = {re.sub(r"\.[qkv]_", ".qkv_", re.sub(r"\.(gate|up)_", ".gate_up_", name)) for name in names}
+    graph = proto(spec, lowering).graph
+    assert expected <= {tensor.name for tensor in graph.initializer}
     readers = [node.op_type for node in graph.node if "model.embed_tokens.weight" in node.input]
     assert readers == ["Gather", "Gemm"]

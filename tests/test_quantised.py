@@ -20,10 +20,11 @@ from ligerexport.exporters import verify
 from ligerexport.exporters.build import build, planned_weight_bytes
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx.graph import weight_format
+from ligerexport.exporters.onnx.native import register
 from ligerexport.exporters.onnx.quantise import dequantise, pack, quantise, unpack
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
-from ligerexport.exporters.onnx.weights import data_layout, read_matrix, write_weights
+from ligerexport.exporters.onnx.weights import data_layout, matrix_slabs, write_weights
 from ligerexport.exporters.targets import TARGETS, WEIGHTS
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -31,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "odd": {"vocab_size": 133, "hidden_size": 84, "intermediate_size": 75, "family": "qwen2"},
 }
 """`odd`: untied, with biases, no size a multiple of a block, an odd number of rows and an odd number of blocks."""
-LOWERINGS = ("ort", "portable")
+LOWERINGS = TARGETS["onnx"].lowerings
 SMALL = [name for name in TARGETS["onnx"].weights if WEIGHTS[name].bits < 32]
 
 
@@ -82,19 +83,29 @@ def build_parameters(spec: ModelSpec) -> int:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_products_are_fused(checkpoint: Path, tmp_path: Path, lowering: str, bits: int) -> None:
-    """Every product with a weight but the learned scores', tied or with a bias, becomes ONNX Runtime's own."""
+    """Every product with a weight but the learned scores', tied or with a bias, becomes one of few bits.
+
+    Where rows lie one after the other, those of one input are one product.
+    """
     spec, form = read_spec(checkpoint), weight_format(f"int{bits}", 32, lowering)
     write_weights(spec, tmp_path, form)
     onnx_graph.write_graph(spec, tmp_path, lowering=lowering, form=form)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 3
+    register(options)
     onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
     import onnx
 
     nodes = onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node
-    kinds = [node.op_type for node in nodes if node.op_type in ("MatMulNBits", "Gemm", "DequantizeLinear")]
-    assert sorted(kinds) == ["Gemm"] * 2 + ["MatMulNBits"] * (2 * 7 + 1)
+    products = ("MatMulNBits", "BlockLinear", "Gemm", "DequantizeLinear")
+    kinds = sorted(node.op_type for node in nodes if node.op_type in products)
+    expected = {
+        "ort": ["Gemm"] * 2 + ["MatMulNBits"] * (2 * 4 + 1),
+        "portable": ["Gemm"] * 2 + ["MatMulNBits"] * (2 * 7 + 1),
+        "native": ["BlockLinear"] * (2 * 4 + 1),
+    }
+    assert kinds == expected[lowering]
     levels = {a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"}
     assert levels == {4}
 
@@ -122,9 +133,10 @@ def test_what_is_written_is_what_is_read(checkpoint: Path, tmp_path: Path, lower
     layout, data = data_layout(spec, form), np.fromfile(tmp_path / "model.onnx.data", np.uint8)
     for name, original in load_file(checkpoint / "model.safetensors").items():
         if original.ndim == 2 and "score_proj" not in name:
-            found, bits = read_matrix(spec, form, data, name), form.bits(spec, name)
+            found = np.concatenate(list(matrix_slabs(spec, form, tmp_path, name)))
+            bits = form.bits(spec, name)
             if form.precision.blocked:
-                expected = dequantise(quantise(original, bits, 16), original.shape[1])
+                expected = dequantise(quantise(original, bits, form.block_of(spec, name)), original.shape[1])
             else:
                 expected = original.astype(np.float16).astype(np.float32)
             np.testing.assert_array_equal(found, expected)

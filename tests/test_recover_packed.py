@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 from ligerexport.config import LigerConfig
 from ligerexport.convert import load_model
 from ligerexport.families import FAMILIES
+from ligerexport.gates import GATES
 from tests.checkpoints import FORESIGHT, MEMORY, SIZES, make_checkpoint
 from tests.test_model import make_teacher
 from tests.tolerances import MODEL_FP32
@@ -55,9 +56,7 @@ def test_mixers(tmp_path: Path, family: str) -> None:
     check_packed_equals_separate(load_model(make_checkpoint(tmp_path / "liger", config, family)).train())
 
 
-@pytest.mark.parametrize(
-    "config", [MEMORY, FORESIGHT, LigerConfig(window=9), LigerConfig(window=9, gate="hgrn2")], ids=str
-)
+@pytest.mark.parametrize("config", [MEMORY, FORESIGHT, *(LigerConfig(window=9, gate=gate) for gate in GATES)], ids=str)
 def test_configurations(tmp_path: Path, config: LigerConfig) -> None:
     check_packed_equals_separate(load_model(make_checkpoint(tmp_path / "liger", config)).train())
 

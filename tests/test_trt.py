@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,13 @@ from checkpoints import MEMORY, make_checkpoint
 import ligerexport as lx
 from ligerexport.artifact import MANIFEST, Artifact, open_artifact
 from ligerexport.cli import main
-from ligerexport.config import LigerConfig
+from ligerexport.config import PRESETS, LigerConfig
 from ligerexport.console import silent
 from ligerexport.doctor import examine
 from ligerexport.errors import LigerError, MissingDependency, UsageError, VerificationError
 from ligerexport.exporters.onnx import evaluation
 from ligerexport.exporters.targets import TARGETS
-from ligerexport.exporters.tensorrt import machine, package
+from ligerexport.exporters.tensorrt import machine, pack, package
 from ligerexport.exporters.tensorrt.engine import build_engine, check_engine
 
 
@@ -44,9 +46,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         path.write_bytes(b"LIGERPK1")
         calls.append({"specs": list(specs)} | options)
 
-    module = ModuleType("ligerexport.exporters.tensorrt.pack")
-    module.write_pack = write_pack  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(pack, "write_pack", write_pack)
     return calls
 
 
@@ -69,6 +69,19 @@ def test_trt_without_tensorrt(checkpoint: Path, tmp_path: Path, packed: list[dic
     with pytest.raises(LigerError, match="no runtime here for target 'trt'") as caught:
         lx.load(path)
     assert "liger-run" in str(caught.value.hint)
+
+
+def test_the_pack_has_what_nodes_ask_for(checkpoint: Path, tmp_path: Path) -> None:
+    """Compiled for real, in a process without Triton's interpreter."""
+    code = "import sys, ligerexport as lx; lx.build(*sys.argv[1:], target='trt', engine=False, sms=(90,), verify=False)"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path / "a")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    nodes = onnx.load(tmp_path / "a" / "model.onnx", load_external_data=False).graph.node
+    asked = {a.s for node in nodes for a in node.attribute if a.name == "layer_spec"}
+    held = (tmp_path / "a" / "kernels.liger").read_bytes()
+    assert len(asked) == 1 and all(name in held for name in asked)
 
 
 def test_a_wrong_graph_is_not_written(
@@ -96,6 +109,7 @@ def test_a_wrong_graph_is_not_written(
         ({"target": "onnx", "sms": (90,)}, "GPU options"),
         ({"target": "onnx", "engine": False}, "GPU options"),
         ({"target": "trt-rtx", "engine": False}, "without a plugin"),
+        ({"target": "trt", "engine": False, "genai": True}, "genai with the target trt"),
         ({"target": "trt", "max_batch": 0}, "max_batch 0"),
         ({"target": "trt", "plugin": "nowhere.so"}, "nowhere.so"),
     ],
@@ -112,6 +126,13 @@ def test_kept_softmax(tmp_path: Path, target: str, packed: list[dict[str, Any]],
     path = make_checkpoint(tmp_path / "model", LigerConfig(window=8, keep_softmax=(1,)))
     with pytest.raises(UsageError, match="layer 1 is kept as softmax"):
         lx.build(path, tmp_path / "a", target=target, engine=target != "trt", sms=(86,))
+
+
+@pytest.mark.parametrize("config", [PRESETS["evicted"].config, LigerConfig(gate="gsa", window=8)])
+def test_layers_without_kernels(tmp_path: Path, config: LigerConfig, packed: list[dict[str, Any]]) -> None:
+    path = make_checkpoint(tmp_path / "model", config)
+    with pytest.raises(UsageError, match="evicted tokens or with keyed rows"):
+        lx.build(path, tmp_path / "a", target="trt", engine=False, sms=(86,))
 
 
 def test_partly_rotated_heads(tmp_path: Path, packed: list[dict[str, Any]]) -> None:

@@ -20,11 +20,12 @@ from ligerexport.convert import load_model
 from ligerexport.exporters.build import make_manifest
 from ligerexport.exporters.onnx.evaluation import PluginSession
 from ligerexport.exporters.onnx.graph import GRAPH_FILE, weight_format, write_graph
-from ligerexport.exporters.onnx.plugin import CONTRACT, layer_digest
+from ligerexport.exporters.onnx.plugin import CONTRACT
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.verify import sort_slots, state_error
 from ligerexport.families import FAMILIES
+from ligerexport.kernels.plans import layer_digest, spec_fields
 from ligerexport.mixer import LigerCache
 from ligerexport.state import MixerSpec
 
@@ -124,7 +125,7 @@ def test_nodes(tmp_path: Path, preset: str, weights: str) -> None:
         found: dict[str, Any] = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
         assert found == {
             "plugin_namespace": b"ligerexport", "plugin_version": b"1", "contract": CONTRACT,
-            "layer_spec": layer_digest(layer).encode(), "q_heads": 4, "kv_heads": 2, "d_k": 16, "d_v": 16,
+            "layer_spec": layer_digest(spec_fields(layer)).encode(), "q_heads": 4, "kv_heads": 2, "d_k": 16, "d_v": 16,
             "slots": config.num_slots, "pools": len(config.slots), "max_distance": 64,
             "foresees": int(config.foresees), "judged": int(config.judged), "recurrent": int(config.recurrent),
             "evicts": int(config.evicts),
@@ -148,7 +149,7 @@ def test_layer_digest() -> None:
     fields = {"config": spec.config.to_dict(), "q_heads": 4, "kv_heads": 2, "d_k": 64, "d_v": 64, "scale": 0.125,
               "max_distance": 8192}  # fmt: skip
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-    assert layer_digest(spec) == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert layer_digest(spec_fields(spec)) == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_types_meet_only_in_casts(tmp_path: Path) -> None:

@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 
 from ligerexport.config import LigerConfig
+from ligerexport.convert import load_model
 from ligerexport.errors import CheckpointError, UsageError, VerificationError
 from ligerexport.exporters import verify
 from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
-from ligerexport.exporters.precision import reference_model
+from ligerexport.exporters.reference import Answer, Reference
 from ligerexport.families import FAMILIES
+from ligerexport.mixer import LigerCache
 from ligerexport.runtime import load
 
 
@@ -62,6 +65,37 @@ def test_scores_of_the_hidden_state(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(onnx_graph, "write_graph", broken)
     with pytest.raises(VerificationError, match="layer 1 is the first that differs"):
         build(model, tmp_path / "other")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_is_the_model_a_layer_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """With a layer kept as softmax, over calls, and on from a cache; never with more weights than a layer has."""
+    path = make_checkpoint(tmp_path / "model", replace(MEMORY, keep_softmax=(0,)), family, dtype=torch.bfloat16)
+    reference, model = Reference(read_spec(path)), load_model(path, torch.float32).eval()
+    cache, own = LigerCache(model.config), reference.new_cache()
+    pieces = np.split(np.random.default_rng(3).integers(0, 131, 60), [40, 41, 59])
+    put, loaded = reference._put, [0]
+
+    def count(*change: Any) -> None:
+        put(*change)
+        loaded.append(sum(p.numel() for p in reference._model.parameters() if not p.is_meta))
+
+    monkeypatch.setattr(reference, "_put", count)
+    answers = reference.answers(pieces[:2], own) + reference.answers(pieces[2:], own, hidden=True)
+    largest = max(sum(p.numel() for p in part.parameters()) for part in (*model.model.layers, model.lm_head))
+    assert largest <= max(loaded) <= largest + 64 and loaded[-1] == 0  # 64: the norm before the output
+    for answer in answers:
+        with torch.inference_mode():
+            expected = model(torch.from_numpy(answer.ids)[None], past_key_values=cache, use_cache=True).logits[0]
+        np.testing.assert_allclose(answer.logits, expected[-1].numpy(), atol=1e-5)
+        for layer in (1, 2):
+            for name, tensor in cache.layers[layer].state.items():
+                np.testing.assert_allclose(answer.state[f"past.{layer}.{name}"], tensor.numpy(), atol=1e-5)
+        np.testing.assert_allclose(answer.state["past.0.value"], cache.layers[0].values.numpy(), atol=1e-5)
+    every = reference.every(np.concatenate(pieces))
+    np.testing.assert_allclose(every[[39, 40, 58, 59]], [answer.logits for answer in answers], atol=1e-4)
 
 
 def test_layer_kept_as_softmax(tmp_path: Path) -> None:
@@ -166,7 +200,7 @@ def test_learned_scores_are_compared_as_they_are() -> None:
 def test_a_near_tie_is_counted_and_resolved(checkpoint: Path) -> None:
     """A session that keeps a token of equal score goes on from torch's state and passes."""
     spec = read_spec(checkpoint)
-    answers = list(verify.torch_answers(reference_model(spec), [np.arange(30), np.arange(30, 60)], 3))
+    answers = Reference(spec).answers([np.arange(30), np.arange(30, 60), *np.arange(60, 63)[:, None]])
     session = Replay(answers)
     position = session.state[0]["past.1.slot_position"]
     changed = position.copy()
@@ -230,7 +264,7 @@ def test_a_tie_inside_a_call_is_found_token_by_token(tmp_path: Path, monkeypatch
     artifact = load(build(model, tmp_path / "engine")).artifact
     assert artifact.manifest.verification["passed"] and artifact.manifest.verification["near_ties"] > 0
     spec = read_spec(model)
-    answers = list(verify.torch_answers(reference_model(spec), np.split(verify.prompt_ids(spec), [200]), 0))
+    answers = Reference(spec).answers(np.split(verify.prompt_ids(spec), [200]))
     with pytest.raises(verify.Mismatch):
         verify.Comparison(spec, verify.TOLERANCES["float32"]).run(OnnxSession(artifact), answers, str, prompt=2)
 
@@ -247,7 +281,7 @@ def test_a_wrong_rank_at_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 class Replay:
     """A session that answers what it was given, and counts what is restored."""
 
-    def __init__(self, answers: list[verify.Answer]) -> None:
+    def __init__(self, answers: list[Answer]) -> None:
         self.answers = answers
         self.state = [answer.state for answer in answers]
         self.at, self.restored = -1, 0

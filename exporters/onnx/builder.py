@@ -21,12 +21,14 @@ class Builder:
 
     Args:
         function: Whether this is the body of a function, which holds its constants as nodes.
+        prefix: Before every name, where the nodes go into a graph that is there.
     """
 
-    def __init__(self, *, function: bool = False) -> None:
+    def __init__(self, *, function: bool = False, prefix: str = "") -> None:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self._function = function
+        self._prefix = prefix
         self._scope = ""
         self._memo: dict[Any, Any] = {}
         self._names: dict[str, int] = {}
@@ -91,13 +93,22 @@ class Builder:
         """Take a range of one axis."""
         return self.op("Slice", x, self.const([start]), self.const([stop]), self.const([axis]))
 
+    def split(self, x: ir.Value, widths: list[int]) -> list[ir.Value]:
+        """Split the last axis into parts of these widths."""
+        return list(self.op("Split", x, self.const(widths), outputs=len(widths), axis=-1))
+
+    def whole(self, *parts: ir.Value) -> ir.Value | None:
+        """Return what was split into exactly these parts, if they come from one value."""
+        node = parts[0].producer()
+        return node.inputs[0] if node is not None and node.op_type == "Split" and node.outputs == parts else None
+
     def output(self, value: ir.Value, name: str, dtype: str, shape: tuple[Axis, ...]) -> ir.Value:
         """Name a value as an output of the graph."""
         value.name, value.type, value.shape = name, ir.TensorType(ir.DataType[dtype]), ir.Shape(shape)
         return value
 
     def _name(self, kind: str) -> str:
-        stem = self._scope + kind
+        stem = self._prefix + self._scope + kind
         count = self._names[stem] = self._names.get(stem, -1) + 1
         return f"{stem}_{count}" if count else stem
 

@@ -17,7 +17,7 @@ from onnx.reference.op_run import OpRun
 from ligerexport.artifact import Artifact
 from ligerexport.errors import ArtifactError
 from ligerexport.exporters.onnx.native import DOMAIN
-from ligerexport.exporters.onnx.plugin import CONTRACT, KIND, layer_digest
+from ligerexport.exporters.onnx.plugin import CONTRACT, KIND
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.snapshot import Snapshot
 from ligerexport.state import MixerSpec
@@ -101,7 +101,9 @@ def _numpy(kind: int) -> np.dtype:
 
 def _mixer_op(spec: ModelSpec) -> type[OpRun]:
     """Return the operator for the layers of a model, found by their digests as the plugin finds kernels."""
-    layers = {layer_digest(layer): layer for layer in spec.mixers if layer is not None}
+    from ligerexport.kernels.plans import layer_digest, spec_fields
+
+    layers = {layer_digest(spec_fields(layer)): layer for layer in spec.mixers if layer is not None}
 
     class LigerMixer(OpRun):
         op_domain = DOMAIN

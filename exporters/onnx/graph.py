@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import Axis, Builder, graph_input
@@ -17,7 +19,7 @@ from ligerexport.exporters.onnx.lowerings import LOWERINGS, Portable
 from ligerexport.exporters.onnx.mixer import Candidates, RotaryTables, candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.plugin import plugin_mixer
 from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
-from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, WeightFormat, align, data_layout
+from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, JOINT, WeightFormat, align, data_layout
 from ligerexport.exporters.targets import BLOCK, get_precision
 from ligerexport.families import Norms, get_family
 
@@ -101,10 +103,11 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     family, weights = get_family(spec.family), Weights(g, lower, spec, form)
     weight, linear = weights.vector, weights.linear
 
-    def projections(x: ir.Value, name: str, packed: str, kinds: tuple[str, ...], widths: list[int]) -> list[ir.Value]:
-        if not family.packed:
-            return [linear(x, f"{name}.{kind}_proj") for kind in kinds]
-        return list(g.op("Split", linear(x, f"{name}.{packed}_proj"), g.const(widths), outputs=len(kinds), axis=-1))
+    def projections(x: ir.Value, layer: str, joint: str, widths: list[int]) -> list[ir.Value]:
+        """Return the maps of one input."""
+        if weights.stored(f"{layer}.{joint}"):
+            return g.split(linear(x, f"{layer}.{joint}"), widths)
+        return [linear(x, f"{layer}.{joint.partition('.')[0]}.{kind}_proj") for kind in JOINT[joint]]
 
     def scaled(x: ir.Value, factor: float) -> ir.Value:
         return x if factor == 1 else g.op("Mul", x, g.floats(factor))
@@ -131,7 +134,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
 
     frame = Frame(g, input_ids, position)
     tables, seen = ({}, {}) if lower.plugin else _shared(lower, frame, spec, past, max_chunk)
-    activation = getattr(lower, ACTIVATIONS[spec.activation])
+    activation = ACTIVATIONS[spec.activation]
     heads = [count * spec.head_dim for count in (spec.q_heads, spec.kv_heads, spec.kv_heads)]
     outputs: dict[str, ir.Value] = {}
     residual = scaled(weights.embed(g.reshape(input_ids, -1)), spec.scaling.embedding)
@@ -140,7 +143,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     for i, layer in enumerate(spec.mixers):
         name = f"model.layers.{i}"
         with g.scope(f"layers.{i}"):
-            query, key, value = projections(normed, f"{name}.self_attn", "qkv", ("q", "k", "v"), heads)
+            query, key, value = projections(normed, name, "self_attn.qkv_proj", heads)
             if family.qk_norm is not None:
                 query, key = head_norm(query, f"{name}.self_attn.q_norm"), head_norm(key, f"{name}.self_attn.k_norm")
             own = {t.name: past[t.past] for t in state if t.layer == i}
@@ -156,8 +159,8 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
             outputs |= {f"present.{i}.{kind}": tensor for kind, tensor in present.items()}
             mixed = norm(linear(mixed, f"{name}.self_attn.o_proj"), norms[i].after_attention)
             normed, residual = add(mixed, residual, norms[i].before_mlp)
-            gate, up = projections(normed, f"{name}.mlp", "gate_up", ("gate", "up"), [spec.intermediate_size] * 2)
-            x = linear(g.op("Mul", activation(gate), up), f"{name}.mlp.down_proj")
+            gate, up = projections(normed, name, "mlp.gate_up_proj", [spec.intermediate_size] * 2)
+            x = linear(lower.gated_unit(gate, up, activation), f"{name}.mlp.down_proj")
             x = norm(x, norms[i].after_mlp)
         if i + 1 < len(spec.mixers):
             normed, residual = add(x, residual, norms[i + 1].before_attention)
@@ -178,7 +181,15 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     )  # fmt: skip
     linear_states = any(layer is not None and (layer.config.recurrent or layer.config.judged) for layer in spec.mixers)
     functions = lower.functions(spec.kv_heads, spec.head_dim) if linear_states else []
-    return ir.Model(graph, ir_version=lower.ir_version, producer_name="ligerexport", functions=functions)
+    model = ir.Model(graph, ir_version=lower.ir_version, producer_name="ligerexport", functions=functions)
+    RemoveUnusedNodesPass()(model)  # what an operator took over from the nodes before it
+    return model
+
+
+def nodes_by_layer(graph: ir.Graph) -> list[int]:
+    """Return how many nodes each layer has; what layers share is in none."""
+    places = Counter(node.name.split("/")[0] for node in graph if node.name and node.name.startswith("layers."))
+    return [places[f"layers.{i}"] for i in range(len(places))]
 
 
 def _shared(
@@ -203,9 +214,11 @@ def _shared(
         tables |= dict.fromkeys(layers, rotary_tables(lower, torch.tensor(inv_freq), largest, max_chunk, name))
     seen: dict[int, Candidates] = {}
     for mixer_spec in () if lower.native else dict.fromkeys(mixers.values()):
-        layers = [i for i, layer in mixers.items() if layer == mixer_spec]
-        positions = [past[f"past.{i}.slot_position"] for i in layers]
-        seen |= zip(layers, candidates(frame, mixer_spec, tables[layers[0]].rows, positions), strict=True)
+        equal = [i for i, layer in mixers.items() if layer == mixer_spec]
+        width = (lower.max_tensors or len(equal) + 1) - 1
+        for layers in (equal[start : start + width] for start in range(0, len(equal), width)):
+            positions = [past[f"past.{i}.slot_position"] for i in layers]
+            seen |= zip(layers, candidates(frame, mixer_spec, tables[layers[0]].rows, positions), strict=True)
     return tables, seen
 
 

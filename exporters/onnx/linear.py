@@ -7,7 +7,7 @@ import onnx_ir as ir
 from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.lowerings import Blocked, Portable
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.onnx.weights import DATA_FILE, Part, WeightFormat, data_layout
+from ligerexport.exporters.onnx.weights import DATA_FILE, Part, WeightFormat, data_layout, first_of
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
@@ -32,9 +32,9 @@ class Weights:
         return self._value(name, self._layout[name])
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
-        """Return `x @ weight^T + bias` of a linear map; x is `[tokens, in]`, both are fp32."""
+        """Return `x @ weight^T + bias` of a linear map, or of several by their joint name; x is `[tokens, in]` fp32."""
         g, lower, weight = self.g, self.lower, f"{name}.weight"
-        bias = self.vector(f"{name}.bias") if f"{name}.bias" in self.spec.weights else None
+        bias = self.vector(f"{name}.bias") if f"{name}.bias" in self._layout else None
         stored = f"{EMBEDDING}.weight" if name == HEAD and self.spec.tied else weight
         part = self._layout[stored]
         if f"{stored}_scale" in self._layout:
@@ -46,6 +46,10 @@ class Weights:
         if part.dtype != ir.DataType.FLOAT:  # of a constant: folded when the graph is loaded
             table = g.op("Cast", table, to=ir.DataType.FLOAT)
         return g.op("Gemm", x, table, *([bias] if bias else []), transB=1)
+
+    def stored(self, name: str) -> bool:
+        """Return whether there is a linear map of this name, which may be a joint one."""
+        return f"{name}.weight" in self._layout
 
     def embed(self, ids: ir.Value) -> ir.Value:
         """Return rows of the embedding `[tokens, D]` fp32 for ids `[tokens]`."""
@@ -72,5 +76,6 @@ class Weights:
             part = self._layout[stored + suffix]
             return self._value(name + suffix, Part(part.offset, dtype or part.dtype, shape or part.shape))
 
-        rows, width = self.spec.weights[stored].shape
-        return Blocked(rows, width, self.form.bits(self.spec, stored), self.form.block, view)
+        first = first_of(self.spec, stored)
+        rows, width = self._layout[f"{stored}_scale"].shape[self.form.transposed], self.spec.weights[first].shape[1]
+        return Blocked(rows, width, self.form.bits(self.spec, first), self.form.block_of(self.spec, first), view)

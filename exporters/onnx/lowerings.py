@@ -63,6 +63,8 @@ class Portable:
     Attributes:
         native: Whether a layer's memory is one node, of the library that `native` compiles.
         plugin: Whether a layer's mixer is one node, of the TensorRT plugin.
+        max_tensors: Most inputs and outputs of a node; None is any number. A shader of WebGPU has 8 storage
+            buffers for sure.
         transposed: Whether quantised matrices are stored as `[in, out]`.
         integer: Type of the integers that go in and out.
         opset: Of the standard operators.
@@ -72,6 +74,7 @@ class Portable:
 
     native = False
     plugin = False
+    max_tensors: int | None = 8
     transposed = True
     integer = "int64"
     opset = OPSET
@@ -123,6 +126,10 @@ class Portable:
     def gelu(self, x: ir.Value) -> ir.Value:
         """Return GELU in its approximation by tanh."""
         return self.g.op("Gelu", x, approximate="tanh")
+
+    def gated_unit(self, gate: ir.Value, up: ir.Value, activation: str) -> ir.Value:
+        """Return `activation(gate) * up`; the activation by the name of its method."""
+        return self.g.op("Mul", getattr(self, activation)(gate), up)
 
     def scores(self, query: ir.Value, key: ir.Value, scale: float) -> ir.Value:
         """Return `scale * query @ key^T`."""
@@ -197,6 +204,7 @@ class Portable:
 class Ort(Portable):
     """Contrib operators of ONNX Runtime, CPU kernels in fp32."""
 
+    max_tensors = None
     transposed = False
 
     def functions(self, kv_heads: int, d_k: int) -> list[ir.Function]:
@@ -283,36 +291,45 @@ def pairwise_linear_attention(
     The decay between two tokens is taken from their difference, which is at most 0, so no gate overflows. State and
     values are joined first: the state has one consumer and may be updated in place.
     """
-
-    def split_heads(x: ir.Value) -> ir.Value:
-        return g.transpose(g.reshape(x, 0, 0, heads, -1), 0, 2, 1, 3)
-
-    def unsqueeze(x: ir.Value, axis: int) -> ir.Value:
-        return g.op("Unsqueeze", x, g.const([axis]))
-
     q = g.transpose(g.reshape(query, 0, 0, heads, -1, d_k), 0, 2, 1, 3, 4)  # [B, H, T, G, d_k]
-    k, v, gate = split_heads(key), split_heads(value), split_heads(decay)
+    k, v, gate = (split_heads(g, x, heads) for x in (key, value, decay))
     memory = g.concat(state, v, axis=2)  # [B, H, d_k + T, d_v]
     total = g.op("CumSum", gate, g.const(2))
-
-    between = g.op("Sub", unsqueeze(total, 3), unsqueeze(total, 2))  # [B, H, T, S, d_k]
-    reach = g.op("Mul", g.op("Exp", g.op("Min", between, g.floats(0))), unsqueeze(k, 2))
-    pairs = g.op("MatMul", q, g.transpose(reach, 0, 1, 2, 4, 3))  # [B, H, T, G, S]
-    weights = g.op("Mul", pairs, _causal(g, k))
-    carried = g.op("Mul", q, unsqueeze(g.op("Exp", total), 3))
+    pairs = g.op("MatMul", q, g.transpose(reach(g, k, total), 0, 1, 2, 4, 3))  # [B, H, T, G, S]
+    weights = g.op("Mul", pairs, causal(g, k))
+    carried = g.op("Mul", q, unsqueeze(g, g.op("Exp", total), 3))
     rows = g.op("Concat", carried, weights, axis=-1)  # [B, H, T, G, d_k + T]
     width = g.op("Concat", g.const([0, 0, -1]), g.op("Shape", memory, start=2, end=3), axis=0)
     read = g.op("MatMul", g.op("Reshape", rows, width), memory)
     groups = g.op("Concat", g.op("Shape", q, end=4), g.const([-1]), axis=0)
     output = g.reshape(g.transpose(g.op("Reshape", read, groups), 0, 2, 1, 3, 4), 0, 0, -1)
+    return output, advance(g, k, v, total, g.slice(memory, 0, d_k, 2))
 
+
+def split_heads(g: Builder, x: ir.Value, heads: int) -> ir.Value:
+    """Return `[B, H, T, d]` of packed `[B, T, H * d]`."""
+    return g.transpose(g.reshape(x, 0, 0, heads, -1), 0, 2, 1, 3)
+
+
+def unsqueeze(g: Builder, x: ir.Value, axis: int) -> ir.Value:
+    """Add an axis."""
+    return g.op("Unsqueeze", x, g.const([axis]))
+
+
+def reach(g: Builder, key: ir.Value, total: ir.Value) -> ir.Value:
+    """Return what is left of keys s at times t, `[B, H, T, S, d_k]`; all of later ones. `total` sums the decay."""
+    between = g.op("Sub", unsqueeze(g, total, 3), unsqueeze(g, total, 2))
+    return g.op("Mul", g.op("Exp", g.op("Clip", between, None, g.floats(0))), unsqueeze(g, key, 2))
+
+
+def advance(g: Builder, key: ir.Value, value: ir.Value, total: ir.Value, state: ir.Value) -> ir.Value:
+    """Return the state after the last token."""
     end = g.slice(total, -1, np.iinfo(np.int64).max, 2)
-    added = g.op("MatMul", g.transpose(g.op("Mul", k, g.op("Exp", g.op("Sub", end, total))), 0, 1, 3, 2), v)
-    kept = g.op("Mul", g.transpose(g.op("Exp", end), 0, 1, 3, 2), g.slice(memory, 0, d_k, 2))
-    return output, g.op("Add", kept, added)
+    added = g.op("MatMul", g.transpose(g.op("Mul", key, g.op("Exp", g.op("Sub", end, total))), 0, 1, 3, 2), value)
+    return g.op("Add", g.op("Mul", g.transpose(g.op("Exp", end), 0, 1, 3, 2), state), added)
 
 
-def _causal(g: Builder, key: ir.Value) -> ir.Value:
+def causal(g: Builder, key: ir.Value) -> ir.Value:
     """Return `[T, 1, S]`, 1 where s <= t."""
     length = g.op("Squeeze", g.op("Shape", key, start=2, end=3))
     t = g.op("Range", g.const(0), length, g.const(1))
@@ -336,10 +353,25 @@ def linear_attention_function(kv_heads: int, d_k: int) -> ir.Function:
 
 
 class Native(Ort):
-    """The same with the memory of a layer as one operator of our own, on the CPU."""
+    """The same with a layer's memory, its MLP's gate and quantised products as operators of our own, on the CPU."""
 
     native = True
     domains = CONTRIB, DOMAIN
+
+    def blocked_linear(self, x: ir.Value, matrix: Blocked, bias: ir.Value | None) -> ir.Value:
+        """Return `x @ matrix^T + bias` from the codes as they lie in the file, of which the runtime makes no copy."""
+        if matrix.block not in (32, 64, 128):
+            return super().blocked_linear(x, matrix, bias)
+        return self.g.op(
+            "BlockLinear", x, *matrix.parts(), *([bias] if bias else []), domain=DOMAIN, K=matrix.width,
+            N=matrix.rows, bits=matrix.bits, block_size=matrix.block, accuracy_level=INT8_ACTIVATIONS,
+        )  # fmt: skip
+
+    def gated_unit(self, gate: ir.Value, up: ir.Value, activation: str) -> ir.Value:
+        """Return `activation(gate) * up`, of two products or of one that has both."""
+        whole = self.g.whole(gate, up)
+        inputs = [gate, up] if whole is None else [whole, None]
+        return self.g.op("GatedUnit", *inputs, domain=DOMAIN, activation=["silu", "gelu"].index(activation))
 
 
 class Plugin(Portable):
@@ -349,6 +381,7 @@ class Plugin(Portable):
     """
 
     plugin = True
+    max_tensors = None
     integer = "int32"
     opset = 17
     ir_version = 8

@@ -17,7 +17,7 @@ from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable, Table
 from ligerexport.exporters.onnx.native.node import bounded_memory, turn_table
-from ligerexport.gates import FeatureMap, get_gate
+from ligerexport.exporters.onnx.recurrence import gated_recurrence
 from ligerexport.kernels.evicted import slow_rotation
 from ligerexport.kernels.memory_attention import FAINTEST, MASKED, rotary_table, rotate
 from ligerexport.memory import get_score
@@ -202,7 +202,7 @@ def mixer(
         arrival, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
     if lower.native:
         assert tables.keys is not None
-        mixed, kept = bounded_memory(frame, spec, tables.keys, tables.turn, projected, arrival, past)
+        mixed, kept = bounded_memory(frame, spec, tables.keys, tables.turn, projected, arrival, score, past)
     else:
         assert seen is not None
         query = g.transpose(frame.per_token(projected[0], spec.q_heads, spec.d_k), 0, 2, 1, 3)
@@ -211,28 +211,14 @@ def mixer(
         return mixed, kept | present
     mixed = _scaled(g, mixed, config.attention_weight)
     if config.recurrent:
-        gate = get_gate(config.gate)
-        q = g.reshape(_feature_map(g, frame.per_token(projected[0], spec.q_heads, spec.d_k), gate.query_map), 0, 0, -1)
-        if gate.key_map == "softmax" and features is not None:
-            k = g.reshape(features, 0, 0, -1)
-        else:
-            k = g.op("Mul", g.reshape(_feature_map(g, keys, gate.key_map), 0, 0, -1), frame.real())
-        key, value = (frame.per_token(x, -1) for x in projected[1:])
-        decay = g.op("Mul", g.op("Softplus", g.op("Neg", key)), frame.real(-1 / gate.decay_divisor))
-        recurred, present["recurrent_state"] = lower.linear_attention(
-            q, k, value, past["recurrent_state"], decay, (spec.q_heads, heads), spec.d_k
-        )
-        recurred = g.reshape(recurred, -1, spec.q_heads * spec.d_v)
+        recurred, recurrent = gated_recurrence(lower, frame, spec, projected, features, past)
+        present |= recurrent
         mixed = g.op("Add", mixed, _scaled(g, recurred, config.recurrence_weight))
     return mixed, kept | present
 
 
 def _scaled(g: Builder, x: ir.Value, weight: float) -> ir.Value:
     return x if weight == 1 else g.op("Mul", x, g.floats(weight))
-
-
-def _feature_map(g: Builder, x: ir.Value, kind: FeatureMap) -> ir.Value:
-    return g.op("Softmax", x, axis=-1) if kind == "softmax" else g.op("Sigmoid", g.op("Neg", x))
 
 
 def _judge(
@@ -251,7 +237,7 @@ def _judge(
     recalled, state = lower.linear_attention(query, key, extended, state, still, (heads, heads), spec.d_k)
     recalled = g.reshape(g.slice(recalled, 0, -1, 1), 0, 0, heads, spec.d_v + 1)
     total, weight = g.op("Split", recalled, g.const([spec.d_v, 1]), outputs=2, axis=-1)
-    answer = g.op("Div", total, g.op("Max", weight, g.floats(TINY)))
+    answer = g.op("Div", total, g.op("Clip", weight, g.floats(TINY)))
     error = g.op("ReduceL2", g.op("Sub", values, answer), g.const([3]))
     return g.transpose(error, 0, 2, 3, 1), state
 
@@ -318,7 +304,7 @@ class Slots:
         )
         turned = g.op("MatMul", g.transpose(query, 0, 2, 1, 3), self.tables.query_map)
         turned = g.reshape(turned, 0, 0, heads, -1, spec.d_k - 1)  # [B, T, H, G, d_k - 1]
-        some = g.op("Max", count, g.floats(1))
+        some = g.op("Clip", count, g.floats(1))
         mean = g.op("Div", g.op("MatMul", turned, sums), some)
         packed = g.concat(g.op("Sub", g.floats(1), mean), turned, axis=4), features, lost_value
         still = frame.filled(0.0, 0, heads * spec.d_k)
@@ -398,7 +384,7 @@ class Slots:
         g, visible = self.g, self.seen.always
         for (_, count), rank, age in zip(self.spec.config.slots, scores, self.seen.ages, strict=True):
             if age is not None:
-                rank = g.op("Add", g.op("Log", g.op("Max", rank, g.floats(FAINTEST))), age)
+                rank = g.op("Add", g.op("Log", g.op("Clip", rank, g.floats(FAINTEST))), age)
             ranked = g.op("Add", g.op("Unsqueeze", rank, g.const([2])), self.seen.rank)
             if visible is not self.seen.always:
                 ranked = g.op("Where", visible, g.floats(-np.inf), ranked)

@@ -6,9 +6,6 @@ layer computes, only what decides its inputs and outputs.
 
 from __future__ import annotations
 
-import hashlib
-import json
-
 import onnx_ir as ir
 
 from ligerexport.exporters.onnx.frame import Frame
@@ -19,14 +16,6 @@ from ligerexport.state import MixerSpec
 CONTRACT = 1
 """Version of attributes, inputs and outputs of the node; the plugin refuses another one."""
 KIND = "LigerMixer"
-
-
-def layer_digest(spec: MixerSpec) -> str:
-    """Return the name of a layer, by which the plugin looks up kernels: the start of the sha256 of its JSON."""
-    from ligerexport.kernels.plans import spec_fields
-
-    text = json.dumps(spec_fields(spec), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def plugin_mixer(
@@ -52,6 +41,8 @@ def plugin_mixer(
     Returns:
         Output `[B * T, H_q * d_v]` fp32 and the new state.
     """
+    from ligerexport.kernels.plans import layer_digest, spec_fields
+
     g, config = lower.g, spec.config
     widths = spec.q_heads * spec.d_k, spec.kv_heads * spec.d_k, spec.kv_heads * spec.d_v
     tensors = [frame.per_token(lower.narrow(x), width) for x, width in zip(projected, widths, strict=True)]
@@ -61,7 +52,7 @@ def plugin_mixer(
         tensors.append(frame.per_token(score, spec.kv_heads))
     mixed, *present = g.op(
         KIND, *tensors, *past.values(), outputs=1 + len(past), domain=DOMAIN,
-        plugin_namespace=DOMAIN, plugin_version="1", contract=CONTRACT, layer_spec=layer_digest(spec),
+        plugin_namespace=DOMAIN, plugin_version="1", contract=CONTRACT, layer_spec=layer_digest(spec_fields(spec)),
         q_heads=spec.q_heads, kv_heads=spec.kv_heads, d_k=spec.d_k, d_v=spec.d_v, slots=config.num_slots,
         pools=len(config.slots), max_distance=spec.max_distance, foresees=int(config.foresees),
         judged=int(config.judged), recurrent=int(config.recurrent), evicts=int(config.evicts),

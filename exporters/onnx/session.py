@@ -1,6 +1,7 @@
 """Run a step graph with ONNX Runtime: everything bound once, state updated in place, logits read where they are.
 
 The graph promises that each `past.*` has one consumer and that its `present.*` comes after it, so both are one buffer.
+On a device the state stays there between calls; only ids, positions and logits travel.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ligerexport.artifact import Artifact, StateTensor
-from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError
+from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError, close_matches
 from ligerexport.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ IDLE = -1
 DEFAULT_CHUNK = 64
 """Prompt tokens a call, where the graph takes more. On SmolLM2 64 and 128 are equally fast; 64 needs less memory."""
 
+PROVIDERS: dict[str, list[str | tuple[str, dict[str, str]]]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],  # fp32 is fp32
+}
+"""Execution providers of each device, in ONNX Runtime's spelling."""
 
 SPIN = "30"
 """Microseconds that a thread waits for the next operator before it sleeps: enough for the next one to come, and little
@@ -44,11 +50,12 @@ class OnnxSession:
         scoring: Whether a call computes the logits of all its tokens, so that `every` need not step.
         exact: Whether products with quantised weights leave activations in fp32: slower, and for comparing a graph with
             arithmetic on the same weights. Not together with `scoring`.
+        device: Row of `PROVIDERS`.
 
     Raises:
         ArtifactError: ONNX Runtime does not load the graph, or it is not the one in the manifest.
-        MissingDependency: ONNX Runtime is not installed.
-        UsageError: `batch`, `threads` or `chunk` makes no sense.
+        MissingDependency: ONNX Runtime is not installed, or not for this device.
+        UsageError: `batch`, `threads` or `chunk` makes no sense, or the lowering does not run on this device.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class OnnxSession:
         prepack: bool = True,
         scoring: bool = False,
         exact: bool = False,
+        device: str = "cpu",
     ) -> None:
         manifest = artifact.manifest
         limit = manifest.graph.max_chunk
@@ -72,15 +80,21 @@ class OnnxSession:
             raise UsageError(f"chunk {chunk}", hint=f"this graph takes 1 to {limit} tokens a call")
         if batch < 1 or self.threads < 1:
             raise UsageError(f"batch {batch} and threads {self.threads}", hint="both are at least 1")
+        if device not in PROVIDERS:
+            raise UsageError(f"device '{device}'", hint=close_matches(device, PROVIDERS))
+        if device != "cpu" and manifest.lowering == "native":
+            raise UsageError("the lowering native runs on the CPU", hint="ligerexport build --lowering ort")
         graph = _variant(artifact, scoring) if scoring or exact else None
         self._scoring = scoring and graph is not None
-        self._session = _open(artifact, self.threads, prepack, graph, exact)
+        self._device = device
+        self._session = _open(artifact, self.threads, prepack, graph, exact, device)
         self._allocate()
 
     def _allocate(self) -> None:
         """Make and bind a state that has seen nothing."""
         manifest = self.artifact.manifest
         self._fixed = {t: np.full(self._shape(t), t.fill, t.dtype) for t in manifest.state if not t.grows}
+        self._values = {t: _value(array, self._device) for t, array in self._fixed.items()}
         self._growing = {t: self._empty(t) for t in manifest.state if t.grows}
         self._position = np.zeros(self.batch, np.int64)
         self._logits = np.zeros((self.batch, manifest.model.vocab_size), np.float32)
@@ -137,9 +151,7 @@ class OnnxSession:
                 raise UsageError("padding after the first token", hint="pad rows that have seen nothing only")
             self._position -= padded
         for start in range(0, array.shape[1], self.chunk):
-            part = np.array(array[:, start : start + self.chunk], np.int64, order="C")  # keeps its own memory
-            self._chunk.bind_ortvalue_input("input_ids", _value(part))
-            self._run(self._chunk, part.shape[1])
+            self._run(self._chunk, np.array(array[:, start : start + self.chunk], np.int64, order="C"))
         return self._logits
 
     def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
@@ -166,7 +178,7 @@ class OnnxSession:
             row[idle] = 0
             self._position[idle] = np.minimum(self._position[idle], -1)  # padding leaves no trace
         self._check_vocabulary(int(row.min()), int(row.max()))
-        self._run(self._step, 1)
+        self._run(self._step, self._step_ids)
         return self._logits
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
@@ -185,13 +197,16 @@ class OnnxSession:
         """Forget everything, or one row."""
         rows = self._rows(row)
         self._position[rows] = 0
+        self._fetch()
         for tensor, array in self._fixed.items():
             array[rows] = tensor.fill
+        self._put()
         self._regrow(rows, {tensor: self._empty(tensor, 1).numpy() for tensor in self._growing})
 
     def snapshot(self, row: int | None = None) -> Snapshot:
         """Return a copy of the state, or of that of one row."""
         rows = self._rows(row)
+        self._fetch()
         tensors = {t.past: array[rows].copy() for t, array in self._fixed.items()}
         for tensor, value in self._growing.items():
             grown = value.numpy()[rows]
@@ -218,9 +233,23 @@ class OnnxSession:
                     hint=f"{batch} sequences were expected; see Snapshot.stack and Snapshot.sequence",
                 )
         self._position[rows] = snapshot.position
+        self._fetch()
         for tensor, array in self._fixed.items():
             array[rows] = snapshot.tensors[tensor.past]
+        self._put()
         self._regrow(rows, {tensor: snapshot.tensors[tensor.past] for tensor in self._growing})
+
+    def _fetch(self) -> None:
+        """Copy the state from the device into `_fixed`; on the CPU both are one memory."""
+        if self._device != "cpu":
+            for tensor, array in self._fixed.items():
+                array[:] = self._values[tensor].numpy()
+
+    def _put(self) -> None:
+        """Copy `_fixed` to the device."""
+        if self._device != "cpu":
+            for tensor, array in self._fixed.items():
+                self._values[tensor].update_inplace(array)
 
     def _rows(self, row: int | None) -> slice:
         if row is not None and not 0 <= row < self.batch:
@@ -256,16 +285,20 @@ class OnnxSession:
         binding = self._session.io_binding()
         binding.bind_ortvalue_input("position", _value(self._position))
         binding.bind_ortvalue_output("logits", _value(self._logits))
-        for tensor, array in self._fixed.items():
-            value = _value(array)
+        for tensor, value in self._values.items():
             binding.bind_ortvalue_input(tensor.past, value)
             binding.bind_ortvalue_output(tensor.present, value)
         return binding
 
-    def _run(self, binding: onnxruntime.IOBinding, tokens: int) -> None:
+    def _run(self, binding: onnxruntime.IOBinding, ids: np.ndarray) -> None:
+        tokens = ids.shape[1]
+        if ids is not self._step_ids or self._device != "cpu":
+            binding.bind_ortvalue_input("input_ids", _value(ids))
+        if self._device != "cpu":  # copied when it is bound
+            binding.bind_ortvalue_input("position", _value(self._position))
         for tensor, value in self._growing.items():
             binding.bind_ortvalue_input(tensor.past, value)
-            binding.bind_output(tensor.present, "cpu")
+            binding.bind_output(tensor.present, self._device)
         if self._scoring:
             self._every = np.empty((self.batch, tokens, self._logits.shape[1]), np.float32)
             binding.bind_ortvalue_output("logits", _value(self._every.reshape(self.batch * tokens, -1)))
@@ -286,11 +319,11 @@ class OnnxSession:
         self._position += tokens
 
 
-def _value(array: np.ndarray) -> onnxruntime.OrtValue:
-    """Return a tensor of ONNX Runtime over the memory of `array`."""
+def _value(array: np.ndarray, device: str = "cpu") -> onnxruntime.OrtValue:
+    """Return a tensor of ONNX Runtime over the memory of `array`, or a copy on a device."""
     import onnxruntime
 
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array, device)
 
 
 def _first_line(error: Exception) -> str:
@@ -306,13 +339,19 @@ def _variant(artifact: Artifact, scoring: bool) -> bytes | None:
 
 
 def _open(
-    artifact: Artifact, threads: int, prepack: bool, graph: bytes | None, exact: bool
+    artifact: Artifact, threads: int, prepack: bool, graph: bytes | None, exact: bool, device: str
 ) -> onnxruntime.InferenceSession:
     """Load the graph, or one made from it, and compare it with the manifest."""
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingDependency("onnxruntime", extra="onnx") from error
+    wanted = [row if isinstance(row, str) else row[0] for row in PROVIDERS[device]]
+    missing = MissingDependency(wanted[0], hint="pip install 'onnxruntime-gpu[cuda,cudnn]', in place of onnxruntime")
+    if wanted[0] not in onnxruntime.get_available_providers():
+        raise missing
+    if device == "cuda":
+        onnxruntime.preload_dlls()  # those that pip installed
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -336,12 +375,14 @@ def _open(
         )
     try:
         model = str(artifact.graph) if graph is None else graph
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model, options, providers=PROVIDERS[device])
     except Exception as error:  # ONNX Runtime's own classes have no common base
         raise ArtifactError(
             f"onnxruntime {onnxruntime.__version__} cannot load {artifact.graph}: {_first_line(error)}",
             hint="ligerexport doctor",
         ) from error
+    if session.get_providers()[0] != wanted[0]:  # ONNX Runtime goes on without a library of CUDA
+        raise missing
     promised = artifact.manifest.graph
     for side, found, expected in (
         ("inputs", session.get_inputs(), promised.inputs),

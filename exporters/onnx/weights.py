@@ -1,7 +1,7 @@
 """The data file of a graph: which tensors stand for the weights, where each lies, how it is written and read back.
 
 Weights keep their names and, but for quantised ones that a lowering wants transposed, the orientation `[out, in]` of
-the checkpoint; a tied embedding is stored once. Nothing here knows an operator.
+the checkpoint; maps of one input lie side by side; a tied embedding is stored once. Nothing here knows an operator.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ SUFFIXES = ("", "_scale", "_zero_point")
 """Of the names of the three tensors of a quantised matrix."""
 _HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _MLP = re.compile(r"layers\.(\d+)\.mlp\.(\w+)_proj")
+JOINT = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
+"""Maps of one input, by what they are called as one."""
+_JOINT_OF = {f"{n.partition('.')[0]}.{kind}_proj": n for n, kinds in JOINT.items() for kind in kinds}
+_KINDS = [kind for kinds in JOINT.values() for kind in kinds]
 SLAB = 1 << 24
 """Elements that are read at a time."""
 
@@ -68,6 +72,10 @@ class WeightFormat:
         often = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
         return 8 if often and place[2] == "down" else 4
 
+    def block_of(self, spec: ModelSpec, name: str) -> int:
+        """Return the elements of a block of a matrix: among those of 4 bits, what has 8 needs half as many scales."""
+        return self.block * (2 if self.precision.bits == 4 and self.bits(spec, name) == 8 else 1)
+
 
 FP32 = WeightFormat()
 
@@ -88,14 +96,35 @@ class Part(NamedTuple):
 def data_layout(spec: ModelSpec, form: WeightFormat = FP32) -> dict[str, Part]:
     """Return every tensor of `DATA_FILE` by name, shard after shard, on page boundaries.
 
-    A quantised weight is three: its codes under its own name, and `NAME_scale` and `NAME_zero_point`.
+    A quantised weight is three: its codes under its own name, and `NAME_scale` and `NAME_zero_point`. Where rows lie
+    one after the other, maps of one input lie end to end and are in the layout as one, too, by the name from `JOINT`.
     """
-    layout, end = {}, 0
+    groups: dict[str, list[str]] = {}
     for name in weight_names(spec):
-        for suffix, (dtype, shape) in _parts(spec, name, form).items():
-            part = layout[name + suffix] = Part(end, dtype, shape)
-            end = align(end + part.nbytes)
+        place = re.search(r"(self_attn|mlp)\.\w+_proj", name)
+        kind = place[0] if place and not form.transposed else ""
+        groups.setdefault(name.replace(kind, _JOINT_OF.get(kind, kind)), []).append(name)
+    layout, end = {}, 0
+    for joint, names in groups.items():
+        names.sort(key=lambda name: [f".{kind}_proj" in name for kind in _KINDS], reverse=True)
+        parts = {name: _parts(spec, name, form) for name in names}
+        for suffix, (dtype, (_, *shape)) in parts[names[0]].items():
+            start = end
+            for name in names:
+                part = layout[name + suffix] = Part(end, *parts[name][suffix])
+                end += part.nbytes
+            rows = sum(layout[name + suffix].shape[0] for name in names)
+            layout[joint + suffix] = Part(start, dtype, (rows, *shape))
+            end = align(end)
     return layout
+
+
+def first_of(spec: ModelSpec, name: str) -> str:
+    """Return the first of the weights that a joint name stands for, or the name of a weight itself."""
+    for joint, kinds in JOINT.items():
+        if name not in spec.weights:
+            name = name.replace(joint, f"{joint.partition('.')[0]}.{kinds[0]}_proj")
+    return name
 
 
 def align(offset: int) -> int:
@@ -116,20 +145,24 @@ def _parts(spec: ModelSpec, name: str, form: WeightFormat) -> dict[str, tuple[ir
     if bits == 16:
         return {"": (_HALVES[form.precision.dtype], shape)}
     rows, width = shape
-    count = -(-width // form.block)
+    block = form.block_of(spec, name)
+    count = -(-width // block)
     if form.transposed:
         integer = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}[bits]
         sizes: list[tuple[int, ...]] = [(width, rows), (count, rows), (count, rows)]
     else:
         integer = ir.DataType.UINT8
-        sizes = [(rows, count, form.block * bits // 8), (rows, count), (rows, -(-count * bits // 8))]
+        sizes = [(rows, count, block * bits // 8), (rows, count), (rows, -(-count * bits // 8))]
     dtypes = integer, ir.DataType.FLOAT, integer
     return dict(zip(SUFFIXES, zip(dtypes, sizes, strict=True), strict=True))
 
 
 def weight_bytes(spec: ModelSpec, form: WeightFormat = FP32) -> int:
     """Return the bytes of all weights of the graph, scales and zero points among them."""
-    return sum(part.nbytes for part in data_layout(spec, form).values())
+    layout = data_layout(spec, form)
+    return sum(
+        layout[key].nbytes for name in weight_names(spec) for key in (name + s for s in SUFFIXES) if key in layout
+    )
 
 
 def write_weights(
@@ -145,12 +178,12 @@ def write_weights(
             part = layout[name]
             if f"{name}_scale" not in layout:
                 data.seek(part.offset)
-                for slab in _slabs(spec, name):
+                for slab in weight_slabs(spec, name):
                     data.write(np.ascontiguousarray(slab, part.dtype.numpy()).view(np.uint8).data)
                     advance(slab.size * part.dtype.itemsize)
                 continue
             bits = form.bits(spec, name)
-            found = [quantise(slab, bits, form.block) for slab in _slabs(spec, name)]
+            found = [quantise(slab, bits, form.block_of(spec, name)) for slab in weight_slabs(spec, name)]
             blocks = Blocks(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
             del found
             for suffix, array in _encode(blocks, spec.weights[name].shape[1], bits, form.transposed).items():
@@ -161,16 +194,21 @@ def write_weights(
                 advance(part.nbytes)
 
 
-def _slabs(spec: ModelSpec, name: str) -> Iterator[np.ndarray]:
+def weight_slabs(spec: ModelSpec, name: str) -> Iterator[np.ndarray]:
     """Yield a weight of the checkpoint in fp32, some rows at a time."""
     from safetensors import safe_open
 
-    shape = spec.weights[name].shape
-    rows = max(1, SLAB // prod(shape[1:]))
     with safe_open(spec.weights[name].file, framework="pt") as shard:  # numpy knows no bf16
         stored = shard.get_slice(name)
-        for start in range(0, shape[0], rows):
-            yield stored[start : start + rows].float().numpy()
+        for rows in _slabs(spec, name):
+            yield stored[rows].float().numpy()
+
+
+def _slabs(spec: ModelSpec, name: str) -> Iterator[slice]:
+    """Yield the rows of a weight, as many at a time as `SLAB` allows."""
+    shape = spec.weights[name].shape
+    height = max(1, SLAB // prod(shape[1:]))
+    return (slice(start, start + height) for start in range(0, shape[0], height))
 
 
 def _encode(blocks: Blocks, width: int, bits: int, transposed: bool) -> dict[str, np.ndarray]:
@@ -182,31 +220,34 @@ def _encode(blocks: Blocks, width: int, bits: int, transposed: bool) -> dict[str
     return {suffix: np.ascontiguousarray(array) for suffix, array in zip(SUFFIXES, arrays, strict=True)}
 
 
-def read_matrix(spec: ModelSpec, form: WeightFormat, file: np.ndarray, name: str) -> np.ndarray:
-    """Return what a stored matrix stands for, `[out, in]` fp32.
+def matrix_slabs(spec: ModelSpec, form: WeightFormat, directory: Path, name: str) -> Iterator[np.ndarray]:
+    """Yield what a stored matrix stands for in fp32, the same rows at a time as `weight_slabs`.
 
     Args:
         spec: The model.
         form: As it was written with.
-        file: The bytes of `DATA_FILE`.
+        directory: Where `DATA_FILE` is.
         name: Of the weight.
     """
-    layout, bits, width = data_layout(spec, form), form.bits(spec, name), spec.weights[name].shape[1]
+    layout, bits, (height, width) = data_layout(spec, form), form.bits(spec, name), spec.weights[name].shape
+    block, file = form.block_of(spec, name), np.memmap(directory / DATA_FILE, mode="r")
 
     def bytes_of(suffix: str) -> np.ndarray:
         part = layout[name + suffix]
         return file[part.offset : part.offset + part.nbytes]
 
     if f"{name}_scale" not in layout:
-        part = layout[name]
-        return bytes_of("").view(part.dtype.numpy()).reshape(part.shape).astype(np.float32)
+        matrix = bytes_of("").view(layout[name].dtype.numpy()).reshape(height, width)
+        yield from (matrix[rows].astype(np.float32) for rows in _slabs(spec, name))
+        return
     scale = bytes_of("_scale").view(np.float32).reshape(layout[f"{name}_scale"].shape)
-    if not form.transposed:
-        rows, count = scale.shape
-        codes = unpack(bytes_of("").reshape(rows, -1), bits, count * form.block)
-        return dequantise(Blocks(codes, scale, unpack(bytes_of("_zero_point").reshape(rows, -1), bits, count)), width)
-    count, rows = scale.shape
-    codes = unpack(bytes_of(""), bits, width * rows).reshape(width, rows).T
-    zero = unpack(bytes_of("_zero_point"), bits, count * rows).reshape(count, rows).T
-    padded = np.pad(codes, ((0, 0), (0, count * form.block - width)))
-    return dequantise(Blocks(padded, np.ascontiguousarray(scale.T), zero), width)
+    count = -(-width // block)
+    whole = {"": width if form.transposed else count * block, "_zero_point": count}
+    if form.transposed:
+        scale = scale.T
+        codes, zero = (unpack(bytes_of(s), bits, n * height).reshape(n, height).T for s, n in whole.items())
+    else:
+        codes, zero = (unpack(bytes_of(s).reshape(height, -1), bits, n) for s, n in whole.items())
+    beyond = (0, 0), (0, count * block - whole[""])
+    for rows in _slabs(spec, name):
+        yield dequantise(Blocks(np.pad(codes[rows], beyond), np.ascontiguousarray(scale[rows]), zero[rows]), width)

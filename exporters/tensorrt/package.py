@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ligerexport.exporters.onnx.weights import WeightFormat
 
 ENGINE_FILE = "model.engine"
-PACK_FILE = "kernels.liger"
 PLUGIN_FILE = "libligerexport_trt.so"
 _RTX = ("tensorrt_rtx", "tensorrt_rtx_bindings")  # the metapackage's module, and what is in its wheel
 
@@ -94,6 +93,11 @@ def check_layers(target: str, spec: ModelSpec) -> None:
         raise UsageError(
             f"layer {', '.join(kept)} is kept as softmax, and engines here have no growing cache",
             hint="convert all layers, or build with --target onnx",
+        )
+    if target == "trt" and not all(layer is None or layer.config.fuses for layer in spec.mixers):
+        raise UsageError(
+            "no kernel of the plugin has a recurrence over evicted tokens or with keyed rows",
+            hint="convert with --recurrence-weight 0, or build with --target trt-rtx or --target onnx",
         )
     if target == "trt" and any(2 * len(softmax.inv_freq) != spec.head_dim for softmax in spec.attention):
         raise UsageError(
@@ -168,13 +172,12 @@ def _add_plugin(
     """Add kernels, and if there are any, the plugin and an engine."""
     from ligerexport.exporters.onnx.plugin import CONTRACT
     from ligerexport.exporters.tensorrt.engine import build_engine
-    from ligerexport.exporters.tensorrt.pack import write_pack  # type: ignore[import-not-found]
+    from ligerexport.exporters.tensorrt.pack import PACK, write_pack
 
     layers = [layer for layer in dict.fromkeys(spec.mixers) if layer is not None]
     with progress(f"compiling kernels for {', '.join(f'sm_{sm}' for sm in gpu.sms)}"):
-        write_pack(layers, directory / PACK_FILE, sms=gpu.sms, dtype=_dtype(form), max_batch=gpu.max_batch)
-    device: dict[str, Any] = {"sms": list(gpu.sms), "max_batch": gpu.max_batch, "contract": CONTRACT,
-                              "kernels": PACK_FILE}  # fmt: skip
+        write_pack(layers, directory / PACK, sms=gpu.sms, dtype=_dtype(form), max_batch=gpu.max_batch)
+    device: dict[str, Any] = {"sms": list(gpu.sms), "max_batch": gpu.max_batch, "contract": CONTRACT, "kernels": PACK}
     if gpu.plugin is not None:
         shutil.copyfile(gpu.plugin, directory / PLUGIN_FILE)
         device["plugin"] = PLUGIN_FILE

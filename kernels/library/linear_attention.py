@@ -44,10 +44,12 @@ def linear_attention(
         differentiable.
 
     Raises:
-        ValueError: Shapes disagree, or not exactly one of `decay` and `gate` is given.
+        ValueError: Shapes disagree, not exactly one of `decay` and `gate` is given, or the gate is keyed.
     """
     if (decay is None) == (gate is None):
         raise ValueError("give either decay or gate")
+    if gate is not None and get_gate(gate).keyed:
+        raise ValueError(f"the rows of '{gate}' have keys; use ligerexport.kernels.keyed.keyed_recurrence")
     batch, _, q_heads, d_k = query.shape
     if key.shape[:2] != query.shape[:2] or key.shape[:3] != value.shape[:3] or key.shape[3] != d_k:
         raise ValueError(f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not agree")

@@ -39,12 +39,12 @@ def mixer_step(
         Output `[B, H_q, d_v]` in the dtype of `query`; zero for a sequence that is skipped or padding.
 
     Raises:
-        ValueError: A pool needs `score`, or evicted tokens feed the recurrence.
+        ValueError: A pool needs `score`, or evicted tokens feed the recurrence, or its gate is keyed.
     """
     if spec.config.foresees and score is None:
         raise ValueError("a pool is kept by a learned score, and no score was given")
-    if spec.config.evicts:
-        raise ValueError("a recurrence over evicted tokens has no one-launch step; use liger_mixer")
+    if not spec.config.fuses:
+        raise ValueError("a recurrence over evicted tokens or with keyed rows has no one-launch step; use liger_mixer")
     return _mixer_step(
         query, key, value, position, state["slot_key"], state["slot_value"], state["slot_position"],
         state.get("slot_score"), state.get("recurrent_state"), state.get("judge_state"), rotary, index, score,

@@ -213,6 +213,7 @@ def build(
     engine: Annotated[
         bool, typer.Option("--engine/--no-engine", help="With trt: build the engine here, or on the device.")
     ] = True,
+    genai: Annotated[bool, typer.Option("--genai", help="Add what onnxruntime-genai runs.")] = False,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -246,8 +247,8 @@ def build(
         plan |= _plan_gpu(model, gpu, planned) if gpu else {}
         return _finish(json, f"would write {output}", plan, None)
     path = Path(build_artifact(model, output, target=target, lowering=lowering, max_chunk=max_chunk, weights=weights,
-                               block=block, sms=sms, max_batch=max_batch, plugin=plugin, engine=engine, force=force,
-                               progress=progress))  # fmt: skip
+                               block=block, sms=sms, max_batch=max_batch, plugin=plugin, engine=engine, genai=genai,
+                               force=force, progress=progress))  # fmt: skip
     manifest = open_artifact(path, hashes=False).manifest
     facts = {
         "path": str(path),

@@ -27,6 +27,7 @@ def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="An artifact or a checkpoint.")] = Path("."),
+    providers: Annotated[bool, typer.Option("--providers", help="Which nodes each execution provider takes.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -35,6 +36,8 @@ def inspect(
     common.begin(quiet, debug)
     from ligerexport.artifact import MANIFEST
 
+    if providers:
+        return _providers(path, json)
     facts = _artifact(path) if (path / MANIFEST).is_file() else _checkpoint(path)
     if json:
         return common.finish_json(True, facts)
@@ -82,6 +85,30 @@ def _artifact(path: Path) -> dict[str, Any]:
         "files": len(manifest.files) + 1,
         "state": _group((t.past.rpartition(".")[2], t.shape[1:], t.dtype) for t in manifest.state),
     }
+
+
+def _providers(path: Path, json: bool) -> None:
+    """Say what execution providers do with an artifact's graph."""
+    from ligerexport.artifact import open_artifact
+
+    artifact = open_artifact(path, hashes=False, runtime=False)
+    if artifact.manifest.target != "onnx":
+        raise UsageError(f"--providers with an artifact of the target {artifact.manifest.target}",
+                         hint="execution providers are ONNX Runtime's")  # fmt: skip
+    try:
+        import onnx_ir as ir
+
+        from ligerexport.exporters.onnx.providers import operators, place
+    except ImportError as error:
+        raise MissingDependency(error.name or "onnx-ir", extra="onnx") from error
+    graph = ir.load(artifact.graph).graph
+    rows = {name: vars(place(graph, name)) for name in operators()}
+    if json:
+        return common.finish_json(True, rows)
+    _print_table(("provider", "nodes", "on the CPU", "partitions", "why"), [
+        (name, str(row["taken"]), str(sum(row["fallback"].values())), str(row["partitions"]),
+         "  ".join(f"{reason} ({count})" for reason, count in row["fallback"].items())) for name, row in rows.items()
+    ])  # fmt: skip
 
 
 def _group(tensors: Iterable[tuple[str, Sequence[int | str], str]]) -> list[dict[str, Any]]:

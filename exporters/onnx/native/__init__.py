@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ligerexport.errors import LigerError, MissingDependency
-from ligerexport.sources import cache_dir
+from ligerexport.staging import cache_dir
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -12,6 +12,8 @@
 #include <limits>
 #include <vector>
 
+#include "vectors.h"
+
 namespace liger {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
@@ -29,8 +31,9 @@ struct Layer {
 };
 
 struct Call {  // pointers to the tensors of one call; past and present may be the same
-  int64_t batch, length, half;
+  int64_t batch, length, half, query_row, key_row, value_row, width;  // rows: from a token to the next
   const float *query, *key, *value, *arrival, *cos, *sin, *turn;  // `turn`: cosine, sine and what is slow, `[3, R]`
+  const float *hidden, *score_weight, *score_bias;                // of `width` channels, in the place of `arrival`
   const int64_t* position;
   const float *past_key, *past_value, *past_score, *past_state, *past_mass;
   const int64_t* past_position;
@@ -38,19 +41,17 @@ struct Call {  // pointers to the tensors of one call; past and present may be t
   int64_t* new_position;
 };
 
-using Vector = float __attribute__((vector_size(32), aligned(4), may_alias));  // GCC and Clang, any processor
-constexpr int kVector = 8;
-
-inline const Vector& at(const float* x, int64_t i) { return *reinterpret_cast<const Vector*>(x + i * kVector); }
-
 // What follows is made for the usual widths of a head, 64 and 128, and for any (`W` = 0) at run time: with a width that
 // the compiler knows, sums stay in registers.
 
 template <int W>
 float dot(const float* a, const float* b, int64_t width) {
   if constexpr (W == 0) {
-    float sum = 0;
-    for (int64_t i = 0; i < width; ++i) sum += a[i] * b[i];
+    Vector sums{};
+    int64_t i = 0;
+    for (; i + kVector <= width; i += kVector) sums += at(a + i, 0) * at(b + i, 0);
+    float sum = total(sums);
+    for (; i < width; ++i) sum += a[i] * b[i];
     return sum;
   } else {
     Vector even = at(a, 0) * at(b, 0), odd = at(a, 1) * at(b, 1);
@@ -59,8 +60,7 @@ float dot(const float* a, const float* b, int64_t width) {
       even += at(a, i) * at(b, i);
       odd += at(a, i + 1) * at(b, i + 1);
     }
-    even += odd;
-    return ((even[0] + even[4]) + (even[1] + even[5])) + ((even[2] + even[6]) + (even[3] + even[7]));
+    return total(even + odd);
   }
 }
 
@@ -134,10 +134,10 @@ class Head {
     }
     for (int64_t t = 0; t < c_.length; ++t) {
       const int64_t token = b * c_.length + t, i = n + t;
-      w_.keys[i] = c_.key + (token * l_.kv_heads + h) * l_.d_k;
-      w_.values[i] = c_.value + (token * l_.kv_heads + h) * l_.d_v;
+      w_.keys[i] = c_.key + token * c_.key_row + h * l_.d_k;
+      w_.values[i] = c_.value + token * c_.value_row + h * l_.d_v;
       for (size_t p = 0; p < l_.pools.size(); ++p)
-        if (!l_.pools[p].received) w_.score[p * candidates_ + i] = c_.arrival[bh * c_.length + t];
+        if (!l_.pools[p].received) w_.score[p * candidates_ + i] = Arrival(t, token);
     }
     if (l_.evicts) {
       const int64_t state = bh * l_.d_k * l_.d_v, mass = bh * l_.d_k;
@@ -165,6 +165,11 @@ class Head {
   }
 
  private:
+  float Arrival(int64_t t, int64_t token) const {
+    if (c_.hidden == nullptr) return c_.arrival[(b_ * l_.kv_heads + h_) * c_.length + t];
+    return dot<0>(c_.hidden + token * c_.width, c_.score_weight + h_ * c_.width, c_.width) + c_.score_bias[h_];
+  }
+
   float Rank(size_t pool, int64_t i) const {
     const float score = w_.score[pool * candidates_ + i], horizon = l_.pools[pool].horizon;
     return horizon == 0 ? score : std::log(std::max(score, kFaintest)) + static_cast<float>(w_.time[i]) / horizon;
@@ -263,7 +268,7 @@ class Head {
     w_.received.assign(l_.pools.size() * near, 0.0f);
 
     for (int64_t g = 0; g < group; ++g) {
-      const float* q = c_.query + (token * l_.q_heads + h_ * group + g) * l_.d_k;
+      const float* q = c_.query + token * c_.query_row + (h_ * group + g) * l_.d_k;
       float* mixed = c_.mixed + (token * l_.q_heads + h_ * group + g) * l_.d_v;
       const int64_t row = l_.max_distance + t;
       rotate(w_.turned.data(), q, c_.cos + row * c_.half, c_.sin + row * c_.half, 1.0f, c_.half, l_.d_k);
@@ -278,13 +283,11 @@ class Head {
       for (size_t j = 0; j < always; ++j) local = std::max(local, w_.weight[j]);
       float top = local;
       for (size_t j = always; j < count; ++j) top = std::max(top, w_.weight[j]);
-      float sum = 0;
-      for (size_t j = 0; j < always; ++j) sum += w_.weight[j] = std::exp(w_.weight[j] - local);
+      float sum = exponentials(w_.weight.data(), always, local);
       Receive(now, near, sum);
       const float faded = std::exp(local - top);
       for (size_t j = 0; j < always; ++j) w_.weight[j] *= faded;
-      sum *= faded;
-      for (size_t j = always; j < count; ++j) sum += w_.weight[j] = std::exp(w_.weight[j] - top);
+      sum = sum * faded + exponentials(w_.weight.data() + always, count - always, top);
       for (float& weight : w_.weight) weight /= sum;
       mix<W>(mixed, w_.values, w_.seen, w_.weight.data(), l_.d_v);
       if (l_.evicts && mass_[0] > 0) Expand(q, mixed, top + std::log(sum));

@@ -30,6 +30,7 @@ def bounded_memory(
     turn: ir.Value | None,
     projected: tuple[ir.Value, ir.Value, ir.Value],
     arrival: ir.Value | None,
+    foreseen: ir.Value | None,
     past: dict[str, ir.Value],
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """Write one layer's memory as a node.
@@ -41,6 +42,7 @@ def bounded_memory(
         turn: From `turn_table`, where tokens are evicted.
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
         arrival: `[B, H, 1, T]`, scores on arrival; None without such a pool.
+        foreseen: `[B * T, H]`, what `arrival` was made from; where it is a linear map, the operator makes it itself.
         past: State by the names of `MixerSpec.state`.
 
     Returns:
@@ -61,8 +63,12 @@ def bounded_memory(
             f"pool{i}_by_value": int(score.by_value), f"pool{i}_horizon": float(score.horizon or 0),
             f"pool{i}_first_distance": score.first_distance(config.window) if received else 0,
         }  # fmt: skip
+    made = foreseen.producer() if foreseen is not None else None
+    linear = list(made.inputs) if made is not None and made.op_type == "Gemm" else [None] * 3
     names = (*SLOTS, *(EVICTED if config.evicts else ()))
-    tensors = [*projected, frame.position, keys.cos, keys.sin, *(past.get(name) for name in SLOTS), arrival]
-    tensors += [turn, *(past[name] for name in EVICTED)] if config.evicts else []
+    whole, evicted = frame.g.whole(*projected), [past.get(name) for name in EVICTED] if config.evicts else [None, None]
+    tensors = [*projected] if whole is None else [whole, None, None]
+    tensors += [frame.position, keys.cos, keys.sin, *(past.get(name) for name in SLOTS)]
+    tensors += [arrival if linear[0] is None else None, turn, *evicted, *linear]
     mixed, *present = frame.g.op("BoundedMemory", *tensors, outputs=1 + len(names), domain=DOMAIN, **attributes)
     return mixed, {name: new for name, new in zip(names, present, strict=True) if name in past}

@@ -22,7 +22,7 @@ struct OrtApiBase {
   const char* (*GetVersionString)();
 };
 
-enum OrtElementType { kUndefined = 0, kFloat = 1, kInt64 = 7 };
+enum OrtElementType { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt64 = 7 };
 enum OrtCharacteristic { kRequired = 0, kOptional = 1 };
 
 struct OrtCustomOp {  // as of version 10 of the interface, the oldest that has all that is used here

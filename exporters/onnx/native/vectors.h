@@ -1,0 +1,50 @@
+// Arithmetic on eight numbers at a time.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace liger {
+
+using Vector = float __attribute__((vector_size(32), aligned(4), may_alias));  // GCC and Clang, any processor
+using Integers = int32_t __attribute__((vector_size(32)));
+constexpr int kVector = 8;
+
+inline const Vector& at(const float* x, int64_t i) { return *reinterpret_cast<const Vector*>(x + i * kVector); }
+inline Vector& at(float* x, int64_t i) { return *reinterpret_cast<Vector*>(x + i * kVector); }
+
+inline float total(Vector x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+
+// Returns e^x to about one unit in the last place; below -87 the smallest normal number, above 88 a number near the
+// largest. With n the nearest integer to x / ln 2, the rest is a polynomial over half of ln 2 to either side (Cephes).
+inline Vector exponential(Vector x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  x = x < -87.0f ? Vector{} - 87.0f : x;
+  x = x > 88.0f ? Vector{} + 88.0f : x;
+  const Vector n = (x * 1.44269504f + kRound) - kRound;
+  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
+  return p * reinterpret_cast<const Vector&>(power);
+}
+
+// Puts e^(x - top) in the place of each x and returns their sum.
+inline float exponentials(float* x, int64_t n, float top) {
+  Vector sums{};
+  int64_t i = 0;
+  for (; i + kVector <= n; i += kVector) {
+    const Vector e = exponential(at(x + i, 0) - top);
+    at(x + i, 0) = e;
+    sums += e;
+  }
+  float sum = total(sums);
+  for (; i < n; ++i) sum += x[i] = std::exp(x[i] - top);
+  return sum;
+}
+
+}  // namespace liger

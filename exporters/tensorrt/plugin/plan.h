@@ -1,0 +1,64 @@
+// Launches plans of a kernel pack through the CUDA driver alone.
+#pragma once
+
+#include <cuda.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "pack.h"
+
+namespace liger {
+
+// Throws with the driver's own words where a call failed.
+void check(CUresult result, const char* what);
+
+// Device memory that is kept from call to call: counters that kernels leave as they found them, and tables made by the
+// host. CUDA graphs hold its addresses, so nothing moves or is freed while this lives.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  ~Memory();
+
+  // At least so many bytes, zero when they are new.
+  CUdeviceptr Kept(const std::string& name, size_t bytes, CUstream stream);
+
+  // The table of a plan at these axes.
+  CUdeviceptr Table(const Buffer& buffer, const Plan& plan, const std::vector<int64_t>& axes, CUstream stream);
+
+ private:
+  CUdeviceptr Allocate(size_t bytes, CUstream stream);
+
+  std::vector<CUdeviceptr> all_;
+  std::map<std::string, std::pair<CUdeviceptr, size_t>> kept_;
+  std::map<std::vector<int64_t>, CUdeviceptr> tables_;
+};
+
+struct Place {
+  CUdeviceptr address;
+  int64_t bytes;
+};
+
+using Places = std::map<std::string, Place>;
+
+// Bytes of workspace that a plan takes, a multiple of `kAlignment`.
+constexpr size_t kAlignment = 256;
+size_t workspace_bytes(const Plan& plan, const std::vector<int64_t>& axes);
+
+// Compiled code of a plan gets to the device, so that the first launch does not have to wait for it.
+void load(const Pack& pack, const Plan& plan, uint32_t sm);
+
+// Launches a plan on `stream`. `places` holds inputs, outputs and state by name; what the plan calls `present_X` goes
+// to the workspace first and replaces `past_X` after the last launch.
+void run(const Pack& pack, const Plan& plan, const std::vector<int64_t>& axes, uint32_t sm, const Places& places,
+         CUdeviceptr workspace, Memory& memory, CUstream stream);
+
+// The rows of a table, 32-bit integers; see LINEAR_ATTENTION_TABLES in ligerexport/kernels/plans.py.
+struct Cut {
+  int64_t batch, tokens, segment, chunk;
+};
+std::vector<int32_t> table_rows(Buffer::Table table, const Cut& cut);
+
+}  // namespace liger

@@ -1,0 +1,110 @@
+// LigerMixer for TensorRT 8.5 and 8.6: IPluginV2DynamicExt.
+
+#include "face.h"
+
+namespace liger {
+namespace {
+
+class MixerPlugin final : public nvinfer1::IPluginV2DynamicExt {
+ public:
+  // `timed`: whether a builder may run it to time it; what an engine holds is never timed.
+  MixerPlugin(Attributes attributes, bool timed) : mixer_(std::move(attributes)), timed_(timed) {}
+
+  nvinfer1::IPluginV2DynamicExt* clone() const noexcept override {
+    return guarded<MixerPlugin*>("clone", nullptr, [&] { return new MixerPlugin(mixer_.attributes(), timed_); });
+  }
+
+  nvinfer1::DimsExprs getOutputDimensions(int32_t index, const nvinfer1::DimsExprs* inputs, int32_t count,
+                                          nvinfer1::IExprBuilder& builder) noexcept override {
+    return guarded("getOutputDimensions", nvinfer1::DimsExprs{}, [&] {
+      check_counts(mixer_, count, mixer_.Outputs());
+      return output_shape(mixer_, index, inputs, builder);
+    });
+  }
+
+  bool supportsFormatCombination(int32_t position, const nvinfer1::PluginTensorDesc* tensors, int32_t inputs,
+                                 int32_t outputs) noexcept override {
+    return guarded("supportsFormatCombination", false, [&] {
+      check_counts(mixer_, inputs, outputs);
+      return fits(mixer_, position, [&](int i) -> const nvinfer1::PluginTensorDesc& { return tensors[i]; });
+    });
+  }
+
+  void configurePlugin(const nvinfer1::DynamicPluginTensorDesc*, int32_t, const nvinfer1::DynamicPluginTensorDesc*,
+                       int32_t) noexcept override {}
+
+  size_t getWorkspaceSize(const nvinfer1::PluginTensorDesc* inputs, int32_t, const nvinfer1::PluginTensorDesc*,
+                          int32_t) const noexcept override {
+    return guarded("getWorkspaceSize", size_t{0}, [&] {
+      return mixer_.Workspace(dtype_of(inputs[0].type), inputs[0].dims.d[0], inputs[0].dims.d[1]);
+    });
+  }
+
+  int32_t enqueue(const nvinfer1::PluginTensorDesc* descriptions, const nvinfer1::PluginTensorDesc*,
+                  const void* const* inputs, void* const* outputs, void* workspace,
+                  cudaStream_t stream) noexcept override {
+    return guarded("enqueue", 1, [&] {
+      mixer_.Enqueue(call_of(mixer_, descriptions, inputs, outputs, workspace, stream, timed_));
+      return 0;
+    });
+  }
+
+  nvinfer1::DataType getOutputDataType(int32_t index, const nvinfer1::DataType* inputs,
+                                       int32_t) const noexcept override {
+    return output_type(mixer_, index, inputs);
+  }
+
+  const char* getPluginType() const noexcept override { return kName; }
+  const char* getPluginVersion() const noexcept override { return kVersion; }
+  int32_t getNbOutputs() const noexcept override { return mixer_.Outputs(); }
+  void terminate() noexcept override {}
+  void destroy() noexcept override { delete this; }
+  void setPluginNamespace(const char*) noexcept override {}
+  const char* getPluginNamespace() const noexcept override { return kNamespace; }
+
+  int32_t initialize() noexcept override {
+    return guarded("initialize", 1, [&] { return mixer_.Prepare(), 0; });
+  }
+
+  size_t getSerializationSize() const noexcept override { return mixer_.attributes().Text().size(); }
+
+  void serialize(void* to) const noexcept override {
+    const std::string text = mixer_.attributes().Text();
+    std::memcpy(to, text.data(), text.size());
+  }
+
+ private:
+  Mixer mixer_;
+  bool timed_;
+};
+
+class MixerCreator final : public nvinfer1::IPluginCreator {
+ public:
+  const char* getPluginName() const noexcept override { return kName; }
+  const char* getPluginVersion() const noexcept override { return kVersion; }
+  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &fields(); }
+
+  nvinfer1::IPluginV2* createPlugin(const char* node,
+                                    const nvinfer1::PluginFieldCollection* given) noexcept override {
+    set_logger(getLogger());  // there is none before the first builder or runtime
+    return guarded<MixerPlugin*>(node, nullptr, [&] { return new MixerPlugin(attributes_of(given), true); });
+  }
+
+  nvinfer1::IPluginV2* deserializePlugin(const char* node, const void* data, size_t size) noexcept override {
+    set_logger(getLogger());
+    return guarded<MixerPlugin*>(node, nullptr, [&] {
+      return new MixerPlugin(Attributes::Parse({static_cast<const char*>(data), size}), false);
+    });
+  }
+
+  void setPluginNamespace(const char*) noexcept override {}
+  const char* getPluginNamespace() const noexcept override { return kNamespace; }
+};
+
+MixerCreator creator;
+
+// Registers when the library is opened, under the namespace that nodes name; REGISTER_TENSORRT_PLUGIN has none.
+const bool registered = getPluginRegistry()->registerCreator(creator, kNamespace);
+
+}  // namespace
+}  // namespace liger

@@ -1,0 +1,71 @@
+"""Every family with every gate, in every lowering and precision: what ONNX Runtime computes is what torch computes."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import make_checkpoint
+
+from ligerexport.artifact import Artifact, open_artifact
+from ligerexport.config import LigerConfig
+from ligerexport.exporters.build import build
+from ligerexport.exporters.onnx.graph import weight_format
+from ligerexport.exporters.onnx.session import OnnxSession
+from ligerexport.exporters.onnx.spec import read_spec
+from ligerexport.exporters.reference import Answer, Reference
+from ligerexport.exporters.targets import TARGETS, WEIGHTS
+from ligerexport.exporters.verify import TOLERANCES, Comparison
+from ligerexport.families import FAMILIES
+from ligerexport.gates import GATES
+
+CUTS, STEPS = (50, 1, 39), 64
+IDS = np.random.default_rng(2).integers(0, 131, sum(CUTS) + STEPS)
+PIECES = np.split(IDS, np.cumsum([*CUTS, *[1] * (STEPS - 1)]))
+WHOLE = {0, 1, 2, 18, len(PIECES) - 1}
+SIZES = {"gemma3_text": {"layer_types": ["full_attention", "sliding_attention"]}}
+"""Two layers of Gemma 3: one of each kind."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("matrix")
+
+
+@lru_cache
+def checkpoint(place: Path, family: str, gate: str) -> Path:
+    liger = LigerConfig(gate=gate, window=20, sinks=2, slots=(("peak_effect", 4), ("novelty", 6)))
+    path = place / f"{family}-{gate}"
+    return make_checkpoint(path, liger, family, num_hidden_layers=2, **SIZES.get(family, {}))
+
+
+@lru_cache
+def engine(place: Path, family: str, gate: str, weights: str, lowering: str) -> Artifact:
+    path = checkpoint(place, family, gate)
+    built = build(path, path / f"{lowering}-{weights}", lowering=lowering, weights=weights, verify=False)
+    return open_artifact(built, hashes=False)
+
+
+@lru_cache
+def answers(place: Path, family: str, gate: str, weights: str) -> list[Answer]:
+    """Return what torch says with the weights that a build stores; all lowerings store the same numbers."""
+    form, artifact = weight_format(weights), engine(place, family, gate, weights, "ort")
+    tolerance = TOLERANCES[form.precision.dtype].weights
+    torch_model = Reference(read_spec(checkpoint(place, family, gate)), artifact, form, tolerance)
+    return torch_model.answers(PIECES, whole=WHOLE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("weights", TARGETS["onnx"].weights)
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
+def test_logits_and_state(place: Path, family: str, gate: str, weights: str, lowering: str) -> None:
+    """A prompt in cuts, 64 steps, and the prompt at once: all logits, and the state after some calls and the last."""
+    artifact = engine(place, family, gate, weights, lowering)
+    session = OnnxSession(artifact, chunk=64, threads=1, exact=artifact.manifest.block is not None)
+    comparison = Comparison(read_spec(checkpoint(place, family, gate)), TOLERANCES[WEIGHTS[weights].dtype])
+    comparison.run(session, answers(place, family, gate, weights), str, prompt=len(CUTS))
+    assert comparison.result.passed and comparison.result.near_ties == 0
+    assert comparison.result.checks == len(PIECES) + 1 and comparison.result.max_state_error > 0

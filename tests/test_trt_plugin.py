@@ -1,0 +1,350 @@
+"""The core of the TensorRT plugin, in C++, against Python's own evaluation of the plans, on a driver that only records.
+
+Compiling kernels happens in a process of its own, as in test_aot; what TensorRT itself makes of the plugin needs a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_aot import choose, table
+
+from ligerexport.config import PRESETS
+from ligerexport.errors import UsageError
+from ligerexport.exporters.tensorrt.pack import write_pack
+from ligerexport.kernels.launches import evaluate
+from ligerexport.kernels.plans import layer_digest, spec_fields
+from ligerexport.state import MixerSpec
+
+ROOT = Path(__file__).parent.parent
+PLUGIN = ROOT / "exporters" / "tensorrt" / "plugin"
+LAYER = MixerSpec(PRESETS["liger"].config, 2, 1, 32, 32, 32**-0.5, 300)
+LEARNED = (("recent_use", 6), ("learned", 6))
+FORESIGHT = replace(LAYER, config=replace(PRESETS["foresight"].config, window=12, slots=LEARNED))
+JUDGED = replace(LAYER, config=replace(PRESETS["memory"].config, window=12, slots=(("novelty", 6),)), max_distance=400)
+SPECS = {"recurrent": replace(LAYER, config=replace(LAYER.config, window=12)), "foresight": FORESIGHT, "judged": JUDGED}
+WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4, "i32": 4, "i64": 8}
+MIXED, WORKSPACE, ALLOCATED = 64 << 32, 65 << 32, 66 << 32
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+
+
+def cuda_headers() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The core and its harness, with what finds bad reads and overflows compiled in."""
+    program = tmp_path_factory.mktemp("harness") / "harness"
+    sources = [*(PLUGIN / name for name in ("pack.cc", "plan.cc", "mixer.cc")), ROOT / "tests" / "trt" / "harness.cc"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    ]
+    command = ["g++", *flags, "-isystem", cuda_headers(), "-I", PLUGIN, *sources, "-o", program, "-ldl"]
+    subprocess.run(command, check=True)
+    return program
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A pack and what `write_pack` said that it holds."""
+
+    file: Path
+    manifest: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    place = tmp_path_factory.mktemp("pack")
+    code = f"""
+from ligerexport.config import LigerConfig
+from ligerexport.exporters.tensorrt.pack import write_pack
+from ligerexport.state import MixerSpec
+
+layers = {[*map(spec_fields, SPECS.values())]!r}
+specs = [MixerSpec(**(x | {{"config": LigerConfig.from_dict(x["config"])}})) for x in layers]
+made = write_pack([*specs, specs[0]], "{place}/kernels.liger", dtype="fp16", max_batch=8, jobs=1)
+open("{place}/kernels.json", "w").write(made.to_json())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return Packed(place / "kernels.liger", json.loads((place / "kernels.json").read_text()))
+
+
+def attributes(spec: MixerSpec) -> list[str]:
+    """Return a node's attributes as an engine holds them."""
+    c = spec.config
+    numbers = [
+        1, spec.q_heads, spec.kv_heads, spec.d_k, spec.d_v, c.num_slots, len(c.slots), spec.max_distance,
+        int(c.foresees), int(c.judged), int(c.recurrent), int(c.evicts),
+    ]  # fmt: skip
+    return [layer_digest(spec_fields(spec)), *map(str, numbers)]
+
+
+def run(harness: Path, *words: object) -> str:
+    return run_lines(harness, [], *words)
+
+
+def run_lines(harness: Path, lines: list[str], *words: object) -> str:
+    done = subprocess.run(
+        [harness, *map(str, words)], input="\n".join(lines), capture_output=True, text=True, errors="replace",
+        env={"ASAN_OPTIONS": "detect_leaks=0:exitcode=99", "UBSAN_OPTIONS": "exitcode=99"},
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr  # a crash is neither
+    return done.stdout
+
+
+class Memory:
+    """Tells addresses apart: where each buffer begins follows from the first launch that has it, and must stay so."""
+
+    def __init__(self, spec: MixerSpec, workspace: int) -> None:
+        names = ["query", "key", "value", "position", "rotary", *(["score"] if spec.config.foresees else [])]
+        names += [x.name for x in spec.state()]
+        self.known = {name: (1 + i) << 32 for i, name in enumerate(names)} | {"output": MIXED}
+        self.known |= {f"past_{x.name}": self.known[x.name] for x in spec.state()}
+        self.given = set(self.known)
+        self.workspace = workspace
+        self.extents: dict[int, int] = {}
+
+    def check(self, name: str, role: str, nbytes: int, address: int) -> None:
+        """Check the address of a buffer's first byte."""
+        assert self.known.setdefault(name, address) == address, name
+        if name in self.given:
+            return
+        low, high = (WORKSPACE, WORKSPACE + self.workspace) if role in ("scratch", "output") else (ALLOCATED, 1 << 48)
+        assert low <= address <= address + nbytes <= high, name
+        if nbytes:
+            self.extents[address] = nbytes
+
+    def check_apart(self) -> None:
+        places = sorted(self.extents.items())
+        for (begin, nbytes), (after, _) in pairwise(places):
+            assert begin + nbytes <= after
+
+
+def launches(text: str) -> Iterator[list[str]]:
+    for line in text.splitlines():
+        if line.startswith("launch "):
+            yield line.split()[1:]
+
+
+def check_launches(
+    found: list[list[str]], manifest: dict[str, Any], plan: dict[str, Any], axes: dict[str, int], memory: Memory
+) -> None:
+    assert len(found) == len(plan["launches"])
+    for (symbol, *numbers), launch in zip(found, plan["launches"], strict=True):
+        kernel = manifest["kernels"][launch["kernel"]]
+        cubin = kernel["cubins"]["90"]
+        grid = [evaluate(x, axes) for x in launch["grid"]]
+        assert (symbol, [int(x) for x in numbers[:5]]) == (cubin["symbol"], [*grid, cubin["threads"], cubin["shared"]])
+        arguments = numbers[5:]
+        assert arguments[len(launch["values"]) :] == ["0", "0"]  # hidden
+        for value, number in zip(launch["values"], arguments, strict=False):
+            if value["buffer"] is not None:
+                buffer = plan["buffers"][value["buffer"]]
+                nbytes = WIDTHS[buffer["type"]]
+                for size in buffer["shape"]:
+                    nbytes *= evaluate(size, axes)
+                memory.check(value["buffer"], buffer["role"], nbytes, int(number) - evaluate(value["offset"], axes))
+            elif value["number"] is not None:
+                assert float(number) == pytest.approx(value["number"], rel=1e-6)
+            else:
+                assert int(number) == evaluate(value["integer"], axes)
+
+
+def strides(spec: MixerSpec, *sizes: int, rows: int = 1) -> dict[str, int]:
+    """Return strides of contiguous `[*sizes, H, d]`, each of the first axis `rows` rows long."""
+    found = {}
+    for name, heads, width in (
+        ("query", spec.q_heads, spec.d_k), ("key", spec.kv_heads, spec.d_k), ("value", spec.kv_heads, spec.d_v)
+    ):  # fmt: skip
+        stride = list(torch.empty(*sizes, heads, width, device="meta").stride())[:-1]
+        stride[0] *= rows
+        found |= {f"{name}_stride_{i}": x for i, x in enumerate(stride)}
+    return found
+
+
+def plans_of(packed: Packed, spec: MixerSpec, operator: str) -> list[dict[str, Any]]:
+    fields = json.loads(json.dumps(spec_fields(spec)))
+    return [x for x in packed.manifest["plans"] if x["operator"] == operator and x["spec"] == fields]
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (8, 1), (1, 2), (3, 7), (2, 64), (1, 65), (5, 200)])
+def test_launches_are_what_python_evaluates(harness: Path, packed: Packed, name: str, batch: int, tokens: int) -> None:
+    spec = SPECS[name]
+    text = run_lines(harness, [f"{batch} {tokens}"], "run", packed.file, 90, "fp16", *attributes(spec))
+    assert "error" not in text, text
+    memory = Memory(spec, int(text.splitlines()[0].split()[1]))
+    if tokens == 1:
+        plan, axes = choose(plans_of(packed, spec, "step"), {"batch": batch} | strides(spec, batch))
+        check_launches(list(launches(text)), packed.manifest, plan, axes, memory)
+        memory.check_apart()
+    elif not spec.config.judged:
+        sizes = {"batch": batch, "tokens": tokens}
+        plan, axes = choose(plans_of(packed, spec, "prefill"), sizes | strides(spec, batch, tokens))
+        check_launches(list(launches(text)), packed.manifest, plan, axes, memory)
+        memory.check_apart()
+        check_copies(text, plan, axes, memory)
+        check_tables(text, axes, memory)
+    else:
+        check_steps(text, packed, spec, batch, tokens, memory)
+
+
+def check_copies(text: str, plan: dict[str, Any], axes: dict[str, int], memory: Memory) -> None:
+    """The new state takes the place of the old after the last launch."""
+    after = text.splitlines()[max(i for i, x in enumerate(text.splitlines()) if x.startswith("launch ")) + 1 :]
+    expected = []
+    for name, buffer in plan["buffers"].items():
+        if not name.startswith("present_"):
+            continue
+        nbytes = WIDTHS[buffer["type"]]
+        for size in buffer["shape"]:
+            nbytes *= evaluate(size, axes)
+        expected.append(f"copy {memory.known[name.replace('present_', 'past_')]} {memory.known[name]} {nbytes}")
+    assert after == expected and expected
+
+
+def check_tables(text: str, axes: dict[str, int], memory: Memory) -> None:
+    uploads = [[int(x) for x in line.split()[1:]] for line in text.splitlines() if line.startswith("upload ")]
+    names = {memory.known[name]: name for name in ("segments", "chunks", "offsets") if name in memory.known}
+    assert {address for address, *_ in uploads} == set(names)
+    for address, *rows in uploads:
+        assert rows == torch.tensor(table(names[address], axes)).flatten().tolist()
+
+
+def check_steps(text: str, packed: Packed, spec: MixerSpec, batch: int, tokens: int, memory: Memory) -> None:
+    """Without kernels for a chunk, the step runs on a token after the other."""
+    first, *steps = launches(text)
+    plan, axes = choose(plans_of(packed, spec, "positions"), {"batch": batch, "tokens": tokens})
+    check_launches([first], packed.manifest, plan, axes, memory)
+    positions = memory.known["positions"]
+    plan, axes = choose(plans_of(packed, spec, "step"), {"batch": batch} | strides(spec, batch, rows=tokens))
+    assert len(steps) == tokens
+    rows = [line.split()[1:] for line in text.splitlines() if line.startswith("rows ")]
+    widths = {"query": spec.q_heads * spec.d_k, "key": spec.kv_heads * spec.d_k, "value": spec.kv_heads * spec.d_v}
+    for t, (launch, copy) in enumerate(zip(steps, rows, strict=True)):
+        now = Memory(spec, memory.workspace)
+        for name, width in widths.items():
+            now.known[name] += t * width * 2
+        now.known["position"] = positions + t * 4 * (-(-batch // 4) * 4)
+        mixed = now.known["output"] = int(copy[2])
+        assert WORKSPACE <= mixed < WORKSPACE + memory.workspace
+        check_launches([launch], packed.manifest, plan, axes, now)
+        row = 2 * spec.q_heads * spec.d_v
+        assert [int(x) for x in copy] == [MIXED + t * row, tokens * row, mixed, row, row, batch]
+
+
+def test_state_must_be_in_place(harness: Path, packed: Packed) -> None:
+    words = ["run", packed.file, 90, "fp16", *attributes(SPECS["recurrent"])]
+    assert "'recurrent_state' must be bound to one address" in run_lines(harness, ["1 1 apart"], *words)
+    timed = run_lines(harness, ["1 1 timed"], *words)
+    assert "error" not in timed and "copy" in timed
+
+
+def test_workspace_covers_smaller_calls(harness: Path, packed: Packed) -> None:
+    lines = [f"{batch} {tokens}" for batch in (1, 3) for tokens in (1, 63, 64, 65, 129, 300)]
+    text = run_lines(harness, [*lines, "3 300"], "run", packed.file, 90, "fp16", *attributes(SPECS["recurrent"]))
+    sizes = [int(line.split()[1]) for line in text.splitlines() if line.startswith("call ")]
+    assert max(sizes) == sizes[-1] > 0
+
+
+def test_tables_and_counters_are_made_once(harness: Path, packed: Packed) -> None:
+    words = ["run", packed.file, 90, "fp16", *attributes(SPECS["recurrent"])]
+    once, twice = run_lines(harness, ["2 70", "2 1"], *words), run_lines(harness, ["2 70", "2 1"] * 2, *words)
+    assert once.count("upload") == twice.count("upload") > 0
+    assert once.count("set") == twice.count("set") > 0
+    assert 2 * once.count("launch") == twice.count("launch")
+
+
+def test_what_does_not_fit_is_told(harness: Path, packed: Packed) -> None:
+    layer = attributes(SPECS["recurrent"])
+    assert "nothing for layer" in run(harness, "run", packed.file, 86, "fp16", *layer)
+    assert "sm_90/fp16" in run(harness, "run", packed.file, 86, "fp16", *layer)
+    assert "nothing for layer" in run(harness, "run", packed.file, 90, "fp16", "0" * 16, *layer[1:])
+    assert "contract 2" in run(harness, "run", packed.file, 90, "fp16", layer[0], "2", *layer[2:])
+    assert "no valid attributes" in run(harness, "run", packed.file, 90, "fp16", layer[0], "1", "0", *layer[3:])
+    assert "no step for a batch of 9" in run_lines(harness, ["9 1"], "run", packed.file, 90, "fp16", *layer)
+    wider = [*layer[:4], "64", *layer[5:]]  # another d_k than the kernels have
+    assert "bytes where the kernels take" in run_lines(harness, ["1 1"], "run", packed.file, 90, "fp16", *wider)
+
+
+def test_damaged_packs_are_refused(harness: Path, packed: Packed, tmp_path: Path) -> None:
+    whole, chance = packed.file.read_bytes(), random.Random(0)
+    body = whole[:-4]
+    head = 40_000  # kernels and plans come before the blobs
+    damaged: list[bytes] = [whole[: chance.randrange(len(whole))] for _ in range(60)]
+    damaged += [b"", whole[:8], b"LIGERPK2" + whole[8:], whole + b"\0"]
+    for _ in range(100):
+        at = chance.randrange(len(whole))
+        damaged.append(whole[:at] + bytes([whole[at] ^ (1 << chance.randrange(8))]) + whole[at + 1 :])
+    mended = []
+    for _ in range(300):  # with a check sum that fits, so that every other check is reached
+        changed = bytearray(body)
+        for _ in range(chance.choice((1, 1, 4))):
+            at = chance.randrange(8, head)
+            changed[at] = chance.choice((0, 1, 0x7F, 0x80, 0xFF, changed[at] ^ 1, chance.randrange(256)))
+        mended.append(bytes(changed[: chance.choice((len(changed), len(changed), chance.randrange(len(changed))))]))
+    files = []
+    for i, content in enumerate([*damaged, *(x + struct.pack("<I", zlib.crc32(x)) for x in mended)]):
+        files.append(tmp_path / f"{i}.liger")
+        files[-1].write_bytes(content)
+    told = run(harness, "check", packed.file, *files).splitlines()
+    assert told[0] == "ok" and len(told) == 1 + len(files)
+    assert all(line.startswith("error ") for line in told[1 : 1 + len(damaged)])
+    assert sum(line.startswith("error ") for line in told[1 + len(damaged) :]) > 100
+
+
+def test_equal_code_is_packed_once(packed: Packed) -> None:
+    cubins = [cubin for x in packed.manifest["kernels"].values() for cubin in x["cubins"].values()]
+    assert packed.file.stat().st_size < sum({x["sha256"]: x["bytes"] for x in cubins}.values()) + 60_000
+
+
+def test_evicted_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(UsageError, match="evicted tokens"):
+        write_pack([replace(LAYER, config=PRESETS["evicted"].config)], tmp_path / "kernels.liger")
+    assert not (tmp_path / "kernels.liger").exists()
+
+
+@pytest.mark.parametrize("place", os.environ.get("LIGEREXPORT_TENSORRT_INCLUDE", "").split(":"))
+def test_faces_compile(place: str, tmp_path: Path) -> None:
+    if not place:
+        pytest.skip("LIGEREXPORT_TENSORRT_INCLUDE names no directories of TensorRT headers")
+    version = (Path(place) / "NvInferVersion.h").read_text()
+    face = "plugin_v2.cc" if "NV_TENSORRT_MAJOR 8" in version else "plugin_v3.cc"
+    sources = [PLUGIN / name for name in ("face.cc", face)]
+    if (Path(place) / "NvOnnxParser.h").exists() and Path("/usr/include/nlohmann/json.hpp").exists():
+        sources += sorted((ROOT / "exporters" / "tensorrt" / "runner").glob("*.cc"))
+    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-deprecated-declarations"]
+    command = ["g++", *flags, "-isystem", place, "-isystem", cuda_headers(), *sources]
+    subprocess.run(command, check=True, cwd=tmp_path)
