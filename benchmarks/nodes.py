@@ -16,9 +16,8 @@ from build import make_checkpoint
 
 from ligerexport.config import PRESETS
 from ligerexport.exporters.onnx.graph import build_graph, nodes_by_layer, weight_format
-from ligerexport.exporters.onnx.lowerings import LOWERINGS
 from ligerexport.exporters.onnx.spec import read_spec
-from ligerexport.exporters.targets import WEIGHTS
+from ligerexport.exporters.targets import TARGETS
 
 
 def count(preset: str, layers: int = 3, max_chunk: int = 128) -> dict[str, dict[str, int]]:
@@ -30,7 +29,7 @@ def count(preset: str, layers: int = 3, max_chunk: int = 128) -> dict[str, dict[
     with tempfile.TemporaryDirectory() as place:
         spec = read_spec(make_checkpoint(Path(place, "model"), "tiny", layers, preset))
         found: dict[str, dict[str, int]] = {}
-        for lowering, weights in product(LOWERINGS, WEIGHTS):
+        for lowering, weights in product(TARGETS["onnx"].lowerings, TARGETS["onnx"].weights):
             form = weight_format(weights, lowering=lowering)
             each = nodes_by_layer(build_graph(spec, lowering=lowering, max_chunk=max_chunk, form=form).graph)
             if len(each) != layers or len(set(each)) != 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -37,8 +37,12 @@ def build(
     target: str = "onnx",
     lowering: str | None = None,
     max_chunk: int = 128,
-    weights: str = "fp32",
+    weights: str | None = None,
     block: int = BLOCK,
+    sms: Sequence[int] | None = None,
+    max_batch: int = 8,
+    plugin: Path | str | None = None,
+    engine: bool = True,
     genai: bool = False,
     force: bool = False,
     verify: bool = True,
@@ -52,8 +56,13 @@ def build(
         target: Row of `TARGETS`.
         lowering: How the mixer is written; None takes the target's default.
         max_chunk: Most tokens of one call.
-        weights: Row of `WEIGHTS`.
+        weights: Row of `WEIGHTS`; None takes the target's default. For GPUs also what products run in.
         block: Elements of a row that share a scale, for int8 and int4.
+        sms: Compute capabilities of GPUs, 87 for 8.7; None takes all that the target can be built for.
+        max_batch: Most sequences on a GPU.
+        plugin: Library of the plugin for TensorRT, to put into the artifact and to build the engine with.
+        engine: Whether the target `trt` builds the engine too, which takes TensorRT and this machine's GPU; without,
+            the artifact is what one is made of on the device.
         genai: Whether to add what onnxruntime-genai runs: a second graph on the same weights, and its configuration.
         force: Whether an older artifact at `output` may be replaced.
         verify: Whether to compare logits and state with the torch model first; without it the manifest says so.
@@ -68,7 +77,7 @@ def build(
         VerificationError: The graph differs from the torch model; nothing was written.
         MissingDependency: The extra of the target is not installed.
     """
-    row, lowering = _resolve(target, lowering, weights, block)
+    row, lowering, weights = _resolve(target, lowering, weights, block)
     if max_chunk < 1:
         raise UsageError(f"max_chunk {max_chunk}", hint="a call takes at least one token")
 
@@ -78,19 +87,25 @@ def build(
     from ligerexport.exporters.onnx.genai import check_genai, write_genai
     from ligerexport.exporters.onnx.spec import read_spec
     from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
+    from ligerexport.exporters.tensorrt.package import check_layers, choose_gpu, package
     from ligerexport.exporters.verify import verify_artifact
 
     progress = progress or silent
+    gpu = choose_gpu(target, sms, max_batch, plugin, engine)
     info = check_checkpoint(model, tokenizer=False)
     spec = read_spec(info)
+    if gpu is not None:
+        check_layers(target, spec)
     if genai:
-        check_genai(info.path, lowering)
-    form = onnx_graph.weight_format(weights, block, lowering)
+        check_genai(info.path, target, lowering)
+    form = onnx_graph.weight_format(weights, block, lowering, row.typed)
+    # ONNX Runtime verifies the graph of an engine with the same weights and products in fp32
+    checked_form = form if lowering == "plugin" else replace(form, typed=False)
     destination = Path(model) / target if output is None else Path(output)
     with ArtifactWriter(destination, force=force) as writer:
         with progress("writing weights", weight_bytes(spec, form)) as advance:
             write_weights(spec, writer.directory, form, advance)
-        onnx_graph.write_graph(spec, writer.directory, lowering=lowering, max_chunk=max_chunk, form=form)
+        onnx_graph.write_graph(spec, writer.directory, lowering=lowering, max_chunk=max_chunk, form=checked_form)
         for name in COMPANIONS:
             if (info.path / name).is_file():
                 shutil.copyfile(info.path / name, writer.directory / name)
@@ -105,6 +120,8 @@ def build(
             checked, quality = verify_artifact(spec, Artifact(writer.directory, manifest), form, progress=progress)
             manifest = replace(manifest, verification=checked, quality=quality)
             gc.collect()
+        if gpu is not None:
+            manifest = package(writer.directory, manifest, spec, form, gpu, progress)
         if genai:
             write_genai(Artifact(writer.directory, manifest))
         writer.commit(manifest)
@@ -116,11 +133,11 @@ def planned_weight_bytes(
     *,
     target: str = "onnx",
     lowering: str | None = None,
-    weights: str = "fp32",
+    weights: str | None = None,
     block: int = BLOCK,
 ) -> int:
     """Return the bytes that `build` would store for the weights; reads no weight. Arguments and errors as there."""
-    _, lowering = _resolve(target, lowering, weights, block)
+    _, lowering, weights = _resolve(target, lowering, weights, block)
     from ligerexport.exporters.onnx.graph import weight_format
     from ligerexport.exporters.onnx.spec import read_spec
     from ligerexport.exporters.onnx.weights import weight_bytes
@@ -128,15 +145,18 @@ def planned_weight_bytes(
     return weight_bytes(read_spec(model), weight_format(weights, block, lowering))
 
 
-def _resolve(target: str, lowering: str | None, weights: str, block: int) -> tuple[Target, str]:
-    """Check names and what is installed; return the target and its lowering."""
+def _resolve(target: str, lowering: str | None, weights: str | None, block: int) -> tuple[Target, str, str]:
+    """Check names and what is installed; return the target, its lowering and the precision of its weights."""
     row = get_target(target)
     lowering = row.lowerings[0] if lowering is None else lowering
     if lowering not in row.lowerings:
         raise UsageError(f"unknown lowering '{lowering}' for {target}", hint=close_matches(lowering, row.lowerings))
+    weights = row.weights[0] if weights is None else weights
     get_precision(weights, block)
-    _check_installed(row.extra)
-    return row, lowering
+    if weights not in row.weights:
+        raise UsageError(f"weights in {weights} for {target}", hint=close_matches(weights, row.weights))
+    _check_installed()
+    return row, lowering, weights
 
 
 def make_manifest(
@@ -155,10 +175,12 @@ def make_manifest(
     from ligerexport import __version__
     from ligerexport.artifact import ByteCounts, Graph, Manifest, ModelShape, StateTensor, TensorInfo
     from ligerexport.exporters.onnx import graph as onnx_graph
+    from ligerexport.exporters.onnx.lowerings import LOWERINGS
     from ligerexport.exporters.onnx.weights import weight_bytes, weight_names
 
-    tensors = onnx_graph.state_tensors(spec)
-    ids = TensorInfo("input_ids", "int64", ("B", "T")), TensorInfo("position", "int64", ("B",))
+    tensors = onnx_graph.state_tensors(spec, lowering, form)
+    integer = LOWERINGS[lowering].integer
+    ids = TensorInfo("input_ids", integer, ("B", "T")), TensorInfo("position", integer, ("B",))
     inputs = (*ids, *(TensorInfo(t.past, t.dtype, t.shape) for t in tensors))
     logits = TensorInfo("logits", "float32", ("B", spec.vocab_size))
     outputs = (logits, *(TensorInfo(t.present, t.dtype, t.shape) for t in tensors))
@@ -180,7 +202,7 @@ def make_manifest(
         state=tuple(StateTensor(t.past, t.present, t.shape, t.dtype, t.fill, t.grows) for t in tensors),
         bytes=ByteCounts(
             weights=weight_bytes(spec, form),
-            state_per_sequence=sum(t.nbytes() for m in spec.mixers if m is not None for t in m.state()),
+            state_per_sequence=sum(t.nbytes for t in tensors if not t.grows),
             kv_per_token=len(spec.mixers) * 2 * spec.kv_heads * spec.head_dim * 4,
         ),
         requires=dict(requires),
@@ -201,9 +223,9 @@ def _source(info: CheckpointInfo, advance: Any) -> Any:
     return Source(**origin, files=hashes)
 
 
-def _check_installed(extra: str) -> None:
+def _check_installed() -> None:
     try:
         import onnx_ir  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise MissingDependency(error.name or "onnx", extra=extra) from error
+        raise MissingDependency(error.name or "onnx", extra="onnx") from error

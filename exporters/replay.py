@@ -15,7 +15,7 @@ from ligerexport.exporters.reference import Answer, Reference
 from ligerexport.exporters.verify import Comparison, Mismatch
 
 if TYPE_CHECKING:
-    from ligerexport.exporters.onnx.session import OnnxSession
+    from ligerexport.exporters.verify import Engine
     from ligerexport.snapshot import Snapshot
 
 OFTEN = 8
@@ -24,9 +24,7 @@ GROUP = 16
 """Tokens whose states are kept at a time."""
 
 
-def replay(
-    check: Comparison, session: OnnxSession, torch_model: Reference, seen: list[np.ndarray], ids: np.ndarray
-) -> None:
+def replay(check: Comparison, session: Engine, torch_model: Reference, seen: list[np.ndarray], ids: np.ndarray) -> None:
     """Compare a call with torch token by token, and go on from torch's state after each near tie.
 
     Torch steps. The session makes calls that are one token longer each time, because the call as it was must be
@@ -67,7 +65,7 @@ def _steps(torch_model: Reference, cache: Any, ids: np.ndarray) -> Iterator[Answ
         yield from torch_model.answers(np.split(group, len(group)), cache)
 
 
-def _agree(check: Comparison, session: OnnxSession, torch_model: Reference, cache: Any, part: np.ndarray) -> bool:
+def _agree(check: Comparison, session: Engine, torch_model: Reference, cache: Any, part: np.ndarray) -> bool:
     """Feed one call to the session and its tokens one by one to torch; return whether they end alike."""
     answer = torch_model.answers(np.split(part, len(part)), cache, whole={len(part) - 1})[-1]
     logits = session.prefill(part)[0]
@@ -77,7 +75,7 @@ def _agree(check: Comparison, session: OnnxSession, torch_model: Reference, cach
         return False
 
 
-def _first_tie(check: Comparison, session: OnnxSession, before: Snapshot, answers: Iterator[Answer], start: int) -> int:
+def _first_tie(check: Comparison, session: Engine, before: Snapshot, answers: Iterator[Answer], start: int) -> int:
     """Make the call longer until it differs; return its tokens, the session in torch's state, after a near tie."""
     ids = np.empty(0, np.int64)
     for answer in answers:

@@ -15,13 +15,19 @@ class Target:
         lowerings: Ways to write the mixer, the default first.
         extra: Extra of this package that installs what building and running need.
         requires: Distribution and version specifier of each runtime.
+        weights: Precisions of weights, the default first.
         doc: One line for tables.
+        typed: Whether products run in the type of their weights, and not in fp32.
+        sms: Compute capabilities that it can be built for; none where it is for no GPU.
     """
 
     lowerings: tuple[str, ...]
     extra: str
     requires: dict[str, str]
+    weights: tuple[str, ...]
     doc: str
+    typed: bool = False
+    sms: tuple[int, ...] = ()
 
 
 TARGETS: dict[str, Target] = {
@@ -29,7 +35,26 @@ TARGETS: dict[str, Target] = {
         lowerings=("ort", "portable", "native"),
         extra="onnx",
         requires={"onnxruntime": ">=1.29"},  # first with right shapes for LinearAttention with fewer KV heads
+        weights=("fp32", "fp16", "int8", "int4"),
         doc="a step graph for ONNX Runtime, weights in fp32 to int4",
+    ),
+    "trt": Target(
+        lowerings=("plugin",),
+        extra="trt",
+        requires={},
+        weights=("fp16", "bf16", "fp32"),
+        doc="TensorRT 8.5 and later: a graph for our plugin, its kernels, and an engine where TensorRT is installed",
+        typed=True,
+        sms=(80, 86, 87, 89, 90, 100, 120),
+    ),
+    "trt-rtx": Target(
+        lowerings=("portable",),
+        extra="rtx",
+        requires={},
+        weights=("fp16", "bf16", "fp32"),
+        doc="an engine for TensorRT-RTX on GeForce and RTX GPUs, built without a GPU",
+        typed=True,
+        sms=(80, 86, 89, 120, 121),
     ),
 }
 
@@ -57,6 +82,7 @@ class Precision:
 WEIGHTS: dict[str, Precision] = {
     "fp32": Precision("float32", 32, "as computed with"),
     "fp16": Precision("float16", 16, "half the file; a CPU makes them fp32 when it loads them"),
+    "bf16": Precision("bfloat16", 16, "the range of fp32, of which 3 digits stay"),
     "int8": Precision("int8", 8, "less than a third of the file, nothing lost that can be measured"),
     "int4": Precision("int4", 4, "4 bits where they cost least and 8 elsewhere; loses a little"),
 }

@@ -26,8 +26,11 @@ from ligerexport.exporters.text import PROMPT
 from ligerexport.memory import get_score
 
 if TYPE_CHECKING:
+    from ligerexport.exporters.onnx.evaluation import PluginSession
     from ligerexport.exporters.onnx.session import OnnxSession
     from ligerexport.snapshot import Snapshot
+
+    Engine = OnnxSession | PluginSession
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Tolerance:
 
 TOLERANCES = {
     dtype: Tolerance(logits=2e-4, state=2e-4, tie=1e-4, weights=weights)
-    for dtype, weights in {"float32": 0.0, "float16": 1e-3, "int8": 0.05, "int4": 0.5}.items()
+    for dtype, weights in {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3, "int8": 0.05, "int4": 0.5}.items()
 }
 """The arithmetic is fp32 in all of them. Of rows, a few large elements may leave little precision to the others."""
 
@@ -113,26 +116,35 @@ def verify_artifact(
         answers = reference.answers(pieces, whole=whole, advance=advance)
     comparison = Comparison(spec, tolerance, reference)
     mismatch = _compare(comparison, artifact, answers, progress)
+    plugin = artifact.manifest.lowering == "plugin"  # which ONNX Runtime cannot run
     if mismatch is not None:
-        found = first_difference(spec, artifact, np.concatenate(pieces), reference)
+        found = None if plugin else first_difference(spec, artifact, np.concatenate(pieces), reference)
         raise _explain(artifact, found, mismatch) from mismatch
-    return asdict(comparison.result), cost_of_precision(spec, artifact, ids, progress)
+    return asdict(comparison.result), None if plugin else cost_of_precision(spec, artifact, ids, progress)
 
 
 def _compare(
     comparison: Comparison, artifact: Artifact, answers: list[Answer], progress: ProgressFactory
 ) -> Mismatch | None:
     """Run the artifact against torch's answers; return what is off."""
-    from ligerexport.exporters.onnx.session import OnnxSession
-
     with progress("comparing", len(answers) + 1, "steps") as advance:
-        exact = artifact.manifest.block is not None
-        session = OnnxSession(artifact, chunk=artifact.manifest.graph.max_chunk, prepack=False, exact=exact)
+        session = _open(comparison.spec, artifact)
         try:
             comparison.run(session, answers, advance)
         except Mismatch as mismatch:
             return mismatch
     return None
+
+
+def _open(spec: ModelSpec, artifact: Artifact) -> Engine:
+    if artifact.manifest.lowering == "plugin":
+        from ligerexport.exporters.onnx.evaluation import PluginSession
+
+        return PluginSession(artifact, spec, wide=True)
+    from ligerexport.exporters.onnx.session import OnnxSession
+
+    exact = artifact.manifest.block is not None
+    return OnnxSession(artifact, chunk=artifact.manifest.graph.max_chunk, prepack=False, exact=exact)
 
 
 def prompt_ids(spec: ModelSpec) -> np.ndarray:
@@ -161,7 +173,7 @@ class Comparison:
         self._reference = reference if scored else None
         self._adrift = False
 
-    def run(self, session: OnnxSession, answers: list[Answer], advance: Any, prompt: int = PIECES) -> None:
+    def run(self, session: Engine, answers: list[Answer], advance: Any, prompt: int = PIECES) -> None:
         """Feed the prompt, the first `prompt` answers, in torch's pieces and then step; then all of it at once.
 
         Raises:
@@ -181,7 +193,7 @@ class Comparison:
             raise Mismatch(None, f"{self.result.near_ties} of {self.result.checks} comparisons ended in tied scores")
         self.result.passed = True
 
-    def _call(self, session: OnnxSession, answer: Answer, seen: list[np.ndarray]) -> np.ndarray | None:
+    def _call(self, session: Engine, answer: Answer, seen: list[np.ndarray]) -> np.ndarray | None:
         """Feed and compare one call after the pieces `seen`; return its logits, None where a near tie left it open."""
         self.result.checks += 1
         self.result.tokens += len(answer.ids)
@@ -230,7 +242,7 @@ class Comparison:
         result.max_logit_error = max(result.max_logit_error, error)
         return True
 
-    def resume(self, session: OnnxSession, snapshot: Snapshot, answer: Answer) -> None:
+    def resume(self, session: Engine, snapshot: Snapshot, answer: Answer) -> None:
         """Go on from torch's state after a near tie, as soon as there is a whole one."""
         self._adrift = not answer.whole
         if answer.whole:
@@ -309,7 +321,7 @@ def _ranks(scores: np.ndarray, positions: np.ndarray, pools: tuple[tuple[str, in
 
 def _explain(artifact: Artifact, found: tuple[int, str] | None, mismatch: Mismatch) -> VerificationError:
     """Say which layer is the first that differs, where one was found."""
-    where = "no layer differs by itself"
+    where = "no layer was found that differs by itself"
     if found is not None:
         where = f"layer {found[0]} is the first that differs ({found[1]})"
     seen = mismatch.what if mismatch.layer is None else f"layer {mismatch.layer}: {mismatch.what}"

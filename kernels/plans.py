@@ -51,6 +51,12 @@ def spec_fields(spec: MixerSpec) -> dict[str, Any]:
     return given | {"config": spec.config.to_dict()}
 
 
+def layer_digest(layer: Mapping[str, Any]) -> str:
+    """Return the name of a layer, from `spec_fields` of it: what the TensorRT plugin looks kernels up by."""
+    text = json.dumps(layer, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def make_plans(
     name: str, spec: MixerSpec, dtype: str, sm: int, max_batch: int
 ) -> Iterator[tuple[Plan, dict[str, tuple[Kernel, Recorded]]]]:

@@ -132,6 +132,8 @@ class Manifest:
         block: Weights that share a scale, None where each stands for itself.
         quality: What storing the weights so costs, against fp32 on a built-in text, as the verifier measured it: nats a
             token before and after, and the divergence. None for fp32.
+        device: What it was built for: compute capabilities, most sequences, the plugin's contract, and the names of
+            kernels, plugin and engine. None for the CPU.
         files: Every other file of the artifact; filled when it is written.
         format_version: Of this structure.
     """
@@ -152,13 +154,14 @@ class Manifest:
     recovery: dict[str, Any] | None = None
     block: int | None = None
     quality: dict[str, Any] | None = None
+    device: dict[str, Any] | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
     def growth(self) -> int:
         """Bytes by which the state of one sequence grows a token; 0 without layers kept as softmax."""
-        width = {"float32": 4, "float16": 2, "int64": 8}
+        width = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
         total = 0
         for tensor in self.state:
             if tensor.grows:

@@ -99,11 +99,12 @@ def load(
     Raises:
         ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
         MissingDependency: Its runtime is not installed.
+        LigerError: The engine does not run on the GPU that is here.
     """
     artifact = open_artifact(path, hashes=hashes, data=False)
     target = artifact.manifest.target
     if target != "onnx":
-        raise ArtifactError(f"no runtime here for target '{target}'", hint=close_matches(target, ["onnx"]))
+        raise ArtifactError(f"no runtime here for target '{target}'", hint=_elsewhere(artifact))
     with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter's lock, and so does the engine
         checked = pool.submit(check_data, artifact) if hashes else None
         try:
@@ -115,3 +116,22 @@ def load(
         finally:  # before anything runs, and before what the engine may say of changed weights
             if checked is not None:
                 checked.result()
+
+
+def _elsewhere(artifact: Artifact) -> str | None:
+    """Say where an artifact without a session runs.
+
+    Raises:
+        MissingDependency: TensorRT-RTX is not installed.
+        LigerError: Its engine does not run on the GPU that is here.
+    """
+    target = artifact.manifest.target
+    if target == "trt":
+        return f"run it with liger-run {artifact.directory} on a machine with TensorRT, see docs/guides/tensorrt.md"
+    if target == "trt-rtx":
+        from ligerexport.exporters.tensorrt.engine import check_engine
+        from ligerexport.exporters.tensorrt.package import rtx
+
+        check_engine(rtx(), artifact.graph)
+        return f"run {artifact.graph} with TensorRT-RTX on an RTX GPU, see docs/guides/tensorrt.md"
+    return close_matches(target, ["onnx"])

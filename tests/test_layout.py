@@ -129,7 +129,7 @@ def test_constraints_fit_the_bounds() -> None:
     lines = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in lines}
     extras = project["optional-dependencies"]
-    for line in [*project["dependencies"], *extras["builtin"], *extras["onnx"], *extras["dev"]]:
+    for line in [*project["dependencies"], *extras["builtin"], *extras["onnx"], *extras["rtx"], *extras["dev"]]:
         requirement = Requirement(line)
         assert pins[re.sub(r"[-_.]+", "-", requirement.name).lower()] in requirement.specifier, line
 

@@ -13,11 +13,10 @@ from ligerexport.artifact import Artifact, open_artifact
 from ligerexport.config import LigerConfig
 from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx.graph import weight_format
-from ligerexport.exporters.onnx.lowerings import LOWERINGS
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.exporters.reference import Answer, Reference
-from ligerexport.exporters.targets import WEIGHTS
+from ligerexport.exporters.targets import TARGETS, WEIGHTS
 from ligerexport.exporters.verify import TOLERANCES, Comparison
 from ligerexport.families import FAMILIES
 from ligerexport.gates import GATES
@@ -60,8 +59,8 @@ def answers(place: Path, family: str, gate: str, weights: str) -> list[Answer]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("weights", TARGETS["onnx"].weights)
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_logits_and_state(place: Path, family: str, gate: str, weights: str, lowering: str) -> None:
     """A prompt in cuts, 64 steps, and the prompt at once: all logits, and the state after some calls and the last."""
     artifact = engine(place, family, gate, weights, lowering)

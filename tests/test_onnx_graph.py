@@ -31,6 +31,7 @@ from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.native import DOMAIN, register
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
+from ligerexport.exporters.targets import TARGETS
 from ligerexport.exporters.verify import sort_slots, state_error
 from ligerexport.families import FAMILIES
 from ligerexport.gates import GATES
@@ -139,7 +140,7 @@ def compare_states(expected: dict[str, Any], found: dict[str, np.ndarray], toler
 
 @pytest.mark.parametrize("outliers", [False, True], ids=["plain", "outliers"])
 @pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 @pytest.mark.parametrize("cuts", [(96, 44), (1,) * 40 + (7, 1, 92), (63, 1, 76)], ids=["chunks", "steps", "odd"])
 def test_mixer_is_the_torch_op(lowering: str, name: str, outliers: bool, cuts: tuple[int, ...]) -> None:
     """Two sequences, one with padding on its left, d_k != d_v, three queries a key."""
@@ -160,7 +161,7 @@ def test_mixer_is_the_torch_op(lowering: str, name: str, outliers: bool, cuts: t
 
 
 @pytest.mark.parametrize("inv_freq", [INV_FREQ[:6], torch.zeros(8)], ids=["some", "all"])
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_evicted_tokens_where_channels_are_not_rotated(lowering: str, inv_freq: Tensor) -> None:
     spec = mixer_spec(EVICTED)
     query, key, value = projections(90, outliers=False)
@@ -237,14 +238,14 @@ def check_model(spec: ModelSpec, directory: Path, lowering: str) -> None:
             compare_states(cache.layers[layer].state, state, 2 * STATE)
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 @pytest.mark.parametrize(("family", "gate"), [*product(["llama", "qwen3"], GATES), *((f, "gla") for f in OTHERS)])
 def test_model_is_the_torch_model(tmp_path: Path, family: str, gate: str, lowering: str) -> None:
     config = LigerConfig(gate=gate, window=20, sinks=2, slots=(("peak_effect", 4), ("novelty", 6)))
     check_model(read_spec(make_checkpoint(tmp_path / "model", config, family)), tmp_path, lowering)
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 @pytest.mark.parametrize("config", [FORESIGHT, EVICTED], ids=["foresight", "evicted"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_scores_of_the_hidden_state(tmp_path: Path, family: str, config: LigerConfig, lowering: str) -> None:
@@ -279,7 +280,7 @@ def test_rotary_types(tmp_path: Path, rope: dict[str, Any]) -> None:
     ("family", "windows"),
     [("mistral", [24, 24, 24]), ("smollm3", [None, None, None]), ("gemma3_text", [24, None, 24])],
 )
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_layers_kept_as_softmax(tmp_path: Path, lowering: str, family: str, windows: list[int | None]) -> None:
     """With a sliding window of the family's own, without rotary embedding, and with rotary embeddings of two kinds."""
     liger = LigerConfig(window=20, keep_softmax=(0, 1))
@@ -307,7 +308,7 @@ def proto(spec: ModelSpec, lowering: str) -> onnx.ModelProto:
 @pytest.mark.parametrize(
     "changes", [{}, {"gate": "gsa"}, {"attention_weight": 1.0, "recurrence": "evicted"}], ids=["", "gsa", "evicted"]
 )
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str, changes: dict[str, Any]) -> None:
     """Every past has one consumer, and its present is computed from what that consumer puts out."""
     liger = LigerConfig(window=8, sinks=1, slots=(("use", 2), ("novelty", 2)), keep_softmax=(1,), **changes)
@@ -328,7 +329,7 @@ def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str, changes: d
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
     """As many nodes in every layer, no loop, and nothing that the preset does not use."""
     config = PRESETS[preset].config
@@ -362,7 +363,7 @@ def test_portable_nodes_are_narrow(tmp_path: Path, name: str, family: str) -> No
         assert len(node.input) + len(node.output) <= 8, node.name
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_weights_keep_their_names(tmp_path: Path, lowering: str) -> None:
     """Those of one input, which are one product, have a joint name."""
     spec = read_spec(make_checkpoint(tmp_path / "model", MEMORY, tie_word_embeddings=True))

@@ -20,20 +20,20 @@ from ligerexport.exporters import verify
 from ligerexport.exporters.build import build, planned_weight_bytes
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx.graph import weight_format
-from ligerexport.exporters.onnx.lowerings import LOWERINGS
 from ligerexport.exporters.onnx.native import register
 from ligerexport.exporters.onnx.quantise import dequantise, pack, quantise, unpack
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import data_layout, matrix_slabs, write_weights
-from ligerexport.exporters.targets import WEIGHTS
+from ligerexport.exporters.targets import TARGETS, WEIGHTS
 
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "odd": {"vocab_size": 133, "hidden_size": 84, "intermediate_size": 75, "family": "qwen2"},
 }
 """`odd`: untied, with biases, no size a multiple of a block, an odd number of rows and an odd number of blocks."""
-SMALL = [name for name, row in WEIGHTS.items() if row.bits < 32]
+LOWERINGS = TARGETS["onnx"].lowerings
+SMALL = [name for name in TARGETS["onnx"].weights if WEIGHTS[name].bits < 32]
 
 
 @pytest.fixture(scope="module", params=MODELS)

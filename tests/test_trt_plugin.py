@@ -28,9 +28,9 @@ from test_aot import choose, table
 
 from ligerexport.config import PRESETS
 from ligerexport.errors import UsageError
-from ligerexport.exporters.tensorrt.pack import layer_digest, write_pack
+from ligerexport.exporters.tensorrt.pack import write_pack
 from ligerexport.kernels.launches import evaluate
-from ligerexport.kernels.plans import spec_fields
+from ligerexport.kernels.plans import layer_digest, spec_fields
 from ligerexport.state import MixerSpec
 
 ROOT = Path(__file__).parent.parent

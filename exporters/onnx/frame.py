@@ -18,10 +18,22 @@ class Frame:
     """
 
     def __init__(self, g: Builder, input_ids: ir.Value, position: ir.Value) -> None:
-        self.g, self.position = g, position
-        self.length = g.op("Shape", input_ids, start=1, end=2)
-        self.batch_length = g.op("Shape", input_ids)
-        self.batch = g.op("Shape", input_ids, start=0, end=1)
+        self.g, self.input_ids, self.position = g, input_ids, position
+
+    @property
+    def length(self) -> ir.Value:
+        """T, `[1]`."""
+        return self.g.once("T", lambda: self.g.op("Shape", self.input_ids, start=1, end=2))
+
+    @property
+    def batch(self) -> ir.Value:
+        """B, `[1]`."""
+        return self.g.once("B", lambda: self.g.op("Shape", self.input_ids, start=0, end=1))
+
+    @property
+    def batch_length(self) -> ir.Value:
+        """B and T, `[2]`."""
+        return self.g.once("B and T", lambda: self.g.op("Shape", self.input_ids))
 
     def per_token(self, x: ir.Value, *shape: int) -> ir.Value:
         """Reshape `[B * T, ...]` to `[B, T, *shape]`."""

@@ -35,12 +35,14 @@ TOLERANCE = 1e-4
 """Largest difference of a logit from the artifact's own graph, which has the same nodes."""
 
 
-def check_genai(checkpoint: Path, lowering: str) -> None:
+def check_genai(checkpoint: Path, target: str, lowering: str) -> None:
     """Check that onnxruntime-genai can run what will be built.
 
     Raises:
-        UsageError: The lowering has an operator that it does not have, or no id ends a text.
+        UsageError: It is not for ONNX Runtime, has an operator that it does not have, or no id ends a text.
     """
+    if target != "onnx":
+        raise UsageError(f"onnxruntime-genai with the target {target}", hint="--target onnx")
     if lowering == "native":
         raise UsageError("onnxruntime-genai does not have the operator of the lowering native", hint="--lowering ort")
     if not eos_ids(checkpoint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,21 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ligerexport.exporters.onnx.attention import softmax_attention
-from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Axis, Builder, graph_input
+from ligerexport.exporters.onnx.builder import Axis, Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.linear import Weights
 from ligerexport.exporters.onnx.lowerings import LOWERINGS, Portable
 from ligerexport.exporters.onnx.mixer import Candidates, RotaryTables, candidates, mixer, rotary_tables
-from ligerexport.exporters.onnx.native import DOMAIN
+from ligerexport.exporters.onnx.plugin import plugin_mixer
 from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
 from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, JOINT, WeightFormat, align, data_layout
 from ligerexport.exporters.targets import BLOCK, get_precision
 from ligerexport.families import Norms, get_family
-from ligerexport.state import TensorSpec
 
 GRAPH_FILE = "model.onnx"
 EMBEDDED = 4096
 """Constants of at most this many bytes stay in the graph's own file."""
-DTYPES = {"activation": "float32", "float32": "float32", "int64": "int64"}
-_ONNX = {"float32": "FLOAT", "int64": "INT64"}
+_ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64", "int32": "INT32"}
 
 
 @dataclass(frozen=True)
@@ -51,30 +50,37 @@ class StateTensorSpec:
         """Name of the output."""
         return f"present.{self.layer}.{self.name}"
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one sequence, where it does not grow."""
+        count = prod(size for size in self.shape if isinstance(size, int))
+        return count * ir.DataType[_ONNX[self.dtype]].bitwidth // 8
 
-def state_tensors(spec: ModelSpec) -> tuple[StateTensorSpec, ...]:
+
+def state_tensors(spec: ModelSpec, lowering: str = "ort", form: WeightFormat = FP32) -> tuple[StateTensorSpec, ...]:
     """Return the state of the whole model in the order of the graph's inputs."""
-    growing = ("B", spec.kv_heads, "P", spec.head_dim)
+    growing, row = ("B", spec.kv_heads, "P", spec.head_dim), LOWERINGS[lowering]
+    activation = form.precision.dtype if row.plugin and form.typed else "float32"
+    types = {"activation": activation, "float32": "float32", "int64": row.integer}
     tensors = []
     for layer, layer_spec in enumerate(spec.mixers):
         if layer_spec is None:
             tensors += [StateTensorSpec(layer, name, growing, "float32", 0.0, True) for name in ("key", "value")]
         else:
-            tensors += [_fixed(layer, tensor) for tensor in layer_spec.state()]
+            fixed = layer_spec.state()
+            tensors += [StateTensorSpec(layer, t.name, ("B", *t.shape), types[t.dtype], t.fill, False) for t in fixed]
     return tuple(tensors)
 
 
-def _fixed(layer: int, tensor: TensorSpec) -> StateTensorSpec:
-    return StateTensorSpec(layer, tensor.name, ("B", *tensor.shape), DTYPES[tensor.dtype], tensor.fill, False)
-
-
-def weight_format(weights: str = "fp32", block: int = BLOCK, lowering: str = "ort") -> WeightFormat:
-    """Return how weights are stored for a lowering.
+def weight_format(
+    weights: str = "fp32", block: int = BLOCK, lowering: str = "ort", typed: bool = False
+) -> WeightFormat:
+    """Return how weights are stored for a lowering, and with `typed` that products run in their type.
 
     Raises:
         UsageError: No such precision, or no kernel takes such blocks.
     """
-    return WeightFormat(get_precision(weights, block), block, LOWERINGS[lowering].transposed)
+    return WeightFormat(get_precision(weights, block), block, LOWERINGS[lowering].transposed, typed)
 
 
 def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128, form: WeightFormat = FP32) -> ir.Model:
@@ -89,9 +95,10 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
         form: How weights are stored, from `weight_format` for this lowering.
     """
     g = Builder()
-    lower = LOWERINGS[lowering](g)
-    input_ids, position = graph_input("input_ids", "INT64", ("B", "T")), graph_input("position", "INT64", ("B",))
-    state = state_tensors(spec)
+    lower = LOWERINGS[lowering](g, form.activation)
+    integer = _ONNX[lower.integer]
+    input_ids, position = graph_input("input_ids", integer, ("B", "T")), graph_input("position", integer, ("B",))
+    state = state_tensors(spec, lowering, form)
     past = {t.past: graph_input(t.past, _ONNX[t.dtype], t.shape) for t in state}
     family, weights = get_family(spec.family), Weights(g, lower, spec, form)
     weight, linear = weights.vector, weights.linear
@@ -126,7 +133,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
         return lower.add_norm(x, residual, norm_weight(name), spec.norm_eps)
 
     frame = Frame(g, input_ids, position)
-    tables, seen = _shared(lower, frame, spec, past, max_chunk)
+    tables, seen = ({}, {}) if lower.plugin else _shared(lower, frame, spec, past, max_chunk)
     activation = ACTIVATIONS[spec.activation]
     heads = [count * spec.head_dim for count in (spec.q_heads, spec.kv_heads, spec.kv_heads)]
     outputs: dict[str, ir.Value] = {}
@@ -144,7 +151,11 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
                 mixed, present = softmax_attention(lower, frame, spec, (query, key, value), own, spec.attention[i])
             else:
                 score = linear(normed, f"{name}.self_attn.score_proj") if layer.config.foresees else None
-                mixed, present = mixer(lower, frame, layer, tables[i], (query, key, value), own, seen.get(i), score)
+                if lower.plugin:
+                    inv_freq = spec.attention[i].inv_freq
+                    mixed, present = plugin_mixer(lower, frame, layer, inv_freq, (query, key, value), own, score)
+                else:
+                    mixed, present = mixer(lower, frame, layer, tables[i], (query, key, value), own, seen.get(i), score)
             outputs |= {f"present.{i}.{kind}": tensor for kind, tensor in present.items()}
             mixed = norm(linear(mixed, f"{name}.self_attn.o_proj"), norms[i].after_attention)
             normed, residual = add(mixed, residual, norms[i].before_mlp)
@@ -154,7 +165,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
         if i + 1 < len(spec.mixers):
             normed, residual = add(x, residual, norms[i + 1].before_attention)
             residual.name = f"hidden.{i}"
-    x, residual = (g.op("Gather", frame.per_token(y, spec.hidden_size), g.const(-1), axis=1) for y in (x, residual))
+    x, residual = (lower.last(frame, y, spec.hidden_size) for y in (x, residual))
     normed, residual = add(x, residual, "model.norm")
     residual.name = f"hidden.{len(spec.mixers) - 1}"
     factor, cap = spec.scaling.logits, spec.scaling.logit_cap
@@ -166,11 +177,11 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     named += [g.output(outputs[t.present], t.present, _ONNX[t.dtype], t.shape) for t in state]
     graph = ir.Graph(
         [input_ids, position, *past.values()], named, nodes=g.nodes, initializers=list(g.initializers.values()),
-        opset_imports={"": OPSET, CONTRIB: 1} | ({DOMAIN: 1} if lower.native else {}), name="ligerexport",
+        opset_imports={"": lower.opset} | dict.fromkeys(lower.domains, 1), name="ligerexport",
     )  # fmt: skip
     linear_states = any(layer is not None and (layer.config.recurrent or layer.config.judged) for layer in spec.mixers)
     functions = lower.functions(spec.kv_heads, spec.head_dim) if linear_states else []
-    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="ligerexport", functions=functions)
+    model = ir.Model(graph, ir_version=lower.ir_version, producer_name="ligerexport", functions=functions)
     RemoveUnusedNodesPass()(model)  # what an operator took over from the nodes before it
     return model
 

@@ -32,14 +32,17 @@ class Weights:
         return self._value(name, self._layout[name])
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
-        """Return `x @ weight^T + bias` of a linear map, or of several by their joint name; x is `[tokens, in]`."""
-        g, weight = self.g, f"{name}.weight"
+        """Return `x @ weight^T + bias` of a linear map, or of several by their joint name; x is `[tokens, in]` fp32."""
+        g, lower, weight = self.g, self.lower, f"{name}.weight"
         bias = self.vector(f"{name}.bias") if f"{name}.bias" in self._layout else None
         stored = f"{EMBEDDING}.weight" if name == HEAD and self.spec.tied else weight
         part = self._layout[stored]
         if f"{stored}_scale" in self._layout:
-            return self.lower.blocked_linear(x, self._blocked(stored, weight), bias)
+            return lower.blocked_linear(x, self._blocked(stored, weight), bias)
         table = self._value(stored, part)
+        if part.dtype == lower.activation != ir.DataType.FLOAT:
+            product = lower.wide(g.op("Gemm", lower.narrow(x), table, transB=1))
+            return g.op("Add", product, bias) if bias else product
         if part.dtype != ir.DataType.FLOAT:  # of a constant: folded when the graph is loaded
             table = g.op("Cast", table, to=ir.DataType.FLOAT)
         return g.op("Gemm", x, table, *([bias] if bias else []), transB=1)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ligerexport.exporters.onnx.builder import CONTRIB, OPSET, Builder
+from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Builder
+from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.native import DOMAIN
 
 FP32_ACTIVATIONS, INT8_ACTIVATIONS = 1, 4
@@ -55,20 +56,52 @@ class Blocked:
 class Portable:
     """Standard operators only.
 
+    Args:
+        g: The graph.
+        activation: Type of what goes into products with weights of this type and comes out of them; all else is fp32.
+
     Attributes:
         native: Whether a layer's memory is one node, of the library that `native` compiles.
+        plugin: Whether a layer's mixer is one node, of the TensorRT plugin.
         max_tensors: Most inputs and outputs of a node; None is any number. A shader of WebGPU has 8 storage
             buffers for sure.
+        transposed: Whether quantised matrices are stored as `[in, out]`.
+        integer: Type of the integers that go in and out.
+        opset: Of the standard operators.
+        ir_version: Of the file.
+        domains: Of other operators.
     """
 
     native = False
+    plugin = False
     max_tensors: int | None = 8
-
     transposed = True
-    """Whether quantised matrices are stored as `[in, out]`."""
+    integer = "int64"
+    opset = OPSET
+    ir_version = IR_VERSION
+    domains: tuple[str, ...] = (CONTRIB,)
 
-    def __init__(self, g: Builder) -> None:
-        self.g = g
+    def __init__(self, g: Builder, activation: ir.DataType = ir.DataType.FLOAT) -> None:
+        self.g, self.activation = g, activation
+        self._narrow: dict[ir.Value, ir.Value] = {}
+
+    def narrow(self, x: ir.Value) -> ir.Value:
+        """Return fp32 in the type of activations."""
+        if self.activation == ir.DataType.FLOAT:
+            return x
+        return self._narrow.get(x) or self.g.op("Cast", x, to=self.activation)
+
+    def wide(self, x: ir.Value) -> ir.Value:
+        """Return activations in fp32; `narrow` of it is `x` again."""
+        if self.activation == ir.DataType.FLOAT:
+            return x
+        wide = self.g.op("Cast", x, to=ir.DataType.FLOAT)
+        self._narrow[wide] = x
+        return wide
+
+    def last(self, frame: Frame, x: ir.Value, width: int) -> ir.Value:
+        """Return the last token's row `[B, width]` of `[B * T, width]`."""
+        return self.g.op("Gather", frame.per_token(x, width), self.g.const(-1), axis=1)
 
     def functions(self, kv_heads: int, d_k: int) -> list[ir.Function]:
         """Return the model-local functions that the graph needs."""
@@ -323,6 +356,7 @@ class Native(Ort):
     """The same with a layer's memory, its MLP's gate and quantised products as operators of our own, on the CPU."""
 
     native = True
+    domains = CONTRIB, DOMAIN
 
     def blocked_linear(self, x: ir.Value, matrix: Blocked, bias: ir.Value | None) -> ir.Value:
         """Return `x @ matrix^T + bias` from the codes as they lie in the file, of which the runtime makes no copy."""
@@ -340,4 +374,36 @@ class Native(Ort):
         return self.g.op("GatedUnit", *inputs, domain=DOMAIN, activation=["silu", "gelu"].index(activation))
 
 
-LOWERINGS: dict[str, type[Portable]] = {"ort": Ort, "portable": Portable, "native": Native}
+class Plugin(Portable):
+    """A mixer as one node, and around it what TensorRT parses from 8.5 on: opset 17, integers of 32 bits.
+
+    Parsers of 8.5 silently read `Shape` of a range as the whole shape, and hand an index from the end on as it is.
+    """
+
+    plugin = True
+    max_tensors = None
+    integer = "int32"
+    opset = 17
+    ir_version = 8
+    domains = (DOMAIN,)
+
+    def rms_norm(self, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+        """Norm the last axis."""
+        g = self.g
+        mean = g.op("ReduceMean", g.op("Mul", x, x), axes=[-1])
+        return g.op("Mul", g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.floats(eps)))), weight)
+
+    def gelu(self, x: ir.Value) -> ir.Value:
+        """Return GELU in its approximation by tanh."""
+        g = self.g
+        cube = g.op("Mul", g.op("Mul", x, x), g.op("Mul", x, g.floats(0.044715)))
+        bent = g.op("Tanh", g.op("Mul", g.op("Add", x, cube), g.floats(np.sqrt(2 / np.pi))))
+        return g.op("Mul", g.op("Mul", x, g.floats(0.5)), g.op("Add", bent, g.floats(1)))
+
+    def last(self, frame: Frame, x: ir.Value, width: int) -> ir.Value:
+        """Return the last token's row `[B, width]` of `[B * T, width]`."""
+        end = np.iinfo(np.int32).max
+        return self.g.reshape(self.g.slice(frame.per_token(x, width), -1, end, 1), -1, width)
+
+
+LOWERINGS: dict[str, type[Portable]] = {"ort": Ort, "portable": Portable, "native": Native, "plugin": Plugin}

@@ -25,6 +25,7 @@ ALIGNMENT = 4096
 """Bytes; a page, so that a runtime can map a weight instead of copying it."""
 SUFFIXES = ("", "_scale", "_zero_point")
 """Of the names of the three tensors of a quantised matrix."""
+_HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _MLP = re.compile(r"layers\.(\d+)\.mlp\.(\w+)_proj")
 JOINT = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
 """Maps of one input, by what they are called as one."""
@@ -43,11 +44,18 @@ class WeightFormat:
         block: Elements of a row that share a scale and a zero point, where the precision has blocks.
         transposed: Whether quantised matrices lie as `[in, out]`, the form of `DequantizeLinear` before a product that
             runtimes fuse, and else as ONNX Runtime's `MatMulNBits` wants them.
+        typed: Whether products run in the type of their weights, and not in fp32.
     """
 
     precision: Precision = WEIGHTS["fp32"]
     block: int = BLOCK
     transposed: bool = False
+    typed: bool = False
+
+    @property
+    def activation(self) -> ir.DataType:
+        """Type of what goes into products with weights and comes out of them."""
+        return _HALVES.get(self.precision.dtype, ir.DataType.FLOAT) if self.typed else ir.DataType.FLOAT
 
     def bits(self, spec: ModelSpec, name: str) -> int:
         """Return the bits of an element of a weight; 32 for what is no matrix, and for learned scores.
@@ -135,7 +143,7 @@ def _parts(spec: ModelSpec, name: str, form: WeightFormat) -> dict[str, tuple[ir
     if bits == 32:
         return {"": (ir.DataType.FLOAT, shape)}
     if bits == 16:
-        return {"": (ir.DataType.FLOAT16, shape)}
+        return {"": (_HALVES[form.precision.dtype], shape)}
     rows, width = shape
     block = form.block_of(spec, name)
     count = -(-width // block)
@@ -171,7 +179,7 @@ def write_weights(
             if f"{name}_scale" not in layout:
                 data.seek(part.offset)
                 for slab in weight_slabs(spec, name):
-                    data.write(np.ascontiguousarray(slab, part.dtype.numpy()).data.cast("B"))
+                    data.write(np.ascontiguousarray(slab, part.dtype.numpy()).view(np.uint8).data)
                     advance(slab.size * part.dtype.itemsize)
                 continue
             bits = form.bits(spec, name)

@@ -7,18 +7,16 @@ lists have their length in front, and expressions are in postfix.
 from __future__ import annotations
 
 import ast
-import hashlib
-import json
 import struct
 import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ligerexport.errors import LigerError
 from ligerexport.kernels.aot import compile_kernels
 from ligerexport.kernels.manifest import HIDDEN, Buffer, Kernel, Launch, Manifest, Plan
+from ligerexport.kernels.plans import layer_digest
 from ligerexport.state import MixerSpec
 
 PACK = "kernels.liger"
@@ -64,12 +62,6 @@ def write_pack(
         made = compile_kernels(layers, dtype, sms, place, operators=OPERATORS, max_batch=max_batch, jobs=jobs)
         Path(path).write_bytes(_encode(made, place))
     return made
-
-
-def layer_digest(fields: dict[str, Any]) -> str:
-    """Return what kernels are looked up by, from a layer as `ligerexport.kernels.plans.spec_fields` writes it."""
-    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _encode(manifest: Manifest, place: Path) -> bytes:

@@ -108,6 +108,20 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
+def parse_sms(text: str | None) -> tuple[int, ...] | None:
+    """Read `86,8.9`.
+
+    Raises:
+        UsageError: It has another form.
+    """
+    if text is None:
+        return None
+    numbers = [part.strip().replace(".", "") for part in _parts(text)]
+    if not numbers or not all(number.isdigit() for number in numbers):
+        raise UsageError(f"--sm {text}", hint="write compute capabilities, as in --sm 87,89")
+    return tuple(map(int, numbers))
+
+
 def _parts(text: str) -> list[str]:
     return [] if text.strip() in ("", "none") else text.split(",")
 

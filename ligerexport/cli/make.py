@@ -16,6 +16,7 @@ from ligerexport.console import card, format_bytes, progress
 from ligerexport.convert import SHIPPED, WINDOWS, check_score_options, choose_conversion
 from ligerexport.errors import UsageError, close_matches
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision, get_target
+from ligerexport.exporters.tensorrt.package import Gpu, choose_gpu
 from ligerexport.gates import GATES
 from ligerexport.memory import SCORES
 
@@ -193,8 +194,25 @@ def build(
         ),
     ] = None,
     max_chunk: Annotated[int, typer.Option(help="Most tokens of one call.")] = 128,
-    weights: Annotated[str, typer.Option(help=f"How weights are stored: {', '.join(WEIGHTS)}.")] = "fp32",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help=f"How weights are stored: {', '.join(WEIGHTS)}; for GPUs also what products run in. Default: fp32, "
+            "for GPUs fp16."
+        ),
+    ] = None,
     block: Annotated[int, typer.Option(help="Weights that share a scale, for int8 and int4.")] = BLOCK,
+    sm: Annotated[
+        str | None,
+        typer.Option(metavar="SM,...", help="Compute capabilities of GPUs, 87 for 8.7; default: all of the target's."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Most sequences on a GPU.")] = 8,
+    plugin: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Library of the TensorRT plugin, to go into the artifact.")
+    ] = None,
+    engine: Annotated[
+        bool, typer.Option("--engine/--no-engine", help="With trt: build the engine here, or on the device.")
+    ] = True,
     genai: Annotated[bool, typer.Option("--genai", help="Add what onnxruntime-genai runs.")] = False,
     force: Force = False,
     dry_run: DryRun = False,
@@ -210,22 +228,27 @@ def build(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars while torch loads; ours say as much
     from ligerexport.artifact import MANIFEST, open_artifact
 
-    lowering = lowering or get_target(target).lowerings[0]
+    row, sms = get_target(target), common.parse_sms(sm)
+    lowering, weights = lowering or row.lowerings[0], weights or row.weights[0]
     get_precision(weights, block)
+    gpu = choose_gpu(target, sms, max_batch, plugin, engine)
     output = model / target if output is None else output
     _check_output(output, force, MANIFEST)
     config = _converted(model)
     common.announce("build", model=model, target=target, output=output, lowering=lowering, max_chunk=max_chunk,
-                    weights=weights, block=block if get_precision(weights, block).blocked else None)  # fmt: skip
+                    weights=weights, block=block if get_precision(weights, block).blocked else None,
+                    **(vars(gpu) if gpu else {}))  # fmt: skip
     from ligerexport.exporters.build import build as build_artifact
     from ligerexport.exporters.build import planned_weight_bytes
 
     if dry_run:
         planned = planned_weight_bytes(model, target=target, lowering=lowering, weights=weights, block=block)
         plan = _describe(model, config) | {"path": str(output), "weight_bytes": planned}
+        plan |= _plan_gpu(model, gpu, planned) if gpu else {}
         return _finish(json, f"would write {output}", plan, None)
     path = Path(build_artifact(model, output, target=target, lowering=lowering, max_chunk=max_chunk, weights=weights,
-                               block=block, genai=genai, force=force, progress=progress))  # fmt: skip
+                               block=block, sms=sms, max_batch=max_batch, plugin=plugin, engine=engine, genai=genai,
+                               force=force, progress=progress))  # fmt: skip
     manifest = open_artifact(path, hashes=False).manifest
     facts = {
         "path": str(path),
@@ -235,8 +258,23 @@ def build(
         "kv_cache_larger_from": manifest.crossover,
         "verified": _verdict(manifest.verification),
         "quality": _cost(manifest.precision, manifest.quality),
+        "device": manifest.device and "  ".join(f"{key}={common.plain(x)}" for key, x in manifest.device.items()),
     }
-    _finish(json, "built and verified", facts, f'ligerexport run {path} "Once upon a time"')
+    following = {"onnx": f'ligerexport run {path} "Once upon a time"', "trt": f"liger-run {path} --ids 1,2,3"}
+    _finish(json, "built and verified", facts, following.get(target))
+
+
+def _plan_gpu(model: Path, gpu: Gpu, weight_bytes: int) -> dict[str, Any]:
+    """Return what a build for GPUs would take."""
+    from ligerexport.exporters.onnx.spec import read_spec
+
+    spec = read_spec(model)
+    parameters = sum(math.prod(spec.weights[name].shape) for name in spec.weights)
+    return {
+        "sms": common.plain(gpu.sms),
+        "layers_to_compile": len({layer for layer in spec.mixers if layer}) * len(gpu.sms),
+        "peak_memory_bytes": 8 * parameters + 3 * weight_bytes,  # all in fp32 twice, while it is verified
+    }
 
 
 def _converted(model: Path) -> LigerConfig:

@@ -79,6 +79,7 @@ def _artifact(path: Path) -> dict[str, Any]:
         "kv_cache_larger_from": manifest.crossover,
         "max_chunk": manifest.graph.max_chunk,
         "requires": manifest.requires,
+        "device": manifest.device,
         "verification": manifest.verification,
         "written_by": f"ligerexport {manifest.ligerexport}, format {manifest.format_version}",
         "files": len(manifest.files) + 1,
@@ -91,6 +92,9 @@ def _providers(path: Path, json: bool) -> None:
     from ligerexport.artifact import open_artifact
 
     artifact = open_artifact(path, hashes=False, runtime=False)
+    if artifact.manifest.target != "onnx":
+        raise UsageError(f"--providers with an artifact of the target {artifact.manifest.target}",
+                         hint="execution providers are ONNX Runtime's")  # fmt: skip
     try:
         import onnx_ir as ir
 
@@ -115,7 +119,7 @@ def _group(tensors: Iterable[tuple[str, Sequence[int | str], str]]) -> list[dict
         rows[key] = rows.get(key, 0) + 1
     found = []
     for (name, shape, dtype), layers in rows.items():
-        count: int | None = {"float16": 2, "int64": 8}.get(dtype, 4) * layers
+        count: int | None = {"float16": 2, "bfloat16": 2, "int64": 8}.get(dtype, 4) * layers
         for size in shape:
             count = count * size if isinstance(size, int) and count is not None else None
         found.append({"name": name, "shape": list(shape), "dtype": dtype, "layers": layers, "bytes": count})
@@ -151,12 +155,18 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     return facts
 
 
-def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+def doctor(
+    target: Annotated[str | None, typer.Option(help="Look at what this target needs too.")] = None,
+    plugin: Annotated[Path | None, typer.Option(metavar="FILE", help="Library of the TensorRT plugin.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
     """Say what is missing, and what mends it."""
     common.begin(quiet, debug)
     from ligerexport.doctor import examine
 
-    checks = examine()
+    checks = examine(target, plugin)
     if json:
         fine = all(check.ok or not check.needed for check in checks)
         common.finish_json(True, {"ok": fine, "checks": [check.to_dict() for check in checks]})

@@ -1,0 +1,170 @@
+"""The graph for the TensorRT plugin: what its nodes say, that TensorRT 8.5 can parse it, and that it computes right."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from checkpoints import FORESIGHT, MEMORY, make_checkpoint
+
+from ligerexport.artifact import Artifact, Source
+from ligerexport.config import PRESETS, LigerConfig
+from ligerexport.convert import load_model
+from ligerexport.exporters.build import make_manifest
+from ligerexport.exporters.onnx.evaluation import PluginSession
+from ligerexport.exporters.onnx.graph import GRAPH_FILE, weight_format, write_graph
+from ligerexport.exporters.onnx.plugin import CONTRACT
+from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
+from ligerexport.exporters.onnx.weights import write_weights
+from ligerexport.exporters.verify import sort_slots, state_error
+from ligerexport.families import FAMILIES
+from ligerexport.kernels.plans import layer_digest, spec_fields
+from ligerexport.mixer import LigerCache
+from ligerexport.state import MixerSpec
+
+LOGITS = {"fp32": 2e-4, "fp16": 2e-2, "bf16": 2e-1}
+STATE = {"fp32": 5e-5, "fp16": 1e-2, "bf16": 8e-2}
+CUTS = (40, 1, 1, 17, 1)
+KINDS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+IN_8_5 = {
+    "Add", "Cast", "Concat", "Div", "Gather", "Gemm", "LigerMixer", "Mul", "ReduceMean", "Reshape", "Shape", "Sigmoid",
+    "Slice", "Split", "Sqrt", "Tanh",
+}  # fmt: skip
+
+
+def write(path: Path, config: LigerConfig, weights: str, family: str = "llama") -> tuple[ModelSpec, Artifact]:
+    """Write checkpoint and graph; return what a session of it needs."""
+    spec = read_spec(make_checkpoint(path / "model", config, family))
+    form, directory = weight_format(weights, lowering="plugin", typed=True), path / "graph"
+    directory.mkdir()
+    write_weights(spec, directory, form)
+    write_graph(spec, directory, lowering="plugin", max_chunk=64, form=form)
+    return spec, Artifact(directory, make_manifest(spec, Source("x"), "trt", "plugin", 64, {}, {}, form=form))
+
+
+def compare(spec: ModelSpec, artifact: Artifact, weights: str) -> None:
+    """Run graph and torch, both as they are meant to be run, over a prompt in pieces."""
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[weights]
+    model = load_model(spec.path, dtype=torch.float32).eval()
+    for parameter in model.parameters():  # stored in this type, computed in fp32: what both sides are near to
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.to(dtype).float()
+    session, cache = PluginSession(artifact, spec), LigerCache(model.config)
+    ids = torch.randint(3, spec.vocab_size, (1, sum(CUTS)), generator=torch.Generator().manual_seed(1))
+    for part in ids.split(CUTS, dim=1):
+        with torch.inference_mode():
+            expected = model(part, past_key_values=cache, use_cache=True).logits[:, -1]
+        found = session.prefill(part.numpy())
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected.float().numpy(), atol=LOGITS[weights] * expected.abs().max().item())
+    for i, layer in enumerate(cache.layers):
+        tensors = session.snapshot().tensors
+        theirs = sort_slots({name: tensors[f"past.{i}.{name}"].astype(np.float64) for name in layer.state})
+        ours = sort_slots({name: x.numpy().astype(np.float64) for name, x in layer.state.items()})
+        assert np.array_equal(ours["slot_position"], theirs["slot_position"])
+        for name, tensor in ours.items():
+            assert state_error(tensor, theirs[name]) < STATE[weights], (i, name)
+
+
+@pytest.mark.parametrize("weights", LOGITS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(tmp_path: Path, preset: str, weights: str) -> None:
+    compare(*write(tmp_path, PRESETS[preset].config, weights), weights)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+def test_families(tmp_path: Path, family: str) -> None:
+    compare(*write(tmp_path, MEMORY, "fp32", family), "fp32")
+
+
+def test_batch_and_padding(tmp_path: Path) -> None:
+    """A row with padding on its left ends as it does alone."""
+    spec, artifact = write(tmp_path, FORESIGHT, "fp32")
+    ids = np.random.default_rng(0).integers(3, spec.vocab_size, (2, 30))
+    both, alone = PluginSession(artifact, spec, batch=2), PluginSession(artifact, spec)
+    found = both.prefill(ids, padding=[0, 9])
+    np.testing.assert_allclose(found[1:], alone.prefill(ids[1:, 9:]), atol=2e-4)
+    np.testing.assert_allclose(both.step([5, 6])[1:], alone.step(6), atol=2e-4)
+
+
+@pytest.mark.parametrize("weights", LOGITS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_nodes(tmp_path: Path, preset: str, weights: str) -> None:
+    """The contract between node and plugin, input by input, and nothing that TensorRT 8.5 would read otherwise."""
+    spec, artifact = write(tmp_path, PRESETS[preset].config, weights)
+    model = onnx.load(artifact.directory / GRAPH_FILE)
+    onnx.checker.check_model(onnx.shape_inference.infer_shapes(model), full_check=False)
+    assert {x.domain: x.version for x in model.opset_import} == {"": 17, "ligerexport": 1} and model.ir_version == 8
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds.keys() <= IN_8_5 and kinds["LigerMixer"] == 3
+    assert not any(node.attribute for node in model.graph.node if node.op_type == "Shape")
+    info = {x.name: x.type.tensor_type for x in model.graph.input}
+    assert info["input_ids"].elem_type == info["position"].elem_type == onnx.TensorProto.INT32
+    half = onnx.helper.np_dtype_to_tensor_dtype(artifact_type(weights))
+    for i, layer in enumerate(spec.mixers):
+        assert layer is not None
+        node = [node for node in model.graph.node if node.op_type == "LigerMixer"][i]
+        names = [tensor.name for tensor in layer.state()]
+        given = list(node.input)
+        assert given[3] == "position" and given[5 + layer.config.foresees :] == [f"past.{i}.{x}" for x in names]
+        assert list(node.output)[1:] == [f"present.{i}.{x}" for x in names]
+        table = next(x for x in model.graph.initializer if x.name == given[4])
+        assert list(table.dims) == [2, layer.max_distance + 64, layer.d_k // 2]
+        types = {name: info[f"past.{i}.{name}"].elem_type for name in names}
+        assert types.pop("slot_key") == types.pop("slot_value") == half
+        assert types.pop("slot_position") == onnx.TensorProto.INT32
+        assert set(types.values()) <= {onnx.TensorProto.FLOAT}
+        config = layer.config
+        found: dict[str, Any] = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
+        assert found == {
+            "plugin_namespace": b"ligerexport", "plugin_version": b"1", "contract": CONTRACT,
+            "layer_spec": layer_digest(spec_fields(layer)).encode(), "q_heads": 4, "kv_heads": 2, "d_k": 16, "d_v": 16,
+            "slots": config.num_slots, "pools": len(config.slots), "max_distance": 64,
+            "foresees": int(config.foresees), "judged": int(config.judged), "recurrent": int(config.recurrent),
+            "evicts": int(config.evicts),
+        }  # fmt: skip
+    state = {t.past: t.dtype for t in artifact.manifest.state}
+    assert state["past.0.slot_key"] == KINDS[weights] and state["past.0.slot_position"] == "int32"
+    assert artifact.manifest.bytes.state_per_sequence == sum(
+        x.nbytes for x in PluginSession(artifact, spec).snapshot().tensors.values()
+    )
+
+
+def artifact_type(weights: str) -> np.dtype:
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16 if weights == "bf16" else KINDS[weights])
+
+
+def test_layer_digest() -> None:
+    """It is of all that makes a layer, and reads the same from the contract's own words."""
+    spec = MixerSpec(PRESETS["sinks"].config, 4, 2, 64, 64, 0.125, 8192)
+    fields = {"config": spec.config.to_dict(), "q_heads": 4, "kv_heads": 2, "d_k": 64, "d_v": 64, "scale": 0.125,
+              "max_distance": 8192}  # fmt: skip
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    assert layer_digest(spec_fields(spec)) == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_types_meet_only_in_casts(tmp_path: Path) -> None:
+    """Every product with a stored half gets halves, everything else is fp32: what strongly typed networks ask for."""
+    _, artifact = write(tmp_path, FORESIGHT, "fp16", "gemma3_text")
+    model = onnx.shape_inference.infer_shapes(onnx.load(artifact.directory / GRAPH_FILE), strict_mode=True)
+    types = {x.name: x.type.tensor_type.elem_type for x in (*model.graph.value_info, *model.graph.input)}
+    types |= {x.name: x.data_type for x in model.graph.initializer}
+    half, full = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    mixers = {output: half for node in model.graph.node if node.op_type == "LigerMixer" for output in node.output[:1]}
+    for node in model.graph.node:
+        floats = {t for x in node.input if (t := (types | mixers).get(x)) in (half, full)}
+        if node.op_type not in ("LigerMixer", "Cast"):
+            assert len(floats) <= 1, node.name
+        if node.op_type in ("Add", "Mul", "Div", "Sqrt", "ReduceMean", "Tanh"):
+            assert floats == {full}, node.name
+    stored = {x.name for x in model.graph.initializer if x.data_type == half}
+    assert {node.op_type for node in model.graph.node if stored & set(node.input)} == {"Gemm", "Gather"}
