@@ -61,11 +61,12 @@ def make_checkpoint(directory: Path, shape: str, layers: int | None, preset: str
         part = name.split(".")[2] if ".layers." in name else name.removesuffix(".weight")
         shards.setdefault(f"model-{part}.safetensors", []).append(name)
     torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for file, names in shards.items():
         tensors = {}
         for name in names:
-            tensor = torch.empty(named[name].shape, dtype=torch.bfloat16)
-            tensors[name] = tensor.fill_(1) if tensor.ndim == 1 else tensor.normal_(0, 0.02)
+            tensor = torch.empty(named[name].shape, dtype=torch.bfloat16, device=device)
+            tensors[name] = (tensor.fill_(1) if tensor.ndim == 1 else tensor.normal_(0, 0.02)).cpu()
         save_file(tensors, directory / file)
     index = {"weight_map": {name: file for file, names in shards.items() for name in names}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index) + "\n")

@@ -2,9 +2,9 @@
 
 On any machine with torch, what is expected; `--ids` is a prompt:
 
-    python benchmarks/trt.py reference CHECKPOINT --ids 1,2,3 --tokens 32 -o expected
+    python benchmarks/trt.py reference CHECKPOINT --ids 1,2,3 --tokens 512 [--device cuda] -o expected
 
-On the GPU machine, where only Python is needed; each step goes on after one that failed, and all is in WORK/log.txt:
+On the GPU machine; each step goes on after one that failed, and all is in WORK/log.txt:
 
     python benchmarks/trt.py run ARTIFACT --tensorrt LIBRARIES --include HEADERS --work WORK --expected expected
 
@@ -15,10 +15,9 @@ with a colon between them). The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import array
 import json
-import math
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -28,13 +27,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 SOURCES = Path(__file__).resolve().parent.parent / "exporters" / "tensorrt"
 CORE = ("pack.cc", "plan.cc", "mixer.cc", "face.cc")
 RUNNER = ("main.cc", "session.cc", "engine.cc")
 UNUSED = ("libcublas.so.11", "libcublasLt.so.11", "libcudnn.so.8")
 """What libraries of TensorRT 8 name and our engines never call; empty ones do where they are not installed."""
+GREEDY = 64
+"""Tokens that an engine generates by itself."""
 MOST_DIVERGENCE = 0.02
-"""Nats between torch's fp32 and the engine's next token, for activations of 16 bits."""
+"""Nats between torch's fp32 and the engine's next token, for activations of 16 bits: the mean of all tokens."""
 
 
 class Log:
@@ -54,7 +57,8 @@ class Log:
         self.file.write(f"\n== {name}: {done.returncode} after {seconds} s\n$ {shlex.join(words)}\n")
         self.file.write(done.stdout + done.stderr)
         self.file.flush()
-        self.steps[name] = {"code": done.returncode, "seconds": seconds}
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # of this step or an earlier one
+        self.steps[name] = {"code": done.returncode, "seconds": seconds, "peak_bytes": peak}
         if done.returncode:
             tail = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
             print(f"-- {name} failed ({done.returncode}):\n{tail}", file=sys.stderr)
@@ -107,95 +111,152 @@ def compile_all(log: Log, given: argparse.Namespace, work: Path) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Compile, build the engine, generate, measure, compare."""
+    """Compile, build engines, generate, compare, measure."""
     work: Path = given.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     paths = [str(given.tensorrt.resolve()), os.environ.get("LD_LIBRARY_PATH", ""), str(work / "stubs")]
     log = Log(work, os.environ | {"LD_LIBRARY_PATH": ":".join(x for x in paths if x)})
     log.run("device", ["nvidia-smi"])
-    compile_all(log, given, work)
+    if not (work / "liger-run").exists():
+        compile_all(log, given, work)
     expected = json.loads(given.expected.with_suffix(".json").read_text())
-    ids = ",".join(map(str, expected["ids"]))
-    command = [work / "liger-run", given.artifact, "--plugin", work / "libligerexport_trt.so", "--ids", ids]
-    command += ["--tokens", len(expected["tokens"])]
+    for name in ("ids", "tokens"):
+        (work / name).write_text(",".join(map(str, expected[name][: None if name == "ids" else -1])))
+    command = [work / "liger-run", given.artifact, "--plugin", work / "libligerexport_trt.so", "--ids", f"@{work}/ids"]
+    command += ["--tokens", min(GREEDY, len(expected["tokens"])), "--bench", given.bench]
     report: dict[str, Any] = {}
-    logits = work / "logits.bin"
-    build = ["--build", "--dump-logits", logits, "--dump-state", work / "state.bin"]
-    if text := log.run("build and generate", [*command, *build]):
-        report["generate"] = json.loads(text.splitlines()[-1])
-        report["parity"] = compare(report["generate"], logits, expected, given.expected.with_suffix(".bin"))
-    measure = ["--bench", given.bench, "--prefill-bench", given.prefill]
-    for name, words in (("graph", []), ("no graph", ["--no-graph"])):
-        if text := log.run(name, [*command, *measure, *words]):
-            made = json.loads(text.splitlines()[-1])
-            report[name] = {key: made.get(key) for key in ("step", "prefill", "state_bytes")}
-            report[name]["same_tokens"] = made["generated"]["tokens"] == report.get("generate", {}).get(
-                "generated", {}
-            ).get("tokens")
     for batch in given.batches:
-        if text := log.run(f"batch {batch}", [*command, "--batch", batch, "--bench", given.bench]):
+        words = [*command, "--batch", given.max_batch or batch, "--sequences", batch, "--profile", 20]
+        words += ["--prefill-bench", given.prefill] if batch == 1 else []
+        words += ["--follow", f"@{work}/tokens", "--dump-logits", work / "logits", "--dump-state", work / "state"]
+        if text := log.run(f"batch {batch}", words):
             made = json.loads(text.splitlines()[-1])
-            rows = made["generated"]["tokens"]
-            report[f"batch {batch}"] = {"step": made["step"], "rows_agree": all(len(set(row)) == 1 for row in rows)}
-    print(json.dumps({"steps": log.steps, **report}))
-    sound = report.get("parity", {}).get("largest_divergence", math.inf) <= MOST_DIVERGENCE
+            report[f"batch {batch}"] = row = {
+                k: v for k, v in made.items() if k not in ("generated", "state", "layers")
+            }
+            row["mixers_ms"] = sum(v for k, v in made["layers"].items() if "LigerMixer" in k)
+            row["layers_ms"] = sum(made["layers"].values())
+            row |= compare(made, work, expected, given.expected.with_suffix(".npz"))
+    if text := log.run("no graph", [*command, "--batch", given.max_batch or 1, "--no-graph"]):
+        tokens = json.loads(text.splitlines()[-1])["generated"]["tokens"]
+        report["no graph"] = {"tokens_alike": alike([row[0] for row in tokens], expected["tokens"])}
+    print(json.dumps({"command": shlex.join(sys.argv), "steps": log.steps, **report}))
+    divergences = [row["divergence"]["mean"] for name, row in report.items() if "batch" in name]
+    sound = len(divergences) == len(given.batches) and max(divergences) <= MOST_DIVERGENCE
     return 0 if sound and not any(step["code"] for step in log.steps.values()) else 1
 
 
-def compare(made: dict[str, Any], logits: Path, expected: dict[str, Any], expected_logits: Path) -> dict[str, Any]:
-    """Compare logits up to and with the first token that differs: after it the texts are others."""
-    vocabulary = expected["vocabulary"]
-    found, wanted = read_floats(logits), read_floats(expected_logits)
-    tokens = [row[0] for row in made["generated"]["tokens"]]
-    pairs = list(zip(tokens, expected["tokens"], strict=True))
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    largest, most = 0.0, 0.0
-    for i in range(min(same + 1, len(tokens))):
-        a, b = (x[i * vocabulary : (i + 1) * vocabulary] for x in (found, wanted))
-        largest = max(largest, max(abs(x - y) if math.isfinite(x) else math.inf for x, y in zip(a, b, strict=True)))
-        most = max(most, divergence(b, a))
-    return {"tokens_alike": same, "of": len(tokens), "largest_difference": largest, "largest_divergence": most}
+def alike(found: Sequence[int], wanted: Sequence[int]) -> int:
+    """Return how many tokens are the same before the first that is not."""
+    pairs = list(zip(found, wanted, strict=False))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
 
-def read_floats(path: Path) -> array.array[float]:
-    """Read a file of fp32."""
-    made = array.array("f")
-    made.frombytes(path.read_bytes())
-    return made
+def compare(made: dict[str, Any], work: Path, expected: dict[str, Any], torch_file: Path) -> dict[str, Any]:
+    """Compare what the engine generated by itself, and logits and state where it was given torch's tokens."""
+    generated = np.array(made["generated"]["tokens"])  # [tokens, B]
+    batch, vocabulary = generated.shape[1], expected["vocabulary"]
+    wanted = np.load(torch_file)
+    logits = np.fromfile(work / "logits", np.float32).reshape(-1, batch, vocabulary)
+    found = {x["name"]: x for x in made["state"]}
+    data, start = np.fromfile(work / "state", np.uint8), 0
+    states: dict[str, np.ndarray] = {}
+    for name, x in found.items():
+        size = int(np.prod(x["shape"])) * np.dtype(x["dtype"]).itemsize
+        states[name] = data[start : start + size].view(x["dtype"]).reshape(x["shape"])
+        start += size
+    rows_equal = all((x == x[:1]).all() for x in states.values()) and bool((logits == logits[:, :1]).all())
+    return {
+        "tokens_alike": alike(generated[:, 0].tolist(), expected["tokens"]), "of": len(generated),
+        "rows_equal": rows_equal, "steps": len(logits),
+        **errors(logits[:, 0], wanted["logits"]),
+        "state_error": state_errors({k: x[:1] for k, x in states.items()}, wanted),
+        "torch_in_half": expected.get("half"),
+    }  # fmt: skip
 
 
-def divergence(wanted: Sequence[float], found: Sequence[float]) -> float:
-    """Return the Kullback-Leibler divergence of two distributions over tokens, in nats."""
-    if not all(map(math.isfinite, found)):
-        return math.inf
+def errors(found: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
+    """Return how far logits `[calls, V]` are from those wanted."""
 
-    def log_sum(x: Sequence[float]) -> float:
-        top = max(x)
-        return top + math.log(sum(math.exp(value - top) for value in x))
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64) - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
-    a, b = log_sum(wanted), log_sum(found)
-    return sum(math.exp(x - a) * ((x - a) - (y - b)) for x, y in zip(wanted, found, strict=True))
+    divergence = []
+    for a, b in zip(wanted, found, strict=True):
+        p, q = log_softmax(a), log_softmax(b)
+        divergence.append(float((np.exp(p) * (p - q)).sum()))
+    return {
+        "divergence": {"mean": float(np.mean(divergence)), "largest": max(divergence)},
+        "largest_difference": float(np.abs(found - wanted).max()), "largest_logit": float(np.abs(wanted).max()),
+        "same_choice": float((found.argmax(-1) == wanted.argmax(-1)).mean()),
+    }  # fmt: skip
+
+
+def state_errors(found: dict[str, np.ndarray], wanted: Any) -> dict[str, float]:
+    """Return the largest error of each kind of state, relative to the largest element; slots by their position.
+
+    `slots_alike` is the share of slots that hold the same token; errors of keys and values are of those.
+    """
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in found.items():
+        _, layer, kind = name.split(".")
+        layers.setdefault(layer, {})[kind] = tensor
+    worst: dict[str, float] = {}
+    same = total = 0
+    for layer, kinds in layers.items():
+        ours, theirs = kinds["slot_position"], wanted[f"{layer}.slot_position"]
+        for kind, tensor in kinds.items():
+            if kind.startswith("slot"):
+                continue
+            a, b = tensor.astype(np.float64), wanted[f"{layer}.{kind}"]
+            worst[kind] = max(worst.get(kind, 0.0), float(np.abs(a - b).max() / max(1e-6, np.abs(b).max())))
+        for head in range(ours.shape[1]):
+            _, mine, yours = np.intersect1d(ours[0, head], theirs[0, head], return_indices=True)
+            full = ours[0, head, mine] >= 0
+            same, total = same + int(full.sum()), total + int((theirs[0, head] >= 0).sum())
+            for kind in ("slot_key", "slot_value"):
+                a = kinds[kind][0, head, mine[full]].astype(np.float64)
+                b = wanted[f"{layer}.{kind}"]
+                error = np.abs(a - b[0, head, yours[full]]).max(initial=0) / max(1e-6, np.abs(b).max())
+                worst[kind] = max(worst.get(kind, 0.0), float(error))
+    return worst | {"slots_alike": same / max(1, total)}
 
 
 def reference(given: argparse.Namespace) -> int:
-    """Write what torch makes of a prompt in fp32: greedy tokens, and logits before each of them."""
-    import numpy as np
+    """Write what torch makes of a prompt in fp32: greedy tokens, the logits before each, and the state after them.
+
+    On a GPU also how far torch is from that when it computes in fp16.
+    """
     import torch
 
     from ligerexport.convert import load_model
 
-    ids = [int(x) for x in given.ids.split(",")]
-    model = load_model(given.checkpoint, dtype=torch.float32).eval()
-    fed, cache, answers = torch.tensor([ids]), None, []
-    with torch.inference_mode():
-        for _ in range(given.tokens):
-            made = model(fed, past_key_values=cache, use_cache=True)
-            cache = made.past_key_values
-            answers.append(made.logits[0, -1].numpy())
-            fed = made.logits[:, -1:].argmax(-1)
-    np.stack(answers).astype(np.float32).tofile(given.output.with_suffix(".bin"))
-    tokens = [int(x.argmax()) for x in answers]
-    described = {"ids": ids, "tokens": tokens, "vocabulary": len(answers[0])}
+    ids = [int(x) for x in (Path(given.ids[1:]).read_text() if given.ids[0] == "@" else given.ids).split(",")]
+    model = load_model(given.checkpoint, dtype=torch.float32).eval().to(given.device)
+
+    def follow(tokens: list[int] | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        fed, cache, answers = torch.tensor([ids], device=given.device), None, []
+        with torch.inference_mode():
+            for i in range(given.tokens):
+                made = model(fed, past_key_values=cache, use_cache=True)
+                cache = made.past_key_values
+                answers.append(made.logits[0, -1].float().cpu().numpy())
+                fed = made.logits[:, -1:].argmax(-1) if tokens is None else fed.new_tensor([[tokens[i]]])
+        state = {f"{i}.{k}": x for i, layer in enumerate(cache.layers) for k, x in layer.state.items()}
+        return np.stack(answers), {
+            k: (x.float() if x.is_floating_point() else x).cpu().numpy() for k, x in state.items()
+        }
+
+    logits, state = follow(None)
+    np.savez(given.output.with_suffix(".npz"), logits=logits, **state)
+    tokens = logits.argmax(-1).tolist()
+    described: dict[str, Any] = {"ids": ids, "tokens": tokens, "vocabulary": logits.shape[1]}
+    if given.device != "cpu":
+        model.half()
+        half, rounded = follow(tokens)
+        described["half"] = errors(half, logits) | {"state_error": state_errors(
+            {f"present.{k}": x for k, x in rounded.items()}, state)}  # fmt: skip
     given.output.with_suffix(".json").write_text(json.dumps(described))
     return 0
 
@@ -207,7 +268,8 @@ def main() -> int:
     one = verbs.add_parser("reference")
     one.add_argument("checkpoint", type=Path)
     one.add_argument("--ids", required=True)
-    one.add_argument("--tokens", type=int, default=32)
+    one.add_argument("--tokens", type=int, default=512)
+    one.add_argument("--device", default="cpu")
     one.add_argument("-o", "--output", type=Path, required=True)
     one.set_defaults(run=reference)
     two = verbs.add_parser("run")
@@ -219,7 +281,8 @@ def main() -> int:
     two.add_argument("--nvcc", default=shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
     two.add_argument("--bench", type=int, default=200)
     two.add_argument("--prefill", type=int, default=1024)
-    two.add_argument("--batches", type=lambda text: [int(x) for x in text.split(",")], default=[4])
+    two.add_argument("--batches", type=lambda text: [int(x) for x in text.split(",")], default=[1, 16])
+    two.add_argument("--max-batch", type=int, help="of the engine; default: an engine for each batch")
     two.set_defaults(run=run)
     given = parser.parse_args()
     return int(given.run(given))

@@ -27,7 +27,7 @@ def build_engine(
     plugin: Path | None = None,
     cache: Path | None = None,
 ) -> None:
-    """Build an engine with two profiles: one token a call, and up to `graph.max_chunk`.
+    """Build an engine with profiles for one token of one sequence, one token of up to `max_batch`, and up to a chunk.
 
     Args:
         trt: The module `tensorrt` or `tensorrt_rtx`.
@@ -60,11 +60,11 @@ def build_engine(
         config.num_compute_capabilities = len(sms)
     for i, sm in enumerate(sms):
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), i)
-    for tokens in ((1, 1, 1), (1, min(64, graph.max_chunk), graph.max_chunk)):
+    for batch, tokens in dict.fromkeys([(1, 1), (max_batch, 1), (max_batch, graph.max_chunk)]):
         profile = builder.create_optimization_profile()
         for x in graph.inputs:
-            sizes = zip((1, 1, max_batch), tokens, strict=True)
-            profile.set_shape(x.name, *([{"B": b, "T": t}.get(str(n), n) for n in x.shape] for b, t in sizes))
+            least, most = ([{"B": b, "T": t}.get(str(n), n) for n in x.shape] for b, t in ((1, 1), (batch, tokens)))
+            profile.set_shape(x.name, least, most, most)
         config.add_optimization_profile(profile)
     if cache is not None:
         known = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")

@@ -6,14 +6,17 @@
 #include <chrono>
 #include <cstdio>
 #include <fstream>
-#include <iterator>
+#include <utility>
 
 namespace liger {
 namespace {
 
 std::vector<char> read(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  if (!file) return {};
+  std::vector<char> data(static_cast<size_t>(file.tellg()));
+  file.seekg(0).read(data.data(), static_cast<std::streamsize>(data.size()));
+  return data;
 }
 
 // Under its name only when it is whole.
@@ -125,7 +128,10 @@ void Engine::Build(const Options& options, Logger& logger, const std::filesystem
     keep_floats(*network);
   }
 #endif
-  for (const bool prefill : {false, true}) {
+  // One token of one sequence, of any number of them, and a chunk, which is the last.
+  std::vector<std::pair<int, int>> calls = {{options.batch, 1}, {options.batch, chunk}};
+  if (options.batch > 1) calls.insert(calls.begin(), {1, 1});
+  for (const auto& [batch, tokens] : calls) {
     nvinfer1::IOptimizationProfile* profile = builder->createOptimizationProfile();
     for (int i = 0; i < network->getNbInputs(); ++i) {
       const nvinfer1::ITensor* input = network->getInput(i);
@@ -133,7 +139,7 @@ void Engine::Build(const Options& options, Logger& logger, const std::filesystem
       for (int axis = 0; axis < least.nbDims; ++axis) {
         if (least.d[axis] >= 0) continue;
         least.d[axis] = 1;  // the first axis is B, the second of the ids is T
-        most.d[axis] = axis == 0 ? options.batch : prefill ? chunk : 1;
+        most.d[axis] = axis == 0 ? batch : tokens;
       }
       profile->setDimensions(input->getName(), nvinfer1::OptProfileSelector::kMIN, least);
       profile->setDimensions(input->getName(), nvinfer1::OptProfileSelector::kOPT, most);

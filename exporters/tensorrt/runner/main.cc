@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <iostream>
+#include <iterator>
 #include <sstream>
 
 #include "session.h"
@@ -12,19 +14,33 @@
 namespace {
 
 constexpr char kUsage[] =
-    "usage: liger-run ARTIFACT --ids 1,2,3 [--tokens N] [--batch N] [--plugin FILE] [--build] [--precision fp16]\n"
-    "                 [--no-graph] [--bench STEPS] [--prefill-bench TOKENS] [--dump-logits FILE] [--dump-state FILE]\n"
-    "                 [--verbose]\n"
+    "usage: liger-run ARTIFACT --ids 1,2,3 [--follow 4,5] [--tokens N] [--batch N] [--sequences N] [--plugin FILE] [--build]\n"
+    "                 [--precision fp16] [--no-graph] [--bench STEPS] [--prefill-bench TOKENS] [--profile STEPS]\n"
+    "                 [--dump-logits FILE] [--dump-state FILE] [--verbose]\n"
+    "Lists of ids may be @FILE. --follow: after generating, start again and give these one by one after the prompt;\n"
+    "what is dumped is of that.\n"
+    "--batch: the most sequences of the engine; --sequences: how many run, all unless given.\n"
     "The plugin is libligerexport_trt.so of the artifact if none is given. Logits are fp32 [calls, B, vocab]: of the\n"
     "prompt, then of each generated token. State is all tensors one after the other, in the order of the manifest.\n";
 
 struct Settings {
   liger::Options options;
-  std::vector<int32_t> ids;
-  int tokens = 64, bench = 0, prefill_bench = 0;
+  std::vector<int32_t> ids, follow;
+  int tokens = 64, bench = 0, prefill_bench = 0, profile = 0, sequences = 0;
   bool graph = true;
   std::string logits, state;
 };
+
+std::vector<int32_t> read_ids(std::string text) {
+  if (!text.empty() && text[0] == '@') {
+    std::ifstream file(text.substr(1));
+    text.assign(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
+  }
+  std::vector<int32_t> ids;
+  std::istringstream list(text);
+  for (std::string id; std::getline(list, id, ',');) ids.push_back(std::stoi(id));
+  return ids;
+}
 
 // Throws `std::out_of_range` where a value is missing.
 Settings parse(const std::vector<std::string>& words) {
@@ -39,20 +55,20 @@ Settings parse(const std::vector<std::string>& words) {
     else if (word == "--verbose") made.options.verbose = true;
     else if (word == "--tokens") made.tokens = std::stoi(words.at(++i));
     else if (word == "--batch") made.options.batch = std::stoi(words.at(++i));
+    else if (word == "--sequences") made.sequences = std::stoi(words.at(++i));
     else if (word == "--bench") made.bench = std::stoi(words.at(++i));
     else if (word == "--prefill-bench") made.prefill_bench = std::stoi(words.at(++i));
     else if (word == "--plugin") made.options.plugin = words.at(++i);
     else if (word == "--precision") made.options.precision = words.at(++i);
     else if (word == "--dump-logits") made.logits = words.at(++i);
     else if (word == "--dump-state") made.state = words.at(++i);
-    else if (word == "--ids") {
-      std::istringstream list(words.at(++i));
-      for (std::string id; std::getline(list, id, ',');) made.ids.push_back(std::stoi(id));
-    } else {
-      throw std::out_of_range(word);
-    }
+    else if (word == "--profile") made.profile = std::stoi(words.at(++i));
+    else if (word == "--ids") made.ids = read_ids(words.at(++i));
+    else if (word == "--follow") made.follow = read_ids(words.at(++i));
+    else throw std::out_of_range(word);
   }
-  if (made.ids.empty() || made.options.batch < 1) throw std::out_of_range("--ids");
+  if (made.sequences == 0) made.sequences = made.options.batch;
+  if (made.ids.empty() || made.sequences < 1 || made.sequences > made.options.batch) throw std::out_of_range("--ids");
   return made;
 }
 
@@ -77,19 +93,26 @@ nlohmann::json generate(liger::Session& session, const Settings& settings) {
     const std::vector<float> logits = session.Logits();
     dump.write(reinterpret_cast<const char*>(logits.data()), static_cast<std::streamsize>(4 * logits.size()));
   };
+  const bool last = settings.follow.empty();  // what is dumped
   std::vector<std::vector<int32_t>> written;
-  session.Advance(repeated(settings.ids, session.batch()));
+  const std::vector<int32_t> prompt = repeated(settings.ids, session.batch());
+  session.Advance(prompt);
   std::vector<int32_t> next = session.Likeliest();
-  keep();
+  if (last) keep();
   const auto begin = std::chrono::steady_clock::now();
   for (int i = 0; i < settings.tokens; ++i) {
     written.push_back(next);
-    if (i + 1 == settings.tokens && !dump.is_open()) break;
     session.Advance(next);
     next = session.Likeliest();
-    keep();
+    if (last) keep();
   }
   const std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
+  if (!last) {
+    session.Reset();
+    session.Advance(prompt);
+    keep();
+    for (const int32_t id : settings.follow) session.Advance(std::vector<int32_t>(session.batch(), id)), keep();
+  }
   return {{"tokens", written}, {"tokens_per_second", settings.tokens / time.count()}};
 }
 
@@ -121,16 +144,17 @@ nlohmann::json time_prefill(liger::Session& session, int tokens) {
   return made;
 }
 
-nlohmann::json time_steps(liger::Session& session, int steps) {
+nlohmann::json time_steps(liger::Session& session, int steps, bool graph) {
   std::vector<double> times;
-  for (int i = 0; i < 20; ++i) session.TimeStep();
-  for (int i = 0; i < steps; ++i) times.push_back(session.TimeStep());
+  for (int i = 0; i < 20; ++i) session.TimeStep(graph);
+  for (int i = 0; i < steps; ++i) times.push_back(session.TimeStep(graph));
   return spread(times);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) try {
+  setenv("CUDA_MODULE_LOADING", "LAZY", 0);  // a builder has a thousand kernels, of which an engine needs some
   Settings settings;
   try {
     settings = parse({argv + 1, argv + argc});
@@ -141,14 +165,19 @@ int main(int argc, char** argv) try {
   using Severity = nvinfer1::ILogger::Severity;
   liger::Logger logger(settings.options.verbose ? Severity::kVERBOSE : Severity::kWARNING);
   const liger::Engine engine(settings.options, logger);
-  liger::Session session(engine, settings.options.batch, settings.graph);
+  if (engine.seconds > 0) std::cerr << "built in " << engine.seconds << " s" << std::endl;
+  liger::Session session(engine, settings.sequences, settings.graph);
+  size_t available = 0, total = 0;
+  liger::check(cudaMemGetInfo(&available, &total), "cudaMemGetInfo");
   nlohmann::json report = {{"tensorrt", getInferLibVersion()},  {"engine", engine.file.string()},
-                           {"build_seconds", engine.seconds},   {"batch", settings.options.batch},
+                           {"build_seconds", engine.seconds},   {"batch", settings.sequences},
                            {"graph", settings.graph},           {"state_bytes", session.state_bytes()},
-                           {"prompt_tokens", settings.ids.size()}};
+                           {"prompt_tokens", settings.ids.size()}, {"device_bytes", total - available}};
   report["generated"] = generate(session, settings);
   if (!settings.state.empty()) report["state"] = dump_state(session, settings.state);
-  if (settings.bench > 0) report["step"] = time_steps(session, settings.bench);
+  if (settings.bench > 0 && settings.graph) report["step"] = time_steps(session, settings.bench, true);
+  if (settings.bench > 0) report["step_no_graph"] = time_steps(session, settings.bench, false);
+  if (settings.profile > 0) report["layers"] = session.Profile(settings.profile);
   if (settings.prefill_bench > 0) report["prefill"] = time_prefill(session, settings.prefill_bench);
   std::cout << report << std::endl;
   return 0;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 
 namespace liger {
 namespace {
@@ -46,6 +47,13 @@ std::vector<char> element(const TypeRow& row, double value) {
   return made;
 }
 
+struct Profiler final : nvinfer1::IProfiler {
+  void reportLayerTime(const char* layer, float milliseconds) noexcept override {
+    times[layer].push_back(milliseconds);
+  }
+  std::map<std::string, std::vector<float>> times;
+};
+
 }  // namespace
 
 Session::Session(const Engine& engine, int batch, bool graph) : engine_(engine), batch_(batch) {
@@ -54,8 +62,9 @@ Session::Session(const Engine& engine, int batch, bool graph) : engine_(engine),
   step_.reset(trt.createExecutionContext());
   prefill_.reset(trt.createExecutionContext());
   need(step_ && prefill_, "an execution context");
-  need(step_->setOptimizationProfileAsync(0, stream_), "the profile of the step");
-  need(prefill_->setOptimizationProfileAsync(1, stream_), "the profile of the prefill");
+  const int last = trt.getNbOptimizationProfiles() - 1;
+  need(step_->setOptimizationProfileAsync(batch == 1 ? 0 : last - 1, stream_), "the profile of the step");
+  need(prefill_->setOptimizationProfileAsync(last, stream_), "the profile of the prefill");
 
   vocab_ = static_cast<int>(trt.getTensorShape(kLogits).d[1]);
   ids_ = Allocate(sizeof(int32_t) * batch * engine.chunk);
@@ -133,11 +142,11 @@ void Session::Step() {
 void Session::Reset() {
   for (const State& x : state_) {
     const std::vector<char> one = element(row_of(engine_.engine->getTensorDataType(x.past.c_str()), x.past), x.fill);
-    std::vector<char> all;
-    for (size_t i = 0; i < x.bytes; i += one.size()) all.insert(all.end(), one.begin(), one.end());
-    check(cudaMemcpy(x.data, all.data(), x.bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+    if (std::count(one.begin(), one.end(), one[0]) != static_cast<std::ptrdiff_t>(one.size()))
+      throw std::runtime_error("state that starts with " + std::to_string(x.fill) + " is not supported");
+    check(cudaMemset(x.data, one[0], x.bytes), "cudaMemset");
   }
-  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");  // the copies were on another stream
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");  // that was on another stream
   position_ = 0;
 }
 
@@ -184,7 +193,7 @@ std::vector<int32_t> Session::Likeliest() {
   return best;
 }
 
-double Session::TimeStep() {
+double Session::TimeStep(bool graph) {
   const std::vector<int32_t> ids(batch_, 1);
   cudaEvent_t begin = nullptr, end = nullptr;
   float milliseconds = 0;
@@ -192,7 +201,8 @@ double Session::TimeStep() {
   check(cudaEventCreate(&end), "cudaEventCreate");
   Upload(ids.data(), 1, 1);
   check(cudaEventRecord(begin, stream_), "cudaEventRecord");
-  Step();
+  if (graph) Step();
+  else Enqueue(*step_);
   check(cudaEventRecord(end, stream_), "cudaEventRecord");
   check(cudaEventSynchronize(end), "a step");
   check(cudaEventElapsedTime(&milliseconds, begin, end), "cudaEventElapsedTime");
@@ -200,6 +210,22 @@ double Session::TimeStep() {
   cudaEventDestroy(end);
   position_ += 1;
   return milliseconds;
+}
+
+nlohmann::json Session::Profile(int steps) {
+  const std::vector<int32_t> ids(batch_, 1);
+  Profiler profiler;
+  Upload(ids.data(), 1, 1);
+  step_->setProfiler(&profiler);
+  for (int i = 0; i < steps; ++i) Enqueue(*step_);
+  check(cudaStreamSynchronize(stream_), "a step");
+  step_->setProfiler(nullptr);
+  nlohmann::json medians = nlohmann::json::object();
+  for (auto& [name, times] : profiler.times) {
+    std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+    medians[name] = times[times.size() / 2];
+  }
+  return medians;
 }
 
 size_t Session::state_bytes() const {
