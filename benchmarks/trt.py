@@ -115,7 +115,8 @@ def run(given: argparse.Namespace) -> int:
     work: Path = given.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     paths = [str(given.tensorrt.resolve()), os.environ.get("LD_LIBRARY_PATH", ""), str(work / "stubs")]
-    log = Log(work, os.environ | {"LD_LIBRARY_PATH": ":".join(x for x in paths if x)})
+    cuda = {"CUDA_MODULE_LOADING": "LAZY", "CUDA_CACHE_MAXSIZE": str(4 << 30)}
+    log = Log(work, os.environ | cuda | {"LD_LIBRARY_PATH": ":".join(x for x in paths if x)})
     log.run("device", ["nvidia-smi"])
     if not (work / "liger-run").exists():
         compile_all(log, given, work)

@@ -124,11 +124,16 @@ def _plan(
     for spec in specs:
         if not spec.config.fuses:
             raise UsageError(
-                "no kernel is compiled ahead of time for a recurrence over evicted tokens or with keyed rows",
-                hint="convert with --recurrence-weight 0, or with another preset or gate",
+                "no kernel is compiled ahead of time for a recurrence with keyed rows",
+                hint="convert with --recurrence-weight 0, or with another gate",
             )
         for name in operators:
-            if (name == "linear_attention" and not spec.config.recurrent) or (name == "prefill" and spec.config.judged):
+            config = spec.config
+            absent = {
+                "linear_attention": config.evicts or not config.recurrent,
+                "prefill": config.evicts or config.judged,
+            }
+            if absent.get(name):
                 continue
             for sm in sorted(set(sms)):
                 for plan, found in make_plans(name, spec, dtype, sm, max_batch):

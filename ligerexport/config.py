@@ -185,8 +185,8 @@ class LigerConfig:
 
     @property
     def fuses(self) -> bool:
-        """Whether fused kernels can do all of it: of recurrences they know gated linear attention alone."""
-        return not (self.evicts or self.keyed)
+        """Whether fused kernels can do a whole step: of recurrences they know all but that with keyed rows."""
+        return not self.keyed
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

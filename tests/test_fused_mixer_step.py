@@ -37,6 +37,9 @@ CONFIGS = {
     "every score": EVERY_SCORE,
     "foresight": FORESIGHT,
     "foresight and recurrence": replace(FORESIGHT, recurrence_weight=0.1),
+    "evicted": replace(PRESETS["evicted"].config, window=14, slots=FORESIGHT.slots, recurrence_distance=12),
+    "evicted from a window": replace(SMALL, attention_weight=1.0, recurrence_weight=0.8, recurrence="evicted"),
+    "evicted, judged": replace(MEMORY, recurrence_weight=1.0, recurrence="evicted", recurrence_distance=30),
     "window of one": replace(SMALL, window=1, sinks=0),
     "window of one, scored": replace(SMALL, window=1, sinks=0, slots=(("use", 3), ("novelty", 2))),
     **{gate: replace(SMALL, gate=gate) for gate in FUSED_GATES},
@@ -170,12 +173,12 @@ def test_values_in_tiles(slots: tuple[tuple[str, int], ...]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("preset", [name for name, preset in PRESETS.items() if not preset.config.evicts])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_at_full_size(preset: str) -> None:
     check(make_spec(PRESETS[preset].config, (4, 2), 64, 64), before=200, steps=150)
 
 
-@pytest.mark.parametrize("name", ["memory and recurrence", "foresight"])
+@pytest.mark.parametrize("name", ["memory and recurrence", "foresight", "evicted"])
 def test_rows_of_the_pools(name: str) -> None:
     """Sequences lie anywhere in pools that are NaN elsewhere; one is skipped, one is padding."""
     spec = make_spec(CONFIGS[name])

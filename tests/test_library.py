@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ligerexport.config import PRESETS, LigerConfig
 from ligerexport.kernels.library.linear_attention import linear_attention
-from ligerexport.kernels.library.mixer_step import mixer_step
+from ligerexport.kernels.library.mixer_step import STATE, mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.memory import SCORES
 from ligerexport.state import MixerSpec, MixerState
@@ -85,8 +85,7 @@ def test_operators_are_registered_as_they_behave(name: str, device: str) -> None
     if not layer.spec.config.fuses:
         return
     one = [x[:, 0].detach() for x in (q, k, v)]
-    names = ("slot_key", "slot_value", "slot_position", "slot_score", "recurrent_state", "judge_state")
-    tensors = [state[n].clone() if n in state else None for n in names]
+    tensors = [state[n].clone() if n in state else None for n in STATE]
     torch.library.opcheck(
         OPS.mixer_step.default, (*one, position, *tensors, layer.rotary, None, foreseen(one[2]), text)
     )
@@ -177,12 +176,11 @@ def test_mistakes_are_named() -> None:
         mixer_step(
             *(x[:, 0] for x in layer.inputs(2, 1)), torch.tensor([0, 5]), layer.state(2), layer.spec, layer.rotary
         )
-    for name in ("evicted", "gsa"):
-        layer = Layer(CONFIGS[name], "cpu")
-        with pytest.raises(ValueError, match="no one-launch step"):
-            mixer_step(
-                *(x[:, 0] for x in layer.inputs(2, 1)), torch.tensor([0, 5]), layer.state(2), layer.spec, layer.rotary
-            )
+    layer = Layer(CONFIGS["gsa"], "cpu")
+    with pytest.raises(ValueError, match="no fused step"):
+        mixer_step(
+            *(x[:, 0] for x in layer.inputs(2, 1)), torch.tensor([0, 5]), layer.state(2), layer.spec, layer.rotary
+        )
     q, k, v = torch.zeros(2, 5, 4, 32), torch.zeros(2, 5, 3, 32), torch.zeros(2, 5, 3, 16)
     with pytest.raises(ValueError, match="either decay or gate"):
         linear_attention(q, k, v)

@@ -39,7 +39,12 @@ LAYER = MixerSpec(PRESETS["liger"].config, 2, 1, 32, 32, 32**-0.5, 300)
 LEARNED = (("recent_use", 6), ("learned", 6))
 FORESIGHT = replace(LAYER, config=replace(PRESETS["foresight"].config, window=12, slots=LEARNED))
 JUDGED = replace(LAYER, config=replace(PRESETS["memory"].config, window=12, slots=(("novelty", 6),)), max_distance=400)
-SPECS = {"recurrent": replace(LAYER, config=replace(LAYER.config, window=12)), "foresight": FORESIGHT, "judged": JUDGED}
+SPECS = {
+    "recurrent": replace(LAYER, config=replace(LAYER.config, window=12)),
+    "foresight": FORESIGHT,
+    "judged": JUDGED,
+    "evicted": replace(FORESIGHT, config=replace(PRESETS["evicted"].config, window=12, slots=LEARNED)),
+}
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4, "i32": 4, "i64": 8}
 MIXED, WORKSPACE, ALLOCATED = 64 << 32, 65 << 32, 66 << 32
 
@@ -207,7 +212,7 @@ def test_launches_are_what_python_evaluates(harness: Path, packed: Packed, name:
         plan, axes = choose(plans_of(packed, spec, "step"), {"batch": batch} | strides(spec, batch))
         check_launches(list(launches(text)), packed.manifest, plan, axes, memory)
         memory.check_apart()
-    elif not spec.config.judged:
+    elif not (spec.config.judged or spec.config.evicts):
         sizes = {"batch": batch, "tokens": tokens}
         plan, axes = choose(plans_of(packed, spec, "prefill"), sizes | strides(spec, batch, tokens))
         check_launches(list(launches(text)), packed.manifest, plan, axes, memory)
@@ -327,12 +332,12 @@ def test_equal_code_is_packed_once(packed: Packed) -> None:
     assert packed.file.stat().st_size < sum({x["sha256"]: x["bytes"] for x in cubins}.values()) + 60_000
 
 
-def test_evicted_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keyed_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(UsageError, match="evicted tokens"):
-        write_pack([replace(LAYER, config=PRESETS["evicted"].config)], tmp_path / "kernels.liger")
+    with pytest.raises(UsageError, match="keyed rows"):
+        write_pack([replace(LAYER, config=replace(LAYER.config, gate="gsa"))], tmp_path / "kernels.liger")
     assert not (tmp_path / "kernels.liger").exists()
 
 

@@ -96,8 +96,8 @@ def check_layers(target: str, spec: ModelSpec) -> None:
         )
     if target == "trt" and not all(layer is None or layer.config.fuses for layer in spec.mixers):
         raise UsageError(
-            "no kernel of the plugin has a recurrence over evicted tokens or with keyed rows",
-            hint="convert with --recurrence-weight 0, or build with --target trt-rtx or --target onnx",
+            "no kernel of the plugin has a recurrence with keyed rows",
+            hint="convert with another gate, or build with --target trt-rtx or --target onnx",
         )
     if target == "trt" and any(2 * len(softmax.inv_freq) != spec.head_dim for softmax in spec.attention):
         raise UsageError(

@@ -1,4 +1,5 @@
 """One token of `liger_mixer` in one launch: slots, judge and recurrence are read once and updated in place.
+Where evicted tokens feed the recurrence, `evicted_step` follows: it needs what the first launch evicted.
 
 The slots are an unordered set here: the new token overwrites the one that loses its place. A KV head has one program
 for its slots and some that each stream columns of its states; the last of them to end puts their parts together.
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ligerexport.gates import get_gate
+from ligerexport.kernels.fused.evicted_step import evicted_step
 from ligerexport.memory import get_score
 from ligerexport.state import MixerSpec, MixerState
 
@@ -90,8 +92,10 @@ def mixer_step(
         out = query.new_empty(batch, spec.q_heads, spec.d_v)
     tiling = tiling or choose_tiling(spec, batch, query.element_size())
     pools, heads, rotated = pool_table(spec), batch * spec.kv_heads, rotary.shape[-1]
-    recurrent, judge = state.get("recurrent_state"), state.get("judge_state")
-    roles = 1 + triton.cdiv(spec.d_v, tiling.block_v) * config.recurrent
+    group, evicts = spec.q_heads // spec.kv_heads, config.evicts
+    recurrent, judge = None if evicts else state.get("recurrent_state"), state.get("judge_state")
+    lost = query.new_empty(heads, (group + 1) * (spec.d_v + 1) + spec.d_k, dtype=torch.float32) if evicts else None
+    roles = 1 + triton.cdiv(spec.d_v, tiling.block_v) * (recurrent is not None)
     roles += triton.cdiv(spec.d_v, tiling.block_judge) * config.judged
     left = triton.cdiv((2 * spec.q_heads // spec.kv_heads + 1) * spec.d_v + 2, 32) * 32
     scratch, count = (_scratch(query.device, heads * left), _count(query.device, heads)) if roles > 1 else (None, None)
@@ -99,10 +103,10 @@ def mixer_step(
     _mixer_step_kernel[(heads * roles,)](
         query, key, value, position, index, rotary, out,
         state["slot_key"], state["slot_value"], state["slot_position"], state.get("slot_score"),
-        recurrent, judge, score, scratch, count,
+        recurrent, judge, score, scratch, count, lost,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         spec.scale * LOG2E, config.attention_weight, config.recurrence_weight,
-        H=spec.kv_heads, G=spec.q_heads // spec.kv_heads, D_K=spec.d_k, DK_PAD=triton.next_power_of_2(spec.d_k),
+        H=spec.kv_heads, G=group, D_K=spec.d_k, DK_PAD=triton.next_power_of_2(spec.d_k),
         D_V=spec.d_v, DV_PAD=triton.next_power_of_2(spec.d_v),
         R=rotated, R_PAD=_padded(rotated), BLOCK_R=min(tiling.block_r, _padded(rotated)),
         REST_PAD=_padded(spec.d_k - 2 * rotated), CAP=spec.max_distance, TABLE=rotary.shape[1] * rotated,
@@ -114,6 +118,8 @@ def mixer_step(
         BLOCK_V=tiling.block_v, BLOCK_JUDGE=tiling.block_judge, SCRATCH=left,
         num_warps=tiling.num_warps, num_stages=1, maxnreg=tiling.max_registers,
     )  # fmt: skip
+    if lost is not None:
+        evicted_step(query, position, index, rotary, out, state, lost, spec)
     return out
 
 
@@ -218,7 +224,7 @@ def _loser(keys, candidate, POOLS: tl.constexpr):
 @triton.jit
 def _attend(
     p_query, p_key, p_value, s_query_h, p_rotary, p_slot_key, p_slot_value, p_slot_position, p_slot_score, p_score,
-    p_mixed, p_place, now, scale2, attention_weight,
+    p_mixed, p_place, p_lost, now, scale2, attention_weight,
     G: tl.constexpr, D_K: tl.constexpr, DK_PAD: tl.constexpr, D_V: tl.constexpr, DV_PAD: tl.constexpr, R: tl.constexpr,
     R_PAD: tl.constexpr, BLOCK_R: tl.constexpr, REST_PAD: tl.constexpr, CAP: tl.constexpr, TABLE: tl.constexpr,
     N: tl.constexpr, N_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, POOLS: tl.constexpr,
@@ -291,7 +297,9 @@ def _attend(
     top = tl.maximum(tl.max(tl.where(visible[None, :], logits, -1e30), axis=1), logit_now)
     weight = tl.where(visible[None, :], tl.exp2(logits - top[:, None]), 0.0)
     weight_now = tl.exp2(logit_now - top)
-    share = attention_weight / (tl.sum(weight, axis=1) + weight_now)
+    total = tl.sum(weight, axis=1) + weight_now
+    normaliser = top + tl.log2(total)
+    share = attention_weight / total
     weight, weight_now = weight * share[:, None], weight_now * share
     coarse = weight.to(dtype)
     has_empty = tl.sum(filled.to(tl.int32), axis=0) < N_PAD
@@ -314,6 +322,16 @@ def _attend(
         tl.store(p_mixed + o_g[:, None] * D_V + (o_c + j * TILE)[None, :], mixed, mask=m_g[:, None] & m_c[None, :])
     if p_place is not None:
         tl.store(p_place, place.to(tl.float32))
+    if p_lost is not None:  # before the new token lies there
+        there = tl.sum(loser.to(tl.int32), axis=0) > 0
+        lost_key = tl.load(p_slot_key + place * D_K + o_k, mask=m_k & there, other=0.0)
+        lost_value = tl.load(p_slot_value + place * D_V + o_v, mask=m_v & there, other=0.0)
+        p_lost += G * D_V
+        tl.store(p_lost + o_k, lost_key.to(tl.float32), mask=m_k)
+        tl.store(p_lost + D_K + o_v, lost_value.to(tl.float32), mask=m_v)
+        tl.store(p_lost + D_K + D_V + o_g, normaliser, mask=m_g)
+        tl.store(p_lost + D_K + D_V + G, there.to(tl.float32))
+        tl.debug_barrier()
     if now >= 0:
         tl.store(p_slot_key + place * D_K + o_k, b_k, mask=m_k)
         tl.store(p_slot_value + place * D_V + o_v, b_v, mask=m_v)
@@ -396,7 +414,7 @@ def _judge(
 @triton.jit
 def _mixer_step_kernel(
     p_query, p_key, p_value, p_position, p_index, p_rotary, p_output, p_slot_key, p_slot_value, p_slot_position,
-    p_slot_score, p_recurrent, p_judge, p_score, p_scratch, p_count,
+    p_slot_score, p_recurrent, p_judge, p_score, p_scratch, p_count, p_lost,
     s_query_b, s_query_h, s_key_b, s_key_h, s_value_b, s_value_h,
     scale2, attention_weight, recurrence_weight,
     H: tl.constexpr, G: tl.constexpr, D_K: tl.constexpr, DK_PAD: tl.constexpr, D_V: tl.constexpr,
@@ -436,6 +454,9 @@ def _mixer_step_kernel(
         p_place = p_recalled + D_V + 1
         if RECURRENT > 0:
             p_mixed = p_scratch
+    if p_lost is not None:
+        p_lost += unit.to(tl.int64) * ((G + 1) * (D_V + 1) + D_K)
+        p_mixed = p_lost
     if p_slot_score is not None:
         p_slot_score += head * (len(POOLS) * N)
     if p_score is not None:
@@ -443,9 +464,9 @@ def _mixer_step_kernel(
     if role == 0:
         _attend(
             p_query, p_key, p_value, s_query_h, p_rotary, p_slot_key + head * (N * D_K),
-            p_slot_value + head * (N * D_V), p_slot_position + head * N, p_slot_score, p_score, p_mixed, p_place, now,
-            scale2, attention_weight, G, D_K, DK_PAD, D_V, DV_PAD, R, R_PAD, BLOCK_R, REST_PAD, CAP, TABLE, N, N_PAD,
-            WINDOW, SINKS, POOLS, P_PAD, BY_VALUE, TILE, PRECISION,
+            p_slot_value + head * (N * D_V), p_slot_position + head * N, p_slot_score, p_score, p_mixed, p_place,
+            p_lost, now, scale2, attention_weight, G, D_K, DK_PAD, D_V, DV_PAD, R, R_PAD, BLOCK_R, REST_PAD, CAP,
+            TABLE, N, N_PAD, WINDOW, SINKS, POOLS, P_PAD, BY_VALUE, TILE, PRECISION,
         )  # fmt: skip
     if RECURRENT > 0:
         start = (role - 1) * BLOCK_V

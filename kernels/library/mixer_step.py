@@ -9,6 +9,11 @@ from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.ops import liger_mixer
 from ligerexport.state import MixerSpec, MixerState
 
+STATE = (
+    "slot_key", "slot_value", "slot_position", "slot_score", "recurrent_state", "recurrent_mass", "judge_state"
+)  # fmt: skip
+"""All that a layer without keyed rows can carry."""
+
 
 def mixer_step(
     query: Tensor,
@@ -39,48 +44,41 @@ def mixer_step(
         Output `[B, H_q, d_v]` in the dtype of `query`; zero for a sequence that is skipped or padding.
 
     Raises:
-        ValueError: A pool needs `score`, or evicted tokens feed the recurrence, or its gate is keyed.
+        ValueError: A pool needs `score`, or its gate is keyed.
     """
     if spec.config.foresees and score is None:
         raise ValueError("a pool is kept by a learned score, and no score was given")
     if not spec.config.fuses:
-        raise ValueError("a recurrence over evicted tokens or with keyed rows has no one-launch step; use liger_mixer")
-    return _mixer_step(
-        query, key, value, position, state["slot_key"], state["slot_value"], state["slot_position"],
-        state.get("slot_score"), state.get("recurrent_state"), state.get("judge_state"), rotary, index, score,
-        spec.text,
-    )  # fmt: skip
+        raise ValueError("a recurrence with keyed rows has no fused step; use liger_mixer")
+    pools = (state[name] for name in STATE[:3]), (state.get(name) for name in STATE[3:])
+    return _mixer_step(query, key, value, position, *pools[0], *pools[1], rotary, index, score, spec.text)
 
 
-@torch.library.custom_op(
-    "ligerexport::mixer_step",
-    mutates_args=("slot_key", "slot_value", "slot_position", "slot_score", "recurrent_state", "judge_state"),
-)
+@torch.library.custom_op("ligerexport::mixer_step", mutates_args=STATE)
 def _mixer_step(
     query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
-    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, judge_state: Tensor | None,
-    rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
+    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_mass: Tensor | None,
+    judge_state: Tensor | None, rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
 ) -> Tensor:  # fmt: skip
     if not fused(query):
-        pools = (slot_key, slot_value, slot_position, slot_score, recurrent_state, judge_state)
+        pools = (slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_mass, judge_state)
         return _plain(query, key, value, position, *pools, rotary, index, score, spec)
     from ligerexport.kernels.fused.mixer_step import mixer_step as kernel
 
-    state = _state(slot_key, slot_value, slot_position, slot_score, recurrent_state, judge_state)
+    state = _state(slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_mass, judge_state)
     return kernel(query, key, value, position, state, MixerSpec.from_text(spec), rotary, index, score=score)
 
 
 def _state(*tensors: Tensor | None) -> MixerState:
-    names = ("slot_key", "slot_value", "slot_position", "slot_score", "recurrent_state", "judge_state")
-    return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+    return {name: tensor for name, tensor in zip(STATE, tensors, strict=True) if tensor is not None}
 
 
 def _plain(
     query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
-    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, judge_state: Tensor | None,
-    rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
+    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_mass: Tensor | None,
+    judge_state: Tensor | None, rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
 ) -> Tensor:  # fmt: skip
-    pools = _state(slot_key, slot_value, slot_position, slot_score, recurrent_state, judge_state)
+    pools = _state(slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_mass, judge_state)
     rows = torch.arange(query.shape[0], device=query.device) if index is None else index.long()
     active = ((rows >= 0) & (position >= 0)).nonzero()[:, 0]
     rows = rows[active]
@@ -99,7 +97,7 @@ def _plain(
 @_mixer_step.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
-    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, judge_state: Tensor | None,
-    rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
+    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_mass: Tensor | None,
+    judge_state: Tensor | None, rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
 ) -> Tensor:  # fmt: skip
     return query.new_empty(*query.shape[:2], value.shape[2])

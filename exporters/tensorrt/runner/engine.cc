@@ -118,8 +118,11 @@ void Engine::Build(const Options& options, Logger& logger, const std::filesystem
 
   std::unique_ptr<nvinfer1::IBuilderConfig> config(builder->createBuilderConfig());
 #if NV_TENSORRT_MAJOR < 10
-  // Everything is a matrix product that TensorRT's own kernels have: cuBLAS and cuDNN need not be installed.
-  config->setTacticSources(0);
+  using nvinfer1::TacticSource;
+  // There is nothing for cuDNN; what joins products with their neighbours asks for cuBLAS.
+  config->setTacticSources(1u << static_cast<int>(TacticSource::kCUBLAS) |
+                           1u << static_cast<int>(TacticSource::kCUBLAS_LT));
+  config->setPreviewFeature(nvinfer1::PreviewFeature::kFASTER_DYNAMIC_SHAPES_0805, true);
   const std::string precision =
       options.precision.empty() ? manifest.at("precision").get<std::string>() : options.precision;
   if (precision == "fp16" || precision == "float16") {
