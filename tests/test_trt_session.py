@@ -11,10 +11,12 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +384,33 @@ def test_liger_run(library: Path, artifact: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and json.loads(done.stdout)["batch"] == 1 and len(engines(artifact)) == 2
     done = commanded(library, artifact, "--ids", "1", "--batch", MOST + 1)
     assert done.returncode == 1 and "hint: this artifact has kernels for 1 to 4" in done.stderr
+
+
+def test_what_runs_on_a_gpu(artifact: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script that compares real engines with torch, given what the fake's model makes, and something else."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script: Any = import_module("trt_session")
+    prompt, count, every = script.PROMPT, script.STEPS, script.EVERY
+    ids = np.random.default_rng(2).integers(0, toy.VOCAB, prompt + count)
+    steps = [expected(ids[: prompt + i])[0] for i in range(every, count + 1, every)]
+    rows = [expected(script.sequence(ids, row))[0] for row in range(len(script.ROWS))]
+    states = {f"{when}.{name}": x[None] for when, part in (("read", ids[:prompt]), ("end", ids))
+              for name, x in expected(part)[1].items()}  # fmt: skip
+    whole: dict[str, Any] = {"ids": ids, "prompt": expected(ids[:prompt])[0], "steps": steps, "rows": rows} | states
+    command = [sys.executable, "benchmarks/trt_session.py", "run", artifact, "--runner", library,
+               "--libraries", library.parent, "--expected", tmp_path / "expected.npz"]  # fmt: skip
+
+    def run(**changes: Any) -> tuple[int, dict[str, Any]]:
+        np.savez(tmp_path / "expected.npz", **(whole | changes))
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.stdout, done.stderr
+        return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+    code, report = run()
+    assert code == 0 and report["fine"], report
+    assert report["torch"]["largest_divergence"] == 0 and report["torch"]["state_at_the_end"]["slots_alike"] == 1
+    key = "end.past.0.recurrent_state"
+    for part, changes in (("torch", {key: whole[key] * 1.1}), ("rows", {"rows": rows[::-1]})):
+        code, report = run(**changes)
+        assert code == 1 and not report[part]["fine"], report
