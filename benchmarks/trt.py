@@ -31,7 +31,7 @@ import numpy as np
 
 SOURCES = Path(__file__).resolve().parent.parent / "exporters" / "tensorrt"
 CORE = ("pack.cc", "plan.cc", "mixer.cc", "face.cc")
-RUNNER = ("main.cc", "session.cc", "engine.cc")
+RUNNER = ("capi.cc", "session.cc", "engine.cc")
 UNUSED = ("libcublas.so.11", "libcublasLt.so.11", "libcudnn.so.8")
 """What libraries of TensorRT 8 name and our engines never call; empty ones do where they are not installed."""
 GREEDY = 64
@@ -106,8 +106,11 @@ def compile_all(log: Log, given: argparse.Namespace, work: Path) -> None:
     shared = ["-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     needs = linked(find_driver(), *([nvinfer] if old else []))
     log.run("plugin", [*nvcc, *shared, *plugin, *needs, *unresolved, "-o", work / "libligerexport_trt.so"])
-    runner = [SOURCES / "runner" / name for name in RUNNER]
-    log.run("runner", [*nvcc, *runner, *linked(nvinfer, parser), *unresolved, "-ldl", "-o", work / "liger-run"])
+    runner, made = [SOURCES / "runner" / name for name in RUNNER], work / "libliger_run.so"
+    soname = ["-Xlinker", "-soname", "-Xlinker", made.name]
+    log.run("runner", [*nvcc, *shared, *soname, *runner, *linked(nvinfer, parser), *unresolved, "-ldl", "-o", made])
+    command = [SOURCES / "runner" / "main.cc", *linked(made), "-Xlinker", "-rpath", "-Xlinker", "$ORIGIN"]
+    log.run("command", [*nvcc, *command, *unresolved, "-o", work / "liger-run"])
 
 
 def run(given: argparse.Namespace) -> int:

@@ -85,6 +85,9 @@ def load(
 ) -> Session:
     """Open an artifact for running.
 
+    An artifact of the target `trt` runs on its GPU, with `libliger_run.so` from LIGEREXPORT_TRT_RUNNER, the artifact or
+    where the loader looks; of the options it has `batch`, `chunk` and `hashes`.
+
     Args:
         path: Directory that `build` wrote.
         batch: Sequences that advance together.
@@ -102,17 +105,20 @@ def load(
         LigerError: The engine does not run on the GPU that is here.
     """
     artifact = open_artifact(path, hashes=hashes, data=False)
-    target = artifact.manifest.target
-    if target != "onnx":
-        raise ArtifactError(f"no runtime here for target '{target}'", hint=_elsewhere(artifact))
     with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter's lock, and so does the engine
         checked = pool.submit(check_data, artifact) if hashes else None
         try:
-            from ligerexport.exporters.onnx.session import OnnxSession
+            if artifact.manifest.target == "onnx":
+                from ligerexport.exporters.onnx.session import OnnxSession
 
-            return OnnxSession(
-                artifact, batch=batch, threads=threads, chunk=chunk, prepack=prepack, scoring=scoring, device=device
-            )
+                return OnnxSession(
+                    artifact, batch=batch, threads=threads, chunk=chunk, prepack=prepack, scoring=scoring, device=device
+                )
+            if artifact.manifest.target == "trt":
+                from ligerexport.exporters.tensorrt.session import TensorRTSession
+
+                return TensorRTSession(artifact, batch=batch, chunk=chunk)
+            raise ArtifactError(f"no runtime here for target '{artifact.manifest.target}'", hint=_elsewhere(artifact))
         finally:  # before anything runs, and before what the engine may say of changed weights
             if checked is not None:
                 checked.result()
@@ -126,12 +132,10 @@ def _elsewhere(artifact: Artifact) -> str | None:
         LigerError: Its engine does not run on the GPU that is here.
     """
     target = artifact.manifest.target
-    if target == "trt":
-        return f"run it with liger-run {artifact.directory} on a machine with TensorRT, see docs/guides/tensorrt.md"
     if target == "trt-rtx":
         from ligerexport.exporters.tensorrt.engine import check_engine
         from ligerexport.exporters.tensorrt.package import rtx
 
         check_engine(rtx(), artifact.graph)
         return f"run {artifact.graph} with TensorRT-RTX on an RTX GPU, see docs/guides/tensorrt.md"
-    return close_matches(target, ["onnx"])
+    return close_matches(target, ["onnx", "trt"])

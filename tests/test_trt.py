@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ from ligerexport.exporters.onnx import evaluation
 from ligerexport.exporters.targets import TARGETS
 from ligerexport.exporters.tensorrt import machine, pack, package
 from ligerexport.exporters.tensorrt.engine import build_engine, check_engine
+from ligerexport.exporters.tensorrt.session import VARIABLE
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,9 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def test_trt_without_tensorrt(checkpoint: Path, tmp_path: Path, packed: list[dict[str, Any]]) -> None:
+def test_trt_without_tensorrt(
+    checkpoint: Path, tmp_path: Path, packed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Graph, kernels and plugin for a device that makes the engine itself."""
     library = tmp_path / "libplugin.so"
     library.write_bytes(b"plugin")
@@ -66,9 +70,10 @@ def test_trt_without_tensorrt(checkpoint: Path, tmp_path: Path, packed: list[dic
     assert manifest.verification["passed"] and manifest.verification["tokens"] > 400
     (call,) = packed
     assert len(call["specs"]) == 1 and call["sms"] == (86, 87) and call["dtype"] == "fp16" and call["max_batch"] == 2
-    with pytest.raises(LigerError, match="no runtime here for target 'trt'") as caught:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(MissingDependency, match=r"libliger_run\.so") as caught:
         lx.load(path)
-    assert "liger-run" in str(caught.value.hint)
+    assert VARIABLE in str(caught.value.hint)
 
 
 def test_the_pack_has_what_nodes_ask_for(checkpoint: Path, tmp_path: Path) -> None:
@@ -178,7 +183,7 @@ def test_old_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engine_of_tensorrt(
     checkpoint: Path, tmp_path: Path, packed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is asked of TensorRT, and the names that `liger-run` looks for."""
+    """What is asked of TensorRT, and the record that the runner looks at."""
     asked: dict[str, Any] = {}
 
     class Recorder:
@@ -216,8 +221,13 @@ def test_engine_of_tensorrt(
     path = lx.build(checkpoint, tmp_path / "a", target="trt", plugin=library, sms=(90,), max_batch=4, max_chunk=48,
                     weights="bf16", verify=False)  # fmt: skip
     device = open_artifact(path).manifest.device
-    assert device is not None and device["engine"] == "trt101302-sm90-b4.engine" and device["tensorrt"] == "10.13.2.6"
-    assert (path / "trt101302-sm90-b4.engine").read_bytes() == b"engine" and (path / "trt101302-sm90.timing").is_file()
+    assert device is not None and device["engine"] == "model.engine" and device["tensorrt"] == "10.13.2.6"
+    assert (path / "model.engine").read_bytes() == b"engine"
+    record = json.loads((path / "model.engine.json").read_text())
+    assert len(record.pop("model")) == 3 * 8 + 2
+    assert record == {
+        "tensorrt": 101302, "sm": 90, "plugin": f"{zlib.crc32(b'plugin'):08x}", "precision": "bfloat16", "batch": 4,
+    }  # fmt: skip
     assert asked["load_library"][0][0].endswith("libligerexport_trt.so") and packed[0]["dtype"] == "bf16"
     shapes = {}
     for name, *sizes in asked["set_shape"]:

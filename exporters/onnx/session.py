@@ -16,13 +16,12 @@ import numpy as np
 
 from ligerexport.artifact import Artifact, StateTensor
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError, close_matches
+from ligerexport.exporters.session import BatchSession, choose_chunk
 from ligerexport.snapshot import Snapshot
 
 if TYPE_CHECKING:
     import onnxruntime
 
-IDLE = -1
-"""In place of an id: no token for this row."""
 DEFAULT_CHUNK = 64
 """Prompt tokens a call, where the graph takes more. On SmolLM2 64 and 128 are equally fast; 64 needs less memory."""
 
@@ -37,7 +36,7 @@ SPIN = "30"
 for whoever else wants the core."""
 
 
-class OnnxSession:
+class OnnxSession(BatchSession):
     """One batch of sequences on an ONNX artifact. See `ligerexport.runtime.Session` for the face.
 
     Args:
@@ -71,13 +70,10 @@ class OnnxSession:
         device: str = "cpu",
     ) -> None:
         manifest = artifact.manifest
-        limit = manifest.graph.max_chunk
         self.artifact = artifact
         self.batch = batch
-        self.chunk = min(DEFAULT_CHUNK, limit) if chunk is None else chunk
+        self.chunk = choose_chunk(chunk, DEFAULT_CHUNK, manifest.graph.max_chunk)
         self.threads = default_threads() if threads is None else threads
-        if not 1 <= self.chunk <= limit:
-            raise UsageError(f"chunk {chunk}", hint=f"this graph takes 1 to {limit} tokens a call")
         if batch < 1 or self.threads < 1:
             raise UsageError(f"batch {batch} and threads {self.threads}", hint="both are at least 1")
         if device not in PROVIDERS:
@@ -116,69 +112,17 @@ class OnnxSession:
         return other
 
     @property
-    def position(self) -> np.ndarray:
-        """Tokens seen, `[B]` int64."""
-        return self._position.copy()
-
-    @property
     def state_bytes(self) -> int:
         """Bytes of the state of all sequences, now."""
         fixed = sum(array.nbytes for array in self._fixed.values())
         return fixed + sum(value.tensor_size_in_bytes() for value in self._growing.values())
 
-    def prefill(self, ids: Sequence[int] | np.ndarray, padding: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """Advance by a prompt of any length, in chunks.
-
-        Args:
-            ids: `[T]` for one sequence, or `[B, T]`.
-            padding: `[B]`, how many ids of each row are padding on its left; only in rows that have seen nothing.
-
-        Returns:
-            Logits after the last token, `[B, V]` fp32; a view that the next call overwrites.
-
-        Raises:
-            UsageError: No tokens, ids outside the vocabulary, or a shape that does not fit.
-        """
-        array = np.atleast_2d(np.asarray(ids))
-        if array.size == 0:
-            raise UsageError("the prompt has no tokens", hint="give at least one token of text")
-        if array.dtype.kind not in "iu" or array.ndim != 2 or array.shape[0] != self.batch:
-            raise UsageError(f"ids {list(array.shape)} of {array.dtype}, integers [{self.batch}, T] were expected")
-        self._check_vocabulary(int(array.min()), int(array.max()))
-        if padding is not None:
-            padded = np.asarray(padding, np.int64)
-            if (self._position.astype(bool) & (padded != 0)).any():
-                raise UsageError("padding after the first token", hint="pad rows that have seen nothing only")
-            self._position -= padded
-        for start in range(0, array.shape[1], self.chunk):
-            self._run(self._chunk, np.array(array[:, start : start + self.chunk], np.int64, order="C"))
-        return self._logits
-
-    def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Advance by one token.
-
-        Args:
-            ids: An id for one sequence, or `[B]`; `IDLE` for a row that has seen nothing leaves it so.
-
-        Returns:
-            As `prefill`; the logits of an idle row mean nothing.
-
-        Raises:
-            UsageError: An id outside the vocabulary, or a row that is idle in the middle of its sequence.
-        """
-        row = self._step_ids[:, 0]
-        row[:] = ids
-        idle = row == IDLE
-        if idle.any() and not idle.all():
-            if (seen := self._position * idle).max() > 0:
-                raise UsageError(
-                    f"row {seen.argmax()} has seen {seen.max()} tokens and gets none",
-                    hint="keep session.snapshot(row) if it goes on later, then session.reset(row)",
-                )
-            row[idle] = 0
-            self._position[idle] = np.minimum(self._position[idle], -1)  # padding leaves no trace
-        self._check_vocabulary(int(row.min()), int(row.max()))
-        self._run(self._step, self._step_ids)
+    def _advance(self, ids: np.ndarray) -> np.ndarray:
+        if ids is self._step_ids:
+            self._run(self._step, ids)
+        else:
+            for start in range(0, ids.shape[1], self.chunk):
+                self._run(self._chunk, np.array(ids[:, start : start + self.chunk], np.int64, order="C"))
         return self._logits
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
@@ -187,11 +131,13 @@ class OnnxSession:
         Yields:
             `[B, t, V]` fp32, in order; T of them together.
         """
+        if not self._scoring:
+            yield from super().every(ids)
+            return
         array = np.atleast_2d(np.asarray(ids))
-        width = self.chunk if self._scoring else 1
-        for start in range(0, max(1, array.shape[1]), width):
-            logits = self.prefill(array[:, start : start + width])
-            yield self._every if self._scoring else logits[:, None].copy()
+        for start in range(0, max(1, array.shape[1]), self.chunk):
+            self.prefill(array[:, start : start + self.chunk])
+            yield self._every
 
     def reset(self, row: int | None = None) -> None:
         """Forget everything, or one row."""
@@ -220,18 +166,7 @@ class OnnxSession:
         Raises:
             UsageError: It is the state of another model, or of another batch.
         """
-        rows = self._rows(row)
-        batch = self.batch if row is None else 1
-        if snapshot.model != self.artifact.manifest.fingerprint:
-            raise UsageError("this state belongs to another model", hint="load the artifact that it was saved with")
-        for tensor in (*self._fixed, *self._growing):
-            given = snapshot.tensors.get(tensor.past)
-            shape = self._shape(tensor, batch, None if given is None or given.ndim < 3 else given.shape[2])
-            if given is None or given.shape != shape or given.dtype != np.dtype(tensor.dtype):
-                raise UsageError(
-                    f"this state has no {tensor.past} {list(shape)} of {tensor.dtype}",
-                    hint=f"{batch} sequences were expected; see Snapshot.stack and Snapshot.sequence",
-                )
+        rows = self._check_snapshot(snapshot, row)
         self._position[rows] = snapshot.position
         self._fetch()
         for tensor, array in self._fixed.items():
@@ -251,11 +186,6 @@ class OnnxSession:
             for tensor, array in self._fixed.items():
                 self._values[tensor].update_inplace(array)
 
-    def _rows(self, row: int | None) -> slice:
-        if row is not None and not 0 <= row < self.batch:
-            raise UsageError(f"row {row}", hint=f"this session runs {self.batch} sequences, 0 to {self.batch - 1}")
-        return slice(None) if row is None else slice(row, row + 1)
-
     def _regrow(self, rows: slice, given: dict[StateTensor, np.ndarray]) -> None:
         """Put rows into tensors that grow. The newest token is in the last column: short sequences begin later."""
         columns = max(0, int(self._position.max()))
@@ -268,17 +198,8 @@ class OnnxSession:
                 grown[rows, :, columns - new.shape[2] :] = new
             self._growing[tensor] = _value(grown)
 
-    def _shape(self, tensor: StateTensor, batch: int | None = None, grown: int | None = None) -> tuple[int, ...]:
-        letters = {"B": batch or self.batch, "P": grown or 0}
-        return tuple(letters[size] if isinstance(size, str) else size for size in tensor.shape)
-
     def _empty(self, tensor: StateTensor, batch: int | None = None) -> onnxruntime.OrtValue:
         return _value(np.empty(self._shape(tensor, batch), tensor.dtype))
-
-    def _check_vocabulary(self, low: int, high: int) -> None:
-        size = self.artifact.manifest.model.vocab_size
-        if low < 0 or high >= size:
-            raise UsageError(f"token id {low if low < 0 else high}", hint=f"ids of this model are 0 to {size - 1}")
 
     def _bind(self) -> onnxruntime.IOBinding:
         """Bind all that stays in its place; ids and growing tensors come later."""

@@ -25,7 +25,6 @@ def build_engine(
     progress: ProgressFactory,
     sms: Sequence[int] = (),
     plugin: Path | None = None,
-    cache: Path | None = None,
 ) -> None:
     """Build an engine with profiles for one token of one sequence, one token of up to `max_batch`, and up to a chunk.
 
@@ -38,7 +37,6 @@ def build_engine(
         progress: Opens a phase.
         sms: Compute capabilities, where it is built for other GPUs than the one that is here.
         plugin: Library with operators that the graph uses.
-        cache: File with timings of kernels, to read and to write.
 
     Raises:
         LigerError: TensorRT does not take plugin or graph, or cannot build it; its own first words are in the message.
@@ -66,17 +64,12 @@ def build_engine(
             least, most = ([{"B": b, "T": t}.get(str(n), n) for n in x.shape] for b, t in ((1, 1), (batch, tokens)))
             profile.set_shape(x.name, least, most, most)
         config.add_optimization_profile(profile)
-    if cache is not None:
-        known = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
-        config.set_timing_cache(known, ignore_mismatch=False)
     config.progress_monitor = monitor = _monitor(trt, progress)
     engine = builder.build_serialized_network(network, config)
     monitor.close()
     if engine is None:
         raise LigerError(f"TensorRT {trt.__version__} builds no engine: {logger.first()}")
     destination.write_bytes(memoryview(engine))
-    if cache is not None:
-        cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
 
 
 def check_engine(trt: Any, file: Path) -> None:

@@ -5,7 +5,9 @@ What is not installed is said before any work is done. TensorRT is imported by t
 
 from __future__ import annotations
 
+import json
 import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -13,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ligerexport.artifact import sha256
 from ligerexport.console import ProgressFactory
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.exporters.targets import get_target
@@ -77,7 +80,7 @@ def choose_gpu(
         if not find_spec("triton"):
             raise MissingDependency("Triton, which compiles the kernels,", extra="gpu")
         if engine:
-            engine_stem()
+            here()
             if plugin is None:
                 raise MissingDependency("the plugin's library", hint=f"--plugin PATH; or {_LATER}")
     return gpu
@@ -182,17 +185,20 @@ def _add_plugin(
         shutil.copyfile(gpu.plugin, directory / PLUGIN_FILE)
         device["plugin"] = PLUGIN_FILE
     if gpu.engine:
-        trt, stem = tensorrt(), engine_stem()
-        engine = f"{stem}-b{gpu.max_batch}.engine"
-        build_engine(trt, directory / manifest.graph.file, directory / engine, graph=manifest.graph,
-                     max_batch=gpu.max_batch, progress=progress, plugin=directory / PLUGIN_FILE,
-                     cache=directory / f"{stem}.timing")  # fmt: skip
-        device |= {"engine": engine, "tensorrt": trt.__version__}
+        trt, (version, sm) = tensorrt(), here()
+        build_engine(trt, directory / manifest.graph.file, directory / ENGINE_FILE, graph=manifest.graph,
+                     max_batch=gpu.max_batch, progress=progress, plugin=directory / PLUGIN_FILE)  # fmt: skip
+        record = {  # what `liger-run` looks at; those that it builds have other names, since this one's hash is kept
+            "tensorrt": version, "sm": sm, "plugin": f"{zlib.crc32((directory / PLUGIN_FILE).read_bytes()):08x}",
+            "precision": manifest.precision, "model": _model(directory, manifest), "batch": gpu.max_batch,
+        }  # fmt: skip
+        (directory / f"{ENGINE_FILE}.json").write_text(json.dumps(record, indent=1) + "\n")
+        device |= {"engine": ENGINE_FILE, "tensorrt": trt.__version__}
     return replace(manifest, device=device)
 
 
-def engine_stem() -> str:
-    """Return what the names of engines begin with for the TensorRT and the GPU that are here, as `liger-run` has them.
+def here() -> tuple[int, int]:
+    """Return the version of TensorRT as one number and the compute capability of the GPU that is here, 90 for 9.0.
 
     Raises:
         MissingDependency: One of them is not here.
@@ -200,7 +206,15 @@ def engine_stem() -> str:
     version, found = [int(part) for part in tensorrt().__version__.split(".")[:3]], driver()
     if found is None or not found.sms:
         raise MissingDependency("a CUDA device", hint=_LATER)
-    return f"trt{version[0] * 10000 + version[1] * 100 + version[2]}-sm{found.sms[0]}"
+    return version[0] * 10000 + version[1] * 100 + version[2], found.sms[0]
+
+
+def _model(directory: Path, manifest: Manifest) -> str:
+    """Return what tells engines of different models apart, as `runner/engine.cc` writes it."""
+    from ligerexport.exporters.tensorrt.pack import PACK
+
+    files = (directory / name for name in (manifest.graph.file, manifest.graph.data, PACK))
+    return "-".join(sha256(file)[:8] for file in files if file.is_file())
 
 
 def _dtype(form: WeightFormat) -> str:

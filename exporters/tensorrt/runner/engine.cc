@@ -3,6 +3,7 @@
 #include <NvOnnxParser.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <fstream>
@@ -20,27 +21,79 @@ std::vector<char> read(const std::filesystem::path& path) {
 }
 
 // Under its name only when it is whole.
-void write(const std::filesystem::path& path, const nvinfer1::IHostMemory& data) {
+void write(const std::filesystem::path& path, const void* data, size_t size) {
   const std::filesystem::path part = path.string() + ".part";
   std::ofstream file(part, std::ios::binary);
-  file.write(static_cast<const char*>(data.data()), static_cast<std::streamsize>(data.size()));
+  file.write(static_cast<const char*>(data), static_cast<std::streamsize>(size));
   file.close();
-  if (!file) throw std::runtime_error("cannot write " + part.string());
+  if (!file) throw error("cannot write " + part.string());
   std::filesystem::rename(part, path);
 }
 
-void load_plugin(const Options& options) {
-  void* const library = dlopen(options.plugin.c_str(), RTLD_NOW | RTLD_GLOBAL);
-  if (library == nullptr) throw std::runtime_error(std::string("cannot open the plugin library: ") + dlerror());
+constexpr char kPlugin[] = "libligerexport_trt.so";
+
+// The artifact's, or what was built together with this library, or what the loader finds.
+std::filesystem::path find_plugin(const std::filesystem::path& artifact) {
+  Dl_info info{};
+  dladdr(reinterpret_cast<void*>(&find_plugin), &info);
+  const auto here = std::filesystem::path(info.dli_fname == nullptr ? "" : info.dli_fname).parent_path();
+  for (const auto& file : {artifact / kPlugin, here / kPlugin, here / "plugin" / kPlugin})
+    if (std::filesystem::exists(file)) return file;
+  return kPlugin;
+}
+
+// Returns the file.
+std::filesystem::path load_plugin(const Options& options) {
+  const auto wanted = options.plugin.empty() ? find_plugin(options.artifact) : options.plugin;
+  void* const library = dlopen(wanted.c_str(), RTLD_NOW | RTLD_GLOBAL);
+  if (library == nullptr) throw error(std::string("cannot open the plugin library: ") + dlerror());
 #if NV_TENSORRT_MAJOR >= 10
-  if (getPluginRegistry()->loadLibrary(options.plugin.c_str()) == nullptr)
-    throw std::runtime_error("TensorRT does not take " + options.plugin.string() + " as a plugin library");
+  if (getPluginRegistry()->loadLibrary(wanted.c_str()) == nullptr)
+    throw error("TensorRT does not take " + wanted.string() + " as a plugin library");
 #endif
   const auto kernels = options.artifact / "kernels.liger";
   const auto use = reinterpret_cast<int (*)(const char*)>(dlsym(library, "ligerexport_load_kernels"));
-  if (use == nullptr) throw std::runtime_error(options.plugin.string() + " is no plugin library of ligerexport");
-  if (std::filesystem::exists(kernels) && use(kernels.c_str()) != 0)
-    throw std::runtime_error("cannot use " + kernels.string());
+  if (use == nullptr) throw error(wanted.string() + " is no plugin library of ligerexport");
+  if (std::filesystem::exists(kernels) && use(kernels.c_str()) != 0) throw error("cannot use " + kernels.string());
+  Dl_info info{};
+  dladdr(reinterpret_cast<void*>(use), &info);
+  return info.dli_fname;
+}
+
+std::string crc32(const std::vector<char>& data) {
+  uint32_t crc = ~0u;
+  for (const char byte : data) {
+    crc ^= static_cast<unsigned char>(byte);
+    for (int bit = 0; bit < 8; ++bit) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
+  }
+  char text[9];
+  std::snprintf(text, sizeof(text), "%08x", ~crc);
+  return text;
+}
+
+// What an engine depends on, beside its profiles; `package.py` writes the same.
+nlohmann::json record_of(const Options& options, const nlohmann::json& manifest, const std::filesystem::path& plugin) {
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  const std::string graph = manifest.at("graph").at("file");
+  std::string model;
+  for (const std::string& name : {graph, graph + ".data", std::string("kernels.liger")})
+    if (manifest.at("files").contains(name))
+      model += (model.empty() ? "" : "-") + manifest["files"][name].at("sha256").get<std::string>().substr(0, 8);
+  return {{"tensorrt", getInferLibVersion()},
+          {"sm", 10 * major + minor},
+          {"plugin", crc32(read(plugin))},
+          {"precision", options.precision.empty() ? manifest.at("precision").get<std::string>() : options.precision},
+          {"model", model}};
+}
+
+std::string describe(const nlohmann::json& record) {
+  std::string text;
+  for (const auto& [key, value] : record.items())
+    text += (text.empty() ? "" : ", ") + key + " " + (value.is_string() ? value.get<std::string>() : value.dump());
+  return text;
 }
 
 #if NV_TENSORRT_MAJOR < 10
@@ -66,36 +119,80 @@ void Logger::log(Severity severity, const char* text) noexcept {
   if (severity <= most_) std::fprintf(stderr, "tensorrt: %s\n", text);
 }
 
-Engine::Engine(const Options& options, Logger& logger) : seconds(0) {
+Engine::Engine(const Options& options)
+    : logger_(options.verbose ? nvinfer1::ILogger::Severity::kVERBOSE : nvinfer1::ILogger::Severity::kWARNING) {
   std::ifstream text(options.artifact / "manifest.json");
-  if (!text) throw std::runtime_error(options.artifact.string() + " is not an artifact: there is no manifest.json");
-  manifest = nlohmann::json::parse(text);
-  if (manifest.at("format_version") != 1 || manifest.at("lowering") != "plugin")
-    throw std::runtime_error("this program reads artifacts of format 1 with the lowering plugin");
-  chunk = manifest.at("graph").at("max_chunk");
-  load_plugin(options);
-
-  int device = 0;
-  cudaDeviceProp properties{};
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
-  const std::string stem = "trt" + std::to_string(getInferLibVersion()) + "-sm" + std::to_string(properties.major) +
-                           std::to_string(properties.minor);
-  file = options.artifact / (stem + "-b" + std::to_string(options.batch) + ".engine");
-  if (options.build || !std::filesystem::exists(file)) {
-    const auto begin = std::chrono::steady_clock::now();
-    Build(options, logger, options.artifact / (stem + ".timing"));
-    seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  }
-  const auto data = read(file);
-  runtime.reset(nvinfer1::createInferRuntime(logger));
-  if (runtime) engine.reset(runtime->deserializeCudaEngine(data.data(), data.size()));
-  if (!engine) throw std::runtime_error("TensorRT cannot read " + file.string() + "; try --build");
+  if (!text) throw error(options.artifact.string() + " is not an artifact: there is no manifest.json");
+  manifest_ = nlohmann::json::parse(text);
+  if (manifest_.at("format_version") != 1 || manifest_.at("lowering") != "plugin")
+    throw error("this program reads artifacts of format 1 with the lowering plugin");
+  chunk_ = manifest_.at("graph").at("max_chunk");
+  if (const int most = manifest_.at("device").at("max_batch"); options.batch < 1 || options.batch > most)
+    throw error("batch " + std::to_string(options.batch), "this artifact has kernels for 1 to " + std::to_string(most) +
+                                                              " sequences; build it with --max-batch");
+  here_ = record_of(options, manifest_, load_plugin(options));
+  if (options.build || !Find(options)) Build(options);
+  runtime_.reset(nvinfer1::createInferRuntime(logger_));
+  engine_ = Read();
 }
 
-void Engine::Build(const Options& options, Logger& logger, const std::filesystem::path& timing) {
-  std::unique_ptr<nvinfer1::IBuilder> builder(nvinfer1::createInferBuilder(logger));
-  if (!builder) throw std::runtime_error("TensorRT cannot make a builder");
+// Looks for the engine for the fewest sequences that are enough. Nothing is deserialised that is not for this machine.
+bool Engine::Find(const Options& options) {
+  std::string other;
+  bool known = false;
+  for (const auto& entry : std::filesystem::directory_iterator(options.artifact)) {
+    if (entry.path().extension() != ".engine") continue;
+    const auto data = read(entry.path().string() + ".json");
+    auto record = nlohmann::json::parse(data.begin(), data.end(), nullptr, false);
+    if (!record.is_object() || !record["batch"].is_number_integer()) {
+      other = entry.path().filename().string() + " does not say what it was built for";
+      continue;
+    }
+    const int batch = record["batch"];
+    record.erase("batch");
+    if (record != here_) {
+      other = entry.path().filename().string() + " was built for " + describe(record);
+      continue;
+    }
+    known = true;
+    if (batch >= options.batch && (file_.empty() || batch < batch_)) file_ = entry.path(), batch_ = batch;
+  }
+  if (!known && !other.empty())
+    throw error(other + "; here is " + describe(here_), "liger-run " + options.artifact.string() + " --build --batch " +
+                                                            std::to_string(options.batch));
+  return !file_.empty();
+}
+
+nlohmann::json Engine::Describe() const {
+  nlohmann::json all = here_;
+  all.update({{"engine", file_.string()}, {"build_seconds", seconds_}, {"batch", batch_}, {"chunk", chunk_}});
+  return all;
+}
+
+std::shared_ptr<nvinfer1::ICudaEngine> Engine::Read() {
+  const auto data = read(file_);
+  std::shared_ptr<nvinfer1::ICudaEngine> engine;
+  if (runtime_) engine.reset(runtime_->deserializeCudaEngine(data.data(), data.size()));
+  if (!engine) throw error("TensorRT cannot read " + file_.string(), "build it again with --build");
+  return engine;
+}
+
+std::shared_ptr<nvinfer1::ICudaEngine> Engine::Take() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (NV_TENSORRT_MAJOR < 10 && engine_.use_count() > 1) return Read();
+  return engine_;
+}
+
+void Engine::Build(const Options& options) {
+  const auto begin = std::chrono::steady_clock::now();
+  const std::string stem = "trt" + here_["tensorrt"].dump() + "-sm" + here_["sm"].dump();
+  const std::filesystem::path timing = options.artifact / (stem + ".timing");
+  batch_ = options.batch;
+  file_ = options.artifact / (stem + "-b" + std::to_string(batch_) + ".engine");
+  std::fprintf(stderr, "liger: building %s, which takes minutes\n", file_.c_str());
+
+  std::unique_ptr<nvinfer1::IBuilder> builder(nvinfer1::createInferBuilder(logger_));
+  if (!builder) throw error("TensorRT cannot make a builder");
 #if NV_TENSORRT_MAJOR >= 11
   const uint32_t flags = 0;
 #elif NV_TENSORRT_MAJOR == 10
@@ -104,16 +201,16 @@ void Engine::Build(const Options& options, Logger& logger, const std::filesystem
   const uint32_t flags = 1u << static_cast<int>(nvinfer1::NetworkDefinitionCreationFlag::kEXPLICIT_BATCH);
 #endif
   std::unique_ptr<nvinfer1::INetworkDefinition> network(builder->createNetworkV2(flags));
-  std::unique_ptr<nvonnxparser::IParser> parser(nvonnxparser::createParser(*network, logger));
-  const auto graph = options.artifact / manifest.at("graph").at("file").get<std::string>();
+  std::unique_ptr<nvonnxparser::IParser> parser(nvonnxparser::createParser(*network, logger_));
+  const auto graph = options.artifact / manifest_.at("graph").at("file").get<std::string>();
   const auto severity = static_cast<int>(nvinfer1::ILogger::Severity::kWARNING);
   if (!parser || !parser->parseFromFile(graph.c_str(), severity)) {
     std::string text = "the parser refuses " + graph.string();
     for (int i = 0; parser && i < parser->getNbErrors(); ++i) {
-      const auto* error = parser->getError(i);
-      text += "\n  node " + std::to_string(error->node()) + ": " + error->desc();
+      const auto* refused = parser->getError(i);
+      text += "\n  node " + std::to_string(refused->node()) + ": " + refused->desc();
     }
-    throw std::runtime_error(text);
+    throw error(text);
   }
 
   std::unique_ptr<nvinfer1::IBuilderConfig> config(builder->createBuilderConfig());
@@ -123,8 +220,7 @@ void Engine::Build(const Options& options, Logger& logger, const std::filesystem
   config->setTacticSources(1u << static_cast<int>(TacticSource::kCUBLAS) |
                            1u << static_cast<int>(TacticSource::kCUBLAS_LT));
   config->setPreviewFeature(nvinfer1::PreviewFeature::kFASTER_DYNAMIC_SHAPES_0805, true);
-  const std::string precision =
-      options.precision.empty() ? manifest.at("precision").get<std::string>() : options.precision;
+  const std::string precision = here_["precision"];
   if (precision == "fp16" || precision == "float16") {
     config->setFlag(nvinfer1::BuilderFlag::kFP16);
     config->setFlag(nvinfer1::BuilderFlag::kPREFER_PRECISION_CONSTRAINTS);
@@ -132,8 +228,8 @@ void Engine::Build(const Options& options, Logger& logger, const std::filesystem
   }
 #endif
   // One token of one sequence, of any number of them, and a chunk, which is the last.
-  std::vector<std::pair<int, int>> calls = {{options.batch, 1}, {options.batch, chunk}};
-  if (options.batch > 1) calls.insert(calls.begin(), {1, 1});
+  std::vector<std::pair<int, int>> calls = {{batch_, 1}, {batch_, chunk_}};
+  if (batch_ > 1) calls.insert(calls.begin(), {1, 1});
   for (const auto& [batch, tokens] : calls) {
     nvinfer1::IOptimizationProfile* profile = builder->createOptimizationProfile();
     for (int i = 0; i < network->getNbInputs(); ++i) {
@@ -148,19 +244,24 @@ void Engine::Build(const Options& options, Logger& logger, const std::filesystem
       profile->setDimensions(input->getName(), nvinfer1::OptProfileSelector::kOPT, most);
       profile->setDimensions(input->getName(), nvinfer1::OptProfileSelector::kMAX, most);
     }
-    if (config->addOptimizationProfile(profile) < 0)
-      throw std::runtime_error("TensorRT refuses an optimization profile");
+    if (config->addOptimizationProfile(profile) < 0) throw error("TensorRT refuses an optimization profile");
   }
   const auto known = read(timing);
   std::unique_ptr<nvinfer1::ITimingCache> cache(config->createTimingCache(known.data(), known.size()));
   if (cache) config->setTimingCache(*cache, false);
   std::unique_ptr<nvinfer1::IHostMemory> made(builder->buildSerializedNetwork(*network, *config));
-  if (!made) throw std::runtime_error("TensorRT cannot build an engine of " + graph.string());
-  write(file, *made);
+  if (!made) throw error("TensorRT cannot build an engine of " + graph.string());
+
+  nlohmann::json record = here_;
+  record["batch"] = batch_;
+  const std::string text = record.dump(1) + "\n";
+  write(file_, made->data(), made->size());
+  write(file_.string() + ".json", text.data(), text.size());
   if (const auto* timed = config->getTimingCache()) {
     const std::unique_ptr<nvinfer1::IHostMemory> data(timed->serialize());
-    if (data) write(timing, *data);
+    if (data) write(timing, data->data(), data->size());
   }
+  seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
 }  // namespace liger

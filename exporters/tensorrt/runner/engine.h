@@ -6,6 +6,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
@@ -13,8 +14,13 @@
 
 namespace liger {
 
+// An error's text; what can be done about it is in a second line that begins with "hint: ".
+inline std::runtime_error error(const std::string& text, const std::string& hint = "") {
+  return std::runtime_error(hint.empty() ? text : text + "\nhint: " + hint);
+}
+
 inline void check(cudaError_t result, const char* what) {
-  if (result != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(result));
+  if (result != cudaSuccess) throw error(std::string(what) + ": " + cudaGetErrorString(result));
 }
 
 class Logger final : public nvinfer1::ILogger {
@@ -27,25 +33,39 @@ class Logger final : public nvinfer1::ILogger {
 };
 
 struct Options {
-  std::filesystem::path artifact, plugin;
+  std::filesystem::path artifact, plugin;  // "" for the artifact's, or one beside this library
   std::string precision;  // of activations, "" for what the manifest says
   int batch = 1;          // the most sequences at once
   bool build = false;     // even where there is an engine
   bool verbose = false;
 };
 
-struct Engine {
-  Engine(const Options& options, Logger& logger);
+class Engine {
+ public:
+  explicit Engine(const Options& options);
 
-  nlohmann::json manifest;
-  int chunk;       // the most tokens of one call
-  double seconds;  // that building took, 0 where it was read
-  std::filesystem::path file;
-  std::unique_ptr<nvinfer1::IRuntime> runtime;
-  std::unique_ptr<nvinfer1::ICudaEngine> engine;
+  // The engine for one more session. Before TensorRT 10 two contexts cannot share a profile: there each session has
+  // the weights for itself.
+  std::shared_ptr<nvinfer1::ICudaEngine> Take();
+
+  const nlohmann::json& manifest() const { return manifest_; }
+  int chunk() const { return chunk_; }  // the most tokens of one call
+  int batch() const { return batch_; }  // the most sequences
+  nlohmann::json Describe() const;
 
  private:
-  void Build(const Options& options, Logger& logger, const std::filesystem::path& plan);
+  bool Find(const Options& options);
+  void Build(const Options& options);
+  std::shared_ptr<nvinfer1::ICudaEngine> Read();
+
+  Logger logger_;
+  nlohmann::json manifest_, here_;
+  int chunk_ = 0, batch_ = 0;
+  double seconds_ = 0;  // that building took
+  std::filesystem::path file_;
+  std::mutex mutex_;
+  std::unique_ptr<nvinfer1::IRuntime> runtime_;
+  std::shared_ptr<nvinfer1::ICudaEngine> engine_;
 };
 
 }  // namespace liger

@@ -1,7 +1,6 @@
 #include "session.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <map>
 
@@ -11,6 +10,7 @@ namespace {
 constexpr char kIds[] = "input_ids";
 constexpr char kPosition[] = "position";
 constexpr char kLogits[] = "logits";
+constexpr size_t kAlignment = 256;  // of what TensorRT is given
 
 struct TypeRow {
   nvinfer1::DataType type;
@@ -29,11 +29,11 @@ constexpr TypeRow kTypes[] = {
 const TypeRow& row_of(nvinfer1::DataType type, const std::string& name) {
   for (const TypeRow& row : kTypes)
     if (row.type == type) return row;
-  throw std::runtime_error("'" + name + "' has a type that this program does not know");
+  throw error("'" + name + "' has a type that this program does not know");
 }
 
 void need(bool done, const std::string& what) {
-  if (!done) throw std::runtime_error("TensorRT refuses " + what);
+  if (!done) throw error("TensorRT refuses " + what);
 }
 
 // One element; what state starts with is a small integer, which all types hold exactly.
@@ -43,8 +43,26 @@ std::vector<char> element(const TypeRow& row, double value) {
   const auto real = static_cast<float>(value);
   if (row.type == nvinfer1::DataType::kINT32) std::memcpy(made.data(), &whole, sizeof(whole));
   else if (row.type == nvinfer1::DataType::kFLOAT) std::memcpy(made.data(), &real, sizeof(real));
-  else if (value != 0) throw std::runtime_error("state of 16 bits starts with 0 only");
+  else if (value != 0) throw error("state of 16 bits starts with 0 only");
   return made;
+}
+
+Device on_device(size_t bytes) {
+  void* data = nullptr;
+  check(cudaMalloc(&data, std::max(bytes, kAlignment)), "cudaMalloc");
+  return Device(data);
+}
+
+Pinned pinned(size_t bytes) {
+  void* data = nullptr;
+  check(cudaMallocHost(&data, bytes), "cudaMallocHost");
+  return Pinned(data);
+}
+
+Event event(unsigned flags) {
+  cudaEvent_t made = nullptr;
+  check(cudaEventCreateWithFlags(&made, flags), "cudaEventCreate");
+  return Event(made);
 }
 
 struct Profiler final : nvinfer1::IProfiler {
@@ -56,62 +74,52 @@ struct Profiler final : nvinfer1::IProfiler {
 
 }  // namespace
 
-Session::Session(const Engine& engine, int batch, bool graph) : engine_(engine), batch_(batch) {
-  nvinfer1::ICudaEngine& trt = *engine.engine;
-  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
-  step_.reset(trt.createExecutionContext());
-  prefill_.reset(trt.createExecutionContext());
-  need(step_ && prefill_, "an execution context");
-  const int last = trt.getNbOptimizationProfiles() - 1;
-  need(step_->setOptimizationProfileAsync(batch == 1 ? 0 : last - 1, stream_), "the profile of the step");
-  need(prefill_->setOptimizationProfileAsync(last, stream_), "the profile of the prefill");
+Session::Session(Engine& engine, int batch, bool graph, int chunk)
+    : engine_(engine.Take()), batch_(batch), chunk_(chunk), position_(std::max(batch, 0)) {
+  if (batch < 1 || batch > engine.batch())
+    throw error("batch " + std::to_string(batch), "this engine was opened for 1 to " + std::to_string(engine.batch()));
+  if (chunk < 1 || chunk > engine.chunk())
+    throw error("chunk " + std::to_string(chunk), "this graph takes 1 to " + std::to_string(engine.chunk()));
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  stream_.reset(stream);
+  uploaded_ = event(cudaEventDisableTiming);
+  step_.reset(engine_->createExecutionContext());
+  const int last = engine_->getNbOptimizationProfiles() - 1;
+  need(step_ && step_->setOptimizationProfileAsync(batch == 1 ? 0 : last - 1, stream), "the profile of the step");
+  prefill_.reset(engine_->createExecutionContext());
+  need(prefill_ && prefill_->setOptimizationProfileAsync(last, stream), "the profile of the prefill");
 
-  vocab_ = static_cast<int>(trt.getTensorShape(kLogits).d[1]);
-  ids_ = Allocate(sizeof(int32_t) * batch * engine.chunk);
-  positions_ = Allocate(sizeof(int32_t) * batch);
-  logits_ = Allocate(sizeof(float) * batch * vocab_);
-  for (const auto& tensor : engine.manifest.at("state")) {
-    State x{tensor.at("past"), tensor.at("present"), "", {}, tensor.at("fill"), 0, nullptr};
-    const TypeRow& row = row_of(trt.getTensorDataType(x.past.c_str()), x.past);
-    const nvinfer1::Dims dims = trt.getTensorShape(x.past.c_str());
-    x.dtype = row.name, x.bytes = row.bytes;
-    for (int i = 0; i < dims.nbDims; ++i) {
-      x.shape.push_back(i == 0 ? batch : static_cast<int64_t>(dims.d[i]));
-      if (x.shape.back() < 0) throw std::runtime_error("'" + x.past + "' grows with the text, which is not supported");
-      x.bytes *= x.shape.back();
-    }
-    x.data = Allocate(x.bytes);
-    state_.push_back(x);
-  }
+  vocab_ = static_cast<int>(engine_->getTensorShape(kLogits).d[1]);
+  ids_at_ = (sizeof(int32_t) * batch + kAlignment - 1) / kAlignment * kAlignment;
+  const size_t input = ids_at_ + sizeof(int32_t) * batch * chunk, logits = sizeof(float) * batch * vocab_;
+  input_ = on_device(input), host_input_ = pinned(input);
+  logits_ = on_device(logits), host_logits_ = pinned(logits);
+  for (const auto& tensor : engine.manifest().at("state")) state_.push_back(Make(tensor));
   Reset();
   Bind(*step_, 1);
-  Enqueue(*step_);  // what is allocated at the first call must not be captured
-  check(cudaStreamSynchronize(stream_), "the first step");
-  if (graph) {
-    cudaGraph_t captured = nullptr;
-    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-    Enqueue(*step_);
-    check(cudaStreamEndCapture(stream_, &captured), "cudaStreamEndCapture");
-    check(cudaGraphInstantiateWithFlags(&graph_, captured, 0), "cudaGraphInstantiate");
-    check(cudaGraphDestroy(captured), "cudaGraphDestroy");
+  if (graph) Capture();
+}
+
+Session::~Session() { cudaStreamSynchronize(stream_.get()); }
+
+Session::State Session::Make(const nlohmann::json& described) const {
+  State x;
+  x.past = described.at("past"), x.present = described.at("present");
+  const TypeRow& row = row_of(engine_->getTensorDataType(x.past.c_str()), x.past);
+  const nvinfer1::Dims dims = engine_->getTensorShape(x.past.c_str());
+  x.dtype = row.name;
+  x.shape = {batch_};
+  size_t count = 1;
+  for (int i = 1; i < dims.nbDims; ++i) {
+    if (dims.d[i] < 0) throw error("'" + x.past + "' grows with the text, which is not supported");
+    x.shape.push_back(dims.d[i]);
+    count *= dims.d[i];
   }
-  Reset();
-}
-
-Session::~Session() {
-  if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
-  step_.reset();
-  prefill_.reset();
-  for (void* data : memory_) cudaFree(data);
-  if (stream_ != nullptr) cudaStreamDestroy(stream_);
-}
-
-void* Session::Allocate(size_t bytes) {
-  void* data = nullptr;
-  check(cudaMalloc(&data, std::max<size_t>(bytes, 256)), "cudaMalloc");
-  check(cudaMemset(data, 0, bytes), "cudaMemset");
-  memory_.push_back(data);
-  return data;
+  const std::vector<char> one = element(row, described.at("fill"));
+  for (size_t i = 0; i < count; ++i) x.first.insert(x.first.end(), one.begin(), one.end());
+  x.data = on_device(x.first.size() * batch_);
+  return x;
 }
 
 void Session::Bind(nvinfer1::IExecutionContext& context, int tokens) {
@@ -121,94 +129,124 @@ void Session::Bind(nvinfer1::IExecutionContext& context, int tokens) {
   const auto bind = [&](const char* name, void* data) { need(context.setTensorAddress(name, data), name); };
   need(context.setInputShape(kIds, ids), "the shape of the ids");
   need(context.setInputShape(kPosition, positions), "the shape of the positions");
-  bind(kIds, ids_), bind(kPosition, positions_), bind(kLogits, logits_);
+  bind(kPosition, input_.get()), bind(kIds, static_cast<char*>(input_.get()) + ids_at_), bind(kLogits, logits_.get());
   for (const State& x : state_) {
     nvinfer1::Dims dims{};
     dims.nbDims = static_cast<int>(x.shape.size());
     for (int i = 0; i < dims.nbDims; ++i) dims.d[i] = static_cast<std::decay_t<decltype(dims.d[0])>>(x.shape[i]);
     need(context.setInputShape(x.past.c_str(), dims), "the shape of " + x.past);
-    bind(x.past.c_str(), x.data);
-    bind(x.present.c_str(), x.data);
+    bind(x.past.c_str(), x.data.get());
+    bind(x.present.c_str(), x.data.get());
   }
 }
 
-void Session::Enqueue(nvinfer1::IExecutionContext& context) { need(context.enqueueV3(stream_), "to run"); }
+void Session::Enqueue(nvinfer1::IExecutionContext& context) { need(context.enqueueV3(stream_.get()), "to run"); }
+
+void Session::Capture() {
+  const std::vector<int32_t> ids(batch_);
+  Upload(ids.data(), 1, 1);
+  Enqueue(*step_);  // what is allocated at the first call must not be captured
+  Wait();
+  cudaGraph_t captured = nullptr;
+  cudaGraphExec_t made = nullptr;
+  check(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+  const bool done = step_->enqueueV3(stream_.get());
+  const cudaError_t ended = cudaStreamEndCapture(stream_.get(), &captured);
+  need(done, "to run");
+  check(ended, "cudaStreamEndCapture");
+  const cudaError_t result = cudaGraphInstantiateWithFlags(&made, captured, 0);
+  cudaGraphDestroy(captured);
+  check(result, "cudaGraphInstantiate");
+  graph_.reset(made);
+  Reset();
+}
 
 void Session::Step() {
-  if (graph_ != nullptr) check(cudaGraphLaunch(graph_, stream_), "cudaGraphLaunch");
+  if (graph_) check(cudaGraphLaunch(graph_.get(), stream_.get()), "cudaGraphLaunch");
   else Enqueue(*step_);
 }
 
-void Session::Reset() {
-  for (const State& x : state_) {
-    const std::vector<char> one = element(row_of(engine_.engine->getTensorDataType(x.past.c_str()), x.past), x.fill);
-    if (std::count(one.begin(), one.end(), one[0]) != static_cast<std::ptrdiff_t>(one.size()))
-      throw std::runtime_error("state that starts with " + std::to_string(x.fill) + " is not supported");
-    check(cudaMemset(x.data, one[0], x.bytes), "cudaMemset");
+void Session::Reset(int row) {
+  for (size_t i = 0; i < state_.size(); ++i) {
+    std::vector<char> rows;
+    for (int b = 0; b < (row == kAll ? batch_ : 1); ++b)
+      rows.insert(rows.end(), state_[i].first.begin(), state_[i].first.end());
+    Write(static_cast<int>(i), row, rows.data(), rows.size());
   }
-  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");  // that was on another stream
-  position_ = 0;
+  if (row == kAll) std::fill(position_.begin(), position_.end(), 0);
+  else position_.at(row) = 0;
 }
 
+// Through memory that the device reads by itself: it is written again only after the copy before has been made.
 void Session::Upload(const int32_t* ids, int tokens, int stride) {
-  const std::vector<int32_t> positions(batch_, position_);
+  check(cudaEventSynchronize(uploaded_.get()), "a call");
+  char* const host = static_cast<char*>(host_input_.get());
   const size_t width = sizeof(int32_t) * tokens;
-  check(cudaMemcpy2DAsync(ids_, width, ids, sizeof(int32_t) * stride, width, batch_, cudaMemcpyHostToDevice, stream_),
-        "cudaMemcpy2DAsync");
-  check(cudaMemcpyAsync(positions_, positions.data(), sizeof(int32_t) * batch_, cudaMemcpyHostToDevice, stream_),
+  std::memcpy(host, position_.data(), sizeof(int32_t) * batch_);
+  for (int64_t b = 0; b < batch_; ++b) std::memcpy(host + ids_at_ + b * width, ids + b * stride, width);
+  check(cudaMemcpyAsync(input_.get(), host, ids_at_ + width * batch_, cudaMemcpyHostToDevice, stream_.get()),
         "cudaMemcpyAsync");
+  check(cudaEventRecord(uploaded_.get(), stream_.get()), "cudaEventRecord");
 }
 
-void Session::Advance(const std::vector<int32_t>& ids) {
-  const int length = static_cast<int>(ids.size()) / batch_;
-  if (length == 0) throw std::runtime_error("there are no tokens");
-  for (int start = 0; start < length; start += engine_.chunk) {
-    const int tokens = std::min(engine_.chunk, length - start);
-    Upload(&ids[start], tokens, length);
-    if (tokens > 1) {
-      Bind(*prefill_, tokens);
+void Session::Advance(const int32_t* ids, int tokens) {
+  if (tokens < 1) throw error("there are no tokens");
+  for (int start = 0; start < tokens; start += chunk_) {
+    const int now = std::min(chunk_, tokens - start);
+    Upload(ids + start, now, tokens);
+    if (now > 1) {
+      Bind(*prefill_, now);
       Enqueue(*prefill_);
     } else {
       Step();
     }
-    position_ += tokens;
+    for (int32_t& seen : position_) seen += now;
   }
 }
 
-std::vector<float> Session::Logits() {
-  std::vector<float> made(static_cast<size_t>(batch_) * vocab_);
-  check(cudaMemcpyAsync(made.data(), logits_, sizeof(float) * made.size(), cudaMemcpyDeviceToHost, stream_),
+void Session::Wait() { check(cudaStreamSynchronize(stream_.get()), "a call"); }
+
+void Session::Logits(float* to) {
+  const size_t bytes = sizeof(float) * batch_ * vocab_;
+  check(cudaMemcpyAsync(host_logits_.get(), logits_.get(), bytes, cudaMemcpyDeviceToHost, stream_.get()),
         "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(stream_), "a call");
-  return made;
+  Wait();
+  std::memcpy(to, host_logits_.get(), bytes);
 }
 
-std::vector<int32_t> Session::Likeliest() {
-  const std::vector<float> logits = Logits();
-  std::vector<int32_t> best;
-  for (int b = 0; b < batch_; ++b) {
-    const auto row = logits.begin() + static_cast<int64_t>(b) * vocab_;
-    best.push_back(static_cast<int32_t>(std::max_element(row, row + vocab_) - row));
-  }
-  return best;
+void* Session::Place(int tensor, int row, size_t bytes) const {
+  const State& x = state_.at(tensor);
+  if (row != kAll && (row < 0 || row >= batch_)) throw error("there is no row " + std::to_string(row));
+  const size_t one = x.first.size(), whole = row == kAll ? one * batch_ : one;
+  if (bytes != whole)
+    throw error("'" + x.past + "' has " + std::to_string(whole) + " bytes and not " + std::to_string(bytes));
+  return static_cast<char*>(x.data.get()) + (row == kAll ? 0 : row * one);
+}
+
+void Session::Read(int tensor, int row, void* to, size_t bytes) {
+  const void* const from = Place(tensor, row, bytes);
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_.get()), "cudaMemcpyAsync");
+  Wait();
+}
+
+void Session::Write(int tensor, int row, const void* from, size_t bytes) {
+  void* const to = Place(tensor, row, bytes);
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_.get()), "cudaMemcpyAsync");
+  Wait();
 }
 
 double Session::TimeStep(bool graph) {
   const std::vector<int32_t> ids(batch_, 1);
-  cudaEvent_t begin = nullptr, end = nullptr;
+  const Event begin = event(cudaEventDefault), end = event(cudaEventDefault);
   float milliseconds = 0;
-  check(cudaEventCreate(&begin), "cudaEventCreate");
-  check(cudaEventCreate(&end), "cudaEventCreate");
   Upload(ids.data(), 1, 1);
-  check(cudaEventRecord(begin, stream_), "cudaEventRecord");
+  check(cudaEventRecord(begin.get(), stream_.get()), "cudaEventRecord");
   if (graph) Step();
   else Enqueue(*step_);
-  check(cudaEventRecord(end, stream_), "cudaEventRecord");
-  check(cudaEventSynchronize(end), "a step");
-  check(cudaEventElapsedTime(&milliseconds, begin, end), "cudaEventElapsedTime");
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
-  position_ += 1;
+  check(cudaEventRecord(end.get(), stream_.get()), "cudaEventRecord");
+  check(cudaEventSynchronize(end.get()), "a step");
+  check(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()), "cudaEventElapsedTime");
+  for (int32_t& seen : position_) seen += 1;
   return milliseconds;
 }
 
@@ -218,7 +256,7 @@ nlohmann::json Session::Profile(int steps) {
   Upload(ids.data(), 1, 1);
   step_->setProfiler(&profiler);
   for (int i = 0; i < steps; ++i) Enqueue(*step_);
-  check(cudaStreamSynchronize(stream_), "a step");
+  Wait();
   step_->setProfiler(nullptr);
   nlohmann::json medians = nlohmann::json::object();
   for (auto& [name, times] : profiler.times) {
@@ -228,10 +266,15 @@ nlohmann::json Session::Profile(int steps) {
   return medians;
 }
 
-size_t Session::state_bytes() const {
-  size_t total = 0;
-  for (const State& x : state_) total += x.bytes;
-  return total;
+nlohmann::json Session::Describe() const {
+  nlohmann::json state = nlohmann::json::array();
+  size_t bytes = 0;
+  for (const State& x : state_) {
+    state.push_back({{"past", x.past}, {"present", x.present}, {"dtype", x.dtype}, {"shape", x.shape},
+                     {"bytes", x.first.size() * batch_}});
+    bytes += x.first.size() * batch_;
+  }
+  return {{"batch", batch_}, {"chunk", chunk_}, {"vocab", vocab_}, {"state_bytes", bytes}, {"state", state}};
 }
 
 }  // namespace liger

@@ -8,21 +8,40 @@
 
 namespace liger {
 
+template <auto release>
+struct Release {
+  template <typename T>
+  void operator()(T* x) const {
+    release(x);
+  }
+};
+using Device = std::unique_ptr<void, Release<cudaFree>>;
+using Pinned = std::unique_ptr<void, Release<cudaFreeHost>>;
+using Stream = std::unique_ptr<std::remove_pointer_t<cudaStream_t>, Release<cudaStreamDestroy>>;
+using Event = std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, Release<cudaEventDestroy>>;
+using StepGraph = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, Release<cudaGraphExecDestroy>>;
+
 class Session {
  public:
-  Session(const Engine& engine, int batch, bool graph);
+  static constexpr int kAll = -1;  // rows
+
+  // `graph`: whether the step is replayed as a CUDA graph; `chunk`: the most tokens of one call, at most the engine's.
+  Session(Engine& engine, int batch, bool graph, int chunk);
   ~Session();
-  Session(const Session&) = delete;
 
-  // Starts all sequences anew.
-  void Reset();
+  // Starts one row anew, or all.
+  void Reset(int row = kAll);
 
-  // Advances every sequence by the same number of tokens, `ids` `[B, T]` row after row.
-  void Advance(const std::vector<int32_t>& ids);
+  // Advances every row by `tokens` tokens, `ids` `[B, tokens]`. Returns before the device has done it.
+  void Advance(const int32_t* ids, int tokens);
 
-  // Logits of the last call, `[B, vocab]`, and the most likely tokens.
-  std::vector<float> Logits();
-  std::vector<int32_t> Likeliest();
+  // Waits for the device; `Logits` of the last call `[B, vocab]` are read into `to`.
+  void Wait();
+  void Logits(float* to);
+
+  // Copies one row of a state tensor, or all rows; `bytes` must be what that takes.
+  void Read(int tensor, int row, void* to, size_t bytes);
+  void Write(int tensor, int row, const void* from, size_t bytes);
 
   // Milliseconds of one step on the device, without what the host does between steps.
   double TimeStep(bool graph);
@@ -30,35 +49,39 @@ class Session {
   // Medians in milliseconds of the layers of a step, by name, without the graph; layers wait for each other.
   nlohmann::json Profile(int steps);
 
-  int batch() const { return batch_; }
-  size_t state_bytes() const;
-  cudaStream_t stream() const { return stream_; }
+  // Tokens that each row has seen; negative where a row is padding for as many tokens. May be changed between calls.
+  std::vector<int32_t>& position() { return position_; }
 
-  struct State {
-    std::string past, present, dtype;
-    std::vector<int64_t> shape;
-    double fill;
-    size_t bytes;
-    void* data;
-  };
-  const std::vector<State>& state() const { return state_; }
+  nlohmann::json Describe() const;
 
  private:
-  void* Allocate(size_t bytes);
+  struct State {
+    std::string past, present, dtype;
+    std::vector<int64_t> shape;  // of all rows
+    std::vector<char> first;     // a row that has seen nothing
+    Device data;
+  };
+
   void Bind(nvinfer1::IExecutionContext& context, int tokens);
   void Upload(const int32_t* ids, int tokens, int stride);
   void Enqueue(nvinfer1::IExecutionContext& context);
   void Step();
+  void Capture();
+  State Make(const nlohmann::json& described) const;
+  void* Place(int tensor, int row, size_t bytes) const;
 
-  const Engine& engine_;
-  int batch_, vocab_ = 0;
-  int32_t position_ = 0;
-  cudaStream_t stream_ = nullptr;
-  cudaGraphExec_t graph_ = nullptr;
-  std::unique_ptr<nvinfer1::IExecutionContext> step_, prefill_;
-  std::vector<void*> memory_;
+  // What is used by those below is above them: the last is freed first.
+  std::shared_ptr<nvinfer1::ICudaEngine> engine_;
+  int batch_, chunk_, vocab_ = 0;
+  std::vector<int32_t> position_;
+  Stream stream_;
+  Event uploaded_;
   std::vector<State> state_;
-  void *ids_ = nullptr, *positions_ = nullptr, *logits_ = nullptr;
+  Device input_, logits_;  // `input_` holds positions, and ids after `ids_at_` bytes
+  Pinned host_input_, host_logits_;
+  size_t ids_at_;
+  std::unique_ptr<nvinfer1::IExecutionContext> step_, prefill_;
+  StepGraph graph_;
 };
 
 }  // namespace liger

@@ -1,0 +1,426 @@
+"""Sessions on TensorRT: the runner's library and its Python side, over a TensorRT and a CUDA of our own.
+
+`trt/fake` has a device that does its work late and engines of one small model on integers; that real ones do as they
+say is for a GPU to tell (`benchmarks/trt_session.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toy
+
+import ligerexport as lx
+from ligerexport.artifact import ArtifactWriter, Graph, StateTensor, TensorInfo, open_artifact
+from ligerexport.cli import main
+from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError
+from ligerexport.exporters.tensorrt.session import VARIABLE, TensorRTSession, open_runner
+from ligerexport.snapshot import Snapshot
+
+ROOT = Path(__file__).parent.parent
+RUNNER, FAKE = ROOT / "exporters" / "tensorrt" / "runner", ROOT / "tests" / "trt" / "fake"
+IDS = np.random.default_rng(1).integers(0, toy.VOCAB, 41)
+CHUNK, MOST = 8, 4
+STATE = (
+    StateTensor("past.0.slot_key", "present.0.slot_key", ("B", 1, 4, 1), "float16"),
+    StateTensor("past.0.slot_position", "present.0.slot_position", ("B", 1, 4), "int32", -1),
+    StateTensor("past.0.recurrent_state", "present.0.recurrent_state", ("B", 1, 1), "float32"),
+)
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("g++") or not Path("/usr/include/nlohmann/json.hpp").exists(), reason="no g++ or nlohmann-json"
+)
+
+
+@pytest.fixture(scope="module", params=[8, 10])
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runner's library against either version of the fake, with a plugin and the command beside it."""
+    place = tmp_path_factory.mktemp(f"runner{request.param}")
+    made = place / "libliger_run.so"
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-DNV_TENSORRT_MAJOR={request.param}", f"-I{FAKE}"]
+    shared = ["-shared", "-fPIC", "-fvisibility=hidden"]
+    sources = [RUNNER / name for name in ("capi.cc", "session.cc", "engine.cc")]
+    sources += [FAKE / name for name in ("cuda.cc", "tensorrt.cc")]
+    commands = [
+        [*flags, *shared, *sources, "-o", made, "-ldl"],
+        [*flags, *shared, FAKE / "plugin.cc", "-o", place / "libligerexport_trt.so"],
+        [*flags, RUNNER / "main.cc", "-o", place / "liger-run", made, "-Wl,-rpath,$ORIGIN"],
+    ]
+    for command in commands:
+        subprocess.run(["g++", *map(str, command)], check=True)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def runner(library: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(VARIABLE, str(library))
+    return library
+
+
+def make_artifact(destination: Path, **changes: Any) -> Path:
+    inputs = (TensorInfo("input_ids", "int32", ("B", "T")), TensorInfo("position", "int32", ("B",)))
+    inputs += tuple(TensorInfo(x.past, x.dtype, x.shape) for x in STATE)
+    outputs = (TensorInfo("logits", "float32", ("B", toy.VOCAB)),)
+    outputs += tuple(TensorInfo(x.present, x.dtype, x.shape) for x in STATE)
+    device = {"sms": [90], "max_batch": MOST, "contract": 1, "kernels": "kernels.liger"}
+    manifest = toy.manifest(**{
+        "target": "trt", "lowering": "plugin", "precision": "float16", "state": STATE, "device": device,
+        "graph": Graph("model.onnx", CHUNK, inputs, outputs), "requires": {},
+    } | changes)  # fmt: skip
+    with ArtifactWriter(destination) as writer:
+        toy.write_files(writer.directory)
+        graph = {side: [vars(x) for x in values] for side, values in (("inputs", inputs), ("outputs", outputs))}
+        (writer.directory / "model.onnx").write_text(json.dumps(graph))
+        (writer.directory / "kernels.liger").write_bytes(b"kernels")
+        writer.commit(manifest)
+    return destination
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    return make_artifact(tmp_path / "artifact")
+
+
+def expected(ids: Iterable[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return what the fake's model makes of one sequence: logits `[V]` and state."""
+    key, slot, total = np.zeros((1, 4, 1), np.uint16), np.full((1, 4), -1, np.int32), 0
+    for now, token in enumerate(map(int, ids)):
+        total = (31 * total + 7 * token + now) % 65521
+        slot[0, now % 4], key[0, now % 4, 0] = now, token + 1
+    mixed = total + int(slot.sum()) + int((key[0, :, 0].astype(int) * [1, 2, 3, 4]).sum())
+    logits = (mixed + 13 * np.arange(toy.VOCAB)) % 97
+    state = {"slot_key": key.view(np.float16), "slot_position": slot, "recurrent_state": np.float32([[total]])}
+    return logits.astype(np.float32), {f"past.0.{name}": x for name, x in state.items()}
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+@pytest.mark.parametrize("cut", [0, 1, 17, 40])
+def test_any_cut(artifact: Path, chunk: int | None, cut: int) -> None:
+    session = lx.load(artifact, chunk=chunk)
+    if cut:
+        session.prefill(IDS[:cut])
+    logits, state = expected(IDS)
+    np.testing.assert_array_equal(session.prefill(IDS[cut:])[0], logits)
+    assert session.position.tolist() == [len(IDS)]
+    found = session.snapshot().tensors
+    assert list(found) == [x.past for x in STATE]
+    for name, x in state.items():
+        np.testing.assert_array_equal(found[name][0], x)
+    assert session.state_bytes == sum(x.nbytes for x in state.values())
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_steps(artifact: Path, graph: bool) -> None:
+    session = TensorRTSession(open_artifact(artifact), graph=graph)
+    for i, token in enumerate(IDS):
+        np.testing.assert_array_equal(session.step(int(token))[0], expected(IDS[: i + 1])[0])
+    session.reset()
+    every = np.concatenate(list(session.every(IDS[:5])), 1)[0]
+    np.testing.assert_array_equal(every, [expected(IDS[: i + 1])[0] for i in range(5)])
+    assert session.time_step() == 0.5 and session.position.tolist() == [6]
+
+
+def test_rows_at_different_positions(artifact: Path) -> None:
+    """Sequences come and go; a row waits until there is something for it."""
+    session = lx.load(artifact, batch=3)
+    one = session.sibling()
+    one.prefill(IDS[:20])
+    session.restore(one.snapshot(), 1)
+    rows: list[list[int]] = [[], list(IDS[:20]), []]
+    for t in range(12):
+        tokens = [int(IDS[t]) if t > 4 else -1, int(IDS[t + 20]), int(IDS[-t - 1])]
+        if t == 8:
+            session.reset(2)
+            rows[2] = []
+        logits = session.step(tokens)
+        for b, token in enumerate(tokens):
+            if token >= 0:
+                rows[b].append(token)
+                np.testing.assert_array_equal(logits[b], expected(rows[b])[0])
+        assert session.position.tolist() == [len(x) for x in rows]
+    session.prefill(np.stack([IDS[:11]] * 3))
+    for b in range(3):
+        found = session.snapshot(b)
+        assert found.position.tolist() == [len(rows[b]) + 11]
+        for name, x in expected([*rows[b], *IDS[:11]])[1].items():
+            np.testing.assert_array_equal(found.tensors[name][0], x)
+    with pytest.raises(UsageError, match="row 1 has seen"):
+        session.step([3, -1, 4])
+
+
+def test_padding(artifact: Path) -> None:
+    session = lx.load(artifact, batch=2)
+    logits = session.prefill(np.stack([IDS, IDS]), padding=[0, 30])
+    np.testing.assert_array_equal(logits, [expected(IDS)[0], expected(IDS[30:])[0]])
+    assert session.position.tolist() == [41, 11]
+    with pytest.raises(UsageError, match="padding after the first token"):
+        session.prefill(np.stack([IDS, IDS]), padding=[0, 3])
+
+
+def test_snapshots(artifact: Path, tmp_path: Path) -> None:
+    session, other = lx.load(artifact), lx.load(artifact, batch=2)
+    session.prefill(IDS[:20])
+    snapshot = session.snapshot()
+    logits = session.prefill(IDS[20:]).copy()
+    snapshot.save(tmp_path / "state")
+    session.restore(Snapshot.load(tmp_path / "state"))
+    assert session.position.tolist() == [20]
+    np.testing.assert_array_equal(session.prefill(IDS[20:]), logits)
+    other.restore(Snapshot.stack([snapshot, session.snapshot()]))
+    assert other.position.tolist() == [20, 41]
+    np.testing.assert_array_equal(other.step([IDS[20], 7])[1], expected([*IDS, 7])[0])
+    with pytest.raises(UsageError, match="this state has no"):
+        other.restore(snapshot)
+    foreign = Snapshot("another", snapshot.position, snapshot.tensors)
+    with pytest.raises(UsageError, match="another model"):
+        session.restore(foreign)
+
+
+def test_siblings_in_threads(artifact: Path) -> None:
+    first = lx.load(artifact, batch=2)
+    sessions = [first, *(first.sibling(1 + i % 2) for i in range(3))]
+
+    def work(i: int) -> bool:
+        session, ids = sessions[i], np.roll(IDS, i)
+        for _ in range(10):
+            session.reset()
+            session.prefill(np.stack([ids[:30]] * session.batch))
+            for token in ids[30:]:
+                logits = session.step([int(token)] * session.batch)
+            if not (logits == expected(ids)[0]).all():
+                return False
+        return True
+
+    with ThreadPoolExecutor(len(sessions)) as pool:
+        assert all(pool.map(work, range(len(sessions))))
+    with pytest.raises(UsageError, match="batch 3"):
+        first.sibling(3)
+
+
+def test_everything_is_freed(artifact: Path) -> None:
+    runner = open_runner(open_artifact(artifact))
+    gc.collect()
+    before = runner.fake_alive()
+    session: Any = lx.load(artifact)
+    other = session.sibling()
+    del session
+    gc.collect()
+    other.prefill(IDS)  # on the engine that both had
+    assert runner.fake_alive() > before
+    del other
+    gc.collect()
+    assert runner.fake_alive() == before
+
+
+@pytest.mark.parametrize("what", ["parse", "build", "run"])
+def test_failures(artifact: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    runner = open_runner(open_artifact(artifact))
+    gc.collect()
+    before = runner.fake_alive()
+    monkeypatch.setenv("FAKE_FAILS", what)
+    messages = {"parse": "node 3: no such operator", "build": "cannot build an engine", "run": "refuses to run"}
+    with pytest.raises(LigerError, match=messages[what]):
+        lx.load(artifact)
+    gc.collect()
+    assert runner.fake_alive() == before
+    monkeypatch.delenv("FAKE_FAILS")
+    session = lx.load(artifact)
+    monkeypatch.setenv("FAKE_FAILS", "run")
+    with pytest.raises(LigerError, match="refuses to run"):
+        session.prefill(IDS)
+
+
+def engines(artifact: Path) -> list[str]:
+    return sorted(x.name for x in artifact.glob("*.engine"))
+
+
+def test_an_engine_is_built_once_and_found_again(artifact: Path) -> None:
+    first: Any = lx.load(artifact, batch=2)
+    assert first.engine["build_seconds"] > 0
+    (name,) = engines(artifact)
+    stamp = (artifact / name).stat().st_mtime_ns
+    for batch in (1, 2):  # an engine for more will do
+        again: Any = lx.load(artifact, batch=batch)
+        assert again.engine["build_seconds"] == 0 and Path(again.engine["engine"]).name == name
+    assert (artifact / name).stat().st_mtime_ns == stamp
+    lx.load(artifact, batch=3)
+    assert len(engines(artifact)) == 2
+    TensorRTSession(open_artifact(artifact), batch=2, build=True)
+    assert (artifact / name).stat().st_mtime_ns != stamp
+    record = json.loads((artifact / f"{name}.json").read_text())
+    plugin = (Path(os.environ[VARIABLE]).parent / "libligerexport_trt.so").read_bytes()
+    assert record["batch"] == 2 and record["sm"] == 90 and record["plugin"] == f"{zlib.crc32(plugin):08x}"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "there", "here"),
+    [("FAKE_SM", "87", "sm 90", "sm 87"), ("FAKE_TENSORRT", "8601", "tensorrt ", "tensorrt 8601")],
+)
+def test_an_engine_of_another_machine(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, there: str, here: str
+) -> None:
+    lx.load(artifact)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ArtifactError, match=f"was built for .*{there}.*; here is .*{here}") as caught:
+        lx.load(artifact)
+    assert caught.value.hint == f"liger-run {artifact} --build --batch 1"
+    TensorRTSession(open_artifact(artifact), build=True)
+    lx.load(artifact)
+
+
+def test_an_engine_of_another_plugin_or_model(artifact: Path, library: Path, tmp_path: Path) -> None:
+    lx.load(artifact)
+    (name,) = engines(artifact)
+    other = tmp_path / "libligerexport_trt.so"
+    other.write_bytes((library.parent / other.name).read_bytes() + b"\0")
+    with pytest.raises(ArtifactError, match=r"was built for .*plugin"):
+        TensorRTSession(open_artifact(artifact), plugin=other)
+    changed = make_artifact(tmp_path / "changed", liger={"gate": "gla", "window": 3})
+    for file in (name, f"{name}.json"):
+        shutil.copy(artifact / file, changed)
+    lx.load(changed)  # the same files: what differs is nothing to an engine
+    record = json.loads((changed / f"{name}.json").read_text())
+    (changed / f"{name}.json").write_text(json.dumps(record | {"model": "0" * 8}))
+    with pytest.raises(ArtifactError, match="model 00000000"):
+        lx.load(changed)
+    for text in (None, "{", "[]", "{}"):
+        (changed / f"{name}.json").unlink(missing_ok=True)
+        if text is not None:
+            (changed / f"{name}.json").write_text(text)
+        with pytest.raises(ArtifactError, match="does not say what it was built for"):
+            lx.load(changed)
+
+
+def test_a_damaged_engine(artifact: Path) -> None:
+    lx.load(artifact)
+    (name,) = engines(artifact)
+    (artifact / name).write_bytes(b"{")
+    with pytest.raises(ArtifactError, match="cannot read") as caught:
+        lx.load(artifact)
+    assert "--build" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("settings", [{"batch": MOST + 1}, {"batch": 0}, {"chunk": CHUNK + 1}, {"chunk": 0}])
+def test_settings_that_make_no_sense(artifact: Path, settings: dict[str, int]) -> None:
+    with pytest.raises(UsageError):
+        lx.load(artifact, **settings)
+
+
+def test_what_is_missing(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_artifact(artifact)
+    with pytest.raises(LigerError, match="cannot open the plugin library"):
+        TensorRTSession(opened, plugin=tmp_path / "nowhere.so")
+    empty = tmp_path / "empty.so"
+    subprocess.run(["g++", "-shared", "-xc++", "/dev/null", "-o", empty], check=True)
+    with pytest.raises(LigerError, match="no plugin library of ligerexport"):
+        TensorRTSession(opened, plugin=empty)
+    with pytest.raises(MissingDependency, match=r"what .*empty\.so needs"):
+        open_runner(opened, empty)
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(MissingDependency, match=r"libliger_run\.so is needed") as caught:
+        lx.load(artifact)
+    assert "cmake" in str(caught.value.hint)
+
+
+def test_a_runner_in_the_artifact(artifact: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE)
+    for name in (library.name, "libligerexport_trt.so"):
+        shutil.copy(library.parent / name, artifact)
+    np.testing.assert_array_equal(lx.load(artifact).prefill(IDS)[0], expected(IDS)[0])
+
+
+def test_text_on_the_command_line(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with suppress(SystemExit):
+        main(["run", str(artifact), "hello", "-n", "5", "--json"])
+    made = json.loads(capsys.readouterr().out)
+    ids = [toy.BOS, *toy.tokenizer().encode("hello", add_special_tokens=False).ids]
+    assert made["prompt_tokens"] == len(ids) and 1 <= made["new_tokens"] <= 5 and made["state_bytes"] == 28
+
+
+def commanded(library: Path, artifact: Path, *words: object) -> Any:
+    command = [library.parent / "liger-run", artifact, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def greedy(ids: Iterable[int], count: int) -> Iterator[int]:
+    known = list(ids)
+    for _ in range(count):
+        known.append(int(expected(known)[0].argmax()))
+        yield known[-1]
+
+
+def test_liger_run(library: Path, artifact: Path, tmp_path: Path) -> None:
+    logits, state, prompt = tmp_path / "logits", tmp_path / "state", [1, 2, 3, 250]
+    words = ["--ids", ",".join(map(str, prompt)), "--tokens", 6, "--batch", 2, "--dump-logits", logits,
+             "--dump-state", state, "--bench", 3, "--prefill-bench", 20]  # fmt: skip
+    for graph in ([], ["--no-graph"]):
+        done = commanded(library, artifact, *words, *graph)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        tokens = list(greedy(prompt, 6))
+        assert report["generated"]["tokens"] == [[x, x] for x in tokens] and report["device_bytes"] == 4096
+        assert report["step_no_graph"]["median_ms"] == 0.5 and ("step" in report) == (not graph)
+        wanted = [expected(prompt + tokens[:i])[0] for i in range(7)]
+        found = np.fromfile(logits, np.float32).reshape(7, 2, -1)
+        np.testing.assert_array_equal(found, np.repeat(np.stack(wanted)[:, None], 2, 1))
+        last = [np.stack([x, x]).tobytes() for x in expected(prompt + tokens)[1].values()]
+        assert state.read_bytes() == b"".join(last)
+        assert [x["name"] for x in report["state"]] == [x.present for x in STATE]
+    (tmp_path / "ids").write_text("1,2,3,250")
+    forced = ["--ids", f"@{tmp_path / 'ids'}", "--tokens", 3, "--follow", "7,8", "--batch", 2, "--sequences", 1]
+    done = commanded(library, artifact, *forced, "--profile", 4, "--dump-logits", logits)
+    report = json.loads(done.stdout)
+    assert report["generated"]["tokens"] == [[x] for x in greedy(prompt, 3)] and report["layers"] == {
+        "LigerMixer": 0.25
+    }
+    wanted = [expected(prompt + [7, 8][:i])[0] for i in range(3)]
+    np.testing.assert_array_equal(np.fromfile(logits, np.float32).reshape(3, -1), np.stack(wanted))
+    assert commanded(library, artifact).returncode == 2
+    done = commanded(library, artifact, "--build")
+    assert done.returncode == 0 and json.loads(done.stdout)["batch"] == 1 and len(engines(artifact)) == 2
+    done = commanded(library, artifact, "--ids", "1", "--batch", MOST + 1)
+    assert done.returncode == 1 and "hint: this artifact has kernels for 1 to 4" in done.stderr
+
+
+def test_what_runs_on_a_gpu(artifact: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script that compares real engines with torch, given what the fake's model makes, and something else."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script: Any = import_module("trt_session")
+    prompt, count, every = script.PROMPT, script.STEPS, script.EVERY
+    ids = np.random.default_rng(2).integers(0, toy.VOCAB, prompt + count)
+    steps = [expected(ids[: prompt + i])[0] for i in range(every, count + 1, every)]
+    rows = [expected(script.sequence(ids, row))[0] for row in range(len(script.ROWS))]
+    states = {f"{when}.{name}": x[None] for when, part in (("read", ids[:prompt]), ("end", ids))
+              for name, x in expected(part)[1].items()}  # fmt: skip
+    whole: dict[str, Any] = {"ids": ids, "prompt": expected(ids[:prompt])[0], "steps": steps, "rows": rows} | states
+    command = [sys.executable, "benchmarks/trt_session.py", "run", artifact, "--runner", library,
+               "--libraries", library.parent, "--expected", tmp_path / "expected.npz"]  # fmt: skip
+
+    def run(**changes: Any) -> tuple[int, dict[str, Any]]:
+        np.savez(tmp_path / "expected.npz", **(whole | changes))
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.stdout, done.stderr
+        return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+    code, report = run()
+    assert code == 0 and report["fine"], report
+    assert report["torch"]["largest_divergence"] == 0 and report["torch"]["state_at_the_end"]["slots_alike"] == 1
+    key = "end.past.0.recurrent_state"
+    for part, changes in (("torch", {key: whole[key] * 1.1}), ("rows", {"rows": rows[::-1]})):
+        code, report = run(**changes)
+        assert code == 1 and not report[part]["fine"], report
