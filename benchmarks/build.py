@@ -68,7 +68,7 @@ def make_checkpoint(directory: Path, shape: str, layers: int | None, preset: str
             tensor = torch.empty(named[name].shape, dtype=torch.bfloat16, device=device)
             tensors[name] = (tensor.fill_(1) if tensor.ndim == 1 else tensor.normal_(0, 0.02)).cpu()
         save_file(tensors, directory / file)
-    index = {"weight_map": {name: file for file, names in shards.items() for name in names}}
+    index = {"metadata": {}, "weight_map": {name: file for file, names in shards.items() for name in names}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index) + "\n")
     return directory
 

@@ -252,17 +252,24 @@ def check_steps(text: str, packed: Packed, spec: MixerSpec, batch: int, tokens: 
     check_launches([first], packed.manifest, plan, axes, memory)
     positions = memory.known["positions"]
     plan, axes = choose(plans_of(packed, spec, "step"), {"batch": batch} | strides(spec, batch, rows=tokens))
-    assert len(steps) == tokens
+    each = len(plan["launches"])
+    assert len(steps) == tokens * each
     rows = [line.split()[1:] for line in text.splitlines() if line.startswith("rows ")]
+    scores = rows[:: 2 if spec.config.foresees else len(rows)]
+    rows = rows[1::2] if spec.config.foresees else rows
     widths = {"query": spec.q_heads * spec.d_k, "key": spec.kv_heads * spec.d_k, "value": spec.kv_heads * spec.d_v}
-    for t, (launch, copy) in enumerate(zip(steps, rows, strict=True)):
+    for t, copy in enumerate(rows):
         now = Memory(spec, memory.workspace)
+        if spec.config.foresees:
+            row, score = 4 * spec.kv_heads, now.known["score"]
+            now.known["score"] = int(scores[t][0])
+            assert [int(x) for x in scores[t]] == [now.known["score"], row, score + t * row, tokens * row, row, batch]
         for name, width in widths.items():
             now.known[name] += t * width * 2
         now.known["position"] = positions + t * 4 * (-(-batch // 4) * 4)
         mixed = now.known["output"] = int(copy[2])
         assert WORKSPACE <= mixed < WORKSPACE + memory.workspace
-        check_launches([launch], packed.manifest, plan, axes, now)
+        check_launches(steps[t * each : (t + 1) * each], packed.manifest, plan, axes, now)
         row = 2 * spec.q_heads * spec.d_v
         assert [int(x) for x in copy] == [MIXED + t * row, tokens * row, mixed, row, row, batch]
 
