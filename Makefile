@@ -4,13 +4,13 @@
 #   TORCH_INDEX=URL          where to look for torch too; https://download.pytorch.org/whl/cpu has the small CPU builds,
 #                            while the default index serves the CUDA build of several gigabytes to Linux on x86-64
 #   PIP_ARGS=...             anything else for pip install
-#   PYTEST_ARGS=...          anything else for pytest
+#   PYTEST_ARGS=...          instead of two processes: nothing for one, -k NAME for some of the tests
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PIP_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 PROMPT ?= Once upon a time
 
 BIN := $(VENV)/bin

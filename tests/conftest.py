@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes
+    torch.set_num_threads(1)
 if not torch.cuda.is_available():  # before anything imports triton: its interpreter runs the kernels on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
