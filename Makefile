@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 SOURCES = $(shell find ligerexport kernels exporters -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart convert build run examples test lint typecheck pytest dist clean
+.PHONY: help setup quickstart convert build run examples test lint typecheck pytest dist docs release clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -66,8 +66,18 @@ typecheck: $(READY) ## Check types.
 pytest: $(READY) ## Run the tests.
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-dist: $(READY) ## Build the sdist and, from it, the wheel.
-	$(BIN)/python -m build --no-isolation
+dist: $(READY) ## Build the sdist and, from it, the wheel; the same commit gives the same bytes.
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation
+
+docs: $(READY) ## Build the documents as a site in build/site.
+	$(BIN)/python -m mkdocs build --strict --site-dir build/site
+
+release: dist ## Add a bill of materials, an audit of known vulnerabilities, and checksums.
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --disable-pip-version-check --quiet cyclonedx-bom pip-audit
+	build/release/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o dist/sbom.cdx.json
+	build/release/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+	cd dist && sha256sum *.whl *.tar.gz sbom.cdx.json > SHA256SUMS
 
 clean: ## Remove what was built; the environment and the user's cache stay.
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

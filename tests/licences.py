@@ -1,0 +1,64 @@
+"""Write the licences of what constraints.txt pins: `python tests/licences.py > docs/reference/licences.md`.
+
+What is pinned must be installed. A test compares names and versions, and knows the licences.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+KNOWN = (
+    "apache", "mit", "bsd", "isc", "mpl", "mozilla", "python software", "psf", "zlib", "unlicense", "cnri", "0bsd",
+    "hpnd", "bsl", "lesser general public", "nvidia proprietary",
+)  # fmt: skip
+"""Words of licences that ask for nothing of what is used beside it. The LGPL is chardet's, which the extra `eval` brings;
+NVIDIA's is that of the extra `rtx`, whose wheels must not be passed on by themselves."""
+SAID_ELSEWHERE = dict.fromkeys(("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs"), "NVIDIA proprietary")
+"""Licences of packages whose metadata name none, as their sources say it."""
+
+
+def canonical(name: str) -> str:
+    """Return the name of a package as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def is_known(licence: str) -> bool:
+    """Return whether every part of a licence expression is known."""
+    return all(any(word in part.lower() for word in KNOWN) for part in re.split(r" AND | OR |; ", licence))
+
+
+def of(name: str) -> tuple[str, str]:
+    """Return version and licence of an installed package."""
+    about = metadata.metadata(name)
+    classified = [x.rpartition(" :: ")[2] for x in about.get_all("Classifier") or () if x.startswith("License :: ")]
+    classified = [x for x in classified if x != "OSI Approved"]
+    stated = about.get("License-Expression") or "; ".join(classified) or (about.get("License") or "").strip()
+    return metadata.version(name), SAID_ELSEWHERE.get(canonical(name)) or stated.partition("\n")[0].strip("() ")
+
+
+def read(file: Path) -> dict[str, tuple[str, str]]:
+    """Return what the document says: version and licence by name."""
+    rows = re.findall(r"^\| `(.+?)` \| (.+?) \| (.+?) \|$", file.read_text(), re.MULTILINE)
+    return {canonical(name): (version, licence) for name, version, licence in rows}
+
+
+def main() -> None:
+    """Write the document."""
+    names = re.findall(r"^([A-Za-z0-9_.-]+)==", CONSTRAINTS.read_text(), re.MULTILINE)
+    rows = [(name, *of(name)) for name in sorted(names, key=canonical)]
+    print("# Licences of what this package uses\n")
+    print("All of constraints.txt, by `python tests/licences.py > docs/reference/licences.md`. The package itself is")
+    print("Apache-2.0. None of these are part of it: `pip` installs them, and most belong to extras.\n")
+    print("| package | version | licence |\n|---|---|---|")
+    for name, version, licence in rows:
+        print(f"| `{name}` | {version} | {licence or 'not said'} |")
+        if not is_known(licence):
+            print(f"{name}: {licence!r} is not known", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
