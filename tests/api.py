@@ -44,7 +44,8 @@ def of_python() -> Iterator[str]:
 
 def signature(function: object) -> str:
     """Return names, defaults and types of parameters as they are written."""
-    return re.sub(r"(: |-> )['\"]([^=]*?)['\"](?=[,) ]|$)", r"\1\2", str(inspect.signature(function)))  # type: ignore[arg-type]
+    text = re.sub(r"<function (\w+) at 0x\w+>", r"\1", str(inspect.signature(function)))  # type: ignore[arg-type]
+    return re.sub(r"(: |-> )['\"]([^=]*?)['\"](?=[,) ]|$)", r"\1\2", text)
 
 
 def of_command() -> Iterator[str]:

@@ -15,8 +15,8 @@ KNOWN = (
     "apache", "mit", "bsd", "isc", "mpl", "mozilla", "python software", "psf", "zlib", "unlicense", "cnri", "0bsd",
     "hpnd", "bsl", "lesser general public", "nvidia proprietary",
 )  # fmt: skip
-"""Words of licences that ask for nothing of what is used beside it. The LGPL is chardet's, which the extra `eval` brings;
-NVIDIA's is that of the extra `rtx`, whose wheels must not be passed on by themselves."""
+"""Words of licences that ask for nothing of what is used beside it. The LGPL is chardet's, which the extra `eval`
+brings; NVIDIA's is that of the extra `rtx`, whose wheels must not be passed on by themselves."""
 SAID_ELSEWHERE = dict.fromkeys(("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs"), "NVIDIA proprietary")
 """Licences of packages whose metadata name none, as their sources say it."""
 
@@ -37,7 +37,9 @@ def of(name: str) -> tuple[str, str]:
     classified = [x.rpartition(" :: ")[2] for x in about.get_all("Classifier") or () if x.startswith("License :: ")]
     classified = [x for x in classified if x != "OSI Approved"]
     stated = about.get("License-Expression") or "; ".join(classified) or (about.get("License") or "").strip()
-    return metadata.version(name), SAID_ELSEWHERE.get(canonical(name)) or stated.partition("\n")[0].strip("() ")
+    return metadata.version(name).partition("+")[0], SAID_ELSEWHERE.get(canonical(name)) or stated.partition("\n")[
+        0
+    ].strip("() ")
 
 
 def read(file: Path) -> dict[str, tuple[str, str]]:
@@ -46,19 +48,19 @@ def read(file: Path) -> dict[str, tuple[str, str]]:
     return {canonical(name): (version, licence) for name, version, licence in rows}
 
 
-def main() -> None:
-    """Write the document."""
+def text() -> str:
+    """Return the document."""
     names = re.findall(r"^([A-Za-z0-9_.-]+)==", CONSTRAINTS.read_text(), re.MULTILINE)
     rows = [(name, *of(name)) for name in sorted(names, key=canonical)]
-    print("# Licences of what this package uses\n")
-    print("All of constraints.txt, by `python tests/licences.py > docs/reference/licences.md`. The package itself is")
-    print("Apache-2.0. None of these are part of it: `pip` installs them, and most belong to extras.\n")
-    print("| package | version | licence |\n|---|---|---|")
-    for name, version, licence in rows:
-        print(f"| `{name}` | {version} | {licence or 'not said'} |")
-        if not is_known(licence):
-            print(f"{name}: {licence!r} is not known", file=sys.stderr)
+    lines = [
+        "# Licences of what this package uses", "",
+        "All of constraints.txt, by `python tests/licences.py > docs/reference/licences.md`. The package itself is",
+        "Apache-2.0. None of these are part of it: `pip` installs them, and most belong to extras.", "",
+        "| package | version | licence |", "|---|---|---|",
+        *(f"| `{name}` | {version} | {licence or 'not said'} |" for name, version, licence in rows),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.write(text())
