@@ -38,8 +38,8 @@ LAYERS = (
     ("runtime",),
     ("prompt_cache",),
     ("generate", "evaluate", "bench", "doctor"),
-    ("allocate",),
-    ("cli", "demo"),
+    ("allocate", "demo"),
+    ("cli",),
     ("__main__",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
