@@ -50,6 +50,7 @@ _VERBS = (
     use.run,
     use.chat,
     compare.bench,
+    compare.demo,
     tell.inspect,
     tell.doctor,
     tell.list_,

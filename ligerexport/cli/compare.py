@@ -11,8 +11,8 @@ import typer
 from ligerexport.bench.settings import DEVICES, DTYPES, READ_UP_TO
 from ligerexport.cli import common
 from ligerexport.cli.common import Debug, Force, Json, Quiet
-from ligerexport.console import card, data, progress
-from ligerexport.errors import UsageError
+from ligerexport.console import card, data, progress, warn
+from ligerexport.errors import MissingDependency, UsageError
 
 Model = Annotated[str, typer.Argument(help="An artifact, a converted checkpoint, or a Transformer.")]
 Against = Annotated[str, typer.Option(help="Another one, such as the Transformer it was converted from.")]
@@ -88,3 +88,43 @@ def counts(text: str, option: str) -> tuple[int, ...]:
     if not all(part.isdigit() and int(part) for part in parts):
         raise UsageError(f"{option} {text}", hint=f"write numbers of at least 1, as in {option} 128,1024")
     return tuple(dict.fromkeys(map(int, parts)))
+
+
+def demo(
+    model: Model,
+    against: Against,
+    results: Annotated[
+        Path | None, typer.Option(help="What `bench -o` wrote; shown in a tab.", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="Others than 127.0.0.1 let other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860 on.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show a model beside another on a page.
+
+    Both answer one prompt, with latency and memory measured while the text comes. Ctrl-C ends it.
+    """
+    common.begin(quiet, debug)
+    try:
+        from ligerexport.demo.app import LOOPBACK, launch
+    except ImportError as error:
+        raise MissingDependency(error.name or "gradio", extra="demo") from error
+    from ligerexport.demo.host import Demo
+
+    common.announce("demo", model=model, against=against, results=results, host=host, port=port, device=device)
+    with progress("loading both models", None, "steps"):
+        shown = Demo(model, against, results=results, threads=threads, device=device)
+    try:
+        blocks, address = launch(shown, host, port, browser=browser)
+        if host not in LOOPBACK:
+            warn(f"everybody who reaches {host} can use this page")
+        common.finish_json(json, {"address": address})
+        card("serving", [("page", address), ("stop", "Ctrl-C")])
+        blocks.block_thread()
+    finally:
+        shown.close()
