@@ -46,12 +46,12 @@ def make_page(demo: Demo) -> gr.Blocks:
             preset = gr.Radio(list(PRESETS), value=CHAT.name, label="Question")
             prompt = gr.Textbox(CHAT.prompt, label="Prompt", lines=2, max_lines=6, elem_id="prompt")
             with gr.Row():
-                context = gr.Slider(0, MOST, CHAT.context, step=256, label="Text before it, tokens",
-                                    info=f"They were trained on {trained:,}", elem_id="context", min_width=300)  # fmt: skip
-                most = gr.Slider(4, 512, CHAT.tokens, step=4, label="Answer, tokens",
-                                 info="Each is the most likely one", elem_id="most", min_width=300)  # fmt: skip
-                depth = gr.Slider(0, 100, 50, step=5, label="Pass key at, %", elem_id="depth", min_width=300,
-                                  info="0 is the beginning", visible=False)  # fmt: skip
+                context = gr.Slider(0, MOST, CHAT.context, step=256, label="Text before it, tokens", elem_id="context",
+                                    info=f"They were trained on {trained:,}", min_width=300)  # fmt: skip
+                most = gr.Slider(4, 512, CHAT.tokens, step=4, label="Answer, tokens", elem_id="most",
+                                 info="Each is the most likely one", min_width=300)  # fmt: skip
+                depth = gr.Slider(0, 100, 50, step=5, label="Pass key at, %", elem_id="depth",
+                                  info="0 is the beginning", min_width=300, visible=False)  # fmt: skip
             with gr.Row(elem_classes="lx-actions"):
                 run = gr.Button("Run", variant="primary", elem_id="run", scale=0, min_width=140)
                 stop = gr.Button("Stop", interactive=False, elem_id="stop", scale=0, min_width=140)
@@ -116,8 +116,8 @@ def launch(
     middleware = [Middleware(_Headers)]
     if host in LOOPBACK:  # another site's name that leads here is not meant
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
-    fonts = {"font": ["system-ui", "-apple-system", "Segoe UI", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    theme = gr.themes.Base(primary_hue="zinc", neutral_hue="zinc", **fonts).set(
+    sans, mono = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"], ["ui-monospace", "monospace"]
+    theme = gr.themes.Base(primary_hue="zinc", neutral_hue="zinc", font=sans, font_mono=mono).set(
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
         button_primary_background_fill="*neutral_800", button_primary_background_fill_hover="*neutral_700",
         button_primary_background_fill_dark="*neutral_200", button_primary_background_fill_hover_dark="*neutral_100",
