@@ -74,8 +74,7 @@ class Demo:
         except LigerError as error:
             said = page.status(error.message, error.hint, error=True)
         finally:
-            if self._stops.get(session) is stop:
-                del self._stops[session]
+            self._forget(session, stop)
         yield {"busy": False, "status": said}
 
     def _picture(self, streams: tuple[Stream, Stream], most: int, key: str | None) -> dict[str, Any]:
@@ -96,6 +95,10 @@ class Demo:
         return (f"finished: after {len(ours.prompt):,} tokens {faster.name} took {faster.median:.1f} ms a token, "
                 f"{slower.name} {slower.median:.1f} ms, {slower.median / faster.median:.1f} times as long")  # fmt: skip
 
+    def _forget(self, session: str, stop: threading.Event) -> None:
+        if self._stops.get(session) is stop:
+            del self._stops[session]
+
     def stop(self, session: str) -> None:
         """End the answer of a page, if one is under way."""
         if stop := self._stops.get(session):
@@ -104,7 +107,7 @@ class Demo:
     def measure(self, session: str) -> Iterator[tuple[str, str]]:
         """Measure in a turn, with processes of its own; yield the table and a line of status."""
         stop = self._stops[session] = threading.Event()
-        yield page.measured(self.result), page.status("measuring; answers on other pages wait meanwhile")
+        yield page.measured(self.result), page.status("measuring; answers wait meanwhile")
         settings = Settings(SHORT.contexts, SHORT.batches, SHORT.blocks, SHORT.tokens, self._threads, self._device)
         try:
             self.result = self.pair.call(stop, partial(bench, *self._models, settings=settings))
@@ -113,6 +116,8 @@ class Demo:
             yield page.measured(self.result), page.status("stopped")
         except LigerError as error:
             yield page.measured(self.result), page.status(error.message, error.hint, error=True)
+        finally:
+            self._forget(session, stop)
 
     def close(self) -> None:
         """End both models."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +156,31 @@ def test_mistakes_are_messages(demo: Demo) -> None:
     changes = list(demo.run(CHAT.name, " ", 0, 50, 4, [], "page"))
     assert "there is no prompt" in changes[-1]["status"] and 'role="alert"' in changes[-1]["status"]
     assert demo._stops == {}
+
+
+def test_measuring_here_is_bench(demo: Demo) -> None:
+    first, last = demo.measure("page")
+    assert "Nothing was measured" in first[0] and "measured just now" in last[1]
+    assert demo.result is not None and last[0] == page.measured(demo.result)
+    assert [row["context"] for row in demo.result["rows"]] == [128, 128, 1024, 1024]
+    demo.result = None
+
+
+def test_the_command_serves_until_it_is_interrupted(artifact: Path) -> None:
+    pytest.importorskip("gradio")
+    words = ["demo", str(artifact), "--against", str(artifact), "--json", "--threads", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ligerexport", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        address = json.loads(process.stdout.readline())["address"]
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(address) as page:
+            assert b"gradio" in page.read()
+        process.send_signal(signal.SIGINT)
+        rest, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and rest == ""
+    assert "serving" in said and "Traceback" not in said
 
 
 def test_runs_add_up_and_say_what_was_recalled(demo: Demo) -> None:

@@ -29,6 +29,7 @@ class Served:
     """The page of a tiny artifact beside the Transformer that it was converted from."""
 
     address: str
+    demo: Demo
     manifest: Manifest
     browser: Any
     pages: list[Page] = field(default_factory=list)
@@ -93,7 +94,7 @@ def served(built: tuple[Path, Path]) -> Iterator[Served]:
         browser = playwright.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-background-networking"]
         )
-        yield Served(address, open_artifact(artifact).manifest, browser)
+        yield Served(address, demo, open_artifact(artifact).manifest, browser)
         browser.close()
     blocks.close()
     demo.close()
@@ -174,6 +175,21 @@ def test_two_pages_stay_apart(page: Page, served: Served) -> None:
     page.page.click("#stop")
     other.wait()
     assert (other.text("ours"), other.text("theirs")) == alone["other"]
+
+
+def test_a_closed_page_ends_its_answer(page: Page, served: Served) -> None:
+    gone = served.open()
+    gone.ask("Why?", context=32_768)
+    gone.page.wait_for_selector("#theirs progress")
+    assert len(served.demo._stops) == 1
+    gone.page.close()
+    until = time.perf_counter() + 10
+    while served.demo._stops and time.perf_counter() < until:
+        page.page.wait_for_timeout(100)
+    assert served.demo._stops == {}
+    page.ask("Why?")
+    page.wait()
+    assert page.text("theirs")
 
 
 def test_the_pass_key_preset_says_whether_it_was_recalled(page: Page) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -120,11 +121,11 @@ def demo(
     with progress("loading both models", None, "steps"):
         shown = Demo(model, against, results=results, threads=threads, device=device)
     try:
-        blocks, address = launch(shown, host, port, browser=browser)
+        _, address = launch(shown, host, port, browser=browser)
         if host not in LOOPBACK:
             warn(f"everybody who reaches {host} can use this page")
         common.finish_json(json, {"address": address})
         card("serving", [("page", address), ("stop", "Ctrl-C")])
-        blocks.block_thread()
+        threading.Event().wait()
     finally:
         shown.close()
