@@ -11,10 +11,11 @@ import shutil
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser, sync_playwright
+from playwright import sync_api
 
 from ligerexport.demo.app import launch
 from ligerexport.demo.host import Demo
+from ligerexport.demo.prompts import SUMMARISE
 
 PICTURES = {"light": (1120, 1330, "light"), "dark": (1120, 1330, "dark"), "narrow": (390, 2200, "light")}
 """Width, height and colours of each."""
@@ -22,14 +23,15 @@ COLOURS = 96
 """Of the palette, which keeps the files small."""
 
 
-def take(browser: Browser, address: str, output: Path, context: int) -> None:
+def take(browser: sync_api.Browser, address: str, output: Path, context: int) -> None:
     """Ask one question in each size and take a picture of what came of it."""
     for name, (width, height, scheme) in PICTURES.items():
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         page.goto(address)
         page.wait_for_selector("#theirs section")
-        page.get_by_label("Summarise a long text").check()
+        page.get_by_label(SUMMARISE.name).check()
         field = page.locator("#context input[type=number]")
+        sync_api.expect(field).to_have_value(str(SUMMARISE.context))
         field.fill(str(context))
         field.press("Tab")
         page.click("#run")
@@ -54,7 +56,7 @@ def main() -> None:
     demo = Demo(args.artifact, args.against)
     try:
         _, address = launch(demo)
-        with sync_playwright() as playwright:
+        with sync_api.sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             take(browser, address, args.output, args.context)
             browser.close()

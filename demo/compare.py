@@ -21,8 +21,10 @@ from ligerexport.bench.worker import Worker
 from ligerexport.errors import LigerError
 from ligerexport.text import Detokenizer, TextModel
 
-FRAME = 0.15
+FRAME = 0.2
 """Seconds between two pictures of what was written."""
+REST = 0.06
+"""Seconds without a turn after each: a browser on this machine draws it meanwhile, and not while a token is timed."""
 TURN = 0.3
 """Seconds that reading a piece of a prompt should take, in multiples of `STEP` tokens."""
 STEP = 64
@@ -156,6 +158,7 @@ class Pair:
                 min(going, key=lambda writer: writer.stream.clock).turn(stop)
                 if time.perf_counter() - shown > FRAME:
                     yield streams
+                    time.sleep(REST)
                     shown = time.perf_counter()
         except Stopped:
             for stream in streams:
