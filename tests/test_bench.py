@@ -69,6 +69,14 @@ def test_the_table_says_what_the_rows_say(result: dict[str, Any]) -> None:
 
 
 @hybrid
+def test_what_is_unknown_is_said(result: dict[str, Any]) -> None:
+    row = {**result["rows"][0], "of_floor": None, "joules": 0.5, "device_bytes": 2_000_000}
+    machine_ = result["machine"] | {"bytes_per_s": {"cuda": None}, "energy": "1 GPUs"}
+    text = markdown(result | {"rows": [row], "machine": machine_})
+    assert "| 2 MB | 0.5 J | unknown |" in text and "cuda unknown" in text and "Energy: 1 GPUs" in text
+
+
+@hybrid
 def test_the_gate_compares_with_torch_or_asks_the_manifest(built: Built, tmp_path: Path) -> None:
     liger, artifact = built
     assert gate(str(artifact))["by"].startswith("its manifest")
@@ -183,7 +191,7 @@ def test_the_command(
 
 def test_bandwidth_is_that_of_memory_and_not_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     rate = machine.bandwidth(1)
-    assert 1e8 < rate < 1e12
+    assert rate is not None and 1e8 < rate < 1e12
     assert machine.memory()["peak"] >= machine.STREAM
     monkeypatch.setattr("platform.processor", lambda: "x")
     assert machine.describe(3)["threads"] == 3 and machine.cpu_name()

@@ -19,6 +19,7 @@ import ligerexport as lx
 from ligerexport.artifact import open_artifact
 from ligerexport.bench.run import bench
 from ligerexport.bench.settings import Settings
+from ligerexport.cli import main
 from ligerexport.demo import page
 from ligerexport.demo.chart import Line, chart, nice_ceiling, thin
 from ligerexport.demo.compare import Pair, Stream, same_text
@@ -181,6 +182,16 @@ def test_the_command_serves_until_it_is_interrupted(artifact: Path) -> None:
         rest, said = process.communicate(timeout=30)
     assert process.returncode == 130 and rest == ""
     assert "serving" in said and "Traceback" not in said
+
+
+def test_without_gradio_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "ligerexport.demo.app", raising=False)
+    with pytest.raises(SystemExit, match="4"):
+        main(["demo", "x", "--against", "y"])
+    assert "pip install 'ligerexport[demo]'" in capfd.readouterr().err
 
 
 def test_runs_add_up_and_say_what_was_recalled(demo: Demo) -> None:

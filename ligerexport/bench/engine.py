@@ -104,12 +104,14 @@ class ArtifactEngine:
         """Load an artifact; its files were hashed by whoever started this."""
         from ligerexport.runtime import load
 
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest.get("target", "onnx") != "onnx":  # a runtime that has a GPU and no choice
+            return cls(load(path, batch=batch, threads=threads, hashes=False), "cuda")
         if device == "auto":
             import onnxruntime
 
-            lowering = json.loads((path / MANIFEST).read_text()).get("lowering")
-            there = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and lowering != "native"
-            device = "cuda" if there else "cpu"
+            there = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+            device = "cuda" if there and manifest.get("lowering") != "native" else "cpu"
         return cls(load(path, batch=batch, threads=threads, hashes=False, device=device), device)
 
     @property

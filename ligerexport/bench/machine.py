@@ -40,8 +40,8 @@ def device_memory() -> int | None:
     return int(torch.cuda.memory_reserved())
 
 
-def bandwidth(threads: int, device: str = "cpu") -> float:
-    """Return the bytes a second at which memory can be read, the best of several tries."""
+def bandwidth(threads: int, device: str = "cpu") -> float | None:
+    """Return the bytes a second at which memory can be read, the best of several tries; None where torch has no GPU."""
     if device != "cpu":
         return _device_bandwidth(device)
     parts = np.array_split(np.ones(STREAM // 4, np.float32), threads)
@@ -54,8 +54,11 @@ def bandwidth(threads: int, device: str = "cpu") -> float:
     return max(rates)
 
 
-def _device_bandwidth(device: str) -> float:
+def _device_bandwidth(device: str) -> float | None:
     import torch
+
+    if not torch.cuda.is_available():
+        return None
 
     data, rates = torch.ones(STREAM, dtype=torch.uint8, device=device), []
     other = torch.empty_like(data)

@@ -34,7 +34,10 @@ def markdown(result: Mapping[str, Any]) -> str:
         )  # fmt: skip
         lines.append(f"{first} against {second}, batch {batch}: {at}.")
     machine = result["machine"]
-    rates = ", ".join(f"{device} {rate / 1e9:.1f} GB/s" for device, rate in machine["bytes_per_s"].items())
+    rates = ", ".join(
+        f"{device} {rate / 1e9:.1f} GB/s" if rate else f"{device} unknown"
+        for device, rate in machine["bytes_per_s"].items()
+    )
     lines.append(f"{machine['cpu']}, {machine['threads']} threads; memory reads {rates}, which is the floor.")
     lines.append(f"Energy: {machine['energy'] or 'this machine does not tell'}.")
     lines += [f"Parity of {name}: {parity['by']}." for name, parity in result["parity"].items()]
@@ -56,7 +59,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         format_bytes(row["peak"]),
         format_bytes(row["device_bytes"]) if row["device_bytes"] is not None else "none",
         f"{row['joules']:.2g} J" if row["joules"] is not None else "unknown",
-        f"{row['of_floor']:.0%}",
+        f"{row['of_floor']:.0%}" if row["of_floor"] is not None else "unknown",
     ]
 
 

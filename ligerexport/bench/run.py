@@ -67,8 +67,9 @@ def bench(
     for device in {row["device"] for row in rows}:
         rates[device] = machine.bandwidth(threads, device)
     for row in rows:
-        row["floor_ms"] = (row["weight_bytes"] + row["state_bytes"]) / rates[row["device"]] * 1e3
-        row["of_floor"] = row["floor_ms"] / row["ms"]
+        rate = rates[row["device"]]
+        row["floor_ms"] = (row["weight_bytes"] + row["state_bytes"]) / rate * 1e3 if rate else None
+        row["of_floor"] = row["floor_ms"] / row["ms"] if rate else None
     return {
         "command": "ligerexport " + " ".join(sys.argv[1:]),
         "models": list(models),
