@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 SOURCES = $(shell find ligerexport kernels exporters -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart convert build run examples test lint typecheck pytest dist docs release clean
+.PHONY: help setup quickstart convert build run demo examples test lint typecheck pytest dist docs release clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -31,7 +31,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed\nhint: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools
-	$(PIP) --no-build-isolation -e '.[builtin,onnx,recover,eval,rtx,dev]'
+	$(PIP) --no-build-isolation -e '.[builtin,onnx,recover,eval,demo,rtx,dev]'
 	@touch $@
 
 quickstart: run ## Convert, build, verify and run a real model.
@@ -42,6 +42,9 @@ build: build/smollm2-onnx/manifest.json ## Build and verify its ONNX artifact.
 
 run: build/smollm2-onnx/manifest.json ## Write text with the artifact.
 	$(BIN)/ligerexport run build/smollm2-onnx "$(PROMPT)"
+
+demo: build/smollm2-onnx/manifest.json ## Show it beside the original model, on a page of this machine.
+	$(BIN)/ligerexport demo build/smollm2-onnx --against smollm2-135m
 
 # The verbs write a whole directory or nothing, so one file of it stands for all.
 build/smollm2-liger/config.json: $(READY) $(SOURCES)

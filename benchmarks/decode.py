@@ -25,15 +25,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ligerexport.bench.machine import cpu_name, memory
+
 CONTEXTS = (128, 1024, 8192, 32768)
 ENGINES = ("ligerexport", "transformers eager", "transformers sdpa", "llama.cpp", "onnxruntime-genai")
-
-
-def memory() -> dict[str, int]:
-    """Return resident bytes of this process, now and at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return {"rss": int(fields["VmRSS"].split()[0]) * 1024, "peak": int(fields["VmHWM"].split()[0]) * 1024}
 
 
 def prompt(tokens: int) -> list[int]:
@@ -220,7 +215,7 @@ def main() -> None:
     versions = {name: version(name) for name in packages}
     result = {
         "command": "python " + " ".join(sys.argv),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": args.threads},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads},
         "versions": versions | {"python": platform.python_version()},
         "blocks": args.rounds,
         "tokens_a_block": args.tokens,
@@ -231,11 +226,6 @@ def main() -> None:
         time_ms = "{ms_per_token:8.2f} ms ({ms_low:.2f} to {ms_high:.2f})".format(**row)
         print(f"{row['engine']:20s} {row['context']:6d} {time_ms} {row['rss'] / 1e6:8.0f} MB")
     print(json.dumps(result))
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-from decode import _cpu
 
 import ligerexport as lx
+from ligerexport.bench.machine import cpu_name
 from ligerexport.runtime import Session
 
 TOLERANCE = {"float32": 1e-3, "float16": 1e-3, "int8": 0.5, "int4": 0.5}
@@ -59,7 +59,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     result = {
         "command": "python " + " ".join(sys.argv),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": args.threads, "gpu": _gpu()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads, "gpu": _gpu()},
         "versions": _versions() | {"python": platform.python_version()},
         "blocks": args.rounds,
         "tokens_a_block": args.tokens,

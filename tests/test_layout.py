@@ -38,8 +38,8 @@ LAYERS = (
     ("runtime",),
     ("prompt_cache",),
     ("generate", "evaluate", "bench", "doctor"),
-    ("allocate",),
-    ("cli", "demo"),
+    ("allocate", "demo"),
+    ("cli",),
     ("__main__",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
@@ -89,7 +89,7 @@ def test_imports_go_one_way(name: str, file: Path) -> None:
 
 def test_links_are_relative_and_have_no_init() -> None:
     links = {path.name: path.readlink() for path in PACKAGE.iterdir() if path.is_symlink()}
-    assert {"kernels", "exporters"} <= set(links)
+    assert {"kernels", "exporters", "demo"} <= set(links)
     for name, target in links.items():
         assert target == Path("..") / name
         assert not (ROOT / name / "__init__.py").exists()
@@ -129,7 +129,14 @@ def test_constraints_fit_the_bounds() -> None:
     lines = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in lines}
     extras = project["optional-dependencies"]
-    for line in [*project["dependencies"], *extras["builtin"], *extras["onnx"], *extras["rtx"], *extras["dev"]]:
+    for line in [
+        *project["dependencies"],
+        *extras["builtin"],
+        *extras["onnx"],
+        *extras["demo"],
+        *extras["rtx"],
+        *extras["dev"],
+    ]:
         requirement = Requirement(line)
         assert pins[re.sub(r"[-_.]+", "-", requirement.name).lower()] in requirement.specifier, line
 
@@ -161,6 +168,7 @@ def test_wheel_holds_every_module_once(wheel: Path) -> None:
     native = (ROOT / "exporters" / "onnx" / "native").iterdir()
     expected |= {f"ligerexport/exporters/onnx/native/{file.name}" for file in native if file.suffix in (".h", ".cc")}
     expected.add("ligerexport/exporters/onnx/providers.json")
+    expected |= {"ligerexport/demo/style.css", "ligerexport/demo/filler.txt"}
     trt = (ROOT / "exporters" / "tensorrt").glob("*/*.*")
     expected |= {f"ligerexport/{x.relative_to(ROOT)}" for x in trt if x.suffix in (".h", ".cc", ".txt")}
     with zipfile.ZipFile(wheel) as archive:

@@ -1,7 +1,8 @@
 """The `ligerexport` command: verbs are functions, errors become one line with a hint and an exit code.
 
 `make` has convert and build, `share` has allocate, `train` has recover, `judge` has eval, `use` has run and chat,
-`tell` has inspect, doctor and list. Torch and the runtimes are imported by the verb that needs them.
+`compare` has bench and demo, `tell` has inspect, doctor and list. Torch and the runtimes are imported by the verb that
+needs them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from ligerexport import __version__
-from ligerexport.cli import common, judge, make, share, tell, train, use
+from ligerexport.cli import common, compare, judge, make, share, tell, train, use
 from ligerexport.console import data, print_error, say
 from ligerexport.errors import LigerError, UsageError, close_matches
 
@@ -48,6 +49,8 @@ _VERBS = (
     make.build,
     use.run,
     use.chat,
+    compare.bench,
+    compare.demo,
     tell.inspect,
     tell.doctor,
     tell.list_,

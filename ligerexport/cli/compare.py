@@ -1,0 +1,131 @@
+"""`bench` and `demo`: a model beside another, as numbers and as a page."""
+
+from __future__ import annotations
+
+import json as json_
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ligerexport.bench.settings import DEVICES, DTYPES, READ_UP_TO
+from ligerexport.cli import common
+from ligerexport.cli.common import Debug, Force, Json, Quiet
+from ligerexport.console import card, data, progress, warn
+from ligerexport.errors import MissingDependency, UsageError
+
+Model = Annotated[str, typer.Argument(help="An artifact, a converted checkpoint, or a Transformer.")]
+Against = Annotated[str, typer.Option(help="Another one, such as the Transformer it was converted from.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Default: physical cores.")]
+Device = Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")]
+Dtype = Annotated[str, typer.Option(help=f"Of torch models' weights: {', '.join(DTYPES)}; auto is {DTYPES['auto']}.")]
+
+
+def bench(
+    model: Model,
+    against: Against,
+    context: Annotated[str, typer.Option(metavar="TOKENS,...", help="Read before the timed ones.")] = "128,1024,4096",
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Sequences at a time.")] = "1",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The artifact's converted checkpoint: torch is compared with it first.")
+    ] = None,
+    blocks: Annotated[int, typer.Option(help="Turns of each model at a context.")] = 12,
+    tokens: Annotated[int, typer.Option(help="Tokens of a turn.")] = 8,
+    read_up_to: Annotated[
+        int, typer.Option(help="A Transformer reads contexts up to this; longer caches are filled with random numbers.")
+    ] = READ_UP_TO,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory for bench.json, bench.md and plots.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time a model beside another: latency, memory, energy.
+
+    Both run in processes of their own and in turns. The table goes to stdout, and JSON as its last line.
+    """
+    common.begin(quiet, debug)
+    from ligerexport.bench.report import RESULT, check_plots, markdown, save
+    from ligerexport.bench.run import bench
+    from ligerexport.bench.settings import Settings
+    from ligerexport.staging import check_destination
+
+    settings = Settings(counts(context, "--context"), counts(batch, "--batch"), blocks, tokens, threads, device, dtype,
+                        read_up_to)  # fmt: skip
+    if output is not None:
+        check_destination(output, force=force, marker=RESULT)
+        check_plots()
+    common.announce("bench", model=model, against=against, checkpoint=checkpoint, **vars(settings))
+    result = bench(
+        model, against, checkpoint=None if checkpoint is None else str(checkpoint), settings=settings, progress=progress
+    )
+    if output is not None:
+        save(result, output, force=force)
+    if not json:
+        data(markdown(result))
+    data(json_.dumps(result, ensure_ascii=False))
+    first, second = result["models"]
+    longest = {row["model"]: row for row in result["rows"] if row["batch"] == settings.batches[-1]}
+    card("measured", [
+        *((f"at {longest[name]['context']:,} tokens", f"{name}: {longest[name]['ms']:.1f} ms a token, "
+           f"{longest[name]['rss'] / 1e6:.0f} MB resident") for name in (first, second)),
+        *([("where", str(output))] if output else []),
+    ])  # fmt: skip
+
+
+def counts(text: str, option: str) -> tuple[int, ...]:
+    """Read `128,1024`.
+
+    Raises:
+        UsageError: It has another form.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"{option} {text}", hint=f"write numbers of at least 1, as in {option} 128,1024")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def demo(
+    model: Model,
+    against: Against,
+    results: Annotated[
+        Path | None, typer.Option(help="What `bench -o` wrote; shown in a tab.", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="Others than 127.0.0.1 let other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860 on.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show a model beside another on a page.
+
+    Both answer one prompt, with latency and memory measured while the text comes. Ctrl-C ends it.
+    """
+    common.begin(quiet, debug)
+    try:
+        from ligerexport.demo.app import LOOPBACK, launch
+    except ImportError as error:
+        raise MissingDependency(error.name or "gradio", extra="demo") from error
+    from ligerexport.demo.host import Demo
+
+    common.announce("demo", model=model, against=against, results=results, host=host, port=port, device=device)
+    with progress("loading both models", None, "steps"):
+        shown = Demo(model, against, results=results, threads=threads, device=device)
+    try:
+        _, address = launch(shown, host, port, browser=browser)
+        if host not in LOOPBACK:
+            warn(f"everybody who reaches {host} can use this page")
+        common.finish_json(json, {"address": address})
+        card("serving", [("page", address), ("stop", "Ctrl-C")])
+        threading.Event().wait()
+    finally:
+        shown.close()

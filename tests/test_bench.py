@@ -1,0 +1,208 @@
+"""`bench`: what it measures is what is there, the gate holds, and the commands answer with JSON as their last line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import toy
+
+from ligerexport.artifact import open_artifact
+from ligerexport.bench import machine
+from ligerexport.bench.engine import open_engine
+from ligerexport.bench.report import markdown
+from ligerexport.bench.run import _of_same_conversion, bench, crossover, gate, prompt, quantile
+from ligerexport.bench.settings import Settings
+from ligerexport.bench.worker import Worker
+from ligerexport.cli import main
+from ligerexport.errors import LigerError, UsageError, VerificationError
+
+Built = tuple[Path, Path]
+
+hybrid = pytest.mark.parametrize("built", [(1,)], indirect=True, ids=["hybrid"])
+"""The kind with a layer whose cache grows, where one kind is enough."""
+
+
+@pytest.fixture(scope="module")
+def result(built: Built) -> dict[str, Any]:
+    """The artifact of a tiny model beside the Transformer that it was converted from."""
+    liger, artifact = built
+    settings = Settings((24, 40), (2,), blocks=2, tokens=3, threads=1, read_up_to=32)
+    return bench(str(artifact), str(liger.parent / "source"), checkpoint=str(liger), settings=settings)
+
+
+@hybrid
+def test_rows_hold_what_was_measured(result: dict[str, Any], built: Built) -> None:
+    manifest = open_artifact(built[1]).manifest
+    assert [(r["batch"], r["context"], r["kind"]) for r in result["rows"]] == [
+        (batch, context, kind) for batch in (2,) for context in (24, 40) for kind in ("artifact", "transformer")
+    ]
+    (parity,) = result["parity"].values()
+    assert parity["passed"] and parity["by"].startswith("torch, compared now") and parity["tokens"] > 0
+    for row in result["rows"]:
+        seen = row["context"] + 3 * 3  # the warm-up too
+        if row["kind"] == "transformer":
+            assert row["state_bytes"] == row["batch"] * seen * manifest.bytes.kv_per_token
+            assert (row["ttft_s"] is None) == (row["context"] > 32)
+        else:
+            grown = row["batch"] * (seen * manifest.growth + manifest.bytes.state_per_sequence)
+            assert row["state_bytes"] == grown and row["ttft_s"] > 0
+        assert row["ms_low"] <= row["ms"] <= row["ms_high"] and row["ms_p50"] <= row["ms_p95"]
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] * 1e3 / row["ms"], rel=0.9)
+        assert 0 < row["private"] <= row["rss"] <= row["peak"] and row["device_bytes"] is None
+        assert row["floor_ms"] * result["machine"]["bytes_per_s"]["cpu"] == pytest.approx(
+            1e3 * (row["weight_bytes"] + row["state_bytes"])
+        )
+        assert row["of_floor"] == pytest.approx(row["floor_ms"] / row["ms"])
+
+
+@hybrid
+def test_the_table_says_what_the_rows_say(result: dict[str, Any]) -> None:
+    text = markdown(result)
+    assert text.count("\n| engine") + text.count("\n| onnx") + text.count("\n| source") == len(result["rows"])
+    assert "not read" in text and "compared now with" in text
+    slowest = max(result["rows"], key=lambda row: row["ms_p95"])
+    assert f"| {slowest['ms_p95']:.1f} ms |" in text
+
+
+@hybrid
+def test_what_is_unknown_is_said(result: dict[str, Any]) -> None:
+    row = {**result["rows"][0], "of_floor": None, "joules": 0.5, "device_bytes": 2_000_000}
+    machine_ = result["machine"] | {"bytes_per_s": {"cuda": None}, "energy": "1 GPUs"}
+    text = markdown(result | {"rows": [row], "machine": machine_})
+    assert "| 2 MB | 0.5 J | unknown |" in text and "cuda unknown" in text and "Energy: 1 GPUs" in text
+
+
+@hybrid
+def test_the_gate_compares_with_torch_or_asks_the_manifest(built: Built, tmp_path: Path) -> None:
+    liger, artifact = built
+    assert gate(str(artifact))["by"].startswith("its manifest")
+    assert _of_same_conversion(str(artifact), str(liger)) == str(liger)
+    assert _of_same_conversion(str(artifact), str(liger.parent / "source")) is None
+    unverified = toy.build(tmp_path / "toy", verification={"passed": False, "skipped": True})
+    with pytest.raises(VerificationError, match="never compared"):
+        bench(str(unverified), str(unverified))
+
+
+@hybrid
+def test_vocabularies_must_be_one(built: Built, tmp_path: Path) -> None:
+    from checkpoints import MEMORY, make_checkpoint
+
+    other = make_checkpoint(tmp_path / "other", MEMORY)
+    with pytest.raises(UsageError, match="vocabularies of 131 and 259"):
+        bench(str(built[1]), str(other), settings=Settings((8,), blocks=1, tokens=1))
+
+
+@pytest.mark.parametrize("which", ["artifact", "converted", "transformer"])
+def test_engines_write_the_same_in_one_call_and_in_many(built: Built, which: str) -> None:
+    paths = {"artifact": built[1], "converted": built[0], "transformer": built[0].parent / "source"}
+    engine = open_engine(str(paths[which]), device="cpu", threads=1)
+    assert engine.kind == which and engine.state_bytes >= 0
+    ids = prompt(40, toy.VOCAB)
+    whole = engine.prefill([ids])
+    pieces = engine.sibling()
+    assert [pieces.prefill([ids[:7]]), pieces.prefill([ids[7:39]]), pieces.prefill([ids[39:]])][-1] == whole
+    pair = engine.sibling(2)
+    assert pair.prefill([ids, ids]) == whole * 2
+    assert pair.state_bytes == 2 * engine.state_bytes > 0
+    if which != "transformer":
+        with pytest.raises(UsageError, match="without reading"):
+            engine.fill(8)
+
+
+@hybrid
+def test_a_worker_keeps_sessions_apart_and_says_why_it_fails(built: Built) -> None:
+    worker = Worker(str(built[1]), threads=1)
+    try:
+        one = worker("prefill", "one", ids=[prompt(20, toy.VOCAB)])
+        worker("prefill", "two", ids=[[5, 6, 7]])
+        again = worker("prefill", "three", ids=[prompt(20, toy.VOCAB)])
+        assert again["tokens"] == one["tokens"]
+        first = worker("decode", "one", tokens=one["tokens"], count=4)
+        assert worker("decode", "three", tokens=again["tokens"], count=4)["tokens"] == first["tokens"]
+        assert len(first["seconds"]) == 4 and first["rss"] > 0
+        with pytest.raises(LigerError, match="token id 9999"):
+            worker("prefill", "one", ids=[[9999]])
+        worker("close", "one")
+        worker._process.kill()
+        with pytest.raises(LigerError, match="ended with -9"):
+            worker("decode", "two", tokens=[1])
+    finally:
+        worker.close()
+    with pytest.raises(LigerError, match="no built-in model"):
+        Worker("absent")
+
+
+def test_crossovers_and_quantiles() -> None:
+    def rows(ours: list[float], theirs: list[float]) -> list[dict[str, Any]]:
+        return [
+            {"model": name, "context": context, "ms": value}
+            for name, values in (("a", ours), ("b", theirs))
+            for context, value in zip((100, 200, 400), values, strict=True)
+        ]
+
+    assert crossover(rows([5, 5, 5], [1, 3, 7]), "ab", "ms") == 300
+    assert crossover(rows([5, 5, 5], [6, 7, 8]), "ab", "ms") == 100
+    assert crossover(rows([5, 5, 5], [6, 7, 4]), "ab", "ms") is None
+    assert [quantile([1, 2, 3, 4], share) for share in (0.5, 0.75, 0.95)] == [2, 3, 4]
+    assert quantile([7], 0.5) == 7
+
+
+def test_energy_is_what_the_counters_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index, energy in enumerate((5_000_000, 9_000_000)):
+        package = tmp_path / f"intel-rapl:{index}"
+        package.mkdir()
+        (package / "energy_uj").write_text(str(energy))
+        (package / "max_energy_range_uj").write_text("10000000")
+    monkeypatch.setattr(machine, "RAPL", tmp_path)
+    meter = machine.Energy()
+    before = meter.read()
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("8000000")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("1000000")  # began again
+    assert "2 CPU packages" in str(meter.source)
+    assert meter.since(before) == pytest.approx(3 + 2)
+    assert meter.since([]) is None
+
+
+@hybrid
+def test_the_command(
+    built: Built, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    liger, artifact = built
+    words = ["bench", artifact, "--against", liger.parent / "source", "--context", "8,16", "--blocks", "1", "--tokens",
+             "2", "-o", tmp_path / "out"]  # fmt: skip
+    with pytest.raises(SystemExit, match="0"):
+        main([str(word) for word in words])
+    out = capfd.readouterr().out.splitlines()
+    last = json.loads(out[-1])
+    assert out[0].startswith("| model |") and last == json.loads((tmp_path / "out" / "bench.json").read_text())
+    made = {file.name for file in (tmp_path / "out").iterdir()}
+    assert made == {"bench.json", "bench.md", "latency.svg", "latency.png", "memory.svg", "memory.png"}
+    assert "crossover" in last and "tokens of context" in (tmp_path / "out" / "latency.svg").read_text()
+    for wrong in (["--context", "0"], ["--batch", "1,x"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(word) for word in words] + wrong)
+    assert "write numbers" in capfd.readouterr().err
+
+
+def test_bandwidth_is_that_of_memory_and_not_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    rate = machine.bandwidth(1)
+    assert rate is not None and 1e8 < rate < 1e12
+    assert machine.memory()["peak"] >= machine.STREAM
+    monkeypatch.setattr("platform.processor", lambda: "x")
+    assert machine.describe(3)["threads"] == 3 and machine.cpu_name()
+
+
+def test_without_counters_nothing_is_invented(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "RAPL", tmp_path)
+    monkeypatch.setattr(machine, "ctypes", SimpleNamespace(CDLL=_absent))
+    meter = machine.Energy()
+    assert meter.source is None and meter.since(meter.read()) is None
+
+
+def _absent(name: str) -> Any:
+    raise OSError(name)

@@ -1,0 +1,250 @@
+"""The demo without a browser: what is asked, turns and stops, figures that are measured, and what the page says."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+
+import ligerexport as lx
+from ligerexport.artifact import open_artifact
+from ligerexport.bench.run import bench
+from ligerexport.bench.settings import Settings
+from ligerexport.cli import main
+from ligerexport.demo import page
+from ligerexport.demo.chart import Line, chart, nice_ceiling, thin
+from ligerexport.demo.compare import Pair, Stream, same_text
+from ligerexport.demo.host import Demo, read_result
+from ligerexport.demo.prompts import CHAT, MOST, PASSKEY, ask, filler
+from ligerexport.errors import LigerError, UsageError
+from ligerexport.text import TextModel
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.build(tmp_path_factory.mktemp("demo") / "left")
+
+
+@pytest.fixture(scope="module")
+def demo(artifact: Path) -> Iterator[Demo]:
+    """The toy beside itself under another name: what is written is known, and no worker needs torch."""
+    made = Demo(str(artifact), str(toy.build(artifact.parent / "right")), threads=1)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def text(artifact: Path) -> TextModel:
+    return TextModel(artifact)
+
+
+def answers(pair: Pair, session: str, ids: tuple[int, ...], text: TextModel, most: int = 12) -> tuple[Stream, Stream]:
+    *_, last = pair.race(session, ids, text, most, threading.Event())
+    return last
+
+
+def test_questions(text: TextModel) -> None:
+    plain = ask(text, CHAT.name, "hello", 0).ids
+    assert text.decode(plain) == "hello\n" and plain[0] == toy.USER
+    behind = ask(text, CHAT.name, "hello", 700).ids
+    assert len(behind) == len(plain) + 700 + len("\n\n")
+    assert text.decode(behind).startswith(filler()[:700] + "\n\nhello")
+    assert len(text.encode(filler(), special=False)) > MOST
+    with pytest.raises(UsageError, match="no prompt"):
+        ask(text, CHAT.name, "  ", 0)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
+def test_a_pass_key_is_said_once_at_its_depth(text: TextModel, depth: float) -> None:
+    question = ask(text, PASSKEY.name, "", 400, depth)
+    assert question.key is not None and question.ids[0] == toy.BOS
+    said = text.decode(question.ids)
+    assert said.count(question.key) == 1 and said.index(f"pass key is {question.key}.") > depth * 400
+    assert said[: int(depth * 400)] == filler()[: int(depth * 400)]
+    assert said.rstrip().endswith("What is the secret pass key? The secret pass key is")
+
+
+def test_both_answer_as_they_do_alone(demo: Demo, artifact: Path, text: TextModel) -> None:
+    ids = ask(text, CHAT.name, "a question", 100).ids
+    expected = list(lx.generate(lx.load(artifact), ids, max_new_tokens=12))
+    manifest = open_artifact(artifact).manifest
+    for stream in answers(demo.pair, "one", ids, text):
+        assert stream.text == "".join(chunk.text for chunk in expected)
+        assert stream.finish == expected[-1].finish and stream.written == len(expected)
+        assert stream.first is not None and stream.first <= stream.clock
+        assert len(stream.latencies) == stream.written - 1 and min(stream.latencies) > 0
+        for seen, state, resident, device in stream.memory:
+            assert state == manifest.bytes.state_per_sequence + seen * manifest.growth
+            assert resident > 0 and device is None
+        assert stream.memory[-1][0] == len(ids) + stream.written - 1
+
+
+def test_two_users_do_not_mix(demo: Demo, text: TextModel) -> None:
+    questions = [ask(text, CHAT.name, "first", 0).ids, ask(text, CHAT.name, "another one", 130).ids]
+    alone = [answers(demo.pair, f"alone {i}", ids, text)[0].text for i, ids in enumerate(questions)]
+    races = [demo.pair.race(f"both {i}", ids, text, 12, threading.Event()) for i, ids in enumerate(questions)]
+    together = ["", ""]
+    while races:
+        for i, race in reversed(list(enumerate(races))):
+            streams = next(race, None)
+            if streams is None:
+                races.pop(i)
+            else:
+                together[questions.index(tuple(streams[0].prompt))] = streams[0].text
+    assert together == alone and alone[0] != alone[1]
+
+
+def test_the_one_that_computed_less_has_the_next_turn(
+    demo: Demo, text: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = demo.pair.names
+    turns: list[str] = []
+
+    def work(name: str, do: str, session: str, **arguments: Any) -> dict[str, Any]:
+        turns.append(name)
+        seconds = 1 / 64 if name == ours else 8 / 64
+        memory = {"state_bytes": 1, "rss": 1, "device": None}
+        if do == "prefill":
+            return {"tokens": [65], "seconds": seconds} | memory
+        return {"tokens": [[65]], "seconds": [seconds]} | memory
+
+    monkeypatch.setattr(demo.pair, "work", work)
+    first, second = answers(demo.pair, "turns", (1, 2), text, most=18)
+    assert turns[:20] == [ours, theirs, *[ours] * 8, theirs, *[ours] * 8, theirs]
+    assert turns.count(ours) == turns.count(theirs) == 18
+    assert (first.clock, second.clock) == (18 / 64, 18 * 8 / 64)
+
+
+def test_a_stop_ends_both_and_leaves_the_workers(demo: Demo, text: TextModel) -> None:
+    stop = threading.Event()
+    race = demo.pair.race("stopped", ask(text, CHAT.name, "q", MOST).ids, text, 50, stop)
+    next(race)
+    stop.set()
+    (streams,) = race
+    assert [stream.finish for stream in streams] == ["stopped", "stopped"]
+    assert all(stream.written == 0 for stream in streams)
+    assert answers(demo.pair, "after", ask(text, CHAT.name, "q", 0).ids, text)[1].written
+
+
+def test_a_dead_process_is_a_message_and_is_started_again(demo: Demo) -> None:
+    demo.pair._workers[demo.pair.names[1]]._process.kill()
+    demo.pair._workers[demo.pair.names[1]]._process.wait()
+    changes = list(demo.run(CHAT.name, "q", 0, 50, 4, [], "page"))
+    assert changes[0]["busy"] and not changes[-1]["busy"] and "finished" in changes[-1]["status"]
+
+    race = demo.pair.race("x", (1, 2, 3), demo.text, 50, threading.Event())
+    next(race)
+    demo.pair._workers[demo.pair.names[0]]._process.kill()
+    demo.pair._options["threads"] = 0  # so that it does not start again
+    with pytest.raises(LigerError):
+        list(race)
+    (*_, last) = demo.run(CHAT.name, "q", 0, 50, 4, [], "page")
+    assert 'role="alert"' in last["status"] and not last["busy"]
+    demo.pair._options["threads"] = 1
+    assert "finished" in list(demo.run(CHAT.name, "q", 0, 50, 4, [], "page"))[-1]["status"]
+
+
+def test_mistakes_are_messages(demo: Demo) -> None:
+    changes = list(demo.run(CHAT.name, " ", 0, 50, 4, [], "page"))
+    assert "there is no prompt" in changes[-1]["status"] and 'role="alert"' in changes[-1]["status"]
+    assert demo._stops == {}
+
+
+def test_measuring_here_is_bench(demo: Demo) -> None:
+    first, last = demo.measure("page")
+    assert "Nothing was measured" in first[0] and "measured just now" in last[1]
+    assert demo.result is not None and last[0] == page.measured(demo.result)
+    assert [row["context"] for row in demo.result["rows"]] == [128, 128, 1024, 1024]
+    demo.result = None
+
+
+def test_the_command_serves_until_it_is_interrupted(artifact: Path) -> None:
+    pytest.importorskip("gradio")
+    words = ["demo", str(artifact), "--against", str(artifact), "--json", "--threads", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ligerexport", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        address = json.loads(process.stdout.readline())["address"]
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(address) as page:
+            assert b"gradio" in page.read()
+        process.send_signal(signal.SIGINT)
+        rest, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and rest == ""
+    assert "serving" in said and "Traceback" not in said
+
+
+def test_without_gradio_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "ligerexport.demo.app", raising=False)
+    with pytest.raises(SystemExit, match="4"):
+        main(["demo", "x", "--against", "y"])
+    assert "pip install 'ligerexport[demo]'" in capfd.readouterr().err
+
+
+def test_runs_add_up_and_say_what_was_recalled(demo: Demo) -> None:
+    changes = list(demo.run(PASSKEY.name, "", 20, 50, 3, [["earlier"]], "page"))
+    rows = next(change["rows"] for change in changes if "rows" in change)
+    assert rows[0] == ["earlier"] and len(rows) == 2
+    assert all("recalled" in rows[1][column] for column in (2, 4))
+    stream = Stream("m", demo.pair.facts(demo.pair.names[0]), (1,), text=" 1 2345.", finish="eos")
+    assert "✓ recalled 12345" in page.card(stream, "ours", "12345")
+    assert "✗ not recalled: it was 54321" in page.card(stream, "ours", "54321")
+
+
+def test_what_models_write_is_no_markup(demo: Demo) -> None:
+    facts = demo.pair.facts(demo.pair.names[0])
+    html = page.card(Stream("<b>", facts, (1,), text="<script>alert(1)</script>"), "ours")
+    assert "<script>" not in html and "&lt;script&gt;" in html and "&lt;b&gt;" in html
+    assert "<i>" not in page.table(("<i>",), [["<i>"]]) and "<i>" not in page.status("<i>", "<i>")
+
+
+def test_the_model_card_is_the_manifest(artifact: Path, demo: Demo) -> None:
+    manifest = open_artifact(artifact).manifest
+    html = page.model_card("toy", manifest, demo.pair.facts(demo.pair.names[0]))
+    assert "4,144 parameters" in html and "48 B, of any length" in html and "passed" in html
+    assert "vocab size" in page.model_card("toy", None, demo.pair.facts(demo.pair.names[0]))
+
+
+def test_charts() -> None:
+    assert [nice_ceiling(value) for value in (0, 0.7, 1, 1.1, 30, 7.58e6)] == [1, 0.8, 1, 2, 40, 8e6]
+    assert len(thin([(i, i) for i in range(10_000)])) <= 161 and thin([(0, 0), (1, 1)])[-1] == (1, 1)
+    svg = chart("Title", "x", [Line("a", "ours", [(0, 1.0), (10, 2.0)]), Line("b", "theirs", [])], str, (0, 10))
+    assert 'data-points="2"' in svg and "<circle" in svg and 'aria-label="Title. a: 2.0 at 10"' in svg
+
+
+def test_models_must_share_a_tokenizer(text: TextModel, tmp_path: Path) -> None:
+    other = toy.tokenizer()
+    other.add_special_tokens(["<more>"])
+    other.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(LigerError, match="different tokenizers"):
+        same_text(text, TextModel(tmp_path))
+
+
+def test_figures_are_those_of_bench(demo: Demo, artifact: Path, text: TextModel, tmp_path: Path) -> None:
+    """The same workers measure both. Bytes are equal; times are compared loosely, since a toy's are a few calls."""
+    settings = Settings((60,), blocks=4, tokens=16, threads=1)
+    result = bench(str(artifact), str(artifact), settings=settings)
+    row = result["rows"][0]
+    stream = answers(demo.pair, "bench", tuple(range(60)), text, 5 * 16 + 1)[0]
+    assert stream.written == 5 * 16 + 1, "the answer must be as long as what bench timed"
+    assert stream.memory[-1][1] == row["state_bytes"]
+    assert stream.memory[-1][2] == pytest.approx(row["rss"], rel=0.2)
+    assert stream.median is not None and row["ms"] / 4 < stream.median < row["ms"] * 4
+    (tmp_path / "bench.json").write_text(json.dumps(result))
+    assert f"{row['ms_p50']:.1f} ms" in page.measured(read_result(tmp_path))
+    (tmp_path / "bench.json").write_text("{}")
+    with pytest.raises(UsageError, match="no result of bench"):
+        read_result(tmp_path)

@@ -1,0 +1,273 @@
+"""The demo's page in a browser, as a user has it: nothing from elsewhere, nothing jumps, and it stops when told."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ligerexport.artifact import Manifest, open_artifact
+from ligerexport.demo.host import Demo
+from ligerexport.demo.prompts import filler
+
+pytest.importorskip("gradio")
+sync_api = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.parametrize("built", [()], indirect=True, ids=["recurrent"])
+
+SECOND = 1_000
+LONG = 60 * SECOND
+TOKENS = 40
+
+
+@dataclass
+class Served:
+    """The page of a tiny artifact beside the Transformer that it was converted from."""
+
+    address: str
+    demo: Demo
+    manifest: Manifest
+    browser: Any
+    pages: list[Page] = field(default_factory=list)
+
+    def open(self, **context: Any) -> Page:
+        """Open it in a window of its own."""
+        self.pages.append(Page(self, context))
+        return self.pages[-1]
+
+
+class Page:
+    """What a user does, and what the browser complained of and asked for."""
+
+    def __init__(self, served: Served, context: dict[str, Any]) -> None:
+        self.context = served.browser.new_context(**{"viewport": {"width": 1180, "height": 1000}} | context)
+        self.page = self.context.new_page()
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(served.address)
+        self.page.wait_for_selector("#theirs section", timeout=LONG)
+
+    def slide(self, name: str, value: int) -> None:
+        field = self.page.locator(f"#{name} input[type=number]")
+        field.fill(str(value))
+        field.press("Tab")
+
+    def ask(self, prompt: str, context: int = 0, tokens: int = TOKENS) -> None:
+        self.page.fill("#prompt textarea", prompt)
+        self.slide("context", context)
+        self.slide("most", tokens)
+        self.page.click("#run")
+        self.page.wait_for_selector("#stop:enabled", timeout=LONG)
+
+    def wait(self) -> None:
+        self.page.wait_for_selector("#run:enabled", timeout=LONG)
+
+    def fact(self, side: str, name: str) -> str:
+        return str(self.page.get_attribute(f"#{side} section", f"data-{name}"))
+
+    def text(self, side: str) -> str:
+        return str(self.page.inner_text(f"#{side} .lx-text"))
+
+    def places(self) -> list[Any]:
+        return [self.page.locator(part).bounding_box() for part in ("#run", "#ours", "#theirs", "#plots")]
+
+
+@pytest.fixture(scope="module")
+def served(built: tuple[Path, Path]) -> Iterator[Served]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("needs chromium")
+    from ligerexport.demo.app import launch
+
+    liger, artifact = built
+    demo = Demo(str(artifact), str(liger.parent / "source"), threads=1)
+    blocks, address = launch(demo)
+    assert address.startswith("http://127.0.0.1:")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-background-networking"]
+        )
+        yield Served(address, demo, open_artifact(artifact).manifest, browser)
+        browser.close()
+    blocks.close()
+    demo.close()
+
+
+@pytest.fixture
+def page(served: Served) -> Iterator[Page]:
+    """A page; what all of a test's pages asked for came from here, and no console has a word."""
+    yield served.open()
+    for opened in served.pages:
+        assert opened.complaints == []
+        assert opened.requests and all(url.startswith(served.address) for url in opened.requests)
+        opened.context.close()
+    served.pages.clear()
+
+
+def test_both_answer_and_nothing_jumps(page: Page) -> None:
+    before = page.places()
+    page.ask("Why is the sky blue?", context=1024, tokens=512)
+    seen = []
+    while page.page.locator("#run:disabled").count():
+        seen.append(page.places())
+        page.page.wait_for_timeout(50)
+    assert len(seen) > 2 and all(places == before for places in seen)
+    for side in ("ours", "theirs"):
+        assert page.fact(side, "finish") in ("length", "eos") and page.text(side)
+        assert float(page.fact(side, "ms")) > 0
+    drawn = page.page.locator("#plots .lx-chart").evaluate_all("charts => charts.map(x => +x.dataset.points)")
+    assert len(drawn) == 2 and min(drawn) > 20
+    assert page.page.locator("#plots polyline[points*=' ']").count() == 4
+    assert "finished" in page.page.inner_text("#status [role=status]")
+    assert page.page.locator("#runs tbody tr").count() == 1
+
+
+def test_the_slider_grows_the_cache_and_not_the_state(page: Page, served: Served) -> None:
+    caches = []
+    for context in (0, 1024):
+        page.ask("Why?", context)
+        page.wait()
+        ours, theirs = (int(page.fact(side, "state")) for side in ("ours", "theirs"))
+        assert ours == served.manifest.bytes.state_per_sequence
+        assert theirs == served.manifest.bytes.kv_per_token * int(page.fact("theirs", "seen"))
+        assert int(page.fact("theirs", "resident")) > 10_000_000
+        caches.append(theirs)
+    assert caches[1] - caches[0] == served.manifest.bytes.kv_per_token * (1024 + len("\n\n"))
+    assert page.page.locator("#runs tbody tr").count() == 2
+
+
+def test_a_stop_takes_less_than_a_second(page: Page) -> None:
+    page.ask("Why?", context=32_768)
+    page.page.wait_for_selector("#theirs progress")
+    start = time.perf_counter()
+    page.page.click("#stop")
+    page.wait()
+    assert time.perf_counter() - start < 1
+    assert page.fact("theirs", "finish") == "stopped" and "stopped" in page.page.inner_text("#status")
+    page.ask("And now?")
+    page.wait()
+    assert page.fact("theirs", "finish") in ("length", "eos")
+
+
+def test_two_pages_stay_apart(page: Page, served: Served) -> None:
+    other, questions = served.open(), {"page": "What is one?", "other": "Quite another question, 2 + 2"}
+    alone = {}
+    for opened, name in ((page, "page"), (other, "other")):
+        opened.ask(questions[name])
+        opened.wait()
+        alone[name] = opened.text("ours"), opened.text("theirs")
+    page.ask(questions["page"], tokens=TOKENS)
+    other.ask(questions["other"], tokens=TOKENS)
+    page.wait()
+    other.wait()
+    assert (page.text("ours"), page.text("theirs")) == alone["page"] != alone["other"]
+    assert (other.text("ours"), other.text("theirs")) == alone["other"]
+    page.ask("Why?", context=32_768)
+    page.page.wait_for_selector("#theirs progress")
+    other.ask(questions["other"])
+    page.page.click("#stop")
+    other.wait()
+    assert (other.text("ours"), other.text("theirs")) == alone["other"]
+
+
+def test_a_closed_page_ends_its_answer(page: Page, served: Served) -> None:
+    gone = served.open()
+    gone.ask("Why?", context=32_768)
+    gone.page.wait_for_selector("#theirs progress")
+    assert len(served.demo._stops) == 1
+    gone.page.close()
+    until = time.perf_counter() + 10
+    while served.demo._stops and time.perf_counter() < until:
+        page.page.wait_for_timeout(100)
+    assert served.demo._stops == {}
+    page.ask("Why?")
+    page.wait()
+    assert page.text("theirs")
+
+
+def test_the_pass_key_preset_says_whether_it_was_recalled(page: Page) -> None:
+    page.page.get_by_label("Passkey recall").check()
+    page.page.wait_for_selector("#depth")
+    assert page.page.locator("#prompt textarea").is_disabled()
+    page.slide("context", 256)
+    page.page.click("#run")
+    page.page.wait_for_selector("#stop:enabled")
+    page.wait()
+    for side in ("ours", "theirs"):
+        assert "recalled" in page.page.inner_text(f"#{side} section b")
+
+
+def test_mistakes_show_as_messages(page: Page) -> None:
+    page.page.fill("#prompt textarea", " ")
+    page.page.click("#run")
+    page.page.wait_for_selector("#status [role=alert]")
+    assert "there is no prompt" in page.page.inner_text("#status")
+    page.wait()
+
+
+def test_the_keyboard_is_enough(page: Page) -> None:
+    page.page.focus("#prompt textarea")
+    page.page.keyboard.press("Control+A")
+    page.page.keyboard.type("Typed?")
+    page.page.keyboard.press("Shift+Enter")
+    page.page.wait_for_selector("#stop:enabled")
+    page.wait()
+    reached = set()
+    for _ in range(30):
+        page.page.keyboard.press("Tab")
+        reached.add(page.page.evaluate("document.activeElement.id || document.activeElement.className"))
+    assert {"run", "lx-text", "lx-table"} <= reached
+
+
+@pytest.mark.parametrize("width", [390, 768])
+def test_a_phone_has_one_column_and_no_sideways_scrolling(page: Page, served: Served, width: int) -> None:
+    small = served.open(viewport={"width": width, "height": 900})
+    small.ask("Why?", tokens=8)
+    small.wait()
+    assert small.page.evaluate("document.documentElement.scrollWidth") <= width
+    _, ours, theirs, plots = small.places()
+    if width < 500:
+        assert theirs["y"] >= ours["y"] + ours["height"]
+    else:
+        assert theirs["x"] >= ours["x"] + ours["width"]
+    assert plots["y"] >= theirs["y"] + theirs["height"]
+
+
+def test_light_and_dark_have_contrast(page: Page, served: Served) -> None:
+    for scheme in ("light", "dark"):
+        shown = served.open(color_scheme=scheme)
+        shown.page.wait_for_timeout(300)
+        paper = luminance(shown, ".lx-card", "backgroundColor")
+        assert (paper < 0.2) == (scheme == "dark")
+        for part in (".lx-card strong", ".lx-card dt", "#ours dd", "#theirs dd", ".lx-line", "#status p"):
+            ink = luminance(shown, part, "color")
+            assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 4.5, (scheme, part)
+
+
+def luminance(page: Page, part: str, what: str) -> float:
+    """Return the relative luminance of a colour (WCAG)."""
+    colour = page.page.eval_on_selector(part, f"e => getComputedStyle(e).{what}")
+    parts = [int(float(x)) / 255 for x in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_the_other_tabs(page: Page) -> None:
+    page.page.get_by_role("tab", name="Model card").click()
+    assert "compared with torch" in page.page.inner_text("#card")
+    page.page.get_by_role("tab", name="Measured here").click()
+    assert "Nothing was measured yet" in page.page.inner_text("#measured")
+
+
+def test_answers_forbid_what_is_elsewhere(page: Page, served: Served) -> None:
+    answer = page.page.request.get(served.address)
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert page.page.request.get(served.address, headers={"Host": "elsewhere.example"}).status == 400
+    assert filler()[:40] not in answer.text()
