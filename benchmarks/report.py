@@ -238,20 +238,34 @@ def layers() -> str:
     return table(["softmax in layers", "divergence, nats", "once, 2,048", "its NLL, nats"], rows)
 
 
-def peers() -> str:
-    """Decode, prefill and memory against llama.cpp."""
-    data = result("peers")["rows"]
+def peers(name: str = "peers") -> str:
+    """Decode, prefill and memory against other engines with the original model."""
+    data = result(name)["rows"]
     contexts = sorted({row["context"] for row in data})
+    cells: dict[str, Callable[[Any], str]] = {
+        "a token": lambda row: f"{row['ms_per_token']:.1f} ms ({row['ms_low']:.1f}-{row['ms_high']:.1f})",
+        "reading": lambda row: f"{row['prefill_tokens_per_s']:.0f} tokens/s",
+        "resident": lambda row: f"{row['rss'] / 1e6:.0f} MB",
+    }
     lines = []
     for engine in dict.fromkeys(row["engine"] for row in data):
         rows = {row["context"]: row for row in data if row["engine"] == engine}
-        times = [
-            f"{rows[c]['ms_per_token']:.1f} ms ({rows[c]['ms_low']:.1f}-{rows[c]['ms_high']:.1f})" for c in contexts
-        ]
-        lines.append([f"{engine}: a token", *times])
-        lines.append([f"{engine}: reading", *(f"{rows[c]['prefill_tokens_per_s']:.0f} tokens/s" for c in contexts)])
-        lines.append([f"{engine}: resident", *(f"{rows[c]['rss'] / 1e6:.0f} MB" for c in contexts)])
+        for what, write in cells.items():
+            lines.append([f"{engine}: {what}", *(write(rows[c]) if c in rows else "-" for c in contexts)])
     return table(["tokens of context", *(f"{c:,}" for c in contexts)], lines)
+
+
+def bench() -> str:
+    """The longest context of `ligerexport bench`."""
+    data = result("bench")["rows"]
+    longest = [row for row in data if row["context"] == max(x["context"] for x in data)]
+    header = [f"{longest[0]['context']:,} tokens of context", "a token", "first token", "state or KV cache", "resident"]
+    lines = [
+        [f"{'ours' if row['kind'] == 'artifact' else 'the Transformer'}, {row['precision']}", f"{row['ms']:.1f} ms",
+         f"{row['ttft_s']:.0f} s", f"{row['state_bytes'] / 1e6:.0f} MB", f"{row['rss'] / 1e6:.0f} MB"]
+        for row in longest
+    ]  # fmt: skip
+    return table(header, lines)
 
 
 def native() -> str:
@@ -399,7 +413,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear_softmax": linear_softmax, "memory_kernel": memory_kernel, "step": step, "first_result": first_result,
     "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
     "quantised": quantised, "native": native, "peers": peers, "kept": kept, "shares": shares, "mmlu": mmlu,
-    "prompt_cache": prompt_cache, "nodes": nodes,
+    "prompt_cache": prompt_cache, "nodes": nodes, "bench": bench, "peers_more": lambda: peers("peers_more"),
 }  # fmt: skip
 
 
