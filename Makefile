@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PIP_ARGS ?=
-PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --timeout 900
 PROMPT ?= Once upon a time
 
 BIN := $(VENV)/bin
