@@ -35,7 +35,7 @@ def of(name: str) -> tuple[str, str]:
     """Return version and licence of an installed package."""
     about = metadata.metadata(name)
     classified = [x.rpartition(" :: ")[2] for x in about.get_all("Classifier") or () if x.startswith("License :: ")]
-    classified = [x for x in classified if x != "OSI Approved"]
+    classified = [x for x in classified if x not in ("OSI Approved", "DFSG approved")]
     stated = about.get("License-Expression") or "; ".join(classified) or (about.get("License") or "").strip()
     return metadata.version(name).partition("+")[0], SAID_ELSEWHERE.get(canonical(name)) or stated.partition("\n")[
         0
