@@ -300,15 +300,15 @@ def is_near_tie(expected: State, found: State, pools: tuple[tuple[str, int], ...
         lost, gained = ~np.isin(ours, theirs), ~np.isin(theirs, ours)
         if lost.sum() != gained.sum():
             return False
-        left = _ranks(expected["slot_score"][index][:, lost], ours[lost], pools)  # [P, changed]
-        came = _ranks(found["slot_score"][index][:, gained], theirs[gained], pools)
+        left = get_ranks(expected["slot_score"][index][:, lost], ours[lost], pools)  # [P, changed]
+        came = get_ranks(found["slot_score"][index][:, gained], theirs[gained], pools)
         near = np.abs(left[:, :, None] - came[:, None]) <= tie
         if not near.any(axis=0).any(axis=1).all():
             return False
     return True
 
 
-def _ranks(scores: np.ndarray, positions: np.ndarray, pools: tuple[tuple[str, int], ...]) -> np.ndarray:
+def get_ranks(scores: np.ndarray, positions: np.ndarray, pools: tuple[tuple[str, int], ...]) -> np.ndarray:
     """Return ranks `[P, n]` on a logarithmic scale, on which a relative difference of scores is a distance."""
     ranks = np.log(np.maximum(scores, 1e-30))
     for i, score in enumerate(get_score(name) for name, _ in pools):

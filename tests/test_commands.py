@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
@@ -52,6 +53,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "vocab_size": toy.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
     }  # fmt: skip
+    torch.manual_seed(0)  # a module's fixture comes before the seeds of its tests
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(place / "MODEL")
     tokenizer = toy.tokenizer()
     tokenizer.save(str(place / "MODEL" / "tokenizer.json"))

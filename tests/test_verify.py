@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 from ligerexport.config import LigerConfig
 from ligerexport.convert import load_model
 from ligerexport.errors import CheckpointError, UsageError, VerificationError
-from ligerexport.exporters import verify
+from ligerexport.exporters import replay, verify
 from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx.session import OnnxSession
@@ -26,6 +27,7 @@ from ligerexport.exporters.reference import Answer, Reference
 from ligerexport.families import FAMILIES
 from ligerexport.mixer import LigerCache
 from ligerexport.runtime import load
+from ligerexport.snapshot import Snapshot
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +271,50 @@ def test_a_tie_inside_a_call_is_found_token_by_token(tmp_path: Path, monkeypatch
         verify.Comparison(spec, verify.TOLERANCES["float32"]).run(OnnxSession(artifact), answers, str, prompt=2)
 
 
+class ByLength:
+    """A session whose answer to a call is that of a list at the call's length."""
+
+    def __init__(self, answers: list[Answer]) -> None:
+        self.answers, self.last = answers, answers[0]
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        self.last = self.answers[len(ids) - 1]
+        return self.last.logits[None]
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot("", np.zeros(1), self.last.state)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        pass
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-2], ids=["tie", "tie and error"])
+def test_a_tie_that_the_end_of_a_call_does_not_show(tmp_path: Path, off: float) -> None:
+    """A longer call can round a tie in its middle the other way, and keep the same slots in the end."""
+    spec = read_spec(make_checkpoint(tmp_path / "model", FORESIGHT))
+    reference = Reference(spec)
+    check = verify.Comparison(spec, verify.TOLERANCES["float32"], reference)
+    seen, ids = verify.prompt_ids(spec)[:60], verify.prompt_ids(spec)[60:84]
+    past = reference.new_cache()
+    before = Snapshot("", np.zeros(1), reference.answers([seen], past)[0].state)
+    answers = reference.answers(np.split(ids, len(ids)), copy.deepcopy(past))
+
+    def hidden(answer: Answer) -> bool:
+        try:
+            return check.agrees(Snapshot("", np.zeros(1), answer.state), answers[-1], answer.logits) and False
+        except verify.Mismatch:
+            return True
+
+    ties = replay._ties(check, [before.tensors, *(answer.state for answer in answers)])
+    other = next(filter(hidden, (replay._otherwise(check, reference, past, ids, tie) for tie in ties)))
+    session = ByLength([*answers[:-1], replace(other, logits=other.logits + np.float32(off))])
+    if off:
+        with pytest.raises(verify.Mismatch, match="after 84 tokens"):
+            replay._first_tie(check, session, reference, past, before, ids, 60)
+    else:
+        assert replay._first_tie(check, session, reference, past, before, ids, 60) == len(ids)
+
+
 @pytest.mark.parametrize(("layer", "token"), [(0, 205), (1, 205), (1, 310)])
 def test_a_wrong_rank_at_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int, token: int) -> None:
     """No other call shows it, and no other text would."""
@@ -298,8 +344,6 @@ class Replay:
         self.at = -1
 
     def snapshot(self) -> Any:
-        from ligerexport.snapshot import Snapshot
-
         return Snapshot("", np.zeros(1), self.state[self.at])
 
     def restore(self, snapshot: Any) -> None:
