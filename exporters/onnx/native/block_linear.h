@@ -2,7 +2,8 @@
 //
 // A row has blocks of 32, 64 or 128 codes of 4 or 8 bits that share a scale and a zero point: the layout of ONNX Runtime's
 // `MatMulNBits`. Inputs are rounded to integers, 32 at a time with a scale of their own: to 8 bits for codes of 4 bits, to
-// 16 for codes of 8. A block gives scale * (input's scale * sum of code * input - zero point * sum of inputs).
+// 16 for codes of 8. A block gives scale * (input's scale * sum of code * input - zero point * sum of inputs). A few tokens
+// take a row at a time as it lies, many a tile of rows whose codes are laid out for them first.
 #pragma once
 
 #include <algorithm>
@@ -25,6 +26,19 @@ constexpr int64_t kGroup = 8;   // units that are treated together
 constexpr int64_t kTile = 4;    // tokens that use a row's codes while they are in registers
 constexpr int64_t kRows = 16;   // that stay in the cache from tile to tile
 
+#if defined(__AVX512VNNI__)
+constexpr int kLanes = 16;  // rows of a tile
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 0;
+#endif
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool kFourProducts = true;  // of unsigned and signed bytes are added up in one instruction
+#else
+constexpr bool kFourProducts = false;
+#endif
+
 struct BlockMatrix {
   int64_t rows, width, bits, block, blocks, code_row, zero_row;
   const uint8_t* codes;       // [rows, blocks, block * bits / 8], the first of two codes in the low half of a byte
@@ -36,42 +50,84 @@ struct BlockMatrix {
         code_row(blocks * block * bits / 8), zero_row((blocks * bits + 7) / 8) {}
 };
 
-// Inputs of one call as integers. Of two units that stand for 4-bit codes come first the even elements, then the odd.
+// Whether codes of so many bits have tiles: sums of 32 products of codes of 8 bits and bytes need an instruction for it.
+template <int kBits>
+constexpr bool kTiles = kLanes > 0 && (kBits == 4 || kFourProducts);
+
+// Inputs of one call as integers.
 struct RoundedInputs {
   int64_t groups;
+  bool tiled;
   std::vector<float> scale, sum;  // [tokens, groups * kGroup]; beyond the width 0
-  std::vector<int8_t> narrow;     // [tokens, groups * kGroup * kUnit]
+  std::vector<int8_t> narrow;     // [tokens, groups * kGroup * kUnit], for tiles of codes of 8 bits twice as many
   std::vector<int16_t> wide;
 
+  // For rows of codes of 4 bits, of two units first the even elements, then the odd; for tiles of them, of each unit. For
+  // tiles of codes of 8 bits the high bytes of a unit, then the low ones, both signed.
+  template <int kBits>
   void Round(const BlockMatrix& matrix, const float* x, int64_t tokens) {
-    const int64_t row = matrix.blocks * matrix.block;
-    groups = (row + kGroup * kUnit - 1) / (kGroup * kUnit);
+    constexpr float kMost = kBits == 4 ? 127.0f : 32639.0f;  // 127 * 256 + 127
+    groups = (matrix.blocks * matrix.block + kGroup * kUnit - 1) / (kGroup * kUnit);
+    tiled = kTiles<kBits> && tokens >= 2 * kTile;
     const int64_t units = groups * kGroup;
     scale.assign(tokens * units, 0.0f);
     sum.assign(tokens * units, 0.0f);
-    if (matrix.bits == 4)
-      narrow.assign(tokens * units * kUnit, 0);
-    else
-      wide.assign(tokens * units * kUnit, 0);
+    narrow.assign(kBits == 4 || tiled ? tokens * units * kUnit * (kBits / 4) : 0, 0);
+    wide.assign(kBits == 8 && !tiled ? tokens * units * kUnit : 0, 0);
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t u = 0; u * kUnit < matrix.width; ++u) {
+        const int64_t at = t * units + u, left = matrix.width - u * kUnit;
+        const float* from = x + t * matrix.width + u * kUnit;
         float padded[kUnit] = {};
-        std::copy_n(x + t * matrix.width + u * kUnit, std::min(kUnit, matrix.width - u * kUnit), padded);
-        float top = 0, all = 0;
-        for (float value : padded) top = std::max(top, std::fabs(value)), all += std::fabs(value);
-        if (!std::isfinite(all)) top = std::numeric_limits<float>::quiet_NaN();  // as it would be in fp32
-        const float most = matrix.bits == 4 ? 127.0f : 32767.0f, inverse = top > 0 ? most / top : 0.0f;
-        int32_t codes[kUnit], total = 0;
-        for (int64_t i = 0; i < kUnit; ++i) total += codes[i] = inverse > 0 ? static_cast<int32_t>(std::nearbyint(padded[i] * inverse)) : 0;
-        scale[t * units + u] = top / most;
-        sum[t * units + u] = top / most * static_cast<float>(total);
-        if (matrix.bits == 8) {
-          std::copy_n(codes, kUnit, &wide[(t * units + u) * kUnit]);
+        if (left < kUnit) {
+          std::copy_n(from, left, padded);
+          from = padded;
+        }
+        int32_t codes[kUnit];
+        scale[at] = RoundUnit(from, kMost, codes, &sum[at]);
+        if (kBits == 8 && !tiled) {
+          std::copy_n(codes, kUnit, &wide[at * kUnit]);
+        } else if (kBits == 8) {
+          int8_t* both = &narrow[at * 2 * kUnit];
+          for (int64_t i = 0; i < kUnit; ++i) {
+            both[i] = static_cast<int8_t>((codes[i] + 128) >> 8);
+            both[kUnit + i] = static_cast<int8_t>(codes[i]);
+          }
         } else {
-          int8_t* pair = &narrow[(t * units + u / 2 * 2) * kUnit] + u % 2 * (kUnit / 2);
-          for (int64_t i = 0; i < kUnit; ++i) pair[i % 2 * kUnit + i / 2] = static_cast<int8_t>(codes[i]);
+          int8_t* even = tiled ? &narrow[at * kUnit] : &narrow[(at - u % 2) * kUnit] + u % 2 * (kUnit / 2);
+          int8_t* odd = even + (tiled ? kUnit / 2 : kUnit);
+          for (int64_t i = 0; i < kUnit / 2; ++i) {
+            even[i] = static_cast<int8_t>(codes[2 * i]);
+            odd[i] = static_cast<int8_t>(codes[2 * i + 1]);
+          }
         }
       }
+  }
+
+  // Returns the scale that makes the largest of a unit's inputs `most`, and their codes and sum with it.
+  static float RoundUnit(const float* x, float most, int32_t* codes, float* sum) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+    Vector top{}, all{};
+    for (int64_t i = 0; i < kUnit / kVector; ++i) {
+      const Vector value = at(x, i), size = value < 0 ? -value : value;
+      top = size > top ? size : top;
+      all += size;
+    }
+    float largest = 0;
+    for (int i = 0; i < kVector; ++i) largest = std::max(largest, top[i]);
+    if (!std::isfinite(total(all))) largest = std::numeric_limits<float>::quiet_NaN();  // as it would be in fp32
+    const float inverse = largest > 0 ? most / largest : 0.0f;
+    Integers sums{};
+    for (int64_t i = 0; i < kUnit / kVector; ++i) {
+      const Vector nearest = inverse > 0 ? (at(x, i) * inverse + kRound) - kRound : Vector{};
+      const Integers whole = __builtin_convertvector(nearest, Integers);
+      std::memcpy(codes + i * kVector, &whole, sizeof(whole));
+      sums += whole;
+    }
+    int32_t count = 0;
+    for (int i = 0; i < kVector; ++i) count += sums[i];
+    *sum = largest / most * static_cast<float>(count);
+    return largest / most;
   }
 };
 
@@ -178,6 +234,109 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
   for (int t = 0; t < T; ++t) out[t * m.rows] = total(Vector(_mm256_add_ps(sums[t], other)));
 }
 
+using Lanes = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+using Words = int32_t __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));  // four codes of each row
+
+// Sums of a unit's products in each row of a tile; four inputs at a time are the same for all.
+inline Words unit_products(const Words* codes, const int8_t* x) {
+  const auto four = [x](int i) {
+    int32_t some;
+    std::memcpy(&some, x + 4 * i, sizeof(some));
+    return some;
+  };
+#if defined(__AVX512VNNI__)
+  __m512i sums = _mm512_setzero_si512();
+  for (int i = 0; i < kUnit / 4; ++i) sums = _mm512_dpbusd_epi32(sums, __m512i(codes[i]), _mm512_set1_epi32(four(i)));
+#elif defined(__AVXVNNI__)
+  __m256i sums = _mm256_setzero_si256();
+  for (int i = 0; i < kUnit / 4; ++i) sums = _mm256_dpbusd_avx_epi32(sums, __m256i(codes[i]), _mm256_set1_epi32(four(i)));
+#else
+  __m256i sums = _mm256_setzero_si256();  // 16 bits hold 8 sums of two products of at most 15 * 127
+  for (int i = 0; i < kUnit / 4; ++i)
+    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(__m256i(codes[i]), _mm256_set1_epi32(four(i))));
+  sums = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+#endif
+  return Words(sums);
+}
+
+// A tile of rows: codes as bytes, in the order of rounded inputs, and values of blocks, 0 beyond the last row.
+struct Tile {
+  std::vector<int32_t> codes;      // [units, kUnit / 4, kLanes]
+  std::vector<float> scale, zero;  // [blocks, kLanes], the zero point times the scale
+
+  template <int kBits>
+  void Read(const BlockMatrix& m, int64_t row) {
+    const int64_t units = m.blocks * (m.block / kUnit), rows = std::min<int64_t>(kLanes, m.rows - row);
+    codes.resize(units * (kUnit / 4) * kLanes);
+    scale.assign(m.blocks * kLanes, 0.0f);
+    zero.assign(m.blocks * kLanes, 0.0f);
+    auto* words = reinterpret_cast<Words*>(codes.data());
+    const uint8_t* from[kLanes];
+    for (int64_t r = 0; r < kLanes; ++r) from[r] = m.codes + (row + std::min(r, rows - 1)) * m.code_row;
+    for (int64_t u = 0; u < units; ++u, words += kUnit / 4)
+      for (int i = 0; i < kUnit * kBits / 32; ++i) {
+        Words word;
+        for (int r = 0; r < kLanes; ++r, from[r - 1] += 4) {
+          int32_t four;
+          std::memcpy(&four, from[r], sizeof(four));
+          word[r] = four;
+        }
+        if constexpr (kBits == 8) {
+          words[i] = word;
+        } else {
+          words[i] = word & 0x0f0f0f0f;
+          words[i + 4] = word >> 4 & 0x0f0f0f0f;
+        }
+      }
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint8_t* zeros = m.zero_point + (row + r) * m.zero_row;
+      for (int64_t b = 0; b < m.blocks; ++b) {
+        const int point = kBits == 8 ? zeros[b] : zeros[b / 2] >> b % 2 * 4 & 15;
+        scale[b * kLanes + r] = m.scale[(row + r) * m.blocks + b];
+        zero[b * kLanes + r] = scale[b * kLanes + r] * static_cast<float>(point);
+      }
+    }
+  }
+
+  // Multiplies it with T tokens; `out` is the first one's `[rows]`.
+  template <int kBits, int T>
+  void Multiply(const BlockMatrix& m, const RoundedInputs& in, int64_t token, int64_t rows, float* out) const {
+    constexpr int64_t kBytes = kUnit * (kBits / 4);  // of a unit's inputs
+    const int64_t units = m.blocks * (m.block / kUnit), stride = in.groups * kGroup, of_block = m.block / kUnit;
+    Lanes sums[T] = {};
+    for (int64_t b = 0, u = 0; u < units; ++b) {
+      const Lanes factor = lanes(scale, b), offset = lanes(zero, b);
+      for (const int64_t end = u + of_block; u < end; ++u) {
+        const auto* words = reinterpret_cast<const Words*>(&codes[u * (kUnit / 4) * kLanes]);
+        for (int t = 0; t < T; ++t) {
+          const int64_t at = (token + t) * stride + u;
+          Words products = unit_products(words, &in.narrow[at * kBytes]);
+          if constexpr (kBits == 8) products = products * 256 + unit_products(words, &in.narrow[at * kBytes + kUnit]);
+          sums[t] += __builtin_convertvector(products, Lanes) * (factor * in.scale[at]) - offset * in.sum[at];
+        }
+      }
+    }
+    for (int t = 0; t < T; ++t)
+      for (int64_t r = 0; r < rows; ++r) out[t * m.rows + r] = sums[t][r];
+  }
+
+  static const Lanes& lanes(const std::vector<float>& from, int64_t i) {
+    return *reinterpret_cast<const Lanes*>(&from[i * kLanes]);
+  }
+};
+
+template <int kBits>
+void multiply_tiles(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens, int64_t begin, int64_t end, float* out) {
+  thread_local Tile tile;
+  for (; begin < end; begin += kLanes) {
+    const int64_t rows = std::min<int64_t>(kLanes, end - begin);
+    tile.Read<kBits>(m, begin);
+    int64_t t = 0;
+    for (; t + kTile <= tokens; t += kTile) tile.Multiply<kBits, kTile>(m, in, t, rows, out + t * m.rows + begin);
+    for (; t < tokens; ++t) tile.Multiply<kBits, 1>(m, in, t, rows, out + t * m.rows + begin);
+  }
+}
+
 #else
 
 template <int kBits, int T>
@@ -210,6 +369,10 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
 // Rows `begin` to `end` times all tokens.
 template <int kBits>
 void multiply_rows(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens, int64_t begin, int64_t end, float* out) {
+#ifdef __AVX2__
+  if constexpr (kTiles<kBits>)
+    if (in.tiled) return multiply_tiles<kBits>(m, in, tokens, begin, end, out);
+#endif
   for (int64_t first = begin; first < end; first += kRows)
     for (int64_t t = 0; t < tokens; t += kTile)
       for (int64_t row = first; row < std::min(first + kRows, end); ++row) {
@@ -247,7 +410,7 @@ void block_linear(const BlockMatrix& m, const float* x, const float* bias, int64
   constexpr int64_t kPiece = 1 << 16;  // products that are worth a thread
   thread_local RoundedInputs shared;
   RoundedInputs& in = shared;
-  if (!exact) in.Round(m, x, tokens);
+  if (!exact) m.bits == 4 ? in.Round<4>(m, x, tokens) : in.Round<8>(m, x, tokens);
   const int64_t work = m.rows * m.width * tokens, most = (m.rows + kRows - 1) / kRows;
   const int64_t pieces = std::min<int64_t>({std::max<int64_t>(work / kPiece, 1), most, 32});
   const int64_t rows = ((m.rows + pieces - 1) / pieces + kRows - 1) / kRows * kRows;
