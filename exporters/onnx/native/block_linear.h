@@ -22,16 +22,24 @@
 namespace liger {
 
 constexpr int64_t kUnit = 32;   // inputs that share a scale
-constexpr int64_t kGroup = 8;   // units that are treated together
 constexpr int64_t kTile = 4;    // tokens that use a row's codes while they are in registers
 constexpr int64_t kRows = 16;   // that stay in the cache from tile to tile
+constexpr int64_t kAhead = 2048;  // bytes of codes that are asked for ahead: a row alone is too short for the hardware to
 
 #if defined(__AVX512VNNI__)
-constexpr int kLanes = 16;  // rows of a tile
-#elif defined(__AVX2__)
+constexpr int kLanes = 16;      // rows of a tile
+constexpr int64_t kGroup = 16;  // units of a row that are treated together
+template <int kBits>
+constexpr int64_t kRun = 16 / kBits;  // units of a row in one register
+#else
+#ifdef __AVX2__
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 0;
+#endif
+constexpr int64_t kGroup = 8;
+template <int kBits>
+constexpr int64_t kRun = kBits == 4 ? 2 : 0;  // 0: inputs are of 16 bits
 #endif
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr bool kFourProducts = true;  // of unsigned and signed bytes are added up in one instruction
@@ -59,21 +67,22 @@ struct RoundedInputs {
   int64_t groups;
   bool tiled;
   std::vector<float> scale, sum;  // [tokens, groups * kGroup]; beyond the width 0
-  std::vector<int8_t> narrow;     // [tokens, groups * kGroup * kUnit], for tiles of codes of 8 bits twice as many
-  std::vector<int16_t> wide;
+  std::vector<int8_t> narrow;     // [tokens, groups * kGroup, kUnit * kBits / 4], or instead
+  std::vector<int16_t> wide;      // [tokens, groups * kGroup, kUnit]
 
-  // For rows of codes of 4 bits, of two units first the even elements, then the odd; for tiles of them, of each unit. For
-  // tiles of codes of 8 bits the high bytes of a unit, then the low ones, both signed.
+  // A unit has two parts: for codes of 4 bits its even and its odd elements, for codes of 8 bits the high and the low
+  // bytes, both signed. Tiles take unit by unit, rows the first parts of a run of units and then their second parts.
   template <int kBits>
   void Round(const BlockMatrix& matrix, const float* x, int64_t tokens) {
     constexpr float kMost = kBits == 4 ? 127.0f : 32639.0f;  // 127 * 256 + 127
+    constexpr int64_t kPart = kUnit * kBits / 8;
     groups = (matrix.blocks * matrix.block + kGroup * kUnit - 1) / (kGroup * kUnit);
     tiled = kTiles<kBits> && tokens >= 2 * kTile;
-    const int64_t units = groups * kGroup;
+    const int64_t units = groups * kGroup, run = tiled ? 1 : kRun<kBits>;
     scale.assign(tokens * units, 0.0f);
     sum.assign(tokens * units, 0.0f);
-    narrow.assign(kBits == 4 || tiled ? tokens * units * kUnit * (kBits / 4) : 0, 0);
-    wide.assign(kBits == 8 && !tiled ? tokens * units * kUnit : 0, 0);
+    narrow.assign(run > 0 ? tokens * units * 2 * kPart : 0, 0);
+    wide.assign(run > 0 ? 0 : tokens * units * kUnit, 0);
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t u = 0; u * kUnit < matrix.width; ++u) {
         const int64_t at = t * units + u, left = matrix.width - u * kUnit;
@@ -85,21 +94,15 @@ struct RoundedInputs {
         }
         int32_t codes[kUnit];
         scale[at] = RoundUnit(from, kMost, codes, &sum[at]);
-        if (kBits == 8 && !tiled) {
+        if (run == 0) {
           std::copy_n(codes, kUnit, &wide[at * kUnit]);
-        } else if (kBits == 8) {
-          int8_t* both = &narrow[at * 2 * kUnit];
-          for (int64_t i = 0; i < kUnit; ++i) {
-            both[i] = static_cast<int8_t>((codes[i] + 128) >> 8);
-            both[kUnit + i] = static_cast<int8_t>(codes[i]);
-          }
-        } else {
-          int8_t* even = tiled ? &narrow[at * kUnit] : &narrow[(at - u % 2) * kUnit] + u % 2 * (kUnit / 2);
-          int8_t* odd = even + (tiled ? kUnit / 2 : kUnit);
-          for (int64_t i = 0; i < kUnit / 2; ++i) {
-            even[i] = static_cast<int8_t>(codes[2 * i]);
-            odd[i] = static_cast<int8_t>(codes[2 * i + 1]);
-          }
+          continue;
+        }
+        int8_t* first = &narrow[(2 * at - u % run) * kPart];
+        int8_t* second = first + run * kPart;
+        for (int64_t i = 0; i < kPart; ++i) {
+          first[i] = static_cast<int8_t>(kBits == 4 ? codes[2 * i] : (codes[i] + 128) >> 8);
+          second[i] = static_cast<int8_t>(kBits == 4 ? codes[2 * i + 1] : codes[i]);
         }
       }
   }
@@ -132,6 +135,76 @@ struct RoundedInputs {
 };
 
 #ifdef __AVX2__
+// Asks for the codes and scales that follow `units` units kAhead bytes on.
+template <int kBits>
+inline void fetch_ahead(const uint8_t* codes, const float* scale, int64_t units, int shift) {
+  constexpr int64_t kBytes = kUnit * kBits / 8;
+  for (int64_t i = 0; i < units * kBytes; i += 64) _mm_prefetch(codes + kAhead + i, _MM_HINT_T0);
+  _mm_prefetch(scale + (kAhead / kBytes >> shift), _MM_HINT_T0);
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+
+// One row times T tokens from `token` on.
+template <int kBits, int T>
+void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, int64_t token, float* out) {
+  constexpr int64_t kBytes = kUnit * kBits / 8, kStep = kRun<kBits>;
+  const auto first_of = [](int64_t n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; };
+  const int64_t units = m.blocks * (m.block / kUnit), stride = in.groups * kGroup;
+  const int shift = m.block == kUnit ? 0 : m.block == 2 * kUnit ? 1 : 2;
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i block = _mm512_srli_epi32(lane, shift), unit = _mm512_srli_epi32(lane, kBits == 4 ? 2 : 3);
+  __m512 sums[T], other = _mm512_setzero_ps();  // for one token a second chain of additions, to hide their latency
+  for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < in.groups; ++g) {
+    const int64_t first = g * kGroup, left = std::min(units - first, kGroup);
+    const int64_t at = row * m.blocks + (first >> shift), blocks = (left + (1 << shift) - 1) >> shift;
+    const uint8_t* zeros = m.zero_point + row * m.zero_row + (first >> shift) * kBits / 8;
+    const __m512 scale = _mm512_permutexvar_ps(block, _mm512_maskz_loadu_ps(first_of(blocks), m.scale + at));
+    __m512i zero = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_of((blocks * kBits + 7) / 8), zeros));
+    if constexpr (kBits == 4) {
+      const __m512i high = _mm512_slli_epi32(_mm512_and_si512(block, _mm512_set1_epi32(1)), 2);
+      zero = _mm512_srlv_epi32(_mm512_permutexvar_epi32(_mm512_srli_epi32(block, 1), zero), high);
+      zero = _mm512_and_si512(zero, _mm512_set1_epi32(15));
+    } else {
+      zero = _mm512_permutexvar_epi32(block, zero);
+    }
+    const __m512 offset = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero));
+    __m512 factor[T];
+    for (int t = 0; t < T; ++t) {
+      const int64_t from = (token + t) * stride + first;
+      factor[t] = _mm512_mul_ps(scale, _mm512_loadu_ps(&in.scale[from]));
+      __m512& sum = T == 1 ? other : sums[t];
+      sum = _mm512_fnmadd_ps(offset, _mm512_loadu_ps(&in.sum[from]), sum);
+    }
+    const uint8_t* codes = m.codes + row * m.code_row + first * kBytes;
+    if constexpr (T == 1) fetch_ahead<kBits>(codes, m.scale + at, left, shift);
+    const auto step = [&](int64_t u, __m512i some) {
+      const __m512i which = _mm512_add_epi32(unit, _mm512_set1_epi32(u)), mask = _mm512_set1_epi8(15);
+      const __m512i low = _mm512_and_si512(some, mask), high = _mm512_and_si512(_mm512_srli_epi16(some, 4), mask);
+      for (int t = 0; t < T; ++t) {
+        const int8_t* x = &in.narrow[((token + t) * stride + first + u) * 2 * kBytes];
+        const __m512i one = _mm512_loadu_si512(x), two = _mm512_loadu_si512(x + 64);
+        __m512i product = _mm512_dpbusd_epi32(_mm512_setzero_si512(), kBits == 4 ? low : some, one);
+        if constexpr (kBits == 8) product = _mm512_slli_epi32(product, 8);
+        product = _mm512_dpbusd_epi32(product, kBits == 4 ? high : some, two);
+        __m512& sum = T == 1 && u / kStep % 2 ? other : sums[t];
+        sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), _mm512_permutexvar_ps(which, factor[t]), sum);
+      }
+    };
+    if (left == kGroup) {
+#pragma GCC unroll 8
+      for (int64_t u = 0; u < kGroup; u += kStep) step(u, _mm512_loadu_si512(codes + u * kBytes));
+    } else {
+      for (int64_t u = 0; u < left; u += kStep)
+        step(u, _mm512_maskz_loadu_epi8(first_of((left - u) * kBytes), codes + u * kBytes));
+    }
+  }
+  for (int t = 0; t < T; ++t) out[t * m.rows] = _mm512_reduce_add_ps(_mm512_add_ps(sums[t], other));
+}
+
+#elif defined(__AVX2__)
 
 // Scale and zero point of each unit of a group, of which `which` says the block. What lies beyond the row is the next
 // row's and meets inputs of scale 0; what lies beyond the last row is not read.
@@ -164,12 +237,8 @@ inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<co
 
 // Sums of eight products each of codes of 4 bits and signed bytes; four of them are below 2^13.
 inline __m256i products(__m256i low, const int8_t* even, __m256i high, const int8_t* odd) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  return _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), low, load(even)), high, load(odd));
-#else
   const __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(low, load(even)), _mm256_maddubs_epi16(high, load(odd)));
   return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
-#endif
 }
 
 // One row times T tokens from `token` on.
@@ -192,6 +261,9 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
       sum = _mm256_fnmadd_ps(zero, _mm256_loadu_ps(&in.sum[at]), sum);
     }
     const int64_t first = g * kGroup, left = units - first;
+    if constexpr (T == 1)
+      fetch_ahead<kBits>(codes + first * (kUnit * kBits / 8), m.scale + row * m.blocks + (first >> shift),
+                         std::min(left, kGroup), shift);
     const auto step = [&](int u, const uint8_t* from) {
       if constexpr (kBits == 4) {  // two units
         const __m256i mask = _mm256_set1_epi8(15), both = load(from);
@@ -233,6 +305,37 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
   }
   for (int t = 0; t < T; ++t) out[t * m.rows] = total(Vector(_mm256_add_ps(sums[t], other)));
 }
+
+#else
+
+template <int kBits, int T>
+void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, int64_t token, float* out) {
+  const uint8_t *codes = m.codes + row * m.code_row, *zeros = m.zero_point + row * m.zero_row;
+  const int64_t units = m.blocks * (m.block / kUnit), stride = in.groups * kGroup;
+  for (int t = 0; t < T; ++t) {
+    float sum = 0;
+    for (int64_t u = 0; u < units; ++u) {
+      const int64_t at = (token + t) * stride + u, block = u * kUnit / m.block;
+      const int zero = kBits == 8 ? zeros[block] : zeros[block / 2] >> block % 2 * 4 & 15;
+      int32_t product = 0;
+      if constexpr (kBits == 4) {
+        const int8_t* x = &in.narrow[(at - u % 2) * kUnit + u % 2 * (kUnit / 2)];
+        for (int i = 0; i < kUnit / 2; ++i) {
+          const int both = codes[u * (kUnit / 2) + i];
+          product += (both & 15) * x[i] + (both >> 4) * x[kUnit + i];
+        }
+      } else {
+        for (int i = 0; i < kUnit; ++i) product += codes[u * kUnit + i] * in.wide[at * kUnit + i];
+      }
+      sum += m.scale[row * m.blocks + block] * (in.scale[at] * static_cast<float>(product) - zero * in.sum[at]);
+    }
+    out[t * m.rows] = sum;
+  }
+}
+
+#endif
+
+#ifdef __AVX2__
 
 using Lanes = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 using Words = int32_t __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));  // four codes of each row
@@ -334,33 +437,6 @@ void multiply_tiles(const BlockMatrix& m, const RoundedInputs& in, int64_t token
     int64_t t = 0;
     for (; t + kTile <= tokens; t += kTile) tile.Multiply<kBits, kTile>(m, in, t, rows, out + t * m.rows + begin);
     for (; t < tokens; ++t) tile.Multiply<kBits, 1>(m, in, t, rows, out + t * m.rows + begin);
-  }
-}
-
-#else
-
-template <int kBits, int T>
-void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, int64_t token, float* out) {
-  const uint8_t *codes = m.codes + row * m.code_row, *zeros = m.zero_point + row * m.zero_row;
-  const int64_t units = m.blocks * (m.block / kUnit), stride = in.groups * kGroup;
-  for (int t = 0; t < T; ++t) {
-    float sum = 0;
-    for (int64_t u = 0; u < units; ++u) {
-      const int64_t at = (token + t) * stride + u, block = u * kUnit / m.block;
-      const int zero = kBits == 8 ? zeros[block] : zeros[block / 2] >> block % 2 * 4 & 15;
-      int32_t product = 0;
-      if constexpr (kBits == 4) {
-        const int8_t* x = &in.narrow[(at - u % 2) * kUnit + u % 2 * (kUnit / 2)];
-        for (int i = 0; i < kUnit / 2; ++i) {
-          const int both = codes[u * (kUnit / 2) + i];
-          product += (both & 15) * x[i] + (both >> 4) * x[kUnit + i];
-        }
-      } else {
-        for (int i = 0; i < kUnit; ++i) product += codes[u * kUnit + i] * in.wide[at * kUnit + i];
-      }
-      sum += m.scale[row * m.blocks + block] * (in.scale[at] * static_cast<float>(product) - zero * in.sum[at]);
-    }
-    out[t * m.rows] = sum;
   }
 }
 
