@@ -217,12 +217,18 @@ class GraphSession:
         return torch.from_numpy(logits)
 
 
+WORDS: dict[str, Any] = {"vocab_size": 90 + 64}
+"""As many tokens as `check_model` reads, none of them twice: in the first layer both would have one score, and rounding
+would choose between them."""
+
+
 def check_model(spec: ModelSpec, directory: Path, lowering: str) -> None:
     """Compare a prompt, its rest, and steps with torch: two sequences, the second with padding on its left."""
     model = load_model(spec.path, dtype=torch.float32).eval()
     cache = LigerCache(model.config)
     session, padding = GraphSession(spec, directory, lowering), torch.tensor([0, 5])
-    ids = torch.randint(0, spec.vocab_size, (2, 90 + 64), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.stack([torch.randperm(spec.vocab_size, generator=generator) for _ in padding])
     start = 0
     for length in (50, 40, *([1] * 64)):
         part = ids[:, start : start + length]
@@ -242,14 +248,14 @@ def check_model(spec: ModelSpec, directory: Path, lowering: str) -> None:
 @pytest.mark.parametrize(("family", "gate"), [*product(["llama", "qwen3"], GATES), *((f, "gla") for f in OTHERS)])
 def test_model_is_the_torch_model(tmp_path: Path, family: str, gate: str, lowering: str) -> None:
     config = LigerConfig(gate=gate, window=20, sinks=2, slots=(("peak_effect", 4), ("novelty", 6)))
-    check_model(read_spec(make_checkpoint(tmp_path / "model", config, family)), tmp_path, lowering)
+    check_model(read_spec(make_checkpoint(tmp_path / "model", config, family, **WORDS)), tmp_path, lowering)
 
 
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 @pytest.mark.parametrize("config", [FORESIGHT, EVICTED], ids=["foresight", "evicted"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_scores_of_the_hidden_state(tmp_path: Path, family: str, config: LigerConfig, lowering: str) -> None:
-    check_model(read_spec(make_checkpoint(tmp_path / "model", config, family)), tmp_path, lowering)
+    check_model(read_spec(make_checkpoint(tmp_path / "model", config, family, **WORDS)), tmp_path, lowering)
 
 
 def test_scores_must_be_in_the_checkpoint(tmp_path: Path) -> None:
@@ -272,7 +278,7 @@ def test_scores_must_be_in_the_checkpoint(tmp_path: Path) -> None:
     ids=lambda rope: rope["rope_type"],
 )  # fmt: skip
 def test_rotary_types(tmp_path: Path, rope: dict[str, Any]) -> None:
-    path = make_checkpoint(tmp_path / "model", MEMORY, rope_parameters=rope | {"rope_theta": 5000.0})
+    path = make_checkpoint(tmp_path / "model", MEMORY, rope_parameters=rope | {"rope_theta": 5000.0}, **WORDS)
     check_model(read_spec(path), tmp_path, "ort")
 
 
@@ -284,7 +290,8 @@ def test_rotary_types(tmp_path: Path, rope: dict[str, Any]) -> None:
 def test_layers_kept_as_softmax(tmp_path: Path, lowering: str, family: str, windows: list[int | None]) -> None:
     """With a sliding window of the family's own, without rotary embedding, and with rotary embeddings of two kinds."""
     liger = LigerConfig(window=20, keep_softmax=(0, 1))
-    path = make_checkpoint(tmp_path / "model", liger, family, **({"sliding_window": 24} if family == "mistral" else {}))
+    sizes = WORDS | ({"sliding_window": 24} if family == "mistral" else {})
+    path = make_checkpoint(tmp_path / "model", liger, family, **sizes)
     spec = read_spec(path)
     assert [softmax.window for softmax in spec.attention] == windows
     check_model(spec, tmp_path, lowering)
@@ -293,8 +300,9 @@ def test_layers_kept_as_softmax(tmp_path: Path, lowering: str, family: str, wind
 @pytest.mark.parametrize("tied", [True, False])
 def test_sharded_bf16(tmp_path: Path, tied: bool) -> None:
     path = make_checkpoint(
-        tmp_path / "model", MEMORY, dtype=torch.bfloat16, shard="40KB", tie_word_embeddings=tied, attention_bias=True
-    )
+        tmp_path / "model", MEMORY, dtype=torch.bfloat16, shard="40KB", tie_word_embeddings=tied, attention_bias=True,
+        **WORDS,
+    )  # fmt: skip
     assert len(list(path.glob("*.safetensors"))) > 2
     spec = read_spec(path)
     assert spec.tied == tied
