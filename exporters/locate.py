@@ -2,105 +2,169 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, cast
+
 import numpy as np
 
 from ligerexport.artifact import Artifact
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.reference import Reference, State
+from ligerexport.exporters.replay import single_steps
 
-APART = 1e-3
-"""Relative distance of two residual vectors from which a layer counts as different."""
+APART = 2e-5
+"""Relative distance of a tensor from torch's from which its layer may count as different; rounding stays below."""
+GROWTH = 8.0
+"""It must be so many times that of the layers before: what one gets wrong goes on in those behind it."""
+Run = Callable[[list[str], dict[str, np.ndarray]], list[np.ndarray]]
 
 
 def first_difference(
-    spec: ModelSpec, artifact: Artifact, ids: np.ndarray, reference: Reference
+    spec: ModelSpec, artifact: Artifact, pieces: list[np.ndarray], reference: Reference
 ) -> tuple[int, str] | None:
-    """Run both from the start, a chunk at a time, and compare state and residual stream layer by layer.
+    """Make the calls that showed a difference, and compare state and residual stream layer by layer.
+
+    The graph starts each call in torch's state, so that only what that call gets wrong counts. One that differs is made
+    longer token by token, for scores may tie in it, and a layer in which they do is no other for that.
 
     Args:
         spec: The checkpoint.
         artifact: The graph at fault; a variant with more outputs is written beside it for a moment.
-        ids: Tokens that showed the difference.
+        pieces: Tokens of each call; afterwards all of them are tried in the largest calls.
         reference: The torch model to compare with.
 
     Returns:
         The layer and what differs in it, or None when they agree.
     """
-    from ligerexport.exporters.verify import of_layer
-
-    graph, chunk = _Graph(artifact), artifact.manifest.graph.max_chunk
-    for answer in reference.answers(np.split(ids, range(chunk, len(ids), chunk)), hidden=True):
-        found = graph.run(answer.ids)
-        for layer in range(len(spec.mixers)):
-            if what := _difference(of_layer(answer.state, layer), of_layer(found, layer)):
-                return layer, what
+    graph, chunk = _Graph(spec, artifact), artifact.manifest.graph.max_chunk
+    for text in (pieces, [np.concatenate(pieces)]):
+        cache, state, position = reference.new_cache(), graph.initial_state(), 0
+        calls = [call for piece in text for call in np.split(piece, range(chunk, len(piece), chunk))]
+        while calls:
+            call, past = calls.pop(0), copy.deepcopy(cache)
+            count, difference = len(call), None
+            (answer,) = reference.answers([call], cache, hidden=True)
+            found = graph.run(state, position, call)
+            if _first_layer(spec, answer.state, found) is not None:
+                streams: State = {}
+                steps = single_steps(reference, copy.deepcopy(past), call, hidden=True)
+                for count, answer in enumerate(steps, start=1):
+                    new = {name: x for name, x in answer.state.items() if name.endswith(".hidden")}
+                    streams = {name: np.concatenate([streams[name], x]) if streams else x for name, x in new.items()}
+                    found = graph.run(state, position, call[:count])
+                    if difference := _first_layer(spec, answer.state | streams, found):
+                        break
+                if difference is not None and not difference.tied:
+                    return difference.layer, difference.what
+                cache = past
+                reference.answers(np.split(call[:count], count), cache, whole=())
+                calls = [call[count:], *calls] if count < len(call) else calls
+            state = {name: answer.state.get(name, found[name]) for name in state}
+            position += count
     return None
 
 
-def _difference(ours: State, theirs: State) -> str | None:
-    """Return which of a layer's tensors differs, in the order in which the layer computes them."""
-    from ligerexport.exporters.verify import sort_slots, state_error
+class _Difference(NamedTuple):
+    layer: int
+    what: str
+    tied: bool = False
 
-    if "slot_position" in ours:
-        ours, theirs = sort_slots(ours), sort_slots(theirs)
+
+def _first_layer(spec: ModelSpec, expected: State, found: State) -> _Difference | None:
+    """Return the first layer that differs after one call, or in which scores tied."""
+    from ligerexport.exporters.verify import TOLERANCES, is_near_tie, of_layer, sort_slots
+
+    before = APART / GROWTH
+    for layer, mixer in enumerate(spec.mixers):
+        ours, theirs = of_layer(expected, layer), of_layer(found, layer)
+        if mixer is not None:
+            ours, theirs = sort_slots(ours), sort_slots(theirs)
+            if not np.array_equal(ours["slot_position"], theirs["slot_position"]):
+                tied = is_near_tie(ours, theirs, mixer.config.slots, TOLERANCES["float32"].tie)
+                return _Difference(layer, "its slot_position", tied)
+        errors = dict(_errors(ours, theirs))
+        for what, error in errors.items():
+            if not error <= GROWTH * before:
+                return _Difference(layer, f"{what}, by {error:.1e} of its size")
+        before = max(before, *errors.values())
+    return None
+
+
+def _errors(ours: State, theirs: State) -> Iterator[tuple[str, float]]:
+    """Yield how far apart a layer's tensors are, in the order in which the layer computes them."""
+    from ligerexport.exporters.verify import state_error
+
     for name, tensor in ours.items():
-        other = theirs[name]
-        if name == "hidden":
-            tensor = tensor[-len(other) :]
-            apart = np.linalg.norm(tensor - other, axis=-1) / np.linalg.norm(tensor, axis=-1)
-            if not apart.max() < APART:
-                return f"its output, by {apart.max():.1e} of its size"
-        elif not np.array_equal(tensor, other) if tensor.dtype.kind == "i" else not state_error(tensor, other) < APART:
-            return f"its {name}"
-    return None
+        if name != "hidden":
+            yield f"its {name}", state_error(tensor, theirs[name])
+    rows = min(len(ours["hidden"]), len(theirs["hidden"]))  # of the last layer the graph has one
+    tensor, other = ours["hidden"][-rows:], theirs["hidden"][-rows:]
+    apart = np.linalg.norm(tensor - other, axis=-1) / np.linalg.norm(tensor, axis=-1)
+    yield "its output", float(apart.max())
 
 
 class _Graph:
-    """The graph with the residual stream after each layer as further outputs, on the same external data."""
+    """The graph, to be called in any state; it also says the residual stream after each layer."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        import onnx
-        import onnxruntime
+    def __init__(self, spec: ModelSpec, artifact: Artifact) -> None:
+        self._manifest = artifact.manifest
+        self._integer = self._manifest.graph.inputs[0].dtype
+        self._hidden = [f"hidden.{i}" for i in range(len(spec.mixers))]
+        self._run = _plugin(spec, artifact) if self._manifest.lowering == "plugin" else _variant(artifact, self._hidden)
 
-        from ligerexport.exporters.onnx.lowerings import FP32_ACTIVATIONS
-        from ligerexport.exporters.onnx.native import register
-
-        manifest = artifact.manifest
-        model = onnx.load(artifact.graph, load_external_data=False)
-        model.graph.output.extend(
-            onnx.helper.make_tensor_value_info(f"hidden.{i}", onnx.TensorProto.FLOAT, None)
-            for i in range(manifest.model.layers)
-        )
-        for node in model.graph.node:
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = FP32_ACTIVATIONS
-        variant = artifact.graph.with_suffix(".debug")
-        onnx.save(model, variant)
-        try:
-            options = onnxruntime.SessionOptions()
-            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(FP32_ACTIVATIONS))
-            options.enable_mem_reuse = False  # planning reuse is quadratic in the nodes
-            if manifest.lowering == "native":
-                register(options)
-            self._session = onnxruntime.InferenceSession(str(variant), options, providers=["CPUExecutionProvider"])
-        finally:
-            variant.unlink()
+    def initial_state(self) -> State:
+        """Return the state in which nothing was seen."""
         letters: dict[int | str, int] = {"B": 1, "P": 0}
-        self._state = {
-            t.past: np.full([letters[n] if isinstance(n, str) else n for n in t.shape], t.fill, t.dtype)
-            for t in manifest.state
+        return {
+            t.past: np.full(
+                [letters[n] if isinstance(n, str) else n for n in t.shape],
+                t.fill,
+                t.dtype if "int" in t.dtype else np.float32,
+            )
+            for t in self._manifest.state
         }
-        self._position = 0
-        self._layers = manifest.model.layers
 
-    def run(self, ids: np.ndarray) -> State:
+    def run(self, state: State, position: int, ids: np.ndarray) -> State:
         """Return the state after more tokens, with `past.LAYER.hidden` as `Reference.answers` has it."""
-        feeds = self._state | {"input_ids": ids[None], "position": np.array([self._position])}
-        wanted = {entry.name for entry in self._session.get_inputs()}
-        names = [output.name for output in self._session.get_outputs()]
-        results = self._session.run(None, {name: value for name, value in feeds.items() if name in wanted})
-        values = dict(zip(names, results, strict=True))
-        self._state = {name: values[name.replace("past.", "present.", 1)] for name in self._state}
-        self._position += len(ids)
-        return self._state | {f"past.{i}.hidden": values[f"hidden.{i}"] for i in range(self._layers)}
+        feeds = {"input_ids": ids[None].astype(self._integer), "position": np.array([position], self._integer)}
+        names = [name.replace("past.", "present.", 1) for name in state] + self._hidden
+        keys = [*state, *(f"past.{i}.hidden" for i in range(len(self._hidden)))]
+        return dict(zip(keys, self._run(names, feeds | state), strict=True))
+
+
+def _plugin(spec: ModelSpec, artifact: Artifact) -> Run:
+    from ligerexport.exporters.onnx.evaluation import evaluator
+
+    return cast("Run", evaluator(artifact, spec, wide=True).run)
+
+
+def _variant(artifact: Artifact, outputs: list[str]) -> Run:
+    """Open the graph with more outputs, on the same external data."""
+    import onnx
+    import onnxruntime
+
+    from ligerexport.exporters.onnx.lowerings import FP32_ACTIVATIONS
+    from ligerexport.exporters.onnx.native import register
+
+    model = onnx.load(artifact.graph, load_external_data=False)
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs
+    )
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = FP32_ACTIVATIONS
+    variant = artifact.graph.with_suffix(".debug")
+    onnx.save(model, variant)
+    try:
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(FP32_ACTIVATIONS))
+        options.enable_mem_reuse = False  # planning reuse is quadratic in the nodes
+        if artifact.manifest.lowering == "native":
+            register(options)
+        session = onnxruntime.InferenceSession(str(variant), options, providers=["CPUExecutionProvider"])
+    finally:
+        variant.unlink()
+    wanted = {entry.name for entry in session.get_inputs()}
+    return lambda names, feeds: session.run(names, {name: feed for name, feed in feeds.items() if name in wanted})

@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ligerexport.artifact import Artifact
 from ligerexport.errors import VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.onnx.weights import WeightFormat, matrix_slabs, weight_slabs
+from ligerexport.exporters.onnx.weights import WeightFormat, stored_slabs, weight_slabs
 from ligerexport.families import output_head
 from ligerexport.mixer import LigerCache, LigerLayer
 
@@ -47,9 +47,10 @@ class Answer:
 
 
 class Reference:
-    """The torch model, with the weights that an artifact stores where it rounds them.
+    """The torch model, with the weights that an artifact stores.
 
-    Stored weights are compared with the checkpoint's, row by row, when they are first read.
+    These are compared with the checkpoint's when they are first read: each element has the nearest value that its type,
+    or the scale and zero point of its block, can say, and no row is far from the checkpoint's.
 
     Args:
         spec: The checkpoint.
@@ -95,7 +96,7 @@ class Reference:
             advance: Told 1 after each layer.
 
         Raises:
-            VerificationError: A stored row differs from the checkpoint's by more than the tolerance.
+            VerificationError: A stored weight is not the checkpoint's.
         """
         states: list[State] = [{} for _ in pieces]
 
@@ -204,28 +205,36 @@ class Reference:
     def _slabs(self, name: str) -> Iterator[np.ndarray]:
         """Yield rows of a weight as the artifact stores them, compared with the checkpoint's when they are new."""
         own = weight_slabs(self._spec, name)
-        if self._stored is None or self._form is None or self._form.bits(self._spec, name) == 32:
+        if self._stored is None or self._form is None:
             yield from own
             return
-        stored = matrix_slabs(self._spec, self._form, self._stored, name)
-        if name in self._read:
-            yield from stored
-            return
         first = 0
-        for ours, theirs in zip(stored, own, strict=True):
-            self._compare(name, first, ours, theirs)
-            first += len(ours)
-            yield ours
+        for stored, rounded in stored_slabs(self._spec, self._form, self._stored, name):
+            if name not in self._read:
+                theirs = next(own)
+                self._compare(name, first, stored, theirs, rounded(theirs))
+            first += len(stored)
+            yield stored
 
-    def _compare(self, name: str, first: int, stored: np.ndarray, own: np.ndarray) -> None:
-        size = np.maximum(np.linalg.norm(own, axis=1), np.finfo(np.float32).tiny)
-        apart = np.nan_to_num(np.linalg.norm(stored - own, axis=1) / size, nan=np.inf)
-        row = int(apart.argmax())
-        if not apart[row] <= self._tolerance:
-            assert self._form is not None
+    def _compare(self, name: str, first: int, stored: np.ndarray, own: np.ndarray, rounded: np.ndarray) -> None:
+        assert self._form is not None
+        stored, own, rounded = (x.reshape(len(x), -1) for x in (stored, own, rounded))
+        precision, what = self._form.precision.dtype, None
+        if not np.array_equal(stored, rounded):
+            row = int((stored != rounded).any(axis=1).argmax())
+            what = f"row {first + row} is not what storing it in {precision} gives"
+        elif self._tolerance:
+            size = np.maximum(np.linalg.norm(own, axis=1), np.finfo(np.float32).tiny)
+            apart = np.nan_to_num(np.linalg.norm(stored - own, axis=1) / size, nan=np.inf)
+            row = int(apart.argmax())
+            if not apart[row] <= self._tolerance:
+                what = (
+                    f"row {first + row} is off by {apart[row]:.1e} of its size, at most {self._tolerance:.1e} was "
+                    f"expected of {precision}"
+                )
+        if what is not None:
             raise VerificationError(
-                f"{name} as it is stored is not the checkpoint's: row {first + row} is off by {apart[row]:.1e} of its "
-                f"size, at most {self._tolerance:.1e} was expected of {self._form.precision.dtype}",
+                f"{name} as it is stored is not the checkpoint's: {what}",
                 hint="nothing was written; build with --weights fp32, and please report this with the model's name",
             )
 

@@ -67,10 +67,10 @@ def replay(check: Comparison, session: Engine, torch_model: Reference, seen: lis
             part, start = part[count:], start + count
 
 
-def _steps(torch_model: Reference, cache: Any, ids: np.ndarray) -> Iterator[Answer]:
+def single_steps(torch_model: Reference, cache: Any, ids: np.ndarray, *, hidden: bool = False) -> Iterator[Answer]:
     """Yield torch's answers to single tokens, so many at a time that their states can be kept."""
     for group in np.split(ids, range(GROUP, len(ids), GROUP)):
-        yield from torch_model.answers(np.split(group, len(group)), cache)
+        yield from torch_model.answers(np.split(group, len(group)), cache, hidden=hidden)
 
 
 def _agree(check: Comparison, session: Engine, torch_model: Reference, cache: Any, part: np.ndarray) -> bool:
@@ -103,7 +103,7 @@ def _first_tie(
     the end. Then torch must end as it did once that tie is decided the other way.
     """
     ids, scores = np.empty(0, np.int64), [before.tensors]
-    for answer in _steps(torch_model, copy.deepcopy(past), part):
+    for answer in single_steps(torch_model, copy.deepcopy(past), part):
         ids = np.append(ids, answer.ids)
         scores.append({name: x for name, x in answer.state.items() if name.endswith(("slot_position", "slot_score"))})
         session.restore(before)

@@ -1,7 +1,7 @@
 """Parity of a built graph with the torch model: logits and state on real text, for prompts cut anywhere and steps.
 
-Weights of less than fp32 are first compared with the checkpoint's, row by row. Then torch gets what the artifact
-stores, so that no error of the graph passes for one of rounding. What rounding costs is measured by itself, not judged.
+Weights are first compared with the checkpoint's, element by element. Then torch gets what the artifact stores, so that
+no error of the graph passes for one of rounding. What rounding costs is measured by itself, not judged.
 
 Torch runs first and only its answers are kept, so the weights are in memory once. A token keeps a slot by comparing
 fp32 scores, so two right answers can differ when scores tie; such ties are told apart from errors, counted, and
@@ -118,7 +118,7 @@ def verify_artifact(
     mismatch = _compare(comparison, artifact, answers, progress)
     plugin = artifact.manifest.lowering == "plugin"  # which ONNX Runtime cannot run
     if mismatch is not None:
-        found = None if plugin else first_difference(spec, artifact, np.concatenate(pieces), reference)
+        found = first_difference(spec, artifact, pieces, reference)
         raise _explain(artifact, found, mismatch) from mismatch
     return asdict(comparison.result), None if plugin else cost_of_precision(spec, artifact, ids, progress)
 

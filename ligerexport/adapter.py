@@ -73,6 +73,11 @@ def read_record(adapter: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads((adapter / RECORD).read_text(encoding="utf-8"))
+        if "model" in record and "liger" not in record:
+            raise CheckpointError(
+                f"{adapter} is an adapter of an earlier version, which does not say what conversion it fits",
+                hint="train it again: ligerexport recover LIGER --data chats.jsonl --adapter -o DIRECTORY",
+            )
         return record | {"liger": dict(record["liger"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _no_adapter(adapter, error) from None

@@ -45,10 +45,11 @@ def make_checkpoint(
     family: str = "llama",
     dtype: torch.dtype = torch.float32,
     shard: str = "1GB",
+    seed: int = 0,
     **sizes: Any,
 ) -> Path:
     """Write a converted checkpoint of a random model."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config_class, model_class = model_classes(get_family(family))
     config = config_class(**SIZES | OF_FAMILY.get(family, {}) | sizes)
     model = model_class(config_class.from_dict(converted_config(config.to_dict(), liger))).to(dtype)

@@ -24,7 +24,7 @@ from ligerexport.exporters.onnx.native import register
 from ligerexport.exporters.onnx.quantise import dequantise, pack, quantise, unpack
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
-from ligerexport.exporters.onnx.weights import data_layout, matrix_slabs, write_weights
+from ligerexport.exporters.onnx.weights import data_layout, stored_slabs, write_weights
 from ligerexport.exporters.targets import TARGETS, WEIGHTS
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -133,7 +133,7 @@ def test_what_is_written_is_what_is_read(checkpoint: Path, tmp_path: Path, lower
     layout, data = data_layout(spec, form), np.fromfile(tmp_path / "model.onnx.data", np.uint8)
     for name, original in load_file(checkpoint / "model.safetensors").items():
         if original.ndim == 2 and "score_proj" not in name:
-            found = np.concatenate(list(matrix_slabs(spec, form, tmp_path, name)))
+            found = np.concatenate([stored for stored, _ in stored_slabs(spec, form, tmp_path, name)])
             bits = form.bits(spec, name)
             if form.precision.blocked:
                 expected = dequantise(quantise(original, bits, form.block_of(spec, name)), original.shape[1])

@@ -65,7 +65,7 @@ def test_scores_of_the_hidden_state(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         data.flush()
 
     monkeypatch.setattr(onnx_graph, "write_graph", broken)
-    with pytest.raises(VerificationError, match="layer 1 is the first that differs"):
+    with pytest.raises(VerificationError, match=r"layers\.1\.self_attn\.score_proj\.weight as it is stored"):
         build(model, tmp_path / "other")
 
 
@@ -111,13 +111,14 @@ def swap_layers(spec: ModelSpec, data: np.memmap) -> None:
     one[:], other[:] = other.copy(), one.copy()
 
 
-def transpose(spec: ModelSpec, data: np.memmap) -> None:
-    square = _weight(spec, data, "model.layers.2.self_attn.o_proj.weight")
-    square[:] = square.copy().T
+def next_number(spec: ModelSpec, data: np.memmap) -> None:
+    norm = _weight(spec, data, "model.layers.2.input_layernorm.weight")
+    norm[5] = np.nextafter(norm[5], np.float32(2))
 
 
-def flip_key(spec: ModelSpec, data: np.memmap) -> None:
-    _weight(spec, data, "model.layers.1.self_attn.k_proj.weight")[0] *= -1
+def unread_row(spec: ModelSpec, data: np.memmap) -> None:
+    unseen = next(i for i in range(spec.vocab_size) if i not in verify.prompt_ids(spec))
+    _weight(spec, data, "model.embed_tokens.weight")[unseen] *= -1
 
 
 def _weight(spec: ModelSpec, data: np.memmap, name: str) -> np.ndarray:
@@ -125,10 +126,14 @@ def _weight(spec: ModelSpec, data: np.memmap, name: str) -> np.ndarray:
     return data[part.offset : part.offset + part.nbytes].view(np.float32).reshape(part.shape)
 
 
-@pytest.mark.parametrize(("fault", "layer"), [(swap_layers, 1), (transpose, 2), (flip_key, 1)])
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [(swap_layers, r"layers\.1\.mlp\.down_proj"), (next_number, r"layers\.2\.input_"), (unread_row, "embed_tokens")],
+)
 def test_wrong_weights(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None], layer: int
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None], name: str
 ) -> None:
+    """Whatever their size, and whether or not the text comes by."""
     write = onnx_graph.write_graph
 
     def broken(spec: ModelSpec, directory: Path, **options: Any) -> None:
@@ -138,7 +143,7 @@ def test_wrong_weights(
         data.flush()
 
     monkeypatch.setattr(onnx_graph, "write_graph", broken)
-    with pytest.raises(VerificationError, match=f"layer {layer} is the first that differs"):
+    with pytest.raises(VerificationError, match=rf"^model\.{name}.* as it is stored is not the checkpoint's"):
         build(checkpoint, tmp_path / "engine")
     assert not list(tmp_path.iterdir())
 

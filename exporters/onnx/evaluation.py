@@ -22,7 +22,7 @@ from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.snapshot import Snapshot
 from ligerexport.state import MixerSpec
 
-HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+HALVES = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
 
 
 class PluginSession:
@@ -38,11 +38,9 @@ class PluginSession:
 
     def __init__(self, artifact: Artifact, spec: ModelSpec, *, batch: int = 1, wide: bool = False) -> None:
         self.artifact, self.batch, self.chunk = artifact, batch, artifact.manifest.graph.max_chunk
-        model = onnx.load(artifact.graph)
-        if wide:
-            _widen(model)
-        self._evaluator = ReferenceEvaluator(model, new_ops=[_mixer_op(spec)])
-        self._types = {x.name: _numpy(x.type.tensor_type.elem_type) for x in model.graph.input}
+        self._evaluator = evaluator(artifact, spec, wide=wide)
+        inputs = zip(self._evaluator.input_names, self._evaluator.input_types, strict=True)
+        self._types = {name: _numpy(kind.tensor_type.elem_type) for name, kind in inputs}
         self.reset()
 
     def reset(self) -> None:
@@ -78,6 +76,14 @@ class PluginSession:
         """Go to a state that this or another session was in."""
         self._position = snapshot.position.astype(np.int32)
         self._state = {name: snapshot.tensors[name].astype(x.dtype) for name, x in self._state.items()}
+
+
+def evaluator(artifact: Artifact, spec: ModelSpec, *, wide: bool = False) -> ReferenceEvaluator:
+    """Return onnx's evaluator of an artifact's graph; arguments as those of `PluginSession`."""
+    model = onnx.load(artifact.graph)
+    if wide and artifact.manifest.precision in HALVES.values():  # in others a half is a fault
+        _widen(model)
+    return ReferenceEvaluator(model, new_ops=[_mixer_op(spec)])
 
 
 def _widen(model: onnx.ModelProto) -> None:

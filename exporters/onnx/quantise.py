@@ -72,6 +72,15 @@ def _search(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return codes.astype(np.uint8), scale, zero_point.astype(np.uint8)
 
 
+def requantise(matrix: np.ndarray, grid: Blocks, bits: int) -> Blocks:
+    """Quantise the rows of a matrix `[N, K]` fp32 to the nearest codes for scales and zero points that are there."""
+    rows, count = grid.scale.shape
+    padded = np.pad(matrix, ((0, 0), (0, grid.codes.shape[1] - matrix.shape[1]))).reshape(rows, count, -1)
+    codes = np.rint(padded / grid.scale[..., None])
+    codes += grid.zero_point[..., None]
+    return grid._replace(codes=np.clip(codes, 0, 2**bits - 1, out=codes).astype(np.uint8).reshape(rows, -1))
+
+
 def dequantise(blocks: Blocks, width: int) -> np.ndarray:
     """Return the matrix `[N, width]` fp32 that quantised blocks stand for."""
     rows, count = blocks.scale.shape

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from ligerexport.exporters.onnx.quantise import Blocks, dequantise, pack, quantise, unpack
+from ligerexport.exporters.onnx.quantise import Blocks, dequantise, pack, quantise, requantise, unpack
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, Precision
 
@@ -220,26 +220,34 @@ def _encode(blocks: Blocks, width: int, bits: int, transposed: bool) -> dict[str
     return {suffix: np.ascontiguousarray(array) for suffix, array in zip(SUFFIXES, arrays, strict=True)}
 
 
-def matrix_slabs(spec: ModelSpec, form: WeightFormat, directory: Path, name: str) -> Iterator[np.ndarray]:
-    """Yield what a stored matrix stands for in fp32, the same rows at a time as `weight_slabs`.
+def stored_slabs(
+    spec: ModelSpec, form: WeightFormat, directory: Path, name: str
+) -> Iterator[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]:
+    """Yield what a stored weight stands for in fp32, the same rows at a time as `weight_slabs`, and how it rounds.
 
     Args:
         spec: The model.
         form: As it was written with.
         directory: Where `DATA_FILE` is.
         name: Of the weight.
+
+    Yields:
+        Rows, and the function that makes them of the checkpoint's rows: the nearest value of type or grid to each.
     """
-    layout, bits, (height, width) = data_layout(spec, form), form.bits(spec, name), spec.weights[name].shape
-    block, file = form.block_of(spec, name), np.memmap(directory / DATA_FILE, mode="r")
+    layout, bits, shape = data_layout(spec, form), form.bits(spec, name), spec.weights[name].shape
+    file = np.memmap(directory / DATA_FILE, mode="c")  # torch takes none that is for reading only
 
     def bytes_of(suffix: str) -> np.ndarray:
         part = layout[name + suffix]
         return file[part.offset : part.offset + part.nbytes]
 
     if f"{name}_scale" not in layout:
-        matrix = bytes_of("").view(layout[name].dtype.numpy()).reshape(height, width)
-        yield from (matrix[rows].astype(np.float32) for rows in _slabs(spec, name))
+        dtype = layout[name].dtype.numpy()
+        stored = bytes_of("").view(dtype).reshape(shape)
+        for rows in _slabs(spec, name):
+            yield stored[rows].astype(np.float32, copy=False), lambda own: own.astype(dtype).astype(np.float32)
         return
+    (height, width), block = shape, form.block_of(spec, name)
     scale = bytes_of("_scale").view(np.float32).reshape(layout[f"{name}_scale"].shape)
     count = -(-width // block)
     whole = {"": width if form.transposed else count * block, "_zero_point": count}
@@ -250,4 +258,9 @@ def matrix_slabs(spec: ModelSpec, form: WeightFormat, directory: Path, name: str
         codes, zero = (unpack(bytes_of(s).reshape(height, -1), bits, n) for s, n in whole.items())
     beyond = (0, 0), (0, count * block - whole[""])
     for rows in _slabs(spec, name):
-        yield dequantise(Blocks(np.pad(codes[rows], beyond), np.ascontiguousarray(scale[rows]), zero[rows]), width)
+        blocks = Blocks(np.pad(codes[rows], beyond), np.ascontiguousarray(scale[rows]), zero[rows])
+
+        def rounded(own: np.ndarray, grid: Blocks = blocks) -> np.ndarray:
+            return dequantise(requantise(own, grid, bits), width)
+
+        yield dequantise(blocks, width), rounded

@@ -143,10 +143,8 @@ class Head {
       const int64_t state = bh * l_.d_k * l_.d_v, mass = bh * l_.d_k;
       state_ = c_.new_state + state;
       mass_ = c_.new_mass + mass;
-      if (c_.new_state != c_.past_state) {
-        std::copy_n(c_.past_state + state, l_.d_k * l_.d_v, state_);
-        std::copy_n(c_.past_mass + mass, l_.d_k, mass_);
-      }
+      if (c_.new_state != c_.past_state) std::copy_n(c_.past_state + state, l_.d_k * l_.d_v, state_);
+      if (c_.new_mass != c_.past_mass) std::copy_n(c_.past_mass + mass, l_.d_k, mass_);
     }
     Sort();
   }
@@ -191,8 +189,9 @@ class Head {
     std::vector<int64_t>& left = w_.left;
     left.clear();
     const int64_t oldest = std::max<int64_t>(start_ - l_.window, 0);
-    w_.window.assign(std::max<int64_t>(start_ - oldest, 0), -1);  // its positions have no gaps
+    w_.window.assign(std::max<int64_t>(start_ - oldest, 0), -1);
     for (int64_t i = 0; i < l_.slots; ++i) {
+      if (w_.time[i] >= start_) w_.time[i] = -1;  // in no state that this made
       if (w_.time[i] < 0) continue;
       Rotate(i);
       if (w_.time[i] >= oldest)
@@ -202,6 +201,7 @@ class Head {
       else
         left.push_back(i);
     }
+    w_.window.erase(std::remove(w_.window.begin(), w_.window.end(), -1), w_.window.end());  // nor are gaps
     for (size_t p = 0; p < l_.pools.size(); ++p) {
       const size_t kept = std::min<size_t>(l_.pools[p].count, left.size());
       for (int64_t i : left) w_.rank[i] = Rank(p, i);

@@ -1,0 +1,44 @@
+"""Planted faults are refused and their layer is named: the short form of the table in `benchmarks/results`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TABLE = json.loads((BENCHMARKS / "results" / "planted.json").read_text())["rows"]
+SHORT = TABLE[::6][:12]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("planted")
+
+
+@pytest.mark.parametrize("row", SHORT, ids=lambda row: "-".join([row["fault"].replace(" ", "_"), row["lowering"]]))
+def test_a_fault_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch, row: dict[str, str]) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from planted import FAULTS, model, plant, right
+
+    spec = model(place, row["preset"], FAULTS[row["fault"]].family)
+    found = plant(spec, row["fault"], row["preset"], row["lowering"])
+    assert right(found), found
+
+
+@pytest.mark.parametrize("number", [1, 6, 11])
+def test_a_sound_model_passes(place: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from planted import sound
+
+    assert sound(place, number)["refused"] is None
+
+
+def test_the_table_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has every fault, and none that was missed."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from planted import FAULTS, right
+
+    assert {row["fault"] for row in TABLE} == set(FAULTS)
+    assert all(right(row) for row in TABLE)
