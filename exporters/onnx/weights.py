@@ -7,7 +7,7 @@ the checkpoint; maps of one input lie side by side; a tied embedding is stored o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -183,9 +183,11 @@ def write_weights(
                     advance(slab.size * part.dtype.itemsize)
                 continue
             bits = form.bits(spec, name)
-            found = (quantise(slab, bits, form.block_of(spec, name)) for slab in weight_slabs(spec, name))
+            found: Iterable[Blocks] = (
+                quantise(slab, bits, form.block_of(spec, name)) for slab in weight_slabs(spec, name)
+            )
             if form.transposed:
-                found = iter([Blocks(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))])
+                found = [Blocks(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))]
             ends = {suffix: layout[name + suffix].offset for suffix in SUFFIXES}
             for blocks in found:
                 for suffix, array in _encode(blocks, spec.weights[name].shape[1], bits, form.transposed).items():
