@@ -1,10 +1,11 @@
 """Time and peak memory of `ligerexport build`, verification included, each build in a process of its own.
 
     python benchmarks/build.py CONVERTED -o benchmarks/results/build.json
-    python benchmarks/build.py --shape llama-3-8b [--layers 8] --lowerings ort --weights int4 -o build_8b.json
+    python benchmarks/build.py --shape llama-3-8b --window 124 --lowerings native --weights int4 \
+        -o benchmarks/results/build_8b.json
 
 `peak` is all that was resident, mapped files included, and `anonymous` the part that no file stands behind: what a
-machine must have.
+machine must have. `seconds` are of the clock, `cpu_seconds` of all cores together.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from ligerexport.config import LigerConfig, get_preset
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -33,13 +37,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make_checkpoint(directory: Path, shape: str, layers: int | None, preset: str) -> Path:
+def make_checkpoint(directory: Path, shape: str, layers: int | None, liger: LigerConfig) -> Path:
     """Write a converted checkpoint of a shape with random weights in bf16, a shard for each layer."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from ligerexport.config import get_preset
     from ligerexport.convert import converted_config
     from ligerexport.exporters.text import PROMPT
     from ligerexport.families import get_family
@@ -47,7 +50,7 @@ def make_checkpoint(directory: Path, shape: str, layers: int | None, preset: str
 
     config_class, model_class = model_classes(get_family("llama"))
     sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
-    settings = converted_config(config_class(**sizes).to_dict(), get_preset(preset))
+    settings = converted_config(config_class(**sizes).to_dict(), liger)
     with torch.device("meta"):
         named = dict(model_class(config_class.from_dict(settings)).named_parameters())
     directory.mkdir(parents=True)
@@ -89,7 +92,8 @@ def build(checkpoint: Path, output: Path, lowering: str, weights: str) -> dict[s
     assert status == 0, command
     manifest = json.loads((output / "manifest.json").read_text())
     stored, peak = manifest["bytes"]["weights"], usage.ru_maxrss * 1024
-    row = {"lowering": lowering, "precision": weights, "seconds": seconds, "peak": peak, "anonymous": anonymous}
+    row = {"lowering": lowering, "precision": weights, "parameters": manifest["model"]["parameters"]}
+    row |= {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak": peak, "anonymous": anonymous}
     return row | {"weights": stored, "ratio": peak / stored, "verification": manifest["verification"]}
 
 
@@ -109,6 +113,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="build random weights of this shape instead of a checkpoint")
     parser.add_argument("--layers", type=int, help="of the shape; default: all")
     parser.add_argument("--preset", default="memory", help="of the shape's conversion")
+    parser.add_argument(
+        "--window",
+        type=int,
+        help="of the shape's conversion, and no slots by score: scores of random weights often tie, and verification "
+        "searches for each tie",
+    )
     parser.add_argument("--place", type=Path, help="where temporary files go: a shape needs room for all its weights")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--lowerings", nargs="*", default=["ort", "portable"])
@@ -125,7 +135,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.place) as place:
         checkpoint = args.checkpoint
         if args.shape is not None:
-            checkpoint = make_checkpoint(Path(place, "checkpoint"), args.shape, args.layers, args.preset)
+            liger = get_preset(args.preset)
+            if args.window is not None:
+                liger = replace(liger, window=args.window, slots=())
+            checkpoint = make_checkpoint(Path(place, "checkpoint"), args.shape, args.layers, liger)
         for lowering in args.lowerings:
             with tempfile.TemporaryDirectory(dir=place) as directory:
                 result["rows"].append(build(checkpoint, Path(directory, "engine"), lowering, args.weights))

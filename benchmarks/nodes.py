@@ -27,7 +27,7 @@ def count(preset: str, layers: int = 3, max_chunk: int = 128) -> dict[str, dict[
         ValueError: Layers differ.
     """
     with tempfile.TemporaryDirectory() as place:
-        spec = read_spec(make_checkpoint(Path(place, "model"), "tiny", layers, preset))
+        spec = read_spec(make_checkpoint(Path(place, "model"), "tiny", layers, PRESETS[preset].config))
         found: dict[str, dict[str, int]] = {}
         for lowering, weights in product(TARGETS["onnx"].lowerings, TARGETS["onnx"].weights):
             form = weight_format(weights, lowering=lowering)

@@ -244,14 +244,16 @@ def peers(name: str = "peers") -> str:
     contexts = sorted({row["context"] for row in data})
     cells: dict[str, Callable[[Any], str]] = {
         "a token": lambda row: f"{row['ms_per_token']:.1f} ms ({row['ms_low']:.1f}-{row['ms_high']:.1f})",
-        "reading": lambda row: f"{row['prefill_tokens_per_s']:.0f} tokens/s",
+        "reading": lambda row: f"{read:.0f} tokens/s" if (read := row["prefill_tokens_per_s"]) else "-",
         "resident": lambda row: f"{row['rss'] / 1e6:.0f} MB",
     }
     lines = []
     for engine in dict.fromkeys(row["engine"] for row in data):
         rows = {row["context"]: row for row in data if row["engine"] == engine}
         for what, write in cells.items():
-            lines.append([f"{engine}: {what}", *(write(rows[c]) if c in rows else "-" for c in contexts)])
+            line = [write(rows[c]) if c in rows else "-" for c in contexts]
+            if set(line) != {"-"}:  # transformers reads nothing: its cache is filled
+                lines.append([f"{engine}: {what}", *line])
     return table(["tokens of context", *(f"{c:,}" for c in contexts)], lines)
 
 

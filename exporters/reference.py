@@ -1,7 +1,8 @@
 """The torch model of a checkpoint in fp32, with no more of it in memory than a layer.
 
 All pieces of a text go through a layer before the next layer is read, so one pass over the weights does for them,
-however large the model. What a piece sees of those before it is in the cache, as ever.
+however large the model. What a piece sees of those before it is in the cache, as ever. Of the embedding there are the
+rows of the text's tokens, and the output is multiplied some rows at a time.
 """
 
 from __future__ import annotations
@@ -117,8 +118,18 @@ class Reference:
 
     @torch.inference_mode()
     def _logits(self, streams: Tensor) -> np.ndarray:
-        with self._loaded("model.norm", "lm_head"):
-            return output_head(self._model)(self._model.model.norm(streams)).numpy()
+        logits = np.empty((len(streams), self._spec.vocab_size), np.float32)
+        with self._loaded("model.norm"):
+            streams = self._model.model.norm(streams)
+        first, head, empty = 0, output_head(self._model), self._model.lm_head.weight
+        try:
+            for rows in self._rows("model.embed_tokens.weight" if self._spec.tied else "lm_head.weight"):
+                self._put("lm_head.weight", nn.Parameter(rows, requires_grad=False))
+                logits[:, first : first + len(rows)] = head(streams).numpy()
+                first += len(rows)
+        finally:
+            self._put("lm_head.weight", empty)
+        return logits
 
     @torch.inference_mode()
     def _streams(
@@ -158,7 +169,7 @@ class Reference:
         for layer, entry in zip(model.layers, seen.layers, strict=True):
             layer.forward = note(entry)
         try:
-            with self._loaded("model.embed_tokens", "model.norm"):
+            with self._loaded("model.embed_tokens", "model.norm", tokens=np.unique(np.concatenate(pieces))):
                 for ids in pieces:
                     calls.append([])
                     model(torch.from_numpy(ids)[None], past_key_values=seen, use_cache=True)
@@ -168,8 +179,8 @@ class Reference:
         return calls
 
     @contextmanager
-    def _loaded(self, *names: str) -> Iterator[None]:
-        """Give modules their weights for the length of a block."""
+    def _loaded(self, *names: str, tokens: np.ndarray | None = None) -> Iterator[None]:
+        """Give modules their weights for the length of a block; the embedding the rows of `tokens`."""
         empty = {
             f"{name}.{key}": parameter
             for name in names
@@ -177,7 +188,8 @@ class Reference:
         }
         try:
             for name in empty:
-                self._put(name, nn.Parameter(self._weight(name), requires_grad=False))
+                weight = self._weight(name, tokens if "embed_tokens" in name else None)
+                self._put(name, nn.Parameter(weight, requires_grad=False))
             yield
         finally:
             for name, parameter in empty.items():
@@ -187,20 +199,30 @@ class Reference:
         owner, _, key = name.rpartition(".")
         setattr(self._model.get_submodule(owner), key, parameter)
 
-    def _weight(self, name: str) -> Tensor:
-        if name == "lm_head.weight" and self._spec.tied:
-            name = "model.embed_tokens.weight"
+    def _weight(self, name: str, wanted: np.ndarray | None = None) -> Tensor:
+        """Return a weight, of a large model only the rows `wanted`: the memory of the others is never touched."""
         if name in self._held:
             return self._held[name]
+        again, first = name in self._read, 0
         weight = torch.empty(self._spec.weights[name].shape)
-        start = 0
         for slab in self._slabs(name):
-            weight[start : start + len(slab)] = torch.from_numpy(slab)
-            start += len(slab)
-        if name in self._read and self._holds:
+            part = weight[first : first + len(slab)]
+            if wanted is None or self._holds:
+                part[:] = torch.from_numpy(slab)
+            else:
+                rows = wanted[(first <= wanted) & (wanted < first + len(slab))] - first
+                part[rows] = torch.from_numpy(slab[rows])
+            first += len(slab)
+        if again and self._holds:
             self._held[name] = weight
-        self._read.add(name)
         return weight
+
+    def _rows(self, name: str) -> Iterator[Tensor]:
+        """Yield a weight, of a large model some rows at a time."""
+        if self._holds:
+            yield self._weight(name)
+        else:
+            yield from map(torch.from_numpy, self._slabs(name))
 
     def _slabs(self, name: str) -> Iterator[np.ndarray]:
         """Yield rows of a weight as the artifact stores them, compared with the checkpoint's when they are new."""
@@ -215,6 +237,7 @@ class Reference:
                 self._compare(name, first, stored, theirs, rounded(theirs))
             first += len(stored)
             yield stored
+        self._read.add(name)
 
     def _compare(self, name: str, first: int, stored: np.ndarray, own: np.ndarray, rounded: np.ndarray) -> None:
         assert self._form is not None

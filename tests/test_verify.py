@@ -69,11 +69,15 @@ def test_scores_of_the_hidden_state(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         build(model, tmp_path / "other")
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reference_is_the_model_a_layer_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, large: bool
 ) -> None:
     """With a layer kept as softmax, over calls, and on from a cache; never with more weights than a layer has."""
+    if large:  # a few rows of the embedding and the output at a time
+        monkeypatch.setattr("ligerexport.exporters.reference.HELD", 0)
+        monkeypatch.setattr("ligerexport.exporters.onnx.weights.SLAB", 1000)
     path = make_checkpoint(tmp_path / "model", replace(MEMORY, keep_softmax=(0,)), family, dtype=torch.bfloat16)
     reference, model = Reference(read_spec(path)), load_model(path, torch.float32).eval()
     cache, own = LigerCache(model.config), reference.new_cache()

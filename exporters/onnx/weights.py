@@ -7,7 +7,7 @@ the checkpoint; maps of one input lie side by side; a tied embedding is stored o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -171,7 +171,7 @@ def write_weights(
     form: WeightFormat = FP32,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> None:
-    """Stream the weights from the shards into `DATA_FILE`, a slab of rows at a time; integers a matrix at a time."""
+    """Stream the weights from the shards into `DATA_FILE`, a slab of rows at a time; transposed ones are read whole."""
     layout = data_layout(spec, form)
     with (directory / DATA_FILE).open("wb") as data:
         for name in weight_names(spec):
@@ -183,15 +183,19 @@ def write_weights(
                     advance(slab.size * part.dtype.itemsize)
                 continue
             bits = form.bits(spec, name)
-            found = [quantise(slab, bits, form.block_of(spec, name)) for slab in weight_slabs(spec, name)]
-            blocks = Blocks(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
-            del found
-            for suffix, array in _encode(blocks, spec.weights[name].shape[1], bits, form.transposed).items():
-                part = layout[name + suffix]
-                assert array.nbytes == part.nbytes
-                data.seek(part.offset)
-                data.write(array.data.cast("B"))
-                advance(part.nbytes)
+            found: Iterable[Blocks] = (
+                quantise(slab, bits, form.block_of(spec, name)) for slab in weight_slabs(spec, name)
+            )
+            if form.transposed:
+                found = [Blocks(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))]
+            ends = {suffix: layout[name + suffix].offset for suffix in SUFFIXES}
+            for blocks in found:
+                for suffix, array in _encode(blocks, spec.weights[name].shape[1], bits, form.transposed).items():
+                    data.seek(ends[suffix])
+                    ends[suffix] += data.write(array.data.cast("B"))
+                    advance(array.nbytes)
+            for suffix, end in ends.items():
+                assert end == layout[name + suffix].offset + layout[name + suffix].nbytes
 
 
 def weight_slabs(spec: ModelSpec, name: str) -> Iterator[np.ndarray]:

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -459,23 +460,60 @@ void multiply_rows(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens
       }
 }
 
-// The same with inputs as they are: for comparing a graph with what its weights stand for.
+// Writes what a row's codes stand for, `blocks * block` numbers.
+inline void dequantise_row(const BlockMatrix& m, int64_t row, float* out) {
+  const uint8_t *from = m.codes + row * m.code_row, *zeros = m.zero_point + row * m.zero_row;
+  for (int64_t b = 0; b < m.blocks; ++b, out += m.block) {
+    const int zero = m.bits == 8 ? zeros[b] : zeros[b / 2] >> b % 2 * 4 & 15;
+    const float scale = m.scale[row * m.blocks + b];
+    if (m.bits == 8) {
+      for (int64_t i = 0; i < m.block; ++i) out[i] = scale * static_cast<float>(from[i] - zero);
+    } else {
+      for (int64_t i = 0; i < m.block / 2; ++i) {
+        out[2 * i] = scale * static_cast<float>((from[i] & 15) - zero);
+        out[2 * i + 1] = scale * static_cast<float>((from[i] >> 4) - zero);
+      }
+    }
+    from += m.block * m.bits / 8;
+  }
+}
+
+// A row of numbers times T tokens: sums of kSpan products in fp32, and of those in fp64.
+template <int T>
+void multiply_floats(const float* weights, const float* x, int64_t width, int64_t stride, float* out) {
+  constexpr int64_t kSpan = kGroup * kUnit;
+  double sums[T] = {};
+  for (int64_t first = 0; first < width; first += kSpan) {
+    const int64_t count = std::min(kSpan, width - first), whole = count / kVector;
+    Vector lanes[T] = {};
+    for (int64_t i = 0; i < whole; ++i)
+      for (int t = 0; t < T; ++t) lanes[t] += at(weights + first, i) * at(x + t * width + first, i);
+    for (int t = 0; t < T; ++t) {
+      sums[t] += total(lanes[t]);
+      for (int64_t i = first + whole * kVector; i < first + count; ++i)
+        sums[t] += static_cast<double>(weights[i]) * x[t * width + i];
+    }
+  }
+  for (int t = 0; t < T; ++t) out[t * stride] = static_cast<float>(sums[t]);
+}
+
+// `multiply_rows` with inputs as they are: for comparing a graph with what its weights stand for.
 inline void multiply_exactly(const BlockMatrix& m, const float* x, int64_t tokens, int64_t begin, int64_t end, float* out) {
-  std::vector<float> weights(m.width);
-  for (int64_t row = begin; row < end; ++row) {
-    const uint8_t *codes = m.codes + row * m.code_row, *zeros = m.zero_point + row * m.zero_row;
-    const auto code = [bits = m.bits](const uint8_t* from, int64_t i) {
-      return bits == 8 ? from[i] : from[i / 2] >> i % 2 * 4 & 15;
-    };
-    for (int64_t i = 0; i < m.width; ++i) {
-      const int64_t block = i / m.block;
-      weights[i] = m.scale[row * m.blocks + block] * static_cast<float>(code(codes, i) - code(zeros, block));
-    }
-    for (int64_t t = 0; t < tokens; ++t) {
-      double sum = 0;
-      for (int64_t i = 0; i < m.width; ++i) sum += static_cast<double>(weights[i]) * x[t * m.width + i];
-      out[t * m.rows + row] = static_cast<float>(sum);
-    }
+  const int64_t row = m.blocks * m.block;
+  std::vector<float> weights(kRows * row);
+  for (int64_t first = begin; first < end; first += kRows) {
+    const int64_t rows = std::min(kRows, end - first);
+    for (int64_t i = 0; i < rows; ++i) dequantise_row(m, first + i, &weights[i * row]);
+    for (int64_t t = 0; t < tokens; t += kTile)
+      for (int64_t i = 0; i < rows; ++i) {
+        const auto multiply = [&, i](auto count, int64_t token) {
+          multiply_floats<count>(&weights[i * row], x + token * m.width, m.width, m.rows, out + token * m.rows + first + i);
+        };
+        if (t + kTile <= tokens)
+          multiply(std::integral_constant<int, kTile>{}, t);
+        else
+          for (int64_t token = t; token < tokens; ++token) multiply(std::integral_constant<int, 1>{}, token);
+      }
   }
 }
 
