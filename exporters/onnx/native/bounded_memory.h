@@ -172,7 +172,8 @@ class Head {
 
   float Rank(size_t pool, int64_t i) const {
     const float score = w_.score[pool * candidates_ + i], horizon = l_.pools[pool].horizon;
-    return horizon == 0 ? score : std::log(std::max(score, kFaintest)) + static_cast<float>(w_.time[i]) / horizon;
+    if (horizon == 0) return score;
+    return std::log(std::max(score, kFaintest)) + static_cast<float>(w_.time[i] - start_) / horizon;  // small numbers
   }
 
   // Whether a ranks before b in a pool; `w_.rank` has the ranks.

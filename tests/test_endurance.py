@@ -1,0 +1,75 @@
+"""Long runs: whatever the number of tokens seen, a model does what it did before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import ligerexport as lx
+from ligerexport.exporters.targets import TARGETS
+from ligerexport.kernels.ops import liger_mixer, rotary_table
+from ligerexport.kernels.reference import liger_mixer_reference
+from ligerexport.state import MixerSpec
+from tests.checkpoints import FORESIGHT, SIZES, make_checkpoint
+from tests.tolerances import MODEL_FP32, OP_FP32
+
+EVICTED = replace(FORESIGHT, recurrence="evicted", recurrence_weight=1.0)
+LATE = 2**40
+"""Tokens that nothing here will see; what int32 or fp32 holds is less."""
+IDS = np.random.default_rng(5).integers(0, SIZES["vocab_size"], 300)
+
+
+@pytest.fixture(scope="module", params=[x for x in TARGETS["onnx"].lowerings if x != "plugin"])
+def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> lx.Session:
+    place = tmp_path_factory.mktemp("evicted")
+    checkpoint = make_checkpoint(place / "liger", EVICTED)
+    return lx.load(lx.build(checkpoint, place / "engine", lowering=request.param, verify=False))
+
+
+def later(snapshot: lx.Snapshot, tokens: int) -> lx.Snapshot:
+    """Return a state as if so many more tokens had come between the sinks and the rest."""
+    moved = {
+        name: np.where(array >= EVICTED.sinks, array + tokens, array) if name.endswith("slot_position") else array
+        for name, array in snapshot.tensors.items()
+    }
+    return replace(snapshot, position=snapshot.position + tokens, tensors=moved)
+
+
+@pytest.mark.parametrize("step", [True, False], ids=["step", "prefill"])
+def test_a_long_text_is_read_like_a_short_one(session: lx.Session, step: bool) -> None:
+    session.reset()
+    session.prefill(IDS[:150])  # beyond the largest rotary distance of the sinks
+    snapshot = session.snapshot()
+
+    def rest() -> np.ndarray:
+        return np.stack([session.step(int(x))[0].copy() for x in IDS[150:]]) if step else session.prefill(IDS[150:])
+
+    expected = rest().copy()
+    state = later(session.snapshot(), LATE)
+    session.restore(later(snapshot, LATE))
+    np.testing.assert_allclose(rest(), expected, atol=MODEL_FP32)
+    found = session.snapshot()
+    assert found.position.tolist() == state.position.tolist()
+    for name in (name for name in state.tensors if name.endswith("slot_position")):
+        np.testing.assert_array_equal(np.sort(found.tensors[name]), np.sort(state.tensors[name]))
+
+
+@pytest.mark.parametrize("mixer", [liger_mixer, liger_mixer_reference])
+def test_the_op_reads_a_long_text_like_a_short_one(mixer: object) -> None:
+    spec = MixerSpec(EVICTED, 4, 2, 16, 16, 0.25, 64)
+    rotary = rotary_table(torch.rand(8), 64, 64)
+    query, key, value, score = torch.randn(1, 250, 4, 16), *torch.randn(2, 1, 250, 2, 16), torch.randn(1, 250, 2)
+
+    def part(start: int, end: int, position: int, state: dict[str, torch.Tensor]) -> tuple:
+        cut = (x[:, start:end] for x in (query, key, value))
+        return mixer(*cut, torch.tensor([position]), state, spec, rotary, score[:, start:end])
+
+    _, state = part(0, 150, 0, spec.initial_state(1, torch.float32))
+    expected, _ = part(150, 250, 150, state)
+    position = state["slot_position"]
+    moved = torch.where(position >= EVICTED.sinks, position + LATE, position)
+    found, _ = part(150, 250, 150 + LATE, state | {"slot_position": moved})
+    torch.testing.assert_close(found, expected, atol=OP_FP32, rtol=0)
