@@ -73,3 +73,23 @@ def test_the_op_reads_a_long_text_like_a_short_one(mixer: object) -> None:
     moved = torch.where(position >= EVICTED.sinks, position + LATE, position)
     found, _ = part(150, 250, 150 + LATE, state | {"slot_position": moved})
     torch.testing.assert_close(found, expected, atol=OP_FP32, rtol=0)
+
+
+@pytest.mark.parametrize("harm", ["future", "gaps", "twice", "nan"])
+def test_a_state_that_no_text_leaves_does_no_harm(session: lx.Session, harm: str) -> None:
+    session.reset()
+    expected = session.prefill(IDS[:100]).copy()
+    snapshot, tensors = session.snapshot(), {}
+    for name, array in snapshot.tensors.items():
+        if name.endswith("slot_position"):
+            tensors[name] = {
+                "future": array + 5, "gaps": np.where(array % 3 == 0, -1, array), "twice": np.full_like(array, 95)
+            }.get(harm, array)  # fmt: skip
+        else:
+            tensors[name] = np.full_like(array, np.nan) if harm == "nan" and name.endswith("slot_score") else array
+    session.restore(replace(snapshot, tensors=tensors))
+    for token in IDS[:40]:
+        logits = session.step(int(token))
+    assert np.isfinite(logits).all() or harm == "nan"
+    session.reset()
+    np.testing.assert_array_equal(session.prefill(IDS[:100]), expected)

@@ -172,6 +172,7 @@ class Head {
 
   float Rank(size_t pool, int64_t i) const {
     const float score = w_.score[pool * candidates_ + i], horizon = l_.pools[pool].horizon;
+    if (std::isnan(score)) return kNever;  // which could not be sorted
     if (horizon == 0) return score;
     return std::log(std::max(score, kFaintest)) + static_cast<float>(w_.time[i] - start_) / horizon;  // small numbers
   }
@@ -187,13 +188,15 @@ class Head {
            l_.d_k);
   }
 
-  // Finds what the slots were kept for before this call.
+  // Finds what the slots were kept for before this call. A state from elsewhere may have slots of the future, which are
+  // dropped, and a window with gaps.
   void Sort() {
     std::vector<int64_t>& left = w_.left;
     left.clear();
     const int64_t oldest = std::max<int64_t>(start_ - l_.window, 0);
-    w_.window.assign(std::max<int64_t>(start_ - oldest, 0), -1);  // its positions have no gaps
+    w_.window.assign(std::max<int64_t>(start_ - oldest, 0), -1);
     for (int64_t i = 0; i < l_.slots; ++i) {
+      if (w_.time[i] >= start_) w_.time[i] = -1;
       if (w_.time[i] < 0) continue;
       Rotate(i);
       if (w_.time[i] >= oldest)
@@ -203,6 +206,7 @@ class Head {
       else
         left.push_back(i);
     }
+    w_.window.erase(std::remove(w_.window.begin(), w_.window.end(), -1), w_.window.end());
     for (size_t p = 0; p < l_.pools.size(); ++p) {
       const size_t kept = std::min<size_t>(l_.pools[p].count, left.size());
       for (int64_t i : left) w_.rank[i] = Rank(p, i);
