@@ -9,12 +9,14 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
 from ligerexport.artifact import Artifact, StateTensor
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.snapshot import Snapshot
+from ligerexport.state import FADE, fade
 
 IDLE = -1
 """In place of an id: no token for this row."""
@@ -82,6 +84,19 @@ class BatchSession(ABC):
     def _advance(self, ids: np.ndarray) -> np.ndarray:
         """Advance by ids `[B, T]` of the vocabulary and count them; return logits `[B, V]`."""
 
+    def _advance_for_ever(self, ids: np.ndarray) -> np.ndarray:
+        """Advance, and halve the sums of rows that have seen `FADE` more tokens."""
+        before = self._fades()
+        logits = self._advance(ids)
+        times = self._fades() - before
+        for row in np.flatnonzero(times):
+            snapshot = self._copy(row)
+            self._replace(replace(snapshot, tensors=fade(snapshot.tensors, int(times[row]))), row)
+        return logits
+
+    def _fades(self) -> np.ndarray:
+        return np.maximum(self._position, 0) // FADE
+
     @abstractmethod
     def _forget(self, row: int | None) -> None:
         """Do what `reset` does."""
@@ -125,7 +140,7 @@ class BatchSession(ABC):
             self._check_whole()
             with self._change():
                 self._position -= padded
-                return self._advance(array)
+                return self._advance_for_ever(array)
 
     def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
         """Advance by one token.
@@ -154,7 +169,7 @@ class BatchSession(ABC):
             self._check_whole()
             with self._change():
                 self._position[idle] = np.minimum(self._position[idle], -1)  # padding leaves no trace
-                return self._advance(self._step_ids)
+                return self._advance_for_ever(self._step_ids)
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
         """Advance by a prompt as `prefill` does, and yield the logits after each token.

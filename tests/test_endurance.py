@@ -12,7 +12,7 @@ import ligerexport as lx
 from ligerexport.exporters.targets import TARGETS
 from ligerexport.kernels.ops import liger_mixer, rotary_table
 from ligerexport.kernels.reference import liger_mixer_reference
-from ligerexport.state import MixerSpec
+from ligerexport.state import FADE, MixerSpec
 from tests.checkpoints import FORESIGHT, SIZES, make_checkpoint
 from tests.tolerances import MODEL_FP32, OP_FP32
 
@@ -73,6 +73,44 @@ def test_the_op_reads_a_long_text_like_a_short_one(mixer: object) -> None:
     moved = torch.where(position >= EVICTED.sinks, position + LATE, position)
     found, _ = part(150, 250, 150 + LATE, state | {"slot_position": moved})
     torch.testing.assert_close(found, expected, atol=OP_FP32, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_however_long_a_text_is_the_next_token_counts(session: lx.Session, chunk: int) -> None:
+    def mass(snapshot: lx.Snapshot) -> np.ndarray:
+        return np.stack([x[..., 0] for name, x in snapshot.tensors.items() if name.endswith("recurrent_mass")])
+
+    session.reset()
+    session.prefill(IDS[:150])
+    state = later(session.snapshot(), FADE - 150 - 32)
+    for _ in range(6):
+        before = mass(state)
+        session.restore(state)
+        for part in np.split(IDS[:64], 64 // chunk):
+            assert np.isfinite(session.prefill(part)).all()
+        state = session.snapshot()
+        assert (mass(state) >= before / 2 + 32).all() and (mass(state) <= before / 2 + 64).all()
+        state = later(state, FADE - 64)  # and as many are evicted meanwhile
+        for name in (name for name in state.tensors if name.endswith("recurrent_mass")):
+            state.tensors[name][..., 0] += FADE - 64
+    assert (mass(state) < 2 * FADE).all() and (mass(state) > 1.9 * FADE).all()
+    session.restore(state)
+    session.step(1)
+    assert (mass(session.snapshot()) == mass(state) + 1).all()
+
+
+def test_torch_halves_its_sums_as_sessions_do(session: lx.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ligerexport.exporters.session.FADE", 50)
+    monkeypatch.setattr("ligerexport.mixer.FADE", 50)
+    session.reset()
+    model = lx.load_model(session.artifact.directory.parent / "liger").eval()
+    cache = None
+    for part in np.split(IDS, 30):
+        with torch.inference_mode():
+            output = model(torch.from_numpy(part)[None], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        np.testing.assert_allclose(session.prefill(part), output.logits[:, -1], atol=MODEL_FP32)
+    assert max(layer.state["recurrent_mass"][..., 0].max() for layer in cache.layers) <= 100
 
 
 @pytest.mark.parametrize("harm", ["future", "gaps", "twice", "nan"])
