@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ import torch
 
 import ligerexport as lx
 from ligerexport.exporters.targets import TARGETS
+from ligerexport.gates import GATES
 from ligerexport.kernels.ops import liger_mixer, rotary_table
 from ligerexport.kernels.reference import liger_mixer_reference
 from ligerexport.state import FADE, MixerSpec
 from tests.checkpoints import FORESIGHT, SIZES, make_checkpoint
-from tests.tolerances import MODEL_FP32, OP_FP32
+from tests.tolerances import DRIFT_FP32, MODEL_FP32, OP_FP32
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 EVICTED = replace(FORESIGHT, recurrence="evicted", recurrence_weight=1.0)
 LATE = 2**40
 """Tokens that nothing here will see; what int32 or fp32 holds is less."""
@@ -131,3 +134,47 @@ def test_a_state_that_no_text_leaves_does_no_harm(session: lx.Session, harm: str
     assert np.isfinite(logits).all() or harm == "nan"
     session.reset()
     np.testing.assert_array_equal(session.prefill(IDS[:100]), expected)
+
+
+def test_the_harness_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on where it was, is as near to fp64 as one run is, and notices a token that is lost."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from drift import Exact, compare, exact
+    from endurance import Clock, OutOfTime, Pieces, cut, cycles, step, summary
+
+    checkpoint = cut(make_checkpoint(tmp_path / "liger", EVICTED), tmp_path / "cut", 2, 100, 32)
+    session = lx.load(lx.build(checkpoint, tmp_path / "engine", lowering="native"), threads=1)
+    steps, again, truth, trips = (Pieces(tmp_path / name) for name in ("steps", "again", "exact", "trips"))
+    step(session, steps, 1000, 250, 4.0, Clock(600))
+    with pytest.raises(OutOfTime):
+        step(session, again, 1000, 250, 4.0, Clock(-1))
+    for end in (500, 1000):
+        step(session.sibling(), again, end, 250, 4.0, Clock(600))
+    exact(Exact(checkpoint), steps, truth, Clock(600))
+    found = summary(steps, 250)
+    assert found["steps"] == 1000 and found["distinct_tokens"] > 50 and found["processes"] == 1
+    for i in range(4):
+        np.testing.assert_array_equal(steps.read(i)["logits"], again.read(i)["logits"])
+        row = compare(steps.read(i), truth.read(i), Exact(checkpoint).mixers)
+        assert max(row["sums"]) < DRIFT_FP32
+        assert row["logits"] < MODEL_FP32 or not all(row["same"])
+    lost = steps.read(3)
+    lost["past.0.recurrent_mass"][..., 0] -= 1
+    steps.write(lost)
+    with pytest.raises(ValueError, match="layer 0 has seen"):
+        summary(steps, 250)
+    lost["past.0.slot_position"] -= 1
+    with pytest.raises(ValueError, match="no near tie"):
+        compare(lost, truth.read(3), Exact(checkpoint).mixers)
+    cycles(session, trips, 64, 32, Clock(600))
+    assert len(trips) == 2
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("keys", ["open", "signs"])
+def test_gates_that_never_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: str, keys: str) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from open_gates import drive
+
+    rows = drive(tmp_path, gate, keys, 5000)["rows"]
+    assert rows[-1]["tokens"] == 5000 and rows[-1]["largest"] <= rows[-1]["bound"]
