@@ -210,7 +210,7 @@ def main() -> None:
             add(f"processes by {method}", len(everyone), runs, processes=count, threads=2)
     result = {
         "command": "python " + " ".join(sys.argv),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
         "versions": {"python": platform.python_version(), "onnxruntime": version("onnxruntime")},
         "tokens_a_text": args.tokens, "threads_of_an_operator": 1, "bytes_a_session": round(siblings),
         "forked_after_loading": inherited(model), "interrupted": interrupt(model, 200, 8), "rows": table,

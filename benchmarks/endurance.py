@@ -304,7 +304,7 @@ def main() -> None:
     trips = [{"rss": int(row["rss"]), "process": int(row["process"])} for row in rows]
     result = {
         "command": "python " + " ".join(sys.argv),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": 1},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": 1, "load": os.getloadavg()[0]},
         "versions": {name: version(name) for name in ("onnxruntime", "torch")} | {"python": platform.python_version()},
         "cut": {"layers": LAYERS, "vocabulary": VOCABULARY, "channels_of_mlps": CHANNELS},
         "steps": summary(steps, PIECE), "drift": drift(checkpoint, steps, truth), "whole": summary(whole, WHOLE_PIECE),

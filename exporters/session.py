@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -255,8 +256,9 @@ _leaving = threading.Event()
 def _leave() -> None:
     """Let no daemon thread return from an engine to an interpreter that is gone: the process would abort."""
     _leaving.set()
+    end = time.monotonic() + PATIENCE
     for session in list(_sessions):
-        session._busy.acquire(timeout=PATIENCE)
+        session._busy.acquire(timeout=max(0.0, end - time.monotonic()))
 
 
 def _inherit() -> None:
