@@ -177,12 +177,12 @@ def summary(pieces: Pieces, length: int) -> dict[str, Any]:
 
 
 def _memory(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return how resident memory grew after the first piece of each process, the warm-up."""
+    """Return how resident memory grew from the second piece of each process on; writing the first is warm-up too."""
     grown, most = 0, 0.0
     by_process: dict[int, list[int]] = {}
     for row in rows:
         by_process.setdefault(row.pop("process"), []).append(row["rss"])
-    warm = [sizes for sizes in by_process.values() if len(sizes) > 1]
+    warm = [sizes[1:] for sizes in by_process.values() if len(sizes) > 2]
     for sizes in warm:
         grown += sizes[-1] - sizes[0]
         most = max(most, max(abs(size / sizes[0] - 1) for size in sizes))
