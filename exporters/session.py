@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import threading
+import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
 from ligerexport.artifact import Artifact, StateTensor
-from ligerexport.errors import UsageError
+from ligerexport.errors import LigerError, UsageError
 from ligerexport.snapshot import Snapshot
+from ligerexport.state import FADE, fade
 
 IDLE = -1
 """In place of an id: no token for this row."""
+
+PATIENCE = 10.0
+"""Seconds that the end of the process waits for a call."""
 
 
 class BatchSession(ABC):
     """Checks what a session is given. See `ligerexport.runtime.Session` for the face.
 
-    A subclass has `_position` `[B]` of tokens seen and `_step_ids` `[B, 1]` int64 for the tokens of a step.
+    A subclass has `_position` `[B]` of tokens seen and `_step_ids` `[B, 1]` int64 for the tokens of a step, and calls
+    `_begin` when it has a state that has seen nothing.
     """
 
     artifact: Artifact
@@ -26,10 +38,77 @@ class BatchSession(ABC):
     chunk: int
     _position: np.ndarray
     _step_ids: np.ndarray
+    _process: int | None = None
+
+    def _begin(self) -> None:
+        self._process = self._process or os.getpid()  # a sibling's weights were loaded where its own were
+        self._busy, self._torn = threading.RLock(), False
+        _sessions.add(self)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other threads out for the length of a block.
+
+        Raises:
+            UsageError: One is in.
+            LigerError: The weights were loaded in the process that this one was forked from.
+        """
+        if self._process != os.getpid():
+            raise LigerError(
+                "this session was loaded before its process forked, and the engine's threads are not in the child",
+                hint="load the artifact after the fork, or start processes by spawn",
+            )
+        if not self._busy.acquire(blocking=False):
+            if _leaving.is_set():
+                threading.Event().wait()  # for the end
+            raise UsageError("two threads use one session", hint="give each its own: session.sibling()")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Change the state in a block; after one that an exception ended, Ctrl-C too, nothing goes on from it."""
+        self._torn = True
+        yield
+        self._torn = False
+
+    def _check_whole(self) -> None:
+        if self._torn:
+            raise LigerError(
+                "the last call on this session did not come to its end, so its state is undefined",
+                hint="reset the session or restore a snapshot",
+            )
 
     @abstractmethod
     def _advance(self, ids: np.ndarray) -> np.ndarray:
         """Advance by ids `[B, T]` of the vocabulary and count them; return logits `[B, V]`."""
+
+    def _advance_for_ever(self, ids: np.ndarray) -> np.ndarray:
+        """Advance, and halve the sums of rows that have seen `FADE` more tokens."""
+        before = self._fades()
+        logits = self._advance(ids)
+        times = self._fades() - before
+        for row in np.flatnonzero(times):
+            snapshot = self._copy(row)
+            self._replace(replace(snapshot, tensors=fade(snapshot.tensors, int(times[row]))), row)
+        return logits
+
+    def _fades(self) -> np.ndarray:
+        return np.maximum(self._position, 0) // FADE
+
+    @abstractmethod
+    def _forget(self, row: int | None) -> None:
+        """Do what `reset` does."""
+
+    @abstractmethod
+    def _copy(self, row: int | None) -> Snapshot:
+        """Do what `snapshot` does."""
+
+    @abstractmethod
+    def _replace(self, snapshot: Snapshot, row: int | None) -> None:
+        """Do what `restore` does with a state that fits."""
 
     @property
     def position(self) -> np.ndarray:
@@ -55,12 +134,14 @@ class BatchSession(ABC):
         if array.dtype.kind not in "iu" or array.ndim != 2 or array.shape[0] != self.batch:
             raise UsageError(f"ids {list(array.shape)} of {array.dtype}, integers [{self.batch}, T] were expected")
         self._check_vocabulary(int(array.min()), int(array.max()))
-        if padding is not None:
-            padded = np.asarray(padding, self._position.dtype)
+        with self._alone():
+            padded = np.asarray(0 if padding is None else padding, self._position.dtype)
             if (self._position.astype(bool) & (padded != 0)).any():
                 raise UsageError("padding after the first token", hint="pad rows that have seen nothing only")
-            self._position -= padded
-        return self._advance(array)
+            self._check_whole()
+            with self._change():
+                self._position -= padded
+                return self._advance_for_ever(array)
 
     def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
         """Advance by one token.
@@ -74,19 +155,22 @@ class BatchSession(ABC):
         Raises:
             UsageError: An id outside the vocabulary, or a row that is idle in the middle of its sequence.
         """
-        row = self._step_ids[:, 0]
-        row[:] = ids
-        idle = row == IDLE
-        if idle.any() and not idle.all():
-            if (seen := self._position * idle).max() > 0:
-                raise UsageError(
-                    f"row {seen.argmax()} has seen {seen.max()} tokens and gets none",
-                    hint="keep session.snapshot(row) if it goes on later, then session.reset(row)",
-                )
-            row[idle] = 0
-        self._check_vocabulary(int(row.min()), int(row.max()))
-        self._position[idle] = np.minimum(self._position[idle], -1)  # padding leaves no trace
-        return self._advance(self._step_ids)
+        with self._alone():
+            row = self._step_ids[:, 0]
+            row[:] = ids
+            idle = row == IDLE
+            if idle.any() and not idle.all():
+                if (seen := self._position * idle).max() > 0:
+                    raise UsageError(
+                        f"row {seen.argmax()} has seen {seen.max()} tokens and gets none",
+                        hint="keep session.snapshot(row) if it goes on later, then session.reset(row)",
+                    )
+                row[idle] = 0
+            self._check_vocabulary(int(row.min()), int(row.max()))
+            self._check_whole()
+            with self._change():
+                self._position[idle] = np.minimum(self._position[idle], -1)  # padding leaves no trace
+                return self._advance_for_ever(self._step_ids)
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
         """Advance by a prompt as `prefill` does, and yield the logits after each token.
@@ -98,18 +182,50 @@ class BatchSession(ABC):
         for t in range(max(1, array.shape[1])):
             yield self.prefill(array[:, t : t + 1])[:, None].copy()
 
+    def reset(self, row: int | None = None) -> None:
+        """Forget everything, or one row."""
+        self._rows(row)
+        with self._renew(row):
+            self._forget(row)
+
+    def snapshot(self, row: int | None = None) -> Snapshot:
+        """Return a copy of the state, or of that of one row."""
+        self._rows(row)
+        with self._alone():
+            self._check_whole()
+            return self._copy(row)
+
+    def restore(self, snapshot: Snapshot, row: int | None = None) -> None:
+        """Go to a state that this or another session of the same model was in, or take one sequence into one row.
+
+        Raises:
+            UsageError: It is the state of another model, of other precision, or of another batch.
+        """
+        self._check_snapshot(snapshot, row)
+        with self._renew(row):
+            self._replace(snapshot, row)
+
+    @contextmanager
+    def _renew(self, row: int | None) -> Iterator[None]:
+        with self._alone():
+            if row is not None:  # what is torn in other rows stays so
+                self._check_whole()
+            with self._change():
+                yield
+
     def _rows(self, row: int | None) -> slice:
         if row is not None and not 0 <= row < self.batch:
             raise UsageError(f"row {row}", hint=f"this session runs {self.batch} sequences, 0 to {self.batch - 1}")
         return slice(None) if row is None else slice(row, row + 1)
 
-    def _check_snapshot(self, snapshot: Snapshot, row: int | None) -> slice:
-        """Check that a state fits here, or into one row; return the rows.
+    def _check_snapshot(self, snapshot: Snapshot, row: int | None) -> None:
+        """Check that a state fits here, or into one row.
 
         Raises:
             UsageError: It is the state of another model, or of another batch.
         """
-        rows, batch = self._rows(row), self.batch if row is None else 1
+        self._rows(row)
+        batch = self.batch if row is None else 1
         if snapshot.model != self.artifact.manifest.fingerprint:
             raise UsageError("this state belongs to another model", hint="load the artifact that it was saved with")
         for tensor in self.artifact.manifest.state:
@@ -120,7 +236,6 @@ class BatchSession(ABC):
                     f"this state has no {tensor.past} {list(shape)} of {tensor.dtype}",
                     hint=f"{batch} sequences were expected; see Snapshot.stack and Snapshot.sequence",
                 )
-        return rows
 
     def _shape(self, tensor: StateTensor, batch: int | None = None, grown: int | None = None) -> tuple[int, ...]:
         letters = {"B": batch or self.batch, "P": grown or 0}
@@ -130,6 +245,30 @@ class BatchSession(ABC):
         size = self.artifact.manifest.model.vocab_size
         if low < 0 or high >= size:
             raise UsageError(f"token id {low if low < 0 else high}", hint=f"ids of this model are 0 to {size - 1}")
+
+
+_sessions: weakref.WeakSet[BatchSession] = weakref.WeakSet()
+_inherited: list[BatchSession] = []
+_leaving = threading.Event()
+
+
+@atexit.register
+def _leave() -> None:
+    """Let no daemon thread return from an engine to an interpreter that is gone: the process would abort."""
+    _leaving.set()
+    end = time.monotonic() + PATIENCE
+    for session in list(_sessions):
+        session._busy.acquire(timeout=max(0.0, end - time.monotonic()))
+
+
+def _inherit() -> None:
+    """Keep what a fork brings here: to free an engine is to wait for its threads, which stayed behind."""
+    _inherited.extend(_sessions)
+    _sessions.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_inherit)
 
 
 def dtype_of(tensor: StateTensor) -> np.dtype:

@@ -310,7 +310,7 @@ def is_near_tie(expected: State, found: State, pools: tuple[tuple[str, int], ...
 
 def get_ranks(scores: np.ndarray, positions: np.ndarray, pools: tuple[tuple[str, int], ...]) -> np.ndarray:
     """Return ranks `[P, n]` on a logarithmic scale, on which a relative difference of scores is a distance."""
-    ranks = np.log(np.maximum(scores, 1e-30))
+    ranks = np.log(np.maximum(scores, 1e-30, dtype=np.float64))
     for i, score in enumerate(get_score(name) for name, _ in pools):
         if score.signal == "given":  # a logarithm already
             ranks[i] = scores[i]

@@ -87,7 +87,8 @@ def memory_attention(
     if config.slots:
         local = torch.softmax(logits.where(always[:, :, None], MASKED), dim=-1)
         scores = _scores(local, seen & near, distance, values, arrival, state["slot_score"], spec)
-    visible = always | _kept(seen & ~near & ~sink, scores, positions, config.slots)
+    born = positions - position[:, None, None]
+    visible = always | _kept(seen & ~near & ~sink, scores, born, config.slots)
     logits = logits.where(visible[:, :, None], MASKED)
     output = torch.softmax(logits, dim=-1) @ values[:, :, None]
     lost = torch.nn.functional.pad(state["slot_position"] >= 0, (0, key.shape[2]))[:, :, None]
@@ -154,14 +155,17 @@ def _scores(
     return torch.stack(scores, dim=2)
 
 
-def _kept(left: Tensor, scores: Tensor | None, positions: Tensor, pools: tuple[tuple[str, int], ...]) -> Tensor:
-    """Return which of the tokens that left the window `[B, H_kv, T, C]` hold a slot for each query; older on ties."""
+def _kept(left: Tensor, scores: Tensor | None, born: Tensor, pools: tuple[tuple[str, int], ...]) -> Tensor:
+    """Return which of the tokens that left the window `[B, H_kv, T, C]` hold a slot for each query; older on ties.
+
+    Pools that age rank by positions `born` `[B, H_kv, C]` that count from the block: those of a long text would round.
+    """
     kept = torch.zeros_like(left)
     for i, (name, count) in enumerate(pools):
         assert scores is not None
         rank, horizon = scores[:, :, i], get_score(name).horizon
         if horizon is not None:
-            rank = rank.clamp_min(FAINTEST).log() + positions / horizon
+            rank = rank.clamp_min(FAINTEST).log() + born / horizon
         best = rank[:, :, None].where(left, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :count]
         won = torch.zeros_like(left).scatter(-1, best, True) & left
         kept, left = kept | won, left & ~won

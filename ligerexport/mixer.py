@@ -20,7 +20,7 @@ from ligerexport.families import FAMILIES, PREFIX, Family, get_family, head_dim
 from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
-from ligerexport.state import MixerSpec, MixerState
+from ligerexport.state import FADE, MixerSpec, MixerState, fade
 
 ONE_LAUNCH = 32_768
 """Numbers in the slots' keys of one head up to which a step is one launch: it holds them in registers."""
@@ -218,7 +218,10 @@ class LigerLayer(CacheLayerMixin):
 
     def advance(self, state: MixerState, tokens: int) -> None:
         """Take the state after `tokens` more tokens."""
-        self.state, self.seen, self.is_initialized = state, self.seen + tokens, True
+        seen = self.seen + tokens
+        if times := seen // FADE - self.seen // FADE:
+            state = fade(state, times)
+        self.state, self.seen, self.is_initialized = state, seen, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the mixer makes the first state."""

@@ -8,15 +8,36 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ligerexport.config import LigerConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 MixerState = dict[str, "torch.Tensor"]
 """A layer's state by the names of `MixerSpec.state`, each tensor with its leading batch axis."""
+
+FADE = 1 << 20
+"""Tokens of a text after which sums without a decay are halved, again and again: they are of 2 * FADE tokens at most.
+In fp32 a count ends at 2^24, and what is added to a sum of so many tokens is lost."""
+
+
+def fade(state: dict[str, Array], times: int) -> dict[str, Array]:
+    """Return a state with its sums without a decay halved so many times, which in fp32 is exact.
+
+    All that is read from them is one divided by another, so it stays; only the number of evicted tokens is less.
+
+    Args:
+        state: By the names of `MixerSpec.state`, or those with the same beginnings.
+        times: How many.
+    """
+    sums = {name.replace("recurrent_mass", "recurrent_state") for name in state if name.endswith("recurrent_mass")}
+    sums |= {name for name in state if name.endswith(("recurrent_mass", "judge_state"))}
+    return {name: tensor * 0.5**times if name in sums else tensor for name, tensor in state.items()}
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ class Candidates:
         within: Where the distance is at most the largest rotary distance, likewise.
         carried: Which of them a slot held before the chunk, likewise with one query; None where nothing is evicted.
         counts: Per pool kept by attention received: 1 where what is received counts, else 0; None for other pools.
-        ages: Per pool that ages: position over horizon `[B, H, 1, C]` fp32; None for other pools.
+        ages: Per pool that ages: position over horizon `[B, H, 1, C]` fp32, counted from before the chunk, since the
+            positions of a long text would round; None for other pools.
     """
 
     position: ir.Value
@@ -150,7 +151,7 @@ def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -
             counted = g.op("And", g.op("LessOrEqual", leaving, born), g.op("GreaterOrEqual", first, born))
             counted = by_layer(g.op("Cast", counted, to=ir.DataType.FLOAT))
         if score.horizon is not None:
-            aged = by_layer(g.op("Div", g.op("Cast", columns, to=ir.DataType.FLOAT), g.floats(score.horizon)))
+            aged = by_layer(g.op("Div", g.op("Squeeze", birth, g.const([2])), g.floats(score.horizon)))
         counts.append(counted)
         ages.append(aged)
     fields = [by_layer(columns), by_layer(table_row), by_layer(always), local, rank, by_layer(within), carried]

@@ -97,6 +97,7 @@ class OnnxSession(BatchSession):
         self._step_ids = np.zeros((self.batch, 1), np.int64)
         self._step, self._chunk = self._bind(), self._bind()
         self._step.bind_ortvalue_input("input_ids", _value(self._step_ids))
+        self._begin()
 
     def sibling(self, batch: int = 1) -> OnnxSession:
         """Return a session of other sequences on the same loaded weights, which may run in a thread of its own.
@@ -139,8 +140,7 @@ class OnnxSession(BatchSession):
             self.prefill(array[:, start : start + self.chunk])
             yield self._every
 
-    def reset(self, row: int | None = None) -> None:
-        """Forget everything, or one row."""
+    def _forget(self, row: int | None) -> None:
         rows = self._rows(row)
         self._position[rows] = 0
         self._fetch()
@@ -149,8 +149,7 @@ class OnnxSession(BatchSession):
         self._put()
         self._regrow(rows, {tensor: self._empty(tensor, 1).numpy() for tensor in self._growing})
 
-    def snapshot(self, row: int | None = None) -> Snapshot:
-        """Return a copy of the state, or of that of one row."""
+    def _copy(self, row: int | None) -> Snapshot:
         rows = self._rows(row)
         self._fetch()
         tensors = {t.past: array[rows].copy() for t, array in self._fixed.items()}
@@ -160,13 +159,8 @@ class OnnxSession(BatchSession):
             tensors[tensor.past] = grown[:, :, first:].copy()
         return Snapshot(self.artifact.manifest.fingerprint, self._position[rows].copy(), tensors)
 
-    def restore(self, snapshot: Snapshot, row: int | None = None) -> None:
-        """Go to a state that this or another session of the same model was in, or take one sequence into one row.
-
-        Raises:
-            UsageError: It is the state of another model, or of another batch.
-        """
-        rows = self._check_snapshot(snapshot, row)
+    def _replace(self, snapshot: Snapshot, row: int | None) -> None:
+        rows = self._rows(row)
         self._position[rows] = snapshot.position
         self._fetch()
         for tensor, array in self._fixed.items():

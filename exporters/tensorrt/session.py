@@ -107,6 +107,7 @@ class TensorRTSession(BatchSession):
         found = [(x["past"], x["dtype"], tuple(x["shape"])) for x in described["state"]]
         if found != [(x.past, x.dtype, self._shape(x)) for x in self.artifact.manifest.state]:
             raise ArtifactError(f"the state of {self.engine['engine']} is not that of its manifest", hint="build again")
+        self._begin()
 
     def sibling(self, batch: int = 1) -> TensorRTSession:
         """Return a session of other sequences on the same engine, which may run in a thread of its own.
@@ -131,13 +132,10 @@ class TensorRTSession(BatchSession):
         self._call("advance", given.ctypes.data, given.shape[1], self._logits.ctypes.data)
         return self._logits
 
-    def reset(self, row: int | None = None) -> None:
-        """Forget everything, or one row."""
-        self._rows(row)
+    def _forget(self, row: int | None) -> None:
         self._call("reset", ALL_ROWS if row is None else row)
 
-    def snapshot(self, row: int | None = None) -> Snapshot:
-        """Return a copy of the state, or of that of one row."""
+    def _copy(self, row: int | None) -> Snapshot:
         rows, tensors = self._rows(row), {}
         for i, x in enumerate(self.artifact.manifest.state):
             array = np.empty(self._shape(x, self.batch if row is None else 1), dtype_of(x))
@@ -145,13 +143,8 @@ class TensorRTSession(BatchSession):
             tensors[x.past] = array
         return Snapshot(self.artifact.manifest.fingerprint, self.position[rows], tensors)
 
-    def restore(self, snapshot: Snapshot, row: int | None = None) -> None:
-        """Go to a state that this or another session of the same model was in, or take one sequence into one row.
-
-        Raises:
-            UsageError: It is the state of another model, of other precision, or of another batch.
-        """
-        rows = self._check_snapshot(snapshot, row)
+    def _replace(self, snapshot: Snapshot, row: int | None) -> None:
+        rows = self._rows(row)
         for i, x in enumerate(self.artifact.manifest.state):
             array = np.ascontiguousarray(snapshot.tensors[x.past])
             self._call("write", i, ALL_ROWS if row is None else row, array.ctypes.data, array.nbytes)

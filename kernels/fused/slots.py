@@ -28,11 +28,14 @@ NEVER_DROPPED = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
-def _order(score, position, item, enters, HORIZON: tl.constexpr):
-    """Return one integer for each item, larger the better: its rank, the older one on ties; `NOTHING` for none."""
+def _order(score, time, item, enters, HORIZON: tl.constexpr):
+    """Return one integer for each item, larger the better: its rank, the older one on ties; `NOTHING` for none.
+
+    Pools that age rank by times, which count from the call: the positions of a long text would round.
+    """
     rank = score
     if HORIZON > 0:
-        rank = tl.log(tl.maximum(score, 1e-30)) + tl.div_rn(position.to(tl.float32), HORIZON)
+        rank = tl.log(tl.maximum(score, 1e-30)) + tl.div_rn(time.to(tl.float32), HORIZON)
     bits = tl.where(rank == 0, 0.0, rank).to(tl.int32, bitcast=True)  # -0 is as good as 0
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(enters, (bits.to(tl.int64) << 32) + (item ^ 0x7FFFFFFF).to(tl.int64), NOTHING)
@@ -54,7 +57,7 @@ def _enter_kernel(
     position = time + tl.load(p_position + b)
     enters = (c < events) & (time != EMPTY) & (position >= SINKS)
     tl.store(p_death + bh * count + c, tl.where(enters, NEVER, leave), mask=c < count)
-    key = _order(score, position, c, enters, HORIZON)
+    key = _order(score, time, c, enters, HORIZON)
     tl.store(p_key + bh * events + c, key, mask=c < events)
     if block < blocks:
         tl.store(p_sorted + (bh * blocks + block) * LISTED + tl.arange(0, LISTED), tl.topk(key, LISTED))
@@ -112,8 +115,7 @@ def _least(item, better_before, since, held, key, e, SIZE: tl.constexpr):
 
 @triton.jit
 def _drop_kernel(
-    p_key, p_leaders, p_next_key, p_next_sorted, p_score, p_position, p_time, p_leave, p_death, count, events,
-    blocks,
+    p_key, p_leaders, p_next_key, p_next_sorted, p_score, p_time, p_leave, p_death, count, events, blocks,
     H_KV: tl.constexpr, POOLS: tl.constexpr, NEXT: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr,
     HORIZON: tl.constexpr, LISTED: tl.constexpr, EVENTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -151,9 +153,9 @@ def _drop_kernel(
         death = tl.load(p_leave + bh * count + s, mask=gone, other=0)
         tl.store(p_death + bh * count + item, death, mask=gone)
     else:
-        position = tl.load(p_time + bh * count + item, mask=gone, other=0) + tl.load(p_position + b)
+        time = tl.load(p_time + bh * count + item, mask=gone, other=0)
         score = tl.load(p_score + (bh * POOLS + NEXT) * count + item, mask=gone, other=0.0)
-        next_key = _order(score, position, item, gone, HORIZON)
+        next_key = _order(score, time, item, gone, HORIZON)
         tl.store(p_next_key + bh * events + s, next_key, mask=s < events)
         tl.store(p_next_sorted + (bh * blocks + block) * LISTED + tl.arange(0, LISTED), tl.topk(next_key, LISTED))
 
@@ -270,8 +272,7 @@ def deaths(found: Candidates) -> Tensor:
         next_key, next_best = (key, best) if last else (torch.empty_like(key), lists(listed[after]))
         launch(
             (found.call, i), _drop_kernel, (blocks, kv_heads, batch),
-            key, leaders, next_key, next_best, found.score, found.position, found.time, found.leave,
-            death, count, events, blocks,
+            key, leaders, next_key, next_best, found.score, found.time, found.leave, death, count, events, blocks,
             constants=lambda: common | {
                 "SIZE": size, "PLACES": places[i], "NEXT": i + 1, "HORIZON": horizons[after],
                 "LISTED": listed[after], "ROWS": 16,

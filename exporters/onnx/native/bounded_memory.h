@@ -170,7 +170,9 @@ class Head {
 
   float Rank(size_t pool, int64_t i) const {
     const float score = w_.score[pool * candidates_ + i], horizon = l_.pools[pool].horizon;
-    return horizon == 0 ? score : std::log(std::max(score, kFaintest)) + static_cast<float>(w_.time[i]) / horizon;
+    if (std::isnan(score)) return kNever;  // which could not be sorted
+    if (horizon == 0) return score;
+    return std::log(std::max(score, kFaintest)) + static_cast<float>(w_.time[i] - start_) / horizon;  // small numbers
   }
 
   // Whether a ranks before b in a pool; `w_.rank` has the ranks.
@@ -184,7 +186,8 @@ class Head {
            l_.d_k);
   }
 
-  // Finds what the slots were kept for before this call.
+  // Finds what the slots were kept for before this call. A state from elsewhere may have slots of the future, which are
+  // dropped, and a window with gaps.
   void Sort() {
     std::vector<int64_t>& left = w_.left;
     left.clear();
