@@ -128,7 +128,7 @@ def _staged(path: Path) -> Iterator[Path]:
         if number in FULL:
             raise LigerError(
                 f"no space left for {path} ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB free), or a limit on "
-                "the size of files; nothing was written",
+                "the size of files",
                 hint="free some space, or choose another disk",
             ) from error
         if number is None or getattr(error, "filename", None) is not None:  # which may be what is read
