@@ -35,6 +35,7 @@ from ligerexport.mixer import LigerMixer
 from ligerexport.recover.config import RecoverConfig
 from ligerexport.recover.model import load_teacher
 from ligerexport.recover.run import prepare
+from ligerexport.staging import staged_file
 from ligerexport.text import TextModel
 
 COUNTED = ("kl", "once_nll")
@@ -172,8 +173,8 @@ def allocate(
         },
     }  # fmt: skip
     fields = as_fields(LigerConfig.from_dict(record["base"]), sizes)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(fields | {"record": record}, indent=1) + "\n", encoding="utf-8")
+    with staged_file(output) as file:
+        file.write_text(json.dumps(fields | {"record": record}, indent=1) + "\n", encoding="utf-8")
     return output
 
 

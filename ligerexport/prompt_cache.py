@@ -10,6 +10,7 @@ import numpy as np
 
 from ligerexport.errors import LigerError
 from ligerexport.snapshot import Snapshot
+from ligerexport.staging import remove_leftovers
 
 if TYPE_CHECKING:
     from ligerexport.runtime import Session
@@ -74,6 +75,7 @@ class PromptCache:
             if not self.path.parent.is_dir():
                 raise LigerError(f"no directory {self.path.parent} for a prompt cache", hint="make it first")
             return None
+        remove_leftovers(self.path)  # here too: a file that is only read is not written again
         kept = Snapshot.load(self.path)
         if kept.ids is None or kept.position.tolist() != [len(kept.ids)]:
             raise LigerError(f"{self.path} is a saved state and no prompt cache", hint="choose another file")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ligerexport.errors import LigerError, UsageError
+from ligerexport.staging import staged_file
 
 _FORMAT = "1"
 _HINT = "give a file that /save, --prompt-cache or Snapshot.save wrote; this one was left as it is"
@@ -61,20 +61,17 @@ class Snapshot:
         return cls(snapshots[0].model, np.concatenate([snapshot.position for snapshot in snapshots]), tensors)
 
     def save(self, path: Path | str) -> None:
-        """Write the state to one file (safetensors), whole or not at all."""
+        """Write the state to one file (safetensors), whole or not at all.
+
+        Raises:
+            LigerError: The disk is full, or the place cannot be written.
+        """
         from safetensors.numpy import save
 
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            header = {"ligerexport.snapshot": _FORMAT, "model": self.model}
-            ids = {} if self.ids is None else {"ids": self.ids}
-            partial.write_bytes(save({"position": self.position, **ids, **self.tensors}, metadata=header))
-            partial.replace(target)
-        except OSError as error:
-            raise LigerError(f"cannot write {target}: {error.strerror}", hint="choose another place") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        header = {"ligerexport.snapshot": _FORMAT, "model": self.model}
+        ids = {} if self.ids is None else {"ids": self.ids}
+        with staged_file(path) as file:
+            file.write_bytes(save({"position": self.position, **ids, **self.tensors}, metadata=header))
 
     @classmethod
     def load(cls, path: Path | str) -> Snapshot:

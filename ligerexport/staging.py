@@ -1,19 +1,21 @@
-"""Directories that appear whole or not at all: written beside their destination, synced, renamed.
+"""Directories and files that appear whole or not at all: written beside their destination, synced, renamed.
 
-Artifacts and checkpoints are both made this way. A killed run leaves a locked-by-nobody directory that the next run
-for the same destination removes.
+Artifacts, checkpoints and states are all made this way. A killed run leaves a locked-by-nobody directory that the next
+run for the same destination removes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ def cache_dir() -> Path:
 
 
 def check_destination(destination: Path | str, *, force: bool = False, marker: str) -> None:
-    """Refuse a destination that would lose something.
+    """Refuse a destination that would lose something; what killed runs left there is removed, or finished.
 
     Args:
         destination: Directory to be written.
@@ -45,9 +47,13 @@ def check_destination(destination: Path | str, *, force: bool = False, marker: s
         marker: File that tells such an output from any other directory.
 
     Raises:
-        UsageError: It is a file, is not empty, or `force` would replace what this program did not write.
+        UsageError: It is a file, is not empty, or `force` would replace what this program did not write, or may not.
     """
-    path = Path(destination)
+    path = Path(os.path.abspath(destination))
+    remove_leftovers(path)
+    backup = path.with_name(f"{_prefix(path)}old")
+    if (backup / marker).is_file() and not path.exists():  # killed between the two renames of `_replace`
+        backup.rename(path)
     if not path.exists():
         return
     if not path.is_dir():
@@ -61,6 +67,8 @@ def check_destination(destination: Path | str, *, force: bool = False, marker: s
             f"{path} holds other things (no {marker}), so --force will not replace it",
             hint="choose another place with -o",
         )
+    if not os.access(path, os.W_OK | os.X_OK):  # else it would be renamed, and could not be removed
+        raise UsageError(f"{path} is not writable, so --force cannot replace it", hint="choose another place with -o")
 
 
 @contextmanager
@@ -82,28 +90,61 @@ def staged_directory(destination: Path | str, *, force: bool = False, marker: st
     """
     path = Path(os.path.abspath(destination))
     check_destination(path, force=force, marker=marker)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(path, marker)
-        stage, lock = _make_stage(path)
-    except OSError as error:
-        raise LigerError(f"cannot write {path}: {error.strerror}", hint="choose another place with -o") from error
-    try:
+    with _staged(path) as stage:
         yield stage
         _sync(stage)
         check_destination(path, force=force, marker=marker)
         _replace(stage, path)
+
+
+@contextmanager
+def staged_file(destination: Path | str) -> Iterator[Path]:
+    """Yield a path for a file that takes the place of `destination` when the block ends without an exception.
+
+    Raises:
+        LigerError: The disk is full, or the place cannot be written.
+    """
+    path = Path(os.path.abspath(destination))
+    with _staged(path) as stage:
+        yield stage / path.name
+        _sync(stage)
+        (stage / path.name).replace(path)
+        _sync_names(path.parent)
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `path` that is removed at the end; say what went wrong with the disk."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        stage, lock = _make_stage(path)
     except OSError as error:
-        if error.errno not in FULL:
+        raise LigerError(f"cannot write {path}: {error.strerror}", hint="choose another place") from error
+    try:
+        yield stage
+    except Exception as error:
+        number = _error_number(error)
+        if number in FULL:
+            raise LigerError(
+                f"no space left for {path} ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB free), or a limit on "
+                "the size of files",
+                hint="free some space, or choose another disk",
+            ) from error
+        if number is None or getattr(error, "filename", None) is not None:  # which may be what is read
             raise
-        raise LigerError(
-            f"no space left for {path} ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB free), or a limit on the "
-            "size of files; nothing was written",
-            hint="free some space, or choose another disk with -o",
-        ) from error
+        raise LigerError(f"cannot write {path}: {os.strerror(number)}", hint="choose another place") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         os.close(lock)
+
+
+def _error_number(error: Exception) -> int | None:
+    """Return the system's number of an error; safetensors has it in its text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _prefix(path: Path) -> str:
@@ -133,22 +174,27 @@ def _umask() -> int:
     return mask
 
 
-def _remove_stale(path: Path, marker: str) -> None:
-    """Clean up after killed runs: finish or drop what no process holds."""
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed runs for `path` left beside it: what no process holds."""
     if fcntl is None:
         return
-    for stage in path.parent.glob(f"{_prefix(path)}*.partial"):
-        lock = os.open(stage, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(stage, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(lock)
-    backup = path.with_name(f"{_prefix(path)}old")
-    if (backup / marker).is_file() and not path.exists():  # killed between the two renames of `_replace`
-        backup.rename(path)
+    for stage in path.parent.glob(f"{glob.escape(_prefix(path))}*.partial"):
+        with suppress(OSError):  # it is in use, another user's, or gone meanwhile
+            lock = os.open(stage, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(stage, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory, if it is there: a killed run leaves all of it, or nothing under its name."""
+    going = path.with_name(f"{_prefix(path)}{os.getpid()}.partial")
+    shutil.rmtree(going, ignore_errors=True)
+    with suppress(OSError):
+        path.rename(going)
+    shutil.rmtree(going, ignore_errors=True)
 
 
 def _sync(directory: Path) -> None:
@@ -157,11 +203,7 @@ def _sync(directory: Path) -> None:
         return
     for root, _, files in os.walk(directory, topdown=False):
         for name in [*files, "."]:
-            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync_one(os.path.join(root, name))
 
 
 def _replace(stage: Path, path: Path) -> None:
@@ -174,9 +216,20 @@ def _replace(stage: Path, path: Path) -> None:
         path.rename(backup)
         stage.rename(path)
         shutil.rmtree(backup, ignore_errors=True)
+    _sync_names(path.parent)
+
+
+def _sync_names(directory: Path) -> None:
+    """Bring the names in a directory to the disk."""
     if os.name == "posix":
-        descriptor = os.open(path.parent, os.O_RDONLY)
+        _sync_one(directory)
+
+
+def _sync_one(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         os.fsync(descriptor)
+    finally:
         os.close(descriptor)
 
 

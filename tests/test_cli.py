@@ -293,6 +293,25 @@ def test_a_reader_that_leaves_early(endless: Path) -> None:
     assert b"Traceback" not in done.stderr and len(done.stdout) == 1
 
 
+def test_output_on_a_full_disk() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command("list", "presets"), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "error: reading or writing failed: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("std::bad_alloc"), OSError(12, "Cannot allocate memory", "file")]
+)
+def test_memory_that_ran_out(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(quiet: bool, debug: bool) -> None:
+        raise error
+
+    monkeypatch.setattr("ligerexport.cli.common.begin", fail)
+    code, _, err = cli("doctor")
+    assert code == 1 and err.startswith("error: memory ran out\nhint: ")
+
+
 def test_inspect_tells_what_an_artifact_is(cli: Cli, artifact: Path) -> None:
     told = json.loads(cli("inspect", artifact, "--json").out)
     assert told["kind"] == "artifact" and told["verification"] == {"passed": True}

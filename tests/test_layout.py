@@ -26,8 +26,8 @@ PACKAGE = ROOT / "ligerexport"
 # A module imports from rows above its own, and from its own package; nothing else.
 LAYERS = (
     ("errors",),
-    ("console", "staging", "snapshot", "checkpoint", "families", "gates", "memory", "text"),
-    ("config", "artifact", "sources", "corpus"),
+    ("console", "staging", "checkpoint", "families", "gates", "memory", "text"),
+    ("config", "artifact", "sources", "corpus", "snapshot"),
     ("state",),
     ("kernels",),
     ("mixer",),

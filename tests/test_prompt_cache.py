@@ -48,6 +48,13 @@ def test_the_same_prompt_is_read_once(built: tuple[Path, Path], tmp_path: Path) 
     assert [file.name for file in tmp_path.iterdir()] == ["cache"]
 
 
+def test_what_a_killed_run_left_goes_when_the_file_is_read(built: tuple[Path, Path], tmp_path: Path) -> None:
+    write(built[1], IDS, tmp_path / "cache")
+    (tmp_path / ".cache.123.partial").mkdir()  # killed after its file got its name
+    write(built[1], IDS, tmp_path / "cache")
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+
+
 def test_what_prompts_share_is_found_and_kept(built: tuple[Path, Path], tmp_path: Path) -> None:
     restored = []
     for question in (*QUESTIONS, QUESTIONS[0]):

@@ -91,7 +91,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):  # typer returns 130 or raises, by its version
         code = 130
     except BrokenPipeError:  # the reader of stdout has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
         if common.settings.debug:
@@ -99,9 +98,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         explained = _explain(error)
         print_error(explained)
         code = explained.exit_code
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left of it can go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if code == 130:
         say("\nstopped")
     sys.exit(code)
+
+
+_NO_MEMORY = ("bad_alloc", "bad allocation", "ailed to allocate memory", "t allocate memory", "Cannot allocate memory",
+              "t start new thread", "failed to map segment")  # fmt: skip
+"""How ONNX Runtime, torch, the system, Python's threads and the loader of libraries say that memory ran out."""
 
 
 def _explain(error: Exception) -> LigerError:
@@ -115,8 +123,10 @@ def _explain(error: Exception) -> LigerError:
         if near := getattr(error, "possibilities", None):
             return UsageError(f"unknown option '{error.option_name}'", hint=f"did you mean {' or '.join(near)}?")  # type: ignore[attr-defined]
         return UsageError(describe().rstrip("."), hint=f"{command} --help")
-    if isinstance(error, OSError) and error.filename:
-        return LigerError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        return LigerError("memory ran out", hint="end other programs, raise the limit, or take smaller settings")
+    if isinstance(error, OSError) and error.strerror:
+        return LigerError(f"{error.filename or 'reading or writing failed'}: {error.strerror}")
     return LigerError(
         f"unexpected {type(error).__name__}: {str(error).partition(chr(10))[0]}",
         hint="this is a bug; the same command with --debug shows where",

@@ -5,7 +5,6 @@ Only the order of the work is here. Torch is imported once there is something to
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -16,7 +15,7 @@ from ligerexport.config import LigerConfig
 from ligerexport.console import ProgressFactory, say
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.recover.config import RecoverConfig
-from ligerexport.staging import check_destination, staged_directory
+from ligerexport.staging import check_destination, remove_directory, staged_directory
 
 if TYPE_CHECKING:
     from ligerexport.checkpoint import CheckpointInfo
@@ -88,7 +87,7 @@ def recover(
     group = Group.join(shard)
     states, run = state_directory(output), identity(info, documents, config, against)
     if resume == "never" and group.main:
-        shutil.rmtree(states, ignore_errors=True)
+        remove_directory(states)
     group.wait()
     state = load_state(states, run)  # before the weights are loaded: a mistake is told at once
     trainer, lora = _trainer(info, documents, config, against, group, states, run)
@@ -107,7 +106,7 @@ def recover(
             else:
                 write_adapter(stage, tensors, lora, record | {"liger": info.config["liger"]})
             write_report(stage, record, trainer.history)
-        shutil.rmtree(states, ignore_errors=True)
+        remove_directory(states)
     group.wait()
     return output
 

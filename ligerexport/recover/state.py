@@ -7,7 +7,6 @@ stored. A state appears whole or not at all; safetensors and JSON only.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ligerexport.console import warn
 from ligerexport.errors import CheckpointError
 from ligerexport.sources import file_sha256
-from ligerexport.staging import staged_directory
+from ligerexport.staging import remove_directory, staged_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +64,7 @@ def save_state(
         content = {"step": step, "run": run, "sha256": hashes, "history": history}
         (stage / MARKER).write_text(json.dumps(content) + "\n", encoding="utf-8")
     for old in _states(directory)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove_directory(old)
     return target
 
 

@@ -11,13 +11,12 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ligerexport.errors import LigerError, MissingDependency
-from ligerexport.staging import cache_dir
+from ligerexport.staging import cache_dir, staged_file
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -61,11 +60,8 @@ def library() -> Path:
         digest.update(source.read_bytes())
     path = cache_dir() / "native" / f"liger-{digest.hexdigest()[:16]}.so"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as place:
-            made = Path(place, path.name)
+        with staged_file(path) as made:
             _compile([compiler, *_FLAGS, native, *(str(x) for x in sources if x.suffix == ".cc"), "-o", str(made)])
-            made.replace(path)
     return path
 
 
