@@ -11,6 +11,8 @@ from ligerexport.artifact import Artifact, StateTensor
 from ligerexport.errors import UsageError
 from ligerexport.snapshot import Snapshot
 
+_LONGEST = 1 << 48
+"""Tokens that a sequence may have."""
 IDLE = -1
 """In place of an id: no token for this row."""
 
@@ -107,7 +109,7 @@ class BatchSession(ABC):
         """Check that a state fits here, or into one row; return the rows.
 
         Raises:
-            UsageError: It is the state of another model, or of another batch.
+            UsageError: It is the state of another model or of another batch, or no state that a session was in.
         """
         rows, batch = self._rows(row), self.batch if row is None else 1
         if snapshot.model != self.artifact.manifest.fingerprint:
@@ -120,6 +122,15 @@ class BatchSession(ABC):
                     f"this state has no {tensor.past} {list(shape)} of {tensor.dtype}",
                     hint=f"{batch} sequences were expected; see Snapshot.stack and Snapshot.sequence",
                 )
+        seen = snapshot.position
+        if seen.shape != (batch,) or seen.dtype.kind != "i":
+            raise UsageError(f"this state has seen {seen!r:.60} tokens", hint=f"{batch} numbers were expected")
+        for tensor in self.artifact.manifest.state:
+            given = snapshot.tensors[tensor.past]
+            short = tensor.grows and given.shape[2] < seen.max()
+            if short or abs(seen).max() > _LONGEST or (given.dtype.kind == "i" and not _are_positions(given)):
+                raise UsageError(f"{tensor.past} of this state is not that after {seen.max()} tokens",
+                                 hint="the file is damaged: read the prompt again")  # fmt: skip
         return rows
 
     def _shape(self, tensor: StateTensor, batch: int | None = None, grown: int | None = None) -> tuple[int, ...]:
@@ -130,6 +141,11 @@ class BatchSession(ABC):
         size = self.artifact.manifest.model.vocab_size
         if low < 0 or high >= size:
             raise UsageError(f"token id {low if low < 0 else high}", hint=f"ids of this model are 0 to {size - 1}")
+
+
+def _are_positions(array: np.ndarray) -> bool:
+    """Return whether all are tokens of a sequence, or -1 for none."""
+    return bool(((array >= -1) & (array <= _LONGEST)).all())
 
 
 def dtype_of(tensor: StateTensor) -> np.dtype:
