@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ligerexport.console import ProgressFactory, silent
-from ligerexport.errors import MissingDependency, UsageError, close_matches
+from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
 from ligerexport.exporters.targets import BLOCK, Target, get_precision, get_target
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ def build(
         with progress("hashing the source", info.bytes) as advance:
             source = _source(info, advance)
         recovery = info.config.get("liger_recovery")
+        if not isinstance(recovery, dict | None):
+            raise CheckpointError(f"config.json says liger_recovery {recovery!r:.60}", hint="convert the model again")
         skipped: dict[str, Any] = {"passed": False, "skipped": True}
         manifest = make_manifest(
             spec, source, target, lowering, max_chunk, row.requires, skipped, recovery=recovery, form=form
@@ -214,13 +216,19 @@ def make_manifest(
 def _source(info: CheckpointInfo, advance: Any) -> Any:
     """Say where the weights come from; links of `convert` to the original files have the original's hashes."""
     from ligerexport.artifact import Source, sha256
+    from ligerexport.reading import from_plain
 
     hashes = {}
     for file in info.files:
         hashes[file.name] = sha256(file)
         advance(file.stat().st_size)
     origin = info.config.get("liger_source") or {"model": info.path.resolve().name}
-    return Source(**origin, files=hashes)
+    try:
+        return from_plain(Source, origin | {"files": hashes})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"config.json says liger_source {origin!r:.60}", hint="convert the model again"
+        ) from error
 
 
 def _check_installed() -> None:

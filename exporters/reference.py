@@ -264,15 +264,16 @@ class Reference:
 
 def _empty_model(spec: ModelSpec) -> PreTrainedModel:
     """Return the model without the memory of its weights; what it computes of its configuration is real."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from ligerexport.mixer import read_config
 
     def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
         return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     hook = register_module_parameter_registration_hook(empty)
     try:
-        config = AutoConfig.from_pretrained(spec.path)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(read_config(spec.config), dtype=torch.float32).eval()
     finally:
         hook.remove()
 

@@ -19,6 +19,8 @@ from ligerexport.errors import LigerError, UsageError
 from ligerexport.snapshot import Snapshot
 from ligerexport.state import FADE, fade
 
+_LONGEST = 1 << 48
+"""Tokens that a sequence may have."""
 IDLE = -1
 """In place of an id: no token for this row."""
 
@@ -222,7 +224,7 @@ class BatchSession(ABC):
         """Check that a state fits here, or into one row.
 
         Raises:
-            UsageError: It is the state of another model, or of another batch.
+            UsageError: It is the state of another model or of another batch, or no state that a session was in.
         """
         self._rows(row)
         batch = self.batch if row is None else 1
@@ -236,6 +238,15 @@ class BatchSession(ABC):
                     f"this state has no {tensor.past} {list(shape)} of {tensor.dtype}",
                     hint=f"{batch} sequences were expected; see Snapshot.stack and Snapshot.sequence",
                 )
+        seen = snapshot.position
+        if seen.shape != (batch,) or seen.dtype.kind != "i":
+            raise UsageError(f"this state has seen {seen!r:.60} tokens", hint=f"{batch} numbers were expected")
+        for tensor in self.artifact.manifest.state:
+            given = snapshot.tensors[tensor.past]
+            short = tensor.grows and given.shape[2] < seen.max()
+            if short or abs(seen).max() > _LONGEST or (given.dtype.kind == "i" and not _are_positions(given)):
+                raise UsageError(f"{tensor.past} of this state is not that after {seen.max()} tokens",
+                                 hint="the file is damaged: read the prompt again")  # fmt: skip
 
     def _shape(self, tensor: StateTensor, batch: int | None = None, grown: int | None = None) -> tuple[int, ...]:
         letters = {"B": batch or self.batch, "P": grown or 0}
@@ -269,6 +280,11 @@ def _inherit() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_inherit)
+
+
+def _are_positions(array: np.ndarray) -> bool:
+    """Return whether all are tokens of a sequence, or -1 for none."""
+    return bool(((array >= -1) & (array <= _LONGEST)).all())
 
 
 def dtype_of(tensor: StateTensor) -> np.dtype:

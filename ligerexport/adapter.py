@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint
+from ligerexport.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint, check_links
 from ligerexport.config import LigerConfig
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError
+from ligerexport.reading import read_json
 from ligerexport.staging import staged_directory
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ RECORD = "recovery.json"
 """In every result; tells it from other directories."""
 RECOVERY = "liger_recovery"
 """Key of config.json under which a recovered checkpoint says how it was made."""
+_WROTE = "give what `recover --adapter` wrote"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -71,22 +73,21 @@ def read_record(adapter: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is no adapter of a recovery.
     """
+    check_links(adapter)
     try:
-        record = json.loads((adapter / RECORD).read_text(encoding="utf-8"))
+        record = read_json(adapter / RECORD, CheckpointError, _WROTE)
         if "model" in record and "liger" not in record:
             raise CheckpointError(
                 f"{adapter} is an adapter of an earlier version, which does not say what conversion it fits",
                 hint="train it again: ligerexport recover LIGER --data chats.jsonl --adapter -o DIRECTORY",
             )
-        return record | {"liger": dict(record["liger"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return record | {"liger": LigerConfig.from_dict(record["liger"]).to_dict()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _no_adapter(adapter, error) from None
 
 
 def _no_adapter(adapter: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{adapter} is no adapter of a recovery ({error})", hint="give what `recover --adapter` wrote"
-    )
+    return CheckpointError(f"{adapter} is no adapter of a recovery ({error})", hint=_WROTE)
 
 
 def check_adapter(record: dict[str, Any], info: CheckpointInfo) -> None:
@@ -156,13 +157,14 @@ def write_recovered(stage: Path, info: CheckpointInfo, adapter: Path, progress: 
     Raises:
         CheckpointError: The adapter is damaged, or was trained on another model.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     record = read_record(adapter)
+    settings = read_json(adapter / ADAPTER_CONFIG, CheckpointError, _WROTE)
     try:
-        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         tensors, scale = load_file(adapter / ADAPTER), settings["lora_alpha"] / settings["r"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, SafetensorError) as error:
         raise _no_adapter(adapter, error) from None
     check_adapter(record, info)
     write_merged(stage, info, {name.removeprefix(_PEFT_PREFIX): x for name, x in tensors.items()}, scale, record,
@@ -188,11 +190,15 @@ def write_merged(
         progress: Reports the weights; silent by default.
 
     Raises:
-        CheckpointError: LoRA names a weight that the checkpoint has not.
+        CheckpointError: LoRA names a weight that the checkpoint has not, or is of other shapes.
     """
     pairs = lora_pairs(tensors)
-    if missing := sorted(set(pairs) - set(info.tensors)):
-        raise CheckpointError(f"LoRA changes {missing[0]}, which {info.path} has not")
+    for name, (a, b) in sorted(pairs.items()):
+        if name not in info.tensors:
+            raise CheckpointError(f"LoRA changes {name}, which {info.path} has not", hint=_WROTE)
+        shapes = (*b.shape[:1], *a.shape[1:]), info.tensors[name].shape
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or shapes[0] != shapes[1]:
+            raise CheckpointError(f"LoRA of {name} is {list(a.shape)} and {list(b.shape)}", hint=_WROTE)
     _write_record(stage, record)
     config = dict(info.config) | {RECOVERY: dict(record)}
     (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -208,11 +214,17 @@ def write_merged(
 
 
 def lora_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return A `[r, in]` and B `[out, r]` by the name of the weight that they change."""
+    """Return A `[r, in]` and B `[out, r]` by the name of the weight that they change.
+
+    Raises:
+        CheckpointError: One of the two is missing.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, rest = name.rpartition(".lora_")
-        found.setdefault(f"{module}.weight", {})[rest[0]] = tensor
+        found.setdefault(f"{module}.weight", {})[rest[:1]] = tensor
+    if single := [name for name, pair in found.items() if set(pair) != {"A", "B"}]:
+        raise CheckpointError(f"LoRA of {single[0]} is not whole", hint=_WROTE)
     return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
 
 

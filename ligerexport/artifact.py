@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+import re
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
+from math import prod
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from ligerexport.errors import ArtifactError, MissingDependency
+from ligerexport.reading import from_plain, leads_away, read_json
 from ligerexport.staging import staged_directory
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
-Row = TypeVar("Row")
+RUNTIMES = ("onnxruntime",)
+"""Distributions that an artifact may require: nobody is told to install what a stranger's file names."""
 
 
 @dataclass(frozen=True)
@@ -161,15 +164,7 @@ class Manifest:
     @property
     def growth(self) -> int:
         """Bytes by which the state of one sequence grows a token; 0 without layers kept as softmax."""
-        width = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
-        total = 0
-        for tensor in self.state:
-            if tensor.grows:
-                count = width[tensor.dtype]
-                for size in tensor.shape:
-                    count *= size if isinstance(size, int) else 1
-                total += count
-        return total
+        return sum(_nbytes(tensor) for tensor in self.state if tensor.grows)
 
     @property
     def crossover(self) -> int | None:
@@ -196,47 +191,70 @@ class Manifest:
         Raises:
             ArtifactError: The format is newer, or something is missing or of the wrong kind.
         """
-        try:
-            version = data["format_version"]
-            if version > FORMAT_VERSION:
-                raise ArtifactError(
-                    f"artifact format {version} is newer than this program reads (format {FORMAT_VERSION}); "
-                    f"it was written by ligerexport {data.get('ligerexport', 'of a later version')}",
-                    hint="pip install --upgrade ligerexport",
-                )
-            manifest = _read(cls, data)
-            graph = _read(Graph, data["graph"])
-            return replace(
-                manifest,
-                source=_read(Source, data["source"]),
-                model=_read(ModelShape, data["model"]),
-                graph=replace(graph, inputs=_read_all(TensorInfo, graph.inputs),
-                              outputs=_read_all(TensorInfo, graph.outputs), max_chunk=int(graph.max_chunk)),
-                state=_read_all(StateTensor, data["state"]),
-                bytes=_read(ByteCounts, data["bytes"]),
-                files={name: _read(FileInfo, entry) for name, entry in data["files"].items()},
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise ArtifactError(
-                f"{MANIFEST} is damaged: {error!r} where format {FORMAT_VERSION} was expected", hint=_REBUILD
+                f"artifact format {version} is newer than this program reads (format {FORMAT_VERSION}); "
+                f"it was written by ligerexport {data.get('ligerexport', 'of a later version')}",
+                hint="pip install --upgrade ligerexport",
+            )
+        try:
+            manifest = from_plain(cls, {"format_version": None} | data)
+            _check_claims(manifest)
+        except (ValueError, TypeError) as error:
+            raise ArtifactError(
+                f"{MANIFEST} is damaged: {error} where format {FORMAT_VERSION} was expected", hint=_REBUILD
             ) from error
+        return manifest
 
 
 _REBUILD = "copy the artifact again, or rebuild it with: ligerexport build MODEL --target onnx -o DIRECTORY --force"
 
 
-def _read(cls: type[Row], data: Any) -> Row:
-    """Make a dataclass from the keys that it knows."""
-    known = fields(cls)  # type: ignore[arg-type]
-    for entry in known:
-        if entry.name not in data and entry.default is MISSING and entry.default_factory is MISSING:
-            raise KeyError(entry.name)
-    values = {entry.name: data[entry.name] for entry in known if entry.name in data}
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
+"""Of an element of a state tensor, by its type."""
 
 
-def _read_all(cls: type[Row], rows: Iterable[Any]) -> tuple[Row, ...]:
-    return tuple(_read(cls, row) for row in rows)
+def _check_claims(manifest: Manifest) -> None:
+    """Check that what a manifest says agrees with itself, and that no session takes much more than was delivered.
+
+    Raises:
+        ValueError: It does not.
+    """
+    graph, ids = manifest.graph, ("input_ids", "position")
+    logits = TensorInfo("logits", "float32", ("B", manifest.model.vocab_size))
+    if not 1 <= graph.max_chunk <= 1 << 16 or not 1 <= manifest.model.vocab_size < 1 << 31:
+        raise ValueError(f"a call of {graph.max_chunk} tokens of {manifest.model.vocab_size}")
+    if tuple(x.name for x in graph.inputs[:2]) != ids or graph.outputs[:1] != (logits,):
+        raise ValueError(f"inputs do not begin with {' and '.join(ids)}, or outputs with logits")
+    state = manifest.state
+    if [(x.past, x.dtype, x.shape) for x in state] != [(x.name, x.dtype, x.shape) for x in graph.inputs[2:]]:
+        raise ValueError("the state is not what the graph takes")
+    if [(x.present, x.dtype, len(x.shape)) for x in state] != [
+        (x.name, x.dtype, len(x.shape)) for x in graph.outputs[1:]
+    ]:
+        raise ValueError("the state is not what the graph gives")
+    if len({x.past for x in state} | {x.present for x in state} | {*ids, "logits"}) != 2 * len(state) + 3:
+        raise ValueError("two tensors have one name")
+    for tensor in state:
+        sizes = ["P" if tensor.grows and axis == 2 else 1 for axis in range(len(tensor.shape))]
+        fits = (
+            x > 0 if isinstance(x, int) and size == 1 else x == size
+            for x, size in zip(tensor.shape[1:], sizes[1:], strict=True)
+        )
+        if tensor.dtype not in _BYTES or tensor.shape[:1] != ("B",) or not all(fits):
+            raise ValueError(f"the state {tensor.past} is {list(tensor.shape)} of {tensor.dtype}")
+    held = sum(_nbytes(x) for x in state if not x.grows)
+    if held != manifest.bytes.state_per_sequence:
+        raise ValueError(f"a state of {manifest.bytes.state_per_sequence} bytes has tensors of {held}")
+    delivered = sum(entry.bytes for entry in manifest.files.values())
+    if held + 4 * manifest.model.vocab_size > max(1 << 30, 4 * delivered):
+        raise ValueError(f"a state of {held} bytes to a model of {delivered}")
+
+
+def _nbytes(tensor: StateTensor) -> int:
+    """Return bytes of one sequence, of one token where it grows."""
+    return _BYTES[tensor.dtype] * prod(size for size in tensor.shape if isinstance(size, int))
 
 
 @dataclass(frozen=True)
@@ -334,11 +352,10 @@ def open_artifact(path: Path | str, *, hashes: bool = True, data: bool = True, r
         raise ArtifactError(f"there is no directory {directory}", hint="give the one that `ligerexport build` wrote")
     if not file.is_file():
         raise ArtifactError(f"{directory} is not an artifact: there is no {MANIFEST}", hint=_suggest(directory))
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{file} is not JSON: {error}", hint=_REBUILD) from error
-    manifest = Manifest.from_dict(content)
+    for link in directory.iterdir():
+        if link.is_symlink() and leads_away(link, directory):
+            raise _link(link, directory)
+    manifest = Manifest.from_dict(read_json(file, ArtifactError, _REBUILD))
     if manifest.graph.file not in manifest.files:
         raise ArtifactError(f"{file} does not list the graph {manifest.graph.file} among its files", hint=_REBUILD)
     for name, entry in manifest.files.items():
@@ -369,23 +386,31 @@ def _suggest(directory: Path) -> str:
 def _check_file(directory: Path, name: str, entry: FileInfo, hashes: bool) -> None:
     """Check that a file lies in the directory and is what the manifest says."""
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name:
+    if (
+        parts.is_absolute()
+        or ".." in parts.parts
+        or not re.fullmatch(r"[\w. +@-]{1,200}(/[\w. +@-]{1,200}){0,9}", name)
+    ):
         raise ArtifactError(
             f"{MANIFEST} names '{name}', which lies outside the artifact", hint="do not use this artifact"
         )
     file = directory / name
     if not file.is_file():
         raise ArtifactError(f"{file} is missing", hint=_REBUILD)
-    if not file.resolve().is_relative_to(directory.resolve()):
-        raise ArtifactError(
-            f"{file} is a link to a place outside the artifact",
-            hint=f"copy it with its links resolved: cp -rL {directory} COPY",
-        )
+    if leads_away(file, directory):
+        raise _link(file, directory)
     size = file.stat().st_size
     if size != entry.bytes:
         raise ArtifactError(f"{file} has {size} bytes where {entry.bytes} were written", hint=_REBUILD)
     if hashes:
         _check_hash(file, entry)
+
+
+def _link(file: Path, directory: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{file} is a link to a place outside the artifact",
+        hint=f"if that is meant to be, copy it with its links resolved: cp -rL {directory} COPY",
+    )
 
 
 def _check_hash(file: Path, entry: FileInfo) -> None:
@@ -406,6 +431,8 @@ def installed_version(runtime: str) -> str | None:
 def _check_runtime(name: str, specifier: str) -> None:
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
+    if name not in RUNTIMES:
+        raise ArtifactError(f"{MANIFEST} requires {name}, which runs no artifact", hint=_REBUILD)
     try:
         wanted = SpecifierSet(specifier)
     except InvalidSpecifier as error:

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from ligerexport.errors import CheckpointError
+from ligerexport.reading import leads_away, read_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_AGAIN = "copy or download it again"
 _LFS_POINTER = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000  # safetensors' own limit; more is not a header
 
@@ -67,11 +71,15 @@ def check_checkpoint(path: str | Path, *, tokenizer: bool = True) -> CheckpointI
         CheckpointError: Something is missing, cut off, in a form that is not read, or config and weights disagree.
     """
     path = Path(path)
+    check_links(path)
     config = _read_config(path)
     files = checkpoint_files(path)
     tensors = {name: info for file in files for name, info in read_header(file).items()}
     _check_index(path, tensors)
-    _check_config(path, config, tensors)
+    try:
+        _check_config(path, config, tensors)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{path / 'config.json'} is damaged: {error}", hint=_AGAIN) from error
     if tokenizer and not any((path / name).is_file() for name in _TOKENIZERS):
         raise CheckpointError(
             f"no tokenizer in {path} (expected {_TOKENIZERS[0]})",
@@ -86,6 +94,20 @@ def check_checkpoint(path: str | Path, *, tokenizer: bool = True) -> CheckpointI
         tied=bool(config.get("tie_word_embeddings")) or "lm_head.weight" not in tensors,
         tensors=tensors,
     )
+
+
+def check_links(path: Path) -> None:
+    """Refuse a directory with links to files elsewhere, but for those of a hub's cache: what they name may be private.
+
+    Raises:
+        CheckpointError: It has one.
+    """
+    for file in path.iterdir() if path.is_dir() else ():
+        if file.is_symlink() and leads_away(file, path, path.resolve().parent.parent / "blobs"):
+            raise CheckpointError(
+                f"{file} is a link to a place outside the checkpoint",
+                hint=f"if that is meant to be, copy it with its links resolved: cp -rL {path} COPY",
+            )
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:
@@ -132,11 +154,15 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             entries.pop("__metadata__", None)
             tensors = {name: TensorInfo(info["dtype"], tuple(info["shape"]), file) for name, info in entries.items()}
             end = 8 + length + max((info["data_offsets"][1] for info in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise _damaged(file, "has a header that cannot be read") from None
     if end != size:
         raise _damaged(file, f"has {size:,} bytes where its header announces {end:,}")
-    return tensors
+    try:
+        with safe_open(file, "numpy"):  # checks types, sizes and that tensors follow each other
+            return tensors
+    except SafetensorError as error:
+        raise _damaged(file, f"is damaged: {error}") from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -149,28 +175,18 @@ def _read_config(path: Path) -> dict[str, Any]:
         if (path / "manifest.json").is_file():
             hint = f"this is a built artifact; try: ligerexport run {path}"
         raise CheckpointError(f"no config.json in {path}", hint=hint)
-    config = _read_json(file)
-    if not config.get("model_type"):
+    config = read_json(file, CheckpointError, _AGAIN)
+    if not config.get("model_type") or not isinstance(config["model_type"], str):
         raise CheckpointError(f"{file} names no model_type", hint="take config.json from where the model came from")
     return config
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}", hint="copy or download it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds no JSON object", hint="copy or download it again")
-    return content
-
-
 def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = _read_json(path / _INDEX).get("weight_map")
+    weight_map = read_json(path / _INDEX, CheckpointError, _AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path / _INDEX} has no weight_map", hint="copy or download it again")
-    if outside := [name for name in weight_map.values() if Path(name).name != name]:
-        raise CheckpointError(f"{path / _INDEX} names a file outside its directory: {outside[0]}")
+        raise CheckpointError(f"{path / _INDEX} has no weight_map", hint=_AGAIN)
+    if outside := [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]:
+        raise CheckpointError(f"{path / _INDEX} names a file outside its directory: {outside[0]}", hint=_AGAIN)
     return weight_map
 
 
@@ -199,9 +215,9 @@ def _check_config(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
         )
     found = {int(match[1]) for name in tensors if (match := re.search(r"\blayers\.(\d+)\.", name))}
     layers = text.get("num_hidden_layers")
-    if layers is not None and found != set(range(layers)):
-        gaps = sorted(set(range(layers)) - found)
-        problem = f"layer {gaps[0]} has no weights" if gaps else f"the weights have {max(found) + 1}"
+    if layers is not None and (len(found) != layers or max(found, default=-1) >= layers):
+        gap = next((layer for layer in range(layers) if layer not in found), None)
+        problem = f"the weights have {max(found) + 1}" if gap is None else f"layer {gap} has no weights"
         raise CheckpointError(f"config.json says {layers} layers, {problem}", hint=hint)
     _check_scores(config, tensors)
     if "lm_head.weight" not in tensors and config.get("tie_word_embeddings") is False:
@@ -216,7 +232,7 @@ def _check_scores(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) 
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
     hint = "convert again, with --calibrate TEXT or the file of its scores: --scores FILE"
     unchanged = {*liger.get("keep_softmax", ()), *(liger.get("keep_window") or ())}
-    for layer in sorted(set(range(config.get("num_hidden_layers", 0))) - unchanged):
+    for layer in (x for x in range(config.get("num_hidden_layers", 0)) if x not in unchanged):
         for kind, shape in (("weight", (heads, config.get("hidden_size"))), ("bias", (heads,))):
             name = f"model.layers.{layer}.self_attn.score_proj.{kind}"
             if name not in tensors:

@@ -19,7 +19,7 @@ from ligerexport.config import DEFAULT_PRESET, LigerConfig, get_preset, read_mem
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.corpus import text_files
 from ligerexport.errors import CheckpointError, UsageError
-from ligerexport.families import PREFIX, get_family
+from ligerexport.families import PREFIX, described, get_family, harmless
 from ligerexport.sources import BUILTIN_MODELS, Source, no_bars, resolve
 from ligerexport.staging import staged_directory
 
@@ -301,6 +301,7 @@ def _check_output(output: Path) -> None:
         raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
 
 
+@described()
 def converted_config(config: dict[str, Any], liger: LigerConfig) -> dict[str, Any]:
     """Return the config.json of the converted checkpoint, complete and checked against what the op supports.
 
@@ -311,13 +312,13 @@ def converted_config(config: dict[str, Any], liger: LigerConfig) -> dict[str, An
     if "model_type" not in config:
         raise CheckpointError("config.json names no model_type", hint="save it with transformers' save_pretrained")
     family = get_family(config["model_type"])
-    config = {key: value for key, value in config.items() if key != "liger_scores"} | {
+    config = {key: value for key, value in harmless(config).items() if key != "liger_scores"} | {
         "model_type": PREFIX + family.model_type,
         "architectures": [f"Liger{family.prefix}ForCausalLM"],
     }
-    from ligerexport.mixer import layer_specs, model_classes
+    from ligerexport.mixer import layer_specs, read_config
 
-    found = model_classes(family)[0].from_dict(config)
+    found: Any = read_config(config)
     if liger.keep_window is None:
         liger = replace(liger, keep_window=family.local_layers(found) or None)
     found.liger = config["liger"] = liger.to_dict()
@@ -346,12 +347,12 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrained
     import torch
     from transformers import AutoModelForCausalLM
 
-    import ligerexport.mixer  # noqa: F401  (makes the converted classes known to transformers)
+    from ligerexport.mixer import read_config  # makes the converted classes known to transformers
 
     info = check_checkpoint(path, tokenizer=False)
     if "liger" not in info.config:
         raise CheckpointError(f"{path} is not converted", hint=f"ligerexport convert {path} -o liger")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32)
+    return AutoModelForCausalLM.from_pretrained(path, config=read_config(info.config), dtype=dtype or torch.float32)
 
 
 def load_transformer(
@@ -367,10 +368,12 @@ def load_transformer(
     Raises:
         CheckpointError: The family is not supported.
     """
+    from ligerexport.mixer import read_config
+
     family = get_family(config["model_type"])
     plain = {key: value for key, value in config.items() if not key.startswith("liger")}
     plain |= {"model_type": family.model_type, "architectures": [f"{family.prefix}ForCausalLM"]}
-    loaded = family.attribute("Config").from_dict(plain)
+    loaded: Any = read_config(plain)
     loaded._attn_implementation = "sdpa"
     base = family.attribute("ForCausalLM")
     aside = {"_keys_to_ignore_on_load_unexpected": [r"\.score_proj\."], "__module__": base.__module__}

@@ -12,6 +12,16 @@ from typing import TypeVar
 Row = TypeVar("Row")
 
 
+_MOST = 1000
+"""Characters of a line; what was found may be a file's whole content."""
+
+
+def one_line(text: str) -> str:
+    """Return text without line breaks, and without what a terminal would obey or cannot show."""
+    text = (text if len(text) <= _MOST else f"{text[: _MOST - 4]} ...").replace("\n", " ")
+    return text if text.isprintable() else "".join(x if x.isprintable() else repr(x)[1:-1] for x in text)
+
+
 class LigerError(Exception):
     """Base of all errors that carry a message for the user.
 
@@ -23,9 +33,10 @@ class LigerError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message = one_line(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint or None
+        self.hint = one_line(hint) if hint else None
 
 
 class UsageError(LigerError):

@@ -5,12 +5,13 @@ A new family is a row of `FAMILIES`. Nothing here imports torch before a row is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ligerexport.errors import CheckpointError, close_matches
+from ligerexport.errors import CheckpointError, LigerError, close_matches
 
 if TYPE_CHECKING:
     import torch
@@ -146,6 +147,32 @@ class Family:
         """Return the layers that keep their sliding window."""
         windows = [softmax.window for softmax in self.attention(config)] if self.keeps_windows else []
         return tuple(layer for layer, window in enumerate(windows) if window is not None)
+
+
+@contextmanager
+def described() -> Iterator[None]:
+    """Let whatever a configuration makes transformers raise be a `CheckpointError`."""
+    try:
+        yield
+    except LigerError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"config.json describes no model: {error or type(error).__name__}",
+            hint="take config.json from where the model came from",
+        ) from error
+
+
+def harmless(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a config.json without what would make transformers run other code, or read other files."""
+    return {key: value for key, value in config.items() if key not in _NOT_TAKEN}
+
+
+_NOT_TAKEN = {
+    "auto_map", "trust_remote_code", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "use_kernels", "quantization_config", "transformers_weights", "gguf_file", "device_map",
+    "_name_or_path", "name_or_path", "base_model_tp_plan", "base_model_pp_plan", "torchscript",
+}  # fmt: skip
 
 
 def _check_rotary(parameters: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ The family's own projections, norms, MLPs and `generate` stay; there is no model
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
@@ -15,26 +16,56 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ligerexport.config import LigerConfig
-from ligerexport.errors import UsageError
-from ligerexport.families import FAMILIES, PREFIX, Family, get_family, head_dim
+from ligerexport.errors import CheckpointError, UsageError
+from ligerexport.families import FAMILIES, PREFIX, Family, described, get_family, harmless, head_dim
 from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.state import FADE, MixerSpec, MixerState, fade
 
+LONGEST = 1 << 21
+"""Tokens of rotary distance: tables have a row for each."""
+_SIZES = {"num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12,
+          "head_dim": 1 << 12, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 28,
+          "max_position_embeddings": 1 << 40}  # fmt: skip
+"""The most that a configuration may say before anything is made of it."""
 ONE_LAUNCH = 32_768
 """Numbers in the slots' keys of one head up to which a step is one launch: it holds them in registers."""
 
 
+def read_config(content: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return the configuration of a checkpoint, converted or not, from the content of its config.json.
+
+    Raises:
+        CheckpointError: The family is not supported, or the content describes no model of it.
+    """
+    family = get_family(content["model_type"])
+    converted = content["model_type"].startswith(PREFIX)
+    for name in _SIZES:
+        if (size := content.get(name)) is not None and (type(size) is not int or not 1 <= size <= _SIZES[name]):
+            raise CheckpointError(
+                f"config.json says {name} {size!r:.60}", hint=f"a whole number from 1 to {_SIZES[name]} was expected"
+            )
+    made = model_classes(family)[0] if converted else family.attribute("Config")
+    with described():
+        return made.from_dict(harmless(content))
+
+
+@described()
 def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
     """Return what the op needs to know of each layer of a converted checkpoint; None is a layer kept as softmax.
 
     Raises:
         UsageError: `keep_softmax` or `layer_memory` names a layer that the model has not, or `keep_window` one without
             a window.
-        CheckpointError: The family or its rotary embedding is not supported.
+        CheckpointError: The family or its rotary embedding is not supported, or the configuration describes no model.
     """
     liger = LigerConfig.from_dict(config.liger)
+    if max(config.max_position_embeddings, liger.max_distance or 0) > LONGEST:
+        raise UsageError(
+            f"a rotary distance of {liger.max_distance or config.max_position_embeddings} tokens",
+            hint=f"{LONGEST} are the most that a table is made for: --max-distance",
+        )
     layers, width = config.num_hidden_layers, head_dim(config)
     sized = [layer for layer, _, _ in liger.layer_memory]
     for name, named in (("keep_softmax", liger.keep_softmax), ("layer_memory", sized)):

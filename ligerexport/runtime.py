@@ -85,8 +85,9 @@ def load(
 ) -> Session:
     """Open an artifact for running.
 
-    An artifact of the target `trt` runs on its GPU, with `libliger_run.so` from LIGEREXPORT_TRT_RUNNER, the artifact or
-    where the loader looks; of the options it has `batch`, `chunk` and `hashes`.
+    An artifact of the target `trt` runs on its GPU, with `libliger_run.so` from LIGEREXPORT_TRT_RUNNER or where the
+    loader looks, and the plugin's library from LIGEREXPORT_TRT_PLUGIN or beside that: code in an artifact runs only if
+    it is named there. Of the options it has `batch`, `chunk` and `hashes`.
 
     Args:
         path: Directory that `build` wrote.

@@ -80,17 +80,21 @@ class Snapshot:
         Raises:
             LigerError: There is no such file or it is no snapshot.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         try:
             with safe_open(str(path), framework="numpy") as file:
                 header = file.metadata() or {}
+                if header.get("ligerexport.snapshot") != _FORMAT or "model" not in header:
+                    raise ValueError("it is not a saved state")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
-        except (OSError, SafetensorError) as error:
+            position, ids = tensors.pop("position"), tensors.pop("ids", None)
+            for name, array in (("position", position), ("ids", ids)):
+                if array is not None and (array.ndim != 1 or array.dtype != np.int64):
+                    raise ValueError(f"its {name} are {list(array.shape)} of {array.dtype}")
+        except Exception as error:  # the library raises several for what is damaged
             raise LigerError(f"cannot read a state from {path}: {error}", hint=_HINT) from error
-        if header.get("ligerexport.snapshot") != _FORMAT:
-            raise LigerError(f"{path} is not a saved state", hint=_HINT)
-        return cls(header["model"], tensors.pop("position"), tensors, tensors.pop("ids", None))
+        return cls(header["model"], position, tensors, ids)
 
 
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:

@@ -23,6 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ligerexport.checkpoint import check_links
 from ligerexport.console import ProgressFactory, say, silent, warn
 from ligerexport.errors import LigerError, MissingDependency, SourceError, close_matches
 from ligerexport.staging import cache_dir
@@ -98,12 +99,14 @@ def resolve(model: str | Path, *, progress: ProgressFactory | None = None) -> So
 
     Raises:
         SourceError: There is no such model, or it could not be fetched.
+        CheckpointError: A directory has links to files elsewhere.
         MissingDependency: A built-in model needs the `builtin` extra.
     """
     progress = progress or silent
     name, path = str(model), Path(model).expanduser()
     if name and path.is_dir():  # without a name the path would be this directory
         path = path.resolve()
+        check_links(path)
         return Source(path, path.name, license=_card_license(path))
     if path.is_file():
         raise SourceError(f"{name} is a file, expected a checkpoint directory", hint=f"try {path.parent}")

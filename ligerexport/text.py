@@ -1,38 +1,55 @@
 """Text in and out of a model's directory: tokenizer, chat template, end-of-text ids, incremental detokenisation.
 
-Only the `tokenizers` library and jinja2 are used, so running an artifact needs neither torch nor transformers.
+Only the `tokenizers` library is used, and jinja2 by `render.py`: an artifact runs without torch and transformers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ligerexport.errors import ArtifactError, UsageError
+from ligerexport.reading import read_json
+from ligerexport.render import Renderer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Message = Mapping[str, Any]
 """A turn of a conversation: `role` and `content`."""
 
 _MARK = "[[the answer]]"
+_GROWTH = 64
+"""Characters that a tokenizer may make of one."""
 _HELD_BYTES = 4
 """Longest UTF-8 character; more tokens than this without a whole character are no beginning of one."""
 
 
+_HINT = "copy the model's own files there again"
+
+
 def eos_ids(directory: Path) -> frozenset[int]:
-    """Return the ids that end a text, from the generation configuration or else the model's."""
+    """Return the ids that end a text, from the generation configuration or else the model's.
+
+    Raises:
+        ArtifactError: They are no numbers.
+    """
     for name in ("generation_config.json", "config.json"):
         found = _json(directory / name).get("eos_token_id")
         if found is not None:
-            return frozenset(found if isinstance(found, list) else [found])
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(x) is int for x in ids):
+                raise ArtifactError(f"{directory / name} has the eos_token_id {found!r:.60}", hint=_HINT)
+            return frozenset(ids)
     return frozenset()
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file, ArtifactError, _HINT) if file.is_file() else {}
 
 
 class TextModel:
@@ -55,17 +72,13 @@ class TextModel:
                 f"{directory} has no tokenizer.json",
                 hint="put the model's tokenizer.json beside its weights and build again; token ids work without it",
             )
-        try:
+        with _answering(file):
             self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises Exception itself
-            raise ArtifactError(f"{file} cannot be read: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            _check_growth(self._tokenizer)
         self._directory = directory
-        self._config = self._json("tokenizer_config.json")
-
-    def _json(self, name: str) -> dict[str, Any]:
-        return _json(self._directory / name)
+        self._config = _json(directory / "tokenizer_config.json")
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
@@ -75,9 +88,18 @@ class TextModel:
     @cached_property
     def bos_id(self) -> int | None:
         """Id that begins a text, as tokenizer_config.json names it; None where it names none."""
-        token = self._config.get("bos_token")
-        name = token["content"] if isinstance(token, dict) else token
+        name = self._special.get("bos_token")
         return None if name is None else self._tokenizer.token_to_id(name)
+
+    @property
+    def _special(self) -> dict[str, str]:
+        """What tokenizer_config.json calls `bos_token` and the like."""
+        found = {
+            name: token.get("content") if isinstance(token, dict) else token
+            for name, token in self._config.items()
+            if name.endswith("_token")
+        }
+        return {name: token for name, token in found.items() if isinstance(token, str)}
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -89,28 +111,34 @@ class TextModel:
         """Source of the chat template, None where the model has none."""
         file = self._directory / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            try:
+                return file.read_text(encoding="utf-8")
+            except ValueError as error:
+                raise ArtifactError(f"{file} is no text: {error}", hint=_HINT) from error
         found = self._config.get("chat_template")
         if isinstance(found, list):  # several by name, as older checkpoints have it
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
-        return found
+            named = [entry for entry in found if isinstance(entry, dict)]
+            found = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+        return found if isinstance(found, str) else None
 
     @cached_property
-    def _template(self) -> Any:
-        """The compiled chat template: compiling takes longer than rendering."""
-        return _environment().from_string(self.chat_template)
+    def _template(self) -> Renderer:
+        return Renderer(self.chat_template or "")
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of a text; `special` adds what the tokenizer's post-processor says, such as BOS."""
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        with _answering(self._directory / "tokenizer.json"):
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """Return the ids of each text, as `encode` does, with all cores at once."""
-        return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
+        with _answering(self._directory / "tokenizer.json"):
+            return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with _answering(self._directory / "tokenizer.json"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def render(self, messages: Sequence[Message], *, answer: bool = True) -> str:
         """Return a conversation as the model was trained to read it, as transformers' `apply_chat_template` does.
@@ -124,19 +152,14 @@ class TextModel:
         """
         if not self.chat_template:
             raise UsageError("this model has no chat template", hint="use `ligerexport run` without --chat")
-        from jinja2 import TemplateError
-
-        names = {
-            name: token["content"] if isinstance(token, dict) else token
-            for name, token in self._config.items()
-            if name.endswith("_token") and isinstance(token, (str, dict))
-        }
         try:
-            return self._template.render(
-                messages=list(messages), tools=None, documents=None, add_generation_prompt=answer, **names
+            return self._template(
+                messages=list(messages), tools=None, documents=None, add_generation_prompt=answer, **self._special
             )
-        except TemplateError as error:
-            raise UsageError(f"the chat template refuses this conversation: {error}") from error
+        except ValueError as error:
+            raise UsageError(
+                f"the chat template refuses this conversation: {error}", hint="use `ligerexport run` without --chat"
+            ) from error
 
     def next_turn(self, text: str) -> str:
         """Return what goes between the model's last answer and its next one when the user says `text`."""
@@ -148,35 +171,31 @@ class TextModel:
         return rest
 
 
-def _environment() -> Any:
-    """Return jinja's sandbox with what chat templates may expect, as transformers sets it up."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+@contextmanager
+def _answering(file: Path) -> Iterator[None]:
+    """Let a tokenizer's library fail with an `ArtifactError`; it raises Exception itself, and panics are none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, ArtifactError):
+        raise
+    except BaseException as error:
+        raise ArtifactError(f"{file} cannot be read or does not work: {error}", hint=_HINT) from error
 
-    class Generation(Extension):
-        """`{% generation %}` marks answers for training; here it is transparent."""
 
-        tags = {"generation"}  # noqa: RUF012  (as jinja declares it)
+def _check_growth(tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer whose replacements make more and more of a text, each of what the last one made.
 
-        def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+    Raises:
+        ValueError: It does.
+    """
+    for part in (tokenizer.normalizer, tokenizer.decoder):
+        growth, left = 1, [json.loads(part.__getstate__())] if part is not None else []
+        while left:
+            step = left.pop()
+            left += step.get("normalizers") or step.get("decoders") or []
+            growth *= max(1, len(step.get("content") or "") if step["type"] == "Replace" else 1)
+        if growth > _GROWTH:
+            raise ValueError(f"its replacements make {growth} characters of one")
 
 
 class Detokenizer:

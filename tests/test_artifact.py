@@ -240,7 +240,7 @@ def _set(**changes: object) -> Edit:
         (lambda a: (a / "tokenizer.json").unlink(), r"tokenizer\.json is missing", "build"),
         (lambda a: (a / MANIFEST).unlink(), "is not an artifact", "ligerexport build"),
         (lambda a: (a / MANIFEST).write_text("{"), "is not JSON", "build"),
-        (lambda a: (a / MANIFEST).write_text("[]"), "is damaged", "build"),
+        (lambda a: (a / MANIFEST).write_text("[]"), "holds no JSON object", "build"),
         (_set(format_version=2), "format 2 is newer", "pip install --upgrade"),
         (_set(format_version="x"), "is damaged", "build"),
         (_set(state=[{"past": "x"}]), "is damaged", "build"),
@@ -271,12 +271,16 @@ def test_hashing_can_be_switched_off_but_sizes_cannot(artifact: Path) -> None:
 
 
 def test_runtime_that_is_not_there(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit_manifest(artifact, requires={"no-such-runtime": ">=1"})
-    with pytest.raises(MissingDependency, match="no-such-runtime") as caught:
-        open_artifact(artifact)
-    assert caught.value.hint == "pip install 'no-such-runtime>=1'"
-    open_artifact(artifact, runtime=False)
     edit_manifest(artifact, requires={"onnxruntime": ">=1"})
+
+    def nothing(name: str) -> str:
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(metadata, "version", nothing)
+    with pytest.raises(MissingDependency, match="onnxruntime") as caught:
+        open_artifact(artifact)
+    assert caught.value.hint == "pip install 'onnxruntime>=1'"
+    open_artifact(artifact, runtime=False)
 
     def version(name: str) -> str:
         if name == "onnxruntime-gpu":
@@ -292,7 +296,7 @@ def test_a_graph_that_does_not_load(artifact: Path) -> None:
         toy.write_files(writer.directory)
         (writer.directory / "model.onnx").write_bytes(b"no graph")
         writer.commit(toy.manifest())
-    with pytest.raises(ArtifactError, match="cannot load"):
+    with pytest.raises(ArtifactError, match="not the graph of its manifest"):
         lx.load(artifact)
 
 

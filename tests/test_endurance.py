@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ligerexport as lx
+from ligerexport.errors import LigerError
 from ligerexport.exporters.targets import TARGETS
 from ligerexport.gates import GATES
 from ligerexport.kernels.ops import liger_mixer, rotary_table
@@ -117,7 +118,7 @@ def test_torch_halves_its_sums_as_sessions_do(session: lx.Session, monkeypatch: 
 
 
 @pytest.mark.parametrize("harm", ["future", "gaps", "twice", "nan"])
-def test_a_state_that_no_text_leaves_does_no_harm(session: lx.Session, harm: str) -> None:
+def test_a_state_that_no_text_leaves_is_refused(session: lx.Session, harm: str) -> None:
     session.reset()
     expected = session.prefill(IDS[:100]).copy()
     snapshot, tensors = session.snapshot(), {}
@@ -129,9 +130,12 @@ def test_a_state_that_no_text_leaves_does_no_harm(session: lx.Session, harm: str
         else:
             tensors[name] = np.full_like(array, np.nan) if harm == "nan" and name.endswith("slot_score") else array
     session.restore(replace(snapshot, tensors=tensors))
-    for token in IDS[:40]:
-        logits = session.step(int(token))
-    assert np.isfinite(logits).all() or harm == "nan"
+    if harm == "nan":
+        for token in IDS[:40]:
+            session.step(int(token))
+    else:
+        with pytest.raises(LigerError, match="no text leaves"):
+            session.step(int(IDS[0]))
     session.reset()
     np.testing.assert_array_equal(session.prefill(IDS[:100]), expected)
 

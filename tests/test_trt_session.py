@@ -25,10 +25,10 @@ import pytest
 import toy
 
 import ligerexport as lx
-from ligerexport.artifact import ArtifactWriter, Graph, StateTensor, TensorInfo, open_artifact
+from ligerexport.artifact import ArtifactWriter, ByteCounts, Graph, StateTensor, TensorInfo, open_artifact
 from ligerexport.cli import main
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError
-from ligerexport.exporters.tensorrt.session import VARIABLE, TensorRTSession, open_runner
+from ligerexport.exporters.tensorrt.session import PLUGIN_VARIABLE, VARIABLE, TensorRTSession, open_runner
 from ligerexport.snapshot import Snapshot
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +80,7 @@ def make_artifact(destination: Path, **changes: Any) -> Path:
     manifest = toy.manifest(**{
         "target": "trt", "lowering": "plugin", "precision": "float16", "state": STATE, "device": device,
         "graph": Graph("model.onnx", CHUNK, inputs, outputs), "requires": {},
+        "bytes": ByteCounts(16576, 28, 128),
     } | changes)  # fmt: skip
     with ArtifactWriter(destination) as writer:
         toy.write_files(writer.directory)
@@ -212,7 +213,7 @@ def test_siblings_in_threads(artifact: Path) -> None:
 
 
 def test_everything_is_freed(artifact: Path) -> None:
-    runner = open_runner(open_artifact(artifact))
+    runner = open_runner()
     gc.collect()
     before = runner.fake_alive()
     session: Any = lx.load(artifact)
@@ -228,7 +229,7 @@ def test_everything_is_freed(artifact: Path) -> None:
 
 @pytest.mark.parametrize("what", ["parse", "build", "run"])
 def test_failures(artifact: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    runner = open_runner(open_artifact(artifact))
+    runner = open_runner()
     gc.collect()
     before = runner.fake_alive()
     monkeypatch.setenv("FAKE_FAILS", what)
@@ -329,18 +330,25 @@ def test_what_is_missing(artifact: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(LigerError, match="no plugin library of ligerexport"):
         TensorRTSession(opened, plugin=empty)
     with pytest.raises(MissingDependency, match=r"what .*empty\.so needs"):
-        open_runner(opened, empty)
+        open_runner(empty)
     monkeypatch.delenv(VARIABLE)
     with pytest.raises(MissingDependency, match=r"libliger_run\.so is needed") as caught:
         lx.load(artifact)
     assert "cmake" in str(caught.value.hint)
 
 
-def test_a_runner_in_the_artifact(artifact: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE)
+def test_code_in_the_artifact_runs_only_if_it_is_named(
+    artifact: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in (library.name, "libligerexport_trt.so"):
-        shutil.copy(library.parent / name, artifact)
-    np.testing.assert_array_equal(lx.load(artifact).prefill(IDS)[0], expected(IDS)[0])
+        shutil.move(shutil.copy(library.parent / name, tmp_path), artifact / name)
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(MissingDependency, match=r"libliger_run\.so"):
+        lx.load(artifact)
+    monkeypatch.setenv(VARIABLE, str(library))
+    monkeypatch.setenv(PLUGIN_VARIABLE, str(artifact / "libligerexport_trt.so"))
+    with pytest.raises(ArtifactError, match="not a file of this artifact's manifest"):
+        lx.load(artifact)
 
 
 def test_text_on_the_command_line(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:

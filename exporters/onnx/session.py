@@ -16,6 +16,7 @@ import numpy as np
 
 from ligerexport.artifact import Artifact, StateTensor
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError, close_matches
+from ligerexport.exporters.onnx.screen import check_graph
 from ligerexport.exporters.session import BatchSession, choose_chunk
 from ligerexport.snapshot import Snapshot
 
@@ -80,6 +81,7 @@ class OnnxSession(BatchSession):
             raise UsageError(f"device '{device}'", hint=close_matches(device, PROVIDERS))
         if device != "cpu" and manifest.lowering == "native":
             raise UsageError("the lowering native runs on the CPU", hint="ligerexport build --lowering ort")
+        check_graph(artifact)
         graph = _variant(artifact, scoring) if scoring or exact else None
         self._scoring = scoring and graph is not None
         self._device = device

@@ -61,6 +61,7 @@ class ModelSpec:
     trained_length: int
     tied: bool
     weights: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
 
     @property
     def max_distance(self) -> int:
@@ -74,9 +75,7 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
     Raises:
         CheckpointError: It is not converted, not whole, or has something that the graph does not have.
     """
-    from transformers import AutoConfig
-
-    from ligerexport.mixer import layer_specs  # registers the converted families with transformers
+    from ligerexport.mixer import layer_specs, read_config
 
     info = checkpoint if isinstance(checkpoint, CheckpointInfo) else check_checkpoint(checkpoint, tokenizer=False)
     if not str(info.config["model_type"]).startswith(PREFIX):
@@ -84,7 +83,7 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
             f"{info.path} is not converted (model_type '{info.config['model_type']}')",
             hint=f"ligerexport convert {info.path} -o {info.path.resolve().name}-liger",
         )
-    config: Any = AutoConfig.from_pretrained(info.path)
+    config: Any = read_config(info.config)
     family = get_family(config.model_type)
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in ACTIVATIONS:
@@ -108,8 +107,15 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
         trained_length=config.max_position_embeddings,
         tied=info.tied,
         weights=info.tensors,
+        config=info.config,
     )
     _check_weights(spec)
+    state = sum(tensor.nbytes() for mixer in mixers if mixer is not None for tensor in mixer.state())
+    if state > max(1 << 30, 4 * info.bytes):
+        raise CheckpointError(
+            f"the state of a sequence takes {state:,} bytes, the weights {info.bytes:,}",
+            hint="convert the model with a smaller window or fewer slots",
+        )
     return spec
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from ligerexport.artifact import Artifact
+from ligerexport.artifact import Artifact, sha256
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError
 from ligerexport.exporters.session import BatchSession, choose_chunk, dtype_of
 from ligerexport.snapshot import Snapshot
 
 RUNNER_FILE = "libliger_run.so"
-VARIABLE = "LIGEREXPORT_TRT_RUNNER"
+VARIABLE, PLUGIN_VARIABLE = "LIGEREXPORT_TRT_RUNNER", "LIGEREXPORT_TRT_PLUGIN"
 INTERFACE = 1
 """`LIGER_INTERFACE` of `runner/capi.h`, which this module speaks."""
 BUILD, ALL_ROWS = 1, -1
@@ -53,8 +53,9 @@ class TensorRTSession(BatchSession):
         batch: B, sequences that advance together; siblings have as many at most.
         chunk: Prompt tokens a call, at most the graph's `max_chunk`; None takes that.
         graph: Whether the step is replayed as a CUDA graph.
-        runner: The library; None looks at LIGEREXPORT_TRT_RUNNER, into the artifact, and where the loader looks.
-        plugin: Library of the plugin; None takes the artifact's, or what was built together with the runner.
+        runner: The library; None looks at LIGEREXPORT_TRT_RUNNER, and where the loader looks. Never the artifact's.
+        plugin: Library of the plugin; None looks at LIGEREXPORT_TRT_PLUGIN, and then takes what was built together with
+            the runner. One in the artifact runs only if it is named here or there, and its hash is the manifest's.
         build: Whether to build the engine even where there is one.
 
     Raises:
@@ -76,13 +77,16 @@ class TensorRTSession(BatchSession):
     ) -> None:
         manifest = artifact.manifest
         most = (manifest.device or {}).get("max_batch", 1)
+        if not isinstance(most, int):
+            raise ArtifactError(f"kernels for {most!r:.60} sequences in the manifest", hint="build it again")
         if not 1 <= batch <= most:
             raise UsageError(
                 f"batch {batch}", hint=f"this artifact has kernels for 1 to {most}; build with --max-batch"
             )
         limit = manifest.graph.max_chunk
         self.artifact, self.chunk, self._graph = artifact, choose_chunk(chunk, limit, limit), graph
-        self._library = open_runner(artifact, runner)
+        plugin = check_plugin(artifact, plugin or os.environ.get(PLUGIN_VARIABLE))
+        self._library = open_runner(runner)
         made = self._library.liger_engine_open(
             os.fsencode(artifact.directory), None if plugin is None else os.fsencode(plugin), None, batch,
             BUILD if build else 0,
@@ -169,15 +173,30 @@ class _Owned:
         weakref.finalize(self, close, handle)
 
 
-def open_runner(artifact: Artifact, given: Path | str | None = None) -> ctypes.CDLL:
+def check_plugin(artifact: Artifact, plugin: Path | str | None) -> Path | None:
+    """Return the library of the plugin that somebody named, having checked that it was built if it lies in an artifact.
+
+    Raises:
+        ArtifactError: It lies there, and the manifest does not list it, or with another hash.
+    """
+    if not plugin:
+        return None
+    file, directory = Path(plugin).resolve(), artifact.directory.resolve()
+    if file.is_relative_to(directory):
+        listed = artifact.manifest.files.get(file.relative_to(directory).as_posix())
+        if listed is None or listed.sha256 != sha256(file):
+            raise ArtifactError(f"{plugin} is not a file of this artifact's manifest", hint="copy the artifact again")
+    return file
+
+
+def open_runner(given: Path | str | None = None) -> ctypes.CDLL:
     """Open the runner's library.
 
     Raises:
         MissingDependency: It is nowhere, or a library that it needs is not.
         LigerError: It is of another version of this package.
     """
-    beside = artifact.directory / RUNNER_FILE
-    file = str(given or os.environ.get(VARIABLE) or (beside if beside.is_file() else RUNNER_FILE))
+    file = str(given or os.environ.get(VARIABLE) or RUNNER_FILE)
     try:
         library = ctypes.CDLL(file)
         for name, (result, arguments) in _FUNCTIONS.items():

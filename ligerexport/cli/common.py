@@ -39,7 +39,7 @@ def plain(value: Any) -> str:
     """Return a setting as it would be typed: pools as `score=count`, lists with commas, memories as their option."""
     if not isinstance(value, (tuple, list)):
         return str(value)
-    if value and isinstance(value[0], (tuple, list)) and len(value[0]) == 3:
+    if value and all(isinstance(x, (tuple, list)) and len(x) == 3 for x in value):
         return " ".join(f"{layer}:window={window},{plain(slots)}" for layer, window, slots in value)
     return ",".join("=".join(map(str, x)) if isinstance(x, (tuple, list)) else str(x) for x in value) or "none"
 

@@ -157,13 +157,11 @@ def _plan_fit(model: str, texts: list[Path], windows: int) -> dict[str, Any]:
 
 def _describe(path: Path, config: LigerConfig) -> dict[str, Any]:
     """Return facts about a checkpoint under a conversion."""
-    from transformers import AutoConfig
-
     from ligerexport.checkpoint import check_checkpoint
-    from ligerexport.mixer import layer_specs
+    from ligerexport.mixer import layer_specs, read_config
 
     info = check_checkpoint(path)
-    hf = AutoConfig.from_pretrained(path)
+    hf: Any = read_config(info.config)
     hf.liger = config.to_dict()
     specs = layer_specs(hf)
     state = sum(tensor.nbytes() for spec in specs if spec for tensor in spec.state())

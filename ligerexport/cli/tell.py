@@ -13,7 +13,7 @@ from rich.text import Text
 from ligerexport.cli import common
 from ligerexport.cli.common import Debug, Json, Quiet
 from ligerexport.console import format_bytes, out
-from ligerexport.errors import MissingDependency, UsageError, close_matches
+from ligerexport.errors import MissingDependency, UsageError, close_matches, one_line
 
 
 def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -21,7 +21,7 @@ def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for name in header:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     out.print(table)
 
 
@@ -99,8 +99,10 @@ def _providers(path: Path, json: bool) -> None:
         import onnx_ir as ir
 
         from ligerexport.exporters.onnx.providers import operators, place
+        from ligerexport.exporters.onnx.screen import check_graph
     except ImportError as error:
         raise MissingDependency(error.name or "onnx-ir", extra="onnx") from error
+    check_graph(artifact)
     graph = ir.load(artifact.graph).graph
     rows = {name: vars(place(graph, name)) for name in operators()}
     if json:
@@ -143,11 +145,9 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "state": [],
     }
     if "liger" in config:
-        from transformers import AutoConfig
+        from ligerexport.mixer import layer_specs, read_config
 
-        from ligerexport.mixer import layer_specs
-
-        specs = layer_specs(AutoConfig.from_pretrained(path))
+        specs = layer_specs(read_config(config))
         tensors = [(t.name, t.shape, "float32" if t.dtype == "activation" else t.dtype)
                    for spec in specs if spec for t in spec.state()]  # fmt: skip
         facts["state"] = _group(tensors)

@@ -114,7 +114,9 @@ def _load(path: Path, converted: bool, dtype: torch.dtype) -> PreTrainedModel:
     from ligerexport.sources import no_bars
 
     with no_bars():
-        return load_model(path, dtype) if converted else AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        if converted:
+            return load_model(path, dtype)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
 
 
 def state_bytes(model: PreTrainedModel) -> int | None:

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -18,6 +19,7 @@ namespace liger {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr float kFaintest = 1e-30f;
+constexpr int64_t kLongest = int64_t{1} << 62;  // tokens of a sequence
 
 struct Pool {
   int64_t count, received, maximum, by_value, first_distance;  // `first_distance`: from which on attention counts
@@ -39,6 +41,7 @@ struct Call {  // pointers to the tensors of one call; past and present may be t
   const int64_t* past_position;
   float *mixed, *new_key, *new_value, *new_score, *new_state, *new_mass;
   int64_t* new_position;
+  std::atomic<bool>* damaged;  // set where a state is none that a text leaves
 };
 
 // What follows is made for the usual widths of a head, 64 and 128, and for any (`W` = 0) at run time: with a width that
@@ -150,6 +153,10 @@ class Head {
   }
 
   void Run() {
+    if (damaged_) {
+      *c_.damaged = true;
+      return;
+    }
     for (int64_t t = 0; t < c_.length; ++t) {
       if (start_ + t < 0) {
         const int64_t token = b_ * c_.length + t, group = l_.q_heads / l_.kv_heads;
@@ -186,16 +193,19 @@ class Head {
            l_.d_k);
   }
 
-  // Finds what the slots were kept for before this call. A state from elsewhere may have slots of the future, which are
-  // dropped, and a window with gaps.
+  // Finds what the slots were kept for before this call. A state from elsewhere may have slots of the future and a
+  // window with gaps: no text leaves it.
   void Sort() {
     std::vector<int64_t>& left = w_.left;
     left.clear();
     const int64_t oldest = std::max<int64_t>(start_ - l_.window, 0);
     w_.window.assign(std::max<int64_t>(start_ - oldest, 0), -1);
     for (int64_t i = 0; i < l_.slots; ++i) {
-      if (w_.time[i] >= start_) w_.time[i] = -1;  // in no state that this made
       if (w_.time[i] < 0) continue;
+      if (w_.time[i] >= start_) {
+        damaged_ = true;
+        return;
+      }
       Rotate(i);
       if (w_.time[i] >= oldest)
         w_.window[w_.time[i] - oldest] = i;
@@ -204,7 +214,8 @@ class Head {
       else
         left.push_back(i);
     }
-    w_.window.erase(std::remove(w_.window.begin(), w_.window.end(), -1), w_.window.end());  // nor are gaps
+    damaged_ = std::count(w_.window.begin(), w_.window.end(), -1) > 0 || start_ > kLongest || start_ < -kLongest;
+    if (damaged_) return;
     for (size_t p = 0; p < l_.pools.size(); ++p) {
       const size_t kept = std::min<size_t>(l_.pools[p].count, left.size());
       for (int64_t i : left) w_.rank[i] = Rank(p, i);
@@ -369,6 +380,7 @@ class Head {
   Workspace& w_;
   int64_t b_, h_, start_, at_, candidates_;
   size_t first_ = 0;  // of the window
+  bool damaged_ = false;
   float *state_ = nullptr, *mass_ = nullptr;
 };
 

@@ -25,7 +25,7 @@ struct OrtApiBase {
 enum OrtElementType { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt64 = 7 };
 enum OrtCharacteristic { kRequired = 0, kOptional = 1 };
 
-struct OrtCustomOp {  // as of version 10 of the interface, the oldest that has all that is used here
+struct OrtCustomOp {  // as of version 17 of the interface
   uint32_t version;
   void* (*CreateKernel)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*);
   const char* (*GetName)(const OrtCustomOp*);
@@ -38,13 +38,25 @@ struct OrtCustomOp {  // as of version 10 of the interface, the oldest that has 
   void (*KernelDestroy)(void*);
   OrtCharacteristic (*GetInputCharacteristic)(const OrtCustomOp*, size_t);
   OrtCharacteristic (*GetOutputCharacteristic)(const OrtCustomOp*, size_t);
+  int (*GetInputMemoryType)(const OrtCustomOp*, size_t);
+  int (*GetVariadicInputMinArity)(const OrtCustomOp*);
+  int (*GetVariadicInputHomogeneity)(const OrtCustomOp*);
+  int (*GetVariadicOutputMinArity)(const OrtCustomOp*);
+  int (*GetVariadicOutputHomogeneity)(const OrtCustomOp*);
+  OrtStatus* (*CreateKernelV2)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*, void**);
+  OrtStatus* (*KernelComputeV2)(void*, OrtKernelContext*);
+  OrtStatus* (*InferOutputShape)(const OrtCustomOp*, void*);
+  int (*GetStartVersion)(const OrtCustomOp*);
+  int (*GetEndVersion)(const OrtCustomOp*);
 };
 }
 
 namespace ort {
 
-constexpr uint32_t kVersion = 10;        // of `OrtCustomOp`
+constexpr uint32_t kVersion = 17;        // of `OrtCustomOp`
 constexpr uint32_t kTableVersion = 17;  // of the table
+
+constexpr int kFail = 1;  // code of an `OrtStatus`
 
 enum Entry : size_t {
   kCreateStatus = 0,
@@ -59,6 +71,7 @@ enum Entry : size_t {
   kGetAttributeInt = 86,
   kGetInput = 90,
   kGetOutput = 91,
+  kReleaseStatus = 93,
   kReleaseShape = 99,
   kParallelFor = 274,  // since version 17
 };

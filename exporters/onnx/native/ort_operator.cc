@@ -11,6 +11,8 @@
 //
 // `GatedUnit`, over `gated_unit.h`. Inputs: gate and up `[B T, I]`, or both side by side as the first. Output: `[B T, I]`.
 
+#include <atomic>
+#include <stdexcept>
 #include <string>
 
 #include "block_linear.h"
@@ -28,25 +30,55 @@ enum Input {
 };
 enum Output { kMixed, kNewKey, kNewValue, kNewPosition, kNewScore, kNewState, kNewMass, kOutputs };
 
+// A graph may come from anybody: what sizes promise is checked before anything is read, once where it is an attribute and
+// in each call where it is a shape.
+void need(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+constexpr int64_t kMost = int64_t{1} << 31;  // of any size; products of two fit
+
 // What kernels have in common: attributes, tensors and threads of ONNX Runtime.
 struct Access {
   const OrtApi* api;
 
+  // Throws what a call of ONNX Runtime says.
+  void Done(OrtStatus* bad) const {
+    if (bad == nullptr) return;
+    ort::call<void>(api, ort::kReleaseStatus, bad);
+    throw std::invalid_argument("an attribute or an output is missing");
+  }
+
+  int64_t Size(const OrtKernelInfo* info, const std::string& name, int64_t least = 1) const {
+    const int64_t value = Integer(info, name);
+    need(value >= least && value < kMost, "an attribute is out of range");
+    return value;
+  }
+
+  // Checks the number of elements of a tensor.
+  void Holds(const OrtValue* value, int64_t count, const char* what, bool optional = false) const {
+    if (optional && value == nullptr) return;
+    int64_t found = 1;
+    for (int64_t size : Shape(value)) found *= size;
+    need(found == count, what);
+  }
+
   int64_t Integer(const OrtKernelInfo* info, const std::string& name) const {
     int64_t value = 0;
-    ort::call(api, ort::kGetAttributeInt, info, name.c_str(), &value);
+    Done(ort::call(api, ort::kGetAttributeInt, info, name.c_str(), &value));
     return value;
   }
 
   float Real(const OrtKernelInfo* info, const std::string& name) const {
     float value = 0;
-    ort::call(api, ort::kGetAttributeFloat, info, name.c_str(), &value);
+    Done(ort::call(api, ort::kGetAttributeFloat, info, name.c_str(), &value));
     return value;
   }
 
   const OrtValue* Value(OrtKernelContext* context, size_t index) const {
     const OrtValue* value = nullptr;
-    ort::call(api, ort::kGetInput, static_cast<const OrtKernelContext*>(context), index, &value);
+    OrtStatus* const bad = ort::call(api, ort::kGetInput, static_cast<const OrtKernelContext*>(context), index, &value);
+    if (bad != nullptr) ort::call<void>(api, ort::kReleaseStatus, bad);  // it is left out
     return value;
   }
 
@@ -60,6 +92,7 @@ struct Access {
   std::vector<int64_t> Shape(const OrtValue* value) const {
     OrtTensorTypeAndShapeInfo* info = nullptr;
     size_t rank = 0;
+    need(value != nullptr, "an input is missing");
     ort::call(api, ort::kGetTensorTypeAndShape, value, &info);
     ort::call(api, ort::kGetDimensionsCount, static_cast<const OrtTensorTypeAndShapeInfo*>(info), &rank);
     std::vector<int64_t> shape(rank);
@@ -71,7 +104,7 @@ struct Access {
   template <typename T>
   T* Allocate(OrtKernelContext* context, size_t index, const std::vector<int64_t>& shape) const {
     OrtValue* value = nullptr;
-    ort::call(api, ort::kGetOutput, context, index, shape.data(), shape.size(), &value);
+    Done(ort::call(api, ort::kGetOutput, context, index, shape.data(), shape.size(), &value));
     return Data<T>(value);
   }
 
@@ -91,14 +124,59 @@ struct BoundedMemory : Access {
 
   BoundedMemory(const OrtApi* table, const OrtKernelInfo* info) : Access{table} {
     const auto integer = [&](const std::string& name) { return Integer(info, name); };
-    layer = {integer("q_heads"), integer("kv_heads"), integer("d_k"), integer("d_v"), integer("slots"),
-             integer("window"), integer("sinks"), integer("max_distance"), integer("evicts"), Real(info, "scale"),
+    const auto size = [&](const std::string& name, int64_t least = 1) { return Size(info, name, least); };
+    layer = {size("q_heads"), size("kv_heads"), size("d_k"), size("d_v"), size("slots"),
+             size("window"), size("sinks", 0), size("max_distance", 0), integer("evicts"), Real(info, "scale"),
              Real(info, "recurrence_weight"), {}};
-    for (int64_t i = 0; i < integer("pools"); ++i) {
+    need(layer.q_heads % layer.kv_heads == 0, "query heads are no multiple of key heads");
+    int64_t kept = layer.window + layer.sinks;
+    for (int64_t i = 0, pools = size("pools", 0); i < pools; ++i) {
+      need(pools <= 16, "there are too many pools");
       const std::string pool = "pool" + std::to_string(i) + "_";
       layer.pools.push_back({integer(pool + "count"), integer(pool + "received"), integer(pool + "maximum"),
                              integer(pool + "by_value"), integer(pool + "first_distance"), Real(info, pool + "horizon")});
+      kept += size(pool + "count");
     }
+    need(kept <= layer.slots, "there are fewer slots than are kept");
+  }
+
+  // Checks the inputs of a call against the layer.
+  void Check(OrtKernelContext* context, const liger::Call& call, int64_t tokens) const {
+    const auto holds = [&](size_t input, int64_t count, const char* what) {
+      Holds(Value(context, input), count, what, Optional(input, false));
+    };
+    const liger::Layer& l = layer;
+    const int64_t heads = call.batch * l.kv_heads, slots = heads * l.slots, pools = l.pools.size();
+    need(call.batch > 0 && tokens % call.batch == 0, "the tokens are not of the sequences");
+    const bool whole = Value(context, kKey) == nullptr;
+    need(whole == (Value(context, kValue) == nullptr), "key and value come together");
+    holds(kQuery, tokens * (l.q_heads * l.d_k + (whole ? l.kv_heads * (l.d_k + l.d_v) : 0)), "the query is of another size");
+    holds(kKey, tokens * l.kv_heads * l.d_k, "the key is of another size");
+    holds(kValue, tokens * l.kv_heads * l.d_v, "the value is of another size");
+    need(2 * call.half <= l.d_k, "the rotary table is wider than a head");
+    const int64_t rows = Shape(Value(context, kCos))[0];
+    need(rows > l.max_distance && rows - l.max_distance >= call.length, "the rotary table is too short");
+    holds(kSin, rows * call.half, "cosine and sine differ");
+    holds(kSlotKey, slots * l.d_k, "the slots' keys are of another size");
+    holds(kSlotValue, slots * l.d_v, "the slots' values are of another size");
+    holds(kSlotPosition, slots, "the slots' positions are of another size");
+    need((Value(context, kSlotScore) != nullptr) == (pools > 0), "scores and pools come together");
+    holds(kSlotScore, slots * pools, "the slots' scores are of another size");
+    bool arrives = false;
+    for (const liger::Pool& pool : l.pools) arrives = arrives || !pool.received;
+    need(!arrives || call.arrival != nullptr || call.hidden != nullptr, "scores on arrival are missing");
+    holds(kArrival, heads * call.length, "the scores on arrival are of another size");
+    if (call.hidden != nullptr) {
+      need(call.score_weight != nullptr && call.score_bias != nullptr, "the map of the scores is missing");
+      holds(kHidden, tokens * call.width, "the layer's input is of another size");
+      holds(kScoreWeight, l.kv_heads * call.width, "the map of the scores is of another size");
+      holds(kScoreBias, l.kv_heads, "the map of the scores is of another size");
+    }
+    if (!l.evicts) return;
+    need(call.turn != nullptr && call.past_state != nullptr && call.past_mass != nullptr, "what evicts has no state");
+    holds(kTurn, 3 * call.half, "the turn is of another size");
+    holds(kState, heads * l.d_k * l.d_v, "the state is of another size");
+    holds(kMass, heads * l.d_k, "the mass is of another size");
   }
 
   template <typename T>
@@ -110,10 +188,13 @@ struct BoundedMemory : Access {
   void Compute(OrtKernelContext* context) const {
     const auto input = [&](size_t index) { return Data<const float>(Value(context, index)); };
     liger::Call call{};
-    call.batch = Shape(Value(context, kPosition))[0];
-    const int64_t tokens = Shape(Value(context, kQuery))[0];
-    call.length = tokens / call.batch;
-    call.half = Shape(Value(context, kCos))[1];
+    const auto positions = Shape(Value(context, kPosition)), query = Shape(Value(context, kQuery));
+    const auto table = Shape(Value(context, kCos));
+    need(positions.size() == 1 && query.size() == 2 && table.size() == 2, "a tensor has another rank");
+    call.batch = positions[0];
+    const int64_t tokens = query[0];
+    call.length = tokens / std::max<int64_t>(call.batch, 1);
+    call.half = table[1];
     call.query = input(kQuery), call.key = input(kKey), call.value = input(kValue);
     call.query_row = layer.q_heads * layer.d_k, call.key_row = layer.kv_heads * layer.d_k;
     call.value_row = layer.kv_heads * layer.d_v;
@@ -123,11 +204,12 @@ struct BoundedMemory : Access {
     }
     call.cos = input(kCos), call.sin = input(kSin), call.arrival = input(kArrival), call.turn = input(kTurn);
     call.hidden = input(kHidden), call.score_weight = input(kScoreWeight), call.score_bias = input(kScoreBias);
-    if (call.hidden != nullptr) call.width = Shape(Value(context, kHidden))[1];
+    if (call.hidden != nullptr) call.width = Shape(Value(context, kHidden)).back();
     call.position = Data<const int64_t>(Value(context, kPosition));
     call.past_key = input(kSlotKey), call.past_value = input(kSlotValue), call.past_score = input(kSlotScore);
     call.past_position = Data<const int64_t>(Value(context, kSlotPosition));
     call.past_state = input(kState), call.past_mass = input(kMass);
+    Check(context, call, tokens);
     call.mixed = Allocate<float>(context, kMixed, {tokens, layer.q_heads * layer.d_v});
     call.new_key = Renewed<float>(context, kSlotKey, kNewKey);
     call.new_value = Renewed<float>(context, kSlotValue, kNewValue);
@@ -135,7 +217,13 @@ struct BoundedMemory : Access {
     call.new_score = Renewed<float>(context, kSlotScore, kNewScore);
     call.new_state = Renewed<float>(context, kState, kNewState);
     call.new_mass = Renewed<float>(context, kMass, kNewMass);
+    need(call.mixed && call.new_key && call.new_value && call.new_position, "an output is missing");
+    need(!call.past_score == !call.new_score && !call.past_state == !call.new_state && !call.past_mass == !call.new_mass,
+         "a state that goes in comes out");
+    std::atomic<bool> damaged{false};
+    call.damaged = &damaged;
     liger::run(layer, call, [&](int64_t count, auto work) { Parallel(context, count, work); });
+    need(!damaged, "the slots hold positions that no text leaves there");
   }
 
   static OrtElementType Type(size_t i, bool output) {
@@ -153,16 +241,25 @@ struct BlockLinear : Access {
   bool exact;
 
   BlockLinear(const OrtApi* table, const OrtKernelInfo* info)
-      : Access{table}, matrix(Integer(info, "N"), Integer(info, "K"), Integer(info, "bits"), Integer(info, "block_size")),
-        exact(Integer(info, "accuracy_level") == 1) {}
+      : Access{table}, matrix(Size(info, "N"), Size(info, "K"), Size(info, "bits"), Size(info, "block_size")),
+        exact(Integer(info, "accuracy_level") == 1) {
+    need(matrix.bits == 4 || matrix.bits == 8, "codes have 4 or 8 bits");
+    need(matrix.block == 32 || matrix.block == 64 || matrix.block == 128, "blocks have 32, 64 or 128 codes");
+  }
 
   void Compute(OrtKernelContext* context) const {
     liger::BlockMatrix m = matrix;
     m.codes = Data<const uint8_t>(Value(context, 1)), m.zero_point = Data<const uint8_t>(Value(context, 3));
     m.scale = Data<const float>(Value(context, 2));
     const auto *x = Data<const float>(Value(context, 0)), *bias = Data<const float>(Value(context, 4));
-    const int64_t tokens = Shape(Value(context, 0))[0];
+    const int64_t tokens = Shape(Value(context, 0)).at(0);
+    Holds(Value(context, 0), tokens * m.width, "the input is of another width");
+    Holds(Value(context, 1), m.rows * m.code_row, "the codes are of another size");
+    Holds(Value(context, 2), m.rows * m.blocks, "the scales are of another size");
+    Holds(Value(context, 3), m.rows * m.zero_row, "the zero points are of another size");
+    Holds(Value(context, 4), m.rows, "the bias is of another size", true);
     float* output = Allocate<float>(context, 0, {tokens, m.rows});
+    need(output != nullptr, "the output is missing");
     liger::block_linear(m, x, bias, tokens, exact, output,
                         [&](int64_t count, auto work) { Parallel(context, count, work); });
   }
@@ -178,14 +275,18 @@ struct GatedUnit : Access {
   liger::Activation activation;
 
   GatedUnit(const OrtApi* table, const OrtKernelInfo* info)
-      : Access{table}, activation(static_cast<liger::Activation>(Integer(info, "activation"))) {}
+      : Access{table}, activation(static_cast<liger::Activation>(Size(info, "activation", 0))) {}
 
   void Compute(OrtKernelContext* context) const {
     const OrtValue* first = Value(context, 0);
     const float *gate = Data<const float>(first), *up = Data<const float>(Value(context, 1));
-    const int64_t tokens = Shape(first)[0], row = Shape(first)[1], width = up == nullptr ? row / 2 : row;
+    const auto shape = Shape(first);
+    need(shape.size() == 2 && shape[1] > 1, "the gate has another shape");
+    const int64_t tokens = shape[0], row = shape[1], width = up == nullptr ? row / 2 : row;
+    Holds(Value(context, 1), tokens * width, "gate and up differ", true);
     if (up == nullptr) up = gate + width;
     float* output = Allocate<float>(context, 0, {tokens, width});
+    need(output != nullptr, "the output is missing");
     const auto work = [=, kind = activation](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
         liger::gated_unit(kind, output + t * width, gate + t * row, up + t * row, width);
@@ -199,12 +300,23 @@ struct GatedUnit : Access {
   static bool Optional(size_t i, bool) { return i == 1; }
 };
 
+// Returns what ONNX Runtime is told of an exception; none may leave the library.
+template <typename Work>
+OrtStatus* answered(const OrtApi* api, Work work) {
+  try {
+    work();
+    return nullptr;
+  } catch (const std::exception& error) {
+    return ort::call(api, ort::kCreateStatus, ort::kFail, error.what());
+  }
+}
+
 template <typename Kernel>
 OrtCustomOp make_operator() {
   OrtCustomOp op{};
   op.version = ort::kVersion;
-  op.CreateKernel = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info) -> void* {
-    return new Kernel(api, info);
+  op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** made) -> OrtStatus* {
+    return answered(api, [&] { *made = new Kernel(api, info); });
   };
   op.GetName = [](const OrtCustomOp*) { return Kernel::kName; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
@@ -218,7 +330,15 @@ OrtCustomOp make_operator() {
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t i) {
     return Kernel::Optional(i, true) ? kOptional : kRequired;
   };
-  op.KernelCompute = [](void* kernel, OrtKernelContext* context) { static_cast<Kernel*>(kernel)->Compute(context); };
+  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) -> OrtStatus* {
+    auto* const made = static_cast<Kernel*>(kernel);
+    return answered(made->api, [&] { made->Compute(context); });
+  };
+  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+  op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
+  op.GetVariadicInputHomogeneity = op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
+  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
+  op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   return op;
 }

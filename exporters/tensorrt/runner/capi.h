@@ -27,7 +27,7 @@ int liger_interface(void);
 const char* liger_error(void);
 
 /* Opens an artifact: finds its engine for this TensorRT and GPU, or builds it where there is none.
- * plugin: libligerexport_trt.so; NULL for the artifact's, or one beside this library or in its folder plugin.
+ * plugin: libligerexport_trt.so; NULL for one beside this library or in its folder plugin, never the artifact's.
  * precision: of activations before TensorRT 10; NULL for what the artifact says.
  * batch: the most sequences of a session. */
 liger_engine* liger_engine_open(const char* artifact, const char* plugin, const char* precision, int batch, int flags);

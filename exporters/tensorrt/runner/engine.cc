@@ -32,21 +32,22 @@ void write(const std::filesystem::path& path, const void* data, size_t size) {
 
 constexpr char kPlugin[] = "libligerexport_trt.so";
 
-// The artifact's, or what was built together with this library, or what the loader finds.
-std::filesystem::path find_plugin(const std::filesystem::path& artifact) {
+// What was built together with this library, or what the loader finds. Never the artifact's: a model runs no code.
+std::filesystem::path find_plugin() {
   Dl_info info{};
   dladdr(reinterpret_cast<void*>(&find_plugin), &info);
   const auto here = std::filesystem::path(info.dli_fname == nullptr ? "" : info.dli_fname).parent_path();
-  for (const auto& file : {artifact / kPlugin, here / kPlugin, here / "plugin" / kPlugin})
+  for (const auto& file : {here / kPlugin, here / "plugin" / kPlugin})
     if (std::filesystem::exists(file)) return file;
   return kPlugin;
 }
 
 // Returns the file.
 std::filesystem::path load_plugin(const Options& options) {
-  const auto wanted = options.plugin.empty() ? find_plugin(options.artifact) : options.plugin;
+  const auto wanted = options.plugin.empty() ? find_plugin() : options.plugin;
   void* const library = dlopen(wanted.c_str(), RTLD_NOW | RTLD_GLOBAL);
-  if (library == nullptr) throw error(std::string("cannot open the plugin library: ") + dlerror());
+  if (library == nullptr) throw error(std::string("cannot open the plugin library: ") + dlerror(),
+                "name it: liger-run --plugin FILE, or LIGEREXPORT_TRT_PLUGIN; one in an artifact is not taken by itself");
 #if NV_TENSORRT_MAJOR >= 10
   if (getPluginRegistry()->loadLibrary(wanted.c_str()) == nullptr)
     throw error("TensorRT does not take " + wanted.string() + " as a plugin library");

@@ -33,7 +33,7 @@ class Logger final : public nvinfer1::ILogger {
 };
 
 struct Options {
-  std::filesystem::path artifact, plugin;  // "" for the artifact's, or one beside this library
+  std::filesystem::path artifact, plugin;  // "" for a plugin beside this library
   std::string precision;  // of activations, "" for what the manifest says
   int batch = 1;          // the most sequences at once
   bool build = false;     // even where there is an engine

@@ -23,8 +23,8 @@ constexpr char kUsage[] =
     "                 [--build] [--precision fp16] [--no-graph] [--bench STEPS] [--prefill-bench TOKENS]\n"
     "                 [--profile STEPS] [--dump-logits FILE] [--dump-state FILE] [--verbose]\n"
     "       liger-run ARTIFACT --build [--batch N] [--plugin FILE] [--precision fp16]\n"
-    "The plugin is libligerexport_trt.so of the artifact, or beside this program, if none is given. Logits are fp32\n"
-    "[calls, B, vocab]: of the prompt, then of each generated token. State is all tensors one after the other, in the\n"
+    "The plugin is libligerexport_trt.so beside this program, if none is given; an artifact's is not taken by itself.\n"
+    "Logits are fp32 [calls, B, vocab]: of the prompt, then of each generated token. State is all tensors one after the other, in the\n"
     "order of the manifest. Lists of ids may be @FILE.\n"
     "--follow: after generating, start again and give these one by one after the prompt; what is dumped is of that.\n"
     "--batch: the most sequences of the engine; --sequences: how many run, all unless given.\n";

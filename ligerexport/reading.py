@@ -1,0 +1,106 @@
+"""Files that somebody else wrote: JSON that may be anything, dataclasses whose types are checked, links that lead away.
+
+What such a file must say is the business of whoever reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, fields, is_dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ligerexport.errors import LigerError
+
+Row = TypeVar("Row")
+
+MOST = 2**53
+"""Integers from here on are no sizes, and numbers of JSON are no integers any more."""
+
+
+def read_json(file: Path, kind: type[LigerError], hint: str) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Args:
+        file: The file.
+        kind: Class of the error.
+        hint: Of the error.
+
+    Raises:
+        LigerError: Of that class; it is no JSON, or another value than an object.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if "\\u" in text:
+            json.dumps(content, ensure_ascii=False).encode()  # halves of a character are none
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{file} is not JSON: {error}", hint=hint) from None
+    except OSError as error:
+        raise kind(f"{file} cannot be read: {error.strerror}", hint=hint) from None
+    if not isinstance(content, dict):
+        raise kind(f"{file} holds no JSON object", hint=hint)
+    return content
+
+
+def from_plain(cls: type[Row], data: Any) -> Row:
+    """Make a dataclass, and those in it, from plain data. Unknown keys are ignored.
+
+    Raises:
+        ValueError: Something is missing or of another type than the fields say.
+    """
+    return _convert(cls, data, cls.__name__)
+
+
+@lru_cache(maxsize=32)
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """Return a value as a type hint has it."""
+    if hint is Any:
+        return value
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return _any_of(inner, value, name)
+    if is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is {value!r:.60}")
+        made = {}
+        for entry in fields(hint):
+            if entry.name in value:
+                made[entry.name] = _convert(_hints(hint)[entry.name], value[entry.name], f"{name}.{entry.name}")  # type: ignore[arg-type]
+            elif entry.default is MISSING and entry.default_factory is MISSING:
+                raise ValueError(f"{name} has no {entry.name}")
+        return hint(**made)  # type: ignore[operator]
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(inner[1], item, f"{name}.{key}") for key, item in value.items()}
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(inner[0], item, name) for item in value)
+    if hint is float and type(value) in (int, float) and abs(value) < MOST:
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint and not (isinstance(value, int) and abs(value) >= MOST):
+        return value
+    raise ValueError(f"{name} is {value!r:.60}")
+
+
+def _any_of(hints: tuple[Any, ...], value: Any, name: str) -> Any:
+    if value is None and NoneType in hints:
+        return None
+    for hint in hints:
+        if hint is not NoneType and (is_dataclass(hint) or get_origin(hint) or type(value) is hint):
+            return _convert(hint, value, name)
+    raise ValueError(f"{name} is {value!r:.60}")
+
+
+def leads_away(file: Path, directory: Path, *others: Path) -> bool:
+    """Return whether a file is, over links, a file outside a directory, and of other directories too."""
+    places = (directory.resolve(), *(other.resolve() for other in others))
+    try:
+        found = file.resolve()
+    except (OSError, RuntimeError):  # a link in a circle
+        return True
+    return not any(found.is_relative_to(place) for place in places)
