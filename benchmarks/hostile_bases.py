@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 import ligerexport as lx
 from ligerexport.adapter import ADAPTER, ADAPTER_CONFIG, RECORD, model_id
 from ligerexport.checkpoint import check_checkpoint
+from ligerexport.config import PRESETS
 
 IDS = list(range(1, 50))
 TEMPLATE = (
@@ -26,7 +27,7 @@ LIGER: dict[str, Any] = {"preset": "liger", "window": 8, "sinks": 2, "slots": ((
 def make_bases(place: Path) -> None:
     """Write a Transformer, what it converts to, an adapter for it, and artifacts of three lowerings."""
     SHAPES["bytes"] = SHAPES["tiny"] | {"vocab_size": 264}
-    memory = make_checkpoint(place / "memory", "bytes", 2, "memory")
+    memory = make_checkpoint(place / "memory", "bytes", 2, PRESETS["memory"].config)
     write_tokenizer(memory)
     config = json.loads((memory / "config.json").read_text())
     config = {key: value for key, value in config.items() if not key.startswith("liger")}
@@ -37,7 +38,7 @@ def make_bases(place: Path) -> None:
     (memory / "chat_template.jinja").write_text(TEMPLATE)
     memory.rename(place / "source")
     lx.convert(place / "source", place / "liger", **LIGER)
-    write_tokenizer(make_checkpoint(place / "evicted", "bytes", 2, "evicted"))
+    write_tokenizer(make_checkpoint(place / "evicted", "bytes", 2, PRESETS["evicted"].config))
     lx.build(place / "liger", place / "ort", max_chunk=16)
     lx.build(place / "liger", place / "portable", lowering="portable", weights="int8", max_chunk=16)
     lx.build(place / "evicted", place / "native", lowering="native", weights="int4", max_chunk=16)

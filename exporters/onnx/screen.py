@@ -18,20 +18,22 @@ from ligerexport.errors import ArtifactError
 
 STANDARD = {
     "Add", "And", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Cos", "CumSum", "DequantizeLinear",
-    "Div", "Exp", "Expand", "Flatten", "Gather", "GatherElements", "Gelu", "Gemm", "Greater", "GreaterOrEqual",
-    "Less", "LessOrEqual", "Log", "MatMul", "Max", "Mod", "Mul", "Neg", "Not", "Pad", "Pow", "Range", "ReduceL2",
-    "ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "ScatterElements", "Shape", "Sigmoid", "Sin", "Slice", "Softmax",
-    "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Tile", "TopK", "Transpose", "Unsqueeze", "Where",
+    "Div", "Exp", "Expand", "Flatten", "Gather", "GatherElements", "Gelu", "Gemm", "Greater",
+    "GreaterOrEqual", "Less", "LessOrEqual", "Log", "MatMul", "Max", "Mod", "Mul", "Neg", "Not", "Pad", "Pow",
+    "Range", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "ScatterElements", "Shape", "Sigmoid",
+    "Sin", "Slice", "Softmax", "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Tanh",
+    "Tile", "TopK", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
+EARLIER = {"GatherND", "Min", "SimplifiedLayerNormalization"}
 OPERATORS = {
-    "": STANDARD,
+    "": STANDARD | EARLIER,
     "com.microsoft": {
         "FusedMatMul", "GatherBlockQuantized", "LinearAttention", "MatMulNBits", "QuickGelu", "RotaryEmbedding",
         "SkipSimplifiedLayerNormalization",
     },
     "ligerexport": {"BlockLinear", "BoundedMemory", "GatedUnit"},
 }  # fmt: skip
-"""Of every lowering, by domain."""
+"""Of every lowering, by domain; `EARLIER` in graphs of earlier versions alone."""
 SIZED = {"ConstantOfShape", "Expand", "Pad", "Range", "Tile"}
 """Operators that make as many numbers as other numbers say."""
 _ARITHMETIC = {"Add", "Cast", "Concat", "Gather", "Mul", "Reshape", "Squeeze", "Sub", "Unsqueeze"}
