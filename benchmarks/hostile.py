@@ -2,9 +2,9 @@
 
     python benchmarks/hostile.py -o benchmarks/results/hostile.json [--kinds manifest graph] [--share 0.1]
 
-An input is refused in one line with a hint, or is valid and works. All else is a finding: another exception, a
-crash, more than 5 seconds, a gigabyte, a file outside, code that ran. Findings stay under build/hostile/findings. What is
-in the output already is not run again: a long run goes on where it was cut.
+An input is refused in one line with a hint, or is valid and works. All else is a finding: another exception, a crash,
+more than 5 seconds, a gigabyte, a file outside, code that ran. Findings stay under build/hostile/findings.
+What is in the output already is not run again: a long run goes on where it was cut.
 """
 
 from __future__ import annotations
