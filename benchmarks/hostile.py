@@ -2,9 +2,9 @@
 
     python benchmarks/hostile.py -o benchmarks/results/hostile.json [--kinds manifest graph] [--share 0.1]
 
-An input is refused in one line with a hint, or is valid and works. All else is a finding: another exception, a
-crash, more than 5 seconds, a gigabyte, a file outside, code that ran. Findings stay under build/hostile/findings. What
-is in the output already is not run again: a long run goes on where it was cut.
+An input is refused in one line with a hint, or is valid and works. All else is a finding: another exception, a crash,
+more than 5 seconds, a gigabyte, a file outside, code that ran. Findings stay under build/hostile/findings.
+What is in the output already is not run again: a long run goes on where it was cut.
 """
 
 from __future__ import annotations
@@ -63,10 +63,13 @@ def run_kind(name: str, bases: Path, place: Path, numbers: range, *, keep: Path 
     library()  # of the lowering native, compiled or found before anything is watched
     gc.freeze()
 
-    def one(number: int) -> Callable[[], None]:
+    def lay(number: int, where: Path) -> None:
         rng = random.Random(f"{name} {number}")
-        copy_in(bases, kind, place, rng)
-        kind.mutate(place, rng)
+        copy_in(bases, kind, where, rng)
+        kind.mutate(where, rng)
+
+    def one(number: int) -> Callable[[], None]:
+        lay(number, place)
         _text_model.cache_clear()  # the same place is another model each time
         return partial(kind.action, place)
 
@@ -77,9 +80,10 @@ def run_kind(name: str, bases: Path, place: Path, numbers: range, *, keep: Path 
             alike = re.sub(r"\d+", "N", outcome.what.replace(str(place), ""))[:160]
             findings[alike] += 1
             if keep is not None and findings[alike] <= 2:
-                one(number)
-                shutil.copytree(place, keep / f"{name}-{number}".replace(" ", "-"), symlinks=True, dirs_exist_ok=True)
-                (keep / f"{name}-{number}.txt".replace(" ", "-")).write_text(outcome.what + "\n")
+                kept = keep / f"{name}-{number}".replace(" ", "-")
+                (kept / "outside").mkdir(parents=True, exist_ok=True)
+                lay(number, kept)
+                (kept / "finding.txt").write_text(outcome.what + "\n")
     row: dict[str, Any] = {"inputs": len(numbers), "refused": counts["refused"], "valid": counts["valid"]}
     row |= {"findings": counts["finding"], "slowest_s": round(slowest, 2), "growth_mib": largest >> 20}
     return row | ({"found": dict(findings.most_common())} if findings else {})

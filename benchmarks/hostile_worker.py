@@ -28,6 +28,7 @@ MEMORY = 4 << 30
 """Bytes of address space above what the process has at its start."""
 GROWTH = 1 << 30
 """Bytes by which an input may make resident memory grow."""
+AGAIN = b"again\n"
 BATCH = 100
 """Inputs of a fork."""
 _ROOTS = tuple(
@@ -63,12 +64,10 @@ class Watch:
     """Tells whether anything opened a file in a directory, whatever code did it."""
 
     def __init__(self, directory: Path) -> None:
-        everything_but_reading_on = (
-            0x20 | 0x2 | 0x4 | 0x100 | 0x200 | 0x80
-        )  # open, modify, attrib, create, delete, move
+        events = 0x20 | 0x2 | 0x4 | 0x100 | 0x200 | 0x80  # open, modify, attributes, create, delete, move
         libc = ctypes.CDLL(None, use_errno=True)
         self._file = libc.inotify_init1(os.O_NONBLOCK)
-        if libc.inotify_add_watch(self._file, os.fsencode(directory), everything_but_reading_on) < 0:
+        if libc.inotify_add_watch(self._file, os.fsencode(directory), events) < 0:
             raise OSError(ctypes.get_errno(), "inotify")
 
     def seen(self) -> bool:
@@ -102,6 +101,8 @@ def run(inputs: Iterable[int], one: Callable[[int], Callable[[], None]], place: 
             tried = left[:BATCH]
             for number in tried:
                 line = _line(answers)
+                if line == AGAIN:
+                    break
                 if line:
                     yield number, Outcome(*json.loads(line))
                     left.remove(number)
@@ -109,7 +110,7 @@ def run(inputs: Iterable[int], one: Callable[[int], Callable[[], None]], place: 
                 os.kill(pid, signal.SIGKILL)
                 break
         _, status, _ = os.wait4(pid, 0)
-        if left and left[0] in tried:
+        if left and left[0] in tried and line != AGAIN:
             died = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "it left without a word"
             late = died in ("SIGXCPU", "SIGKILL")
             yield left.pop(0), Outcome("finding", f"{'hang' if late else 'crash'}: {died}", 2.0 * SECONDS, 0)
@@ -138,7 +139,11 @@ def _child(numbers: list[int], one: Callable[[int], Callable[[], None]], place: 
     watch, hook = Watch(place / "outside"), _Hook(place)
     sys.addaudithook(hook)
     for number in numbers:
-        action = one(number)
+        try:
+            action = one(number)
+        except BaseException:  # what inputs before it left in memory may be too much
+            os.write(writer, AGAIN if number != numbers[0] else traceback.format_exc().encode() + b"\n")
+            os._exit(1)
         watch.seen()  # what the mutation itself did
         begin = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
         resource.setrlimit(resource.RLIMIT_CPU, (int(begin) + SECONDS + 1, resource.RLIM_INFINITY))

@@ -82,7 +82,7 @@ def read_record(adapter: Path) -> dict[str, Any]:
                 hint="train it again: ligerexport recover LIGER --data chats.jsonl --adapter -o DIRECTORY",
             )
         return record | {"liger": LigerConfig.from_dict(record["liger"]).to_dict()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
         raise _no_adapter(adapter, error) from None
 
 
@@ -161,10 +161,10 @@ def write_recovered(stage: Path, info: CheckpointInfo, adapter: Path, progress: 
     from safetensors.torch import load_file
 
     record = read_record(adapter)
-    settings = read_json(adapter / ADAPTER_CONFIG, CheckpointError, _WROTE)
     try:
+        settings = read_json(adapter / ADAPTER_CONFIG, CheckpointError, _WROTE)
         tensors, scale = load_file(adapter / ADAPTER), settings["lora_alpha"] / settings["r"]
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, SafetensorError, CheckpointError) as error:
         raise _no_adapter(adapter, error) from None
     check_adapter(record, info)
     write_merged(stage, info, {name.removeprefix(_PEFT_PREFIX): x for name, x in tensors.items()}, scale, record,

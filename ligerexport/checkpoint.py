@@ -118,8 +118,11 @@ def checkpoint_files(path: str | Path) -> list[Path]:
     """
     path = Path(path)
     if (path / _INDEX).is_file():
-        shards = sorted(set(_weight_map(path).values()))
-        if missing := [name for name in shards if not (path / name).is_file()]:
+        shards, there = (
+            sorted(set(_weight_map(path).values())),
+            {file.name for file in path.iterdir() if file.is_file()},
+        )
+        if missing := [name for name in shards if name not in there]:
             raise CheckpointError(
                 f"{missing[0]} is missing from {path} ({len(missing)} of {len(shards)} files that {_INDEX} names)",
                 hint="copy or download the checkpoint again",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,18 @@ MEMORY = ("window", "slots", "layer_memory")
 
 
 def _pools(slots: Slots) -> Slots:
-    return tuple((str(name), int(count)) for name, count in slots)
+    return tuple((str(name), _whole("slots", count)) for name, count in slots)
+
+
+def _whole(name: str, value: Any) -> int:
+    """Return a whole number that JSON or a caller gave.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if type(value) is not int:
+        raise UsageError(f"{name} {value!r:.60}", hint="a whole number was expected")
+    return value
 
 
 @dataclass(frozen=True)
@@ -69,12 +81,17 @@ class LigerConfig:
     max_distance: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("window", "sinks", "recurrence_distance"):
+            _whole(name, getattr(self, name))
         object.__setattr__(self, "slots", _pools(self.slots))
-        memory = sorted((int(layer), int(window), _pools(slots)) for layer, window, slots in self.layer_memory)
+        memory = sorted(
+            (_whole("layer", layer), _whole("window", window), _pools(slots))
+            for layer, window, slots in self.layer_memory
+        )
         object.__setattr__(self, "layer_memory", tuple(memory))
-        object.__setattr__(self, "keep_softmax", tuple(sorted({int(layer) for layer in self.keep_softmax})))
-        if self.keep_window is not None:
-            object.__setattr__(self, "keep_window", tuple(sorted({int(layer) for layer in self.keep_window})))
+        for name, layers in (("keep_softmax", self.keep_softmax), ("keep_window", self.keep_window)):
+            if layers is not None:
+                object.__setattr__(self, name, tuple(sorted({_whole(name, layer) for layer in layers})))
         get_gate(self.gate)
         for name, count in self.slots:
             get_score(name)
@@ -92,9 +109,9 @@ class LigerConfig:
             raise UsageError(
                 f"window {self.window}, sinks {self.sinks}", hint="window is at least 1 (the current token), sinks 0"
             )
-        if self.attention_weight < 0 or self.recurrence_weight < 0:
+        if not (0 <= self.attention_weight < inf and 0 <= self.recurrence_weight < inf):
             raise UsageError(
-                f"mix weights {self.attention_weight} and {self.recurrence_weight}", hint="neither may be negative"
+                f"mix weights {self.attention_weight} and {self.recurrence_weight}", hint="both are numbers from 0 on"
             )
         look_up("recurrence", self.recurrence, dict.fromkeys(RECURRENCES))
         if self.evicts and self.attention_weight != 1:
@@ -108,7 +125,7 @@ class LigerConfig:
             )
         if self.recurrence_distance < 1:
             raise UsageError(f"recurrence distance {self.recurrence_distance}", hint="give at least one token")
-        if self.max_distance is not None and self.max_distance < self.window:
+        if self.max_distance is not None and _whole("max_distance", self.max_distance) < self.window:
             raise UsageError(
                 f"max_distance {self.max_distance} is smaller than the window {self.window}",
                 hint="give at least the window, or leave it out for the checkpoint's trained length",
@@ -293,7 +310,7 @@ def read_memory(path: str | Path, preset: str | None = None, **changes: Any) -> 
         base = data.get("record", {}).get("base")
         LigerConfig(**fields)
         measured = get_preset(preset or DEFAULT_PRESET) if preset or base is None else LigerConfig.from_dict(base)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
         hint = "give the file that `ligerexport allocate` wrote"
         raise UsageError(f"{path} holds no memory of layers ({error})", hint=hint) from None
     return replace(measured, **fields, **changes)

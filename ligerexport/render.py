@@ -18,8 +18,8 @@ SECONDS = 2
 """Of the processor that a conversation may take, and five times as many of the clock. Templates take milliseconds."""
 MEMORY = 512 << 20
 """Bytes of address space."""
-MOST = 16 << 20
-"""Bytes of what comes out."""
+MOST = 64 << 10
+"""Bytes of what comes out, beyond four times those that go in."""
 
 
 class Renderer:
@@ -135,8 +135,8 @@ def main() -> None:
         try:
             template = template or environment.from_string(source)
             text = template.render(json.loads(line))
-            if len(text.encode()) > MOST:
-                raise ValueError(f"it makes {len(text)} characters of this")
+            if len(text.encode()) > 4 * len(line) + MOST:
+                raise ValueError(f"it makes {len(text)} characters of {len(line)}")
             answer = {"text": text}
         except MemoryError:
             answer = {}

@@ -204,7 +204,7 @@ struct BoundedMemory : Access {
     }
     call.cos = input(kCos), call.sin = input(kSin), call.arrival = input(kArrival), call.turn = input(kTurn);
     call.hidden = input(kHidden), call.score_weight = input(kScoreWeight), call.score_bias = input(kScoreBias);
-    if (call.hidden != nullptr) call.width = Shape(Value(context, kHidden)).back();
+    if (call.hidden != nullptr) call.width = Shape(Value(context, kHidden)).at(1);
     call.position = Data<const int64_t>(Value(context, kPosition));
     call.past_key = input(kSlotKey), call.past_value = input(kSlotValue), call.past_score = input(kSlotScore);
     call.past_position = Data<const int64_t>(Value(context, kSlotPosition));
