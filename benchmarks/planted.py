@@ -24,8 +24,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # tiny checkpoints are the tests'
 
 from checkpoints import FORESIGHT, MEMORY, make_checkpoint
-from faults import AT, FAULTS, Fault, Site
-from faults.edited import find, instead
+from planting import AT, FAULTS, Fault, Site
+from planting.edited import find, instead
 
 from ligerexport.artifact import Artifact, Source
 from ligerexport.config import LigerConfig

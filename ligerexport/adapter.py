@@ -76,14 +76,16 @@ def read_record(adapter: Path) -> dict[str, Any]:
     check_links(adapter)
     try:
         record = read_json(adapter / RECORD, CheckpointError, _WROTE)
-        if "model" in record and "liger" not in record:
-            raise CheckpointError(
-                f"{adapter} is an adapter of an earlier version, which does not say what conversion it fits",
-                hint="train it again: ligerexport recover LIGER --data chats.jsonl --adapter -o DIRECTORY",
-            )
-        return record | {"liger": LigerConfig.from_dict(record["liger"]).to_dict()}
+        if not (early := "model" in record and "liger" not in record):
+            record |= {"liger": LigerConfig.from_dict(record["liger"]).to_dict()}
     except (ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
         raise _no_adapter(adapter, error) from None
+    if early:
+        raise CheckpointError(
+            f"{adapter} is an adapter of an earlier version, which does not say what conversion it fits",
+            hint="train it again: ligerexport recover LIGER --data chats.jsonl --adapter -o DIRECTORY",
+        )
+    return record
 
 
 def _no_adapter(adapter: Path, error: Exception) -> CheckpointError:

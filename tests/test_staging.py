@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,9 @@ def test_other_errors_keep_what_they_say(tmp_path: Path) -> None:
 def test_an_output_of_another_user_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("")
-    for place in (tmp_path, *tmp_path.parents[:2]):
+    for place in [tmp_path, *tmp_path.parents]:
+        if place == Path(tempfile.gettempdir()):
+            break
         place.chmod(0o777)
     if (pid := os.fork()) == 0:
         os.setuid(65534)

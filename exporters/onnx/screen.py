@@ -153,7 +153,7 @@ def _check_model(model: Message, artifact: Artifact) -> None:
         if (_text(function, 10), _text(function, 1)) != ("com.microsoft", "LinearAttention"):
             raise ValueError(f"a function {_text(function, 1)}")
         for node in function.get(7, ()):
-            _check_node(node, {"": STANDARD})
+            _check_node(node, {"": OPERATORS[""]})
     if len(model.get(25, ())) > 1:
         raise ValueError("two functions of a name")
     graph = model[7][0]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from faults.table import AT, GRAPHS, ONNX, SLOTTED, Site, fault
 from ligerexport.exporters.onnx.builder import Builder
+from planting.table import AT, GRAPHS, ONNX, SLOTTED, Site, fault
 
 Change = Callable[[Builder, ir.Value], ir.Value]
 

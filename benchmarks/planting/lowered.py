@@ -14,11 +14,11 @@ from unittest.mock import patch
 import numpy as np
 import onnx_ir as ir
 
-from faults.table import AT, GRAPHS, LAST, ONNX, SLOTTED, Site, fault
 from ligerexport.exporters.onnx import graph, mixer, native
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable
 from ligerexport.exporters.onnx.session import OnnxSession
+from planting.table import AT, GRAPHS, LAST, ONNX, SLOTTED, Site, fault
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from faults.table import ALL, AT, ONNX, Site, fault
 from ligerexport.exporters.verify import prompt_ids
+from planting.table import ALL, AT, ONNX, Site, fault
 
 
 @fault("file")

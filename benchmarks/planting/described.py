@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from faults.table import AT, ONNX, SLOTTED, fault
 from ligerexport.config import LigerConfig
 from ligerexport.exporters.onnx.spec import ModelSpec
+from planting.table import AT, ONNX, SLOTTED, fault
 
 
 def changed(spec: ModelSpec, config: dict[str, Any] | None = None, **fields: Any) -> ModelSpec:

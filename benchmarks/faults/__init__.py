@@ -1,6 +1,0 @@
-"""Faults to plant in an artifact while it is built; `planted.py` plants them."""
-
-from faults import described, edited, lowered, stored  # noqa: F401  (each enters its faults)
-from faults.table import AT, FAULTS, Fault, Site
-
-__all__ = ["AT", "FAULTS", "Fault", "Site"]
