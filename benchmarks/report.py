@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import report_trust
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md", "docs/concepts/memory.md", "docs/concepts/kernels.md", "docs/concepts/graph.md",
     "docs/guides/recover.md",
-    "docs/guides/quantise.md", "docs/guides/sessions.md", "docs/verified.md",
+    "docs/guides/quantise.md", "docs/guides/sessions.md", "docs/concepts/trust.md", "docs/verified.md",
 )  # fmt: skip
 
 
@@ -238,9 +240,9 @@ def layers() -> str:
     return table(["softmax in layers", "divergence, nats", "once, 2,048", "its NLL, nats"], rows)
 
 
-def peers(name: str = "peers") -> str:
-    """Decode, prefill and memory against other engines with the original model."""
-    data = result(name)["rows"]
+def peers(name: str = "peers", engines: tuple[str, ...] = ()) -> str:
+    """Decode, prefill and memory against other engines with the original model, or against some of them."""
+    data = [row for row in result(name)["rows"] if not engines or row["engine"] in engines]
     contexts = sorted({row["context"] for row in data})
     cells: dict[str, Callable[[Any], str]] = {
         "a token": lambda row: f"{row['ms_per_token']:.1f} ms ({row['ms_low']:.1f}-{row['ms_high']:.1f})",
@@ -414,9 +416,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": linear, "linear_profile": linear_profile, "linear_memory": linear_memory,
     "linear_softmax": linear_softmax, "memory_kernel": memory_kernel, "step": step, "first_result": first_result,
     "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
-    "quantised": quantised, "native": native, "peers": peers, "kept": kept, "shares": shares, "mmlu": mmlu,
-    "prompt_cache": prompt_cache, "nodes": nodes, "bench": bench, "peers_more": lambda: peers("peers_more"),
+    "quantised": quantised, "native": native, "kept": kept, "shares": shares, "mmlu": mmlu,
+    "prompt_cache": prompt_cache, "nodes": nodes, "bench": bench, "peers_more": peers,
+    "peers_qwen": lambda: peers("peers_qwen"),
+    "peers": lambda: peers(engines=("ligerexport", "llama.cpp")),
 }  # fmt: skip
+for trusted in (
+    report_trust.promises, report_trust.faults, report_trust.hostile, report_trust.drift, report_trust.concurrency
+):  # fmt: skip
+    TABLES[f"trust_{trusted.__name__}"] = lambda make=trusted: table(*make())
 
 
 def render(text: str) -> str:

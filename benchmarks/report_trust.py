@@ -1,0 +1,77 @@
+"""The tables of docs/concepts/trust.md, for `report.py`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+Table = tuple[list[str], list[list[object]]]
+
+
+def _result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def promises() -> Table:
+    """What was tried, and how much of it went wrong."""
+    faults, hostile, planted, sound = map(_result, ("faults", "hostile", "planted", "sound"))
+    steps, cycles = _result("endurance")["steps"], _result("endurance")["cycles"]
+    concurrency = _result("concurrency")
+    sessions = max(row["sessions"] for row in concurrency["rows"])
+    rows = planted["rows"]
+    return ["tried", "how much", "went wrong"], [
+        ["faults while files are written",
+         f"{faults['total']['injected']:,}, {faults['total']['killed']:,} of them kills",
+         sum(faults["wrong"].values())],
+        ["hostile inputs opened", f"{hostile['inputs']:,}", f"{hostile['findings']}"],
+        ["faults planted in builds", f"{len(rows)}, of {len({row['fault'] for row in rows})} kinds",
+         f"{len(rows) - planted['refused']} passed, {len(rows) - planted['right']} named wrongly"],
+        ["sound builds", f"{len(sound['rows'])}", f"{sound['refused']} refused"],
+        ["steps of one session", f"{steps['steps']:,}", f"memory changed by {100 * steps['rss_change']:.1f} %"],
+        ["snapshots taken and restored", f"{cycles['cycles']:,}",
+         f"memory changed by {100 * cycles['rss_change']:.1f} %"],
+        ["sessions at a time", f"{sessions}, in threads and in processes", "0 wrote another text than alone"],
+        ["Ctrl-C within a call", f"{sum(concurrency['interrupted'].values())}", "0 went on with a wrong state"],
+    ]  # fmt: skip
+
+
+def faults() -> Table:
+    """Faults by command."""
+    counts: dict[str, Counter[str]] = {}
+    for row in _result("faults")["rows"]:
+        counts.setdefault(row["command"], Counter()).update({k: v for k, v in row.items() if isinstance(v, int)})
+    shown = ("injected", "killed", "old", "new", "none", "explained")
+    header = ["command", "faults", "killed", "the older output whole", "the new one whole", "none there", "explained"]
+    return header, [[f"`{name}`", *(found[key] for key in shown)] for name, found in counts.items()]
+
+
+def hostile() -> Table:
+    """Hostile inputs by kind."""
+    return ["what was mutated", "inputs", "refused", "valid", "findings", "slowest", "memory grew by"], [
+        [name, f"{row['inputs']:,}", f"{row['refused']:,}", f"{row['valid']:,}", row["findings"],
+         f"{row['slowest_s']:.1f} s", f"{row['growth_mib']} MiB"]
+        for name, row in _result("hostile")["kinds"].items()
+    ]  # fmt: skip
+
+
+def drift() -> Table:
+    """How far a state in fp32 is from fp64."""
+    found = {row["steps"]: row for row in _result("endurance")["drift"]["rows"]}
+    shown = [n for n in (10_000, 100_000, 250_000, 500_000, 750_000, 1_000_000) if n in found]
+    layers = range(len(found[shown[0]]["sums"]))
+    return ["steps", *(f"{n:,}" for n in shown)], [
+        *([f"sums of layer {i}, relative", *(f"{found[n]['sums'][i]:.1e}" for n in shown)] for i in layers),
+        ["logits, absolute", *(f"{found[n]['logits']:.1e}" for n in shown)],
+    ]
+
+
+def concurrency() -> Table:
+    """Tokens a second of sessions side by side."""
+    return ["in", "threads or processes", "sessions", "tokens a second", "least to most"], [
+        [row["in"], row.get("threads", row.get("processes")), row["sessions"], f"{row['tokens_per_s']:.0f}",
+         f"{row['low']:.0f} to {row['high']:.0f}"]
+        for row in _result("concurrency")["rows"]
+    ]  # fmt: skip
