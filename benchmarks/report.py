@@ -100,6 +100,18 @@ def build() -> str:
     return table(["lowering", "build and verify", "peak resident", "times the weights"], rows)
 
 
+def build_8b() -> str:
+    """Build time and memory of a large shape."""
+    rows = [
+        [f"{row['lowering']}, {row['precision']}", f"{row['parameters'] / 1e9:.1f} billion",
+         f"{row['weights'] / 1e9:.2f} GB", f"{row['seconds'] / 60:.0f} min", f"{row['cpu_seconds'] / 60:.0f} min",
+         f"{row['anonymous'] / 1e9:.2f} GB", f"{row['peak'] / 1e9:.2f} GB"]
+        for row in result("build_8b")["rows"]
+    ]  # fmt: skip
+    header = ["", "parameters", "weights as stored", "build and verify", "processor time", "anonymous", "resident"]
+    return table(header, rows)
+
+
 def quantised() -> str:
     """Weights of less than fp32."""
     lines = []
@@ -418,7 +430,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
     "quantised": quantised, "native": native, "kept": kept, "shares": shares, "mmlu": mmlu,
     "prompt_cache": prompt_cache, "nodes": nodes, "bench": bench, "peers_more": peers,
-    "peers_qwen": lambda: peers("peers_qwen"),
+    "build_8b": build_8b, "peers_qwen": lambda: peers("peers_qwen"),
     "peers": lambda: peers(engines=("ligerexport", "llama.cpp")),
 }  # fmt: skip
 for trusted in (
