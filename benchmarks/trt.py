@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 SOURCES = Path(__file__).resolve().parent.parent / "exporters" / "tensorrt"
-CORE = ("pack.cc", "plan.cc", "mixer.cc", "face.cc")
+CORE = ("pack.cc", "plan.cc", "node.cc", "mixer.cc", "linear.cc", "face.cc")
 RUNNER = ("capi.cc", "session.cc", "engine.cc")
 UNUSED = ("libcublas.so.11", "libcublasLt.so.11", "libcudnn.so.8")
 """What libraries of TensorRT 8 name and our engines never call; empty ones do where they are not installed."""
@@ -139,6 +139,7 @@ def run(given: argparse.Namespace) -> int:
                 k: v for k, v in made.items() if k not in ("generated", "state", "layers")
             }
             row["mixers_ms"] = sum(v for k, v in made["layers"].items() if "LigerMixer" in k)
+            row["products_ms"] = sum(v for k, v in made["layers"].items() if "LigerLinear" in k)
             row["layers_ms"] = sum(made["layers"].values())
             row |= compare(made, work, expected, given.expected.with_suffix(".npz"))
     if text := log.run("no graph", [*command, "--batch", given.max_batch or 1, "--no-graph"]):

@@ -26,6 +26,7 @@ from typing import Any
 from ligerexport.config import get_preset
 from ligerexport.console import data, print_error, say
 from ligerexport.errors import LigerError, MissingDependency, UsageError, look_up
+from ligerexport.kernels.linear import LinearSpec
 from ligerexport.kernels.manifest import ALIGNMENT, MANIFEST, Cubin, Kernel, Manifest, Plan
 from ligerexport.kernels.tuning import SHARED_MEMORY
 from ligerexport.staging import check_destination, staged_directory
@@ -59,6 +60,7 @@ def compile_kernels(
     directory: Path | str,
     *,
     operators: Sequence[str] = DEFAULT_OPERATORS,
+    products: Sequence[tuple[LinearSpec, str]] = (),
     max_batch: int = 64,
     jobs: int | None = None,
     force: bool = False,
@@ -72,6 +74,7 @@ def compile_kernels(
         directory: Where to; written whole or not at all.
         operators: Rows of `OPERATORS`; linear attention is left out of layers without recurrence, and the prefill of
             layers with a judge of novelty, which torch has a part in.
+        products: Products with weights, each with the dtype of its weight.
         max_batch: Largest batch of a step.
         jobs: Processes; None for one a core.
         force: Whether an older output may be replaced.
@@ -90,7 +93,7 @@ def compile_kernels(
 
     if triton.knobs.runtime.interpret:
         raise UsageError("Triton's interpreter compiles nothing", hint="unset TRITON_INTERPRET")
-    plans, kernels, work = _plan(specs, dtype, sms, operators, max_batch)
+    plans, kernels, work = _plan(specs, dtype, sms, operators, products, max_batch)
     processes = min(jobs or os.cpu_count() or 1, len(work))
     if processes > 1:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -113,36 +116,41 @@ def compile_kernels(
 
 
 def _plan(
-    specs: Sequence[MixerSpec], dtype: str, sms: Sequence[int], operators: Sequence[str], max_batch: int
+    specs: Sequence[MixerSpec],
+    dtype: str,
+    sms: Sequence[int],
+    operators: Sequence[str],
+    products: Sequence[tuple[LinearSpec, str]],
+    max_batch: int,
 ) -> tuple[list[Plan], dict[str, Kernel], dict[tuple[str, int], _Job]]:
     """Return plans, kernels, and what is to be compiled, by kernel and compute capability."""
     from ligerexport.kernels.plans import make_plans
 
-    plans: dict[str, Plan] = {}
-    kernels: dict[str, Kernel] = {}
-    work: dict[tuple[str, int], _Job] = {}
+    wanted: list[tuple[str, MixerSpec | LinearSpec, str]] = [("linear", spec, kind) for spec, kind in products]
     for spec in specs:
-        if not spec.config.fuses:
+        config = spec.config
+        if not config.fuses:
             raise UsageError(
                 "no kernel is compiled ahead of time for a recurrence with keyed rows",
                 hint="convert with --recurrence-weight 0, or with another gate",
             )
-        for name in operators:
-            config = spec.config
-            absent = {
-                "linear_attention": config.evicts or not config.recurrent,
-                "prefill": config.evicts or config.judged,
-            }
-            if absent.get(name):
-                continue
-            for sm in sorted(set(sms)):
-                for plan, found in make_plans(name, spec, dtype, sm, max_batch):
-                    known = plans.setdefault(repr(replace(plan, sms=())), plan)
-                    known_sms = {*known.sms, sm}
-                    plans[repr(replace(plan, sms=()))] = replace(plan, sms=tuple(sorted(known_sms)))
-                    for key, (kernel, recorded) in found.items():
-                        kernels.setdefault(key, kernel)
-                        work.setdefault((key, sm), _Job(kernel, recorded.constants, sm))
+        absent = {
+            "linear_attention": config.evicts or not config.recurrent,
+            "prefill": config.evicts or config.judged,
+        }
+        wanted += [(name, spec, dtype) for name in operators if not absent.get(name)]
+    plans: dict[str, Plan] = {}
+    kernels: dict[str, Kernel] = {}
+    work: dict[tuple[str, int], _Job] = {}
+    for name, layer, kind in wanted:
+        for sm in sorted(set(sms)):
+            for plan, found in make_plans(name, layer, kind, sm, max_batch):
+                known = plans.setdefault(repr(replace(plan, sms=())), plan)
+                known_sms = {*known.sms, sm}
+                plans[repr(replace(plan, sms=()))] = replace(plan, sms=tuple(sorted(known_sms)))
+                for key, (kernel, recorded) in found.items():
+                    kernels.setdefault(key, kernel)
+                    work.setdefault((key, sm), _Job(kernel, recorded.constants, sm))
     return list(plans.values()), kernels, work
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ligerexport.errors import LigerError, look_up
 from ligerexport.kernels.fused.segments import segment_length
 from ligerexport.kernels.launches import TYPES, Call, Expressions, Pointer, Recorded, Recording, evaluate, record
+from ligerexport.kernels.linear import LinearSpec
 from ligerexport.kernels.manifest import ALIGNMENT, Argument, Buffer, Kernel, Launch, Plan, Value
 from ligerexport.kernels.ops import BLOCK
 from ligerexport.kernels.tuning import targeting
@@ -38,17 +39,17 @@ class Operator:
         limits: Returns the largest value of axes that have one, from a layer and the largest batch.
     """
 
-    calls: Callable[[MixerSpec, torch.dtype, int], Iterator[Call]]
-    derived: Callable[[MixerSpec, torch.dtype], dict[str, str]] = lambda spec, dtype: {}
+    calls: Callable[[Any, torch.dtype, int], Iterator[Call]]
+    derived: Callable[[Any, torch.dtype], dict[str, str]] = lambda spec, dtype: {}
     tables: Mapping[str, str] = field(default_factory=dict)
     by: str = ""
-    limits: Callable[[MixerSpec, int], dict[str, int]] = lambda spec, max_batch: {}
+    limits: Callable[[Any, int], dict[str, int]] = lambda spec, max_batch: {}
 
 
-def spec_fields(spec: MixerSpec) -> dict[str, Any]:
-    """Return what makes a layer, as plain data."""
+def spec_fields(spec: MixerSpec | LinearSpec) -> dict[str, Any]:
+    """Return what makes a layer or a product, as plain data."""
     given = {x.name: getattr(spec, x.name) for x in fields(spec) if x.init}
-    return given | {"config": spec.config.to_dict()}
+    return given | ({"config": spec.config.to_dict()} if isinstance(spec, MixerSpec) else {})
 
 
 def layer_digest(layer: Mapping[str, Any]) -> str:
@@ -58,7 +59,7 @@ def layer_digest(layer: Mapping[str, Any]) -> str:
 
 
 def make_plans(
-    name: str, spec: MixerSpec, dtype: str, sm: int, max_batch: int
+    name: str, spec: MixerSpec | LinearSpec, dtype: str, sm: int, max_batch: int
 ) -> Iterator[tuple[Plan, dict[str, tuple[Kernel, Recorded]]]]:
     """Yield what an operator launches, a plan for each range of sizes, with its kernels by their keys.
 
@@ -304,6 +305,31 @@ def _positions(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[
         yield Call({"batch": batch, "tokens": tokens}, x.tensors, run_all, {"positions": "output"})
 
 
+def _linear(spec: LinearSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]:
+    from ligerexport.kernels.fused.linear import linear
+
+    def make(name: str, *shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        tensors[name] = torch.empty(shape, dtype=kind, device="meta")
+        return tensors[name]
+
+    n, k, normed = spec.outputs, spec.inputs, spec.epsilon is not None
+    height = n if spec.activation is None else 2 * n
+    for rows in (*range(1, 70), 97, 128, 129, 255, 1000, 4096, 5001):
+        tensors: dict[str, Tensor] = {}
+        x = make("input", rows, k, kind=torch.float32 if normed else dtype)
+        weight = make("weight", height, k, kind=dtype)
+        norm = make("norm", k) if normed else None
+        bias = make("bias", height) if spec.bias else None
+        residual = make("residual", rows, n) if spec.residual else None
+        out = make("output", rows, n, kind=torch.float32 if spec.wide else dtype)
+        side = None
+        if spec.side:
+            side = make("side_weight", spec.side, k), make("side_bias", spec.side), make("side_output", rows, spec.side)
+        run = partial(linear, x, weight, norm, bias, residual, spec, out=out, side=side)
+        roles = {"output": "output"} | ({"side_output": "output"} if spec.side else {})
+        yield Call({"rows": rows}, tensors, run, roles)
+
+
 OPERATORS: dict[str, Operator] = {
     "step": Operator(_step, by="batch", limits=lambda spec, max_batch: {"batch": max_batch}),
     "linear_attention": Operator(_linear_attention, _linear_attention_axes, LINEAR_ATTENTION_TABLES, by="pieces"),
@@ -315,6 +341,8 @@ OPERATORS: dict[str, Operator] = {
         limits=lambda spec, max_batch: {"tokens": spec.max_distance + 1},
     ),
     "positions": Operator(_positions),
+    "linear": Operator(_linear, by="rows"),
 }  # fmt: skip
 """What can be compiled: one token with everything; of whole chunks the recurrence, the memory's softmax, and both as
-the op mixes them; and the positions of all tokens, rows at multiples of `ALIGNMENT`, for a step after the other."""
+the op mixes them; the positions of all tokens, rows at multiples of `ALIGNMENT`, for a step after the other; and
+products with weights, whose layer is a `LinearSpec`."""

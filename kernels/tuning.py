@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 # Bytes of shared memory that a block may take, by compute capability.
@@ -106,6 +106,45 @@ def get_tile(kernel: str, width: int, itemsize: int) -> Tile:
 def padded(width: int) -> int:
     """Return the power of two that a head of `width` channels takes in a kernel."""
     return max(16, 1 << (width - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """How a product with a weight is cut: rows, outputs and inputs of a program, and as in `Tile`."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def get_product_tile(rows: int, outputs: int, inputs: int, itemsize: int, gated: bool) -> ProductTile:
+    """Return how `rows` rows of a product with a weight `[outputs, inputs]` are cut, twice as many if it is gated.
+
+    One row is bound by memory and by how soon the first weights come: of small matrices each output is a program of one
+    warp. A few rows are bound by memory too, more by arithmetic.
+    """
+    whole = inputs & -inputs  # the largest power of two that leaves no rest
+    if rows == 1:
+        if inputs >= 2048:
+            return ProductTile(1, 4 if outputs > 1024 else 1, min(max(whole, 512), 2048), 4, 1)
+        few = outputs <= 8192
+        return ProductTile(
+            1, 1 if few else 4, 512 if whole >= 512 else 1024 if inputs > 512 else 512, 1 if few else 2, 1
+        )
+    wide = itemsize == 4
+    if rows <= 16:
+        deep = 64 if wide or whole < 256 else 256
+        tile = ProductTile(16, 16 if outputs < 2048 else 32, deep, 4, 4 if deep > 64 and not wide else 3 if wide else 6)
+    elif rows <= 64:
+        tile = ProductTile(64, 32 if gated else 64, 32 if wide else 64, 4, 3)
+    elif wide or (gated and target() // 10 not in (9, 10)):
+        tile = ProductTile(128, 64, 32 if wide else 64, 8, 2 if wide else 3)
+    else:
+        tile = ProductTile(128, 128 if gated or outputs > 4096 else 256, 64, 8, 3)
+    stage = (tile.block_m + tile.block_n * (2 if gated else 1)) * tile.block_k * itemsize
+    return replace(tile, stages=min(tile.stages, max(1, SHARED_MEMORY.get(target(), 99 << 10) // stage)))
 
 
 @contextmanager

@@ -28,8 +28,10 @@ from test_aot import choose, table
 
 from ligerexport.config import PRESETS
 from ligerexport.errors import UsageError
+from ligerexport.exporters.onnx.plugin import CONTRACT
 from ligerexport.exporters.tensorrt.pack import write_pack
 from ligerexport.kernels.launches import evaluate
+from ligerexport.kernels.linear import LinearSpec
 from ligerexport.kernels.plans import layer_digest, spec_fields
 from ligerexport.state import MixerSpec
 
@@ -44,6 +46,11 @@ SPECS = {
     "foresight": FORESIGHT,
     "judged": JUDGED,
     "evicted": replace(FORESIGHT, config=replace(PRESETS["evicted"].config, window=12, slots=LEARNED)),
+}
+PRODUCTS = {
+    "first": (LinearSpec(96, 64, 1e-5, side=3), "fp16"),
+    "last": (LinearSpec(96, 64, bias=True, residual=True, wide=True), "fp16"),
+    "wide": (LinearSpec(40, 64, 1e-5, bias=True, wide=True), "fp32"),
 }
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4, "i32": 4, "i64": 8}
 MIXED, WORKSPACE, ALLOCATED = 64 << 32, 65 << 32, 66 << 32
@@ -61,7 +68,8 @@ def cuda_headers() -> Path:
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The core and its harness, with what finds bad reads and overflows compiled in."""
     program = tmp_path_factory.mktemp("harness") / "harness"
-    sources = [*(PLUGIN / name for name in ("pack.cc", "plan.cc", "mixer.cc")), ROOT / "tests" / "trt" / "harness.cc"]
+    core = ("pack.cc", "plan.cc", "node.cc", "mixer.cc", "linear.cc")
+    sources = [*(PLUGIN / name for name in core), ROOT / "tests" / "trt" / "harness.cc"]
     flags = [
         "-std=c++17",
         "-O1",
@@ -90,11 +98,13 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     code = f"""
 from ligerexport.config import LigerConfig
 from ligerexport.exporters.tensorrt.pack import write_pack
+from ligerexport.kernels.linear import LinearSpec
 from ligerexport.state import MixerSpec
 
 layers = {[*map(spec_fields, SPECS.values())]!r}
 specs = [MixerSpec(**(x | {{"config": LigerConfig.from_dict(x["config"])}})) for x in layers]
-made = write_pack([*specs, specs[0]], "{place}/kernels.liger", dtype="fp16", max_batch=8, jobs=1)
+products = [(LinearSpec(**x), dtype) for x, dtype in {[(spec_fields(x), dtype) for x, dtype in PRODUCTS.values()]!r}]
+made = write_pack([*specs, specs[0]], "{place}/kernels.liger", products=products * 2, dtype="fp16", max_batch=8, jobs=1)
 open("{place}/kernels.json", "w").write(made.to_json())
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -103,12 +113,12 @@ open("{place}/kernels.json", "w").write(made.to_json())
     return Packed(place / "kernels.liger", json.loads((place / "kernels.json").read_text()))
 
 
-def attributes(spec: MixerSpec) -> list[str]:
+def attributes(spec: MixerSpec, joint: bool = False) -> list[str]:
     """Return a node's attributes as an engine holds them."""
     c = spec.config
     numbers = [
-        1, spec.q_heads, spec.kv_heads, spec.d_k, spec.d_v, c.num_slots, len(c.slots), spec.max_distance,
-        int(c.foresees), int(c.judged), int(c.recurrent), int(c.evicts),
+        CONTRACT, spec.q_heads, spec.kv_heads, spec.d_k, spec.d_v, c.num_slots, len(c.slots), spec.max_distance,
+        int(joint), int(c.foresees), int(c.judged), int(c.recurrent), int(c.evicts),
     ]  # fmt: skip
     return [layer_digest(spec_fields(spec)), *map(str, numbers)]
 
@@ -129,11 +139,14 @@ def run_lines(harness: Path, lines: list[str], *words: object) -> str:
 class Memory:
     """Tells addresses apart: where each buffer begins follows from the first launch that has it, and must stay so."""
 
-    def __init__(self, spec: MixerSpec, workspace: int) -> None:
-        names = ["query", "key", "value", "position", "rotary", *(["score"] if spec.config.foresees else [])]
-        names += [x.name for x in spec.state()]
+    def __init__(self, spec: MixerSpec, workspace: int, joint: bool = False) -> None:
+        names = ["query", *([] if joint else ["key", "value"]), "position", "rotary"]
+        names += [*(["score"] if spec.config.foresees else []), *(x.name for x in spec.state())]
         self.known = {name: (1 + i) << 32 for i, name in enumerate(names)} | {"output": MIXED}
         self.known |= {f"past_{x.name}": self.known[x.name] for x in spec.state()}
+        if joint:  # fp16
+            self.known["key"] = self.known["query"] + 2 * spec.q_heads * spec.d_k
+            self.known["value"] = self.known["key"] + 2 * spec.kv_heads * spec.d_k
         self.given = set(self.known)
         self.workspace = workspace
         self.extents: dict[int, int] = {}
@@ -184,43 +197,68 @@ def check_launches(
                 assert int(number) == evaluate(value["integer"], axes)
 
 
-def strides(spec: MixerSpec, *sizes: int, rows: int = 1) -> dict[str, int]:
-    """Return strides of contiguous `[*sizes, H, d]`, each of the first axis `rows` rows long."""
+def strides(spec: MixerSpec, *sizes: int, rows: int = 1, joint: bool = False) -> dict[str, int]:
+    """Return strides of `[*sizes, H, d]`, each of the first axis `rows` rows long, contiguous or side by side."""
     found = {}
+    whole = (spec.q_heads + spec.kv_heads) * spec.d_k + spec.kv_heads * spec.d_v
     for name, heads, width in (
         ("query", spec.q_heads, spec.d_k), ("key", spec.kv_heads, spec.d_k), ("value", spec.kv_heads, spec.d_v)
     ):  # fmt: skip
         stride = list(torch.empty(*sizes, heads, width, device="meta").stride())[:-1]
+        if joint:
+            stride[:-1] = [x // (heads * width) * whole for x in stride[:-1]]
         stride[0] *= rows
         found |= {f"{name}_stride_{i}": x for i, x in enumerate(stride)}
     return found
 
 
-def plans_of(packed: Packed, spec: MixerSpec, operator: str) -> list[dict[str, Any]]:
+def plans_of(packed: Packed, spec: MixerSpec | LinearSpec, operator: str) -> list[dict[str, Any]]:
     fields = json.loads(json.dumps(spec_fields(spec)))
     return [x for x in packed.manifest["plans"] if x["operator"] == operator and x["spec"] == fields]
 
 
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (8, 1), (1, 2), (3, 7), (2, 64), (1, 65), (5, 200)])
-def test_launches_are_what_python_evaluates(harness: Path, packed: Packed, name: str, batch: int, tokens: int) -> None:
+def test_launches_are_what_python_evaluates(
+    harness: Path, packed: Packed, name: str, batch: int, tokens: int, joint: bool
+) -> None:
     spec = SPECS[name]
-    text = run_lines(harness, [f"{batch} {tokens}"], "run", packed.file, 90, "fp16", *attributes(spec))
+    text = run_lines(harness, [f"{batch} {tokens}"], "run", packed.file, 90, "fp16", *attributes(spec, joint))
     assert "error" not in text, text
-    memory = Memory(spec, int(text.splitlines()[0].split()[1]))
+    memory = Memory(spec, int(text.splitlines()[0].split()[1]), joint)
     if tokens == 1:
-        plan, axes = choose(plans_of(packed, spec, "step"), {"batch": batch} | strides(spec, batch))
+        plan, axes = choose(plans_of(packed, spec, "step"), {"batch": batch} | strides(spec, batch, joint=joint))
         check_launches(list(launches(text)), packed.manifest, plan, axes, memory)
         memory.check_apart()
     elif not (spec.config.judged or spec.config.evicts):
         sizes = {"batch": batch, "tokens": tokens}
-        plan, axes = choose(plans_of(packed, spec, "prefill"), sizes | strides(spec, batch, tokens))
+        plan, axes = choose(plans_of(packed, spec, "prefill"), sizes | strides(spec, batch, tokens, joint=joint))
         check_launches(list(launches(text)), packed.manifest, plan, axes, memory)
         memory.check_apart()
         check_copies(text, plan, axes, memory)
         check_tables(text, axes, memory)
     else:
-        check_steps(text, packed, spec, batch, tokens, memory)
+        check_steps(text, packed, spec, batch, tokens, memory, joint)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 65, 1000])
+def test_products_are_what_python_evaluates(harness: Path, packed: Packed, name: str, rows: int) -> None:
+    spec, dtype = PRODUCTS[name]
+    flags = [spec.epsilon is not None, spec.bias, spec.residual, spec.wide]
+    numbers = [CONTRACT, spec.outputs, spec.inputs, *map(int, flags), spec.side]
+    text = run_lines(harness, [str(rows)], "product", packed.file, 90, dtype, layer_digest(spec_fields(spec)), *numbers)
+    assert "error" not in text, text
+    memory = Memory(LAYER, int(text.splitlines()[0].split()[1]))
+    flags[3:] = [spec.side > 0] * 2
+    names = ["input", "weight"]
+    names += [x for x, y in zip(("norm", "bias", "residual", "side_weight", "side_bias"), flags, strict=True) if y]
+    memory.known = {x: (1 + i) << 32 for i, x in enumerate(names)} | {"output": MIXED, "side_output": 63 << 32}
+    memory.given = set(memory.known)
+    plan, axes = choose(plans_of(packed, spec, "linear"), {"rows": rows})
+    check_launches(list(launches(text)), packed.manifest, plan, axes, memory)
+    memory.check_apart()
 
 
 def check_copies(text: str, plan: dict[str, Any], axes: dict[str, int], memory: Memory) -> None:
@@ -245,21 +283,25 @@ def check_tables(text: str, axes: dict[str, int], memory: Memory) -> None:
         assert rows == torch.tensor(table(names[address], axes)).flatten().tolist()
 
 
-def check_steps(text: str, packed: Packed, spec: MixerSpec, batch: int, tokens: int, memory: Memory) -> None:
+def check_steps(
+    text: str, packed: Packed, spec: MixerSpec, batch: int, tokens: int, memory: Memory, joint: bool
+) -> None:
     """Without kernels for a chunk, the step runs on a token after the other."""
     first, *steps = launches(text)
     plan, axes = choose(plans_of(packed, spec, "positions"), {"batch": batch, "tokens": tokens})
     check_launches([first], packed.manifest, plan, axes, memory)
     positions = memory.known["positions"]
-    plan, axes = choose(plans_of(packed, spec, "step"), {"batch": batch} | strides(spec, batch, rows=tokens))
+    axes = {"batch": batch} | strides(spec, batch, rows=tokens, joint=joint)
+    plan, axes = choose(plans_of(packed, spec, "step"), axes)
     each = len(plan["launches"])
     assert len(steps) == tokens * each
     rows = [line.split()[1:] for line in text.splitlines() if line.startswith("rows ")]
     scores = rows[:: 2 if spec.config.foresees else len(rows)]
     rows = rows[1::2] if spec.config.foresees else rows
     widths = {"query": spec.q_heads * spec.d_k, "key": spec.kv_heads * spec.d_k, "value": spec.kv_heads * spec.d_v}
+    widths = dict.fromkeys(widths, sum(widths.values())) if joint else widths
     for t, copy in enumerate(rows):
-        now = Memory(spec, memory.workspace)
+        now = Memory(spec, memory.workspace, joint)
         if spec.config.foresees:
             row, score = 4 * spec.kv_heads, now.known["score"]
             now.known["score"] = int(scores[t][0])
@@ -301,9 +343,11 @@ def test_what_does_not_fit_is_told(harness: Path, packed: Packed) -> None:
     assert "nothing for layer" in run(harness, "run", packed.file, 86, "fp16", *layer)
     assert "sm_90/fp16" in run(harness, "run", packed.file, 86, "fp16", *layer)
     assert "nothing for layer" in run(harness, "run", packed.file, 90, "fp16", "0" * 16, *layer[1:])
-    assert "contract 2" in run(harness, "run", packed.file, 90, "fp16", layer[0], "2", *layer[2:])
-    assert "no valid attributes" in run(harness, "run", packed.file, 90, "fp16", layer[0], "1", "0", *layer[3:])
-    assert "no step for a batch of 9" in run_lines(harness, ["9 1"], "run", packed.file, 90, "fp16", *layer)
+    assert "contract 1 of LigerMixer" in run(harness, "run", packed.file, 90, "fp16", layer[0], "1", *layer[2:])
+    assert "no valid attributes" in run(harness, "run", packed.file, 90, "fp16", *layer[:2], "0", *layer[3:])
+    assert "another version" in run(harness, "run", packed.file, 90, "fp16", *layer[:-1])
+    assert "differ in length" in run_lines(harness, ["2 3 ragged"], "run", packed.file, 90, "fp16", *layer)
+    assert "no step for batch 9" in run_lines(harness, ["9 1"], "run", packed.file, 90, "fp16", *layer)
     wider = [*layer[:4], "64", *layer[5:]]  # another d_k than the kernels have
     assert "bytes where the kernels take" in run_lines(harness, ["1 1"], "run", packed.file, 90, "fp16", *wider)
 

@@ -7,7 +7,7 @@ the contract in `plugin.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx
@@ -17,10 +17,13 @@ from onnx.reference.op_run import OpRun
 from ligerexport.artifact import Artifact
 from ligerexport.errors import ArtifactError
 from ligerexport.exporters.onnx.native import DOMAIN
-from ligerexport.exporters.onnx.plugin import CONTRACT, KIND
+from ligerexport.exporters.onnx.plugin import CONTRACT, LINEAR, MIXER, read_linear
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.snapshot import Snapshot
 from ligerexport.state import MixerSpec
+
+if TYPE_CHECKING:
+    from ligerexport.kernels.linear import LinearSpec
 
 HALVES = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
 
@@ -83,7 +86,7 @@ def evaluator(artifact: Artifact, spec: ModelSpec, *, wide: bool = False) -> Ref
     model = onnx.load(artifact.graph)
     if wide and artifact.manifest.precision in HALVES.values():  # in others a half is a fault
         _widen(model)
-    return ReferenceEvaluator(model, new_ops=[_mixer_op(spec)])
+    return ReferenceEvaluator(model, new_ops=[_mixer_op(spec), LigerLinear])
 
 
 def _widen(model: onnx.ModelProto) -> None:
@@ -115,12 +118,42 @@ def _mixer_op(spec: ModelSpec) -> type[OpRun]:
         op_domain = DOMAIN
 
         def _run(self, *tensors: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
-            if attributes["contract"] != CONTRACT:
-                raise ArtifactError(f"contract {attributes['contract']} of a {KIND}, {CONTRACT} was expected")
+            _check(MIXER, attributes)
             return run_mixer(layers[attributes["layer_spec"]], tensors)
 
-    assert LigerMixer.__name__ == KIND
+    assert LigerMixer.__name__ == MIXER
     return LigerMixer
+
+
+class LigerLinear(OpRun):
+    """Products with weights."""
+
+    op_domain = DOMAIN
+
+    def _run(self, x: np.ndarray, weight: np.ndarray, *rest: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
+        _check(LINEAR, attributes)
+        return run_linear(read_linear(attributes), x, weight, rest)
+
+
+def _check(kind: str, attributes: dict[str, Any]) -> None:
+    if attributes["contract"] != CONTRACT:
+        raise ArtifactError(f"contract {attributes['contract']} of a {kind}, {CONTRACT} was expected")
+
+
+def run_linear(
+    spec: LinearSpec, x: np.ndarray, weight: np.ndarray, rest: Sequence[np.ndarray]
+) -> tuple[np.ndarray, ...]:
+    """Return the outputs of a node for its inputs."""
+    import torch
+
+    from ligerexport.kernels.linear import linear
+
+    rows, there = _torch(x), iter([_torch(y) for y in rest])
+    norm, bias, residual = (next(there) if x else None for x in (spec.epsilon is not None, spec.bias, spec.residual))
+    with torch.inference_mode():
+        made = linear(rows, _torch(weight), norm, bias, residual, spec)
+        sides = [linear(rows, next(there), norm, next(there), None, spec.of_side())] if spec.side else []
+    return np.asarray(made.float().numpy(), np.float32 if spec.wide else weight.dtype), *(y.numpy() for y in sides)
 
 
 def run_mixer(spec: MixerSpec, tensors: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
@@ -129,14 +162,18 @@ def run_mixer(spec: MixerSpec, tensors: Sequence[np.ndarray]) -> tuple[np.ndarra
 
     from ligerexport.kernels.ops import liger_mixer
 
-    query, key, value, position, rotary, *rest = (_torch(x) for x in tensors)
-    score = rest.pop(0) if spec.config.foresees else None
-    state = {t.name: x.long() if t.dtype == "int64" else x for t, x in zip(spec.state(), rest, strict=True)}
     heads = (spec.q_heads, spec.d_k), (spec.kv_heads, spec.d_k), (spec.kv_heads, spec.d_v)
-    query, key, value = (x.unflatten(2, shape) for x, shape in zip((query, key, value), heads, strict=True))
+    widths, given = [count * width for count, width in heads], [_torch(x) for x in tensors]
+    joint = given[0].shape[-1] != widths[0]
+    projected = given[0].split(widths, -1) if joint else given[:3]
+    position, rotary, *rest = given[1 if joint else 3 :]
+    sizes = len(position), len(given[0]) // len(position)
+    score = rest.pop(0).unflatten(0, sizes) if spec.config.foresees else None
+    state = {t.name: x.long() if t.dtype == "int64" else x for t, x in zip(spec.state(), rest, strict=True)}
+    query, key, value = (x.unflatten(0, sizes).unflatten(2, y) for x, y in zip(projected, heads, strict=True))
     with torch.inference_mode():
         mixed, present = liger_mixer(query, key, value, position.long(), state, spec, rotary, score)
-    outputs = mixed.flatten(2), *(present[t.name] for t in spec.state())
+    outputs = mixed.flatten(2).flatten(0, 1), *(present[t.name] for t in spec.state())
     types = tensors[0].dtype, *(x.dtype for x in tensors[len(tensors) - len(rest) :])
     found = (x.float() if x.is_floating_point() else x for x in outputs)  # numpy knows no bf16 of torch
     return tuple(x.numpy().astype(t) for x, t in zip(found, types, strict=True))

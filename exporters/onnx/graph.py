@@ -15,7 +15,7 @@ from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import Axis, Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.linear import Weights
-from ligerexport.exporters.onnx.lowerings import LOWERINGS, Portable
+from ligerexport.exporters.onnx.lowerings import LOWERINGS, Plugin, Portable
 from ligerexport.exporters.onnx.mixer import Candidates, RotaryTables, candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.plugin import plugin_mixer
 from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
@@ -124,11 +124,13 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
         width = spec.weights[f"{name}.weight"].shape[0]
         return g.op("Reshape", norm(g.reshape(x, -1, width), name), g.op("Shape", x))
 
-    def add(x: ir.Value, residual: ir.Value, name: str | None) -> tuple[ir.Value, ir.Value]:
-        """Return the sum as the norm of the next block leaves it, and the sum."""
+    def add(x: ir.Value | None, residual: ir.Value, name: str | None) -> tuple[ir.Value, ir.Value]:
+        """Return the sum as the norm of the next block leaves it, and the sum, which is there if x is None."""
+        if x is None:
+            return norm(residual, name), residual
         x = scaled(x, spec.scaling.residual)
         if name is None:
-            total = g.op("Add", x, residual)
+            total = lower.add(x, residual)
             return total, total
         return lower.add_norm(x, residual, norm_weight(name), spec.norm_eps)
 
@@ -140,6 +142,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     residual = scaled(weights.embed(g.reshape(input_ids, -1)), spec.scaling.embedding)
     norms = [_named(family.norms, i) for i in range(len(spec.mixers))]
     normed = norm(residual, norms[0].before_attention)
+    x: ir.Value | None
     for i, layer in enumerate(spec.mixers):
         name = f"model.layers.{i}"
         with g.scope(f"layers.{i}"):
@@ -151,7 +154,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
                 mixed, present = softmax_attention(lower, frame, spec, (query, key, value), own, spec.attention[i])
             else:
                 score = linear(normed, f"{name}.self_attn.score_proj") if layer.config.foresees else None
-                if lower.plugin:
+                if isinstance(lower, Plugin):
                     inv_freq = spec.attention[i].inv_freq
                     mixed, present = plugin_mixer(lower, frame, layer, inv_freq, (query, key, value), own, score)
                 else:
@@ -162,11 +165,18 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
             gate, up = projections(normed, name, "mlp.gate_up_proj", [spec.intermediate_size] * 2)
             x = linear(lower.gated_unit(gate, up, activation), f"{name}.mlp.down_proj")
             x = norm(x, norms[i].after_mlp)
+            if lower.plugin:  # by the layer's last product
+                residual = lower.add(scaled(x, spec.scaling.residual), residual)
+                x = None
         if i + 1 < len(spec.mixers):
             normed, residual = add(x, residual, norms[i + 1].before_attention)
             residual.name = f"hidden.{i}"
-    x, residual = (lower.last(frame, y, spec.hidden_size) for y in (x, residual))
-    normed, residual = add(x, residual, "model.norm")
+    if x is None:
+        residual = lower.last(frame, residual, spec.hidden_size)
+        normed = norm(residual, "model.norm")
+    else:
+        x, residual = (lower.last(frame, y, spec.hidden_size) for y in (x, residual))
+        normed, residual = add(x, residual, "model.norm")
     residual.name = f"hidden.{len(spec.mixers) - 1}"
     factor, cap = spec.scaling.logits, spec.scaling.logit_cap
     logits = scaled(linear(normed, "lm_head"), factor / (cap or 1))

@@ -7,7 +7,8 @@ the memory of a layer by our own, same semantics. What the pieces are put togeth
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +16,9 @@ import onnx_ir as ir
 from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Builder
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.native import DOMAIN
+
+if TYPE_CHECKING:
+    from ligerexport.kernels.linear import LinearSpec
 
 FP32_ACTIVATIONS, INT8_ACTIVATIONS = 1, 4
 """`accuracy_level` of `MatMulNBits`. Left out, codes of 8 bits take a path a hundred times slower."""
@@ -114,9 +118,13 @@ class Portable:
         scaled = g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.floats(eps))))
         return g.op("Mul", scaled, weight)
 
+    def add(self, x: ir.Value, residual: ir.Value) -> ir.Value:
+        """Return the sum."""
+        return self.g.op("Add", x, residual)
+
     def add_norm(self, x: ir.Value, residual: ir.Value, weight: ir.Value, eps: float) -> tuple[ir.Value, ir.Value]:
         """Return the norm of the sum, and the sum."""
-        total = self.g.op("Add", x, residual)
+        total = self.add(x, residual)
         return self.rms_norm(total, weight, eps), total
 
     def silu(self, x: ir.Value) -> ir.Value:
@@ -375,23 +383,81 @@ class Native(Ort):
 
 
 class Plugin(Portable):
-    """A mixer as one node, and around it what TensorRT parses from 8.5 on: opset 17, integers of 32 bits.
+    """Mixers and products as nodes of the plugin, and around them what TensorRT parses from 8.5 on: opset 17, int32.
 
-    Parsers of 8.5 silently read `Shape` of a range as the whole shape, and hand an index from the end on as it is.
+    A product takes over the norm before it and the gated unit or the sum after it; the nodes that it makes superfluous
+    are left to `RemoveUnusedNodesPass`. Parsers of 8.5 silently read `Shape` of a range as the whole shape, and hand an
+    index from the end on as it is.
     """
 
     plugin = True
     max_tensors = None
+    transposed = False
     integer = "int32"
     opset = 17
     ir_version = 8
     domains = (DOMAIN,)
 
+    def __init__(self, g: Builder, activation: ir.DataType = ir.DataType.FLOAT) -> None:
+        super().__init__(g, activation)
+        self._norms: dict[ir.Value, tuple[ir.Value, ir.Value, float]] = {}
+        self._products: dict[ir.Value, tuple[LinearSpec, dict[str, ir.Value]]] = {}
+
+    def product(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, *, wide: bool) -> ir.Value:
+        """Return `x @ weight^T + bias` in fp32; with `wide` it is no activation in between."""
+        from ligerexport.kernels.linear import LinearSpec
+
+        assert weight.shape is not None
+        (n, k), halves = weight.shape.numpy(), weight.dtype != ir.DataType.FLOAT
+        source, norm, epsilon = self._norms.get(x, (self.narrow(x) if halves else x, None, None))
+        inputs = {"input": source, "weight": weight, "norm": norm, "bias": bias}
+        spec = LinearSpec(n, k, epsilon, bias=bias is not None, wide=wide or not halves)
+        return self._emit(spec, {name: value for name, value in inputs.items() if value is not None})
+
+    def _emit(self, spec: LinearSpec, inputs: dict[str, ir.Value]) -> ir.Value:
+        from ligerexport.exporters.onnx.plugin import plugin_linear
+
+        made = plugin_linear(self.g, spec, list(inputs.values()))
+        result = made if spec.wide else self.wide(made)
+        self._products[result] = spec, inputs
+        return result
+
+    def beside(self, x: ir.Value, small: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Return two products as one node computes them, where it can: the second is fp32 and has few outputs."""
+        from ligerexport.exporters.onnx.plugin import plugin_linear
+
+        if not {x, small} <= self._products.keys():
+            return x, small
+        (spec, inputs), (other, theirs) = self._products[x], self._products[small]
+        alike = all(inputs.get(name) is theirs.get(name) for name in ("input", "norm"))
+        if not (alike and other == replace(spec, side=other.outputs).of_side()):
+            return x, small
+        given = [*inputs.values(), theirs["weight"], theirs["bias"]]
+        made, side = plugin_linear(self.g, replace(spec, side=other.outputs), given)
+        return made if spec.wide else self.wide(made), side
+
+    def add(self, x: ir.Value, residual: ir.Value) -> ir.Value:
+        """Return the sum, of a product by the product itself."""
+        if x not in self._products:
+            return super().add(x, residual)
+        spec, inputs = self._products[x]
+        return self._emit(replace(spec, residual=True, wide=True), inputs | {"residual": residual})
+
+    def gated_unit(self, gate: ir.Value, up: ir.Value, activation: str) -> ir.Value:
+        """Return `activation(gate) * up`, of one product that has both by the product itself."""
+        whole = self.g.whole(gate, up)
+        if whole not in self._products:
+            return super().gated_unit(gate, up, activation)
+        spec, inputs = self._products[whole]
+        return self._emit(replace(spec, outputs=spec.outputs // 2, activation=activation), inputs)
+
     def rms_norm(self, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
         """Norm the last axis."""
         g = self.g
         mean = g.op("ReduceMean", g.op("Mul", x, x), axes=[-1])
-        return g.op("Mul", g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.floats(eps)))), weight)
+        normed = g.op("Mul", g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.floats(eps)))), weight)
+        self._norms[normed] = x, weight, float(np.float32(eps))  # as an attribute has it
+        return normed
 
     def gelu(self, x: ir.Value) -> ir.Value:
         """Return GELU in its approximation by tanh."""

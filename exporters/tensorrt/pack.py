@@ -15,13 +15,14 @@ from pathlib import Path
 
 from ligerexport.errors import LigerError
 from ligerexport.kernels.aot import compile_kernels
+from ligerexport.kernels.linear import LinearSpec
 from ligerexport.kernels.manifest import HIDDEN, Buffer, Kernel, Launch, Manifest, Plan
 from ligerexport.kernels.plans import layer_digest
 from ligerexport.state import MixerSpec
 
 PACK = "kernels.liger"
 MAGIC = b"LIGERPK1"
-OPERATORS = ("step", "prefill", "positions")
+OPERATORS = ("step", "prefill", "positions")  # of a mixer
 TYPES = ("*", "i32", "i64", "fp32")
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4, "i32": 4, "i64": 8}
 ROLES = ("input", "output", "state", "scratch", "persistent", "table")
@@ -33,6 +34,7 @@ def write_pack(
     specs: Iterable[MixerSpec],
     path: Path | str,
     *,
+    products: Iterable[tuple[LinearSpec, str]] = (),
     sms: Sequence[int] = (90,),
     dtype: str = "fp16",
     max_batch: int = 64,
@@ -43,6 +45,7 @@ def write_pack(
     Args:
         specs: The layers; equal ones are packed once.
         path: File to write.
+        products: Products with weights, each with the dtype of its weight; likewise.
         sms: Compute capabilities, 90 for 9.0.
         dtype: Of activations: `bf16`, `fp16` or `fp32`.
         max_batch: Largest batch of a step.
@@ -58,8 +61,9 @@ def write_pack(
     """
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory) / "kernels"
-        layers = list(dict.fromkeys(specs))
-        made = compile_kernels(layers, dtype, sms, place, operators=OPERATORS, max_batch=max_batch, jobs=jobs)
+        layers, products = list(dict.fromkeys(specs)), list(dict.fromkeys(products))
+        made = compile_kernels(layers, dtype, sms, place, operators=OPERATORS, products=products, max_batch=max_batch,
+                               jobs=jobs)  # fmt: skip
         Path(path).write_bytes(_encode(made, place))
     return made
 

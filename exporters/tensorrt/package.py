@@ -173,13 +173,16 @@ def _add_plugin(
     directory: Path, manifest: Manifest, spec: ModelSpec, form: WeightFormat, gpu: Gpu, progress: ProgressFactory
 ) -> Manifest:
     """Add kernels, and if there are any, the plugin and an engine."""
-    from ligerexport.exporters.onnx.plugin import CONTRACT
+    import onnx_ir as ir
+
+    from ligerexport.exporters.onnx.plugin import CONTRACT, products
     from ligerexport.exporters.tensorrt.engine import build_engine
     from ligerexport.exporters.tensorrt.pack import PACK, write_pack
 
     layers = [layer for layer in dict.fromkeys(spec.mixers) if layer is not None]
     with progress(f"compiling kernels for {', '.join(f'sm_{sm}' for sm in gpu.sms)}"):
-        write_pack(layers, directory / PACK, sms=gpu.sms, dtype=_dtype(form), max_batch=gpu.max_batch)
+        write_pack(layers, directory / PACK, products=products(ir.load(directory / manifest.graph.file).graph),
+                   sms=gpu.sms, dtype=_dtype(form), max_batch=gpu.max_batch)  # fmt: skip
     device: dict[str, Any] = {"sms": list(gpu.sms), "max_batch": gpu.max_batch, "contract": CONTRACT, "kernels": PACK}
     if gpu.plugin is not None:
         shutil.copyfile(gpu.plugin, directory / PLUGIN_FILE)

@@ -1,6 +1,7 @@
 // Runs the core of the TensorRT plugin on a CUDA driver that does nothing but write down what it is asked for.
 //
-//   harness run PACK SM DTYPE LAYER NUMBER..    reads "BATCH TOKENS" from stdin, one call a line
+//   harness run PACK SM DTYPE LAYER NUMBER..    reads "BATCH TOKENS" from stdin, one call of a mixer a line
+//   harness product PACK SM DTYPE LAYER NUMBER..    reads "ROWS" from stdin, one call of a product a line
 //   harness check PACK..                        reads packs, and runs what every plan would launch
 //
 // Inputs lie at (1 + i) << 32 and outputs at the addresses of their inputs, the mixed heads at 64 << 32, the workspace
@@ -12,6 +13,7 @@
 #include <iostream>
 #include <sstream>
 
+#include "linear.h"
 #include "mixer.h"
 
 namespace {
@@ -29,7 +31,7 @@ struct Function {
 const liger::Kernel& kernel_of(const Function& function, const liger::Cubin*& cubin) {
   for (const liger::Kernel& kernel : pack->kernels())
     for (const liger::Cubin& x : kernel.cubins)
-      if (pack->blob(x.blob).data() == function.image && x.symbol == function.symbol) return cubin = &x, kernel;
+      if (pack->blob(x.blob).data() == function.image && x.symbol.c_str() == function.symbol) return cubin = &x, kernel;
   std::abort();
 }
 
@@ -110,33 +112,67 @@ namespace {
 void* at(size_t index) { return reinterpret_cast<void*>(index << 32); }
 
 liger::Call make_call(const liger::Mixer& mixer, const std::string& dtype, int64_t batch, int64_t tokens) {
-  const liger::Attributes& a = mixer.attributes();
+  const liger::MixerAttributes& a = mixer.attributes();
   const int64_t all = batch * tokens, slots = batch * a.kv_heads * a.slots;
   liger::Call call{};
-  call.dtype = dtype, call.batch = batch, call.tokens = tokens, call.workspace = at(65);
-  call.elements = {all * a.q_heads * a.d_k, all * a.kv_heads * a.d_k, all * a.kv_heads * a.d_v, batch,
-                   2 * (a.max_distance + 64) * (a.d_k / 2)};
-  if (a.foresees) call.elements.push_back(all * a.kv_heads);
-  call.elements.insert(call.elements.end(), {slots * a.d_k, slots * a.d_v, slots});
-  if (a.pools) call.elements.push_back(slots * a.pools);
-  if (a.recurrent) call.elements.push_back(batch * a.kv_heads * a.d_k * a.d_v);
-  if (a.evicts) call.elements.push_back(batch * a.kv_heads * a.d_k);
-  if (a.judged) call.elements.push_back(batch * a.kv_heads * a.d_k * (a.d_v + 1));
+  call.dtype = dtype, call.workspace = at(65);
+  const auto add = [&](int64_t rows, int64_t elements) {
+    call.inputs.push_back(at(1 + call.inputs.size()));
+    call.rows.push_back(rows), call.elements.push_back(elements);
+  };
+  const auto add_state = [&](int64_t elements) { add(batch, elements), call.outputs.push_back(at(call.inputs.size())); };
+  const int64_t query = a.q_heads * a.d_k, key = a.kv_heads * a.d_k, value = a.kv_heads * a.d_v;
+  if (a.joint) add(all, all * (query + key + value));
+  else for (int64_t width : {query, key, value}) add(all, all * width);
+  add(batch, batch);
+  add(2, 2 * (a.max_distance + 64) * (a.d_k / 2));
+  if (a.foresees) add(all, all * a.kv_heads);
   call.outputs = {at(64)};
-  for (int i = 0; i < mixer.Inputs(); ++i) {
-    call.inputs.push_back(at(1 + i));
-    if (i >= mixer.first_state()) call.outputs.push_back(at(1 + i));
-  }
+  for (int64_t elements : {slots * a.d_k, slots * a.d_v, slots}) add_state(elements);
+  if (a.pools) add_state(slots * a.pools);
+  if (a.recurrent) add_state(batch * a.kv_heads * a.d_k * a.d_v);
+  if (a.evicts) add_state(batch * a.kv_heads * a.d_k);
+  if (a.judged) add_state(batch * a.kv_heads * a.d_k * (a.d_v + 1));
   return call;
 }
 
-int run(int count, char** words) {
-  if (ligerexport_load_kernels(words[0]) != 0) return 1;
+liger::Call make_call(const liger::Linear& linear, const std::string& dtype, int64_t rows) {
+  const liger::LinearAttributes& a = linear.attributes();
+  liger::Call call{};
+  call.dtype = dtype, call.workspace = at(65), call.outputs = {at(64)};
+  const int64_t height = a.outputs;  // of a product without a gate
+  call.elements = {rows * a.inputs, height * a.inputs};
+  if (a.normed) call.elements.push_back(a.inputs);
+  if (a.biased) call.elements.push_back(height);
+  if (a.added) call.elements.push_back(rows * a.outputs);
+  if (a.side) call.elements.insert(call.elements.end(), {int64_t{a.side} * a.inputs, a.side}), call.outputs.push_back(at(63));
+  call.rows.assign(call.elements.size(), rows);
+  for (size_t i = 0; i < call.elements.size(); ++i) call.inputs.push_back(at(1 + i));
+  return call;
+}
+
+template <typename N>
+N open(int count, char** words) {
   pack = &liger::kernels();
   device_sm = std::atoi(words[1]);
   std::string text;
   for (int i = 3; i < count; ++i) text += std::string(words[i]) + " ";
-  liger::Mixer mixer(liger::Attributes::Parse(text));
+  return N(liger::parse<typename N::Attributes>(text));
+}
+
+template <typename N>
+void enqueue(N& node, const liger::Call& call, const char* dtype) {
+  std::cout << "call " << node.Workspace(dtype, call.rows) << "\n";
+  try {
+    node.Enqueue(call);
+  } catch (const liger::Error& error) {
+    std::cout << "error " << error.what() << "\n";
+  }
+}
+
+int run(int count, char** words) {
+  if (ligerexport_load_kernels(words[0]) != 0) return 1;
+  auto mixer = open<liger::Mixer>(count, words);
   mixer.Prepare();
   int64_t batch = 0, tokens = 0;
   std::string how;
@@ -145,21 +181,25 @@ int run(int count, char** words) {
     std::istringstream(line) >> batch >> tokens >> how;
     liger::Call call = make_call(mixer, words[2], batch, tokens);
     if (how == "apart" || how == "timed") call.outputs.back() = at(63);
+    if (how == "ragged") ++call.rows[0];
     call.timed = how == "timed";
-    std::cout << "call " << mixer.Workspace(words[2], batch, tokens) << "\n";
-    try {
-      mixer.Enqueue(call);
-    } catch (const liger::Error& error) {
-      std::cout << "error " << error.what() << "\n";
-    }
+    enqueue(mixer, call, words[2]);
   }
+  return 0;
+}
+
+int product(int count, char** words) {
+  if (ligerexport_load_kernels(words[0]) != 0) return 1;
+  auto linear = open<liger::Linear>(count, words);
+  linear.Prepare();
+  for (int64_t rows = 0; std::cin >> rows;) enqueue(linear, make_call(linear, words[2], rows), words[2]);
   return 0;
 }
 
 void run_all_plans(const liger::Pack& read) {
   pack = &read;
   for (const liger::Plan& plan : read.plans()) {
-    liger::Axes given = {{"batch", 2}, {"tokens", plan.op == "step" ? 1 : 200}};
+    liger::Axes given = {{"batch", 2}, {"rows", 3}, {"tokens", plan.op == "step" ? 1 : 200}};
     for (const char* tensor : {"query", "key", "value"})
       for (int i = 0; i < 3; ++i) given[std::string(tensor) + "_stride_" + std::to_string(i)] = 4096 >> (4 * i);
     const auto axes = plan.Fit(given);
@@ -188,7 +228,8 @@ int check(int count, char** files) {
 
 int main(int argc, char** argv) try {
   std::cout.precision(9);
-  return argv[1] == std::string("run") ? run(argc - 2, argv + 2) : check(argc - 2, argv + 2);
+  const std::string what = argv[1];
+  return (what == "run" ? run : what == "product" ? product : check)(argc - 2, argv + 2);
 } catch (const std::exception& error) {
   std::cout << "error " << error.what() << "\n";
   return 1;

@@ -8,6 +8,7 @@
 #include <string>
 #include <type_traits>
 
+#include "linear.h"
 #include "mixer.h"
 
 namespace liger {
@@ -22,8 +23,8 @@ R guarded(const char* where, R otherwise, F&& work) noexcept {
   try {
     return work();
   } catch (const std::exception& error) {
-    say(nvinfer1::ILogger::Severity::kERROR, std::string(kName) + ", " + (where == nullptr ? "" : where) +
-                                                 ": " + error.what());
+    say(nvinfer1::ILogger::Severity::kERROR,
+        std::string(kNamespace) + ", " + (where == nullptr ? "" : where) + ": " + error.what());
   }
   return otherwise;
 }
@@ -45,55 +46,99 @@ inline int64_t elements_of(const nvinfer1::Dims& dims) {
 }
 
 // Whether the tensor at `position` of inputs and outputs may be what `at(i)`, a PluginTensorDesc, says.
-template <typename At>
-bool fits(const Mixer& mixer, int position, At&& at) {
+template <typename N, typename At>
+bool fits(const N& node, int position, At&& at) {
   const nvinfer1::PluginTensorDesc& tensor = at(position);
   if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
-  const int inputs = mixer.Inputs();
-  switch (position < inputs ? mixer.InputType(position) : mixer.OutputType(position - inputs)) {
+  const int inputs = node.Inputs();
+  switch (position < inputs ? node.InputType(position) : node.OutputType(position - inputs)) {
     case Type::kFloat: return tensor.type == nvinfer1::DataType::kFLOAT;
     case Type::kInteger: return tensor.type == nvinfer1::DataType::kINT32;
     default: break;
   }
-  if (position > 0) return tensor.type == at(0).type;
+  if (position > node.Typed()) return tensor.type == at(node.Typed()).type;
   const std::string dtype = dtype_of(tensor.type);
-  return !dtype.empty() && mixer.Takes(dtype);
+  return !dtype.empty() && node.Takes(dtype);
 }
 
-inline Call call_of(const Mixer& mixer, const nvinfer1::PluginTensorDesc* descriptions, const void* const* inputs,
-                    void* const* outputs, void* workspace, cudaStream_t stream, bool timed) {
+// Rows of the inputs; `dims(i)` says how large they are.
+template <typename N, typename D>
+std::vector<int64_t> rows_of(const N& node, D&& dims) {
+  std::vector<int64_t> rows;
+  for (int i = 0; i < node.Inputs(); ++i) rows.push_back(dims(i).nbDims > 0 ? dims(i).d[0] : 1);
+  return rows;
+}
+
+template <typename N>
+Call call_of(const N& node, const nvinfer1::PluginTensorDesc* descriptions, const void* const* inputs,
+             void* const* outputs, void* workspace, cudaStream_t stream, bool timed) {
   Call call{};
-  call.dtype = dtype_of(descriptions[0].type);
-  call.batch = descriptions[0].dims.d[0], call.tokens = descriptions[0].dims.d[1];
-  call.inputs.assign(inputs, inputs + mixer.Inputs());
-  call.outputs.assign(outputs, outputs + mixer.Outputs());
-  for (int i = 0; i < mixer.Inputs(); ++i) call.elements.push_back(elements_of(descriptions[i].dims));
+  call.dtype = dtype_of(descriptions[node.Typed()].type);
+  call.inputs.assign(inputs, inputs + node.Inputs());
+  call.outputs.assign(outputs, outputs + node.Outputs());
+  call.rows = rows_of(node, [&](int i) { return descriptions[i].dims; });
+  for (int i = 0; i < node.Inputs(); ++i) call.elements.push_back(elements_of(descriptions[i].dims));
   call.workspace = workspace, call.stream = stream, call.timed = timed;
   return call;
 }
 
-// Shape of an output: the mixed heads `[B, T, H_q d_v]`, and state as it came in.
-inline nvinfer1::DimsExprs output_shape(const Mixer& mixer, int index, const nvinfer1::DimsExprs* inputs,
-                                        nvinfer1::IExprBuilder& builder) {
-  if (index > 0) return inputs[mixer.first_state() + index - 1];
+// Shape of an output: the first input's with another width, or of state, which comes last, as it came in.
+template <typename N>
+nvinfer1::DimsExprs output_shape(const N& node, int index, const nvinfer1::DimsExprs* inputs,
+                                 nvinfer1::IExprBuilder& builder) {
+  const int32_t width = node.Width(index);
+  if (width == 0) return inputs[node.Inputs() - node.Outputs() + index];
   nvinfer1::DimsExprs shape = inputs[0];
-  shape.d[2] = builder.constant(mixer.attributes().q_heads * mixer.attributes().d_v);
+  shape.d[shape.nbDims - 1] = builder.constant(width);
   return shape;
 }
 
-inline nvinfer1::DataType output_type(const Mixer& mixer, int index, const nvinfer1::DataType* inputs) {
-  return index == 0 ? inputs[0] : inputs[mixer.first_state() + index - 1];
+template <typename N>
+nvinfer1::DataType output_type(const N& node, int index, const nvinfer1::DataType* inputs) {
+  switch (node.OutputType(index)) {
+    case Type::kFloat: return nvinfer1::DataType::kFLOAT;
+    case Type::kInteger: return nvinfer1::DataType::kINT32;
+    default: return inputs[node.Typed()];
+  }
 }
 
 // What a creator reads: the ONNX parser passes attributes that are listed here.
-const nvinfer1::PluginFieldCollection& fields();
+template <typename A>
+const nvinfer1::PluginFieldCollection& fields() {
+  using nvinfer1::PluginField;
+  using nvinfer1::PluginFieldType;
+  static const auto all = [] {
+    std::vector<PluginField> made = {{"layer_spec", nullptr, PluginFieldType::kCHAR, 0}};
+    for (const auto& [name, field] : A::Integers()) made.push_back({name, nullptr, PluginFieldType::kINT32, 1});
+    return made;
+  }();
+  static const nvinfer1::PluginFieldCollection collection{static_cast<int32_t>(all.size()), all.data()};
+  return collection;
+}
 
-Attributes attributes_of(const nvinfer1::PluginFieldCollection* given);
+template <typename A>
+A attributes_of(const nvinfer1::PluginFieldCollection* given) {
+  A made;
+  for (int i = 0; given != nullptr && i < given->nbFields; ++i) {
+    const nvinfer1::PluginField& x = given->fields[i];
+    if (x.data == nullptr || x.name == nullptr) continue;
+    if (std::strcmp(x.name, "layer_spec") == 0 && x.length > 0) {
+      const char* const text = static_cast<const char*>(x.data);
+      made.layer_spec.assign(text, std::find(text, text + x.length, '\0'));
+    }
+    for (const auto& [name, field] : A::Integers())
+      if (std::strcmp(x.name, name) == 0 && x.type == nvinfer1::PluginFieldType::kINT32)
+        std::memcpy(&(made.*field), x.data, sizeof(int32_t));
+  }
+  made.Check();
+  return made;
+}
 
-inline void check_counts(const Mixer& mixer, int inputs, int outputs) {
-  if (inputs == mixer.Inputs() && outputs == mixer.Outputs()) return;
+template <typename N>
+void check_counts(const N& node, int inputs, int outputs) {
+  if (inputs == node.Inputs() && outputs == node.Outputs()) return;
   throw Error("the node has " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs, its " +
-              "attributes ask for " + std::to_string(mixer.Inputs()) + " and " + std::to_string(mixer.Outputs()));
+              "attributes ask for " + std::to_string(node.Inputs()) + " and " + std::to_string(node.Outputs()));
 }
 
 void set_logger(nvinfer1::ILogger* logger);

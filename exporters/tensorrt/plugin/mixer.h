@@ -1,67 +1,40 @@
 // One `ligerexport::LigerMixer` node, without TensorRT: which tensors it has, and what it launches.
 #pragma once
 
-#include <string>
-#include <vector>
-
-#include "plan.h"
+#include "node.h"
 
 namespace liger {
 
-constexpr char kName[] = "LigerMixer";
-constexpr char kVersion[] = "1";
-constexpr char kNamespace[] = "ligerexport";
-constexpr int32_t kContract = 1;
-
 // The node's attributes.
-struct Attributes {
+struct MixerAttributes {
   std::string layer_spec;
   int32_t contract = 0, q_heads = 0, kv_heads = 0, d_k = 0, d_v = 0, slots = 0, pools = 0, max_distance = 0;
-  int32_t foresees = 0, judged = 0, recurrent = 0, evicts = 0;
+  int32_t joint = 0, foresees = 0, judged = 0, recurrent = 0, evicts = 0;
 
-  static const std::vector<std::pair<const char*, int32_t Attributes::*>>& Integers();
-
-  // Throws where the node is of another contract than this library, or is no layer.
-  void Check() const;
-
-  std::string Text() const;  // for engines; `Parse` reads it
-  static Attributes Parse(const std::string& text);
+  static const liger::Integers<MixerAttributes>& Integers();
+  void Check() const;  // throws where the node is of another contract than this library, or is no layer
 };
 
-enum class Type { kActivation, kFloat, kInteger };
-
-// Data of one call; inputs and outputs in the order of the node's.
-struct Call {
-  std::string dtype;  // of activations: fp32, fp16, bf16
-  int64_t batch, tokens;
-  std::vector<const void*> inputs;
-  std::vector<int64_t> elements;  // of the inputs
-  std::vector<void*> outputs;
-  void* workspace;
-  CUstream stream;
-  bool timed;  // by a builder, which gives state its own outputs; elsewhere they are the inputs
-};
-
-class Mixer {
+// Inputs are query, key and value `[B * T, H * d]`, or one tensor that has them side by side (`joint`), position `[B]`,
+// the rotary table, the score `[B * T, H]` where there is one, and the state.
+class Mixer : public Layer {
  public:
+  using Attributes = MixerAttributes;
+  static constexpr char kName[] = "LigerMixer";
+
   explicit Mixer(Attributes attributes);
 
   const Attributes& attributes() const { return attributes_; }
   int Inputs() const { return first_state() + static_cast<int>(state_.size()); }
   int Outputs() const { return 1 + static_cast<int>(state_.size()); }
-  int first_state() const { return 5 + (attributes_.foresees != 0); }
+  int Typed() const { return 0; }  // the first input with the type of activations
+  int32_t Width(int output) const { return output == 0 ? attributes_.q_heads * attributes_.d_v : 0; }  // 0: as state
 
   Type InputType(int index) const;
   Type OutputType(int index) const { return index == 0 ? Type::kActivation : InputType(first_state() + index - 1); }
 
-  // Whether there are kernels for activations of this type.
-  bool Takes(const std::string& dtype) const;
-
-  // Puts the layer's kernels on the device; throws where there are none.
-  void Prepare() const;
-
-  // Bytes for any call up to these sizes.
-  size_t Workspace(const std::string& dtype, int64_t batch, int64_t tokens) const;
+  // Bytes for any call up to these rows of the inputs.
+  size_t Workspace(const std::string& dtype, const std::vector<int64_t>& rows) const;
 
   // Throws where something does not fit.
   void Enqueue(const Call& call);
@@ -71,27 +44,15 @@ class Mixer {
     std::string name;
     Type type;
   };
-  struct Chosen {
-    const Plan* plan;
-    std::vector<int64_t> axes;
-  };
-
+  int position() const { return attributes_.joint ? 1 : 3; }  // the input with the tokens seen
+  int first_state() const { return position() + 2 + (attributes_.foresees != 0); }
   Axes Sizes(int64_t batch, int64_t tokens, bool step) const;
-  Chosen Choose(const Pack& pack, const std::string& op, const std::string& dtype, uint32_t sm, const Axes& axes,
-                bool needed) const;
   size_t WorkspaceOf(const Pack& pack, const std::string& dtype, uint32_t sm, int64_t batch, int64_t tokens) const;
-  void OneByOne(const Pack& pack, const Call& call, uint32_t sm, const Places& state);
+  void OneByOne(const Pack& pack, const Call& call, int64_t batch, int64_t tokens, uint32_t sm, const Places& given);
 
   Attributes attributes_;
   std::vector<State> state_;
   Memory memory_;
 };
 
-// The kernels of this process; they are read when they are first needed.
-const Pack& kernels();
-
 }  // namespace liger
-
-// Reads kernels from a file instead of LIGEREXPORT_KERNELS or `kernels.liger` beside this library. Returns 0, or 1
-// where the file cannot be used, and says why on stderr.
-extern "C" int ligerexport_load_kernels(const char* path);

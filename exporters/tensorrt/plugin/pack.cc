@@ -260,7 +260,7 @@ Pack::Pack(const std::vector<uint8_t>& bytes) {
 uint32_t Pack::Serving(const std::string& layer, const std::string& dtype, uint32_t sm) const {
   uint32_t best = 0;
   for (const Plan& x : plans_)
-    if (x.layer == layer && x.op == "step" && x.dtype == dtype)
+    if (x.layer == layer && x.dtype == dtype)
       for (uint32_t built : x.sms)
         if (runs_on(built, sm)) best = std::max(best, built);
   if (best > 0) return best;

@@ -1,32 +1,33 @@
-// LigerMixer for TensorRT 8.5 and 8.6: IPluginV2DynamicExt.
+// The nodes for TensorRT 8.5 and 8.6: IPluginV2DynamicExt.
 
 #include "face.h"
 
 namespace liger {
 namespace {
 
-class MixerPlugin final : public nvinfer1::IPluginV2DynamicExt {
+template <typename N>
+class Plugin final : public nvinfer1::IPluginV2DynamicExt {
  public:
   // `timed`: whether a builder may run it to time it; what an engine holds is never timed.
-  MixerPlugin(Attributes attributes, bool timed) : mixer_(std::move(attributes)), timed_(timed) {}
+  Plugin(typename N::Attributes attributes, bool timed) : node_(std::move(attributes)), timed_(timed) {}
 
   nvinfer1::IPluginV2DynamicExt* clone() const noexcept override {
-    return guarded<MixerPlugin*>("clone", nullptr, [&] { return new MixerPlugin(mixer_.attributes(), timed_); });
+    return guarded<Plugin*>("clone", nullptr, [&] { return new Plugin(node_.attributes(), timed_); });
   }
 
   nvinfer1::DimsExprs getOutputDimensions(int32_t index, const nvinfer1::DimsExprs* inputs, int32_t count,
                                           nvinfer1::IExprBuilder& builder) noexcept override {
     return guarded("getOutputDimensions", nvinfer1::DimsExprs{}, [&] {
-      check_counts(mixer_, count, mixer_.Outputs());
-      return output_shape(mixer_, index, inputs, builder);
+      check_counts(node_, count, node_.Outputs());
+      return output_shape(node_, index, inputs, builder);
     });
   }
 
   bool supportsFormatCombination(int32_t position, const nvinfer1::PluginTensorDesc* tensors, int32_t inputs,
                                  int32_t outputs) noexcept override {
     return guarded("supportsFormatCombination", false, [&] {
-      check_counts(mixer_, inputs, outputs);
-      return fits(mixer_, position, [&](int i) -> const nvinfer1::PluginTensorDesc& { return tensors[i]; });
+      check_counts(node_, inputs, outputs);
+      return fits(node_, position, [&](int i) -> const nvinfer1::PluginTensorDesc& { return tensors[i]; });
     });
   }
 
@@ -36,7 +37,8 @@ class MixerPlugin final : public nvinfer1::IPluginV2DynamicExt {
   size_t getWorkspaceSize(const nvinfer1::PluginTensorDesc* inputs, int32_t, const nvinfer1::PluginTensorDesc*,
                           int32_t) const noexcept override {
     return guarded("getWorkspaceSize", size_t{0}, [&] {
-      return mixer_.Workspace(dtype_of(inputs[0].type), inputs[0].dims.d[0], inputs[0].dims.d[1]);
+      return node_.Workspace(dtype_of(inputs[node_.Typed()].type),
+                             rows_of(node_, [&](int i) { return inputs[i].dims; }));
     });
   }
 
@@ -44,56 +46,59 @@ class MixerPlugin final : public nvinfer1::IPluginV2DynamicExt {
                   const void* const* inputs, void* const* outputs, void* workspace,
                   cudaStream_t stream) noexcept override {
     return guarded("enqueue", 1, [&] {
-      mixer_.Enqueue(call_of(mixer_, descriptions, inputs, outputs, workspace, stream, timed_));
+      node_.Enqueue(call_of(node_, descriptions, inputs, outputs, workspace, stream, timed_));
       return 0;
     });
   }
 
   nvinfer1::DataType getOutputDataType(int32_t index, const nvinfer1::DataType* inputs,
                                        int32_t) const noexcept override {
-    return output_type(mixer_, index, inputs);
+    return output_type(node_, index, inputs);
   }
 
-  const char* getPluginType() const noexcept override { return kName; }
+  const char* getPluginType() const noexcept override { return N::kName; }
   const char* getPluginVersion() const noexcept override { return kVersion; }
-  int32_t getNbOutputs() const noexcept override { return mixer_.Outputs(); }
+  int32_t getNbOutputs() const noexcept override { return node_.Outputs(); }
   void terminate() noexcept override {}
   void destroy() noexcept override { delete this; }
   void setPluginNamespace(const char*) noexcept override {}
   const char* getPluginNamespace() const noexcept override { return kNamespace; }
 
   int32_t initialize() noexcept override {
-    return guarded("initialize", 1, [&] { return mixer_.Prepare(), 0; });
+    return guarded("initialize", 1, [&] { return node_.Prepare(), 0; });
   }
 
-  size_t getSerializationSize() const noexcept override { return mixer_.attributes().Text().size(); }
+  size_t getSerializationSize() const noexcept override { return text_of(node_.attributes()).size(); }
 
   void serialize(void* to) const noexcept override {
-    const std::string text = mixer_.attributes().Text();
+    const std::string text = text_of(node_.attributes());
     std::memcpy(to, text.data(), text.size());
   }
 
  private:
-  Mixer mixer_;
+  N node_;
   bool timed_;
 };
 
-class MixerCreator final : public nvinfer1::IPluginCreator {
+template <typename N>
+class Creator final : public nvinfer1::IPluginCreator {
+  using Attributes = typename N::Attributes;
+
  public:
-  const char* getPluginName() const noexcept override { return kName; }
+  const char* getPluginName() const noexcept override { return N::kName; }
   const char* getPluginVersion() const noexcept override { return kVersion; }
-  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &fields(); }
+  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &fields<Attributes>(); }
 
   nvinfer1::IPluginV2* createPlugin(const char* node,
                                     const nvinfer1::PluginFieldCollection* given) noexcept override {
     set_logger(getLogger());  // there is none before the first builder or runtime
-    return guarded<MixerPlugin*>(node, nullptr, [&] { return new MixerPlugin(attributes_of(given), true); });
+    return guarded<Plugin<N>*>(node, nullptr, [&] { return new Plugin<N>(attributes_of<Attributes>(given), true); });
   }
 
   nvinfer1::IPluginV2* deserializePlugin(const char* node, const void* data, size_t size) noexcept override {
     set_logger(getLogger());
-    return guarded<MixerPlugin*>(node, nullptr, [&] {
-      return new MixerPlugin(Attributes::Parse({static_cast<const char*>(data), size}), false);
+    return guarded<Plugin<N>*>(node, nullptr, [&] {
+      return new Plugin<N>(parse<Attributes>({static_cast<const char*>(data), size}), false);
     });
   }
 
@@ -101,10 +106,12 @@ class MixerCreator final : public nvinfer1::IPluginCreator {
   const char* getPluginNamespace() const noexcept override { return kNamespace; }
 };
 
-MixerCreator creator;
+Creator<Mixer> mixer;
+Creator<Linear> linear;
 
 // Registers when the library is opened, under the namespace that nodes name; REGISTER_TENSORRT_PLUGIN has none.
-const bool registered = getPluginRegistry()->registerCreator(creator, kNamespace);
+const bool registered = getPluginRegistry()->registerCreator(mixer, kNamespace) &&
+                        getPluginRegistry()->registerCreator(linear, kNamespace);
 
 }  // namespace
 }  // namespace liger

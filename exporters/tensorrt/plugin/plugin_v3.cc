@@ -1,17 +1,18 @@
-// LigerMixer for TensorRT 10 and newer: IPluginV3, found by IPluginRegistry::loadLibrary.
+// The nodes for TensorRT 10 and newer: IPluginV3, found by IPluginRegistry::loadLibrary.
 
 #include "face.h"
 
 namespace liger {
 namespace {
 
-class MixerPlugin final : public nvinfer1::IPluginV3,
-                          public nvinfer1::IPluginV3OneCore,
-                          public nvinfer1::IPluginV3OneBuild,
-                          public nvinfer1::IPluginV3OneRuntime {
+template <typename N>
+class Plugin final : public nvinfer1::IPluginV3,
+                     public nvinfer1::IPluginV3OneCore,
+                     public nvinfer1::IPluginV3OneBuild,
+                     public nvinfer1::IPluginV3OneRuntime {
  public:
   // `timed`: whether a builder may run it to time it; what an engine holds is never timed.
-  MixerPlugin(Attributes attributes, bool timed) : mixer_(std::move(attributes)), timed_(timed) {}
+  Plugin(typename N::Attributes attributes, bool timed) : node_(std::move(attributes)), timed_(timed) {}
 
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override {
     switch (type) {
@@ -23,23 +24,23 @@ class MixerPlugin final : public nvinfer1::IPluginV3,
   }
 
   nvinfer1::IPluginV3* clone() noexcept override {
-    return guarded<MixerPlugin*>("clone", nullptr, [&] { return new MixerPlugin(mixer_.attributes(), timed_); });
+    return guarded<Plugin*>("clone", nullptr, [&] { return new Plugin(node_.attributes(), timed_); });
   }
 
-  const char* getPluginName() const noexcept override { return kName; }
+  const char* getPluginName() const noexcept override { return N::kName; }
   const char* getPluginVersion() const noexcept override { return kVersion; }
   const char* getPluginNamespace() const noexcept override { return kNamespace; }
 
   int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc*, int32_t inputs,
                           const nvinfer1::DynamicPluginTensorDesc*, int32_t outputs) noexcept override {
-    return guarded("configurePlugin", 1, [&] { return check_counts(mixer_, inputs, outputs), 0; });
+    return guarded("configurePlugin", 1, [&] { return check_counts(node_, inputs, outputs), 0; });
   }
 
   int32_t getOutputDataTypes(nvinfer1::DataType* types, int32_t outputs, const nvinfer1::DataType* inputs,
                              int32_t count) const noexcept override {
     return guarded("getOutputDataTypes", 1, [&] {
-      check_counts(mixer_, count, outputs);
-      for (int i = 0; i < outputs; ++i) types[i] = output_type(mixer_, i, inputs);
+      check_counts(node_, count, outputs);
+      for (int i = 0; i < outputs; ++i) types[i] = output_type(node_, i, inputs);
       return 0;
     });
   }
@@ -48,8 +49,8 @@ class MixerPlugin final : public nvinfer1::IPluginV3,
                           nvinfer1::DimsExprs* shapes, int32_t outputs,
                           nvinfer1::IExprBuilder& builder) noexcept override {
     return guarded("getOutputShapes", 1, [&] {
-      check_counts(mixer_, count, outputs);
-      for (int i = 0; i < outputs; ++i) shapes[i] = output_shape(mixer_, i, inputs, builder);
+      check_counts(node_, count, outputs);
+      for (int i = 0; i < outputs; ++i) shapes[i] = output_shape(node_, i, inputs, builder);
       return 0;
     });
   }
@@ -57,17 +58,18 @@ class MixerPlugin final : public nvinfer1::IPluginV3,
   bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors, int32_t inputs,
                                  int32_t outputs) noexcept override {
     return guarded("supportsFormatCombination", false, [&] {
-      check_counts(mixer_, inputs, outputs);
-      return fits(mixer_, position, [&](int i) -> const nvinfer1::PluginTensorDesc& { return tensors[i].desc; });
+      check_counts(node_, inputs, outputs);
+      return fits(node_, position, [&](int i) -> const nvinfer1::PluginTensorDesc& { return tensors[i].desc; });
     });
   }
 
-  int32_t getNbOutputs() const noexcept override { return mixer_.Outputs(); }
+  int32_t getNbOutputs() const noexcept override { return node_.Outputs(); }
 
   size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t,
                           const nvinfer1::DynamicPluginTensorDesc*, int32_t) const noexcept override {
     return guarded("getWorkspaceSize", size_t{0}, [&] {
-      return mixer_.Workspace(dtype_of(inputs[0].desc.type), inputs[0].max.d[0], inputs[0].max.d[1]);
+      return node_.Workspace(dtype_of(inputs[node_.Typed()].desc.type),
+                             rows_of(node_, [&](int i) { return inputs[i].max; }));
     });
   }
 
@@ -80,25 +82,25 @@ class MixerPlugin final : public nvinfer1::IPluginV3,
                   const void* const* inputs, void* const* outputs, void* workspace,
                   cudaStream_t stream) noexcept override {
     return guarded("enqueue", 1, [&] {
-      mixer_.Enqueue(call_of(mixer_, descriptions, inputs, outputs, workspace, stream, timed_));
+      node_.Enqueue(call_of(node_, descriptions, inputs, outputs, workspace, stream, timed_));
       return 0;
     });
   }
 
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override {
     return guarded<nvinfer1::IPluginV3*>("attachToContext", nullptr, [&] {
-      mixer_.Prepare();
-      return new MixerPlugin(mixer_.attributes(), timed_);
+      node_.Prepare();
+      return new Plugin(node_.attributes(), timed_);
     });
   }
 
   const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override {
     return guarded<const nvinfer1::PluginFieldCollection*>("getFieldsToSerialize", nullptr, [&] {
-      const Attributes& x = mixer_.attributes();
+      const auto& x = node_.attributes();
       using nvinfer1::PluginFieldType;
       const auto length = static_cast<int32_t>(x.layer_spec.size());
       fields_ = {{"layer_spec", x.layer_spec.data(), PluginFieldType::kCHAR, length}};
-      for (const auto& [name, field] : Attributes::Integers())
+      for (const auto& [name, field] : N::Attributes::Integers())
         fields_.push_back({name, &(x.*field), PluginFieldType::kINT32, 1});
       collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
       return &collection_;
@@ -106,23 +108,26 @@ class MixerPlugin final : public nvinfer1::IPluginV3,
   }
 
  private:
-  Mixer mixer_;
+  N node_;
   bool timed_;
   std::vector<nvinfer1::PluginField> fields_;
   nvinfer1::PluginFieldCollection collection_{};
 };
 
-class MixerCreator final : public nvinfer1::IPluginCreatorV3One {
+template <typename N>
+class Creator final : public nvinfer1::IPluginCreatorV3One {
+  using Attributes = typename N::Attributes;
+
  public:
   nvinfer1::IPluginV3* createPlugin(const char* node, const nvinfer1::PluginFieldCollection* given,
                                     nvinfer1::TensorRTPhase phase) noexcept override {
-    return guarded<MixerPlugin*>(node, nullptr, [&] {
-      return new MixerPlugin(attributes_of(given), phase == nvinfer1::TensorRTPhase::kBUILD);
+    return guarded<Plugin<N>*>(node, nullptr, [&] {
+      return new Plugin<N>(attributes_of<Attributes>(given), phase == nvinfer1::TensorRTPhase::kBUILD);
     });
   }
 
-  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &fields(); }
-  const char* getPluginName() const noexcept override { return kName; }
+  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &fields<Attributes>(); }
+  const char* getPluginName() const noexcept override { return N::kName; }
   const char* getPluginVersion() const noexcept override { return kVersion; }
   const char* getPluginNamespace() const noexcept override { return kNamespace; }
 };
@@ -136,8 +141,9 @@ extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1:
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
     int32_t& count) {
-  static liger::MixerCreator creator;
-  static nvinfer1::IPluginCreatorInterface* const all[] = {&creator};
-  count = 1;
+  static liger::Creator<liger::Mixer> mixer;
+  static liger::Creator<liger::Linear> linear;
+  static nvinfer1::IPluginCreatorInterface* const all[] = {&mixer, &linear};
+  count = 2;
   return all;
 }

@@ -216,10 +216,7 @@ void Engine::Build(const Options& options) {
 
   std::unique_ptr<nvinfer1::IBuilderConfig> config(builder->createBuilderConfig());
 #if NV_TENSORRT_MAJOR < 10
-  using nvinfer1::TacticSource;
-  // There is nothing for cuDNN; what joins products with their neighbours asks for cuBLAS.
-  config->setTacticSources(1u << static_cast<int>(TacticSource::kCUBLAS) |
-                           1u << static_cast<int>(TacticSource::kCUBLAS_LT));
+  config->setTacticSources(0);  // all products are the plugin's
   config->setPreviewFeature(nvinfer1::PreviewFeature::kFASTER_DYNAMIC_SHAPES_0805, true);
   const std::string precision = here_["precision"];
   if (precision == "fp16" || precision == "float16") {

@@ -1,0 +1,47 @@
+// One `ligerexport::LigerLinear` node, without TensorRT: a product with a weight, with the norm before it and the gate
+// or the sum after it.
+#pragma once
+
+#include "node.h"
+
+namespace liger {
+
+// The node's attributes.
+struct LinearAttributes {
+  std::string layer_spec;
+  int32_t contract = 0, outputs = 0, inputs = 0, normed = 0, biased = 0, added = 0, wide = 0, side = 0;
+
+  static const liger::Integers<LinearAttributes>& Integers();
+  void Check() const;  // throws where the node is of another contract than this library, or makes no sense
+};
+
+// Inputs are x `[M, K]`, fp32 if it is normed, the weight, and what there is of the norm's weight, the bias, the residual,
+// and weight and bias of the side, all fp32.
+class Linear : public Layer {
+ public:
+  using Attributes = LinearAttributes;
+  static constexpr char kName[] = "LigerLinear";
+
+  explicit Linear(Attributes attributes);
+
+  const Attributes& attributes() const { return attributes_; }
+  int Inputs() const { return static_cast<int>(names_.size()); }
+  int Outputs() const { return attributes_.side ? 2 : 1; }
+  int Typed() const { return attributes_.normed ? 1 : 0; }  // the first input with the type of activations
+  int32_t Width(int output) const { return output == 0 ? attributes_.outputs : attributes_.side; }
+  Type InputType(int index) const { return index > 1 || index < Typed() ? Type::kFloat : Type::kActivation; }
+  Type OutputType(int index) const { return index > 0 || attributes_.wide ? Type::kFloat : Type::kActivation; }
+
+  // Bytes for any call up to these rows of the inputs.
+  size_t Workspace(const std::string& dtype, const std::vector<int64_t>& rows) const;
+
+  // Throws where something does not fit.
+  void Enqueue(const Call& call);
+
+ private:
+  Attributes attributes_;
+  std::vector<const char*> names_;  // of the inputs
+  Memory memory_;
+};
+
+}  // namespace liger

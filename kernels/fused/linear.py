@@ -1,0 +1,204 @@
+"""Products with weights for few rows and for many: RMSNorm before, bias, gated unit and residual after, as one launch.
+
+One row reads each weight once and sums in fp32, which is all that the memory allows; more rows are tiles of a matrix
+product, and the norm of their rows is a launch of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ligerexport.kernels.linear import ACTIVATIONS, LinearSpec
+from ligerexport.kernels.tuning import get_product_tile
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    norm: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    spec: LinearSpec,
+    *,
+    out: Tensor,
+    side: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Compute `spec`; arguments as those of `ligerexport.kernels.linear.linear`, all contiguous.
+
+    Args:
+        out: `[M, N]` to write to, fp32 or of the weight's type, as `spec.wide` says.
+        side: Weight `[S, K]` and bias `[S]` of the second product and `[M, S]` to write to, all fp32.
+
+    Returns:
+        `out`.
+    """
+    rows, (n, k) = x.shape[0], (spec.outputs, spec.inputs)
+    gate = 0 if spec.activation is None else 1 + ACTIVATIONS.index(spec.activation)
+    epsilon = spec.epsilon or 0.0
+    tile = get_product_tile(rows, n, k, weight.element_size(), gate > 0)
+    if rows == 1:
+        _row_kernel[(triton.cdiv(n, tile.block_n) + spec.side,)](
+            x, weight, norm, bias, residual, out, *(side or (None,) * 3), N=n, K=k, EPSILON=epsilon, GATE=gate,
+            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+        return out
+    if side is not None:
+        linear(x, side[0], norm, side[1], None, spec.of_side(), out=side[2])
+    if norm is not None:
+        normed = torch.empty(rows, k, dtype=weight.dtype, device=x.device)
+        block = triton.next_power_of_2(k)
+        _norm_kernel[(rows,)](x, norm, normed, K=k, EPSILON=epsilon, BLOCK=block, num_warps=8 if block > 2048 else 4)
+        x = normed
+    precision = "ieee" if weight.dtype == torch.float32 else "tf32"
+    _tile_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(n, tile.block_n))](
+        x, weight, bias, residual, out, rows, N=n, K=k, GATE=gate, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _activate(x, GATE: tl.constexpr):
+    if GATE == 1:
+        return x * tl.sigmoid(x)
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh(y)) / 2 = sigmoid(2 y)
+
+
+@triton.jit
+def _load(p, m_rows, m_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load a tile of weights, with masks only where some of its rows or columns are none."""
+    if ROWS and COLUMNS:
+        return tl.load(p)
+    if COLUMNS:
+        return tl.load(p, mask=m_rows[:, None], other=0.0)
+    return tl.load(p, mask=m_rows[:, None] & m_columns[None, :], other=0.0)
+
+
+@triton.jit
+def _row_kernel(
+    p_x, p_weight, p_norm, p_bias, p_residual, p_out, p_side_weight, p_side_bias, p_side_out,
+    N: tl.constexpr, K: tl.constexpr, EPSILON: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Some outputs of one row, or one of the side. Grid: (N / BLOCK_N + S,)."""
+    ROWS: tl.constexpr = N % BLOCK_N == 0
+    COLUMNS: tl.constexpr = K % BLOCK_K == 0
+    BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    if p_side_out is not None:  # noqa: SIM102, since only the first is known to the compiler
+        if tl.program_id(0) >= BLOCKS:
+            _side_output(p_x, p_side_weight, p_norm, p_side_bias, p_side_out, tl.program_id(0) - BLOCKS, K, EPSILON,
+                         BLOCK_K)  # fmt: skip
+            return
+    first = tl.program_id(0) * BLOCK_N
+    o_n, o_k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    m_n = first + o_n < N
+    p_weight += first.to(tl.int64) * K + o_n[:, None] * K + o_k[None, :]
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    if GATE:
+        p_up = p_weight + N * K
+        up_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    if p_norm is not None:
+        squares = tl.zeros((BLOCK_K,), tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        m_k = k + o_k < K
+        weight = _load(p_weight + k, m_n, m_k, ROWS, COLUMNS)
+        if GATE:
+            up = _load(p_up + k, m_n, m_k, ROWS, COLUMNS)
+        x = tl.load(p_x + k + o_k, mask=m_k, other=0.0).to(tl.float32)
+        if p_norm is not None:
+            squares += x * x
+            x *= tl.load(p_norm + k + o_k, mask=m_k, other=0.0)
+        sums += weight.to(tl.float32) * x[None, :]
+        if GATE:
+            up_sums += up.to(tl.float32) * x[None, :]
+    y = tl.sum(sums, axis=1)
+    scale = 1.0
+    if p_norm is not None:
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / K + EPSILON)
+    y *= scale
+    o_n += first
+    if p_bias is not None:
+        y += tl.load(p_bias + o_n, mask=m_n, other=0.0)
+    if GATE:
+        up_y = tl.sum(up_sums, axis=1) * scale
+        if p_bias is not None:
+            up_y += tl.load(p_bias + N + o_n, mask=m_n, other=0.0)
+        y = _activate(y, GATE) * up_y
+    if p_residual is not None:
+        y += tl.load(p_residual + o_n, mask=m_n, other=0.0)
+    tl.store(p_out + o_n, y.to(p_out.dtype.element_ty), mask=m_n)
+
+
+@triton.jit
+def _side_output(
+    p_x, p_weight, p_norm, p_bias, p_out, n, K: tl.constexpr, EPSILON: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Output n of the second product of one row."""
+    o_k = tl.arange(0, BLOCK_K)
+    sums = tl.zeros((BLOCK_K,), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        m_k = k + o_k < K
+        x = tl.load(p_x + k + o_k, mask=m_k, other=0.0).to(tl.float32)
+        if p_norm is not None:
+            squares += x * x
+            x *= tl.load(p_norm + k + o_k, mask=m_k, other=0.0)
+        sums += x * tl.load(p_weight + n * K + k + o_k, mask=m_k, other=0.0)
+    y = tl.sum(sums, axis=0)
+    if p_norm is not None:
+        y *= tl.rsqrt(tl.sum(squares, axis=0) / K + EPSILON)
+    tl.store(p_out + n, y + tl.load(p_bias + n))
+
+
+@triton.jit
+def _norm_kernel(p_x, p_norm, p_out, K: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr):
+    """RMSNorm of one row. Grid: (M,)."""
+    row = tl.program_id(0).to(tl.int64) * K
+    o_k = tl.arange(0, BLOCK)
+    m_k = o_k < K
+    x = tl.load(p_x + row + o_k, mask=m_k, other=0.0)
+    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / K + EPSILON) * tl.load(p_norm + o_k, mask=m_k, other=0.0)
+    tl.store(p_out + row + o_k, y.to(p_out.dtype.element_ty), mask=m_k)
+
+
+@triton.jit
+def _tile_kernel(
+    p_x, p_weight, p_bias, p_residual, p_out, rows,
+    N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some outputs of some rows; programs that share weights are neighbours. Grid: (M / BLOCK_M, N / BLOCK_N)."""
+    ROWS: tl.constexpr = N % BLOCK_N == 0
+    COLUMNS: tl.constexpr = K % BLOCK_K == 0
+    top, first = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    o_m, o_n, o_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    m_m, m_n = top + o_m < rows, first + o_n < N
+    p_x += top.to(tl.int64) * K + o_m[:, None] * K + o_k[None, :]
+    p_weight += first.to(tl.int64) * K + o_n[:, None] * K + o_k[None, :]
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GATE:
+        p_up = p_weight + N * K
+        up_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        m_k = k + o_k < K
+        x = _load(p_x + k, m_m, m_k, False, COLUMNS)
+        weight = _load(p_weight + k, m_n, m_k, ROWS, COLUMNS)
+        y = tl.dot(x, tl.trans(weight), y, input_precision=PRECISION)
+        if GATE:
+            up = _load(p_up + k, m_n, m_k, ROWS, COLUMNS)
+            up_y = tl.dot(x, tl.trans(up), up_y, input_precision=PRECISION)
+    o_n += first
+    if p_bias is not None:
+        y += tl.load(p_bias + o_n, mask=m_n, other=0.0)[None, :]
+    if GATE:
+        if p_bias is not None:
+            up_y += tl.load(p_bias + N + o_n, mask=m_n, other=0.0)[None, :]
+        y = _activate(y, GATE) * up_y
+    at = top.to(tl.int64) * N + o_m[:, None] * N + o_n[None, :]
+    m_out = m_m[:, None] & m_n[None, :]
+    if p_residual is not None:
+        y += tl.load(p_residual + at, mask=m_out, other=0.0)
+    tl.store(p_out + at, y.to(p_out.dtype.element_ty), mask=m_out)

@@ -1,0 +1,77 @@
+"""Level 1: fused products with weights, one row and many, against fp64."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from ligerexport.kernels.fused.linear import linear
+from ligerexport.kernels.linear import LinearSpec
+from ligerexport.kernels.linear import linear as plain
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+HALVES = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)  # the interpreter has no product in bf16
+ERRORS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SIZES = [(40, 72), (130, 128), *([(3, 576), (576, 1536), (4096, 4096), (14336, 4096)] if GPU else [(3, 2112)])]
+
+
+def make_inputs(rows: int, spec: LinearSpec, dtype: torch.dtype) -> list[Tensor | None]:
+    height = spec.outputs * (1 if spec.activation is None else 2)
+    x = torch.randn(rows, spec.inputs)
+    weight = torch.randn(height, spec.inputs) / spec.inputs**0.5
+    norm = torch.rand(spec.inputs) + 0.5 if spec.epsilon is not None else None
+    bias = torch.randn(height) if spec.bias else None
+    residual = torch.randn(rows, spec.outputs) if spec.residual else None
+    given = x if spec.epsilon is not None else x.to(dtype), weight.to(dtype), norm, bias, residual
+    return [y if y is None else y.to(DEVICE) for y in given]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_plain(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Every element is written and right, whatever goes before and after the product."""
+    torch.manual_seed(0)
+    whole = product((None, 1e-5), (None, "silu", "gelu"), (False, True), (False, True), (False, True))
+    for i, (epsilon, activation, bias, residual, wide) in enumerate(whole):
+        for rows in (1, 2, 17, 70) if GPU or i % 16 == 5 else ((1, 5)[i % 2],):
+            spec = LinearSpec(*size, epsilon, activation, bias, residual, wide)
+            inputs = make_inputs(rows, spec, dtype)
+            kind = torch.float32 if wide else dtype
+            out = torch.full((rows, size[0]), float("nan"), dtype=kind, device=DEVICE)
+            assert linear(*inputs, spec, out=out) is out  # type: ignore[arg-type, call-arg, misc]
+            exact = plain(*(x if x is None else x.double() for x in inputs), spec)  # type: ignore[arg-type, call-arg, misc]
+            error = ((out.double() - exact).norm() / exact.norm()).item()
+            assert error < ERRORS[dtype], (spec, rows, error)
+
+
+def test_large_rows_do_not_overflow() -> None:
+    """Halves hold what is normed, not what comes in."""
+    spec = LinearSpec(32, 64, 1e-5)
+    for rows in (1, 3):
+        x, weight, norm, *rest = make_inputs(rows, spec, torch.float16)
+        assert x is not None and weight is not None
+        out = torch.empty(rows, 32, dtype=torch.float16, device=DEVICE)
+        linear(x * 1e6, weight, norm, *rest, spec, out=out)
+        exact = plain(x * 1e6, weight, norm, *rest, spec)
+        torch.testing.assert_close(out, exact, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_side(rows: int) -> None:
+    """A second product of the same norm, in fp32 beside halves."""
+    spec = LinearSpec(70, 96, 1e-5, side=3)
+    x, weight, norm, *rest = make_inputs(rows, spec, torch.float16)
+    _, side_weight, _, bias, _ = make_inputs(rows, spec.of_side(), torch.float32)
+    out = torch.full((rows, 70), float("nan"), dtype=torch.float16, device=DEVICE)
+    beside = torch.full((rows, 3), float("nan"), device=DEVICE)
+    assert x is not None and weight is not None and side_weight is not None and bias is not None
+    linear(x, weight, norm, *rest, spec, out=out, side=(side_weight, bias, beside))
+    exact = plain(x, weight, norm, *rest, spec)
+    torch.testing.assert_close(out, exact, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(beside, plain(x, side_weight, norm, bias, None, spec.of_side()), rtol=1e-5, atol=1e-5)
