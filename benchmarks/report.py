@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md", "docs/concepts/memory.md", "docs/concepts/kernels.md", "docs/concepts/graph.md",
-    "docs/guides/recover.md",
-    "docs/guides/quantise.md", "docs/guides/sessions.md", "docs/guides/tensorrt.md", "docs/concepts/trust.md", "docs/verified.md",
+    "docs/guides/recover.md", "docs/guides/quantise.md", "docs/guides/sessions.md", "docs/guides/tensorrt.md",
+    "docs/concepts/trust.md", "docs/verified.md",
 )  # fmt: skip
 
 
@@ -476,7 +476,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
     "quantised": quantised, "native": native, "kept": kept, "shares": shares, "mmlu": mmlu,
     "prompt_cache": prompt_cache, "nodes": nodes, "bench": bench, "peers_more": peers,
-    "build_8b": build_8b, "trt_verified": trt_verified, "trt_speed": trt_speed, "peers_qwen": lambda: peers("peers_qwen"),
+    "build_8b": build_8b, "trt_verified": trt_verified, "trt_speed": trt_speed,
+    "peers_qwen": lambda: peers("peers_qwen"),
     "peers": lambda: peers(engines=("ligerexport", "llama.cpp")),
 }  # fmt: skip
 for trusted in (

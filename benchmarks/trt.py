@@ -1,5 +1,9 @@
 """Build the TensorRT plugin and `liger-run` with nvcc on a GPU machine, run an artifact, and compare it with torch.
 
+An artifact of a shape with random weights, and its checkpoint for `reference`:
+
+    python benchmarks/trt.py shape llama-3-8b --checkpoint CHECKPOINT -o ARTIFACT
+
 On any machine with torch, what is expected; `--ids` is a prompt:
 
     python benchmarks/trt.py reference CHECKPOINT --ids 1,2,3 --tokens 512 [--device cuda] -o expected
@@ -24,10 +28,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from build import SHAPES
 
 SOURCES = Path(__file__).resolve().parent.parent / "exporters" / "tensorrt"
 CORE = ("pack.cc", "plan.cc", "node.cc", "mixer.cc", "linear.cc", "face.cc")
@@ -95,7 +101,7 @@ def compile_all(log: Log, given: argparse.Namespace, work: Path) -> None:
         empty = [stubs / "empty.cc", "-o", stubs / name]
         log.run(f"stub {name}", ["g++", "-shared", "-fPIC", f"-Wl,-soname,{name}", *empty])
     nvcc = [given.nvcc, "-std=c++17", "-O2", *includes, "-Xcompiler", "-Wno-deprecated-declarations"]
-    nvinfer, parser = (library(given.tensorrt, name) for name in ("libnvinfer", "libnvonnxparser"))
+    nvinfer, nvonnxparser = (library(given.tensorrt, name) for name in ("libnvinfer", "libnvonnxparser"))
     unresolved = ["-Xlinker", "--allow-shlib-undefined"]
 
     def linked(*files: Path) -> list[object]:
@@ -105,10 +111,16 @@ def compile_all(log: Log, given: argparse.Namespace, work: Path) -> None:
     plugin = [SOURCES / "plugin" / name for name in (*CORE, face)]
     shared = ["-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     needs = linked(find_driver(), *([nvinfer] if old else []))
-    log.run("plugin", [*nvcc, *shared, *plugin, *needs, *unresolved, "-o", work / "libligerexport_trt.so"])
     runner, made = [SOURCES / "runner" / name for name in RUNNER], work / "libliger_run.so"
     soname = ["-Xlinker", "-soname", "-Xlinker", made.name]
-    log.run("runner", [*nvcc, *shared, *soname, *runner, *linked(nvinfer, parser), *unresolved, "-ldl", "-o", made])
+    both = {
+        "plugin": [*nvcc, *shared, *plugin, *needs, *unresolved, "-o", work / "libligerexport_trt.so"],
+        "runner": [
+            *nvcc, *shared, *soname, *runner, *linked(nvinfer, nvonnxparser), *unresolved, "-ldl", "-o", made,
+        ],
+    }  # fmt: skip
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda item: log.run(*item), both.items()))
     command = [SOURCES / "runner" / "main.cc", *linked(made), "-Xlinker", "-rpath", "-Xlinker", "$ORIGIN"]
     log.run("command", [*nvcc, *command, *unresolved, "-o", work / "liger-run"])
 
@@ -228,6 +240,19 @@ def state_errors(found: dict[str, np.ndarray], wanted: Any) -> dict[str, float]:
     return worst | {"slots_alike": same / max(1, total)}
 
 
+def shape(given: argparse.Namespace) -> int:
+    """Write the artifact of a shape, without an engine and not verified: torch has it from `reference`."""
+    from build import make_checkpoint
+
+    import ligerexport as lx
+    from ligerexport.config import get_preset
+
+    make_checkpoint(given.checkpoint, given.shape, given.layers, get_preset(given.preset))
+    lx.build(given.checkpoint, given.output, target="trt", engine=False, sms=(90,), max_batch=16,
+             max_chunk=given.max_chunk, verify=False)  # fmt: skip
+    return 0
+
+
 def reference(given: argparse.Namespace) -> int:
     """Write what torch makes of a prompt in fp32: greedy tokens, the logits before each, and the state after them.
 
@@ -270,6 +295,14 @@ def main() -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
+    zero = verbs.add_parser("shape")
+    zero.add_argument("shape", choices=SHAPES)
+    zero.add_argument("--layers", type=int)
+    zero.add_argument("--preset", default="foresight")
+    zero.add_argument("--max-chunk", type=int, default=1024)
+    zero.add_argument("--checkpoint", type=Path, required=True)
+    zero.add_argument("-o", "--output", type=Path, required=True)
+    zero.set_defaults(run=shape)
     one = verbs.add_parser("reference")
     one.add_argument("checkpoint", type=Path)
     one.add_argument("--ids", required=True)

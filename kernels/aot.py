@@ -93,7 +93,7 @@ def compile_kernels(
 
     if triton.knobs.runtime.interpret:
         raise UsageError("Triton's interpreter compiles nothing", hint="unset TRITON_INTERPRET")
-    plans, kernels, work = _plan(specs, dtype, sms, operators, products, max_batch)
+    plans, kernels, work = _plan(specs, dtype, sms, operators, max_batch, products)
     processes = min(jobs or os.cpu_count() or 1, len(work))
     if processes > 1:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -120,8 +120,8 @@ def _plan(
     dtype: str,
     sms: Sequence[int],
     operators: Sequence[str],
-    products: Sequence[tuple[LinearSpec, str]],
     max_batch: int,
+    products: Sequence[tuple[LinearSpec, str]] = (),
 ) -> tuple[list[Plan], dict[str, Kernel], dict[tuple[str, int], _Job]]:
     """Return plans, kernels, and what is to be compiled, by kernel and compute capability."""
     from ligerexport.kernels.plans import make_plans

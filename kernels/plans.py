@@ -63,11 +63,13 @@ def make_plans(
 ) -> Iterator[tuple[Plan, dict[str, tuple[Kernel, Recorded]]]]:
     """Yield what an operator launches, a plan for each range of sizes, with its kernels by their keys.
 
+    A `LinearSpec` has one operator, and `name` is what plans call it.
+
     Raises:
         UsageError: No such operator or dtype.
         LigerError: A launch cannot be written as a plan.
     """
-    row = look_up("operator", name, OPERATORS)
+    row = PRODUCT if isinstance(spec, LinearSpec) else look_up("operator", name, OPERATORS)
     activation = look_up("dtype", dtype, {text: x for x, text in TYPES.items() if x.is_floating_point})
     groups: dict[Any, list[Recording]] = {}
     with targeting(sm):
@@ -341,8 +343,8 @@ OPERATORS: dict[str, Operator] = {
         limits=lambda spec, max_batch: {"tokens": spec.max_distance + 1},
     ),
     "positions": Operator(_positions),
-    "linear": Operator(_linear, by="rows"),
 }  # fmt: skip
 """What can be compiled: one token with everything; of whole chunks the recurrence, the memory's softmax, and both as
-the op mixes them; the positions of all tokens, rows at multiples of `ALIGNMENT`, for a step after the other; and
-products with weights, whose layer is a `LinearSpec`."""
+the op mixes them; and the positions of all tokens, rows at multiples of `ALIGNMENT`, for a step after the other."""
+PRODUCT = Operator(_linear, by="rows")
+"""What is compiled of a `LinearSpec`."""
