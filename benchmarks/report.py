@@ -314,6 +314,28 @@ def prompt_cache() -> str:
     return table(["artifact", "tokens of the prompt", "first token, read", "first token, restored", "file"], rows)
 
 
+def loading() -> str:
+    """From a command to its first token."""
+    data = result("loading")
+    run = {row["artifact"]: row["seconds"] for row in data["run"]}
+    used = {row["artifact"]: row["weights"] for row in data["rows"]}  # the last one is what `run` takes
+
+    def seconds(cell: dict[str, float]) -> str:
+        return f"{cell['median']:.2f} s ({cell['low']:.2f}-{cell['high']:.2f})"
+
+    lines = []
+    for row in data["rows"]:
+        name, weights = row["artifact"], row["weights"]
+        lines.append(
+            [f"{name}, {weights}", seconds(row["load"]), seconds(row["first_token"]),
+             seconds(run[name]) if used[name] == weights else "", f"{row['token']['median'] * 1e3:.1f} ms",
+             f"{row['prompt_tokens_per_second']['median']:.0f}", f"{row['rss']['median'] / 1e6:.0f} MB"]
+        )  # fmt: skip
+    header = ["artifact, weights", "load", "first token after it", "`run -n 1`, all of it", "a token",
+              "prompt tokens/s", "resident"]  # fmt: skip
+    return table(header, lines)
+
+
 def _ms(cell: dict[str, float]) -> str:
     """Median and spread in milliseconds."""
     return f"{cell['ms']:.3f} ({cell['low']:.3f}-{cell['high']:.3f})"
@@ -475,7 +497,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear_softmax": linear_softmax, "memory_kernel": memory_kernel, "step": step, "first_result": first_result,
     "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
     "quantised": quantised, "native": native, "kept": kept, "shares": shares, "mmlu": mmlu,
-    "prompt_cache": prompt_cache, "nodes": nodes, "bench": bench, "peers_more": peers,
+    "prompt_cache": prompt_cache, "loading": loading, "nodes": nodes, "bench": bench, "peers_more": peers,
     "build_8b": build_8b, "trt_verified": trt_verified, "trt_speed": trt_speed,
     "peers_qwen": lambda: peers("peers_qwen"),
     "peers": lambda: peers(engines=("ligerexport", "llama.cpp")),

@@ -95,7 +95,8 @@ def load(
         threads: Of one operator; None takes the physical cores that this process may use.
         chunk: Prompt tokens a call; None takes the measured best.
         prepack: Whether the runtime may copy the weights into the order that is fastest; without, they stay mapped
-            from the file, which takes less memory and more time a token.
+            from the file, which loads sooner and takes less memory and more time a token. Quantised ones are copied
+            in any case where its products need that.
         hashes: Whether to check the sha256 of every file first; that of the weights while the engine takes them in.
         scoring: Whether calls compute the logits of all their tokens, for `Session.every`; else it steps.
         device: `cpu`, or `cuda` with the package onnxruntime-gpu; the state stays there between calls.
@@ -112,6 +113,7 @@ def load(
             if artifact.manifest.target == "onnx":
                 from ligerexport.exporters.onnx.session import OnnxSession
 
+                prepack |= artifact.manifest.block is not None  # a product without is ten times as slow
                 return OnnxSession(
                     artifact, batch=batch, threads=threads, chunk=chunk, prepack=prepack, scoring=scoring, device=device
                 )

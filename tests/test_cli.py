@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -12,11 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import toy
 
+from ligerexport import runtime
 from ligerexport.artifact import ArtifactWriter
 from ligerexport.cli import main
 from ligerexport.config import PRESETS
@@ -176,6 +178,30 @@ def test_a_long_prompt_from_a_pipe(artifact: Path) -> None:
     done = subprocess.run(arguments, input="x" * 20_000, capture_output=True, text=True)
     assert json.loads(done.stdout.splitlines()[-1])["prompt_tokens"] == 20_001
     assert "reading the prompt" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "prepack"),
+    [(("run", "a"), False), (("run", "a" * 8193), True), (("chat",), True)],
+    ids=["short", "long", "chat"],
+)
+def test_a_short_answer_does_not_wait_for_the_fastest_order(
+    cli: Cli, artifact: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], prepack: bool
+) -> None:
+    """Copying weights costs a good part of loading, and saves little of each token."""
+    loaded = []
+
+    def load(*arguments: Any, **options: Any) -> runtime.Session:
+        loaded.append(runtime_load(*arguments, **options))
+        return loaded[-1]
+
+    runtime_load = runtime.load
+    monkeypatch.setattr(runtime, "load", load)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    verb, *prompt = words
+    assert cli(verb, artifact, *prompt, "-n", 1).code == 0
+    options = loaded[0]._session.get_session_options()
+    assert options.get_session_config_entry("session.disable_prepacking") == str(int(not prepack))
 
 
 def test_prompt_cache(cli: Cli, artifact: Path, tmp_path: Path) -> None:

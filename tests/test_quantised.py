@@ -110,6 +110,45 @@ def test_products_are_fused(checkpoint: Path, tmp_path: Path, lowering: str, bit
     assert levels == {4}
 
 
+class Keeping(onnxruntime.SessionOptions):
+    """Options that keep the graph as it is run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimized_model_filepath = "run.onnx"
+
+
+@pytest.mark.parametrize("weights", TARGETS["onnx"].weights)
+def test_a_graph_is_run_as_it_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
+    """Nothing is looked for while it is loaded; weights in fp16 alone become fp32, once."""
+    import onnx
+
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", FORESIGHT, num_hidden_layers=2)
+    path = lx.build(checkpoint, tmp_path / "engine", weights=weights, verify=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Keeping)
+    lx.load(path)
+    built, run = (onnx.load(file, load_external_data=False).graph for file in (path / "model.onnx", "run.onnx"))
+    kinds, run_kinds = (sorted(node.op_type for node in graph.node) for graph in (built, run))
+    if weights != "fp16":
+        assert run_kinds == kinds
+    halves = {x.name for x in run.initializer if x.data_type == onnx.TensorProto.FLOAT16}
+    assert not [node.name for node in run.node if node.op_type == "Cast" and node.input[0] in halves]
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+def test_quantised_products_keep_their_fast_order(tmp_path: Path, weights: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", FORESIGHT, num_hidden_layers=2)
+    session = lx.load(lx.build(checkpoint, tmp_path / "engine", weights=weights, verify=False), prepack=False)
+    assert isinstance(session, OnnxSession)
+    assert mapped(session) == (weights == "fp32")
+
+
+def mapped(session: OnnxSession) -> bool:
+    """Return whether weights stay as they are mapped from the file."""
+    return session._session.get_session_options().get_session_config_entry("session.disable_prepacking") == "1"
+
+
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_a_tied_embedding_is_stored_once(tmp_path: Path, lowering: str) -> None:
     spec = read_spec(make_checkpoint(tmp_path / "model", FORESIGHT, num_hidden_layers=1, tie_word_embeddings=True))

@@ -276,9 +276,13 @@ def _open(
     # The planner's search for buffers to reuse is quadratic in nodes, most of the time of loading SmolLM2. The arena
     # reuses them anyway: same speed, same memory.
     options.enable_mem_reuse = False
-    if artifact.manifest.block is None and artifact.manifest.lowering != "portable":
-        # The graph has the fused operators already, and looking for more takes a quarter of loading.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    levels = onnxruntime.GraphOptimizationLevel
+    if artifact.manifest.lowering != "portable":
+        # The graph has the fused operators already, and looking for more takes up to two fifths of loading.
+        if device == "cpu" and artifact.manifest.precision != "float16":
+            options.graph_optimization_level = levels.ORT_DISABLE_ALL
+        elif artifact.manifest.block is None:  # this makes weights in fp16 fp32 once, and not in each call
+            options.graph_optimization_level = levels.ORT_ENABLE_BASIC
     # Waking a thread for an operator takes as long as many an operator.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN)

@@ -34,7 +34,7 @@ PromptCacheFile = Annotated[
 ]
 
 _LONG_PROMPT = 2048
-"""Tokens from which a progress bar is worth it."""
+"""Tokens from which a progress bar is worth it, and so are weights in the order that is fastest."""
 
 
 def run(
@@ -64,11 +64,12 @@ def run(
         prompt = sys.stdin.read()
     common.announce("run", artifact=artifact, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
                     top_p=top_p, seed=seed, stop=stop, prompt_cache=prompt_cache)  # fmt: skip
-    session = load(artifact, threads=threads, hashes=not no_hash)
+    long = len(prompt) > 4 * _LONG_PROMPT
+    session = load(artifact, threads=threads, prepack=long, hashes=not no_hash)
     cache = PromptCache(prompt_cache) if prompt_cache else None
     chunks = generate(
         session, prompt, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        seed=seed, stop=stop or (), prompt_cache=cache, progress=progress if len(prompt) > 4 * _LONG_PROMPT else silent,
+        seed=seed, stop=stop or (), prompt_cache=cache, progress=progress if long else silent,
     )  # fmt: skip
     pieces = [_show(chunk, json) for chunk in chunks]
     if not json:
