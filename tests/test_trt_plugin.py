@@ -404,3 +404,45 @@ def test_faces_compile(place: str, tmp_path: Path) -> None:
     flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-deprecated-declarations"]
     command = ["g++", *flags, "-isystem", place, "-isystem", cuda_headers(), *sources]
     subprocess.run(command, check=True, cwd=tmp_path)
+
+
+REGISTRY = """
+import sys
+import numpy as np
+import tensorrt_rtx_bindings as trt
+
+builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+registry = builder.get_plugin_registry()
+assert registry.load_library(sys.argv[1]) is not None
+mixer = {"q_heads": 2, "kv_heads": 1, "d_k": 32, "d_v": 32, "max_distance": 64}
+for kind, numbers in (("LigerMixer", mixer), ("LigerLinear", {"N": 8, "K": 8})):
+    for contract in (int(sys.argv[2]), 1):
+        creator = registry.get_creator(kind, "1", "ligerexport")
+        text = np.frombuffer(b"0123456789abcdef", np.int8)
+        given = [trt.PluginField("layer_spec", text, trt.PluginFieldType.CHAR)]
+        given += [
+            trt.PluginField(name, np.array([x], np.int32), trt.PluginFieldType.INT32)
+            for name, x in (numbers | {"contract": contract}).items()
+        ]
+        made = creator.create_plugin("node", trt.PluginFieldCollection(given), trt.TensorRTPhase.BUILD)
+        print(kind, contract, made is not None)
+"""
+
+
+@pytest.mark.parametrize("place", os.environ.get("LIGEREXPORT_TENSORRT_INCLUDE", "").split(":"))
+def test_a_registry_makes_the_nodes(place: str, tmp_path: Path) -> None:
+    """TensorRT-RTX has the registry of TensorRT 10 and 11, and needs no GPU to make a plugin."""
+    if not place or "NV_TENSORRT_MAJOR 8" in (Path(place) / "NvInferVersion.h").read_text():
+        pytest.skip("LIGEREXPORT_TENSORRT_INCLUDE names no directories of headers of TensorRT 10 or later")
+    pytest.importorskip("tensorrt_rtx_bindings")
+    sources = [PLUGIN / name for name in ("pack.cc", "plan.cc", "node.cc", "mixer.cc", "linear.cc", "face.cc")]
+    command = ["g++", "-std=c++17", "-shared", "-fPIC", "-isystem", place, "-isystem", cuda_headers(), *sources]
+    subprocess.run([*command, PLUGIN / "plugin_v3.cc", "-o", tmp_path / "plugin.so"], check=True)
+    words = [sys.executable, "-c", REGISTRY, tmp_path / "plugin.so", CONTRACT]
+    done = subprocess.run([str(x) for x in words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = [*done.stdout.splitlines(), *done.stderr.splitlines()]  # TensorRT's messages among them
+    assert [line for line in told if line.startswith("Liger")] == [
+        f"LigerMixer {CONTRACT} True", "LigerMixer 1 False", f"LigerLinear {CONTRACT} True", "LigerLinear 1 False",
+    ]  # fmt: skip
+    assert sum("made for contract 1" in line for line in told) == 2
