@@ -127,7 +127,7 @@ def step(session: Session, pieces: Pieces, steps: int, length: int, temperature:
             ms[i] = (time.perf_counter() - begin) * 1e3
         snapshot = session.snapshot()
         times = np.percentile(ms, [50, 99])
-        machine = {"ms": times, "rss": np.array(memory()["rss"]), "process": np.array(os.getpid())}
+        machine = {"ms": times, **_now()}
         state = {"position": snapshot.position, "logits": logits, **snapshot.tensors}
         pieces.write({"tokens": tokens, **machine, **state})
 
@@ -168,26 +168,38 @@ def summary(pieces: Pieces, length: int) -> dict[str, Any]:
             if not (seen == piece["position"][0]).all():
                 raise ValueError(f"layer {layer} has seen {seen.tolist()} of {piece['position']} tokens")
         ms = [round(float(x), 4) for x in piece["ms"]]
-        rows.append({"steps": (i + 1) * length, "ms": ms[0], "ms_99": ms[1], "rss": int(piece["rss"]),
-                     "process": int(piece["process"]), "norms": norms})  # fmt: skip
+        rows.append({"steps": (i + 1) * length, "ms": ms[0], "ms_99": ms[1], **_then(piece), "norms": norms})
         text.append(piece["tokens"])
     tokens, counts = np.unique(np.concatenate(text), return_counts=True)
     return {"steps": len(pieces) * length, "layers": layers, "distinct_tokens": len(tokens),
             "most_frequent": round(float(counts.max() / counts.sum()), 4), **_memory(rows), "rows": rows}  # fmt: skip
 
 
+def _now() -> Arrays:
+    """Return this process and its memory: all that is resident, and the part that no mapped file stands behind."""
+    return {name: np.array(x) for name, x in (memory() | {"process": os.getpid()}).items() if name != "peak"}
+
+
+def _then(piece: Arrays) -> dict[str, int]:
+    """Return what `_now` was."""
+    return {name: int(piece[name]) for name in ("rss", "private", "process") if name in piece}
+
+
 def _memory(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return how resident memory grew from the second piece of each process on; writing the first is warm-up too."""
-    grown, most = 0, 0.0
-    by_process: dict[int, list[int]] = {}
+    """Return how memory grew from the second piece of each process on; writing the first is warm-up too."""
+    by_process: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
-        by_process.setdefault(row.pop("process"), []).append(row["rss"])
-    warm = [sizes[1:] for sizes in by_process.values() if len(sizes) > 2]
-    for sizes in warm:
-        grown += sizes[-1] - sizes[0]
-        most = max(most, max(abs(size / sizes[0] - 1) for size in sizes))
-    return {"processes": len(by_process), "rss_change": most,
-            "rss_bytes_a_piece": grown / max(1, sum(len(sizes) - 1 for sizes in warm))}  # fmt: skip
+        by_process.setdefault(row.pop("process"), []).append(row)
+    found: dict[str, Any] = {"processes": len(by_process)}
+    for kind in ("rss", "private"):
+        warm = [
+            [x[kind] for x in pieces[1:]] for pieces in by_process.values() if len(pieces) > 2 and kind in pieces[0]
+        ]
+        grown = sum(sizes[-1] - sizes[0] for sizes in warm)
+        if warm:
+            found[f"{kind}_change"] = max(abs(size / sizes[0] - 1) for sizes in warm for size in sizes)
+            found[f"{kind}_bytes_a_piece"] = grown / max(1, sum(len(sizes) - 1 for sizes in warm))
+    return found
 
 
 def cycles(session: Session, pieces: Pieces, total: int, length: int, clock: Clock) -> None:
@@ -217,7 +229,7 @@ def cycles(session: Session, pieces: Pieces, total: int, length: int, clock: Clo
             if not all(np.array_equal(ends[0][name], ends[1][name]) for name in ends[1]):
                 raise ValueError(f"another state after {length} cycles")
             ms = (time.perf_counter() - begin) / length * 1e3
-            pieces.write({"ms": np.array(ms), "rss": np.array(memory()["rss"]), "process": np.array(os.getpid())})
+            pieces.write({"ms": np.array(ms), **_now()})
 
 
 def drift(checkpoint: Path, steps: Pieces, truth: Pieces) -> dict[str, Any]:
@@ -301,7 +313,7 @@ def main() -> None:
     except OutOfTime:
         late = True
     rows = [round_trips.read(i) for i in range(len(round_trips))]
-    trips = [{"rss": int(row["rss"]), "process": int(row["process"])} for row in rows]
+    trips = [_then(row) for row in rows]
     result = {
         "command": "python " + " ".join(sys.argv),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": 1, "load": os.getloadavg()[0]},

@@ -128,7 +128,8 @@ def get_product_tile(rows: int, outputs: int, inputs: int, itemsize: int, gated:
     whole = inputs & -inputs  # the largest power of two that leaves no rest
     if rows == 1:
         if inputs >= 2048:
-            return ProductTile(1, 4 if outputs > 1024 else 1, min(max(whole, 512), 2048), 4, 1)
+            deepest = 1024 if gated else 2048  # the next tile is asked for while one is multiplied
+            return ProductTile(1, 4 if outputs > 1024 else 1, min(max(whole, 512), deepest), 4, 1)
         few = outputs <= 8192
         return ProductTile(
             1, 1 if few else 4, 512 if whole >= 512 else 1024 if inputs > 512 else 512, 1 if few else 2, 1
@@ -139,10 +140,12 @@ def get_product_tile(rows: int, outputs: int, inputs: int, itemsize: int, gated:
         tile = ProductTile(16, 16 if outputs < 2048 else 32, deep, 4, 4 if deep > 64 and not wide else 3 if wide else 6)
     elif rows <= 64:
         tile = ProductTile(64, 32 if gated else 64, 32 if wide else 64, 4, 3)
-    elif wide or (gated and target() // 10 not in (9, 10)):
-        tile = ProductTile(128, 64, 32 if wide else 64, 8, 2 if wide else 3)
-    else:
+    elif wide:
+        tile = ProductTile(64, 32 if gated else 64, 32, 8, 2)
+    elif target() // 10 in (9, 10):
         tile = ProductTile(128, 128 if gated or outputs > 4096 else 256, 64, 8, 3)
+    else:
+        tile = ProductTile(128, 64 if gated else 128, 64 if gated else 32, 8, 3)
     stage = (tile.block_m + tile.block_n * (2 if gated else 1)) * tile.block_k * itemsize
     return replace(tile, stages=min(tile.stages, max(1, SHARED_MEMORY.get(target(), 99 << 10) // stage)))
 
@@ -160,6 +163,13 @@ def targeting(sm: int) -> Iterator[None]:
 def target() -> int:
     """Return the compute capability that tiles are chosen for: the first device's, 90 without one."""
     return _TARGET.get() or _capability()
+
+
+def overlaps() -> bool:
+    """Return whether a kernel may begin while the one before it ends, as it can from 9.0 on: see `fused/overlap.py`."""
+    import triton
+
+    return target() >= 90 and not triton.knobs.runtime.interpret
 
 
 @cache

@@ -45,7 +45,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
 
     def write_pack(specs: Sequence[Any], path: Path, **options: Any) -> None:
-        path.write_bytes(b"LIGERPK1")
+        path.write_bytes(b"LIGERPK2")
         calls.append({"specs": list(specs)} | options)
 
     monkeypatch.setattr(pack, "write_pack", write_pack)

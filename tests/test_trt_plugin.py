@@ -127,10 +127,11 @@ def run(harness: Path, *words: object) -> str:
     return run_lines(harness, [], *words)
 
 
-def run_lines(harness: Path, lines: list[str], *words: object) -> str:
+def run_lines(harness: Path, lines: list[str], *words: object, overlap: bool = False) -> str:
     done = subprocess.run(
         [harness, *map(str, words)], input="\n".join(lines), capture_output=True, text=True, errors="replace",
-        env={"ASAN_OPTIONS": "detect_leaks=0:exitcode=99", "UBSAN_OPTIONS": "exitcode=99"},
+        env={"ASAN_OPTIONS": "detect_leaks=0:exitcode=99", "UBSAN_OPTIONS": "exitcode=99"}
+        | ({"LIGEREXPORT_OVERLAP": "1"} if overlap else {}),
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stderr  # a crash is neither
     return done.stdout
@@ -316,6 +317,22 @@ def check_steps(
         assert [int(x) for x in copy] == [MIXED + t * row, tokens * row, mixed, row, row, batch]
 
 
+def test_what_waits_may_overlap(harness: Path, packed: Packed) -> None:
+    """Steps and products, which wait for the launch before them; nothing unless asked for, and no other kernel."""
+    words = ["run", packed.file, 90, "fp16", *attributes(FORESIGHT)]
+    first, dtype = PRODUCTS["first"]
+    product = ["product", packed.file, 90, dtype, layer_digest(spec_fields(first)), CONTRACT, 96, 64, 1, 0, 0, 0, 3]
+    assert "overlap" not in run_lines(harness, ["1 1"], *words)
+    assert run_lines(harness, ["1 1"], *words, overlap=True).splitlines()[1] == "overlap"
+    assert "overlap" not in run_lines(harness, ["2 64"], *words, overlap=True)
+    told = run_lines(harness, ["1", "9"], *product, overlap=True)
+    assert told.count("overlap") == told.count("launch") == 1 + 4  # of nine rows both norms and both products
+    kernels = packed.manifest["kernels"].values()
+    assert {x["name"] for x in kernels if x["constants"].get("OVERLAP")} == {
+        "_mixer_step_kernel", "_row_kernel", "_norm_kernel", "_tile_kernel",
+    }  # fmt: skip
+
+
 def test_state_must_be_in_place(harness: Path, packed: Packed) -> None:
     words = ["run", packed.file, 90, "fp16", *attributes(SPECS["recurrent"])]
     assert "'recurrent_state' must be bound to one address" in run_lines(harness, ["1 1 apart"], *words)
@@ -357,7 +374,7 @@ def test_damaged_packs_are_refused(harness: Path, packed: Packed, tmp_path: Path
     body = whole[:-4]
     head = 40_000  # kernels and plans come before the blobs
     damaged: list[bytes] = [whole[: chance.randrange(len(whole))] for _ in range(60)]
-    damaged += [b"", whole[:8], b"LIGERPK2" + whole[8:], whole + b"\0"]
+    damaged += [b"", whole[:8], b"LIGERPK1" + whole[8:], whole + b"\0"]
     for _ in range(100):
         at = chance.randrange(len(whole))
         damaged.append(whole[:at] + bytes([whole[at] ^ (1 << chance.randrange(8))]) + whole[at + 1 :])

@@ -21,7 +21,7 @@ from ligerexport.kernels.plans import layer_digest
 from ligerexport.state import MixerSpec
 
 PACK = "kernels.liger"
-MAGIC = b"LIGERPK1"
+MAGIC = b"LIGERPK2"
 OPERATORS = ("step", "prefill", "positions")  # of a mixer
 TYPES = ("*", "i32", "i64", "fp32")
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4, "i32": 4, "i64": 8}
@@ -88,7 +88,8 @@ def _kernel(kernel: Kernel, blobs: dict[str, int]) -> bytes:
     kinds = [("*" if x.type[0] == "*" else x.type, x.divisible) for x in kernel.arguments]
     kinds += [("*", 1)] * len(HIDDEN)
     arguments = _list(struct.pack("<BB", TYPES.index(kind), divisible) for kind, divisible in kinds)
-    return struct.pack("<I", len(HIDDEN)) + arguments + _list(cubins)
+    overlaps = bool(kernel.constants.get("OVERLAP"))
+    return struct.pack("<IB", len(HIDDEN), overlaps) + arguments + _list(cubins)
 
 
 def _plan(plan: Plan, kernels: dict[str, int]) -> bytes:

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ligerexport.kernels.fused.overlap import wait
 from ligerexport.kernels.linear import ACTIVATIONS, LinearSpec
-from ligerexport.kernels.tuning import get_product_tile
+from ligerexport.kernels.tuning import get_product_tile, overlaps
 
 
 def linear(
@@ -38,11 +39,11 @@ def linear(
     rows, (n, k) = x.shape[0], (spec.outputs, spec.inputs)
     gate = 0 if spec.activation is None else 1 + ACTIVATIONS.index(spec.activation)
     epsilon = spec.epsilon or 0.0
-    tile = get_product_tile(rows, n, k, weight.element_size(), gate > 0)
+    tile, overlap = get_product_tile(rows, n, k, weight.element_size(), gate > 0), overlaps()
     if rows == 1:
         _row_kernel[(triton.cdiv(n, tile.block_n) + spec.side,)](
             x, weight, norm, bias, residual, out, *(side or (None,) * 3), N=n, K=k, EPSILON=epsilon, GATE=gate,
-            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages, num_warps=tile.warps,
+            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, OVERLAP=overlap, num_warps=tile.warps,
         )  # fmt: skip
         return out
     if side is not None:
@@ -50,12 +51,14 @@ def linear(
     if norm is not None:
         normed = torch.empty(rows, k, dtype=weight.dtype, device=x.device)
         block = triton.next_power_of_2(k)
-        _norm_kernel[(rows,)](x, norm, normed, K=k, EPSILON=epsilon, BLOCK=block, num_warps=8 if block > 2048 else 4)
+        _norm_kernel[(rows,)](
+            x, norm, normed, K=k, EPSILON=epsilon, BLOCK=block, OVERLAP=overlap, num_warps=8 if block > 2048 else 4
+        )
         x = normed
     precision = "ieee" if weight.dtype == torch.float32 else "tf32"
     _tile_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(n, tile.block_n))](
         x, weight, bias, residual, out, rows, N=n, K=k, GATE=gate, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_K=tile.block_k, PRECISION=precision, OVERLAP=overlap, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -81,7 +84,7 @@ def _load(p, m_rows, m_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def _row_kernel(
     p_x, p_weight, p_norm, p_bias, p_residual, p_out, p_side_weight, p_side_bias, p_side_out,
     N: tl.constexpr, K: tl.constexpr, EPSILON: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of one row, or one of the side. Grid: (N / BLOCK_N + S,)."""
     ROWS: tl.constexpr = N % BLOCK_N == 0
@@ -89,6 +92,7 @@ def _row_kernel(
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     if p_side_out is not None:  # noqa: SIM102, since only the first is known to the compiler
         if tl.program_id(0) >= BLOCKS:
+            wait(OVERLAP)
             _side_output(p_x, p_side_weight, p_norm, p_side_bias, p_side_out, tl.program_id(0) - BLOCKS, K, EPSILON,
                          BLOCK_K)  # fmt: skip
             return
@@ -96,17 +100,16 @@ def _row_kernel(
     o_n, o_k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     m_n = first + o_n < N
     p_weight += first.to(tl.int64) * K + o_n[:, None] * K + o_k[None, :]
+    p_up = p_weight + N * K if GATE else p_weight
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    if GATE:
-        p_up = p_weight + N * K
-        up_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    if p_norm is not None:
-        squares = tl.zeros((BLOCK_K,), tl.float32)
-    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    up_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    # the first weights are asked for before x is there
+    weight = _load(p_weight, m_n, o_k < K, ROWS, COLUMNS)
+    up = _load(p_up, m_n, o_k < K, ROWS, COLUMNS) if GATE else weight
+    wait(OVERLAP)
+    for k in range(0, K, BLOCK_K):
         m_k = k + o_k < K
-        weight = _load(p_weight + k, m_n, m_k, ROWS, COLUMNS)
-        if GATE:
-            up = _load(p_up + k, m_n, m_k, ROWS, COLUMNS)
         x = tl.load(p_x + k + o_k, mask=m_k, other=0.0).to(tl.float32)
         if p_norm is not None:
             squares += x * x
@@ -114,6 +117,11 @@ def _row_kernel(
         sums += weight.to(tl.float32) * x[None, :]
         if GATE:
             up_sums += up.to(tl.float32) * x[None, :]
+        if k + BLOCK_K < K:
+            m_k = k + BLOCK_K + o_k < K
+            weight = _load(p_weight + k + BLOCK_K, m_n, m_k, ROWS, COLUMNS)
+            if GATE:
+                up = _load(p_up + k + BLOCK_K, m_n, m_k, ROWS, COLUMNS)
     y = tl.sum(sums, axis=1)
     scale = 1.0
     if p_norm is not None:
@@ -154,8 +162,11 @@ def _side_output(
 
 
 @triton.jit
-def _norm_kernel(p_x, p_norm, p_out, K: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_kernel(
+    p_x, p_norm, p_out, K: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """RMSNorm of one row. Grid: (M,)."""
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * K
     o_k = tl.arange(0, BLOCK)
     m_k = o_k < K
@@ -168,7 +179,7 @@ def _norm_kernel(p_x, p_norm, p_out, K: tl.constexpr, EPSILON: tl.constexpr, BLO
 def _tile_kernel(
     p_x, p_weight, p_bias, p_residual, p_out, rows,
     N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of some rows; programs that share weights are neighbours. Grid: (M / BLOCK_M, N / BLOCK_N)."""
     ROWS: tl.constexpr = N % BLOCK_N == 0
@@ -178,6 +189,7 @@ def _tile_kernel(
     m_m, m_n = top + o_m < rows, first + o_n < N
     p_x += top.to(tl.int64) * K + o_m[:, None] * K + o_k[None, :]
     p_weight += first.to(tl.int64) * K + o_n[:, None] * K + o_k[None, :]
+    wait(OVERLAP)
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if GATE:
         p_up = p_weight + N * K

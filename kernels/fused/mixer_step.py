@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ligerexport.gates import get_gate
 from ligerexport.kernels.fused.evicted_step import evicted_step
+from ligerexport.kernels.fused.overlap import wait
+from ligerexport.kernels.tuning import overlaps
 from ligerexport.memory import get_score
 from ligerexport.state import MixerSpec, MixerState
 
@@ -115,7 +117,7 @@ def mixer_step(
         QUERY_SOFTMAX=gate.query_map == "softmax", KEY_SOFTMAX=gate.key_map == "softmax", DIVISOR=gate.decay_divisor,
         PRECISION="ieee" if triton.knobs.runtime.interpret else precision,
         TILE=min(triton.next_power_of_2(spec.d_v), 65536 // (_padded(config.num_slots) * query.element_size())),
-        BLOCK_V=tiling.block_v, BLOCK_JUDGE=tiling.block_judge, SCRATCH=left,
+        BLOCK_V=tiling.block_v, BLOCK_JUDGE=tiling.block_judge, SCRATCH=left, OVERLAP=overlaps(),
         num_warps=tiling.num_warps, num_stages=1, maxnreg=tiling.max_registers,
     )  # fmt: skip
     if lost is not None:
@@ -224,11 +226,11 @@ def _loser(keys, candidate, POOLS: tl.constexpr):
 @triton.jit
 def _attend(
     p_query, p_key, p_value, s_query_h, p_rotary, p_slot_key, p_slot_value, p_slot_position, p_slot_score, p_score,
-    p_mixed, p_place, p_lost, now, scale2, attention_weight,
+    p_mixed, p_place, p_lost, p_now, scale2, attention_weight,
     G: tl.constexpr, D_K: tl.constexpr, DK_PAD: tl.constexpr, D_V: tl.constexpr, DV_PAD: tl.constexpr, R: tl.constexpr,
     R_PAD: tl.constexpr, BLOCK_R: tl.constexpr, REST_PAD: tl.constexpr, CAP: tl.constexpr, TABLE: tl.constexpr,
     N: tl.constexpr, N_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, POOLS: tl.constexpr,
-    P_PAD: tl.constexpr, BY_VALUE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    P_PAD: tl.constexpr, BY_VALUE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attend over the slots of one head, write `[G, d_v]` to `p_mixed`, and put the new token in its place."""
     G_PAD: tl.constexpr = 16  # the fewest rows of a matrix product
@@ -256,6 +258,8 @@ def _attend(
     p_values, m_values = p_slot_value + o_n[:, None] * D_V + o_c[None, :], m_n[:, None] & (o_c < D_V)[None, :]
     if len(POOLS) == 0:
         b_values = tl.load(p_values, mask=m_values, other=0.0)
+    wait(OVERLAP)
+    now = tl.load(p_now).to(tl.int32)
     b_k = tl.load(p_key + o_k, mask=m_k, other=0.0)
     b_v = tl.load(p_value + o_v, mask=m_v, other=0.0)
     b_q = tl.load(p_query + o_g[:, None] * s_query_h + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
@@ -362,9 +366,10 @@ def _attend(
 
 @triton.jit
 def _recur(
-    p_query, p_key, p_value, s_query_h, p_state, p_read, start, active, recurrence_weight,
+    p_query, p_key, p_value, s_query_h, p_state, p_read, start, p_now, recurrence_weight,
     G: tl.constexpr, D_K: tl.constexpr, DK_PAD: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr,
     QUERY_SOFTMAX: tl.constexpr, KEY_SOFTMAX: tl.constexpr, DIVISOR: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Update the columns of the recurrent state from `start` and write what the queries read, `[G, columns]`."""
     G_PAD: tl.constexpr = 16
@@ -372,6 +377,7 @@ def _recur(
     m_g, m_k, m_v = o_g < G, o_k < D_K, o_v < D_V
     p_state += o_k[:, None] * D_V + o_v[None, :]
     b_state = tl.load(p_state, mask=m_k[:, None] & m_v[None, :], other=0.0, eviction_policy="evict_first")
+    wait(OVERLAP)
     # the queries of the group and, in the row after them, the key
     p_x = tl.where(m_g[:, None], p_query + (o_g * s_query_h)[:, None], p_key) + o_k[None, :]
     b_x = tl.load(p_x, mask=(o_g <= G)[:, None] & m_k[None, :], other=0.0).to(tl.float32)
@@ -384,14 +390,15 @@ def _recur(
     read = tl.sum(phi_q * phi_k[None, :], axis=1)[:, None] * b_v[None, :]
     read = tl.dot(phi_q * decay[None, :], b_state, read, input_precision=PRECISION)
     b_state = decay[:, None] * b_state + phi_k[:, None] * b_v[None, :]
-    tl.store(p_state, b_state, mask=m_k[:, None] & m_v[None, :] & active, eviction_policy="evict_first")
+    m_state = m_k[:, None] & m_v[None, :] & (tl.load(p_now) >= 0)
+    tl.store(p_state, b_state, mask=m_state, eviction_policy="evict_first")
     tl.store(p_read + o_g[:, None] * D_V + o_v[None, :], read, mask=m_g[:, None] & m_v[None, :])
 
 
 @triton.jit
 def _judge(
-    p_key, p_value, p_state, p_recalled, start, active,
-    D_K: tl.constexpr, DK_PAD: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr,
+    p_key, p_value, p_state, p_recalled, start, p_now,
+    D_K: tl.constexpr, DK_PAD: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Add the token to the columns of the judge state from `start`; write what it recalled before, `[columns]`."""
     o_k, o_v = tl.arange(0, DK_PAD), start + tl.arange(0, BLOCK_V)
@@ -401,10 +408,12 @@ def _judge(
     b_state = tl.load(p_state, mask=m_k[:, None] & m_v[None, :], other=0.0, eviction_policy="evict_first")
     m_mass = m_k & (start == 0)  # the last column, the sum of the features, goes with the first block
     b_mass = tl.load(p_mass, mask=m_mass, other=0.0)
+    wait(OVERLAP)
     b_v = tl.load(p_value + o_v, mask=m_v, other=0.0).to(tl.float32)
     phi = _features(tl.load(p_key + o_k, mask=m_k, other=0.0).to(tl.float32), m_k, True)
     tl.store(p_recalled + o_v, tl.sum(phi[:, None] * b_state, axis=0), mask=m_v)
     b_state += phi[:, None] * b_v[None, :]
+    active = tl.load(p_now) >= 0
     tl.store(p_state, b_state, mask=m_k[:, None] & m_v[None, :] & active, eviction_policy="evict_first")
     if start == 0:
         tl.store(p_recalled + D_V, tl.sum(phi * b_mass, axis=0))
@@ -422,7 +431,7 @@ def _mixer_step_kernel(
     CAP: tl.constexpr, TABLE: tl.constexpr, N: tl.constexpr, N_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, POOLS: tl.constexpr, P_PAD: tl.constexpr, BY_VALUE: tl.constexpr,
     QUERY_SOFTMAX: tl.constexpr, KEY_SOFTMAX: tl.constexpr, DIVISOR: tl.constexpr, PRECISION: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_JUDGE: tl.constexpr, SCRATCH: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_JUDGE: tl.constexpr, SCRATCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     RECURRENT: tl.constexpr = 0 if p_recurrent is None else (D_V + BLOCK_V - 1) // BLOCK_V
     JUDGES: tl.constexpr = 0 if p_judge is None else (D_V + BLOCK_JUDGE - 1) // BLOCK_JUDGE
@@ -443,7 +452,7 @@ def _mixer_step_kernel(
                 tl.store(p_out, tl.zeros([8, DV_PAD], p_output.dtype.element_ty), mask=m_out)
             return
     head = row * H + h
-    now = tl.load(p_position + b).to(tl.int32)
+    p_now = p_position + b
 
     # What the programs of a head leave for the last of them: attention, what is read from the recurrence, both
     # `[G, d_v]`; what the judge recalled `[d_v]` and its mass; the new token's slot.
@@ -465,26 +474,28 @@ def _mixer_step_kernel(
         _attend(
             p_query, p_key, p_value, s_query_h, p_rotary, p_slot_key + head * (N * D_K),
             p_slot_value + head * (N * D_V), p_slot_position + head * N, p_slot_score, p_score, p_mixed, p_place,
-            p_lost, now, scale2, attention_weight, G, D_K, DK_PAD, D_V, DV_PAD, R, R_PAD, BLOCK_R, REST_PAD, CAP,
-            TABLE, N, N_PAD, WINDOW, SINKS, POOLS, P_PAD, BY_VALUE, TILE, PRECISION,
+            p_lost, p_now, scale2, attention_weight, G, D_K, DK_PAD, D_V, DV_PAD, R, R_PAD, BLOCK_R, REST_PAD, CAP,
+            TABLE, N, N_PAD, WINDOW, SINKS, POOLS, P_PAD, BY_VALUE, TILE, PRECISION, OVERLAP,
         )  # fmt: skip
     if RECURRENT > 0:
         start = (role - 1) * BLOCK_V
         if (role > 0) & (role <= RECURRENT):
             _recur(
-                p_query, p_key, p_value, s_query_h, p_recurrent + head * (D_K * D_V), p_read, start, now >= 0,
+                p_query, p_key, p_value, s_query_h, p_recurrent + head * (D_K * D_V), p_read, start, p_now,
                 recurrence_weight, G, D_K, DK_PAD, D_V, BLOCK_V, QUERY_SOFTMAX, KEY_SOFTMAX, DIVISOR, PRECISION,
+                OVERLAP,
             )  # fmt: skip
     if JUDGES > 0:
         start = (role - 1 - RECURRENT) * BLOCK_JUDGE
         if role > RECURRENT:
             p_state = p_judge + head * (D_K * (D_V + 1))
-            _judge(p_key, p_value, p_state, p_recalled, start, now >= 0, D_K, DK_PAD, D_V, BLOCK_JUDGE)
+            _judge(p_key, p_value, p_state, p_recalled, start, p_now, D_K, DK_PAD, D_V, BLOCK_JUDGE, OVERLAP)
     if ROLES > 1:
         tl.debug_barrier()
         arrived = tl.atomic_add(p_count + unit, 1, sem="acq_rel")
         if arrived == ROLES - 1:
             tl.store(p_count + unit, 0)  # for the next launch
+            now = tl.load(p_now).to(tl.int32)
             if RECURRENT > 0:
                 o_part = o_g[:, None] * D_V + o_v[None, :]
                 mixed = tl.load(p_scratch + o_part, mask=m_out, cache_modifier=".cg")

@@ -105,6 +105,12 @@ CUresult cuLaunchKernel(CUfunction handle, unsigned x, unsigned y, unsigned z, u
   std::cout << "\n";
   return CUDA_SUCCESS;
 }
+CUresult cuLaunchKernelEx(const CUlaunchConfig* x, CUfunction handle, void** parameters, void** extra) {
+  if (x->numAttrs != 1 || x->attrs->id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) std::abort();
+  if (!quiet) std::cout << "overlap\n";
+  return cuLaunchKernel(handle, x->gridDimX, x->gridDimY, x->gridDimZ, x->blockDimX, x->blockDimY, x->blockDimZ,
+                        x->sharedMemBytes, x->hStream, parameters, extra);
+}
 }
 
 namespace {

@@ -9,7 +9,7 @@
 namespace liger {
 namespace {
 
-constexpr char kMagic[] = "LIGERPK1";
+constexpr char kMagic[] = "LIGERPK2";
 constexpr size_t kMagicSize = sizeof(kMagic) - 1;
 
 [[noreturn]] void damaged(const std::string& what) { throw Error("the kernel pack is damaged: " + what); }
@@ -88,6 +88,7 @@ Expression expression(Reader& in, size_t axes) {
 Kernel kernel(Reader& in) {
   Kernel made;
   made.hidden = in.Get<uint32_t>();
+  made.overlaps = in.Get<uint8_t>() != 0;
   made.arguments = in.List([&] {
     const auto type = in.Kind(Kernel::kTypes);
     return Kernel::Argument{type, std::max<uint8_t>(1, in.Get<uint8_t>())};

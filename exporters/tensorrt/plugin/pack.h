@@ -39,6 +39,7 @@ struct Kernel {
     uint8_t divisible;  // what was promised of the address or the integer
   };
   uint32_t hidden;  // pointers after the arguments of a launch, always null
+  bool overlaps;    // it waits for the kernel before it, and may be launched before that one ends
   std::vector<Argument> arguments;
   std::vector<Cubin> cubins;
 

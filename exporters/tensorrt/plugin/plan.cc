@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <tuple>
@@ -58,6 +59,35 @@ union Slot {  // an argument as a kernel takes it
   int32_t narrow;
   float number;
 };
+
+// Whether kernels that can begin while those before them end; not unless asked for, since no GPU has shown yet what it
+// is worth.
+bool overlapping() {
+  const char* const asked = std::getenv("LIGEREXPORT_OVERLAP");
+  return asked != nullptr && *asked == '1';
+}
+
+void start(CUfunction function, const unsigned grid[3], const Cubin& cubin, bool overlaps, CUstream stream,
+           void** parameters) {
+#if CUDA_VERSION >= 11080
+  if (overlaps && overlapping()) {
+    CUlaunchAttribute attribute{};
+    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    CUlaunchConfig config{};
+    config.gridDimX = grid[0], config.gridDimY = grid[1], config.gridDimZ = grid[2];
+    config.blockDimX = cubin.threads, config.blockDimY = config.blockDimZ = 1;
+    config.sharedMemBytes = cubin.shared, config.hStream = stream;
+    config.attrs = &attribute, config.numAttrs = 1;
+    return check(cuLaunchKernelEx(&config, function, parameters, nullptr), "cuLaunchKernelEx");
+  }
+#else
+  static_cast<void>(overlaps);
+#endif
+  check(cuLaunchKernel(function, grid[0], grid[1], grid[2], cubin.threads, 1, 1, cubin.shared, stream, parameters,
+                       nullptr),
+        "cuLaunchKernel");
+}
 
 unsigned grid_size(int64_t size) {
   if (size < 0 || size > INT_MAX) throw Error("a launch of the kernel pack has no valid grid");
@@ -170,9 +200,7 @@ void run(const Pack& pack, const Plan& plan, const std::vector<int64_t>& axes, u
     for (Slot& slot : slots) parameters.push_back(&slot);
     const unsigned grid[] = {grid_size(x.grid[0](axes)), grid_size(x.grid[1](axes)), grid_size(x.grid[2](axes))};
     if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0) continue;
-    check(cuLaunchKernel(function_of(pack, kernel, sm), grid[0], grid[1], grid[2], cubin.threads, 1, 1, cubin.shared,
-                         stream, parameters.data(), nullptr),
-          "cuLaunchKernel");
+    start(function_of(pack, kernel, sm), grid, cubin, kernel.overlaps, stream, parameters.data());
   }
   for (size_t i = 0; i < plan.buffers.size(); ++i) {
     const Buffer& x = plan.buffers[i];
