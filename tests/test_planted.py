@@ -27,6 +27,16 @@ def test_a_fault_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch, row: d
     assert right(found), found
 
 
+@pytest.mark.parametrize("fault", ["the session does not count", "position off by one"])
+def test_a_graph_that_does_not_run_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """The layer is named where the graph is at fault: by ONNX Runtime, since no state comes out of the call."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from planted import model, plant, right
+
+    found = plant(model(place, "memory"), fault, "memory", "native")
+    assert right(found) and "ONNX Runtime failed" in found["refused"], found
+
+
 @pytest.mark.parametrize("number", [1, 6, 11])
 def test_a_sound_model_passes(place: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
