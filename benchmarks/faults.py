@@ -240,7 +240,7 @@ def inject(
     work.chmod(0o755)
     (work / "inputs").mkdir()
     form = "short" if short else "long"
-    bench, rows = Bench(work, work / "inputs"), {_key(row): row for row in known if row["form"] == form}
+    bench, rows = Bench(work, work / "inputs"), {_key(row): row for row in known}
     bench.call(lambda: make_inputs(bench.inputs))
     try:
         for name, label, over in product(commands, kinds, ("nothing", "an older output")):
@@ -251,7 +251,7 @@ def inject(
             if not count or row["injected"] == row["tries"]:
                 continue
             bench.prepare(command)
-            tries = list(kind.tries(bench, command, over != "nothing", random.Random(str(_key(row))), count))
+            tries = list(kind.tries(bench, command, over != "nothing", random.Random(str(_key(row)[:3])), count))
             for fault in tries[row["injected"] :]:
                 found = bench.attempt(command, fault, over != "nothing")
                 row |= {"tries": len(tries)} | {key: row.get(key, 0) + value for key, value in found.items()}
@@ -260,8 +260,8 @@ def inject(
         bench.clear()  # it may be a disk of its own
 
 
-def _key(row: Row) -> tuple[str, str, str]:
-    return row["command"], row["fault"], row["over"]
+def _key(row: Row) -> tuple[str, str, str, str]:
+    return row["command"], row["fault"], row["over"], row["form"]
 
 
 def add(output: Path, new: Row, root: bool) -> dict[str, Any]:
