@@ -1,7 +1,8 @@
 // Runs the core of the TensorRT plugin on a CUDA driver that does nothing but write down what it is asked for.
 //
 //   harness run PACK SM DTYPE LAYER NUMBER..    reads "BATCH TOKENS" from stdin, one call a line
-//   harness check PACK..                        reads packs, and runs what every plan would launch
+//   harness check PACK..                        reads packs, and runs what every plan would launch; its peak of memory
+//                                               goes to stderr, as Linux says it
 //
 // Inputs lie at (1 + i) << 32 and outputs at the addresses of their inputs, the mixed heads at 64 << 32, the workspace
 // at 65 << 32; what is allocated comes after 66 << 32.
@@ -9,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <iostream>
 #include <sstream>
 
@@ -181,6 +183,9 @@ int check(int count, char** files) {
     } catch (const liger::Error& error) {
       std::cout << "error " << error.what() << "\n";
     }
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);)
+    if (line.rfind("VmHWM", 0) == 0) std::cerr << line << "\n";
   return 0;
 }
 
