@@ -37,6 +37,9 @@ TIMED = {"seconds", "tokens_per_second", "build_seconds"}
 DRAWN = {".md", ".png", ".svg"}
 """Endings of files that are made from the JSON beside them, times included."""
 
+DIGITS = 4
+"""Of a number in JSON that two good runs have in common."""
+
 PATIENCE = 120.0
 """Seconds after which a process that nobody kills has hung."""
 
@@ -309,7 +312,7 @@ def plain(path: Path) -> Signature:
 
 
 def signature(path: Path, timed: bool = False) -> Signature:
-    """Return what two good runs have in common, by name of file: numbers that are times are left out."""
+    """Return what two good runs have in common, by name of file: times are left out, other numbers rounded."""
     return {str(file.relative_to(path)): _signature(file, timed) for file in _files(path)}
 
 
@@ -335,4 +338,6 @@ def _untimed(value: Any, timed: bool) -> Any:
         return {key: _untimed(x, timed) for key, x in value.items() if key not in TIMED}
     if isinstance(value, list):
         return [_untimed(x, timed) for x in value]
+    if isinstance(value, float):  # products that find no memory for their workspace round otherwise
+        value = float(f"{value:.{DIGITS}g}")
     return None if timed and not isinstance(value, str) else value

@@ -301,7 +301,13 @@ def test_output_on_a_full_disk() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("std::bad_alloc"), OSError(12, "Cannot allocate memory", "file")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("std::bad_alloc"),
+        OSError(12, "Cannot allocate memory", "file"),
+        OSError("codec configuration error when writing image file"),
+    ],
 )
 def test_memory_that_ran_out(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(quiet: bool, debug: bool) -> None:
