@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import toy
+from google.protobuf.message import EncodeError
 
 from ligerexport.artifact import ArtifactWriter
 from ligerexport.cli import main
@@ -307,6 +308,7 @@ def test_output_on_a_full_disk() -> None:
         RuntimeError("std::bad_alloc"),
         OSError(12, "Cannot allocate memory", "file"),
         OSError("codec configuration error when writing image file"),
+        EncodeError("Failed to serialize proto"),
     ],
 )
 def test_memory_that_ran_out(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

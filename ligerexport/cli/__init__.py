@@ -108,8 +108,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 _NO_MEMORY = ("bad_alloc", "bad allocation", "ailed to allocate memory", "t allocate memory", "Cannot allocate memory",
-              "t start new thread", "failed to map segment", "codec configuration error")  # fmt: skip
-"""How ONNX Runtime, torch, the system, Python's threads, the loader of libraries and Pillow say that memory ran out."""
+              "t start new thread", "failed to map segment", "codec configuration error",
+              "Failed to serialize proto")  # fmt: skip
+"""How ONNX Runtime, torch, the system, Python's threads, the loader of libraries, Pillow and protobuf say that memory
+ran out."""
 
 
 def _explain(error: Exception) -> LigerError:
