@@ -89,7 +89,13 @@ class Mismatch(Exception):
 
     @classmethod
     def of_failure(cls, error: Exception) -> Mismatch:
-        """Return what ONNX Runtime says of a call that fails: it names the node, whose name begins with its layer."""
+        """Return what ONNX Runtime says of a call that fails: it names the node, whose name begins with its layer.
+
+        Raises:
+            Exception: The error, where it says that memory ran out, for which no graph is to blame.
+        """
+        if "alloc" in str(error):
+            raise error
         layer = re.search(r"Name:'layers\.(\d+)/", str(error))
         return cls(int(layer[1]) if layer else None, str(error))
 
@@ -110,7 +116,8 @@ def verify_artifact(
         The numbers for the manifest: of the comparison, and from `cost_of_precision`.
 
     Raises:
-        VerificationError: They differ; names the first layer that does.
+        VerificationError: They differ, or ONNX Runtime fails; names the first layer that does.
+        LigerError: Memory ran out.
     """
     from ligerexport.exporters.locate import first_difference
 
