@@ -301,6 +301,11 @@ def test_output_on_a_full_disk() -> None:
     assert done.stderr == "error: reading or writing failed: No space left on device\n"
 
 
+def _raised_from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -309,6 +314,7 @@ def test_output_on_a_full_disk() -> None:
         OSError(12, "Cannot allocate memory", "file"),
         OSError("codec configuration error when writing image file"),
         EncodeError("Failed to serialize proto"),
+        _raised_from(RuntimeError("serialize"), MemoryError()),
     ],
 )
 def test_memory_that_ran_out(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
