@@ -12,6 +12,7 @@ It runs itself again with `faults.c` preloaded, which needs a C compiler. Faults
 from __future__ import annotations
 
 import argparse
+import ctypes
 import errno
 import json
 import os
@@ -124,9 +125,9 @@ def read_only(bench: Bench, command: Command, replace: bool, rng: random.Random,
 
 
 def no_permission(bench: Bench, command: Command, replace: bool, rng: random.Random, count: int) -> Tries:
-    """An ordinary user, and a directory that is root's, that is everybody's, or that is like /tmp."""
+    """A user like any other, and a directory that is somebody else's, that is everybody's, or that is like /tmp."""
     for mode in (0o755, 0o777, 0o1777):
-        yield Fault(inside=lambda: os.setuid(_NOBODY), around=lambda place, mode=mode: _mode(place, mode))  # type: ignore[misc]
+        yield Fault(inside=_like_any_other, around=lambda place, mode=mode: _mode(place, mode))  # type: ignore[misc]
 
 
 def tmp_full(bench: Bench, command: Command, replace: bool, rng: random.Random, count: int) -> Tries:
@@ -183,9 +184,24 @@ def _disk(place: Path, room: int | None) -> Iterator[None]:
 
 @contextmanager
 def _mode(place: Path, mode: int) -> Iterator[None]:
+    """Have a directory, and what is in it, belong to somebody else."""
+    for path in (place, *place.rglob("*")):
+        os.chown(path, _NOBODY, _NOBODY)
     place.chmod(mode)
     yield
+    for path in (place, *place.rglob("*")):
+        os.chown(path, 0, 0)
     place.chmod(0o755)
+
+
+def _like_any_other() -> None:
+    """Take from root what it may do with files of others; it stays root, who can read this Python wherever it is."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for capability in range(64):
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP: of programs that it starts; there are fewer
+    header, none = (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()
+    if libc.capset(header, none):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 @contextmanager
@@ -240,7 +256,7 @@ def inject(
     work.chmod(0o755)
     (work / "inputs").mkdir()
     form = "short" if short else "long"
-    bench, rows = Bench(work, work / "inputs"), {_key(row): row for row in known if row["form"] == form}
+    bench, rows = Bench(work, work / "inputs"), {_key(row): row for row in known}
     bench.call(lambda: make_inputs(bench.inputs))
     try:
         for name, label, over in product(commands, kinds, ("nothing", "an older output")):
@@ -251,7 +267,7 @@ def inject(
             if not count or row["injected"] == row["tries"]:
                 continue
             bench.prepare(command)
-            tries = list(kind.tries(bench, command, over != "nothing", random.Random(str(_key(row))), count))
+            tries = list(kind.tries(bench, command, over != "nothing", random.Random(str(_key(row)[:3])), count))
             for fault in tries[row["injected"] :]:
                 found = bench.attempt(command, fault, over != "nothing")
                 row |= {"tries": len(tries)} | {key: row.get(key, 0) + value for key, value in found.items()}
@@ -260,8 +276,8 @@ def inject(
         bench.clear()  # it may be a disk of its own
 
 
-def _key(row: Row) -> tuple[str, str, str]:
-    return row["command"], row["fault"], row["over"]
+def _key(row: Row) -> tuple[str, str, str, str]:
+    return row["command"], row["fault"], row["over"], row["form"]
 
 
 def add(output: Path, new: Row, root: bool) -> dict[str, Any]:

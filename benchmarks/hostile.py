@@ -73,7 +73,8 @@ def run_kind(name: str, bases: Path, place: Path, numbers: range, *, keep: Path 
         _text_model.cache_clear()  # the same place is another model each time
         return partial(kind.action, place)
 
-    for number, outcome in run(numbers, one, place):
+    tried = ((number, one(number)()) for number in numbers) if kind.apart else run(numbers, one, place)
+    for number, outcome in tried:
         counts[outcome.kind] += 1
         slowest, largest = max(slowest, outcome.seconds), max(largest, outcome.growth)
         if outcome.kind == "finding":

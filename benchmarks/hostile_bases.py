@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from build import SHAPES, make_checkpoint
+from hostile_pack import make_pack
 from safetensors.numpy import save
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -25,7 +26,8 @@ LIGER: dict[str, Any] = {"preset": "liger", "window": 8, "sinks": 2, "slots": ((
 
 
 def make_bases(place: Path) -> None:
-    """Write a Transformer, what it converts to, an adapter for it, and artifacts of three lowerings."""
+    """Write a Transformer, what it converts to, an adapter for it, artifacts of three lowerings, and a kernel pack."""
+    make_pack(place / "pack")
     SHAPES["bytes"] = SHAPES["tiny"] | {"vocab_size": 264}
     memory = make_checkpoint(place / "memory", "bytes", 2, PRESETS["memory"].config)
     write_tokenizer(memory)

@@ -24,6 +24,7 @@ from hostile_mutate import (
     mutate_safetensors,
     mutate_tensors,
 )
+from hostile_pack import PACK, mutate_pack, read_pack
 from hostile_templates import template
 from safetensors.numpy import load, save
 
@@ -195,13 +196,15 @@ class Kind:
         action: What is done with it.
         count: In the long form.
         modules: What is loaded before the forks; torch makes them slow.
+        apart: Whether the action is a program of its own, which limits itself, and returns what became of the input.
     """
 
     bases: tuple[dict[str, str], ...]
     mutate: Callable[[Path, random.Random], None]
-    action: Callable[[Path], None]
+    action: Callable[[Path], Any]
     count: int
     modules: tuple[str, ...] = ("onnxruntime", "ligerexport.exporters.onnx.session", "packaging.specifiers")
+    apart: bool = False
 
 
 def _file(pattern: str, change: Callable[[bytes, random.Random], bytes], seal: bool = True) -> Any:
@@ -390,4 +393,7 @@ KINDS: dict[str, Kind] = {
     "other weights": Kind((_SOURCE,), _gguf, convert, 200, _TORCH),
     "engine": Kind(_ARTIFACTS[:1], _target, look, 500),
     "memory": Kind(({"memory.json": "memory.json"},), _file("memory.json", mutate_json), memory, 300),
+    "kernel pack": Kind(
+        ({"pack": "pack"},), _file(f"pack/{PACK}", mutate_pack, seal=False), read_pack, 5000, (), apart=True
+    ),
 }

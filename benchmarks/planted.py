@@ -20,6 +20,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # tiny checkpoints are the tests'
 
@@ -31,6 +32,7 @@ from ligerexport.artifact import Artifact, Source
 from ligerexport.config import LigerConfig
 from ligerexport.errors import VerificationError
 from ligerexport.exporters.build import make_manifest
+from ligerexport.exporters.onnx import session
 from ligerexport.exporters.onnx.graph import weight_format, write_graph
 from ligerexport.exporters.onnx.lowerings import LOWERINGS
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
@@ -86,7 +88,8 @@ def verify(spec: ModelSpec, lowering: str, weights: str = "fp32", fault: Fault |
                 fault.plant(site)
             manifest = make_manifest(spec, Source("planted"), "onnx", lowering, 64, {}, {}, form=form)
             try:
-                verify_artifact(spec, Artifact(site.directory, manifest), form)
+                with patch.object(session, "check_graph"):  # which knows no operators of faults
+                    verify_artifact(spec, Artifact(site.directory, manifest), form)
             except VerificationError as error:
                 return str(error)
     return None

@@ -21,7 +21,7 @@ def promises() -> Table:
     steps, cycles = _result("endurance")["steps"], _result("endurance")["cycles"]
     concurrency = _result("concurrency")
     sessions = max(row["sessions"] for row in concurrency["rows"])
-    rows = planted["rows"]
+    rows, real = planted["rows"], _result("planted_real")
     return ["tried", "how much", "went wrong"], [
         ["faults while files are written",
          f"{faults['total']['injected']:,}, {faults['total']['killed']:,} of them kills",
@@ -29,6 +29,8 @@ def promises() -> Table:
         ["hostile inputs opened", f"{hostile['inputs']:,}", f"{hostile['findings']}"],
         ["faults planted in builds", f"{len(rows)}, of {len({row['fault'] for row in rows})} kinds",
          f"{len(rows) - planted['refused']} passed, {len(rows) - planted['right']} named wrongly"],
+        ["the same in SmolLM2-135M", f"{len(real['rows'])}",
+         f"{len(real['rows']) - real['refused']} passed, {len(real['rows']) - real['right']} named wrongly"],
         ["sound builds", f"{len(sound['rows'])}", f"{sound['refused']} refused"],
         ["steps of one session", f"{steps['steps']:,}", f"memory changed by {100 * steps['rss_change']:.1f} %"],
         ["snapshots taken and restored", f"{cycles['cycles']:,}",

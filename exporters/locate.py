@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from ligerexport.artifact import Artifact
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.reference import Reference, State
 from ligerexport.exporters.replay import single_steps
+
+if TYPE_CHECKING:
+    from ligerexport.exporters.verify import Mismatch
 
 APART = 2e-5
 """Relative distance of a tensor from torch's from which its layer may count as different; rounding stays below."""
@@ -22,7 +25,7 @@ Run = Callable[[list[str], dict[str, np.ndarray]], list[np.ndarray]]
 
 def first_difference(
     spec: ModelSpec, artifact: Artifact, pieces: list[np.ndarray], reference: Reference
-) -> tuple[int, str] | None:
+) -> Mismatch | None:
     """Make the calls that showed a difference, and compare state and residual stream layer by layer.
 
     The graph starts each call in torch's state, so that only what that call gets wrong counts. One that differs is made
@@ -36,7 +39,12 @@ def first_difference(
 
     Returns:
         The layer and what differs in it, or None when they agree.
+
+    Raises:
+        Mismatch: ONNX Runtime fails; of the layer whose node it names.
     """
+    from ligerexport.exporters.verify import Mismatch
+
     graph, chunk = _Graph(spec, artifact), artifact.manifest.graph.max_chunk
     for text in (pieces, [np.concatenate(pieces)]):
         cache, state, position = reference.new_cache(), graph.initial_state(), 0
@@ -56,7 +64,7 @@ def first_difference(
                     if difference := _first_layer(spec, answer.state | streams, found):
                         break
                 if difference is not None and not difference.tied:
-                    return difference.layer, difference.what
+                    return Mismatch(difference.layer, difference.what)
                 cache = past
                 reference.answers(np.split(call[:count], count), cache, whole=())
                 calls = [call[count:], *calls] if count < len(call) else calls
@@ -146,6 +154,7 @@ def _variant(artifact: Artifact, outputs: list[str]) -> Run:
 
     from ligerexport.exporters.onnx.lowerings import FP32_ACTIVATIONS
     from ligerexport.exporters.onnx.native import register
+    from ligerexport.exporters.verify import Mismatch
 
     model = onnx.load(artifact.graph, load_external_data=False)
     model.graph.output.extend(
@@ -167,4 +176,11 @@ def _variant(artifact: Artifact, outputs: list[str]) -> Run:
     finally:
         variant.unlink()
     wanted = {entry.name for entry in session.get_inputs()}
-    return lambda names, feeds: session.run(names, {name: feed for name, feed in feeds.items() if name in wanted})
+
+    def run(names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        try:
+            return session.run(names, {name: feed for name, feed in feeds.items() if name in wanted})
+        except Exception as error:  # ONNX Runtime's own classes have no common base
+            raise Mismatch.of_failure(error) from error
+
+    return run

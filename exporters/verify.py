@@ -10,6 +10,7 @@ resolved by copying torch's state. Those inside a call are searched for by `repl
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from ligerexport.artifact import Artifact
 from ligerexport.console import ProgressFactory, silent
-from ligerexport.errors import VerificationError
+from ligerexport.errors import LigerError, VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightFormat
 from ligerexport.exporters.precision import cost_of_precision
@@ -86,6 +87,18 @@ class Mismatch(Exception):
         super().__init__(what)
         self.layer, self.what = layer, what
 
+    @classmethod
+    def of_failure(cls, error: Exception) -> Mismatch:
+        """Return what ONNX Runtime says of a call that fails: it names the node, whose name begins with its layer.
+
+        Raises:
+            Exception: The error, where it says that memory ran out, for which no graph is to blame.
+        """
+        if "alloc" in str(error):
+            raise error
+        layer = re.search(r"Name:'layers\.(\d+)/", str(error))
+        return cls(int(layer[1]) if layer else None, str(error))
+
 
 def verify_artifact(
     spec: ModelSpec, artifact: Artifact, form: WeightFormat, *, seed: int = 0, progress: ProgressFactory = silent
@@ -103,7 +116,8 @@ def verify_artifact(
         The numbers for the manifest: of the comparison, and from `cost_of_precision`.
 
     Raises:
-        VerificationError: They differ; names the first layer that does.
+        VerificationError: They differ, or ONNX Runtime fails; names the first layer that does.
+        LigerError: Memory ran out.
     """
     from ligerexport.exporters.locate import first_difference
 
@@ -118,7 +132,10 @@ def verify_artifact(
     mismatch = _compare(comparison, artifact, answers, progress)
     plugin = artifact.manifest.lowering == "plugin"  # which ONNX Runtime cannot run
     if mismatch is not None:
-        found = first_difference(spec, artifact, pieces, reference)
+        try:
+            found = first_difference(spec, artifact, pieces, reference)
+        except Mismatch as failure:
+            found = failure
         raise _explain(artifact, found, mismatch) from mismatch
     return asdict(comparison.result), None if plugin else cost_of_precision(spec, artifact, ids, progress)
 
@@ -133,6 +150,8 @@ def _compare(
             comparison.run(session, answers, advance)
         except Mismatch as mismatch:
             return mismatch
+        except LigerError as error:
+            return Mismatch.of_failure(error)
     return None
 
 
@@ -319,11 +338,11 @@ def get_ranks(scores: np.ndarray, positions: np.ndarray, pools: tuple[tuple[str,
     return ranks
 
 
-def _explain(artifact: Artifact, found: tuple[int, str] | None, mismatch: Mismatch) -> VerificationError:
+def _explain(artifact: Artifact, found: Mismatch | None, mismatch: Mismatch) -> VerificationError:
     """Say which layer is the first that differs, where one was found."""
     where = "no layer was found that differs by itself"
-    if found is not None:
-        where = f"layer {found[0]} is the first that differs ({found[1]})"
+    if found is not None and found.layer is not None:
+        where = f"layer {found.layer} is the first that differs ({found.what})"
     seen = mismatch.what if mismatch.layer is None else f"layer {mismatch.layer}: {mismatch.what}"
     return VerificationError(
         f"the {artifact.manifest.lowering} graph does not compute what torch computes: {where}; noticed by: {seen}",

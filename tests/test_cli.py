@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import toy
+from google.protobuf.message import EncodeError
 
 from ligerexport import runtime
 from ligerexport.artifact import ArtifactWriter
@@ -326,8 +327,21 @@ def test_output_on_a_full_disk() -> None:
     assert done.stderr == "error: reading or writing failed: No space left on device\n"
 
 
+def _raised_from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("std::bad_alloc"), OSError(12, "Cannot allocate memory", "file")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("std::bad_alloc"),
+        OSError(12, "Cannot allocate memory", "file"),
+        OSError("codec configuration error when writing image file"),
+        EncodeError("Failed to serialize proto"),
+        _raised_from(RuntimeError("serialize"), MemoryError()),
+    ],
 )
 def test_memory_that_ran_out(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(quiet: bool, debug: bool) -> None:

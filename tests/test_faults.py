@@ -42,6 +42,17 @@ def check(result: dict[str, Any]) -> None:
         assert row["fault"] != KILLED or row["killed"] == row["injected"]
 
 
+def test_a_short_run_keeps_the_rows_of_a_long_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from faults import add, read
+
+    row = {"command": "run", "fault": KILLED, "over": "nothing", "none": 4, "killed": 4}
+    rows = [row | {"form": "long", "tries": 9, "injected": 4}, row | {"form": "short", "tries": 4, "injected": 4}]
+    for one in rows:
+        result = add(tmp_path / "out", one, True)
+    assert read(tmp_path / "out") == rows and result["total"]["injected"] == 8
+
+
 def test_results_are_complete_and_good(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     from faults import COMMANDS, KINDS

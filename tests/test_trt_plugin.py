@@ -25,6 +25,7 @@ import torch
 pytest.importorskip("triton")
 
 from test_aot import choose, table
+from trt_harness import ENVIRONMENT, PLUGIN, ROOT, compile_harness, cuda_headers
 
 from ligerexport.config import PRESETS
 from ligerexport.errors import UsageError
@@ -35,8 +36,6 @@ from ligerexport.kernels.linear import LinearSpec
 from ligerexport.kernels.plans import layer_digest, spec_fields
 from ligerexport.state import MixerSpec
 
-ROOT = Path(__file__).parent.parent
-PLUGIN = ROOT / "exporters" / "tensorrt" / "plugin"
 LAYER = MixerSpec(PRESETS["liger"].config, 2, 1, 32, 32, 32**-0.5, 300)
 LEARNED = (("recent_use", 6), ("learned", 6))
 FORESIGHT = replace(LAYER, config=replace(PRESETS["foresight"].config, window=12, slots=LEARNED))
@@ -58,29 +57,10 @@ MIXED, WORKSPACE, ALLOCATED = 64 << 32, 65 << 32, 66 << 32
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 
 
-def cuda_headers() -> Path:
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-
-
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The core and its harness, with what finds bad reads and overflows compiled in."""
     program = tmp_path_factory.mktemp("harness") / "harness"
-    core = ("pack.cc", "plan.cc", "node.cc", "mixer.cc", "linear.cc")
-    sources = [*(PLUGIN / name for name in core), ROOT / "tests" / "trt" / "harness.cc"]
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all",
-    ]
-    command = ["g++", *flags, "-isystem", cuda_headers(), "-I", PLUGIN, *sources, "-o", program, "-ldl"]
-    subprocess.run(command, check=True)
+    compile_harness(program)
     return program
 
 
@@ -130,8 +110,7 @@ def run(harness: Path, *words: object) -> str:
 def run_lines(harness: Path, lines: list[str], *words: object, overlap: bool = False) -> str:
     done = subprocess.run(
         [harness, *map(str, words)], input="\n".join(lines), capture_output=True, text=True, errors="replace",
-        env={"ASAN_OPTIONS": "detect_leaks=0:exitcode=99", "UBSAN_OPTIONS": "exitcode=99"}
-        | ({"LIGEREXPORT_OVERLAP": "1"} if overlap else {}),
+        env=ENVIRONMENT | ({"LIGEREXPORT_OVERLAP": "1"} if overlap else {}),
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stderr  # a crash is neither
     return done.stdout
@@ -393,6 +372,12 @@ def test_damaged_packs_are_refused(harness: Path, packed: Packed, tmp_path: Path
     assert told[0] == "ok" and len(told) == 1 + len(files)
     assert all(line.startswith("error ") for line in told[1 : 1 + len(damaged)])
     assert sum(line.startswith("error ") for line in told[1 + len(damaged) :]) > 100
+
+
+def test_an_error_shows_no_bytes_that_a_terminal_obeys(harness: Path, packed: Packed, tmp_path: Path) -> None:
+    changed = packed.file.read_bytes()[:-4].replace(b"key_stride_0", b"key\x1bstride_0")
+    (tmp_path / "pack").write_bytes(changed + struct.pack("<I", zlib.crc32(changed)))
+    assert run(harness, "check", tmp_path / "pack") == "error the kernel pack is damaged: a name is not plain text\n"
 
 
 def test_equal_code_is_packed_once(packed: Packed) -> None:

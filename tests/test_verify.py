@@ -17,7 +17,7 @@ from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 
 from ligerexport.config import LigerConfig
 from ligerexport.convert import load_model
-from ligerexport.errors import CheckpointError, UsageError, VerificationError
+from ligerexport.errors import CheckpointError, LigerError, UsageError, VerificationError
 from ligerexport.exporters import replay, verify
 from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx import graph as onnx_graph
@@ -181,6 +181,17 @@ def test_wrong_graph(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(VerificationError, match="layer 0 is the first that differs"):
         build(checkpoint, tmp_path / "engine")
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_graph(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(session: OnnxSession, binding: Any, ids: np.ndarray) -> None:
+        raise LigerError("ONNX Runtime failed after 0 tokens: std::bad_alloc")
+
+    monkeypatch.setattr(OnnxSession, "_run", fail)
+    with pytest.raises(LigerError, match=r"^ONNX Runtime failed after 0 tokens: std::bad_alloc$"):
+        build(checkpoint, tmp_path / "engine")
 
 
 def slots(positions: list[int], scores: list[float]) -> dict[str, np.ndarray]:

@@ -108,8 +108,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 _NO_MEMORY = ("bad_alloc", "bad allocation", "ailed to allocate memory", "t allocate memory", "Cannot allocate memory",
-              "t start new thread", "failed to map segment")  # fmt: skip
-"""How ONNX Runtime, torch, the system, Python's threads and the loader of libraries say that memory ran out."""
+              "t start new thread", "failed to map segment", "codec configuration error",
+              "Failed to serialize proto")  # fmt: skip
+"""How ONNX Runtime, torch, the system, Python's threads, the loader of libraries, Pillow and protobuf say that memory
+ran out."""
+
+
+def _is_memory(error: BaseException | None) -> bool:
+    """Return whether an exception, or one that it was raised from, says that memory ran out."""
+    if error is None:
+        return False
+    said = isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
+    return said or _is_memory(error.__cause__)
 
 
 def _explain(error: Exception) -> LigerError:
@@ -123,7 +133,7 @@ def _explain(error: Exception) -> LigerError:
         if near := getattr(error, "possibilities", None):
             return UsageError(f"unknown option '{error.option_name}'", hint=f"did you mean {' or '.join(near)}?")  # type: ignore[attr-defined]
         return UsageError(describe().rstrip("."), hint=f"{command} --help")
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+    if _is_memory(error):
         return LigerError("memory ran out", hint="end other programs, raise the limit, or take smaller settings")
     if isinstance(error, OSError) and error.strerror:
         return LigerError(f"{error.filename or 'reading or writing failed'}: {error.strerror}")

@@ -2,7 +2,8 @@
 //
 //   harness run PACK SM DTYPE LAYER NUMBER..    reads "BATCH TOKENS" from stdin, one call of a mixer a line
 //   harness product PACK SM DTYPE LAYER NUMBER..    reads "ROWS" from stdin, one call of a product a line
-//   harness check PACK..                        reads packs, and runs what every plan would launch
+//   harness check PACK..                        reads packs, and runs what every plan would launch; its peak of memory
+//                                               goes to stderr, as Linux says it
 //
 // Inputs lie at (1 + i) << 32 and outputs at the addresses of their inputs, the mixed heads at 64 << 32, the workspace
 // at 65 << 32; what is allocated comes after 66 << 32.
@@ -10,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <iostream>
 #include <sstream>
 
@@ -227,6 +229,9 @@ int check(int count, char** files) {
     } catch (const liger::Error& error) {
       std::cout << "error " << error.what() << "\n";
     }
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);)
+    if (line.rfind("VmHWM", 0) == 0) std::cerr << line << "\n";
   return 0;
 }
 

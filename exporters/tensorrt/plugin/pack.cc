@@ -52,7 +52,10 @@ class Reader {
 
   std::string Text() {
     const auto size = Get<uint32_t>();
-    return {reinterpret_cast<const char*>(Take(size)), size};
+    std::string text(reinterpret_cast<const char*>(Take(size)), size);
+    for (const char c : text)  // errors show names, and a terminal must not obey them
+      if (c < ' ' || c > '~') damaged("a name is not plain text");
+    return text;
   }
 
   template <typename F>

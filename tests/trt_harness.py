@@ -1,0 +1,27 @@
+"""The program `tests/trt/harness.cc`: the core of the TensorRT plugin on a driver that records, with sanitizers."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PLUGIN = ROOT / "exporters" / "tensorrt" / "plugin"
+ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0:exitcode=99:hard_rss_limit_mb=1024", "UBSAN_OPTIONS": "exitcode=99"}
+"""A finding of a sanitizer ends it with exit code 99, and so does a gigabyte."""
+
+
+def cuda_headers() -> Path:
+    """Return the directory of cuda.h."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+
+
+def compile_harness(program: Path) -> None:
+    """Compile it with what finds bad reads and overflows."""
+    core = ("pack.cc", "plan.cc", "node.cc", "mixer.cc", "linear.cc")
+    sources = [*(PLUGIN / name for name in core), ROOT / "tests" / "trt" / "harness.cc"]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *sanitizers, "-isystem", cuda_headers(), "-I", PLUGIN]
+    subprocess.run(["g++", *flags, *sources, "-o", program, "-ldl"], check=True)
