@@ -18,7 +18,8 @@ def _result(name: str) -> Any:
 def promises() -> Table:
     """What was tried, and how much of it went wrong."""
     faults, hostile, planted, sound = map(_result, ("faults", "hostile", "planted", "sound"))
-    steps, cycles = _result("endurance")["steps"], _result("endurance")["cycles"]
+    steps, whole, cycles = (_result("endurance")[part] for part in ("steps", "whole", "cycles"))
+    gates = _result("endurance")["gates"]
     concurrency = _result("concurrency")
     sessions = max(row["sessions"] for row in concurrency["rows"])
     rows, real = planted["rows"], _result("planted_real")
@@ -33,6 +34,10 @@ def promises() -> Table:
          f"{len(real['rows']) - real['refused']} passed, {len(real['rows']) - real['right']} named wrongly"],
         ["sound builds", f"{len(sound['rows'])}", f"{sound['refused']} refused"],
         ["steps of one session", f"{steps['steps']:,}", f"memory changed by {100 * steps['rss_change']:.1f} %"],
+        ["steps of the whole model in int4", f"{whole['steps']:,}",
+         f"memory but for mapped weights changed by {100 * whole['private_change']:.1f} %"],
+        ["tokens through gates that stay open", f"{gates[0]['rows'][-1]['tokens']:,}",
+         f"state at most {max(x['largest'] / x['bound'] for gate in gates for x in gate['rows']):.2f} of its bound"],
         ["snapshots taken and restored", f"{cycles['cycles']:,}",
          f"memory changed by {100 * cycles['rss_change']:.1f} %"],
         ["sessions at a time", f"{sessions}, in threads and in processes", "0 wrote another text than alone"],
