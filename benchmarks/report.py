@@ -17,6 +17,10 @@ import report_trust
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+BIG = {
+    "qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096),
+}  # fmt: skip
+"""Weights of the 8B shape."""
 DOCUMENTS = (
     "README.md", "docs/concepts/memory.md", "docs/concepts/kernels.md", "docs/concepts/graph.md",
     "docs/guides/recover.md", "docs/guides/quantise.md", "docs/guides/sessions.md", "docs/guides/tensorrt.md",
@@ -464,6 +468,21 @@ def trt_verified() -> str:
     return table(header, rows)
 
 
+def products() -> str:
+    """Products of one row and of 16, alone."""
+    data = result("trt")["tiles"]
+    rows = []
+    for name in ("qkv", "o", "gate_up", "down", "head"):
+        one, few = (data[f"big {m} {name}"][0]["us"] for m in (1, 16))
+        small = data[f"small 1 {name}"][0]["us"]
+        outputs, inputs = BIG[name]
+        rate = 2 * outputs * inputs / one / 1e6
+        rows.append(
+            [name, f"{outputs:,} x {inputs:,}", f"{one:.1f} µs, {rate:.2f} TB/s", f"{few:.1f} µs", f"{small:.1f} µs"]
+        )
+    return table(["8B shape", "weight", "1 row", "16 rows", "1 row of SmolLM2-135M"], rows)
+
+
 def trt_speed() -> str:
     """Engines with the plugin: steps, prompts, builds."""
     data, transformer = result("trt"), result("transformer_gpu")
@@ -498,7 +517,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
     "quantised": quantised, "native": native, "kept": kept, "shares": shares, "mmlu": mmlu,
     "prompt_cache": prompt_cache, "loading": loading, "nodes": nodes, "bench": bench, "peers_more": peers,
-    "build_8b": build_8b, "trt_verified": trt_verified, "trt_speed": trt_speed,
+    "build_8b": build_8b, "trt_verified": trt_verified, "trt_speed": trt_speed, "products": products,
     "peers_qwen": lambda: peers("peers_qwen"),
     "peers": lambda: peers(engines=("ligerexport", "llama.cpp")),
 }  # fmt: skip
