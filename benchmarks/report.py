@@ -13,14 +13,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import report_trt
 import report_trust
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BIG = {
-    "qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096),
-}  # fmt: skip
-"""Weights of the 8B shape."""
 DOCUMENTS = (
     "README.md", "docs/concepts/memory.md", "docs/concepts/kernels.md", "docs/concepts/graph.md",
     "docs/guides/recover.md", "docs/guides/quantise.md", "docs/guides/sessions.md", "docs/guides/tensorrt.md",
@@ -449,67 +446,6 @@ def first_result() -> str:
     )
 
 
-def trt_verified() -> str:
-    """Engines with the plugin against torch."""
-    data = result("trt")["smollm2"]
-    rows = []
-    for name in ("batch 1", "batch 16"):
-        x = data[name]
-        state = max(x["state_error"][kind] for kind in ("slot_key", "slot_value"))
-        rows.append([
-            name, f"{x['tokens_alike']} of {x['of']}", f"{x['divergence']['mean']:.1e}",
-            f"{x['torch_in_half']['divergence']['mean']:.1e}", f"{x['state_error']['slots_alike']:.2%}", f"{state:.3f}",
-        ])  # fmt: skip
-    header = [
-        "SmolLM2-135M on TensorRT 8.5.3.1", "greedy tokens as torch in fp32",
-        f"nats from torch's fp32, mean of {data['batch 1']['steps']} steps", "torch in fp16 from its own fp32",
-        "slots with the same token", "keys and values off by",
-    ]  # fmt: skip
-    return table(header, rows)
-
-
-def products() -> str:
-    """Products of one row and of 16, alone."""
-    data = result("trt")["tiles"]
-    rows = []
-    for name in ("qkv", "o", "gate_up", "down", "head"):
-        one, few = (data[f"big {m} {name}"][0]["us"] for m in (1, 16))
-        small = data[f"small 1 {name}"][0]["us"]
-        outputs, inputs = BIG[name]
-        rate = 2 * outputs * inputs / one / 1e6
-        rows.append(
-            [name, f"{outputs:,} x {inputs:,}", f"{one:.1f} µs, {rate:.2f} TB/s", f"{few:.1f} µs", f"{small:.1f} µs"]
-        )
-    return table(["8B shape", "weight", "1 row", "16 rows", "1 row of SmolLM2-135M"], rows)
-
-
-def trt_speed() -> str:
-    """Engines with the plugin: steps, prompts, builds."""
-    data, transformer = result("trt"), result("transformer_gpu")
-    small, large = data["smollm2"], data["8b"]
-    floor = large["weight_bytes_read"] / transformer["bandwidth"]["copy"] * 1e3
-    share = large["profile_ms"]["mixers"] / sum(large["profile_ms"].values())
-    rows = [
-        ["SmolLM2-135M, a step of 1 sequence", f"{small['batch 1']['step']['median_ms']:.2f} ms"],
-        ["SmolLM2-135M, a step of 16", f"{small['batch 16']['step']['median_ms']:.2f} ms"],
-        ["SmolLM2-135M, engine built in", f"{small['batch 1']['build_seconds']:.0f} s"],
-        ["8B shape, a step of 1 sequence", f"{large['step']['median_ms']:.2f} ms"],
-        ["of that the time to read its weights once", f"{floor:.2f} ms, {floor / large['step']['median_ms']:.0%}"],
-        ["8B shape, the mixers' share of a step, by layers", f"{share:.0%}"],
-        ["8B shape, 8,192 tokens of prompt in calls of 1,024", f"{large['prefill']['median_ms']:.0f} ms"],
-        ["8B shape, engine built in, with at most", f"{large['build_seconds']:.0f} s, "
-         f"{large['peak_host_bytes'] / 1e9:.0f} GB of RAM"],
-        ["8B shape, on the device, whatever the length", f"{large['device_bytes'] / 1e9:.1f} GB"],
-    ]  # fmt: skip
-    for row in transformer["rows"]:
-        if row["batch"] == 1 and row["what"] == "step" and "cudnn" in row:
-            cell = f"{row['cudnn']['median_ms']:.2f} ms, {row['device_bytes'] / 1e9:.1f} GB"
-            rows.append([f"a Transformer's step of that shape after {row['context']:,} tokens", cell])
-        if row["what"] == "prefill" and row["context"] == 8192:
-            rows.append(["a Transformer's prompt of 8,192 tokens", f"{row['cudnn']['median_ms']:.0f} ms"])
-    return table(["one H100, fp16", ""], rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "nll": nll, "recall": recall, "stream": stream, "decode": decode, "flat": flat, "build": build, "sweep": sweep,
     "linear": linear, "linear_profile": linear_profile, "linear_memory": linear_memory,
@@ -517,14 +453,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
     "quantised": quantised, "native": native, "kept": kept, "shares": shares, "mmlu": mmlu,
     "prompt_cache": prompt_cache, "loading": loading, "nodes": nodes, "bench": bench, "peers_more": peers,
-    "build_8b": build_8b, "trt_verified": trt_verified, "trt_speed": trt_speed, "products": products,
-    "peers_qwen": lambda: peers("peers_qwen"),
+    "build_8b": build_8b, "peers_qwen": lambda: peers("peers_qwen"),
     "peers": lambda: peers(engines=("ligerexport", "llama.cpp")),
 }  # fmt: skip
-for trusted in (
-    report_trust.promises, report_trust.faults, report_trust.hostile, report_trust.drift, report_trust.concurrency
+for made in (
+    report_trt.verified, report_trt.speed, report_trt.products, report_trust.promises, report_trust.faults,
+    report_trust.hostile, report_trust.drift, report_trust.concurrency,
 ):  # fmt: skip
-    TABLES[f"trust_{trusted.__name__}"] = lambda make=trusted: table(*make())
+    name = f"{made.__module__.removeprefix('report_')}_{made.__name__}"
+    TABLES[name] = lambda make=made: table(*make())
 
 
 def render(text: str) -> str:
