@@ -42,8 +42,8 @@ def products() -> Table:
     data = _result("trt")["tiles"]
     rows = []
     for name in ("qkv", "o", "gate_up", "down", "head"):
-        one, few = (data[f"big {m} {name}"][0]["us"] for m in (1, 16))
-        small = data[f"small 1 {name}"][0]["us"]
+        one, few = (data[f"8b {m} {name}"][0]["us"] for m in (1, 16))
+        small = data[f"smollm2 1 {name}"][0]["us"]
         outputs, inputs = BIG[name]
         rate = 2 * outputs * inputs / one / 1e6
         rows.append(

@@ -81,6 +81,24 @@ def _load(p, m_rows, m_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _input(p_x, p_norm, o_k, m_k, squares):
+    """Load elements of one row, with the norm's weight but without its factor, and add their squares up."""
+    x = tl.load(p_x + o_k, mask=m_k, other=0.0).to(tl.float32)
+    if p_norm is not None:
+        squares += x * x
+        x *= tl.load(p_norm + o_k, mask=m_k, other=0.0)
+    return x, squares
+
+
+@triton.jit
+def _factor(p_norm, squares, K: tl.constexpr, EPSILON: tl.constexpr):
+    """Return the norm's factor."""
+    if p_norm is not None:
+        return tl.rsqrt(tl.sum(squares, axis=0) / K + EPSILON)
+    return 1.0
+
+
+@triton.jit
 def _row_kernel(
     p_x, p_weight, p_norm, p_bias, p_residual, p_out, p_side_weight, p_side_bias, p_side_out,
     N: tl.constexpr, K: tl.constexpr, EPSILON: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -110,10 +128,7 @@ def _row_kernel(
     wait(OVERLAP)
     for k in range(0, K, BLOCK_K):
         m_k = k + o_k < K
-        x = tl.load(p_x + k + o_k, mask=m_k, other=0.0).to(tl.float32)
-        if p_norm is not None:
-            squares += x * x
-            x *= tl.load(p_norm + k + o_k, mask=m_k, other=0.0)
+        x, squares = _input(p_x, p_norm, k + o_k, m_k, squares)
         sums += weight.to(tl.float32) * x[None, :]
         if GATE:
             up_sums += up.to(tl.float32) * x[None, :]
@@ -122,16 +137,13 @@ def _row_kernel(
             weight = _load(p_weight + k + BLOCK_K, m_n, m_k, ROWS, COLUMNS)
             if GATE:
                 up = _load(p_up + k + BLOCK_K, m_n, m_k, ROWS, COLUMNS)
-    y = tl.sum(sums, axis=1)
-    scale = 1.0
-    if p_norm is not None:
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / K + EPSILON)
-    y *= scale
+    factor = _factor(p_norm, squares, K, EPSILON)
+    y = tl.sum(sums, axis=1) * factor
     o_n += first
     if p_bias is not None:
         y += tl.load(p_bias + o_n, mask=m_n, other=0.0)
     if GATE:
-        up_y = tl.sum(up_sums, axis=1) * scale
+        up_y = tl.sum(up_sums, axis=1) * factor
         if p_bias is not None:
             up_y += tl.load(p_bias + N + o_n, mask=m_n, other=0.0)
         y = _activate(y, GATE) * up_y
@@ -150,14 +162,9 @@ def _side_output(
     squares = tl.zeros((BLOCK_K,), tl.float32)
     for k in range(0, K, BLOCK_K):
         m_k = k + o_k < K
-        x = tl.load(p_x + k + o_k, mask=m_k, other=0.0).to(tl.float32)
-        if p_norm is not None:
-            squares += x * x
-            x *= tl.load(p_norm + k + o_k, mask=m_k, other=0.0)
+        x, squares = _input(p_x, p_norm, k + o_k, m_k, squares)
         sums += x * tl.load(p_weight + n * K + k + o_k, mask=m_k, other=0.0)
-    y = tl.sum(sums, axis=0)
-    if p_norm is not None:
-        y *= tl.rsqrt(tl.sum(squares, axis=0) / K + EPSILON)
+    y = tl.sum(sums, axis=0) * _factor(p_norm, squares, K, EPSILON)
     tl.store(p_out + n, y + tl.load(p_bias + n))
 
 
