@@ -232,8 +232,8 @@ def test_engine_of_tensorrt(
     shapes = {}
     for name, *sizes in asked["set_shape"]:
         shapes.setdefault(name, []).append(sizes)
-    assert shapes["input_ids"] == [[[1, 1], most, most] for most in ([1, 1], [4, 1], [4, 48])]
-    assert shapes["past.1.slot_position"] == [[[1, 2, 26], [b, 2, 26], [b, 2, 26]] for b in (1, 4, 4)]
+    assert shapes["input_ids"] == [[[1, 1], most, most] for most in ([1, 1], [4, 1], [1, 48], [4, 48])]
+    assert shapes["past.1.slot_position"] == [[[1, 2, 26], [b, 2, 26], [b, 2, 26]] for b in (1, 4, 1, 4)]
     assert "set_compute_capability" not in asked
 
 

@@ -110,7 +110,7 @@ def run(harness: Path, *words: object) -> str:
 def run_lines(harness: Path, lines: list[str], *words: object, overlap: bool = False) -> str:
     done = subprocess.run(
         [harness, *map(str, words)], input="\n".join(lines), capture_output=True, text=True, errors="replace",
-        env=ENVIRONMENT | ({"LIGEREXPORT_OVERLAP": "1"} if overlap else {}),
+        env=ENVIRONMENT | ({} if overlap else {"LIGEREXPORT_OVERLAP": "0"}),
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stderr  # a crash is neither
     return done.stdout
@@ -297,7 +297,7 @@ def check_steps(
 
 
 def test_what_waits_may_overlap(harness: Path, packed: Packed) -> None:
-    """Steps and products, which wait for the launch before them; nothing unless asked for, and no other kernel."""
+    """Steps and products of few rows, which wait for the launch before them; nothing if not wanted, nor what else is."""
     words = ["run", packed.file, 90, "fp16", *attributes(FORESIGHT)]
     first, dtype = PRODUCTS["first"]
     product = ["product", packed.file, 90, dtype, layer_digest(spec_fields(first)), CONTRACT, 96, 64, 1, 0, 0, 0, 3]
@@ -305,7 +305,8 @@ def test_what_waits_may_overlap(harness: Path, packed: Packed) -> None:
     assert run_lines(harness, ["1 1"], *words, overlap=True).splitlines()[1] == "overlap"
     assert "overlap" not in run_lines(harness, ["2 64"], *words, overlap=True)
     told = run_lines(harness, ["1", "9"], *product, overlap=True)
-    assert told.count("overlap") == told.count("launch") == 1 + 4  # of nine rows both norms and both products
+    assert told.count("overlap") == told.count("launch") == 1 + 2  # of nine rows the norm and the product
+    assert "overlap" not in run_lines(harness, ["70"], *product, overlap=True)
     kernels = packed.manifest["kernels"].values()
     assert {x["name"] for x in kernels if x["constants"].get("OVERLAP")} == {
         "_mixer_step_kernel", "_row_kernel", "_norm_kernel", "_tile_kernel",

@@ -14,6 +14,8 @@ from ligerexport.artifact import Graph
 from ligerexport.console import Advance, ProgressFactory
 from ligerexport.errors import LigerError
 
+FEW_TOKENS = 128
+
 
 def build_engine(
     trt: Any,
@@ -26,7 +28,7 @@ def build_engine(
     sms: Sequence[int] = (),
     plugin: Path | None = None,
 ) -> None:
-    """Build an engine with profiles for one token of one sequence, one token of up to `max_batch`, and up to a chunk.
+    """Build an engine with a profile for each of `calls`.
 
     Args:
         trt: The module `tensorrt` or `tensorrt_rtx`.
@@ -58,7 +60,7 @@ def build_engine(
         config.num_compute_capabilities = len(sms)
     for i, sm in enumerate(sms):
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), i)
-    for batch, tokens in dict.fromkeys([(1, 1), (max_batch, 1), (max_batch, graph.max_chunk)]):
+    for batch, tokens in calls(max_batch, graph.max_chunk):
         profile = builder.create_optimization_profile()
         for x in graph.inputs:
             least, most = ([{"B": b, "T": t}.get(str(n), n) for n in x.shape] for b, t in ((1, 1), (batch, tokens)))
@@ -70,6 +72,17 @@ def build_engine(
     if engine is None:
         raise LigerError(f"TensorRT {trt.__version__} builds no engine: {logger.first()}")
     destination.write_bytes(memoryview(engine))
+
+
+def calls(max_batch: int, max_chunk: int) -> list[tuple[int, int]]:
+    """Return sequences and tokens of the largest call of each profile, in the order that `runner/engine.cc` has.
+
+    Many sequences share the chunk, so that memory does not grow by both, but for 128 tokens that each may have.
+    """
+    if max_batch == 1:
+        return [(1, 1), (1, max_chunk)]
+    few = min(max_chunk, max(FEW_TOKENS, max_chunk // max_batch))
+    return [(1, 1), (max_batch, 1), (1, max_chunk), (max_batch, few)]
 
 
 def check_engine(trt: Any, file: Path) -> None:

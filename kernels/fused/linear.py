@@ -1,7 +1,7 @@
 """Products with weights for few rows and for many: RMSNorm before, bias, gated unit and residual after, as one launch.
 
 One row reads each weight once and sums in fp32, which is all that the memory allows; more rows are tiles of a matrix
-product, and the norm of their rows is a launch of its own.
+product, and the norm of their rows is a launch of its own, with a second product of few outputs in it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ligerexport.kernels.fused.overlap import wait
+from ligerexport.kernels.fused.overlap import prefetch, wait
 from ligerexport.kernels.linear import ACTIVATIONS, LinearSpec
 from ligerexport.kernels.tuning import get_product_tile, overlaps
+
+FEW_ROWS = 64
+"""Up to so many there are in a step of many sequences, whose launches overlap; a prompt has more."""
 
 
 def linear(
@@ -39,22 +42,25 @@ def linear(
     rows, (n, k) = x.shape[0], (spec.outputs, spec.inputs)
     gate = 0 if spec.activation is None else 1 + ACTIVATIONS.index(spec.activation)
     epsilon = spec.epsilon or 0.0
-    tile, overlap = get_product_tile(rows, n, k, weight.element_size(), gate > 0), overlaps()
+    tile = get_product_tile(rows, n, k, weight.element_size(), gate > 0)
+    few = rows <= FEW_ROWS
+    overlap = few and overlaps()
     if rows == 1:
         _row_kernel[(triton.cdiv(n, tile.block_n) + spec.side,)](
             x, weight, norm, bias, residual, out, *(side or (None,) * 3), N=n, K=k, EPSILON=epsilon, GATE=gate,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, OVERLAP=overlap, num_warps=tile.warps,
         )  # fmt: skip
         return out
-    if side is not None:
-        linear(x, side[0], norm, side[1], None, spec.of_side(), out=side[2])
-    if norm is not None:
-        normed = torch.empty(rows, k, dtype=weight.dtype, device=x.device)
+    if norm is not None or side is not None:
+        normed = None if norm is None else torch.empty(rows, k, dtype=weight.dtype, device=x.device)
         block = triton.next_power_of_2(k)
-        _norm_kernel[(rows,)](
-            x, norm, normed, K=k, EPSILON=epsilon, BLOCK=block, OVERLAP=overlap, num_warps=8 if block > 2048 else 4
-        )
-        x = normed
+        height = 1 if few else max(1, min(4, 16384 // block))
+        sides = 1 if few else max(1, spec.side)  # of a program; few rows make few programs else
+        _norm_kernel[(triton.cdiv(rows, height), triton.cdiv(max(1, spec.side), sides))](
+            x, norm, normed, *(side or (None,) * 3), rows, K=k, S=spec.side, SIDES=sides, EPSILON=epsilon,
+            BLOCK_M=height, BLOCK_K=block, OVERLAP=overlap, num_warps=8 if block > 2048 else 4,
+        )  # fmt: skip
+        x = x if normed is None else normed
     precision = "ieee" if weight.dtype == torch.float32 else "tf32"
     _tile_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(n, tile.block_n))](
         x, weight, bias, residual, out, rows, N=n, K=k, GATE=gate, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
@@ -170,16 +176,27 @@ def _side_output(
 
 @triton.jit
 def _norm_kernel(
-    p_x, p_norm, p_out, K: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    p_x, p_norm, p_out, p_side_weight, p_side_bias, p_side_out, rows,
+    K: tl.constexpr, S: tl.constexpr, SIDES: tl.constexpr, EPSILON: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """RMSNorm of one row. Grid: (M,)."""
+    """RMSNorm of some rows and some outputs of their second product. Grid: (M / BLOCK_M, S / SIDES), at least one."""
+    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_k = tl.arange(0, BLOCK_K)
+    m_m, m_k = o_m < rows, o_k < K
+    at, m_x = o_m[:, None] * K + o_k[None, :], m_m[:, None] & m_k[None, :]
     wait(OVERLAP)
-    row = tl.program_id(0).to(tl.int64) * K
-    o_k = tl.arange(0, BLOCK)
-    m_k = o_k < K
-    x = tl.load(p_x + row + o_k, mask=m_k, other=0.0)
-    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / K + EPSILON) * tl.load(p_norm + o_k, mask=m_k, other=0.0)
-    tl.store(p_out + row + o_k, y.to(p_out.dtype.element_ty), mask=m_k)
+    x = tl.load(p_x + at, mask=m_x, other=0.0).to(tl.float32)
+    if p_norm is not None:
+        factor = tl.rsqrt(tl.sum(x * x, axis=1) / K + EPSILON)
+        x *= factor[:, None] * tl.load(p_norm + o_k, mask=m_k, other=0.0)[None, :]
+        if tl.program_id(1) == 0:
+            tl.store(p_out + at, x.to(p_out.dtype.element_ty), mask=m_x)
+    if p_side_out is not None:
+        for i in range(SIDES):
+            s = tl.program_id(1) * SIDES + i
+            y = tl.sum(x * tl.load(p_side_weight + s * K + o_k, mask=m_k, other=0.0)[None, :], axis=1)
+            tl.store(p_side_out + o_m * S + s, y + tl.load(p_side_bias + s), mask=m_m)
 
 
 @triton.jit
@@ -188,15 +205,25 @@ def _tile_kernel(
     N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Some outputs of some rows; programs that share weights are neighbours. Grid: (M / BLOCK_M, N / BLOCK_N)."""
+    """Some outputs of some rows. Grid: (M / BLOCK_M, N / BLOCK_N).
+
+    Programs that run at a time share rows and weights: their numbers go through 16 blocks of rows before the next outputs.
+    """
     ROWS: tl.constexpr = N % BLOCK_N == 0
     COLUMNS: tl.constexpr = K % BLOCK_K == 0
-    top, first = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    rows_blocks, number = tl.num_programs(0), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    band, number = number // (16 * tl.num_programs(1)), number % (16 * tl.num_programs(1))
+    height = tl.minimum(rows_blocks - 16 * band, 16)
+    top, first = (16 * band + number % height) * BLOCK_M, number // height * BLOCK_N
     o_m, o_n, o_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     m_m, m_n = top + o_m < rows, first + o_n < N
     p_x += top.to(tl.int64) * K + o_m[:, None] * K + o_k[None, :]
-    p_weight += first.to(tl.int64) * K + o_n[:, None] * K + o_k[None, :]
+    p_weight += first.to(tl.int64) * K
+    prefetch(p_weight, N - first, K, BLOCK_N, BLOCK_K, OVERLAP)
+    if GATE:
+        prefetch(p_weight + N * K, N - first, K, BLOCK_N, BLOCK_K, OVERLAP)
     wait(OVERLAP)
+    p_weight += o_n[:, None] * K + o_k[None, :]
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if GATE:
         p_up = p_weight + N * K

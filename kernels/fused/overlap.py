@@ -18,3 +18,15 @@ def wait(OVERLAP: tl.constexpr):
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(p, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
+    """Bring the first four tiles `[ROWS, COLUMNS]` of a matrix `[rows, columns]` into the second cache."""
+    if OVERLAP:
+        LINE: tl.constexpr = 1024 // p.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+        o_m = tl.minimum(tl.arange(0, ROWS), rows - 1)
+        o_k = tl.minimum(tl.arange(0, 4 * COLUMNS // LINE) * LINE, columns - 1)
+        address = (p + o_m[:, None] * columns + o_k[None, :]).to(tl.int64)
+        code: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(code, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)

@@ -107,6 +107,7 @@ CUresult cuLaunchKernel(CUfunction handle, unsigned x, unsigned y, unsigned z, u
   std::cout << "\n";
   return CUDA_SUCCESS;
 }
+CUresult cuDriverGetVersion(int* version) { return *version = 13000, CUDA_SUCCESS; }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* x, CUfunction handle, void** parameters, void** extra) {
   if (x->numAttrs != 1 || x->attrs->id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) std::abort();
   if (!quiet) std::cout << "overlap\n";

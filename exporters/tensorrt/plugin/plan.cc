@@ -60,11 +60,15 @@ union Slot {  // an argument as a kernel takes it
   float number;
 };
 
-// Whether kernels that can begin while those before them end; not unless asked for, since no GPU has shown yet what it
-// is worth.
+// Whether kernels that can begin while those before them end: not with LIGEREXPORT_OVERLAP=0, and not before the driver
+// of CUDA 12.3, which is the first to capture such launches.
 bool overlapping() {
-  const char* const asked = std::getenv("LIGEREXPORT_OVERLAP");
-  return asked != nullptr && *asked == '1';
+  static const bool wanted = [] {
+    const char* const asked = std::getenv("LIGEREXPORT_OVERLAP");
+    int version = 0;
+    return (asked == nullptr || *asked != '0') && cuDriverGetVersion(&version) == CUDA_SUCCESS && version >= 12030;
+  }();
+  return wanted;
 }
 
 void start(CUfunction function, const unsigned grid[3], const Cubin& cubin, bool overlaps, CUstream stream,

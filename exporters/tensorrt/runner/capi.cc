@@ -60,7 +60,7 @@ LIGER_EXPORT liger_session* liger_session_open(liger_engine* engine, int batch, 
   return guarded<liger_session*>(nullptr, [&] {
     auto& shared = engine->engine;
     std::unique_ptr<liger_session> made(
-        new liger_session{shared, {*shared, batch, graph != 0, chunk == 0 ? shared->chunk() : chunk}, "", ""});
+        new liger_session{shared, {*shared, batch, graph != 0, chunk == 0 ? shared->Chunk(1) : chunk}, "", ""});
     made->described = made->session.Describe().dump();
     return made.release();
   });

@@ -30,6 +30,7 @@ void write(const std::filesystem::path& path, const void* data, size_t size) {
   std::filesystem::rename(part, path);
 }
 
+constexpr int kFewTokens = 128;  // of each of many sequences, however small the chunk of one would leave it
 constexpr char kPlugin[] = "libligerexport_trt.so";
 
 // What was built together with this library, or what the loader finds. Never the artifact's: a model runs no code.
@@ -164,6 +165,15 @@ bool Engine::Find(const Options& options) {
   return !file_.empty();
 }
 
+int Engine::Profile(int sequences, bool step) const {
+  if (batch_ == 1) return step ? 0 : 1;
+  return (step ? 0 : 2) + (sequences == 1 ? 0 : 1);
+}
+
+int Engine::Chunk(int sequences) const {
+  return sequences == 1 ? chunk_ : std::min(chunk_, std::max(kFewTokens, chunk_ / batch_));
+}
+
 nlohmann::json Engine::Describe() const {
   nlohmann::json all = here_;
   all.update({{"engine", file_.string()}, {"build_seconds", seconds_}, {"batch", batch_}, {"chunk", chunk_}});
@@ -175,6 +185,8 @@ std::shared_ptr<nvinfer1::ICudaEngine> Engine::Read() {
   std::shared_ptr<nvinfer1::ICudaEngine> engine;
   if (runtime_) engine.reset(runtime_->deserializeCudaEngine(data.data(), data.size()));
   if (!engine) throw error("TensorRT cannot read " + file_.string(), "build it again with --build");
+  if (engine->getNbOptimizationProfiles() != 1 + Profile(batch_, false))
+    throw error(file_.string() + " was built by another version of this program", "build it again with --build");
   return engine;
 }
 
@@ -225,9 +237,8 @@ void Engine::Build(const Options& options) {
     keep_floats(*network);
   }
 #endif
-  // One token of one sequence, of any number of them, and a chunk, which is the last.
-  std::vector<std::pair<int, int>> calls = {{batch_, 1}, {batch_, chunk_}};
-  if (batch_ > 1) calls.insert(calls.begin(), {1, 1});
+  std::vector<std::pair<int, int>> calls = {{1, 1}, {1, chunk_}};  // `Profile` counts on the order
+  if (batch_ > 1) calls = {{1, 1}, {batch_, 1}, {1, chunk_}, {batch_, Chunk(batch_)}};
   for (const auto& [batch, tokens] : calls) {
     nvinfer1::IOptimizationProfile* profile = builder->createOptimizationProfile();
     for (int i = 0; i < network->getNbInputs(); ++i) {

@@ -49,8 +49,13 @@ class Engine {
   std::shared_ptr<nvinfer1::ICudaEngine> Take();
 
   const nlohmann::json& manifest() const { return manifest_; }
-  int chunk() const { return chunk_; }  // the most tokens of one call
   int batch() const { return batch_; }  // the most sequences
+
+  // The most tokens of each sequence in one call; many sequences share the chunk, so that memory does not grow by both.
+  int Chunk(int sequences) const;
+
+  // The optimization profile of a session's steps or of its other calls.
+  int Profile(int sequences, bool step) const;
   nlohmann::json Describe() const;
 
  private:

@@ -65,6 +65,23 @@ Event event(unsigned flags) {
   return Event(made);
 }
 
+// The memory that a context computes in is given to it, for two to share.
+#if NV_TENSORRT_MAJOR >= 10
+nvinfer1::IExecutionContext* create_context(nvinfer1::ICudaEngine& engine) {
+  return engine.createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED);
+}
+int64_t scratch_bytes(const nvinfer1::ICudaEngine& engine) { return engine.getDeviceMemorySizeV2(); }
+void set_scratch(nvinfer1::IExecutionContext& context, void* data, int64_t bytes) {
+  context.setDeviceMemoryV2(data, bytes);
+}
+#else
+nvinfer1::IExecutionContext* create_context(nvinfer1::ICudaEngine& engine) {
+  return engine.createExecutionContextWithoutDeviceMemory();
+}
+int64_t scratch_bytes(const nvinfer1::ICudaEngine& engine) { return static_cast<int64_t>(engine.getDeviceMemorySize()); }
+void set_scratch(nvinfer1::IExecutionContext& context, void* data, int64_t) { context.setDeviceMemory(data); }
+#endif
+
 struct Profiler final : nvinfer1::IProfiler {
   void reportLayerTime(const char* layer, float milliseconds) noexcept override {
     times[layer].push_back(milliseconds);
@@ -78,17 +95,16 @@ Session::Session(Engine& engine, int batch, bool graph, int chunk)
     : engine_(engine.Take()), batch_(batch), chunk_(chunk), position_(std::max(batch, 0)) {
   if (batch < 1 || batch > engine.batch())
     throw error("batch " + std::to_string(batch), "this engine was opened for 1 to " + std::to_string(engine.batch()));
-  if (chunk < 1 || chunk > engine.chunk())
-    throw error("chunk " + std::to_string(chunk), "this graph takes 1 to " + std::to_string(engine.chunk()));
+  if (chunk < 1 || chunk > engine.Chunk(1))
+    throw error("chunk " + std::to_string(chunk), "this graph takes 1 to " + std::to_string(engine.Chunk(1)));
+  chunk_ = std::min(chunk, engine.Chunk(batch));
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
   stream_.reset(stream);
   uploaded_ = event(cudaEventDisableTiming);
-  step_.reset(engine_->createExecutionContext());
-  const int last = engine_->getNbOptimizationProfiles() - 1;
-  need(step_ && step_->setOptimizationProfileAsync(batch == 1 ? 0 : last - 1, stream), "the profile of the step");
-  prefill_.reset(engine_->createExecutionContext());
-  need(prefill_ && prefill_->setOptimizationProfileAsync(last, stream), "the profile of the prefill");
+  scratch_ = on_device(scratch_bytes(*engine_));
+  step_ = Context(engine.Profile(batch, true));
+  prefill_ = Context(engine.Profile(batch, false));
 
   vocab_ = static_cast<int>(engine_->getTensorShape(kLogits).d[1]);
   ids_at_ = (sizeof(int32_t) * batch + kAlignment - 1) / kAlignment * kAlignment;
@@ -102,6 +118,14 @@ Session::Session(Engine& engine, int batch, bool graph, int chunk)
 }
 
 Session::~Session() { cudaStreamSynchronize(stream_.get()); }
+
+std::unique_ptr<nvinfer1::IExecutionContext> Session::Context(int profile) {
+  std::unique_ptr<nvinfer1::IExecutionContext> made(create_context(*engine_));
+  need(made != nullptr, "a context");
+  set_scratch(*made, scratch_.get(), scratch_bytes(*engine_));
+  need(made->setOptimizationProfileAsync(profile, stream_.get()), "profile " + std::to_string(profile));
+  return made;
+}
 
 Session::State Session::Make(const nlohmann::json& described) const {
   State x;

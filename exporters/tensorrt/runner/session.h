@@ -25,7 +25,8 @@ class Session {
  public:
   static constexpr int kAll = -1;  // rows
 
-  // `graph`: whether the step is replayed as a CUDA graph; `chunk`: the most tokens of one call, at most the engine's.
+  // `graph`: whether the step is replayed as a CUDA graph; `chunk`: the most tokens of one call, at most the engine's
+  // for one sequence.
   Session(Engine& engine, int batch, bool graph, int chunk);
   ~Session();
 
@@ -62,6 +63,7 @@ class Session {
     Device data;
   };
 
+  std::unique_ptr<nvinfer1::IExecutionContext> Context(int profile);
   void Bind(nvinfer1::IExecutionContext& context, int tokens);
   void Upload(const int32_t* ids, int tokens, int stride);
   void Enqueue(nvinfer1::IExecutionContext& context);
@@ -77,6 +79,7 @@ class Session {
   Stream stream_;
   Event uploaded_;
   std::vector<State> state_;
+  Device scratch_;         // of both contexts, whose calls follow each other on one stream
   Device input_, logits_;  // `input_` holds positions, and ids after `ids_at_` bytes
   Pinned host_input_, host_logits_;
   size_t ids_at_;

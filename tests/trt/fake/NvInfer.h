@@ -60,6 +60,10 @@ class INetworkDefinition {
   virtual ILayer* getLayer(int index) const = 0;
 };
 
+#if NV_TENSORRT_MAJOR >= 10
+enum class ExecutionContextAllocationStrategy : int32_t { kSTATIC, kON_PROFILE_CHANGE, kUSER_MANAGED };
+#endif
+
 class IOptimizationProfile {
  public:
   virtual ~IOptimizationProfile() = default;
@@ -114,12 +118,23 @@ class IExecutionContext {
   virtual bool setTensorAddress(const char* name, void* data) = 0;
   virtual bool enqueueV3(cudaStream_t stream) = 0;
   virtual void setProfiler(IProfiler* profiler) = 0;
+#if NV_TENSORRT_MAJOR >= 10
+  virtual void setDeviceMemoryV2(void* data, int64_t size) = 0;
+#else
+  virtual void setDeviceMemory(void* data) = 0;
+#endif
 };
 
 class ICudaEngine {
  public:
   virtual ~ICudaEngine() = default;
-  virtual IExecutionContext* createExecutionContext() = 0;
+#if NV_TENSORRT_MAJOR >= 10
+  virtual IExecutionContext* createExecutionContext(ExecutionContextAllocationStrategy strategy) = 0;
+  virtual int64_t getDeviceMemorySizeV2() const = 0;
+#else
+  virtual IExecutionContext* createExecutionContextWithoutDeviceMemory() = 0;
+  virtual size_t getDeviceMemorySize() const = 0;
+#endif
   virtual int getNbOptimizationProfiles() const = 0;
   virtual Dims getTensorShape(const char* name) const = 0;
   virtual DataType getTensorDataType(const char* name) const = 0;

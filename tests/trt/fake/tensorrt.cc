@@ -114,6 +114,8 @@ struct Builder final : IBuilder, fake::Counted {
 
 struct Engine;
 
+constexpr int64_t kScratch = 1 << 12;
+
 struct Context final : IExecutionContext, fake::Counted {
   explicit Context(Engine& engine) : engine(engine) {}
   ~Context() override;
@@ -122,6 +124,11 @@ struct Context final : IExecutionContext, fake::Counted {
   bool setTensorAddress(const char* name, void* data) override { return addresses[name] = data, true; }
   bool enqueueV3(cudaStream_t stream) override;
   void setProfiler(IProfiler* given) override { profiler = given; }
+#if NV_TENSORRT_MAJOR >= 10
+  void setDeviceMemoryV2(void* data, int64_t size) override { scratch = size == kScratch ? data : nullptr; }
+#else
+  void setDeviceMemory(void* data) override { scratch = data; }
+#endif
 
   template <typename T>
   T* at(const std::string& name) {
@@ -130,6 +137,7 @@ struct Context final : IExecutionContext, fake::Counted {
 
   Engine& engine;
   int profile = -1;
+  void* scratch = nullptr;
   bool ran = false;
   IProfiler* profiler = nullptr;
   std::map<std::string, void*> addresses;
@@ -138,7 +146,13 @@ struct Context final : IExecutionContext, fake::Counted {
 
 struct Engine final : ICudaEngine, fake::Counted {
   explicit Engine(json given) : all(std::move(given)), graph(all.at("graph")) {}
-  IExecutionContext* createExecutionContext() override { return new Context(*this); }
+#if NV_TENSORRT_MAJOR >= 10
+  IExecutionContext* createExecutionContext(ExecutionContextAllocationStrategy) override { return new Context(*this); }
+  int64_t getDeviceMemorySizeV2() const override { return kScratch; }
+#else
+  IExecutionContext* createExecutionContextWithoutDeviceMemory() override { return new Context(*this); }
+  size_t getDeviceMemorySize() const override { return kScratch; }
+#endif
   int getNbOptimizationProfiles() const override { return static_cast<int>(all.at("profiles").size()); }
   Dims getTensorShape(const char* name) const override { return dims_of(*find(graph, name)); }
   DataType getTensorDataType(const char* name) const override { return type_of(*find(graph, name)); }
@@ -170,7 +184,7 @@ constexpr int kSlots = 4;
 
 // Adds each token to a number in fp32, and leaves it in a ring of slots; padding leaves no trace.
 bool Context::enqueueV3(cudaStream_t stream) {
-  if (failing("run") || (fake::capturing(stream) && !ran)) return false;
+  if (failing("run") || scratch == nullptr || (fake::capturing(stream) && !ran)) return false;
   for (const char* name : {"0.recurrent_state", "0.slot_position", "0.slot_key"})
     if (addresses.at(std::string("past.") + name) != addresses.at(std::string("present.") + name)) return false;
   ran = true;
