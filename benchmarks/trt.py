@@ -143,7 +143,7 @@ def run(given: argparse.Namespace) -> int:
     report: dict[str, Any] = {}
     for batch in given.batches:
         words = [*command, "--batch", given.max_batch or batch, "--sequences", batch, "--profile", 20]
-        words += ["--prefill-bench", given.prefill] if batch == 1 else []
+        words += ["--prefill-bench", given.prefills] if batch == 1 else []
         words += ["--follow", f"@{work}/tokens", "--dump-logits", work / "logits", "--dump-state", work / "state"]
         if text := log.run(f"batch {batch}", words):
             made = json.loads(text.splitlines()[-1])
@@ -318,7 +318,7 @@ def main() -> int:
     two.add_argument("--expected", type=Path, required=True)
     two.add_argument("--nvcc", default=shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
     two.add_argument("--bench", type=int, default=200)
-    two.add_argument("--prefill", type=int, default=1024)
+    two.add_argument("--prefills", default="1024", help="tokens of prompts that are timed, 1024,8192")
     two.add_argument("--batches", type=lambda text: [int(x) for x in text.split(",")], default=[1, 16])
     two.add_argument("--max-batch", type=int, help="of the engine; default: an engine for each batch")
     two.set_defaults(run=run)

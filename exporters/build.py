@@ -36,7 +36,7 @@ def build(
     *,
     target: str = "onnx",
     lowering: str | None = None,
-    max_chunk: int = 128,
+    max_chunk: int | None = None,
     weights: str | None = None,
     block: int = BLOCK,
     sms: Sequence[int] | None = None,
@@ -55,7 +55,7 @@ def build(
         output: Directory to make; None is the target's name inside the checkpoint.
         target: Row of `TARGETS`.
         lowering: How the mixer is written; None takes the target's default.
-        max_chunk: Most tokens of one call.
+        max_chunk: Most tokens of one call; None is 1,024 for `trt` and 128 for others.
         weights: Row of `WEIGHTS`; None takes the target's default. For GPUs also what products run in.
         block: Elements of a row that share a scale, for int8 and int4.
         sms: Compute capabilities of GPUs, 87 for 8.7; None takes all that the target can be built for.
@@ -78,6 +78,7 @@ def build(
         MissingDependency: The extra of the target is not installed.
     """
     row, lowering, weights = _resolve(target, lowering, weights, block)
+    max_chunk = row.chunk if max_chunk is None else max_chunk
     if max_chunk < 1:
         raise UsageError(f"max_chunk {max_chunk}", hint="a call takes at least one token")
 

@@ -19,6 +19,7 @@ class Target:
         doc: One line for tables.
         typed: Whether products run in the type of their weights, and not in fp32.
         sms: Compute capabilities that it can be built for; none where it is for no GPU.
+        chunk: Tokens of a prompt in one call, unless more or fewer are wanted.
     """
 
     lowerings: tuple[str, ...]
@@ -28,6 +29,7 @@ class Target:
     doc: str
     typed: bool = False
     sms: tuple[int, ...] = ()
+    chunk: int = 128
 
 
 TARGETS: dict[str, Target] = {
@@ -46,6 +48,7 @@ TARGETS: dict[str, Target] = {
         doc="TensorRT 8.5 and later: a graph for our plugin, its kernels, and an engine where TensorRT is installed",
         typed=True,
         sms=(80, 86, 87, 89, 90, 100, 120),
+        chunk=1024,
     ),
     "trt-rtx": Target(
         lowerings=("portable",),

@@ -134,6 +134,8 @@ def _expression(text: str, axes: dict[str, int]) -> bytes:
         match node:
             case ast.Constant(value=int(number)):
                 return [struct.pack("<Bq", 0, number)]
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(number))):
+                return [struct.pack("<Bq", 0, -number)]
             case ast.Name(id=name):
                 return [struct.pack("<Bq", 1, axes[name])]
             case ast.BinOp(left=left, op=op, right=right):

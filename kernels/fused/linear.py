@@ -17,6 +17,8 @@ from ligerexport.kernels.tuning import get_product_tile, overlaps
 
 FEW_ROWS = 64
 """Up to so many there are in a step of many sequences, whose launches overlap; a prompt has more."""
+SMALL_WEIGHT = 1 << 22
+"""Elements up to which the product of a few rows overlaps: of larger ones it was slower, on an H100 with 16 rows."""
 
 
 def linear(
@@ -64,7 +66,8 @@ def linear(
     precision = "ieee" if weight.dtype == torch.float32 else "tf32"
     _tile_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(n, tile.block_n))](
         x, weight, bias, residual, out, rows, N=n, K=k, GATE=gate, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, PRECISION=precision, OVERLAP=overlap, num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_K=tile.block_k, PRECISION=precision, OVERLAP=overlap and n * k <= SMALL_WEIGHT,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -207,7 +210,7 @@ def _tile_kernel(
 ):  # fmt: skip
     """Some outputs of some rows. Grid: (M / BLOCK_M, N / BLOCK_N).
 
-    Programs that run at a time share rows and weights: their numbers go through 16 blocks of rows before the next outputs.
+    Programs that run at a time share rows and weights: numbers go through 16 blocks of rows before the next outputs.
     """
     ROWS: tl.constexpr = N % BLOCK_N == 0
     COLUMNS: tl.constexpr = K % BLOCK_K == 0

@@ -191,7 +191,9 @@ def build(
             "operator on the CPU, the fastest; needs a C++ compiler where it runs."
         ),
     ] = None,
-    max_chunk: Annotated[int, typer.Option(help="Most tokens of one call.")] = 128,
+    max_chunk: Annotated[
+        int | None, typer.Option(help="Most tokens of one call; default: 1024 for trt, else 128.")
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -228,6 +230,7 @@ def build(
 
     row, sms = get_target(target), common.parse_sms(sm)
     lowering, weights = lowering or row.lowerings[0], weights or row.weights[0]
+    max_chunk = row.chunk if max_chunk is None else max_chunk
     get_precision(weights, block)
     gpu = choose_gpu(target, sms, max_batch, plugin, engine)
     output = model / target if output is None else output

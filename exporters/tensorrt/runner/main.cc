@@ -20,7 +20,7 @@ namespace {
 
 constexpr char kUsage[] =
     "usage: liger-run ARTIFACT --ids 1,2,3 [--follow 4,5] [--tokens N] [--batch N] [--sequences N] [--plugin FILE]\n"
-    "                 [--build] [--precision fp16] [--no-graph] [--bench STEPS] [--prefill-bench TOKENS]\n"
+    "                 [--build] [--precision fp16] [--no-graph] [--bench STEPS] [--prefill-bench TOKENS,..]\n"
     "                 [--profile STEPS] [--dump-logits FILE] [--dump-state FILE] [--verbose]\n"
     "       liger-run ARTIFACT --build [--batch N] [--plugin FILE] [--precision fp16]\n"
     "The plugin is libligerexport_trt.so beside this program, if none is given; an artifact's is not taken by itself.\n"
@@ -31,8 +31,8 @@ constexpr char kUsage[] =
 
 struct Settings {
   std::string artifact, plugin, precision, logits, state;
-  std::vector<int32_t> ids, follow;
-  int batch = 1, sequences = 0, tokens = 64, bench = 0, prefill_bench = 0, profile = 0, flags = 0;
+  std::vector<int32_t> ids, follow, prefill_bench;
+  int batch = 1, sequences = 0, tokens = 64, bench = 0, profile = 0, flags = 0;
   bool graph = true;
 };
 
@@ -60,7 +60,7 @@ Settings parse(const std::vector<std::string>& words) {
     else if (word == "--tokens") made.tokens = std::stoi(words.at(++i));
     else if (word == "--batch") made.batch = std::stoi(words.at(++i));
     else if (word == "--bench") made.bench = std::stoi(words.at(++i));
-    else if (word == "--prefill-bench") made.prefill_bench = std::stoi(words.at(++i));
+    else if (word == "--prefill-bench") made.prefill_bench = read_ids(words.at(++i));
     else if (word == "--plugin") made.plugin = words.at(++i);
     else if (word == "--precision") made.precision = words.at(++i);
     else if (word == "--dump-logits") made.logits = words.at(++i);
@@ -238,7 +238,7 @@ int main(int argc, char** argv) try {
     if (settings.bench > 0) report["step_no_graph"] = time_steps(session, settings.bench, false);
     if (settings.profile > 0)
       report["layers"] = nlohmann::json::parse(need(liger_session_profile(session.get(), settings.profile)));
-    if (settings.prefill_bench > 0) report["prefill"] = time_prefill(session, settings.prefill_bench);
+    for (const int tokens : settings.prefill_bench) report["prefill"].push_back(time_prefill(session, tokens));
   }
   std::cout << report << std::endl;
   return 0;

@@ -82,6 +82,10 @@ int64_t scratch_bytes(const nvinfer1::ICudaEngine& engine) { return static_cast<
 void set_scratch(nvinfer1::IExecutionContext& context, void* data, int64_t) { context.setDeviceMemory(data); }
 #endif
 
+bool ends_with(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
 struct Profiler final : nvinfer1::IProfiler {
   void reportLayerTime(const char* layer, float milliseconds) noexcept override {
     times[layer].push_back(milliseconds);
@@ -92,7 +96,7 @@ struct Profiler final : nvinfer1::IProfiler {
 }  // namespace
 
 Session::Session(Engine& engine, int batch, bool graph, int chunk)
-    : engine_(engine.Take()), batch_(batch), chunk_(chunk), position_(std::max(batch, 0)) {
+    : engine_(engine.Take()), batch_(batch), chunk_(chunk), position_(std::max(batch, 0)), graphs_(graph) {
   if (batch < 1 || batch > engine.batch())
     throw error("batch " + std::to_string(batch), "this engine was opened for 1 to " + std::to_string(engine.batch()));
   if (chunk < 1 || chunk > engine.Chunk(1))
@@ -112,9 +116,18 @@ Session::Session(Engine& engine, int batch, bool graph, int chunk)
   input_ = on_device(input), host_input_ = pinned(input);
   logits_ = on_device(logits), host_logits_ = pinned(logits);
   for (const auto& tensor : engine.manifest().at("state")) state_.push_back(Make(tensor));
+  in_chunks_ = std::none_of(state_.begin(), state_.end(), [](const State& x) {
+    return ends_with(x.past, ".judge_state") || ends_with(x.past, ".recurrent_mass");
+  });
   Reset();
   Bind(*step_, 1);
-  if (graph) Capture();
+  if (!graph) return;
+  const std::vector<int32_t> ids(batch_);
+  Upload(ids.data(), 1, 1);
+  Enqueue(*step_);  // what is allocated at the first call must not be captured
+  Wait();
+  step_graph_ = Capture(*step_);
+  Reset();
 }
 
 Session::~Session() { cudaStreamSynchronize(stream_.get()); }
@@ -166,28 +179,33 @@ void Session::Bind(nvinfer1::IExecutionContext& context, int tokens) {
 
 void Session::Enqueue(nvinfer1::IExecutionContext& context) { need(context.enqueueV3(stream_.get()), "to run"); }
 
-void Session::Capture() {
-  const std::vector<int32_t> ids(batch_);
-  Upload(ids.data(), 1, 1);
-  Enqueue(*step_);  // what is allocated at the first call must not be captured
-  Wait();
+Graph Session::Capture(nvinfer1::IExecutionContext& context) {
   cudaGraph_t captured = nullptr;
   cudaGraphExec_t made = nullptr;
   check(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-  const bool done = step_->enqueueV3(stream_.get());
+  const bool done = context.enqueueV3(stream_.get());
   const cudaError_t ended = cudaStreamEndCapture(stream_.get(), &captured);
   need(done, "to run");
   check(ended, "cudaStreamEndCapture");
   const cudaError_t result = cudaGraphInstantiateWithFlags(&made, captured, 0);
   cudaGraphDestroy(captured);
   check(result, "cudaGraphInstantiate");
-  graph_.reset(made);
-  Reset();
+  return Graph(made);
 }
 
 void Session::Step() {
-  if (graph_) check(cudaGraphLaunch(graph_.get(), stream_.get()), "cudaGraphLaunch");
+  if (step_graph_) check(cudaGraphLaunch(step_graph_.get(), stream_.get()), "cudaGraphLaunch");
   else Enqueue(*step_);
+}
+
+// What a context prepares at the first call of a size must not be captured, so that a chunk is when it comes again.
+void Session::Chunk(int tokens) {
+  const bool whole = graphs_ && in_chunks_ && tokens == chunk_;
+  if (whole && !chunk_graph_ && bound_ == tokens) chunk_graph_ = Capture(*prefill_);
+  if (whole && chunk_graph_) return check(cudaGraphLaunch(chunk_graph_.get(), stream_.get()), "cudaGraphLaunch");
+  if (bound_ != tokens) Bind(*prefill_, tokens);
+  bound_ = tokens;
+  Enqueue(*prefill_);
 }
 
 void Session::Reset(int row) {
@@ -218,12 +236,8 @@ void Session::Advance(const int32_t* ids, int tokens) {
   for (int start = 0; start < tokens; start += chunk_) {
     const int now = std::min(chunk_, tokens - start);
     Upload(ids + start, now, tokens);
-    if (now > 1) {
-      Bind(*prefill_, now);
-      Enqueue(*prefill_);
-    } else {
-      Step();
-    }
+    if (now > 1) Chunk(now);
+    else Step();
     for (int32_t& seen : position_) seen += now;
   }
 }

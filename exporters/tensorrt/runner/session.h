@@ -19,14 +19,14 @@ using Device = std::unique_ptr<void, Release<cudaFree>>;
 using Pinned = std::unique_ptr<void, Release<cudaFreeHost>>;
 using Stream = std::unique_ptr<std::remove_pointer_t<cudaStream_t>, Release<cudaStreamDestroy>>;
 using Event = std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, Release<cudaEventDestroy>>;
-using StepGraph = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, Release<cudaGraphExecDestroy>>;
+using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, Release<cudaGraphExecDestroy>>;
 
 class Session {
  public:
   static constexpr int kAll = -1;  // rows
 
-  // `graph`: whether the step is replayed as a CUDA graph; `chunk`: the most tokens of one call, at most the engine's
-  // for one sequence.
+  // `graph`: whether steps, and calls of a whole chunk that come again, are replayed as CUDA graphs; `chunk`: the most
+  // tokens of one call, at most the engine's for one sequence.
   Session(Engine& engine, int batch, bool graph, int chunk);
   ~Session();
 
@@ -68,7 +68,8 @@ class Session {
   void Upload(const int32_t* ids, int tokens, int stride);
   void Enqueue(nvinfer1::IExecutionContext& context);
   void Step();
-  void Capture();
+  void Chunk(int tokens);
+  Graph Capture(nvinfer1::IExecutionContext& context);
   State Make(const nlohmann::json& described) const;
   void* Place(int tensor, int row, size_t bytes) const;
 
@@ -84,7 +85,10 @@ class Session {
   Pinned host_input_, host_logits_;
   size_t ids_at_;
   std::unique_ptr<nvinfer1::IExecutionContext> step_, prefill_;
-  StepGraph graph_;
+  bool graphs_;
+  bool in_chunks_;  // else a chunk is a step after the other, which are too many launches for a graph
+  int bound_ = 0;  // tokens that the last call of `prefill_` had
+  Graph step_graph_, chunk_graph_;
 };
 
 }  // namespace liger
