@@ -457,7 +457,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": lambda: peers(engines=("ligerexport", "llama.cpp")),
 }  # fmt: skip
 for made in (
-    report_trt.verified, report_trt.speed, report_trt.products, report_trust.promises, report_trust.faults,
+    report_trt.verified, report_trt.goals, report_trt.contexts, report_trt.prompts, report_trt.builds,
+    report_trt.overlap, report_trt.layer, report_trt.products, report_trust.promises, report_trust.faults,
     report_trust.hostile, report_trust.drift, report_trust.concurrency,
 ):  # fmt: skip
     name = f"{made.__module__.removeprefix('report_')}_{made.__name__}"

@@ -1,4 +1,4 @@
-"""Tables of the engines of TensorRT, as header and rows."""
+"""Tables of the engines of TensorRT, as header and rows; run alone, it draws steps against context."""
 
 from __future__ import annotations
 
@@ -52,28 +52,133 @@ def products() -> Table:
     return ["8B shape", "weight", "1 row", "16 rows", "1 row of SmolLM2-135M"], rows
 
 
-def speed() -> Table:
-    """Engines with the plugin: steps, prompts, builds."""
-    data, transformer = _result("trt"), _result("transformer_gpu")
-    small, large = data["smollm2"], data["8b"]
-    floor = large["weight_bytes_read"] / transformer["bandwidth"]["copy"] * 1e3
-    share = large["profile_ms"]["mixers"] / sum(large["profile_ms"].values())
-    rows = [
-        ["SmolLM2-135M, a step of 1 sequence", f"{small['batch 1']['step']['median_ms']:.2f} ms"],
-        ["SmolLM2-135M, a step of 16", f"{small['batch 16']['step']['median_ms']:.2f} ms"],
-        ["SmolLM2-135M, engine built in", f"{small['batch 1']['build_seconds']:.0f} s"],
-        ["8B shape, a step of 1 sequence", f"{large['step']['median_ms']:.2f} ms"],
-        ["of that the time to read its weights once", f"{floor:.2f} ms, {floor / large['step']['median_ms']:.0%}"],
-        ["8B shape, the mixers' share of a step, by layers", f"{share:.0%}"],
-        ["8B shape, 8,192 tokens of prompt in calls of 1,024", f"{large['prefill']['median_ms']:.0f} ms"],
-        ["8B shape, engine built in, with at most", f"{large['build_seconds']:.0f} s, "
-         f"{large['peak_host_bytes'] / 1e9:.0f} GB of RAM"],
-        ["8B shape, on the device, whatever the length", f"{large['device_bytes'] / 1e9:.1f} GB"],
+def _floor(batch: int) -> float:
+    """Return milliseconds that a step of the 8B shape must take: weights and slots read once at the copy bandwidth."""
+    big, transformer = _result("trt")["8b"], _result("transformer_gpu")
+    state = big["batch 16"]["state_bytes"] / 16 * batch
+    return (big["weight_bytes_read"] + state) / transformer["bandwidth"]["copy"] * 1e3
+
+
+def _transformers(what: str) -> dict[tuple[int, int], dict[str, Any]]:
+    """Return the Transformer's rows by batch and context."""
+    return {(x["batch"], x["context"]): x for x in _result("transformer_gpu")["rows"] if x["what"] == what}
+
+
+def _milliseconds(times: dict[str, float]) -> str:
+    return f"{times['median_ms']:.2f} ({times['p10_ms']:.2f}-{times['p90_ms']:.2f})"
+
+
+def _best(row: dict[str, Any]) -> dict[str, float]:
+    """Return the faster of both attention kernels."""
+    return min((row["flash"], row["cudnn"]), key=lambda times: times["median_ms"])
+
+
+def goals() -> Table:
+    """Steps against their floors and goals."""
+    data = _result("trt")
+    big, small = data["8b"], data["smollm2"]
+    one, many = (big[f"batch {n}"] for n in (1, 16))
+    share = one["mixers_ms"] / one["layers_ms"]
+    over = many["step"]["median_ms"] / _floor(16)
+    return ["one H100, fp16", "milliseconds, 10-90%", "goal", "reached"], [
+        ["8B shape, a step of 1 sequence", _milliseconds(one["step"]), "85% of the floor",
+         f"{_floor(1) / one['step']['median_ms']:.0%} of {_floor(1):.2f}"],
+        ["8B shape, a step of 16", _milliseconds(many["step"]), "1.25 times the floor",
+         f"{over:.2f} times {_floor(16):.2f}"],
+        ["SmolLM2-135M, a step of 1", _milliseconds(small["batch 1"]["step"]), "0.6 ms", ""],
+        ["SmolLM2-135M, a step of 16", _milliseconds(small["batch 16"]["step"]), "", ""],
+        ["8B shape, the mixers' share of a step, by layers", "", "10%", f"{share:.1%}"],
     ]  # fmt: skip
-    for row in transformer["rows"]:
-        if row["batch"] == 1 and row["what"] == "step" and "cudnn" in row:
-            cell = f"{row['cudnn']['median_ms']:.2f} ms, {row['device_bytes'] / 1e9:.1f} GB"
-            rows.append([f"a Transformer's step of that shape after {row['context']:,} tokens", cell])
-        if row["what"] == "prefill" and row["context"] == 8192:
-            rows.append(["a Transformer's prompt of 8,192 tokens", f"{row['cudnn']['median_ms']:.0f} ms"])
-    return ["one H100, fp16", ""], rows
+
+
+def contexts() -> Table:
+    """Steps of the 8B shape against the Transformer's, by context."""
+    big, rows = _result("trt")["8b"], []
+    steps = _transformers("step")
+    for context in sorted({context for _, context in steps}):
+        cells = [f"{context:,}"]
+        for batch in (1, 16):
+            ours, theirs = big[f"batch {batch}"], steps[batch, context]
+            cells.append(f"{ours['step']['median_ms']:.2f} ms, {ours['device_bytes'] / 1e9:.1f} GB")
+            if "error" in theirs:
+                cells.append(theirs["error"])
+                continue
+            weights_and_cache = steps[1, 1024]["device_bytes"] - steps[1, 1024]["kv_bytes"] + theirs["kv_bytes"]
+            cells.append(f"{_best(theirs)['median_ms']:.2f} ms, {weights_and_cache / 1e9:.1f} GB")
+        rows.append(cells)
+    return ["tokens of context", "1 sequence", "Transformer", "16 sequences", "Transformer"], rows
+
+
+def prompts() -> Table:
+    """Prompts of the 8B shape and of SmolLM2."""
+    data, theirs = _result("trt"), _transformers("prefill")
+    rows = []
+    for x in data["8b"]["batch 1"]["prefill"]:
+        peer = _best(theirs[1, x["tokens"]])
+        cells = [f"{x['median_ms']:.0f} ms", f"{peer['median_ms']:.0f} ms"]
+        rows.append([f"8B shape, {x['tokens']:,} tokens", *cells, f"{peer['median_ms'] / x['median_ms']:.2f} times"])
+    for x in data["smollm2"]["batch 1"]["prefill"]:
+        rows.append([f"SmolLM2-135M, {x['tokens']:,} tokens", f"{x['median_ms']:.1f} ms", "", ""])
+    return ["prompt", "engine", "Transformer", "faster"], rows
+
+
+def builds() -> Table:
+    """What building takes."""
+    data = _result("trt")
+    engine, small = data["8b"]["engine"], data["smollm2"]["batch 1"]
+    return ["engine", "built in", "host memory"], [
+        ["8B shape, calls of 8,192 tokens, up to 16 sequences", f"{engine['build_seconds']:.0f} s",
+         f"{engine['peak_host_bytes'] / 1e9:.0f} GB"],
+        ["SmolLM2-135M, calls of 1,024 tokens, up to 16 sequences", f"{small['build_seconds']:.0f} s", ""],
+    ]  # fmt: skip
+
+
+def overlap() -> Table:
+    """Steps whose launches overlap or follow each other."""
+    rows = []
+    for name, x in _result("trt")["overlap"].items():
+        if "batch" in name:
+            model, _, batch = name.partition(" batch ")
+            title = {"8b": "8B shape", "smollm2": "SmolLM2-135M"}[model]
+            cells = [_milliseconds(x[how]) for how in ("one after the other", "overlap")]
+            rows.append([f"{title}, a step of {batch}", *cells])
+    return ["milliseconds, 10-90%", "one after the other", "overlapping"], rows
+
+
+def layer() -> Table:
+    """A layer of the 8B shape while it reads a prompt."""
+    rows = []
+    for tokens, x in _result("trt")["prompt of one layer"].items():
+        if not tokens.isdigit():
+            continue
+        ours = [f"{x[name]:.2f} ({x[f'cublas {name}']:.2f})" for name in ("qkv", "o", "gate_up", "down")]
+        rows.append([f"{int(tokens):,}", *ours, f"{x['norm and learned score']:.2f}", f"{x['mixer']:.2f}"])
+    header = ["tokens", "qkv", "o", "gate_up, with norm and gated unit", "down", "norm and learned score", "mixer"]
+    return header, rows
+
+
+def plot(file: Path) -> None:
+    """Draw steps of the 8B shape against context."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "trt"
+    from matplotlib import pyplot
+
+    big, steps = _result("trt")["8b"], _transformers("step")
+    contexts = sorted({context for _, context in steps})
+    figure, axis = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    for batch, style, who in ((1, "-", "1 sequence"), (16, "--", "16 sequences")):
+        found = [(n, _best(steps[batch, n])["median_ms"]) for n in contexts if "error" not in steps[batch, n]]
+        axis.plot(*zip(*found, strict=True), f"C1{style}", marker="o", label=f"Transformer, {who}")
+        axis.plot(contexts, [big[f"batch {batch}"]["step"]["median_ms"]] * len(contexts), f"C0{style}", marker="o",
+                  label=f"ligerexport, {who}")  # fmt: skip
+    axis.set(xlabel="tokens of context", ylabel="milliseconds a step", xscale="log", ylim=(0, None))
+    axis.set_xticks(contexts, [f"{n // 1024}K" for n in contexts])
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    figure.savefig(file, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    plot(RESULTS.parent.parent / "docs" / "images" / "steps.svg")

@@ -39,7 +39,7 @@ SOURCES = Path(__file__).resolve().parent.parent / "exporters" / "tensorrt"
 CORE = ("pack.cc", "plan.cc", "node.cc", "mixer.cc", "linear.cc", "face.cc")
 RUNNER = ("capi.cc", "session.cc", "engine.cc")
 UNUSED = ("libcublas.so.11", "libcublasLt.so.11", "libcudnn.so.8")
-"""What libraries of TensorRT 8 name and our engines never call; empty ones do where they are not installed."""
+"""What libraries of TensorRT 8 name and our engines never call; made up where they are not installed."""
 GREEDY = 64
 """Tokens that an engine generates by itself."""
 MOST_DIVERGENCE = 0.02
@@ -88,18 +88,27 @@ def find_driver() -> Path:
     return Path(places[0] if places else "/usr/lib/x86_64-linux-gnu/libcuda.so.1")
 
 
+def make_stubs(log: Log, needing: Path, folder: Path) -> None:
+    """Make libraries with the functions of `UNUSED` that a library names, none of which does anything."""
+    folder.mkdir(exist_ok=True)
+    named = subprocess.run(["nm", "-D", "--undefined-only", needing], capture_output=True, text=True, check=True).stdout
+    for name in UNUSED:
+        functions = [word.partition("@")[0] for word in named.split() if word.endswith(f"@{name}")]
+        source, versions = folder / f"{name}.c", folder / f"{name}.map"
+        source.write_text("".join(f"void {function}(void) {{}}\n" for function in functions))
+        versions.write_text(f"{name} {{ *; }};\n")
+        flags = ["-shared", "-fPIC", f"-Wl,-soname,{name}", f"-Wl,--version-script,{versions}"]
+        log.run(f"stub {name}", ["gcc", *flags, source, "-o", folder / name])
+
+
 def compile_all(log: Log, given: argparse.Namespace, work: Path) -> None:
     """Compile plugin and runner."""
     includes = [word for folder in given.include.split(":") for word in ("-I", folder)]
     versions = [Path(x) / "NvInferVersion.h" for x in given.include.split(":")]
     text = next(path.read_text() for path in versions if path.exists())
     old = "NV_TENSORRT_MAJOR 8" in text or "TRT_MAJOR_ENTERPRISE 8" in text
-    stubs = work / "stubs"
-    stubs.mkdir(exist_ok=True)
-    (stubs / "empty.cc").write_text("")
-    for name in UNUSED if old else ():
-        empty = [stubs / "empty.cc", "-o", stubs / name]
-        log.run(f"stub {name}", ["g++", "-shared", "-fPIC", f"-Wl,-soname,{name}", *empty])
+    if old:
+        make_stubs(log, library(given.tensorrt, "libnvinfer_plugin"), work / "stubs")
     nvcc = [given.nvcc, "-std=c++17", "-O2", *includes, "-Xcompiler", "-Wno-deprecated-declarations"]
     nvinfer, nvonnxparser = (library(given.tensorrt, name) for name in ("libnvinfer", "libnvonnxparser"))
     unresolved = ["-Xlinker", "--allow-shlib-undefined"]

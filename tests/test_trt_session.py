@@ -28,6 +28,7 @@ import ligerexport as lx
 from ligerexport.artifact import ArtifactWriter, ByteCounts, Graph, StateTensor, TensorInfo, open_artifact
 from ligerexport.cli import main
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError
+from ligerexport.exporters.tensorrt.engine import calls
 from ligerexport.exporters.tensorrt.session import PLUGIN_VARIABLE, VARIABLE, TensorRTSession, open_runner
 from ligerexport.snapshot import Snapshot
 
@@ -51,7 +52,8 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """The runner's library against either version of the fake, with a plugin and the command beside it."""
     place = tmp_path_factory.mktemp(f"runner{request.param}")
     made = place / "libliger_run.so"
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-DNV_TENSORRT_MAJOR={request.param}", f"-I{FAKE}"]
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-DNV_TENSORRT_MAJOR={request.param}"]
+    flags += ["-DNV_TENSORRT_MINOR=5", f"-I{FAKE}"]
     shared = ["-shared", "-fPIC", "-fvisibility=hidden"]
     sources = [RUNNER / name for name in ("capi.cc", "session.cc", "engine.cc")]
     sources += [FAKE / name for name in ("cuda.cc", "tensorrt.cc")]
@@ -122,6 +124,47 @@ def test_any_cut(artifact: Path, chunk: int | None, cut: int) -> None:
     for name, x in state.items():
         np.testing.assert_array_equal(found[name][0], x)
     assert session.state_bytes == sum(x.nbytes for x in state.values())
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_chunks_that_come_again(artifact: Path, graph: bool) -> None:
+    """A whole chunk is replayed, with calls of other sizes in between, in any state."""
+    session = TensorRTSession(open_artifact(artifact), graph=graph)
+    for _ in range(2):
+        seen = 0
+        for tokens in (CHUNK, 5, 2 * CHUNK, 3, CHUNK, 1):
+            seen += tokens
+            np.testing.assert_array_equal(session.prefill(IDS[seen - tokens : seen])[0], expected(IDS[:seen])[0])
+        session.reset()
+
+
+def test_many_sequences_share_a_chunk(tmp_path: Path) -> None:
+    """The memory for a call is of as many tokens for one sequence as for many, but for 128 of each."""
+    path = make_artifact(tmp_path / "a")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["graph"]["max_chunk"] = 600
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    ids = np.random.default_rng(2).integers(0, toy.VOCAB, 700)
+    session = lx.load(path, batch=MOST)
+    (engine,) = path.glob("*.engine")
+    assert json.loads(engine.read_text())["profiles"] == [[1, 1], [MOST, 1], [1, 600], [MOST, 150]]
+    assert calls(MOST, 600) == [(1, 1), (MOST, 1), (1, 600), (MOST, 150)]
+    for made in (session, session.sibling(2), session.sibling(1)):
+        rows = np.stack([np.roll(ids, row) for row in range(made.batch)])
+        np.testing.assert_array_equal(made.prefill(rows), [expected(row)[0] for row in rows])
+    assert calls(8, 600)[3] == (8, 128) and calls(8, 40)[3] == (8, 40) and calls(1, 1) == [(1, 1), (1, 1)]
+
+
+def test_an_engine_of_other_profiles(artifact: Path) -> None:
+    """One that an earlier runner built, which had three."""
+    lx.load(artifact, batch=2)
+    (engine,) = artifact.glob("*.engine")
+    made = json.loads(engine.read_text())
+    del made["profiles"][2]
+    engine.write_text(json.dumps(made))
+    with pytest.raises(ArtifactError, match="built by another version") as caught:
+        lx.load(artifact, batch=2)
+    assert "--build" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("graph", [True, False])

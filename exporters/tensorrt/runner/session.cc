@@ -66,7 +66,7 @@ Event event(unsigned flags) {
 }
 
 // The memory that a context computes in is given to it, for two to share.
-#if NV_TENSORRT_MAJOR >= 10
+#if NV_TENSORRT_MAJOR > 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR >= 1)
 nvinfer1::IExecutionContext* create_context(nvinfer1::ICudaEngine& engine) {
   return engine.createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED);
 }
