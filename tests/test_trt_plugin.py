@@ -297,7 +297,7 @@ def check_steps(
 
 
 def test_what_waits_may_overlap(harness: Path, packed: Packed) -> None:
-    """Steps and products of few rows, which wait for the launch before them; nothing if not wanted, nor what else is."""
+    """Steps and products of few rows, which wait for the launch before them; nothing if not wanted, and no other."""
     words = ["run", packed.file, 90, "fp16", *attributes(FORESIGHT)]
     first, dtype = PRODUCTS["first"]
     product = ["product", packed.file, 90, dtype, layer_digest(spec_fields(first)), CONTRACT, 96, 64, 1, 0, 0, 0, 3]
