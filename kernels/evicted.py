@@ -81,8 +81,10 @@ def evicted_recurrence(
         turned = rotate(query.to(dtype), cos, sin).unflatten(2, (heads, -1)) * spec.scale  # nothing in channel 0
         mean = (turned * sums[..., None, :]).sum(dim=-1) / count.clamp_min(1)  # [B, T, H_kv, G]
         features = (turned + (1 - mean)[..., None] * one).flatten(2, 3)
-        q, k = features.to(query.dtype), key.to(query.dtype)
-        read, state = linear_attention(q, k, value, torch.zeros_like(k), initial_state=state)
+        # sums of many values are beyond fp16, whose operands the kernels take in bf16 anyway
+        narrow = torch.bfloat16 if query.dtype == torch.float16 else query.dtype
+        q, k, v = (x.to(narrow) for x in (features, key, value))
+        read, state = linear_attention(q, k, v, torch.zeros_like(k), initial_state=state)
 
         there = (count > 0).expand_as(mean)
         logit = mean + torch.where(there, count * spec.config.recurrence_weight, 1.0).log()

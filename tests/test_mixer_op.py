@@ -191,3 +191,16 @@ def test_exact_slots_beyond_the_rotary_cap_read_as_at_the_cap() -> None:
     )
     assert (output[:, CAP:] - output[:, CAP : CAP + 1]).abs().max() <= OP_FP64
     assert (output[:, 5:CAP] - output[:, CAP : CAP + 1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_evicted_values_do_not_overflow(dtype: torch.dtype) -> None:
+    """Their sum is beyond fp16 long before a text ends; what is read is their mean."""
+    spec = MixerSpec(EVICTED, 2, 1, 8, 8, 8**-0.5, 64)
+    rotary, count = rotary_table(10.0 ** -torch.arange(4.0), 64, BLOCK), 30_000
+    state = spec.initial_state(1, dtype, "cpu")
+    state["recurrent_mass"][..., 0] = count
+    state["recurrent_state"][..., 0, :] = 4.0 * count
+    query, key = torch.zeros(1, 1, 2, 8, dtype=dtype), torch.zeros(1, 1, 1, 8, dtype=dtype)
+    output, _ = liger_mixer(query, key, key, torch.tensor([count]), state, spec, rotary)
+    torch.testing.assert_close(output.float(), torch.full_like(output, 4.0).float(), rtol=1e-2, atol=0)
