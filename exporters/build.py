@@ -55,7 +55,7 @@ def build(
         output: Directory to make; None is the target's name inside the checkpoint.
         target: Row of `TARGETS`.
         lowering: How the mixer is written; None takes the target's default.
-        max_chunk: Most tokens of one call; None is 1,024 for `trt` and 128 for others.
+        max_chunk: Most tokens of one call; None is 128, and for `trt` 1,024 where positions reach as far.
         weights: Row of `WEIGHTS`; None takes the target's default. For GPUs also what products run in.
         block: Elements of a row that share a scale, for int8 and int4.
         sms: Compute capabilities of GPUs, 87 for 8.7; None takes all that the target can be built for.
@@ -78,8 +78,7 @@ def build(
         MissingDependency: The extra of the target is not installed.
     """
     row, lowering, weights = _resolve(target, lowering, weights, block)
-    max_chunk = row.chunk if max_chunk is None else max_chunk
-    if max_chunk < 1:
+    if max_chunk is not None and max_chunk < 1:
         raise UsageError(f"max_chunk {max_chunk}", hint="a call takes at least one token")
 
     from ligerexport.artifact import Artifact, ArtifactWriter
@@ -88,7 +87,7 @@ def build(
     from ligerexport.exporters.onnx.genai import check_genai, write_genai
     from ligerexport.exporters.onnx.spec import read_spec
     from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
-    from ligerexport.exporters.tensorrt.package import check_layers, choose_gpu, package
+    from ligerexport.exporters.tensorrt.package import check_layers, choose_chunk, choose_gpu, package
     from ligerexport.exporters.verify import verify_artifact
 
     progress = progress or silent
@@ -97,6 +96,7 @@ def build(
     spec = read_spec(info)
     if gpu is not None:
         check_layers(target, spec)
+    max_chunk = choose_chunk(target, spec, max_chunk)
     if genai:
         check_genai(info.path, target, lowering)
     form = onnx_graph.weight_format(weights, block, lowering, row.typed)

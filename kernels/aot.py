@@ -134,11 +134,8 @@ def _plan(
                 "no kernel is compiled ahead of time for a recurrence with keyed rows",
                 hint="convert with --recurrence-weight 0, or with another gate",
             )
-        absent = {
-            "linear_attention": config.evicts or not config.recurrent,
-            "prefill": config.evicts or config.judged,
-        }
-        wanted += [(name, spec, dtype) for name in operators if not absent.get(name)]
+        absent = "linear_attention" if config.evicts or not config.recurrent else ""
+        wanted += [(name, spec, dtype) for name in operators if name != absent]
     plans: dict[str, Plan] = {}
     kernels: dict[str, Kernel] = {}
     work: dict[tuple[str, int], _Job] = {}

@@ -289,22 +289,20 @@ def _prefill(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Ca
 
 def _prefill_axes(spec: MixerSpec, dtype: torch.dtype) -> dict[str, str]:
     linear = _linear_attention_axes(spec, dtype) if spec.config.recurrent else {"pieces": "cdiv(tokens, tokens)"}
-    return linear | _memory_attention_axes(spec, dtype)
+    return linear | _memory_attention_axes(spec, dtype) | (_judge_axes(spec) if spec.config.judged else {})
 
 
-def _positions(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]:
-    from ligerexport.kernels.fused.prefill import count_positions
+def _judge_axes(spec: MixerSpec) -> dict[str, str]:
+    from ligerexport.kernels.fused.recall_error import segment_tokens
 
-    def run(position: Tensor, positions: Tensor) -> None:
-        tokens, stride = positions.shape
-        count_positions[tokens, -(-position.shape[0] // 64)](position, positions, position.shape[0], stride, BLOCK=64)
+    def segment(tokens: int) -> int:
+        return segment_tokens(1, tokens, spec.kv_heads, spec.d_k, spec.d_v)[0]
 
-    for seed, (batch, tokens) in enumerate(_prefill_sizes(1 << 16)):
-        x = _Inputs(spec, dtype, seed)
-        position = x.add("position", batch, dtype=torch.int32)
-        positions = x.add("positions", tokens, 4 * -(-batch // 4), dtype=torch.int32)
-        run_all = partial(run, position, positions)
-        yield Call({"batch": batch, "tokens": tokens}, x.tensors, run_all, {"positions": "output"})
+    longest = bisect_right(range(1, 1 << 24), segment(1), key=segment)
+    return {
+        "judge_segment": f"{segment(1)} * cdiv(batch * tokens, {longest})",
+        "judge_pieces": "cdiv(tokens, judge_segment)",
+    }
 
 
 def _linear(spec: LinearSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]:
@@ -342,9 +340,8 @@ OPERATORS: dict[str, Operator] = {
         _prefill, _prefill_axes, LINEAR_ATTENTION_TABLES, by="pieces",
         limits=lambda spec, max_batch: {"tokens": spec.max_distance + 1},
     ),
-    "positions": Operator(_positions),
 }  # fmt: skip
 """What can be compiled: one token with everything; of whole chunks the recurrence, the memory's softmax, and both as
-the op mixes them; and the positions of all tokens, rows at multiples of `ALIGNMENT`, for a step after the other."""
+the op mixes them."""
 PRODUCT = Operator(_linear, by="rows")
 """What is compiled of a `LinearSpec`."""

@@ -214,7 +214,7 @@ print(json.dumps(cases))
                 assert resolve(value, axes) == expected, (kernel, value, axes)
         shapes = {name: [evaluate(x, axes) for x in buffer["shape"]] for name, buffer in plan["buffers"].items()}
         assert shapes == case["shapes"]
-    assert {name for name, _ in checked} == {"step", "linear_attention", "memory_attention", "prefill", "positions"}
+    assert {name for name, _ in checked} == {"step", "linear_attention", "memory_attention", "prefill"}
     assert scored == {("step", "score"), ("memory_attention", "arrival"), ("prefill", "score")}
     assert {count for name, count in checked if name == "linear_attention"} == {3, 5}
 
@@ -390,7 +390,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
     major, minor = torch.cuda.get_device_capability()
     sm, place = 10 * major + minor, tmp_path_factory.mktemp("device")
-    operators = ("step", "linear_attention", "memory_attention", "prefill", "positions")
+    operators = ("step", "linear_attention", "memory_attention", "prefill")
     aot.compile_kernels([MEMORY, PLAIN], "bf16", [sm], place / "cubins", operators=operators, max_batch=8, jobs=1)
     torch.zeros(1, device="cuda")  # makes the context
     return Driver(place / "cubins", sm)
@@ -494,12 +494,3 @@ def test_prefill_on_a_gpu(driver: Driver, batch: int, tokens: int) -> None:
         for name, x in state.items():
             assert error(outputs[f"present_{name}"], x) < FUSED_BF16, name
         past, position = state, position + tokens
-
-
-@pytest.mark.gpu
-def test_positions_on_a_gpu(driver: Driver) -> None:
-    position = torch.tensor([-3, 0, 1 << 20, 5, 9], device="cuda", dtype=torch.int32)
-    positions = torch.zeros(130, 8, device="cuda", dtype=torch.int32)
-    driver.run("positions", {"batch": 5, "tokens": 130}, {"position": position, "positions": positions})
-    assert torch.equal(positions[:, :5], position + torch.arange(130, device="cuda", dtype=torch.int32)[:, None])
-    assert not positions[:, 5:].any()

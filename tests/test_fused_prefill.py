@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from ligerexport.config import PRESETS, LigerConfig
-from ligerexport.kernels.fused.prefill import count_positions, prefill
+from ligerexport.kernels.fused.prefill import prefill
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.state import MixerSpec
 from tests.tolerances import FUSED_FP32
@@ -22,6 +22,8 @@ CONFIGS = {
     "weighted": replace(SMALL, slots=(("recent_use", 5),), recurrence_weight=0.3, attention_weight=0.6),
     "sinks": SMALL,
     "foresight": replace(SMALL, slots=(("recent_use", 3), ("learned", 4))),
+    "judged": replace(SMALL, slots=(("novelty", 3), ("recent_use", 4))),
+    "evicted": replace(PRESETS["evicted"].config, window=8, sinks=2, slots=(("recent_use", 3), ("learned", 4))),
 }
 
 
@@ -29,11 +31,11 @@ def layer(config: LigerConfig) -> MixerSpec:
     return MixerSpec(config, 4, 2, 32, 48, 32**-0.5, 200)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_chunk_is_the_op(name: str) -> None:
+@pytest.mark.parametrize(("name", "tokens"), [*((name, 20) for name in CONFIGS), ("evicted", 150), ("judged", 150)])
+def test_a_chunk_is_the_op(name: str, tokens: int) -> None:
     spec = layer(CONFIGS[name])
     rotary = rotary_table(10.0 ** (-torch.arange(16, device=DEVICE) / 4), spec.max_distance, BLOCK)
-    position, tokens = torch.tensor([-7, 90], device=DEVICE), 20
+    position = torch.tensor([-7, 90], device=DEVICE)
     state = spec.initial_state(2, torch.float32, DEVICE)
     narrow = {key: x.int() if x.dtype == torch.int64 else x for key, x in state.items()}  # as callers have it
     for _ in range(2):
@@ -53,20 +55,3 @@ def test_a_chunk_is_the_op(name: str) -> None:
             found, wanted = (torch.where(mask, x[key], 0.0) for x in (narrow, state))
             torch.testing.assert_close(found, wanted, rtol=FUSED_FP32, atol=FUSED_FP32)
         position = position + tokens
-
-
-def test_judged_layers_are_refused() -> None:
-    spec = layer(replace(SMALL, slots=(("novelty", 4),)))
-    empty = torch.empty(1, 2, 4, 32)
-    with pytest.raises(ValueError, match="launches alone"):
-        prefill(empty, empty, empty, None, torch.zeros(1), {}, spec, empty)
-
-
-@pytest.mark.parametrize("batch", [1, 5, 70])
-def test_positions_are_counted(batch: int) -> None:
-    position = torch.arange(batch, device=DEVICE, dtype=torch.int32) * 1000 - 3
-    stride = 4 * -(-batch // 4)
-    found = torch.full((11, stride), -9, device=DEVICE, dtype=torch.int32)
-    count_positions[11, -(-batch // 64)](position, found, batch, stride, BLOCK=64)
-    assert torch.equal(found[:, :batch], position + torch.arange(11, device=DEVICE, dtype=torch.int32)[:, None])
-    assert (found[:, batch:] == -9).all()

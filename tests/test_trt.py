@@ -28,9 +28,11 @@ from ligerexport.console import silent
 from ligerexport.doctor import examine
 from ligerexport.errors import LigerError, MissingDependency, UsageError, VerificationError
 from ligerexport.exporters.onnx import evaluation
+from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.exporters.targets import TARGETS
 from ligerexport.exporters.tensorrt import machine, pack, package
 from ligerexport.exporters.tensorrt.engine import build_engine, check_engine
+from ligerexport.exporters.tensorrt.package import choose_chunk
 from ligerexport.exporters.tensorrt.session import VARIABLE
 
 
@@ -235,6 +237,20 @@ def test_engine_of_tensorrt(
     assert shapes["input_ids"] == [[[1, 1], most, most] for most in ([1, 1], [4, 1], [1, 48], [4, 48])]
     assert shapes["past.1.slot_position"] == [[[1, 2, 26], [b, 2, 26], [b, 2, 26]] for b in (1, 4, 1, 4)]
     assert "set_compute_capability" not in asked
+
+
+def test_calls_are_no_longer_than_positions_reach(tmp_path: Path) -> None:
+    """The plugin's kernels tell distances by the rotary table; 1,024 tokens are the default where that is longer."""
+    checkpoint = make_checkpoint(tmp_path / "model", MEMORY)
+    spec = read_spec(checkpoint)
+    reach = spec.mixers[0].max_distance
+    assert choose_chunk("trt", spec, None) == choose_chunk("trt", spec, reach + 1) == reach + 1 < 1024
+    assert choose_chunk("trt", spec, 7) == 7 and choose_chunk("trt-rtx", spec, None) == 128
+    longer = replace(spec, mixers=tuple(replace(x, max_distance=4000) for x in spec.mixers))
+    assert choose_chunk("trt", longer, None) == 1024
+    with pytest.raises(UsageError, match=f"reach over {reach}") as caught:
+        lx.build(checkpoint, tmp_path / "a", target="trt", engine=False, sms=(90,), max_chunk=reach + 2)
+    assert caught.value.hint == f"--max-chunk {reach + 1}" and not (tmp_path / "a").exists()
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

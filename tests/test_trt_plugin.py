@@ -177,8 +177,8 @@ def check_launches(
                 assert int(number) == evaluate(value["integer"], axes)
 
 
-def strides(spec: MixerSpec, *sizes: int, rows: int = 1, joint: bool = False) -> dict[str, int]:
-    """Return strides of `[*sizes, H, d]`, each of the first axis `rows` rows long, contiguous or side by side."""
+def strides(spec: MixerSpec, *sizes: int, joint: bool = False) -> dict[str, int]:
+    """Return strides of `[*sizes, H, d]`, contiguous or side by side."""
     found = {}
     whole = (spec.q_heads + spec.kv_heads) * spec.d_k + spec.kv_heads * spec.d_v
     for name, heads, width in (
@@ -187,7 +187,6 @@ def strides(spec: MixerSpec, *sizes: int, rows: int = 1, joint: bool = False) ->
         stride = list(torch.empty(*sizes, heads, width, device="meta").stride())[:-1]
         if joint:
             stride[:-1] = [x // (heads * width) * whole for x in stride[:-1]]
-        stride[0] *= rows
         found |= {f"{name}_stride_{i}": x for i, x in enumerate(stride)}
     return found
 
@@ -211,15 +210,13 @@ def test_launches_are_what_python_evaluates(
         plan, axes = choose(plans_of(packed, spec, "step"), {"batch": batch} | strides(spec, batch, joint=joint))
         check_launches(list(launches(text)), packed.manifest, plan, axes, memory)
         memory.check_apart()
-    elif not (spec.config.judged or spec.config.evicts):
+    else:
         sizes = {"batch": batch, "tokens": tokens}
         plan, axes = choose(plans_of(packed, spec, "prefill"), sizes | strides(spec, batch, tokens, joint=joint))
         check_launches(list(launches(text)), packed.manifest, plan, axes, memory)
         memory.check_apart()
         check_copies(text, plan, axes, memory)
         check_tables(text, axes, memory)
-    else:
-        check_steps(text, packed, spec, batch, tokens, memory, joint)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -261,39 +258,6 @@ def check_tables(text: str, axes: dict[str, int], memory: Memory) -> None:
     assert {address for address, *_ in uploads} == set(names)
     for address, *rows in uploads:
         assert rows == torch.tensor(table(names[address], axes)).flatten().tolist()
-
-
-def check_steps(
-    text: str, packed: Packed, spec: MixerSpec, batch: int, tokens: int, memory: Memory, joint: bool
-) -> None:
-    """Without kernels for a chunk, the step runs on a token after the other."""
-    first, *steps = launches(text)
-    plan, axes = choose(plans_of(packed, spec, "positions"), {"batch": batch, "tokens": tokens})
-    check_launches([first], packed.manifest, plan, axes, memory)
-    positions = memory.known["positions"]
-    axes = {"batch": batch} | strides(spec, batch, rows=tokens, joint=joint)
-    plan, axes = choose(plans_of(packed, spec, "step"), axes)
-    each = len(plan["launches"])
-    assert len(steps) == tokens * each
-    rows = [line.split()[1:] for line in text.splitlines() if line.startswith("rows ")]
-    scores = rows[:: 2 if spec.config.foresees else len(rows)]
-    rows = rows[1::2] if spec.config.foresees else rows
-    widths = {"query": spec.q_heads * spec.d_k, "key": spec.kv_heads * spec.d_k, "value": spec.kv_heads * spec.d_v}
-    widths = dict.fromkeys(widths, sum(widths.values())) if joint else widths
-    for t, copy in enumerate(rows):
-        now = Memory(spec, memory.workspace, joint)
-        if spec.config.foresees:
-            row, score = 4 * spec.kv_heads, now.known["score"]
-            now.known["score"] = int(scores[t][0])
-            assert [int(x) for x in scores[t]] == [now.known["score"], row, score + t * row, tokens * row, row, batch]
-        for name, width in widths.items():
-            now.known[name] += t * width * 2
-        now.known["position"] = positions + t * 4 * (-(-batch // 4) * 4)
-        mixed = now.known["output"] = int(copy[2])
-        assert WORKSPACE <= mixed < WORKSPACE + memory.workspace
-        check_launches(steps[t * each : (t + 1) * each], packed.manifest, plan, axes, now)
-        row = 2 * spec.q_heads * spec.d_v
-        assert [int(x) for x in copy] == [MIXED + t * row, tokens * row, mixed, row, row, batch]
 
 
 def test_what_waits_may_overlap(harness: Path, packed: Packed) -> None:
@@ -383,7 +347,7 @@ def test_an_error_shows_no_bytes_that_a_terminal_obeys(harness: Path, packed: Pa
 
 def test_equal_code_is_packed_once(packed: Packed) -> None:
     cubins = [cubin for x in packed.manifest["kernels"].values() for cubin in x["cubins"].values()]
-    assert packed.file.stat().st_size < sum({x["sha256"]: x["bytes"] for x in cubins}.values()) + 60_000
+    assert packed.file.stat().st_size < sum({x["sha256"]: x["bytes"] for x in cubins}.values()) + 80_000
 
 
 def test_keyed_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from ligerexport.state import MixerSpec
 
 PACK = "kernels.liger"
 MAGIC = b"LIGERPK2"
-OPERATORS = ("step", "prefill", "positions")  # of a mixer
+OPERATORS = ("step", "prefill")  # of a mixer
 TYPES = ("*", "i32", "i64", "fp32")
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4, "i32": 4, "i64": 8}
 ROLES = ("input", "output", "state", "scratch", "persistent", "table")

@@ -109,6 +109,24 @@ def check_layers(target: str, spec: ModelSpec) -> None:
         )
 
 
+def choose_chunk(target: str, spec: ModelSpec, wanted: int | None) -> int:
+    """Return the most tokens of one call; the plugin's kernels take no more than rotary embedding reaches.
+
+    Raises:
+        UsageError: It is to be more.
+    """
+    default = get_target(target).chunk
+    if target != "trt":
+        return default if wanted is None else wanted
+    longest = min(layer.max_distance + 1 for layer in spec.mixers if layer is not None)
+    if wanted is not None and wanted > longest:
+        raise UsageError(
+            f"calls of {wanted:,} tokens, and positions of this model reach over {longest - 1:,}",
+            hint=f"--max-chunk {longest}",
+        )
+    return wanted or min(default, longest)
+
+
 _LATER = "--no-engine, and liger-run makes the engine on the device"
 
 

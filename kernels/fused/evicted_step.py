@@ -30,19 +30,46 @@ def evicted_step(
         lost: Fp32, for each KV head of each sequence the softmax's output `[G, d_v]`, key `[d_k]` and value `[d_v]`
             that lost their place, base-2 logarithms of the softmax's denominators `[G]`, and 1 if there is any.
     """
-    config, rotated = spec.config, rotary.shape[-1]
-    distance = min(config.recurrence_distance, spec.max_distance)
+    places, slow_sine = rotary_places(spec, rotary)
     precision = "tf32x3" if query.dtype == torch.float32 else "tf32"
     _evicted_step_kernel[(query.shape[0] * spec.kv_heads,)](
         query, position, index, rotary, out, state["recurrent_state"], state["recurrent_mass"], lost,
-        query.stride(0), query.stride(1), spec.scale, math.log2(config.recurrence_weight),
-        math.sin(math.pi / 2 / distance), H=spec.kv_heads, G=spec.q_heads // spec.kv_heads, D_K=spec.d_k,
+        query.stride(0), query.stride(1), spec.scale, math.log2(spec.config.recurrence_weight), slow_sine,
+        H=spec.kv_heads, G=spec.q_heads // spec.kv_heads, D_K=spec.d_k,
         DK_PAD=max(16, triton.next_power_of_2(spec.d_k)), D_V=spec.d_v,
-        BLOCK_V=max(16, min(32, triton.next_power_of_2(spec.d_v))), R=rotated,
-        NEAR=(spec.max_distance - 1) * rotated, FAR=(spec.max_distance - distance) * rotated,
-        TABLE=rotary.shape[1] * rotated, PRECISION="ieee" if triton.knobs.runtime.interpret else precision,
+        BLOCK_V=max(16, min(32, triton.next_power_of_2(spec.d_v))), **places,
+        PRECISION="ieee" if triton.knobs.runtime.interpret else precision,
         num_warps=4, num_stages=1,
     )  # fmt: skip
+
+
+def rotary_places(spec: MixerSpec, rotary: Tensor) -> tuple[dict[str, int], float]:
+    """Return where `slow_turn` reads the table, and the sine of the fastest turn a token of a channel that is read."""
+    distance, rotated = min(spec.config.recurrence_distance, spec.max_distance), rotary.shape[-1]
+    near, far = spec.max_distance - 1, spec.max_distance - distance
+    places = {"R": rotated, "NEAR": near * rotated, "FAR": far * rotated, "TABLE": rotary.shape[1] * rotated}
+    return places, math.sin(math.pi / 2 / distance)
+
+
+@triton.jit
+def slow_turn(
+    p_rotary, slow_sine, o_k, m_k, R: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, TABLE: tl.constexpr
+):  # fmt: skip
+    """Return the turn of each channel over the distance, and who takes part: those that turn too fast are left out.
+
+    Returns:
+        Factors of a channel and of the one that it turns with, which channels are slow, which of them turn, and the
+        number of the other one.
+    """
+    rotated, second = o_k < 2 * R, o_k >= R
+    pair = tl.where(second, o_k - R, o_k)
+    cos = tl.load(p_rotary + FAR + pair, mask=rotated, other=1.0)
+    sin = -tl.load(p_rotary + FAR + TABLE + pair, mask=rotated, other=0.0)
+    near_cos = tl.load(p_rotary + NEAR + pair, mask=rotated, other=1.0)
+    near_sin = -tl.load(p_rotary + NEAR + TABLE + pair, mask=rotated, other=0.0)
+    slow = m_k & ((rotated == 0) | ((pair > 0) & (near_cos > 0) & (near_sin <= slow_sine)))
+    other = tl.where(second, o_k - R, o_k + R)
+    return cos, tl.where(second, sin, -sin), slow, slow & rotated, other
 
 
 @triton.jit
@@ -70,18 +97,10 @@ def _evicted_step_kernel(
     p_mass += (row * H + h) * D_K
     p_state += (row * H + h) * (D_K * D_V)
 
-    # The turn of each channel over the distance; those that turn too fast for it are left out.
-    rotated, second = o_k < 2 * R, o_k >= R
-    pair = tl.where(second, o_k - R, o_k)
-    cos = tl.load(p_rotary + FAR + pair, mask=rotated, other=1.0)
-    sin = -tl.load(p_rotary + FAR + TABLE + pair, mask=rotated, other=0.0)
-    near_cos = tl.load(p_rotary + NEAR + pair, mask=rotated, other=1.0)
-    near_sin = -tl.load(p_rotary + NEAR + TABLE + pair, mask=rotated, other=0.0)
-    slow = m_k & ((rotated == 0) | ((pair > 0) & (near_cos > 0) & (near_sin <= slow_sine)))
-    other = tl.where(second, o_k - R, o_k + R)
+    cos, sin, slow, turns, other = slow_turn(p_rotary, slow_sine, o_k, m_k, R, NEAR, FAR, TABLE)
     b_q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & slow[None, :], other=0.0).to(tl.float32)
-    b_other = tl.load(p_query + other[None, :], mask=m_g[:, None] & (slow & rotated)[None, :], other=0.0)
-    turned = scale * (b_q * cos[None, :] + b_other.to(tl.float32) * tl.where(second, sin, -sin)[None, :])
+    b_other = tl.load(p_query + other[None, :], mask=m_g[:, None] & turns[None, :], other=0.0)
+    turned = scale * (b_q * cos[None, :] + b_other.to(tl.float32) * sin[None, :])
 
     p_key = p_lost + G * D_V
     there = tl.load(p_key + D_K + D_V + G)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ligerexport.kernels.fused.attend import attend
 from ligerexport.kernels.fused.attend_backward import attend_backward
-from ligerexport.kernels.fused.candidates import gather_candidates
+from ligerexport.kernels.fused.candidates import Candidates, gather_candidates
 from ligerexport.kernels.fused.slot_scores import complete_scores
 from ligerexport.kernels.fused.slots import deaths, old_table, present_slots
 from ligerexport.state import MixerSpec, MixerState
@@ -30,6 +30,7 @@ class Attended:
             before new ones.
         table: `[B, H_kv, blocks + 1, kept]` int32, what `old_table` returned.
         lse: `[B, H_q, T]` fp32, base-2 logarithms of the softmax's denominators.
+        found: The candidates; `backward` finds them again.
     """
 
     output: Tensor
@@ -37,6 +38,7 @@ class Attended:
     death: Tensor
     table: Tensor
     lse: Tensor
+    found: Candidates | None = None
 
 
 def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -69,7 +71,7 @@ def forward(
     present = present_slots(found, table, key, value, state)
     output, lse = attend(found, death, table, spec.d_v)
     assert output is not None
-    return Attended(output, present, death, table, lse)
+    return Attended(output, present, death, table, lse, found)
 
 
 def backward(

@@ -1,6 +1,6 @@
 """A whole chunk of `liger_mixer` in launches alone, so that it can be planned ahead of time for callers without torch.
 
-Memory and recurrence are the kernels beside this file; here is what joins them. A judge of novelty has no such form.
+The judge of novelty, memory and recurrences are the kernels beside this file; here is what joins them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ligerexport.kernels.fused import linear_attention, memory_attention
+from ligerexport.kernels.fused.evicted_prefill import evicted_prefill
+from ligerexport.kernels.fused.recall_error import recall_error
 from ligerexport.state import MixerSpec, MixerState
 
 OPEN = 100.0
@@ -26,18 +28,16 @@ def prefill(
     spec: MixerSpec,
     rotary: Tensor,
 ) -> tuple[Tensor, MixerState]:
-    """Run `liger_mixer`; arguments and results are its own.
-
-    Raises:
-        ValueError: A judge scores tokens, or evicted tokens feed the recurrence.
-    """
-    config = spec.config
-    if config.judged or config.evicts:
-        raise ValueError("a layer that judges its tokens, or that keeps evicted ones, is not launches alone")
+    """Run `liger_mixer`; arguments and results are its own."""
+    config, judged = spec.config, {}
+    if config.judged:
+        score, judged["judge_state"] = recall_error(key, value, position, state["judge_state"])
     attended = memory_attention.forward(query, key, value, score, position, state, spec, rotary)
+    present, recurred = attended.present | judged, attended.output
+    if config.evicts:
+        return attended.output, present | evicted_prefill(query, key, attended, state, spec, rotary)
     if not config.recurrent and config.attention_weight == 1:
-        return attended.output, attended.present
-    present, recurred = attended.present, attended.output
+        return attended.output, present
     batch, tokens = query.shape[:2]
     if config.recurrent:
         real_key, real_value = (x.new_empty(x.shape) for x in (key, value))
@@ -85,10 +85,3 @@ def blend(
         if RECURRENT:
             mixed += recurrence_weight * tl.load(p_recurred + at, mask=mask).to(tl.float32)
         tl.store(p_output + at, mixed, mask=mask)
-
-
-@triton.jit
-def count_positions(p_position, p_positions, batch, stride, BLOCK: tl.constexpr):
-    """Write the positions of all tokens `[T, stride]` from those of the first `[B]`. Grid: (T, blocks of B)."""
-    t, b = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(p_positions + t * stride + b, tl.load(p_position + b, mask=b < batch) + t, mask=b < batch)

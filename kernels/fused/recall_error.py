@@ -89,6 +89,43 @@ def judge_segments(
         mass += tl.sum(key, axis=0)
 
 
+@triton.jit
+def scan_segments(sums, before, after, pieces, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Put the state before each segment in the place of what it adds. Grid: (blocks of K (V + 1), B x KV heads)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bh = tl.program_id(1).to(tl.int64)
+    state = tl.load(before + bh * SIZE + i, mask=i < SIZE, other=0.0)
+    sums += bh * pieces * SIZE + i
+    for _ in range(0, pieces):
+        added = tl.load(sums, mask=i < SIZE, other=0.0)
+        tl.store(sums, state, mask=i < SIZE)
+        state += added
+        sums += SIZE
+    tl.store(after + bh * SIZE + i, state, mask=i < SIZE)
+
+
+@triton.jit
+def join_columns(
+    errors, novelty, length, HEADS: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Write the root of the sum over all blocks of columns, `[B, T, KV heads]`. Grid: (T / TOKENS, B)."""
+    first, i = tl.program_id(0) * TOKENS * HEADS, tl.arange(0, BLOCK)
+    mask = (i < TOKENS * HEADS) & (first + i < length * HEADS)
+    at = tl.program_id(1).to(tl.int64) * length * HEADS + first + i
+    total = tl.zeros([BLOCK], tl.float32)
+    for block in tl.static_range(BLOCKS):
+        total += tl.load(errors + block * tl.num_programs(1).to(tl.int64) * length * HEADS + at, mask=mask, other=0.0)
+    tl.store(novelty + at, tl.sqrt(total), mask=mask)
+
+
+def segment_tokens(batch: int, length: int, heads: int, d_k: int, d_v: int) -> tuple[int, int]:
+    """Return tokens a segment, a multiple of the chunk, and the blocks that columns of values are cut into."""
+    tile = get_tile("recall_error", max(padded(d_k), padded(d_v)), 4)
+    blocks = triton.cdiv(d_v, min(tile.block_v, padded(d_v)))
+    pieces = max(1, PROGRAMS // (heads * blocks))
+    return tile.chunk * triton.cdiv(batch * length, pieces * tile.chunk), blocks
+
+
 def recall_error(key: Tensor, value: Tensor, position: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Judge every token of a call; arguments and results as `ligerexport.kernels.library.recall_error`."""
     batch, length, heads, d_k = key.shape
@@ -96,9 +133,7 @@ def recall_error(key: Tensor, value: Tensor, position: Tensor, state: Tensor) ->
     d_v = value.shape[3]
     tile = get_tile("recall_error", max(padded(d_k), padded(d_v)), 4)
     block_v = min(tile.block_v, padded(d_v))
-    blocks = triton.cdiv(d_v, block_v)
-    pieces = max(1, PROGRAMS // (batch * heads * blocks))
-    segment = tile.chunk * triton.cdiv(triton.cdiv(length, pieces), tile.chunk)
+    segment, blocks = segment_tokens(batch, length, heads, d_k, d_v)
     pieces = triton.cdiv(length, segment)
     sums = state.new_empty(batch, heads, pieces, d_k, d_v + 1)
     grid = (pieces * blocks, heads, batch)
@@ -108,8 +143,12 @@ def recall_error(key: Tensor, value: Tensor, position: Tensor, state: Tensor) ->
         "num_warps": tile.warps,
     }  # fmt: skip
     sum_segments[grid](key, value, position, sums, length, segment, *strides, heads, **sizes)
-    after = sums.cumsum(2) + state[:, :, None]
-    starts = torch.cat([state[:, :, None], after[:, :, :-1]], dim=2)
-    errors = state.new_empty(blocks, batch, length, heads)
-    judge_segments[grid](key, value, position, starts, errors, length, segment, *strides, heads, **sizes)
-    return errors.sum(0).sqrt(), after[:, :, -1].contiguous()
+    after, size = torch.empty_like(state), d_k * (d_v + 1)
+    scan_segments[triton.cdiv(size, 512), batch * heads](sums, state, after, pieces, SIZE=size, BLOCK=512, num_warps=4)
+    errors, novelty = state.new_empty(blocks, batch, length, heads), state.new_empty(batch, length, heads)
+    judge_segments[grid](key, value, position, sums, errors, length, segment, *strides, heads, **sizes)
+    join_columns[triton.cdiv(length, 64), batch](
+        errors, novelty, length, HEADS=heads, BLOCKS=blocks, TOKENS=64, BLOCK=triton.next_power_of_2(64 * heads),
+        num_warps=4,
+    )  # fmt: skip
+    return novelty, after

@@ -230,14 +230,14 @@ def build(
 
     row, sms = get_target(target), common.parse_sms(sm)
     lowering, weights = lowering or row.lowerings[0], weights or row.weights[0]
-    max_chunk = row.chunk if max_chunk is None else max_chunk
     get_precision(weights, block)
     gpu = choose_gpu(target, sms, max_batch, plugin, engine)
     output = model / target if output is None else output
     _check_output(output, force, MANIFEST)
     config = _converted(model)
-    common.announce("build", model=model, target=target, output=output, lowering=lowering, max_chunk=max_chunk,
-                    weights=weights, block=block if get_precision(weights, block).blocked else None,
+    common.announce("build", model=model, target=target, output=output, lowering=lowering,
+                    max_chunk=max_chunk or row.chunk, weights=weights,
+                    block=block if get_precision(weights, block).blocked else None,
                     **(vars(gpu) if gpu else {}))  # fmt: skip
     from ligerexport.exporters.build import build as build_artifact
     from ligerexport.exporters.build import planned_weight_bytes

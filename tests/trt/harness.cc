@@ -83,12 +83,6 @@ CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstr
   if (!quiet) std::cout << "copy " << to << " " << from << " " << bytes << "\n";
   return CUDA_SUCCESS;
 }
-CUresult cuMemcpy2DAsync(const CUDA_MEMCPY2D* x, CUstream) {
-  if (!quiet)
-    std::cout << "rows " << x->dstDevice << " " << x->dstPitch << " " << x->srcDevice << " " << x->srcPitch << " "
-              << x->WidthInBytes << " " << x->Height << "\n";
-  return CUDA_SUCCESS;
-}
 CUresult cuLaunchKernel(CUfunction handle, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
                         unsigned shared, CUstream, void** parameters, void**) {
   const liger::Cubin* cubin = nullptr;

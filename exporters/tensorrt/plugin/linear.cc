@@ -29,7 +29,7 @@ Linear::Linear(Attributes attributes) : Layer(attributes.layer_spec), attributes
 
 size_t Linear::Workspace(const std::string& dtype, const std::vector<int64_t>& rows) const {
   const Pack& pack = kernels();
-  const Chosen chosen = Choose(pack, "linear", dtype, Serving(pack, dtype), {{"rows", rows.at(0)}}, true);
+  const Chosen chosen = Choose(pack, "linear", dtype, Serving(pack, dtype), {{"rows", rows.at(0)}});
   return workspace_bytes(*chosen.plan, chosen.axes);  // fewer rows take less
 }
 
@@ -44,7 +44,7 @@ void Linear::Enqueue(const Call& call) {
   for (int i = 0; i < Outputs(); ++i)
     places[i == 0 ? "output" : "side_output"] = {address(call.outputs.at(i)),
                                                  rows * Width(i) * width(OutputType(i), call.dtype)};
-  const Chosen chosen = Choose(pack, "linear", call.dtype, sm, {{"rows", rows}}, true);
+  const Chosen chosen = Choose(pack, "linear", call.dtype, sm, {{"rows", rows}});
   run(pack, *chosen.plan, chosen.axes, sm, places, address(call.workspace), memory_, call.stream);
 }
 

@@ -7,23 +7,6 @@
 #include <utility>
 
 namespace liger {
-namespace {
-
-// Copies `rows` pieces of `bytes` bytes, whose begins lie so far apart on either side.
-void copy_rows(CUdeviceptr to, size_t to_pitch, CUdeviceptr from, size_t from_pitch, size_t bytes, size_t rows,
-               CUstream stream) {
-  CUDA_MEMCPY2D copy{};
-  copy.srcMemoryType = copy.dstMemoryType = CU_MEMORYTYPE_DEVICE;
-  copy.srcDevice = from, copy.srcPitch = from_pitch;
-  copy.dstDevice = to, copy.dstPitch = to_pitch;
-  copy.WidthInBytes = bytes, copy.Height = rows;
-  check(cuMemcpy2DAsync(&copy, stream), "cuMemcpy2DAsync");
-}
-
-size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-}  // namespace
-
 const Integers<MixerAttributes>& MixerAttributes::Integers() {
   static const liger::Integers<MixerAttributes> fields = {
       {"contract", &MixerAttributes::contract},   {"q_heads", &MixerAttributes::q_heads},
@@ -75,20 +58,10 @@ Axes Mixer::Sizes(int64_t batch, int64_t tokens, bool step) const {
   return axes;
 }
 
-size_t Mixer::WorkspaceOf(const Pack& pack, const std::string& dtype, uint32_t sm, int64_t batch,
-                          int64_t tokens) const {
-  if (tokens > 1) {
-    const Chosen prefill = Choose(pack, "prefill", dtype, sm, Sizes(batch, tokens, false), false);
-    if (prefill.plan != nullptr) return workspace_bytes(*prefill.plan, prefill.axes);
-  }
-  const Chosen step = Choose(pack, "step", dtype, sm, Sizes(batch, tokens, true), true);
-  size_t bytes = workspace_bytes(*step.plan, step.axes);
-  if (tokens > 1) {  // as `OneByOne` takes them
-    bytes += aligned(tokens * ((batch + 3) / 4 * 4 * sizeof(int32_t)));
-    bytes += aligned(batch * attributes_.kv_heads * sizeof(float));
-    bytes += aligned(batch * attributes_.q_heads * attributes_.d_v * width(Type::kActivation, dtype));
-  }
-  return bytes;
+Layer::Chosen Mixer::ChooseFor(const Pack& pack, const std::string& dtype, uint32_t sm, int64_t batch,
+                               int64_t tokens) const {
+  const bool step = tokens == 1;
+  return Choose(pack, step ? "step" : "prefill", dtype, sm, Sizes(batch, tokens, step));
 }
 
 size_t Mixer::Workspace(const std::string& dtype, const std::vector<int64_t>& rows) const {
@@ -102,8 +75,10 @@ size_t Mixer::Workspace(const std::string& dtype, const std::vector<int64_t>& ro
   const auto [found, fresh] = known.insert({{&pack, attributes_.layer_spec, dtype, sm, batch, tokens}, 0});
   if (fresh)
     for (int64_t b = 1; b <= batch; ++b)
-      for (int64_t t = 1; t <= tokens; ++t)
-        found->second = std::max(found->second, WorkspaceOf(pack, dtype, sm, b, t));
+      for (int64_t t = 1; t <= tokens; ++t) {
+        const Chosen chosen = ChooseFor(pack, dtype, sm, b, t);
+        found->second = std::max(found->second, workspace_bytes(*chosen.plan, chosen.axes));
+      }
   return found->second;
 }
 
@@ -114,7 +89,7 @@ void Mixer::Enqueue(const Call& call) {
   const Pack& pack = kernels();
   const uint32_t sm = Serving(pack, call.dtype);
   const Attributes& a = attributes_;
-  Places places, past;
+  Places places;
   std::vector<const char*> names = {"query", "key", "value", "position", "rotary", "score"};
   if (a.joint) names.erase(names.begin() + 1, names.begin() + 3);
   for (int i = 0; i < Inputs(); ++i) {
@@ -130,7 +105,7 @@ void Mixer::Enqueue(const Call& call) {
         throw Error("'" + name + "' must be bound to one address as input and output: state is updated in place");
       check(cuMemcpyDtoDAsync(address(present), address(call.inputs[i]), bytes, call.stream), "cuMemcpyDtoDAsync");
     }
-    places[name] = past["past_" + name] = {address(present), bytes};
+    places[name] = places["past_" + name] = {address(present), bytes};
   }
   const int64_t size = width(Type::kActivation, call.dtype), all = batch * tokens * size;
   if (a.joint) {  // kernels take strides, so each begins where it lies in the first row
@@ -141,49 +116,8 @@ void Mixer::Enqueue(const Call& call) {
     places["value"] = {begin + value, all * a.kv_heads * a.d_v};
   }
   places["output"] = {address(call.outputs.at(0)), all * Width(0)};
-  if (tokens > 1) {
-    const Chosen prefill = Choose(pack, "prefill", call.dtype, sm, Sizes(batch, tokens, false), false);
-    if (prefill.plan == nullptr) return OneByOne(pack, call, batch, tokens, sm, places);
-    past.insert(places.begin(), places.end());
-    return run(pack, *prefill.plan, prefill.axes, sm, past, address(call.workspace), memory_, call.stream);
-  }
-  const Chosen step = Choose(pack, "step", call.dtype, sm, Sizes(batch, 1, true), true);
-  run(pack, *step.plan, step.axes, sm, places, address(call.workspace), memory_, call.stream);
-}
-
-// A step after the other, where there are no kernels for many tokens at once.
-void Mixer::OneByOne(const Pack& pack, const Call& call, int64_t batch, int64_t tokens, uint32_t sm,
-                     const Places& given) {
-  const Axes sizes = Sizes(batch, tokens, true);
-  const Chosen step = Choose(pack, "step", call.dtype, sm, sizes, true);
-  const Chosen positions = Choose(pack, "positions", call.dtype, sm, {{"batch", batch}, {"tokens", tokens}}, true);
-  const int64_t stride = (batch + 3) / 4 * 4 * sizeof(int32_t);  // as the plan has it: addresses stay aligned
-  const int64_t size = width(Type::kActivation, call.dtype);
-  const size_t scores = attributes_.kv_heads * sizeof(float);
-  const size_t row = given.at("output").bytes / (batch * tokens);
-  CUdeviceptr workspace = address(call.workspace);
-  const auto take = [&](size_t bytes) { return std::exchange(workspace, workspace + aligned(bytes)); };
-  const CUdeviceptr all = take(stride * tokens), score = take(batch * scores), mixed = take(batch * row);
-
-  const Places counted = {{"position", given.at("position")}, {"positions", {all, stride * tokens}}};
-  run(pack, *positions.plan, positions.axes, sm, counted, workspace, memory_, call.stream);
-  for (int64_t t = 0; t < tokens; ++t) {
-    Places now = given;
-    now["position"] = {all + t * stride, given.at("position").bytes};
-    for (const char* name : {"query", "key", "value"}) {
-      Place& place = now[name];
-      place.bytes /= tokens;
-      place.address += t * sizes.at(std::string(name) + "_stride_0") / tokens * size;
-    }
-    if (attributes_.foresees) {
-      copy_rows(score, scores, given.at("score").address + t * scores, tokens * scores, scores, batch,
-                call.stream);
-      now["score"] = {score, static_cast<int64_t>(batch * scores)};
-    }
-    now["output"] = {mixed, static_cast<int64_t>(batch * row)};
-    run(pack, *step.plan, step.axes, sm, now, workspace, memory_, call.stream);
-    copy_rows(given.at("output").address + t * row, tokens * row, mixed, row, row, batch, call.stream);
-  }
+  const Chosen chosen = ChooseFor(pack, call.dtype, sm, batch, tokens);
+  run(pack, *chosen.plan, chosen.axes, sm, places, address(call.workspace), memory_, call.stream);
 }
 
 }  // namespace liger

@@ -47,8 +47,7 @@ class Mixer : public Layer {
   int position() const { return attributes_.joint ? 1 : 3; }  // the input with the tokens seen
   int first_state() const { return position() + 2 + (attributes_.foresees != 0); }
   Axes Sizes(int64_t batch, int64_t tokens, bool step) const;
-  size_t WorkspaceOf(const Pack& pack, const std::string& dtype, uint32_t sm, int64_t batch, int64_t tokens) const;
-  void OneByOne(const Pack& pack, const Call& call, int64_t batch, int64_t tokens, uint32_t sm, const Places& given);
+  Chosen ChooseFor(const Pack& pack, const std::string& dtype, uint32_t sm, int64_t batch, int64_t tokens) const;
 
   Attributes attributes_;
   std::vector<State> state_;

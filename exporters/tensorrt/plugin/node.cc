@@ -73,7 +73,7 @@ uint32_t Layer::Serving(const Pack& pack, const std::string& dtype) const {
 }
 
 Layer::Chosen Layer::Choose(const Pack& pack, const std::string& op, const std::string& dtype, uint32_t sm,
-                            const Axes& axes, bool needed) const {
+                            const Axes& axes) const {
   for (const Plan& x : pack.plans()) {
     if (x.layer != spec_ || x.op != op || x.dtype != dtype) continue;
     for (uint32_t built : x.sms) {
@@ -82,7 +82,6 @@ Layer::Chosen Layer::Choose(const Pack& pack, const std::string& op, const std::
       if (!values.empty()) return {&x, std::move(values)};
     }
   }
-  if (!needed) return {nullptr, {}};
   std::string sizes;
   for (const auto& [name, size] : axes) {
     if (name.find("_stride_") == std::string::npos)

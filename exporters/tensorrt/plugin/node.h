@@ -85,9 +85,8 @@ class Layer {
   // The compute capability whose kernels this device takes.
   uint32_t Serving(const Pack& pack, const std::string& dtype) const;
 
-  // The plan of an operator for these sizes; where there is none, throws, or returns null if it is not `needed`.
-  Chosen Choose(const Pack& pack, const std::string& op, const std::string& dtype, uint32_t sm, const Axes& axes,
-                bool needed) const;
+  // The plan of an operator for these sizes; throws where there is none.
+  Chosen Choose(const Pack& pack, const std::string& op, const std::string& dtype, uint32_t sm, const Axes& axes) const;
 
  private:
   std::string spec_;

@@ -82,10 +82,6 @@ int64_t scratch_bytes(const nvinfer1::ICudaEngine& engine) { return static_cast<
 void set_scratch(nvinfer1::IExecutionContext& context, void* data, int64_t) { context.setDeviceMemory(data); }
 #endif
 
-bool ends_with(const std::string& text, const std::string& end) {
-  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
-}
-
 struct Profiler final : nvinfer1::IProfiler {
   void reportLayerTime(const char* layer, float milliseconds) noexcept override {
     times[layer].push_back(milliseconds);
@@ -116,9 +112,6 @@ Session::Session(Engine& engine, int batch, bool graph, int chunk)
   input_ = on_device(input), host_input_ = pinned(input);
   logits_ = on_device(logits), host_logits_ = pinned(logits);
   for (const auto& tensor : engine.manifest().at("state")) state_.push_back(Make(tensor));
-  in_chunks_ = std::none_of(state_.begin(), state_.end(), [](const State& x) {
-    return ends_with(x.past, ".judge_state") || ends_with(x.past, ".recurrent_mass");
-  });
   Reset();
   Bind(*step_, 1);
   if (!graph) return;
@@ -200,7 +193,7 @@ void Session::Step() {
 
 // What a context prepares at the first call of a size must not be captured, so that a chunk is when it comes again.
 void Session::Chunk(int tokens) {
-  const bool whole = graphs_ && in_chunks_ && tokens == chunk_;
+  const bool whole = graphs_ && tokens == chunk_;
   if (whole && !chunk_graph_ && bound_ == tokens) chunk_graph_ = Capture(*prefill_);
   if (whole && chunk_graph_) return check(cudaGraphLaunch(chunk_graph_.get(), stream_.get()), "cudaGraphLaunch");
   if (bound_ != tokens) Bind(*prefill_, tokens);

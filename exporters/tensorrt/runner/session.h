@@ -86,7 +86,6 @@ class Session {
   size_t ids_at_;
   std::unique_ptr<nvinfer1::IExecutionContext> step_, prefill_;
   bool graphs_;
-  bool in_chunks_;  // else a chunk is a step after the other, which are too many launches for a graph
   int bound_ = 0;  // tokens that the last call of `prefill_` had
   Graph step_graph_, chunk_graph_;
 };
