@@ -15,6 +15,7 @@ from ligerexport.console import Advance, ProgressFactory
 from ligerexport.errors import LigerError
 
 FEW_TOKENS = 128
+"""Of each of many sequences in one call, however small their part of the chunk is."""
 
 
 def build_engine(

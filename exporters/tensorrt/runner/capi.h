@@ -37,8 +37,8 @@ void liger_engine_close(liger_engine* engine);
  * "build_seconds". */
 const char* liger_engine_describe(const liger_engine* engine);
 
-/* Begins `batch` sequences. graph: whether the step is replayed as a CUDA graph. chunk: tokens of one call of the
- * engine, at most its "chunk"; 0 for that. */
+/* Begins `batch` sequences. graph: whether steps and whole chunks are replayed as CUDA graphs. chunk: tokens of one call
+ * of the engine, at most its "chunk", of which many sequences have a part each; 0 for that. */
 liger_session* liger_session_open(liger_engine* engine, int batch, int graph, int chunk);
 void liger_session_close(liger_session* session);
 
