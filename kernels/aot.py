@@ -28,7 +28,7 @@ from ligerexport.console import data, print_error, say
 from ligerexport.errors import LigerError, MissingDependency, UsageError, look_up
 from ligerexport.kernels.linear import LinearSpec
 from ligerexport.kernels.manifest import ALIGNMENT, MANIFEST, Cubin, Kernel, Manifest, Plan
-from ligerexport.kernels.tuning import SHARED_MEMORY
+from ligerexport.kernels.tuning import FORWARD, SHARED_MEMORY
 from ligerexport.staging import check_destination, staged_directory
 from ligerexport.state import MixerSpec
 
@@ -51,6 +51,7 @@ class _Compiled:
     content: bytes = b""
     cubin: Cubin | None = None
     failure: str = ""
+    ptx: bytes = b""
 
 
 def compile_kernels(
@@ -62,6 +63,7 @@ def compile_kernels(
     operators: Sequence[str] = DEFAULT_OPERATORS,
     products: Sequence[tuple[LinearSpec, str]] = (),
     max_batch: int = 64,
+    ptx: bool = False,
     jobs: int | None = None,
     force: bool = False,
 ) -> Manifest:
@@ -76,6 +78,7 @@ def compile_kernels(
             layers with a judge of novelty, which torch has a part in.
         products: Products with weights, each with the dtype of its weight.
         max_batch: Largest batch of a step.
+        ptx: Whether to write PTX too, of `FORWARD` where it is among `sms`.
         jobs: Processes; None for one a core.
         force: Whether an older output may be replaced.
 
@@ -106,11 +109,15 @@ def compile_kernels(
 
     for (key, sm), result in zip(work, results, strict=True):
         assert result.cubin is not None
-        kernels[key].cubins[str(sm)] = replace(result.cubin, file=f"{key}.sm_{sm}.cubin")
+        text = f"{key}.sm_{sm}.ptx" if ptx and sm == FORWARD else ""
+        kernels[key].cubins[str(sm)] = replace(result.cubin, file=f"{key}.sm_{sm}.cubin", ptx=text)
     manifest = Manifest(triton.__version__, dict(sorted(kernels.items())), tuple(plans))
     with staged_directory(directory, force=force, marker=MANIFEST) as staging:
         for (key, sm), result in zip(work, results, strict=True):
-            (staging / kernels[key].cubins[str(sm)].file).write_bytes(result.content)
+            cubin = kernels[key].cubins[str(sm)]
+            (staging / cubin.file).write_bytes(result.content)
+            if cubin.ptx:
+                (staging / cubin.ptx).write_bytes(result.ptx)
         (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -203,7 +210,7 @@ def _compile(job: _Job) -> _Compiled:
         registers=registers,
         local=local,
     )
-    return _Compiled(content, cubin)
+    return _Compiled(content, cubin, ptx=made.asm["ptx"].encode())
 
 
 def _resources(cubin: bytes) -> tuple[int | None, int | None]:

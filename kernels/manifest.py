@@ -45,6 +45,7 @@ class Cubin:
         profile_scratch: The same as `global_scratch` of the second hidden argument.
         registers: A thread; None where no cuobjdump was found, as the next.
         local: Bytes of stack a thread, which is where registers spill.
+        ptx: File with the same as PTX, which a driver compiles for any later GPU; "" where none was asked for.
     """
 
     file: str
@@ -58,6 +59,7 @@ class Cubin:
     profile_scratch: int
     registers: int | None
     local: int | None
+    ptx: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from functools import cache
 SHARED_MEMORY: dict[int, int] = {
     80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
 }  # fmt: skip
+FORWARD = 86
+"""Compute capability whose PTX is for every later one: none of them has less shared memory than its tiles take."""
 _TARGET: ContextVar[int | None] = ContextVar("_TARGET", default=None)
 
 

@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from ligerexport.artifact import installed_version
 from ligerexport.exporters.targets import TARGETS, get_target
+from ligerexport.kernels.tuning import FORWARD
 from ligerexport.sources import BUILTIN_MODELS
 from ligerexport.staging import cache_dir
 
@@ -119,7 +120,7 @@ def _gpu(target: str, plugin: Path | None) -> list[Check]:
         Check("CUDA driver", version, driver is not None, False, "install NVIDIA's driver, where there is a GPU")
     )
     gpus = driver.sms if driver else ()
-    fits = bool(gpus) and all(sm in sms for sm in gpus)
+    fits = bool(gpus) and all(sm in sms or (not rtx and sm > FORWARD) for sm in gpus)
     known = f"{target} is for compute capability {', '.join(map(str, sms))}; name the device's with --sm"
     rows.append(Check("GPU", ", ".join(f"sm_{sm}" for sm in gpus) or "none", fits, False, known))
     if not rtx:

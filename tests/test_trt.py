@@ -291,6 +291,10 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
     assert all(checks[name].ok for name in ("TensorRT", "CUDA driver", "GPU", "plugin"))
     assert checks["TensorRT"].found == "libnvinfer.so.8, version 8.5.3" and checks["GPU"].found == "sm_90"
     assert not {check.name: check for check in examine("trt-rtx")}["GPU"].ok  # which has no code for it
+    for sm, ours in ((75, False), (110, True)):  # PTX is for what is later
+        monkeypatch.setattr(machine, "driver", lambda sm=sm: machine.Driver("13.0", (sm,)))
+        fits = [{check.name: check for check in examine(target)}["GPU"].ok for target in ("trt", "trt-rtx")]
+        assert fits == [ours, False]
 
 
 @pytest.mark.parametrize(

@@ -74,23 +74,36 @@ class Packed:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
-    place = tmp_path_factory.mktemp("pack")
+    return write(tmp_path_factory.mktemp("pack"), SPECS, PRODUCTS)
+
+
+def write(
+    place: Path, specs: dict[str, MixerSpec], products: dict[str, tuple[LinearSpec, str]], sms: tuple[int, ...] = (90,)
+) -> Packed:
+    """Write a pack in a process without the interpreter, layers and products twice."""
     code = f"""
 from ligerexport.config import LigerConfig
 from ligerexport.exporters.tensorrt.pack import write_pack
 from ligerexport.kernels.linear import LinearSpec
 from ligerexport.state import MixerSpec
 
-layers = {[*map(spec_fields, SPECS.values())]!r}
+layers = {[*map(spec_fields, specs.values())]!r}
 specs = [MixerSpec(**(x | {{"config": LigerConfig.from_dict(x["config"])}})) for x in layers]
-products = [(LinearSpec(**x), dtype) for x, dtype in {[(spec_fields(x), dtype) for x, dtype in PRODUCTS.values()]!r}]
-made = write_pack([*specs, specs[0]], "{place}/kernels.liger", products=products * 2, dtype="fp16", max_batch=8, jobs=1)
+products = [(LinearSpec(**x), dtype) for x, dtype in {[(spec_fields(x), dtype) for x, dtype in products.values()]!r}]
+made = write_pack(
+    specs * 2, "{place}/kernels.liger", products=products * 2, dtype="fp16", max_batch=8, jobs=1, sms={sms}
+)
 open("{place}/kernels.json", "w").write(made.to_json())
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return Packed(place / "kernels.liger", json.loads((place / "kernels.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    return write(tmp_path_factory.mktemp("several"), {"recurrent": SPECS["recurrent"]}, {}, (86, 90))
 
 
 def attributes(spec: MixerSpec, joint: bool = False) -> list[str]:
@@ -258,6 +271,23 @@ def check_tables(text: str, axes: dict[str, int], memory: Memory) -> None:
     assert {address for address, *_ in uploads} == set(names)
     for address, *rows in uploads:
         assert rows == torch.tensor(table(names[address], axes)).flatten().tolist()
+
+
+@pytest.mark.parametrize(("sm", "text"), [(86, False), (89, False), (90, False), (100, True), (121, True)])
+def test_later_gpus_take_text(harness: Path, several: Packed, sm: int, text: bool) -> None:
+    """A GPU that nothing was compiled for takes the PTX of 8.6, with its plans; the driver compiles it."""
+    said = run_lines(harness, ["1 1", "2 64"], "run", several.file, sm, "fp16", *attributes(SPECS["recurrent"]))
+    assert "error" not in said and said.count("launch ") > 10, said
+    sizes = [int(line.split()[1]) for line in said.splitlines() if line.startswith("text ")]
+    assert bool(sizes) == text and all(size > 1000 for size in sizes)
+    assert several.file.read_bytes().count(b".target sm_86") == len(
+        [x for x in several.manifest["kernels"].values() if "86" in x["cubins"]]
+    )
+
+
+def test_earlier_gpus_are_refused(harness: Path, several: Packed) -> None:
+    said = run_lines(harness, ["1 1"], "run", several.file, 80, "fp16", *attributes(SPECS["recurrent"]))
+    assert "on sm_80 in fp16" in said and "PTX of sm_86/fp16" in said
 
 
 def test_what_waits_may_overlap(harness: Path, packed: Packed) -> None:

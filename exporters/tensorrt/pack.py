@@ -18,11 +18,14 @@ from ligerexport.kernels.aot import compile_kernels
 from ligerexport.kernels.linear import LinearSpec
 from ligerexport.kernels.manifest import HIDDEN, Buffer, Kernel, Launch, Manifest, Plan
 from ligerexport.kernels.plans import layer_digest
+from ligerexport.kernels.tuning import FORWARD
 from ligerexport.state import MixerSpec
 
 PACK = "kernels.liger"
 MAGIC = b"LIGERPK2"
 OPERATORS = ("step", "prefill")  # of a mixer
+PTX = 1 << 16
+"""Beside a compute capability: text for that one or any later, which the driver compiles."""
 TYPES = ("*", "i32", "i64", "fp32")
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4, "i32": 4, "i64": 8}
 ROLES = ("input", "output", "state", "scratch", "persistent", "table")
@@ -46,7 +49,7 @@ def write_pack(
         specs: The layers; equal ones are packed once.
         path: File to write.
         products: Products with weights, each with the dtype of its weight; likewise.
-        sms: Compute capabilities, 90 for 9.0.
+        sms: Compute capabilities, 90 for 9.0. With `FORWARD` among them there is PTX for every later GPU.
         dtype: Of activations: `bf16`, `fp16` or `fp32`.
         max_batch: Largest batch of a step.
         jobs: Processes; None for one a core.
@@ -56,26 +59,29 @@ def write_pack(
 
     Raises:
         MissingDependency: No Triton.
-        UsageError: An unknown compute capability or dtype, or a layer whose evicted tokens feed the recurrence.
+        UsageError: An unknown compute capability or dtype, or a layer whose recurrence has keyed rows.
         LigerError: A kernel does not compile.
     """
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory) / "kernels"
         layers, products = list(dict.fromkeys(specs)), list(dict.fromkeys(products))
         made = compile_kernels(layers, dtype, sms, place, operators=OPERATORS, products=products, max_batch=max_batch,
-                               jobs=jobs)  # fmt: skip
+                               ptx=True, jobs=jobs)  # fmt: skip
         Path(path).write_bytes(_encode(made, place))
     return made
 
 
 def _encode(manifest: Manifest, place: Path) -> bytes:
-    contents = {cubin.sha256: place / cubin.file for x in manifest.kernels.values() for cubin in x.cubins.values()}
-    blobs = {digest: i for i, digest in enumerate(contents)}
+    cubins = [cubin for x in manifest.kernels.values() for cubin in x.cubins.values()]
+    code = {x.file: (place / x.file).read_bytes() for x in cubins}
+    code |= {x.ptx: (place / x.ptx).read_bytes() + b"\0" for x in cubins if x.ptx}  # a driver reads to the zero
+    contents = list(dict.fromkeys(code.values()))
+    blobs = {file: contents.index(content) for file, content in code.items()}
     names = {name: i for i, name in enumerate(manifest.kernels)}
     body = MAGIC
     body += _list(_kernel(x, blobs) for x in manifest.kernels.values())
     body += _list(_plan(x, names) for x in manifest.plans)
-    body += _list(struct.pack("<Q", len(content := file.read_bytes())) + content for file in contents.values())
+    body += _list(struct.pack("<Q", len(content)) + content for content in contents)
     return body + struct.pack("<I", zlib.crc32(body))
 
 
@@ -84,7 +90,8 @@ def _kernel(kernel: Kernel, blobs: dict[str, int]) -> bytes:
     for sm, x in kernel.cubins.items():
         if x.global_scratch or x.profile_scratch:
             raise LigerError(f"kernel '{kernel.name}' for sm_{sm} needs scratch that no plan describes")
-        cubins.append(struct.pack("<IIII", int(sm), x.threads, x.shared, blobs[x.sha256]) + _text(x.symbol))
+        files = [(int(sm), x.file), *([(PTX | int(sm), x.ptx)] if x.ptx else [])]
+        cubins += [struct.pack("<IIII", n, x.threads, x.shared, blobs[file]) + _text(x.symbol) for n, file in files]
     kinds = [("*" if x.type[0] == "*" else x.type, x.divisible) for x in kernel.arguments]
     kinds += [("*", 1)] * len(HIDDEN)
     arguments = _list(struct.pack("<BB", TYPES.index(kind), divisible) for kind, divisible in kinds)
@@ -96,7 +103,7 @@ def _plan(plan: Plan, kernels: dict[str, int]) -> bytes:
     axes = {name: i for i, name in enumerate((*(x for x in plan.axes if x not in plan.derived), *plan.derived))}
     buffers = {name: i for i, name in enumerate(plan.buffers)}
     body = _text(layer_digest(plan.spec)) + _text(plan.operator) + _text(plan.dtype)
-    body += _list(struct.pack("<I", sm) for sm in plan.sms)
+    body += _list(struct.pack("<I", sm) for sm in (*plan.sms, *(PTX | sm for sm in plan.sms if sm == FORWARD)))
     body += _list(_text(name) for name in axes if name not in plan.derived)
     body += _list(_text(name) + _expression(text, axes) for name, text in plan.derived.items())
     body += _list(

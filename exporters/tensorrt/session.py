@@ -51,8 +51,8 @@ class TensorRTSession(BatchSession):
     Args:
         artifact: From `open_artifact`.
         batch: B, sequences that advance together; siblings have as many at most.
-        chunk: Prompt tokens a call, at most the graph's `max_chunk`, of which many sequences have a part each; None takes
-            that.
+        chunk: Prompt tokens a call, at most the graph's `max_chunk`, of which many sequences have a part each; None
+            takes that.
         graph: Whether steps and whole chunks are replayed as CUDA graphs.
         runner: The library; None looks at LIGEREXPORT_TRT_RUNNER, and where the loader looks. Never the artifact's.
         plugin: Library of the plugin; None looks at LIGEREXPORT_TRT_PLUGIN, and then takes what was built together with

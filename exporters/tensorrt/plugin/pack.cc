@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <cstring>
 #include <fstream>
 #include <set>
@@ -14,8 +15,13 @@ constexpr size_t kMagicSize = sizeof(kMagic) - 1;
 
 [[noreturn]] void damaged(const std::string& what) { throw Error("the kernel pack is damaged: " + what); }
 
-bool runs_on(uint32_t built, uint32_t sm) {
-  return built == sm || (built / 10 == 8 && sm / 10 == 8 && built < sm);
+constexpr uint32_t kPtx = 1 << 16;  // beside a compute capability: text for that one or any later
+
+// How well code runs on a device, 0 for not at all. What the driver has to compile comes last.
+uint32_t rank_on(uint32_t built, uint32_t sm) {
+  if (built == sm) return UINT32_MAX;
+  if (built & kPtx) return (built ^ kPtx) <= sm;
+  return built / 10 == 8 && sm / 10 == 8 && built < sm ? built : 0;
 }
 
 // Takes values off the front of a file.
@@ -198,7 +204,7 @@ int64_t Expression::operator()(const std::vector<int64_t>& axes) const {
 const Cubin* Kernel::For(uint32_t sm) const {
   const Cubin* best = nullptr;
   for (const Cubin& x : cubins)
-    if (runs_on(x.sm, sm) && (best == nullptr || x.sm > best->sm)) best = &x;
+    if (rank_on(x.sm, sm) > (best == nullptr ? 0 : rank_on(best->sm, sm))) best = &x;
   return best;
 }
 
@@ -266,12 +272,13 @@ uint32_t Pack::Serving(const std::string& layer, const std::string& dtype, uint3
   for (const Plan& x : plans_)
     if (x.layer == layer && x.dtype == dtype)
       for (uint32_t built : x.sms)
-        if (runs_on(built, sm)) best = std::max(best, built);
+        if (rank_on(built, sm) > (best == 0 ? 0 : rank_on(best, sm))) best = built;
   if (best > 0) return best;
   std::set<std::string> known;
   for (const Plan& x : plans_)
     if (x.layer == layer)
-      for (uint32_t built : x.sms) known.insert(" sm_" + std::to_string(built) + "/" + x.dtype);
+      for (uint32_t built : x.sms)
+        known.insert((built & kPtx ? " PTX of sm_" : " sm_") + std::to_string(built & ~kPtx) + "/" + x.dtype);
   std::string text = "the kernel pack has nothing for layer " + layer + " on sm_" + std::to_string(sm) + " in " +
                      dtype + "; for this layer there is:";
   for (const std::string& x : known) text += x;

@@ -43,7 +43,7 @@ struct Kernel {
   std::vector<Argument> arguments;
   std::vector<Cubin> cubins;
 
-  // The cubin for a device; null where there is none. Code for 8.x also runs on later 8.x, other code on its own only.
+  // The code for a device; null where there is none. Code for 8.x also runs on later 8.x, PTX on all that are later.
   const Cubin* For(uint32_t sm) const;
 };
 
