@@ -7,6 +7,7 @@
 #include <utility>
 
 namespace liger {
+
 const Integers<MixerAttributes>& MixerAttributes::Integers() {
   static const liger::Integers<MixerAttributes> fields = {
       {"contract", &MixerAttributes::contract},   {"q_heads", &MixerAttributes::q_heads},
