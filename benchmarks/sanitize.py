@@ -7,12 +7,16 @@ compute-sanitizer --tool racecheck python benchmarks/sanitize.py
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import torch
 
 from ligerexport.config import PRESETS
+from ligerexport.kernels.fused.linear import linear
+from ligerexport.kernels.fused.prefill import prefill
 from ligerexport.kernels.library.linear_attention import linear_attention
 from ligerexport.kernels.library.mixer_step import mixer_step
+from ligerexport.kernels.linear import LinearSpec
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.state import MixerSpec
 
@@ -52,11 +56,32 @@ def mixer(dtype: torch.dtype) -> None:
                 mixer_step(q[:, t], k[:, t], v[:, t], position + 400 + t, state, spec, rotary, score=now)
 
 
+def calls(dtype: torch.dtype) -> None:
+    """What a prompt of an engine launches: the mixer of every preset, twice, and products of 1 to 300 rows."""
+    for preset in PRESETS.values():
+        spec = MixerSpec(preset.config, 8, 2, 64, 64, 0.125, 300)
+        rotary = rotary_table(10.0 ** (-torch.arange(32, device=DEVICE) / 32), 300, BLOCK)
+        state = {k: x.int() if x.dtype == torch.int64 else x for k, x in spec.initial_state(2, dtype, DEVICE).items()}
+        position = torch.tensor([0, -7], device=DEVICE, dtype=torch.int32)
+        for start in (0, 150):
+            q, k, v = (torch.randn(2, 150, heads, 64, device=DEVICE, dtype=dtype) for heads in (8, 2, 2))
+            score = torch.randn(2, 150, 2, device=DEVICE) if spec.config.foresees else None
+            _, state = prefill(q, k, v, score, position + start, state, spec, rotary)
+    for rows, activation in product((1, 16, 300), (None, "silu")):
+        linear_spec = LinearSpec(200, 192, 1e-5, activation, bias=True, residual=True, side=3)
+        height = 200 if activation is None else 400
+        shapes = ((rows, 192), (height, 192), (192,), (height,), (rows, 200), (3, 192), (3,), (rows, 3))
+        x, weight, norm, bias, residual, *side = (torch.randn(*shape, device=DEVICE) for shape in shapes)
+        out = torch.empty(rows, 200, device=DEVICE, dtype=dtype)
+        linear(x, weight.to(dtype), norm, bias, residual, linear_spec, out=out, side=(side[0], side[1], side[2]))
+
+
 def main() -> None:
-    """Run both in both widths of activations."""
+    """Run all in both widths of activations."""
     for dtype in (torch.float32, torch.bfloat16):
         recurrence(dtype)
         mixer(dtype)
+        calls(dtype)
     torch.cuda.synchronize()
     print("ran")
 

@@ -11,16 +11,19 @@ comes out at one address, which the plugin's kernels are made for and TensorRT's
 from __future__ import annotations
 
 import argparse
-import hashlib
+import json
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from onnx import helper, numpy_helper
 
 import ligerexport as lx
+from ligerexport.artifact import sha256
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Plugin
@@ -44,25 +47,52 @@ def primitive_mixer(
     turns = torch.tensor(inv_freq)
     tables: Any = lower.g.once(("tables", inv_freq), lambda: rotary_tables(lower, turns, spec, CHUNK))
     (seen,) = candidates(frame, spec, tables.rows, [past["slot_position"]])
-    return mixer(lower, frame, spec, tables, projected, past, seen, score)
+    halves = {name: x.dtype for name, x in past.items() if x.dtype == ir.DataType.FLOAT16}
+    wide = past | {name: lower.g.op("Cast", past[name], to=ir.DataType.FLOAT) for name in halves}
+    mixed, present = mixer(lower, frame, spec, tables, projected, wide, seen, score)
+    return mixed, present | {name: lower.g.op("Cast", present[name], to=dtype) for name, dtype in halves.items()}
 
 
-def narrow(model: onnx.ModelProto) -> None:
-    """Rewrite what TensorRT 8.5 does not parse: integers of 64 bits, and attributes of later opsets."""
-    for x in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+def narrow(graph: onnx.GraphProto) -> None:
+    """Rewrite what TensorRT 8.5 does not parse: integers of 64 bits, parts of shapes, flags that are scattered."""
+    for x in (*graph.input, *graph.output, *graph.value_info):
         if x.type.tensor_type.elem_type == INT64:
             x.type.tensor_type.elem_type = INT32
-    for node in model.graph.node:
-        kept = [x for x in node.attribute if x.name != "num_outputs"]
-        for x in kept:
-            if node.op_type == "Cast" and x.name == "to" and x.i == INT64:
-                x.i = INT32
-        del node.attribute[:]
-        node.attribute.extend(kept)
+    nodes = [part for node in graph.node for part in narrowed(node, graph)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def narrowed(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Return what stands for a node; constants that it needs are added to the graph."""
+    attributes = {x.name: helper.get_attribute_value(x) for x in node.attribute}
+    out, name = node.output[0], node.name
+    if node.op_type == "Shape" and attributes:
+        parts = {key: np.array([attributes.get(key, 0)]) for key in ("start", "end")}
+        bounds = [numpy_helper.from_array(part, f"{out}.{key}") for key, part in parts.items()]
+        graph.initializer.extend(bounds)
+        return [
+            helper.make_node("Shape", [node.input[0]], [f"{out}.whole"], f"{name}.whole"),
+            helper.make_node("Slice", [f"{out}.whole", *(x.name for x in bounds)], [out], name),
+        ]
+    if node.op_type == "ScatterElements":  # of flags, all of them
+        data, indices, updates = node.input
+        data32, updates32, out32 = (f"{out}.{part}" for part in ("data", "updates", "int32"))
+        return [
+            helper.make_node("Cast", [data], [data32], data32, to=INT32),
+            helper.make_node("Cast", [updates], [updates32], updates32, to=INT32),
+            helper.make_node("ScatterElements", [data32, indices, updates32], [out32], name, **attributes),
+            helper.make_node("Cast", [out32], [out], out, to=onnx.TensorProto.BOOL),
+        ]
+    if node.op_type == "Cast" and attributes["to"] == INT64:
+        node.attribute[0].i = INT32
+    if node.op_type == "Split" and "num_outputs" in attributes:  # of a later opset
+        return [helper.make_node("Split", node.input, node.output, name, axis=attributes["axis"])]
+    return [node]
 
 
 def main() -> None:
-    """Build, rewrite the graph, and say its new hash in the manifest."""
+    """Build, rewrite the graph, and say its new size and hash in the manifest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -71,12 +101,12 @@ def main() -> None:
         lx.build(args.checkpoint, args.output, target="trt", engine=False, sms=(90,), max_batch=1, max_chunk=CHUNK,
                  verify=False)  # fmt: skip
     graph, manifest = args.output / "model.onnx", args.output / "manifest.json"
-    before = hashlib.sha256(graph.read_bytes()).hexdigest()
     model = onnx.load(graph, load_external_data=False)
-    narrow(model)
+    narrow(model.graph)
     graph.write_bytes(model.SerializeToString())
-    after = hashlib.sha256(graph.read_bytes()).hexdigest()
-    manifest.write_text(manifest.read_text().replace(before, after))
+    said = json.loads(manifest.read_text())
+    said["files"][graph.name] |= {"bytes": graph.stat().st_size, "sha256": sha256(graph)}
+    manifest.write_text(json.dumps(said, indent=2) + "\n")
 
 
 if __name__ == "__main__":
