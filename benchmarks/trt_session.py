@@ -32,8 +32,8 @@ ROWS, MORE = (150, 71, 9), 8
 """Tokens of sequences that begin with different lengths, and how many more of each run together."""
 MOST_DIVERGENCE = 0.02
 """Nats between torch's fp32 and the engine's next token, for activations of 16 bits."""
-MOST_ERROR = 0.05
-"""Of state, relative to the largest element of a tensor."""
+MOST_ERROR = 0.1
+"""Of state, relative to the largest element of a tensor: torch in fp16 is 0.086 off (`trt.json`)."""
 LEAST_ALIKE = 0.95
 """Share of slots that hold the same token: scores that are nearly equal may fall either way in 16 bits."""
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstring>
 #include <fstream>
 #include <utility>
 
@@ -118,6 +119,10 @@ void keep_floats(nvinfer1::INetworkDefinition& network) {
 }  // namespace
 
 void Logger::log(Severity severity, const char* text) noexcept {
+#if NV_TENSORRT_MAJOR < 10
+  // 8.5 says so of every input of every profile but the first, in each call, and then does what was asked for.
+  if (std::strstr(text, "getProfileDimensions: bindingIndex")) return;
+#endif
   if (severity <= most_) std::fprintf(stderr, "tensorrt: %s\n", text);
 }
 
