@@ -458,8 +458,8 @@ TABLES: dict[str, Callable[[], str]] = {
 }  # fmt: skip
 for made in (
     report_trt.verified, report_trt.goals, report_trt.contexts, report_trt.prompts, report_trt.builds,
-    report_trt.overlap, report_trt.layer, report_trt.products, report_trust.promises, report_trust.faults,
-    report_trust.hostile, report_trust.drift, report_trust.concurrency,
+    report_trt.primitives, report_trt.overlap, report_trt.layer, report_trt.products, report_trust.promises,
+    report_trust.faults, report_trust.hostile, report_trust.drift, report_trust.concurrency,
 ):  # fmt: skip
     name = f"{made.__module__.removeprefix('report_')}_{made.__name__}"
     TABLES[name] = lambda make=made: table(*make())

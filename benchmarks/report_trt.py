@@ -21,13 +21,15 @@ def _result(name: str) -> Any:
 
 def verified() -> Table:
     """Engines with the plugin against torch."""
-    rows = []
-    for (key, model), batch in product((("smollm2", "SmolLM2-135M"), ("8b", "8B shape")), (1, 16)):
-        x = _result("trt")[key][f"batch {batch}"]
+    rows, data = [], _result("trt")
+    models = product((("smollm2", "SmolLM2-135M"), ("8b", "8B shape")), (1, 16))
+    runs = {f"{model}, {batch}": data[key][f"batch {batch}"] for (key, model), batch in models}
+    runs |= {f"SmolLM2-135M, 1; {name}": x["batch 1"] for name, x in data["presets"].items() if name != "note"}
+    for name, x in runs.items():
         half = x["torch_in_half"]
         worst, of_torch = (max(y["state_error"][kind] for kind in ("slot_key", "slot_value")) for y in (x, half))
         rows.append([
-            f"{model}, {batch}", f"{x['tokens_alike']} of {x['of']}", f"{x['steps']}", f"{x['divergence']['mean']:.1e}",
+            name, f"{x['tokens_alike']} of {x['of']}", f"{x['steps']}", f"{x['divergence']['mean']:.1e}",
             f"{half['divergence']['mean']:.1e}", f"{x['state_error']['slots_alike']:.2%}",
             f"{worst:.3f} ({of_torch:.3f})",
         ])  # fmt: skip
@@ -134,6 +136,31 @@ def builds() -> Table:
     ]  # fmt: skip
 
 
+def primitives() -> Table:
+    """Two layers of the 8B shape whose mixers are the plugin's or TensorRT's own operators."""
+    both = [_result("trt")["primitives"][name] for name in ("plugin", "TensorRT's operators")]
+    mixers = [sum(time for name, time in x["layers"].items() if _of_mixer(name)) for x in both]
+    more = both[1]["step"]["median_ms"] - both[0]["step"]["median_ms"]
+    rows = [["a step, ms", *(_milliseconds(x["step"]) for x in both), _times(*(x["step"]["median_ms"] for x in both))]]
+    prompts = [x["prefill"][0] for x in both]
+    title = f"a prompt of {prompts[0]['tokens']} tokens, ms"
+    rows.append([title, *map(_milliseconds, prompts), _times(*(x["median_ms"] for x in prompts))])
+    by_difference = mixers[0], mixers[0] + more
+    for title, times in (("mixers, by layers, ms", mixers), ("mixers, by what a step takes, ms", by_difference)):
+        rows.append([title, *(f"{x:.3f}" for x in times), _times(*times)])
+    rows.append(["built in", *(f"{x['build_seconds']:.0f} s" for x in both), ""])
+    return ["8B shape, two layers", "plugin", "TensorRT's operators", ""], rows
+
+
+def _of_mixer(layer: str) -> bool:
+    """Return whether a layer of a profile is neither a product nor the embedding's row or last token."""
+    return not any(word in layer for word in ("LigerLinear", "embed_tokens", "Reshape_2_copy_input"))
+
+
+def _times(ours: float, theirs: float) -> str:
+    return f"{theirs / ours:.1f} times"
+
+
 def overlap() -> Table:
     """Steps whose launches overlap or follow each other."""
     rows = []
@@ -154,7 +181,7 @@ def layer() -> Table:
             continue
         ours = [f"{x[name]:.2f} ({x[f'cublas {name}']:.2f})" for name in ("qkv", "o", "gate_up", "down")]
         rows.append([f"{int(tokens):,}", *ours, f"{x['norm and learned score']:.2f}", f"{x['mixer']:.2f}"])
-    header = ["tokens", "qkv", "o", "gate_up, with norm and gated unit", "down", "norm and learned score", "mixer"]
+    header = ["tokens", "qkv", "o", "gate_up, with the gated unit", "down", "norm and learned score", "mixer"]
     return header, rows
 
 

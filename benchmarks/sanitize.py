@@ -1,11 +1,14 @@
 """Run every fused kernel once on small inputs, for NVIDIA's compute-sanitizer.
 
 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
-compute-sanitizer --tool racecheck python benchmarks/sanitize.py
+compute-sanitizer --tool racecheck python benchmarks/sanitize.py calls
+
+Parts may be named: most of the time is compiling, which one process does for itself.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from itertools import product
 
@@ -77,11 +80,11 @@ def calls(dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    """Run all in both widths of activations."""
-    for dtype in (torch.float32, torch.bfloat16):
-        recurrence(dtype)
-        mixer(dtype)
-        calls(dtype)
+    """Run the parts that were named, or all, in both widths of activations."""
+    parts = {part.__name__: part for part in (recurrence, mixer, calls)}
+    for name in sys.argv[1:] or parts:
+        for dtype in (torch.float32, torch.bfloat16):
+            parts[name](dtype)
     torch.cuda.synchronize()
     print("ran")
 

@@ -32,8 +32,8 @@ ROWS, MORE = (150, 71, 9), 8
 """Tokens of sequences that begin with different lengths, and how many more of each run together."""
 MOST_DIVERGENCE = 0.02
 """Nats between torch's fp32 and the engine's next token, for activations of 16 bits."""
-MOST_ERROR = 0.1
-"""Of state, relative to the largest element of a tensor: torch in fp16 is 0.086 off (`trt.json`)."""
+MOST_ERROR = {"slot_key": 0.1, "slot_value": 0.1, "recurrent_state": 0.05, "recurrent_mass": 0.05}
+"""Of state, relative to the largest element of a tensor: values of torch in fp16 are 0.086 off (`trt.json`)."""
 LEAST_ALIKE = 0.95
 """Share of slots that hold the same token: scores that are nearly equal may fall either way in 16 bits."""
 
@@ -131,9 +131,9 @@ def compare_state(found: dict[str, np.ndarray], expected: dict[str, np.ndarray],
         elif kind in ("slot_key", "slot_value"):
             pairs = zip(heads(tensor, 1), heads(wanted, 1), heads(ours), heads(theirs), strict=True)
             errors[kind] = max(errors.get(kind, 0.0), *(of_same(*pair) for pair in pairs))
-        elif kind in ("recurrent_state", "recurrent_mass"):
+        elif kind in MOST_ERROR:
             errors[kind] = max(errors.get(kind, 0.0), error(wide(tensor), wanted, wanted))
-    fine = alike >= LEAST_ALIKE * of and all(x <= MOST_ERROR for x in errors.values())
+    fine = alike >= LEAST_ALIKE * of and all(x <= MOST_ERROR[kind] for kind, x in errors.items())
     return {"fine": bool(fine), "slots_alike": alike / max(of, 1), "errors": errors}
 
 
