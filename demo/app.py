@@ -21,6 +21,9 @@ from ligerexport.demo import page
 from ligerexport.demo.host import SHORT, Demo
 from ligerexport.demo.prompts import CHAT, MOST, PASSKEY, PRESETS
 from ligerexport.errors import UsageError
+from ligerexport.versions import warn_if_untried
+
+warn_if_untried("gradio")
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "

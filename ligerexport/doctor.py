@@ -18,6 +18,7 @@ from ligerexport.exporters.targets import TARGETS, get_target
 from ligerexport.kernels.tuning import FORWARD
 from ligerexport.sources import BUILTIN_MODELS
 from ligerexport.staging import cache_dir
+from ligerexport.versions import TRIED, untried
 
 PACKAGE = "ligerexport"
 
@@ -55,7 +56,7 @@ def examine(target: str | None = None, plugin: Path | None = None) -> list[Check
     Raises:
         UsageError: No such target.
     """
-    checks = [_python(), *_packages(), *_machine(), *_cache()]
+    checks = [_python(), *_packages(), _releases(), *_machine(), *_cache()]
     return checks + (_gpu(target, plugin) if target and get_target(target).sms else [])
 
 
@@ -93,6 +94,16 @@ def _package(requirement: Requirement) -> Check:
         found = f"{version}, needed is {requirement.specifier}"
     mend = f"pip install '{requirement.name}{requirement.specifier}'"
     return Check(requirement.name, found, _satisfied(requirement), True, mend)
+
+
+def _releases() -> Check:
+    """Name what is installed in a release that was never tried; it may work all the same."""
+    found = {name: untried(name) for name in TRIED}
+    strange = [name for name, what in found.items() if what]
+    if not strange:
+        return Check("tried releases", "all that is installed")
+    mend = " ".join(["pip install", *(f"'{name}=={TRIED[name][1]}.*'" for name in strange)])
+    return Check("tried releases", "; ".join(f"{name} {found[name]}" for name in strange), False, False, mend)
 
 
 def _machine() -> list[Check]:

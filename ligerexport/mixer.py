@@ -24,6 +24,10 @@ from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.state import FADE, MixerSpec, MixerState, fade
+from ligerexport.versions import warn_if_untried
+
+warn_if_untried("torch")
+warn_if_untried("transformers")
 
 LONGEST = 1 << 21
 """Tokens of rotary distance: tables have a row for each."""

@@ -29,6 +29,7 @@ LAYERS = (
     ("reading", "render"),
     ("console", "staging", "checkpoint", "families", "gates", "memory", "text"),
     ("config", "artifact", "sources", "corpus", "snapshot"),
+    ("versions",),
     ("state",),
     ("kernels",),
     ("mixer",),

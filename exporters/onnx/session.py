@@ -19,6 +19,7 @@ from ligerexport.errors import ArtifactError, LigerError, MissingDependency, Usa
 from ligerexport.exporters.onnx.screen import check_graph
 from ligerexport.exporters.session import BatchSession, choose_chunk
 from ligerexport.snapshot import Snapshot
+from ligerexport.versions import warn_if_untried
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -263,6 +264,7 @@ def _open(
         import onnxruntime
     except ImportError as error:
         raise MissingDependency("onnxruntime", extra="onnx") from error
+    warn_if_untried("onnxruntime")
     wanted = [row if isinstance(row, str) else row[0] for row in PROVIDERS[device]]
     missing = MissingDependency(wanted[0], hint="pip install 'onnxruntime-gpu[cuda,cudnn]', in place of onnxruntime")
     if wanted[0] not in onnxruntime.get_available_providers():
