@@ -97,7 +97,7 @@ def make_page(demo: Demo) -> gr.Blocks:
         gr.on([run.click, prompt.submit], answer, [preset, prompt, context, depth, most, rows],
               [*parts.values(), run, stop], concurrency_limit=USERS, **HIDDEN)  # fmt: skip
         stop.click(end, queue=False, **HIDDEN)
-        measure.click(time_both, None, [measured, progress], concurrency_limit=1, **HIDDEN)
+        measure.click(time_both, None, [measured, progress], concurrency_limit=USERS, **HIDDEN)
         blocks.unload(end)
     return blocks
 
