@@ -107,7 +107,7 @@ def _releases() -> Check:
 
 
 def _machine() -> list[Check]:
-    from ligerexport.exporters.onnx.session import default_threads
+    from ligerexport.threads import default_threads
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return [

@@ -28,6 +28,7 @@ LAYERS = (
     ("errors",),
     ("reading", "render"),
     ("console", "staging", "checkpoint", "families", "gates", "memory", "text"),
+    ("datafiles", "threads"),
     ("config", "artifact", "sources", "corpus", "snapshot"),
     ("versions",),
     ("state",),

@@ -20,6 +20,7 @@ from ligerexport.bench.settings import Settings
 from ligerexport.bench.worker import Worker
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError, VerificationError
+from ligerexport.threads import default_threads
 
 FIRST_SECONDS, FIRST_TIMES = 2.0, 5
 """The time to the first token is the median of so many readings, fewer once they took this long."""
@@ -51,7 +52,7 @@ def bench(
         UsageError: The vocabularies differ, or a setting makes no sense.
     """
     settings, progress = settings or Settings(), progress or silent
-    threads = settings.threads or _threads()
+    threads = settings.threads or default_threads()
     settings = replace(settings, threads=threads)
     models = dict(zip(labels(model, against), (model, against), strict=True))
     parity = {
@@ -86,12 +87,6 @@ def bench(
             for batch in settings.batches
         },
     }
-
-
-def _threads() -> int:
-    from ligerexport.exporters.onnx.session import default_threads
-
-    return default_threads()
 
 
 def labels(model: str, against: str) -> tuple[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 
 from ligerexport.cli import common
 from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
+from ligerexport.cli.computing import Threads, computes
 from ligerexport.config import DEFAULT_PRESET, PRESETS, RECURRENCES, LigerConfig
 from ligerexport.console import card, format_bytes, progress
 from ligerexport.convert import SHIPPED, WINDOWS, check_score_options, choose_conversion
@@ -21,6 +21,7 @@ from ligerexport.gates import GATES
 from ligerexport.memory import SCORES
 
 
+@computes
 def convert(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or a built-in model such as smollm2-135m.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
@@ -64,6 +65,7 @@ def convert(
             metavar="DIR", help=f"Merge what `recover --adapter` wrote; {SHIPPED}: what comes with a built-in model."
         ),
     ] = None,
+    threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -87,7 +89,7 @@ def convert(
     if output.resolve() == Path(model).expanduser().resolve():
         raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
     _check_output(output, force, "config.json")
-    common.announce("convert", model=model, output=output, preset=preset, **vars(config))
+    common.announce("convert", model=model, output=output, preset=preset, threads=threads, **vars(config))
     if dry_run:
         plan = _plan_convert(model, output, config)
         return _finish(json, f"would write {output}", plan | _plan_fit(model, texts, windows), None)
@@ -178,6 +180,7 @@ def _describe(path: Path, config: LigerConfig) -> dict[str, Any]:
     }
 
 
+@computes
 def build(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint; default: this directory.")] = Path("."),
     target: Annotated[str, typer.Option(help="See `ligerexport list targets`.")] = "onnx",
@@ -214,6 +217,7 @@ def build(
         bool, typer.Option("--engine/--no-engine", help="With trt: build the engine here, or on the device.")
     ] = True,
     genai: Annotated[bool, typer.Option("--genai", help="Add what onnxruntime-genai runs.")] = False,
+    threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -225,7 +229,6 @@ def build(
     The artifact is compared with the torch model on real prompts and written only if it passes.
     """
     common.begin(quiet, debug)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars while torch loads; ours say as much
     from ligerexport.artifact import MANIFEST, open_artifact
 
     row, sms = get_target(target), common.parse_sms(sm)
@@ -236,7 +239,7 @@ def build(
     _check_output(output, force, MANIFEST)
     config = _converted(model)
     common.announce("build", model=model, target=target, output=output, lowering=lowering,
-                    max_chunk=max_chunk or row.chunk, weights=weights,
+                    max_chunk=max_chunk or row.chunk, weights=weights, threads=threads,
                     block=block if get_precision(weights, block).blocked else None,
                     **(vars(gpu) if gpu else {}))  # fmt: skip
     from ligerexport.exporters.build import build as build_artifact

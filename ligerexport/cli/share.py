@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as library
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +10,12 @@ import typer
 
 from ligerexport.cli import common
 from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
+from ligerexport.cli.computing import Threads, computes
 from ligerexport.console import card, progress
 from ligerexport.evaluate.settings import DEVICES, DTYPES
 
 
+@computes
 def allocate(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint; its memory is where measuring starts.")],
     data: Annotated[
@@ -35,6 +36,7 @@ def allocate(
     distance: Annotated[int, typer.Option(help="Tokens of prose around a key.")] = 2048,
     device: Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")] = "auto",
     dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
+    threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -46,7 +48,6 @@ def allocate(
     Measures the model with smaller and larger memories in one layer at a time; trains nothing.
     """
     common.begin(quiet, debug)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from ligerexport.allocate import allocate as run
     from ligerexport.allocate import check_output, make_config, make_plan
 
@@ -56,7 +57,8 @@ def allocate(
     }  # fmt: skip
     config = make_config(settings)
     check_output(output, force)
-    common.announce("allocate", model=model, data=data, text=text, output=output, against=against, **settings)
+    common.announce("allocate", model=model, data=data, text=text, output=output, against=against,
+                    threads=threads, **settings)  # fmt: skip
     if dry_run:
         plan = make_plan(model, data, text, config, against, progress)
         facts = {"path": str(output), "layers": len(plan.tried), "budget": plan.budget,

@@ -10,6 +10,7 @@ import typer
 
 from ligerexport.cli import common
 from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
+from ligerexport.cli.computing import Threads, computes
 from ligerexport.console import card, format_bytes, progress, say
 from ligerexport.errors import UsageError
 from ligerexport.recover.config import DEFAULT_TOKENS, TARGETS, RecoverConfig
@@ -22,6 +23,7 @@ _EVERY = 10
 """Steps between two lines about the loss."""
 
 
+@computes
 def recover(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint.")],
     data: Annotated[
@@ -57,6 +59,7 @@ def recover(
     resume: Annotated[str, typer.Option(help="auto goes on from OUTPUT.state, never starts again.")] = "auto",
     merge: Annotated[bool, typer.Option("--merge/--adapter", help="Write whole weights, or LoRA alone.")] = True,
     tensorboard: Annotated[Path | None, typer.Option(help="Directory for TensorBoard's scalars.")] = None,
+    threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -69,7 +72,6 @@ def recover(
     """
     main = os.environ.get("RANK", "0") == "0"  # of several processes one talks
     common.begin(quiet or not main, debug)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     settings: dict[str, Any] = {
         "recipe": recipe, "rank": rank, "alpha": alpha, "targets": tuple(filter(None, targets.split(","))),
         "tokens": parse_count(tokens), "steps": steps, "length": length, "batch_tokens": batch_tokens,
@@ -82,7 +84,8 @@ def recover(
     config = make_config(settings)
     check_places(model, output, force)
     plan = _plan(model, config, shard)
-    common.announce("recover", model=model, data=data, output=output, **config.identity())
+    common.announce("recover", model=model, data=data, output=output, threads=threads,
+                    **config.identity())  # fmt: skip
     _talk(plan)
     if dry_run:
         return _dry(model, data, output, config, against, plan, json)
