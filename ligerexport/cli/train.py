@@ -88,7 +88,7 @@ def recover(
                     **config.identity())  # fmt: skip
     _talk(plan)
     if dry_run:
-        return _dry(model, data, output, config, against, plan, json)
+        return _dry(model, data, output, config, against, plan, json) if main else None
     path = run(model, data, output, against=against, merge=merge, resume=resume, shard=shard, force=force,  # type: ignore[arg-type]
                tensorboard=tensorboard, progress=progress, on_step=_teller(config), **settings)  # fmt: skip
     if main:
@@ -127,19 +127,36 @@ def _dry(
     model: Path, data: list[str], output: Path, config: RecoverConfig, against: str | None, plan: dict[str, Any],
     json: bool,
 ) -> None:  # fmt: skip
-    """Read the data too: what is wrong with it is worth knowing before."""
-    from ligerexport.recover.run import prepare
+    """Read the data and train on a few rows too: what is wrong and how long it takes is worth knowing before."""
+    from ligerexport.recover.run import measure_seconds, prepare, warn_of_repeats
+    from ligerexport.threads import default_threads
 
-    _, documents = prepare(model, data, config, against, progress)
+    info, documents = prepare(model, data, config, against, progress)
+    warn_of_repeats(documents, config)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    seconds = measure_seconds(info, documents, config, against, processes, progress)
     found = {"documents": len(documents.lengths), "tokens": len(documents.ids), **documents.counts}
-    common.finish_json(json, {"path": str(output), **plan, "data": found})
+    common.finish_json(json, {"path": str(output), **plan, "seconds": seconds, "data": found})
     card(f"would write {output}", [
         ("parameters", f"{plan['trainable_parameters']:,} of {plan['parameters']:,} learn"),
         ("steps", f"{plan['steps']:,} of {config.batch_tokens:,} tokens"),
+        ("time", f"about {duration(seconds)}, from one measured row of each phase (threads: {default_threads()})"),
         ("memory", f"about {format_bytes(plan['memory_bytes'])}: " + ", ".join(
             f"{name} {format_bytes(plan[f'{name}_bytes'])}" for name in ("weight", "lora", "activation", "logit"))),
         ("data", ", ".join(f"{count:,} {what}" for what, count in found.items())),
     ])  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """Return seconds for people: the largest unit and the next one."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
 
 
 def _teller(config: RecoverConfig) -> OnStep:
