@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_
 import threading
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +47,7 @@ def bench(
 ) -> None:
     """Time a model beside another: latency, memory, energy.
 
-    Both run in processes of their own and in turns. The table goes to stdout, and JSON as its last line.
+    Both run in processes of their own and in turns. The table goes to stdout, or JSON in its place with --json.
     """
     common.begin(quiet, debug)
     from ligerexport.bench.report import RESULT, check_plots, markdown, save
@@ -68,8 +67,10 @@ def bench(
     if output is not None:
         save(result, output, force=force)
     if not json:
-        data(markdown(result))
-    data(json_.dumps(result, ensure_ascii=False))
+        data(markdown(result), end="")
+    common.finish_json(json, result)
+    for text in result["warnings"]:
+        warn(text)
     first, second = result["models"]
     longest = {row["model"]: row for row in result["rows"] if row["batch"] == settings.batches[-1]}
     card("measured", [
