@@ -40,7 +40,11 @@ def test_tried_releases_are_those_that_ci_installs() -> None:
 
 
 def test_every_row_warns_where_it_is_used() -> None:
-    sources = [file.read_text() for top in ("ligerexport", "exporters", "demo") for file in (ROOT / top).rglob("*.py")]
+    sources = [
+        file.read_text()
+        for top in ("ligerexport", "exporters", "kernels", "demo")
+        for file in (ROOT / top).rglob("*.py")
+    ]
     named = {name for source in sources for name in re.findall(r'^ *warn_if_untried\("(.+)"\)', source, re.MULTILINE)}
     assert named == TRIED.keys()
 
