@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ligerexport.console import warn
-from ligerexport.errors import LigerError, MissingDependency
+from ligerexport.errors import LigerError, MissingDependency, quoted
 
 Rows = Iterator[tuple[str, Any]]
 """Where a row stands, for messages, and the row."""
@@ -210,7 +210,7 @@ def _lines(stream: IO[bytes], file: Path, encoding: str) -> Iterator[str]:
     Raises:
         DataError: One is not in this encoding.
     """
-    hint = f"iconv -t utf-8 {file} > {file.stem}.utf8"
+    hint = f"iconv -t utf-8 {quoted(file)} > {quoted(f'{file.stem}.utf8')}"
     if encoding.startswith("utf-8"):
         for number, line in enumerate(stream, 1):
             try:

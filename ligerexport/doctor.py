@@ -14,10 +14,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from ligerexport.artifact import installed_version
+from ligerexport.errors import LigerError
 from ligerexport.exporters.targets import TARGETS, get_target
 from ligerexport.kernels.tuning import FORWARD
 from ligerexport.sources import BUILTIN_MODELS
-from ligerexport.staging import cache_dir
+from ligerexport.staging import CACHE_HINT, cache_dir
 from ligerexport.versions import TRIED, untried
 
 PACKAGE = "ligerexport"
@@ -147,12 +148,17 @@ def _gpu(target: str, plugin: Path | None) -> list[Check]:
 
 
 def _cache() -> list[Check]:
-    directory = cache_dir()
-    place = next(path for path in (directory, *directory.parents) if path.exists())
+    try:
+        directory = cache_dir()
+    except LigerError as error:
+        return [Check("cache", error.message, False, False, error.hint)]
+    place = next(path for path in (directory, *directory.parents) if os.path.exists(path))
     free = shutil.disk_usage(place).free
-    rows = [Check("cache", f"{directory}, {free / 1e9:.1f} GB free")]
+    writable = os.access(place, os.W_OK | os.X_OK)
+    said = "" if writable else ", not writable"
+    rows = [Check("cache", f"{directory}, {free / 1e9:.1f} GB free{said}", writable, False, CACHE_HINT)]
     for name in BUILTIN_MODELS:
-        cached = (directory / "models" / name / "config.json").is_file()
+        cached = os.path.isfile(directory / "models" / name / "config.json")
         command = f"{PACKAGE} convert {name} -o liger"
         rows.append(Check(f"model {name}", "cached" if cached else "not fetched yet", cached, False, command))
     return rows

@@ -27,7 +27,7 @@ PACKAGE = ROOT / "ligerexport"
 LAYERS = (
     ("errors",),
     ("reading", "render"),
-    ("console", "staging", "checkpoint", "families", "gates", "memory", "text"),
+    ("console", "staging", "checkpoint", "families", "gates", "memory", "sampling", "text"),
     ("datafiles", "threads"),
     ("config", "artifact", "sources", "corpus", "snapshot"),
     ("versions",),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ligerexport.cli import common
-from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
+from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
 from ligerexport.cli.computing import Threads, computes
 from ligerexport.console import card, data, format_bytes, progress
 from ligerexport.errors import UsageError
@@ -51,13 +51,14 @@ def eval_(
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Measure a model: loss by position, recall, tasks.
 
     Works on a checkpoint and on the artifact built from it alike. Tables go to stdout, with standard errors.
     """
-    common.begin(quiet, debug)
+    common.begin(quiet, debug, verbose)
     from ligerexport.evaluate.run import resolve_settings, tokens_to_read
 
     inputs: dict[str, Any] = {"against": against, "text": text or [], "parts": split(parts), "tasks": split(tasks)}

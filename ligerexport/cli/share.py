@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from ligerexport.cli import common
-from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
+from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
 from ligerexport.cli.computing import Threads, computes
 from ligerexport.console import card, progress
+from ligerexport.errors import quoted
 from ligerexport.evaluate.settings import DEVICES, DTYPES
 
 
@@ -41,13 +42,14 @@ def allocate(
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Share slots out among layers by what each gains.
 
     Measures the model with smaller and larger memories in one layer at a time; trains nothing.
     """
-    common.begin(quiet, debug)
+    common.begin(quiet, debug, verbose)
     from ligerexport.allocate import allocate as run
     from ligerexport.allocate import check_output, make_config, make_plan
 
@@ -79,4 +81,4 @@ def allocate(
         ("slots", f"{record['total']:,} of {record['budget']:,} in {record['layers']} layers"),
         ("before", f"{base['kl']:.3f} nats from the Transformer, {base['once']:.0%} of a key's digits"),
         ("expected", f"{record['expected_cost']:+.2f} in the sum of relative changes, were layers independent"),
-    ], next_command=f"ligerexport convert {model} --memory {output} -o OTHER")  # fmt: skip
+    ], next_command=f"ligerexport convert {quoted(model)} --memory {quoted(output)} -o OTHER")  # fmt: skip

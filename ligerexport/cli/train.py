@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ligerexport.cli import common
-from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
+from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
 from ligerexport.cli.computing import Threads, computes
 from ligerexport.console import card, format_bytes, progress, say
-from ligerexport.errors import UsageError
+from ligerexport.errors import UsageError, quoted
 from ligerexport.recover.config import DEFAULT_TOKENS, TARGETS, RecoverConfig
 from ligerexport.recover.recipes import DEFAULT_RECIPE, RECIPES
 
@@ -64,6 +64,7 @@ def recover(
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Train LoRA on a converted checkpoint.
@@ -71,7 +72,7 @@ def recover(
     A run that was stopped goes on when the same command is given again.
     """
     main = os.environ.get("RANK", "0") == "0"  # of several processes one talks
-    common.begin(quiet or not main, debug)
+    common.begin(quiet or not main, debug, verbose)
     settings: dict[str, Any] = {
         "recipe": recipe, "rank": rank, "alpha": alpha, "targets": tuple(filter(None, targets.split(","))),
         "tokens": parse_count(tokens), "steps": steps, "length": length, "batch_tokens": batch_tokens,
@@ -193,4 +194,4 @@ def _finish(path: Path, merge: bool, json: bool) -> None:
           for row in phases),
         ("tokens", f"{record['tokens']:,}"),
         ("report", str(path / "report.md")),
-    ], next_command=f"ligerexport build {path} --target onnx" if merge else None)  # fmt: skip
+    ], next_command=f"ligerexport build {quoted(path)} --target onnx" if merge else None)  # fmt: skip
