@@ -208,6 +208,8 @@ def _watched(model: PreTrainedModel, window: int, seen: Any) -> Iterator[None]:
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    from ligerexport.mixer import IGNORED
+
     entering: dict[int, Tensor] = {}
 
     def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -215,8 +217,12 @@ def _watched(model: PreTrainedModel, window: int, seen: Any) -> Iterator[None]:
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float,
-        sliding_window: int | None = None, **unused: Any,
+        sliding_window: int | None = None, dropout: float = 0.0, **others: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
+        ignored = IGNORED | {"position_ids"}  # queries and keys are rotated already
+        unknown = [name for name, value in others.items() if value is not None and name not in ignored]
+        if dropout or unknown:
+            raise TypeError(f"the attention that is fitted to does not know {unknown[0] if unknown else 'dropout'}")
         output, peak = _attend(query * scaling, key, value, window, sliding_window)
         seen(module.layer_idx, entering.pop(module.layer_idx), peak)
         return output, None

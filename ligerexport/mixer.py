@@ -18,13 +18,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from ligerexport.config import LigerConfig
-from ligerexport.errors import CheckpointError, UsageError
+from ligerexport.errors import CheckpointError, LigerError, UsageError
 from ligerexport.families import FAMILIES, PREFIX, Family, described, get_family, harmless, head_dim
 from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.state import FADE, MixerSpec, MixerState, fade
-from ligerexport.versions import warn_if_untried
+from ligerexport.versions import TRIED, warn_if_untried
 
 warn_if_untried("torch")
 warn_if_untried("transformers")
@@ -37,11 +37,15 @@ _SIZES = {"num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 12, "num_key
 """The most that a configuration may say before anything is made of it."""
 CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 """What transformers calls the cache, as an argument and in an output: `cache` from 5.24 on."""
-_IGNORED = {
-    "attention_mask", "position_embeddings", "cache_position", "use_cache", "num_items_in_batch",
-    "cu_seq_lens_k", "max_length_k", "output_attentions", "output_hidden_states", "return_dict",
+IGNORED = {
+    "attention_mask",  # a mixer is causal, and the model has made positions of the padding
+    "position_embeddings", "cache_position",  # a mixer makes its own of `position_ids`
+    "use_cache", "num_items_in_batch",  # the model's own business, as are the outputs that it collects
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
 }  # fmt: skip
-"""What transformers hands to an attention module and a mixer has no use for: padding is in the positions."""
+"""What transformers hands to an attention module and what changes nothing in a mixer."""
+_PACKED = {"cu_seq_lens_k", "max_length_k", "seq_idx"}
+"""What says of packed documents the same as `cu_seq_lens_q` and `max_length_q`, without which it is unknown."""
 ONE_LAUNCH = 32_768
 """Numbers in the slots' keys of one head up to which a step is one launch: it holds them in registers."""
 
@@ -166,14 +170,15 @@ class LigerMixer(nn.Module):
             cu_seq_lens_q: `[N + 1]`, where the documents begin and end in the `B T` tokens, as transformers'
                 `DataCollatorWithFlattening` has it; they must cover all tokens.
             max_length_q: At least the tokens of the longest document.
-
-            **others: What transformers hands to every attention module and a mixer does not need.
+            **others: What transformers hands to every attention module and a mixer does not need: `IGNORED`, and
+                `_PACKED` where documents are packed.
 
         Raises:
             TypeError: An argument is unknown, so that leaving it out might change the result.
             ValueError: There are two caches, or packed documents come with a cache or without their largest length.
         """
-        if unknown := [name for name, value in others.items() if value is not None and name not in _IGNORED]:
+        ignored = IGNORED if cu_seq_lens_q is None else IGNORED | _PACKED
+        if unknown := [name for name, value in others.items() if value is not None and name not in ignored]:
             raise TypeError(f"a converted attention layer does not know the argument {unknown[0]}")
         cache = _one_cache(cache, past_key_values)
         batch, length, _ = hidden_states.shape
@@ -366,18 +371,29 @@ class _LigerModel:
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """Run the family's forward with a constant-size cache, honouring left padding in `attention_mask` `[B, S]`."""
+        """Run the family's forward with a constant-size cache, honouring left padding in `attention_mask` `[B, S]`.
+
+        Raises:
+            UsageError: The mask says more than what is padding.
+            LigerError: The cache did not reach every layer, as a release of transformers that was never tried may do.
+        """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training  # type: ignore[attr-defined]
         cache = _one_cache(cache, past_key_values)
         if use_cache and cache is None:
             cache = LigerCache(self.config)  # type: ignore[attr-defined]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+        if attention_mask is not None:
+            if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+                raise UsageError(
+                    "a converted model is causal and follows no other attention mask",
+                    hint="pass a mask [B, S] that is 0 on left padding, or none",
+                )
             padding = attention_mask.long().argmax(dim=1)
             columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)[-length:]
             position_ids = columns - padding[:, None]
-        return super().forward(  # type: ignore[misc]
+        seen = 0 if cache is None else cache.get_seq_length()
+        output = super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -388,6 +404,13 @@ class _LigerModel:
             **{CACHE: cache},
             **kwargs,
         )
+        kept: list[Any] = [] if cache is None or self.training else cache.layers  # type: ignore[attr-defined]
+        if any(layer.get_seq_length() != seen + length for layer in kept):
+            raise LigerError(
+                "transformers handed the cache to only some layers, the state of the others is lost",
+                hint=f"pip install 'transformers=={TRIED['transformers'][1]}.*'",
+            )
+        return output
 
     # Phi3's own throws the cache away where its rotary embedding would change; here it never does
     prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
@@ -395,9 +418,12 @@ class _LigerModel:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+        cache = _one_cache(model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None))
+        if cache is None and generation_config.use_cache is not False:
             model_kwargs[CACHE] = LigerCache(self.config)  # type: ignore[attr-defined]
             return None
+        if cache is not None:
+            model_kwargs[CACHE] = cache
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
 

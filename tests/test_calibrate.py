@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ligerexport.calibrate import FIRST, _Sums, drills, fit_scores, score_names
+from ligerexport.calibrate import FIRST, _Sums, _watched, drills, fit_scores, score_names
 from ligerexport.errors import UsageError
 from ligerexport.families import FAMILIES, get_family
 from ligerexport.text import TextModel
@@ -68,6 +68,12 @@ def test_the_fit_is_least_squares_on_the_attention_of_the_transformer(family: st
     assert all(0 < share < 1 for share in fit.explained)
     assert all(tensor.dtype == torch.float32 and not tensor.requires_grad for tensor in fit.tensors.values())
     assert torch.equal(model(ids[:1]).logits, before)
+
+
+def test_attention_of_another_kind_is_refused() -> None:
+    model, ids = transformer("llama"), torch.zeros(1, 8, dtype=torch.long)
+    with _watched(model, 4, lambda *seen: None), pytest.raises(TypeError, match="is_causal"):
+        model.model(ids, use_cache=False, is_causal=False)
 
 
 def test_a_linear_rule_is_found_and_explains_everything() -> None:

@@ -13,11 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ligerexport import mixer
 from ligerexport.config import LigerConfig
 from ligerexport.convert import convert, convert_in_memory, load_model
+from ligerexport.errors import LigerError, UsageError
 from ligerexport.families import FAMILIES, get_family, output_head
 from ligerexport.gates import GATES
-from ligerexport.mixer import LigerCache, LigerMixer, _shared_table, layer_specs
+from ligerexport.mixer import CACHE, LigerCache, LigerMixer, _shared_table, layer_specs
 from tests.checkpoints import FORESIGHT, MEMORY, OF_FAMILY, SIZES, make_checkpoint
 from tests.tolerances import MODEL_FP32
 
@@ -222,3 +224,47 @@ def test_training_reaches_every_projection(tmp_path: Path) -> None:
     model(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("state", 1), ("is_causal", False), ("cu_seq_lens_k", torch.tensor([0, 9])), ("seq_idx", torch.zeros(1, 9))],
+)
+def test_an_argument_that_would_be_dropped_is_named(tmp_path: Path, name: str, value: Any) -> None:
+    model = load_model(make_checkpoint(tmp_path / "liger", MEMORY)).eval()
+    ids = torch.randint(0, SIZES["vocab_size"], (1, 9))
+    with pytest.raises(TypeError, match=name):
+        model(ids, **{name: value})
+    model(ids, **{name: None})
+
+
+@torch.no_grad()
+def test_a_cache_is_known_by_both_names_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(make_checkpoint(tmp_path / "liger", MEMORY)).eval()
+    ids = torch.randint(0, SIZES["vocab_size"], (1, 40))
+    whole = model(ids).logits[:, 30:]
+    for name in ("cache", "past_key_values"):
+        cache = model(ids[:, :30], use_cache=True)[CACHE]
+        assert (model(ids[:, 30:], **{name: cache}).logits - whole).abs().max() <= MODEL_FP32
+        answer = model.generate(
+            ids, max_new_tokens=3, do_sample=False, eos_token_id=None, **{name: LigerCache(model.config)}
+        )
+        assert torch.equal(answer, model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None))
+    with pytest.raises(ValueError, match="two names"):
+        model(ids, cache=cache, past_key_values=cache)
+    with pytest.raises(UsageError, match="attention mask"):
+        model(ids, attention_mask=torch.ones(1, 1, 40, 40))
+    monkeypatch.setattr(mixer, "CACHE", "memory")
+    with pytest.raises(TypeError, match="memory"):
+        model(ids, use_cache=True)
+
+
+def test_a_cache_that_a_layer_never_sees_is_an_error(tmp_path: Path) -> None:
+    model = load_model(make_checkpoint(tmp_path / "liger", MEMORY)).eval()
+    model.model.layers[-1].register_forward_pre_hook(
+        lambda layer, args, given: (args, given | {CACHE: None}), with_kwargs=True
+    )
+    ids = torch.randint(0, SIZES["vocab_size"], (1, 9))
+    with pytest.raises(LigerError, match="only some layers"):
+        model(ids, use_cache=True)
+    assert model(ids, use_cache=False).logits.isfinite().all()

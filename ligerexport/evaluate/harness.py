@@ -58,7 +58,7 @@ class HarnessLM(TemplateLM):
         """What distinguishes the prompts of this model in lm-eval's cache."""
         return f"ligerexport-{len(self.text.vocabulary)}"
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """Return ids; by default with what the tokenizer puts in front, unless the text has it already."""
         ids = self.text.encode(string, special=add_special_tokens is not False)
         doubled = add_special_tokens is None and len(ids) > 1 and ids[0] == ids[1] == self.text.bos_id
@@ -69,7 +69,7 @@ class HarnessLM(TemplateLM):
         return self.text.render(chat_history, answer=add_generation_prompt)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **unused: Any
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[Scored]:
         """Score continuations. Prompts of one length go together, and equal ones are read once."""
         waiting: dict[int, dict[tuple[int, ...], list[int]]] = {}
