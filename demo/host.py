@@ -112,7 +112,9 @@ class Demo:
         """Measure in a turn, with processes of its own; yield the table and a line of status."""
         stop = self._begin(session)
 
-        def watch(description: str, total: float | None = None, unit: Unit = "bytes") -> AbstractContextManager[Advance]:
+        def watch(
+            description: str, total: float | None = None, unit: Unit = "bytes"
+        ) -> AbstractContextManager[Advance]:
             def advance(amount: float) -> None:
                 if stop.is_set():
                     raise Stopped
