@@ -361,7 +361,7 @@ def test_the_command_from_data_to_artifact(
     plan = json.loads(out)
     assert code == 0 and plan["steps"] == 3 and plan["tokens"] == 384 and plan["trainable_parameters"] == 5120
     assert plan["data"]["documents"] > 5 and plan["memory_bytes"] > plan["weight_bytes"]
-    assert "would write" in err and "from one measured row of each phase (threads: 1)" in err
+    assert "would write" in err and "measured on a part of each phase (threads: 1)" in err
     assert plan["seconds"] > 0 and [path.name for path in tmp_path.iterdir()] == []
 
     code, out, err = run(capfd, [*arguments, "--json"])

@@ -199,6 +199,15 @@ def test_chats_without_answers_and_refused_ones_are_counted(tmp_path: Path) -> N
     assert len(found.lengths) == 1
 
 
+@pytest.mark.parametrize("role", ["tool", "system"])
+def test_a_template_that_skips_a_role_learns_nothing_from_such_chats(tmp_path: Path, role: str) -> None:
+    template = "{% for m in messages if m.role != '" + role + "' %}<{{ m.content }}>{% endfor %}"
+    said = Record("x", (*CHAT[:1], (role, "7"), *CHAT[1:]))
+    found = documents(make_text(tmp_path, template), said, Record("y", CHAT))
+    assert found.counts == {"records": 2, "with a turn that the chat template leaves out": 1}
+    assert documents(make_text(tmp_path, toy.TEMPLATE), said).counts == {"records": 1}
+
+
 def test_a_template_that_drops_earlier_answers_ends_what_is_learned(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}<{{ m.content }}>{% endif %}{% endfor %}"

@@ -141,7 +141,7 @@ def _dry(
     card(f"would write {output}", [
         ("parameters", f"{plan['trainable_parameters']:,} of {plan['parameters']:,} learn"),
         ("steps", f"{plan['steps']:,} of {config.batch_tokens:,} tokens"),
-        ("time", f"about {duration(seconds)}, from one measured row of each phase (threads: {default_threads()})"),
+        ("time", f"about {duration(seconds)}, measured on a part of each phase (threads: {default_threads()})"),
         ("memory", f"about {format_bytes(plan['memory_bytes'])}: " + ", ".join(
             f"{name} {format_bytes(plan[f'{name}_bytes'])}" for name in ("weight", "lora", "activation", "logit"))),
         ("data", ", ".join(f"{count:,} {what}" for what, count in found.items())),

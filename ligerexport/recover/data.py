@@ -197,6 +197,8 @@ def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
             return [], "without an answer"
         return [_Segment(prompt + "\n\n", answer=False, special=True), _Segment(answer, answer=True)], ""
     messages = [{"role": role, "content": content} for role, content in record.turns]
+    if _left_out(messages, text):
+        return [], "with a turn that the chat template leaves out"
     segments: list[_Segment] = []  # a template writes its own beginning of text
     done = ""
     for index, message in enumerate(messages):
@@ -212,3 +214,16 @@ def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
         segments += [_Segment(prompt[len(done) :], answer=False), _Segment(whole[len(prompt) :], answer=True)]
         done = whole
     return segments, ""
+
+
+def _left_out(messages: list[dict[str, str]], text: TextModel) -> bool:
+    """Return whether the template skips what the system or a tool says: an answer to it would come from nowhere."""
+    for index, message in enumerate(messages):
+        if message["role"] in ("system", "tool") and message["content"].strip():
+            others = messages[:index] + messages[index + 1 :]
+            try:
+                if text.render(others, answer=False) == text.render(messages, answer=False):
+                    return True
+            except UsageError:  # a template may refuse to go without, and what it refuses is counted elsewhere
+                continue
+    return False

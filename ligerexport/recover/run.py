@@ -198,7 +198,9 @@ def measure_seconds(
     processes: int = 1,
     progress: ProgressFactory | None = None,
 ) -> float:
-    """Return the seconds that the steps of a run will take, by training on one row with the loss of each phase.
+    """Return the seconds that a run will take, by training with the loss of each phase on a part of a step.
+
+    The part is one row on a CPU, where time grows with the rows, and on a GPU all rows that are in memory at a time.
 
     Args:
         info: The checkpoint.
@@ -216,20 +218,23 @@ def measure_seconds(
     import torch
 
     from ligerexport.recover.distributed import Group
+    from ligerexport.recover.train import micro_rows
 
-    steps = [config.row.phase_at(step, config.num_steps).loss for step in range(config.num_steps)]
-    single = replace(config, batch_tokens=config.length, micro_batch_tokens=None, tokens=None, steps=config.num_steps)
     group = Group(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
-    trainer, _ = _trainer(info, documents, single, against, group, Path(), {})
+    rows = 1 if group.device.type == "cpu" else micro_rows(config, processes)
+    part = replace(config, batch_tokens=rows * config.length, micro_batch_tokens=None, tokens=None,
+                   steps=config.num_steps)  # fmt: skip
+    steps = [config.row.phase_at(step, config.num_steps).loss for step in range(config.num_steps)]
+    trainer, _ = _trainer(info, documents, part, against, group, Path(), {})
     total, losses = 0.0, dict.fromkeys(steps)
-    with (progress or silent)("measuring a row of each phase", len(losses), "steps") as advance:
+    with (progress or silent)("measuring a part of each phase", len(losses), "steps") as advance:
         for loss in losses:
             seconds = trainer.try_step(steps.index(loss)).seconds
             if seconds < _WARM:  # much of it may have been the first time
                 seconds = trainer.try_step(steps.index(loss)).seconds
             total += seconds * steps.count(loss)
             advance(1)
-    return total * config.rows / processes
+    return total * config.rows / (rows * processes)
 
 
 def identity(
