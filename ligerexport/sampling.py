@@ -139,21 +139,22 @@ class Sampler:
         Args:
             logits: After the penalties, `[V]`.
         """
+        logits = logits.astype(np.result_type(logits, np.float32), copy=False)
         ids = np.arange(len(logits))
         if 0 < self.top_k < len(logits):
             ids = np.flatnonzero(logits >= np.partition(logits, -self.top_k)[-self.top_k])
-        scaled = (logits[ids].astype(np.float64) - logits.max()) / self.temperature
-        weights = np.exp(scaled)
-        weights /= weights.sum()
+            logits = logits[ids]
+        with np.errstate(over="ignore"):  # of a temperature next to 0
+            weights = np.exp((logits - logits.max()) / self.temperature)  # 1 for the most likely token
+        total = weights.sum(dtype=np.float64)
+        # Tokens below (1 - top_p) / V sum to less than 1 - top_p, so that none of them is needed for top_p; and what
+        # min_p drops of the sorted tokens is their end. Sorting the rest is much less work.
+        likely = np.flatnonzero(weights >= max(self.min_p, (1 - self.top_p) / len(weights) * total))
+        ids, weights = ids[likely], weights[likely].astype(np.float64)
         if self.top_p < 1:
-            # tokens this unlikely sum to less than 1 - top_p: none is needed, and sorting the rest is much less work
-            likely = np.flatnonzero(weights >= (1 - self.top_p) / len(weights))
-            order = likely[np.argsort(-weights[likely], kind="stable")]
-            count = int(np.searchsorted(weights[order].cumsum(), self.top_p)) + 1
+            order = np.argsort(-weights, kind="stable")
+            count = int(np.searchsorted(weights[order].cumsum(), self.top_p * total)) + 1
             ids, weights = ids[order[:count]], weights[order[:count]]
-        if self.min_p > 0:
-            kept = weights >= self.min_p * weights.max()
-            ids, weights = ids[kept], weights[kept]
         return ids, weights / weights.sum()
 
 

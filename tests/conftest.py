@@ -19,6 +19,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes
 if not torch.cuda.is_available():  # before anything imports triton: its interpreter runs the kernels on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if find_spec("hypothesis"):  # which is not needed to run the other tests
+    from hypothesis import HealthCheck, settings
+
+    # A busy machine is slow: no test may fail for that.
+    settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("patient")
+
 from ligerexport.console import progress
 from ligerexport.sources import resolve
 

@@ -147,6 +147,7 @@ def test_halves_of_characters_in_python(artifact: Path) -> None:
     ("words", "shell", "code", "said"),
     [
         (["run", "ARTIFACT", "hi", "-q"], ">&-", 1, "stdout is closed"),
+        (["chat", "ARTIFACT"], ">&-", 1, "stdout is closed"),
         (["list", "gates", "--json"], ">&-", 1, "stdout is closed"),
         (["list", "gates"], ">&-", 1, "stdout is closed"),
         (["run", "ARTIFACT", "-"], "<&-", 2, "stdin is closed"),

@@ -89,6 +89,7 @@ def run(
     from ligerexport.prompt_cache import PromptCache
     from ligerexport.runtime import load
 
+    data("", end="")  # says at once that stdout is closed
     prompt = _prompt(prompt, file)
     sampling, origin = _sampling(artifact, chat, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                                  repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
@@ -227,6 +228,7 @@ def chat(
     from ligerexport.runtime import load
     from ligerexport.sampling import Sampler
 
+    data("", end="")  # says at once that stdout is closed
     stdin = _stdin()
     sampling, origin = _sampling(artifact, True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                                  repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
