@@ -126,7 +126,7 @@ def inherited(session: Session) -> str:
     answers = context.SimpleQueue()
     child = context.Process(target=_step, args=(session, answers))
     child.start()
-    child.join(30)
+    child.join(300)
     if child.exitcode is None:
         child.kill()
         return "hangs"

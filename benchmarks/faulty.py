@@ -41,7 +41,7 @@ DRAWN = {".md", ".png", ".svg"}
 ROUNDING = 0.01
 """By how much numbers in JSON may differ: a product that finds no memory for its workspace rounds otherwise."""
 
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds after which a process that nobody kills has hung."""
 
 Signature = dict[str, Any]

@@ -24,8 +24,8 @@ _LONGEST = 1 << 48
 IDLE = -1
 """In place of an id: no token for this row."""
 
-PATIENCE = 10.0
-"""Seconds that the end of the process waits for a call."""
+PATIENCE = 120.0
+"""Seconds that the end of the process waits for a call, which a busy machine may make a long one."""
 
 
 class BatchSession(ABC):

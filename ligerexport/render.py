@@ -15,7 +15,9 @@ import weakref
 from typing import Any
 
 SECONDS = 2
-"""Of the processor that a conversation may take, and five times as many of the clock. Templates take milliseconds."""
+"""Of the processor that a conversation may take. Templates take milliseconds."""
+PATIENCE = 10 if sys.platform == "win32" else 300
+"""Seconds of the clock; on Windows, which limits no process's time, these alone end an endless template."""
 MEMORY = 512 << 20
 """Bytes of address space."""
 MOST = 64 << 10
@@ -61,7 +63,7 @@ class Renderer:
 def _ask(process: subprocess.Popen[str], question: Any, *, answers: bool = True) -> dict[str, str]:
     """Return the answer to a line; nothing where the process ended or was too slow."""
     assert process.stdin is not None and process.stdout is not None
-    clock = threading.Timer(5 * SECONDS, process.kill)
+    clock = threading.Timer(PATIENCE, process.kill)
     clock.daemon = True
     clock.start()
     try:
@@ -117,7 +119,7 @@ def _limit() -> None:
     """Take memory and processor for one more conversation."""
     try:
         import resource
-    except ImportError:  # Windows: there the parent's clock is the limit
+    except ImportError:  # Windows, see `PATIENCE`
         return
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

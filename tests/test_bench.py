@@ -14,7 +14,18 @@ from ligerexport.artifact import open_artifact
 from ligerexport.bench import machine
 from ligerexport.bench.engine import open_engine
 from ligerexport.bench.report import markdown
-from ligerexport.bench.run import _effort, _of_same_conversion, bench, crossover, disturbed, gate, prompt, quantile
+from ligerexport.bench.run import (
+    _effort,
+    _of_same_conversion,
+    _row,
+    _Turn,
+    bench,
+    crossover,
+    disturbed,
+    gate,
+    prompt,
+    quantile,
+)
 from ligerexport.bench.settings import Settings
 from ligerexport.bench.worker import Worker
 from ligerexport.cli import main
@@ -51,12 +62,21 @@ def test_rows_hold_what_was_measured(result: dict[str, Any], built: Built) -> No
             grown = row["batch"] * (seen * manifest.growth + manifest.bytes.state_per_sequence)
             assert row["state_bytes"] == grown and row["ttft_s"] > 0
         assert row["ms_low"] <= row["ms"] <= row["ms_high"] and row["ms_p50"] <= row["ms_p95"]
-        assert row["tokens_per_s"] == pytest.approx(row["batch"] * 1e3 / row["ms"], rel=0.9)
         assert 0 < row["private"] <= row["rss"] <= row["peak"] and row["device_bytes"] is None
         assert row["floor_ms"] * result["machine"]["bytes_per_s"]["cpu"] == pytest.approx(
             1e3 * (row["weight_bytes"] + row["state_bytes"])
         )
         assert row["of_floor"] == pytest.approx(row["floor_ms"] / row["ms"])
+
+
+def test_figures_of_known_times() -> None:
+    facts = {"kind": "artifact", "precision": "float32", "device": "cpu", "weight_bytes": 1}
+    last = dict.fromkeys(("state_bytes", "rss", "private", "peak", "device"), 1)
+    worker = SimpleNamespace(facts=facts)
+    turn = _Turn(worker, [], [0.25, 0.5, 0.75], [[0.001, 0.003, 0.002], [0.004, 0.006, 0.008]], last=last)
+    row = _row("m", turn, 2, 24)
+    assert row["ttft_s"] == 0.5 and (row["ms"], row["ms_low"], row["ms_high"]) == (4, 2, 6)
+    assert (row["ms_p50"], row["ms_p95"]) == (3, 8) and row["tokens_per_s"] == pytest.approx(2 * 6 / 0.024)
 
 
 @hybrid

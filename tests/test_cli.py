@@ -7,11 +7,9 @@ import json
 import os
 import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,14 +71,16 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "ligerexport", *map(str, arguments)]
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_loads_what_writes_it_and_nothing_else() -> None:
     code = (
-        "import sys; from ligerexport.cli import main\n"
+        "import sys; before = set(sys.modules); from ligerexport.cli import main\n"
         "try: main(['--help'])\n"
-        "finally: print(sorted({'torch', 'onnxruntime', 'transformers', 'onnx', 'numpy'} & set(sys.modules)))"
+        "finally: print(*{name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert loaded <= {"ligerexport", "typer", "click", "rich", "shellingham", "pygments", "markdown_it", "mdurl",
+                      "typing_extensions", "annotated_doc", "filelock", "safetensors"}  # fmt: skip
     for verb in ("convert", "allocate", "recover", "eval", "build", "run", "chat", "bench", "demo", "inspect", "doctor",
                  "list"):  # fmt: skip
         assert f"\n  {verb} " in done.stdout
@@ -251,11 +251,17 @@ def test_ctrl_c_while_running_is_130(endless: Path) -> None:
     ) as process:
         assert process.stdout is not None and process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate()
     assert process.returncode == 130
     assert b"stopped" in err and b"Traceback" not in err
 
 
+def sleeps(pid: int) -> bool:
+    """Return whether a process waits for something, such as a key."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_ctrl_c_in_a_chat_stops_the_answer_only(endless: Path) -> None:
     master, slave = pty.openpty()
     arguments = command("chat", endless, "-n", 10_000_000, "-t", 1)
@@ -263,13 +269,8 @@ def test_ctrl_c_in_a_chat_stops_the_answer_only(endless: Path) -> None:
         os.close(slave)
         seen = b""
 
-        def interrupt() -> None:
-            time.sleep(0.5)  # between prompt and wait, Python's readline sees a signal at the next key only
-            process.send_signal(signal.SIGINT)
-
         def read() -> None:
             nonlocal seen
-            assert select.select([master], [], [], 30)[0], f"no more after {seen[-500:]!r}"
             seen += os.read(master, 65536)
 
         def expect(word: bytes) -> None:
@@ -285,14 +286,16 @@ def test_ctrl_c_in_a_chat_stops_the_answer_only(endless: Path) -> None:
             expect(b"\n")
             while len(seen) < 200:
                 read()
-            interrupt()
+            process.send_signal(signal.SIGINT)
             expect(b"[stopped")
             expect(b"> ")
-        interrupt()
+        while not sleeps(process.pid):  # between prompt and wait, Python's readline sees a signal at the next key only
+            pass
+        process.send_signal(signal.SIGINT)
         expect(b"again leaves")
         os.write(master, b"/exit\n")
         expect(b"2 turns")
-        assert process.wait(30) == 0
+        assert process.wait() == 0
     os.close(master)
 
 
@@ -303,26 +306,26 @@ def test_ctrl_c_and_sigterm_while_building_leave_nothing(tmp_path: Path) -> None
         "@cli.app.command('write')\n"
         "def write() -> None:\n"
         f"    with ArtifactWriter({str(tmp_path / 'artifact')!r}) as writer:\n"
-        "        toy.write_files(writer.directory); print('half', flush=True); time.sleep(60)\n"
+        "        toy.write_files(writer.directory); print('half', flush=True); time.sleep(3600)\n"
         "cli.main(['write'])\n"
     )
     for number, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None and process.stdout.readline() == b"half\n"
             process.send_signal(number)
-            assert process.wait(30) == expected
+            assert process.wait() == expected
         assert list(tmp_path.iterdir()) == []
 
 
 def test_a_reader_that_leaves_early(endless: Path) -> None:
     shell = f"{' '.join(command('run', endless, 'hi', '-n', 100000, '-t', 1))} | head -c 1"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, timeout=60)
+    done = subprocess.run(["bash", "-c", shell], capture_output=True)
     assert b"Traceback" not in done.stderr and len(done.stdout) == 1
 
 
 def test_output_on_a_full_disk() -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command("list", "presets"), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(command("list", "presets"), stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == "error: reading or writing failed: No space left on device\n"
 

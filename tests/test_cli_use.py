@@ -40,7 +40,7 @@ def ligerexport(*words: object, shell: str = "", **options: Any) -> subprocess.C
     """Run the command in a process of its own, with redirections of the shell."""
     command = ["bash", "-c", f'exec "$@" {shell}', "bash", sys.executable, "-m", "ligerexport"]
     options = {"stdin": subprocess.DEVNULL} | options
-    return subprocess.run([*command, *map(str, words)], capture_output=True, timeout=600, **options)
+    return subprocess.run([*command, *map(str, words)], capture_output=True, **options)
 
 
 def error(done: subprocess.CompletedProcess[bytes], code: int) -> str:

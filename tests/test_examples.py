@@ -141,6 +141,7 @@ class Page:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.home = f"http://127.0.0.1:{self.server.server_port}/"
         self.page = browser.new_page()
+        self.page.set_default_timeout(300_000)
         self.requests: list[str] = []
         self.complaints: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
@@ -150,7 +151,7 @@ class Page:
         self.wait()
 
     def wait(self) -> None:
-        self.page.wait_for_selector("#write:enabled", timeout=180_000)
+        self.page.wait_for_selector("#write:enabled")
 
     def start(self, prompt: str, tokens: int) -> None:
         self.page.fill("#prompt", prompt)

@@ -90,6 +90,16 @@ def test_imports_go_one_way(name: str, file: Path) -> None:
         assert other == home or RANK[other] < RANK[home], f"{file}:{line}: {home} must not import {other}"
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").glob("*.py")), ids=lambda file: file.stem)
+def test_no_test_looks_at_a_clock(file: Path) -> None:
+    """What asserts a duration, or gives up after one, fails on a busy machine; pytest's `--timeout` ends what hangs."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [node.arg or ""] if isinstance(node, ast.keyword) else []
+        assert not {"time", "timeout"} & set(names), f"{file}: a test has no {' and no '.join(names)}"
+
+
 def test_links_are_relative_and_have_no_init() -> None:
     links = {path.name: path.readlink() for path in PACKAGE.iterdir() if path.is_symlink()}
     assert {"kernels", "exporters", "demo"} <= set(links)

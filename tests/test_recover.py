@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -104,20 +103,18 @@ def test_killed_and_resumed_is_as_if_never_stopped(liger: Path, chats: Path, tmp
     straight = subprocess.run(command(liger, chats, tmp_path / "straight", *more), env=ENVIRONMENT, capture_output=True)
     assert straight.returncode == 0 and b"Warning" not in straight.stderr, straight.stderr
     states = tmp_path / "stopped.state"
-    process = subprocess.Popen(
-        command(liger, chats, tmp_path / "stopped", *more), env=ENVIRONMENT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-    with process:
-        while not any(int(path.name[-8:]) >= 6 for path in states.glob("step-*")):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "stopped").exists()
+    arguments = command(liger, chats, tmp_path / "stopped", *more)[3:]
+    dying = (
+        "import os, signal, sys; from ligerexport.cli import main; from ligerexport.recover.train import Trainer\n"
+        "step = Trainer._step\n"
+        "def dies(trainer, number):\n"
+        "    return os.kill(os.getpid(), signal.SIGKILL) if number == 7 else step(trainer, number)\n"
+        "Trainer._step = dies; main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", dying, *arguments], env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL and not (tmp_path / "stopped").exists(), done.stderr
     kept = sorted(int(path.name[-8:]) for path in states.glob("step-*"))
-    newest = [*range(kept[-1] - 2 * KEPT, kept[-1] + 1, 2)]
-    assert kept in (newest[1:], newest)  # those that are kept; one more where the kill came before its removal
+    assert kept == [6 - 2 * i for i in reversed(range(KEPT))]
 
     again = subprocess.run(
         command(liger, chats, tmp_path / "stopped", *more), env=ENVIRONMENT, capture_output=True, text=True

@@ -41,7 +41,7 @@ from ligerexport.staging import staged_file
 with staged_file(sys.argv[1]) as file:
     file.write_text("half")
     print("half", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 
