@@ -280,7 +280,7 @@ def _check_config(
     family = FAMILIES.get(config["model_type"].removeprefix(PREFIX))
     tensors: dict[str, TensorInfo] = {}
     renamed: dict[str, str] = {}
-    text = config.get("text_config") or config
+    text = config if family else config.get("text_config") or config
     embedding = next((name for name in stored if name.endswith("embed_tokens.weight")), None)
     if embedding is None:
         raise CheckpointError(f"no embed_tokens.weight among the {len(stored)} tensors in {path}", hint=hint)

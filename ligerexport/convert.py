@@ -61,10 +61,9 @@ def convert(
     """Convert a checkpoint of a family in `FAMILIES`; takes seconds and no memory to speak of, but for a fit.
 
     Weights are hard links to the source's files where the file system can, copies where not. Quantised weights that
-    transformers can turn back, those with an adapter beside them and those under other names are written anew, and
-    take the memory of the whole model. A `learned` pool needs
-    scores: fitted on text, from a file, the source's own, or those that ship with a built-in model; the first of
-    these that there is.
+    transformers can turn back, weights with an adapter beside them and weights under other names are written anew,
+    and take the memory of the whole model. A `learned` pool needs scores: fitted on text, from a file, the source's
+    own, or those that ship with a built-in model; the first of these that there is.
 
     Args:
         model: A directory, a hub id or a built-in model.
@@ -331,7 +330,8 @@ def _check_not_recovered(info: CheckpointInfo, source: Source) -> None:
     from ligerexport.adapter import RECOVERY
 
     if RECOVERY in info.config:
-        origin = (info.config.get("liger_source") or {}).get("model", "MODEL")
+        origin = info.config.get("liger_source")
+        origin = origin.get("model", "MODEL") if isinstance(origin, dict) else "MODEL"
         raise CheckpointError(
             f"{source.name} was recovered, so its weights belong to the conversion that it has",
             hint=f"it needs no other: ligerexport build {quoted(info.path)}; or convert what it came from: "

@@ -61,7 +61,7 @@ def check_seal(directory: Path, files: Sequence[Path]) -> None:
     for file in files:
         row = rows.get(file.name, {})
         state = file.stat()
-        same = (row.get("size"), row.get("mtime_ns")) == (state.st_size, state.st_mtime_ns)
+        same = (row.get("size"), row.get("mtime_ns")) == (state.st_size, state.st_mtime_ns) and "sha256" in row
         found[file.name] = row if same else _row(file)
         if found[file.name]["sha256"] != row.get("sha256"):
             raise CheckpointError(f"{file} does not hold the weights that the conversion saw", hint=mend)
