@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint, check_links
+from ligerexport.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint, check_links, check_plain
 from ligerexport.config import LigerConfig
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError, quoted
@@ -42,6 +42,7 @@ def check_student(path: str | Path) -> CheckpointInfo:
     info = check_checkpoint(path)
     if "liger" not in info.config:
         raise UsageError(f"{path} is not converted yet", hint=f"ligerexport convert {quoted(path)} -o liger")
+    check_plain(info)
     return info
 
 
@@ -204,11 +205,10 @@ def write_merged(
     _write_record(stage, record)
     config = dict(info.config) | {RECOVERY: dict(record)}
     (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    index = info.path / "model.safetensors.index.json"
     for file in [f for f in info.path.iterdir() if f.name.startswith(COMPANIONS) and f.is_file()]:
         shutil.copyfile(file, stage / file.name)
-    if index.is_file():
-        shutil.copyfile(index, stage / index.name)
+    if info.index is not None:
+        shutil.copyfile(info.index, stage / info.index.name)
     with (progress or silent)("merging weights", info.bytes, "bytes") as advance:
         for file in info.files:
             _merge_file(file, stage / file.name, pairs, scale)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ligerexport.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint
 from ligerexport.config import DEFAULT_PRESET, LigerConfig, get_preset, read_memory
@@ -20,11 +20,14 @@ from ligerexport.console import ProgressFactory, silent
 from ligerexport.corpus import text_files
 from ligerexport.errors import CheckpointError, UsageError, quoted
 from ligerexport.families import PREFIX, described, get_family, harmless
-from ligerexport.sources import BUILTIN_MODELS, Source, no_bars, resolve
+from ligerexport.loading import check_finite, write_plain
+from ligerexport.loading import load_model as load_model
+from ligerexport.loading import load_transformer as load_transformer
+from ligerexport.seal import write_seal
+from ligerexport.sources import BUILTIN_MODELS, Source, resolve
 from ligerexport.staging import staged_directory
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -57,9 +60,10 @@ def convert(
 ) -> Path:
     """Convert a checkpoint of a family in `FAMILIES`; takes seconds and no memory to speak of, but for a fit.
 
-    Weights are hard links to the source's files where the file system can, copies where not. A `learned` pool needs
-    scores: fitted on text, from a file, the source's own, or those that ship with a built-in model; the first of
-    these that there is.
+    Weights are hard links to the source's files where the file system can, copies where not. Quantised weights that
+    transformers can turn back, weights with an adapter beside them and weights under other names are written anew,
+    and take the memory of the whole model. A `learned` pool needs scores: fitted on text, from a file, the source's
+    own, or those that ship with a built-in model; the first of these that there is.
 
     Args:
         model: A directory, a hub id or a built-in model.
@@ -82,21 +86,29 @@ def convert(
     Raises:
         UsageError: A setting makes no sense for this model, or `output` is in use.
         SourceError: There is no such model.
-        CheckpointError: It is incomplete, damaged, or of a family that is not supported; or the adapter is another
-            conversion's.
+        CheckpointError: It is incomplete, damaged, quantised for good, recovered already, or of a family that is not
+            supported; or the adapter is another conversion's.
     """
     liger = choose_conversion(model, preset, memory, adapter, changes)
     texts = check_score_options(liger, calibrate, scores, windows)
     _check_output(Path(output))
     source = resolve(model, progress=progress)
     info = check_checkpoint(source.path)
+    _check_not_recovered(info, source)
     config = converted_config(dict(info.config), liger)
     liger = LigerConfig.from_dict(config["liger"])
     config["liger_source"] = {"model": source.name, "revision": source.revision, "license": source.license}
+    config["liger_source"] |= _made_plain(info)
     lora = None if adapter is None else _find_adapter(source, adapter)
     with staged_directory(output, force=force, marker="config.json") as stage:
         place = stage if lora is None else stage / "converted"
         place.mkdir(exist_ok=True)
+        aside = stage / "plain"
+        if not info.plain:
+            with (progress or silent)("writing plain weights", info.bytes) as advance:
+                info = write_plain(info, aside)
+                advance(info.bytes)
+            config["tie_word_embeddings"] = info.tied
         found = None
         if liger.foresees:
             path = None if scores is None else Path(scores)
@@ -106,6 +118,8 @@ def convert(
         for file in [f for f in source.path.iterdir() if f.name.startswith(COMPANIONS) and f.is_file()]:
             shutil.copyfile(file, place / file.name)
         _write_weights(place, info, found, progress or silent)
+        _seal(place, source, progress or silent)
+        shutil.rmtree(aside, ignore_errors=True)
         if lora is not None:
             from ligerexport.adapter import write_recovered
 
@@ -263,8 +277,8 @@ def _write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, pro
     old = {name for name in info.tensors if ".score_proj." in name}
     new: Mapping[str, Tensor] = {} if scores is None else scores.tensors
     if old == set(new) and digest(load_scores(info.files, old)) == digest(new):
-        if (info.path / _INDEX).is_file():
-            shutil.copyfile(info.path / _INDEX, stage / _INDEX)
+        if info.index is not None:
+            shutil.copyfile(info.index, stage / _INDEX)
         with progress("weights", info.bytes, "bytes") as advance:
             for file in info.files:
                 _link(file, stage / file.name)
@@ -292,6 +306,37 @@ def _write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, pro
         size = sum((stage / name).stat().st_size for name in names)
         index = {"metadata": {"total_size": size}, "weight_map": tensors}
         (stage / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _seal(place: Path, source: Source, progress: ProgressFactory) -> None:
+    """Look at every weight of a conversion once: each is finite, and what the files are is noted."""
+    info = check_checkpoint(place, tokenizer=False)
+    with progress("checking the weights", 2 * info.bytes) as advance:
+        check_finite(info, advance)
+        same = [file for file in info.files if (source.path / file.name).exists()]
+        same = [file for file in same if file.samefile(source.path / file.name)]
+        known = {file.name: source.sha256[file.name] for file in same if file.name in source.sha256}
+        write_seal(place, info.files, known, advance)
+
+
+def _made_plain(info: CheckpointInfo) -> dict[str, str]:
+    """Return what is to be known of how the weights of a conversion were made of those in the source's files."""
+    facts = {"dequantised": info.quantised, "adapter": info.adapter and info.adapter.name}
+    return {key: value for key, value in facts.items() if value}
+
+
+def _check_not_recovered(info: CheckpointInfo, source: Source) -> None:
+    """Refuse weights that were trained with a conversion, and fit no other."""
+    from ligerexport.adapter import RECOVERY
+
+    if RECOVERY in info.config:
+        origin = info.config.get("liger_source")
+        origin = origin.get("model", "MODEL") if isinstance(origin, dict) else "MODEL"
+        raise CheckpointError(
+            f"{source.name} was recovered, so its weights belong to the conversion that it has",
+            hint=f"it needs no other: ligerexport build {quoted(info.path)}; or convert what it came from: "
+            f"ligerexport convert {quoted(origin)} -o DIRECTORY",
+        )
 
 
 def _check_output(output: Path) -> None:
@@ -334,54 +379,6 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load a converted checkpoint as a transformers model with its attention swapped.
-
-    Args:
-        path: Directory that `convert` or `save_pretrained` wrote.
-        dtype: Type of the weights; fp32 by default.
-
-    Raises:
-        CheckpointError: It is not converted, incomplete or damaged.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from ligerexport.mixer import read_config  # makes the converted classes known to transformers
-
-    info = check_checkpoint(path, tokenizer=False)
-    if "liger" not in info.config:
-        raise CheckpointError(f"{path} is not converted", hint=f"ligerexport convert {quoted(path)} -o liger")
-    return AutoModelForCausalLM.from_pretrained(path, config=read_config(info.config), dtype=dtype or torch.float32)
-
-
-def load_transformer(
-    path: str | Path, config: Mapping[str, Any], dtype: torch.dtype | Literal["auto"]
-) -> PreTrainedModel:
-    """Load the Transformer in a checkpoint, its attention as the family has it, converted or not.
-
-    Args:
-        path: Directory.
-        config: Content of its config.json.
-        dtype: Of the weights; "auto" is the file's.
-
-    Raises:
-        CheckpointError: The family is not supported.
-    """
-    from ligerexport.mixer import read_config
-
-    family = get_family(config["model_type"])
-    plain = {key: value for key, value in config.items() if not key.startswith("liger")}
-    plain |= {"model_type": family.model_type, "architectures": [f"{family.prefix}ForCausalLM"]}
-    loaded: Any = read_config(plain)
-    loaded._attn_implementation = "sdpa"
-    base = family.attribute("ForCausalLM")
-    aside = {"_keys_to_ignore_on_load_unexpected": [r"\.score_proj\."], "__module__": base.__module__}
-    model_class: Any = type(base.__name__, (base,), aside)
-    with no_bars():
-        return model_class.from_pretrained(path, config=loaded, dtype=dtype).eval()
-
-
 def convert_in_memory(
     model: PreTrainedModel, liger: LigerConfig, scores: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
@@ -401,7 +398,9 @@ def convert_in_memory(
     from ligerexport.mixer import model_classes
 
     _, model_class = model_classes(get_family(model.config.model_type))
-    config = model_class.config_class.from_dict(converted_config(model.config.to_dict(), liger))
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    content = model.config.to_dict() | {"tie_word_embeddings": tied}
+    config = model_class.config_class.from_dict(converted_config(content, liger))
     with torch.device("meta"):
         converted = model_class(config)
     weights = model.state_dict() | {name: tensor.to(model.device) for name, tensor in (scores or {}).items()}

@@ -5,9 +5,12 @@ A new family is a row of `FAMILIES`. Nothing here imports torch before a row is 
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -147,6 +150,33 @@ class Family:
         """Return the layers that keep their sliding window."""
         windows = [softmax.window for softmax in self.attention(config)] if self.keeps_windows else []
         return tuple(layer for layer, window in enumerate(windows) if window is not None)
+
+    def weights(self, config: Mapping[str, Any]) -> tuple[Mapping[str, tuple[int, ...]], re.Pattern[str]]:
+        """Return the shapes of the weights of this family's Transformer by name, and what transformers skips in a file.
+
+        Args:
+            config: Content of config.json, converted or not.
+
+        Raises:
+            CheckpointError: The configuration describes no model.
+        """
+        return _weights(self, json.dumps(self.plain(config), sort_keys=True))
+
+    def plain(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the config.json of the Transformer in a checkpoint, converted or not."""
+        kept = {key: value for key, value in harmless(config).items() if not key.startswith("liger")}
+        return kept | {"model_type": self.model_type, "architectures": [f"{self.prefix}ForCausalLM"]}
+
+
+@lru_cache(maxsize=8)
+def _weights(family: Family, config: str) -> tuple[Mapping[str, tuple[int, ...]], re.Pattern[str]]:
+    import torch
+
+    with described(), torch.device("meta"):
+        model = family.attribute("ForCausalLM")(family.attribute("Config").from_dict(json.loads(config)))
+    # the last two as in `PreTrainedModel._adjust_missing_and_unexpected_keys`
+    skipped = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+    return {name: tuple(x.shape) for name, x in model.state_dict().items()}, re.compile("|".join(skipped))
 
 
 @contextmanager

@@ -380,6 +380,11 @@ class _LigerModel:
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training  # type: ignore[attr-defined]
         cache = _one_cache(cache, past_key_values)
+        if cache is not None and not isinstance(cache, LigerCache):
+            raise UsageError(
+                f"a converted model keeps a state, which a {type(cache).__name__} cannot hold",
+                hint="leave the cache out, or pass ligerexport.mixer.LigerCache(model.config)",
+            )
         if use_cache and cache is None:
             cache = LigerCache(self.config)  # type: ignore[attr-defined]
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]

@@ -13,11 +13,17 @@ from safetensors.torch import save_file
 from ligerexport.checkpoint import check_checkpoint, checkpoint_files
 from ligerexport.errors import CheckpointError
 
-CONFIG = {"model_type": "llama", "vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 2}
+CONFIG = {"model_type": "llama", "vocab_size": 12, "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "max_position_embeddings": 16}  # fmt: skip
+LAYER = {
+    **{f"self_attn.{kind}_proj": (8, 8) for kind in "qkvo"},
+    **{"mlp.gate_proj": (4, 8), "mlp.up_proj": (4, 8), "mlp.down_proj": (8, 4)},
+    **{"input_layernorm": (8,), "post_attention_layernorm": (8,)},
+}
 TENSORS = {
     "model.embed_tokens.weight": (12, 8),
-    "model.layers.0.self_attn.q_proj.weight": (8, 8),
-    "model.layers.1.self_attn.q_proj.weight": (8, 8),
+    "model.norm.weight": (8,),
+    **{f"model.layers.{i}.{name}.weight": shape for i in range(2) for name, shape in LAYER.items()},
     "lm_head.weight": (12, 8),
 }
 INDEX = "model.safetensors.index.json"
@@ -28,7 +34,7 @@ def write_config(path: Path, **changes: object) -> None:
 
 
 def write_weights(path: Path, names: list[str], file: str = "model.safetensors") -> None:
-    save_file({name: torch.zeros(TENSORS[name], dtype=torch.bfloat16) for name in names}, path / file)
+    save_file({name: torch.full(TENSORS[name], len(name), dtype=torch.bfloat16) for name in names}, path / file)
 
 
 @pytest.fixture
@@ -75,7 +81,7 @@ def test_sharded(sharded: Path) -> None:
 
 def test_tied_without_a_head(single: Path) -> None:
     write_config(single)
-    write_weights(single, list(TENSORS)[:3])
+    write_weights(single, list(TENSORS)[:-1])
     assert check_checkpoint(single).tied
 
 
@@ -89,9 +95,14 @@ def test_tokenizer_can_be_left_out(single: Path) -> None:
 def cut(file: str, size: int) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         content = (path / file).read_bytes()
-        (path / file).write_bytes(content[:size] if size >= 0 else content + b"x")
+        (path / file).write_bytes(content[:size])
 
     return damage
+
+
+def longer(path: Path) -> None:
+    with (path / "model.safetensors").open("ab") as file:
+        file.write(b"x")
 
 
 def write(file: str, content: bytes) -> Callable[[Path], None]:
@@ -113,17 +124,16 @@ SINGLE_DAMAGE = {
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "no weights in", "copy or download"),
     "pickle": (pickle_only, "pickle weights only .pytorch_model.bin.", "save_pretrained"),
     "adapter": (adapter_only, "LoRA adapter", "merge_and_unload"),
-    "cut in the weights": (cut("model.safetensors", 700), "bytes where its header announces", "cut off"),
+    "cut in the weights": (cut("model.safetensors", -8), "bytes where its header announces", "cut off"),
     "cut in the header": (cut("model.safetensors", 60), "too few for its header", "cut off"),
     "empty": (cut("model.safetensors", 0), "has 0 bytes", "cut off"),
-    "longer": (cut("model.safetensors", -1), "bytes where its header announces", "damaged"),
+    "longer": (longer, "bytes where its header announces", "damaged"),
     "no header": (write("model.safetensors", b"\x04" + bytes(7) + b"abcd"), "cannot be read", "damaged"),
     "LFS": (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid"), "pointer", "lfs pull"),
     "layers": (lambda path: write_config(path, num_hidden_layers=3), "3 layers, layer 2 has no weights", "different"),
     "more layers": (lambda path: write_config(path, num_hidden_layers=1), "1 layers, the weights have 2", "different"),
     "shape": (lambda path: write_config(path, hidden_size=9), r"is \[12, 8\], config.json says \[12, 9\]", "different"),
     "no embedding": (lambda path: write_weights(path, list(TENSORS)[1:]), "no embed_tokens.weight", "different"),
-    "no head": (lambda path: write_weights(path, list(TENSORS)[:3]), "lm_head.weight is missing", "different"),
 }
 
 
@@ -158,7 +168,7 @@ def test_learned_scores(single: Path, shape: tuple[int, ...] | None, message: st
 
 
 def move_tensor(path: Path) -> None:
-    write_weights(path, list(TENSORS)[2:3], "model-00002-of-00002.safetensors")
+    write_weights(path, list(TENSORS)[3:4], "model-00002-of-00002.safetensors")
 
 
 SHARDED_DAMAGE = {
@@ -167,7 +177,10 @@ SHARDED_DAMAGE = {
         r"model-00002-of-00002.safetensors is missing .*1 of 2 files",
     ),
     "cut shard": (cut("model-00001-of-00002.safetensors", 300), "bytes where its header announces"),
-    "other content": (move_tensor, "places lm_head.weight in model-00002-of-00002.safetensors, which does not hold it"),
+    "other content": (
+        move_tensor,
+        r"places model.layers.\d.* in model-00002-of-00002.safetensors, which does not hold it",
+    ),
     "index not JSON": (write(INDEX, b"["), "is not JSON"),
     "index empty": (write(INDEX, b"{}"), "has no weight_map"),
     "index leaves": (write(INDEX, b'{"weight_map": {"a": "../a.safetensors"}}'), "outside its directory"),

@@ -19,6 +19,7 @@ from ligerexport.config import PRESETS, LigerConfig, get_preset
 from ligerexport.convert import convert, convert_in_memory, load_model, load_transformer, packaged_scores
 from ligerexport.errors import CheckpointError, LigerError, UsageError
 from ligerexport.exporters.build import build
+from ligerexport.families import FAMILIES
 from ligerexport.recover.model import load_teacher
 from ligerexport.sources import BUILTIN_MODELS, Source
 from tests import toy
@@ -67,9 +68,10 @@ def test_a_source_is_never_replaced(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_unsupported_checkpoints(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    teacher = make_teacher(tmp_path / "teacher")
+    family = change.get("model_type")
+    teacher = make_teacher(tmp_path / "teacher", str(family) if family in FAMILIES else "llama")
     config = json.loads((teacher / "config.json").read_text()) | change
-    config = {key: value for key, value in config.items() if value is not None}
+    config = {key: value for key, value in config.items() if key not in change or value is not None}
     (teacher / "config.json").write_text(json.dumps(config))
     with pytest.raises(LigerError, match=message) as error:
         convert(teacher, tmp_path / "liger")

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ligerexport.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint
+from ligerexport.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint, check_plain
 from ligerexport.config import LigerConfig
 from ligerexport.errors import CheckpointError, quoted
 from ligerexport.families import PREFIX, Attention, Scaling, get_family, head_dim
 from ligerexport.state import MixerSpec
-
-FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of the dtypes of weights that are read, in safetensors' spelling."""
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
 """Method of a lowering that writes each."""
@@ -83,6 +80,7 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
             f"{info.path} is not converted (model_type '{info.config['model_type']}')",
             hint=f"ligerexport convert {quoted(info.path)} -o {quoted(info.path.resolve().name + '-liger')}",
         )
+    check_plain(info)
     config: Any = read_config(info.config)
     family = get_family(config.model_type)
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -109,7 +107,6 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
         weights=info.tensors,
         config=info.config,
     )
-    _check_weights(spec)
     state = sum(tensor.nbytes() for mixer in mixers if mixer is not None for tensor in mixer.state())
     if state > max(1 << 30, 4 * info.bytes):
         raise CheckpointError(
@@ -117,46 +114,3 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
             hint="convert the model with a smaller window or fewer slots",
         )
     return spec
-
-
-def _check_weights(spec: ModelSpec) -> None:
-    """Check name, shape and dtype of every weight that the graph uses."""
-    d, inner, q, kv = (
-        spec.hidden_size,
-        spec.intermediate_size,
-        spec.q_heads * spec.head_dim,
-        spec.kv_heads * spec.head_dim,
-    )
-    expected: dict[str, tuple[int, ...]] = {"model.norm.weight": (d,)}
-    expected["model.embed_tokens.weight"] = spec.vocab_size, d
-    if not spec.tied:
-        expected["lm_head.weight"] = (spec.vocab_size, d)
-    family = get_family(spec.family)
-    shapes: dict[str, tuple[int, ...]]
-    if family.packed:
-        shapes = {"self_attn.qkv_proj": (q + 2 * kv, d), "mlp.gate_up_proj": (2 * inner, d)}
-    else:
-        shapes = {"self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
-                  "mlp.gate_proj": (inner, d), "mlp.up_proj": (inner, d)}  # fmt: skip
-    shapes |= {"self_attn.o_proj": (d, q), "mlp.down_proj": (d, inner)}
-    shapes |= {norm: (d,) for norm in family.norms if norm is not None}
-    if family.qk_norm is not None:
-        normed = (q, kv) if family.qk_norm == "all" else (spec.head_dim, spec.head_dim)
-        shapes |= {"self_attn.q_norm": normed[:1], "self_attn.k_norm": normed[1:]}
-    for layer, mixer in enumerate(spec.mixers):
-        expected |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()}
-        if mixer is not None and mixer.config.foresees:
-            score = f"model.layers.{layer}.self_attn.score_proj"
-            expected |= {f"{score}.weight": (spec.kv_heads, d), f"{score}.bias": (spec.kv_heads,)}
-    hint = "config.json and the weights come from different models; copy both from the same place"
-    for name, shape in expected.items():
-        stored = spec.weights.get(name)
-        if stored is None:
-            raise CheckpointError(f"{name} is missing from {spec.path}", hint=hint)
-        if stored.shape != shape:
-            raise CheckpointError(f"{name} is {list(stored.shape)}, config.json says {list(shape)}", hint=hint)
-        if stored.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{name} is stored as {stored.dtype}, one of {', '.join(FLOATS)} was expected",
-                hint="load the model with transformers in bfloat16 and save it again",
-            )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from ligerexport.checkpoint import not_finite
 from ligerexport.exporters.onnx.quantise import Blocks, dequantise, pack, quantise, requantise, unpack
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, Precision
@@ -199,13 +200,20 @@ def write_weights(
 
 
 def weight_slabs(spec: ModelSpec, name: str) -> Iterator[np.ndarray]:
-    """Yield a weight of the checkpoint in fp32, some rows at a time."""
+    """Yield a weight of the checkpoint in fp32, some rows at a time.
+
+    Raises:
+        CheckpointError: A value is not finite.
+    """
     from safetensors import safe_open
 
     with safe_open(spec.weights[name].file, framework="pt") as shard:  # numpy knows no bf16
         stored = shard.get_slice(name)
         for rows in _slabs(spec, name):
-            yield stored[rows].float().numpy()
+            slab = stored[rows].float().numpy()
+            if not np.isfinite(slab).all():
+                raise not_finite(name, spec.path)
+            yield slab
 
 
 def _slabs(spec: ModelSpec, name: str) -> Iterator[slice]:

@@ -155,13 +155,13 @@ class TorchEngine:
         """Load a checkpoint with the attention `sdpa`."""
         try:
             import torch
-            from transformers import AutoModelForCausalLM
+            import transformers  # noqa: F401
         except ImportError as error:
             raise MissingDependency(error.name or "torch", hint="pip install torch transformers") from error
 
         from ligerexport.checkpoint import check_checkpoint
-        from ligerexport.convert import load_model
-        from ligerexport.sources import no_bars, resolve
+        from ligerexport.loading import load_any
+        from ligerexport.sources import resolve
 
         if threads:
             torch.set_num_threads(threads)
@@ -172,13 +172,8 @@ class TorchEngine:
         kind = getattr(torch, dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16")
         source = resolve(model)
         info = check_checkpoint(source.path, tokenizer=False)
-        with no_bars():
-            loaded: Any
-            if "liger" in info.config:
-                loaded = load_model(source.path, kind)
-            else:
-                loaded = AutoModelForCausalLM.from_pretrained(source.path, dtype=kind, attn_implementation="sdpa")
-        return cls(loaded.eval().to(device), batch)
+        loaded: Any = load_any(info, kind)
+        return cls(loaded.to(device), batch)
 
     def _new_cache(self) -> Any:
         from transformers import DynamicCache

@@ -87,6 +87,7 @@ def _checkpoint(model: str | Path, settings: Settings, progress: ProgressFactory
 
     from ligerexport.checkpoint import check_checkpoint
     from ligerexport.evaluate.scorer import TorchScorer
+    from ligerexport.loading import load_any
     from ligerexport.sources import resolve
 
     device = pick_device(settings.device)
@@ -99,24 +100,12 @@ def _checkpoint(model: str | Path, settings: Settings, progress: ProgressFactory
         )
     dtype: torch.dtype = getattr(torch, settings.dtype)
     with progress(f"loading {source.name}", info.bytes) as advance:
-        loaded = _load(source.path, "liger" in info.config, dtype).eval()
+        loaded = load_any(info, dtype)
         loaded.to(device)  # type: ignore[arg-type]
         advance(info.bytes)
     batch = 1 if device.type == "cpu" else settings.batch
     length = loaded.config.get_text_config().max_position_embeddings
     return Subject(source.name, TorchScorer(loaded, batch), TextModel(source.path), length, state_bytes(loaded), loaded)
-
-
-def _load(path: Path, converted: bool, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    from ligerexport.convert import load_model
-    from ligerexport.sources import no_bars
-
-    with no_bars():
-        if converted:
-            return load_model(path, dtype)
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
 
 
 def state_bytes(model: PreTrainedModel) -> int | None:
