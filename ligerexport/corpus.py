@@ -43,7 +43,7 @@ def read_tokens(files: Iterable[Path], text: TextModel) -> list[int]:
     Raises:
         UsageError: A file is not UTF-8 text.
     """
-    end = sorted(text.eos_ids)[:1]
+    end = () if text.eos_id is None else (text.eos_id,)
     ids: list[int] = []
     for file in files:
         try:
