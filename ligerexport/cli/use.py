@@ -26,7 +26,12 @@ Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes
 TopK = Annotated[int, typer.Option("--top-k", help="Draw from this many most likely tokens; 0 is all.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Then from the most likely ones that sum to this.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed writes the same text.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; may be repeated.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="Text or special token that ends the answer; may be repeated.")
+]
+SpecialContent = Annotated[
+    bool, typer.Option("--special-content", help="Special tokens in what is asked act as such; else they are text.")
+]
 Threads = Annotated[int | None, typer.Option("--threads", help="Default: physical cores.")]
 NoHash = Annotated[bool, typer.Option("--no-hash", help="Do not compare the files' sha256 first.")]
 PromptCacheFile = Annotated[
@@ -47,6 +52,7 @@ def run(
     top_p: TopP = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    special_content: SpecialContent = False,
     prompt_cache: PromptCacheFile = None,
     threads: Threads = None,
     no_hash: NoHash = False,
@@ -69,7 +75,8 @@ def run(
     cache = PromptCache(prompt_cache) if prompt_cache else None
     chunks = generate(
         session, prompt, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        seed=seed, stop=stop or (), prompt_cache=cache, progress=progress if long else silent,
+        seed=seed, stop=stop or (), special_content=special_content, prompt_cache=cache,
+        progress=progress if long else silent,
     )  # fmt: skip
     pieces = [_show(chunk, json) for chunk in chunks]
     if not json:
@@ -127,6 +134,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    special_content: SpecialContent = False,
     prompt_cache: PromptCacheFile = None,
     threads: Threads = None,
     no_hash: NoHash = False,
@@ -150,8 +158,9 @@ def chat(
     session = load(artifact, threads=threads, hashes=not no_hash)
     cache = PromptCache(prompt_cache) if prompt_cache else None
     talk = Conversation(
-        session, sampler, system=system, max_new_tokens=max_new_tokens, stop=stop or (), prompt_cache=cache
-    )
+        session, sampler, system=system, max_new_tokens=max_new_tokens, stop=stop or (), prompt_cache=cache,
+        special_content=special_content,
+    )  # fmt: skip
     say("Ctrl-C stops an answer, /help lists what else there is")
     turns: list[dict[str, Any]] = []
     for line in _lines():
