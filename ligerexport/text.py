@@ -174,24 +174,24 @@ class TextModel:
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
-        """The special tokens: those that are no text, with their ids."""
+        """The special tokens, which are no text, with their ids."""
         return {token.content: index for index, token in self._added.items() if token.special}
 
     @cached_property
     def _added(self) -> dict[int, AddedToken]:
-        return self._tokenizer.get_added_tokens_decoder()
+        found = self._tokenizer.get_added_tokens_decoder()
+        return {index: token for index, token in found.items() if token.content}
 
     @cached_property
     def _controls(self) -> frozenset[str]:
         """The special tokens, and the added ones that the template writes: whitespace is text even so."""
         template = self.chat_template or ""
-        written = {
-            token.content for token in self._added.values() if token.content in template and not token.content.isspace()
-        }
+        contents = {token.content for token in self._added.values()}
+        written = {content for content in contents if content in template and not content.isspace()}
         return frozenset(written | self.special_ids.keys())
 
     def has_text(self, token: int) -> bool:
-        """Whether an id is that of a token, and the token not a special one."""
+        """Return whether an id is that of a token that is not special."""
         return token not in self._silent and self._tokenizer.id_to_token(token) is not None
 
     @cached_property
@@ -217,9 +217,8 @@ class TextModel:
                 mark(turn, self.special_ids if turn.get("role") == "assistant" else self._controls) for turn in turns
             ]
         try:
-            return self._template(
-                messages=turns, tools=None, documents=None, add_generation_prompt=answer, **self._special
-            )
+            own = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": answer}
+            return self._template(**(self._special | own))
         except ValueError as error:
             raise UsageError(
                 f"the chat template refuses this conversation: {error}", hint="use `ligerexport run` without --chat"

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import ligerexport as lx
 from ligerexport.artifact import ArtifactWriter
-from ligerexport.errors import UsageError
+from ligerexport.errors import ArtifactError, UsageError
 from ligerexport.generate import Conversation, generate
 from ligerexport.text import TextModel
 
@@ -338,3 +338,28 @@ def test_run_stops_at_a_special_token(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert (found["finish"], found["new_tokens"]) == ("stop", written.index(written[at]) + 1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"added_tokens_decoder": [1]},
+        {"added_tokens_decoder": {"x": {"content": "<x>"}}},
+        {"added_tokens_decoder": {"1": {"content": 3}}},
+        {"extra_special_tokens": 3},
+        {"extra_special_tokens": [3]},
+        {"bos_token": {"lstrip": 1}},
+    ],
+)
+def test_tokens_that_are_none_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    toy.write_files(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        TextModel(tmp_path)
+
+
+def test_an_extra_token_cannot_take_the_place_of_the_messages(tmp_path: Path) -> None:
+    toy.write_files(tmp_path)
+    extra = {"extra_special_tokens": {"messages": "<x>", "": "<y>"}, "chat_template": toy.TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(extra))
+    assert TextModel(tmp_path).render([{"role": "user", "content": "Hi"}]) == "<user>Hi\n"
