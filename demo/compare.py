@@ -189,7 +189,7 @@ class _Writer:
     def __init__(self, pair: Pair, name: str, session: str, prompt: Sequence[int], text: TextModel, most: int) -> None:
         self.stream = Stream(name, pair.facts(name), prompt)
         self._pair, self._session, self._most = pair, session, most
-        self._end, self._detokenizer = text.eos_ids, Detokenizer(text, prompt)
+        self._end, self._detokenizer = text.turn_ends, Detokenizer(text, prompt)
         self._token, self._piece = 0, STEP
 
     def turn(self, stop: threading.Event) -> None:

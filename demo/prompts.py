@@ -7,6 +7,7 @@ public domain, as a work of the government of the United States and by its age.
 from __future__ import annotations
 
 import random
+import secrets
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,6 @@ MOST = 32_768
 """Most tokens of filler."""
 NEEDLE = " The secret pass key is {key}."
 QUESTION = " What is the secret pass key? The secret pass key is {key}"
-_HERE = "[[the text]]"
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,15 @@ def ask(
     if not prompt.strip():
         raise UsageError("there is no prompt", hint="type one, or choose a preset")
     words = _words(text, context)
-    content = f"{_HERE}\n\n{prompt.strip()}" if words else prompt.strip()
+    here = secrets.token_hex(16) if words else ""  # in no text that a user can type
+    content = f"{here}\n\n{prompt.strip()}" if words else prompt.strip()
     if not text.chat_template:
-        return Question((*text.encode(""), *words, *text.encode(content.replace(_HERE, ""), special=False)))
-    before, found, after = text.render([{"role": "user", "content": content}]).partition(_HERE)
+        return Question((*text.encode(""), *words, *text.encode(content.removeprefix(here), special=False)))
+    rendered = text.render([{"role": "user", "content": content}], marked=True)
+    before, found, after = rendered.partition(here) if here else (rendered, "", "")
     if not found:
-        return Question(tuple(text.encode(before, special=False)))
-    return Question((*text.encode(before, special=False), *words, *text.encode(after, special=False)))
+        return Question(tuple(text.encode_rendered(before)))
+    return Question((*text.encode_rendered(before), *words, *text.encode_rendered(after)))
 
 
 def _words(text: TextModel, count: int) -> list[int]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja", "LICENSE",
+    "added_tokens.json", "chat_template.jinja", "LICENSE",
 )  # fmt: skip
 """Files of the checkpoint that go into the artifact as they are."""
 

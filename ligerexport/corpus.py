@@ -39,11 +39,8 @@ def text_files(paths: Iterable[Path], option: str = "--text") -> list[Path]:
 
 
 def end_of_text(text: TextModel) -> list[int]:
-    """Return the token that ends a text, as a list; an empty one where the model has none.
-
-    Of several the first one of the vocabulary is the end of a text, and others end turns of a chat.
-    """
-    return sorted(text.eos_ids)[:1]
+    """Return the token that ends a text, as a list; an empty one where the model has none."""
+    return [] if text.eos_id is None else [text.eos_id]
 
 
 def read_tokens(files: Iterable[Path], text: TextModel) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError
 from ligerexport.prompt_cache import PromptCache
 from ligerexport.sampling import Sampler
-from ligerexport.text import Detokenizer, Message, TextModel
+from ligerexport.text import Detokenizer, Message, TextModel, eos_ids
 
 if TYPE_CHECKING:
     from ligerexport.runtime import Session
@@ -71,11 +71,19 @@ class Chunk:
 
 
 class StopStrings:
-    """Cut a stream of text before the first stop string, also one that arrives in pieces."""
+    """Cut a stream of text before the first stop string, also one that arrives in pieces.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    Args:
+        stops: The stop strings.
+        special: Special tokens with their ids. They are no text, so a stop string that begins with one stops at its id.
+    """
+
+    def __init__(self, stops: Sequence[str], special: Mapping[str, int] | None = None) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
+        self.ids = frozenset(
+            index for token, index in (special or {}).items() if any(stop.startswith(token) for stop in self._stops)
+        )
 
     def push(self, text: str) -> tuple[str, bool]:
         """Return the text that cannot be part of a stop string, and whether one was found."""
@@ -106,6 +114,7 @@ def generate(
     *,
     messages: Sequence[Message] | None = None,
     chat: bool = False,
+    special_content: bool = False,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -129,6 +138,7 @@ def generate(
         prompt: Text, or ids that are taken as they are.
         messages: A conversation, instead of a prompt.
         chat: Whether the prompt is a question to put through the chat template.
+        special_content: Whether special tokens in the content of messages act as such, not as the text that they are.
         max_new_tokens: Most tokens to sample.
         temperature: See `Sampler`; 0 takes the most likely token.
         top_k: See `Sampler`.
@@ -138,7 +148,7 @@ def generate(
         presence_penalty: See `Sampler`.
         frequency_penalty: See `Sampler`.
         seed: See `Sampler`.
-        stop: Texts that end the generation and are not part of it.
+        stop: Texts and special tokens that end the generation and are not part of it.
         fresh: Whether to reset the session first; otherwise the prompt continues what it has seen.
         prompt_cache: File that keeps the state after the beginning of the prompt for the next time.
         progress: Told about the prefill of long prompts.
@@ -169,7 +179,7 @@ def generate(
     if text is not None and messages is not None:
         for message in messages:
             check_text(str(message.get("content")), f"a message of the role {message.get('role')}")
-        ids = text.encode(text.render(messages), special=False)
+        ids = text.encode_chat(messages, special_content=special_content)
     elif text is not None:
         special = fresh or not session.position.any()
         ids = text.encode(str(prompt), special=special)
@@ -183,7 +193,9 @@ def generate(
     elif prompt_cache is not None:
         raise UsageError("a prompt cache with fresh=False", hint="it holds the beginning of a prompt; leave one out")
     cache = PromptCache(prompt_cache) if isinstance(prompt_cache, str | Path) else prompt_cache
-    return _stream(session, ids, text, sampler, max_new_tokens, StopStrings(stop), cache, progress)
+    stops = StopStrings(stop, text.special_ids if text else None)
+    ends = eos_ids(session.artifact.directory) if text is None else text.eos_ids if messages is None else text.turn_ends
+    return _stream(session, ids, text, sampler, max_new_tokens, ends, stops, cache, progress)
 
 
 def _check(session: Session, ids: Sequence[int], max_new_tokens: int) -> None:
@@ -233,6 +245,7 @@ def _stream(
     text: TextModel | None,
     sampler: Sampler,
     max_new_tokens: int,
+    ends: Set[int],
     stops: StopStrings,
     cache: PromptCache | None,
     progress: ProgressFactory,
@@ -251,18 +264,19 @@ def _stream(
             start += len(part)
             if cache and start == cache.keep:
                 cache.save(session, prompt[:start])
-    eos = text.eos_ids if text else frozenset()
     detokenizer = Detokenizer(text, ids) if text else None
     ttft = decode = 0.0
     for count in range(1, max_new_tokens + 1):
         token, out = sampler(logits[0]), ""
         finish: Finish | None = None
-        if token in eos:
+        if token in ends:
             finish = "eos"
+        elif token in stops.ids:
+            finish = "stop"
         else:
             out, stopped = stops.push(detokenizer.push(token) if detokenizer else "")
             finish = "stop" if stopped else "length" if count == max_new_tokens else None
-        if finish in ("eos", "length"):
+        if finish in ("eos", "length") or token in stops.ids:
             rest, stopped = stops.push(detokenizer.flush() if detokenizer else "")
             out += rest + stops.flush()
         seconds = time.perf_counter() - clock
@@ -283,8 +297,9 @@ class Conversation:
         sampler: For all turns, whose ids its repetition penalty counts; None takes the most likely tokens.
         system: A system message, told with the first turn.
         max_new_tokens: Most tokens of one answer.
-        stop: Texts that end an answer.
+        stop: Texts and special tokens that end an answer.
         prompt_cache: As for `generate`, for the first turn.
+        special_content: As for `generate`.
 
     Raises:
         ArtifactError: The model has no tokenizer.
@@ -300,10 +315,12 @@ class Conversation:
         max_new_tokens: int = 512,
         stop: Sequence[str] = (),
         prompt_cache: PromptCache | None = None,
+        special_content: bool = False,
     ) -> None:
         self.session = session
         self._text = text_model(session.artifact.directory)
         self._text.next_turn("?")
+        self._special_content = special_content
         self._sampler = sampler or Sampler()
         check_text(system or "", "the system message")
         self._system = [{"role": "system", "content": system}] if system else []
@@ -315,15 +332,18 @@ class Conversation:
         check_text(text)
         cache = None
         if self.session.position.any():
-            ids = self._unseen + self._text.encode(self._text.next_turn(text), special=False)
+            ids = self._unseen + self._text.encode_next(text, special_content=self._special_content)
         else:
             turns = [*self._system, {"role": "user", "content": text}]
-            ids, cache = self._text.encode(self._text.render(turns), special=False), self._cache
+            ids, cache = self._text.encode_chat(turns, special_content=self._special_content), self._cache
         _check(self.session, ids, self._max_new_tokens)
-        stops = StopStrings(self._stop)
+        ends, stops = self._text.turn_ends, StopStrings(self._stop, self._text.special_ids)
         self._unseen = []
-        for chunk in _stream(self.session, ids, self._text, self._sampler, self._max_new_tokens, stops, cache, silent):
-            self._unseen = [] if chunk.finish == "eos" else [chunk.token]  # the next turn brings its own end of answer
+        for chunk in _stream(
+            self.session, ids, self._text, self._sampler, self._max_new_tokens, ends, stops, cache, silent
+        ):
+            ended = chunk.token in ends | stops.ids  # the next turn brings its own end of answer
+            self._unseen = [] if ended else [chunk.token]
             yield chunk
 
     def reset(self) -> None:

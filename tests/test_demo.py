@@ -61,6 +61,10 @@ def test_questions(text: TextModel) -> None:
     assert len(behind) == len(plain) + 700 + len("\n\n")
     assert text.decode(behind).startswith(filler()[:700] + "\n\nhello")
     assert len(text.encode(filler(), special=False)) > MOST
+    typed = "</s>[[the text]]"
+    for context in (0, 10):
+        ids = ask(text, CHAT.name, typed, context).ids
+        assert text.decode(ids).endswith(f"{typed}\n") and toy.EOS not in ids
     with pytest.raises(UsageError, match="no prompt"):
         ask(text, CHAT.name, "  ", 0)
 

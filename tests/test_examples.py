@@ -21,8 +21,11 @@ import pytest
 from tokenizers import Tokenizer
 
 import ligerexport as lx
+from ligerexport.artifact import ArtifactWriter
+from ligerexport.text import TextModel
 from tests.checkpoints import FORESIGHT, make_checkpoint
-from tests.toy import EOS, VOCAB, build, tokenizer
+from tests.test_text import MAKERS, cuts, spellings
+from tests.toy import EOS, VOCAB, build, manifest, tokenizer, write_files
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -199,6 +202,65 @@ def test_the_page_stops(browser: Any, artifacts: dict[str, Path]) -> None:
     page.wait()
     assert 1 < len(page.ids()) < 100_000
     assert f"state of {lx.load(artifacts['portable']).state_bytes / 1e6:.2f} MB" in page.page.inner_text("#status")
+
+
+STREAM = """
+import { readFileSync } from "node:fs";
+import { Tokenizer } from "@huggingface/tokenizers";
+import { Detokenizer } from "../web/liger.mjs";
+const tokenizer = new Tokenizer(JSON.parse(readFileSync(process.argv[1])), {});
+for (const [context, ids] of JSON.parse(readFileSync(0))) {
+  const stream = new Detokenizer(tokenizer, context);
+  console.log(JSON.stringify(ids.map((id) => stream.push(id)).join("") + stream.flush()));
+}
+"""
+
+
+def parts(model: TextModel) -> list[tuple[list[int], list[int], str]]:
+    """Cut texts anywhere into a prompt and what follows; give both, and what a stream of it must be."""
+    tokens, cases = spellings(model), []
+    for _ in range(300):
+        pieces = cuts(
+            tokens, "".join(random.choices("한국어 뷁នៅកម្ពុជា日本語€👩\u200d👧. ,", k=12)).encode(), random.choice
+        )
+        start, end = sorted(random.choices(range(len(pieces) + 1), k=2))
+        before, after = b"".join(pieces[:start]).decode(errors="ignore"), b"".join(pieces[:end])
+        ids = [tokens[piece] for piece in pieces[:end]]
+        whole = after.decode(errors="replace")
+        whole = whole[len(before) :] if before or model.byte_ids == frozenset() else whole.removeprefix(" ")
+        cases.append((ids[:start], ids[start:], whole))
+    return cases
+
+
+@pytest.mark.parametrize("name", ["toy", "qwen", "llama"])
+def test_a_stream_in_javascript(name: str, tmp_path: Path) -> None:
+    needs_packages("node")
+    MAKERS[name]().save(str(tmp_path / "tokenizer.json"))
+    cases = parts(TextModel(tmp_path))
+    command = ["node", "--input-type=module", "-e", STREAM, tmp_path / "tokenizer.json"]
+    asked = json.dumps([case[:2] for case in cases])
+    found = run(*command, input=asked, cwd=EXAMPLES / "node").splitlines()
+    for (context, new, expected), line in zip(cases, found, strict=True):
+        assert json.loads(line) == expected, (context, new)
+
+
+def test_a_stream_in_cpp(liger_run: Path, tmp_path: Path) -> None:
+    """It writes bytes as they come, all together the text, up to an end that only the tokenizer names."""
+    first = [chunk.token for chunk in lx.generate(lx.load(build(tmp_path / "toy")), PROMPT, max_new_tokens=TOKENS)]
+    end = first.index(first[-1])
+    made = json.loads(tokenizer().to_str())
+    letter = next(letter for letter, index in made["model"]["vocab"].items() if index == first[end])
+    with ArtifactWriter(tmp_path / "artifact") as writer:
+        write_files(writer.directory)
+        (writer.directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": letter}))
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        made["added_tokens"].append({"id": first[end], "content": letter, **flags})
+        (writer.directory / "tokenizer.json").write_text(json.dumps(made))
+        writer.commit(manifest())
+    chunks = list(lx.generate(lx.load(tmp_path / "artifact"), PROMPT, max_new_tokens=TOKENS))
+    assert [chunk.token for chunk in chunks] == first[: end + 1]
+    done = subprocess.run([liger_run, tmp_path / "artifact", PROMPT, "--tokens", str(TOKENS)], capture_output=True)
+    assert done.stdout.decode(errors="replace") == "".join(chunk.text for chunk in chunks) + "\n"
 
 
 LLAMA3 = (

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 import ligerexport as lx
 from ligerexport.errors import ArtifactError, LigerError, UsageError
 from ligerexport.generate import Chunk, Conversation, Sampler, StopStrings, generate
-from ligerexport.text import Detokenizer, TextModel
+from ligerexport.text import TextModel
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nBe kind."
@@ -93,19 +93,6 @@ def test_stop_strings_do_what_a_search_of_the_whole_text_does(text: str, stops: 
     ends = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
     expected = text[: min(at for end, at in ends if end == min(ends)[0])] if ends else text
     assert (out, found) == (expected, bool(ends))
-
-
-@given(st.text())
-def test_detokenizer_gives_back_any_text(text: str) -> None:
-    made = toy.tokenizer()
-
-    class Model:
-        def decode(self, ids: list[int]) -> str:
-            return made.decode(ids, skip_special_tokens=True)
-
-    detokenizer = Detokenizer(Model(), [toy.BOS])  # type: ignore[arg-type]
-    pieces = [detokenizer.push(token) for token in made.encode(text, add_special_tokens=False).ids]
-    assert "".join(pieces) + detokenizer.flush() == text
 
 
 def test_a_character_comes_whole(artifact: Path) -> None:

@@ -26,7 +26,8 @@ PACKAGE = ROOT / "ligerexport"
 # A module imports from rows above its own, and from its own package; nothing else.
 LAYERS = (
     ("errors",),
-    ("reading", "render"),
+    ("reading", "render", "marks"),
+    ("tokens",),
     ("console", "staging", "families", "gates", "memory", "sampling", "seal", "text"),
     ("checkpoint", "datafiles", "threads"),
     ("config", "artifact", "sources", "corpus", "snapshot"),

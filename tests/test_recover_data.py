@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import toy
+from tokenizers import Tokenizer
 
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.recover.data import Documents, tokenize
@@ -170,6 +171,13 @@ def test_only_answers_are_learned(text: TextModel) -> None:
     learned = [int(i) for i, answer in zip(found.ids, found.answers, strict=True) if answer]
     assert learned == text.encode("you</s>me</s>", special=False)
     assert found.counts == {"records": 1}
+
+
+def test_special_tokens_in_a_chat_are_text(text: TextModel) -> None:
+    found = documents(text, Record("x", [("user", "a</s>b"), ("assistant", "<user>\U000f0000")]))
+    inner = Tokenizer.from_str(json.dumps(json.loads(toy.tokenizer().to_str()) | {"added_tokens": []})).encode
+    plain = [inner(part, add_special_tokens=False).ids for part in ("a</s>b\n", "<user>\U000f0000")]
+    assert found.ids.tolist() == [toy.USER, *plain[0], *plain[1], toy.EOS]
 
 
 def test_all_of_a_plain_text_is_learned(text: TextModel) -> None:

@@ -17,16 +17,25 @@ constexpr char kUsage[] =
     "usage: liger-run ARTIFACT PROMPT [--tokens N] [--threads N] [--ids] [--library FILE]\n"
     "       liger-run ARTIFACT --encode     the ids of each line of stdin, a JSON string\n";
 
-// Ids that end a text.
-std::set<int64_t> ends(const std::filesystem::path& artifact) {
+nlohmann::json read(const std::filesystem::path& file) {
+  std::ifstream stream(file);
+  return stream ? nlohmann::json::parse(stream) : nlohmann::json::object();
+}
+
+// Ids that end a text: those that the configurations name, and the tokenizer's eos_token.
+std::set<int64_t> ends(const std::filesystem::path& artifact, const Tokenizer& tokenizer) {
+  std::set<int64_t> found;
   for (const char* name : {"generation_config.json", "config.json"}) {
-    std::ifstream file(artifact / name);
-    const auto config = file ? nlohmann::json::parse(file) : nlohmann::json::object();
-    const auto id = config.value("eos_token_id", nlohmann::json());
-    if (id.is_array()) return id.get<std::set<int64_t>>();
-    if (id.is_number()) return {id.get<int64_t>()};
+    const auto id = read(artifact / name).value("eos_token_id", nlohmann::json());
+    if (id.is_number()) found.insert(id.get<int64_t>());
+    if (id.is_array()) found.merge(id.get<std::set<int64_t>>());
   }
-  return {};
+  for (const char* name : {"special_tokens_map.json", "tokenizer_config.json"}) {
+    auto token = read(artifact / name).value("eos_token", nlohmann::json());
+    if (token.is_object()) token = token.value("content", nlohmann::json());
+    if (token.is_string()) found.merge(tokenizer.added(token));
+  }
+  return found;
 }
 
 // Keeps ONNX Runtime from reporting to its makers, unless the user decided that himself. It reads this once, when it
@@ -49,14 +58,15 @@ void encode_lines(const Tokenizer& tokenizer) {
 void write(const std::filesystem::path& artifact, const std::string& prompt, int tokens, int threads, bool as_ids,
            const std::string& library, const Tokenizer& tokenizer) {
   disable_telemetry();
-  const auto stop = ends(artifact);
+  const auto stop = ends(artifact, tokenizer);
   Session session(artifact, threads, library);
   int64_t token = session.advance(tokenizer.encode(prompt));
   const auto begin = std::chrono::steady_clock::now();
   int count = 0;
   while (++count) {
     // The bytes of a character may come with several tokens; whoever reads the stream puts them together.
-    std::cout << (as_ids ? std::to_string(token) + " " : tokenizer.bytes(token)) << std::flush;
+    const auto& text = stop.count(token) ? "" : tokenizer.bytes(token);
+    std::cout << (as_ids ? std::to_string(token) + " " : text) << std::flush;
     if (count >= tokens || stop.count(token)) break;
     token = session.advance({token});
   }

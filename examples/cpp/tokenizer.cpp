@@ -235,3 +235,10 @@ const std::string& Tokenizer::bytes(int64_t id) const {
   const auto found = bytes_.find(id);
   return found == bytes_.end() ? none : found->second;
 }
+
+std::set<int64_t> Tokenizer::added(const std::string& token) const {
+  std::set<int64_t> ids;
+  for (const Added& added : added_)
+    if (added.text == token) ids.insert(added.id);
+  return ids;
+}

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -20,6 +21,9 @@ class Tokenizer {
 
   // Bytes of a token: perhaps a part of a character. A special token has none.
   const std::string& bytes(int64_t id) const;
+
+  // Id of an added token, such as a special one; none if there is no such token.
+  std::set<int64_t> added(const std::string& token) const;
 
  private:
   struct Split {

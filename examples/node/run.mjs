@@ -21,8 +21,9 @@ const json = (name) => {
   return existsSync(file) ? JSON.parse(readFileSync(file, "utf8")) : {};
 };
 const manifest = json("manifest.json");
-const tokenizer = new Tokenizer(json("tokenizer.json"), json("tokenizer_config.json"));
-const ends = endIds(json("generation_config.json"), json("config.json"));
+const settings = { ...json("special_tokens_map.json"), ...json("tokenizer_config.json") };
+const tokenizer = new Tokenizer(json("tokenizer.json"), settings);
+const ends = endIds(tokenizer, settings, json("generation_config.json"), json("config.json"));
 const session = new Session(ort, manifest, await ort.InferenceSession.create(join(artifact, manifest.graph.file)), true);
 for await (const { token, text } of generate(session, tokenizer, ends, prompt, Number(values.tokens)))
   process.stdout.write(values.ids ? `${token} ` : text);

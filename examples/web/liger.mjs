@@ -1,7 +1,7 @@
 // One sequence on an artifact, in Node and in browsers: `ort` is onnxruntime-node or onnxruntime-web.
 
 const CHUNK = 64; // prompt tokens a call; more are not faster
-const HELD = 4; // longest UTF-8 character; more tokens without a whole character are no beginning of one
+const CONTEXT = 8; // tokens before a text that its beginning may depend on: more than the bytes of a character
 
 export class Session {
   /**
@@ -66,27 +66,72 @@ export class Session {
   }
 }
 
-/** Ids that end a text, from generation_config.json or else config.json. */
-export function endIds(...configs) {
-  const found = configs.find((config) => config?.eos_token_id != null)?.eos_token_id;
-  return new Set([found ?? []].flat());
+/** Ids that end a text: the tokenizer's eos_token, and those that generation_config.json and config.json name. */
+export function endIds(tokenizer, settings, ...configs) {
+  const name = settings?.eos_token?.content ?? settings?.eos_token;
+  const named = name == null ? [] : (tokenizer.token_to_id(name) ?? []);
+  return new Set([named, ...configs.map((config) => config?.eos_token_id ?? [])].flat());
+}
+
+/** Turns ids into text one at a time: all pieces together are the text of all ids. */
+export class Detokenizer {
+  #ids = []; // those that the text to come depends on
+  #out = 0; // units of their text that have come
+
+  /**
+   * @param tokenizer The tokenizer.
+   * @param context Ids before the first one; their text is part of no piece, but a character that they begin is.
+   */
+  constructor(tokenizer, context = []) {
+    this.tokenizer = tokenizer;
+    let start = Math.max(0, context.length - CONTEXT);
+    while (start && !this.#decode(context.slice(start, start + 1))) start--; // one without text leaves a space out
+    for (const token of context.slice(start)) this.push(token);
+  }
+
+  /** Return the text that this token completes. */
+  push(token) {
+    this.#ids.push(token);
+    const whole = this.#decode(this.#ids);
+    const text = whole.replace(/\ufffd$/, ""); // the beginning of a character, as long as its other bytes may come
+    const piece = text.slice(this.#out);
+    this.#out = Math.max(this.#out, text.length);
+    if (piece) {
+      const held = whole.slice(text.length); // begins in this token
+      for (const size of [1, 2]) {
+        const short = this.#decode(this.#ids.slice(-size));
+        if (!short.endsWith(held) || !short) continue; // the first token of a text may lose a space
+        [this.#ids, this.#out] = [this.#ids.slice(-size), short.length - held.length];
+        break;
+      }
+    }
+    return piece;
+  }
+
+  /** Return what was held back: a character that never ended. */
+  flush() {
+    const piece = this.#decode(this.#ids).slice(this.#out);
+    this.#out += piece.length;
+    return piece;
+  }
+
+  #decode(ids) {
+    if (!ids.length) return "";
+    // the library's cleaning up takes spaces out that the model wrote
+    return this.tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
+  }
 }
 
 /** Stream `{ token, text }` of the most likely continuation; text comes when its last character is whole. */
 export async function* generate(session, tokenizer, ends, prompt, tokens) {
-  const decode = (ids) => (ids.length ? tokenizer.decode(ids, { skip_special_tokens: true }) : "");
-  let ids = tokenizer.encode(prompt).ids;
+  const ids = tokenizer.encode(prompt).ids;
+  const detokenizer = new Detokenizer(tokenizer, ids);
   session.reset();
   let token = await session.advance(ids);
-  ids = ids.slice(-HELD); // the end of the prompt decides about a leading space
-  for (let done = ids.length, count = 1; ; count++) {
-    ids.push(token);
+  for (let count = 1; ; count++) {
     const last = count >= tokens || ends.has(token);
-    const printed = decode(ids.slice(0, done));
-    let text = ends.has(token) ? "" : decode(ids).slice(printed.length);
-    if (!last && text.endsWith("\ufffd") && ids.length - done < HELD) text = "";
-    else [ids, done] = [ids.slice(-2 * HELD), Math.min(ids.length, 2 * HELD)];
-    yield { token, text };
+    const text = ends.has(token) ? "" : detokenizer.push(token);
+    yield { token, text: last ? text + detokenizer.flush() : text };
     if (last) return;
     token = await session.advance([token]);
   }

@@ -21,8 +21,9 @@ async function load(backend) {
   ort.env.wasm.wasmPaths = RUNTIME;
   const graph = manifest.graph.file;
   const weights = Object.keys(manifest.files).filter((name) => name.startsWith(graph) && name !== graph);
-  const [tokenizer, settings, generation, config, session] = await Promise.all([
+  const [tokens, names, more, generation, config, session] = await Promise.all([
     json("tokenizer.json"),
+    optional("special_tokens_map.json"),
     optional("tokenizer_config.json"),
     optional("generation_config.json"),
     optional("config.json"),
@@ -33,10 +34,12 @@ async function load(backend) {
       externalData: weights.map((path) => ({ path, data: ARTIFACT + path })),
     }),
   ]);
+  const settings = { ...names, ...more };
+  const tokenizer = new Tokenizer(tokens, settings);
   model = {
     session: new Session(ort, manifest, session),
-    tokenizer: new Tokenizer(tokenizer, settings),
-    ends: endIds(generation, config),
+    tokenizer,
+    ends: endIds(tokenizer, settings, generation, config),
   };
   postMessage({ ready: manifest.source.model, stateBytes: model.session.stateBytes });
 }

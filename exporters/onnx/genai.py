@@ -20,7 +20,7 @@ from ligerexport.artifact import Artifact, StateTensor
 from ligerexport.errors import UsageError, VerificationError
 from ligerexport.exporters.onnx.builder import Builder, graph_input
 from ligerexport.exporters.onnx.session import DEFAULT_CHUNK, OnnxSession
-from ligerexport.text import eos_ids
+from ligerexport.text import TextModel, eos_ids
 
 GRAPH_FILE = "genai.onnx"
 CONFIG_FILE = "genai_config.json"
@@ -45,7 +45,7 @@ def check_genai(checkpoint: Path, target: str, lowering: str) -> None:
         raise UsageError(f"onnxruntime-genai with the target {target}", hint="--target onnx")
     if lowering == "native":
         raise UsageError("onnxruntime-genai does not have the operator of the lowering native", hint="--lowering ort")
-    if not eos_ids(checkpoint):
+    if not _ends(checkpoint):
         raise UsageError(
             f"{checkpoint} has no eos_token_id", hint="onnxruntime-genai needs it; see generation_config.json"
         )
@@ -64,10 +64,17 @@ def write_genai(artifact: Artifact) -> None:
     _verify(artifact)
 
 
+def _ends(directory: Path) -> list[int]:
+    """Return the ids that end a text, those of the configurations first: the first of all fills up batches too."""
+    first = eos_ids(directory)
+    more = TextModel(directory).eos_ids if (directory / "tokenizer.json").is_file() else frozenset()
+    return [*sorted(first), *sorted(more - first)]
+
+
 def configuration(artifact: Artifact) -> dict[str, Any]:
     """Return `genai_config.json`."""
     shape = artifact.manifest.model
-    eos = sorted(eos_ids(artifact.directory))
+    eos = _ends(artifact.directory)
     return {
         "model": {
             "type": "decoder", "vocab_size": shape.vocab_size, "context_length": CONTEXT,

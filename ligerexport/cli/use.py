@@ -42,7 +42,12 @@ FrequencyPenalty = Annotated[
     float | None, typer.Option("--frequency-penalty", help="The same, times how often the token is in the answer.")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed writes the same text.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; may be repeated.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="Text or special token that ends the answer; may be repeated.")
+]
+SpecialContent = Annotated[
+    bool, typer.Option("--special-content", help="Special tokens in what is asked act as such; else they are text.")
+]
 Threads = Annotated[int | None, typer.Option("--threads", help="Default: physical cores.")]
 NoHash = Annotated[bool, typer.Option("--no-hash", help="Do not compare the files' sha256 first.")]
 PromptCacheFile = Annotated[
@@ -71,6 +76,7 @@ def run(
     frequency_penalty: FrequencyPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    special_content: SpecialContent = False,
     prompt_cache: PromptCacheFile = None,
     threads: Threads = None,
     no_hash: NoHash = False,
@@ -101,7 +107,7 @@ def run(
     cache = PromptCache(prompt_cache) if prompt_cache else None
     chunks = generate(
         session, prompt, chat=chat, max_new_tokens=max_new_tokens, **sampling, seed=seed, stop=stop or (),
-        prompt_cache=cache, progress=progress if long else silent,
+        special_content=special_content, prompt_cache=cache, progress=progress if long else silent,
     )  # fmt: skip
     pieces = [_show(chunk, json) for chunk in chunks]
     if not json:
@@ -208,6 +214,7 @@ def chat(
     frequency_penalty: FrequencyPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    special_content: SpecialContent = False,
     prompt_cache: PromptCacheFile = None,
     threads: Threads = None,
     no_hash: NoHash = False,
@@ -239,8 +246,9 @@ def chat(
     session = load(artifact, threads=threads, hashes=not no_hash)
     cache = PromptCache(prompt_cache) if prompt_cache else None
     talk = Conversation(
-        session, sampler, system=system, max_new_tokens=max_new_tokens, stop=stop or (), prompt_cache=cache
-    )
+        session, sampler, system=system, max_new_tokens=max_new_tokens, stop=stop or (), prompt_cache=cache,
+        special_content=special_content,
+    )  # fmt: skip
     say("Ctrl-C stops an answer, /help lists what else there is")
     turns: list[dict[str, Any]] = []
     for line in _lines(stdin):

@@ -45,8 +45,7 @@ class HarnessLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """Id that ends a text."""
-        ids = sorted(self.text.eos_ids)
-        return ids[0] if ids else 0
+        return self.text.eos_id or 0
 
     @property
     def prefix_token_id(self) -> int:

@@ -35,6 +35,7 @@ class _Segment(NamedTuple):
     text: str
     answer: bool
     special: bool = False  # whether the tokenizer adds its own tokens, such as BOS
+    rendered: bool = False  # whether the chat template made it
 
 
 @dataclass(frozen=True)
@@ -142,14 +143,16 @@ def _encode(
     block: Sequence[tuple[Record, list[_Segment], str]], text: TextModel
 ) -> Iterator[tuple[Record, list[tuple[list[int], bool]], str]]:
     every = [segment for _, segments, _ in block for segment in segments]
+    plain = [part for part in every if not part.rendered]
     ids = {
-        special: iter(text.encode_batch([part.text for part in every if part.special is special], special=special))
+        special: iter(text.encode_batch([part.text for part in plain if part.special is special], special=special))
         for special in (False, True)
     }
+    chats = iter(text.encode_rendered_batch([part.text for part in every if part.rendered]))
     end = end_of_text(text)
     for record, segments, remark in block:
-        found = [(next(ids[part.special]), part.answer) for part in segments]
-        if found and segments[0].special and found[-1][0][-1:] != end:  # a chat template writes its own
+        found = [(next(chats if part.rendered else ids[part.special]), part.answer) for part in segments]
+        if found and not segments[0].rendered and found[-1][0][-1:] != end:  # a chat template writes its own
             found.append((end, True))
         yield record, found, remark
 
@@ -205,13 +208,17 @@ def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
         if index < asked or message["role"] != "assistant":
             continue
         try:
-            prompt, whole = text.render(messages[:index]), text.render(messages[: index + 1], answer=False)
+            prompt = text.render(messages[:index], marked=True)
+            whole = text.render(messages[: index + 1], answer=False, marked=True)
         except UsageError:
             return [], "refused by the chat template"
         if not (prompt.startswith(done) and whole.startswith(prompt)):
             # as templates that drop earlier answers or their reasoning do: what comes later has another past
             return segments, "only up to the turn that the chat template rewrites"
-        segments += [_Segment(prompt[len(done) :], answer=False), _Segment(whole[len(prompt) :], answer=True)]
+        segments += [
+            _Segment(prompt[len(done) :], answer=False, rendered=True),
+            _Segment(whole[len(prompt) :], answer=True, rendered=True),
+        ]
         done = whole
     return segments, ""
 
