@@ -311,11 +311,12 @@ def _write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, pro
 def _seal(place: Path, source: Source, progress: ProgressFactory) -> None:
     """Look at every weight of a conversion once: each is finite, and what the files are is noted."""
     info = check_checkpoint(place, tokenizer=False)
-    with progress("checking the weights", 2 * info.bytes) as advance:
+    same = [file for file in info.files if (source.path / file.name).exists()]
+    same = [file for file in same if file.samefile(source.path / file.name)]
+    known = {file.name: source.sha256[file.name] for file in same if file.name in source.sha256}
+    hashed = sum(file.stat().st_size for file in info.files if file.name not in known)
+    with progress("checking the weights", info.bytes + hashed) as advance:
         check_finite(info, advance)
-        same = [file for file in info.files if (source.path / file.name).exists()]
-        same = [file for file in same if file.samefile(source.path / file.name)]
-        known = {file.name: source.sha256[file.name] for file in same if file.name in source.sha256}
         write_seal(place, info.files, known, advance)
 
 
