@@ -33,7 +33,7 @@ from typing import Any
 from ligerexport.artifact import MANIFEST, open_artifact
 from ligerexport.cli import main
 
-TIMED = {"seconds", "tokens_per_second", "build_seconds"}
+TIMED = {"mtime_ns", "seconds", "tokens_per_second", "build_seconds"}
 """Keys of JSON that differ between two good runs."""
 DRAWN = {".md", ".png", ".svg"}
 """Endings of files that are made from the JSON beside them, times included."""
