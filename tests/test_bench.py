@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import toy
 
 from ligerexport.artifact import open_artifact
@@ -131,6 +132,21 @@ def test_engines_write_the_same_in_one_call_and_in_many(built: Built, which: str
     if which != "transformer":
         with pytest.raises(UsageError, match="without reading"):
             engine.fill(8)
+
+
+@hybrid
+@pytest.mark.parametrize(("given", "found"), [(None, 2), (1, 1)])
+def test_torch_takes_no_more_threads_than_there_are_cores(
+    built: Built, monkeypatch: pytest.MonkeyPatch, given: int | None, found: int
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("ligerexport.bench.engine.default_threads", lambda: 2)
+    try:
+        torch.set_num_threads(3)
+        open_engine(str(built[0].parent / "source"), device="cpu", threads=given)
+        assert torch.get_num_threads() == found
+    finally:
+        torch.set_num_threads(before)
 
 
 @hybrid

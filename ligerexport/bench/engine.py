@@ -14,6 +14,7 @@ import numpy as np
 
 from ligerexport.artifact import MANIFEST
 from ligerexport.errors import MissingDependency, UsageError
+from ligerexport.threads import default_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,8 +164,7 @@ class TorchEngine:
         from ligerexport.loading import load_any
         from ligerexport.sources import resolve
 
-        if threads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or min(torch.get_num_threads(), default_threads()))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         elif device == "cuda" and not torch.cuda.is_available():
