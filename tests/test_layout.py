@@ -99,6 +99,8 @@ def test_no_test_looks_at_a_clock(file: Path) -> None:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [node.arg or ""] if isinstance(node, ast.keyword) else []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("wait", "select"):
+            names += ["timeout" for part in node.args if isinstance(part, ast.Constant)]
         assert not {"time", "timeout"} & set(names), f"{file}: a test has no {' and no '.join(names)}"
 
 
