@@ -37,7 +37,7 @@ def cost_of_precision(
     totals, done = np.zeros(3), 0
     prepack = (
         artifact.manifest.block is not None
-    )  # else activations are not rounded, and a product takes ten times as long
+    )  # without, a product rounds no activations and takes ten times as long
     with progress("measuring the precision", len(ids) - 1, "steps") as advance:
         before = Reference(spec).every(ids)
         for logits in OnnxSession(artifact, prepack=prepack, scoring=True).every(ids[:-1]):

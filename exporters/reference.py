@@ -245,6 +245,7 @@ class Reference:
         own = weight_slabs(self._spec, name)
         if self._stored is None or self._form is None:
             yield from own
+            self._read.add(name)
             return
         first = 0
         for stored, rounded in stored_slabs(self._spec, self._form, self._stored, name):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -192,7 +192,7 @@ def _ties(check: Comparison, states: list[State], last: int | None = None) -> li
 
 
 @torch.inference_mode()
-def _otherwise(check: Comparison, torch_model: Reference, past: LigerCache, ids: np.ndarray, tie: _Tie) -> Answer:
+def _otherwise(check: Comparison, torch_model: Reference, past: Any, ids: np.ndarray, tie: _Tie) -> Answer:
     """Return torch's answer to the last token of a call once a tie in the middle of it is decided the other way."""
     cache = copy.deepcopy(past)
     if tie.step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,16 @@ import torch
 from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 
 from ligerexport.config import LigerConfig
+from ligerexport.console import silent
 from ligerexport.convert import load_model
 from ligerexport.errors import CheckpointError, LigerError, UsageError, VerificationError
-from ligerexport.exporters import replay, verify
+from ligerexport.exporters import reference, replay, verify
 from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx import session as onnx_session
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
+from ligerexport.exporters.onnx.weights import weight_slabs
 from ligerexport.exporters.reference import Answer, Reference
 from ligerexport.families import FAMILIES
 from ligerexport.mixer import LigerCache
@@ -287,12 +290,59 @@ def test_a_tie_inside_a_call_is_found_token_by_token(tmp_path: Path, monkeypatch
     """In the first layer, tokens of one id have equal learned scores: a trace of noise decides which one is kept."""
     model = make_checkpoint(tmp_path / "model", FORESIGHT)
     plant(monkeypatch, 0, 4e-5)
-    artifact = load(build(model, tmp_path / "engine")).artifact
+    phases: list[str] = []
+
+    def progress(description: str, total: float | None = None, unit: str = "bytes") -> Any:
+        phases.append(description)
+        return silent(description)
+
+    artifact = load(build(model, tmp_path / "engine", progress=progress)).artifact
     assert artifact.manifest.verification["passed"] and artifact.manifest.verification["near_ties"] > 0
+    assert any(re.fullmatch(r"tied scores after \d+ tokens", phase) for phase in phases)
     spec = read_spec(model)
     answers = Reference(spec).answers(np.split(verify.prompt_ids(spec), [200]))
     with pytest.raises(verify.Mismatch):
         verify.Comparison(spec, verify.TOLERANCES["float32"]).run(OnnxSession(artifact), answers, str, prompt=2)
+
+
+class Counting:
+    """A torch model that answers to any pieces, and counts them."""
+
+    def __init__(self) -> None:
+        self.pieces = 0
+
+    def answers(self, pieces: list[np.ndarray], cache: Any, **options: Any) -> list[Answer]:
+        self.pieces += len(pieces)
+        return [Answer(ids, ids, {}, True, LigerCache.__new__(LigerCache)) for ids in pieces]
+
+
+@pytest.mark.parametrize("first", [*range(1, 65), None])
+def test_a_tie_is_found_in_few_calls(first: int | None) -> None:
+    """Whatever token of 64 it is at, torch answers to 16 pieces and the session to 8 calls."""
+    model, calls = Counting(), []
+
+    def differs(answers: list[Answer]) -> bool:
+        calls.append(sum(len(answer.ids) for answer in answers))
+        return first is not None and calls[-1] >= first
+
+    found = replay.narrow(model, None, np.arange(64), differs)
+    np.testing.assert_array_equal(np.concatenate([answer.ids for answer in found]), np.arange(first or 64))
+    assert model.pieces <= 16 and len(calls) <= 8
+
+
+def test_weights_that_fit_are_read_twice_at_most(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To be compared and to be kept; where memory is short they are read again for each pass."""
+    read: list[str] = []
+    monkeypatch.setattr(reference, "weight_slabs", lambda spec, name: read.append(name) or weight_slabs(spec, name))
+    for free, times in ((1 << 40, 2), (0, 4)):
+        monkeypatch.setattr(reference, "free_memory", lambda free=free: free)
+        model, name = Reference(read_spec(checkpoint)), "model.layers.1.mlp.down_proj.weight"
+        read.clear()
+        for _ in range(4):
+            model.answers([np.arange(3)])
+        assert read.count(name) == times
 
 
 class ByLength:
