@@ -35,9 +35,7 @@ def cost_of_precision(
     if artifact.manifest.precision == "float32":
         return None
     totals, done = np.zeros(3), 0
-    prepack = (
-        artifact.manifest.block is not None
-    )  # without, a product rounds no activations and takes ten times as long
+    prepack = artifact.manifest.block is not None  # without, a product rounds no activations and takes far longer
     with progress("measuring the precision", len(ids) - 1, "steps") as advance:
         before = Reference(spec).every(ids)
         for logits in OnnxSession(artifact, prepack=prepack, scoring=True).every(ids[:-1]):

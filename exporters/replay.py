@@ -93,8 +93,8 @@ def narrow(
         hidden: As for `Reference.answers`.
 
     Returns:
-        Torch's answers up to that token. Where the call agrees with torch's pieces, those up to the end of a piece: it is
-        torch's own call that went the other way.
+        Torch's answers up to that token. Where the call agrees with torch's pieces, those up to the end of a piece: it
+        is torch's own call that went the other way.
     """
     known: list[Answer] = []
     group, base = ids, past
