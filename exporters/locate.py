@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
 from ligerexport.artifact import Artifact
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.reference import Reference, State
-from ligerexport.exporters.replay import single_steps
+from ligerexport.exporters.reference import Answer, Reference, State
+from ligerexport.exporters.replay import narrow
 
 if TYPE_CHECKING:
     from ligerexport.exporters.verify import Mismatch
@@ -29,7 +30,7 @@ def first_difference(
     """Make the calls that showed a difference, and compare state and residual stream layer by layer.
 
     The graph starts each call in torch's state, so that only what that call gets wrong counts. One that differs is made
-    longer token by token, for scores may tie in it, and a layer in which they do is no other for that.
+    again with fewer tokens, for scores may tie in it, and a layer in which they do is no other for that.
 
     Args:
         spec: The checkpoint.
@@ -47,29 +48,21 @@ def first_difference(
 
     graph, chunk = _Graph(spec, artifact), artifact.manifest.graph.max_chunk
     for text in (pieces, [np.concatenate(pieces)]):
-        cache, state, position = reference.new_cache(), graph.initial_state(), 0
+        past, state, position = reference.new_cache(), graph.initial_state(), 0
         calls = [call for piece in text for call in np.split(piece, range(chunk, len(piece), chunk))]
         while calls:
-            call, past = calls.pop(0), copy.deepcopy(cache)
-            count, difference = len(call), None
-            (answer,) = reference.answers([call], cache, hidden=True)
-            found = graph.run(state, position, call)
-            if _first_layer(spec, answer.state, found) is not None:
-                streams: State = {}
-                steps = single_steps(reference, copy.deepcopy(past), call, hidden=True)
-                for count, answer in enumerate(steps, start=1):
-                    new = {name: x for name, x in answer.state.items() if name.endswith(".hidden")}
-                    streams = {name: np.concatenate([streams[name], x]) if streams else x for name, x in new.items()}
-                    found = graph.run(state, position, call[:count])
-                    if difference := _first_layer(spec, answer.state | streams, found):
-                        break
+            call, compare = calls.pop(0), partial(_compare, spec, graph, state, position)
+            answers = reference.answers([call], copy.deepcopy(past), hidden=True)
+            if compare(answers):
+                answers = narrow(reference, past, call, compare, hidden=True)
+                difference = compare(answers)
                 if difference is not None and not difference.tied:
                     return Mismatch(difference.layer, difference.what)
-                cache = past
-                reference.answers(np.split(call[:count], count), cache, whole=())
-                calls = [call[count:], *calls] if count < len(call) else calls
-            state = {name: answer.state.get(name, found[name]) for name in state}
-            position += count
+            ids = _ids(answers)
+            found, past = graph.run(state, position, ids), answers[-1].after()
+            state = {name: answers[-1].state.get(name, found[name]) for name in state}
+            position += len(ids)
+            calls = [call[len(ids) :], *calls] if len(ids) < len(call) else calls
     return None
 
 
@@ -77,6 +70,17 @@ class _Difference(NamedTuple):
     layer: int
     what: str
     tied: bool = False
+
+
+def _ids(answers: list[Answer]) -> np.ndarray:
+    return np.concatenate([answer.ids for answer in answers])
+
+
+def _compare(spec: ModelSpec, graph: _Graph, state: State, position: int, answers: list[Answer]) -> _Difference | None:
+    """Make one call of the tokens that torch has answered to, and compare its end and the residual stream of it all."""
+    found, streams = graph.run(state, position, _ids(answers)), [f"past.{i}.hidden" for i in range(len(spec.mixers))]
+    hidden = {name: np.concatenate([answer.state[name] for answer in answers]) for name in streams}
+    return _first_layer(spec, answers[-1].state | hidden, found)
 
 
 def _first_layer(spec: ModelSpec, expected: State, found: State) -> _Difference | None:

@@ -7,10 +7,13 @@ rows of the text's tokens, and the output is multiplied some rows at a time.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,21 +33,30 @@ if TYPE_CHECKING:
 
 State = dict[str, np.ndarray]
 
-HELD = 1 << 30
-"""Bytes that all weights together may have to stay in memory once they are read a second time."""
+SHARE = 0.25
+"""Of the memory that is free, what all weights together may take to stay there once they are read a second time."""
+UNKNOWN = 1 << 32
+"""Bytes that are taken for free where the system does not say."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """What torch says after one call: the tokens of the call, logits `[V]`, and the state by `past.*` names.
 
-    `whole` is whether the state is complete; else only positions and scores of slots are there.
+    `whole` is whether the state is complete; else only positions and scores of slots are there, and no cache, in which
+    torch's own state is kept to go on from.
     """
 
     ids: np.ndarray
     logits: np.ndarray
     state: State
     whole: bool
+    cache: LigerCache | None = None
+
+    def after(self) -> LigerCache:
+        """Return the cache after a whole answer; to be copied, not to be gone on from."""
+        assert self.cache is not None
+        return self.cache
 
 
 class Reference:
@@ -72,7 +84,7 @@ class Reference:
         self._model = _empty_model(spec)
         self._read: set[str] = set()
         self._held: dict[str, Tensor] = {}
-        self._holds = 4 * sum(prod(weight.shape) for weight in spec.weights.values()) <= HELD
+        self._holds = 4 * sum(prod(weight.shape) for weight in spec.weights.values()) <= SHARE * free_memory()
 
     def new_cache(self) -> LigerCache:
         """Return a cache that has seen nothing."""
@@ -92,7 +104,7 @@ class Reference:
         Args:
             pieces: Token ids `[T]`.
             cache: What to go on from, and to leave the state in.
-            whole: Pieces whose answers have the complete state; None is all.
+            whole: Pieces whose answers have the complete state and a cache; None is all.
             hidden: Whether answers also have the residual stream after each layer, as `past.LAYER.hidden` `[T, D]`.
             advance: Told 1 after each layer.
 
@@ -100,16 +112,20 @@ class Reference:
             VerificationError: A stored weight is not the checkpoint's.
         """
         states: list[State] = [{} for _ in pieces]
+        caches = [self.new_cache() if whole is None or i in whole else None for i in range(len(pieces))]
 
         def keep(layer: int, piece: int, entry: Any, stream: Tensor) -> None:
-            complete = whole is None or piece in whole
-            states[piece] |= {f"past.{layer}.{name}": x for name, x in _layer_state(entry, complete).items()}
+            states[piece] |= {
+                f"past.{layer}.{name}": x for name, x in _layer_state(entry, caches[piece] is not None).items()
+            }
+            if (copied := caches[piece]) is not None:
+                copied.layers[layer] = copy.copy(entry)  # a call makes new tensors and leaves these as they are
             if hidden:
                 states[piece][f"past.{layer}.hidden"] = stream[0].numpy()
 
         streams = self._streams(pieces, cache, keep, advance)
         logits = self._logits(torch.cat([stream[:, -1] for stream in streams]))
-        return [Answer(ids, logits[i], states[i], whole is None or i in whole) for i, ids in enumerate(pieces)]
+        return [Answer(ids, logits[i], states[i], caches[i] is not None, caches[i]) for i, ids in enumerate(pieces)]
 
     def every(self, ids: np.ndarray) -> np.ndarray:
         """Return the logits after each token of a text `[T]`, `[T, V]`."""
@@ -229,6 +245,7 @@ class Reference:
         own = weight_slabs(self._spec, name)
         if self._stored is None or self._form is None:
             yield from own
+            self._read.add(name)
             return
         first = 0
         for stored, rounded in stored_slabs(self._spec, self._form, self._stored, name):
@@ -262,6 +279,21 @@ class Reference:
             )
 
 
+def free_memory() -> int:
+    """Return the bytes that this process may still take: what the system has available, within a container's limit."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    free = int(found[1]) * 1024 if found else UNKNOWN
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
 def _empty_model(spec: ModelSpec) -> PreTrainedModel:
     """Return the model without the memory of its weights; what it computes of its configuration is real."""
     from transformers import AutoModelForCausalLM
@@ -288,7 +320,7 @@ def _count(entry: Any, tokens: int) -> None:
 
 
 def _layer_state(entry: Any, whole: bool) -> State:
-    """Copy the state of a layer by the graph's names; of one kept as softmax the values: the keys are rotated."""
+    """Return the state of a layer by the graph's names; of one kept as softmax the values: the keys are rotated."""
     tensors: dict[str, Tensor] = getattr(entry, "state", None) or {"value": entry.values}
     names = tensors if whole else {"slot_position", "slot_score"} & tensors.keys()
-    return {name: tensors[name].numpy().copy() for name in names}
+    return {name: tensors[name].numpy() for name in names}

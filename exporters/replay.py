@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -21,63 +21,95 @@ from ligerexport.memory import get_score
 
 if TYPE_CHECKING:
     from ligerexport.exporters.verify import Engine
+    from ligerexport.mixer import LigerCache
     from ligerexport.snapshot import Snapshot
 
 OFTEN = 8
 """Of so many tokens one may tie; more is noise in the scores."""
-GROUP = 16
-"""Tokens whose states are kept at a time."""
 TRIES = 32
 """Ties in the middle of a call that are decided the other way, one at a time."""
 NUDGE = 1e-6
 """By how much a rank then goes beyond the other's: several units in the last place of a score."""
 
 
-def replay(check: Comparison, session: Engine, torch_model: Reference, seen: list[np.ndarray], ids: np.ndarray) -> None:
-    """Compare a call with torch token by token, and go on from torch's state after each near tie.
-
-    Torch steps. The session makes calls that are one token longer each time, because the call as it was must be
-    explained: had both stepped, every second tie would fall the same way in both. Where a call as a whole agrees with
-    torch's steps, it is torch's own call that went the other way.
+def replay(
+    check: Comparison,
+    session: Engine,
+    torch_model: Reference,
+    past: LigerCache,
+    ids: np.ndarray,
+    start: int = 0,
+    advance: Callable[[float], None] = lambda amount: None,
+) -> None:
+    """Compare a call with torch chunk by chunk, and go on from torch's state after each near tie.
 
     Args:
         check: Compares.
         session: In the state before the call.
         torch_model: Answers.
-        seen: Pieces of the prompt before the call.
+        past: Its state before the call.
         ids: Tokens of the call `[T]`.
+        start: Tokens before the call.
+        advance: Told how many tokens were compared.
 
     Raises:
-        Mismatch: The first difference after some token is no near tie, or ties are too many.
+        Mismatch: A difference is no near tie, or ties are too many.
     """
-    cache, ties, start = torch_model.new_cache(), 0, sum(map(len, seen))
-    if seen:
-        torch_model.answers(seen, cache, whole=())
-    for part in np.split(ids, range(session.chunk, len(ids), session.chunk)):
-        while len(part):
-            before, past = session.snapshot(), copy.deepcopy(cache)
-            if _agree(check, session, torch_model, cache, part):
-                count = len(part)
-            else:
-                cache, ties = past, ties + 1
-                count = _first_tie(check, session, torch_model, past, before, part, start)
-                torch_model.answers(np.split(part[:count], count), cache, whole=())
+    ties, rest = 0, ids
+    while len(rest):
+        chunks = np.split(rest, range(session.chunk, len(rest), session.chunk))
+        for answer in torch_model.answers(chunks, copy.deepcopy(past)):
+            before, logits = session.snapshot(), session.prefill(answer.ids)[0]
+            agree = _equal(check, session.snapshot(), answer, logits)
+            found = [answer] if agree else _first_tie(check, session, torch_model, past, before, answer.ids, start)
+            count, past = sum(len(part.ids) for part in found), found[-1].after()
+            rest, start, ties = rest[count:], start + count, ties + (not agree)
+            advance(count)
             if ties * OFTEN > len(ids) + OFTEN:
                 raise Mismatch(None, f"{ties} of {len(ids)} tokens ended in tied scores")
-            part, start = part[count:], start + count
+            if not agree:  # what torch said of the chunks behind it does not follow
+                break
 
 
-def single_steps(torch_model: Reference, cache: Any, ids: np.ndarray, *, hidden: bool = False) -> Iterator[Answer]:
-    """Yield torch's answers to single tokens, so many at a time that their states can be kept."""
-    for group in np.split(ids, range(GROUP, len(ids), GROUP)):
-        yield from torch_model.answers(np.split(group, len(group)), cache, hidden=hidden)
+def narrow(
+    torch_model: Reference,
+    past: LigerCache,
+    ids: np.ndarray,
+    differs: Callable[[list[Answer]], object],
+    *,
+    hidden: bool = False,
+) -> list[Answer]:
+    """Search a call for a token at which it begins to differ from torch, which runs pieces and then single tokens.
 
+    The other side is to make calls that begin where this one does, because the call as it was must be explained: were
+    it cut as torch's is, every second tie would fall the same way in both. Numbers of tokens are bisected, so that what
+    differs after some of them and no more after others may be passed over.
 
-def _agree(check: Comparison, session: Engine, torch_model: Reference, cache: Any, part: np.ndarray) -> bool:
-    """Feed one call to the session and its tokens one by one to torch; return whether they end alike."""
-    answer = torch_model.answers(np.split(part, len(part)), cache, whole={len(part) - 1})[-1]
-    logits = session.prefill(part)[0]
-    return _equal(check, session.snapshot(), answer, logits)
+    Args:
+        torch_model: Answers.
+        past: Its state before the call.
+        ids: Tokens of the call `[T]`.
+        differs: Says something where the call ends otherwise than torch, when it has as many tokens as these answers.
+        hidden: As for `Reference.answers`.
+
+    Returns:
+        Torch's answers up to that token. Where the call agrees with torch's pieces, those up to the end of a piece: it
+        is torch's own call that went the other way.
+    """
+    known: list[Answer] = []
+    group, base = ids, past
+    for width in (math.isqrt(len(ids)), 1):
+        pieces = np.split(group, range(width, len(group), width))
+        answers = torch_model.answers(pieces, copy.deepcopy(base), hidden=hidden)
+        if not differs([*known, *answers]):
+            return [*known, *answers]
+        low, high = 0, len(answers)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if differs([*known, *answers[:middle]]) else (middle, high)
+        known, group = known + answers[:low], answers[low].ids
+        base = known[-1].after() if known else past
+    return [*known, answers[low]]
 
 
 def _equal(check: Comparison, found: Snapshot, answer: Answer, logits: np.ndarray) -> bool:
@@ -92,32 +124,39 @@ def _first_tie(
     check: Comparison,
     session: Engine,
     torch_model: Reference,
-    past: Any,
+    past: LigerCache,
     before: Snapshot,
-    part: np.ndarray,
+    ids: np.ndarray,
     start: int,
-) -> int:
-    """Make the call longer until it differs; return its tokens, the session in torch's state, after a near tie.
+) -> list[Answer]:
+    """Search a call for a near tie; return torch's answers up to it, the session in torch's state after it.
 
-    The longer call can have rounded a tie in its middle otherwise than the shorter ones did, and keep the same slots in
-    the end. Then torch must end as it did once that tie is decided the other way.
+    The call can have rounded a tie in its middle otherwise than a shorter one did, and keep the same slots in the end.
+    Then torch must end as it did once that tie is decided the other way.
     """
-    ids, scores = np.empty(0, np.int64), [before.tensors]
-    for answer in single_steps(torch_model, copy.deepcopy(past), part):
-        ids = np.append(ids, answer.ids)
-        scores.append({name: x for name, x in answer.state.items() if name.endswith(("slot_position", "slot_score"))})
+
+    def call(answers: list[Answer]) -> tuple[Snapshot, np.ndarray]:
         session.restore(before)
-        logits, after = session.prefill(ids)[0], session.snapshot()
-        try:
-            if check.agrees(after, answer, logits):
-                continue
-        except Mismatch as mismatch:
-            others = (_otherwise(check, torch_model, past, ids, tie) for tie in _ties(check, scores)[:TRIES])
-            if not any(_equal(check, after, other, logits) for other in others):
-                raise Mismatch(mismatch.layer, f"{mismatch.what} after {start + len(ids)} tokens") from mismatch
-        check.resume(session, after, answer)
-        return len(ids)
-    raise Mismatch(None, f"the call after {start} tokens does not give the same twice")
+        logits = session.prefill(np.concatenate([answer.ids for answer in answers]))[0]
+        return session.snapshot(), logits
+
+    def differs(answers: list[Answer]) -> bool:
+        after, logits = call(answers)
+        return not _equal(check, after, answers[-1], logits)
+
+    answers = narrow(torch_model, past, ids, differs)
+    after, logits = call(answers)
+    try:
+        check.agrees(after, answers[-1], logits)
+    except Mismatch as mismatch:
+        ids = np.concatenate([answer.ids for answer in answers])
+        steps = torch_model.answers(np.split(ids, len(ids)), copy.deepcopy(past), whole=())
+        ties = _ties(check, [before.tensors, *(answer.state for answer in steps)], mismatch.layer)
+        others = (_otherwise(check, torch_model, past, ids, tie) for tie in ties[:TRIES])
+        if not any(_equal(check, after, other, logits) for other in others):
+            raise Mismatch(mismatch.layer, f"{mismatch.what} after {start + len(ids)} tokens") from mismatch
+    check.resume(session, after, answers[-1])
+    return answers
 
 
 @dataclass(frozen=True, order=True)
@@ -132,10 +171,10 @@ class _Tie:
     position: int
 
 
-def _ties(check: Comparison, states: list[State]) -> list[_Tie]:
-    """Return the near ties in a sequence of torch's states, the nearest first."""
+def _ties(check: Comparison, states: list[State], last: int | None = None) -> list[_Tie]:
+    """Return the near ties in a sequence of torch's states, the nearest first; none in layers behind the `last`."""
     found = []
-    for layer, mixer in enumerate(check.spec.mixers):
+    for layer, mixer in enumerate(check.spec.mixers[: None if last is None else last + 1]):
         if mixer is None or not mixer.config.slots:
             continue
         for step, (old, new) in enumerate(pairwise(of_layer(state, layer) for state in states)):
@@ -157,7 +196,7 @@ def _otherwise(check: Comparison, torch_model: Reference, past: Any, ids: np.nda
     """Return torch's answer to the last token of a call once a tie in the middle of it is decided the other way."""
     cache = copy.deepcopy(past)
     if tie.step:
-        torch_model.answers(np.split(ids[: tie.step], tie.step), cache, whole=())
+        torch_model.answers([ids[: tie.step]], cache, whole=())
     state, mixer = cache.layers[tie.layer].state, check.spec.mixers[tie.layer]
     assert mixer is not None
     scores = state["slot_score"][tie.row][tie.pool]
@@ -166,5 +205,4 @@ def _otherwise(check: Comparison, torch_model: Reference, past: Any, ids: np.nda
         scores[chosen] += lift
     else:
         scores[chosen] *= math.exp(lift)
-    rest = ids[tie.step :]
-    return torch_model.answers(np.split(rest, len(rest)), cache, whole={len(rest) - 1})[-1]
+    return torch_model.answers([ids[tie.step :]], cache)[0]

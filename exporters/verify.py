@@ -29,6 +29,7 @@ from ligerexport.memory import get_score
 if TYPE_CHECKING:
     from ligerexport.exporters.onnx.evaluation import PluginSession
     from ligerexport.exporters.onnx.session import OnnxSession
+    from ligerexport.mixer import LigerCache
     from ligerexport.snapshot import Snapshot
 
     Engine = OnnxSession | PluginSession
@@ -128,7 +129,7 @@ def verify_artifact(
     whole = {i for i in range(len(pieces)) if i < PIECES or (len(pieces) - 1 - i) % WHOLE == 0}
     with progress("running the torch model", len(spec.mixers), "steps") as advance:
         answers = reference.answers(pieces, whole=whole, advance=advance)
-    comparison = Comparison(spec, tolerance, reference)
+    comparison = Comparison(spec, tolerance, reference, progress)
     mismatch = _compare(comparison, artifact, answers, progress)
     plugin = artifact.manifest.lowering == "plugin"  # which ONNX Runtime cannot run
     if mismatch is not None:
@@ -183,13 +184,20 @@ class Comparison:
         spec: The checkpoint.
         tolerance: What may be off.
         reference: The torch model, to search a call for tied scores; None takes a difference for an error.
+        progress: Opens a phase for each search.
     """
 
-    def __init__(self, spec: ModelSpec, tolerance: Tolerance, reference: Reference | None = None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tolerance: Tolerance,
+        reference: Reference | None = None,
+        progress: ProgressFactory = silent,
+    ) -> None:
         self.spec, self.tolerance = spec, tolerance
         self.result = Result(tolerance=asdict(tolerance))
         scored = any(mixer is not None and mixer.config.slots for mixer in spec.mixers)  # nothing else can tie
-        self._reference = reference if scored else None
+        self._reference, self._progress = reference if scored else None, progress
         self._adrift = False
 
     def run(self, session: Engine, answers: list[Answer], advance: Any, prompt: int = PIECES) -> None:
@@ -198,22 +206,28 @@ class Comparison:
         Raises:
             Mismatch: Something is off.
         """
-        pieces = [answer.ids for answer in answers]
+        past, start = None, 0
         for i, answer in enumerate(answers):
-            choice = self._call(session, answer, pieces[:i])
+            choice = self._call(session, answer, past, start)
+            past, start = answer.cache, start + len(answer.ids)
             if choice is not None and i >= prompt - 1:
                 self._check_choice(answer.logits, choice)
             advance(1)
         session.reset()
         self._adrift = False
-        self._call(session, replace(answers[prompt - 1], ids=np.concatenate(pieces[:prompt])), [])
+        self._call(session, replace(answers[prompt - 1], ids=np.concatenate([x.ids for x in answers[:prompt]])))
         advance(1)
         if self.result.near_ties * 2 > self.result.checks:
             raise Mismatch(None, f"{self.result.near_ties} of {self.result.checks} comparisons ended in tied scores")
         self.result.passed = True
 
-    def _call(self, session: Engine, answer: Answer, seen: list[np.ndarray]) -> np.ndarray | None:
-        """Feed and compare one call after the pieces `seen`; return its logits, None where a near tie left it open."""
+    def _call(
+        self, session: Engine, answer: Answer, past: LigerCache | None = None, start: int = 0
+    ) -> np.ndarray | None:
+        """Feed and compare one call after `start` tokens; return its logits, None where a near tie left it open.
+
+        `past` is torch's state before it, None where nothing was seen.
+        """
         self.result.checks += 1
         self.result.tokens += len(answer.ids)
         single = len(answer.ids) == 1
@@ -230,7 +244,9 @@ class Comparison:
                 from ligerexport.exporters.replay import replay
 
                 session.restore(before)
-                replay(self, session, self._reference, seen, answer.ids)
+                past = past or self._reference.new_cache()
+                with self._progress(f"tied scores after {start} tokens", len(answer.ids), "steps") as advance:
+                    replay(self, session, self._reference, past, answer.ids, start, advance)
             self.result.near_ties += 1
         self.resume(session, after, answer)
         return None

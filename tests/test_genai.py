@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 import ligerexport as lx
 from ligerexport.config import PRESETS, LigerConfig
 from ligerexport.errors import UsageError
+from ligerexport.exporters import verify
 
 genai = pytest.importorskip("onnxruntime_genai")
 
@@ -63,6 +65,28 @@ def test_the_same_tokens(tmp_path: Path, name: str, lowering: str) -> None:
     (path / "genai_config.json").write_text(json.dumps(config))
     assert theirs(path, [ids], STEPS) == expected
     assert theirs(path, [ids[:130], ids[130:]], STEPS) == expected
+
+
+@pytest.mark.parametrize(
+    ("lowering", "weights", "level"),
+    [
+        ("ort", "fp32", "ORT_DISABLE_ALL"),
+        ("ort", "fp16", "ORT_ENABLE_BASIC"),
+        ("ort", "int8", "ORT_DISABLE_ALL"),
+        ("ort", "int4", "ORT_DISABLE_ALL"),
+        ("portable", "int4", "ORT_ENABLE_ALL"),
+    ],
+)
+def test_the_same_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lowering: str, weights: str, level: str
+) -> None:
+    """To the bit, as both are loaded alike: where activations are rounded, a difference in the last place grows."""
+    source = make_checkpoint(tmp_path / "liger", MEMORY)
+    for dtype, tolerance in verify.TOLERANCES.items():
+        monkeypatch.setitem(verify.TOLERANCES, dtype, replace(tolerance, logits=0.0))
+    path = lx.build(source, tmp_path / "engine", lowering=lowering, weights=weights, genai=True, verify=False)
+    options = json.loads((Path(path) / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
+    assert options["graph_optimization_level"] == level
 
 
 def test_refused_before_any_work(tmp_path: Path) -> None:

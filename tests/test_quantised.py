@@ -42,6 +42,13 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_checkpoint(path, FORESIGHT, num_hidden_layers=2, **MODELS[request.param])
 
 
+def loss(path: Path, ids: np.ndarray) -> float:
+    """Return the nats a token of an artifact on a text, as it runs."""
+    session = OnnxSession(open_artifact(path), scoring=True)
+    logits = np.concatenate(list(session.every(ids[:-1])), axis=1)[0].astype(np.float64)
+    return float((np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), ids[1:]]).mean())
+
+
 @pytest.mark.parametrize("weights", SMALL)
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_graph_is_torch_with_the_same_weights(checkpoint: Path, tmp_path: Path, lowering: str, weights: str) -> None:
@@ -53,6 +60,7 @@ def test_graph_is_torch_with_the_same_weights(checkpoint: Path, tmp_path: Path, 
     assert (manifest.precision, manifest.block) == (precision.dtype, 32 if precision.blocked else None)
     assert manifest.quality is not None
     assert manifest.quality["tokens"] == 399 and manifest.quality["nll"] != manifest.quality["nll_float32"]
+    assert manifest.quality["nll"] == pytest.approx(loss(path, verify.prompt_ids(read_spec(checkpoint))), abs=1e-6)
     assert manifest.bytes.weights == planned_weight_bytes(checkpoint, lowering=lowering, weights=weights)
     assert manifest.bytes.weights < {16: 0.53, 8: 0.4, 4: 0.36}[precision.bits] * 4 * manifest.model.parameters
     assert manifest.model.parameters == build_parameters(read_spec(checkpoint))

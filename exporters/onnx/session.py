@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ligerexport.artifact import Artifact, StateTensor
+from ligerexport.artifact import Artifact, Manifest, StateTensor
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError, close_matches
 from ligerexport.exporters.onnx.screen import check_graph
 from ligerexport.exporters.session import BatchSession, choose_chunk
@@ -255,6 +255,21 @@ def _variant(artifact: Artifact, scoring: bool) -> bytes | None:
     return every_token(artifact.graph) if scoring else exact_products(artifact.graph)
 
 
+def optimisation(manifest: Manifest, device: str = "cpu") -> str:
+    """Return how far ONNX Runtime may rewrite a graph when it loads it, by the name of the level.
+
+    Graphs that are loaded at another level round otherwise, and with int4 weights, whose products round activations to
+    8 bits, a difference in the last place becomes one of a whole logit.
+    """
+    if manifest.lowering != "portable":
+        # The graph has the fused operators already, and looking for more takes up to two fifths of loading.
+        if device == "cpu" and manifest.precision != "float16":
+            return "ORT_DISABLE_ALL"
+        if manifest.block is None:  # this makes weights in fp16 fp32 once, and not in each call
+            return "ORT_ENABLE_BASIC"
+    return "ORT_ENABLE_ALL"
+
+
 def _open(
     artifact: Artifact, threads: int, prepack: bool, graph: bytes | None, exact: bool, device: str
 ) -> onnxruntime.InferenceSession:
@@ -277,13 +292,8 @@ def _open(
     # The planner's search for buffers to reuse is quadratic in nodes, most of the time of loading SmolLM2. The arena
     # reuses them anyway: same speed, same memory.
     options.enable_mem_reuse = False
-    levels = onnxruntime.GraphOptimizationLevel
-    if artifact.manifest.lowering != "portable":
-        # The graph has the fused operators already, and looking for more takes up to two fifths of loading.
-        if device == "cpu" and artifact.manifest.precision != "float16":
-            options.graph_optimization_level = levels.ORT_DISABLE_ALL
-        elif artifact.manifest.block is None:  # this makes weights in fp16 fp32 once, and not in each call
-            options.graph_optimization_level = levels.ORT_ENABLE_BASIC
+    level = optimisation(artifact.manifest, device)
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     # Waking a thread for an operator takes as long as many an operator.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN)
