@@ -31,8 +31,8 @@ import numpy as np
 import ligerexport as lx
 from ligerexport.bench.machine import cpu_name, memory
 from ligerexport.errors import LigerError
-from ligerexport.generate import Sampler
 from ligerexport.runtime import Session
+from ligerexport.sampling import Sampler
 
 SESSIONS, THREADS, PROCESSES = (1, 16, 64), (1, 2, 4, 16), (1, 2, 4)
 Text = tuple[tuple[int, ...], str]

@@ -30,8 +30,8 @@ import numpy as np
 
 import ligerexport as lx
 from ligerexport.bench.machine import cpu_name, memory
-from ligerexport.generate import Sampler
 from ligerexport.runtime import Session
+from ligerexport.sampling import Sampler
 from ligerexport.snapshot import Snapshot
 from ligerexport.staging import staged_directory
 

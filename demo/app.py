@@ -5,13 +5,10 @@ It binds to this machine alone unless asked for more, says nothing to anybody, a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -21,6 +18,9 @@ from ligerexport.demo import page
 from ligerexport.demo.host import SHORT, Demo
 from ligerexport.demo.prompts import CHAT, MOST, PASSKEY, PRESETS
 from ligerexport.errors import UsageError
+from ligerexport.versions import warn_if_untried
+
+warn_if_untried("gradio")
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -40,7 +40,7 @@ def make_page(demo: Demo) -> gr.Blocks:
     trained = demo.pair.facts(second)["trained_length"]
     title = f"{escape(first)} beside {escape(second)}"
     about = "One prompt, two models, each in a process of its own. Figures are measured while the text comes."
-    with gr.Blocks(title=f"{first} beside {second}", analytics_enabled=False) as blocks:
+    with gr.Blocks(title=f"{first} beside {second}") as blocks:
         _html(f'<div class="lx-head"><h1>{title}</h1><p>{about}</p></div>')
         with gr.Tab("Live"):
             preset = gr.Radio(list(PRESETS), value=CHAT.name, label="Question")
@@ -100,7 +100,7 @@ def make_page(demo: Demo) -> gr.Blocks:
         gr.on([run.click, prompt.submit], answer, [preset, prompt, context, depth, most, rows],
               [*parts.values(), run, stop], concurrency_limit=USERS, **HIDDEN)  # fmt: skip
         stop.click(end, queue=False, **HIDDEN)
-        measure.click(time_both, None, [measured, progress], concurrency_limit=1, **HIDDEN)
+        measure.click(time_both, None, [measured, progress], concurrency_limit=USERS, **HIDDEN)
         blocks.unload(end)
     return blocks
 

@@ -6,6 +6,7 @@ import json
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ligerexport.artifact import open_artifact
 from ligerexport.bench.report import RESULT
 from ligerexport.bench.run import bench, is_artifact
 from ligerexport.bench.settings import Settings
+from ligerexport.console import Advance, Unit
 from ligerexport.demo import page
 from ligerexport.demo.compare import Pair, Stopped, Stream, same_text
 from ligerexport.demo.prompts import CHAT, ask
@@ -53,16 +55,16 @@ class Demo:
         self.text = TextModel(directory_of(model))
         same_text(self.text, TextModel(directory_of(against)))
         self.pair = Pair(model, against, threads=threads, device=device)
-        self._stops: dict[str, threading.Event] = {}
+        self._stops: set[tuple[str, threading.Event]] = set()  # one for each answer and measurement under way
 
     def run(
         self, preset: str, prompt: str, context: int, depth: int, most: int, rows: list[list[str]], session: str
     ) -> Iterator[dict[str, Any]]:
         """Let both answer; yield what changes on the page, by the part of it."""
-        stop = self._stops[session] = threading.Event()
-        yield {"busy": True, "status": page.status("Both take turns; each is timed while the other waits.")}
+        stop = self._begin(session)
         said = page.status("stopped")
         try:
+            yield {"busy": True, "status": page.status("Both take turns; each is timed while the other waits.")}
             question = ask(self.text, preset, prompt, int(context), depth / 100)
             race = self.pair.race(uuid.uuid4().hex, question.ids, self.text, int(most), stop)
             for streams in race:
@@ -74,7 +76,7 @@ class Demo:
         except LigerError as error:
             said = page.status(error.message, error.hint, error=True)
         finally:
-            self._forget(session, stop)
+            self._stops.discard((session, stop))
         yield {"busy": False, "status": said}
 
     def _picture(self, streams: tuple[Stream, Stream], most: int, key: str | None) -> dict[str, Any]:
@@ -95,32 +97,46 @@ class Demo:
         return (f"finished: after {len(ours.prompt):,} tokens {faster.name} took {faster.median:.1f} ms a token, "
                 f"{slower.name} {slower.median:.1f} ms, {slower.median / faster.median:.1f} times as long")  # fmt: skip
 
-    def _forget(self, session: str, stop: threading.Event) -> None:
-        if self._stops.get(session) is stop:
-            del self._stops[session]
+    def _begin(self, session: str) -> threading.Event:
+        stop = threading.Event()
+        self._stops.add((session, stop))
+        return stop
 
     def stop(self, session: str) -> None:
-        """End the answer of a page, if one is under way."""
-        if stop := self._stops.get(session):
-            stop.set()
+        """End the answers and measurements of a page that are under way."""
+        for owner, stop in list(self._stops):
+            if owner == session:
+                stop.set()
 
     def measure(self, session: str) -> Iterator[tuple[str, str]]:
         """Measure in a turn, with processes of its own; yield the table and a line of status."""
-        stop = self._stops[session] = threading.Event()
-        yield page.measured(self.result), page.status("measuring; answers wait meanwhile")
+        stop = self._begin(session)
+
+        def watch(
+            description: str, total: float | None = None, unit: Unit = "bytes"
+        ) -> AbstractContextManager[Advance]:
+            def advance(amount: float) -> None:
+                if stop.is_set():
+                    raise Stopped
+
+            return nullcontext(advance)
+
         settings = Settings(SHORT.contexts, SHORT.batches, SHORT.blocks, SHORT.tokens, self._threads, self._device)
         try:
-            self.result = self.pair.call(stop, partial(bench, *self._models, settings=settings))
+            yield page.measured(self.result), page.status("measuring; answers wait meanwhile")
+            self.result = self.pair.call(stop, partial(bench, *self._models, settings=settings, progress=watch))
             yield page.measured(self.result), page.status("measured just now")
         except Stopped:
             yield page.measured(self.result), page.status("stopped")
         except LigerError as error:
             yield page.measured(self.result), page.status(error.message, error.hint, error=True)
         finally:
-            self._forget(session, stop)
+            self._stops.discard((session, stop))
 
     def close(self) -> None:
-        """End both models."""
+        """End what is under way, and both models."""
+        for _, stop in list(self._stops):
+            stop.set()
         self.pair.close()
 
 

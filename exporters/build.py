@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
 from ligerexport.exporters.targets import BLOCK, Target, get_precision, get_target
+from ligerexport.versions import warn_if_untried
 
 if TYPE_CHECKING:
     from ligerexport.artifact import Manifest
@@ -238,3 +239,5 @@ def _check_installed() -> None:
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise MissingDependency(error.name or "onnx", extra="onnx") from error
+    warn_if_untried("onnx")
+    warn_if_untried("onnx-ir")

@@ -23,7 +23,7 @@ from ligerexport.errors import VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightFormat, stored_slabs, weight_slabs
 from ligerexport.families import output_head
-from ligerexport.mixer import LigerCache, LigerLayer
+from ligerexport.mixer import CACHE, LigerCache, LigerLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,7 +146,7 @@ class Reference:
         for i, layer in enumerate(self._model.model.layers):
             with self._loaded(f"model.layers.{i}"):
                 for piece, layers in enumerate(calls):
-                    streams[piece] = layer(streams[piece], **layers[i][1] | {"past_key_values": cache})
+                    streams[piece] = layer(streams[piece], **layers[i][1] | {CACHE: cache})
                     keep(i, piece, cache.layers[i], streams[piece])
             advance(1)
         return streams
@@ -172,7 +172,7 @@ class Reference:
             with self._loaded("model.embed_tokens", "model.norm", tokens=np.unique(np.concatenate(pieces))):
                 for ids in pieces:
                     calls.append([])
-                    model(torch.from_numpy(ids)[None], past_key_values=seen, use_cache=True)
+                    model(torch.from_numpy(ids)[None], **{CACHE: seen}, use_cache=True)
         finally:
             for layer in model.layers:
                 del layer.forward

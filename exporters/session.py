@@ -92,7 +92,7 @@ class BatchSession(ABC):
         before = self._fades()
         logits = self._advance(ids)
         times = self._fades() - before
-        for row in np.flatnonzero(times):
+        for row in np.flatnonzero(times).tolist():
             snapshot = self._copy(row)
             self._replace(replace(snapshot, tensors=fade(snapshot.tensors, int(times[row]))), row)
         return logits

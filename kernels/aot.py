@@ -23,6 +23,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from ligerexport.config import get_preset
 from ligerexport.console import data, print_error, say
 from ligerexport.errors import LigerError, MissingDependency, UsageError, look_up
@@ -31,6 +33,7 @@ from ligerexport.kernels.manifest import ALIGNMENT, MANIFEST, Cubin, Kernel, Man
 from ligerexport.kernels.tuning import FORWARD, SHARED_MEMORY
 from ligerexport.staging import check_destination, staged_directory
 from ligerexport.state import MixerSpec
+from ligerexport.versions import warn_if_untried
 
 DEFAULT_OPERATORS = ("step", "linear_attention")
 
@@ -96,6 +99,7 @@ def compile_kernels(
 
     if triton.knobs.runtime.interpret:
         raise UsageError("Triton's interpreter compiles nothing", hint="unset TRITON_INTERPRET")
+    warn_if_untried("triton")
     plans, kernels, work = _plan(specs, dtype, sms, operators, max_batch, products)
     processes = min(jobs or os.cpu_count() or 1, len(work))
     if processes > 1:
@@ -175,11 +179,20 @@ def _make(job: _Job) -> Any:
         attrs={places[name]: [["tt.divisibility", ALIGNMENT]] for name in promised},
     )  # fmt: skip
     knobs = triton.knobs
-    with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.compilation.scope():
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        knobs.cache.scope(),
+        knobs.compilation.scope(),
+        knobs.nvidia.scope(),
+    ):
+        if Version(knobs.nvidia.ptxas_blackwell.version) >= Version("13"):  # no driver of CUDA 12 loads its cubins
+            knobs.nvidia.ptxas_blackwell = knobs.nvidia.ptxas.path
         knobs.cache.dir = cache
         knobs.compilation.disable_line_info = True  # paths of this machine would be in the file
         with redirect_stdout(io.StringIO()):
-            return triton.compile(source, target=GPUTarget("cuda", job.sm, 32), options=dict(kernel.options))
+            return triton.compile(
+                source, target=GPUTarget("cuda", job.sm, 32), options=dict(kernel.options) | {"enable_fp_fusion": True}
+            )
 
 
 def _compile(job: _Job) -> _Compiled:

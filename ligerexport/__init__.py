@@ -6,6 +6,7 @@ a runtime.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
     from ligerexport.runtime import load as load
 
 __version__ = "0.1.0"
+
+_NO_TELEMETRY = {
+    "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime and its generate() API, which also write a device id
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+}
+for _variable, _value in _NO_TELEMETRY.items():  # before anything imports these libraries; a user's own value stays
+    os.environ.setdefault(_variable, _value)
 
 _HOMES = {
     "LigerConfig": "ligerexport.config",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ligerexport.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint, check_links
 from ligerexport.config import LigerConfig
 from ligerexport.console import ProgressFactory, silent
-from ligerexport.errors import CheckpointError, UsageError
+from ligerexport.errors import CheckpointError, UsageError, quoted
 from ligerexport.reading import read_json
 from ligerexport.staging import staged_directory
 
@@ -41,7 +41,7 @@ def check_student(path: str | Path) -> CheckpointInfo:
     """
     info = check_checkpoint(path)
     if "liger" not in info.config:
-        raise UsageError(f"{path} is not converted yet", hint=f"ligerexport convert {path} -o liger")
+        raise UsageError(f"{path} is not converted yet", hint=f"ligerexport convert {quoted(path)} -o liger")
     return info
 
 

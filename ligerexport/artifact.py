@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-from ligerexport.errors import ArtifactError, MissingDependency
+from ligerexport.errors import ArtifactError, MissingDependency, quoted
 from ligerexport.reading import from_plain, leads_away, read_json
 from ligerexport.staging import staged_directory
 
@@ -379,7 +379,7 @@ def check_data(artifact: Artifact) -> None:
 
 def _suggest(directory: Path) -> str:
     if (directory / "config.json").is_file():
-        return f"build one from this checkpoint: ligerexport build {directory} --target onnx"
+        return f"build one from this checkpoint: ligerexport build {quoted(directory)} --target onnx"
     return "give the directory that `ligerexport build` wrote"
 
 
@@ -409,7 +409,7 @@ def _check_file(directory: Path, name: str, entry: FileInfo, hashes: bool) -> No
 def _link(file: Path, directory: Path) -> ArtifactError:
     return ArtifactError(
         f"{file} is a link to a place outside the artifact",
-        hint=f"if that is meant to be, copy it with its links resolved: cp -rL {directory} COPY",
+        hint=f"if that is meant to be, copy it with its links resolved: cp -rL {quoted(directory)} COPY",
     )
 
 

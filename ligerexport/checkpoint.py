@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from ligerexport.errors import CheckpointError
+from ligerexport.errors import CheckpointError, quoted
 from ligerexport.reading import leads_away, read_json
 
 _INDEX = "model.safetensors.index.json"
@@ -106,7 +106,7 @@ def check_links(path: Path) -> None:
         if file.is_symlink() and leads_away(file, path, path.resolve().parent.parent / "blobs"):
             raise CheckpointError(
                 f"{file} is a link to a place outside the checkpoint",
-                hint=f"if that is meant to be, copy it with its links resolved: cp -rL {path} COPY",
+                hint=f"if that is meant to be, copy it with its links resolved: cp -rL {quoted(path)} COPY",
             )
 
 
@@ -144,7 +144,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         start = handle.read(len(_LFS_POINTER))
         if start == _LFS_POINTER:
             raise CheckpointError(
-                f"{file} is a Git LFS pointer, not the weights", hint=f"git -C {file.parent} lfs pull"
+                f"{file} is a Git LFS pointer, not the weights", hint=f"git -C {quoted(file.parent)} lfs pull"
             )
         length = int.from_bytes(start[:8], "little")
         if size < 8 or 8 + length > size:
@@ -176,7 +176,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         inside = sorted(config.parent for config in path.glob("*/config.json"))
         hint = f"did you mean {inside[0]}?" if inside else "give the directory that holds config.json"
         if (path / "manifest.json").is_file():
-            hint = f"this is a built artifact; try: ligerexport run {path}"
+            hint = f"this is a built artifact; try: ligerexport run {quoted(path)}"
         raise CheckpointError(f"no config.json in {path}", hint=hint)
     config = read_json(file, CheckpointError, _AGAIN)
     if not config.get("model_type") or not isinstance(config["model_type"], str):
@@ -252,10 +252,11 @@ def _no_weights(path: Path) -> CheckpointError:
     )
     if pickles:
         code = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
-        code += f"[C.from_pretrained('{path}').save_pretrained('{path.name}-safetensors') for C in (M, T)]"
+        there, here = json.dumps(str(path)), json.dumps(f"{path.name}-safetensors")
+        code += f"[C.from_pretrained({there}).save_pretrained({here}) for C in (M, T)]"
         return CheckpointError(
             f"{path} has pickle weights only ({pickles[0]}); they can run code when loaded, expected safetensors",
-            hint=f'if you trust them, convert them: python -c "{code}"',
+            hint=f"if you trust them, convert them: python -c {quoted(code)}",
         )
     if (path / "adapter_model.safetensors").is_file():
         return CheckpointError(

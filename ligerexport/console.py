@@ -7,6 +7,7 @@ so that library code stays silent by default.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -55,14 +56,48 @@ def warn(message: str) -> None:
 
 
 def data(text: str, *, end: str = "\n") -> None:
-    """Print text on stdout exactly as it is: no markup, no wrapping, no colour."""
-    out.file.write(text + end)
-    out.file.flush()
+    """Print text on stdout exactly as it is: no markup, no wrapping, no colour.
+
+    Raises:
+        LigerError: stdout is closed, or its encoding does not have these characters.
+    """
+    with _writable():
+        out.file.write(text + end)
+        out.file.flush()
 
 
 def data_json(value: Any) -> None:
-    """Print a value on stdout as JSON."""
-    data(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a value on stdout as one line of JSON, in ASCII where stdout takes nothing else."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(out.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    data(text)
+
+
+def data_table(table: Table | None = None) -> None:
+    """Print a table on stdout, or an empty line.
+
+    Raises:
+        LigerError: As for `data`.
+    """
+    with _writable():
+        out.print(table or "")
+
+
+@contextmanager
+def _writable() -> Iterator[None]:
+    """Say what keeps stdout from taking text."""
+    if sys.stdout is None:
+        raise LigerError("stdout is closed, and this command writes to it", hint="send it to a file, or to /dev/null")
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise LigerError(
+            f"stdout is in {out.encoding}, which does not have {error.object[error.start]!a}",
+            hint="set PYTHONIOENCODING=utf-8, or a locale in UTF-8",
+        ) from None
 
 
 def card(title: str, rows: Sequence[tuple[str, str]], *, next_command: str | None = None) -> None:

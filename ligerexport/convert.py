@@ -18,7 +18,7 @@ from ligerexport.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint
 from ligerexport.config import DEFAULT_PRESET, LigerConfig, get_preset, read_memory
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.corpus import text_files
-from ligerexport.errors import CheckpointError, UsageError
+from ligerexport.errors import CheckpointError, UsageError, quoted
 from ligerexport.families import PREFIX, described, get_family, harmless
 from ligerexport.sources import BUILTIN_MODELS, Source, no_bars, resolve
 from ligerexport.staging import staged_directory
@@ -351,7 +351,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrained
 
     info = check_checkpoint(path, tokenizer=False)
     if "liger" not in info.config:
-        raise CheckpointError(f"{path} is not converted", hint=f"ligerexport convert {path} -o liger")
+        raise CheckpointError(f"{path} is not converted", hint=f"ligerexport convert {quoted(path)} -o liger")
     return AutoModelForCausalLM.from_pretrained(path, config=read_config(info.config), dtype=dtype or torch.float32)
 
 

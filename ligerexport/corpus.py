@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ligerexport.datafiles import ending, read_rows
 from ligerexport.errors import UsageError
 from ligerexport.text import TextModel
 
@@ -26,7 +27,7 @@ def text_files(paths: Iterable[Path], option: str = "--text") -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*.txt") if file.is_file())
+            found = sorted(file for file in path.rglob("*") if ending(file) == ".txt" and file.is_file())
             if not found:
                 raise UsageError(f"no .txt file in {path}", hint=f"name the files themselves: {option} FILE")
             files += found
@@ -37,20 +38,28 @@ def text_files(paths: Iterable[Path], option: str = "--text") -> list[Path]:
     return files
 
 
+def end_of_text(text: TextModel) -> list[int]:
+    """Return the token that ends a text, as a list; an empty one where the model has none."""
+    return [] if text.eos_id is None else [text.eos_id]
+
+
 def read_tokens(files: Iterable[Path], text: TextModel) -> list[int]:
-    """Return the tokens of all files, each ended by the end-of-text token where the model has one.
+    """Return the tokens of all texts, each ended by the end-of-text token where the model has one.
+
+    A file is one text, or rows with the column `text`.
 
     Raises:
-        UsageError: A file is not UTF-8 text.
+        DataError: A file is damaged, or is no text at all.
+        UsageError: Rows have no text.
     """
-    end = () if text.eos_id is None else (text.eos_id,)
+    end = end_of_text(text)
     ids: list[int] = []
     for file in files:
-        try:
-            content = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UsageError(f"{file} is not UTF-8 text", hint="give plain text files") from None
-        ids += [*text.encode(content, special=False), *end]
+        for where, row in read_rows(file):
+            content = row.get("text") if isinstance(row, dict) else None
+            if not isinstance(content, str):
+                raise UsageError(f"{where} has no column 'text'", hint="give plain text, or rows that have a text")
+            ids += [*text.encode(content, special=False), *end]
     return ids
 
 

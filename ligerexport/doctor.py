@@ -14,10 +14,12 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from ligerexport.artifact import installed_version
+from ligerexport.errors import LigerError
 from ligerexport.exporters.targets import TARGETS, get_target
 from ligerexport.kernels.tuning import FORWARD
 from ligerexport.sources import BUILTIN_MODELS
-from ligerexport.staging import cache_dir
+from ligerexport.staging import CACHE_HINT, cache_dir
+from ligerexport.versions import TRIED, untried
 
 PACKAGE = "ligerexport"
 
@@ -55,7 +57,7 @@ def examine(target: str | None = None, plugin: Path | None = None) -> list[Check
     Raises:
         UsageError: No such target.
     """
-    checks = [_python(), *_packages(), *_machine(), *_cache()]
+    checks = [_python(), *_packages(), _releases(), *_machine(), *_cache()]
     return checks + (_gpu(target, plugin) if target and get_target(target).sms else [])
 
 
@@ -95,8 +97,18 @@ def _package(requirement: Requirement) -> Check:
     return Check(requirement.name, found, _satisfied(requirement), True, mend)
 
 
+def _releases() -> Check:
+    """Name what is installed in a release that was never tried; it may work all the same."""
+    found = {name: untried(name) for name in TRIED}
+    strange = [name for name, what in found.items() if what]
+    if not strange:
+        return Check("tried releases", "all that is installed")
+    mend = " ".join(["pip install", *(f"'{name}=={TRIED[name][1]}.*'" for name in strange)])
+    return Check("tried releases", "; ".join(f"{name} {found[name]}" for name in strange), False, False, mend)
+
+
 def _machine() -> list[Check]:
-    from ligerexport.exporters.onnx.session import default_threads
+    from ligerexport.threads import default_threads
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return [
@@ -136,12 +148,17 @@ def _gpu(target: str, plugin: Path | None) -> list[Check]:
 
 
 def _cache() -> list[Check]:
-    directory = cache_dir()
-    place = next(path for path in (directory, *directory.parents) if path.exists())
+    try:
+        directory = cache_dir()
+    except LigerError as error:
+        return [Check("cache", error.message, False, False, error.hint)]
+    place = next(path for path in (directory, *directory.parents) if os.path.exists(path))
     free = shutil.disk_usage(place).free
-    rows = [Check("cache", f"{directory}, {free / 1e9:.1f} GB free")]
+    writable = os.access(place, os.W_OK | os.X_OK)
+    said = "" if writable else ", not writable"
+    rows = [Check("cache", f"{directory}, {free / 1e9:.1f} GB free{said}", writable, False, CACHE_HINT)]
     for name in BUILTIN_MODELS:
-        cached = (directory / "models" / name / "config.json").is_file()
+        cached = os.path.isfile(directory / "models" / name / "config.json")
         command = f"{PACKAGE} convert {name} -o liger"
         rows.append(Check(f"model {name}", "cached" if cached else "not fetched yet", cached, False, command))
     return rows

@@ -5,6 +5,9 @@ Printing them is the business of `ligerexport.console`; anything else that is ra
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import TypeVar
@@ -20,6 +23,11 @@ def one_line(text: str) -> str:
     """Return text without line breaks, and without what a terminal would obey or cannot show."""
     text = (text if len(text) <= _MOST else f"{text[: _MOST - 4]} ...").replace("\n", " ")
     return text if text.isprintable() else "".join(x if x.isprintable() else repr(x)[1:-1] for x in text)
+
+
+def quoted(word: object) -> str:
+    """Return a path or another word of a command as a shell takes it, for hints that can be pasted."""
+    return subprocess.list2cmdline([str(word)]) if os.name == "nt" else shlex.quote(str(word))
 
 
 class LigerError(Exception):

@@ -1,4 +1,4 @@
-"""Write text: sampling, stop strings, streaming, conversations. It needs a `Session` and not what is behind it."""
+"""Write text: stop strings, streaming, conversations. It needs a `Session` and not what is behind it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ligerexport.console import ProgressFactory, silent
-from ligerexport.errors import LigerError, UsageError
+from ligerexport.errors import UsageError
 from ligerexport.prompt_cache import PromptCache
+from ligerexport.sampling import Sampler
 from ligerexport.text import Detokenizer, Message, TextModel, eos_ids
 
 if TYPE_CHECKING:
@@ -69,63 +70,6 @@ class Chunk:
     summary: Summary | None = None
 
 
-class Sampler:
-    """Choose a token from logits. The same seed and logits give the same tokens.
-
-    Args:
-        temperature: 0 takes the most likely token.
-        top_k: Keep this many most likely tokens (and ties with the last); 0 keeps all.
-        top_p: Then keep the fewest most likely tokens whose probabilities sum to at least this.
-        seed: Of the random numbers; None takes one from the system.
-
-    Raises:
-        UsageError: A value makes no sense.
-    """
-
-    def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> None:
-        if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or (seed is not None and seed < 0):
-            raise UsageError(
-                f"temperature {temperature}, top_k {top_k}, top_p {top_p}, seed {seed}",
-                hint="temperature, top_k and seed are at least 0, top_p is above 0 and at most 1",
-            )
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self._random = np.random.default_rng(seed)
-
-    def __call__(self, logits: np.ndarray) -> int:
-        """Return an id for logits `[V]`.
-
-        Raises:
-            LigerError: The logits are not numbers.
-        """
-        best = int(logits.argmax())  # the first NaN, where there is one
-        if not np.isfinite(logits[best]):
-            raise LigerError(
-                f"the model returned {logits[best]} instead of logits",
-                hint="reset the session, or build the artifact again",
-            )
-        if self.temperature == 0:
-            return best
-        ids, weights = self.distribution(logits)
-        return int(ids[np.searchsorted(weights.cumsum(), self._random.random(), side="right").clip(max=len(ids) - 1)])
-
-    def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids that may be drawn `[N]` and their probabilities `[N]` fp64, for a temperature above 0."""
-        ids = np.arange(len(logits))
-        if 0 < self.top_k < len(logits):
-            ids = np.flatnonzero(logits >= np.partition(logits, -self.top_k)[-self.top_k])
-        scaled = (logits[ids].astype(np.float64) - logits.max()) / self.temperature
-        weights = np.exp(scaled)
-        weights /= weights.sum()
-        if self.top_p < 1:
-            # tokens this unlikely sum to less than 1 - top_p: none is needed, and sorting the rest is much less work
-            likely = np.flatnonzero(weights >= (1 - self.top_p) / len(weights))
-            order = likely[np.argsort(-weights[likely], kind="stable")]
-            count = int(np.searchsorted(weights[order].cumsum(), self.top_p)) + 1
-            ids, weights = ids[order[:count]], weights[order[:count]]
-            weights /= weights.sum()
-        return ids, weights
-
-
 class StopStrings:
     """Cut a stream of text before the first stop string, also one that arrives in pieces.
 
@@ -175,6 +119,10 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
     seed: int | None = None,
     stop: Sequence[str] = (),
     fresh: bool = True,
@@ -195,6 +143,10 @@ def generate(
         temperature: See `Sampler`; 0 takes the most likely token.
         top_k: See `Sampler`.
         top_p: See `Sampler`.
+        min_p: See `Sampler`.
+        repetition_penalty: See `Sampler`; of what an earlier call read or wrote it knows nothing.
+        presence_penalty: See `Sampler`.
+        frequency_penalty: See `Sampler`.
         seed: See `Sampler`.
         stop: Texts and special tokens that end the generation and are not part of it.
         fresh: Whether to reset the session first; otherwise the prompt continues what it has seen.
@@ -211,15 +163,22 @@ def generate(
     """
     if (prompt is None) == (messages is None):
         raise UsageError("a prompt or messages were expected, one of them")
-    sampler = Sampler(temperature, top_k, top_p, seed)
+    sampler = Sampler(
+        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+    )  # fmt: skip
     text = None
     if messages is not None or isinstance(prompt, str):
         text = text_model(session.artifact.directory)
+    if isinstance(prompt, str):
+        check_text(prompt)
     if messages is None and chat:
         if not isinstance(prompt, str):
             raise UsageError("chat takes a prompt of text, not ids")
         messages = [{"role": "user", "content": prompt}]
     if text is not None and messages is not None:
+        for message in messages:
+            check_text(str(message.get("content")), f"a message of the role {message.get('role')}")
         ids = text.encode_chat(messages, special_content=special_content)
     elif text is not None:
         special = fresh or not session.position.any()
@@ -246,6 +205,23 @@ def _check(session: Session, ids: Sequence[int], max_new_tokens: int) -> None:
         raise UsageError("the prompt has no tokens", hint="give at least one token of text")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens {max_new_tokens}", hint="it is at least 1")
+
+
+def check_text(text: str, what: str = "the prompt") -> None:
+    """Refuse halves of characters, which is what Python makes of bytes that are not UTF-8.
+
+    Raises:
+        UsageError: There are some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        found = f"the byte 0x{half - 0xDC00:02x}" if 0xDC80 <= half <= 0xDCFF else f"half a character, U+{half:04X},"
+        raise UsageError(
+            f"{what} is not UTF-8: {found} comes after {error.start} characters",
+            hint="convert it first, for instance with: iconv -f latin1 -t utf-8",
+        ) from None
 
 
 def text_model(directory: Path) -> TextModel:
@@ -275,6 +251,7 @@ def _stream(
     progress: ProgressFactory,
 ) -> Generator[Chunk]:
     clock = time.perf_counter()
+    sampler.read(ids)
     prompt = np.asarray(ids, np.int64)
     start = cached = cache.restore(session, prompt) if cache else 0
     with progress("reading the prompt", len(prompt) - start, "steps") as advance:
@@ -317,7 +294,7 @@ class Conversation:
 
     Args:
         session: Of one sequence; what it has seen before is kept.
-        sampler: For all turns.
+        sampler: For all turns, whose ids its repetition penalty counts; None takes the most likely tokens.
         system: A system message, told with the first turn.
         max_new_tokens: Most tokens of one answer.
         stop: Texts and special tokens that end an answer.
@@ -345,12 +322,14 @@ class Conversation:
         self._text.next_turn("?")
         self._special_content = special_content
         self._sampler = sampler or Sampler()
+        check_text(system or "", "the system message")
         self._system = [{"role": "system", "content": system}] if system else []
         self._max_new_tokens, self._stop, self._cache = max_new_tokens, stop, prompt_cache
         self._unseen: list[int] = []  # sampled, shown, and not yet fed to the session
 
     def say(self, text: str) -> Generator[Chunk]:
         """Stream the model's answer. Closing the stream ends the answer and leaves a state to go on from."""
+        check_text(text)
         cache = None
         if self.session.position.any():
             ids = self._unseen + self._text.encode_next(text, special_content=self._special_content)
@@ -370,6 +349,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget everything."""
         self.session.reset()
+        self._sampler.forget()
         self._unseen = []
 
     def save(self, path: Path | str) -> None:
@@ -380,8 +360,9 @@ class Conversation:
         self.session.snapshot().save(path)
 
     def load(self, path: Path | str) -> None:
-        """Go on with a conversation that was saved."""
+        """Go on with a conversation that was saved. Of its ids the repetition penalty knows nothing."""
         from ligerexport.runtime import Snapshot
 
         self.session.restore(Snapshot.load(path))
+        self._sampler.forget()
         self._unseen = []

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from inspect import signature
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from ligerexport.config import LigerConfig
 from ligerexport.errors import CheckpointError, UsageError
@@ -22,6 +24,10 @@ from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.state import FADE, MixerSpec, MixerState, fade
+from ligerexport.versions import warn_if_untried
+
+warn_if_untried("torch")
+warn_if_untried("transformers")
 
 LONGEST = 1 << 21
 """Tokens of rotary distance: tables have a row for each."""
@@ -29,6 +35,13 @@ _SIZES = {"num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 12, "num_key
           "head_dim": 1 << 12, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 28,
           "max_position_embeddings": 1 << 40}  # fmt: skip
 """The most that a configuration may say before anything is made of it."""
+CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""What transformers calls the cache, as an argument and in an output: `cache` from 5.24 on."""
+_IGNORED = {
+    "attention_mask", "position_embeddings", "cache_position", "use_cache", "num_items_in_batch",
+    "cu_seq_lens_k", "max_length_k", "output_attentions", "output_hidden_states", "return_dict",
+}  # fmt: skip
+"""What transformers hands to an attention module and a mixer has no use for: padding is in the positions."""
 ONE_LAUNCH = 32_768
 """Numbers in the slots' keys of one head up to which a step is one launch: it holds them in registers."""
 
@@ -137,24 +150,32 @@ class LigerMixer(nn.Module):
         self,
         hidden_states: Tensor,
         position_ids: Tensor,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
-        **unused: Any,
+        **others: Any,
     ) -> tuple[Tensor, None]:
         """Mix tokens with those before them, in one sequence a row or in packed documents.
 
         Args:
             hidden_states: `[B, T, hidden]`.
             position_ids: `[B or 1, T]`, consecutive and negative on padding; not read where documents are packed.
-            past_key_values: State to go on from.
+            cache: State to go on from.
+            past_key_values: The same, by the name before transformers 5.24.
             cu_seq_lens_q: `[N + 1]`, where the documents begin and end in the `B T` tokens, as transformers'
                 `DataCollatorWithFlattening` has it; they must cover all tokens.
             max_length_q: At least the tokens of the longest document.
 
+            **others: What transformers hands to every attention module and a mixer does not need.
+
         Raises:
-            ValueError: Packed documents come with a cache, or without their largest length.
+            TypeError: An argument is unknown, so that leaving it out might change the result.
+            ValueError: There are two caches, or packed documents come with a cache or without their largest length.
         """
+        if unknown := [name for name, value in others.items() if value is not None and name not in _IGNORED]:
+            raise TypeError(f"a converted attention layer does not know the argument {unknown[0]}")
+        cache = _one_cache(cache, past_key_values)
         batch, length, _ = hidden_states.shape
         spec = self.spec
         if hasattr(self, "qkv_proj"):
@@ -169,12 +190,12 @@ class LigerMixer(nn.Module):
         value = value.unflatten(-1, (spec.kv_heads, spec.d_v))
         score = self.foresee(hidden_states, position_ids) if spec.config.foresees else None
         if cu_seq_lens_q is not None:
-            if past_key_values is not None or max_length_q is None:
+            if cache is not None or max_length_q is None:
                 raise ValueError("packed documents need max_length_q and keep no cache: pass use_cache=False")
             mixed = self._mix_packed(query, key, value, score, cu_seq_lens_q, max_length_q)
             return self.o_proj(mixed.flatten(2)), None
 
-        layer = None if past_key_values is None else cast(LigerLayer, past_key_values.layers[self.layer_idx])
+        layer = None if cache is None else cast(LigerLayer, cache.layers[self.layer_idx])
         state = None if layer is None else layer.state
         if state is None:
             state = spec.initial_state(batch, hidden_states.dtype, hidden_states.device)
@@ -225,6 +246,12 @@ class LigerMixer(nn.Module):
         given = None if score is None else unpack(score)
         output, _ = liger_mixer(query, key, value, position, state, spec, rotary, given)
         return output.flatten(0, 1).index_select(0, place).unflatten(0, shape[:2])
+
+
+def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; pass one of them")
+    return past_key_values if cache is None else cache
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
@@ -331,6 +358,7 @@ class _LigerModel:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -341,8 +369,9 @@ class _LigerModel:
         """Run the family's forward with a constant-size cache, honouring left padding in `attention_mask` `[B, S]`."""
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training  # type: ignore[attr-defined]
-        if use_cache and past_key_values is None:
-            past_key_values = LigerCache(self.config)  # type: ignore[attr-defined]
+        cache = _one_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = LigerCache(self.config)  # type: ignore[attr-defined]
         if attention_mask is not None and attention_mask.ndim == 2:
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
             padding = attention_mask.long().argmax(dim=1)
@@ -352,11 +381,11 @@ class _LigerModel:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -366,8 +395,8 @@ class _LigerModel:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = LigerCache(self.config)  # type: ignore[attr-defined]
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = LigerCache(self.config)  # type: ignore[attr-defined]
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 

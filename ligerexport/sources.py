@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from ligerexport.checkpoint import check_links
 from ligerexport.console import ProgressFactory, say, silent, warn
 from ligerexport.errors import LigerError, MissingDependency, SourceError, close_matches
-from ligerexport.staging import cache_dir
+from ligerexport.staging import CACHE_HINT, cache_dir
 
 _BLOCK = 1 << 20
 _STAMP = "ligerexport-source.json"
@@ -170,7 +170,7 @@ def _from_builtin(name: str, progress: ProgressFactory) -> Source:
     except OSError as error:
         raise SourceError(
             f"could not make {name} in {directory.parent}: {_first_line(error)}",
-            hint="it needs 1 GB; set LIGEREXPORT_CACHE to a directory with room",
+            hint=f"it needs 1 GB; {CACHE_HINT}",
         ) from error
     return Source(directory, name, builtin.requirement, builtin.license, stamp["sha256"])
 

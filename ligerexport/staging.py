@@ -25,6 +25,7 @@ from ligerexport.errors import LigerError, UsageError
 # Windows has no such locks: there a killed run's directory stays until somebody deletes it.
 fcntl: Any = import_module("fcntl") if os.name == "posix" else None
 
+CACHE_HINT = "set LIGEREXPORT_CACHE to a directory that can be written"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -32,10 +33,17 @@ def cache_dir() -> Path:
     """Return where fetched models and compiled operators live.
 
     That is `LIGEREXPORT_CACHE`, else `ligerexport` in the user's cache directory.
+
+    Raises:
+        LigerError: This user has no home directory, and nothing else names a place.
     """
-    if own := os.environ.get("LIGEREXPORT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ligerexport"
+    own = os.environ.get("LIGEREXPORT_CACHE")
+    try:
+        if own:
+            return Path(own).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ligerexport"
+    except RuntimeError as error:
+        raise LigerError("there is no home directory for a cache", hint=CACHE_HINT) from error
 
 
 def check_destination(destination: Path | str, *, force: bool = False, marker: str) -> None:
@@ -98,14 +106,18 @@ def staged_directory(destination: Path | str, *, force: bool = False, marker: st
 
 
 @contextmanager
-def staged_file(destination: Path | str) -> Iterator[Path]:
+def staged_file(destination: Path | str, *, hint: str = "choose another place") -> Iterator[Path]:
     """Yield a path for a file that takes the place of `destination` when the block ends without an exception.
+
+    Args:
+        destination: File to make; its parents are made as needed.
+        hint: What to do where it cannot be written.
 
     Raises:
         LigerError: The disk is full, or the place cannot be written.
     """
     path = Path(os.path.abspath(destination))
-    with _staged(path) as stage:
+    with _staged(path, hint) as stage:
         yield stage / path.name
         _sync(stage)
         (stage / path.name).replace(path)
@@ -113,17 +125,27 @@ def staged_file(destination: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def _staged(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `path` that is removed at the end; say what went wrong with the disk."""
+def _staged(path: Path, hint: str = "choose another place") -> Iterator[Path]:
+    """Yield a temporary directory beside `path` that is removed at the end; say what went wrong with the disk.
+
+    An error that names the temporary directory names `path` instead: its reader knows no other.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         stage, lock = _make_stage(path)
     except OSError as error:
-        raise LigerError(f"cannot write {path}: {error.strerror}", hint="choose another place") from error
+        raise LigerError(f"cannot write {path}: {error.strerror}", hint=hint) from error
     try:
         yield stage
     except Exception as error:
+        error.args = tuple(_final(x, stage, path) if isinstance(x, str) else x for x in error.args)
+        if isinstance(error, LigerError):
+            error.message, error.hint = (
+                _final(error.message, stage, path),
+                error.hint and _final(error.hint, stage, path),
+            )
+            raise
         number = _error_number(error)
         if number in FULL:
             raise LigerError(
@@ -131,12 +153,18 @@ def _staged(path: Path) -> Iterator[Path]:
                 "the size of files",
                 hint="free some space, or choose another disk",
             ) from error
-        if number is None or getattr(error, "filename", None) is not None:  # which may be what is read
-            raise
-        raise LigerError(f"cannot write {path}: {os.strerror(number)}", hint="choose another place") from error
+        place = getattr(error, "filename", None) or path
+        if number is None or not Path(final := _final(str(place), stage, path)).is_relative_to(path):
+            raise  # it is about something that is read
+        raise LigerError(f"cannot write {final}: {os.strerror(number)}", hint=hint) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         os.close(lock)
+
+
+def _final(text: str, stage: Path, path: Path) -> str:
+    """Return text with the names that files will have in place of their temporary ones."""
+    return text.replace(str(stage / path.name), str(path)).replace(str(stage), str(path))
 
 
 def _error_number(error: Exception) -> int | None:

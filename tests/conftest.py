@@ -47,6 +47,17 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home for the processes that a test starts; their environment says only where programs are."""
+    for name in set(os.environ) - {"PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "TMPDIR", "ORT_HOME"}:
+        monkeypatch.delenv(name)
+    directory = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(directory))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(directory / ".cache"))
+    return directory
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Directory of the built-in model; mark the tests that use it `real`."""

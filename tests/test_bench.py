@@ -1,4 +1,4 @@
-"""`bench`: what it measures is what is there, the gate holds, and the commands answer with JSON as their last line."""
+"""`bench`: what it measures is what is there, the gate holds, and disturbances are told."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ligerexport.artifact import open_artifact
 from ligerexport.bench import machine
 from ligerexport.bench.engine import open_engine
 from ligerexport.bench.report import markdown
-from ligerexport.bench.run import _of_same_conversion, bench, crossover, gate, prompt, quantile
+from ligerexport.bench.run import _effort, _of_same_conversion, bench, crossover, disturbed, gate, prompt, quantile
 from ligerexport.bench.settings import Settings
 from ligerexport.bench.worker import Worker
 from ligerexport.cli import main
@@ -177,9 +177,9 @@ def test_the_command(
              "2", "-o", tmp_path / "out"]  # fmt: skip
     with pytest.raises(SystemExit, match="0"):
         main([str(word) for word in words])
-    out = capfd.readouterr().out.splitlines()
-    last = json.loads(out[-1])
-    assert out[0].startswith("| model |") and last == json.loads((tmp_path / "out" / "bench.json").read_text())
+    out = capfd.readouterr().out
+    last = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert out == markdown(last) == (tmp_path / "out" / "bench.md").read_text() and out.startswith("| model |")
     made = {file.name for file in (tmp_path / "out").iterdir()}
     assert made == {"bench.json", "bench.md", "latency.svg", "latency.png", "memory.svg", "memory.png"}
     assert "crossover" in last and "tokens of context" in (tmp_path / "out" / "latency.svg").read_text()
@@ -187,6 +187,32 @@ def test_the_command(
         with pytest.raises(SystemExit, match="2"):
             main([str(word) for word in words] + wrong)
     assert "write numbers" in capfd.readouterr().err
+
+
+@hybrid
+def test_disturbances_are_told(result: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(model: str, context: int, others: float | None, faults: float = 0.0) -> dict[str, Any]:
+        return {"model": model, "context": context, "others": others, "faults": faults}
+
+    calm = [row("a", 8, 0.15), row("b", 8, 0.1)]
+    assert not disturbed(calm, 2, 2, 9.0) and not disturbed([row("a", 8, 10.0)], 16, 64, 0.0)
+    assert "kept 1.2 of 2 cores busy" in disturbed([*calm, row("a", 16, 1.2)], 2, 2, 0.0)[0]
+    assert "kept 9.0 of 2 cores busy" in disturbed([row("a", 8, None)], 2, 2, 9.0)[0]
+    [told] = disturbed([*calm, row("b", 16, 0.0, 1.0), row("b", 32, 0.0, 40.0)], 2, 2, 0.0)
+    assert told.startswith("b waited for the disk 40 times a token at 32 tokens")
+    assert f"\nWarning: {told}.\n" in markdown(result | {"warnings": [told]})
+    assert "Warning" not in markdown({key: value for key, value in result.items() if key != "warnings"})
+    assert all(row["others"] >= 0 and row["faults"] >= 0 for row in result["rows"])
+
+
+def test_what_others_take_is_all_without_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: Any = {name: SimpleNamespace(last={"cpu_s": 2.0, "faults": 3}) for name in "ab"}
+    monkeypatch.setattr(machine, "cpu_seconds", lambda: 50.0)
+    found = _effort(turns)
+    assert found["all"] == 50 and found["ours"] > 4 and found["faults"] == {"a": 3, "b": 3}
+    monkeypatch.undo()
+    before = machine.cpu_seconds()
+    assert (before is None) == (not Path("/proc/stat").is_file()) and machine.effort()["cpu_s"] > 0
 
 
 def test_bandwidth_is_that_of_memory_and_not_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -72,22 +73,17 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "ligerexport", *map(str, arguments)]
 
 
-def test_help_is_quick_and_loads_nothing_heavy() -> None:
+def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; from ligerexport.cli import main\n"
         "try: main(['--help'])\n"
         "finally: print(sorted({'torch', 'onnxruntime', 'transformers', 'onnx', 'numpy'} & set(sys.modules)))"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
     for verb in ("convert", "allocate", "recover", "eval", "build", "run", "chat", "bench", "demo", "inspect", "doctor",
                  "list"):  # fmt: skip
         assert f"\n  {verb} " in done.stdout
-    assert min(seconds) < 0.5
 
 
 def test_running_needs_no_torch(artifact: Path) -> None:
@@ -138,6 +134,13 @@ def test_mistakes_get_one_line_and_a_hint(
     assert "Traceback" not in result.err and not any(tmp_path.iterdir())
 
 
+def test_commands_to_paste_quote_their_paths() -> None:
+    command = re.compile(r"(?:ligerexport [a-z]+|liger-run|cp -rL|git -C|--memory) \{(?!quoted\()[^}]*\}")
+    root = Path(__file__).parents[1]
+    files = [file for folder in ("ligerexport", "exporters", "demo") for file in (root / folder).rglob("*.py")]
+    assert [found for file in files for found in command.findall(file.read_text())] == []
+
+
 def test_debug_shows_the_traceback() -> None:
     done = subprocess.run(command("run", "/absent", "hi", "--debug"), capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr and "ArtifactError" in done.stderr
@@ -147,23 +150,20 @@ def test_run_streams_text_to_stdout_and_talks_on_stderr(cli: Cli, artifact: Path
     result = cli("run", artifact, "hello", "-n", 6)
     told = json.loads(cli("run", artifact, "hello", "-n", 6, "--json").out)
     assert result.code == 0 and result.out == told["text"] + "\n"
-    for word in (
-        "max_new_tokens=6",
-        "tokens per second",
-        "first token",
-        "state",
-        "KV cache larger",
-        "ligerexport chat",
-    ):
+    for word in ("tokens per second", "first token", "state", "KV cache larger", "ligerexport chat"):
         assert word in result.err
     assert (told["prompt_tokens"], told["new_tokens"], told["finish"]) == (6, 6, "length")
     assert told["state_bytes"] == 48 + 32 * 11
 
 
 def test_quiet_says_nothing_but_errors(cli: Cli, artifact: Path) -> None:
-    assert cli("run", artifact, "hi", "-n", 2, "--quiet").err == ""
+    assert cli("run", artifact, "hi", "-n", 2, "--quiet", "--verbose").err == ""
     assert cli("run", artifact, "hi", "-n", 0, "--quiet").err.startswith("error: max_new_tokens 0")
-    assert "run:" in cli("run", artifact, "hi", "-n", 2).err
+
+
+def test_settings_are_told_where_they_are_asked_for(cli: Cli, artifact: Path) -> None:
+    assert "max_new_tokens" not in cli("run", artifact, "hi", "-n", 2).err
+    assert "run: " in (told := cli("run", artifact, "hi", "-n", 2, "--verbose").err) and "max_new_tokens=2" in told
 
 
 def test_sampling_flags_reach_the_sampler(cli: Cli, artifact: Path) -> None:
@@ -223,7 +223,7 @@ def test_prompt_cache(cli: Cli, artifact: Path, tmp_path: Path) -> None:
 
 def test_chat_from_a_pipe(artifact: Path, tmp_path: Path) -> None:
     lines = ["first", "/save kept", "second", "/reset", "/load kept", "second", "/sve x", "/load absent", "/exit", "no"]
-    arguments = command("chat", artifact, "-n", 6, "--json")
+    arguments = command("chat", artifact, "-n", 6, "-t", 0, "--json")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
         arguments, input="\n".join(lines), capture_output=True, text=True, cwd=tmp_path, env=environment
@@ -382,6 +382,7 @@ def test_doctor(cli: Cli) -> None:
 def test_list_shows_every_row(cli: Cli, table: str, rows: dict[str, object]) -> None:
     assert list(json.loads(cli("list", table, "--json").out)) == list(rows)
     assert all(name in cli("list", table).out for name in rows)
+    assert list(json.loads(cli("list", "--json").out)[table]) == list(rows) and table in cli("list").out
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +403,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_dry_runs_write_nothing(cli: Cli, source: Path, tmp_path: Path) -> None:
-    result = cli("convert", source, "-o", tmp_path / "liger", "--preset", "sinks", "--window", 8, "--dry-run", "--json")
+    result = cli("convert", source, "-o", tmp_path / "liger", "--preset", "sinks", "--window", 8, "--dry-run", "--json",
+                 "--verbose")  # fmt: skip
     plan = json.loads(result.out)
     slots = 8 + PRESETS["sinks"].config.sinks
     assert result.code == 0 and plan["exact_slots"] == slots
@@ -413,9 +415,9 @@ def test_dry_runs_write_nothing(cli: Cli, source: Path, tmp_path: Path) -> None:
 
 
 def test_from_a_transformer_to_text(cli: Cli, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    liger = tmp_path / "liger"
+    liger = tmp_path / "my liger"
     result = cli("convert", source, "-o", liger, "--window", 8, "--slots", "peak_use=4,novelty=4")
-    assert result.code == 0 and f"ligerexport build {liger} --target onnx" in result.err, result
+    assert result.code == 0 and f"ligerexport build '{liger}' --target onnx" in result.err, result
     told = json.loads(cli("inspect", liger, "--json").out)
     assert told["kind"] == "converted checkpoint" and told["liger"]["slots"] == [["peak_use", 4], ["novelty", 4]]
 

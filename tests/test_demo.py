@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import toy
 
 import ligerexport as lx
 from ligerexport.artifact import open_artifact
-from ligerexport.bench.run import bench
+from ligerexport.bench.run import bench, quantile
 from ligerexport.bench.settings import Settings
+from ligerexport.bench.worker import Worker
 from ligerexport.cli import main
-from ligerexport.demo import page
+from ligerexport.demo import host, page
 from ligerexport.demo.chart import Line, chart, nice_ceiling, thin
 from ligerexport.demo.compare import Pair, Stream, same_text
 from ligerexport.demo.host import Demo, read_result
@@ -139,6 +141,56 @@ def test_a_stop_ends_both_and_leaves_the_workers(demo: Demo, text: TextModel) ->
     assert answers(demo.pair, "after", ask(text, CHAT.name, "q", 0).ids, text)[1].written
 
 
+def began(demo: Demo, what: str, session: str) -> Iterator[Any]:
+    changes = demo.run(CHAT.name, "q", MOST, 50, 512, [], session) if what == "run" else demo.measure(session)
+    next(changes)
+    return changes
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let a measurement never end; the event says that one is under way."""
+    event = threading.Event()
+
+    def bench(*_: Any, progress: Callable[..., Any], **__: Any) -> None:
+        with progress("for ever") as advance:
+            event.set()
+            while True:
+                advance(1)
+
+    monkeypatch.setattr(host, "bench", bench)
+    return event
+
+
+@pytest.mark.parametrize("begun", [("run", "measure"), ("measure", "run"), ("measure", "measure"), ("run", "run")])
+def test_a_stop_ends_all_that_its_page_has_under_way(
+    demo: Demo, measuring: threading.Event, begun: tuple[str, str]
+) -> None:
+    ends = [began(demo, what, "page") for what in begun]
+    with ThreadPoolExecutor() as pool:
+        lasts = [pool.submit(lambda changes: list(changes)[-1], changes) for changes in ends]
+        if "measure" in begun:
+            measuring.wait()
+        other = pool.submit(list, demo.run(CHAT.name, "q", 0, 50, 4, [], "another page"))
+        demo.stop("page")
+        for last in lasts:
+            assert "stopped" in str(last.result())
+        assert "finished" in other.result()[-1]["status"]
+    assert not demo._stops
+
+
+def test_a_page_that_goes_at_once_and_a_demo_that_ends(
+    demo: Demo, measuring: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for what in ("run", "measure"):
+        began(demo, what, "page").close()
+        assert not demo._stops
+    monkeypatch.setattr(demo.pair, "close", lambda: None)
+    changes = [began(demo, what, what) for what in ("run", "measure")]
+    demo.close()
+    assert all("stopped" in str(list(rest)[-1]) for rest in changes)
+
+
 def test_a_dead_process_is_a_message_and_is_started_again(demo: Demo) -> None:
     demo.pair._workers[demo.pair.names[1]]._process.kill()
     demo.pair._workers[demo.pair.names[1]]._process.wait()
@@ -160,7 +212,7 @@ def test_a_dead_process_is_a_message_and_is_started_again(demo: Demo) -> None:
 def test_mistakes_are_messages(demo: Demo) -> None:
     changes = list(demo.run(CHAT.name, " ", 0, 50, 4, [], "page"))
     assert "there is no prompt" in changes[-1]["status"] and 'role="alert"' in changes[-1]["status"]
-    assert demo._stops == {}
+    assert not demo._stops
 
 
 def test_measuring_here_is_bench(demo: Demo) -> None:
@@ -237,16 +289,33 @@ def test_models_must_share_a_tokenizer(text: TextModel, tmp_path: Path) -> None:
         same_text(text, TextModel(tmp_path))
 
 
-def test_figures_are_those_of_bench(demo: Demo, artifact: Path, text: TextModel, tmp_path: Path) -> None:
-    """The same workers measure both. Bytes are equal; times are compared loosely, since a toy's are a few calls."""
+def test_figures_are_those_of_bench(
+    demo: Demo, artifact: Path, text: TextModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both show what the same workers measure."""
+    answered: list[tuple[str, dict[str, Any]]] = []
+    call = Worker.__call__
+
+    def record(worker: Worker, do: str, session: str = "", **arguments: Any) -> dict[str, Any]:
+        answered.append((do, call(worker, do, session, **arguments)))
+        return answered[-1][1]
+
+    def decoded(part: slice) -> list[float]:
+        """Milliseconds of one of the two models, which take turns."""
+        turns = [answer["seconds"] for do, answer in answered if do == "decode"][part]
+        return [1e3 * seconds for turn in turns for seconds in turn]
+
+    monkeypatch.setattr(Worker, "__call__", record)
     settings = Settings((60,), blocks=4, tokens=16, threads=1)
     result = bench(str(artifact), str(artifact), settings=settings)
     row = result["rows"][0]
-    stream = answers(demo.pair, "bench", tuple(range(60)), text, 5 * 16 + 1)[0]
-    assert stream.written == 5 * 16 + 1, "the answer must be as long as what bench timed"
-    assert stream.memory[-1][1] == row["state_bytes"]
-    assert stream.memory[-1][2] == pytest.approx(row["rss"], rel=0.2)
-    assert stream.median is not None and row["ms"] / 4 < stream.median < row["ms"] * 4
+    assert row["ms_p50"] == quantile(sorted(decoded(slice(2, None, 2))), 0.5)  # each model's first block warms up
+    answered.clear()
+    first, second = answers(demo.pair, "bench", tuple(range(60)), text, 5 * 16 + 1)
+    assert first.written == 5 * 16 + 1, "the answer must be as long as what bench timed"
+    assert sorted(first.latencies + second.latencies) == sorted(decoded(slice(None)))
+    assert first.memory[-1][1] == row["state_bytes"]
+    assert first.memory[-1][2] == pytest.approx(row["rss"], rel=0.2)
     (tmp_path / "bench.json").write_text(json.dumps(result))
     assert f"{row['ms_p50']:.1f} ms" in page.measured(read_result(tmp_path))
     (tmp_path / "bench.json").write_text("{}")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import toy
 
+from ligerexport.sampling import CHAT
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -26,13 +28,23 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), target
 
 
+def run_guide(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run all Python of a guide, from the first line to the last, and return the guide."""
+    toy.build(place / "engine")
+    monkeypatch.chdir(place)
+    text = (ROOT / "docs" / "guides" / name).read_text()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {})
+    return text
+
+
+def test_chat_guide_runs_and_names_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = run_guide("chat.md", tmp_path, monkeypatch)
+    assert all(f"`{name}` {value}" in text for name, value in CHAT.items())
+
+
 def test_sessions_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All of its Python, from the first line to the last."""
-    toy.build(tmp_path / "engine")
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "guides" / "sessions.md").read_text()
-    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {})
+    run_guide("sessions.md", tmp_path, monkeypatch)
     assert "[11  8  0  0]" in capsys.readouterr().out
     assert (tmp_path / "text.cache").is_file()

@@ -178,6 +178,12 @@ def test_every_app_gives_the_same_tokens(app: App, artifacts: dict[str, Path], k
     assert app(artifact, PROMPT, TOKENS) == expected(artifact, PROMPT, TOKENS)
 
 
+@pytest.mark.parametrize("app", ["python", "cpp", "node"], indirect=True)
+def test_no_app_leaves_a_device_id(app: App, artifacts: dict[str, Path], home: Path) -> None:
+    assert len(app(artifacts["toy"], "hi", 2)) == 2
+    assert [path for path in home.rglob("*") if path.is_file()] == []
+
+
 @pytest.mark.real
 def test_every_app_gives_the_tokens_of_the_real_model(app: App) -> None:
     if not REAL.is_dir():

@@ -93,7 +93,11 @@ def test_an_absent_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
         ('{"messages": "hi"}', "no list of turns"),
         ('{"messages": ["hi"]}', "has str as turn 0"),
         ('{"messages": [{"role": "robot", "content": "a"}]}', "role 'robot' in turn 0"),
-        ('{"messages": [{"role": "user", "content": [1]}]}', "has list as 'content'"),
+        ('{"messages": [{"role": "user", "content": [1]}]}', "a part of the kind int"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "a part of the kind image_url"),
+        ('{"messages": [{"role": "assistant", "tool_calls": [{}]}]}', "has tool_calls in turn 0"),
+        ('{"text": "half \\ud83d"}', r"\ud83d alone"),
+        ("[" * 100_000, "is not JSON"),
         ('{"prompt": "a", "response": null}', "has nothing as 'response'"),
         ('{"text": 3}', "has int as 'text'"),
     ],
@@ -104,7 +108,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> Non
     with pytest.raises(DataError, match=r"bad\.jsonl:2") as caught:
         read_records([file])
     assert message in caught.value.message and caught.value.hint
-    assert "messages" in caught.value.message + str(caught.value.hint)
+    assert caught.value.message.count("bad.jsonl") == 1
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
@@ -116,6 +120,49 @@ def test_nothing_to_read(tmp_path: Path) -> None:
         with pytest.raises(LigerError, match=message) as caught:
             read_records([tmp_path / source])
         assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"prompt": "hi", "completion": "you"}, CHAT[:2]),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:2]}, CHAT[:2]),
+        ({"prompt": MESSAGES[:3], "completion": "me", "messages": None}, CHAT),
+        ({"messages": [{"role": "developer", "content": "be"}, *MESSAGES[:2]]}, (("system", "be"), *CHAT[:2])),
+        ({"messages": [*MESSAGES[:1], {"role": "tool", "content": "7"}]}, (*CHAT[:1], ("tool", "7"))),
+        (
+            {"messages": [{"role": "User", "content": [{"type": "text", "text": "h"}, "i"]}, *MESSAGES[1:2]]},
+            CHAT[:2],
+        ),
+    ],
+)
+def test_forms_of_other_libraries(row: Any, turns: Any) -> None:
+    assert as_record(row, "x").turns == turns
+
+
+def test_texts_and_pairs_end_as_the_model_ends_a_text(tmp_path: Path) -> None:
+    text = make_text(tmp_path, None)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [toy.USER, toy.EOS]}))
+    pair = as_record({"prompt": "hi", "completion": "you"}, "x")
+    for record, whole, learned in ((Record("x", text="abc"), "abc", 5), (pair, "hi\n\nyou", 4)):
+        found = documents(text, record)
+        assert found.ids.tolist() == [*text.encode(whole), toy.EOS]
+        assert found.answers.sum() == learned and found.answers[-1]
+    long = documents(text, Record("x", text="a" * 150))
+    assert long.lengths.tolist() == [64, 64, 24] and (long.ids == toy.EOS).nonzero()[0].tolist() == [151]
+    cut = documents(text, as_record({"prompt": "hi", "completion": "y" * 100}, "x"))
+    assert len(cut.ids) == 64 and toy.EOS not in cut.ids
+    again = documents(text, Record("x", text="abc</s>"))  # who wrote the end does not get a second one
+    assert again.ids.tolist() == [*text.encode("abc"), toy.EOS]
+    nothing = (Record("x", text=" "), as_record({"prompt": "hi", "response": ""}, "x"), Record("y", text="abc"))
+    counts = documents(text, *nothing).counts
+    assert counts == {"records": 3, "empty": 1, "without an answer": 1}
+
+
+def test_a_chat_ends_as_its_template_ends_it(tmp_path: Path) -> None:
+    text = make_text(tmp_path, toy.TEMPLATE)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [toy.EOS]}))
+    assert documents(text, Record("x", CHAT)).ids.tolist().count(toy.EOS) == 2
 
 
 def test_only_answers_are_learned(text: TextModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import toy
@@ -12,10 +13,13 @@ import toy
 pytest.importorskip("peft")
 
 from ligerexport.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint
+from ligerexport.cli.train import duration
 from ligerexport.recover.config import RecoverConfig
+from ligerexport.recover.data import Documents
 from ligerexport.recover.distributed import trainable
 from ligerexport.recover.model import load_student
 from ligerexport.recover.plan import make_plan
+from ligerexport.recover.run import warn_of_repeats
 from tests.checkpoints import MEMORY, make_checkpoint
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "recover.md"
@@ -75,3 +79,22 @@ def test_checkpointing_and_smaller_pieces_take_less(tmp_path: Path) -> None:
     assert make_plan(info, RecoverConfig(gradient_checkpointing=True)).activation_bytes < plain.activation_bytes / 10
     assert make_plan(info, RecoverConfig(micro_batch_tokens=1024)).activation_bytes == plain.activation_bytes // 8
     assert make_plan(info, RecoverConfig(recipe="paper")).weight_bytes == plain.weight_bytes // 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.42, "0.42 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (86_400, "24 h 0 min"),
+     (200_000, "2 days 7 h")],
+)  # fmt: skip
+def test_a_duration_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_few_data_read_many_times_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    ids = np.arange(500, dtype=np.int32)
+    few = Documents(ids, np.ones(500, bool), np.array([0, 500]))
+    warn_of_repeats(few, RecoverConfig(tokens=1_024_000, length=512))
+    said = capsys.readouterr().err
+    assert "reads the 500 tokens of the data 2,048 times" in said and "--tokens 5000" in said
+    warn_of_repeats(few, RecoverConfig(steps=1, length=512, batch_tokens=1024))
+    assert not capsys.readouterr().err

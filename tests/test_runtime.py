@@ -12,8 +12,8 @@ import toy
 
 import ligerexport as lx
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.exporters.onnx.session import default_threads
 from ligerexport.snapshot import Snapshot
+from ligerexport.threads import default_threads
 
 IDS = np.random.default_rng(1).integers(0, toy.VOCAB, 41)
 

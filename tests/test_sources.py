@@ -15,7 +15,8 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from ligerexport import sources
 from ligerexport.checkpoint import check_checkpoint
-from ligerexport.errors import MissingDependency, SourceError
+from ligerexport.doctor import examine
+from ligerexport.errors import LigerError, MissingDependency, SourceError
 from ligerexport.sources import BuiltinModel, resolve
 from ligerexport.staging import cache_dir
 
@@ -156,6 +157,20 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache_dir() == tmp_path / "ligerexport"
     monkeypatch.setenv("LIGEREXPORT_CACHE", str(tmp_path / "own"))
     assert cache_dir() == tmp_path / "own"
+
+
+def test_no_home_names_the_variable_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for variable in ("HOME", "XDG_CACHE_HOME", "LIGEREXPORT_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(LigerError, match="no home directory") as caught:
+        cache_dir()
+    assert "LIGEREXPORT_CACHE" in str(caught.value.hint)
+    check = next(check for check in examine() if check.name == "cache")
+    assert not check.ok and "LIGEREXPORT_CACHE" in str(check.mend)
 
 
 def test_builtin_is_made_once(index: Index, cache: Path, pip: None) -> None:

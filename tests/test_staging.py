@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +102,23 @@ def test_other_errors_keep_what_they_say(tmp_path: Path) -> None:
         (tmp_path / "absent").read_text()
     with pytest.raises(ValueError, match="zero"), staged_file(tmp_path / "out"):
         raise ValueError("zero")
+
+
+@pytest.mark.parametrize("kind", [LigerError, OSError, ValueError])
+@pytest.mark.parametrize("stage", [staged_file, partial(staged_directory, marker="file")])
+def test_no_error_names_a_temporary_place(tmp_path: Path, kind: type[Exception], stage: Any) -> None:
+    def work() -> None:
+        with stage(tmp_path / "out") as place:
+            if kind is OSError:
+                (place / "absent" / "file").write_text("")
+            hint = {"hint": f"look at {place}"} if kind is LigerError else {}
+            raise kind(f"{place} is wrong", **hint)
+
+    with pytest.raises(Exception, match="out") as caught:
+        work()
+    said = f"{caught.value} {getattr(caught.value, 'hint', '')}"
+    assert ".partial" not in said and str(tmp_path / "out") in said
+    assert isinstance(caught.value, ValueError if kind is ValueError else LigerError)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="takes another user's directory")

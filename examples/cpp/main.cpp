@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -37,6 +38,18 @@ std::set<int64_t> ends(const std::filesystem::path& artifact, const Tokenizer& t
   return found;
 }
 
+// Keeps ONNX Runtime from reporting to its makers, unless the user decided that himself. It reads this once, when it
+// starts.
+void disable_telemetry() {
+  constexpr char kVariable[] = "ORT_DISABLE_TELEMETRY";
+  if (std::getenv(kVariable)) return;
+#ifdef _WIN32
+  _putenv_s(kVariable, "1");
+#else
+  setenv(kVariable, "1", 1);
+#endif
+}
+
 void encode_lines(const Tokenizer& tokenizer) {
   for (std::string line; std::getline(std::cin, line);)
     std::cout << nlohmann::json(tokenizer.encode(nlohmann::json::parse(line).get<std::string>())) << "\n";
@@ -44,6 +57,7 @@ void encode_lines(const Tokenizer& tokenizer) {
 
 void write(const std::filesystem::path& artifact, const std::string& prompt, int tokens, int threads, bool as_ids,
            const std::string& library, const Tokenizer& tokenizer) {
+  disable_telemetry();
   const auto stop = ends(artifact, tokenizer);
   Session session(artifact, threads, library);
   int64_t token = session.advance(tokenizer.encode(prompt));

@@ -4,8 +4,10 @@ import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { Tokenizer } from "@huggingface/tokenizers";
-import * as ort from "onnxruntime-node";
 import { endIds, generate, Session } from "../web/liger.mjs";
+
+process.env.ORT_DISABLE_TELEMETRY ??= "1"; // ONNX Runtime reads it once, when it starts
+const ort = await import("onnxruntime-node");
 
 const { positionals, values } = parseArgs({
   allowPositionals: true,

@@ -7,9 +7,7 @@ On a device the state stays there between calls; only ids, positions and logits 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +17,8 @@ from ligerexport.errors import ArtifactError, LigerError, MissingDependency, Usa
 from ligerexport.exporters.onnx.screen import check_graph
 from ligerexport.exporters.session import BatchSession, choose_chunk
 from ligerexport.snapshot import Snapshot
+from ligerexport.threads import default_threads
+from ligerexport.versions import warn_if_untried
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -263,6 +263,7 @@ def _open(
         import onnxruntime
     except ImportError as error:
         raise MissingDependency("onnxruntime", extra="onnx") from error
+    warn_if_untried("onnxruntime")
     wanted = [row if isinstance(row, str) else row[0] for row in PROVIDERS[device]]
     missing = MissingDependency(wanted[0], hint="pip install 'onnxruntime-gpu[cuda,cudnn]', in place of onnxruntime")
     if wanted[0] not in onnxruntime.get_available_providers():
@@ -315,21 +316,3 @@ def _open(
         if [x.name for x in found] != [x.name for x in expected]:
             raise ArtifactError(f"the {side} of {artifact.graph} are not those of its manifest", hint="build it again")
     return session
-
-
-def default_threads() -> int:
-    """Return the physical cores that this process may use: its affinity and its container's quota count."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    allowed = os.sched_getaffinity(0)
-    cores = {_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed}
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    limit = max(1, int(quota) // int(period)) if quota.isdigit() else len(cores)
-    return min(len(cores), limit)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from ligerexport.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint
 from ligerexport.config import LigerConfig
-from ligerexport.errors import CheckpointError
+from ligerexport.errors import CheckpointError, quoted
 from ligerexport.families import PREFIX, Attention, Scaling, get_family, head_dim
 from ligerexport.state import MixerSpec
 
@@ -81,7 +81,7 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
     if not str(info.config["model_type"]).startswith(PREFIX):
         raise CheckpointError(
             f"{info.path} is not converted (model_type '{info.config['model_type']}')",
-            hint=f"ligerexport convert {info.path} -o {info.path.resolve().name}-liger",
+            hint=f"ligerexport convert {quoted(info.path)} -o {quoted(info.path.resolve().name + '-liger')}",
         )
     config: Any = read_config(info.config)
     family = get_family(config.model_type)

@@ -203,9 +203,11 @@ class TorchEngine:
         """Return as `Engine.prefill`."""
         import torch
 
+        from ligerexport.mixer import CACHE
+
         with torch.inference_mode():
             for part in torch.tensor(ids, device=self.device).split(CHUNK, dim=1):
-                out = self._model(part, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+                out = self._model(part, **{CACHE: self._cache}, use_cache=True, logits_to_keep=1)
             return [int(row) for row in out.logits[:, -1].argmax(dim=-1)]  # waits for a GPU
 
     def fill(self, tokens: int) -> list[int]:

@@ -32,6 +32,22 @@ def memory() -> dict[str, int]:
     return {key: int(fields[name].split()[0]) * 1024 for key, name in names.items()}
 
 
+def effort() -> dict[str, float]:
+    """Return what this process has taken so far: seconds of CPUs, and page faults that waited for the disk."""
+    import resource
+
+    return {"cpu_s": time.process_time(), "faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt}
+
+
+def cpu_seconds() -> float | None:
+    """Return the seconds that all CPUs worked so far, for whatever process or virtual machine; None off Linux."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return None
+    user, nice, system, _, _, *rest = (int(ticks) for ticks in stat.read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
 def device_memory() -> int | None:
     """Return the bytes that torch of this process holds on a GPU; None where it uses none."""
     torch = sys.modules.get("torch")

@@ -40,6 +40,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     )
     lines.append(f"{machine['cpu']}, {machine['threads']} threads; memory reads {rates}, which is the floor.")
     lines.append(f"Energy: {machine['energy'] or 'this machine does not tell'}.")
+    lines += [f"Warning: {text}." for text in result.get("warnings", ())]  # older results have none
     lines += [f"Parity of {name}: {parity['by']}." for name, parity in result["parity"].items()]
     return "\n".join(lines) + "\n"
 

@@ -6,8 +6,10 @@ Nothing is timed before the artifact is known to compute what torch computes.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -20,7 +22,10 @@ from ligerexport.bench.settings import Settings
 from ligerexport.bench.worker import Worker
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError, VerificationError
+from ligerexport.threads import default_threads
 
+_BUSY = 0.1
+"""Share of the cores that others may take before they are in the way."""
 FIRST_SECONDS, FIRST_TIMES = 2.0, 5
 """The time to the first token is the median of so many readings, fewer once they took this long."""
 
@@ -44,15 +49,17 @@ def bench(
 
     Returns:
         Plain data for JSON: `models`, `parity`, `machine`, `rows` (one for each model, batch and context), and
-        `crossover`, the context from which the first model is faster or smaller.
+        `crossover`, the context from which the first model is faster or smaller; `warnings`, sentences about what
+        disturbed the measurement.
 
     Raises:
         VerificationError: An artifact is not known to compute what torch computes.
         UsageError: The vocabularies differ, or a setting makes no sense.
     """
     settings, progress = settings or Settings(), progress or silent
-    threads = settings.threads or _threads()
+    threads = settings.threads or default_threads()
     settings = replace(settings, threads=threads)
+    load = os.getloadavg()[0]  # before there is any work of ours
     models = dict(zip(labels(model, against), (model, against), strict=True))
     parity = {
         name: gate(path, checkpoint or _of_same_conversion(path, against), progress)
@@ -74,7 +81,8 @@ def bench(
         "command": "ligerexport " + " ".join(sys.argv[1:]),
         "models": list(models),
         "parity": parity,
-        "machine": machine.describe(threads) | {"bytes_per_s": rates, "energy": meter.source},
+        "machine": machine.describe(threads) | {"bytes_per_s": rates, "energy": meter.source, "load": load},
+        "warnings": disturbed(rows, threads, os.cpu_count() or 1, load),
         "versions": machine.versions(),
         "settings": vars(settings),
         "rows": rows,
@@ -86,12 +94,6 @@ def bench(
             for batch in settings.batches
         },
     }
-
-
-def _threads() -> int:
-    from ligerexport.exporters.onnx.session import default_threads
-
-    return default_threads()
 
 
 def labels(model: str, against: str) -> tuple[str, str]:
@@ -178,7 +180,10 @@ def _point(
         if len(sizes) > 1:
             raise UsageError(f"vocabularies of {' and '.join(map(str, sorted(sizes)))} tokens",
                              hint="compare a model with the Transformer that it was converted from")  # fmt: skip
+        begin: dict[str, Any] = {}
         for block in range(settings.blocks + 1):
+            if block == 1:
+                begin = _effort(turns)
             for turn in turns.values():
                 before = meter.read()
                 turn.last = turn.worker("decode", tokens=turn.tokens, count=settings.tokens)
@@ -188,7 +193,46 @@ def _point(
                     turn.joules += [] if spent is None else [spent / settings.tokens / batch]
                 turn.tokens = turn.last["tokens"][-1]
                 advance(1)
-        return [_row(name, turn, batch, context) for name, turn in turns.items()]
+        end, tokens = _effort(turns), settings.blocks * settings.tokens
+        others = None
+        if end["all"] is not None:
+            others = max(0.0, end["all"] - begin["all"] - end["ours"] + begin["ours"]) / (end["at"] - begin["at"])
+        return [
+            _row(name, turn, batch, context)
+            | {"others": others, "faults": (end["faults"][name] - begin["faults"][name]) / tokens}
+            for name, turn in turns.items()
+        ]
+
+
+def _effort(turns: dict[str, _Turn]) -> dict[str, Any]:
+    """Return the time, the seconds of CPUs that everybody and that this measurement took, and each model's faults."""
+    ours = time.process_time() + sum(turn.last["cpu_s"] for turn in turns.values())
+    faults = {name: turn.last["faults"] for name, turn in turns.items()}
+    return {"at": time.perf_counter(), "all": machine.cpu_seconds(), "ours": ours, "faults": faults}
+
+
+def disturbed(rows: Sequence[dict[str, Any]], threads: int, cores: int, load: float) -> list[str]:
+    """Say what else took the machine's cores, and which model waits for the disk: such numbers are not the model's.
+
+    Args:
+        rows: With the cores that others kept busy (`others`, None where it is not known) and major page faults a token
+            (`faults`).
+        threads: Of a model.
+        cores: Of the machine.
+        load: Its load average before.
+    """
+    found = []
+    busy = max(load if row["others"] is None else row["others"] for row in rows)
+    if busy + threads > cores * (1 + _BUSY):
+        found.append(f"other processes kept {busy:.1f} of {cores} cores busy, and the models have {threads} threads; "
+                     "end them and measure again")  # fmt: skip
+    for name in dict.fromkeys(row["model"] for row in rows):
+        worst = max((row for row in rows if row["model"] == name), key=lambda row: row["faults"])
+        if worst["faults"] >= 1:
+            times, at = worst["faults"], worst["context"]
+            found.append(f"{name} waited for the disk {times:,.0f} times a token at {at:,} tokens: "
+                         "both models do not fit into memory together")  # fmt: skip
+    return found
 
 
 def prompt(context: int, vocab_size: int) -> list[int]:

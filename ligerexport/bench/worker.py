@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ligerexport.bench.engine import Engine, open_engine
-from ligerexport.bench.machine import device_memory, memory
+from ligerexport.bench.machine import device_memory, effort, memory
 from ligerexport.errors import LigerError
 
 
@@ -134,7 +134,8 @@ class _Server:
         """Do what is asked for."""
         done = getattr(self, request.pop("do"))(**request)
         engine = self._sessions.get(request["session"])
-        return done | {"state_bytes": engine.state_bytes if engine else 0, "device": device_memory()} | memory()
+        facts = {"state_bytes": engine.state_bytes if engine else 0, "device": device_memory()}
+        return done | facts | memory() | effort()
 
 
 def serve(options: dict[str, Any], requests: IO[str], answers: IO[str]) -> None:

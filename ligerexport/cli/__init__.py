@@ -83,11 +83,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
     common.settings.debug = False
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_files()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is removed
     try:
         result = app(arguments or ["--help"], prog_name="ligerexport", standalone_mode=False)
         code = result if isinstance(result, int) else 0
-        sys.stdout.flush()
+        _flush()
     except (KeyboardInterrupt, typer.Abort):  # typer returns 130 or raises, by its version
         code = 130
     except BrokenPipeError:  # the reader of stdout has seen enough
@@ -99,12 +100,27 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print_error(explained)
         code = explained.exit_code
     try:
-        sys.stdout.flush()
+        _flush()
     except OSError:  # what is left of it can go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if code == 130:
         say("\nstopped")
     sys.exit(code)
+
+
+def _open_standard_files() -> None:
+    """Open the null device for a standard file that is closed, so that no other file takes its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  (until the end)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # it is None where stdout is closed
+        sys.stdout.flush()
 
 
 _NO_MEMORY = ("bad_alloc", "bad allocation", "ailed to allocate memory", "t allocate memory", "Cannot allocate memory",
@@ -130,13 +146,19 @@ def _explain(error: Exception) -> LigerError:
     if describe is not None:  # the argument parser's
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "ligerexport"
-        if near := getattr(error, "possibilities", None):
-            return UsageError(f"unknown option '{error.option_name}'", hint=f"did you mean {' or '.join(near)}?")  # type: ignore[attr-defined]
-        return UsageError(describe().rstrip("."), hint=f"{command} --help")
+        hint = f"{command} --help"
+        if option := getattr(error, "option_name", None) if hasattr(error, "possibilities") else None:
+            if near := error.possibilities:  # type: ignore[attr-defined]
+                return UsageError(f"unknown option '{option}'", hint=f"did you mean {' or '.join(near)}?")
+            if command.endswith(" run"):
+                hint = f"{command} ARTIFACT -- PROMPT, where the prompt begins with a dash; otherwise {hint}"
+        return UsageError(describe().rstrip("."), hint=hint)
     if _is_memory(error):
         return LigerError("memory ran out", hint="end other programs, raise the limit, or take smaller settings")
-    if isinstance(error, OSError) and error.strerror:
-        return LigerError(f"{error.filename or 'reading or writing failed'}: {error.strerror}")
+    if isinstance(error, OSError) and (said := error.strerror or str(error)):
+        return LigerError(f"{error.filename or 'reading or writing failed'}: {said}")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, of a path with ~
+        return UsageError(f"a path begins with ~: {error}", hint="write the whole path")
     return LigerError(
         f"unexpected {type(error).__name__}: {str(error).partition(chr(10))[0]}",
         hint="this is a bug; the same command with --debug shows where",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -10,27 +9,30 @@ from typing import Annotated, Any
 import typer
 
 from ligerexport.config import Slots
-from ligerexport.console import data, format_bytes, say, set_quiet
+from ligerexport.console import data_json, format_bytes, say, set_quiet
 from ligerexport.errors import UsageError
 
-settings = SimpleNamespace(debug=False)
+settings = SimpleNamespace(debug=False, verbose=False)
 """Of the running command."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Say first what will be done, with every setting.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an older output; it stays until the new one is whole.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 
 
-def begin(quiet: bool, debug: bool) -> None:
+def begin(quiet: bool, debug: bool, verbose: bool = False) -> None:
     """Set up talk and errors for one command."""
     set_quiet(quiet)
-    settings.debug = debug
+    settings.debug, settings.verbose = debug, verbose
 
 
 def announce(verb: str, **arguments: Any) -> None:
-    """Say what will be done, with every argument resolved."""
+    """Say what will be done, with every argument resolved, where --verbose asks for it."""
+    if not settings.verbose:
+        return
     given = [f"{name}={plain(value)}" for name, value in arguments.items() if value is not None]
     say(f"{verb}: " + "  ".join(given))
 
@@ -47,7 +49,7 @@ def plain(value: Any) -> str:
 def finish_json(wanted: bool, result: dict[str, Any]) -> None:
     """Print the result as one line of JSON, if it is wanted."""
     if wanted:
-        data(json.dumps(result, ensure_ascii=False))
+        data_json(result)
 
 
 def parse_slots(text: str | None) -> Slots | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_
 import threading
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 
 from ligerexport.bench.settings import DEVICES, DTYPES, READ_UP_TO
 from ligerexport.cli import common
-from ligerexport.cli.common import Debug, Force, Json, Quiet
+from ligerexport.cli.common import Debug, Force, Json, Quiet, Verbose
 from ligerexport.console import card, data, progress, warn
 from ligerexport.errors import MissingDependency, UsageError
 
@@ -44,13 +43,14 @@ def bench(
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Time a model beside another: latency, memory, energy.
 
-    Both run in processes of their own and in turns. The table goes to stdout, and JSON as its last line.
+    Both run in processes of their own and in turns. The table goes to stdout, or JSON in its place with --json.
     """
-    common.begin(quiet, debug)
+    common.begin(quiet, debug, verbose)
     from ligerexport.bench.report import RESULT, check_plots, markdown, save
     from ligerexport.bench.run import bench
     from ligerexport.bench.settings import Settings
@@ -68,8 +68,10 @@ def bench(
     if output is not None:
         save(result, output, force=force)
     if not json:
-        data(markdown(result))
-    data(json_.dumps(result, ensure_ascii=False))
+        data(markdown(result), end="")
+    common.finish_json(json, result)
+    for text in result["warnings"]:
+        warn(text)
     first, second = result["models"]
     longest = {row["model"]: row for row in result["rows"] if row["batch"] == settings.batches[-1]}
     card("measured", [
@@ -104,13 +106,14 @@ def demo(
     browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Show a model beside another on a page.
 
     Both answer one prompt, with latency and memory measured while the text comes. Ctrl-C ends it.
     """
-    common.begin(quiet, debug)
+    common.begin(quiet, debug, verbose)
     try:
         from ligerexport.demo.app import LOOPBACK, launch
     except ImportError as error:

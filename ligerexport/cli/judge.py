@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ligerexport.cli import common
-from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
+from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
+from ligerexport.cli.computing import Threads, computes
 from ligerexport.console import card, data, format_bytes, progress
 from ligerexport.errors import UsageError
 from ligerexport.evaluate.settings import CONTROLS, DEVICES, DTYPES, PARTS, TASKS
 
 
+@computes
 def eval_(
     model: Annotated[str, typer.Argument(help="A converted checkpoint, a Transformer, or an artifact.")],
     against: Annotated[str | None, typer.Option(help="The Transformer it was converted from; measured too.")] = None,
@@ -45,18 +46,19 @@ def eval_(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for report.json, report.md and plots.")
     ] = None,
+    threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Measure a model: loss by position, recall, tasks.
 
     Works on a checkpoint and on the artifact built from it alike. Tables go to stdout, with standard errors.
     """
-    common.begin(quiet, debug)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars while torch loads; ours say as much
+    common.begin(quiet, debug, verbose)
     from ligerexport.evaluate.run import resolve_settings, tokens_to_read
 
     inputs: dict[str, Any] = {"against": against, "text": text or [], "parts": split(parts), "tasks": split(tasks)}
@@ -65,7 +67,8 @@ def eval_(
         "seed": seed, "batch": batch, "device": device, "dtype": dtype,
     }  # fmt: skip
     plan = resolve_settings(**inputs, **settings)
-    common.announce("eval", model=model, against=against, text=text, task_data=task_data, output=output, **vars(plan))
+    common.announce("eval", model=model, against=against, text=text, task_data=task_data, output=output,
+                    threads=threads, **vars(plan))  # fmt: skip
     if dry_run:
         return _plan(json, model, inputs, plan.controls, tokens_to_read(plan))
     from ligerexport.evaluate import evaluate

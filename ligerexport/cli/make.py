@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ligerexport.cli import common
-from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
+from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
+from ligerexport.cli.computing import Threads, computes
 from ligerexport.config import DEFAULT_PRESET, PRESETS, RECURRENCES, LigerConfig
 from ligerexport.console import card, format_bytes, progress
 from ligerexport.convert import SHIPPED, WINDOWS, check_score_options, choose_conversion
-from ligerexport.errors import UsageError, close_matches
+from ligerexport.errors import UsageError, close_matches, quoted
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision, get_target
 from ligerexport.exporters.tensorrt.package import Gpu, choose_gpu
 from ligerexport.gates import GATES
 from ligerexport.memory import SCORES
 
 
+@computes
 def convert(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or a built-in model such as smollm2-135m.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
@@ -64,17 +65,19 @@ def convert(
             metavar="DIR", help=f"Merge what `recover --adapter` wrote; {SHIPPED}: what comes with a built-in model."
         ),
     ] = None,
+    threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Make a Transformer recurrent; takes seconds, minutes with --calibrate.
 
     Its attention is swapped for a gated recurrence and a bounded exact memory. No weight changes without --adapter.
     """
-    common.begin(quiet, debug)
+    common.begin(quiet, debug, verbose)
     changes: dict[str, Any] = {
         "gate": gate, "sinks": sinks, "window": window, "slots": common.parse_slots(slots),
         "attention_weight": attention_weight, "recurrence_weight": recurrence_weight,
@@ -87,7 +90,7 @@ def convert(
     if output.resolve() == Path(model).expanduser().resolve():
         raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
     _check_output(output, force, "config.json")
-    common.announce("convert", model=model, output=output, preset=preset, **vars(config))
+    common.announce("convert", model=model, output=output, preset=preset, threads=threads, **vars(config))
     if dry_run:
         plan = _plan_convert(model, output, config)
         return _finish(json, f"would write {output}", plan | _plan_fit(model, texts, windows), None)
@@ -95,7 +98,7 @@ def convert(
 
     path = convert_model(model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores,
                          windows=windows, adapter=adapter, force=force, progress=progress, **changes)  # fmt: skip
-    _finish(json, "converted", _describe(Path(path), config), f"ligerexport build {path} --target onnx")
+    _finish(json, "converted", _describe(Path(path), config), f"ligerexport build {quoted(path)} --target onnx")
 
 
 def _check_output(output: Path, force: bool, marker: str) -> None:
@@ -178,6 +181,7 @@ def _describe(path: Path, config: LigerConfig) -> dict[str, Any]:
     }
 
 
+@computes
 def build(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint; default: this directory.")] = Path("."),
     target: Annotated[str, typer.Option(help="See `ligerexport list targets`.")] = "onnx",
@@ -214,18 +218,19 @@ def build(
         bool, typer.Option("--engine/--no-engine", help="With trt: build the engine here, or on the device.")
     ] = True,
     genai: Annotated[bool, typer.Option("--genai", help="Add what onnxruntime-genai runs.")] = False,
+    threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Export a converted checkpoint, and verify it.
 
     The artifact is compared with the torch model on real prompts and written only if it passes.
     """
-    common.begin(quiet, debug)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars while torch loads; ours say as much
+    common.begin(quiet, debug, verbose)
     from ligerexport.artifact import MANIFEST, open_artifact
 
     row, sms = get_target(target), common.parse_sms(sm)
@@ -236,7 +241,7 @@ def build(
     _check_output(output, force, MANIFEST)
     config = _converted(model)
     common.announce("build", model=model, target=target, output=output, lowering=lowering,
-                    max_chunk=max_chunk or row.chunk, weights=weights,
+                    max_chunk=max_chunk or row.chunk, weights=weights, threads=threads,
                     block=block if get_precision(weights, block).blocked else None,
                     **(vars(gpu) if gpu else {}))  # fmt: skip
     from ligerexport.exporters.build import build as build_artifact
@@ -259,9 +264,11 @@ def build(
         "kv_cache_larger_from": manifest.crossover,
         "verified": _verdict(manifest.verification),
         "quality": _cost(manifest.precision, manifest.quality),
+        "chat": _chat(path),
         "device": manifest.device and "  ".join(f"{key}={common.plain(x)}" for key, x in manifest.device.items()),
     }
-    following = {"onnx": f'ligerexport run {path} "Once upon a time"', "trt": f"liger-run {path} --ids 1,2,3"}
+    following = {"onnx": f'ligerexport run {quoted(path)} "Once upon a time"',
+                 "trt": f"liger-run {quoted(path)} --ids 1,2,3"}  # fmt: skip
     _finish(json, "built and verified", facts, following.get(target))
 
 
@@ -289,7 +296,7 @@ def _converted(model: Path) -> LigerConfig:
 
     config = check_checkpoint(model).config
     if "liger" not in config:
-        raise UsageError(f"{model} is not converted yet", hint=f"ligerexport convert {model} -o liger")
+        raise UsageError(f"{model} is not converted yet", hint=f"ligerexport convert {quoted(model)} -o liger")
     return LigerConfig.from_dict(config["liger"])
 
 
@@ -299,6 +306,16 @@ def _cost(precision: str, quality: dict[str, Any] | None) -> str | None:
         return None
     change = quality["nll"] - quality["nll_float32"]
     return f"{change:+.3f} nats a token by {precision} (KL {quality['kl']:.3f}, {quality['tokens']} tokens)"
+
+
+def _chat(path: Path) -> str | None:
+    """Say how `chat` will sample, where the model has a chat template."""
+    from ligerexport.generate import text_model
+    from ligerexport.sampling import chat_settings, describe
+
+    if not (path / "tokenizer.json").is_file() or not text_model(path).chat_template:
+        return None
+    return describe(*chat_settings(path))
 
 
 def _verdict(verification: dict[str, Any]) -> str:

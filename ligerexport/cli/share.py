@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json as library
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ligerexport.cli import common
-from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
+from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
+from ligerexport.cli.computing import Threads, computes
 from ligerexport.console import card, progress
+from ligerexport.errors import quoted
 from ligerexport.evaluate.settings import DEVICES, DTYPES
 
 
+@computes
 def allocate(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint; its memory is where measuring starts.")],
     data: Annotated[
@@ -35,18 +37,19 @@ def allocate(
     distance: Annotated[int, typer.Option(help="Tokens of prose around a key.")] = 2048,
     device: Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")] = "auto",
     dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
+    threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Share slots out among layers by what each gains.
 
     Measures the model with smaller and larger memories in one layer at a time; trains nothing.
     """
-    common.begin(quiet, debug)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    common.begin(quiet, debug, verbose)
     from ligerexport.allocate import allocate as run
     from ligerexport.allocate import check_output, make_config, make_plan
 
@@ -56,7 +59,8 @@ def allocate(
     }  # fmt: skip
     config = make_config(settings)
     check_output(output, force)
-    common.announce("allocate", model=model, data=data, text=text, output=output, against=against, **settings)
+    common.announce("allocate", model=model, data=data, text=text, output=output, against=against,
+                    threads=threads, **settings)  # fmt: skip
     if dry_run:
         plan = make_plan(model, data, text, config, against, progress)
         facts = {"path": str(output), "layers": len(plan.tried), "budget": plan.budget,
@@ -77,4 +81,4 @@ def allocate(
         ("slots", f"{record['total']:,} of {record['budget']:,} in {record['layers']} layers"),
         ("before", f"{base['kl']:.3f} nats from the Transformer, {base['once']:.0%} of a key's digits"),
         ("expected", f"{record['expected_cost']:+.2f} in the sum of relative changes, were layers independent"),
-    ], next_command=f"ligerexport convert {model} --memory {output} -o OTHER")  # fmt: skip
+    ], next_command=f"ligerexport convert {quoted(model)} --memory {quoted(output)} -o OTHER")  # fmt: skip

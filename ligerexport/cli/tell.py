@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ligerexport.cli import common
 from ligerexport.cli.common import Debug, Json, Quiet
-from ligerexport.console import format_bytes, out
+from ligerexport.console import data_table, format_bytes
 from ligerexport.errors import MissingDependency, UsageError, close_matches, one_line
 
 
@@ -22,7 +22,7 @@ def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(Text(one_line(cell)) for cell in row))
-    out.print(table)
+    data_table(table)
 
 
 def inspect(
@@ -45,7 +45,7 @@ def inspect(
     rows = [(key.replace("_", " "), _plain(key, value)) for key, value in facts.items() if value not in (None, {})]
     _print_table(("", ""), rows)
     if state:
-        out.print()
+        data_table()
         _print_table(("state", "shape", "type", "layers", "bytes a sequence"), [
             (s["name"], str(s["shape"]), s["dtype"], str(s["layers"]),
              format_bytes(s["bytes"]) if s["bytes"] is not None else "grows") for s in state
@@ -213,16 +213,17 @@ _TABLES = {"targets": _targets, "gates": _gates, "families": _families, "presets
 
 
 def list_(
-    table: Annotated[str, typer.Argument(help=f"One of: {', '.join(_TABLES)}.")],
+    table: Annotated[str | None, typer.Argument(help=f"One of: {', '.join(_TABLES)}. Default: all.")] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """List targets, gates, families, presets, scores."""
     common.begin(quiet, debug)
-    if table not in _TABLES:
+    if table is not None and table not in _TABLES:
         raise UsageError(f"unknown table '{table}'", hint=close_matches(table, _TABLES))
-    rows = _TABLES[table]()
+    rows = {name: make() for name, make in _TABLES.items() if table in (None, name)}
     if json:
-        return common.finish_json(True, rows)
-    _print_table(("", ""), list(rows.items()))
+        return common.finish_json(True, rows[table] if table else rows)
+    for name, found in rows.items():
+        _print_table(("", "") if table else (name, ""), list(found.items()))

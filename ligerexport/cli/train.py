@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ligerexport.cli import common
-from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet
+from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
+from ligerexport.cli.computing import Threads, computes
 from ligerexport.console import card, format_bytes, progress, say
-from ligerexport.errors import UsageError
+from ligerexport.errors import UsageError, quoted
 from ligerexport.recover.config import DEFAULT_TOKENS, TARGETS, RecoverConfig
 from ligerexport.recover.recipes import DEFAULT_RECIPE, RECIPES
 
@@ -22,6 +23,7 @@ _EVERY = 10
 """Steps between two lines about the loss."""
 
 
+@computes
 def recover(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint.")],
     data: Annotated[
@@ -57,10 +59,12 @@ def recover(
     resume: Annotated[str, typer.Option(help="auto goes on from OUTPUT.state, never starts again.")] = "auto",
     merge: Annotated[bool, typer.Option("--merge/--adapter", help="Write whole weights, or LoRA alone.")] = True,
     tensorboard: Annotated[Path | None, typer.Option(help="Directory for TensorBoard's scalars.")] = None,
+    threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Train LoRA on a converted checkpoint.
@@ -68,8 +72,7 @@ def recover(
     A run that was stopped goes on when the same command is given again.
     """
     main = os.environ.get("RANK", "0") == "0"  # of several processes one talks
-    common.begin(quiet or not main, debug)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    common.begin(quiet or not main, debug, verbose)
     settings: dict[str, Any] = {
         "recipe": recipe, "rank": rank, "alpha": alpha, "targets": tuple(filter(None, targets.split(","))),
         "tokens": parse_count(tokens), "steps": steps, "length": length, "batch_tokens": batch_tokens,
@@ -82,10 +85,11 @@ def recover(
     config = make_config(settings)
     check_places(model, output, force)
     plan = _plan(model, config, shard)
-    common.announce("recover", model=model, data=data, output=output, **config.identity())
+    common.announce("recover", model=model, data=data, output=output, threads=threads,
+                    **config.identity())  # fmt: skip
     _talk(plan)
     if dry_run:
-        return _dry(model, data, output, config, against, plan, json)
+        return _dry(model, data, output, config, against, plan, json) if main else None
     path = run(model, data, output, against=against, merge=merge, resume=resume, shard=shard, force=force,  # type: ignore[arg-type]
                tensorboard=tensorboard, progress=progress, on_step=_teller(config), **settings)  # fmt: skip
     if main:
@@ -124,19 +128,36 @@ def _dry(
     model: Path, data: list[str], output: Path, config: RecoverConfig, against: str | None, plan: dict[str, Any],
     json: bool,
 ) -> None:  # fmt: skip
-    """Read the data too: what is wrong with it is worth knowing before."""
-    from ligerexport.recover.run import prepare
+    """Read the data and train on a few rows too: what is wrong and how long it takes is worth knowing before."""
+    from ligerexport.recover.run import measure_seconds, prepare, warn_of_repeats
+    from ligerexport.threads import default_threads
 
-    _, documents = prepare(model, data, config, against, progress)
+    info, documents = prepare(model, data, config, against, progress)
+    warn_of_repeats(documents, config)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    seconds = measure_seconds(info, documents, config, against, processes, progress)
     found = {"documents": len(documents.lengths), "tokens": len(documents.ids), **documents.counts}
-    common.finish_json(json, {"path": str(output), **plan, "data": found})
+    common.finish_json(json, {"path": str(output), **plan, "seconds": seconds, "data": found})
     card(f"would write {output}", [
         ("parameters", f"{plan['trainable_parameters']:,} of {plan['parameters']:,} learn"),
         ("steps", f"{plan['steps']:,} of {config.batch_tokens:,} tokens"),
+        ("time", f"about {duration(seconds)}, from one measured row of each phase (threads: {default_threads()})"),
         ("memory", f"about {format_bytes(plan['memory_bytes'])}: " + ", ".join(
             f"{name} {format_bytes(plan[f'{name}_bytes'])}" for name in ("weight", "lora", "activation", "logit"))),
         ("data", ", ".join(f"{count:,} {what}" for what, count in found.items())),
     ])  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """Return seconds for people: the largest unit and the next one."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
 
 
 def _teller(config: RecoverConfig) -> OnStep:
@@ -173,4 +194,4 @@ def _finish(path: Path, merge: bool, json: bool) -> None:
           for row in phases),
         ("tokens", f"{record['tokens']:,}"),
         ("report", str(path / "report.md")),
-    ], next_command=f"ligerexport build {path} --target onnx" if merge else None)  # fmt: skip
+    ], next_command=f"ligerexport build {quoted(path)} --target onnx" if merge else None)  # fmt: skip

@@ -61,7 +61,10 @@ class TorchScorer:
     """
 
     def __init__(self, model: PreTrainedModel, batch: int = 1) -> None:
+        from ligerexport.mixer import CACHE  # here, so that an artifact is measured without transformers
+
         self.model: Any = model
+        self._cache = CACHE
         self.batch = batch
         self.vocab_size: int = model.config.get_text_config().vocab_size
 
@@ -70,8 +73,8 @@ class TorchScorer:
         """Yield as `Scorer.logits`."""
         cache = None
         for part in ids.to(self.model.device).split(chunk, dim=1):
-            out = self.model(part, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = self.model(part, **{self._cache: cache}, use_cache=True)
+            cache = out[self._cache]
             yield out.logits.float()
 
     @torch.no_grad()
@@ -81,8 +84,8 @@ class TorchScorer:
         tail = min(ids.shape[1], max(last, CHUNK))
         head = ids[:, : ids.shape[1] - tail]
         for part in head.split(CHUNK, dim=1) if head.shape[1] else ():
-            cache = self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-        out = self.model(ids[:, -tail:], past_key_values=cache, use_cache=cache is not None, logits_to_keep=last)
+            cache = self.model(part, **{self._cache: cache}, use_cache=True, logits_to_keep=1)[self._cache]
+        out = self.model(ids[:, -tail:], **{self._cache: cache}, use_cache=cache is not None, logits_to_keep=last)
         return out.logits.float()
 
     @torch.no_grad()
@@ -92,8 +95,8 @@ class TorchScorer:
         parts = torch.tensor([list(ids)], device=self.model.device).split(CHUNK, dim=1)
         while True:
             for part in parts:
-                out = self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache = out.past_key_values
+                out = self.model(part, **{self._cache: cache}, use_cache=True, logits_to_keep=1)
+                cache = out[self._cache]
             token = out.logits[:, -1].argmax(dim=-1, keepdim=True)
             yield int(token)
             parts = (token,)

@@ -1,6 +1,7 @@
 """From records to documents of tokens, each token known as part of an answer or not.
 
-A conversation goes through the model's own chat template. How documents share a row is `packing`'s business.
+A conversation goes through the model's own chat template; everything else is ended by the model's end of text. How
+documents share a row is `packing`'s business.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from ligerexport.console import ProgressFactory, silent
+from ligerexport.corpus import end_of_text
+from ligerexport.datafiles import DataError
 from ligerexport.errors import UsageError
-from ligerexport.recover.records import DataError, Record
+from ligerexport.recover.records import Record
 
 if TYPE_CHECKING:
     from ligerexport.text import TextModel
@@ -146,8 +149,12 @@ def _encode(
         for special in (False, True)
     }
     chats = iter(text.encode_rendered_batch([part.text for part in every if part.rendered]))
+    end = end_of_text(text)
     for record, segments, remark in block:
-        yield record, [(next(chats if part.rendered else ids[part.special]), part.answer) for part in segments], remark
+        found = [(next(chats if part.rendered else ids[part.special]), part.answer) for part in segments]
+        if found and segments[0].special and found[-1][0][-1:] != end:  # a chat template writes its own
+            found.append((end, True))
+        yield record, found, remark
 
 
 def _pieces(
@@ -177,7 +184,7 @@ def _pieces(
 def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
     """Cut a record into what is read and what is learned, with a remark where some or all of it is left out."""
     if not record.turns:
-        return [_Segment(record.text, answer=True, special=True)], ""
+        return ([_Segment(record.text, answer=True, special=True)], "") if record.text.strip() else ([], "empty")
     roles = [role for role, _ in record.turns]
     asked = roles.index("user") if "user" in roles else len(roles)  # an answer to nothing is read, not learned
     if "assistant" not in roles[asked:]:
@@ -189,6 +196,8 @@ def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
                 hint="give plain text or prompt and response pairs, or put chat_template.jinja beside the weights",
             )
         (_, prompt), (_, answer) = record.turns
+        if not answer.strip():
+            return [], "without an answer"
         return [_Segment(prompt + "\n\n", answer=False, special=True), _Segment(answer, answer=True)], ""
     messages = [{"role": role, "content": content} for role, content in record.turns]
     segments: list[_Segment] = []  # a template writes its own beginning of text

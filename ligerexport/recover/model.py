@@ -13,6 +13,7 @@ from ligerexport.checkpoint import CheckpointInfo, check_checkpoint
 from ligerexport.errors import MissingDependency, UsageError, close_matches
 from ligerexport.families import get_family
 from ligerexport.recover.config import RecoverConfig
+from ligerexport.versions import warn_if_untried
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,7 @@ def load_student(info: CheckpointInfo, config: RecoverConfig, dtype: torch.dtype
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise MissingDependency("peft", extra="recover") from None
+    warn_if_untried("peft")
     from ligerexport.convert import load_model
 
     targets = lora_targets(info, config.targets)

@@ -1,36 +1,35 @@
-"""Where text to learn from is read: JSON lines, plain text, data sets of the hub. Tokens are `data`'s business.
+"""Where text to learn from is read: files, directories, data sets of the hub. Tokens are `data`'s business.
 
 Whatever the form, a record is a conversation or a text, and knows the file and line that it came from.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ligerexport.errors import LigerError, MissingDependency, UsageError
+from ligerexport.datafiles import ENDINGS, DataError, files_in, read_rows
+from ligerexport.errors import MissingDependency, UsageError
 
 FORMS = (
     '{"messages": [{"role": "user", "content": "..."}, ...]}',
     '{"conversations": [{"from": "human", "value": "..."}, ...]}',
     '{"prompt": "...", "response": "..."}',
+    '{"prompt": "...", "completion": "..."}',
     '{"instruction": "...", "input": "...", "output": "..."}',
     '{"text": "..."}',
 )
-"""What a line of a JSONL file, or a row of a data set, may look like."""
+"""What a line of a JSONL file, a row of a table, or a row of a data set may look like."""
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+_ROLES |= {"developer": "system", "function": "tool"}
 _ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
-_JSONL = (".jsonl", ".ndjson", ".json")
-_TEXT = (".txt", ".md", ".text")
-
-
-class DataError(LigerError):
-    """A file to learn from is empty, damaged or in another form."""
+_PAIRS = (("prompt", "response", ""), ("prompt", "completion", ""), ("instruction", "output", "input"))
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_UNREAD = ("tool_calls", "function_call")
 
 
 @dataclass(frozen=True)
@@ -70,48 +69,15 @@ def read_records(sources: Sequence[str | Path]) -> list[Record]:
 
 def _read(source: str | Path) -> Iterator[Record]:
     path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (*_JSONL, *_TEXT) and file.is_file())
-        if not files:
-            raise DataError(f"no text in {path}", hint=f"files end in {', '.join((*_JSONL, *_TEXT))}")
-        for file in files:
-            yield from _read_file(file)
-    elif path.is_file():
-        yield from _read_file(path)
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:\w+)?", str(source)) and not path.suffix.startswith((".json", ".txt")):
+    if path.is_dir() or path.is_file():
+        for file in files_in(path) if path.is_dir() else [path]:
+            yield from (as_record(row, where) for where, row in read_rows(file))
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:\w+)?", str(source)) and not str(source).lower().endswith(ENDINGS):
         yield from _read_hub(str(source))
     else:
         raise UsageError(
             f"there is no file or directory {source}", hint="a data set of the hub is written owner/name:split"
         )
-
-
-def _read_file(file: Path) -> Iterator[Record]:
-    try:
-        content = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} is not UTF-8: byte {error.start} cannot be read", hint=f"iconv -t utf-8 {file} > {file.stem}.utf8"
-        ) from None
-    if file.suffix not in _JSONL:
-        if content.strip():
-            yield Record(str(file), text=content)
-        return
-    if file.suffix == ".json" and content.lstrip().startswith("["):  # one array instead of lines
-        rows = _parse(content, str(file))
-        yield from (as_record(row, f"{file}, entry {number}") for number, row in enumerate(rows, 1))
-        return
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
-            where = f"{file}:{number}"
-            yield as_record(_parse(line, where), where)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON: {error}", hint=f"each line is one object, such as {FORMS[0]}") from None
 
 
 def _read_hub(name: str) -> Iterator[Record]:
@@ -143,10 +109,9 @@ def as_record(row: Any, where: str) -> Record:
     for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
         if row.get(key) is not None:
             return Record(where, _turns(row[key], where, key, role, content))
-    if "prompt" in row and "response" in row:
-        return _pair(where, row, "prompt", "response")
-    if "instruction" in row and "output" in row:
-        return _pair(where, row, "instruction", "output", "input")
+    for prompt, answer, more in _PAIRS:
+        if row.get(prompt) is not None and answer in row:
+            return _pair(where, row, prompt, answer, more)
     if "text" in row:
         return Record(where, text=_text(row, "text", where))
     raise _unexpected(where, f"has the keys {', '.join(map(str, row)) or '(none)'}")
@@ -160,13 +125,21 @@ def _turns(turns: Any, where: str, key: str, role: str, content: str) -> tuple[t
         if not isinstance(turn, Mapping):
             raise _unexpected(where, f"has {type(turn).__name__} as turn {number}")
         names = (role, content) if role in turn else ("role", "content") if "role" in turn else ("from", "value")
-        if turn.get(names[0]) not in _ROLES:
+        who = _ROLES.get(str(turn.get(names[0])).lower())
+        if who is None:
             raise _unexpected(where, f"has {names[0]} {turn.get(names[0])!r} in turn {number}")
-        found.append((_ROLES[turn[names[0]]], _text(turn, names[1], f"{where}, turn {number},")))
+        if unread := next((name for name in _UNREAD if turn.get(name)), None):
+            raise DataError(f"{where} has {unread} in turn {number}, which recovery cannot learn from",
+                            hint="leave such conversations out, or write the calls into the content")  # fmt: skip
+        found.append((who, _content(turn, names[1], f"{where}, turn {number},")))
     return tuple(found)
 
 
 def _pair(where: str, row: Mapping[str, Any], prompt: str, answer: str, more: str = "") -> Record:
+    if not isinstance(row[prompt], str) and row[answer] is not None:  # both are turns of one conversation
+        said = row[answer] if not isinstance(row[answer], str) else [{"role": "assistant", "content": row[answer]}]
+        return Record(where, _turns(row[prompt], where, prompt, "role", "content")
+                      + _turns(said, where, answer, "role", "content"))  # fmt: skip
     question = _text(row, prompt, where)
     if more and row.get(more):
         question += "\n\n" + _text(row, more, where)
@@ -178,6 +151,18 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str):
         raise _unexpected(where, f"has {'nothing' if value is None else type(value).__name__} as '{key}'")
     return value
+
+
+def _content(turn: Mapping[str, Any], key: str, where: str) -> str:
+    """Return what a turn says: one text, or a list of parts put together."""
+    parts = turn.get(key)
+    if not isinstance(parts, list):
+        return _text(turn, key, where)
+    for part in parts:
+        if not (isinstance(part, str) or (isinstance(part, Mapping) and part.get("type", "text") in _TEXT_PARTS)):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise _unexpected(where, f"has a part of the kind {kind} in '{key}'")
+    return "".join(part if isinstance(part, str) else _text(part, "text", where) for part in parts)
 
 
 def _unexpected(where: str, found: str) -> DataError:

@@ -6,13 +6,13 @@ Only the order of the work is here. Torch is imported once there is something to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ligerexport.config import LigerConfig
-from ligerexport.console import ProgressFactory, say
+from ligerexport.console import ProgressFactory, say, silent, warn
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.recover.config import RecoverConfig
 from ligerexport.staging import check_destination, remove_directory, staged_directory
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from ligerexport.recover.data import Documents
     from ligerexport.recover.train import OnStep, Step
 
+_MANY_TIMES = 10
+"""How often the same data may be read without a warning."""
+_WARM = 5.0
+"""Seconds of a step from which on what is done only once hardly counts."""
 _VERSIONS = ("ligerexport", "torch", "transformers", "peft", "accelerate")
 
 
@@ -76,6 +80,7 @@ def recover(
         raise UsageError(f"resume '{resume}'", hint="choose from auto, never")
     check_places(Path(model), output, force)
     info, documents = prepare(model, data, config, against, progress)
+    warn_of_repeats(documents, config)
     _require("accelerate", "peft")
     writer = _writer(tensorboard)
 
@@ -175,6 +180,56 @@ def prepare(
         overlong=config.overlong, wanted=config.num_steps * config.batch_tokens, seed=config.seed, progress=progress,
     )  # fmt: skip
     return info, documents
+
+
+def warn_of_repeats(documents: Documents, config: RecoverConfig) -> None:
+    """Warn where the same few texts are read over and over."""
+    times = config.num_steps * config.batch_tokens / len(documents.ids)
+    if times > _MANY_TIMES:
+        warn(f"the run reads the {len(documents.ids):,} tokens of the data {times:,.0f} times, and will learn them by "
+             f"heart; give more data, or --tokens {_MANY_TIMES * len(documents.ids)}")  # fmt: skip
+
+
+def measure_seconds(
+    info: CheckpointInfo,
+    documents: Documents,
+    config: RecoverConfig,
+    against: str | Path | None,
+    processes: int = 1,
+    progress: ProgressFactory | None = None,
+) -> float:
+    """Return the seconds that the steps of a run will take, by training on one row with the loss of each phase.
+
+    Args:
+        info: The checkpoint.
+        documents: From `prepare`.
+        config: Settings.
+        against: As for `recover`.
+        processes: That share the rows; only this one measures.
+        progress: Reports the steps that are measured; silent by default.
+
+    Raises:
+        MissingDependency: The `recover` extra is not installed.
+        LigerError: The loss is not finite, or memory ran out.
+    """
+    _require("accelerate", "peft")
+    import torch
+
+    from ligerexport.recover.distributed import Group
+
+    steps = [config.row.phase_at(step, config.num_steps).loss for step in range(config.num_steps)]
+    single = replace(config, batch_tokens=config.length, micro_batch_tokens=None, tokens=None, steps=config.num_steps)
+    group = Group(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+    trainer, _ = _trainer(info, documents, single, against, group, Path(), {})
+    total, losses = 0.0, dict.fromkeys(steps)
+    with (progress or silent)("measuring a row of each phase", len(losses), "steps") as advance:
+        for loss in losses:
+            seconds = trainer.try_step(steps.index(loss)).seconds
+            if seconds < _WARM:  # much of it may have been the first time
+                seconds = trainer.try_step(steps.index(loss)).seconds
+            total += seconds * steps.count(loss)
+            advance(1)
+    return total * config.rows / processes
 
 
 def identity(

@@ -126,14 +126,22 @@ class Trainer:
         with (progress or silent)("training", config.num_steps, "steps") as advance:
             advance(len(self.history))
             while len(self.history) < config.num_steps:
-                with self._explained():
-                    row = self._step(len(self.history))
+                row = self.try_step(len(self.history))
                 self.history.append(row)
                 advance(1)
                 if on_step is not None:
                     on_step(row)
                 if len(self.history) % config.save_every == 0 or len(self.history) == config.num_steps:
                     self.save()  # the last one too: writing the result may fail for want of space
+
+    def try_step(self, step: int) -> Step:
+        """Train on the batch of a step, counted from 0.
+
+        Raises:
+            LigerError: As `train`.
+        """
+        with self._explained():
+            return self._step(step)
 
     def _step(self, step: int) -> Step:
         begin, config, group = time.perf_counter(), self.config, self.group

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ligerexport.errors import LigerError, MissingDependency
-from ligerexport.staging import cache_dir, staged_file
+from ligerexport.staging import CACHE_HINT, cache_dir, staged_file
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -59,8 +59,8 @@ def library() -> Path:
     for source in sources:
         digest.update(source.read_bytes())
     path = cache_dir() / "native" / f"liger-{digest.hexdigest()[:16]}.so"
-    if not path.is_file():
-        with staged_file(path) as made:
+    if not os.path.isfile(path):  # a directory that may not be read counts as one without it
+        with staged_file(path, hint=CACHE_HINT) as made:
             _compile([compiler, *_FLAGS, native, *(str(x) for x in sources if x.suffix == ".cc"), "-o", str(made)])
     return path
 

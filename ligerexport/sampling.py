@@ -1,0 +1,190 @@
+"""Choose the next token: penalties, temperature, cut-offs, and the settings that a model's makers recommend for chat.
+
+Models and text are unknown here; `generate.py` has both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ligerexport.errors import ArtifactError, LigerError, UsageError
+from ligerexport.reading import read_json
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda x: x >= 0, "at least 0"),
+    "top_k": (lambda x: x >= 0 and x % 1 == 0, "a whole number of at least 0"),
+    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+    "repetition_penalty": (lambda x: 0 < x < math.inf, "above 0"),
+    "presence_penalty": (math.isfinite, "a number"),
+    "frequency_penalty": (math.isfinite, "a number"),
+    "seed": (lambda x: x >= 0, "at least 0"),
+}
+"""What each setting may be, as a test and in words."""
+
+CHAT: dict[str, float] = {"temperature": 0.7, "top_p": 0.95, "min_p": 0.05}
+"""How `chat` samples where the model's makers say nothing."""
+_SAMPLED: dict[str, float] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+"""What transformers takes for a setting that a generation_config.json leaves out while another one asks to sample."""
+
+
+class Sampler:
+    """Choose a token from logits. The same seed and logits give the same tokens.
+
+    The order is that of transformers' processors: repetition penalty, temperature, top_k, top_p, min_p. The two
+    additive penalties follow the repetition penalty, as in vLLM.
+
+    Args:
+        temperature: 0 takes the most likely token, after the penalties.
+        top_k: Keep this many most likely tokens (and ties with the last); 0 keeps all.
+        top_p: Then keep the fewest most likely tokens whose probabilities sum to at least this.
+        seed: Of the random numbers; None takes one from the system.
+        min_p: Then drop tokens that are less likely than this share of the most likely one; 0 drops none.
+        repetition_penalty: Divides positive logits, and multiplies negative ones, of every token that was read or
+            written so far; 1 is none.
+        presence_penalty: Subtracted from the logits of every token that this answer has already, as OpenAI and vLLM
+            define it: the prompt does not count.
+        frequency_penalty: Likewise, times how often the answer has the token.
+
+    Raises:
+        UsageError: A value makes no sense.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        *,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+    ) -> None:
+        given = {
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
+            "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+        }  # fmt: skip
+        for name, value in given.items():
+            fits, words = _RANGES[name]
+            if value is not None and not fits(value):
+                raise UsageError(f"{name} {value}", hint=f"it is {words}")
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, int(top_k), top_p, min_p
+        self.repetition_penalty = repetition_penalty
+        self.presence_penalty, self.frequency_penalty = presence_penalty, frequency_penalty
+        self._penalises = repetition_penalty != 1 or presence_penalty != 0 or frequency_penalty != 0
+        self._random = np.random.default_rng(seed)
+        self._known: set[int] = set()  # read or written
+        self._written: Counter[int] = Counter()  # in this answer
+
+    def read(self, ids: Iterable[int]) -> None:
+        """Take note of what the model reads before an answer; what was read and written earlier stays known."""
+        self._written.clear()
+        if self._penalises:
+            self._known.update(ids)
+
+    def forget(self) -> None:
+        """Take note that the model has forgotten everything."""
+        self._written.clear()
+        self._known.clear()
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """Return an id for logits `[V]`, and take note of it.
+
+        Raises:
+            LigerError: The logits are not numbers.
+        """
+        best = int(logits.argmax())  # the first NaN, where there is one
+        if not np.isfinite(logits[best]):
+            raise LigerError(
+                f"the model returned {logits[best]} instead of logits",
+                hint="reset the session, or build the artifact again",
+            )
+        if self._penalises:
+            logits = self.penalised(logits)
+            best = int(logits.argmax())
+        token = best if self.temperature == 0 else self._draw(logits)
+        if self._penalises:
+            self._known.add(token)
+            self._written[token] += 1
+        return token
+
+    def penalised(self, logits: np.ndarray) -> np.ndarray:
+        """Return a copy of logits `[V]` with the penalties for what was read and written."""
+        logits = logits.copy()
+        if self.repetition_penalty != 1:
+            ids = np.fromiter(self._known, np.int64, len(self._known))
+            found = logits[ids]
+            logits[ids] = np.where(found < 0, found * self.repetition_penalty, found / self.repetition_penalty)
+        ids = np.fromiter(self._written, np.int64, len(self._written))
+        counts = np.fromiter(self._written.values(), np.float32, len(self._written))
+        logits[ids] -= self.presence_penalty + self.frequency_penalty * counts
+        return logits
+
+    def _draw(self, logits: np.ndarray) -> int:
+        ids, weights = self.distribution(logits)
+        return int(ids[np.searchsorted(weights.cumsum(), self._random.random(), side="right").clip(max=len(ids) - 1)])
+
+    def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids that may be drawn `[N]` and their probabilities `[N]` fp64, for a temperature above 0.
+
+        Args:
+            logits: After the penalties, `[V]`.
+        """
+        ids = np.arange(len(logits))
+        if 0 < self.top_k < len(logits):
+            ids = np.flatnonzero(logits >= np.partition(logits, -self.top_k)[-self.top_k])
+        scaled = (logits[ids].astype(np.float64) - logits.max()) / self.temperature
+        weights = np.exp(scaled)
+        weights /= weights.sum()
+        if self.top_p < 1:
+            # tokens this unlikely sum to less than 1 - top_p: none is needed, and sorting the rest is much less work
+            likely = np.flatnonzero(weights >= (1 - self.top_p) / len(weights))
+            order = likely[np.argsort(-weights[likely], kind="stable")]
+            count = int(np.searchsorted(weights[order].cumsum(), self.top_p)) + 1
+            ids, weights = ids[order[:count]], weights[order[:count]]
+        if self.min_p > 0:
+            kept = weights >= self.min_p * weights.max()
+            ids, weights = ids[kept], weights[kept]
+        return ids, weights / weights.sum()
+
+
+def chat_settings(directory: Path) -> tuple[dict[str, Any], str]:
+    """Return how to sample in a chat with a model, and who says so, in words.
+
+    That is what its generation_config.json says, read as transformers does: `do_sample: false` is greedy, and what is
+    left out while another setting asks to sample has transformers' default. A file that says nothing about sampling
+    leaves it to `CHAT`.
+
+    Args:
+        directory: Artifact or checkpoint.
+
+    Raises:
+        ArtifactError: The file has a value that makes no sense.
+    """
+    file, hint = directory / "generation_config.json", "mend the file, or copy the model's own there again"
+    config = read_json(file, ArtifactError, hint) if file.is_file() else {}
+    said = {name: config[name] for name in _RANGES if name != "seed" and config.get(name) is not None}
+    for name, value in said.items():
+        fits, words = _RANGES[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+            raise ArtifactError(f"{file} has the {name} {value!r:.60}, which is {words}", hint=hint)
+    origin = f"from the model's {file.name}"
+    if config.get("do_sample") is False:
+        return said | {"temperature": 0.0}, origin
+    if config.get("do_sample") or said.keys() & {*_SAMPLED, "min_p"}:
+        return _SAMPLED | said, origin
+    return CHAT | said, f"ours: the model's {file.name} names none"
+
+
+def describe(settings: Mapping[str, Any], origin: str) -> str:
+    """Say in one line what `chat_settings` returned."""
+    return "  ".join(f"{name}={value:g}" for name, value in settings.items()) + f"  ({origin})"

@@ -1,0 +1,43 @@
+"""Which releases of its dependencies this version was tried with, and the one warning about any other.
+
+`pyproject.toml` says what may be installed, and `TRIED` what was tried: a test compares the two. A release that is
+known to break is outside the bounds of `pyproject.toml`; one that nobody has tried gets a warning.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from packaging.version import Version
+
+from ligerexport.artifact import installed_version
+from ligerexport.console import warn
+
+TRIED: dict[str, tuple[str, str]] = {
+    "torch": ("2.11", "2.13"),
+    "transformers": ("5.17", "5.24"),
+    "onnx": ("1.20", "1.23"),
+    "onnx-ir": ("1.0", "1.1"),
+    "onnxruntime": ("1.29", "1.32"),
+    "peft": ("0.18", "0.21"),
+    "gradio": ("6.30", "6.31"),
+    "triton": ("3.6", "3.9"),
+}
+"""Oldest and newest minor release that was tried of each distribution, its bug fixes included."""
+
+
+def untried(name: str) -> str | None:
+    """Return what is wrong with the installed version of a row of `TRIED`; None if it was tried or is not installed."""
+    version = installed_version(name)
+    oldest, newest = TRIED[name]
+    if version is None or Version(oldest).release <= Version(version).release[:2] <= Version(newest).release:
+        return None
+    tried = oldest if oldest == newest else f"{oldest} to {newest}"
+    return f"{version} was never tried with this version of ligerexport, only {tried}"
+
+
+@cache
+def warn_if_untried(name: str) -> None:
+    """Warn, once in a process, if the installed version of a row of `TRIED` was never tried."""
+    if found := untried(name):
+        warn(f"{name} {found}")
