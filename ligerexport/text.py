@@ -100,7 +100,10 @@ class TextModel:
 
     @cached_property
     def eos_id(self) -> int | None:
-        """Id to put after a text that ends: the first that the configurations name, or else the tokenizer."""
+        """Id to put after a text that ends, as the configurations name it, or else the tokenizer.
+
+        Of several the first one of the vocabulary is the end of a text, and others end turns of a chat.
+        """
         return min(eos_ids(self._directory) or self._ids("eos_token"), default=None)
 
     @cached_property

@@ -182,7 +182,7 @@ def conversations(draw: st.DrawFn, content: st.SearchStrategy[str] = CONTENT) ->
     return turns
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(turns=conversations(), answer=st.booleans())
 def test_a_conversation_is_what_transformers_makes_of_it(
     pair: tuple[TextModel, Any], turns: list[dict[str, Any]], answer: bool
@@ -201,7 +201,7 @@ def test_a_conversation_is_what_transformers_makes_of_it(
     assert model.decode(ids) == auto.decode(ids, skip_special_tokens=True)
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_special_tokens_in_content_are_text(pair: tuple[TextModel, Any], data: st.DataObject) -> None:
     model, auto = pair
