@@ -35,7 +35,7 @@ LAYERS = (
     ("kernels",),
     ("mixer",),
     ("loading",),
-    ("calibrate", "adapter"),
+    ("calibrate", "adapter", "fidelity"),
     ("convert",),
     ("recover",),
     ("exporters",),
