@@ -22,7 +22,7 @@ from ligerexport.checkpoint import CheckpointInfo, check_checkpoint
 from ligerexport.config import LigerConfig
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, VerificationError
-from ligerexport.families import PREFIX, harmless
+from ligerexport.families import PREFIX, get_family, harmless
 from ligerexport.loading import NO_WRAPPERS, dequantising, load_model
 from ligerexport.mixer import LigerMixer
 from ligerexport.sources import no_bars
@@ -104,12 +104,20 @@ def stored_dtype(info: CheckpointInfo) -> torch.dtype:
 def text_for(model: PreTrainedModel) -> Tensor:
     """Return ids at random, `[T]`, no more than the shortest memory of any head of a converted model holds.
 
-    A layer that keeps its own sliding window is the Transformer's on any text.
+    Nor are they more than the sliding window of a layer that does not keep it. A layer that does is the Transformer's
+    on any text.
     """
-    unchanged = LigerConfig.from_dict(model.config.liger).unchanged
-    specs = [mixer.spec for mixer in _mixers(model) if mixer.layer_idx not in unchanged]
-    length = min([LONGEST, *(min(spec.config.num_slots, spec.max_distance) for spec in specs)])
-    return torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    config = model.config
+    unchanged, attention = (
+        LigerConfig.from_dict(config.liger).unchanged,
+        get_family(config.model_type).attention(config),
+    )
+    length = LONGEST
+    for mixer in _mixers(model):
+        if mixer.layer_idx not in unchanged:
+            window = attention[mixer.layer_idx].window or LONGEST
+            length = min(length, mixer.spec.config.num_slots, mixer.spec.max_distance, window)
+    return torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
 
 
 def load_source(info: CheckpointInfo) -> PreTrainedModel:

@@ -66,6 +66,13 @@ def test_no_false_alarm_of_a_converted_checkpoint(tmp_path: Path) -> None:
     check_reading(read_spec(liger))
 
 
+def test_no_false_alarm_of_windows_that_are_not_kept(tmp_path: Path) -> None:
+    """The memory sees further than the Transformer did, so the text ends with its windows."""
+    source = make_transformer(tmp_path / "source", "gemma3_text")
+    liger = convert(source, tmp_path / "liger", keep_window=())
+    assert len(fidelity.text_for(load_model(liger))) == 24
+
+
 def test_a_head_that_is_neither_stored_nor_said_to_be_tied_is_the_embedding(tmp_path: Path) -> None:
     """transformers alone would draw one at random."""
     source = make_transformer(tmp_path / "source", "qwen2")
