@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,14 +24,16 @@ from unittest.mock import patch
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # tiny checkpoints are the tests'
 
-from checkpoints import FORESIGHT, MEMORY, make_checkpoint
+from checkpoints import FORESIGHT, MEMORY, make_checkpoint, make_transformer
 from planting import AT, FAULTS, Fault, Site
 from planting.edited import find, instead
+from planting.understood import converted_instead
 
 from ligerexport.artifact import Artifact, Source
 from ligerexport.config import LigerConfig
-from ligerexport.errors import VerificationError
-from ligerexport.exporters.build import make_manifest
+from ligerexport.convert import convert
+from ligerexport.errors import LigerError, VerificationError
+from ligerexport.exporters.build import build, make_manifest
 from ligerexport.exporters.onnx import session
 from ligerexport.exporters.onnx.graph import weight_format, write_graph
 from ligerexport.exporters.onnx.lowerings import LOWERINGS
@@ -47,7 +49,8 @@ CONFIGS = {
 }
 """The presets with sizes that a text of 400 tokens fills many times."""
 
-
+EARLY = ("source", "written", "reading", "after")
+"""Ways to plant a fault before there is an artifact."""
 SIZES = [10.0**-n for n in range(1, 8)]
 """Relative errors of one channel of a layer's output that are tried."""
 REAL = [
@@ -95,18 +98,45 @@ def verify(spec: ModelSpec, lowering: str, weights: str = "fp32", fault: Fault |
     return None
 
 
+def convert_and_build(preset: str, fault: Fault) -> tuple[str, str | None]:
+    """Convert and build a Transformer with a fault; return the last verb, and what it says if it refuses."""
+    config = CONFIGS[preset]
+    with tempfile.TemporaryDirectory() as root:
+        source = make_transformer(Path(root, "source"), fault.family, **dict(fault.sizes))
+        liger = Path(root, "liger")
+        context: AbstractContextManager[Any] = nullcontext()
+        if fault.how == "source":
+            fault.plant(source)
+        elif fault.how == "written":
+            context = converted_instead(fault.plant)
+        elif fault.how == "reading":
+            context = fault.plant(source)
+        with context:
+            try:
+                convert(source, liger, **config.to_dict() | {"slots": config.slots})
+                if fault.how == "after":
+                    fault.plant(liger)
+                build(liger, Path(root, "engine"))
+            except LigerError as error:
+                return "build" if liger.exists() else "convert", str(error).replace(root, "")
+    return "build", None
+
+
 def named(message: str | None) -> int | None:
     """Return the layer that a refusal names first: in which it looks for the fault."""
-    found = re.search(r"layer (\d+) is the first that differs|layers\.(\d+)\.\S+ as it is stored", message or "")
+    found = re.search(r"layer (\d+) is the first that differs|\blayers\.(\d+)\.", message or "")
     return int(found[1] or found[2]) if found else None
 
 
 def plant(spec: ModelSpec, name: str, preset: str, lowering: str) -> dict[str, Any]:
     """Plant one fault and return the row of the table."""
     fault = FAULTS[name]
-    message = verify(spec, lowering, fault.weights, fault)
-    row = {"fault": name, "preset": preset, "lowering": lowering, "weights": fault.weights, "refused": message}
-    return row | {"planted": fault.layer, "named": named(message)}
+    row: dict[str, Any] = {"fault": name, "preset": preset, "lowering": lowering, "weights": fault.weights}
+    if fault.how in EARLY:
+        row["verb"], message = convert_and_build(preset, fault)
+    else:
+        message = verify(spec, lowering, fault.weights, fault)
+    return row | {"refused": message, "planted": fault.layer, "named": named(message)}
 
 
 def right(row: dict[str, Any]) -> bool:

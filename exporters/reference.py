@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ligerexport.artifact import Artifact
+from ligerexport.checkpoint import check_checkpoint
+from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightFormat, stored_slabs, weight_slabs
 from ligerexport.families import output_head
+from ligerexport.fidelity import compare, load_source, softmax_alone, source_outputs, text_for, weightless
 from ligerexport.mixer import CACHE, LigerCache, LigerLayer
 
 if TYPE_CHECKING:
@@ -294,20 +296,40 @@ def _read(path: str) -> str:
         return ""
 
 
+def check_reading(spec: ModelSpec, progress: ProgressFactory = silent) -> None:
+    """Check that the torch model of a checkpoint, with its softmax alone, is what transformers makes of its weights.
+
+    The graph is written from the same reading of the checkpoint, so it could be wrong alike.
+
+    Raises:
+        VerificationError: A layer, or the logits, differ; names the first that does.
+        CheckpointError: transformers cannot run the checkpoint.
+    """
+    reference = Reference(spec)
+    model, streams = reference._model, list[Tensor]()
+    ids = text_for(model)
+    with progress("comparing with the Transformer", 2, "steps") as advance:
+        expected = source_outputs(load_source(check_checkpoint(spec.path, tokenizer=False)), ids)
+        advance(1)
+        with softmax_alone(model):
+            ((before, _), *_), *_ = reference._calls([ids.numpy()], reference.new_cache())
+            reference._streams(
+                [ids.numpy()], None, lambda layer, piece, entry, x: streams.append(x), lambda amount: None
+            )
+        logits = torch.from_numpy(reference._logits(streams[-1][0]))
+        advance(1)
+    found = [*(x[0] for x in (before, *streams)), logits]
+    compare(expected, found, f"{spec.path} is not read as transformers reads it")
+
+
 def _empty_model(spec: ModelSpec) -> PreTrainedModel:
     """Return the model without the memory of its weights; what it computes of its configuration is real."""
     from transformers import AutoModelForCausalLM
 
     from ligerexport.mixer import read_config
 
-    def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
-        return nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    hook = register_module_parameter_registration_hook(empty)
-    try:
+    with weightless():
         return AutoModelForCausalLM.from_config(read_config(spec.config), dtype=torch.float32).eval()
-    finally:
-        hook.remove()
 
 
 def _count(entry: Any, tokens: int) -> None:

@@ -22,7 +22,7 @@ from ligerexport.errors import LigerError, VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightFormat
 from ligerexport.exporters.precision import cost_of_precision
-from ligerexport.exporters.reference import Answer, Reference, State
+from ligerexport.exporters.reference import Answer, Reference, State, check_reading
 from ligerexport.exporters.text import PROMPT
 from ligerexport.memory import get_score
 
@@ -104,7 +104,7 @@ class Mismatch(Exception):
 def verify_artifact(
     spec: ModelSpec, artifact: Artifact, form: WeightFormat, *, seed: int = 0, progress: ProgressFactory = silent
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Compare an unfinished artifact with the torch model of its checkpoint.
+    """Compare an unfinished artifact with the torch model of its checkpoint, and that with transformers' own first.
 
     Args:
         spec: The checkpoint.
@@ -118,10 +118,12 @@ def verify_artifact(
 
     Raises:
         VerificationError: They differ, or ONNX Runtime fails; names the first layer that does.
+        CheckpointError: transformers cannot run the checkpoint.
         LigerError: Memory ran out.
     """
     from ligerexport.exporters.locate import first_difference
 
+    check_reading(spec, progress)
     tolerance, ids = TOLERANCES[form.precision.dtype], prompt_ids(spec)
     reference = Reference(spec, artifact, form, tolerance.weights)
     cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, len(ids)), PIECES - 1, replace=False))

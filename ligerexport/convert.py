@@ -58,7 +58,10 @@ def convert(
     progress: ProgressFactory | None = None,
     **changes: Any,
 ) -> Path:
-    """Convert a checkpoint of a family in `FAMILIES`; takes seconds and no memory to speak of, but for a fit.
+    """Convert a checkpoint of a family in `FAMILIES`, and check that it computes what the Transformer computed.
+
+    On a text that the memory holds whole, both must give the same after every layer (`ligerexport.fidelity`). That
+    takes one short run of each, and beside the mapped weights the memory for one layer in fp32.
 
     Weights are hard links to the source's files where the file system can, copies where not. Quantised weights that
     transformers can turn back, weights with an adapter beside them and weights under other names are written anew,
@@ -88,12 +91,15 @@ def convert(
         SourceError: There is no such model.
         CheckpointError: It is incomplete, damaged, quantised for good, recovered already, or of a family that is not
             supported; or the adapter is another conversion's.
+        VerificationError: A layer does not compute what the Transformer's computes; nothing is written.
     """
+    from ligerexport.fidelity import check_fidelity
+
     liger = choose_conversion(model, preset, memory, adapter, changes)
     texts = check_score_options(liger, calibrate, scores, windows)
     _check_output(Path(output))
     source = resolve(model, progress=progress)
-    info = check_checkpoint(source.path)
+    info = original = check_checkpoint(source.path)
     _check_not_recovered(info, source)
     config = converted_config(dict(info.config), liger)
     liger = LigerConfig.from_dict(config["liger"])
@@ -120,6 +126,7 @@ def convert(
         _write_weights(place, info, found, progress or silent)
         _seal(place, source, progress or silent)
         shutil.rmtree(aside, ignore_errors=True)
+        check_fidelity(original, place, progress or silent)
         if lora is not None:
             from ligerexport.adapter import write_recovered
 

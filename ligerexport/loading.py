@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _AGAIN = "copy or download the checkpoint again"
+NO_WRAPPERS = {WRAPPERS + "(?:)" * i: "" for i in range(4)}
+"""A `key_mapping` for transformers: each takes one wrapper off the names of weights."""
 _SLAB = 1 << 24
 """Elements that are looked at at a time."""
 
@@ -148,12 +150,12 @@ def _load(model_class: Any, info: CheckpointInfo, config: Any, dtype: Any) -> Pr
     settings: dict[str, Any] = {}
     own = dtype
     if info.renamed or config.model_type.removeprefix(PREFIX) not in FAMILIES:
-        settings["key_mapping"] = {WRAPPERS + "(?:)" * i: "" for i in range(4)}  # each takes one wrapper off
+        settings["key_mapping"] = NO_WRAPPERS
     if info.adapter is not None:  # it is merged below; transformers would leave it beside the weights
         settings["adapter_kwargs"] = {"subfolder": os.devnull}
     with no_bars(), _as_plain(info):
         if info.quantised:
-            config.quantization_config = _dequantising(info)
+            config.quantization_config = dequantising(info)
             own = config.dtype or torch.bfloat16
         model, found = model_class.from_pretrained(
             info.path, config=config, dtype=own, output_loading_info=True, trust_remote_code=False, **settings
@@ -192,7 +194,7 @@ def _as_plain(info: CheckpointInfo) -> Iterator[None]:
         raise CheckpointError(f"transformers cannot load {info.path}: {error}", hint=_AGAIN) from error
 
 
-def _dequantising(info: CheckpointInfo) -> dict[str, Any]:
+def dequantising(info: CheckpointInfo) -> dict[str, Any]:
     """Return the `quantization_config` under which weights are turned back as they load, or can be afterwards.
 
     Raises:

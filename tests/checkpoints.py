@@ -53,11 +53,28 @@ def make_checkpoint(
     config_class, model_class = model_classes(get_family(family))
     config = config_class(**SIZES | OF_FAMILY.get(family, {}) | sizes)
     model = model_class(config_class.from_dict(converted_config(config.to_dict(), liger))).to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            if "score_proj" in name:
-                parameter.data = parameter.float()
+    disturb(model)
+    for name, parameter in model.named_parameters():
+        if "score_proj" in name:
+            parameter.data = parameter.float()
     model.save_pretrained(path, max_shard_size=shard)
     return path
+
+
+def make_transformer(path: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
+    """Write a random Transformer as transformers' `save_pretrained` does, with a tokenizer's file beside it."""
+    torch.manual_seed(0)
+    row = get_family(family)
+    model = row.attribute("ForCausalLM")(row.attribute("Config")(**SIZES | OF_FAMILY.get(family, {}) | sizes)).to(dtype)
+    disturb(model)
+    model.save_pretrained(path)
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+@torch.no_grad()
+def disturb(model: torch.nn.Module) -> None:
+    """Move biases from 0 and norms from 1."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.add_(0.2 * torch.randn_like(parameter))

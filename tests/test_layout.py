@@ -36,7 +36,7 @@ LAYERS = (
     ("kernels",),
     ("mixer",),
     ("loading",),
-    ("calibrate", "adapter"),
+    ("calibrate", "adapter", "fidelity"),
     ("convert",),
     ("recover",),
     ("exporters",),

@@ -2,6 +2,9 @@
 
 Three ways: `spec`, the graph is written from a changed description; `code`, the lowering, the session or an operator is
 another while graph and weights are written and run; `file`, graph or weights are edited once they are written.
+Four more are planted before there is an artifact, in `convert` and what it reads: `source`, the Transformer's directory
+is damaged; `written`, the conversion is edited as soon as it is written; `reading`, our code reads the checkpoint in
+another way, so that torch model and artifact are wrong alike; `after`, the conversion is edited once it is done.
 """
 
 from __future__ import annotations
@@ -68,9 +71,10 @@ class Fault:
     """A fault and where it is planted.
 
     Attributes:
-        how: `spec`, `code` or `file`.
+        how: One of the ways above.
         layer: That verification must name; None where it lies in no layer.
-        plant: Returns another `ModelSpec`; returns a context for a `Site`; edits a `Site`.
+        plant: Returns another `ModelSpec`; returns a context for a `Site`; edits a `Site`; edits a directory; returns a
+            context for the source's directory (`reading`).
         presets: It makes sense for.
         lowerings: Likewise.
         weights: Likewise.
