@@ -21,7 +21,7 @@ TRIED: dict[str, tuple[str, str]] = {
     "onnxruntime": ("1.29", "1.32"),
     "peft": ("0.18", "0.21"),
     "gradio": ("6.30", "6.31"),
-    "triton": ("3.6", "3.9"),
+    "triton": ("3.6", "3.6"),
 }
 """Oldest and newest minor release that was tried of each distribution, its bug fixes included."""
 

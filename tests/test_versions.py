@@ -84,5 +84,5 @@ def test_doctor_has_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert fine["ok"] and fine["found"] == "all that is installed"
     monkeypatch.setitem(TRIED, "transformers", ("0.1", "0.2"))
     found = row()
-    assert not found["ok"] and found["mend"] == "pip install 'transformers==0.2.*'"
-    assert found["found"].endswith("was never tried with this version of ligerexport, only 0.1 to 0.2")
+    assert not found["ok"] and "'transformers==0.2.*'" in str(found["mend"])
+    assert "was never tried with this version of ligerexport, only 0.1 to 0.2" in str(found["found"])
