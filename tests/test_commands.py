@@ -70,6 +70,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / name).mkdir()
         (place / name / "one.txt").write_text(words)
     chat = [{"role": "user", "content": words[:200]}, {"role": "assistant", "content": words[:300]}]
+    (place / "question.txt").write_text(words[:200])
     (place / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 300)
     config = LigerConfig.from_dict(json.loads((place / "liger" / "config.json").read_text())["liger"])
     fields = config.to_dict()
