@@ -259,6 +259,11 @@ def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
     return past_key_values if cache is None else cache
 
 
+def _has_gaps(mask: Tensor) -> bool:
+    """Return whether a mask `[B, S]` hides tokens between others, such as padding that was read before a later call."""
+    return bool((nn.functional.pad(mask.long(), (1, 0)).diff(dim=1) > 0).sum(dim=1).gt(1).any())
+
+
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     """Norm each head of `[B, T, H * d]`, or all of them at once: as the norm is wide."""
     width = cast(Tensor, norm.weight).shape[0]
@@ -389,10 +394,10 @@ class _LigerModel:
             cache = LigerCache(self.config)  # type: ignore[attr-defined]
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
         if attention_mask is not None:
-            if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+            if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or _has_gaps(attention_mask):
                 raise UsageError(
                     "a converted model is causal and follows no other attention mask",
-                    hint="pass a mask [B, S] that is 0 on left padding, or none",
+                    hint="pass a mask [B, S] that is 0 on left padding and 1 after it, or none",
                 )
             padding = attention_mask.long().argmax(dim=1)
             columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)[-length:]

@@ -252,11 +252,26 @@ def test_a_cache_is_known_by_both_names_and_no_other(tmp_path: Path, monkeypatch
         assert torch.equal(answer, model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None))
     with pytest.raises(ValueError, match="two names"):
         model(ids, cache=cache, past_key_values=cache)
-    with pytest.raises(UsageError, match="attention mask"):
-        model(ids, attention_mask=torch.ones(1, 1, 40, 40))
     monkeypatch.setattr(mixer, "CACHE", "memory")
     with pytest.raises(TypeError, match="memory"):
         model(ids, use_cache=True)
+
+
+@torch.no_grad()
+def test_a_mask_says_what_is_padding_and_nothing_else(tmp_path: Path) -> None:
+    """Padding that follows a text changes nothing before it, but a state that has read it is of no use."""
+    model = load_model(make_checkpoint(tmp_path / "liger", MEMORY)).eval()
+    ids = torch.randint(0, SIZES["vocab_size"], (1, 40))
+    mask = torch.ones(1, 40)
+    mask[:, 30:] = 0
+    after = model(ids, attention_mask=mask)
+    assert (after.logits[:, :30] - model(ids[:, :30]).logits).abs().max() <= MODEL_FP32
+    mask[:, 35:] = 1
+    for seen in (torch.ones(1, 1, 40, 40), mask):
+        with pytest.raises(UsageError, match="attention mask"):
+            model(ids, attention_mask=seen)
+    with pytest.raises(UsageError, match="attention mask"):
+        model(ids[:, -1:], attention_mask=mask[:, :36], **{CACHE: after[CACHE]})
 
 
 def test_a_cache_that_a_layer_never_sees_is_an_error(tmp_path: Path) -> None:
