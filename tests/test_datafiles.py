@@ -108,6 +108,7 @@ def packed(member: str) -> Callable[[Path], None]:
         (b"ARROW1\0\0" + b"x" * 20, "is damaged after row 0"),
         (b'{"text": \n', r":1 is not JSON"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # compressed bytes say when they were made
 )  # fmt: skip
 def test_what_cannot_be_read_is_named(tmp_path: Path, content: Any, message: str) -> None:
     pytest.importorskip("pyarrow")
