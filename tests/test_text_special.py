@@ -298,6 +298,14 @@ def test_a_stop_that_is_a_special_token_stops_at_its_id(artifact: Path) -> None:
     assert session.fed[before:] == [toy.EOS, toy.USER, *plainly("y\n")]
 
 
+@pytest.mark.parametrize("stop", ["one<user>", "a</s>b"])
+def test_a_stop_with_text_before_a_special_token_is_refused(artifact: Path, stop: str) -> None:
+    session = toy.Scripted(artifact, plainly("one"))
+    for start in (lambda: generate(session, "x", stop=["ok", stop]), lambda: Conversation(session, stop=[stop])):
+        with pytest.raises(UsageError, match="text before the special token <"):
+            start()
+
+
 def changed(place: Path, gone: tuple[str, ...], **files: str) -> Path:
     """Build the toy without some files and with others in their place."""
     with ArtifactWriter(place) as writer:
