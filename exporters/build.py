@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ligerexport.exporters.onnx.weights import WeightFormat
 
 COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "LICENSE",
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "LICENSE",
 )  # fmt: skip
 """Files of the checkpoint that go into the artifact as they are."""
 
@@ -76,6 +76,7 @@ def build(
         UsageError: A name is in no table, a number makes no sense, or `output` holds something.
         CheckpointError: The checkpoint is not converted, incomplete or damaged.
         VerificationError: The graph differs from the torch model; nothing was written.
+        ArtifactError: The tokenizer cannot be read.
         MissingDependency: The extra of the target is not installed.
     """
     row, lowering, weights = _resolve(target, lowering, weights, block)
@@ -90,6 +91,7 @@ def build(
     from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
     from ligerexport.exporters.tensorrt.package import check_layers, choose_chunk, choose_gpu, package
     from ligerexport.exporters.verify import verify_artifact
+    from ligerexport.text import TextModel
 
     progress = progress or silent
     gpu = choose_gpu(target, sms, max_batch, plugin, engine)
@@ -105,6 +107,8 @@ def build(
     checked_form = form if lowering == "plugin" else replace(form, typed=False)
     destination = Path(model) / target if output is None else Path(output)
     with ArtifactWriter(destination, force=force) as writer:
+        if (info.path / "tokenizer.json").is_file():
+            TextModel(info.path).write_tokenizer(writer.directory / "tokenizer.json")
         with progress("writing weights", weight_bytes(spec, form)) as advance:
             write_weights(spec, writer.directory, form, advance)
         onnx_graph.write_graph(spec, writer.directory, lowering=lowering, max_chunk=max_chunk, form=checked_form)

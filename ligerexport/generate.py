@@ -76,6 +76,9 @@ class StopStrings:
     Args:
         stops: The stop strings.
         special: Special tokens with their ids. They are no text, so a stop string that begins with one stops at its id.
+
+    Raises:
+        UsageError: A stop string has text before a special token.
     """
 
     def __init__(self, stops: Sequence[str], special: Mapping[str, int] | None = None) -> None:
@@ -84,6 +87,13 @@ class StopStrings:
         self.ids = frozenset(
             index for token, index in (special or {}).items() if any(stop.startswith(token) for stop in self._stops)
         )
+        for stop in self._stops:
+            inside = tuple(token for token in special or () if token in stop)
+            if inside and not stop.startswith(inside):
+                raise UsageError(
+                    f"the stop string {stop!r:.60} has text before the special token {inside[0]}, which is no text",
+                    hint="a stop string is text, or it begins with a special token; give one of the two",
+                )
 
     def push(self, text: str) -> tuple[str, bool]:
         """Return the text that cannot be part of a stop string, and whether one was found."""
@@ -157,7 +167,8 @@ def generate(
         A generator of chunks, the last with a summary; closing it ends the text there.
 
     Raises:
-        UsageError: No prompt or two, no tokens, a value that makes no sense, or no chat template.
+        UsageError: No prompt or two, no tokens, a value that makes no sense, no chat template, or a stop string that
+            has text before a special token.
         ArtifactError: Text, but the model has no tokenizer.
         LigerError: `prompt_cache` is a file of another kind, or cannot be written.
     """
@@ -303,7 +314,7 @@ class Conversation:
 
     Raises:
         ArtifactError: The model has no tokenizer.
-        UsageError: It has no chat template.
+        UsageError: It has no chat template, or a stop string has text before a special token.
     """
 
     def __init__(
@@ -320,6 +331,7 @@ class Conversation:
         self.session = session
         self._text = text_model(session.artifact.directory)
         self._text.next_turn("?")
+        StopStrings(stop, self._text.special_ids)
         self._special_content = special_content
         self._sampler = sampler or Sampler()
         check_text(system or "", "the system message")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -82,6 +83,19 @@ class TextModel:
             self._special = complete(self._tokenizer, directory)
         self._directory = directory
         self._config = read_config(directory / "tokenizer_config.json")
+
+    def write_tokenizer(self, file: Path) -> None:
+        """Write a tokenizer.json that says what the files beside this one add, for programs that read no other file.
+
+        Where they add nothing it is a copy, byte for byte.
+        """
+        from tokenizers import Tokenizer
+
+        own = self._directory / "tokenizer.json"
+        if Tokenizer.from_file(str(own)).to_str() == self._tokenizer.to_str():
+            shutil.copyfile(own, file)
+        else:
+            self._tokenizer.save(str(file))
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:

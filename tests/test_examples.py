@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
 
 import ligerexport as lx
 from ligerexport.artifact import ArtifactWriter
 from ligerexport.text import TextModel
 from tests.checkpoints import FORESIGHT, make_checkpoint
 from tests.test_text import MAKERS, cuts, spellings
+from tests.test_text_special import TEMPLATES, letters, write
 from tests.toy import EOS, VOCAB, build, manifest, tokenizer, write_files
 
 ROOT = Path(__file__).parents[1]
@@ -317,12 +320,103 @@ def test_the_tokenizer_in_cpp(variant: str, liger_run: Path, smollm2: Path, tmp_
         assert json.loads(line) == library.encode(text).ids, ascii(text)
 
 
+def pieces() -> Tokenizer:
+    """Return a vocabulary as SentencePiece makes it, whose pieces may be several words, read as older files have it."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=names, show_progress=False)
+    made.train([str(ROOT / "README.md")], trainer)
+    made.pre_tokenizer = None
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return Tokenizer.from_str(json.dumps(json.loads(made.to_str()) | {"added_tokens": []}))
+
+
+@pytest.fixture(scope="module", params=[("map", ""), ("decoder", ""), ("decoder", "LlamaTokenizer")], ids="-".join)
+def completed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """An artifact whose tokenizer is only in part in the checkpoint's tokenizer.json, and as transformers reads it."""
+    layout, name = request.param
+    root = tmp_path_factory.mktemp("completed")
+    (root / "source").mkdir()
+    kind = {"tokenizer_class": name or "PreTrainedTokenizerFast"}
+    source = write(root / "source", "llama", layout, TEMPLATES["llama"], pieces() if name else letters(), **kind)
+    auto = AutoTokenizer.from_pretrained(source)
+    checkpoint = make_checkpoint(root / "checkpoint", FORESIGHT, vocab_size=len(auto))
+    weights = load_file(checkpoint / "model.safetensors")
+    silent = [index for token, index in auto.get_vocab().items() if token.startswith("<0x") or token == "</s>"]
+    weights["lm_head.weight"][silent] = 0  # bytes at random are no text
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    shutil.copytree(source, checkpoint, ignore=shutil.ignore_patterns("config.json"), dirs_exist_ok=True)
+    return lx.build(checkpoint, root / "artifact", verify=False, genai=True), auto
+
+
+ENCODE = """
+import { readFileSync } from "node:fs";
+import { Tokenizer } from "@huggingface/tokenizers";
+const tokenizer = new Tokenizer(JSON.parse(readFileSync(process.argv[1] + "/tokenizer.json")), {});
+for (const line of readFileSync(0, "utf8").trim().split("\\n"))
+  console.log(JSON.stringify(tokenizer.encode(JSON.parse(line)).ids));
+"""
+
+
+@pytest.mark.parametrize("program", ["cpp", "node"])
+def test_tokens_that_only_other_files_name(
+    program: str, completed: tuple[Path, Any], request: pytest.FixtureRequest
+) -> None:
+    """From tokenizer.json alone come the ids of transformers, and from a program the text of `generate`."""
+    artifact, auto = completed
+    if program == "cpp":
+        command = [request.getfixturevalue("liger_run")]
+        encode = [*command, artifact, "--encode"]
+    else:
+        needs_packages("node")
+        command = ["node", EXAMPLES / "node" / "run.mjs"]
+        encode = ["node", "--input-type=module", "-e", ENCODE, artifact]
+    model = TextModel(artifact)
+    tokens = [*model.special_ids, "<think>", " ", "  ", "▁", "Hi", " convert", "é", "\n"]
+    texts = corpus()[:300] + ["".join(random.choices(tokens, k=6)) for _ in range(300)]
+    found = run(*encode, input="".join(json.dumps(text) + "\n" for text in texts), cwd=EXAMPLES / "node").splitlines()
+    for text, line in zip(texts, found, strict=True):
+        assert json.loads(line) == model.encode(text) == auto.encode(text), ascii(text)
+    for prompt in (PROMPT, "<s><|user|>Hi <think> there<|eot|>", "<s>"):
+        chunks = list(lx.generate(lx.load(artifact), auto.encode(prompt), max_new_tokens=TOKENS))
+        done = subprocess.run([*command, artifact, prompt, "--tokens", str(TOKENS)], capture_output=True, check=True)
+        text = done.stdout.decode(errors="replace").removesuffix("\n")
+        assert text == "".join(chunk.text for chunk in chunks) and len(set(text)) > 3
+        before, whole = (
+            auto.decode(ids, skip_special_tokens=True)
+            for ids in (auto.encode(prompt), auto.encode(prompt) + [chunk.token for chunk in chunks])
+        )
+        assert whole == before + text
+
+
+def test_onnxruntime_genai_reads_them_too(completed: tuple[Path, Any]) -> None:
+    """It puts a space before each part of a text of pieces, so that of these only the beginning is the same."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    artifact, auto = completed
+    tokenizer = genai.Tokenizer(genai.Model(str(artifact)))
+    special = "" if "<0x00>" in auto.get_vocab() else "<|user|>Hi <think><|more|> there<|eot|>"
+    for text in (f"Hi there{special}", f"한 é{special}"):
+        assert tokenizer.encode(text).tolist() == auto.encode(text)
+
+
+BYTES = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {}, "merges": []}}
+SPACES = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+JOINED = {"type": "Sequence", "decoders": [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+]}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"pre_tokenizer": {"type": "Metaspace"}}, "no pre-tokenizer Metaspace"),
         ({"normalizer": {"type": "Lowercase"}}, 'no normalizer "Lowercase"'),
         ({"decoder": None}, "no decoder but ByteLevel"),
+        (BYTES, 'byte fallback with the pre-tokenizer {"add_prefix_space"'),
+        (BYTES | {"pre_tokenizer": SPACES | {"split": True}}, 'byte fallback with the pre-tokenizer {"prepend_scheme"'),
+        (BYTES | {"pre_tokenizer": SPACES}, 'byte fallback with the decoder {"add_prefix_space"'),
+        (BYTES | {"pre_tokenizer": SPACES, "decoder": JOINED}, "byte fallback without a token for each byte"),
     ],
 )
 def test_the_tokenizer_in_cpp_refuses(

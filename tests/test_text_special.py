@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -233,6 +234,28 @@ def test_a_turn_ends_at_what_the_template_puts_after_an_answer(pair: tuple[TextM
     assert model.eos_ids == {auto.eos_token_id} and model.bos_id == auto.bos_token_id
 
 
+def test_a_completed_tokenizer_needs_no_other_file(pair: tuple[TextModel, Any], tmp_path: Path) -> None:
+    model, auto = pair
+    place = Path(shutil.copytree(auto.name_or_path, tmp_path / "artifact"))
+    model.write_tokenizer(place / "tokenizer.json")
+    again, theirs = TextModel(place), AutoTokenizer.from_pretrained(place)
+    alone = Tokenizer.from_file(str(place / "tokenizer.json"))
+    text = "".join(f"{token} Hi  é한{token}" for token in [*model.special_ids, *PLAIN, "<s>", "\n"])
+    ids = model.encode(text)
+    assert ids == again.encode(text) == alone.encode(text).ids == auto.encode(text) == theirs.encode(text)
+    assert model.decode(ids) == again.decode(ids) == alone.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    again.write_tokenizer(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (place / "tokenizer.json").read_bytes()
+
+
+def test_a_tokenizer_that_says_all_stays_what_it_is(tmp_path: Path) -> None:
+    place = write(tmp_path, "llama", "config", TEMPLATES["llama"], letters())
+    text = json.dumps(json.loads((place / "tokenizer.json").read_text()))
+    (place / "tokenizer.json").write_text(text)
+    TextModel(place).write_tokenizer(tmp_path / "copy.json")
+    assert (tmp_path / "copy.json").read_text() == text
+
+
 def test_names_of_extra_tokens_reach_the_template(tmp_path: Path) -> None:
     template = "{{ image_token }}{{ bos_token }}{{ other_token }}{{ messages[0].content }}"
     place = write(
@@ -296,6 +319,14 @@ def test_a_stop_that_is_a_special_token_stops_at_its_id(artifact: Path) -> None:
     before = len(session.fed)
     next(chat.say("y"))
     assert session.fed[before:] == [toy.EOS, toy.USER, *plainly("y\n")]
+
+
+@pytest.mark.parametrize("stop", ["one<user>", "a</s>b"])
+def test_a_stop_with_text_before_a_special_token_is_refused(artifact: Path, stop: str) -> None:
+    session = toy.Scripted(artifact, plainly("one"))
+    for start in (lambda: generate(session, "x", stop=["ok", stop]), lambda: Conversation(session, stop=[stop])):
+        with pytest.raises(UsageError, match="text before the special token <"):
+            start()
 
 
 def changed(place: Path, gone: tuple[str, ...], **files: str) -> Path:

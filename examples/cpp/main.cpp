@@ -1,5 +1,6 @@
 // liger-run ARTIFACT PROMPT: writes text with an artifact of ligerexport, by ONNX Runtime alone.
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -60,12 +61,19 @@ void write(const std::filesystem::path& artifact, const std::string& prompt, int
   disable_telemetry();
   const auto stop = ends(artifact, tokenizer);
   Session session(artifact, threads, library);
-  int64_t token = session.advance(tokenizer.encode(prompt));
+  const auto ids = tokenizer.encode(prompt);
+  const auto has_text = [&](int64_t id) { return !tokenizer.bytes(id).empty(); };
+  bool begins = tokenizer.strips_space() && std::none_of(ids.begin(), ids.end(), has_text);
+  int64_t token = session.advance(ids);
   const auto begin = std::chrono::steady_clock::now();
   int count = 0;
   while (++count) {
     // The bytes of a character may come with several tokens; whoever reads the stream puts them together.
-    const auto& text = stop.count(token) ? "" : tokenizer.bytes(token);
+    std::string text = stop.count(token) ? "" : tokenizer.bytes(token);
+    if (begins && !text.empty()) {
+      if (text[0] == ' ') text.erase(0, 1);
+      begins = false;
+    }
     std::cout << (as_ids ? std::to_string(token) + " " : text) << std::flush;
     if (count >= tokens || stop.count(token)) break;
     token = session.advance({token});

@@ -4,9 +4,13 @@
 #include <unicode/unistr.h>
 
 #include <algorithm>
+#include <cctype>
 #include <fstream>
+#include <functional>
 #include <nlohmann/json.hpp>
+#include <queue>
 #include <stdexcept>
+#include <tuple>
 
 namespace {
 
@@ -16,8 +20,12 @@ using nlohmann::json;
 constexpr char kByteLevel[] =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
+// How SentencePiece spells a space.
+constexpr char kSpace[] = "\xE2\x96\x81";
+
 [[noreturn]] void refuse(const std::string& what) {
-  throw std::runtime_error("this program has no " + what + "; it reads byte-level BPE tokenizers");
+  throw std::runtime_error("this program has no " + what +
+                           "; it reads BPE tokenizers that are byte-level, or have Metaspace and byte fallback");
 }
 
 void check(UErrorCode status) {
@@ -45,6 +53,16 @@ std::string unspell(const std::string& token) {
   return bytes;
 }
 
+// What a token of SentencePiece spells: its name with spaces, or the byte that a name such as <0x0A> stands for.
+std::string unspell_piece(std::string token) {
+  const bool byte = token.size() == 6 && token.compare(0, 3, "<0x") == 0 && token[5] == '>';
+  if (byte && std::isxdigit(token[3]) && std::isxdigit(token[4]))
+    return std::string(1, static_cast<char>(std::stoi(token.substr(3, 2), nullptr, 16)));
+  for (size_t at = 0; (at = token.find(kSpace, at)) != std::string::npos; ++at)
+    token.replace(at, sizeof kSpace - 1, " ");
+  return token;
+}
+
 // `\s` is Unicode's white space to the tokenizers library, and something else to ICU.
 std::string for_icu(std::string pattern) {
   for (size_t at = 0; (at = pattern.find('\\', at)) != std::string::npos && at + 1 < pattern.size();) {
@@ -67,14 +85,13 @@ Tokenizer::Tokenizer(const std::filesystem::path& file) {
   const json& model = data["model"];
   const auto set = [&](const char* key) { return model.contains(key) && !model[key].is_null() && model[key] != ""; };
   if (model.value("type", "BPE") != "BPE") refuse("model " + model["type"].dump());
-  if (model.value("byte_fallback", false)) refuse("byte fallback, as SentencePiece has it");
+  pieces_ = model.value("byte_fallback", false);
   if (set("dropout") || set("continuing_subword_prefix") || set("end_of_word_suffix")) refuse("marks within words");
   whole_pieces_ = model.value("ignore_merges", false);
 
   for (const auto& [token, id] : model["vocab"].items()) {
-    const std::string bytes = unspell(token);
-    vocabulary_[bytes] = id;
-    bytes_[id] = bytes;
+    vocabulary_[pieces_ ? token : unspell(token)] = id;
+    bytes_[id] = pieces_ ? unspell_piece(token) : unspell(token);
   }
   for (const json& merge : model["merges"]) {
     std::string left, right;
@@ -85,14 +102,15 @@ Tokenizer::Tokenizer(const std::filesystem::path& file) {
       const size_t space = text.find(' ');
       left = text.substr(0, space), right = text.substr(space + 1);
     }
-    left = unspell(left), right = unspell(right);
+    if (!pieces_) left = unspell(left), right = unspell(right);
     const uint64_t pair = static_cast<uint64_t>(vocabulary_.at(left)) << 32 | vocabulary_.at(right);
     merges_.emplace(pair, std::make_pair(merges_.size(), vocabulary_.at(left + right)));
   }
   for (const json& token : data["added_tokens"]) {
     if (token["single_word"] || token["lstrip"] || token["rstrip"]) refuse("added token with conditions");
     added_.push_back({token["content"], token["id"]});
-    bytes_[token["id"]] = token["special"] ? "" : token["content"].get<std::string>();
+    const std::string content = token["content"];
+    bytes_[token["id"]] = token["special"] ? "" : pieces_ ? unspell_piece(content) : content;
   }
   std::stable_sort(added_.begin(), added_.end(),
                    [](const Added& a, const Added& b) { return a.text.size() > b.text.size(); });
@@ -101,9 +119,34 @@ Tokenizer::Tokenizer(const std::filesystem::path& file) {
     if (normalizer["type"] != "NFC") refuse("normalizer " + normalizer["type"].dump());
     nfc_ = true;
   }
-  if (data["decoder"].is_null() || data["decoder"]["type"] != "ByteLevel") refuse("decoder but ByteLevel");
-  add_pre_tokenizer(data["pre_tokenizer"]);
+  if (pieces_) {
+    read_pieces(data["pre_tokenizer"], data["decoder"]);
+  } else {
+    if (data["decoder"].is_null() || data["decoder"]["type"] != "ByteLevel") refuse("decoder but ByteLevel");
+    add_pre_tokenizer(data["pre_tokenizer"]);
+  }
   if (!data["post_processor"].is_null()) add_post_processor(data["post_processor"]);
+}
+
+template <typename Json>
+void Tokenizer::read_pieces(const Json& splitter, Json decoder) {
+  const bool plain = !splitter.is_null() && splitter["type"] == "Metaspace" && splitter["replacement"] == kSpace;
+  if (!plain || splitter.value("split", true)) refuse("byte fallback with the pre-tokenizer " + splitter.dump());
+  prepend_ = splitter.value("prepend_scheme", "always");
+  const Json known = {{{"type", "Replace"}, {"pattern", {{"String", kSpace}}}, {"content", " "}},
+                      {{"type", "ByteFallback"}},
+                      {{"type", "Fuse"}}};
+  const std::string found = decoder.dump();
+  Json steps = decoder.is_null() ? Json() : decoder.value("decoders", Json::array());
+  strips_ = !steps.empty() && steps.back() == Json{{"type", "Strip"}, {"content", " "}, {"start", 1}, {"stop", 0}};
+  if (strips_) steps.erase(steps.size() - 1);
+  if (steps != known) refuse("byte fallback with the decoder " + found);
+  constexpr char kDigits[] = "0123456789ABCDEF";
+  for (int byte = 0; byte < 256; ++byte) {
+    const auto token = vocabulary_.find(std::string("<0x") + kDigits[byte / 16] + kDigits[byte % 16] + ">");
+    if (token == vocabulary_.end()) refuse("byte fallback without a token for each byte");
+    fallback_.push_back(token->second);
+  }
 }
 
 template <typename Json>
@@ -168,22 +211,27 @@ std::vector<int64_t> Tokenizer::encode(const std::string& text) const {
       ++at;
       continue;
     }
-    encode_text(text.substr(start, at - start), ids);
+    encode_text(text.substr(start, at - start), start == 0, ids);
     ids.push_back(token->id);
     start = at += token->text.size();
   }
-  encode_text(text.substr(start), ids);
+  encode_text(text.substr(start), start == 0, ids);
   ids.insert(ids.end(), after_.begin(), after_.end());
   return ids;
 }
 
-void Tokenizer::encode_text(const std::string& text, std::vector<int64_t>& ids) const {
+void Tokenizer::encode_text(const std::string& text, bool first, std::vector<int64_t>& ids) const {
   if (text.empty()) return;
   UErrorCode status = U_ZERO_ERROR;
   auto whole = icu::UnicodeString::fromUTF8(text);
   if (nfc_) whole = icu::Normalizer2::getNFCInstance(status)->normalize(whole, status);
   check(status);
   if (prefix_space_ && whole[0] != ' ') whole.insert(0, ' ');
+  if (pieces_) {
+    const auto space = icu::UnicodeString::fromUTF8(kSpace);
+    whole.findAndReplace(" ", space);
+    if ((prepend_ == "always" || (prepend_ == "first" && first)) && !whole.startsWith(space)) whole.insert(0, space);
+  }
   std::vector<icu::UnicodeString> pieces{whole};
   for (const Split& split : splits_) {
     std::vector<icu::UnicodeString> parts;
@@ -214,20 +262,43 @@ void Tokenizer::encode_piece(const std::string& piece, std::vector<int64_t>& ids
     return;
   }
   std::vector<int64_t> tokens;
-  for (const char byte : piece) tokens.push_back(vocabulary_.at(std::string(1, byte)));
-  while (tokens.size() > 1) {
-    auto best = merges_.end();
-    size_t place = 0;
-    for (size_t i = 0; i + 1 < tokens.size(); ++i) {
-      const auto found = merges_.find(static_cast<uint64_t>(tokens[i]) << 32 | tokens[i + 1]);
-      if (found != merges_.end() && (best == merges_.end() || found->second.first < best->second.first))
-        best = found, place = i;
-    }
-    if (best == merges_.end()) break;
-    tokens[place] = best->second.second;
-    tokens.erase(tokens.begin() + place + 1);
+  for (size_t at = 0, size = 1; at < piece.size(); at += size) {
+    size = 1;
+    while (pieces_ && at + size < piece.size() && (piece[at + size] & 0xC0) == 0x80) ++size;  // a character
+    const auto found = vocabulary_.find(piece.substr(at, size));
+    if (found != vocabulary_.end()) tokens.push_back(found->second);
+    else if (!pieces_) throw std::runtime_error("the tokenizer has no token for a byte of the text");
+    else for (size_t i = at; i < at + size; ++i) tokens.push_back(fallback_[static_cast<unsigned char>(piece[i])]);
   }
+  merge(tokens);
   ids.insert(ids.end(), tokens.begin(), tokens.end());
+}
+
+// The pair of the lowest rank first, of several the leftmost. A text may be one piece, so pairs wait in a queue.
+void Tokenizer::merge(std::vector<int64_t>& tokens) const {
+  constexpr int64_t kGone = -1;
+  const size_t end = tokens.size();
+  std::vector<size_t> next(end), previous(end);
+  std::priority_queue<Waiting, std::vector<Waiting>, std::greater<>> queue;
+  const auto pair = [&](size_t left) { return static_cast<uint64_t>(tokens[left]) << 32 | tokens[next[left]]; };
+  const auto wait = [&](size_t left) {
+    if (next[left] == end) return;
+    if (const auto found = merges_.find(pair(left)); found != merges_.end())
+      queue.emplace(found->second.first, left, pair(left), found->second.second);
+  };
+  for (size_t i = 0; i < end; ++i) next[i] = i + 1, previous[i] = i - 1;
+  for (size_t i = 0; i < end; ++i) wait(i);
+  while (!queue.empty()) {
+    const auto [rank, left, both, result] = queue.top();
+    queue.pop();
+    if (tokens[left] == kGone || next[left] == end || pair(left) != both) continue;  // one of them was merged meanwhile
+    const size_t right = next[left];
+    tokens[left] = result, tokens[right] = kGone, next[left] = next[right];
+    if (next[left] != end) previous[next[left]] = left;
+    wait(left);
+    if (left != 0) wait(previous[left]);
+  }
+  tokens.erase(std::remove(tokens.begin(), tokens.end(), kGone), tokens.end());
 }
 
 const std::string& Tokenizer::bytes(int64_t id) const {

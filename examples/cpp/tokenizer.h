@@ -1,4 +1,5 @@
-// Byte-level BPE as tokenizer.json describes it. Other kinds of tokenizer are refused with the reason.
+// BPE as tokenizer.json describes it: of bytes, or of characters with byte fallback, as SentencePiece has it. Other kinds
+// of tokenizer are refused with the reason.
 #pragma once
 
 #include <unicode/regex.h>
@@ -8,6 +9,7 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -22,6 +24,9 @@ class Tokenizer {
   // Bytes of a token: perhaps a part of a character. A special token has none.
   const std::string& bytes(int64_t id) const;
 
+  // Whether a text loses the space that it begins with when its tokens are put together.
+  bool strips_space() const { return strips_; }
+
   // Id of an added token, such as a special one; none if there is no such token.
   std::set<int64_t> added(const std::string& token) const;
 
@@ -35,19 +40,25 @@ class Tokenizer {
     int64_t id;
   };
 
+  using Waiting = std::tuple<size_t, size_t, uint64_t, int64_t>;  // rank, place of the left one, pair, result
+
+  template <typename Json>
+  void read_pieces(const Json& splitter, Json decoder);
   template <typename Json>
   void add_pre_tokenizer(const Json& step);
   template <typename Json>
   void add_post_processor(const Json& step);
   void add_split(const std::string& pattern, bool gaps);
-  void encode_text(const std::string& text, std::vector<int64_t>& ids) const;
+  void encode_text(const std::string& text, bool first, std::vector<int64_t>& ids) const;
   void encode_piece(const std::string& piece, std::vector<int64_t>& ids) const;
+  void merge(std::vector<int64_t>& tokens) const;
 
-  std::unordered_map<std::string, int64_t> vocabulary_;               // by bytes
+  std::unordered_map<std::string, int64_t> vocabulary_;               // by bytes, or by the names of pieces
   std::unordered_map<int64_t, std::string> bytes_;
   std::unordered_map<uint64_t, std::pair<size_t, int64_t>> merges_;  // left << 32 | right: rank and result
   std::vector<Added> added_;                                          // longest first
   std::vector<Split> splits_;
-  std::vector<int64_t> before_, after_;
-  bool nfc_ = false, prefix_space_ = false, whole_pieces_ = false;
+  std::vector<int64_t> before_, after_, fallback_;
+  std::string prepend_;  // when a text of pieces gets a space in front: always, first, never
+  bool nfc_ = false, prefix_space_ = false, whole_pieces_ = false, pieces_ = false, strips_ = false;
 };
