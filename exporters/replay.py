@@ -28,6 +28,8 @@ OFTEN = 8
 """Of so many tokens one may tie; more is noise in the scores."""
 TRIES = 32
 """Ties in the middle of a call that are decided the other way, one at a time."""
+SINGLE = 4
+"""Of these, how many are tried once more with single tokens behind them: a whole call can round a later tie otherwise."""
 NUDGE = 1e-6
 """By how much a rank then goes beyond the other's: several units in the last place of a score."""
 
@@ -150,9 +152,13 @@ def _first_tie(
         check.agrees(after, answers[-1], logits)
     except Mismatch as mismatch:
         ids = np.concatenate([answer.ids for answer in answers])
-        steps = torch_model.answers(np.split(ids, len(ids)), copy.deepcopy(past), whole=())
+        steps = torch_model.answers(np.split(ids, len(ids)), copy.deepcopy(past), whole={len(ids) - 1})
+        if _equal(check, after, steps[-1], logits):  # it was torch's pieces that went the other way
+            check.resume(session, after, steps[-1])
+            return steps
         ties = _ties(check, [before.tensors, *(answer.state for answer in steps)], mismatch.layer)
-        others = (_otherwise(check, torch_model, past, ids, tie) for tie in ties[:TRIES])
+        tries = [(tie, len(ids)) for tie in ties[:TRIES]] + [(tie, 1) for tie in ties[:SINGLE]]
+        others = (_otherwise(check, torch_model, past, ids, tie, width) for tie, width in tries)
         if not any(_equal(check, after, other, logits) for other in others):
             raise Mismatch(mismatch.layer, f"{mismatch.what} after {start + len(ids)} tokens") from mismatch
     check.resume(session, after, answers[-1])
@@ -192,8 +198,11 @@ def _ties(check: Comparison, states: list[State], last: int | None = None) -> li
 
 
 @torch.inference_mode()
-def _otherwise(check: Comparison, torch_model: Reference, past: Any, ids: np.ndarray, tie: _Tie) -> Answer:
-    """Return torch's answer to the last token of a call once a tie in the middle of it is decided the other way."""
+def _otherwise(check: Comparison, torch_model: Reference, past: Any, ids: np.ndarray, tie: _Tie, width: int) -> Answer:
+    """Return torch's answer to the last token of a call once a tie in the middle of it is decided the other way.
+
+    What comes after the tie is read in calls of `width` tokens.
+    """
     cache = copy.deepcopy(past)
     if tie.step:
         torch_model.answers([ids[: tie.step]], cache, whole=())
@@ -205,4 +214,5 @@ def _otherwise(check: Comparison, torch_model: Reference, past: Any, ids: np.nda
         scores[chosen] += lift
     else:
         scores[chosen] *= math.exp(lift)
-    return torch_model.answers([ids[tie.step :]], cache)[0]
+    rest = ids[tie.step :]
+    return torch_model.answers(np.split(rest, range(width, len(rest), width)), cache)[-1]

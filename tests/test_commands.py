@@ -105,7 +105,7 @@ def test_command(
             output.unlink()
         shutil.rmtree(output, ignore_errors=True)
     if words[0] == "run":
-        words += ["--max-new-tokens", "3"]
+        words[1:1] = ["--max-new-tokens", "3"]
     with pytest.raises(SystemExit) as done:
         main(words)
     expected = {0, 4} if words[0] == "doctor" or "trt" in words else {0}  # 4: TensorRT is not here, which is said
