@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import toy
+from checkpoints import MEMORY, make_checkpoint
 
+import ligerexport as lx
 from ligerexport.artifact import open_artifact
 from ligerexport.bench import machine
 from ligerexport.bench.engine import open_engine
@@ -31,6 +33,8 @@ from ligerexport.bench.settings import Settings
 from ligerexport.bench.worker import Worker
 from ligerexport.cli import main
 from ligerexport.errors import LigerError, UsageError, VerificationError
+from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.onnx.weights import WeightFormat
 
 Built = tuple[Path, Path]
 
@@ -108,10 +112,28 @@ def test_the_gate_compares_with_torch_or_asks_the_manifest(built: Built, tmp_pat
         bench(str(unverified), str(unverified))
 
 
+def test_an_artifact_of_an_older_rule_for_bits_runs_and_is_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "liger", MEMORY, num_hidden_layers=8)
+    bits = WeightFormat.bits
+
+    def older(form: WeightFormat, spec: ModelSpec, name: str) -> int:
+        return 4 if "gate_proj" in name or "up_proj" in name else bits(form, spec, name)
+
+    with monkeypatch.context() as before:
+        before.setattr(WeightFormat, "bits", older)
+        artifact = lx.build(checkpoint, tmp_path / "old", lowering="native", weights="int4", verify=False)
+    new = lx.build(checkpoint, tmp_path / "new", lowering="native", weights="int4", verify=False)
+    assert lx.load(artifact).prefill([1, 2, 3]).shape == lx.load(new).prefill([1, 2, 3]).shape
+    assert gate(str(new), str(checkpoint))["passed"]
+    with pytest.raises(VerificationError, match="bytes of weights") as caught:
+        gate(str(artifact), str(checkpoint))
+    assert caught.value.hint is not None and "build it again" in caught.value.hint
+
+
 @hybrid
 def test_vocabularies_must_be_one(built: Built, tmp_path: Path) -> None:
-    from checkpoints import MEMORY, make_checkpoint
-
     other = make_checkpoint(tmp_path / "other", MEMORY)
     with pytest.raises(UsageError, match="vocabularies of 131 and 259"):
         bench(str(built[1]), str(other), settings=Settings((8,), blocks=1, tokens=1))

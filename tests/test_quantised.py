@@ -80,7 +80,8 @@ def test_what_costs_most_has_more_bits(tmp_path: Path) -> None:
     assert {found[f"model.layers.{i}.self_attn.{kind}_proj.weight"] for i in range(16) for kind in "qkvo"} == {8}
     more = [i for i in range(16) if found[f"model.layers.{i}.mlp.down_proj.weight"] == 8]
     assert more == [0, 1, 4, 7, 10, 13, 14, 15]
-    assert {found[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(16)} == {4}
+    for kind in ("gate", "up"):
+        assert [i for i in range(16) if found[f"model.layers.{i}.mlp.{kind}_proj.weight"] == 8] == [0, 1, 15]
     assert {form.bits(spec, name) for name in found} == {4, 8, 32}
 
 

@@ -62,16 +62,19 @@ class WeightFormat:
         """Return the bits of an element of a weight; 32 for what is no matrix, and for learned scores.
 
         Of `int4`, what costs most has 8: the embedding and the output, the attention's projections, which decide what
-        keeps a slot, and `down_proj` of the layers that ONNX Runtime's model builder (`k_quant_mixed`) and llama.cpp
-        (`Q4_K_M`) choose: the first, the last and every third between.
+        keeps a slot, the whole MLP in the first eighth of the layers and in the last one, and `down_proj` of the layers
+        that ONNX Runtime's model builder (`k_quant_mixed`) and llama.cpp (`Q4_K_M`) choose: the first, the last and
+        every third between. `gate_proj` and `up_proj` are one product and have the same bits.
         """
         if len(spec.weights[name].shape) != 2 or "score_proj" in name:
             return 32
         if self.precision.bits != 4 or not (place := _MLP.search(name)):
             return max(self.precision.bits, 8)
         layer, layers = int(place[1]), len(spec.mixers)
-        often = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-        return 8 if often and place[2] == "down" else 4
+        eighth = layers // 8
+        whole = layer < eighth or (eighth > 0 and layer == layers - 1)
+        often = layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+        return 8 if whole or (often and place[2] == "down") else 4
 
     def block_of(self, spec: ModelSpec, name: str) -> int:
         """Return the elements of a block of a matrix: among those of 4 bits, what has 8 needs half as many scales."""

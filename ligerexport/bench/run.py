@@ -135,13 +135,20 @@ def gate(artifact: str, checkpoint: str | None = None, progress: ProgressFactory
     if checkpoint:
         from ligerexport.exporters.onnx.graph import weight_format
         from ligerexport.exporters.onnx.spec import read_spec
+        from ligerexport.exporters.onnx.weights import weight_bytes
         from ligerexport.exporters.targets import BLOCK, WEIGHTS
         from ligerexport.exporters.verify import verify_artifact
 
         found = opened.manifest
         weights = next(name for name, row in WEIGHTS.items() if row.dtype == found.precision)
         form = weight_format(weights, found.block or BLOCK, found.lowering)
-        checked, _ = verify_artifact(read_spec(Path(checkpoint).expanduser()), opened, form, progress=progress)
+        spec = read_spec(Path(checkpoint).expanduser())
+        if (expected := weight_bytes(spec, form)) != found.bytes.weights:
+            raise VerificationError(
+                f"{artifact} has {found.bytes.weights} bytes of weights, and {checkpoint} would have {expected}",
+                hint="an older version may have chosen other bits for int4: build it again, or leave --checkpoint out",
+            )
+        checked, _ = verify_artifact(spec, opened, form, progress=progress)
         return {"by": f"torch, compared now with {checkpoint}"} | checked
     if not opened.manifest.verification.get("passed"):
         raise VerificationError(
