@@ -157,6 +157,26 @@ def test_an_adapter_beside_the_weights_is_applied(tmp_path: Path, capsys: pytest
     assert "--adapter" in str(caught.value.hint)
 
 
+def test_an_adapter_of_any_kind_is_applied_as_peft_applies_it(tmp_path: Path) -> None:
+    """DoRA's magnitudes, which transformers leaves out, and an output projection that was the embedding."""
+    peft = pytest.importorskip("peft")
+    source = make(tmp_path / "source", lambda x: x.pop("lm_head.weight"), tie_word_embeddings=True)
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["v_proj", "lm_head"], use_dora=True, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(source), settings)
+    for parameter in (x for x in model.parameters() if x.requires_grad):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(source)
+    liger = convert(source, tmp_path / "liger", **WHOLE)
+    assert close(logits(load_model(liger)), logits(model.eval()))
+    tensors = load_file(source / "adapter_model.safetensors")
+    tensors |= {name.replace("layers.0", "layers.9"): x.clone() for name, x in tensors.items() if "layers.0" in name}
+    save_file(tensors, source / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.9\..* which the model has not") as caught:
+        convert(source, tmp_path / "extra")
+    assert "adapter_config.json" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(
     ("file", "message"),
     [
