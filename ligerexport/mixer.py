@@ -381,6 +381,9 @@ class _LigerModel:
     # Phi3's own throws the cache away where its rotary embedding would change; here it never does
     prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs(_under_one_name(self, (), model_kwargs)[1])  # type: ignore[misc]
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
