@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import ligerexport as lx
-from ligerexport.adapter import RECORD, RECOVERY, check_student
+from ligerexport.adapter import RECORD, RECOVERY, check_student, write_merged
 from ligerexport.checkpoint import check_checkpoint
 from ligerexport.convert import convert, load_model
 from ligerexport.errors import CheckpointError
@@ -220,7 +220,9 @@ def test_weights_that_changed_are_seen(tmp_path: Path) -> None:
         lambda: convert(liger, tmp_path / "out"), lambda: open_subject(liger, Settings()),
     ]  # fmt: skip
     for verb in verbs:
-        with pytest.raises(CheckpointError, match="does not hold the weights that the conversion saw") as caught:
+        with pytest.raises(
+            CheckpointError, match="does not hold the weights that were there when it was made"
+        ) as caught:
             verb()
         assert "convert the model again" in str(caught.value.hint)
     (liger / SEAL).unlink()  # as the hint says, for whoever meant it
@@ -230,6 +232,17 @@ def test_weights_that_changed_are_seen(tmp_path: Path) -> None:
     (tmp_path / "copy" / SEAL).write_text("[]")
     with pytest.raises(CheckpointError, match=SEAL):
         load_model(tmp_path / "copy")
+
+
+def test_recovered_weights_that_changed_are_seen(tmp_path: Path) -> None:
+    liger, merged = convert(make(tmp_path / "source"), tmp_path / "liger", **WHOLE), tmp_path / "merged"
+    merged.mkdir()
+    write_merged(merged, check_checkpoint(liger), {}, 1.0, {})
+    load_model(merged)
+    tensors = load_file(merged / SINGLE)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, merged / SINGLE)
+    with pytest.raises(CheckpointError, match="does not hold the weights"):
+        load_model(merged)
 
 
 def test_a_recovered_checkpoint_is_not_converted_again(tmp_path: Path) -> None:
