@@ -17,6 +17,7 @@ from ligerexport.config import LigerConfig
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError, quoted
 from ligerexport.reading import read_json
+from ligerexport.seal import write_seal
 from ligerexport.staging import staged_directory
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ def write_merged(
         for file in info.files:
             _merge_file(file, stage / file.name, pairs, scale)
             advance(file.stat().st_size)
+    write_seal(stage, [stage / file.name for file in info.files])
 
 
 def lora_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

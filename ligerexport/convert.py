@@ -323,7 +323,7 @@ def _seal(place: Path, source: Source, progress: ProgressFactory) -> None:
     known = {file.name: source.sha256[file.name] for file in same if file.name in source.sha256}
     hashed = sum(file.stat().st_size for file in info.files if file.name not in known)
     with progress("checking the weights", info.bytes + hashed) as advance:
-        check_finite(info, advance)
+        check_finite(replace(info, path=source.path), advance)  # the place that a user knows
         write_seal(place, info.files, known, advance)
 
 

@@ -8,6 +8,7 @@ shows as a layer that differs.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from ligerexport.config import LigerConfig
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, VerificationError
 from ligerexport.families import PREFIX, get_family, harmless
-from ligerexport.loading import NO_WRAPPERS, dequantising, load_model
+from ligerexport.loading import NO_WRAPPERS, dequantising, load_model, merged
 from ligerexport.mixer import LigerMixer
 from ligerexport.sources import no_bars
 
@@ -139,7 +140,9 @@ def load_source(info: CheckpointInfo) -> PreTrainedModel:
     plain = {key: value for key, value in harmless(content).items() if not key.startswith("liger")}
     plain |= {"model_type": content["model_type"].removeprefix(PREFIX)}
     dtype: Any = stored_dtype(info)
-    settings = {"key_mapping": NO_WRAPPERS} if info.renamed else {}
+    settings: dict[str, Any] = {"key_mapping": NO_WRAPPERS} if info.renamed else {}
+    if info.adapter is not None:  # merged below: transformers itself knows no DoRA, and not every weight of an adapter
+        settings["adapter_kwargs"] = {"subfolder": os.devnull}
     if info.quantised:
         plain["quantization_config"] = dequantising(info)
     with _by_transformers(info.path):
@@ -162,19 +165,10 @@ def load_source(info: CheckpointInfo) -> PreTrainedModel:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
         if info.adapter is not None:
-            _merge(model)
+            model = merged(model, info.adapter)
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(f"{missing[0]} is missing from {info.path}", hint="copy or download the model again")
     return cast("PreTrainedModel", model.eval())
-
-
-def _merge(model: nn.Module) -> None:
-    """Merge the adapter that transformers loaded beside the weights."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
 
 
 def source_outputs(transformer: PreTrainedModel, ids: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import safe_open
 
-from ligerexport.checkpoint import WRAPPERS, CheckpointInfo, check_checkpoint, not_finite
+from ligerexport.checkpoint import WRAPPERS, CheckpointInfo, check_checkpoint, not_finite, read_header
 from ligerexport.console import say
 from ligerexport.errors import CheckpointError, LigerError, MissingDependency, quoted
 from ligerexport.families import FAMILIES, PREFIX, get_family
@@ -170,7 +170,8 @@ def _load(model_class: Any, info: CheckpointInfo, config: Any, dtype: Any) -> Pr
     if info.renamed:
         vars(model).pop("_weight_conversions", None)  # else it would be saved under the names that it was loaded from
     if info.adapter is not None:
-        model = _merged(model, info.adapter)
+        model = merged(model, info.adapter)
+        say(f"{info.path.name}: its adapter {info.adapter.name} was merged into its weights")
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise not_finite(name, info.path)
@@ -224,30 +225,43 @@ def _stays_quantised(info: CheckpointInfo, reason: str) -> CheckpointError:
     )
 
 
-def _merged(model: Any, adapter: Path) -> Any:
-    """Merge a PEFT adapter into a model.
+def merged(model: Any, adapter: Path) -> Any:
+    """Merge a PEFT adapter into a model; the output projection of a tied one may differ from its embedding then.
 
     Raises:
         MissingDependency: PEFT is not installed.
         CheckpointError: The adapter does not fit the model, or cannot be merged.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError:
         raise MissingDependency("peft", extra="recover") from None
     import warnings
 
+    import torch
+
+    config, head = adapter.with_name("adapter_config.json"), model.get_output_embeddings()
+    if head is not None and head.weight is model.get_input_embeddings().weight:  # what changes one would change both
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            merged = PeftModel.from_pretrained(model, adapter.parent).merge_and_unload()
+            wrapped = PeftModel.from_pretrained(model, adapter.parent)
+            known = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+            extra = [name for name in read_header(adapter) if ".lora_" in name and name not in known]
+            merged = wrapped.merge_and_unload()
+        problems = [f"it changes {name}, which the model has not" for name in extra]
+        problems += [str(x.message) for x in said if "missing adapter keys" in str(x.message)]
     except Exception as error:
-        raise CheckpointError(
-            f"{adapter} does not fit the model beside it: {error}", hint=f"delete {quoted(adapter)}"
-        ) from error
-    if missing := [str(x.message) for x in said if "missing adapter keys" in str(x.message)]:
-        raise CheckpointError(
-            f"{adapter} does not fit the model beside it: {missing[0]}", hint=f"delete {quoted(adapter)}"
-        )
-    say(f"{adapter.parent.name}: its adapter {adapter.name} was merged into its weights")
+        raise _no_fit(adapter, config, str(error)) from error
+    if problems:
+        raise _no_fit(adapter, config, problems[0])
     return merged
+
+
+def _no_fit(adapter: Path, config: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{adapter} does not fit the model beside it: {problem}",
+        hint=f"take the adapter that belongs to it; without {quoted(config)} it is left out",
+    )

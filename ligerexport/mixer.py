@@ -14,16 +14,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from ligerexport.cache_layer import LigerLayer as LigerLayer
 from ligerexport.config import LigerConfig
 from ligerexport.errors import CheckpointError, LigerError, UsageError
 from ligerexport.families import FAMILIES, PREFIX, Family, described, get_family, harmless, head_dim
 from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
-from ligerexport.state import FADE, MixerSpec, MixerState, fade
+from ligerexport.state import MixerSpec
 from ligerexport.versions import TRIED, warn_if_untried
 
 warn_if_untried("torch")
@@ -44,6 +45,8 @@ IGNORED = {
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
 }  # fmt: skip
 """What transformers hands to an attention module and what changes nothing in a mixer."""
+_BODY = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache")
+"""Arguments of a model without its head, in their order."""
 _PACKED = {"cu_seq_lens_k", "max_length_k", "seq_idx"}
 """What says of packed documents the same as `cu_seq_lens_q` and `max_length_q`, without which it is unknown."""
 ONE_LAUNCH = 32_768
@@ -264,90 +267,99 @@ def _has_gaps(mask: Tensor) -> bool:
     return bool((nn.functional.pad(mask.long(), (1, 0)).diff(dim=1) > 0).sum(dim=1).gt(1).any())
 
 
+def _jumps(position_ids: Tensor, mask: Tensor | None) -> bool:
+    """Return whether positions `[B, T]` do not count up one by one, padding by a mask `[B, S]` aside."""
+    jumps = position_ids.diff(dim=-1) != 1
+    if mask is not None:
+        text = mask[:, -position_ids.shape[-1] :].bool()
+        jumps = jumps & text[:, 1:] & text[:, :-1]
+    return bool(jumps.any())
+
+
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     """Norm each head of `[B, T, H * d]`, or all of them at once: as the norm is wide."""
     width = cast(Tensor, norm.weight).shape[0]
     return norm(x.unflatten(-1, (-1, width))).flatten(-2)
 
 
-class LigerLayer(CacheLayerMixin):
-    """The state of one mixer in a transformers cache.
+class LigerCache(Cache):
+    """A transformers cache of constant size: one `LigerLayer` a mixer, a growing layer where softmax was kept.
 
     Attributes:
-        state: Tensors by the names of `MixerSpec.state`; None before the first token.
-        seen: Tokens seen, padding included.
+        due: Tokens that every layer must have seen after the call that is under way.
     """
 
-    def __init__(self, needs_mask: bool):
-        super().__init__()
-        self.state: MixerState | None = None
-        self.seen = 0
-        self.needs_mask = needs_mask
-
-    def advance(self, state: MixerState, tokens: int) -> None:
-        """Take the state after `tokens` more tokens."""
-        seen = self.seen + tokens
-        if times := seen // FADE - self.seen // FADE:
-            state = fade(state, times)
-        self.state, self.seen, self.is_initialized = state, seen, True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the mixer makes the first state."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refuse keys and values: a mixer keeps a state."""
-        raise TypeError("a converted layer keeps a state, not keys and values; see LigerLayer.advance")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the mask that layers kept as softmax need; without such layers it does not grow."""
-        return (self.seen + query_length if self.needs_mask else query_length), 0
-
-    def get_seq_length(self) -> int:
-        """Return the tokens seen."""
-        return self.seen
-
-    def get_max_length(self) -> int:
-        """Return -1: there is no limit."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name before transformers 5.20
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.state, self.seen, self.is_initialized = None, 0, False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: a state cannot be rolled back; copy the cache before."""
-        raise NotImplementedError("a recurrent state cannot be cropped; go back to a copy.deepcopy of the cache")
-
-    def _map(self, change: Any) -> None:
-        if self.state is not None:
-            self.state = {name: change(tensor) for name, tensor in self.state.items()}
-
-    def offload(self) -> None:
-        """Move the state to the CPU."""
-        self._map(lambda x: x.to("cpu", non_blocking=True))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Permute sequences for beam search."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences `indices` `[B']`."""
-        self._map(lambda x: x.index_select(0, indices.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence."""
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
-
-
-class LigerCache(Cache):
-    """A transformers cache of constant size: one `LigerLayer` a mixer, a growing layer where softmax was kept."""
+    due = 0
 
     def __init__(self, config: PreTrainedConfig):
         specs = layer_specs(config)
         hybrid = any(spec is None for spec in specs)
         super().__init__(layers=[DynamicLayer() if spec is None else LigerLayer(hybrid) for spec in specs])
+
+
+def _under_one_name(model: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the arguments of a call with its cache, if any, under the name that transformers has for it."""
+    cache = _one_cache(given.pop("cache", None), given.pop("past_key_values", None))
+    return args, given if cache is None else given | {CACHE: cache}
+
+
+def _prepared(body: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call of a converted model's layers, with a cache of constant size and positions.
+
+    Left padding in `attention_mask` `[B, S]` is honoured.
+
+    Raises:
+        UsageError: The mask says more than what is padding, positions jump, or the cache is of another kind.
+    """
+    _, given = _under_one_name(body, (), dict(zip(_BODY, args, strict=False)) | given)
+    cache = given.get(CACHE)
+    if cache is not None and not isinstance(cache, LigerCache):
+        raise UsageError(
+            f"a converted model keeps a state, which a {type(cache).__name__} cannot hold",
+            hint="leave the cache out, or pass ligerexport.mixer.LigerCache(model.config)",
+        )
+    if given.get("use_cache") is None:
+        packed = given.get("cu_seq_lens_q") is not None
+        given["use_cache"] = body.config.use_cache and not body.training and not packed
+    if given["use_cache"] and cache is None:
+        cache = LigerCache(body.config)
+    ids, mask, position_ids = given.get("input_ids"), given.get("attention_mask"), given.get("position_ids")
+    tokens = given.get("inputs_embeds") if ids is None else ids
+    length = 0 if tokens is None else tokens.shape[1]  # without any, the model itself says what is missing
+    seen = 0 if cache is None else cache.get_seq_length()
+    if mask is not None and (
+        not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != seen + length or _has_gaps(mask)
+    ):
+        raise UsageError(
+            "a converted model is causal and follows no other attention mask",
+            hint="pass a mask [B, S] that is 0 on left padding and 1 after it, for all tokens up to now, or none",
+        )
+    if position_ids is not None and given.get("cu_seq_lens_q") is None and _jumps(position_ids, mask):
+        raise UsageError(
+            "position_ids are not consecutive, and a converted model reads one text a row",
+            hint="of packed documents, pass cu_seq_lens_q and max_length_q too: "
+            "DataCollatorWithFlattening(return_flash_attn_kwargs=True)",
+        )
+    if mask is not None:
+        columns = torch.arange(mask.shape[1], device=mask.device)[-length:]
+        given["position_ids"] = columns - mask.long().argmax(dim=1)[:, None]
+    if cache is not None:
+        cache.due = seen + length
+    return (), given | {CACHE: cache}
+
+
+def _check_state(body: Any, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
+    """Refuse a call whose cache did not reach every layer.
+
+    Raises:
+        LigerError: It did not, as a release of transformers that was never tried may do.
+    """
+    cache = given.get(CACHE)
+    if cache is not None and not body.training and any(x.get_seq_length() != cache.due for x in cache.layers):
+        raise LigerError(
+            "transformers handed the cache to only some layers, the state of the others is lost",
+            hint=f"pip install 'transformers=={TRIED['transformers'][1]}.*'",
+        )
 
 
 class _LigerModel:
@@ -360,70 +372,17 @@ class _LigerModel:
         for layer, softmax, spec in zip(self.model.layers, attention, specs, strict=True):  # type: ignore[attr-defined]
             if spec is not None:
                 layer.self_attn = LigerMixer(layer.self_attn, spec, softmax.inv_freq)
+        self.register_forward_pre_hook(_under_one_name, with_kwargs=True)  # type: ignore[attr-defined]
+        self.model.register_forward_pre_hook(_prepared, with_kwargs=True)  # type: ignore[attr-defined]
+        self.model.register_forward_hook(_check_state, with_kwargs=True)  # type: ignore[attr-defined]
         if LigerConfig.from_dict(config.liger).foresees:
             self._keep_in_fp32_modules_strict = {"score_proj"}  # as in the file, whatever the model is loaded in
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the family's forward with a constant-size cache, honouring left padding in `attention_mask` `[B, S]`.
-
-        Raises:
-            UsageError: The mask says more than what is padding.
-            LigerError: The cache did not reach every layer, as a release of transformers that was never tried may do.
-        """
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training  # type: ignore[attr-defined]
-        cache = _one_cache(cache, past_key_values)
-        if cache is not None and not isinstance(cache, LigerCache):
-            raise UsageError(
-                f"a converted model keeps a state, which a {type(cache).__name__} cannot hold",
-                hint="leave the cache out, or pass ligerexport.mixer.LigerCache(model.config)",
-            )
-        if use_cache and cache is None:
-            cache = LigerCache(self.config)  # type: ignore[attr-defined]
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
-        if attention_mask is not None:
-            if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or _has_gaps(attention_mask):
-                raise UsageError(
-                    "a converted model is causal and follows no other attention mask",
-                    hint="pass a mask [B, S] that is 0 on left padding and 1 after it, or none",
-                )
-            padding = attention_mask.long().argmax(dim=1)
-            columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)[-length:]
-            position_ids = columns - padding[:, None]
-        seen = 0 if cache is None else cache.get_seq_length()
-        output = super().forward(  # type: ignore[misc]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **{CACHE: cache},
-            **kwargs,
-        )
-        kept: list[Any] = [] if cache is None or self.training else cache.layers  # type: ignore[attr-defined]
-        if any(layer.get_seq_length() != seen + length for layer in kept):
-            raise LigerError(
-                "transformers handed the cache to only some layers, the state of the others is lost",
-                hint=f"pip install 'transformers=={TRIED['transformers'][1]}.*'",
-            )
-        return output
-
     # Phi3's own throws the cache away where its rotary embedding would change; here it never does
     prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs(_under_one_name(self, (), model_kwargs)[1])  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -1,4 +1,4 @@
-"""Whether the weights of a converted checkpoint are still those that the conversion saw.
+"""Whether the weights of a converted or recovered checkpoint are still those that it was made with.
 
 Its files are often links to the source's, so whoever writes over the source changes them too. Size, time and hash of
 each are kept in a file of their own; a file is hashed again only where its size or its time changed.
@@ -53,7 +53,7 @@ def check_seal(directory: Path, files: Sequence[Path]) -> None:
     path = directory / SEAL
     if not path.is_file():
         return
-    mend = f"convert the model again; if you changed the weights on purpose, delete {quoted(path)}"
+    mend = f"convert the model again, or recover it again; if you changed the weights on purpose, delete {quoted(path)}"
     rows = read_json(path, CheckpointError, mend).get("files")
     if not isinstance(rows, dict) or any(not isinstance(row, dict) for row in rows.values()):
         raise CheckpointError(f"{path} is damaged", hint=mend)
@@ -64,7 +64,7 @@ def check_seal(directory: Path, files: Sequence[Path]) -> None:
         same = (row.get("size"), row.get("mtime_ns")) == (state.st_size, state.st_mtime_ns) and "sha256" in row
         found[file.name] = row if same else _row(file)
         if found[file.name]["sha256"] != row.get("sha256"):
-            raise CheckpointError(f"{file} does not hold the weights that the conversion saw", hint=mend)
+            raise CheckpointError(f"{file} does not hold the weights that were there when it was made", hint=mend)
     if found != rows:
         with suppress(OSError):  # a place that is only for reading is hashed each time
             _write(path, found)

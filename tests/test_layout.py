@@ -34,6 +34,7 @@ LAYERS = (
     ("versions",),
     ("state",),
     ("kernels",),
+    ("cache_layer",),
     ("mixer",),
     ("loading",),
     ("calibrate", "adapter", "fidelity"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from ligerexport import mixer
 from ligerexport.config import LigerConfig
@@ -267,11 +267,38 @@ def test_a_mask_says_what_is_padding_and_nothing_else(tmp_path: Path) -> None:
     after = model(ids, attention_mask=mask)
     assert (after.logits[:, :30] - model(ids[:, :30]).logits).abs().max() <= MODEL_FP32
     mask[:, 35:] = 1
-    for seen in (torch.ones(1, 1, 40, 40), mask):
+    for seen in (torch.ones(1, 1, 40, 40), torch.ones(1, 39), mask):
         with pytest.raises(UsageError, match="attention mask"):
             model(ids, attention_mask=seen)
     with pytest.raises(UsageError, match="attention mask"):
         model(ids[:, -1:], attention_mask=mask[:, :36], **{CACHE: after[CACHE]})
+
+
+@torch.no_grad()
+def test_the_layers_alone_are_the_same_model(tmp_path: Path) -> None:
+    """Without the output projection: a cache of their own kind, padding, and no other cache."""
+    model = load_model(make_checkpoint(tmp_path / "liger", MEMORY)).eval()
+    ids = torch.randint(0, SIZES["vocab_size"], (1, 40))
+    whole = model(ids, output_hidden_states=True).hidden_states[-1]
+    first = model.model(ids[:, :30], use_cache=True)
+    then = model.model(ids[:, 30:], **{CACHE: first[CACHE]}).last_hidden_state
+    assert (torch.cat([first.last_hidden_state, then], 1) - whole).abs().max() <= MODEL_FP32
+    padded = torch.cat([ids[:, :7], ids], 1), torch.ones(1, 47).index_fill(1, torch.arange(7), 0)
+    assert (model.model(*padded).last_hidden_state[:, 7:] - whole).abs().max() <= MODEL_FP32
+    with pytest.raises(UsageError, match="DynamicCache cannot hold"):
+        model.model(ids, **{CACHE: DynamicCache()})
+
+
+@torch.no_grad()
+def test_positions_that_jump_are_refused(tmp_path: Path) -> None:
+    """Documents in one row would be read as one text; padding may have any positions."""
+    model = load_model(make_checkpoint(tmp_path / "liger", MEMORY)).eval()
+    ids, row = torch.randint(0, SIZES["vocab_size"], (2, 20)), torch.arange(20)
+    for positions in (row % 10, row.flip(0), torch.zeros(2, 20, dtype=torch.long)):
+        with pytest.raises(UsageError, match="not consecutive"):
+            model(ids, position_ids=positions.expand(2, -1))
+    mask = torch.ones(2, 20).index_fill(1, torch.arange(5), 0)
+    assert torch.equal(model(ids, mask, (row - 5).clamp_min(0)[None]).logits, model(ids, mask).logits)
 
 
 def test_a_cache_that_a_layer_never_sees_is_an_error(tmp_path: Path) -> None:

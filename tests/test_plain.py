@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import ligerexport as lx
-from ligerexport.adapter import RECORD, RECOVERY, check_student
+from ligerexport.adapter import RECORD, RECOVERY, check_student, write_merged
 from ligerexport.checkpoint import check_checkpoint
 from ligerexport.convert import convert, load_model
 from ligerexport.errors import CheckpointError
@@ -157,6 +157,26 @@ def test_an_adapter_beside_the_weights_is_applied(tmp_path: Path, capsys: pytest
     assert "--adapter" in str(caught.value.hint)
 
 
+def test_an_adapter_of_any_kind_is_applied_as_peft_applies_it(tmp_path: Path) -> None:
+    """DoRA's magnitudes, which transformers leaves out, and an output projection that was the embedding."""
+    peft = pytest.importorskip("peft")
+    source = make(tmp_path / "source", lambda x: x.pop("lm_head.weight"), tie_word_embeddings=True)
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["v_proj", "lm_head"], use_dora=True, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(source), settings)
+    for parameter in (x for x in model.parameters() if x.requires_grad):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(source)
+    liger = convert(source, tmp_path / "liger", **WHOLE)
+    assert close(logits(load_model(liger)), logits(model.eval()))
+    tensors = load_file(source / "adapter_model.safetensors")
+    tensors |= {name.replace("layers.0", "layers.9"): x.clone() for name, x in tensors.items() if "layers.0" in name}
+    save_file(tensors, source / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.9\..* which the model has not") as caught:
+        convert(source, tmp_path / "extra")
+    assert "adapter_config.json" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(
     ("file", "message"),
     [
@@ -200,7 +220,9 @@ def test_weights_that_changed_are_seen(tmp_path: Path) -> None:
         lambda: convert(liger, tmp_path / "out"), lambda: open_subject(liger, Settings()),
     ]  # fmt: skip
     for verb in verbs:
-        with pytest.raises(CheckpointError, match="does not hold the weights that the conversion saw") as caught:
+        with pytest.raises(
+            CheckpointError, match="does not hold the weights that were there when it was made"
+        ) as caught:
             verb()
         assert "convert the model again" in str(caught.value.hint)
     (liger / SEAL).unlink()  # as the hint says, for whoever meant it
@@ -210,6 +232,17 @@ def test_weights_that_changed_are_seen(tmp_path: Path) -> None:
     (tmp_path / "copy" / SEAL).write_text("[]")
     with pytest.raises(CheckpointError, match=SEAL):
         load_model(tmp_path / "copy")
+
+
+def test_recovered_weights_that_changed_are_seen(tmp_path: Path) -> None:
+    liger, merged = convert(make(tmp_path / "source"), tmp_path / "liger", **WHOLE), tmp_path / "merged"
+    merged.mkdir()
+    write_merged(merged, check_checkpoint(liger), {}, 1.0, {})
+    load_model(merged)
+    tensors = load_file(merged / SINGLE)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, merged / SINGLE)
+    with pytest.raises(CheckpointError, match="does not hold the weights"):
+        load_model(merged)
 
 
 def test_a_recovered_checkpoint_is_not_converted_again(tmp_path: Path) -> None:
