@@ -115,7 +115,7 @@ def test_prompts_from_files_and_pipes_and_with_dashes(told: Any, artifact: Path,
     assert ids("-", stdin=None, input="\ufeffé".encode()) == 3
     assert ids("--", "- item") == 7
     said = error(ligerexport("run", artifact, "- item"), 2)
-    assert "ligerexport run ARTIFACT -- PROMPT" in said
+    assert "ligerexport run ARTIFACT [OPTIONS] -- PROMPT" in said
     for words in ([], ["hi", "--file", tmp_path / "prompt"]):
         assert "one prompt was expected" in error(ligerexport("run", artifact, *words), 2)
 
