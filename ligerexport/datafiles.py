@@ -210,7 +210,7 @@ def _lines(stream: IO[bytes], file: Path, encoding: str) -> Iterator[str]:
     Raises:
         DataError: One is not in this encoding.
     """
-    hint = f"iconv -t utf-8 {quoted(file)} > {quoted(f'{file.stem}.utf8')}"
+    hint = f"if it is in Latin-1: iconv -f latin1 -t utf-8 {quoted(file)} > {quoted(f'{file.stem}.utf8')}"
     if encoding.startswith("utf-8"):
         for number, line in enumerate(stream, 1):
             try:

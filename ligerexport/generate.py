@@ -158,7 +158,7 @@ def generate(
         presence_penalty: See `Sampler`.
         frequency_penalty: See `Sampler`.
         seed: See `Sampler`.
-        stop: Texts and special tokens that end the generation and are not part of it.
+        stop: Text or special token that ends the generation and is not part of it, or several.
         fresh: Whether to reset the session first; otherwise the prompt continues what it has seen.
         prompt_cache: File that keeps the state after the beginning of the prompt for the next time.
         progress: Told about the prefill of long prompts.
@@ -204,7 +204,7 @@ def generate(
     elif prompt_cache is not None:
         raise UsageError("a prompt cache with fresh=False", hint="it holds the beginning of a prompt; leave one out")
     cache = PromptCache(prompt_cache) if isinstance(prompt_cache, str | Path) else prompt_cache
-    stops = StopStrings(stop, text.special_ids if text else None)
+    stops = StopStrings(_stops(stop), text.special_ids if text else None)
     ends = eos_ids(session.artifact.directory) if text is None else text.eos_ids if messages is None else text.turn_ends
     return _stream(session, ids, text, sampler, max_new_tokens, ends, stops, cache, progress)
 
@@ -218,6 +218,14 @@ def _check(session: Session, ids: Sequence[int], max_new_tokens: int) -> None:
         raise UsageError(f"max_new_tokens {max_new_tokens}", hint="it is at least 1")
 
 
+def _stops(stop: Sequence[str]) -> list[str]:
+    """Return the stop strings; one alone is no list of its characters."""
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    for text in stops:
+        check_text(text, "a stop string")
+    return stops
+
+
 def check_text(text: str, what: str = "the prompt") -> None:
     """Refuse halves of characters, which is what Python makes of bytes that are not UTF-8.
 
@@ -228,10 +236,11 @@ def check_text(text: str, what: str = "the prompt") -> None:
         text.encode()
     except UnicodeEncodeError as error:
         half = ord(text[error.start])
+        encoding = "utf-16" if text[:2] in ("\udcff\udcfe", "\udcfe\udcff") else "latin1"
         found = f"the byte 0x{half - 0xDC00:02x}" if 0xDC80 <= half <= 0xDCFF else f"half a character, U+{half:04X},"
         raise UsageError(
             f"{what} is not UTF-8: {found} comes after {error.start} characters",
-            hint="convert it first, for instance with: iconv -f latin1 -t utf-8",
+            hint=f"convert it first, for instance with: iconv -f {encoding} -t utf-8",
         ) from None
 
 
@@ -308,7 +317,7 @@ class Conversation:
         sampler: For all turns, whose ids its repetition penalty counts; None takes the most likely tokens.
         system: A system message, told with the first turn.
         max_new_tokens: Most tokens of one answer.
-        stop: Texts and special tokens that end an answer.
+        stop: Text or special token that ends an answer, or several.
         prompt_cache: As for `generate`, for the first turn.
         special_content: As for `generate`.
 
@@ -336,7 +345,7 @@ class Conversation:
         self._sampler = sampler or Sampler()
         check_text(system or "", "the system message")
         self._system = [{"role": "system", "content": system}] if system else []
-        self._max_new_tokens, self._stop, self._cache = max_new_tokens, stop, prompt_cache
+        self._max_new_tokens, self._stop, self._cache = max_new_tokens, _stops(stop), prompt_cache
         self._unseen: list[int] = []  # sampled, shown, and not yet fed to the session
 
     def say(self, text: str) -> Generator[Chunk]:

@@ -17,19 +17,21 @@ from ligerexport.errors import ArtifactError, LigerError, UsageError
 from ligerexport.reading import read_json
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda x: x >= 0, "at least 0"),
+    "temperature": (lambda x: 0 <= x < math.inf, "a number of at least 0"),
     "top_k": (lambda x: x >= 0 and x % 1 == 0, "a whole number of at least 0"),
     "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
-    "repetition_penalty": (lambda x: 0 < x < math.inf, "above 0"),
-    "presence_penalty": (math.isfinite, "a number"),
-    "frequency_penalty": (math.isfinite, "a number"),
+    "repetition_penalty": (lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6"),
+    "presence_penalty": (lambda x: abs(x) <= 1e6, "from -1e6 to 1e6"),
+    "frequency_penalty": (lambda x: abs(x) <= 1e6, "from -1e6 to 1e6"),
     "seed": (lambda x: x >= 0, "at least 0"),
 }
 """What each setting may be, as a test and in words."""
 
 CHAT: dict[str, float] = {"temperature": 0.7, "top_p": 0.95, "min_p": 0.05}
 """How `chat` samples where the model's makers say nothing."""
+_COLDEST = 1e-30
+"""Temperature below which fp32 has no quotient of two logits that differ; the most likely token is all that is left."""
 _SAMPLED: dict[str, float] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 """What transformers takes for a setting that a generation_config.json leaves out while another one asks to sample."""
 
@@ -77,7 +79,8 @@ class Sampler:
             fits, words = _RANGES[name]
             if value is not None and not fits(value):
                 raise UsageError(f"{name} {value}", hint=f"it is {words}")
-        self.temperature, self.top_k, self.top_p, self.min_p = temperature, int(top_k), top_p, min_p
+        self.temperature = temperature if temperature > _COLDEST else 0.0
+        self.top_k, self.top_p, self.min_p = int(top_k), top_p, min_p
         self.repetition_penalty = repetition_penalty
         self.presence_penalty, self.frequency_penalty = presence_penalty, frequency_penalty
         self._penalises = repetition_penalty != 1 or presence_penalty != 0 or frequency_penalty != 0
@@ -177,7 +180,7 @@ def chat_settings(directory: Path) -> tuple[dict[str, Any], str]:
     for name, value in said.items():
         fits, words = _RANGES[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
-            raise ArtifactError(f"{file} has the {name} {value!r:.60}, which is {words}", hint=hint)
+            raise ArtifactError(f"{file} has the {name} {value!r:.60}, which has to be {words}", hint=hint)
     origin = f"from the model's {file.name}"
     if config.get("do_sample") is False:
         return said | {"temperature": 0.0}, origin

@@ -35,7 +35,7 @@ _LONGEST = 4
 """Bytes of the longest character."""
 _CONTEXT = 8
 """Tokens before a text that it may depend on: more than the bytes of a character."""
-_UNCLEAN = re.compile(r" [ ']*(?:n'?|[vr])?\Z")
+_UNCLEAN = re.compile(r" [ ']*(?:n ?'? ?|[vr])?\Z")
 """The end of a text that may be the beginning of something that is replaced."""
 
 

@@ -222,9 +222,20 @@ def test_prompt_cache(cli: Cli, artifact: Path, tmp_path: Path) -> None:
 
 
 def test_chat_from_a_pipe(artifact: Path, tmp_path: Path) -> None:
-    lines = ["first", "/save kept", "second", "/reset", "/load kept", "second", "/sve x", "/load absent", "/exit", "no"]
+    lines = [
+        "first",
+        "/save ~/kept",
+        "second",
+        "/reset",
+        "/load kept",
+        "second",
+        "/sve x",
+        "/load absent",
+        "/exit",
+        "no",
+    ]
     arguments = command("chat", artifact, "-n", 6, "-t", 0, "--json")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "HOME": str(tmp_path)}
     done = subprocess.run(
         arguments, input="\n".join(lines), capture_output=True, text=True, cwd=tmp_path, env=environment
     )

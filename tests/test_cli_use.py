@@ -115,7 +115,7 @@ def test_prompts_from_files_and_pipes_and_with_dashes(told: Any, artifact: Path,
     assert ids("-", stdin=None, input="\ufeffé".encode()) == 3
     assert ids("--", "- item") == 7
     said = error(ligerexport("run", artifact, "- item"), 2)
-    assert "ligerexport run ARTIFACT -- PROMPT" in said
+    assert "ligerexport run ARTIFACT [OPTIONS] -- PROMPT" in said
     for words in ([], ["hi", "--file", tmp_path / "prompt"]):
         assert "one prompt was expected" in error(ligerexport("run", artifact, *words), 2)
 
@@ -126,6 +126,25 @@ def test_a_prompt_that_is_not_utf_8(artifact: Path, tmp_path: Path, words: list[
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = ligerexport("run", artifact, *words, cwd=tmp_path, env=environment, stdin=None, input=b"caf\xe9")
     assert "the prompt is not UTF-8: the byte 0xe9 comes after 3 characters" in error(done, 2)
+
+
+def test_stdin_is_read_as_a_file_is(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes("hé\r\nthere\r\n".encode())
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    lengths = {
+        json.loads(ligerexport("run", artifact, *words, "-n", 1, "--json", stdin=prompt, env=environment).stdout)[
+            "prompt_tokens"
+        ]
+        for words in (["-"], ["--file", "-"], ["--file", tmp_path / "prompt"])
+        for prompt in [(tmp_path / "prompt").open("rb")]
+    }
+    assert lengths == {1 + len("hé\nthere\n".encode())}  # with BOS
+
+
+def test_a_prompt_in_utf_16_and_a_stop_that_is_not_utf_8(artifact: Path) -> None:
+    done = ligerexport("run", artifact, "-", stdin=None, input="hi".encode("utf-16"))
+    assert "iconv -f utf-16 -t utf-8" in error(done, 2)
+    assert "a stop string is not UTF-8" in error(ligerexport("run", artifact, "hi", "--stop", "\udce9"), 2)
 
 
 def test_chat_goes_on_after_a_line_that_is_not_utf_8(artifact: Path) -> None:

@@ -79,6 +79,7 @@ def test_stop_strings_over_token_borders(artifact: Path, stop: list[str]) -> Non
 def test_text_that_only_began_a_stop_string_is_not_lost(artifact: Path) -> None:
     assert "".join(c.text for c in play(artifact, "Hello", stop=["lot"])) == "Hello"
     assert "".join(c.text for c in play(artifact, "Hello", stop=["lot"], max_new_tokens=5)) == "Hello"
+    assert "".join(c.text for c in play(artifact, "Hello World", stop="lo")) == "Hel"
 
 
 @given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))

@@ -150,6 +150,8 @@ def test_texts_and_pairs_end_as_the_model_ends_a_text(tmp_path: Path) -> None:
         assert found.answers.sum() == learned and found.answers[-1]
     long = documents(text, Record("x", text="a" * 150))
     assert long.lengths.tolist() == [64, 64, 24] and (long.ids == toy.EOS).nonzero()[0].tolist() == [151]
+    full = documents(text, Record("x", text="a" * 63))  # with BOS just as long as a piece
+    assert full.lengths.tolist() == [64, 2] and full.ids[-1] == toy.EOS and full.answers[-1]
     cut = documents(text, as_record({"prompt": "hi", "completion": "y" * 100}, "x"))
     assert len(cut.ids) == 64 and toy.EOS not in cut.ids
     again = documents(text, Record("x", text="abc</s>"))  # who wrote the end does not get a second one
@@ -163,6 +165,13 @@ def test_a_chat_ends_as_its_template_ends_it(tmp_path: Path) -> None:
     text = make_text(tmp_path, toy.TEMPLATE)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [toy.EOS]}))
     assert documents(text, Record("x", CHAT)).ids.tolist().count(toy.EOS) == 2
+
+
+def test_a_chat_whose_template_writes_no_end_gets_one(tmp_path: Path) -> None:
+    text = make_text(tmp_path, toy.TEMPLATE.replace("</s>", "\\n"))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [toy.EOS]}))
+    found = documents(text, Record("x", CHAT))
+    assert found.ids.tolist().count(toy.EOS) == 1 and found.ids[-1] == toy.EOS and found.answers[-1]
 
 
 def test_only_answers_are_learned(text: TextModel) -> None:

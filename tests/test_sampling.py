@@ -127,6 +127,11 @@ def test_min_p_and_penalties_leave_logits_alone() -> None:
         {"min_p": -0.1},
         {"repetition_penalty": 0},
         {"repetition_penalty": float("inf")},
+        {"repetition_penalty": 1e300},
+        {"repetition_penalty": 1e-300},
+        {"frequency_penalty": -1e38},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
         {"presence_penalty": float("nan")},
         {"frequency_penalty": float("inf")},
         {"top_k": 1.5},
@@ -138,6 +143,12 @@ def test_values_that_make_no_sense_are_named(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=name) as caught:
         Sampler(**settings)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-35, 1e-50, 1e-320])
+def test_a_temperature_next_to_0_takes_the_most_likely_token(temperature: float) -> None:
+    with np.errstate(all="raise", under="ignore", over="ignore"):
+        assert Sampler(temperature)(np.array([1, 3, 2], np.float32)) == 1
 
 
 @pytest.mark.parametrize(

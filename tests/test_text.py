@@ -147,6 +147,14 @@ def test_a_stream_of_any_ids_is_their_decoded_whole(model: TextModel, data: st.D
     assert stream(model, ids) == model.decode(ids)
 
 
+def test_what_is_cleaned_up_may_begin_two_spaces_earlier(tmp_path: Path) -> None:
+    unigram().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"clean_up_tokenization_spaces": True}))
+    model = TextModel(tmp_path)
+    ids = [model.vocabulary[letter] for letter in "so▁n▁'▁t"]
+    assert stream(model, ids) == model.decode(ids) == "son't"
+
+
 def test_tokens_that_never_end_a_character_take_no_longer_each(model: TextModel) -> None:
     """What is decoded at a time stays short, also where each token ends one character and begins the next."""
     decoded = [0]

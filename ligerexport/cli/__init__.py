@@ -151,7 +151,7 @@ def _explain(error: Exception) -> LigerError:
             if near := error.possibilities:  # type: ignore[attr-defined]
                 return UsageError(f"unknown option '{option}'", hint=f"did you mean {' or '.join(near)}?")
             if command.endswith(" run"):
-                hint = f"{command} ARTIFACT -- PROMPT, where the prompt begins with a dash; otherwise {hint}"
+                hint = f"{command} ARTIFACT [OPTIONS] -- PROMPT, where the prompt begins with a dash; otherwise {hint}"
         return UsageError(describe().rstrip("."), hint=hint)
     if _is_memory(error):
         return LigerError("memory ran out", hint="end other programs, raise the limit, or take smaller settings")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -150,14 +151,16 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise UsageError("one prompt was expected, as PROMPT or with --file", hint="- as PROMPT reads stdin")
     if file is not None:
-        prompt = file.read_text(encoding="utf-8", errors="surrogateescape")
+        prompt = _stdin().read() if str(file) == "-" else file.read_text(encoding="utf-8", errors="surrogateescape")
     elif prompt == "-":
         prompt = _stdin().read()
     return str(prompt).removeprefix("\ufeff")  # some editors and shells begin a text with this mark
 
 
 def _stdin() -> TextIO:
-    """Return stdin. A byte that is no text arrives as half a character, which is refused with the prompt.
+    """Return stdin, which is UTF-8 as files are, with the line ends of any system; a terminal has its own encoding.
+
+    A byte that is no text arrives as half a character, which is refused with the prompt.
 
     Raises:
         UsageError: It is closed.
@@ -165,7 +168,7 @@ def _stdin() -> TextIO:
     if sys.stdin is None:
         raise UsageError("stdin is closed, so there is nothing to read", hint="leave out <&-, or take --file")
     if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")
+        sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8", errors="surrogateescape", newline=None)
     return sys.stdin
 
 
@@ -338,7 +341,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 def _command(talk: Conversation, line: str) -> bool:
     """Do what a line with a slash says; return whether the chat goes on."""
     name, _, argument = line.partition(" ")
-    argument = argument.strip()
+    argument = os.path.expanduser(argument.strip())
     if name in ("/save", "/load") and not argument:
         raise UsageError(f"{name} needs a file", hint=f"{name} FILE")
     match name:

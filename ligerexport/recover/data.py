@@ -152,9 +152,14 @@ def _encode(
     end = end_of_text(text)
     for record, segments, remark in block:
         found = [(next(chats if part.rendered else ids[part.special]), part.answer) for part in segments]
-        if found and not segments[0].rendered and found[-1][0][-1:] != end:  # a chat template writes its own
+        if found and not _ended(found[-1][0], segments[0].rendered, text):
             found.append((end, True))
         yield record, found, remark
+
+
+def _ended(ids: list[int], rendered: bool, text: TextModel) -> bool:
+    """Return whether a record whose last part these ids are has its end: most chat templates write one."""
+    return not text.turn_ends.isdisjoint(ids) if rendered else ids[-1:] == end_of_text(text)
 
 
 def _pieces(
@@ -166,7 +171,8 @@ def _pieces(
     ids = [token for found, _ in segments for token in found]
     answers = b"".join(bytes([answer]) * len(found) for found, answer in segments)
     if not record.turns:
-        for start in range(0, len(ids), length):
+        for begin in range(0, len(ids), length):
+            start = max(0, min(begin, len(ids) - 2))  # the first token of a piece is read, not learned
             if len(piece := ids[start : start + length]) > 1:
                 yield piece, answers[start : start + length]
         return
