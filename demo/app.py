@@ -68,6 +68,7 @@ def make_page(demo: Demo) -> gr.Blocks:
             measured = _html(page.measured(demo.result), elem_id="measured")
             lengths = " and ".join(f"{tokens:,}" for tokens in SHORT.contexts)
             measure = gr.Button(f"Measure at {lengths} tokens now", elem_id="measure")
+            halt = gr.Button("Stop", interactive=False, elem_id="halt")
             progress = _html(page.status(""))
         with gr.Tab("Model card"):
             _html(page.model_card(first, demo.manifest, demo.pair.facts(first)), elem_id="card")
@@ -93,14 +94,16 @@ def make_page(demo: Demo) -> gr.Blocks:
         def end(request: gr.Request) -> None:
             demo.stop(str(request.session_hash))
 
-        def time_both(request: gr.Request) -> Iterator[tuple[str, str]]:
-            yield from demo.measure(str(request.session_hash))
+        def time_both(request: gr.Request) -> Iterator[tuple[Any, ...]]:
+            for shown in demo.measure(str(request.session_hash)):
+                yield *shown, gr.Button(interactive=True)
+            yield *shown, gr.Button(interactive=False)
 
         preset.input(choose, preset, [prompt, context, most, depth], **HIDDEN)
         gr.on([run.click, prompt.submit], answer, [preset, prompt, context, depth, most, rows],
               [*parts.values(), run, stop], concurrency_limit=USERS, **HIDDEN)  # fmt: skip
-        stop.click(end, queue=False, **HIDDEN)
-        measure.click(time_both, None, [measured, progress], concurrency_limit=USERS, **HIDDEN)
+        gr.on([stop.click, halt.click], end, queue=False, **HIDDEN)
+        measure.click(time_both, None, [measured, progress, halt], concurrency_limit=USERS, **HIDDEN)
         blocks.unload(end)
     return blocks
 

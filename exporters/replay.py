@@ -29,7 +29,7 @@ OFTEN = 8
 TRIES = 32
 """Ties in the middle of a call that are decided the other way, one at a time."""
 SINGLE = 4
-"""Of these, how many are tried once more with single tokens behind them: a whole call can round a later tie otherwise."""
+"""So many of these are tried once more with single tokens behind them: a whole call can round a later tie otherwise."""
 NUDGE = 1e-6
 """By how much a rank then goes beyond the other's: several units in the last place of a score."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ligerexport.datafiles import ending, read_rows
+from ligerexport.datafiles import PIPE_HINT, ending, read_rows
 from ligerexport.errors import UsageError
 from ligerexport.text import TextModel
 
@@ -33,6 +33,8 @@ def text_files(paths: Iterable[Path], option: str = "--text") -> list[Path]:
             files += found
         elif path.is_file():
             files.append(path)
+        elif path.exists():
+            raise UsageError(f"{path} is a pipe or a device", hint=PIPE_HINT)
         else:
             raise UsageError(f"no file or directory {path}", hint=f"give plain text: {option} FILE_OR_DIRECTORY")
     return files

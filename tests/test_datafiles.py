@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -99,6 +100,8 @@ def packed(member: str) -> Callable[[Path], None]:
         (b"BZh9" + b"x" * 20, "is damaged"),
         (zstd(b"x" * 9000)[:12], "is damaged"),
         (gzip.compress(b"%PDF-1.7"), "is a PDF document"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (b"\xff\xfea\0\x00\xd8b\0", "is damaged"),
         (b'{"text": "a"}\n{"text": "caf\xe9"}\n', r":2 is not UTF-8: its byte 14"),
         (b"fine\ncaf\xe9", r":2 is not UTF-8: its byte 4"),
         (b'[{"text": "a"}, {"text": "\\udc00"}]', r"entry 2 holds \\udc00 alone"),
@@ -117,6 +120,28 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, content: Any, message: str
     with pytest.raises(DataError, match=message) as caught:
         list(read_rows(file))
     assert caught.value.message.startswith(str(file)) and caught.value.hint
+
+
+@pytest.mark.skipif(not shutil.which("iconv"), reason="needs iconv")
+def test_the_hint_for_another_encoding_can_be_pasted(tmp_path: Path) -> None:
+    file = tmp_path / "it's a file.txt"
+    file.write_bytes("caf\xe9 \u201cquoted\u201d".encode("cp1252"))
+    with pytest.raises(DataError) as caught:
+        list(read_rows(file))
+    command = str(caught.value.hint)
+    subprocess.run(command[command.index("iconv") :], shell=True, cwd=tmp_path, check=True)
+    assert [row for _, row in read_rows(tmp_path / "it's a file.utf8")] == [{"text": "caf\xe9 \u201cquoted\u201d"}]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_called_one_and_no_name_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    for read in (lambda: read_records([pipe]), lambda: text_files([pipe])):
+        with pytest.raises(UsageError, match="pipe is a pipe or a device"):
+            read()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no file or directory ''"):
+        read_records([""])
 
 
 def test_a_directory_is_read_in_any_case_and_names_what_is_left_out(

@@ -200,6 +200,15 @@ def test_a_stop_reaches_an_answer_while_the_page_measures(page: Page, served: Se
     assert served.demo.result is None
 
 
+def test_a_measurement_alone_can_be_stopped(page: Page, served: Served) -> None:
+    page.page.get_by_role("tab", name="Measured here").click()
+    assert page.page.is_disabled("#halt")
+    page.page.click("#measure")
+    page.page.click("#halt:enabled")
+    page.page.wait_for_selector("#halt:disabled")
+    assert not served.demo._stops and served.demo.result is None
+
+
 def test_two_pages_stay_apart(page: Page, served: Served) -> None:
     other, questions = served.open(), {"page": "What is one?", "other": "Quite another question, 2 + 2"}
     alone = {}

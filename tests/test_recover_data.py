@@ -208,6 +208,14 @@ def test_a_long_chat_is_cut_or_dropped_and_counted(text: TextModel) -> None:
         documents(text, long, overlong="drop")
 
 
+def test_an_empty_answer_is_read_and_not_learned(text: TextModel) -> None:
+    """Else the model learns to end at once."""
+    silent = (("user", "hi"), ("assistant", " "))
+    found = documents(text, Record("x", (*silent, *CHAT[2:])), Record("y", silent, alone=True))
+    assert found.counts == {"records": 2, "without an answer": 1}
+    assert found.answers.sum() == documents(text, Record("x", CHAT[2:])).answers.sum()
+
+
 def test_chats_without_answers_and_refused_ones_are_counted(tmp_path: Path) -> None:
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}" + toy.TEMPLATE
     text = make_text(tmp_path, strict)

@@ -93,8 +93,20 @@ def test_a_duration_for_people(seconds: float, text: str) -> None:
 def test_few_data_read_many_times_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     ids = np.arange(500, dtype=np.int32)
     few = Documents(ids, np.ones(500, bool), np.array([0, 500]))
-    warn_of_repeats(few, RecoverConfig(tokens=1_024_000, length=512))
+    warn_of_repeats(few, RecoverConfig(tokens=1_024_000, length=512, batch_tokens=1024))
     said = capsys.readouterr().err
-    assert "reads the 500 tokens of the data 2,048 times" in said and "--tokens 5000" in said
-    warn_of_repeats(few, RecoverConfig(steps=1, length=512, batch_tokens=1024))
+    assert "reads the 500 tokens of the data 2,000 times" in said and said.endswith(
+        "give more data, or --tokens 5120\n"
+    )
+    warn_of_repeats(few, RecoverConfig(steps=1, length=512))  # one step is too much already
+    assert "16 times" in (said := capsys.readouterr().err) and said.endswith("give more data\n")
+    for quiet in ({"steps": 1}, {"tokens": 5120}):
+        warn_of_repeats(few, RecoverConfig(length=512, batch_tokens=1024, **quiet))
+    assert not capsys.readouterr().err
+
+
+def test_rows_that_short_documents_do_not_fill_are_not_counted_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    bounds = np.array([0, 300, 600])  # a row each
+    few = Documents(np.arange(600, dtype=np.int32), np.ones(600, bool), bounds)
+    warn_of_repeats(few, RecoverConfig(steps=10, length=512, batch_tokens=1024))
     assert not capsys.readouterr().err

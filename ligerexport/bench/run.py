@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -78,7 +79,7 @@ def bench(
         row["floor_ms"] = (row["weight_bytes"] + row["state_bytes"]) / rate * 1e3 if rate else None
         row["of_floor"] = row["floor_ms"] / row["ms"] if rate else None
     return {
-        "command": "ligerexport " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["ligerexport", *sys.argv[1:]]),
         "models": list(models),
         "parity": parity,
         "machine": machine.describe(threads) | {"bytes_per_s": rates, "energy": meter.source, "load": load},

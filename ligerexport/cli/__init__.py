@@ -149,9 +149,10 @@ def _explain(error: Exception) -> LigerError:
         hint = f"{command} --help"
         if option := getattr(error, "option_name", None) if hasattr(error, "possibilities") else None:
             if near := error.possibilities:  # type: ignore[attr-defined]
-                return UsageError(f"unknown option '{option}'", hint=f"did you mean {' or '.join(near)}?")
+                hint = f"did you mean {' or '.join(near)}?"
             if command.endswith(" run"):
                 hint = f"{command} ARTIFACT [OPTIONS] -- PROMPT, where the prompt begins with a dash; otherwise {hint}"
+            return UsageError(f"unknown option '{option}'", hint=hint)
         return UsageError(describe().rstrip("."), hint=hint)
     if _is_memory(error):
         return LigerError("memory ran out", hint="end other programs, raise the limit, or take smaller settings")

@@ -65,11 +65,11 @@ def bench(
     result = bench(
         model, against, checkpoint=None if checkpoint is None else str(checkpoint), settings=settings, progress=progress
     )
-    if output is not None:
-        save(result, output, force=force)
     if not json:
         data(markdown(result), end="")
     common.finish_json(json, result)
+    if output is not None:  # last, so that a full disk does not lose what was measured
+        save(result, output, force=force)
     for text in result["warnings"]:
         warn(text)
     first, second = result["models"]

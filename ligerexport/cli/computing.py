@@ -24,6 +24,7 @@ def computes(verb: Verb) -> Verb:
     def run(*args: Any, threads: int | None, **options: Any) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own say as much
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of each attempt to reach the hub
         with use_threads(threads), warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")

@@ -193,7 +193,8 @@ def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
         return ([_Segment(record.text, answer=True, special=True)], "") if record.text.strip() else ([], "empty")
     roles = [role for role, _ in record.turns]
     asked = roles.index("user") if "user" in roles else len(roles)  # an answer to nothing is read, not learned
-    if "assistant" not in roles[asked:]:
+    said = [role == "assistant" and bool(content.strip()) for role, content in record.turns]
+    if not any(said[asked:]):
         return [], "without an answer"
     if not text.chat_template:
         if not record.alone:
@@ -202,8 +203,6 @@ def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
                 hint="give plain text or prompt and response pairs, or put chat_template.jinja beside the weights",
             )
         (_, prompt), (_, answer) = record.turns
-        if not answer.strip():
-            return [], "without an answer"
         return [_Segment(prompt + "\n\n", answer=False, special=True), _Segment(answer, answer=True)], ""
     messages = [{"role": role, "content": content} for role, content in record.turns]
     if _left_out(messages, text):
@@ -223,7 +222,7 @@ def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
             return segments, "only up to the turn that the chat template rewrites"
         segments += [
             _Segment(prompt[len(done) :], answer=False, rendered=True),
-            _Segment(whole[len(prompt) :], answer=True, rendered=True),
+            _Segment(whole[len(prompt) :], answer=said[index], rendered=True),
         ]
         done = whole
     return segments, ""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ligerexport.datafiles import ENDINGS, DataError, files_in, read_rows
+from ligerexport.datafiles import ENDINGS, PIPE_HINT, DataError, files_in, read_rows
 from ligerexport.errors import MissingDependency, UsageError
 
 FORMS = (
@@ -69,14 +69,17 @@ def read_records(sources: Sequence[str | Path]) -> list[Record]:
 
 def _read(source: str | Path) -> Iterator[Record]:
     path = Path(source).expanduser()
-    if path.is_dir() or path.is_file():
+    if str(source) and (path.is_dir() or path.is_file()):
         for file in files_in(path) if path.is_dir() else [path]:
             yield from (as_record(row, where) for where, row in read_rows(file))
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:\w+)?", str(source)) and not str(source).lower().endswith(ENDINGS):
         yield from _read_hub(str(source))
+    elif str(source) and path.exists():
+        raise UsageError(f"{source} is a pipe or a device", hint=PIPE_HINT)
     else:
         raise UsageError(
-            f"there is no file or directory {source}", hint="a data set of the hub is written owner/name:split"
+            f"there is no file or directory {str(source)!r}",
+            hint="check the path; a data set of the hub is written owner/name:split",
         )
 
 
@@ -127,7 +130,8 @@ def _turns(turns: Any, where: str, key: str, role: str, content: str) -> tuple[t
         names = (role, content) if role in turn else ("role", "content") if "role" in turn else ("from", "value")
         who = _ROLES.get(str(turn.get(names[0])).lower())
         if who is None:
-            raise _unexpected(where, f"has {names[0]} {turn.get(names[0])!r} in turn {number}")
+            raise DataError(f"{where} has {names[0]} {turn.get(names[0])!r} in turn {number}",
+                            hint=f"name each turn one of: {', '.join(_ROLES)}")  # fmt: skip
         if unread := next((name for name in _UNREAD if turn.get(name)), None):
             raise DataError(f"{where} has {unread} in turn {number}, which recovery cannot learn from",
                             hint="leave such conversations out, or write the calls into the content")  # fmt: skip
@@ -149,7 +153,8 @@ def _pair(where: str, row: Mapping[str, Any], prompt: str, answer: str, more: st
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise _unexpected(where, f"has {'nothing' if value is None else type(value).__name__} as '{key}'")
+        raise DataError(f"{where} has {'nothing' if value is None else type(value).__name__} as '{key}', "
+                        "a text was expected", hint="leave such rows out")  # fmt: skip
     return value
 
 
@@ -161,7 +166,8 @@ def _content(turn: Mapping[str, Any], key: str, where: str) -> str:
     for part in parts:
         if not (isinstance(part, str) or (isinstance(part, Mapping) and part.get("type", "text") in _TEXT_PARTS)):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise _unexpected(where, f"has a part of the kind {kind} in '{key}'")
+            raise DataError(f"{where} has a part of the kind {kind} in '{key}', only text is read",
+                            hint="leave such conversations out")  # fmt: skip
     return "".join(part if isinstance(part, str) else _text(part, "text", where) for part in parts)
 
 

@@ -184,10 +184,16 @@ def prepare(
 
 def warn_of_repeats(documents: Documents, config: RecoverConfig) -> None:
     """Warn where the same few texts are read over and over."""
-    times = config.num_steps * config.batch_tokens / len(documents.ids)
+    from ligerexport.recover.packing import pack
+
+    if config.num_steps * config.batch_tokens <= _MANY_TIMES * len(documents.ids):
+        return
+    rows = len(pack(documents.lengths, config.length))  # short documents do not fill them
+    times, most = config.num_steps * config.rows / rows, _MANY_TIMES * rows // config.rows
     if times > _MANY_TIMES:
+        less = f", or --tokens {most * config.batch_tokens}" if most else ""
         warn(f"the run reads the {len(documents.ids):,} tokens of the data {times:,.0f} times, and will learn them by "
-             f"heart; give more data, or --tokens {_MANY_TIMES * len(documents.ids)}")  # fmt: skip
+             f"heart; give more data{less}")  # fmt: skip
 
 
 def measure_seconds(
