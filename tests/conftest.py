@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
 # Before anything imports huggingface_hub: no test may reach a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shell starts what runs in the background with Ctrl-C ignored, and the processes of tests would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
