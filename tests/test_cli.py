@@ -106,6 +106,7 @@ def test_no_arguments_is_help_and_version_is_data(cli: Cli) -> None:
     [
         (["rnu", "x"], 2, "unknown command 'rnu'", "run"),
         (["run", "x", "y", "--tmperature", "1"], 2, "unknown option '--tmperature'", "--temperature"),
+        (["run", "x", "--item"], 2, "unknown option '--item'", "A prompt that begins with a dash goes after --"),
         (["run"], 2, "Missing argument", "ligerexport run --help"),
         (["run", "/absent", "hi"], 1, "no directory /absent", "ligerexport build"),
         (["list", "gate"], 2, "unknown table 'gate'", "gates"),

@@ -148,10 +148,12 @@ def _explain(error: Exception) -> LigerError:
         command = context.command_path if context else "ligerexport"
         hint = f"{command} --help"
         if option := getattr(error, "option_name", None) if hasattr(error, "possibilities") else None:
-            if near := error.possibilities:  # type: ignore[attr-defined]
+            near = error.possibilities  # type: ignore[attr-defined]
+            if near:
                 hint = f"did you mean {' or '.join(near)}?"
-            if command.endswith(" run"):
-                hint = f"{command} ARTIFACT [OPTIONS] -- PROMPT, where the prompt begins with a dash; otherwise {hint}"
+                hint += " A prompt that begins with a dash goes after --" if command.endswith(" run") else ""
+            elif command.endswith(" run"):
+                hint = f"{command} ARTIFACT -- PROMPT, where the prompt begins with a dash; otherwise {hint}"
             return UsageError(f"unknown option '{option}'", hint=hint)
         return UsageError(describe().rstrip("."), hint=hint)
     if _is_memory(error):
