@@ -19,7 +19,7 @@ from ligerexport.cli import main
 from ligerexport.config import LigerConfig
 from ligerexport.convert import convert_in_memory, load_model
 from ligerexport.corpus import cut_windows, read_tokens, text_files
-from ligerexport.errors import CheckpointError, MissingDependency, UsageError
+from ligerexport.errors import CheckpointError, LigerError, MissingDependency, UsageError
 from ligerexport.evaluate import scorer as scorer_module
 from ligerexport.evaluate.controls import RandomJudge, control_config, make_control, random_scores
 from ligerexport.evaluate.estimate import Estimate
@@ -312,8 +312,8 @@ def test_text_files_and_windows(text: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_text(liger: Path, tmp_path: Path) -> None:
-    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="not UTF-8"):
+    (tmp_path / "x.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(LigerError, match="not UTF-8"):
         read_tokens([tmp_path / "x.txt"], TextModel(liger))
 
 

@@ -16,6 +16,7 @@ from ligerexport.config import LigerConfig
 from ligerexport.convert import load_model
 from ligerexport.families import FAMILIES
 from ligerexport.gates import GATES
+from ligerexport.mixer import CACHE
 from tests.checkpoints import FORESIGHT, MEMORY, SIZES, make_checkpoint
 from tests.test_model import make_teacher
 from tests.tolerances import MODEL_FP32
@@ -93,5 +94,6 @@ def test_a_larger_longest_length_changes_nothing(tmp_path: Path) -> None:
 
 def test_packed_documents_keep_no_cache(tmp_path: Path) -> None:
     model = load_model(make_checkpoint(tmp_path / "liger", MEMORY)).eval()
+    assert model(**packed((4, 5))).get(CACHE) is None
     with pytest.raises(ValueError, match="use_cache=False"):
-        model(**packed((4, 5)))
+        model(**packed((4, 5)), use_cache=True)
