@@ -235,12 +235,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not path.is_dir():
         raise CheckpointError(f"no directory {path}", hint="give the directory that holds config.json")
+    if (path / "manifest.json").is_file() and not any(path.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{path} is a built artifact, expected a checkpoint",
+            hint=f"give the checkpoint that it was built from; to write text with it: ligerexport run {quoted(path)}",
+        )
     if not file.is_file():
         inside = sorted(config.parent for config in path.glob("*/config.json"))
         hint = f"did you mean {inside[0]}?" if inside else "give the directory that holds config.json"
-        if (path / "manifest.json").is_file():
-            hint = f"this is a built artifact; try: ligerexport run {quoted(path)}"
-        elif other := _other_weights(path):
+        if other := _other_weights(path):
             raise other
         raise CheckpointError(f"no config.json in {path}", hint=hint)
     config = read_json(file, CheckpointError, _AGAIN)

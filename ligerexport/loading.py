@@ -195,6 +195,17 @@ def _as_plain(info: CheckpointInfo) -> Iterator[None]:
         raise CheckpointError(f"transformers cannot load {info.path}: {error}", hint=_AGAIN) from error
 
 
+def check_loadable(path: Path) -> None:
+    """Check a checkpoint without loading it.
+
+    Raises:
+        CheckpointError: It is incomplete or damaged, or transformers cannot undo the quantisation of its weights.
+    """
+    info = check_checkpoint(path, tokenizer=False)
+    if info.quantised:
+        dequantising(info)
+
+
 def dequantising(info: CheckpointInfo) -> dict[str, Any]:
     """Return the `quantization_config` under which weights are turned back as they load, or can be afterwards.
 

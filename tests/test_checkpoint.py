@@ -202,7 +202,8 @@ def test_the_directory_itself(single: Path, tmp_path_factory: pytest.TempPathFac
     with pytest.raises(CheckpointError) as caught:
         check_checkpoint(above)
     assert caught.value.hint == f"did you mean {above / 'inner'}?"
-    (above / "manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError) as caught:
-        check_checkpoint(above)
-    assert caught.value.hint == f"this is a built artifact; try: ligerexport run {above}"
+    for name in ("manifest.json", "config.json"):
+        (above / name).write_text("{}")
+        with pytest.raises(CheckpointError, match="is a built artifact") as caught:
+            check_checkpoint(above)
+        assert caught.value.hint.endswith(f"ligerexport run {above}")

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import ligerexport as lx
 from ligerexport.adapter import RECORD, RECOVERY, check_student, write_merged
 from ligerexport.checkpoint import check_checkpoint
+from ligerexport.cli import main
 from ligerexport.convert import convert, load_model
 from ligerexport.errors import CheckpointError
 from ligerexport.evaluate.settings import Settings
@@ -81,7 +82,7 @@ def test_fp8_weights_are_turned_back(tmp_path: Path, capsys: pytest.CaptureFixtu
     ],
 )
 def test_what_cannot_be_turned_back_is_refused(
-    tmp_path: Path, settings: dict[str, Any], method: str, names: list[str]
+    tmp_path: Path, settings: dict[str, Any], method: str, names: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def quantise(tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if "_proj" in name]:
@@ -99,6 +100,12 @@ def test_what_cannot_be_turned_back_is_refused(
             verb()
         assert "quantised from" in str(caught.value.hint)
     assert not (tmp_path / "liger").exists()
+    if method in ("gptq", "awq", "new", "MLX"):  # of the others only the weights show it
+        (tmp_path / "text.txt").write_text("words " * 99)
+        for words in (["convert", str(source), "-o", "liger"], ["eval", str(source), "--text", f"{tmp_path}/text.txt"]):
+            with pytest.raises(SystemExit) as ended:
+                main([*words, "--dry-run"])
+            assert ended.value.code == 1 and f"quantised by {method}" in capsys.readouterr().err.replace("\n", " ")
 
 
 # Files

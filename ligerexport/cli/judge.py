@@ -106,8 +106,13 @@ def _plan(json: bool, model: str, inputs: dict[str, Any], controls: tuple[str, .
     from importlib.util import find_spec
 
     from ligerexport.corpus import text_files
+    from ligerexport.evaluate.subject import is_artifact
+    from ligerexport.loading import check_loadable
 
     files = text_files(inputs["text"])
+    for path in (Path(name).expanduser() for name in (model, inputs["against"]) if name and not is_artifact(name)):
+        if path.is_dir():  # other models would have to be fetched
+            check_loadable(path)
     rows = [*(["teacher"] if inputs["against"] else []), "model", *controls]
     wanted = {"lm_eval": "eval"} if inputs["tasks"] or "tasks" in (inputs["parts"] or ()) else {}
     plan: dict[str, Any] = {

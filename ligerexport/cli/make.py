@@ -125,10 +125,12 @@ def _finish(json: bool, title: str, facts: dict[str, Any], next_command: str | N
 
 def _plan_convert(model: str, output: Path, config: LigerConfig) -> dict[str, Any]:
     """Return what a conversion would do, without fetching anything."""
+    from ligerexport.loading import check_loadable
     from ligerexport.sources import BUILTIN_MODELS
 
     path = Path(model).expanduser()
     if path.is_dir():
+        check_loadable(path)
         return _describe(path, config) | {"path": str(output), "from": str(path)}
     if model in BUILTIN_MODELS:
         return {"path": str(output), "from": BUILTIN_MODELS[model].doc, "peak_memory_bytes": None}
