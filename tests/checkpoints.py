@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from ligerexport.config import LigerConfig
 from ligerexport.convert import converted_config
@@ -68,7 +70,7 @@ def make_transformer(path: Path, family: str = "llama", dtype: torch.dtype = tor
     model = row.attribute("ForCausalLM")(row.attribute("Config")(**SIZES | OF_FAMILY.get(family, {}) | sizes)).to(dtype)
     disturb(model)
     model.save_pretrained(path)
-    (path / "tokenizer.json").write_text("{}")
+    Tokenizer(WordLevel({"?": 0}, "?")).save(str(path / "tokenizer.json"))
     return path
 
 

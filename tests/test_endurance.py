@@ -105,7 +105,7 @@ def test_however_long_a_text_is_the_next_token_counts(session: lx.Session, chunk
 
 def test_torch_halves_its_sums_as_sessions_do(session: lx.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ligerexport.exporters.session.FADE", 50)
-    monkeypatch.setattr("ligerexport.mixer.FADE", 50)
+    monkeypatch.setattr("ligerexport.cache_layer.FADE", 50)
     session.reset()
     model = lx.load_model(session.artifact.directory.parent / "liger").eval()
     cache = None
