@@ -192,7 +192,7 @@ def test_a_file_without_a_record_changes_a_preset(tmp_path: Path) -> None:
         ({"distance": 100_000}, "the text has", "--distance"),
         ({"text": []}, "the text has 0 tokens", "--text"),
         ({"text": "absent"}, "no file or directory absent", "--text"),
-        ({"data": "absent"}, "no file or directory absent", "hub"),
+        ({"data": "absent"}, "no file or directory .absent", "hub"),
         ({"dtype": "float31"}, "unknown dtype", "float32"),
         ({"device": "abacus"}, "unknown device", "cpu"),
     ],
