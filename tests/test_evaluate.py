@@ -165,7 +165,7 @@ def test_bins(length: int, bins: list[tuple[int, int]]) -> None:
 
 
 def test_nll_and_agreement_are_those_of_the_plain_formulas(liger: Path, teacher: Path, windows: torch.Tensor) -> None:
-    scorers = {"model": torch_scorer(liger), "teacher": open_subject(teacher, Settings()).scorer}
+    scorers = {"model": torch_scorer(liger), "teacher": open_subject(teacher, Settings(device="cpu")).scorer}
     chunked = by_position(scorers, windows, teacher="teacher", batch=2)
     log_p = {name: scorer.model(windows[:, :-1]).logits.log_softmax(-1) for name, scorer in scorers.items()}
     target = windows[:, 1:, None]
