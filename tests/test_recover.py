@@ -377,7 +377,7 @@ def test_the_command_from_data_to_artifact(
     ("arguments", "code", "error", "hint"),
     [
         (["absent", "--data", "x"], 1, "no directory absent", "config.json"),
-        (["{liger}", "--data", "absent.jsonl"], 2, "no file or directory .absent.jsonl", "owner/name"),
+        (["{liger}", "--data", "absent.jsonl"], 2, "no file or directory 'absent.jsonl'", "owner/name"),
         (["{liger}", "--data", "{chats}", "--tokens", "many"], 2, "--tokens many", "3M"),
         (
             ["{liger}", "--data", "{chats}", "--recipe", "destill"],

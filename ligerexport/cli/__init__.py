@@ -153,7 +153,7 @@ def _explain(error: Exception) -> LigerError:
                 hint = f"did you mean {' or '.join(near)}?"
                 hint += " A prompt that begins with a dash goes after --" if command.endswith(" run") else ""
             elif command.endswith(" run"):
-                hint = f"{command} ARTIFACT -- PROMPT, where the prompt begins with a dash; otherwise {hint}"
+                hint = f"{command} ARTIFACT [OPTIONS] -- PROMPT, where the prompt begins with a dash; otherwise {hint}"
             return UsageError(f"unknown option '{option}'", hint=hint)
         return UsageError(describe().rstrip("."), hint=hint)
     if _is_memory(error):
