@@ -16,7 +16,7 @@ PROMPT ?= Once upon a time
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
-SOURCES = $(shell find ligerexport kernels exporters -name '*.py')
+SOURCES = $(shell find ligerexport -name '*.py')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart convert build run demo examples test lint typecheck pytest dist docs release clean

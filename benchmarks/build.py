@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ligerexport.config import LigerConfig, get_preset
+from ligerexport.model.config import LigerConfig, get_preset
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -43,10 +43,10 @@ def make_checkpoint(directory: Path, shape: str, layers: int | None, liger: Lige
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from ligerexport.convert import converted_config
-    from ligerexport.exporters.text import PROMPT
-    from ligerexport.families import get_family
-    from ligerexport.mixer import model_classes
+    from ligerexport.checkpoint.convert import converted_config
+    from ligerexport.exporters.verify.text import PROMPT
+    from ligerexport.layers.mixer import model_classes
+    from ligerexport.model.families import get_family
 
     config_class, model_class = model_classes(get_family("llama"))
     sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})

@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ligerexport.bench.machine import cpu_name, memory
+from ligerexport.measure.bench.machine import cpu_name, memory
 
 CONTEXTS = (128, 1024, 8192, 32768)
 ENGINES = ("ligerexport", "transformers eager", "transformers sdpa", "llama.cpp", "onnxruntime-genai")
@@ -64,7 +64,7 @@ class Transformer:
         import torch
         from transformers import AutoModelForCausalLM, DynamicCache
 
-        from ligerexport.families import head_dim
+        from ligerexport.model.families import head_dim
 
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)

@@ -31,12 +31,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
-from ligerexport.config import PRESETS, LigerConfig
 from ligerexport.kernels.fused.mixer_step import mixer_step
 from ligerexport.kernels.library.linear_attention import _plain, linear_attention
 from ligerexport.kernels.library.memory_attention import memory_attention
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
-from ligerexport.state import MixerSpec, MixerState
+from ligerexport.model.config import PRESETS, LigerConfig
+from ligerexport.model.state import MixerSpec, MixerState
 
 SHAPES = ((1, 8192, 32, 128), (4, 2048, 16, 128), (8, 1024, 8, 64), (1, 65536, 16, 128))
 GROUP = 4

@@ -17,13 +17,13 @@ import torch
 from recovery import rendered
 from transformers import AutoModelForCausalLM
 
-from ligerexport.allocate import Measure
-from ligerexport.config import get_preset
+from ligerexport.checkpoint.convert import convert, load_model
+from ligerexport.checkpoint.sources import resolve
 from ligerexport.console import progress, say
-from ligerexport.convert import convert, load_model
-from ligerexport.corpus import cut_windows, read_tokens, text_files
-from ligerexport.sources import resolve
-from ligerexport.text import TextModel
+from ligerexport.model.config import get_preset
+from ligerexport.text.corpus import cut_windows, read_tokens, text_files
+from ligerexport.text.tokenizer import TextModel
+from ligerexport.train.allocate import Measure
 
 
 def main() -> None:

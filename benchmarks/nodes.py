@@ -14,10 +14,10 @@ from pathlib import Path
 
 from build import make_checkpoint
 
-from ligerexport.config import PRESETS
 from ligerexport.exporters.onnx.graph import build_graph, nodes_by_layer, weight_format
 from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.exporters.targets import TARGETS
+from ligerexport.model.config import PRESETS
 
 
 def count(preset: str, layers: int = 3, max_chunk: int = 128) -> dict[str, dict[str, int]]:

@@ -19,13 +19,13 @@ import torch
 from products import SHAPES
 from transformer_gpu import graph_of, timed
 
-from ligerexport.config import get_preset
 from ligerexport.kernels.fused import linear as fused
 from ligerexport.kernels.fused.prefill import prefill
 from ligerexport.kernels.linear import LinearSpec
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.kernels.ops import BLOCK
-from ligerexport.state import MixerSpec
+from ligerexport.model.config import get_preset
+from ligerexport.model.state import MixerSpec
 
 HEADS, KV_HEADS, WIDTH, LONGEST = 32, 8, 128, 8192
 TYPES = {"float32": torch.float32, "int64": torch.int32, "activation": torch.float16}

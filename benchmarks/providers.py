@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 import ligerexport as lx
-from ligerexport.bench.machine import cpu_name
-from ligerexport.runtime import Session
+from ligerexport.measure.bench.machine import cpu_name
+from ligerexport.run.runtime import Session
 
 TOLERANCE = {"float32": 1e-3, "float16": 1e-3, "int8": 0.5, "int4": 0.5}
 """Largest difference of a logit from the CPU's; a CPU rounds activations before products with integers."""

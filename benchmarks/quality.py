@@ -23,15 +23,15 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ligerexport.config import PRESETS, LigerConfig
-from ligerexport.convert import convert_in_memory, load_model
-from ligerexport.evaluate.nll import by_position
-from ligerexport.evaluate.recall import ONCE, TWICE, PlainTokenizer, answer_all, passkey_prompts
-from ligerexport.evaluate.scorer import TorchScorer
-from ligerexport.evaluate.settings import DISTANCES
-from ligerexport.evaluate.subject import state_bytes
-from ligerexport.sources import resolve
-from ligerexport.text import TextModel
+from ligerexport.checkpoint.convert import convert_in_memory, load_model
+from ligerexport.checkpoint.sources import resolve
+from ligerexport.measure.evaluate.nll import by_position
+from ligerexport.measure.evaluate.recall import ONCE, TWICE, PlainTokenizer, answer_all, passkey_prompts
+from ligerexport.measure.evaluate.scorer import TorchScorer
+from ligerexport.measure.evaluate.settings import DISTANCES
+from ligerexport.measure.evaluate.subject import state_bytes
+from ligerexport.model.config import PRESETS, LigerConfig
+from ligerexport.text.tokenizer import TextModel
 
 LENGTH = 8192
 YEARS = {"test": (1990, 2100), "dev": (1950, 1990), "prose": (0, 1950)}

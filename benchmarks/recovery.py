@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 
 import ligerexport as lx
-from ligerexport.adapter import RECORD, merge_adapter
-from ligerexport.config import get_preset
+from ligerexport.checkpoint.adapter import RECORD, merge_adapter
+from ligerexport.checkpoint.sources import resolve
 from ligerexport.console import progress, say
-from ligerexport.gates import get_gate
 from ligerexport.kernels import ops
-from ligerexport.recover.records import read_records
-from ligerexport.sources import resolve
-from ligerexport.text import TextModel
+from ligerexport.model.config import get_preset
+from ligerexport.model.gates import get_gate
+from ligerexport.text.tokenizer import TextModel
+from ligerexport.train.records import read_records
 
 
 @dataclass(frozen=True)

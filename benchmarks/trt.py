@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from build import SHAPES
 
-SOURCES = Path(__file__).resolve().parent.parent / "exporters" / "tensorrt"
+SOURCES = Path(__file__).resolve().parent.parent / "ligerexport" / "exporters" / "tensorrt"
 CORE = ("pack.cc", "plan.cc", "node.cc", "mixer.cc", "linear.cc", "face.cc")
 RUNNER = ("capi.cc", "session.cc", "engine.cc")
 UNUSED = ("libcublas.so.11", "libcublasLt.so.11", "libcudnn.so.8")
@@ -254,7 +254,7 @@ def shape(given: argparse.Namespace) -> int:
     from build import make_checkpoint
 
     import ligerexport as lx
-    from ligerexport.config import get_preset
+    from ligerexport.model.config import get_preset
 
     make_checkpoint(given.checkpoint, given.shape, given.layers, get_preset(given.preset))
     lx.build(given.checkpoint, given.output, target="trt", engine=False, sms=(90,), max_batch=16,
@@ -269,7 +269,7 @@ def reference(given: argparse.Namespace) -> int:
     """
     import torch
 
-    from ligerexport.convert import load_model
+    from ligerexport.checkpoint.convert import load_model
 
     ids = [int(x) for x in (Path(given.ids[1:]).read_text() if given.ids[0] == "@" else given.ids).split(",")]
     model = load_model(given.checkpoint, dtype=torch.float32).eval().to(given.device)

@@ -42,10 +42,10 @@ def reference(given: argparse.Namespace) -> int:
     """Write what torch makes of a text in fp32: logits of prompt, steps and rows, and state; its errors in fp16."""
     import torch
 
-    from ligerexport.checkpoint import check_checkpoint
-    from ligerexport.convert import load_model
+    from ligerexport.checkpoint.checkpoint import check_checkpoint
+    from ligerexport.checkpoint.convert import load_model
     from ligerexport.exporters.onnx.spec import read_spec
-    from ligerexport.exporters.verify import prompt_ids
+    from ligerexport.exporters.verify.verify import prompt_ids
 
     ids = np.resize(prompt_ids(read_spec(check_checkpoint(given.checkpoint, tokenizer=False))), PROMPT + STEPS)
     made: dict[str, np.ndarray] = {"ids": ids}

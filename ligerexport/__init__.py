@@ -7,23 +7,21 @@ a runtime.
 from __future__ import annotations
 
 import os
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ligerexport.allocate import allocate as allocate
-    from ligerexport.config import LigerConfig as LigerConfig
-    from ligerexport.convert import convert as convert
-    from ligerexport.convert import load_model as load_model
-    from ligerexport.evaluate import evaluate as evaluate
+    from ligerexport.checkpoint.convert import convert as convert
+    from ligerexport.checkpoint.convert import load_model as load_model
     from ligerexport.exporters.build import build as build
-    from ligerexport.generate import generate as generate
-    from ligerexport.recover import recover as recover
-    from ligerexport.runtime import Session as Session
-    from ligerexport.runtime import Snapshot as Snapshot
-    from ligerexport.runtime import load as load
+    from ligerexport.measure.evaluate import evaluate as evaluate
+    from ligerexport.model.config import LigerConfig as LigerConfig
+    from ligerexport.run.generate import generate as generate
+    from ligerexport.run.runtime import Session as Session
+    from ligerexport.run.runtime import Snapshot as Snapshot
+    from ligerexport.run.runtime import load as load
+    from ligerexport.train.allocate import allocate as allocate
+    from ligerexport.train.recover import recover as recover
 
 __version__ = "0.1.0"
 
@@ -36,17 +34,17 @@ for _variable, _value in _NO_TELEMETRY.items():  # before anything imports these
     os.environ.setdefault(_variable, _value)
 
 _HOMES = {
-    "LigerConfig": "ligerexport.config",
-    "Session": "ligerexport.runtime",
-    "Snapshot": "ligerexport.runtime",
-    "allocate": "ligerexport.allocate",
+    "LigerConfig": "ligerexport.model.config",
+    "Session": "ligerexport.run.runtime",
+    "Snapshot": "ligerexport.run.runtime",
+    "allocate": "ligerexport.train.allocate",
     "build": "ligerexport.exporters.build",
-    "convert": "ligerexport.convert",
-    "evaluate": "ligerexport.evaluate",
-    "generate": "ligerexport.generate",
-    "load": "ligerexport.runtime",
-    "load_model": "ligerexport.convert",
-    "recover": "ligerexport.recover",
+    "convert": "ligerexport.checkpoint.convert",
+    "evaluate": "ligerexport.measure.evaluate",
+    "generate": "ligerexport.run.generate",
+    "load": "ligerexport.run.runtime",
+    "load_model": "ligerexport.checkpoint.convert",
+    "recover": "ligerexport.train.recover",
 }
 
 __all__ = [
@@ -63,17 +61,6 @@ __all__ = [
     "load_model",
     "recover",
 ]
-
-
-class _Package(ModuleType):
-    """Keeps `ligerexport.convert` the function when the import system binds the module of that name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

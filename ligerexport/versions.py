@@ -7,10 +7,10 @@ known to break is outside the bounds of `pyproject.toml`; one that nobody has tr
 from __future__ import annotations
 
 from functools import cache
+from importlib import metadata
 
 from packaging.version import Version
 
-from ligerexport.artifact import installed_version
 from ligerexport.console import warn
 
 TRIED: dict[str, tuple[str, str]] = {
@@ -24,6 +24,16 @@ TRIED: dict[str, tuple[str, str]] = {
     "triton": ("3.6", "3.6"),
 }
 """Oldest and newest minor release that was tried of each distribution, its bug fixes included."""
+
+
+def installed_version(runtime: str) -> str | None:
+    """Return the version of a runtime under any of the names it is distributed by; None when there is none."""
+    for suffix in ("", "-gpu", "-directml", "-openvino", "-qnn"):
+        try:
+            return metadata.version(runtime + suffix)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def untried(name: str) -> str | None:

@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from ligerexport.config import LigerConfig
-from ligerexport.convert import converted_config
-from ligerexport.families import get_family
-from ligerexport.mixer import model_classes
+from ligerexport.checkpoint.convert import converted_config
+from ligerexport.layers.mixer import model_classes
+from ligerexport.model.config import LigerConfig
+from ligerexport.model.families import get_family
 
 SIZES: dict[str, Any] = {
     "vocab_size": 131, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -31,8 +31,8 @@ if find_spec("hypothesis"):  # which is not needed to run the other tests
     settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("patient")
 
+from ligerexport.checkpoint.sources import resolve
 from ligerexport.console import progress
-from ligerexport.sources import resolve
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

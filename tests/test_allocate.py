@@ -15,12 +15,12 @@ import torch
 import toy
 
 import ligerexport as lx
-from ligerexport.allocate import AllocateConfig, as_fields, make_plan, measure_layers, memories, share_out
+from ligerexport.checkpoint.convert import convert_in_memory, load_model
 from ligerexport.cli import main
-from ligerexport.config import MEMORY, LigerConfig, get_preset, read_memory
 from ligerexport.console import silent
-from ligerexport.convert import convert_in_memory, load_model
 from ligerexport.errors import LigerError, UsageError
+from ligerexport.model.config import MEMORY, LigerConfig, get_preset, read_memory
+from ligerexport.train.allocate import AllocateConfig, as_fields, make_plan, measure_layers, memories, share_out
 from tests.checkpoints import FORESIGHT, make_checkpoint
 
 EVICTED = replace(FORESIGHT, recurrence_weight=1.0, recurrence="evicted", keep_softmax=(1,))

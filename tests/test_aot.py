@@ -24,16 +24,16 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ligerexport.config import PRESETS
 from ligerexport.errors import LigerError, MissingDependency, UsageError
 from ligerexport.kernels import aot
 from ligerexport.kernels.fused.segments import cut_batch
+from ligerexport.kernels.launch_manifest import HIDDEN, MANIFEST
 from ligerexport.kernels.launches import evaluate
-from ligerexport.kernels.manifest import HIDDEN, MANIFEST
 from ligerexport.kernels.ops import BLOCK, rotary_table
 from ligerexport.kernels.plans import spec_fields
 from ligerexport.kernels.tuning import SHARED_MEMORY
-from ligerexport.state import MixerSpec
+from ligerexport.model.config import PRESETS
+from ligerexport.model.state import MixerSpec
 from tests.tolerances import FUSED_BF16
 
 ROOT = Path(__file__).parent.parent
@@ -50,10 +50,10 @@ TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "i32": torch.int32, "i64
 
 PREAMBLE = f"""
 import dataclasses, json, sys
-from ligerexport.config import LigerConfig
+from ligerexport.model.config import LigerConfig
 from ligerexport.kernels import aot, plans
 from ligerexport.kernels.launches import Pointer, record
-from ligerexport.state import MixerSpec
+from ligerexport.model.state import MixerSpec
 
 def spec(data):
     return MixerSpec(**(data | {{"config": LigerConfig.from_dict(data["config"])}}))

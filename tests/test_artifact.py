@@ -17,7 +17,7 @@ import toy
 
 import ligerexport as lx
 from ligerexport import staging
-from ligerexport.artifact import MANIFEST, ArtifactWriter, Manifest, open_artifact
+from ligerexport.artifact.artifact import MANIFEST, ArtifactWriter, Manifest, open_artifact
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError
 
 Edit = Callable[[Path], None]

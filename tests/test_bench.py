@@ -13,11 +13,15 @@ import toy
 from checkpoints import MEMORY, make_checkpoint
 
 import ligerexport as lx
-from ligerexport.artifact import open_artifact
-from ligerexport.bench import machine
-from ligerexport.bench.engine import open_engine
-from ligerexport.bench.report import markdown
-from ligerexport.bench.run import (
+from ligerexport.artifact.artifact import open_artifact
+from ligerexport.cli import main
+from ligerexport.errors import LigerError, UsageError, VerificationError
+from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.onnx.weights import WeightFormat
+from ligerexport.measure.bench import machine
+from ligerexport.measure.bench.engine import open_engine
+from ligerexport.measure.bench.report import markdown
+from ligerexport.measure.bench.run import (
     _effort,
     _of_same_conversion,
     _row,
@@ -29,12 +33,8 @@ from ligerexport.bench.run import (
     prompt,
     quantile,
 )
-from ligerexport.bench.settings import Settings
-from ligerexport.bench.worker import Worker
-from ligerexport.cli import main
-from ligerexport.errors import LigerError, UsageError, VerificationError
-from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.onnx.weights import WeightFormat
+from ligerexport.measure.bench.settings import Settings
+from ligerexport.measure.bench.worker import Worker
 
 Built = tuple[Path, Path]
 
@@ -162,7 +162,7 @@ def test_torch_takes_no_more_threads_than_there_are_cores(
     built: Built, monkeypatch: pytest.MonkeyPatch, given: int | None, found: int
 ) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setattr("ligerexport.bench.engine.default_threads", lambda: 2)
+    monkeypatch.setattr("ligerexport.measure.bench.engine.default_threads", lambda: 2)
     try:
         torch.set_num_threads(3)
         open_engine(str(built[0].parent / "source"), device="cpu", threads=given)

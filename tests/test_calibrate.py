@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ligerexport.calibrate import FIRST, _Sums, _watched, drills, fit_scores, score_names
+from ligerexport.checkpoint.calibrate import FIRST, _Sums, _watched, drills, fit_scores, score_names
 from ligerexport.errors import UsageError
-from ligerexport.families import FAMILIES, get_family
-from ligerexport.text import TextModel
+from ligerexport.model.families import FAMILIES, get_family
+from ligerexport.text.tokenizer import TextModel
 from tests import toy
 from tests.checkpoints import OF_FAMILY, SIZES
 

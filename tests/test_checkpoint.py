@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ligerexport.checkpoint import check_checkpoint, checkpoint_files
+from ligerexport.checkpoint.checkpoint import check_checkpoint, checkpoint_files
 from ligerexport.errors import CheckpointError
 
 CONFIG = {"model_type": "llama", "vocab_size": 12, "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 2,

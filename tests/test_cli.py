@@ -18,12 +18,12 @@ import pytest
 import toy
 from google.protobuf.message import EncodeError
 
-from ligerexport import runtime
-from ligerexport.artifact import ArtifactWriter
+from ligerexport.artifact.artifact import ArtifactWriter
 from ligerexport.cli import main
-from ligerexport.config import PRESETS
-from ligerexport.gates import GATES
-from ligerexport.memory import SCORES
+from ligerexport.model.config import PRESETS
+from ligerexport.model.gates import GATES
+from ligerexport.model.scores import SCORES
+from ligerexport.run import runtime
 
 
 class Result(NamedTuple):
@@ -138,7 +138,7 @@ def test_mistakes_get_one_line_and_a_hint(
 def test_commands_to_paste_quote_their_paths() -> None:
     command = re.compile(r"(?:ligerexport [a-z]+|liger-run|cp -rL|git -C|--memory) \{(?!quoted\()[^}]*\}")
     root = Path(__file__).parents[1]
-    files = [file for folder in ("ligerexport", "exporters", "demo") for file in (root / folder).rglob("*.py")]
+    files = list((root / "ligerexport").rglob("*.py"))
     assert [found for file in files for found in command.findall(file.read_text())] == []
 
 
@@ -314,7 +314,7 @@ def test_ctrl_c_in_a_chat_stops_the_answer_only(endless: Path) -> None:
 def test_ctrl_c_and_sigterm_while_building_leave_nothing(tmp_path: Path) -> None:
     code = (
         f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import toy; from ligerexport import cli; from ligerexport.artifact import ArtifactWriter\n"
+        "import toy; from ligerexport import cli; from ligerexport.artifact.artifact import ArtifactWriter\n"
         "@cli.app.command('write')\n"
         "def write() -> None:\n"
         f"    with ArtifactWriter({str(tmp_path / 'artifact')!r}) as writer:\n"

@@ -15,7 +15,7 @@ import pytest
 import toy
 
 import ligerexport as lx
-from ligerexport.artifact import ArtifactWriter
+from ligerexport.artifact.artifact import ArtifactWriter
 from ligerexport.cli import main
 from ligerexport.errors import UsageError
 

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ligerexport as lx
 from ligerexport.cli import main
-from ligerexport.config import MEMORY, PRESETS, LigerConfig
+from ligerexport.model.config import MEMORY, PRESETS, LigerConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -12,16 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from ligerexport.artifact import open_artifact
-from ligerexport.calibrate import digest, score_shapes
-from ligerexport.checkpoint import check_checkpoint
-from ligerexport.config import PRESETS, LigerConfig, get_preset
-from ligerexport.convert import convert, convert_in_memory, load_model, load_transformer, packaged_scores
+from ligerexport.artifact.artifact import open_artifact
+from ligerexport.checkpoint.calibrate import digest, score_shapes
+from ligerexport.checkpoint.checkpoint import check_checkpoint
+from ligerexport.checkpoint.convert import convert, convert_in_memory, load_model, load_transformer, packaged_scores
+from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source
 from ligerexport.errors import CheckpointError, LigerError, UsageError
 from ligerexport.exporters.build import build
-from ligerexport.families import FAMILIES
-from ligerexport.recover.model import load_teacher
-from ligerexport.sources import BUILTIN_MODELS, Source
+from ligerexport.model.config import PRESETS, LigerConfig, get_preset
+from ligerexport.model.families import FAMILIES
+from ligerexport.train.model import load_teacher
 from tests import toy
 from tests.test_model import make_teacher
 
@@ -238,9 +238,9 @@ def test_scores_of_the_package(tmp_path: Path, text: Path, monkeypatch: pytest.M
     file = foresee(tmp_path / "first", calibrate=[text], windows=1) / "model-00002-of-00002.safetensors"
     builtin = Source(teacher, "smollm2-135m", BUILTIN_MODELS["smollm2-135m"].requirement)
     package = tmp_path / "package"
-    (package / "scores").mkdir(parents=True)
-    shutil.copyfile(file, package / "scores" / "smollm2-135m.safetensors")
-    monkeypatch.setitem(convert.__globals__, "__file__", str(package / "convert.py"))
+    (package / "data" / "scores").mkdir(parents=True)
+    shutil.copyfile(file, package / "data" / "scores" / "smollm2-135m.safetensors")
+    monkeypatch.setitem(convert.__globals__, "_DATA", package / "data")
     monkeypatch.setitem(convert.__globals__, "resolve", lambda *_, **__: builtin)
     assert packaged_scores(Source(tmp_path, "smollm2-135m")) is None  # a directory of that name
     second = convert("smollm2-135m", tmp_path / "second", preset="foresight")

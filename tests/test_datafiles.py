@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import toy
 
-from ligerexport.corpus import read_tokens, text_files
-from ligerexport.datafiles import DataError, files_in, read_rows
 from ligerexport.errors import UsageError
-from ligerexport.recover.records import read_records
-from ligerexport.text import TextModel
+from ligerexport.text.corpus import read_tokens, text_files
+from ligerexport.text.datafiles import DataError, files_in, read_rows
+from ligerexport.text.tokenizer import TextModel
+from ligerexport.train.records import read_records
 
 ROWS = [{"prompt": 'say "hi",\nthere', "completion": "über 🦊"}, {"prompt": "NA", "completion": "01"}]
 JSONL = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in ROWS)
@@ -159,9 +159,7 @@ def test_a_directory_is_read_in_any_case_and_names_what_is_left_out(
 def test_reading_writes_nothing_into_the_home(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(arrow("parquet")())
     (tmp_path / "home").mkdir()
-    code = (
-        f"from ligerexport.recover.records import read_records; print(len(read_records(['{tmp_path}/rows.parquet'])))"
-    )
+    code = f"from ligerexport.train.records import read_records; print(len(read_records(['{tmp_path}/rows.parquet'])))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
     done = subprocess.run([sys.executable, "-c", code], env=environment | {"HOME": str(tmp_path / "home")},
                           capture_output=True, text=True)  # fmt: skip

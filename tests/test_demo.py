@@ -17,10 +17,7 @@ import pytest
 import toy
 
 import ligerexport as lx
-from ligerexport.artifact import open_artifact
-from ligerexport.bench.run import bench, quantile
-from ligerexport.bench.settings import Settings
-from ligerexport.bench.worker import Worker
+from ligerexport.artifact.artifact import open_artifact
 from ligerexport.cli import main
 from ligerexport.demo import host, page
 from ligerexport.demo.chart import Line, chart, nice_ceiling, thin
@@ -28,7 +25,10 @@ from ligerexport.demo.compare import Pair, Stream, same_text
 from ligerexport.demo.host import Demo, read_result
 from ligerexport.demo.prompts import CHAT, MOST, PASSKEY, ask, filler
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.text import TextModel
+from ligerexport.measure.bench.run import bench, quantile
+from ligerexport.measure.bench.settings import Settings
+from ligerexport.measure.bench.worker import Worker
+from ligerexport.text.tokenizer import TextModel
 
 
 @pytest.fixture(scope="module")

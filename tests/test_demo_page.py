@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ligerexport.artifact import Manifest, open_artifact
+from ligerexport.artifact.artifact import Manifest, open_artifact
 from ligerexport.demo.host import Demo
 from ligerexport.demo.prompts import filler
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import toy
 
-from ligerexport.sampling import CHAT
+from ligerexport.run.sampling import CHAT
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -15,22 +15,22 @@ import pytest
 import torch
 
 import ligerexport as lx
+from ligerexport.checkpoint.convert import convert_in_memory, load_model
 from ligerexport.cli import main
-from ligerexport.config import LigerConfig
-from ligerexport.convert import convert_in_memory, load_model
-from ligerexport.corpus import cut_windows, read_tokens, text_files
 from ligerexport.errors import CheckpointError, LigerError, MissingDependency, UsageError
-from ligerexport.evaluate import scorer as scorer_module
-from ligerexport.evaluate.controls import RandomJudge, control_config, make_control, random_scores
-from ligerexport.evaluate.estimate import Estimate
-from ligerexport.evaluate.nll import by_position, position_bins
-from ligerexport.evaluate.recall import ONCE, PlainTokenizer, passkey_prompts
-from ligerexport.evaluate.report import Report
-from ligerexport.evaluate.scorer import SessionScorer, TorchScorer, chunk_size
-from ligerexport.evaluate.settings import Settings, choose_parts
-from ligerexport.evaluate.subject import check_same_tokenizer, open_subject
-from ligerexport.runtime import load
-from ligerexport.text import TextModel
+from ligerexport.measure.evaluate import scorer as scorer_module
+from ligerexport.measure.evaluate.controls import RandomJudge, control_config, make_control, random_scores
+from ligerexport.measure.evaluate.estimate import Estimate
+from ligerexport.measure.evaluate.nll import by_position, position_bins
+from ligerexport.measure.evaluate.recall import ONCE, PlainTokenizer, passkey_prompts
+from ligerexport.measure.evaluate.report import Report
+from ligerexport.measure.evaluate.scorer import SessionScorer, TorchScorer, chunk_size
+from ligerexport.measure.evaluate.settings import Settings, choose_parts
+from ligerexport.measure.evaluate.subject import check_same_tokenizer, open_subject
+from ligerexport.model.config import LigerConfig
+from ligerexport.run.runtime import load
+from ligerexport.text.corpus import cut_windows, read_tokens, text_files
+from ligerexport.text.tokenizer import TextModel
 from tests import toy
 from tests.checkpoints import MEMORY, make_checkpoint
 from tests.tolerances import MODEL_FP32
@@ -83,7 +83,7 @@ def artifact(liger: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("evaluate") / "text"
     (path / "more").mkdir(parents=True)
-    from ligerexport.exporters.text import PROMPT
+    from ligerexport.exporters.verify.text import PROMPT
 
     (path / "a.txt").write_text(PROMPT)
     (path / "more" / "b.txt").write_text(PROMPT[::-1])

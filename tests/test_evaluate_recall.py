@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ligerexport.errors import UsageError
-from ligerexport.evaluate import recall as r
-from ligerexport.evaluate.settings import KEYS, PAIR_LENGTHS, PAIRS
+from ligerexport.measure.evaluate import recall as r
+from ligerexport.measure.evaluate.settings import KEYS, PAIR_LENGTHS, PAIRS
 from tests import toy
 
 WORDS = [a + b + c for a in "bcdfghjklm" for b in "aeiou" for c in ("ber", "dan", "fel", "gor", "lim", "mup", "nid",

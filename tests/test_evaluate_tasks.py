@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import ligerexport as lx
-from ligerexport.config import LigerConfig
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.evaluate.settings import Settings
-from ligerexport.evaluate.subject import open_subject
-from ligerexport.evaluate.tasks import check_tasks, run_tasks
+from ligerexport.measure.evaluate.settings import Settings
+from ligerexport.measure.evaluate.subject import open_subject
+from ligerexport.measure.evaluate.tasks import check_tasks, run_tasks
+from ligerexport.model.config import LigerConfig
 from tests.checkpoints import MEMORY, make_checkpoint
 from tests.test_evaluate import SIZES, add_tokenizer
 
@@ -132,7 +132,7 @@ def test_the_adapter_answers_as_the_models_of_lm_eval(
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
 
-    from ligerexport.evaluate.harness import HarnessLM
+    from ligerexport.measure.evaluate.harness import HarnessLM
 
     path = request.getfixturevalue(checkpoint)
     subject = open_subject(path, Settings())
@@ -200,7 +200,7 @@ def test_tasks_that_cannot_run(liger: Path, data: Path, tmp_path: Path) -> None:
         check_tasks(["piqa"], tmp_path / "absent")
     with pytest.raises(UsageError, match="samples its answers"):
         run_tasks(subject.scorer, subject.text, ["local_sampling"], max_length=LENGTH, data=data)
-    from ligerexport.evaluate.harness import HarnessLM
+    from ligerexport.measure.evaluate.harness import HarnessLM
 
     with pytest.raises(UsageError, match="an answer of 80 tokens"):
         HarnessLM(subject.scorer, subject.text, LENGTH)._loglikelihood_tokens([(None, [1], [2] * 80)])

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 import ligerexport as lx
-from ligerexport.artifact import ArtifactWriter
-from ligerexport.text import TextModel
+from ligerexport.artifact.artifact import ArtifactWriter
+from ligerexport.text.tokenizer import TextModel
 from tests.checkpoints import FORESIGHT, make_checkpoint
 from tests.test_text import MAKERS, cuts, spellings
 from tests.test_text_special import TEMPLATES, letters, write

@@ -11,14 +11,14 @@ import torch
 from checkpoints import FORESIGHT, MEMORY, make_checkpoint, make_transformer
 from safetensors.torch import load_file, save_file
 
-from ligerexport import fidelity
-from ligerexport.checkpoint import check_checkpoint
-from ligerexport.config import LigerConfig
-from ligerexport.convert import convert, load_model
+from ligerexport.checkpoint import fidelity
+from ligerexport.checkpoint.checkpoint import check_checkpoint
+from ligerexport.checkpoint.convert import convert, load_model
 from ligerexport.errors import CheckpointError, VerificationError
 from ligerexport.exporters.onnx.spec import read_spec
-from ligerexport.exporters.reference import check_reading
-from ligerexport.families import FAMILIES
+from ligerexport.exporters.verify.torch_model import check_reading
+from ligerexport.model.config import LigerConfig
+from ligerexport.model.families import FAMILIES
 
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},

@@ -12,11 +12,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ligerexport.gates import get_gate
 from ligerexport.kernels.fused import linear_attention as fused
 from ligerexport.kernels.fused import recall_error as fused_recall_error
 from ligerexport.kernels.linear_attention import feature_map
 from ligerexport.kernels.linear_attention import recall_error as plain_recall_error
+from ligerexport.model.gates import get_gate
 from tests.tolerances import FUSED_BF16, FUSED_FP32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

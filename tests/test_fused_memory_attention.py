@@ -13,7 +13,6 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ligerexport.config import PRESETS, LigerConfig
 from ligerexport.kernels.fused import attend as attend_module
 from ligerexport.kernels.fused import attend_backward as backward_module
 from ligerexport.kernels.fused import candidates as candidates_module
@@ -24,8 +23,9 @@ from ligerexport.kernels.library.memory_attention import find_lost
 from ligerexport.kernels.memory_attention import memory_attention as plain_memory_attention
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.kernels.ops import BLOCK
-from ligerexport.memory import SCORES, get_score
-from ligerexport.state import MixerSpec, MixerState
+from ligerexport.model.config import PRESETS, LigerConfig
+from ligerexport.model.scores import SCORES, get_score
+from ligerexport.model.state import MixerSpec, MixerState
 from tests.tolerances import FUSED_BF16, FUSED_FP32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,13 +10,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ligerexport.config import PRESETS, LigerConfig
-from ligerexport.gates import GATES
 from ligerexport.kernels.fused.mixer_step import Tiling, mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.kernels.reference import liger_mixer_reference
-from ligerexport.memory import SCORES
-from ligerexport.state import MixerSpec, MixerState
+from ligerexport.model.config import PRESETS, LigerConfig
+from ligerexport.model.gates import GATES
+from ligerexport.model.scores import SCORES
+from ligerexport.model.state import MixerSpec, MixerState
 from tests.tolerances import FUSED_BF16, FUSED_FP32
 
 GPU = torch.cuda.is_available()

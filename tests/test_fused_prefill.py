@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from ligerexport.config import PRESETS, LigerConfig
 from ligerexport.kernels.fused.prefill import prefill
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
-from ligerexport.state import MixerSpec
+from ligerexport.model.config import PRESETS, LigerConfig
+from ligerexport.model.state import MixerSpec
 from tests.tolerances import FUSED_FP32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,9 +11,9 @@ import pytest
 from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 
 import ligerexport as lx
-from ligerexport.config import PRESETS, LigerConfig
 from ligerexport.errors import UsageError
-from ligerexport.exporters import verify
+from ligerexport.exporters.verify import compare
+from ligerexport.model.config import PRESETS, LigerConfig
 
 genai = pytest.importorskip("onnxruntime_genai")
 
@@ -82,8 +82,8 @@ def test_the_same_logits(
 ) -> None:
     """To the bit, as both are loaded alike: where activations are rounded, a difference in the last place grows."""
     source = make_checkpoint(tmp_path / "liger", MEMORY)
-    for dtype, tolerance in verify.TOLERANCES.items():
-        monkeypatch.setitem(verify.TOLERANCES, dtype, replace(tolerance, logits=0.0))
+    for dtype, tolerance in compare.TOLERANCES.items():
+        monkeypatch.setitem(compare.TOLERANCES, dtype, replace(tolerance, logits=0.0))
     path = lx.build(source, tmp_path / "engine", lowering=lowering, weights=weights, genai=True, verify=False)
     options = json.loads((Path(path) / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
     assert options["graph_optimization_level"] == level

@@ -16,8 +16,8 @@ from tokenizers import AddedToken
 
 import ligerexport as lx
 from ligerexport.errors import ArtifactError, LigerError, UsageError
-from ligerexport.generate import Chunk, Conversation, Sampler, StopStrings, generate
-from ligerexport.text import TextModel
+from ligerexport.run.generate import Chunk, Conversation, Sampler, StopStrings, generate
+from ligerexport.text.tokenizer import TextModel
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nBe kind."
@@ -191,7 +191,7 @@ def test_a_long_prompt_needs_no_more_memory_than_a_short_one(artifact: Path) -> 
 
 
 def test_without_a_tokenizer_ids_still_work(artifact: Path, tmp_path: Path) -> None:
-    from ligerexport.artifact import ArtifactWriter
+    from ligerexport.artifact.artifact import ArtifactWriter
 
     with ArtifactWriter(tmp_path / "bare") as writer:
         toy.write_files(writer.directory)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ligerexport.config import PRESETS, LigerConfig
 from ligerexport.kernels.library.linear_attention import linear_attention
 from ligerexport.kernels.library.mixer_step import STATE, mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
-from ligerexport.memory import SCORES
-from ligerexport.state import MixerSpec, MixerState
+from ligerexport.model.config import PRESETS, LigerConfig
+from ligerexport.model.scores import SCORES
+from ligerexport.model.state import MixerSpec, MixerState
 from tests.tolerances import FUSED_FP32, OP_FP32
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -15,18 +15,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import ligerexport as lx
-from ligerexport.adapter import check_student, write_merged
-from ligerexport.checkpoint import check_checkpoint
-from ligerexport.config import LigerConfig
-from ligerexport.convert import convert, convert_in_memory, load_model
+from ligerexport.checkpoint.adapter import check_student, write_merged
+from ligerexport.checkpoint.checkpoint import check_checkpoint
+from ligerexport.checkpoint.convert import convert, convert_in_memory, load_model
+from ligerexport.checkpoint.loading import load_any, load_transformer
+from ligerexport.checkpoint.seal import SEAL
 from ligerexport.errors import CheckpointError, LigerError, UsageError
-from ligerexport.evaluate.settings import Settings
-from ligerexport.evaluate.subject import open_subject
 from ligerexport.exporters.onnx.spec import read_spec
-from ligerexport.families import FAMILIES
-from ligerexport.loading import load_any, load_transformer
-from ligerexport.recover.model import load_teacher
-from ligerexport.seal import SEAL
+from ligerexport.measure.evaluate.settings import Settings
+from ligerexport.measure.evaluate.subject import open_subject
+from ligerexport.model.config import LigerConfig
+from ligerexport.model.families import FAMILIES
+from ligerexport.train.model import load_teacher
 from tests import toy
 from tests.test_model import make_teacher
 

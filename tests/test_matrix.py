@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 from checkpoints import make_checkpoint
 
-from ligerexport.artifact import Artifact, open_artifact
-from ligerexport.config import LigerConfig
+from ligerexport.artifact.artifact import Artifact, open_artifact
 from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx.graph import weight_format
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import read_spec
-from ligerexport.exporters.reference import Answer, Reference
 from ligerexport.exporters.targets import TARGETS, WEIGHTS
-from ligerexport.exporters.verify import TOLERANCES, Comparison
-from ligerexport.families import FAMILIES
-from ligerexport.gates import GATES
+from ligerexport.exporters.verify.compare import TOLERANCES
+from ligerexport.exporters.verify.torch_model import Answer, Reference
+from ligerexport.exporters.verify.verify import Verification
+from ligerexport.model.config import LigerConfig
+from ligerexport.model.families import FAMILIES
+from ligerexport.model.gates import GATES
 
 CUTS, STEPS = (50, 1, 39), 64
 IDS = np.random.default_rng(2).integers(0, 131, sum(CUTS) + STEPS)
@@ -65,7 +66,7 @@ def test_logits_and_state(place: Path, family: str, gate: str, weights: str, low
     """A prompt in cuts, 64 steps, and the prompt at once: all logits, and the state after some calls and the last."""
     artifact = engine(place, family, gate, weights, lowering)
     session = OnnxSession(artifact, chunk=64, threads=1, exact=artifact.manifest.block is not None)
-    comparison = Comparison(read_spec(checkpoint(place, family, gate)), TOLERANCES[WEIGHTS[weights].dtype])
+    comparison = Verification(read_spec(checkpoint(place, family, gate)), TOLERANCES[WEIGHTS[weights].dtype])
     comparison.run(session, answers(place, family, gate, weights), str, prompt=len(CUTS))
     assert comparison.result.passed and comparison.result.near_ties == 0
     assert comparison.result.checks == len(PIECES) + 1 and comparison.result.max_state_error > 0

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ligerexport.config import PRESETS, LigerConfig
 from ligerexport.errors import UsageError
-from ligerexport.gates import GATES
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.kernels.ops import BLOCK, liger_mixer
 from ligerexport.kernels.reference import liger_mixer_reference
-from ligerexport.memory import SCORES
-from ligerexport.state import MixerSpec, MixerState
+from ligerexport.model.config import PRESETS, LigerConfig
+from ligerexport.model.gates import GATES
+from ligerexport.model.scores import SCORES
+from ligerexport.model.state import MixerSpec, MixerState
 from tests.tolerances import OP_FP32, OP_FP64
 
 SMALL = LigerConfig(window=8, sinks=2, attention_weight=0.7, recurrence_weight=0.3)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from ligerexport import mixer
-from ligerexport.config import LigerConfig
-from ligerexport.convert import convert, convert_in_memory, load_model
+from ligerexport.checkpoint.convert import convert, convert_in_memory, load_model
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.families import FAMILIES, get_family, output_head
-from ligerexport.gates import GATES
-from ligerexport.mixer import CACHE, LigerCache, LigerMixer, _shared_table, layer_specs
+from ligerexport.layers import mixer
+from ligerexport.layers.mixer import CACHE, LigerCache, LigerMixer, _shared_table, layer_specs
+from ligerexport.model.config import LigerConfig
+from ligerexport.model.families import FAMILIES, get_family, output_head
+from ligerexport.model.gates import GATES
 from tests.checkpoints import FORESIGHT, MEMORY, OF_FAMILY, SIZES, make_checkpoint
 from tests.tolerances import MODEL_FP32
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ligerexport.config import PRESETS
+from ligerexport.model.config import PRESETS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -21,8 +21,7 @@ from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 from torch import Tensor
 
 import ligerexport as lx
-from ligerexport.config import PRESETS, LigerConfig
-from ligerexport.convert import load_model
+from ligerexport.checkpoint.convert import load_model
 from ligerexport.errors import CheckpointError, LigerError
 from ligerexport.exporters.onnx.builder import CONTRIB, Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
@@ -33,12 +32,13 @@ from ligerexport.exporters.onnx.native import DOMAIN, register
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.targets import TARGETS
-from ligerexport.exporters.verify import sort_slots, state_error
-from ligerexport.families import FAMILIES
-from ligerexport.gates import GATES
+from ligerexport.exporters.verify.compare import sort_slots, state_error
 from ligerexport.kernels.ops import liger_mixer, rotary_table
-from ligerexport.mixer import LigerCache
-from ligerexport.state import MixerSpec
+from ligerexport.layers.mixer import LigerCache
+from ligerexport.model.config import PRESETS, LigerConfig
+from ligerexport.model.families import FAMILIES
+from ligerexport.model.gates import GATES
+from ligerexport.model.state import MixerSpec
 
 OUTPUT = 5e-5
 STATE = 5e-5

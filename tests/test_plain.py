@@ -16,15 +16,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import ligerexport as lx
-from ligerexport.adapter import RECORD, RECOVERY, check_student, write_merged
-from ligerexport.checkpoint import check_checkpoint
+from ligerexport.checkpoint.adapter import RECORD, RECOVERY, check_student, write_merged
+from ligerexport.checkpoint.checkpoint import check_checkpoint
+from ligerexport.checkpoint.convert import convert, load_model
+from ligerexport.checkpoint.loading import load_any, load_transformer
+from ligerexport.checkpoint.seal import SEAL
 from ligerexport.cli import main
-from ligerexport.convert import convert, load_model
 from ligerexport.errors import CheckpointError
-from ligerexport.evaluate.settings import Settings
-from ligerexport.evaluate.subject import open_subject
-from ligerexport.loading import load_any, load_transformer
-from ligerexport.seal import SEAL
+from ligerexport.measure.evaluate.settings import Settings
+from ligerexport.measure.evaluate.subject import open_subject
 from tests.test_loading import SINGLE, WHOLE, close, logits, make
 from tests.test_model import make_teacher
 

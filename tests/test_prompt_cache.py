@@ -11,11 +11,11 @@ import pytest
 import toy
 
 import ligerexport as lx
-from ligerexport.artifact import open_artifact
+from ligerexport.artifact.artifact import open_artifact
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.exporters.onnx.session import OnnxSession
-from ligerexport.generate import Conversation, generate
-from ligerexport.prompt_cache import WORTH, PromptCache
+from ligerexport.run.generate import Conversation, generate
+from ligerexport.run.prompt_cache import WORTH, PromptCache
 
 IDS = np.random.default_rng(6).integers(0, toy.VOCAB, 120).tolist()
 SYSTEM, QUESTIONS = IDS[:70], (IDS[70:90], IDS[90:97], IDS[97:120])

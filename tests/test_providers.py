@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 import ligerexport as lx
 from ligerexport.cli import app
-from ligerexport.config import PRESETS, LigerConfig
 from ligerexport.exporters.onnx.builder import CONTRIB, Builder, graph_input
 from ligerexport.exporters.onnx.graph import build_graph, weight_format
 from ligerexport.exporters.onnx.providers import missing, operators, place
 from ligerexport.exporters.onnx.spec import read_spec
-from ligerexport.gates import GATES
+from ligerexport.model.config import PRESETS, LigerConfig
+from ligerexport.model.gates import GATES
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "apps.md"
 

@@ -12,11 +12,11 @@ from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 from tolerances import MODEL_FP32
 
 import ligerexport as lx
-from ligerexport.artifact import open_artifact
-from ligerexport.config import PRESETS, LigerConfig
+from ligerexport.artifact.artifact import open_artifact
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.exporters.onnx.session import OnnxSession
-from ligerexport.exporters.verify import sort_slots, state_error
+from ligerexport.exporters.verify.compare import sort_slots, state_error
+from ligerexport.model.config import PRESETS, LigerConfig
 
 CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 needs_cuda = pytest.mark.skipif(not CUDA, reason="onnxruntime has no CUDA")

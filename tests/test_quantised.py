@@ -14,9 +14,8 @@ import pytest
 from checkpoints import FORESIGHT, make_checkpoint
 
 import ligerexport as lx
-from ligerexport.artifact import MANIFEST, Artifact, Manifest, open_artifact
+from ligerexport.artifact.artifact import MANIFEST, Artifact, Manifest, open_artifact
 from ligerexport.errors import UsageError, VerificationError
-from ligerexport.exporters import verify
 from ligerexport.exporters.build import build, planned_weight_bytes
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx.graph import weight_format
@@ -26,6 +25,7 @@ from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import data_layout, stored_slabs, write_weights
 from ligerexport.exporters.targets import TARGETS, WEIGHTS
+from ligerexport.exporters.verify import compare, verify
 
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
@@ -267,6 +267,6 @@ def test_older_artifacts_and_states(checkpoint: Path, tmp_path: Path) -> None:
     quantised = replace(old, precision="int4", block=32)
     assert len({m.fingerprint for m in (old, quantised, replace(quantised, block=64))}) == 3
     assert Manifest.from_dict(quantised.to_dict()) == quantised
-    assert isinstance(Artifact(path, quantised).graph, Path) and set(verify.TOLERANCES) == {
+    assert isinstance(Artifact(path, quantised).graph, Path) and set(compare.TOLERANCES) == {
         row.dtype for row in WEIGHTS.values()
     }

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer
 
 import ligerexport as lx
-from ligerexport.config import PRESETS
-from ligerexport.convert import load_model
-from ligerexport.exporters.text import PROMPT
-from ligerexport.mixer import LigerCache
+from ligerexport.checkpoint.convert import load_model
+from ligerexport.exporters.verify.text import PROMPT
+from ligerexport.layers.mixer import LigerCache
+from ligerexport.model.config import PRESETS
 from tests.tolerances import MODEL_FP32
 
 pytestmark = pytest.mark.real

@@ -20,14 +20,14 @@ import toy
 pytest.importorskip("peft")
 
 import ligerexport as lx
-from ligerexport.adapter import merge_adapter
-from ligerexport.artifact import open_artifact
+from ligerexport.artifact.artifact import open_artifact
+from ligerexport.checkpoint.adapter import merge_adapter
 from ligerexport.cli import main
 from ligerexport.errors import CheckpointError, LigerError, UsageError
-from ligerexport.recover import phases
-from ligerexport.recover.recipes import RECIPES
-from ligerexport.recover.state import KEPT
-from ligerexport.recover.train import Step
+from ligerexport.train import phases
+from ligerexport.train.loop import Step
+from ligerexport.train.recipes import RECIPES
+from ligerexport.train.state import KEPT
 from tests.checkpoints import MEMORY, make_checkpoint
 
 SMALL = {"length": 32, "batch_tokens": 128, "dtype": "fp32", "rate": 3e-3}
@@ -105,7 +105,7 @@ def test_killed_and_resumed_is_as_if_never_stopped(liger: Path, chats: Path, tmp
     states = tmp_path / "stopped.state"
     arguments = command(liger, chats, tmp_path / "stopped", *more)[3:]
     dying = (
-        "import os, signal, sys; from ligerexport.cli import main; from ligerexport.recover.train import Trainer\n"
+        "import os, signal, sys; from ligerexport.cli import main; from ligerexport.train.loop import Trainer\n"
         "step = Trainer._step\n"
         "def dies(trainer, number):\n"
         "    return os.kill(os.getpid(), signal.SIGKILL) if number == 7 else step(trainer, number)\n"
@@ -167,7 +167,7 @@ def test_merged_weights_equal_the_adapter(liger: Path, chats: Path, tmp_path: Pa
 def test_weights_keep_their_type_and_files(chats: Path, tmp_path: Path) -> None:
     path = make_liger(tmp_path / "liger", dtype=torch.bfloat16, shard="40KB")
     out = lx.recover(path, chats, tmp_path / "out", **SMALL | {"dtype": "bf16", "steps": 2, "rate": 3e-2})
-    from ligerexport.checkpoint import check_checkpoint
+    from ligerexport.checkpoint.checkpoint import check_checkpoint
 
     before, after = check_checkpoint(path), check_checkpoint(out)
     assert {n: (t.dtype, t.shape, t.file.name) for n, t in before.tensors.items()} == {

@@ -14,10 +14,10 @@ import toy
 from tokenizers import Tokenizer
 
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.recover.data import Documents, tokenize
-from ligerexport.recover.packing import IGNORE, Rows, pack
-from ligerexport.recover.records import DataError, Record, as_record, read_records
-from ligerexport.text import TextModel
+from ligerexport.text.tokenizer import TextModel
+from ligerexport.train.data import Documents, tokenize
+from ligerexport.train.packing import IGNORE, Rows, pack
+from ligerexport.train.records import DataError, Record, as_record, read_records
 
 CHAT = (("user", "hi"), ("assistant", "you"), ("user", "and"), ("assistant", "me"))
 MESSAGES = [{"role": role, "content": content} for role, content in CHAT]

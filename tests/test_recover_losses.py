@@ -12,17 +12,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ligerexport.checkpoint import check_checkpoint
-from ligerexport.config import LigerConfig
-from ligerexport.convert import load_model
+from ligerexport.checkpoint.checkpoint import check_checkpoint
+from ligerexport.checkpoint.convert import load_model
 from ligerexport.errors import UsageError
-from ligerexport.families import FAMILIES
-from ligerexport.recover.data import Documents
-from ligerexport.recover.losses import divergence, next_token_loss, relative_error
-from ligerexport.recover.model import load_teacher
-from ligerexport.recover.packing import Batch, Rows
-from ligerexport.recover.phases import PHASES
-from ligerexport.recover.recipes import RECIPES, Phase, Recipe, rate_at
+from ligerexport.model.config import LigerConfig
+from ligerexport.model.families import FAMILIES
+from ligerexport.train.data import Documents
+from ligerexport.train.losses import divergence, next_token_loss, relative_error
+from ligerexport.train.model import load_teacher
+from ligerexport.train.packing import Batch, Rows
+from ligerexport.train.phases import PHASES
+from ligerexport.train.recipes import RECIPES, Phase, Recipe, rate_at
 from tests.checkpoints import MEMORY, SIZES, make_checkpoint
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
-from ligerexport.config import LigerConfig
-from ligerexport.convert import load_model
-from ligerexport.families import FAMILIES
-from ligerexport.gates import GATES
-from ligerexport.mixer import CACHE
+from ligerexport.checkpoint.convert import load_model
+from ligerexport.layers.mixer import CACHE
+from ligerexport.model.config import LigerConfig
+from ligerexport.model.families import FAMILIES
+from ligerexport.model.gates import GATES
 from tests.checkpoints import FORESIGHT, MEMORY, SIZES, make_checkpoint
 from tests.test_model import make_teacher
 from tests.tolerances import MODEL_FP32

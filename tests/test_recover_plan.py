@@ -12,14 +12,14 @@ import toy
 
 pytest.importorskip("peft")
 
-from ligerexport.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint
+from ligerexport.checkpoint.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint
 from ligerexport.cli.train import duration
-from ligerexport.recover.config import RecoverConfig
-from ligerexport.recover.data import Documents
-from ligerexport.recover.distributed import trainable
-from ligerexport.recover.model import load_student
-from ligerexport.recover.plan import make_plan
-from ligerexport.recover.run import warn_of_repeats
+from ligerexport.train.config import RecoverConfig
+from ligerexport.train.data import Documents
+from ligerexport.train.distributed import trainable
+from ligerexport.train.model import load_student
+from ligerexport.train.plan import make_plan
+from ligerexport.train.recover import warn_of_repeats
 from tests.checkpoints import MEMORY, make_checkpoint
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "recover.md"

@@ -12,8 +12,8 @@ import pytest
 import toy
 
 import ligerexport as lx
+from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import UsageError
-from ligerexport.snapshot import Snapshot
 
 IDS = np.random.default_rng(5).integers(0, toy.VOCAB, (4, 90))
 CLOSE = 2e-5

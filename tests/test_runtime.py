@@ -11,8 +11,8 @@ import pytest
 import toy
 
 import ligerexport as lx
+from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.snapshot import Snapshot
 from ligerexport.threads import default_threads
 
 IDS = np.random.default_rng(1).integers(0, toy.VOCAB, 41)

@@ -21,8 +21,8 @@ from transformers.generation import (
 )
 
 from ligerexport.errors import ArtifactError, UsageError
-from ligerexport.generate import Conversation, generate
-from ligerexport.sampling import CHAT, Sampler, chat_settings, describe
+from ligerexport.run.generate import Conversation, generate
+from ligerexport.run.sampling import CHAT, Sampler, chat_settings, describe
 
 VOCAB = 500
 

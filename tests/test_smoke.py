@@ -17,9 +17,9 @@ import torch
 import toy
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ligerexport.checkpoint.convert import load_model
 from ligerexport.cli import main
-from ligerexport.convert import load_model
-from ligerexport.mixer import CACHE
+from ligerexport.layers.mixer import CACHE
 
 CLOSE = 1e-4
 """Largest difference of two logits that are the same but for the order of sums in fp32."""

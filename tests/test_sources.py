@@ -13,11 +13,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from ligerexport import sources
-from ligerexport.checkpoint import check_checkpoint
-from ligerexport.doctor import examine
+from ligerexport.checkpoint import sources
+from ligerexport.checkpoint.checkpoint import check_checkpoint
+from ligerexport.checkpoint.sources import BuiltinModel, resolve
+from ligerexport.cli.doctor import examine
 from ligerexport.errors import LigerError, MissingDependency, SourceError
-from ligerexport.sources import BuiltinModel, resolve
 from ligerexport.staging import cache_dir
 
 GGUF = b"GGUF" + bytes(1000)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.snapshot import Snapshot
 from ligerexport.staging import check_destination, remove_directory, staged_directory, staged_file
 
 

@@ -17,7 +17,7 @@ import toy
 RUN = "from ligerexport.cli import main; main(['run', sys.argv[1], 'hi', '-n', '2'])"
 STARTS = {
     "run": RUN,
-    "a worker": "from ligerexport.bench.worker import Worker; Worker(sys.argv[1], threads=1).close()",
+    "a worker": "from ligerexport.measure.bench.worker import Worker; Worker(sys.argv[1], threads=1).close()",
     "genai": (  # it is set up before it sees that this is no model
         "import ligerexport, contextlib, onnxruntime_genai as og\n"
         "with contextlib.suppress(Exception): og.Model(sys.argv[1])"

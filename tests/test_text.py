@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from ligerexport.text import Detokenizer, TextModel
+from ligerexport.text.tokenizer import Detokenizer, TextModel
 
 SPACE = decoders.Replace("▁", " ")
 FALLBACK = {

@@ -19,10 +19,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import AutoTokenizer
 
 import ligerexport as lx
-from ligerexport.artifact import ArtifactWriter
+from ligerexport.artifact.artifact import ArtifactWriter
 from ligerexport.errors import ArtifactError, UsageError
-from ligerexport.generate import Conversation, generate
-from ligerexport.text import TextModel
+from ligerexport.run.generate import Conversation, generate
+from ligerexport.text.tokenizer import TextModel
 
 CHATML = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}"

@@ -77,10 +77,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 VERBS = {
-    "convert": ("ligerexport.convert", "convert", "{liger}"),
-    "recover": ("ligerexport.recover.run", "recover", "{liger} --data {text} --steps 1"),
-    "allocate": ("ligerexport.allocate", "allocate", "{liger} --data {text} --text {text}"),
-    "eval": ("ligerexport.evaluate", "evaluate", "{liger} --text {text}"),
+    "convert": ("ligerexport.checkpoint.convert", "convert", "{liger}"),
+    "recover": ("ligerexport.train.recover", "recover", "{liger} --data {text} --steps 1"),
+    "allocate": ("ligerexport.train.allocate", "allocate", "{liger} --data {text} --text {text}"),
+    "eval": ("ligerexport.measure.evaluate", "evaluate", "{liger} --text {text}"),
     "build": ("ligerexport.exporters.build", "build", "{liger}"),
 }
 """Module and function in which a verb computes, and its arguments."""

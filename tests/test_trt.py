@@ -21,19 +21,18 @@ import toy
 from checkpoints import MEMORY, make_checkpoint
 
 import ligerexport as lx
-from ligerexport.artifact import MANIFEST, Artifact, open_artifact
+from ligerexport.artifact.artifact import MANIFEST, Artifact, open_artifact
 from ligerexport.cli import main
-from ligerexport.config import LigerConfig
+from ligerexport.cli.doctor import examine
 from ligerexport.console import silent
-from ligerexport.doctor import examine
 from ligerexport.errors import LigerError, MissingDependency, UsageError, VerificationError
-from ligerexport.exporters.onnx import evaluation
 from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.exporters.targets import TARGETS
-from ligerexport.exporters.tensorrt import machine, pack, package
+from ligerexport.exporters.tensorrt import evaluation, machine, pack, package
 from ligerexport.exporters.tensorrt.engine import build_engine, check_engine
 from ligerexport.exporters.tensorrt.package import choose_chunk
 from ligerexport.exporters.tensorrt.session import VARIABLE
+from ligerexport.model.config import LigerConfig
 
 
 @pytest.fixture(scope="module")

@@ -15,20 +15,20 @@ import pytest
 import torch
 from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 
-from ligerexport.artifact import Artifact, Source
-from ligerexport.config import PRESETS, LigerConfig
-from ligerexport.convert import load_model
+from ligerexport.artifact.artifact import Artifact, Source
+from ligerexport.checkpoint.convert import load_model
 from ligerexport.exporters.build import make_manifest
-from ligerexport.exporters.onnx.evaluation import PluginSession
 from ligerexport.exporters.onnx.graph import GRAPH_FILE, nodes_by_layer, weight_format, write_graph
-from ligerexport.exporters.onnx.plugin import CONTRACT, products, read_linear
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
-from ligerexport.exporters.verify import sort_slots, state_error
-from ligerexport.families import FAMILIES
+from ligerexport.exporters.tensorrt.evaluation import PluginSession
+from ligerexport.exporters.tensorrt.node import CONTRACT, products, read_linear
+from ligerexport.exporters.verify.compare import sort_slots, state_error
 from ligerexport.kernels.plans import layer_digest, spec_fields
-from ligerexport.mixer import LigerCache
-from ligerexport.state import MixerSpec
+from ligerexport.layers.mixer import LigerCache
+from ligerexport.model.config import PRESETS, LigerConfig
+from ligerexport.model.families import FAMILIES
+from ligerexport.model.state import MixerSpec
 
 LOGITS = {"fp32": 2e-4, "fp16": 2e-2, "bf16": 2e-1}
 STATE = {"fp32": 5e-5, "fp16": 2e-2, "bf16": 8e-2}

@@ -27,14 +27,14 @@ pytest.importorskip("triton")
 from test_aot import choose, table
 from trt_harness import ENVIRONMENT, PLUGIN, ROOT, compile_harness, cuda_headers
 
-from ligerexport.config import PRESETS
 from ligerexport.errors import UsageError
-from ligerexport.exporters.onnx.plugin import CONTRACT
+from ligerexport.exporters.tensorrt.node import CONTRACT
 from ligerexport.exporters.tensorrt.pack import write_pack
 from ligerexport.kernels.launches import evaluate
 from ligerexport.kernels.linear import LinearSpec
 from ligerexport.kernels.plans import layer_digest, spec_fields
-from ligerexport.state import MixerSpec
+from ligerexport.model.config import PRESETS
+from ligerexport.model.state import MixerSpec
 
 LAYER = MixerSpec(PRESETS["liger"].config, 2, 1, 32, 32, 32**-0.5, 300)
 LEARNED = (("recent_use", 6), ("learned", 6))
@@ -82,10 +82,10 @@ def write(
 ) -> Packed:
     """Write a pack in a process without the interpreter, layers and products twice."""
     code = f"""
-from ligerexport.config import LigerConfig
+from ligerexport.model.config import LigerConfig
 from ligerexport.exporters.tensorrt.pack import write_pack
 from ligerexport.kernels.linear import LinearSpec
-from ligerexport.state import MixerSpec
+from ligerexport.model.state import MixerSpec
 
 layers = {[*map(spec_fields, specs.values())]!r}
 specs = [MixerSpec(**(x | {{"config": LigerConfig.from_dict(x["config"])}})) for x in layers]
@@ -397,7 +397,7 @@ def test_faces_compile(place: str, tmp_path: Path) -> None:
     face = "plugin_v2.cc" if "NV_TENSORRT_MAJOR 8" in version else "plugin_v3.cc"
     sources = [PLUGIN / name for name in ("face.cc", face)]
     if (Path(place) / "NvOnnxParser.h").exists() and Path("/usr/include/nlohmann/json.hpp").exists():
-        sources += sorted((ROOT / "exporters" / "tensorrt" / "runner").glob("*.cc"))
+        sources += sorted((ROOT / "ligerexport" / "exporters" / "tensorrt" / "runner").glob("*.cc"))
     flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-deprecated-declarations"]
     command = ["g++", *flags, "-isystem", place, "-isystem", cuda_headers(), *sources]
     subprocess.run(command, check=True, cwd=tmp_path)

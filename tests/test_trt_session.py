@@ -25,12 +25,12 @@ import pytest
 import toy
 
 import ligerexport as lx
-from ligerexport.artifact import ArtifactWriter, ByteCounts, Graph, StateTensor, TensorInfo, open_artifact
+from ligerexport.artifact.artifact import ArtifactWriter, ByteCounts, Graph, StateTensor, TensorInfo, open_artifact
+from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.cli import main
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError
 from ligerexport.exporters.tensorrt.engine import calls
 from ligerexport.exporters.tensorrt.session import PLUGIN_VARIABLE, VARIABLE, TensorRTSession, open_runner
-from ligerexport.snapshot import Snapshot
 
 ROOT = Path(__file__).parent.parent
 RUNNER, FAKE = ROOT / "exporters" / "tensorrt" / "runner", ROOT / "tests" / "trt" / "fake"

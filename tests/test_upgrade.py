@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 import ligerexport as lx
-from ligerexport.adapter import RECORD, read_record
-from ligerexport.artifact import MANIFEST
+from ligerexport.artifact.artifact import MANIFEST
+from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.checkpoint.adapter import RECORD, read_record
 from ligerexport.errors import ArtifactError, CheckpointError, LigerError, UsageError
-from ligerexport.prompt_cache import PromptCache
-from ligerexport.runtime import Session
-from ligerexport.snapshot import Snapshot
+from ligerexport.run.prompt_cache import PromptCache
+from ligerexport.run.runtime import Session
 
 DATA = Path(__file__).parent / "data"
 FIRST = "2026-11-22"

@@ -16,22 +16,23 @@ import pytest
 import torch
 from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 
-from ligerexport.config import LigerConfig
+from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.checkpoint.convert import load_model
 from ligerexport.console import silent
-from ligerexport.convert import load_model
 from ligerexport.errors import CheckpointError, LigerError, UsageError, VerificationError
-from ligerexport.exporters import reference, replay, verify
 from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx import session as onnx_session
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import weight_slabs
-from ligerexport.exporters.reference import Answer, Reference
-from ligerexport.families import FAMILIES
-from ligerexport.mixer import LigerCache
-from ligerexport.runtime import load
-from ligerexport.snapshot import Snapshot
+from ligerexport.exporters.verify import compare, ties, verify
+from ligerexport.exporters.verify import torch_model as reference
+from ligerexport.exporters.verify.torch_model import Answer, Reference
+from ligerexport.layers.mixer import LigerCache
+from ligerexport.model.config import LigerConfig
+from ligerexport.model.families import FAMILIES
+from ligerexport.run.runtime import load
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_the_reference_is_the_model_a_layer_at_a_time(
 ) -> None:
     """With a layer kept as softmax, over calls, and on from a cache; never with more weights than a layer has."""
     if large:  # a few rows of the embedding and the output at a time
-        monkeypatch.setattr("ligerexport.exporters.reference.SHARE", 0)
+        monkeypatch.setattr("ligerexport.exporters.verify.torch_model.SHARE", 0)
         monkeypatch.setattr("ligerexport.exporters.onnx.weights.SLAB", 1000)
     path = make_checkpoint(tmp_path / "model", replace(MEMORY, keep_softmax=(0,)), family, dtype=torch.bfloat16)
     reference, model = Reference(read_spec(path)), load_model(path, torch.float32).eval()
@@ -215,14 +216,14 @@ def slots(positions: list[int], scores: list[float]) -> dict[str, np.ndarray]:
 )
 def test_near_ties(found: dict[str, np.ndarray], near: bool) -> None:
     expected = slots([3, 5, 9], [0.5, 0.25, 0.125])
-    assert verify.is_near_tie(expected, found, (("use", 3),), 1e-4) is near
+    assert compare.is_near_tie(expected, found, (("use", 3),), 1e-4) is near
 
 
 def test_learned_scores_are_compared_as_they_are() -> None:
     """They are logarithms already, most of them negative."""
     expected, near, other = (slots([3, p, 9], [-5.0, s, -2.0]) for p, s in ((5, -6.0), (6, -6.00001), (6, -5.5)))
-    assert verify.is_near_tie(expected, near, (("learned", 3),), 1e-4)
-    assert not verify.is_near_tie(expected, other, (("learned", 3),), 1e-4)
+    assert compare.is_near_tie(expected, near, (("learned", 3),), 1e-4)
+    assert not compare.is_near_tie(expected, other, (("learned", 3),), 1e-4)
 
 
 def test_a_near_tie_is_counted_and_resolved(checkpoint: Path) -> None:
@@ -235,7 +236,7 @@ def test_a_near_tie_is_counted_and_resolved(checkpoint: Path) -> None:
     kept = np.flatnonzero((position[0, 0] > 2) & (position[0, 0] < 15))[0]
     changed[0, 0, kept] = next(p for p in range(2, 18) if p not in position[0, 0])
     session.state[0] = session.state[0] | {"past.1.slot_position": changed}
-    comparison = verify.Comparison(spec, replace(verify.TOLERANCES["float32"], tie=0.5))
+    comparison = verify.Verification(spec, replace(compare.TOLERANCES["float32"], tie=0.5))
     comparison.run(session, answers, lambda amount: None, prompt=2)
     assert comparison.result.near_ties == 1 and comparison.result.passed
     assert session.restored == 1
@@ -301,8 +302,8 @@ def test_a_tie_inside_a_call_is_found_token_by_token(tmp_path: Path, monkeypatch
     assert any(re.fullmatch(r"tied scores after \d+ tokens", phase) for phase in phases)
     spec = read_spec(model)
     answers = Reference(spec).answers(np.split(verify.prompt_ids(spec), [200]))
-    with pytest.raises(verify.Mismatch):
-        verify.Comparison(spec, verify.TOLERANCES["float32"]).run(OnnxSession(artifact), answers, str, prompt=2)
+    with pytest.raises(compare.Mismatch):
+        verify.Verification(spec, compare.TOLERANCES["float32"]).run(OnnxSession(artifact), answers, str, prompt=2)
 
 
 class Counting:
@@ -325,7 +326,7 @@ def test_a_tie_is_found_in_few_calls(first: int | None) -> None:
         calls.append(sum(len(answer.ids) for answer in answers))
         return first is not None and calls[-1] >= first
 
-    found = replay.narrow(model, None, np.arange(64), differs)
+    found = ties.narrow(model, None, np.arange(64), differs)
     np.testing.assert_array_equal(np.concatenate([answer.ids for answer in found]), np.arange(first or 64))
     assert model.pieces <= 16 and len(calls) <= 8
 
@@ -369,7 +370,7 @@ def test_a_tie_that_the_end_of_a_call_does_not_show(
     """A longer call can round a tie in its middle the other way, and keep the same slots in the end."""
     spec = read_spec(make_checkpoint(tmp_path / "model", FORESIGHT))
     reference = Reference(spec)
-    check = verify.Comparison(spec, verify.TOLERANCES["float32"], reference)
+    check = compare.Comparison(spec, compare.TOLERANCES["float32"])
     seen, ids = verify.prompt_ids(spec)[:60], verify.prompt_ids(spec)[60:84]
     past = reference.new_cache()
     before = Snapshot("", np.zeros(1), reference.answers([seen], past)[0].state)
@@ -378,21 +379,21 @@ def test_a_tie_that_the_end_of_a_call_does_not_show(
     def hidden(answer: Answer) -> bool:
         try:
             return check.agrees(Snapshot("", np.zeros(1), answer.state), answers[-1], answer.logits) and False
-        except verify.Mismatch:
+        except compare.Mismatch:
             return True
 
-    ties = replay._ties(check, [before.tensors, *(answer.state for answer in answers)])
-    other = next(filter(hidden, (replay._otherwise(check, reference, past, ids, tie, len(ids)) for tie in ties)))
+    near = ties._ties(check, [before.tensors, *(answer.state for answer in answers)])
+    other = next(filter(hidden, (ties._otherwise(check, reference, past, ids, tie, len(ids)) for tie in near)))
     session = ByLength([*answers[:-1], replace(other, logits=other.logits + np.float32(off))])
-    monkeypatch.setattr(replay, "narrow", lambda *anything: answers)  # in pieces torch could round ties otherwise, too
+    monkeypatch.setattr(ties, "narrow", lambda *anything: answers)  # in pieces torch could round ties otherwise, too
     if off:
-        with pytest.raises(verify.Mismatch, match="after 84 tokens"):
-            replay._first_tie(check, session, reference, past, before, ids, 60)
+        with pytest.raises(compare.Mismatch, match="after 84 tokens"):
+            ties._first_tie(check, session, reference, past, before, ids, 60)
     else:
-        assert replay._first_tie(check, session, reference, past, before, ids, 60) == answers
+        assert ties._first_tie(check, session, reference, past, before, ids, 60) == answers
         pieces = [*answers[:-1], replace(other, ids=answers[-1].ids)]  # torch's went the other way, its steps did not
-        monkeypatch.setattr(replay, "narrow", lambda *anything: pieces)
-        (*_, end) = replay._first_tie(check, ByLength(answers), reference, past, before, ids, 60)
+        monkeypatch.setattr(ties, "narrow", lambda *anything: pieces)
+        (*_, end) = ties._first_tie(check, ByLength(answers), reference, past, before, ids, 60)
         assert np.array_equal(end.logits, answers[-1].logits)
 
 

@@ -14,8 +14,8 @@ import toy
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from ligerexport import doctor, versions
-from ligerexport.cli import main
+from ligerexport import versions
+from ligerexport.cli import doctor, main
 from ligerexport.exporters.targets import TARGETS
 from ligerexport.versions import TRIED
 
@@ -64,7 +64,7 @@ def test_it_is_said_once_in_a_process(tmp_path: Path) -> None:
     code = (
         "import sys, ligerexport as lx; from ligerexport import versions\n"
         "versions.TRIED |= dict.fromkeys(versions.TRIED, ('0.1', '0.1'))\n"
-        "import ligerexport.mixer; [lx.load(sys.argv[1]) for _ in range(2)]"
+        "import ligerexport.layers.mixer; [lx.load(sys.argv[1]) for _ in range(2)]"
     )
     command = [sys.executable, "-c", code, toy.build(tmp_path / "artifact")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

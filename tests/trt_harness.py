@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PLUGIN = ROOT / "exporters" / "tensorrt" / "plugin"
+PLUGIN = ROOT / "ligerexport" / "exporters" / "tensorrt" / "plugin"
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0:exitcode=99:hard_rss_limit_mb=1024", "UBSAN_OPTIONS": "exitcode=99"}
 """A finding of a sanitizer ends it with exit code 99, and so does a gigabyte."""
 

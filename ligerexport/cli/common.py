@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ligerexport.config import Slots
 from ligerexport.console import data_json, format_bytes, say, set_quiet
 from ligerexport.errors import UsageError
+from ligerexport.model.config import Slots
 
 settings = SimpleNamespace(debug=False, verbose=False)
 """Of the running command."""

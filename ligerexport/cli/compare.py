@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from ligerexport.bench.settings import DEVICES, DTYPES, READ_UP_TO
 from ligerexport.cli import common
 from ligerexport.cli.common import Debug, Force, Json, Quiet, Verbose
 from ligerexport.console import card, data, progress, warn
 from ligerexport.errors import MissingDependency, UsageError
+from ligerexport.measure.bench.settings import DEVICES, DTYPES, READ_UP_TO
 
 Model = Annotated[str, typer.Argument(help="An artifact, a converted checkpoint, or a Transformer.")]
 Against = Annotated[str, typer.Option(help="Another one, such as the Transformer it was converted from.")]
@@ -51,9 +51,9 @@ def bench(
     Both run in processes of their own and in turns. The table goes to stdout, or JSON in its place with --json.
     """
     common.begin(quiet, debug, verbose)
-    from ligerexport.bench.report import RESULT, check_plots, markdown, save
-    from ligerexport.bench.run import bench
-    from ligerexport.bench.settings import Settings
+    from ligerexport.measure.bench.report import RESULT, check_plots, markdown, save
+    from ligerexport.measure.bench.run import bench
+    from ligerexport.measure.bench.settings import Settings
     from ligerexport.staging import check_destination
 
     settings = Settings(counts(context, "--context"), counts(batch, "--batch"), blocks, tokens, threads, device, dtype,

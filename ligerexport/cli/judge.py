@@ -12,7 +12,7 @@ from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
 from ligerexport.cli.computing import Threads, computes
 from ligerexport.console import card, data, format_bytes, progress
 from ligerexport.errors import UsageError
-from ligerexport.evaluate.settings import CONTROLS, DEVICES, DTYPES, PARTS, TASKS
+from ligerexport.measure.evaluate.settings import CONTROLS, DEVICES, DTYPES, PARTS, TASKS
 
 
 @computes
@@ -59,7 +59,7 @@ def eval_(
     Works on a checkpoint and on the artifact built from it alike. Tables go to stdout, with standard errors.
     """
     common.begin(quiet, debug, verbose)
-    from ligerexport.evaluate.run import resolve_settings, tokens_to_read
+    from ligerexport.measure.evaluate.run import resolve_settings, tokens_to_read
 
     inputs: dict[str, Any] = {"against": against, "text": text or [], "parts": split(parts), "tasks": split(tasks)}
     settings: dict[str, Any] = {
@@ -71,7 +71,7 @@ def eval_(
                     threads=threads, **vars(plan))  # fmt: skip
     if dry_run:
         return _plan(json, model, inputs, plan.controls, tokens_to_read(plan))
-    from ligerexport.evaluate import evaluate
+    from ligerexport.measure.evaluate import evaluate
 
     report = evaluate(model, **inputs, **settings, task_data=task_data, output=output, force=force, progress=progress)
     if json:
@@ -105,9 +105,9 @@ def _plan(json: bool, model: str, inputs: dict[str, Any], controls: tuple[str, .
     """Say what would be measured, without loading anything."""
     from importlib.util import find_spec
 
-    from ligerexport.corpus import text_files
-    from ligerexport.evaluate.subject import is_artifact
-    from ligerexport.loading import check_loadable
+    from ligerexport.checkpoint.loading import check_loadable
+    from ligerexport.measure.evaluate.subject import is_artifact
+    from ligerexport.text.corpus import text_files
 
     files = text_files(inputs["text"])
     for path in (Path(name).expanduser() for name in (model, inputs["against"]) if name and not is_artifact(name)):

@@ -8,17 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
+from ligerexport.checkpoint.convert import SHIPPED, WINDOWS, check_score_options, choose_conversion
 from ligerexport.cli import common
 from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
 from ligerexport.cli.computing import Threads, computes
-from ligerexport.config import DEFAULT_PRESET, PRESETS, RECURRENCES, LigerConfig
 from ligerexport.console import card, format_bytes, progress
-from ligerexport.convert import SHIPPED, WINDOWS, check_score_options, choose_conversion
 from ligerexport.errors import UsageError, close_matches, quoted
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision, get_target
 from ligerexport.exporters.tensorrt.package import Gpu, choose_gpu
-from ligerexport.gates import GATES
-from ligerexport.memory import SCORES
+from ligerexport.model.config import DEFAULT_PRESET, PRESETS, RECURRENCES, LigerConfig
+from ligerexport.model.gates import GATES
+from ligerexport.model.scores import SCORES
 
 
 @computes
@@ -94,7 +94,7 @@ def convert(
     if dry_run:
         plan = _plan_convert(model, output, config)
         return _finish(json, f"would write {output}", plan | _plan_fit(model, texts, windows), None)
-    from ligerexport.convert import convert as convert_model
+    from ligerexport.checkpoint.convert import convert as convert_model
 
     path = convert_model(model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores,
                          windows=windows, adapter=adapter, force=force, progress=progress, **changes)  # fmt: skip
@@ -125,8 +125,8 @@ def _finish(json: bool, title: str, facts: dict[str, Any], next_command: str | N
 
 def _plan_convert(model: str, output: Path, config: LigerConfig) -> dict[str, Any]:
     """Return what a conversion would do, without fetching anything."""
-    from ligerexport.loading import check_loadable
-    from ligerexport.sources import BUILTIN_MODELS
+    from ligerexport.checkpoint.loading import check_loadable
+    from ligerexport.checkpoint.sources import BUILTIN_MODELS
 
     path = Path(model).expanduser()
     if path.is_dir():
@@ -147,8 +147,8 @@ def _plan_fit(model: str, texts: list[Path], windows: int) -> dict[str, Any]:
     path = Path(model).expanduser()
     if not path.is_dir():
         return plan | {"fit": f"{windows} windows, of {len(texts)} text files"}
-    from ligerexport.calibrate import window_length
-    from ligerexport.checkpoint import check_checkpoint
+    from ligerexport.checkpoint.calibrate import window_length
+    from ligerexport.checkpoint.checkpoint import check_checkpoint
 
     info = check_checkpoint(path)
     length, weights = window_length(info.config), sum(math.prod(tensor.shape) for tensor in info.tensors.values())
@@ -162,8 +162,8 @@ def _plan_fit(model: str, texts: list[Path], windows: int) -> dict[str, Any]:
 
 def _describe(path: Path, config: LigerConfig) -> dict[str, Any]:
     """Return facts about a checkpoint under a conversion."""
-    from ligerexport.checkpoint import check_checkpoint
-    from ligerexport.mixer import layer_specs, read_config
+    from ligerexport.checkpoint.checkpoint import check_checkpoint
+    from ligerexport.layers.mixer import layer_specs, read_config
 
     info = check_checkpoint(path)
     hf: Any = read_config(info.config)
@@ -233,7 +233,7 @@ def build(
     The artifact is compared with the torch model on real prompts and written only if it passes.
     """
     common.begin(quiet, debug, verbose)
-    from ligerexport.artifact import MANIFEST, open_artifact
+    from ligerexport.artifact.artifact import MANIFEST, open_artifact
 
     row, sms = get_target(target), common.parse_sms(sm)
     lowering, weights = lowering or row.lowerings[0], weights or row.weights[0]
@@ -294,7 +294,7 @@ def _converted(model: Path) -> LigerConfig:
         CheckpointError: There is no such checkpoint.
         UsageError: It was not converted.
     """
-    from ligerexport.checkpoint import check_checkpoint
+    from ligerexport.checkpoint.checkpoint import check_checkpoint
 
     config = check_checkpoint(model).config
     if "liger" not in config:
@@ -312,8 +312,8 @@ def _cost(precision: str, quality: dict[str, Any] | None) -> str | None:
 
 def _chat(path: Path) -> str | None:
     """Say how `chat` will sample, where the model has a chat template."""
-    from ligerexport.generate import text_model
-    from ligerexport.sampling import chat_settings, describe
+    from ligerexport.run.generate import text_model
+    from ligerexport.run.sampling import chat_settings, describe
 
     if not (path / "tokenizer.json").is_file() or not text_model(path).chat_template:
         return None

@@ -13,7 +13,7 @@ from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
 from ligerexport.cli.computing import Threads, computes
 from ligerexport.console import card, progress
 from ligerexport.errors import quoted
-from ligerexport.evaluate.settings import DEVICES, DTYPES
+from ligerexport.measure.evaluate.settings import DEVICES, DTYPES
 
 
 @computes
@@ -50,8 +50,8 @@ def allocate(
     Measures the model with smaller and larger memories in one layer at a time; trains nothing.
     """
     common.begin(quiet, debug, verbose)
-    from ligerexport.allocate import allocate as run
-    from ligerexport.allocate import check_output, make_config, make_plan
+    from ligerexport.train.allocate import allocate as run
+    from ligerexport.train.allocate import check_output, make_config, make_plan
 
     settings: dict[str, Any] = {
         "slots": slots, "length": length, "windows": windows, "trials": trials, "distance": distance,

@@ -34,7 +34,7 @@ def inspect(
 ) -> None:
     """Say what a directory is: state, bytes, parity."""
     common.begin(quiet, debug)
-    from ligerexport.artifact import MANIFEST
+    from ligerexport.artifact.artifact import MANIFEST
 
     if providers:
         return _providers(path, json)
@@ -63,7 +63,7 @@ def _plain(key: str, value: Any) -> str:
 
 
 def _artifact(path: Path) -> dict[str, Any]:
-    from ligerexport.artifact import open_artifact
+    from ligerexport.artifact.artifact import open_artifact
 
     manifest = open_artifact(path, runtime=False).manifest
     return {
@@ -89,7 +89,7 @@ def _artifact(path: Path) -> dict[str, Any]:
 
 def _providers(path: Path, json: bool) -> None:
     """Say what execution providers do with an artifact's graph."""
-    from ligerexport.artifact import open_artifact
+    from ligerexport.artifact.artifact import open_artifact
 
     artifact = open_artifact(path, hashes=False, runtime=False)
     if artifact.manifest.target != "onnx":
@@ -129,7 +129,7 @@ def _group(tensors: Iterable[tuple[str, Sequence[int | str], str]]) -> list[dict
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    from ligerexport.checkpoint import check_checkpoint
+    from ligerexport.checkpoint.checkpoint import check_checkpoint
 
     info = check_checkpoint(path)
     config = info.config
@@ -145,7 +145,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "state": [],
     }
     if "liger" in config:
-        from ligerexport.mixer import layer_specs, read_config
+        from ligerexport.layers.mixer import layer_specs, read_config
 
         specs = layer_specs(read_config(config))
         tensors = [(t.name, t.shape, "float32" if t.dtype == "activation" else t.dtype)
@@ -164,7 +164,7 @@ def doctor(
 ) -> None:
     """Say what is missing, and what mends it."""
     common.begin(quiet, debug)
-    from ligerexport.doctor import examine
+    from ligerexport.cli.doctor import examine
 
     checks = examine(target, plugin)
     if json:
@@ -186,25 +186,25 @@ def _targets() -> dict[str, str]:
 
 
 def _gates() -> dict[str, str]:
-    from ligerexport.gates import GATES
+    from ligerexport.model.gates import GATES
 
     return {name: gate.source for name, gate in GATES.items()}
 
 
 def _families() -> dict[str, str]:
-    from ligerexport.families import FAMILIES
+    from ligerexport.model.families import FAMILIES
 
     return {name: f"{f.prefix}ForCausalLM{f', {f.doc}' if f.doc else ''}" for name, f in FAMILIES.items()}
 
 
 def _presets() -> dict[str, str]:
-    from ligerexport.config import PRESETS
+    from ligerexport.model.config import PRESETS
 
     return {name: preset.doc for name, preset in PRESETS.items()}
 
 
 def _scores() -> dict[str, str]:
-    from ligerexport.memory import SCORES
+    from ligerexport.model.scores import SCORES
 
     return {name: score.doc for name, score in SCORES.items()}
 

@@ -13,11 +13,11 @@ from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
 from ligerexport.cli.computing import Threads, computes
 from ligerexport.console import card, format_bytes, progress, say
 from ligerexport.errors import UsageError, quoted
-from ligerexport.recover.config import DEFAULT_TOKENS, TARGETS, RecoverConfig
-from ligerexport.recover.recipes import DEFAULT_RECIPE, RECIPES
+from ligerexport.train.config import DEFAULT_TOKENS, TARGETS, RecoverConfig
+from ligerexport.train.recipes import DEFAULT_RECIPE, RECIPES
 
 if TYPE_CHECKING:
-    from ligerexport.recover.train import OnStep
+    from ligerexport.train.loop import OnStep
 
 _EVERY = 10
 """Steps between two lines about the loss."""
@@ -79,8 +79,8 @@ def recover(
         "micro_batch_tokens": micro_batch_tokens, "rate": lr, "warmup": warmup, "overlong": overlong, "dtype": dtype,
         "gradient_checkpointing": gradient_checkpointing, "seed": seed, "save_every": save_every,
     }  # fmt: skip
-    from ligerexport.recover.run import check_places, make_config
-    from ligerexport.recover.run import recover as run
+    from ligerexport.train.recover import check_places, make_config
+    from ligerexport.train.recover import recover as run
 
     config = make_config(settings)
     check_places(model, output, force)
@@ -112,8 +112,8 @@ def parse_count(text: str | None) -> int | None:
 
 
 def _plan(model: Path, config: RecoverConfig, shard: bool) -> dict[str, Any]:
-    from ligerexport.adapter import check_student
-    from ligerexport.recover.plan import make_plan
+    from ligerexport.checkpoint.adapter import check_student
+    from ligerexport.train.plan import make_plan
 
     return make_plan(check_student(model), config, int(os.environ.get("WORLD_SIZE", "1")), shard).to_dict()
 
@@ -129,8 +129,8 @@ def _dry(
     json: bool,
 ) -> None:  # fmt: skip
     """Read the data and train on a few rows too: what is wrong and how long it takes is worth knowing before."""
-    from ligerexport.recover.run import measure_seconds, prepare, warn_of_repeats
     from ligerexport.threads import default_threads
+    from ligerexport.train.recover import measure_seconds, prepare, warn_of_repeats
 
     info, documents = prepare(model, data, config, against, progress)
     warn_of_repeats(documents, config)
@@ -162,7 +162,7 @@ def duration(seconds: float) -> str:
 
 def _teller(config: RecoverConfig) -> OnStep:
     """Return what prints a line every few steps."""
-    from ligerexport.recover.train import Step
+    from ligerexport.train.loop import Step
 
     done: list[Step] = []
 

@@ -19,8 +19,8 @@ from ligerexport.console import card, data, err, format_bytes, print_error, prog
 from ligerexport.errors import LigerError, UsageError, close_matches, quoted
 
 if TYPE_CHECKING:
-    from ligerexport.generate import Chunk, Conversation, Summary
-    from ligerexport.prompt_cache import PromptCache
+    from ligerexport.run.generate import Chunk, Conversation, Summary
+    from ligerexport.run.prompt_cache import PromptCache
 
 Artifact = Annotated[Path, typer.Argument(help="Directory that build wrote.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to write.")]
@@ -92,9 +92,9 @@ def run(
     that is too long for a command line comes from a file or a pipe.
     """
     common.begin(quiet, debug, verbose)
-    from ligerexport.generate import generate, text_model
-    from ligerexport.prompt_cache import PromptCache
-    from ligerexport.runtime import load
+    from ligerexport.run.generate import generate, text_model
+    from ligerexport.run.prompt_cache import PromptCache
+    from ligerexport.run.runtime import load
 
     data("", end="")  # says at once that stdout is closed
     prompt = _prompt(prompt, file)
@@ -174,7 +174,7 @@ def _stdin() -> TextIO:
 
 def _sampling(artifact: Path, chat: bool, **given: float | None) -> tuple[dict[str, Any], str | None]:
     """Return settings for `Sampler`, and for a chat a line that says which they are and where they come from."""
-    from ligerexport.sampling import chat_settings, describe
+    from ligerexport.run.sampling import chat_settings, describe
 
     settings = {name: value for name, value in given.items() if value is not None}
     if not chat:
@@ -233,10 +233,10 @@ def chat(
     come from a pipe.
     """
     common.begin(quiet, debug, verbose)
-    from ligerexport.generate import Conversation
-    from ligerexport.prompt_cache import PromptCache
-    from ligerexport.runtime import load
-    from ligerexport.sampling import Sampler
+    from ligerexport.run.generate import Conversation
+    from ligerexport.run.prompt_cache import PromptCache
+    from ligerexport.run.runtime import load
+    from ligerexport.run.sampling import Sampler
 
     data("", end="")  # says at once that stdout is closed
     stdin = _stdin()

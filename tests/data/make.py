@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from checkpoints import make_checkpoint
 
-from ligerexport.config import LigerConfig
 from ligerexport.exporters.build import build
-from ligerexport.runtime import load
+from ligerexport.model.config import LigerConfig
+from ligerexport.run.runtime import load
 
 SIZES = {
     "vocab_size": 48, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

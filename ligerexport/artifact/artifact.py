@@ -1,0 +1,435 @@
+"""The artifact: a directory with a graph, its weights, a tokenizer, and a manifest that says what they are.
+
+Here is the manifest, how an artifact is written whole or not at all, and the checks before an engine reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+from ligerexport.errors import ArtifactError, MissingDependency, quoted
+from ligerexport.reading import from_plain, leads_away, read_json
+from ligerexport.staging import staged_directory
+from ligerexport.versions import installed_version
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+RUNTIMES = ("onnxruntime",)
+"""Distributions that an artifact may require: nobody is told to install what a stranger's file names."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of the graph; `shape` mixes sizes and axis letters (`B`, `T`, `P`)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A tensor that goes from one call to the next.
+
+    Attributes:
+        past: Name of the input.
+        present: Name of the output.
+        shape: Axes, `B` first; `P` is the axis that grows.
+        dtype: As numpy calls it.
+        fill: Value of every element before the first token.
+        grows: Whether it grows with the text (a layer kept as softmax); such a tensor starts with `P` = 0.
+    """
+
+    past: str
+    present: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    fill: float = 0.0
+    grows: bool = False
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The step graph: file, most tokens of one call, and its inputs and outputs in order."""
+
+    file: str
+    max_chunk: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+    @property
+    def data(self) -> str:
+        """File of its weights, numbers and nothing else."""
+        return f"{self.file}.data"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights come from: name or directory, revision, licence, and sha256 of each weight file."""
+
+    model: str
+    revision: str | None = None
+    license: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of the model; `trained_length` in tokens."""
+
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    q_heads: int
+    kv_heads: int
+    d_k: int
+    d_v: int
+    trained_length: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class ByteCounts:
+    """Bytes: weights; constant state of one sequence; what the Transformer's KV cache takes for one token."""
+
+    weights: int
+    state_per_sequence: int
+    kv_per_token: int
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """sha256 in hex and size in bytes of one file."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says.
+
+    Attributes:
+        ligerexport: Version that wrote the artifact.
+        target: Row of `TARGETS`.
+        lowering: How the mixer is written in the graph.
+        precision: Of the weights.
+        source: Where the weights come from.
+        family: Row of `FAMILIES`.
+        liger: `LigerConfig.to_dict()`.
+        model: Sizes.
+        graph: The step graph.
+        state: All state tensors.
+        bytes: Byte counts.
+        requires: Distribution and version specifier of each runtime that the graph needs.
+        verification: Result of the parity check against torch, as the verifier wrote it.
+        recovery: How the weights were trained after the conversion, as config.json says it; None where they were not.
+        block: Weights that share a scale, None where each stands for itself.
+        quality: What storing the weights so costs, against fp32 on a built-in text, as the verifier measured it: nats a
+            token before and after, and the divergence. None for fp32.
+        device: What it was built for: compute capabilities, most sequences, the plugin's contract, and the names of
+            kernels, plugin and engine. None for the CPU.
+        files: Every other file of the artifact; filled when it is written.
+        format_version: Of this structure.
+    """
+
+    ligerexport: str
+    target: str
+    lowering: str
+    precision: str
+    source: Source
+    family: str
+    liger: dict[str, Any]
+    model: ModelShape
+    graph: Graph
+    state: tuple[StateTensor, ...]
+    bytes: ByteCounts
+    requires: dict[str, str]
+    verification: dict[str, Any]
+    recovery: dict[str, Any] | None = None
+    block: int | None = None
+    quality: dict[str, Any] | None = None
+    device: dict[str, Any] | None = None
+    files: dict[str, FileInfo] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def growth(self) -> int:
+        """Bytes by which the state of one sequence grows a token; 0 without layers kept as softmax."""
+        return sum(_nbytes(tensor) for tensor in self.state if tensor.grows)
+
+    @property
+    def crossover(self) -> int | None:
+        """Tokens of context from which the Transformer's KV cache is larger than the state; None is never."""
+        saved = self.bytes.kv_per_token - self.growth
+        return self.bytes.state_per_sequence // saved + 1 if saved > 0 else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what gives a state its meaning: weights and conversion, whatever the target or lowering."""
+        meaning: list[Any] = [self.source.files, self.liger, asdict(self.model)]
+        if self.precision != "float32":  # other weights, in effect
+            meaning += [self.precision, self.block]
+        return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, the format version first."""
+        return {"format_version": self.format_version} | asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Manifest:
+        """Read what `to_dict` wrote. Unknown keys are ignored.
+
+        Raises:
+            ArtifactError: The format is newer, or something is missing or of the wrong kind.
+        """
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ArtifactError(
+                f"artifact format {version} is newer than this program reads (format {FORMAT_VERSION}); "
+                f"it was written by ligerexport {data.get('ligerexport', 'of a later version')}",
+                hint="pip install --upgrade ligerexport",
+            )
+        try:
+            manifest = from_plain(cls, {"format_version": None} | data)
+            _check_claims(manifest)
+        except (ValueError, TypeError) as error:
+            raise ArtifactError(
+                f"{MANIFEST} is damaged: {error} where format {FORMAT_VERSION} was expected", hint=_REBUILD
+            ) from error
+        return manifest
+
+
+_REBUILD = "copy the artifact again, or rebuild it with: ligerexport build MODEL --target onnx -o DIRECTORY --force"
+
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
+"""Of an element of a state tensor, by its type."""
+
+
+def _check_claims(manifest: Manifest) -> None:
+    """Check that what a manifest says agrees with itself, and that no session takes much more than was delivered.
+
+    Raises:
+        ValueError: It does not.
+    """
+    graph, ids = manifest.graph, ("input_ids", "position")
+    logits = TensorInfo("logits", "float32", ("B", manifest.model.vocab_size))
+    if not 1 <= graph.max_chunk <= 1 << 16 or not 1 <= manifest.model.vocab_size < 1 << 31:
+        raise ValueError(f"a call of {graph.max_chunk} tokens of {manifest.model.vocab_size}")
+    if tuple(x.name for x in graph.inputs[:2]) != ids or graph.outputs[:1] != (logits,):
+        raise ValueError(f"inputs do not begin with {' and '.join(ids)}, or outputs with logits")
+    state = manifest.state
+    if [(x.past, x.dtype, x.shape) for x in state] != [(x.name, x.dtype, x.shape) for x in graph.inputs[2:]]:
+        raise ValueError("the state is not what the graph takes")
+    if [(x.present, x.dtype, len(x.shape)) for x in state] != [
+        (x.name, x.dtype, len(x.shape)) for x in graph.outputs[1:]
+    ]:
+        raise ValueError("the state is not what the graph gives")
+    if len({x.past for x in state} | {x.present for x in state} | {*ids, "logits"}) != 2 * len(state) + 3:
+        raise ValueError("two tensors have one name")
+    for tensor in state:
+        sizes = ["P" if tensor.grows and axis == 2 else 1 for axis in range(len(tensor.shape))]
+        fits = (
+            x > 0 if isinstance(x, int) and size == 1 else x == size
+            for x, size in zip(tensor.shape[1:], sizes[1:], strict=True)
+        )
+        if tensor.dtype not in _BYTES or tensor.shape[:1] != ("B",) or not all(fits):
+            raise ValueError(f"the state {tensor.past} is {list(tensor.shape)} of {tensor.dtype}")
+    held = sum(_nbytes(x) for x in state if not x.grows)
+    if held != manifest.bytes.state_per_sequence:
+        raise ValueError(f"a state of {manifest.bytes.state_per_sequence} bytes has tensors of {held}")
+    delivered = sum(entry.bytes for entry in manifest.files.values())
+    if held + 4 * manifest.model.vocab_size > max(1 << 30, 4 * delivered):
+        raise ValueError(f"a state of {held} bytes to a model of {delivered}")
+
+
+def _nbytes(tensor: StateTensor) -> int:
+    """Return bytes of one sequence, of one token where it grows."""
+    return _BYTES[tensor.dtype] * prod(size for size in tensor.shape if isinstance(size, int))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose manifest and files were checked."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def graph(self) -> Path:
+        """The step graph's file."""
+        return self.directory / self.manifest.graph.file
+
+
+class ArtifactWriter:
+    """Write an artifact so that it appears whole or not at all.
+
+        with ArtifactWriter("engine/") as writer:
+            build_graph(writer.directory / "model.onnx")
+            writer.commit(manifest)
+
+    Args:
+        destination: Directory to make.
+        force: Whether an older artifact there may be replaced; it stays until the new one is whole.
+
+    Attributes:
+        directory: Where the files go; exists inside the `with` block only.
+
+    Raises:
+        UsageError: The destination holds something (on entry).
+        LigerError: The disk is full.
+    """
+
+    directory: Path
+
+    def __init__(self, destination: Path | str, *, force: bool = False) -> None:
+        self._stage = staged_directory(destination, force=force, marker=MANIFEST)
+        self._committed = False
+
+    def __enter__(self) -> ArtifactWriter:
+        self.directory = self._stage.__enter__()
+        return self
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Hash all files and write the manifest, last; the artifact gets its name when the block ends.
+
+        Args:
+            manifest: Complete but for `files`.
+
+        Returns:
+            The manifest with `files`.
+        """
+        files = sorted(path for path in self.directory.rglob("*") if path.is_file())
+        entries = {path.relative_to(self.directory).as_posix(): FileInfo(sha256(path), path.stat().st_size)
+                   for path in files}  # fmt: skip
+        manifest = replace(manifest, files=entries)
+        (self.directory / MANIFEST).write_text(json.dumps(manifest.to_dict(), indent=1) + "\n", encoding="utf-8")
+        self._committed = True
+        return manifest
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and not self._committed:
+            kind = RuntimeError
+            error = kind("an artifact was written without its manifest")
+            self._stage.__exit__(kind, error, None)
+            raise error
+        self._stage.__exit__(kind, error, trace)
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_artifact(path: Path | str, *, hashes: bool = True, data: bool = True, runtime: bool = True) -> Artifact:
+    """Check an artifact before any engine reads it.
+
+    Args:
+        path: The artifact's directory.
+        hashes: Whether to read every file and compare its sha256; sizes are compared in any case.
+        data: Whether that goes for the weights too; else `check_data` does, before anything is computed with them.
+        runtime: Whether the installed runtimes must fit.
+
+    Raises:
+        ArtifactError: It is no artifact, of a newer format, incomplete, changed, or built for other runtime versions.
+        MissingDependency: A runtime is not installed.
+    """
+    directory = Path(path)
+    file = directory / MANIFEST
+    if not directory.is_dir():
+        raise ArtifactError(f"there is no directory {directory}", hint="give the one that `ligerexport build` wrote")
+    if not file.is_file():
+        raise ArtifactError(f"{directory} is not an artifact: there is no {MANIFEST}", hint=_suggest(directory))
+    for link in directory.iterdir():
+        if link.is_symlink() and leads_away(link, directory):
+            raise _link(link, directory)
+    manifest = Manifest.from_dict(read_json(file, ArtifactError, _REBUILD))
+    if manifest.graph.file not in manifest.files:
+        raise ArtifactError(f"{file} does not list the graph {manifest.graph.file} among its files", hint=_REBUILD)
+    for name, entry in manifest.files.items():
+        _check_file(directory, name, entry, hashes and (data or name != manifest.graph.data))
+    if runtime:
+        for name, specifier in manifest.requires.items():
+            _check_runtime(name, specifier)
+    return Artifact(directory, manifest)
+
+
+def check_data(artifact: Artifact) -> None:
+    """Compare the sha256 of the weights with the manifest's.
+
+    Raises:
+        ArtifactError: They were changed.
+    """
+    name = artifact.manifest.graph.data
+    if name in artifact.manifest.files:
+        _check_hash(artifact.directory / name, artifact.manifest.files[name])
+
+
+def _suggest(directory: Path) -> str:
+    if (directory / "config.json").is_file():
+        return f"build one from this checkpoint: ligerexport build {quoted(directory)} --target onnx"
+    return "give the directory that `ligerexport build` wrote"
+
+
+def _check_file(directory: Path, name: str, entry: FileInfo, hashes: bool) -> None:
+    """Check that a file lies in the directory and is what the manifest says."""
+    parts = PurePosixPath(name)
+    if (
+        parts.is_absolute()
+        or ".." in parts.parts
+        or not re.fullmatch(r"[\w. +@-]{1,200}(/[\w. +@-]{1,200}){0,9}", name)
+    ):
+        raise ArtifactError(
+            f"{MANIFEST} names '{name}', which lies outside the artifact", hint="do not use this artifact"
+        )
+    file = directory / name
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing", hint=_REBUILD)
+    if leads_away(file, directory):
+        raise _link(file, directory)
+    size = file.stat().st_size
+    if size != entry.bytes:
+        raise ArtifactError(f"{file} has {size} bytes where {entry.bytes} were written", hint=_REBUILD)
+    if hashes:
+        _check_hash(file, entry)
+
+
+def _link(file: Path, directory: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{file} is a link to a place outside the artifact",
+        hint=f"if that is meant to be, copy it with its links resolved: cp -rL {quoted(directory)} COPY",
+    )
+
+
+def _check_hash(file: Path, entry: FileInfo) -> None:
+    if sha256(file) != entry.sha256:
+        raise ArtifactError(f"{file} was changed after the build: its sha256 is not the manifest's", hint=_REBUILD)
+
+
+def _check_runtime(name: str, specifier: str) -> None:
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    if name not in RUNTIMES:
+        raise ArtifactError(f"{MANIFEST} requires {name}, which runs no artifact", hint=_REBUILD)
+    try:
+        wanted = SpecifierSet(specifier)
+    except InvalidSpecifier as error:
+        raise ArtifactError(f"{MANIFEST} is damaged: it requires {name} '{specifier}'", hint=_REBUILD) from error
+    command = f"pip install '{name}{specifier}'"
+    version = installed_version(name)
+    if version is None:
+        raise MissingDependency(name, hint=command)
+    if not wanted.contains(version, prereleases=True):
+        raise ArtifactError(f"this artifact was built for {name} {specifier}, found {version}", hint=command)

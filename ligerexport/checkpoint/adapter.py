@@ -1,0 +1,252 @@
+"""What a recovery leaves, and what it fits: a checkpoint with LoRA merged into its weights, or LoRA as PEFT's adapter.
+
+Weights are merged file by file, so the memory is that of one file; what has no LoRA stays the bytes it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ligerexport.checkpoint.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint, check_links, check_plain
+from ligerexport.checkpoint.seal import write_seal
+from ligerexport.console import ProgressFactory, silent
+from ligerexport.errors import CheckpointError, UsageError, quoted
+from ligerexport.model.config import LigerConfig
+from ligerexport.reading import read_json
+from ligerexport.staging import staged_directory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+RECORD = "recovery.json"
+"""In every result; tells it from other directories."""
+RECOVERY = "liger_recovery"
+"""Key of config.json under which a recovered checkpoint says how it was made."""
+_WROTE = "give what `recover --adapter` wrote"
+_PEFT_PREFIX = "base_model.model."
+
+
+def check_student(path: str | Path) -> CheckpointInfo:
+    """Check the checkpoint to recover.
+
+    Raises:
+        CheckpointError: It is incomplete or damaged.
+        UsageError: It is not converted.
+    """
+    info = check_checkpoint(path)
+    if "liger" not in info.config:
+        raise UsageError(f"{path} is not converted yet", hint=f"ligerexport convert {quoted(path)} -o liger")
+    check_plain(info)
+    return info
+
+
+def model_id(info: CheckpointInfo) -> str:
+    """Return a digest of what an adapter fits: the conversion, the layers' shapes, and some of these very weights.
+
+    What differs between versions that wrote the same model does not count: other keys of config.json, settings of the
+    conversion that have their default value, dtypes.
+    """
+    from safetensors import safe_open
+
+    default = LigerConfig().to_dict()
+    facts = {
+        "model_type": info.config["model_type"],
+        "liger": {k: v for k, v in LigerConfig.from_dict(info.config["liger"]).to_dict().items() if v != default[k]},
+        "scores": (info.config.get("liger_scores") or {}).get("sha256"),
+        "layers": {name: list(tensor.shape) for name, tensor in info.tensors.items() if ".layers." in name},
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(name for name in info.tensors if name.endswith((".norm.weight", ".embed_tokens.weight"))):
+        with safe_open(info.tensors[name].file, "pt") as file:
+            digest.update(file.get_slice(name)[slice(None) if ".norm." in name else slice(1)].float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_record(adapter: Path) -> dict[str, Any]:
+    """Return what an adapter says of how it was made; under `liger` the conversion that it was trained on.
+
+    Raises:
+        CheckpointError: It is no adapter of a recovery.
+    """
+    check_links(adapter)
+    try:
+        record = read_json(adapter / RECORD, CheckpointError, _WROTE)
+        if not (early := "model" in record and "liger" not in record):
+            record |= {"liger": LigerConfig.from_dict(record["liger"]).to_dict()}
+    except (ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
+        raise _no_adapter(adapter, error) from None
+    if early:
+        raise CheckpointError(
+            f"{adapter} is an adapter of an earlier version, which does not say what conversion it fits",
+            hint="train it again: ligerexport recover LIGER --data chats.jsonl --adapter -o DIRECTORY",
+        )
+    return record
+
+
+def _no_adapter(adapter: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{adapter} is no adapter of a recovery ({error})", hint=_WROTE)
+
+
+def check_adapter(record: dict[str, Any], info: CheckpointInfo) -> None:
+    """Refuse an adapter that was trained on another model.
+
+    Raises:
+        CheckpointError: The record names another model, or none.
+    """
+    found, expected = record.get("model"), model_id(info)
+    if found != expected:
+        raise CheckpointError(
+            f"this adapter was trained on another model ({found}) than {info.path} ({expected})",
+            hint="give the converted checkpoint that it was trained on",
+        )
+
+
+def write_adapter(stage: Path, tensors: Mapping[str, Tensor], settings: Any, record: Mapping[str, Any]) -> None:
+    """Write LoRA as PEFT reads it, and how it was made.
+
+    Args:
+        stage: Directory.
+        tensors: By the names of `Trainer.tensors`.
+        settings: PEFT's configuration.
+        record: What config.json of a merged checkpoint would say under `liger_recovery`.
+    """
+    from safetensors.torch import save_file
+
+    renamed = {_PEFT_PREFIX + name.replace(".default.", "."): x for name, x in tensors.items()}
+    save_file(renamed, stage / ADAPTER, metadata={"format": "pt"})
+    settings.save_pretrained(stage)
+    _write_record(stage, record)
+
+
+def _write_record(stage: Path, record: Mapping[str, Any]) -> None:
+    (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def merge_adapter(
+    checkpoint: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    force: bool = False,
+    progress: ProgressFactory | None = None,
+) -> Path:
+    """Merge an adapter that `recover` wrote into the converted checkpoint that it was trained on.
+
+    Raises:
+        CheckpointError: One of them is damaged, or the adapter was trained on another model.
+        UsageError: `output` is in use.
+    """
+    info = check_student(checkpoint)
+    with staged_directory(output, force=force, marker=RECORD) as stage:
+        write_recovered(stage, info, Path(adapter), progress)
+    return Path(output)
+
+
+def write_recovered(stage: Path, info: CheckpointInfo, adapter: Path, progress: ProgressFactory | None = None) -> None:
+    """Write a converted checkpoint with an adapter merged.
+
+    Args:
+        stage: Directory.
+        info: The checkpoint that the adapter was trained on.
+        adapter: What `write_adapter` wrote.
+        progress: Reports the weights; silent by default.
+
+    Raises:
+        CheckpointError: The adapter is damaged, or was trained on another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    record = read_record(adapter)
+    try:
+        settings = read_json(adapter / ADAPTER_CONFIG, CheckpointError, _WROTE)
+        tensors, scale = load_file(adapter / ADAPTER), settings["lora_alpha"] / settings["r"]
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, SafetensorError, CheckpointError) as error:
+        raise _no_adapter(adapter, error) from None
+    check_adapter(record, info)
+    write_merged(stage, info, {name.removeprefix(_PEFT_PREFIX): x for name, x in tensors.items()}, scale, record,
+                 progress)  # fmt: skip
+
+
+def write_merged(
+    stage: Path,
+    info: CheckpointInfo,
+    tensors: Mapping[str, Tensor],
+    scale: float,
+    record: Mapping[str, Any],
+    progress: ProgressFactory | None = None,
+) -> None:
+    """Write a checkpoint with LoRA merged, in the dtype of its weights.
+
+    Args:
+        stage: Directory.
+        info: The checkpoint that was trained.
+        tensors: LoRA's, by the names of its modules.
+        scale: Of their product.
+        record: Goes into config.json under `liger_recovery`.
+        progress: Reports the weights; silent by default.
+
+    Raises:
+        CheckpointError: LoRA names a weight that the checkpoint has not, or is of other shapes.
+    """
+    pairs = lora_pairs(tensors)
+    for name, (a, b) in sorted(pairs.items()):
+        if name not in info.tensors:
+            raise CheckpointError(f"LoRA changes {name}, which {info.path} has not", hint=_WROTE)
+        shapes = (*b.shape[:1], *a.shape[1:]), info.tensors[name].shape
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or shapes[0] != shapes[1]:
+            raise CheckpointError(f"LoRA of {name} is {list(a.shape)} and {list(b.shape)}", hint=_WROTE)
+    _write_record(stage, record)
+    config = dict(info.config) | {RECOVERY: dict(record)}
+    (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in [f for f in info.path.iterdir() if f.name.startswith(COMPANIONS) and f.is_file()]:
+        shutil.copyfile(file, stage / file.name)
+    if info.index is not None:
+        shutil.copyfile(info.index, stage / info.index.name)
+    with (progress or silent)("merging weights", info.bytes, "bytes") as advance:
+        for file in info.files:
+            _merge_file(file, stage / file.name, pairs, scale)
+            advance(file.stat().st_size)
+    write_seal(stage, [stage / file.name for file in info.files])
+
+
+def lora_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return A `[r, in]` and B `[out, r]` by the name of the weight that they change.
+
+    Raises:
+        CheckpointError: One of the two is missing.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, rest = name.rpartition(".lora_")
+        found.setdefault(f"{module}.weight", {})[rest[:1]] = tensor
+    if single := [name for name, pair in found.items() if set(pair) != {"A", "B"}]:
+        raise CheckpointError(f"LoRA of {single[0]} is not whole", hint=_WROTE)
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def _merge_file(source: Path, target: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    weights = {}
+    with safe_open(source, "pt") as file:
+        names = list(file.keys())
+        if not any(name in pairs for name in names):
+            shutil.copyfile(source, target)
+            return
+        for name in names:
+            weight = file.get_tensor(name)
+            if name in pairs:
+                a, b = pairs[name]
+                weight = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+            weights[name] = weight.contiguous()
+        save_file(weights, target, metadata=file.metadata() or {"format": "pt"})
+    target.chmod(0o644)  # safetensors writes 0600

@@ -1,0 +1,401 @@
+"""The learned score: a linear map of what enters a layer's attention, fitted on what the Transformer later attends to.
+
+Here are the fit, the text it is fitted on, and the form in which scores are kept. Which scores a conversion takes and
+how they get into a checkpoint is `ligerexport.checkpoint.convert`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ligerexport.checkpoint.checkpoint import read_header
+from ligerexport.console import ProgressFactory, silent
+from ligerexport.errors import CheckpointError, UsageError
+from ligerexport.model.config import LigerConfig
+from ligerexport.text.tokenizer import TextModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LENGTH = 2048
+"""Tokens of one of them, where the model was trained on as many."""
+SHORTEST = 512
+"""Fewer tokens have no room for facts and, later, questions."""
+FIRST = 8
+"""Tokens at the start that are left out of a fit: sinks have slots of their own, and would rule the squares."""
+
+_QUERIES = 128  # in memory at a time: their weights of all heads stay in a CPU's cache
+_NAME = "ligerexport_foresight"
+_METADATA = "liger_scores"
+
+# Statement, question and answer. None may resemble what `ligerexport.evaluate` asks for.
+_FACTS = (
+    (" The phone extension of {name} is {number}.",
+     " What is the phone extension of {name}? The phone extension of {name} is", " {number}."),
+    (" The code of the {thing} is {number}.", " Which code opens the {thing}? The code of the {thing} is",
+     " {number}."),
+    (" {name} moved to {city}.", " Where did {name} move? {name} moved to", " {city}."),
+    (" The {thing} in {city} belongs to {name}.",
+     " To whom does the {thing} in {city} belong? The {thing} in {city} belongs to", " {name}."),
+    (" {name}'s account number is {number}, as the clerk noted.", " The account number of {name} is", " {number}."),
+)  # fmt: skip
+_NAMES = (
+    "Adam", "Bella", "Carlos", "Diana", "Edgar", "Fiona", "Gavin", "Hazel", "Igor", "Julia", "Kevin", "Lydia",
+    "Miguel", "Norah", "Omar", "Paula", "Quinn", "Rosa", "Simon", "Tessa",
+)  # fmt: skip
+_CITIES = (
+    "Lisbon", "Nairobi", "Toronto", "Oslo", "Cairo", "Madrid", "Seoul", "Lima", "Dublin", "Vienna", "Havana", "Quito",
+)  # fmt: skip
+_THINGS = ("safe", "locker", "garage", "archive", "printer", "boat", "server", "gate")
+_MOST_FACTS = 6
+_LEAST_DISTANCE = 150
+
+
+def window_length(config: Mapping[str, Any]) -> int:
+    """Return the tokens of a window that suits a model with this config.json."""
+    return min(LENGTH, config.get("max_position_embeddings") or LENGTH)
+
+
+class Fit(NamedTuple):
+    """What `fit_scores` found.
+
+    Attributes:
+        tensors: Weight `[H_kv, hidden]` and bias `[H_kv]` of each layer, fp32 on the CPU, by their names in a
+            checkpoint.
+        explained: Share of the variance that the map explains, mean over heads, by layer.
+    """
+
+    tensors: dict[str, Tensor]
+    explained: list[float]
+
+
+class Scores(NamedTuple):
+    """Learned scores and where they come from.
+
+    Attributes:
+        tensors: By their names in a checkpoint.
+        facts: `from`, `windows`, `tokens`, `seed`, `explained`, `sha256`; None where it is not known.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def score_names(layer: int) -> tuple[str, str]:
+    """Return the names of a layer's weight and bias in a checkpoint."""
+    return f"model.layers.{layer}.self_attn.score_proj.weight", f"model.layers.{layer}.self_attn.score_proj.bias"
+
+
+def score_shapes(config: Mapping[str, Any], liger: LigerConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor that the `learned` pool of a conversion needs; none without one.
+
+    Args:
+        config: config.json of the model.
+        liger: The conversion, as its checkpoint has it.
+    """
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(config["num_hidden_layers"]) if liger.foresees else ():
+        if layer not in liger.unchanged:
+            weight, bias = score_names(layer)
+            shapes |= {weight: (heads, config["hidden_size"]), bias: (heads,)}
+    return shapes
+
+
+def fit_scores(
+    model: PreTrainedModel,
+    windows: Tensor,
+    window: int,
+    *,
+    batch: int = 1,
+    ridge: float = 1e-4,
+    floor: float = 1e-3,
+    progress: ProgressFactory | None = None,
+) -> Fit:
+    """Fit a linear map of the hidden state to the logarithm of the largest attention weight that a token gets later.
+
+    The weight is the largest of any query head of the group, from more than `window` tokens later. Least squares from
+    the normal equations in fp64, whose size does not depend on the number of windows. Tokens in the last quarter of a
+    window are left out: too little comes after them.
+
+    Args:
+        model: The untouched Transformer, of a family in `FAMILIES`, in evaluation mode.
+        windows: Token ids `[N, T]`.
+        window: Tokens that the conversion keeps exactly.
+        batch: Windows at a time.
+        ridge: Added to the diagonal, relative to its mean; the bias is free of it.
+        floor: Added to the weights before the logarithm.
+        progress: Reports the windows; silent by default.
+
+    Raises:
+        UsageError: The windows are too short to look beyond `window`.
+    """
+    count, length = windows.shape
+    end = length - length // 4
+    if end <= max(window, FIRST) + 1:
+        raise UsageError(
+            f"windows of {length} tokens are too short to fit a score for a window of {window}",
+            hint="give the conversion a smaller --window",
+        )
+    decoder: Any = model.model
+    sums = [_Sums() for _ in decoder.layers]
+
+    def seen(layer: int, hidden: Tensor, peak: Tensor) -> None:
+        part = slice(FIRST, end)
+        sums[layer].add(hidden[:, part].flatten(0, 1).double(), (peak + floor).log()[:, part].flatten(0, 1).double())
+
+    with (
+        torch.no_grad(),
+        _watched(model, window, seen),
+        (progress or silent)("fitting the scores", count, "steps") as advance,
+    ):
+        for ids in windows.split(batch):
+            decoder(input_ids=ids.to(model.device), use_cache=False)
+            advance(len(ids))
+        tensors: dict[str, Tensor] = {}
+        explained = []
+        for layer, found in enumerate(sums):
+            weight, bias, share = found.solve(ridge)
+            tensors |= dict(zip(score_names(layer), (weight, bias), strict=True))
+            explained.append(share)
+    return Fit(tensors, explained)
+
+
+class _Sums:
+    """The normal equations of one layer."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.x: Tensor | float = 0.0
+        self.y: Tensor | float = 0.0
+        self.xx: Tensor | float = 0.0
+        self.xy: Tensor | float = 0.0
+        self.yy: Tensor | float = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add tokens: hidden states `[n, hidden]`, targets `[n, H_kv]`."""
+        self.count += len(x)
+        self.x, self.y = self.x + x.sum(0), self.y + y.sum(0)
+        self.xx, self.xy, self.yy = self.xx + x.T @ x, self.xy + x.T @ y, self.yy + y.square().sum(0)
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor, float]:
+        """Return weight, bias, and the mean share of the variance that they explain."""
+        x, y = torch.as_tensor(self.x) / self.count, torch.as_tensor(self.y) / self.count
+        xx = self.xx / self.count - x[:, None] * x  # of what is left when the means are gone
+        xy = self.xy / self.count - x[:, None] * y
+        variance = self.yy / self.count - y.square()
+        weight = torch.linalg.solve(xx + ridge * xx.diagonal().mean() * torch.eye(len(x)).to(xx), xy)
+        error = variance - 2 * (weight * xy).sum(0) + (weight * (xx @ weight)).sum(0)
+        share = torch.where(variance > 1e-12, 1 - error / variance.clamp_min(1e-12), 0.0)
+        return weight.T.float().contiguous().cpu(), (y - x @ weight).float().cpu(), share.mean().item()
+
+
+@contextmanager
+def _watched(model: PreTrainedModel, window: int, seen: Any) -> Iterator[None]:
+    """Run the model on an attention that also says, layer by layer, what enters it and what is attended to later.
+
+    As one of transformers' attention functions it gets queries and keys as every family makes them.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from ligerexport.layers.mixer import IGNORED
+
+    entering: dict[int, Tensor] = {}
+
+    def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entering[module.layer_idx] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float,
+        sliding_window: int | None = None, dropout: float = 0.0, **others: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        ignored = IGNORED | {"position_ids"}  # queries and keys are rotated already
+        unknown = [name for name, value in others.items() if value is not None and name not in ignored]
+        if dropout or unknown:
+            raise TypeError(f"the attention that is fitted to does not know {unknown[0] if unknown else 'dropout'}")
+        output, peak = _attend(query * scaling, key, value, window, sliding_window)
+        seen(module.layer_idx, entering.pop(module.layer_idx), peak)
+        return output, None
+
+    before = model.config._attn_implementation
+    decoder: Any = model.model
+    hooks = [layer.self_attn.register_forward_pre_hook(enter, with_kwargs=True) for layer in decoder.layers]
+    ALL_ATTENTION_FUNCTIONS[_NAME] = attend
+    model.config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[_NAME]
+        for hook in hooks:
+            hook.remove()
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, window: int, sliding_window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Attend causally, a block of queries at a time.
+
+    Args:
+        query: `[B, H_q, T, d]`, scaled, rotated.
+        key: `[B, H_kv, T, d]`, rotated.
+        value: `[B, H_kv, T, d]`.
+        window: Distance in tokens up to which attention does not count.
+        sliding_window: Tokens that this layer looks back on, itself included; None for all.
+
+    Returns:
+        Output `[B, T, H_q, d]`, and the largest weight that each token gets from beyond the window, `[B, T, H_kv]`.
+    """
+    batch, kv_heads, length, _ = key.shape
+    dtype = value.dtype
+    query, key, value = query.float().unflatten(1, (kv_heads, -1)), key.float(), value.float()
+    output = torch.empty_like(query)
+    peak = key.new_zeros(batch, kv_heads, length)
+    place = torch.arange(length, device=key.device)
+    for first in range(0, length, _QUERIES):
+        last, far = min(first + _QUERIES, length), max(0, first - window)
+        block = query[:, :, :, first:last]
+        # rows: the queries of all heads of a group; columns: keys
+        logits = (block.flatten(2, 3) @ key[:, :, :last].mT).unflatten(2, block.shape[2:4])
+        distance = place[first:last, None] - place[:last]
+        logits[..., first:].masked_fill_(distance[:, first:] < 0, -torch.inf)
+        if sliding_window is not None:
+            logits.masked_fill_(distance >= sliding_window, -torch.inf)
+        weights = logits.softmax(-1)
+        output[:, :, :, first:last] = (weights.flatten(2, 3) @ value[:, :, :last]).unflatten(2, block.shape[2:4])
+        weights[..., far:].masked_fill_(distance[:, far:] <= window, 0.0)  # before `far` all queries are far enough
+        peak[..., :last] = torch.maximum(peak[..., :last], weights.amax((2, 3)))
+    return output.flatten(1, 2).transpose(1, 2).to(dtype).contiguous(), peak.transpose(1, 2)
+
+
+def drills(text: TextModel, ids: Sequence[int], count: int, length: int = LENGTH, seed: int = 0) -> Tensor:
+    """Return windows of a text `[count, length]`; every other one states facts and asks for them at least 150 tokens
+    later, with the answers.
+
+    Args:
+        text: The tokenizer.
+        ids: Tokens of the text.
+        count: Windows.
+        length: Tokens of one.
+        seed: Of the places in the text, and of the facts.
+
+    Raises:
+        UsageError: The text or the windows are too short.
+    """
+    prefix = text.encode("")  # what begins every text of this model
+    body = length - len(prefix)
+    if length < SHORTEST:
+        raise UsageError(
+            f"windows of {length} tokens have no room for facts and questions, {SHORTEST} are needed",
+            hint="take a score that needs no fit, such as --preset memory",
+        )
+    if len(ids) <= body:
+        raise UsageError(f"the text has {len(ids):,} tokens, one window has {length:,}", hint="give more text")
+    rng = random.Random(seed)
+    windows = []
+    for i in range(count):
+        facts = list(_facts(text, rng, body // 4)) if i % 2 else []
+        rest = body - sum(len(stated) + len(asked) for stated, asked in facts)
+        start = rng.randrange(len(ids) - rest)
+        events = []
+        for stated, asked in facts:
+            at = rng.randrange(rest // 32, min(rest - _LEAST_DISTANCE, rest * 3 // 5))
+            events += [(at, stated), (rng.randint(at + _LEAST_DISTANCE, rest), asked)]
+        row, done = list(prefix), 0
+        for at, piece in sorted(events, key=lambda event: event[0]):
+            row += [*ids[start + done : start + at], *piece]
+            done = at
+        windows.append(row + list(ids[start + done : start + rest]))
+    return torch.tensor(windows)
+
+
+def _facts(text: TextModel, rng: random.Random, room: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield facts and their questions as tokens, each asked for once, while they fit into `room` tokens."""
+    asked_for: set[str] = set()
+    while len(asked_for) < _MOST_FACTS:
+        words = {
+            "name": rng.choice(_NAMES), "city": rng.choice(_CITIES), "thing": rng.choice(_THINGS),
+            "number": "".join(rng.choices("0123456789", k=rng.randint(3, 6))),
+        }  # fmt: skip
+        statement, question, answer = (part.format(**words) for part in rng.choice(_FACTS))
+        if question in asked_for:
+            continue
+        asked_for.add(question)
+        stated, asked = text.encode(statement, special=False), text.encode(question + answer, special=False)
+        room -= len(stated) + len(asked)
+        if room < 0:
+            return
+        yield stated, asked
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of scores in hexadecimal, whatever file they are in."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].float().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def write_scores(file: Path, scores: Scores) -> None:
+    """Write scores as a safetensors file that `read_scores` reads."""
+    from safetensors.torch import save_file
+
+    save_file(scores.tensors, file, metadata={"format": "pt", _METADATA: json.dumps(scores.facts)})
+    file.chmod(0o644)  # safetensors writes 0600
+
+
+def read_scores(file: Path, shapes: Mapping[str, tuple[int, ...]], origin: str) -> Scores:
+    """Read a file of scores that were fitted before, such as the last shard of a converted checkpoint.
+
+    Args:
+        file: Safetensors file; it may hold more than is needed.
+        shapes: What is needed.
+        origin: What `facts` say under `from`.
+
+    Raises:
+        UsageError: There is no such file.
+        CheckpointError: It is damaged, or was fitted for another model.
+    """
+    if not file.is_file():
+        raise UsageError(f"no file {file}", hint="give a safetensors file of scores, or text: --calibrate TEXT")
+    found = read_header(file)
+    for name, shape in shapes.items():
+        if name not in found or found[name].shape != shape:
+            there = f"is {list(found[name].shape)}" if name in found else "is not there"
+            raise CheckpointError(
+                f"{name} {there} in {file}, this model needs {list(shape)}",
+                hint="these are scores of another model; fit its own: --calibrate TEXT",
+            )
+    with safe_open(file, "pt") as content:
+        said = json.loads((content.metadata() or {}).get(_METADATA, "{}"))
+    tensors = load_scores((file,), shapes)
+    keys = ("windows", "tokens", "seed", "explained")
+    facts = {"from": origin} | {key: said.get(key) for key in keys} | {"sha256": digest(tensors)}
+    return Scores(tensors, facts)
+
+
+def load_scores(files: Iterable[Path], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the named tensors in fp32 from the files that hold them.
+
+    Raises:
+        CheckpointError: A value is not finite.
+    """
+    wanted, tensors = set(names), {}
+    for file in files:
+        with safe_open(file, "pt") as content:
+            for name in sorted(wanted & set(content.keys())):
+                tensors[name] = content.get_tensor(name).float()
+                if not tensors[name].isfinite().all():
+                    raise CheckpointError(f"{name} in {file} has values that are not finite", hint="fit it again")
+    return tensors

@@ -1,0 +1,278 @@
+"""Checkpoints as torch models: converted ones, and Transformers as transformers loads them, but strictly.
+
+A weight that the files lack, or have too many, is an error; quantised weights come as plain ones, and a PEFT adapter
+beside the weights is merged into them. What cannot be had that way is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from safetensors import safe_open
+
+from ligerexport.checkpoint.checkpoint import WRAPPERS, CheckpointInfo, check_checkpoint, not_finite, read_header
+from ligerexport.checkpoint.sources import no_bars
+from ligerexport.console import say
+from ligerexport.errors import CheckpointError, LigerError, MissingDependency, quoted
+from ligerexport.model.families import FAMILIES, PREFIX, get_family
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_AGAIN = "copy or download the checkpoint again"
+NO_WRAPPERS = {WRAPPERS + "(?:)" * i: "" for i in range(4)}
+"""A `key_mapping` for transformers: each takes one wrapper off the names of weights."""
+_SLAB = 1 << 24
+"""Elements that are looked at at a time."""
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a converted checkpoint as a transformers model with its attention swapped.
+
+    Args:
+        path: Directory that `convert` or `save_pretrained` wrote.
+        dtype: Type of the weights; fp32 by default.
+
+    Raises:
+        CheckpointError: It is not converted, incomplete or damaged.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ligerexport.layers.mixer import read_config  # makes the converted classes known to transformers
+
+    info = check_checkpoint(path, tokenizer=False)
+    if "liger" not in info.config:
+        raise CheckpointError(f"{path} is not converted", hint=f"ligerexport convert {quoted(path)} -o liger")
+    return _load(AutoModelForCausalLM, info, read_config(info.config), dtype or torch.float32)
+
+
+def load_transformer(
+    path: str | Path, config: Mapping[str, Any], dtype: torch.dtype | Literal["auto"]
+) -> PreTrainedModel:
+    """Load the Transformer in a checkpoint, its attention as the family has it, converted or not.
+
+    Args:
+        path: Directory.
+        config: Content of its config.json.
+        dtype: Of the weights; "auto" is the file's.
+
+    Raises:
+        CheckpointError: The family is not supported, the checkpoint is incomplete or damaged, or its weights are
+            quantised in a way that transformers cannot undo.
+    """
+    from ligerexport.layers.mixer import read_config
+
+    info, family = check_checkpoint(path, tokenizer=False), get_family(config["model_type"])
+    loaded: Any = read_config(family.plain(config) | {"tie_word_embeddings": info.tied})
+    loaded._attn_implementation = "sdpa"
+    base = family.attribute("ForCausalLM")
+    aside = {"_keys_to_ignore_on_load_unexpected": [r"\.score_proj\."], "__module__": base.__module__}
+    return _load(type(base.__name__, (base,), aside), info, loaded, dtype).eval()
+
+
+def load_any(info: CheckpointInfo, dtype: torch.dtype) -> PreTrainedModel:
+    """Load what a checkpoint holds: a converted model, or a Transformer of any family that transformers knows.
+
+    Args:
+        info: The checkpoint.
+        dtype: Of the weights.
+
+    Raises:
+        CheckpointError: See `load_transformer`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if "liger" in info.config:
+        return load_model(info.path, dtype).eval()
+    if info.config["model_type"] in FAMILIES:
+        return load_transformer(info.path, info.config, dtype)
+    config = AutoConfig.from_pretrained(info.path, trust_remote_code=False)
+    return _load(AutoModelForCausalLM, info, config, dtype).eval()
+
+
+def write_plain(info: CheckpointInfo, directory: Path) -> CheckpointInfo:
+    """Write a Transformer's checkpoint whose files are not plain as one whose files are; its tokenizer is left out.
+
+    Args:
+        info: The checkpoint; all of its weights go through memory.
+        directory: Place to make.
+
+    Raises:
+        CheckpointError: See `load_transformer`.
+    """
+    import torch
+
+    dtype: torch.dtype | Literal["auto"] = "auto"  # of quantised weights, what config.json says
+    if not info.quantised:
+        halves = {"F16": torch.float16, "BF16": torch.bfloat16}
+        dtype = halves.get(info.dtypes[0], torch.float32) if len(info.dtypes) == 1 else torch.float32
+    model = load_transformer(info.path, info.config, dtype)
+    with no_bars():
+        model.save_pretrained(directory)
+    for file in directory.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes 0600
+    return check_checkpoint(directory, tokenizer=False)
+
+
+def check_finite(info: CheckpointInfo, advance: Callable[[float], None] = lambda amount: None) -> None:
+    """Refuse a plain checkpoint with a weight that is not finite.
+
+    Args:
+        info: The checkpoint.
+        advance: Told the bytes that were looked at.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    for file in info.files:
+        with safe_open(file, "pt") as shard:
+            for name in (name for name, tensor in info.tensors.items() if tensor.file == file):
+                stored, shape = shard.get_slice(name), info.tensors[name].shape
+                rows = max(1, _SLAB // max(1, shape[-1]))
+                for start in range(0, shape[0], rows):
+                    part = stored[start : start + rows]
+                    if not part.isfinite().all():
+                        raise not_finite(name, info.path)
+                    advance(part.nbytes)
+
+
+def _load(model_class: Any, info: CheckpointInfo, config: Any, dtype: Any) -> PreTrainedModel:
+    """Load a checkpoint by `from_pretrained`, and refuse whatever it would only warn of."""
+    import torch
+
+    settings: dict[str, Any] = {}
+    own = dtype
+    if info.renamed or config.model_type.removeprefix(PREFIX) not in FAMILIES:
+        settings["key_mapping"] = NO_WRAPPERS
+    if info.adapter is not None:  # it is merged below; transformers would leave it beside the weights
+        settings["adapter_kwargs"] = {"subfolder": os.devnull}
+    with no_bars(), _as_plain(info):
+        if info.quantised:
+            config.quantization_config = dequantising(info)
+            own = config.dtype or torch.bfloat16
+        model, found = model_class.from_pretrained(
+            info.path, config=config, dtype=own, output_loading_info=True, trust_remote_code=False, **settings
+        )
+        if info.quantised:  # rounded to the model's own dtype, whatever is asked for, as in a conversion
+            model = model.dequantize(dtype=own) if getattr(model, "is_quantized", False) else model
+            for parameter in model.parameters():  # not the rotary frequencies, which `to` would round
+                parameter.data = parameter.data.to(own if dtype == "auto" else dtype)
+    for kind, problem in (("missing_keys", "is missing from"), ("unexpected_keys", "has no place in")):
+        if names := sorted(found[kind]):
+            raise CheckpointError(f"{names[0]} {problem} {info.path}, as transformers loads it", hint=_AGAIN)
+    if info.renamed:
+        vars(model).pop("_weight_conversions", None)  # else it would be saved under the names that it was loaded from
+    if info.adapter is not None:
+        model = merged(model, info.adapter)
+        say(f"{info.path.name}: its adapter {info.adapter.name} was merged into its weights")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise not_finite(name, info.path)
+    if info.quantised:
+        say(f"{info.path.name}: {info.quantised} weights were turned back to {str(model.dtype).removeprefix('torch.')}")
+    return model
+
+
+@contextmanager
+def _as_plain(info: CheckpointInfo) -> Iterator[None]:
+    """Let whatever transformers raises on the way to plain weights be a `CheckpointError`."""
+    try:
+        yield
+    except LigerError:
+        raise
+    except Exception as error:
+        if info.quantised:
+            raise _stays_quantised(info, str(error)) from error
+        if info.config["model_type"].removeprefix(PREFIX) in FAMILIES:
+            raise
+        raise CheckpointError(f"transformers cannot load {info.path}: {error}", hint=_AGAIN) from error
+
+
+def check_loadable(path: Path) -> None:
+    """Check a checkpoint without loading it.
+
+    Raises:
+        CheckpointError: It is incomplete or damaged, or transformers cannot undo the quantisation of its weights.
+    """
+    info = check_checkpoint(path, tokenizer=False)
+    if info.quantised:
+        dequantising(info)
+
+
+def dequantising(info: CheckpointInfo) -> dict[str, Any]:
+    """Return the `quantization_config` under which weights are turned back as they load, or can be afterwards.
+
+    Raises:
+        CheckpointError: transformers cannot undo this method.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as CONFIGS
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as QUANTIZERS
+    from transformers.quantizers.base import HfQuantizer
+
+    raw, method = info.config.get("quantization_config"), info.quantised
+    if raw is None:
+        raise _stays_quantised(info, "config.json has no quantization_config")
+    bits = "4bit" if raw.get("load_in_4bit") else "8bit"
+    key = f"bitsandbytes_{bits}" if method == "bitsandbytes" else str(method)
+    if key in CONFIGS and "dequantize" in inspect.signature(CONFIGS[key]).parameters:
+        return dict(raw) | {"dequantize": True}
+    quantizer: Any = QUANTIZERS.get(key, HfQuantizer)
+    if quantizer._dequantize is not HfQuantizer._dequantize:
+        return dict(raw)  # for `dequantize` of the model that was loaded
+    raise _stays_quantised(info, "there is no way back in transformers")
+
+
+def _stays_quantised(info: CheckpointInfo, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{info.path} holds weights quantised by {info.quantised}, which cannot be turned back to plain ones: {reason}",
+        hint="take the model that it was quantised from; `ligerexport build --weights int4` quantises the artifact",
+    )
+
+
+def merged(model: Any, adapter: Path) -> Any:
+    """Merge a PEFT adapter into a model; the output projection of a tied one may differ from its embedding then.
+
+    Raises:
+        MissingDependency: PEFT is not installed.
+        CheckpointError: The adapter does not fit the model, or cannot be merged.
+    """
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError:
+        raise MissingDependency("peft", extra="recover") from None
+    import warnings
+
+    import torch
+
+    config, head = adapter.with_name("adapter_config.json"), model.get_output_embeddings()
+    if head is not None and head.weight is model.get_input_embeddings().weight:  # what changes one would change both
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            wrapped = PeftModel.from_pretrained(model, adapter.parent)
+            known = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+            extra = [name for name in read_header(adapter) if ".lora_" in name and name not in known]
+            merged = wrapped.merge_and_unload()
+        problems = [f"it changes {name}, which the model has not" for name in extra]
+        problems += [str(x.message) for x in said if "missing adapter keys" in str(x.message)]
+    except Exception as error:
+        raise _no_fit(adapter, config, str(error)) from error
+    if problems:
+        raise _no_fit(adapter, config, problems[0])
+    return merged
+
+
+def _no_fit(adapter: Path, config: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{adapter} does not fit the model beside it: {problem}",
+        hint=f"take the adapter that belongs to it; without {quoted(config)} it is left out",
+    )

@@ -1,0 +1,240 @@
+"""Two models that answer one prompt, each in a process of its own, taking turns so that each has the machine to itself.
+
+The next turn is of the model that has computed for the shorter time, so both clocks advance together and the faster
+model is ahead by what it is faster. Times and bytes are those that the workers of `ligerexport.measure.bench` measure.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from ligerexport.errors import LigerError
+from ligerexport.measure.bench.run import labels
+from ligerexport.measure.bench.worker import Worker
+from ligerexport.text.tokenizer import Detokenizer, TextModel
+
+FRAME = 0.2
+"""Seconds between two pictures of what was written."""
+REST = 0.06
+"""Seconds without a turn after each: a browser on this machine draws it meanwhile, and not while a token is timed."""
+TURN = 0.3
+"""Seconds that reading a piece of a prompt should take, in multiples of `STEP` tokens."""
+STEP = 64
+RECENT = 8
+"""Tokens that the figure of the moment is the median of."""
+
+Answer = TypeVar("Answer")
+
+
+@dataclass
+class Stream:
+    """One model's answer, as far as it is.
+
+    Attributes:
+        name: Of the model.
+        facts: What its worker says of it.
+        prompt: Ids.
+        read: Of them, how many it has read.
+        clock: Seconds that it has computed.
+        first: Seconds to the first token; None before it.
+        text: What it wrote.
+        written: Tokens.
+        latencies: Milliseconds of each token but the first.
+        memory: After each turn: tokens seen, bytes of state or KV cache, resident bytes, bytes on a GPU.
+        finish: Why it ended: `eos`, `length`, `stopped`; None while it goes on.
+    """
+
+    name: str
+    facts: dict[str, Any]
+    prompt: Sequence[int]
+    read: int = 0
+    clock: float = 0.0
+    first: float | None = None
+    text: str = ""
+    written: int = 0
+    latencies: list[float] = field(default_factory=list)
+    memory: list[tuple[int, int, int, int | None]] = field(default_factory=list)
+    finish: str | None = None
+
+    @property
+    def seen(self) -> int:
+        """Tokens in its memory: the last one that was written is not yet."""
+        return self.read + max(0, self.written - 1)
+
+    @property
+    def now(self) -> float | None:
+        """Milliseconds a token, of the last few."""
+        return statistics.median(self.latencies[-RECENT:]) if self.latencies else None
+
+    @property
+    def median(self) -> float | None:
+        """Milliseconds a token, of all."""
+        return statistics.median(self.latencies) if self.latencies else None
+
+
+class Stopped(Exception):
+    """The user does not want the answer any more."""
+
+
+class Pair:
+    """The processes of two models, and the one queue for both.
+
+    Args:
+        model: See `ligerexport.measure.bench.engine.open_engine`.
+        against: Likewise.
+        **options: Likewise.
+
+    Raises:
+        LigerError: One cannot be opened.
+    """
+
+    def __init__(self, model: str, against: str, **options: Any) -> None:
+        self.names = labels(model, against)
+        self._models = dict(zip(self.names, (model, against), strict=True))
+        self._options = options
+        self._queue = ThreadPoolExecutor(1)  # one model computes at a time, first come, first served
+        self._workers: dict[str, Worker] = {}
+        for name in self.names:
+            self._worker(name)
+
+    def _worker(self, name: str) -> Worker:
+        """Return the worker of a model; one that died is started again."""
+        if name not in self._workers or not self._workers[name].alive:
+            self._workers[name] = Worker(self._models[name], **self._options)
+        return self._workers[name]
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """Return what the worker says of its model."""
+        return self._workers[name].facts
+
+    def call(self, stop: threading.Event, work: Callable[[], Answer]) -> Answer:
+        """Wait for a turn and do something in it.
+
+        Raises:
+            Stopped: `stop` was set; the answer is dropped.
+        """
+        future = self._queue.submit(work)
+        while True:
+            try:
+                return future.result(timeout=0.05)
+            except NotYet:
+                if stop.is_set():
+                    future.cancel()
+                    raise Stopped from None
+
+    def race(
+        self, session: str, prompt: Sequence[int], text: TextModel, most: int, stop: threading.Event
+    ) -> Iterator[tuple[Stream, Stream]]:
+        """Let both answer a prompt.
+
+        Args:
+            session: A name that nobody else uses.
+            prompt: Ids.
+            text: Tokenizer of both.
+            most: Most tokens of an answer.
+            stop: Set by who wants it to end; answers then have `stopped`.
+
+        Yields:
+            Both streams, the same objects each time, several times a second and at the end.
+
+        Raises:
+            LigerError: A model failed.
+        """
+        writers = [_Writer(self, name, session, prompt, text, most) for name in self.names]
+        streams = writers[0].stream, writers[1].stream
+        shown = 0.0
+        try:
+            while going := [writer for writer in writers if writer.stream.finish is None]:
+                if stop.is_set():
+                    raise Stopped
+                min(going, key=lambda writer: writer.stream.clock).turn(stop)
+                if time.perf_counter() - shown > FRAME:
+                    yield streams
+                    time.sleep(REST)
+                    shown = time.perf_counter()
+        except Stopped:
+            for stream in streams:
+                stream.finish = stream.finish or "stopped"
+        finally:
+            for name in self.names:
+                self._queue.submit(partial(self._forget, name, session))
+        yield streams
+
+    def _forget(self, name: str, session: str) -> None:
+        if self._workers[name].alive:
+            self._workers[name]("close", session)
+
+    def work(self, name: str, do: str, session: str, **arguments: Any) -> dict[str, Any]:
+        """Ask the worker of a model, in a turn."""
+        return self._worker(name)(do, session, **arguments)
+
+    def close(self) -> None:
+        """End both processes."""
+        self._queue.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers.values():
+            worker.close()
+
+
+class _Writer:
+    """Advances one stream by a turn."""
+
+    def __init__(self, pair: Pair, name: str, session: str, prompt: Sequence[int], text: TextModel, most: int) -> None:
+        self.stream = Stream(name, pair.facts(name), prompt)
+        self._pair, self._session, self._most = pair, session, most
+        self._end, self._detokenizer = text.turn_ends, Detokenizer(text, prompt)
+        self._token, self._piece = 0, STEP
+
+    def turn(self, stop: threading.Event) -> None:
+        """Read a piece of the prompt, or write a token."""
+        stream = self.stream
+        if stream.read < len(stream.prompt):
+            piece = list(stream.prompt[stream.read : stream.read + self._piece])
+            answer = self._ask(stop, "prefill", ids=[piece])
+            seconds, tokens = answer["seconds"], answer["tokens"]
+            stream.read += len(piece)
+            stream.clock += seconds
+            self._piece = max(1, round(len(piece) / seconds * TURN / STEP)) * STEP
+            if stream.read == len(stream.prompt):
+                stream.first = stream.clock
+                self._write(tokens[0])
+        else:
+            answer = self._ask(stop, "decode", tokens=[self._token])
+            (seconds,), ((token,),) = answer["seconds"], answer["tokens"]
+            stream.clock += seconds
+            stream.latencies.append(seconds * 1e3)
+            self._write(token)
+        stream.memory.append((stream.seen, answer["state_bytes"], answer["rss"], answer["device"]))
+
+    def _ask(self, stop: threading.Event, do: str, **arguments: Any) -> dict[str, Any]:
+        return self._pair.call(stop, partial(self._pair.work, self.stream.name, do, self._session, **arguments))
+
+    def _write(self, token: int) -> None:
+        stream = self.stream
+        stream.written += 1
+        self._token = token
+        if token in self._end:
+            stream.finish = "eos"
+        else:
+            stream.text += self._detokenizer.push(token)
+            stream.finish = "length" if stream.written >= self._most else None
+        if stream.finish:
+            stream.text += self._detokenizer.flush()
+
+
+def same_text(model: TextModel, other: TextModel) -> None:
+    """Refuse models that would read the ids of one prompt differently.
+
+    Raises:
+        LigerError: Their vocabularies differ.
+    """
+    if model.vocabulary != other.vocabulary:
+        raise LigerError("the models have different tokenizers",
+                         hint="compare a model with the Transformer that it was converted from")  # fmt: skip

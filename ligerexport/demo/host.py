@@ -1,0 +1,164 @@
+"""What a page can do: have a question answered by both models, stop that, measure. Nothing here knows Gradio."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ligerexport.artifact.artifact import open_artifact
+from ligerexport.console import Advance, Unit
+from ligerexport.demo import page
+from ligerexport.demo.compare import Pair, Stopped, Stream, same_text
+from ligerexport.demo.prompts import CHAT, ask
+from ligerexport.errors import LigerError, UsageError
+from ligerexport.measure.bench.report import RESULT
+from ligerexport.measure.bench.run import bench, is_artifact
+from ligerexport.measure.bench.settings import Settings
+from ligerexport.text.tokenizer import TextModel
+
+SHORT = Settings(contexts=(128, 1024), blocks=6, tokens=8)
+"""What the button of the page measures."""
+
+
+class Demo:
+    """Two models and the page that compares them.
+
+    Args:
+        model: An artifact, a converted checkpoint, or a Transformer.
+        against: Another one.
+        results: What `bench` wrote, a directory or its file; None shows none.
+        threads: Of each model; None takes the physical cores.
+        device: Row of `ligerexport.measure.bench.settings.DEVICES`.
+
+    Raises:
+        LigerError: A model cannot be opened, or they have different tokenizers.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        against: str,
+        *,
+        results: Path | None = None,
+        threads: int | None = None,
+        device: str = "auto",
+    ) -> None:
+        self._models, self._device, self._threads = (model, against), device, threads
+        self.manifest = open_artifact(Path(model).expanduser()).manifest if is_artifact(model) else None
+        self.result = None if results is None else read_result(results)
+        self.text = TextModel(directory_of(model))
+        same_text(self.text, TextModel(directory_of(against)))
+        self.pair = Pair(model, against, threads=threads, device=device)
+        self._stops: set[tuple[str, threading.Event]] = set()  # one for each answer and measurement under way
+
+    def run(
+        self, preset: str, prompt: str, context: int, depth: int, most: int, rows: list[list[str]], session: str
+    ) -> Iterator[dict[str, Any]]:
+        """Let both answer; yield what changes on the page, by the part of it."""
+        stop = self._begin(session)
+        said = page.status("stopped")
+        try:
+            yield {"busy": True, "status": page.status("Both take turns; each is timed while the other waits.")}
+            question = ask(self.text, preset, prompt, int(context), depth / 100)
+            race = self.pair.race(uuid.uuid4().hex, question.ids, self.text, int(most), stop)
+            for streams in race:
+                yield self._picture(streams, int(most), question.key)
+            if not stop.is_set():
+                rows = [*rows, page.run_row(streams, question.key)]
+                said = page.status(self._verdict(streams))
+                yield {"runs": page.runs(self.pair.names, rows), "rows": rows}
+        except LigerError as error:
+            said = page.status(error.message, error.hint, error=True)
+        finally:
+            self._stops.discard((session, stop))
+        yield {"busy": False, "status": said}
+
+    def _picture(self, streams: tuple[Stream, Stream], most: int, key: str | None) -> dict[str, Any]:
+        cards = (page.card(stream, style, key) for stream, style in zip(streams, page.STYLES, strict=True))
+        return dict(zip(page.STYLES, cards, strict=True)) | {"plots": page.plots(streams, most)}
+
+    def idle(self) -> dict[str, Any]:
+        """Return the page's parts before anything was asked."""
+        first, second = (Stream(name, self.pair.facts(name), ()) for name in self.pair.names)
+        return self._picture((first, second), CHAT.tokens, None)
+
+    def _verdict(self, streams: tuple[Stream, Stream]) -> str:
+        ours, theirs = streams
+        if not ours.median or not theirs.median:
+            return "finished"
+        faster, slower = (ours, theirs) if ours.median <= theirs.median else (theirs, ours)
+        assert faster.median and slower.median
+        return (f"finished: after {len(ours.prompt):,} tokens {faster.name} took {faster.median:.1f} ms a token, "
+                f"{slower.name} {slower.median:.1f} ms, {slower.median / faster.median:.1f} times as long")  # fmt: skip
+
+    def _begin(self, session: str) -> threading.Event:
+        stop = threading.Event()
+        self._stops.add((session, stop))
+        return stop
+
+    def stop(self, session: str) -> None:
+        """End the answers and measurements of a page that are under way."""
+        for owner, stop in list(self._stops):
+            if owner == session:
+                stop.set()
+
+    def measure(self, session: str) -> Iterator[tuple[str, str]]:
+        """Measure in a turn, with processes of its own; yield the table and a line of status."""
+        stop = self._begin(session)
+
+        def watch(
+            description: str, total: float | None = None, unit: Unit = "bytes"
+        ) -> AbstractContextManager[Advance]:
+            def advance(amount: float) -> None:
+                if stop.is_set():
+                    raise Stopped
+
+            return nullcontext(advance)
+
+        settings = Settings(SHORT.contexts, SHORT.batches, SHORT.blocks, SHORT.tokens, self._threads, self._device)
+        try:
+            yield page.measured(self.result), page.status("measuring; answers wait meanwhile")
+            self.result = self.pair.call(stop, partial(bench, *self._models, settings=settings, progress=watch))
+            yield page.measured(self.result), page.status("measured just now")
+        except Stopped:
+            yield page.measured(self.result), page.status("stopped")
+        except LigerError as error:
+            yield page.measured(self.result), page.status(error.message, error.hint, error=True)
+        finally:
+            self._stops.discard((session, stop))
+
+    def close(self) -> None:
+        """End what is under way, and both models."""
+        for _, stop in list(self._stops):
+            stop.set()
+        self.pair.close()
+
+
+def directory_of(model: str) -> Path:
+    """Return the directory with a model's tokenizer."""
+    if is_artifact(model):
+        return Path(model).expanduser()
+    from ligerexport.checkpoint.sources import resolve
+
+    return resolve(model).path
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read what `bench` wrote.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    file = path / RESULT if path.is_dir() else path
+    try:
+        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        page.measured(result)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is no result of bench", hint="ligerexport bench ... -o DIRECTORY") from error
+    return result

@@ -1,0 +1,196 @@
+"""What the page shows, as HTML: two cards, charts, the runs so far, the model card, the measured table.
+
+Everything that a model or a file says is escaped. Heights are fixed by the style sheet, so nothing moves while text
+comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from ligerexport.artifact.artifact import Manifest
+from ligerexport.console import format_bytes
+from ligerexport.demo.chart import Line, chart, legend
+from ligerexport.demo.compare import Stream
+from ligerexport.measure.bench.report import COLUMNS, cells
+
+STYLES = ("ours", "theirs")
+KINDS = {
+    "artifact": ("recurrent, constant state", "state"),
+    "converted": ("recurrent, constant state, torch", "state"),
+    "transformer": ("Transformer, growing KV cache", "KV cache"),
+}
+FINISHES = {"eos": "finished", "length": "finished", "stopped": "stopped"}
+EMPTY = "-"
+
+
+def card(stream: Stream, style: str, key: str | None = None) -> str:
+    """Return one model's figures and text.
+
+    Args:
+        stream: Its answer so far.
+        style: Row of `STYLES`.
+        key: The pass key that it is asked for.
+    """
+    kind, memory = KINDS[stream.facts["kind"]]
+    now = stream.now
+    _, state, resident, device = stream.memory[-1] if stream.memory else (0, None, None, None)
+    figures = (
+        ("a token, now", *_figure(f"{now:.1f} ms" if now else None)),
+        ("tokens a second", *_figure(f"{1e3 / now:.1f}" if now else None)),
+        (memory, *_figure(None if state is None else format_bytes(state))),
+    )
+    rows = "".join(
+        f'<div><dt>{what}</dt><dd data-figure="{what}">{value}<small>{unit}</small></dd></div>'
+        for what, value, unit in figures
+    )
+    return (
+        f'<section class="lx-card lx-{style}" aria-label="{escape(stream.name)}" data-state="{state or 0}" '
+        f'data-resident="{resident or 0}" data-ms="{stream.median or 0:.4f}" data-seen="{stream.seen}" '
+        f'data-finish="{stream.finish or ""}">'
+        f"<header>{_shape(style)} <strong>{escape(stream.name)}</strong>"
+        f'<span class="lx-kind">{kind}, {escape(stream.facts["precision"])} on {escape(stream.facts["device"])}</span>'
+        f"</header><dl>{rows}</dl>"
+        f'<p class="lx-line">{_process(stream, resident, device)}</p>'
+        f'<div class="lx-text" tabindex="0" role="region" aria-label="Answer of {escape(stream.name)}">'
+        f"<div>{escape(stream.text)}</div></div>"
+        f'<p class="lx-line">{_progress(stream)}{_recalled(stream, key)}</p></section>'
+    )
+
+
+def _figure(text: str | None) -> tuple[str, str]:
+    number, _, unit = (text or EMPTY).partition(" ")
+    return number, f" {unit}"
+
+
+def _process(stream: Stream, resident: int | None, device: int | None) -> str:
+    if resident is None:
+        return f"process {format_bytes(stream.facts['memory']['rss'])} with the model loaded"
+    grown = resident - stream.memory[0][2]
+    sign = "+" if grown >= 0 else "-"
+    gpu = f", GPU {format_bytes(device)}" if device is not None else ""
+    first = "" if stream.first is None else f"; first token after {stream.first:.2f} s"
+    return f"process {format_bytes(resident)} ({sign}{format_bytes(abs(grown))}){gpu}{first}"
+
+
+def _progress(stream: Stream) -> str:
+    if stream.finish:
+        return f"{FINISHES[stream.finish]}: {stream.written:,} tokens after {len(stream.prompt):,}"
+    if not stream.prompt:
+        return "ready"
+    if stream.read < len(stream.prompt):
+        done = f"{stream.read:,} of {len(stream.prompt):,} tokens"
+        return f'reading <progress max="{len(stream.prompt)}" value="{stream.read}">{done}</progress> {done}'
+    return f"writing token {stream.written:,} after {len(stream.prompt):,}"
+
+
+def _recalled(stream: Stream, key: str | None) -> str:
+    if key is None or stream.finish in (None, "stopped"):
+        return ""
+    if recalled(stream, key):
+        return f' <b class="lx-yes">✓ recalled {key}</b>'
+    return f' <b class="lx-no">✗ not recalled: it was {key}</b>'
+
+
+def recalled(stream: Stream, key: str) -> bool:
+    """Return whether the answer has the key."""
+    return key in stream.text.replace(" ", "")
+
+
+def plots(streams: Sequence[Stream], most: int) -> str:
+    """Return both charts, latency by token and memory by context, and what their lines are."""
+    latency = [
+        Line(s.name, style, [(i + 2, ms) for i, ms in enumerate(s.latencies)])
+        for s, style in zip(streams, STYLES, strict=True)
+    ]
+    memory = [
+        Line(s.name, style, [(seen, state) for seen, state, _, _ in s.memory])
+        for s, style in zip(streams, STYLES, strict=True)
+    ]
+    longest = max(len(s.prompt) for s in streams) + most
+    return (
+        f'<figure class="lx-plots">{legend(latency)}<div>'
+        + chart("Time a token, ms", "token of the answer", latency, lambda y: f"{y:g}", (1, max(most, 2)))
+        + chart("State or KV cache", "tokens seen", memory, format_bytes, (0, max(longest, 1)))
+        + "</div></figure>"
+    )
+
+
+def run_row(streams: Sequence[Stream], key: str | None) -> list[str]:
+    """Return one line for the table of runs."""
+    row = [f"{len(streams[0].prompt):,}"]
+    for stream in streams:
+        state = format_bytes(stream.memory[-1][1]) if stream.memory else EMPTY
+        row += [f"{stream.median:.1f} ms" if stream.median else EMPTY, state]
+        if key is not None:
+            row[-1] += ", recalled" if recalled(stream, key) else ", not recalled"
+    return row
+
+
+def runs(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return the runs of this page, the newest first."""
+    if not rows:
+        return '<p class="lx-note">Each run adds a line here. Move the context slider and run again.</p>'
+    header = ["tokens of prompt", *(f"{escape(name)}: {what}" for name in names for what in ("a token", "memory"))]
+    return table(header, list(reversed(rows)))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table that scrolls sideways where it is too wide; cells are escaped."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="lx-table" tabindex="0" role="region" aria-label="Table"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def measured(result: Mapping[str, Any] | None) -> str:
+    """Return the table of `bench`."""
+    if result is None:
+        return (
+            '<p class="lx-note">Nothing was measured yet. <code>ligerexport bench</code> makes such a table, and '
+            "<code>ligerexport demo --results DIRECTORY</code> shows it.</p>"
+        )
+    machine = result["machine"]
+    note = f"{machine['cpu']}, {machine['threads']} threads. {result['command']}"
+    return table(COLUMNS, [cells(row) for row in result["rows"]]) + f'<p class="lx-note">{escape(note)}</p>'
+
+
+def model_card(name: str, manifest: Manifest | None, facts: Mapping[str, Any]) -> str:
+    """Return what the manifest says of the model."""
+    if manifest is None:
+        return table(("", name), [[key.replace("_", " "), str(value)] for key, value in facts.items()])
+    checked, quality = manifest.verification, manifest.quality or {}
+    rows = [
+        ("made from", f"{manifest.source.model} ({manifest.source.revision or 'a directory'})"),
+        ("licence", manifest.source.license or "not stated"),
+        ("family", f"{manifest.family}, {manifest.model.parameters:,} parameters, {manifest.model.layers} layers"),
+        ("trained on texts of", f"{manifest.model.trained_length:,} tokens"),
+        ("graph", f"{manifest.target}, lowering {manifest.lowering}, weights {manifest.precision}"),
+        ("weights", format_bytes(manifest.bytes.weights)),
+        ("state of a sequence", f"{format_bytes(manifest.bytes.state_per_sequence)}, of any length"
+         + (f", and {format_bytes(manifest.growth)} a token in layers kept as softmax" if manifest.growth else "")),
+        ("KV cache of the Transformer", f"{format_bytes(manifest.bytes.kv_per_token)} a token in fp32"),
+        ("KV cache larger", f"from {manifest.crossover:,} tokens on" if manifest.crossover else "never"),
+        ("training after the conversion", "none" if manifest.recovery is None else "yes, see the manifest"),
+        ("compared with torch", f"{checked['tokens']:,} tokens, logits off by at most {checked['max_logit_error']:.1e}"
+         if checked.get("tokens") else "passed" if checked.get("passed") else "no"),
+        *([("cost of the precision", f"{quality['nll'] - quality['nll_float32']:+.3f} nats a token")]
+          if {"nll", "nll_float32"} <= quality.keys() else []),
+        ("written by", f"ligerexport {manifest.ligerexport}"),
+    ]  # fmt: skip
+    return table(("", name), rows)
+
+
+def status(text: str, hint: str | None = None, *, error: bool = False) -> str:
+    """Return the line that says what goes on; errors are announced at once."""
+    role = "alert" if error else "status"
+    more = f" <span>{escape(hint)}</span>" if hint else ""
+    return f'<p class="lx-status{" lx-error" if error else ""}" role="{role}">{escape(text)}{more}</p>'
+
+
+def _shape(style: str) -> str:
+    return f'<span class="lx-shape" aria-hidden="true">{"●" if style == "ours" else "■"}</span>'

@@ -1,0 +1,106 @@
+"""What is asked of both models: presets, and real text before the question.
+
+The text is in `filler.txt`: Theodore Roosevelt's annual messages to Congress of 1905 and, in part, 1906. It is in the
+public domain, as a work of the government of the United States and by its age.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ligerexport.errors import UsageError
+from ligerexport.text.tokenizer import TextModel
+
+MOST = 32_768
+"""Most tokens of filler."""
+NEEDLE = " The secret pass key is {key}."
+QUESTION = " What is the secret pass key? The secret pass key is {key}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A kind of question.
+
+    Attributes:
+        name: As the page has it.
+        prompt: What is typed for the user; empty where the page asks the question.
+        context: Tokens of filler to begin with.
+        tokens: Most tokens to write.
+    """
+
+    name: str
+    prompt: str
+    context: int
+    tokens: int
+
+
+CHAT = Preset("Chat", "Explain in a few sentences why the sky is blue.", 0, 128)
+SUMMARISE = Preset("Summarise a long text", "Summarise the text above in three sentences.", 2048, 128)
+PASSKEY = Preset("Passkey recall", "", 1024, 8)
+PRESETS = {preset.name: preset for preset in (CHAT, SUMMARISE, PASSKEY)}
+
+
+@cache
+def filler() -> str:
+    """Return the text."""
+    return (Path(__file__).parent / "filler.txt").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Ids for both models, and the key that the answer must have, where one is asked for."""
+
+    ids: tuple[int, ...]
+    key: str | None = None
+
+
+def ask(
+    text: TextModel, preset: str, prompt: str, context: int, depth: float = 0.5, seed: int | None = None
+) -> Question:
+    """Put a question behind real text.
+
+    Args:
+        text: The models' tokenizer.
+        preset: Row of `PRESETS`.
+        prompt: What the user typed; the preset with the pass key has its own.
+        context: Tokens of filler.
+        depth: Where in it the pass key is said: 0 is its beginning, 1 its end.
+
+    Raises:
+        UsageError: There is nothing to ask.
+    """
+    if preset == PASSKEY.name:
+        key = "".join(random.choices("0123456789", k=5))
+        words = _words(text, context)
+        at = round(max(0.0, min(1.0, depth)) * len(words))
+        needle = text.encode(NEEDLE.format(key=key), special=False)
+        question = text.encode(QUESTION.format(key=key), special=False)
+        answer = max(i for i in range(len(question)) if text.decode(question[i:]).strip() == key)
+        start = text.encode("")  # ids that begin every text, such as BOS
+        return Question((*start, *words[:at], *needle, *words[at:], *question[:answer]), key)
+    if not prompt.strip():
+        raise UsageError("there is no prompt", hint="type one, or choose a preset")
+    words = _words(text, context)
+    here = secrets.token_hex(16) if words else ""  # in no text that a user can type
+    content = f"{here}\n\n{prompt.strip()}" if words else prompt.strip()
+    if not text.chat_template:
+        return Question((*text.encode(""), *words, *text.encode(content.removeprefix(here), special=False)))
+    rendered = text.render([{"role": "user", "content": content}], marked=True)
+    before, found, after = rendered.partition(here) if here else (rendered, "", "")
+    if not found:
+        return Question(tuple(text.encode_rendered(before)))
+    return Question((*text.encode_rendered(before), *words, *text.encode_rendered(after)))
+
+
+def _words(text: TextModel, count: int) -> list[int]:
+    """Return the first tokens of the filler."""
+    return _encoded(text)[:count] if count else []
+
+
+@cache
+def _encoded(text: TextModel) -> list[int]:
+    return text.encode(filler(), special=False)

@@ -1,0 +1,475 @@
+"""How each piece of the model is written: in operators of every runtime, or in those of ONNX Runtime where they help.
+
+`Portable` is standard operators of opset 21 without control flow; `Ort` replaces pieces by contrib operators, `Native`
+the memory of a layer by our own, same semantics. What the pieces are put together to is in `mixer.py` and `graph.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Builder
+from ligerexport.exporters.onnx.frame import Frame
+from ligerexport.exporters.onnx.native import DOMAIN
+
+if TYPE_CHECKING:
+    from ligerexport.kernels.linear import LinearSpec
+
+FP32_ACTIVATIONS, INT8_ACTIVATIONS = 1, 4
+"""`accuracy_level` of `MatMulNBits`. Left out, codes of 8 bits take a path a hundred times slower."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cosine and sine `[rows, R]` of rotary embedding, R half the rotated width."""
+
+    cos: ir.Value
+    sin: ir.Value
+    half: int
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A quantised matrix `[rows, width]`: blocks of a row share a scale and a zero point.
+
+    Attributes:
+        rows: Outputs of the map, or rows of the embedding.
+        width: Elements of a row.
+        bits: Of a code.
+        block: Elements of a block; the last one of a row may have fewer.
+        view: Returns codes (suffix ""), `_scale` or `_zero_point` as they are stored, or given a shape, or a shape and
+            a type, the same bytes as those.
+    """
+
+    rows: int
+    width: int
+    bits: int
+    block: int
+    view: Callable[..., ir.Value]
+
+    def parts(self) -> list[ir.Value]:
+        """Return codes, scales and zero points as they are stored."""
+        return [self.view(suffix) for suffix in ("", "_scale", "_zero_point")]
+
+
+class Portable:
+    """Standard operators only.
+
+    Args:
+        g: The graph.
+        activation: Type of what goes into products with weights of this type and comes out of them; all else is fp32.
+
+    Attributes:
+        native: Whether a layer's memory is one node, of the library that `native` compiles.
+        plugin: Whether a layer's mixer is one node, of the TensorRT plugin.
+        max_tensors: Most inputs and outputs of a node; None is any number. A shader of WebGPU has 8 storage
+            buffers for sure.
+        transposed: Whether quantised matrices are stored as `[in, out]`.
+        integer: Type of the integers that go in and out.
+        opset: Of the standard operators.
+        ir_version: Of the file.
+        domains: Of other operators.
+    """
+
+    native = False
+    plugin = False
+    max_tensors: int | None = 8
+    transposed = True
+    integer = "int64"
+    opset = OPSET
+    ir_version = IR_VERSION
+    domains: tuple[str, ...] = (CONTRIB,)
+
+    def __init__(self, g: Builder, activation: ir.DataType = ir.DataType.FLOAT) -> None:
+        self.g, self.activation = g, activation
+        self._narrow: dict[ir.Value, ir.Value] = {}
+
+    def narrow(self, x: ir.Value) -> ir.Value:
+        """Return fp32 in the type of activations."""
+        if self.activation == ir.DataType.FLOAT:
+            return x
+        return self._narrow.get(x) or self.g.op("Cast", x, to=self.activation)
+
+    def wide(self, x: ir.Value) -> ir.Value:
+        """Return activations in fp32; `narrow` of it is `x` again."""
+        if self.activation == ir.DataType.FLOAT:
+            return x
+        wide = self.g.op("Cast", x, to=ir.DataType.FLOAT)
+        self._narrow[wide] = x
+        return wide
+
+    def last(self, frame: Frame, x: ir.Value, width: int) -> ir.Value:
+        """Return the last token's row `[B, width]` of `[B * T, width]`."""
+        return self.g.op("Gather", frame.per_token(x, width), self.g.const(-1), axis=1)
+
+    def functions(self, kv_heads: int, d_k: int) -> list[ir.Function]:
+        """Return the model-local functions that the graph needs."""
+        return []
+
+    def rms_norm(self, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+        """Norm the last axis; in the form that ONNX Runtime fuses."""
+        g = self.g
+        mean = g.op("ReduceMean", g.op("Pow", x, g.floats(2)), g.const([-1]))
+        scaled = g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.floats(eps))))
+        return g.op("Mul", scaled, weight)
+
+    def add(self, x: ir.Value, residual: ir.Value) -> ir.Value:
+        """Return the sum."""
+        return self.g.op("Add", x, residual)
+
+    def add_norm(self, x: ir.Value, residual: ir.Value, weight: ir.Value, eps: float) -> tuple[ir.Value, ir.Value]:
+        """Return the norm of the sum, and the sum."""
+        total = self.add(x, residual)
+        return self.rms_norm(total, weight, eps), total
+
+    def silu(self, x: ir.Value) -> ir.Value:
+        """Return x * sigmoid(x)."""
+        return self.g.op("Mul", x, self.g.op("Sigmoid", x))
+
+    def gelu(self, x: ir.Value) -> ir.Value:
+        """Return GELU in its approximation by tanh."""
+        return self.g.op("Gelu", x, approximate="tanh")
+
+    def gated_unit(self, gate: ir.Value, up: ir.Value, activation: str) -> ir.Value:
+        """Return `activation(gate) * up`; the activation by the name of its method."""
+        return self.g.op("Mul", getattr(self, activation)(gate), up)
+
+    def scores(self, query: ir.Value, key: ir.Value, scale: float) -> ir.Value:
+        """Return `scale * query @ key^T`."""
+        g = self.g
+        return g.op("MatMul", g.op("Mul", query, g.floats(scale)), g.transpose(key, 0, 1, 3, 2))
+
+    def rotate_queries(self, x: ir.Value, table: Table, length: ir.Value, d_k: int) -> ir.Value:
+        """Rotate `[B, H_q, T, d_k]` by the first T rows of a table; `length` is T, `[1]`."""
+        g = self.g
+
+        def rows(values: ir.Value) -> ir.Value:
+            first = ("rows", values.name)
+            return g.once(first, lambda: g.op("Slice", values, g.const([0]), length, g.const([0])))
+
+        cos, sin = rows(table.cos), rows(table.sin)
+        return rotate(g, x, cos, sin, table.half, d_k)
+
+    def rotate_keys(self, x: ir.Value, table: Table, row: ir.Value, heads: int, d_k: int) -> ir.Value:
+        """Rotate `[B, H, C, d_k]` by rows `[B * H, C]` of a table."""
+        g = self.g
+        flat = g.op("Reshape", x, g.const([-1, 1, 0, d_k]))
+        cos, sin = (g.op("Unsqueeze", g.op("Gather", values, row), g.const([1])) for values in (table.cos, table.sin))
+        return g.reshape(rotate(g, flat, cos, sin, table.half, d_k), -1, heads, 0, d_k)
+
+    def blocked_linear(self, x: ir.Value, matrix: Blocked, bias: ir.Value | None) -> ir.Value:
+        """Return `x @ matrix^T + bias`, in the form that ONNX Runtime fuses to `MatMulNBits`."""
+        weight = self.g.op("DequantizeLinear", *matrix.parts(), axis=0, block_size=matrix.block)
+        return self.g.op("Gemm", x, weight, *([bias] if bias else []))
+
+    def blocked_rows(self, matrix: Blocked, ids: ir.Value) -> ir.Value:
+        """Return rows `[tokens, width]` of a quantised matrix for ids `[tokens]`.
+
+        Opset 21 gathers no 4-bit integers, so codes are taken out of their bytes, element by element: a matrix that is
+        also multiplied with has one form, in which a row is a column.
+        """
+        g, bits = self.g, matrix.bits
+        column = np.arange(matrix.width)
+        ids = g.op("Unsqueeze", ids, g.const([1]))
+        at, block = (g.op("Add", ids, g.const(x * matrix.rows)) for x in (column, column // matrix.block))
+        count = -(-matrix.width // matrix.block) * matrix.rows
+
+        def codes(suffix: str, size: int, index: ir.Value) -> ir.Value:
+            stored = matrix.view(suffix, (-(-size * bits // 8),), ir.DataType.UINT8)
+            if bits == 8:
+                return g.op("Cast", g.op("Gather", stored, index), to=ir.DataType.FLOAT)
+            byte = g.op("Cast", g.op("Gather", stored, g.op("Div", index, g.const(2))), to=ir.DataType.INT64)
+            high = g.op("Mod", index, g.const(2))
+            divisor = g.op("Add", g.op("Mul", high, g.const(15)), g.const(1))
+            return g.op("Cast", g.op("Mod", g.op("Div", byte, divisor), g.const(16)), to=ir.DataType.FLOAT)
+
+        code = codes("", matrix.width * matrix.rows, at)
+        scale = g.op("Gather", matrix.view("_scale", (count,)), block)
+        return g.op("Mul", g.op("Sub", code, codes("_zero_point", count, block)), scale)
+
+    def linear_attention(
+        self,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        state: ir.Value,
+        decay: ir.Value,
+        heads: tuple[int, int],
+        d_k: int,
+    ) -> tuple[ir.Value, ir.Value]:
+        """Run ONNX LinearAttention, `gated`, scale 1: packed `[B, T, H * d]` in, output and state out.
+
+        `heads` are H_q and H_kv.
+        """
+        return pairwise_linear_attention(self.g, query, key, value, state, decay, heads[1], d_k)
+
+
+class Ort(Portable):
+    """Contrib operators of ONNX Runtime, CPU kernels in fp32."""
+
+    max_tensors = None
+    transposed = False
+
+    def functions(self, kv_heads: int, d_k: int) -> list[ir.Function]:
+        """Return the body of `LinearAttention` for runtimes without a kernel for it; for these head counts only."""
+        return [linear_attention_function(kv_heads, d_k)]
+
+    def add_norm(self, x: ir.Value, residual: ir.Value, weight: ir.Value, eps: float) -> tuple[ir.Value, ir.Value]:
+        """Return the norm of the sum, and the sum."""
+        name = "SkipSimplifiedLayerNormalization"
+        normed, _, _, total = self.g.op(name, x, residual, weight, outputs=4, domain=CONTRIB, epsilon=eps)
+        return normed, total
+
+    def silu(self, x: ir.Value) -> ir.Value:
+        """Return x * sigmoid(x)."""
+        return self.g.op("QuickGelu", x, domain=CONTRIB, alpha=1.0)
+
+    def scores(self, query: ir.Value, key: ir.Value, scale: float) -> ir.Value:
+        """Return `scale * query @ key^T`."""
+        return self.g.op("FusedMatMul", query, key, domain=CONTRIB, transB=1, alpha=float(scale))
+
+    def rotate_queries(self, x: ir.Value, table: Table, length: ir.Value, d_k: int) -> ir.Value:
+        """Rotate `[B, H_q, T, d_k]` by the first T rows of a table."""
+        if 2 * table.half != d_k:
+            return super().rotate_queries(x, table, length, d_k)
+        return self.g.op("RotaryEmbedding", x, self.g.const([0]), table.cos, table.sin, domain=CONTRIB)
+
+    def rotate_keys(self, x: ir.Value, table: Table, row: ir.Value, heads: int, d_k: int) -> ir.Value:
+        """Rotate `[B, H, C, d_k]` by rows `[B * H, C]` of a table: to the operator every head is a sequence."""
+        g = self.g
+        if 2 * table.half != d_k:
+            return super().rotate_keys(x, table, row, heads, d_k)
+        rotated = g.op("RotaryEmbedding", g.reshape(x, -1, 1, 0, d_k), row, table.cos, table.sin, domain=CONTRIB)
+        return g.reshape(rotated, -1, heads, 0, d_k)
+
+    def blocked_linear(self, x: ir.Value, matrix: Blocked, bias: ir.Value | None) -> ir.Value:
+        """Return `x @ matrix^T + bias`; x in int8 with a scale for each block, which is what makes it fast."""
+        inputs = [x, *matrix.parts(), *([None, bias] if bias else [])]
+        return self.g.op(
+            "MatMulNBits", *inputs, domain=CONTRIB, K=matrix.width, N=matrix.rows, bits=matrix.bits,
+            block_size=matrix.block, accuracy_level=INT8_ACTIVATIONS,
+        )  # fmt: skip
+
+    def blocked_rows(self, matrix: Blocked, ids: ir.Value) -> ir.Value:
+        """Return rows `[tokens, width]` of a quantised matrix for ids `[tokens]`."""
+        g, padded = self.g, -(-matrix.width // matrix.block) * matrix.block
+        codes = matrix.view("", (matrix.rows, padded * matrix.bits // 8))
+        rows = g.op(
+            "GatherBlockQuantized", codes, ids, matrix.view("_scale"), matrix.view("_zero_point"), domain=CONTRIB,
+            bits=matrix.bits, block_size=matrix.block, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+        return rows if padded == matrix.width else g.slice(rows, 0, matrix.width, 1)
+
+    def linear_attention(
+        self,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        state: ir.Value,
+        decay: ir.Value,
+        heads: tuple[int, int],
+        d_k: int,
+    ) -> tuple[ir.Value, ir.Value]:
+        """Run ONNX LinearAttention, `gated`, scale 1: packed `[B, T, H * d]` in, output and state out."""
+        return self.g.op(
+            "LinearAttention", query, key, value, state, decay,
+            outputs=2, domain=CONTRIB, q_num_heads=heads[0], kv_num_heads=heads[1], update_rule="gated", scale=1.0,
+        )  # fmt: skip
+
+
+def rotate(g: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, half: int, d_k: int) -> ir.Value:
+    """Rotate the halves of the first 2 R channels of the last axis."""
+    widths = [half, half, d_k - 2 * half] if d_k > 2 * half else [half, half]
+    first, second, *rest = g.op("Split", x, g.const(widths), outputs=len(widths), axis=-1)
+    left = g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin))
+    right = g.op("Add", g.op("Mul", second, cos), g.op("Mul", first, sin))
+    return g.concat(left, right, *rest, axis=-1)
+
+
+def pairwise_linear_attention(
+    g: Builder, query: ir.Value, key: ir.Value, value: ir.Value, state: ir.Value, decay: ir.Value, heads: int, d_k: int
+) -> tuple[ir.Value, ir.Value]:
+    """Write gated linear attention over T tokens at once; packed tensors, `heads` is H_kv.
+
+    The decay between two tokens is taken from their difference, which is at most 0, so no gate overflows. State and
+    values are joined first: the state has one consumer and may be updated in place.
+    """
+    q = g.transpose(g.reshape(query, 0, 0, heads, -1, d_k), 0, 2, 1, 3, 4)  # [B, H, T, G, d_k]
+    k, v, gate = (split_heads(g, x, heads) for x in (key, value, decay))
+    memory = g.concat(state, v, axis=2)  # [B, H, d_k + T, d_v]
+    total = g.op("CumSum", gate, g.const(2))
+    pairs = g.op("MatMul", q, g.transpose(reach(g, k, total), 0, 1, 2, 4, 3))  # [B, H, T, G, S]
+    weights = g.op("Mul", pairs, causal(g, k))
+    carried = g.op("Mul", q, unsqueeze(g, g.op("Exp", total), 3))
+    rows = g.op("Concat", carried, weights, axis=-1)  # [B, H, T, G, d_k + T]
+    width = g.op("Concat", g.const([0, 0, -1]), g.op("Shape", memory, start=2, end=3), axis=0)
+    read = g.op("MatMul", g.op("Reshape", rows, width), memory)
+    groups = g.op("Concat", g.op("Shape", q, end=4), g.const([-1]), axis=0)
+    output = g.reshape(g.transpose(g.op("Reshape", read, groups), 0, 2, 1, 3, 4), 0, 0, -1)
+    return output, advance(g, k, v, total, g.slice(memory, 0, d_k, 2))
+
+
+def split_heads(g: Builder, x: ir.Value, heads: int) -> ir.Value:
+    """Return `[B, H, T, d]` of packed `[B, T, H * d]`."""
+    return g.transpose(g.reshape(x, 0, 0, heads, -1), 0, 2, 1, 3)
+
+
+def unsqueeze(g: Builder, x: ir.Value, axis: int) -> ir.Value:
+    """Add an axis."""
+    return g.op("Unsqueeze", x, g.const([axis]))
+
+
+def reach(g: Builder, key: ir.Value, total: ir.Value) -> ir.Value:
+    """Return what is left of keys s at times t, `[B, H, T, S, d_k]`; all of later ones. `total` sums the decay."""
+    between = g.op("Sub", unsqueeze(g, total, 3), unsqueeze(g, total, 2))
+    return g.op("Mul", g.op("Exp", g.op("Clip", between, None, g.floats(0))), unsqueeze(g, key, 2))
+
+
+def advance(g: Builder, key: ir.Value, value: ir.Value, total: ir.Value, state: ir.Value) -> ir.Value:
+    """Return the state after the last token."""
+    end = g.slice(total, -1, np.iinfo(np.int64).max, 2)
+    added = g.op("MatMul", g.transpose(g.op("Mul", key, g.op("Exp", g.op("Sub", end, total))), 0, 1, 3, 2), value)
+    return g.op("Add", g.op("Mul", g.transpose(g.op("Exp", end), 0, 1, 3, 2), state), added)
+
+
+def causal(g: Builder, key: ir.Value) -> ir.Value:
+    """Return `[T, 1, S]`, 1 where s <= t."""
+    length = g.op("Squeeze", g.op("Shape", key, start=2, end=3))
+    t = g.op("Range", g.const(0), length, g.const(1))
+    seen = g.op("LessOrEqual", t, g.op("Unsqueeze", t, g.const([1, 2])))
+    return g.op("Cast", seen, to=ir.DataType.FLOAT)
+
+
+def linear_attention_function(kv_heads: int, d_k: int) -> ir.Function:
+    """Return `com.microsoft::LinearAttention` as a model-local function, right for these heads and the gated rule."""
+    g = Builder(function=True)
+    inputs = [ir.Value(name=name) for name in ("query", "key", "value", "past_state", "decay")]
+    query, key, value, past, decay = inputs
+    output, state = pairwise_linear_attention(g, query, key, value, past, decay, kv_heads, d_k)
+    output.name, state.name = "output", "present_state"
+    graph = ir.Graph(inputs, [output, state], nodes=g.nodes, opset_imports={"": OPSET})
+    attributes = [
+        ir.Attr(name, ir.AttributeType.UNDEFINED, None)
+        for name in ("q_num_heads", "kv_num_heads", "update_rule", "scale")
+    ]
+    return ir.Function(CONTRIB, "LinearAttention", "", graph=graph, attributes=attributes)
+
+
+class Native(Ort):
+    """The same with a layer's memory, its MLP's gate and quantised products as operators of our own, on the CPU."""
+
+    native = True
+    domains = CONTRIB, DOMAIN
+
+    def blocked_linear(self, x: ir.Value, matrix: Blocked, bias: ir.Value | None) -> ir.Value:
+        """Return `x @ matrix^T + bias` from the codes as they lie in the file, of which the runtime makes no copy."""
+        if matrix.block not in (32, 64, 128):
+            return super().blocked_linear(x, matrix, bias)
+        return self.g.op(
+            "BlockLinear", x, *matrix.parts(), *([bias] if bias else []), domain=DOMAIN, K=matrix.width,
+            N=matrix.rows, bits=matrix.bits, block_size=matrix.block, accuracy_level=INT8_ACTIVATIONS,
+        )  # fmt: skip
+
+    def gated_unit(self, gate: ir.Value, up: ir.Value, activation: str) -> ir.Value:
+        """Return `activation(gate) * up`, of two products or of one that has both."""
+        whole = self.g.whole(gate, up)
+        inputs = [gate, up] if whole is None else [whole, None]
+        return self.g.op("GatedUnit", *inputs, domain=DOMAIN, activation=["silu", "gelu"].index(activation))
+
+
+class Plugin(Portable):
+    """Mixers and products as nodes of the plugin, and around them what TensorRT parses from 8.5 on: opset 17, int32.
+
+    A product takes over the norm before it and the gated unit or the sum after it; the nodes that it makes superfluous
+    are left to `RemoveUnusedNodesPass`. Parsers of 8.5 silently read `Shape` of a range as the whole shape, and hand an
+    index from the end on as it is.
+    """
+
+    plugin = True
+    max_tensors = None
+    transposed = False
+    integer = "int32"
+    opset = 17
+    ir_version = 8
+    domains = (DOMAIN,)
+
+    def __init__(self, g: Builder, activation: ir.DataType = ir.DataType.FLOAT) -> None:
+        super().__init__(g, activation)
+        self._norms: dict[ir.Value, tuple[ir.Value, ir.Value, float]] = {}
+        self._products: dict[ir.Value, tuple[LinearSpec, dict[str, ir.Value]]] = {}
+
+    def product(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, *, wide: bool) -> ir.Value:
+        """Return `x @ weight^T + bias` in fp32; with `wide` it is no activation in between."""
+        from ligerexport.kernels.linear import LinearSpec
+
+        assert weight.shape is not None
+        (n, k), halves = weight.shape.numpy(), weight.dtype != ir.DataType.FLOAT
+        source, norm, epsilon = self._norms.get(x, (self.narrow(x) if halves else x, None, None))
+        inputs = {"input": source, "weight": weight, "norm": norm, "bias": bias}
+        spec = LinearSpec(n, k, epsilon, bias=bias is not None, wide=wide or not halves)
+        return self._emit(spec, {name: value for name, value in inputs.items() if value is not None})
+
+    def _emit(self, spec: LinearSpec, inputs: dict[str, ir.Value]) -> ir.Value:
+        from ligerexport.exporters.tensorrt.node import plugin_linear
+
+        made = plugin_linear(self.g, spec, list(inputs.values()))
+        result = made if spec.wide else self.wide(made)
+        self._products[result] = spec, inputs
+        return result
+
+    def beside(self, x: ir.Value, small: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Return two products as one node computes them, where it can: the second is fp32 and has few outputs."""
+        from ligerexport.exporters.tensorrt.node import plugin_linear
+
+        if not {x, small} <= self._products.keys():
+            return x, small
+        (spec, inputs), (other, theirs) = self._products[x], self._products[small]
+        alike = all(inputs.get(name) is theirs.get(name) for name in ("input", "norm"))
+        if not (alike and other == replace(spec, side=other.outputs).of_side()):
+            return x, small
+        given = [*inputs.values(), theirs["weight"], theirs["bias"]]
+        made, side = plugin_linear(self.g, replace(spec, side=other.outputs), given)
+        return made if spec.wide else self.wide(made), side
+
+    def add(self, x: ir.Value, residual: ir.Value) -> ir.Value:
+        """Return the sum, of a product by the product itself."""
+        if x not in self._products:
+            return super().add(x, residual)
+        spec, inputs = self._products[x]
+        return self._emit(replace(spec, residual=True, wide=True), inputs | {"residual": residual})
+
+    def gated_unit(self, gate: ir.Value, up: ir.Value, activation: str) -> ir.Value:
+        """Return `activation(gate) * up`, of one product that has both by the product itself."""
+        whole = self.g.whole(gate, up)
+        if whole not in self._products:
+            return super().gated_unit(gate, up, activation)
+        spec, inputs = self._products[whole]
+        return self._emit(replace(spec, outputs=spec.outputs // 2, activation=activation), inputs)
+
+    def rms_norm(self, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+        """Norm the last axis."""
+        g = self.g
+        mean = g.op("ReduceMean", g.op("Mul", x, x), axes=[-1])
+        normed = g.op("Mul", g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.floats(eps)))), weight)
+        self._norms[normed] = x, weight, float(np.float32(eps))  # as an attribute has it
+        return normed
+
+    def gelu(self, x: ir.Value) -> ir.Value:
+        """Return GELU in its approximation by tanh."""
+        g = self.g
+        cube = g.op("Mul", g.op("Mul", x, x), g.op("Mul", x, g.floats(0.044715)))
+        bent = g.op("Tanh", g.op("Mul", g.op("Add", x, cube), g.floats(np.sqrt(2 / np.pi))))
+        return g.op("Mul", g.op("Mul", x, g.floats(0.5)), g.op("Add", bent, g.floats(1)))
+
+    def last(self, frame: Frame, x: ir.Value, width: int) -> ir.Value:
+        """Return the last token's row `[B, width]` of `[B * T, width]`."""
+        end = np.iinfo(np.int32).max
+        return self.g.reshape(self.g.slice(frame.per_token(x, width), -1, end, 1), -1, width)
+
+
+LOWERINGS: dict[str, type[Portable]] = {"ort": Ort, "portable": Portable, "native": Native, "plugin": Plugin}

@@ -1,0 +1,415 @@
+"""One layer's mixer as graph nodes, for one chunk of T tokens: what `ligerexport.kernels.ops.liger_mixer` says.
+
+Every `past` tensor has one consumer. Names in the comments are axes: C = N + T candidates, G queries of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ligerexport.exporters.onnx.builder import Builder
+from ligerexport.exporters.onnx.frame import Frame
+from ligerexport.exporters.onnx.lowerings import Portable, Table
+from ligerexport.exporters.onnx.native.node import bounded_memory, turn_table
+from ligerexport.exporters.onnx.recurrence import gated_recurrence
+from ligerexport.kernels.evicted import slow_rotation
+from ligerexport.kernels.memory_attention import FAINTEST, MASKED, rotary_table, rotate
+from ligerexport.model.scores import get_score
+from ligerexport.model.state import MixerSpec
+
+NEVER = 1e30  # a position that no query reaches
+TINY = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """Tables for keys by offset from `-max_distance` on, for the queries of a chunk, and for the largest distance; None
+    in a layer without rotary embedding.
+
+    `query_map` and `key_map` `[d_k, d_k - 1]` make the features of evicted tokens but for the first; `turn` `[3, R]` is
+    what makes them in the lowering `native`.
+    """
+
+    keys: Table | None
+    near: Table | None
+    far: Table | None
+    rows: int
+    query_map: ir.Value | None = None
+    key_map: ir.Value | None = None
+    turn: ir.Value | None = None
+
+
+def rotary_tables(
+    lower: Portable, inv_freq: Tensor, spec: MixerSpec, max_chunk: int, name: str = "rotary"
+) -> RotaryTables:
+    """Add the tables of layers that share them to the graph, for calls of at most `max_chunk` tokens.
+
+    `spec` is the one with the most slots.
+    """
+    g = lower.g
+    # ONNX Runtime wants as many rows as there are candidates
+    ahead = max(max_chunk, max_chunk + spec.config.num_slots - spec.max_distance)
+    rotary = rotary_table(inv_freq, spec.max_distance, ahead).numpy()
+    half = rotary.shape[2]
+    far = np.stack([rotary[0, :1], -rotary[1, :1]]).repeat(ahead, axis=1)
+
+    def table(kind: str, values: np.ndarray) -> Table | None:
+        if not inv_freq.any() and not lower.native:
+            return None
+        cos, sin = (np.ascontiguousarray(x) for x in values)
+        return Table(g.table(f"{name}.{kind}.cos", cos), g.table(f"{name}.{kind}.sin", sin), half)
+
+    near = rotary[:, spec.max_distance :]
+    maps: dict[str, ir.Value] = {}
+    if spec.config.evicts and lower.native:
+        maps["turn"] = turn_table(g, torch.from_numpy(rotary), spec, name)
+    elif spec.config.evicts:
+        (cos, sin), slow = slow_rotation(torch.from_numpy(rotary), spec)
+        channels = torch.eye(spec.d_k)
+        turned = rotate(channels, cos, sin) * spec.scale, rotate(channels, slow.float(), torch.zeros_like(sin))
+        names = ("query_map", "key_map")
+        maps = {n: g.table(f"{name}.{n}", x[:, 1:].contiguous().numpy()) for n, x in zip(names, turned, strict=True)}
+    return RotaryTables(table("keys", rotary), table("near", near), table("far", far), rotary.shape[1], **maps)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates of one layer, as far as their positions tell: C = N slots, oldest first, then the T new tokens.
+
+    Attributes:
+        position: `[B, H, 1, C]` int64, -1 for an empty slot.
+        row: Row of each in the table of keys, `[B * H, C]` int64.
+        always: What each query sees of window and sinks, `[B, H, 1, T, C]`.
+        local: 0 where `always`, else `MASKED`, fp32.
+        rank: What to add to a rank before the best are taken: 0 for what has left the window and is no sink, minus
+            infinity where `always`, else `MASKED`.
+        within: Where the distance is at most the largest rotary distance, likewise.
+        carried: Which of them a slot held before the chunk, likewise with one query; None where nothing is evicted.
+        counts: Per pool kept by attention received: 1 where what is received counts, else 0; None for other pools.
+        ages: Per pool that ages: position over horizon `[B, H, 1, C]` fp32, counted from before the chunk, since the
+            positions of a long text would round; None for other pools.
+    """
+
+    position: ir.Value
+    row: ir.Value
+    always: ir.Value
+    local: ir.Value | None
+    rank: ir.Value | None
+    within: ir.Value
+    carried: ir.Value | None
+    counts: tuple[ir.Value | None, ...]
+    ages: tuple[ir.Value | None, ...]
+
+
+def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -> list[Candidates]:
+    """Compare positions for all layers alike at once, from their `slot_position` `[B, H, N]`; one result a layer.
+
+    Positions are known before the first layer runs, and one large comparison is cheaper than one a layer.
+    """
+    g, config, cap, layers = frame.g, spec.config, spec.max_distance, len(past)
+
+    def by_layer(x: ir.Value) -> list[Any]:
+        return split(g, x, layers, axis=0)
+
+    base = g.op("Tile", frame.position, g.const([layers])) if layers > 1 else frame.position  # [L * B]
+    base = g.op("Unsqueeze", base, g.const([1, 2]))
+    now = g.op("Expand", g.op("Add", base, frame.steps()), g.const([1, spec.kv_heads, 1]))
+    position = g.concat(g.concat(*past, axis=0) if layers > 1 else past[0], now, axis=2)  # [L * B, H, C]
+    # rows of the table are distances: exact in fp32 wherever it matters, for texts of any length
+    row = g.op("Sub", position, g.op("Sub", base, g.const(cap)))
+    table_row = g.op("Flatten", g.op("Clip", row, g.const(0), g.const(rows - 1)), axis=2)
+    row, position = (g.op("Unsqueeze", x, g.const([2, 3])) for x in (row, position))
+    birth = g.op("Cast", row, to=ir.DataType.FLOAT)
+    born = g.op("Where", g.op("Less", position, g.const(0)), g.floats(NEVER), birth)
+    stays = born
+    if config.sinks:
+        stays = g.op("Where", g.op("Less", position, g.const(config.sinks)), g.floats(NEVER), birth)
+    leaving = frame.row(cap - config.window + 1)
+    near = g.op("LessOrEqual", leaving, stays)
+    always = g.op("And", g.op("GreaterOrEqual", frame.row(cap), born), near)
+    within = g.op("LessOrEqual", frame.row(0), birth)
+    none: list[Any] = [None] * layers
+    carried = by_layer(g.op("Less", born, g.floats(cap))) if config.evicts else none
+    columns = g.op("Squeeze", position, g.const([2]))
+    local = rank = none
+    if config.slots:
+        bias = g.op("Where", always, g.floats(0), g.floats(MASKED))
+        local = by_layer(bias) if any(get_score(name).signal == "received" for name, _ in config.slots) else none
+        outside = g.op("Where", always, g.floats(-np.inf), g.floats(MASKED))
+        rank = by_layer(g.op("Where", near, outside, g.floats(0)))
+    counts, ages = [], []
+    for score in (get_score(name) for name, _ in config.slots):
+        counted = aged = none
+        if score.signal == "received":
+            first = frame.row(cap - score.first_distance(config.window))
+            counted = g.op("And", g.op("LessOrEqual", leaving, born), g.op("GreaterOrEqual", first, born))
+            counted = by_layer(g.op("Cast", counted, to=ir.DataType.FLOAT))
+        if score.horizon is not None:
+            aged = by_layer(g.op("Div", g.op("Squeeze", birth, g.const([2])), g.floats(score.horizon)))
+        counts.append(counted)
+        ages.append(aged)
+    fields = [by_layer(columns), by_layer(table_row), by_layer(always), local, rank, by_layer(within), carried]
+    pools = [[tuple(pool[i] for pool in x) for i in range(layers)] for x in (counts, ages)]
+    return [Candidates(*(x[i] for x in (*fields, *pools))) for i in range(layers)]
+
+
+def split(g: Builder, x: ir.Value, parts: int, axis: int) -> list[ir.Value]:
+    """Split one axis into equal parts."""
+    return list(g.op("Split", x, outputs=parts, axis=axis, num_outputs=parts)) if parts > 1 else [x]
+
+
+def mixer(
+    lower: Portable,
+    frame: Frame,
+    spec: MixerSpec,
+    tables: RotaryTables,
+    projected: tuple[ir.Value, ir.Value, ir.Value],
+    past: dict[str, ir.Value],
+    seen: Candidates | None,
+    score: ir.Value | None = None,
+) -> tuple[ir.Value, dict[str, ir.Value]]:
+    """Write one mixer.
+
+    Args:
+        lower: The lowering.
+        frame: What layers share.
+        spec: The layer.
+        tables: From `rotary_tables`.
+        projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
+        past: State by the names of `MixerSpec.state`; the positions are read by `candidates`, but in `native`.
+        seen: From `candidates`; not needed by the lowering `native`.
+        score: `[B * T, H]` fp32, needed where `spec.config.foresees`.
+
+    Returns:
+        Output `[B * T, H_q * d_v]` and the new state.
+    """
+    g, config, heads = lower.g, spec.config, spec.kv_heads
+    keys, values = frame.per_token(projected[1], heads, spec.d_k), frame.per_token(projected[2], heads, spec.d_v)
+
+    present: dict[str, ir.Value] = {}
+    arrival = features = None
+    if config.foresees:
+        assert score is not None
+        arrival = g.transpose(frame.per_token(score, heads, 1), 0, 2, 3, 1)
+    if config.judged:
+        real = g.once("real4", lambda: g.op("Unsqueeze", frame.real(), g.const([3])))
+        features = g.op("Mul", g.op("Softmax", keys, axis=-1), real)
+        arrival, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
+    if lower.native:
+        assert tables.keys is not None
+        mixed, kept = bounded_memory(frame, spec, tables.keys, tables.turn, projected, arrival, score, past)
+    else:
+        assert seen is not None
+        query = g.transpose(frame.per_token(projected[0], spec.q_heads, spec.d_k), 0, 2, 1, 3)
+        mixed, kept = Slots(lower, frame, spec, tables, seen).attend(query, keys, values, arrival, past)
+    if config.evicts:
+        return mixed, kept | present
+    mixed = _scaled(g, mixed, config.attention_weight)
+    if config.recurrent:
+        recurred, recurrent = gated_recurrence(lower, frame, spec, projected, features, past)
+        present |= recurrent
+        mixed = g.op("Add", mixed, _scaled(g, recurred, config.recurrence_weight))
+    return mixed, kept | present
+
+
+def _scaled(g: Builder, x: ir.Value, weight: float) -> ir.Value:
+    return x if weight == 1 else g.op("Mul", x, g.floats(weight))
+
+
+def _judge(
+    lower: Portable, frame: Frame, spec: MixerSpec, features: ir.Value, values: ir.Value, state: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Return the recall error of each token `[B, H, 1, T]` and the new judge state; see `recall_error`.
+
+    Keys lag a token behind queries, so each token asks for what came before it: nothing is subtracted, nothing cancels.
+    """
+    g, heads = lower.g, spec.kv_heads
+    key = g.op("Pad", features, g.const([0, 1, 0, 0, 0, 0, 0, 0]))
+    query = g.op("Pad", features, g.const([0, 0, 0, 0, 0, 1, 0, 0]))
+    extended = g.op("Pad", values, g.const([0, 1, 0, 0, 0, 0, 0, 1]), g.floats(1))
+    query, key, extended = (g.reshape(x, 0, 0, -1) for x in (query, key, extended))
+    still = frame.filled(0.0, -1, heads * spec.d_k)
+    recalled, state = lower.linear_attention(query, key, extended, state, still, (heads, heads), spec.d_k)
+    recalled = g.reshape(g.slice(recalled, 0, -1, 1), 0, 0, heads, spec.d_v + 1)
+    total, weight = g.op("Split", recalled, g.const([spec.d_v, 1]), outputs=2, axis=-1)
+    answer = g.op("Div", total, g.op("Clip", weight, g.floats(TINY)))
+    error = g.op("ReduceL2", g.op("Sub", values, answer), g.const([3]))
+    return g.transpose(error, 0, 2, 3, 1), state
+
+
+class Slots:
+    """The bounded exact memory of one layer; see `ligerexport.kernels.memory_attention`."""
+
+    def __init__(self, lower: Portable, frame: Frame, spec: MixerSpec, tables: RotaryTables, seen: Candidates) -> None:
+        self.lower, self.frame, self.spec, self.tables, self.seen = lower, frame, spec, tables, seen
+        self.g = lower.g
+
+    def attend(
+        self, query: ir.Value, keys: ir.Value, values: ir.Value, arrival: ir.Value | None, past: dict[str, ir.Value]
+    ) -> tuple[ir.Value, dict[str, ir.Value]]:
+        """Return the output `[B * T, H_q * d_v]` and the slots after the last token."""
+        g, spec = self.g, self.spec
+        key = g.concat(past["slot_key"], g.transpose(keys, 0, 2, 1, 3), axis=2)  # [B, H, C, d_k]
+        value = g.concat(past["slot_value"], g.transpose(values, 0, 2, 1, 3), axis=2)
+        logits = self._logits(query, key)
+        visible, scores = self.seen.always, []
+        if spec.config.slots:
+            scores = self._scores(logits, value, arrival, past["slot_score"])
+            visible = self._keep(scores)
+        logits = g.op("Where", visible, logits, g.floats(MASKED))  # [B, H, G, T, C]
+        evicted, present = self._evicted(query, visible, key, value, past) if spec.config.evicts else (None, {})
+        if evicted is not None:
+            logits = g.concat(logits, evicted[0], axis=-1)  # all that was evicted is one candidate more
+        weights = g.op("Softmax", logits, axis=-1)
+        if evicted is not None:
+            weights, share = g.op("Split", weights, self._candidates_and_one(), outputs=2, axis=-1)
+        mixed = g.op("MatMul", g.op("Reshape", weights, self._rows_by_candidates()), value)
+        mixed = g.transpose(g.op("Reshape", mixed, self._heads_by_tokens()), 0, 2, 1, 3)
+        mixed = g.reshape(mixed, -1, spec.q_heads * spec.d_v)
+        if evicted is not None:
+            answer = g.op("Mul", g.transpose(share, 0, 3, 1, 2, 4), evicted[1])
+            mixed = g.op("Add", mixed, g.reshape(answer, -1, spec.q_heads * spec.d_v))
+        return mixed, self._survivors(visible, key, value, scores) | present
+
+    def _candidates_and_one(self) -> ir.Value:
+        g, slots = self.g, self.spec.config.num_slots
+        return g.once(("C and 1", slots), lambda: g.concat(self.frame.candidates(slots), g.const([1]), axis=0))
+
+    def _evicted(
+        self, query: ir.Value, visible: ir.Value, key: ir.Value, value: ir.Value, past: dict[str, ir.Value]
+    ) -> tuple[tuple[ir.Value, ir.Value], dict[str, ir.Value]]:
+        """Return logit `[B, H, G, T, 1]` and value `[B, T, H, G, d_v]` of all evicted tokens, and the new state.
+
+        See `ligerexport.kernels.evicted`.
+        """
+        g, spec, frame, heads = self.g, self.spec, self.frame, self.spec.kv_heads
+        assert self.seen.carried is not None
+        before = g.concat(self.seen.carried, g.slice(visible, 0, -1, 3), axis=3)
+        lost = g.op("Cast", g.op("And", before, g.op("Not", visible)), to=ir.DataType.FLOAT)
+        lost = g.op("Squeeze", lost, g.const([2]))  # [B, H, T, C], at most one 1 a row
+        parts = g.op("ReduceSum", lost, g.const([3])), g.op("MatMul", lost, key), g.op("MatMul", lost, value)
+        there, lost_key, lost_value = (g.transpose(x, 0, 2, 1, 3) for x in parts)
+        features = g.concat(there, g.op("MatMul", lost_key, self.tables.key_map), axis=3)  # [B, T, H, d_k]
+        mass = g.op("Unsqueeze", past["recurrent_mass"], g.const([1]))
+        mass = g.op("Add", mass, g.op("CumSum", features, g.const(1)))
+        present = {"recurrent_mass": g.op("Gather", mass, g.const(-1), axis=1)}
+
+        count, sums = g.op(
+            "Split", g.op("Unsqueeze", mass, g.const([4])), g.const([1, spec.d_k - 1]), outputs=2, axis=3
+        )
+        turned = g.op("MatMul", g.transpose(query, 0, 2, 1, 3), self.tables.query_map)
+        turned = g.reshape(turned, 0, 0, heads, -1, spec.d_k - 1)  # [B, T, H, G, d_k - 1]
+        some = g.op("Clip", count, g.floats(1))
+        mean = g.op("Div", g.op("MatMul", turned, sums), some)
+        packed = g.concat(g.op("Sub", g.floats(1), mean), turned, axis=4), features, lost_value
+        still = frame.filled(0.0, 0, heads * spec.d_k)
+        q, k, v = (g.reshape(x, 0, 0, -1) for x in packed)
+        read, present["recurrent_state"] = self.lower.linear_attention(
+            q, k, v, past["recurrent_state"], still, (spec.q_heads, heads), spec.d_k
+        )
+        # the logarithm of no tokens is minus infinity, which the softmax takes for nothing
+        logit = g.op("Add", mean, g.op("Log", _scaled(g, count, spec.config.recurrence_weight)))
+        answer = g.op("Div", g.reshape(read, 0, 0, heads, -1, spec.d_v), some)
+        return (g.transpose(logit, 0, 2, 3, 1, 4), answer), present
+
+    def _rows_by_candidates(self) -> ir.Value:
+        g, slots = self.g, self.spec.config.num_slots
+        return g.once(
+            ("rows_by_candidates", slots), lambda: g.concat(g.const([0, 0, -1]), self.frame.candidates(slots), axis=0)
+        )
+
+    def _heads_by_tokens(self) -> ir.Value:
+        g, heads = self.g, self.spec.q_heads
+        return g.once(
+            ("heads_by_tokens", heads), lambda: g.concat(g.const([0, heads]), self.frame.length, g.const([-1]), axis=0)
+        )
+
+    def _by_groups(self) -> ir.Value:
+        """Return the shape `[B, H, G, T, -1]`."""
+        g, group = self.g, self.spec.q_heads // self.spec.kv_heads
+        return g.once(
+            ("groups", group), lambda: g.concat(g.const([0, 0, group]), self.frame.length, g.const([-1]), axis=0)
+        )
+
+    def _logits(self, query: ir.Value, key: ir.Value) -> ir.Value:
+        """Return logits `[B, H, G, T, C]` at the rotary distance, or at the largest one where that is exceeded."""
+        g, spec, heads = self.g, self.spec, self.spec.kv_heads
+
+        def scored(table: Table | None, keys: ir.Value) -> ir.Value:
+            q = query
+            if table is not None:
+                q = self.lower.rotate_queries(query, table, self.frame.length, spec.d_k)
+            logits = self.lower.scores(g.reshape(q, 0, heads, -1, spec.d_k), keys, spec.scale)
+            return g.op("Reshape", logits, self._by_groups())
+
+        if self.tables.keys is None:
+            return scored(None, key)
+        rotated = self.lower.rotate_keys(key, self.tables.keys, self.seen.row, heads, spec.d_k)
+        return g.op("Where", self.seen.within, scored(self.tables.near, rotated), scored(self.tables.far, key))
+
+    def _scores(self, logits: ir.Value, value: ir.Value, arrival: ir.Value | None, past: ir.Value) -> list[ir.Value]:
+        """Return the scores `[B, H, 1, C]` of all candidates by pool, complete once a token has left the window."""
+        g, spec = self.g, self.spec
+        rows = [get_score(name) for name, _ in spec.config.slots]
+        nothing = self.frame.filled(0.0, spec.kv_heads, 1, 0)
+        fresh = [arrival if score.on_arrival else nothing for score in rows]
+        carried = g.concat(past, self._join(fresh), axis=3)
+        scores, local = split(g, carried, len(rows), axis=2), None
+        for i, (score, counts) in enumerate(zip(rows, self.seen.counts, strict=True)):
+            if counts is None:
+                continue
+            if local is None:
+                local = g.op("Softmax", g.op("Add", logits, self.seen.local), axis=-1)
+            reduce, merge = ("ReduceMax", "Max") if score.reduce == "max" else ("ReduceSum", "Add")
+            received = g.op(reduce, g.op("Mul", local, counts), g.const([2, 3]), keepdims=0)
+            if score.by_value:
+                received = g.op("Mul", received, g.op("ReduceL2", value, g.const([-1]), keepdims=0))
+            scores[i] = g.op(merge, scores[i], g.op("Unsqueeze", received, g.const([2])))
+        return scores
+
+    def _join(self, parts: list[Any]) -> ir.Value:
+        return self.g.concat(*parts, axis=2) if len(parts) > 1 else parts[0]
+
+    def _keep(self, scores: list[ir.Value]) -> ir.Value:
+        """Return what each query sees `[B, H, 1, T, C]`: window, sinks, and of what left the best of each pool.
+
+        What is seen already ranks lowest and what is no candidate next, so that the best are among the unseen, of which
+        there are always enough; a rank above `MASKED` tells the candidates.
+        """
+        g, visible = self.g, self.seen.always
+        for (_, count), rank, age in zip(self.spec.config.slots, scores, self.seen.ages, strict=True):
+            if age is not None:
+                rank = g.op("Add", g.op("Log", g.op("Clip", rank, g.floats(FAINTEST))), age)
+            ranked = g.op("Add", g.op("Unsqueeze", rank, g.const([2])), self.seen.rank)
+            if visible is not self.seen.always:
+                ranked = g.op("Where", visible, g.floats(-np.inf), ranked)
+            value, best = g.op("TopK", ranked, g.const([count]), outputs=2, axis=-1)
+            won = g.op("Greater", value, g.floats(MASKED / 2))
+            visible = g.op("ScatterElements", visible, best, won, axis=-1)
+        return visible
+
+    def _survivors(
+        self, visible: ir.Value, key: ir.Value, value: ir.Value, scores: list[ir.Value]
+    ) -> dict[str, ir.Value]:
+        """Return the slots that the last query sees, in the order of their positions, empty ones last."""
+        g, spec = self.g, self.spec
+        slots = spec.config.num_slots
+        last = g.op("Gather", visible, g.const(-1), axis=3)  # [B, H, 1, C]
+        rank = g.op("Where", last, *self.frame.columns(slots))
+        _, order = g.op("TopK", rank, g.const([slots]), outputs=2, axis=-1, largest=0)
+        row = g.op("Add", g.reshape(order, 0, 0, -1), self.frame.row_base(spec.kv_heads, slots))
+        position = g.op("Where", last, self.seen.position, g.const(-1))
+        present = {
+            "slot_key": g.op("Gather", g.reshape(key, -1, spec.d_k), row),
+            "slot_value": g.op("Gather", g.reshape(value, -1, spec.d_v), row),
+            "slot_position": g.op("Squeeze", g.op("GatherElements", position, order, axis=3), g.const([2])),
+        }
+        if scores:
+            present["slot_score"] = self._join([g.op("GatherElements", score, order, axis=3) for score in scores])
+        return present

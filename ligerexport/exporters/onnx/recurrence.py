@@ -1,0 +1,106 @@
+"""The recurrence of a gate as graph nodes: what `liger_mixer` adds to the softmax over the slots."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ligerexport.exporters.onnx.builder import Builder
+from ligerexport.exporters.onnx.frame import Frame
+from ligerexport.exporters.onnx.lowerings import Portable, advance, causal, reach, split_heads, unsqueeze
+from ligerexport.model.gates import FeatureMap, get_gate
+from ligerexport.model.state import MixerSpec
+
+
+def gated_recurrence(
+    lower: Portable,
+    frame: Frame,
+    spec: MixerSpec,
+    projected: tuple[ir.Value, ir.Value, ir.Value],
+    features: ir.Value | None,
+    past: dict[str, ir.Value],
+) -> tuple[ir.Value, dict[str, ir.Value]]:
+    """Write the recurrence of one layer.
+
+    Args:
+        lower: The lowering.
+        frame: What layers share.
+        spec: The layer.
+        projected: Query, key, value `[B * T, H * d]`.
+        features: Softmax of the keys `[B, T, H_kv, d_k]`, 0 for padding, where there is one already.
+        past: State by the names of `MixerSpec.state`.
+
+    Returns:
+        Output `[B * T, H_q * d_v]` and the new state.
+    """
+    g, gate, heads = lower.g, get_gate(spec.config.gate), spec.kv_heads
+    key, value = (frame.per_token(x, -1) for x in projected[1:])
+    decay = g.op("Mul", g.op("Softplus", g.op("Neg", key)), frame.real(-1 / gate.decay_divisor))
+    present = {}
+    if gate.keyed:
+        # 1 - exp(g) without its cancellation: ONNX has no expm1
+        k = g.op("Mul", g.op("Tanh", g.op("Mul", decay, g.floats(-0.5))), g.op("Add", g.op("Exp", decay), g.floats(1)))
+        by_head = split_heads(g, key, heads), split_heads(g, k, heads), split_heads(g, decay, heads)
+        logits, present["recurrent_key"] = _row_logits(
+            lower, frame, spec, projected[0], *by_head, past["recurrent_key"]
+        )
+        q = _feature_map(g, logits, gate.query_map)
+    else:
+        q = _feature_map(g, frame.per_token(projected[0], spec.q_heads, spec.d_k), gate.query_map)
+        if gate.key_map == "softmax" and features is not None:
+            k = g.reshape(features, 0, 0, -1)
+        else:
+            k = _feature_map(g, frame.per_token(projected[1], heads, spec.d_k), gate.key_map)
+            k = g.op("Mul", g.reshape(k, 0, 0, -1), frame.real())
+    read, present["recurrent_state"] = lower.linear_attention(
+        g.reshape(q, 0, 0, -1), k, value, past["recurrent_state"], decay, (spec.q_heads, heads), spec.d_k
+    )
+    return g.reshape(read, -1, spec.q_heads * spec.d_v), present
+
+
+def _feature_map(g: Builder, x: ir.Value, kind: FeatureMap) -> ir.Value:
+    return g.op("Softmax", x, axis=-1) if kind == "softmax" else g.op("Sigmoid", g.op("Neg", x))
+
+
+def _row_logits(
+    lower: Portable,
+    frame: Frame,
+    spec: MixerSpec,
+    query: ir.Value,
+    key: ir.Value,
+    write: ir.Value,
+    decay: ir.Value,
+    state: ir.Value,
+) -> tuple[ir.Value, ir.Value]:
+    """Run S_t = exp(g_t) S_{t-1} + w_t k_t^T, o_t = S_t q_t; see `ligerexport.kernels.linear_attention.row_logits`.
+
+    No operator reads a state by its columns, so they are standard ones: q_t k_i times what is left of w_i at t, a
+    number for each row. State and keys are joined first: the state has one consumer and may be updated in place.
+
+    Args:
+        lower: The lowering.
+        frame: What layers share.
+        spec: The layer; it has as many rows M as key channels.
+        query: `[B * T, H_q * d_k]`.
+        key: `[B, H, T, d_k]`.
+        write: `[B, H, T, M]`.
+        decay: `[B, H, T, M]`.
+        state: `[B, H, M, d_k]`.
+
+    Returns:
+        Output `[B, T, H, G, M]` and the new state.
+    """
+    g, rows, group = lower.g, spec.d_k, spec.q_heads // spec.kv_heads
+    q = g.transpose(frame.per_token(query, spec.kv_heads, group, spec.d_k), 0, 2, 1, 3, 4)  # [B, H, T, G, d_k]
+    memory = g.concat(state, key, axis=2)  # [B, H, M + T, d_k]
+    products = lower.scores(g.reshape(q, 0, 0, -1, spec.d_k), memory, 1.0)
+    by_token = g.once(
+        ("by_token", group), lambda: g.concat(g.const([0, 0]), frame.length, g.const([group, -1]), axis=0)
+    )
+    products = g.op("Reshape", products, by_token)  # [B, H, T, G, M + T]
+    total = g.op("CumSum", decay, g.const(2))
+    carried = g.op("Mul", g.slice(products, 0, rows, 4), unsqueeze(g, g.op("Exp", total), 3))
+    pairs = g.slice(products, rows, np.iinfo(np.int64).max, 4)
+    pairs = g.op("Mul", pairs, g.once("causal", lambda: causal(g, key)))  # [B, H, T, G, S]
+    logits = g.op("Add", carried, g.op("MatMul", pairs, reach(g, write, total)))
+    return g.transpose(logits, 0, 2, 1, 3, 4), advance(g, write, key, total, g.slice(memory, 0, rows, 2))

@@ -1,0 +1,328 @@
+"""Run a step graph with ONNX Runtime: everything bound once, state updated in place, logits read where they are.
+
+The graph promises that each `past.*` has one consumer and that its `present.*` comes after it, so both are one buffer.
+On a device the state stays there between calls; only ids, positions and logits travel.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ligerexport.artifact.artifact import Artifact, Manifest, StateTensor
+from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError, close_matches
+from ligerexport.exporters.onnx.screen import check_graph
+from ligerexport.exporters.session import BatchSession, choose_chunk
+from ligerexport.threads import default_threads
+from ligerexport.versions import warn_if_untried
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+DEFAULT_CHUNK = 64
+"""Prompt tokens a call, where the graph takes more. On SmolLM2 64 and 128 are equally fast; 64 needs less memory."""
+
+PROVIDERS: dict[str, list[str | tuple[str, dict[str, str]]]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],  # fp32 is fp32
+}
+"""Execution providers of each device, in ONNX Runtime's spelling."""
+
+SPIN = "30"
+"""Microseconds that a thread waits for the next operator before it sleeps: enough for the next one to come, and little
+for whoever else wants the core."""
+
+
+class OnnxSession(BatchSession):
+    """One batch of sequences on an ONNX artifact. See `ligerexport.run.runtime.Session` for the face.
+
+    Args:
+        artifact: From `open_artifact`, or an unfinished one under verification.
+        batch: B, sequences that advance together.
+        threads: Of one operator; None takes the physical cores that this process may use.
+        chunk: Prompt tokens a call, at most the graph's `max_chunk`; None takes the measured best.
+        prepack: Whether to copy the weights into the order that is fastest. Without, they stay mapped from the file:
+            less memory, loaded faster, and slower tokens.
+        scoring: Whether a call computes the logits of all its tokens, so that `every` need not step.
+        exact: Whether products with quantised weights leave activations in fp32: slower, and for comparing a graph with
+            arithmetic on the same weights. Not together with `scoring`.
+        device: Row of `PROVIDERS`.
+
+    Raises:
+        ArtifactError: ONNX Runtime does not load the graph, or it is not the one in the manifest.
+        MissingDependency: ONNX Runtime is not installed, or not for this device.
+        UsageError: `batch`, `threads` or `chunk` makes no sense, or the lowering does not run on this device.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        batch: int = 1,
+        threads: int | None = None,
+        chunk: int | None = None,
+        prepack: bool = True,
+        scoring: bool = False,
+        exact: bool = False,
+        device: str = "cpu",
+    ) -> None:
+        manifest = artifact.manifest
+        self.artifact = artifact
+        self.batch = batch
+        self.chunk = choose_chunk(chunk, DEFAULT_CHUNK, manifest.graph.max_chunk)
+        self.threads = default_threads() if threads is None else threads
+        if batch < 1 or self.threads < 1:
+            raise UsageError(f"batch {batch} and threads {self.threads}", hint="both are at least 1")
+        if device not in PROVIDERS:
+            raise UsageError(f"device '{device}'", hint=close_matches(device, PROVIDERS))
+        if device != "cpu" and manifest.lowering == "native":
+            raise UsageError("the lowering native runs on the CPU", hint="ligerexport build --lowering ort")
+        check_graph(artifact)
+        graph = _variant(artifact, scoring) if scoring or exact else None
+        self._scoring = scoring and graph is not None
+        self._device = device
+        self._session = _open(artifact, self.threads, prepack, graph, exact, device)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Make and bind a state that has seen nothing."""
+        manifest = self.artifact.manifest
+        self._fixed = {t: np.full(self._shape(t), t.fill, t.dtype) for t in manifest.state if not t.grows}
+        self._values = {t: _value(array, self._device) for t, array in self._fixed.items()}
+        self._growing = {t: self._empty(t) for t in manifest.state if t.grows}
+        self._position = np.zeros(self.batch, np.int64)
+        self._logits = np.zeros((self.batch, manifest.model.vocab_size), np.float32)
+        self._step_ids = np.zeros((self.batch, 1), np.int64)
+        self._step, self._chunk = self._bind(), self._bind()
+        self._step.bind_ortvalue_input("input_ids", _value(self._step_ids))
+        self._begin()
+
+    def sibling(self, batch: int = 1) -> OnnxSession:
+        """Return a session of other sequences on the same loaded weights, which may run in a thread of its own.
+
+        Raises:
+            UsageError: `batch` makes no sense.
+        """
+        if batch < 1:
+            raise UsageError(f"batch {batch}", hint="it is at least 1")
+        other = copy.copy(self)
+        other.batch = batch
+        other._allocate()
+        return other
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state of all sequences, now."""
+        fixed = sum(array.nbytes for array in self._fixed.values())
+        return fixed + sum(value.tensor_size_in_bytes() for value in self._growing.values())
+
+    def _advance(self, ids: np.ndarray) -> np.ndarray:
+        if ids is self._step_ids:
+            self._run(self._step, ids)
+        else:
+            for start in range(0, ids.shape[1], self.chunk):
+                self._run(self._chunk, np.array(ids[:, start : start + self.chunk], np.int64, order="C"))
+        return self._logits
+
+    def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
+        """Advance by a prompt as `prefill` does, and yield the logits after each token.
+
+        Yields:
+            `[B, t, V]` fp32, in order; T of them together.
+        """
+        if not self._scoring:
+            yield from super().every(ids)
+            return
+        array = np.atleast_2d(np.asarray(ids))
+        for start in range(0, max(1, array.shape[1]), self.chunk):
+            self.prefill(array[:, start : start + self.chunk])
+            yield self._every
+
+    def _forget(self, row: int | None) -> None:
+        rows = self._rows(row)
+        self._position[rows] = 0
+        self._fetch()
+        for tensor, array in self._fixed.items():
+            array[rows] = tensor.fill
+        self._put()
+        self._regrow(rows, {tensor: self._empty(tensor, 1).numpy() for tensor in self._growing})
+
+    def _copy(self, row: int | None) -> Snapshot:
+        rows = self._rows(row)
+        self._fetch()
+        tensors = {t.past: array[rows].copy() for t, array in self._fixed.items()}
+        for tensor, value in self._growing.items():
+            grown = value.numpy()[rows]
+            first = 0 if row is None else grown.shape[2] - max(0, self._position[row])
+            tensors[tensor.past] = grown[:, :, first:].copy()
+        return Snapshot(self.artifact.manifest.fingerprint, self._position[rows].copy(), tensors)
+
+    def _replace(self, snapshot: Snapshot, row: int | None) -> None:
+        rows = self._rows(row)
+        self._position[rows] = snapshot.position
+        self._fetch()
+        for tensor, array in self._fixed.items():
+            array[rows] = snapshot.tensors[tensor.past]
+        self._put()
+        self._regrow(rows, {tensor: snapshot.tensors[tensor.past] for tensor in self._growing})
+
+    def _fetch(self) -> None:
+        """Copy the state from the device into `_fixed`; on the CPU both are one memory."""
+        if self._device != "cpu":
+            for tensor, array in self._fixed.items():
+                array[:] = self._values[tensor].numpy()
+
+    def _put(self) -> None:
+        """Copy `_fixed` to the device."""
+        if self._device != "cpu":
+            for tensor, array in self._fixed.items():
+                self._values[tensor].update_inplace(array)
+
+    def _regrow(self, rows: slice, given: dict[StateTensor, np.ndarray]) -> None:
+        """Put rows into tensors that grow. The newest token is in the last column: short sequences begin later."""
+        columns = max(0, int(self._position.max()))
+        for tensor, new in given.items():
+            grown = np.zeros(self._shape(tensor, grown=columns), tensor.dtype)
+            if columns:
+                old, new = self._growing[tensor].numpy()[:, :, -columns:], new[:, :, -columns:]
+                grown[:, :, columns - old.shape[2] :] = old
+                grown[rows] = 0
+                grown[rows, :, columns - new.shape[2] :] = new
+            self._growing[tensor] = _value(grown)
+
+    def _empty(self, tensor: StateTensor, batch: int | None = None) -> onnxruntime.OrtValue:
+        return _value(np.empty(self._shape(tensor, batch), tensor.dtype))
+
+    def _bind(self) -> onnxruntime.IOBinding:
+        """Bind all that stays in its place; ids and growing tensors come later."""
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input("position", _value(self._position))
+        binding.bind_ortvalue_output("logits", _value(self._logits))
+        for tensor, value in self._values.items():
+            binding.bind_ortvalue_input(tensor.past, value)
+            binding.bind_ortvalue_output(tensor.present, value)
+        return binding
+
+    def _run(self, binding: onnxruntime.IOBinding, ids: np.ndarray) -> None:
+        tokens = ids.shape[1]
+        if ids is not self._step_ids or self._device != "cpu":
+            binding.bind_ortvalue_input("input_ids", _value(ids))
+        if self._device != "cpu":  # copied when it is bound
+            binding.bind_ortvalue_input("position", _value(self._position))
+        for tensor, value in self._growing.items():
+            binding.bind_ortvalue_input(tensor.past, value)
+            binding.bind_output(tensor.present, self._device)
+        if self._scoring:
+            self._every = np.empty((self.batch, tokens, self._logits.shape[1]), np.float32)
+            binding.bind_ortvalue_output("logits", _value(self._every.reshape(self.batch * tokens, -1)))
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's own classes have no common base
+            raise LigerError(
+                f"ONNX Runtime failed after {self._position.max()} tokens: {_first_line(error)}",
+                hint="the state is undefined now: reset the session or restore a snapshot",
+            ) from error
+        if self._growing:
+            # a binding answers in the order in which outputs were bound
+            names = ["logits", *(tensor.present for tensor in (*self._fixed, *self._growing))]
+            values = dict(zip(names, binding.get_outputs(), strict=True))
+            self._growing = {tensor: values[tensor.present] for tensor in self._growing}
+        if self._scoring:
+            self._logits[:] = self._every[:, -1]
+        self._position += tokens
+
+
+def _value(array: np.ndarray, device: str = "cpu") -> onnxruntime.OrtValue:
+    """Return a tensor of ONNX Runtime over the memory of `array`, or a copy on a device."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array, device)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _variant(artifact: Artifact, scoring: bool) -> bytes | None:
+    try:
+        from ligerexport.exporters.onnx.scoring import every_token, exact_products
+    except ImportError as error:
+        raise MissingDependency(error.name or "onnx-ir", extra="onnx") from error
+    return every_token(artifact.graph) if scoring else exact_products(artifact.graph)
+
+
+def optimisation(manifest: Manifest, device: str = "cpu") -> str:
+    """Return how far ONNX Runtime may rewrite a graph when it loads it, by the name of the level.
+
+    Graphs that are loaded at another level round otherwise, and with int4 weights, whose products round activations to
+    8 bits, a difference in the last place becomes one of a whole logit.
+    """
+    if manifest.lowering != "portable":
+        # The graph has the fused operators already, and looking for more takes up to two fifths of loading.
+        if device == "cpu" and manifest.precision != "float16":
+            return "ORT_DISABLE_ALL"
+        if manifest.block is None:  # this makes weights in fp16 fp32 once, and not in each call
+            return "ORT_ENABLE_BASIC"
+    return "ORT_ENABLE_ALL"
+
+
+def _open(
+    artifact: Artifact, threads: int, prepack: bool, graph: bytes | None, exact: bool, device: str
+) -> onnxruntime.InferenceSession:
+    """Load the graph, or one made from it, and compare it with the manifest."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependency("onnxruntime", extra="onnx") from error
+    warn_if_untried("onnxruntime")
+    wanted = [row if isinstance(row, str) else row[0] for row in PROVIDERS[device]]
+    missing = MissingDependency(wanted[0], hint="pip install 'onnxruntime-gpu[cuda,cudnn]', in place of onnxruntime")
+    if wanted[0] not in onnxruntime.get_available_providers():
+        raise missing
+    if device == "cuda":
+        onnxruntime.preload_dlls()  # those that pip installed
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # The planner's search for buffers to reuse is quadratic in nodes, most of the time of loading SmolLM2. The arena
+    # reuses them anyway: same speed, same memory.
+    options.enable_mem_reuse = False
+    level = optimisation(artifact.manifest, device)
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    # Waking a thread for an operator takes as long as many an operator.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN)
+    options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
+    if artifact.manifest.lowering == "native":
+        from ligerexport.exporters.onnx.native import register
+
+        register(options)
+    if exact:  # of products that ONNX Runtime fuses itself
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if graph is not None:  # given as bytes it does not know where its weights are
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(artifact.directory)
+        )
+    try:
+        model = str(artifact.graph) if graph is None else graph
+        session = onnxruntime.InferenceSession(model, options, providers=PROVIDERS[device])
+    except Exception as error:  # ONNX Runtime's own classes have no common base
+        raise ArtifactError(
+            f"onnxruntime {onnxruntime.__version__} cannot load {artifact.graph}: {_first_line(error)}",
+            hint="ligerexport doctor",
+        ) from error
+    if session.get_providers()[0] != wanted[0]:  # ONNX Runtime goes on without a library of CUDA
+        raise missing
+    promised = artifact.manifest.graph
+    for side, found, expected in (
+        ("inputs", session.get_inputs(), promised.inputs),
+        ("outputs", session.get_outputs(), promised.outputs),
+    ):
+        if [x.name for x in found] != [x.name for x in expected]:
+            raise ArtifactError(f"the {side} of {artifact.graph} are not those of its manifest", hint="build it again")
+    return session

@@ -1,0 +1,116 @@
+"""What the graph needs to know of a converted checkpoint, from its config.json and headers: no model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ligerexport.checkpoint.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint, check_plain
+from ligerexport.errors import CheckpointError, quoted
+from ligerexport.model.config import LigerConfig
+from ligerexport.model.families import PREFIX, Attention, Scaling, get_family, head_dim
+from ligerexport.model.state import MixerSpec
+
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
+"""Method of a lowering that writes each."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A converted checkpoint as the graph sees it.
+
+    Attributes:
+        path: The checkpoint's directory.
+        family: Row of `FAMILIES`.
+        liger: The conversion.
+        mixers: One a layer; None is a layer kept as softmax.
+        attention: The softmax of each layer.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the MLP.
+        vocab_size: Rows of the embedding.
+        q_heads: H_q.
+        kv_heads: H_kv.
+        head_dim: Width of a head.
+        scaling: Factors on embedding, residual stream and logits.
+        activation: Of the MLP's gate; key of `ACTIVATIONS`.
+        norm_eps: Epsilon of every norm.
+        trained_length: Tokens.
+        tied: Whether the output projection is the embedding.
+        weights: What the checkpoint stores, by name.
+    """
+
+    path: Path
+    family: str
+    liger: LigerConfig
+    mixers: tuple[MixerSpec | None, ...]
+    attention: tuple[Attention, ...]
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: Scaling
+    activation: str
+    norm_eps: float
+    trained_length: int
+    tied: bool
+    weights: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
+
+    @property
+    def max_distance(self) -> int:
+        """Largest rotary distance in tokens."""
+        return self.liger.max_distance or self.trained_length
+
+
+def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
+    """Read a converted checkpoint.
+
+    Raises:
+        CheckpointError: It is not converted, not whole, or has something that the graph does not have.
+    """
+    from ligerexport.layers.mixer import layer_specs, read_config
+
+    info = checkpoint if isinstance(checkpoint, CheckpointInfo) else check_checkpoint(checkpoint, tokenizer=False)
+    if not str(info.config["model_type"]).startswith(PREFIX):
+        raise CheckpointError(
+            f"{info.path} is not converted (model_type '{info.config['model_type']}')",
+            hint=f"ligerexport convert {quoted(info.path)} -o {quoted(info.path.resolve().name + '-liger')}",
+        )
+    check_plain(info)
+    config: Any = read_config(info.config)
+    family = get_family(config.model_type)
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(f"activation '{activation}' in config.json", hint=f"supported: {', '.join(ACTIVATIONS)}")
+    mixers = tuple(layer_specs(config))
+    spec = ModelSpec(
+        path=info.path,
+        family=family.model_type,
+        liger=LigerConfig.from_dict(config.liger),
+        mixers=mixers,
+        attention=family.attention(config),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        q_heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim(config),
+        scaling=family.scaling(config),
+        activation=activation,
+        norm_eps=config.rms_norm_eps,
+        trained_length=config.max_position_embeddings,
+        tied=info.tied,
+        weights=info.tensors,
+        config=info.config,
+    )
+    state = sum(tensor.nbytes() for mixer in mixers if mixer is not None for tensor in mixer.state())
+    if state > max(1 << 30, 4 * info.bytes):
+        raise CheckpointError(
+            f"the state of a sequence takes {state:,} bytes, the weights {info.bytes:,}",
+            hint="convert the model with a smaller window or fewer slots",
+        )
+    return spec

@@ -1,0 +1,281 @@
+"""The data file of a graph: which tensors stand for the weights, where each lies, how it is written and read back.
+
+Weights keep their names and, but for quantised ones that a lowering wants transposed, the orientation `[out, in]` of
+the checkpoint; maps of one input lie side by side; a tied embedding is stored once. Nothing here knows an operator.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from ligerexport.checkpoint.checkpoint import not_finite
+from ligerexport.exporters.onnx.quantise import Blocks, dequantise, pack, quantise, requantise, unpack
+from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.targets import BLOCK, WEIGHTS, Precision
+
+DATA_FILE = "model.onnx.data"
+ALIGNMENT = 4096
+"""Bytes; a page, so that a runtime can map a weight instead of copying it."""
+SUFFIXES = ("", "_scale", "_zero_point")
+"""Of the names of the three tensors of a quantised matrix."""
+_HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+_MLP = re.compile(r"layers\.(\d+)\.mlp\.(\w+)_proj")
+JOINT = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
+"""Maps of one input, by what they are called as one."""
+_JOINT_OF = {f"{n.partition('.')[0]}.{kind}_proj": n for n, kinds in JOINT.items() for kind in kinds}
+_KINDS = [kind for kinds in JOINT.values() for kind in kinds]
+SLAB = 1 << 24
+"""Elements that are read at a time."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How weights are stored.
+
+    Attributes:
+        precision: Row of `WEIGHTS`.
+        block: Elements of a row that share a scale and a zero point, where the precision has blocks.
+        transposed: Whether quantised matrices lie as `[in, out]`, the form of `DequantizeLinear` before a product that
+            runtimes fuse, and else as ONNX Runtime's `MatMulNBits` wants them.
+        typed: Whether products run in the type of their weights, and not in fp32.
+    """
+
+    precision: Precision = WEIGHTS["fp32"]
+    block: int = BLOCK
+    transposed: bool = False
+    typed: bool = False
+
+    @property
+    def activation(self) -> ir.DataType:
+        """Type of what goes into products with weights and comes out of them."""
+        return _HALVES.get(self.precision.dtype, ir.DataType.FLOAT) if self.typed else ir.DataType.FLOAT
+
+    def bits(self, spec: ModelSpec, name: str) -> int:
+        """Return the bits of an element of a weight; 32 for what is no matrix, and for learned scores.
+
+        Of `int4`, what costs most has 8: the embedding and the output, the attention's projections, which decide what
+        keeps a slot, the whole MLP in the first eighth of the layers and in the last one, and `down_proj` of the layers
+        that ONNX Runtime's model builder (`k_quant_mixed`) and llama.cpp (`Q4_K_M`) choose: the first, the last and
+        every third between. `gate_proj` and `up_proj` are one product and have the same bits.
+        """
+        if len(spec.weights[name].shape) != 2 or "score_proj" in name:
+            return 32
+        if self.precision.bits != 4 or not (place := _MLP.search(name)):
+            return max(self.precision.bits, 8)
+        layer, layers = int(place[1]), len(spec.mixers)
+        eighth = layers // 8
+        whole = layer < eighth or (eighth > 0 and layer == layers - 1)
+        often = layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+        return 8 if whole or (often and place[2] == "down") else 4
+
+    def block_of(self, spec: ModelSpec, name: str) -> int:
+        """Return the elements of a block of a matrix: among those of 4 bits, what has 8 needs half as many scales."""
+        return self.block * (2 if self.precision.bits == 4 and self.bits(spec, name) == 8 else 1)
+
+
+FP32 = WeightFormat()
+
+
+class Part(NamedTuple):
+    """A tensor of the data file: offset in bytes, type and shape."""
+
+    offset: int
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file; codes of 4 bits lie two in a byte."""
+        return -(-prod(self.shape) * self.dtype.bitwidth // 8)
+
+
+def data_layout(spec: ModelSpec, form: WeightFormat = FP32) -> dict[str, Part]:
+    """Return every tensor of `DATA_FILE` by name, shard after shard, on page boundaries.
+
+    A quantised weight is three: its codes under its own name, and `NAME_scale` and `NAME_zero_point`. Where rows lie
+    one after the other, maps of one input lie end to end and are in the layout as one, too, by the name from `JOINT`.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in weight_names(spec):
+        place = re.search(r"(self_attn|mlp)\.\w+_proj", name)
+        kind = place[0] if place and not form.transposed else ""
+        groups.setdefault(name.replace(kind, _JOINT_OF.get(kind, kind)), []).append(name)
+    layout, end = {}, 0
+    for joint, names in groups.items():
+        names.sort(key=lambda name: [f".{kind}_proj" in name for kind in _KINDS], reverse=True)
+        parts = {name: _parts(spec, name, form) for name in names}
+        for suffix, (dtype, (_, *shape)) in parts[names[0]].items():
+            start = end
+            for name in names:
+                part = layout[name + suffix] = Part(end, *parts[name][suffix])
+                end += part.nbytes
+            rows = sum(layout[name + suffix].shape[0] for name in names)
+            layout[joint + suffix] = Part(start, dtype, (rows, *shape))
+            end = align(end)
+    return layout
+
+
+def first_of(spec: ModelSpec, name: str) -> str:
+    """Return the first of the weights that a joint name stands for, or the name of a weight itself."""
+    for joint, kinds in JOINT.items():
+        if name not in spec.weights:
+            name = name.replace(joint, f"{joint.partition('.')[0]}.{kinds[0]}_proj")
+    return name
+
+
+def align(offset: int) -> int:
+    """Return the next page boundary."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def weight_names(spec: ModelSpec) -> list[str]:
+    """Return the names of the weights that the graph uses, in the order of the file."""
+    unused = {"lm_head.weight"} if spec.tied else set()
+    return [name for name in spec.weights if not name.endswith("rotary_emb.inv_freq") and name not in unused]
+
+
+def _parts(spec: ModelSpec, name: str, form: WeightFormat) -> dict[str, tuple[ir.DataType, tuple[int, ...]]]:
+    bits, shape = form.bits(spec, name), spec.weights[name].shape
+    if bits == 32:
+        return {"": (ir.DataType.FLOAT, shape)}
+    if bits == 16:
+        return {"": (_HALVES[form.precision.dtype], shape)}
+    rows, width = shape
+    block = form.block_of(spec, name)
+    count = -(-width // block)
+    if form.transposed:
+        integer = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}[bits]
+        sizes: list[tuple[int, ...]] = [(width, rows), (count, rows), (count, rows)]
+    else:
+        integer = ir.DataType.UINT8
+        sizes = [(rows, count, block * bits // 8), (rows, count), (rows, -(-count * bits // 8))]
+    dtypes = integer, ir.DataType.FLOAT, integer
+    return dict(zip(SUFFIXES, zip(dtypes, sizes, strict=True), strict=True))
+
+
+def weight_bytes(spec: ModelSpec, form: WeightFormat = FP32) -> int:
+    """Return the bytes of all weights of the graph, scales and zero points among them."""
+    layout = data_layout(spec, form)
+    return sum(
+        layout[key].nbytes for name in weight_names(spec) for key in (name + s for s in SUFFIXES) if key in layout
+    )
+
+
+def write_weights(
+    spec: ModelSpec,
+    directory: Path,
+    form: WeightFormat = FP32,
+    advance: Callable[[float], None] = lambda amount: None,
+) -> None:
+    """Stream the weights from the shards into `DATA_FILE`, a slab of rows at a time; transposed ones are read whole."""
+    layout = data_layout(spec, form)
+    with (directory / DATA_FILE).open("wb") as data:
+        for name in weight_names(spec):
+            part = layout[name]
+            if f"{name}_scale" not in layout:
+                data.seek(part.offset)
+                for slab in weight_slabs(spec, name):
+                    data.write(np.ascontiguousarray(slab, part.dtype.numpy()).view(np.uint8).data)
+                    advance(slab.size * part.dtype.itemsize)
+                continue
+            bits = form.bits(spec, name)
+            found: Iterable[Blocks] = (
+                quantise(slab, bits, form.block_of(spec, name)) for slab in weight_slabs(spec, name)
+            )
+            if form.transposed:
+                found = [Blocks(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))]
+            ends = {suffix: layout[name + suffix].offset for suffix in SUFFIXES}
+            for blocks in found:
+                for suffix, array in _encode(blocks, spec.weights[name].shape[1], bits, form.transposed).items():
+                    data.seek(ends[suffix])
+                    ends[suffix] += data.write(array.data.cast("B"))
+                    advance(array.nbytes)
+            for suffix, end in ends.items():
+                assert end == layout[name + suffix].offset + layout[name + suffix].nbytes
+
+
+def weight_slabs(spec: ModelSpec, name: str) -> Iterator[np.ndarray]:
+    """Yield a weight of the checkpoint in fp32, some rows at a time.
+
+    Raises:
+        CheckpointError: A value is not finite.
+    """
+    from safetensors import safe_open
+
+    with safe_open(spec.weights[name].file, framework="pt") as shard:  # numpy knows no bf16
+        stored = shard.get_slice(name)
+        for rows in _slabs(spec, name):
+            slab = stored[rows].float().numpy()
+            if not np.isfinite(slab).all():
+                raise not_finite(name, spec.path)
+            yield slab
+
+
+def _slabs(spec: ModelSpec, name: str) -> Iterator[slice]:
+    """Yield the rows of a weight, as many at a time as `SLAB` allows."""
+    shape = spec.weights[name].shape
+    height = max(1, SLAB // prod(shape[1:]))
+    return (slice(start, start + height) for start in range(0, shape[0], height))
+
+
+def _encode(blocks: Blocks, width: int, bits: int, transposed: bool) -> dict[str, np.ndarray]:
+    """Return the bytes of the three tensors of a quantised matrix, C-contiguous."""
+    codes, scale, zero = blocks
+    if transposed:
+        codes, scale, zero = codes[:, :width].T.reshape(-1), scale.T, zero.T.reshape(-1)
+    arrays = pack(codes, bits), scale, pack(zero, bits)
+    return {suffix: np.ascontiguousarray(array) for suffix, array in zip(SUFFIXES, arrays, strict=True)}
+
+
+def stored_slabs(
+    spec: ModelSpec, form: WeightFormat, directory: Path, name: str
+) -> Iterator[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]:
+    """Yield what a stored weight stands for in fp32, the same rows at a time as `weight_slabs`, and how it rounds.
+
+    Args:
+        spec: The model.
+        form: As it was written with.
+        directory: Where `DATA_FILE` is.
+        name: Of the weight.
+
+    Yields:
+        Rows, and the function that makes them of the checkpoint's rows: the nearest value of type or grid to each.
+    """
+    layout, bits, shape = data_layout(spec, form), form.bits(spec, name), spec.weights[name].shape
+    file = np.memmap(directory / DATA_FILE, mode="c")  # torch takes none that is for reading only
+
+    def bytes_of(suffix: str) -> np.ndarray:
+        part = layout[name + suffix]
+        return file[part.offset : part.offset + part.nbytes]
+
+    if f"{name}_scale" not in layout:
+        dtype = layout[name].dtype.numpy()
+        stored = bytes_of("").view(dtype).reshape(shape)
+        for rows in _slabs(spec, name):
+            yield stored[rows].astype(np.float32, copy=False), lambda own: own.astype(dtype).astype(np.float32)
+        return
+    (height, width), block = shape, form.block_of(spec, name)
+    scale = bytes_of("_scale").view(np.float32).reshape(layout[f"{name}_scale"].shape)
+    count = -(-width // block)
+    whole = {"": width if form.transposed else count * block, "_zero_point": count}
+    if form.transposed:
+        scale = scale.T
+        codes, zero = (unpack(bytes_of(s), bits, n * height).reshape(n, height).T for s, n in whole.items())
+    else:
+        codes, zero = (unpack(bytes_of(s).reshape(height, -1), bits, n) for s, n in whole.items())
+    beyond = (0, 0), (0, count * block - whole[""])
+    for rows in _slabs(spec, name):
+        blocks = Blocks(np.pad(codes[rows], beyond), np.ascontiguousarray(scale[rows]), zero[rows])
+
+        def rounded(own: np.ndarray, grid: Blocks = blocks) -> np.ndarray:
+            return dequantise(requantise(own, grid, bits), width)
+
+        yield dequantise(blocks, width), rounded

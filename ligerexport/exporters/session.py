@@ -1,0 +1,304 @@
+"""What sessions of all engines have in common: prompts, padding, rows that wait, and whose state fits where."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+
+from ligerexport.artifact.artifact import Artifact, StateTensor
+from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.errors import LigerError, UsageError
+from ligerexport.model.state import FADE, fade
+
+_LONGEST = 1 << 48
+"""Tokens that a sequence may have."""
+IDLE = -1
+"""In place of an id: no token for this row."""
+
+PATIENCE = 120.0
+"""Seconds that the end of the process waits for a call, which a busy machine may make a long one."""
+
+
+class BatchSession(ABC):
+    """Checks what a session is given. See `ligerexport.run.runtime.Session` for the face.
+
+    A subclass has `_position` `[B]` of tokens seen and `_step_ids` `[B, 1]` int64 for the tokens of a step, and calls
+    `_begin` when it has a state that has seen nothing.
+    """
+
+    artifact: Artifact
+    batch: int
+    chunk: int
+    _position: np.ndarray
+    _step_ids: np.ndarray
+    _process: int | None = None
+
+    def _begin(self) -> None:
+        self._process = self._process or os.getpid()  # a sibling's weights were loaded where its own were
+        self._busy, self._torn = threading.RLock(), False
+        _sessions.add(self)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other threads out for the length of a block.
+
+        Raises:
+            UsageError: One is in.
+            LigerError: The weights were loaded in the process that this one was forked from.
+        """
+        if self._process != os.getpid():
+            raise LigerError(
+                "this session was loaded before its process forked, and the engine's threads are not in the child",
+                hint="load the artifact after the fork, or start processes by spawn",
+            )
+        if not self._busy.acquire(blocking=False):
+            if _leaving.is_set():
+                threading.Event().wait()  # for the end
+            raise UsageError("two threads use one session", hint="give each its own: session.sibling()")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Change the state in a block; after one that an exception ended, Ctrl-C too, nothing goes on from it."""
+        self._torn = True
+        yield
+        self._torn = False
+
+    def _check_whole(self) -> None:
+        if self._torn:
+            raise LigerError(
+                "the last call on this session did not come to its end, so its state is undefined",
+                hint="reset the session or restore a snapshot",
+            )
+
+    @abstractmethod
+    def _advance(self, ids: np.ndarray) -> np.ndarray:
+        """Advance by ids `[B, T]` of the vocabulary and count them; return logits `[B, V]`."""
+
+    def _advance_for_ever(self, ids: np.ndarray) -> np.ndarray:
+        """Advance, and halve the sums of rows that have seen `FADE` more tokens."""
+        before = self._fades()
+        logits = self._advance(ids)
+        times = self._fades() - before
+        for row in np.flatnonzero(times).tolist():
+            snapshot = self._copy(row)
+            self._replace(replace(snapshot, tensors=fade(snapshot.tensors, int(times[row]))), row)
+        return logits
+
+    def _fades(self) -> np.ndarray:
+        return np.maximum(self._position, 0) // FADE
+
+    @abstractmethod
+    def _forget(self, row: int | None) -> None:
+        """Do what `reset` does."""
+
+    @abstractmethod
+    def _copy(self, row: int | None) -> Snapshot:
+        """Do what `snapshot` does."""
+
+    @abstractmethod
+    def _replace(self, snapshot: Snapshot, row: int | None) -> None:
+        """Do what `restore` does with a state that fits."""
+
+    @property
+    def position(self) -> np.ndarray:
+        """Tokens seen, `[B]` int64."""
+        return self._position.astype(np.int64)
+
+    def prefill(self, ids: Sequence[int] | np.ndarray, padding: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Advance by a prompt of any length, in chunks.
+
+        Args:
+            ids: `[T]` for one sequence, or `[B, T]`.
+            padding: `[B]`, how many ids of each row are padding on its left; only in rows that have seen nothing.
+
+        Returns:
+            Logits after the last token, `[B, V]` fp32; a view that the next call overwrites.
+
+        Raises:
+            UsageError: No tokens, ids outside the vocabulary, or a shape that does not fit.
+        """
+        array = np.atleast_2d(np.asarray(ids))
+        if array.size == 0:
+            raise UsageError("the prompt has no tokens", hint="give at least one token of text")
+        if array.dtype.kind not in "iu" or array.ndim != 2 or array.shape[0] != self.batch:
+            raise UsageError(f"ids {list(array.shape)} of {array.dtype}, integers [{self.batch}, T] were expected")
+        self._check_vocabulary(int(array.min()), int(array.max()))
+        with self._alone():
+            padded = np.asarray(0 if padding is None else padding, self._position.dtype)
+            if (self._position.astype(bool) & (padded != 0)).any():
+                raise UsageError("padding after the first token", hint="pad rows that have seen nothing only")
+            self._check_whole()
+            with self._change():
+                self._position -= padded
+                return self._advance_for_ever(array)
+
+    def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Advance by one token.
+
+        Args:
+            ids: An id for one sequence, or `[B]`; `IDLE` for a row that has seen nothing leaves it so.
+
+        Returns:
+            As `prefill`; the logits of an idle row mean nothing.
+
+        Raises:
+            UsageError: An id outside the vocabulary, or a row that is idle in the middle of its sequence.
+        """
+        with self._alone():
+            row = self._step_ids[:, 0]
+            row[:] = ids
+            idle = row == IDLE
+            if idle.any() and not idle.all():
+                if (seen := self._position * idle).max() > 0:
+                    raise UsageError(
+                        f"row {seen.argmax()} has seen {seen.max()} tokens and gets none",
+                        hint="keep session.snapshot(row) if it goes on later, then session.reset(row)",
+                    )
+                row[idle] = 0
+            self._check_vocabulary(int(row.min()), int(row.max()))
+            self._check_whole()
+            with self._change():
+                self._position[idle] = np.minimum(self._position[idle], -1)  # padding leaves no trace
+                return self._advance_for_ever(self._step_ids)
+
+    def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
+        """Advance by a prompt as `prefill` does, and yield the logits after each token.
+
+        Yields:
+            `[B, t, V]` fp32, in order; T of them together.
+        """
+        array = np.atleast_2d(np.asarray(ids))
+        for t in range(max(1, array.shape[1])):
+            yield self.prefill(array[:, t : t + 1])[:, None].copy()
+
+    def reset(self, row: int | None = None) -> None:
+        """Forget everything, or one row."""
+        self._rows(row)
+        with self._renew(row):
+            self._forget(row)
+
+    def snapshot(self, row: int | None = None) -> Snapshot:
+        """Return a copy of the state, or of that of one row."""
+        self._rows(row)
+        with self._alone():
+            self._check_whole()
+            return self._copy(row)
+
+    def restore(self, snapshot: Snapshot, row: int | None = None) -> None:
+        """Go to a state that this or another session of the same model was in, or take one sequence into one row.
+
+        Raises:
+            UsageError: It is the state of another model, of other precision, or of another batch.
+        """
+        self._check_snapshot(snapshot, row)
+        with self._renew(row):
+            self._replace(snapshot, row)
+
+    @contextmanager
+    def _renew(self, row: int | None) -> Iterator[None]:
+        with self._alone():
+            if row is not None:  # what is torn in other rows stays so
+                self._check_whole()
+            with self._change():
+                yield
+
+    def _rows(self, row: int | None) -> slice:
+        if row is not None and not 0 <= row < self.batch:
+            raise UsageError(f"row {row}", hint=f"this session runs {self.batch} sequences, 0 to {self.batch - 1}")
+        return slice(None) if row is None else slice(row, row + 1)
+
+    def _check_snapshot(self, snapshot: Snapshot, row: int | None) -> None:
+        """Check that a state fits here, or into one row.
+
+        Raises:
+            UsageError: It is the state of another model or of another batch, or no state that a session was in.
+        """
+        self._rows(row)
+        batch = self.batch if row is None else 1
+        if snapshot.model != self.artifact.manifest.fingerprint:
+            raise UsageError("this state belongs to another model", hint="load the artifact that it was saved with")
+        for tensor in self.artifact.manifest.state:
+            given = snapshot.tensors.get(tensor.past)
+            shape = self._shape(tensor, batch, None if given is None or given.ndim < 3 else given.shape[2])
+            if given is None or given.shape != shape or given.dtype != dtype_of(tensor):
+                raise UsageError(
+                    f"this state has no {tensor.past} {list(shape)} of {tensor.dtype}",
+                    hint=f"{batch} sequences were expected; see Snapshot.stack and Snapshot.sequence",
+                )
+        seen = snapshot.position
+        if seen.shape != (batch,) or seen.dtype.kind != "i":
+            raise UsageError(f"this state has seen {seen!r:.60} tokens", hint=f"{batch} numbers were expected")
+        for tensor in self.artifact.manifest.state:
+            given = snapshot.tensors[tensor.past]
+            short = tensor.grows and given.shape[2] < seen.max()
+            if short or abs(seen).max() > _LONGEST or (given.dtype.kind == "i" and not _are_positions(given)):
+                raise UsageError(f"{tensor.past} of this state is not that after {seen.max()} tokens",
+                                 hint="the file is damaged: read the prompt again")  # fmt: skip
+
+    def _shape(self, tensor: StateTensor, batch: int | None = None, grown: int | None = None) -> tuple[int, ...]:
+        letters = {"B": batch or self.batch, "P": grown or 0}
+        return tuple(letters[size] if isinstance(size, str) else size for size in tensor.shape)
+
+    def _check_vocabulary(self, low: int, high: int) -> None:
+        size = self.artifact.manifest.model.vocab_size
+        if low < 0 or high >= size:
+            raise UsageError(f"token id {low if low < 0 else high}", hint=f"ids of this model are 0 to {size - 1}")
+
+
+_sessions: weakref.WeakSet[BatchSession] = weakref.WeakSet()
+_inherited: list[BatchSession] = []
+_leaving = threading.Event()
+
+
+@atexit.register
+def _leave() -> None:
+    """Let no daemon thread return from an engine to an interpreter that is gone: the process would abort."""
+    _leaving.set()
+    end = time.monotonic() + PATIENCE
+    for session in list(_sessions):
+        session._busy.acquire(timeout=max(0.0, end - time.monotonic()))
+
+
+def _inherit() -> None:
+    """Keep what a fork brings here: to free an engine is to wait for its threads, which stayed behind."""
+    _inherited.extend(_sessions)
+    _sessions.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_inherit)
+
+
+def _are_positions(array: np.ndarray) -> bool:
+    """Return whether all are tokens of a sequence, or -1 for none."""
+    return bool(((array >= -1) & (array <= _LONGEST)).all())
+
+
+def dtype_of(tensor: StateTensor) -> np.dtype:
+    """Return numpy's type of a state tensor; bfloat16, which numpy has not, is kept as the bits of a uint16."""
+    return np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
+
+
+def choose_chunk(chunk: int | None, default: int, limit: int) -> int:
+    """Return the tokens of one call: what was asked for, or `default` where the graph takes as many.
+
+    Raises:
+        UsageError: The graph does not take as many.
+    """
+    chosen = min(default, limit) if chunk is None else chunk
+    if not 1 <= chosen <= limit:
+        raise UsageError(f"chunk {chosen}", hint=f"this graph takes 1 to {limit} tokens a call")
+    return chosen

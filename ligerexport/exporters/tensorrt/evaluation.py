@@ -1,0 +1,187 @@
+"""Run a graph of the lowering `plugin` without TensorRT: onnx's evaluator in numpy, and our torch op for the mixers.
+
+Slow, and for comparing only. It reads what the node says, inputs by their order, so that it is also a second reading of
+the contract in `plugin.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from ligerexport.artifact.artifact import Artifact
+from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.errors import ArtifactError
+from ligerexport.exporters.onnx.native import DOMAIN
+from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.tensorrt.node import CONTRACT, LINEAR, MIXER, read_linear
+from ligerexport.model.state import MixerSpec
+
+if TYPE_CHECKING:
+    from ligerexport.kernels.linear import LinearSpec
+
+HALVES = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
+
+
+class PluginSession:
+    """One sequence, or `batch` of them, on an artifact of the target `trt`. Part of `ligerexport.run.runtime.Session`.
+
+    Args:
+        artifact: Graph, weights and manifest.
+        spec: The checkpoint that it was built from.
+        batch: B.
+        wide: Whether halves are computed in fp32, with the weights as they are stored: for comparing with arithmetic
+            that does so.
+    """
+
+    def __init__(self, artifact: Artifact, spec: ModelSpec, *, batch: int = 1, wide: bool = False) -> None:
+        self.artifact, self.batch, self.chunk = artifact, batch, artifact.manifest.graph.max_chunk
+        self._evaluator = evaluator(artifact, spec, wide=wide)
+        inputs = zip(self._evaluator.input_names, self._evaluator.input_types, strict=True)
+        self._types = {name: _numpy(kind.tensor_type.elem_type) for name, kind in inputs}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._position = np.zeros(self.batch, np.int32)
+        self._state = {}
+        for t in self.artifact.manifest.state:
+            sizes = [self.batch if size == "B" else int(size) for size in t.shape]
+            self._state[t.past] = np.full(sizes, t.fill, self._types[t.past])
+
+    def prefill(self, ids: Sequence[int] | np.ndarray, padding: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Advance by a prompt `[T]` or `[B, T]`, in chunks; return logits `[B, V]`."""
+        array = np.atleast_2d(np.asarray(ids, np.int32))
+        if padding is not None:
+            self._position -= np.asarray(padding, np.int32)
+        for start in range(0, array.shape[1], self.chunk):
+            part = array[:, start : start + self.chunk]
+            feeds = {"input_ids": part, "position": self._position} | self._state
+            logits, *present = cast("list[np.ndarray]", self._evaluator.run(None, feeds))
+            self._state = dict(zip(self._state, present, strict=True))
+            self._position = self._position + np.int32(part.shape[1])
+        return logits
+
+    def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Advance by one token; return as `prefill`."""
+        return self.prefill(np.reshape(ids, (self.batch, 1)))
+
+    def snapshot(self) -> Snapshot:
+        """Return the state."""
+        return Snapshot(self.artifact.manifest.fingerprint, self._position.astype(np.int64), dict(self._state))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go to a state that this or another session was in."""
+        self._position = snapshot.position.astype(np.int32)
+        self._state = {name: snapshot.tensors[name].astype(x.dtype) for name, x in self._state.items()}
+
+
+def evaluator(artifact: Artifact, spec: ModelSpec, *, wide: bool = False) -> ReferenceEvaluator:
+    """Return onnx's evaluator of an artifact's graph; arguments as those of `PluginSession`."""
+    model = onnx.load(artifact.graph)
+    if wide and artifact.manifest.precision in HALVES.values():  # in others a half is a fault
+        _widen(model)
+    return ReferenceEvaluator(model, new_ops=[_mixer_op(spec), LigerLinear])
+
+
+def _widen(model: onnx.ModelProto) -> None:
+    """Make all halves fp32, weights and casts among them."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type in HALVES:
+            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i in HALVES:
+                attribute.i = onnx.TensorProto.FLOAT
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type in HALVES:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
+def _numpy(kind: int) -> np.dtype:
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+
+
+def _mixer_op(spec: ModelSpec) -> type[OpRun]:
+    """Return the operator for the layers of a model, found by their digests as the plugin finds kernels."""
+    from ligerexport.kernels.plans import layer_digest, spec_fields
+
+    layers = {layer_digest(spec_fields(layer)): layer for layer in spec.mixers if layer is not None}
+
+    class LigerMixer(OpRun):
+        op_domain = DOMAIN
+
+        def _run(self, *tensors: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
+            _check(MIXER, attributes)
+            return run_mixer(layers[attributes["layer_spec"]], tensors)
+
+    assert LigerMixer.__name__ == MIXER
+    return LigerMixer
+
+
+class LigerLinear(OpRun):
+    """Products with weights."""
+
+    op_domain = DOMAIN
+
+    def _run(self, x: np.ndarray, weight: np.ndarray, *rest: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
+        _check(LINEAR, attributes)
+        return run_linear(read_linear(attributes), x, weight, rest)
+
+
+def _check(kind: str, attributes: dict[str, Any]) -> None:
+    if attributes["contract"] != CONTRACT:
+        raise ArtifactError(f"contract {attributes['contract']} of a {kind}, {CONTRACT} was expected")
+
+
+def run_linear(
+    spec: LinearSpec, x: np.ndarray, weight: np.ndarray, rest: Sequence[np.ndarray]
+) -> tuple[np.ndarray, ...]:
+    """Return the outputs of a node for its inputs."""
+    import torch
+
+    from ligerexport.kernels.linear import linear
+
+    rows, there = _torch(x), iter([_torch(y) for y in rest])
+    norm, bias, residual = (next(there) if x else None for x in (spec.epsilon is not None, spec.bias, spec.residual))
+    with torch.inference_mode():
+        made = linear(rows, _torch(weight), norm, bias, residual, spec)
+        sides = [linear(rows, next(there), norm, next(there), None, spec.of_side())] if spec.side else []
+    return np.asarray(made.float().numpy(), np.float32 if spec.wide else weight.dtype), *(y.numpy() for y in sides)
+
+
+def run_mixer(spec: MixerSpec, tensors: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Return the outputs of a node for its inputs."""
+    import torch
+
+    from ligerexport.kernels.ops import liger_mixer
+
+    heads = (spec.q_heads, spec.d_k), (spec.kv_heads, spec.d_k), (spec.kv_heads, spec.d_v)
+    widths, given = [count * width for count, width in heads], [_torch(x) for x in tensors]
+    joint = given[0].shape[-1] != widths[0]
+    projected = given[0].split(widths, -1) if joint else given[:3]
+    position, rotary, *rest = given[1 if joint else 3 :]
+    sizes = len(position), len(given[0]) // len(position)
+    score = rest.pop(0).unflatten(0, sizes) if spec.config.foresees else None
+    state = {t.name: x.long() if t.dtype == "int64" else x for t, x in zip(spec.state(), rest, strict=True)}
+    query, key, value = (x.unflatten(0, sizes).unflatten(2, y) for x, y in zip(projected, heads, strict=True))
+    with torch.inference_mode():
+        mixed, present = liger_mixer(query, key, value, position.long(), state, spec, rotary, score)
+    outputs = mixed.flatten(2).flatten(0, 1), *(present[t.name] for t in spec.state())
+    types = tensors[0].dtype, *(x.dtype for x in tensors[len(tensors) - len(rest) :])
+    found = (x.float() if x.is_floating_point() else x for x in outputs)  # numpy knows no bf16 of torch
+    return tuple(x.numpy().astype(t) for x, t in zip(found, types, strict=True))
+
+
+def _torch(x: np.ndarray) -> Any:
+    import torch
+
+    if x.dtype == _numpy(onnx.TensorProto.BFLOAT16):  # torch reads no such array
+        return torch.from_numpy(x.astype(np.float32)).bfloat16()
+    return torch.from_numpy(np.array(x))

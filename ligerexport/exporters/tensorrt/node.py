@@ -1,0 +1,129 @@
+"""A layer's mixer and a product with a weight as nodes of the TensorRT plugin, and the contract between both.
+
+The plugin's kernels are compiled ahead of time and looked up by `layer_digest`. The plugin reads nothing else of what a
+node computes than what decides its inputs and outputs; `epsilon` and `activation` are for other readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from ligerexport.exporters.onnx.builder import Builder
+from ligerexport.exporters.onnx.frame import Frame
+from ligerexport.exporters.onnx.lowerings import Plugin, Portable
+from ligerexport.exporters.onnx.native import DOMAIN
+from ligerexport.model.state import MixerSpec
+
+if TYPE_CHECKING:
+    from ligerexport.kernels.linear import LinearSpec
+
+CONTRACT = 2
+"""Version of attributes, inputs and outputs of the nodes; the plugin refuses another one."""
+MIXER, LINEAR = "LigerMixer", "LigerLinear"
+NAMED: dict[str, Any] = {"domain": DOMAIN, "plugin_namespace": DOMAIN, "plugin_version": "1", "contract": CONTRACT}
+
+
+def plugin_mixer(
+    lower: Plugin,
+    frame: Frame,
+    spec: MixerSpec,
+    inv_freq: tuple[float, ...],
+    projected: tuple[ir.Value, ir.Value, ir.Value],
+    past: dict[str, ir.Value],
+    score: ir.Value | None,
+) -> tuple[ir.Value, dict[str, ir.Value]]:
+    """Write one mixer.
+
+    Args:
+        lower: The lowering.
+        frame: What layers share.
+        spec: The layer.
+        inv_freq: `[R]`, radians a token; zeros in a layer without rotary embedding.
+        projected: Query, key, value `[B * T, H * d]` fp32, before rotary embedding.
+        past: State by the names of `MixerSpec.state`, in its order.
+        score: `[B * T, H]` fp32, needed where `spec.config.foresees`.
+
+    Returns:
+        Output `[B * T, H_q * d_v]` fp32 and the new state.
+    """
+    from ligerexport.kernels.plans import layer_digest, spec_fields
+
+    g, config = lower.g, spec.config
+    joint = g.whole(*projected)
+    if joint is not None and score is not None:
+        joint, score = lower.beside(joint, score)
+    tensors = [lower.narrow(x) for x in (projected if joint is None else (joint,))]
+    tensors += [frame.position, _rotary(lower, inv_freq, spec.max_distance)]
+    if config.foresees:
+        assert score is not None
+        tensors.append(score)
+    mixed, *present = g.op(
+        MIXER, *tensors, *past.values(), outputs=1 + len(past), **NAMED, layer_spec=layer_digest(spec_fields(spec)),
+        q_heads=spec.q_heads, kv_heads=spec.kv_heads, d_k=spec.d_k, d_v=spec.d_v, slots=config.num_slots,
+        pools=len(config.slots), max_distance=spec.max_distance, joint=int(joint is not None),
+        foresees=int(config.foresees), judged=int(config.judged), recurrent=int(config.recurrent),
+        evicts=int(config.evicts),
+    )  # fmt: skip
+    return lower.wide(mixed), dict(zip(past, present, strict=True))
+
+
+def plugin_linear(g: Builder, spec: LinearSpec, inputs: Sequence[ir.Value]) -> Any:
+    """Write one product.
+
+    Args:
+        g: The graph.
+        spec: What is computed.
+        inputs: x `[M, K]`, fp32 where it is normed and of the weight's type else, the weight `[N, K]`, or `[2 N, K]` of
+            a gated unit, and what there is of the norm's weight `[K]`, bias `[N]` or `[2 N]`, residual `[M, N]`, and
+            weight `[S, K]` and bias `[S]` of a side, fp32.
+
+    Returns:
+        `[M, N]`, fp32 or of the weight's type, as `spec.wide` says; with a side also `[M, S]` fp32.
+    """
+    from ligerexport.kernels.plans import layer_digest, spec_fields
+
+    for_readers: dict[str, Any] = {} if spec.epsilon is None else {"epsilon": spec.epsilon}
+    for_readers |= {} if spec.activation is None else {"activation": spec.activation}
+    return g.op(
+        LINEAR, *inputs, **NAMED, layer_spec=layer_digest(spec_fields(spec)), N=spec.outputs, K=spec.inputs,
+        normed=int(spec.epsilon is not None), biased=int(spec.bias), added=int(spec.residual), wide=int(spec.wide),
+        side=spec.side, outputs=2 if spec.side else 1, **for_readers,
+    )  # fmt: skip
+
+
+def read_linear(attributes: Mapping[str, Any]) -> LinearSpec:
+    """Return what `plugin_linear` wrote, from a node's attributes by name."""
+    from ligerexport.kernels.linear import LinearSpec
+
+    flags = {name: bool(attributes[old]) for name, old in (("bias", "biased"), ("residual", "added"), ("wide", "wide"))}
+    epsilon, activation = (attributes.get(name) for name in ("epsilon", "activation"))
+    return LinearSpec(attributes["N"], attributes["K"], epsilon, activation, **flags, side=attributes["side"])
+
+
+def products(graph: ir.Graph) -> dict[tuple[LinearSpec, str], None]:
+    """Return the products of a graph, each once, with the type of the weight as kernels call it."""
+    types = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+    found: dict[tuple[LinearSpec, str], None] = {}
+    for node in graph:
+        if node.op_type == LINEAR and (weight := node.inputs[1]) is not None and weight.dtype is not None:
+            spec = read_linear({name: x.value for name, x in node.attributes.items()})
+            found[spec, types[weight.dtype]] = None
+    return found
+
+
+def _rotary(lower: Portable, inv_freq: tuple[float, ...], max_distance: int) -> ir.Value:
+    """Return the table that kernels take `[2, rows, R]`, one for layers that turn alike."""
+    import torch
+
+    from ligerexport.kernels.ops import BLOCK, rotary_table
+
+    g = lower.g
+
+    def make() -> ir.Value:
+        name = f"rotary.{sum(x.startswith('rotary.') for x in g.initializers)}"
+        return g.initializer(ir.tensor(rotary_table(torch.tensor(inv_freq), max_distance, BLOCK).numpy(), name=name))
+
+    return g.once(("rotary", inv_freq, max_distance), make)

@@ -1,0 +1,187 @@
+"""Compare one state with another: what may be off, which slots differ, and whether tied scores explain it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.verify.torch_model import Answer, State
+from ligerexport.model.scores import get_score
+
+if TYPE_CHECKING:
+    from ligerexport.artifact.snapshot import Snapshot
+    from ligerexport.exporters.onnx.session import OnnxSession
+    from ligerexport.exporters.tensorrt.evaluation import PluginSession
+
+    Engine = OnnxSession | PluginSession
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a graph may be off.
+
+    Attributes:
+        logits: Largest absolute difference.
+        state: Largest difference, relative to the largest element of the tensor, or absolute below 1.
+        tie: Scores as near as this, relative, may be taken in either order.
+        weights: Largest root mean square difference of a stored row to the checkpoint's, relative to the row's own.
+    """
+
+    logits: float
+    state: float
+    tie: float
+    weights: float
+
+
+TOLERANCES = {
+    dtype: Tolerance(logits=2e-4, state=2e-4, tie=1e-4, weights=weights)
+    for dtype, weights in {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3, "int8": 0.05, "int4": 0.5}.items()
+}
+"""The arithmetic is fp32 in all of them. Of rows, a few large elements may leave little precision to the others."""
+
+
+@dataclass
+class Result:
+    """What was compared; `to_dict` of it is the manifest's `verification`."""
+
+    passed: bool = False
+    tokens: int = 0
+    checks: int = 0
+    near_ties: int = 0
+    max_logit_error: float = 0.0
+    max_state_error: float = 0.0
+    greedy_tokens: int = 0
+    greedy_tokens_equal: int = 0
+    tolerance: dict[str, float] = field(default_factory=dict)
+
+
+class Mismatch(Exception):
+    """A layer's tensor, or with layer None the logits, are off."""
+
+    def __init__(self, layer: int | None, what: str) -> None:
+        super().__init__(what)
+        self.layer, self.what = layer, what
+
+    @classmethod
+    def of_failure(cls, error: Exception) -> Mismatch:
+        """Return what ONNX Runtime says of a call that fails: it names the node, whose name begins with its layer.
+
+        Raises:
+            Exception: The error, where it says that memory ran out, for which no graph is to blame.
+        """
+        if "alloc" in str(error):
+            raise error
+        layer = re.search(r"Name:'layers\.(\d+)/", str(error))
+        return cls(int(layer[1]) if layer else None, str(error))
+
+
+class Comparison:
+    """Compares state and logits after calls with torch's, and gathers the differences.
+
+    Args:
+        spec: The checkpoint.
+        tolerance: What may be off.
+    """
+
+    def __init__(self, spec: ModelSpec, tolerance: Tolerance) -> None:
+        self.spec, self.tolerance = spec, tolerance
+        self.result = Result(tolerance=asdict(tolerance))
+        self.adrift = False
+
+    def agrees(self, snapshot: Snapshot, answer: Answer, logits: np.ndarray) -> bool:
+        """Compare state and logits after a call; return False where the first difference is a near tie.
+
+        Raises:
+            Mismatch: It is another one.
+        """
+        result = self.result
+        for layer, mixer in enumerate(self.spec.mixers):
+            found, expected = (of_layer(state, layer) for state in (snapshot.tensors, answer.state))
+            if mixer is not None:
+                found, expected = sort_slots(found), sort_slots(expected)
+                if not np.array_equal(found["slot_position"], expected["slot_position"]):
+                    if not is_near_tie(expected, found, mixer.config.slots, self.tolerance.tie):
+                        raise Mismatch(layer, "slot_position: other tokens keep a slot")
+                    return False
+            for name, tensor in expected.items():
+                error = state_error(tensor, found[name])
+                if not error <= self.tolerance.state:
+                    raise Mismatch(layer, f"{name} is off by {error:.1e} of its size")
+                result.max_state_error = max(result.max_state_error, error)
+        error = float(np.abs(logits - answer.logits).max())
+        if not error <= self.tolerance.logits:
+            raise Mismatch(None, f"logits are off by {error:.1e}")
+        result.max_logit_error = max(result.max_logit_error, error)
+        return True
+
+    def resume(self, session: Engine, snapshot: Snapshot, answer: Answer) -> None:
+        """Go on from torch's state after a near tie, as soon as there is a whole one."""
+        self.adrift = not answer.whole
+        if answer.whole:
+            session.restore(replace(snapshot, tensors=snapshot.tensors | answer.state))
+
+
+def of_layer(state: State, layer: int) -> State:
+    prefix = f"past.{layer}."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def sort_slots(state: State) -> State:
+    """Return a mixer's state with its slots in the order of their positions and empty ones zeroed."""
+    position = state["slot_position"]
+    order = position.argsort(axis=-1, kind="stable")
+    position = np.take_along_axis(position, order, -1)
+    full = position >= 0
+    result = dict(state) | {"slot_position": position}
+    for name in {"slot_key", "slot_value"} & state.keys():
+        result[name] = np.take_along_axis(state[name], order[..., None], 2) * full[..., None]
+    if "slot_score" in state:
+        result["slot_score"] = np.take_along_axis(state["slot_score"], order[:, :, None], 3) * full[:, :, None]
+    return result
+
+
+def state_error(expected: np.ndarray, found: np.ndarray) -> float:
+    """Return the largest difference, relative to the largest element where that is over 1."""
+    if expected.size == 0:
+        return 0.0
+    difference = np.abs(expected.astype(np.float64) - found).max()
+    return float(difference / max(1.0, np.abs(expected).max()))
+
+
+def is_near_tie(expected: State, found: State, pools: tuple[tuple[str, int], ...], tie: float) -> bool:
+    """Return whether two kept sets differ only by tokens that rank nearly equal.
+
+    Args:
+        expected: Of one mixer, sorted.
+        found: Likewise.
+        pools: The mixer's pools.
+        tie: Largest relative difference of the scores of such tokens.
+    """
+    if "slot_score" not in expected:
+        return False
+    for index in np.ndindex(expected["slot_position"].shape[:2]):
+        ours, theirs = expected["slot_position"][index], found["slot_position"][index]
+        lost, gained = ~np.isin(ours, theirs), ~np.isin(theirs, ours)
+        if lost.sum() != gained.sum():
+            return False
+        left = get_ranks(expected["slot_score"][index][:, lost], ours[lost], pools)  # [P, changed]
+        came = get_ranks(found["slot_score"][index][:, gained], theirs[gained], pools)
+        near = np.abs(left[:, :, None] - came[:, None]) <= tie
+        if not near.any(axis=0).any(axis=1).all():
+            return False
+    return True
+
+
+def get_ranks(scores: np.ndarray, positions: np.ndarray, pools: tuple[tuple[str, int], ...]) -> np.ndarray:
+    """Return ranks `[P, n]` on a logarithmic scale, on which a relative difference of scores is a distance."""
+    ranks = np.log(np.maximum(scores, 1e-30, dtype=np.float64))
+    for i, score in enumerate(get_score(name) for name, _ in pools):
+        if score.signal == "given":  # a logarithm already
+            ranks[i] = scores[i]
+        if score.horizon is not None:
+            ranks[i] += positions / score.horizon
+    return ranks

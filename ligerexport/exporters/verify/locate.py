@@ -1,0 +1,181 @@
+"""Find the first layer at which a graph and the torch model part, for the message of a failed verification."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple, cast
+
+import numpy as np
+
+from ligerexport.artifact.artifact import Artifact
+from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.verify.compare import TOLERANCES, Mismatch, is_near_tie, of_layer, sort_slots, state_error
+from ligerexport.exporters.verify.ties import narrow
+from ligerexport.exporters.verify.torch_model import Answer, Reference, State
+
+APART = 2e-5
+"""Relative distance of a tensor from torch's from which its layer may count as different; rounding stays below."""
+GROWTH = 8.0
+"""It must be so many times that of the layers before: what one gets wrong goes on in those behind it."""
+Run = Callable[[list[str], dict[str, np.ndarray]], list[np.ndarray]]
+
+
+def first_difference(
+    spec: ModelSpec, artifact: Artifact, pieces: list[np.ndarray], reference: Reference
+) -> Mismatch | None:
+    """Make the calls that showed a difference, and compare state and residual stream layer by layer.
+
+    The graph starts each call in torch's state, so that only what that call gets wrong counts. One that differs is made
+    again with fewer tokens, for scores may tie in it, and a layer in which they do is no other for that.
+
+    Args:
+        spec: The checkpoint.
+        artifact: The graph at fault; a variant with more outputs is written beside it for a moment.
+        pieces: Tokens of each call; afterwards all of them are tried in the largest calls.
+        reference: The torch model to compare with.
+
+    Returns:
+        The layer and what differs in it, or None when they agree.
+
+    Raises:
+        Mismatch: ONNX Runtime fails; of the layer whose node it names.
+    """
+    graph, chunk = _Graph(spec, artifact), artifact.manifest.graph.max_chunk
+    for text in (pieces, [np.concatenate(pieces)]):
+        past, state, position = reference.new_cache(), graph.initial_state(), 0
+        calls = [call for piece in text for call in np.split(piece, range(chunk, len(piece), chunk))]
+        while calls:
+            call, compare = calls.pop(0), partial(_compare, spec, graph, state, position)
+            answers = reference.answers([call], copy.deepcopy(past), hidden=True)
+            if compare(answers):
+                answers = narrow(reference, past, call, compare, hidden=True)
+                difference = compare(answers)
+                if difference is not None and not difference.tied:
+                    return Mismatch(difference.layer, difference.what)
+            ids = _ids(answers)
+            found, past = graph.run(state, position, ids), answers[-1].after()
+            state = {name: answers[-1].state.get(name, found[name]) for name in state}
+            position += len(ids)
+            calls = [call[len(ids) :], *calls] if len(ids) < len(call) else calls
+    return None
+
+
+class _Difference(NamedTuple):
+    layer: int
+    what: str
+    tied: bool = False
+
+
+def _ids(answers: list[Answer]) -> np.ndarray:
+    return np.concatenate([answer.ids for answer in answers])
+
+
+def _compare(spec: ModelSpec, graph: _Graph, state: State, position: int, answers: list[Answer]) -> _Difference | None:
+    """Make one call of the tokens that torch has answered to, and compare its end and the residual stream of it all."""
+    found, streams = graph.run(state, position, _ids(answers)), [f"past.{i}.hidden" for i in range(len(spec.mixers))]
+    hidden = {name: np.concatenate([answer.state[name] for answer in answers]) for name in streams}
+    return _first_layer(spec, answers[-1].state | hidden, found)
+
+
+def _first_layer(spec: ModelSpec, expected: State, found: State) -> _Difference | None:
+    """Return the first layer that differs after one call, or in which scores tied."""
+    before = APART / GROWTH
+    for layer, mixer in enumerate(spec.mixers):
+        ours, theirs = of_layer(expected, layer), of_layer(found, layer)
+        if mixer is not None:
+            ours, theirs = sort_slots(ours), sort_slots(theirs)
+            if not np.array_equal(ours["slot_position"], theirs["slot_position"]):
+                tied = is_near_tie(ours, theirs, mixer.config.slots, TOLERANCES["float32"].tie)
+                return _Difference(layer, "its slot_position", tied)
+        errors = dict(_errors(ours, theirs))
+        for what, error in errors.items():
+            if not error <= GROWTH * before:
+                return _Difference(layer, f"{what}, by {error:.1e} of its size")
+        before = max(before, *errors.values())
+    return None
+
+
+def _errors(ours: State, theirs: State) -> Iterator[tuple[str, float]]:
+    """Yield how far apart a layer's tensors are, in the order in which the layer computes them."""
+    for name, tensor in ours.items():
+        if name != "hidden":
+            yield f"its {name}", state_error(tensor, theirs[name])
+    rows = min(len(ours["hidden"]), len(theirs["hidden"]))  # of the last layer the graph has one
+    tensor, other = ours["hidden"][-rows:], theirs["hidden"][-rows:]
+    apart = np.linalg.norm(tensor - other, axis=-1) / np.linalg.norm(tensor, axis=-1)
+    yield "its output", float(apart.max())
+
+
+class _Graph:
+    """The graph, to be called in any state; it also says the residual stream after each layer."""
+
+    def __init__(self, spec: ModelSpec, artifact: Artifact) -> None:
+        self._manifest = artifact.manifest
+        self._integer = self._manifest.graph.inputs[0].dtype
+        self._hidden = [f"hidden.{i}" for i in range(len(spec.mixers))]
+        self._run = _plugin(spec, artifact) if self._manifest.lowering == "plugin" else _variant(artifact, self._hidden)
+
+    def initial_state(self) -> State:
+        """Return the state in which nothing was seen."""
+        letters: dict[int | str, int] = {"B": 1, "P": 0}
+        return {
+            t.past: np.full(
+                [letters[n] if isinstance(n, str) else n for n in t.shape],
+                t.fill,
+                t.dtype if "int" in t.dtype else np.float32,
+            )
+            for t in self._manifest.state
+        }
+
+    def run(self, state: State, position: int, ids: np.ndarray) -> State:
+        """Return the state after more tokens, with `past.LAYER.hidden` as `Reference.answers` has it."""
+        feeds = {"input_ids": ids[None].astype(self._integer), "position": np.array([position], self._integer)}
+        names = [name.replace("past.", "present.", 1) for name in state] + self._hidden
+        keys = [*state, *(f"past.{i}.hidden" for i in range(len(self._hidden)))]
+        return dict(zip(keys, self._run(names, feeds | state), strict=True))
+
+
+def _plugin(spec: ModelSpec, artifact: Artifact) -> Run:
+    from ligerexport.exporters.tensorrt.evaluation import evaluator
+
+    return cast("Run", evaluator(artifact, spec, wide=True).run)
+
+
+def _variant(artifact: Artifact, outputs: list[str]) -> Run:
+    """Open the graph with more outputs, on the same external data."""
+    import onnx
+    import onnxruntime
+
+    from ligerexport.exporters.onnx.lowerings import FP32_ACTIVATIONS
+    from ligerexport.exporters.onnx.native import register
+
+    model = onnx.load(artifact.graph, load_external_data=False)
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs
+    )
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = FP32_ACTIVATIONS
+    variant = artifact.graph.with_suffix(".debug")
+    onnx.save(model, variant)
+    try:
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(FP32_ACTIVATIONS))
+        options.enable_mem_reuse = False  # planning reuse is quadratic in the nodes
+        if artifact.manifest.lowering == "native":
+            register(options)
+        session = onnxruntime.InferenceSession(str(variant), options, providers=["CPUExecutionProvider"])
+    finally:
+        variant.unlink()
+    wanted = {entry.name for entry in session.get_inputs()}
+
+    def run(names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        try:
+            return session.run(names, {name: feed for name, feed in feeds.items() if name in wanted})
+        except Exception as error:  # ONNX Runtime's own classes have no common base
+            raise Mismatch.of_failure(error) from error
+
+    return run

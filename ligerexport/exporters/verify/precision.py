@@ -1,0 +1,58 @@
+"""What storing weights in less than fp32 costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ligerexport.artifact.artifact import Artifact
+from ligerexport.console import ProgressFactory
+from ligerexport.errors import VerificationError
+from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.verify.torch_model import Reference
+
+
+def cost_of_precision(
+    spec: ModelSpec, artifact: Artifact, ids: np.ndarray, progress: ProgressFactory
+) -> dict[str, Any] | None:
+    """Return the loss of an artifact on a text beside that of fp32, as it runs: activations rounded as well.
+
+    Args:
+        spec: The checkpoint.
+        artifact: What was built from it.
+        ids: The text `[T]`.
+        progress: Opens a phase.
+
+    Returns:
+        Nats a token of both and the divergence of the artifact's predictions; None where nothing is rounded.
+
+    Raises:
+        VerificationError: The logits are not finite.
+    """
+    from ligerexport.exporters.onnx.session import OnnxSession
+
+    if artifact.manifest.precision == "float32":
+        return None
+    totals, done = np.zeros(3), 0
+    prepack = artifact.manifest.block is not None  # without, a product rounds no activations and takes far longer
+    with progress("measuring the precision", len(ids) - 1, "steps") as advance:
+        before = Reference(spec).every(ids)
+        for logits in OnnxSession(artifact, prepack=prepack, scoring=True).every(ids[:-1]):
+            part = slice(done, done + logits.shape[1])
+            ours, theirs = _log_softmax(logits[0]), _log_softmax(before[part])
+            losses = (-np.take_along_axis(x, ids[1:][part, None], 1).sum() for x in (theirs, ours))
+            totals += [*losses, (np.exp(theirs) * (theirs - ours)).sum()]
+            done = part.stop
+            advance(logits.shape[1])
+    if not np.isfinite(totals).all():
+        raise VerificationError(
+            f"logits with {artifact.manifest.precision} weights are not finite", hint="build with --weights fp32"
+        )
+    nll_fp32, nll, divergence = (totals / done).tolist()
+    return {"text": "built-in", "tokens": done, "nll_float32": nll_fp32, "nll": nll, "kl": divergence}
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

@@ -1,0 +1,218 @@
+"""Search a call of many tokens for the tied scores that explain why it differs from torch.
+
+A token may keep a slot by a tie in the middle of a call and be gone at its end, while what it changed is still there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ligerexport.exporters.verify.compare import Comparison, Mismatch, get_ranks, of_layer
+from ligerexport.exporters.verify.torch_model import Answer, Reference, State
+from ligerexport.model.scores import get_score
+
+if TYPE_CHECKING:
+    from ligerexport.artifact.snapshot import Snapshot
+    from ligerexport.exporters.verify.compare import Engine
+    from ligerexport.layers.mixer import LigerCache
+
+OFTEN = 8
+"""Of so many tokens one may tie; more is noise in the scores."""
+TRIES = 32
+"""Ties in the middle of a call that are decided the other way, one at a time."""
+SINGLE = 4
+"""So many of these are tried once more with single tokens behind them: a whole call can round a later tie otherwise."""
+NUDGE = 1e-6
+"""By how much a rank then goes beyond the other's: several units in the last place of a score."""
+
+
+def replay(
+    check: Comparison,
+    session: Engine,
+    torch_model: Reference,
+    past: LigerCache,
+    ids: np.ndarray,
+    start: int = 0,
+    advance: Callable[[float], None] = lambda amount: None,
+) -> None:
+    """Compare a call with torch chunk by chunk, and go on from torch's state after each near tie.
+
+    Args:
+        check: Compares.
+        session: In the state before the call.
+        torch_model: Answers.
+        past: Its state before the call.
+        ids: Tokens of the call `[T]`.
+        start: Tokens before the call.
+        advance: Told how many tokens were compared.
+
+    Raises:
+        Mismatch: A difference is no near tie, or ties are too many.
+    """
+    ties, rest = 0, ids
+    while len(rest):
+        chunks = np.split(rest, range(session.chunk, len(rest), session.chunk))
+        for answer in torch_model.answers(chunks, copy.deepcopy(past)):
+            before, logits = session.snapshot(), session.prefill(answer.ids)[0]
+            agree = _equal(check, session.snapshot(), answer, logits)
+            found = [answer] if agree else _first_tie(check, session, torch_model, past, before, answer.ids, start)
+            count, past = sum(len(part.ids) for part in found), found[-1].after()
+            rest, start, ties = rest[count:], start + count, ties + (not agree)
+            advance(count)
+            if ties * OFTEN > len(ids) + OFTEN:
+                raise Mismatch(None, f"{ties} of {len(ids)} tokens ended in tied scores")
+            if not agree:  # what torch said of the chunks behind it does not follow
+                break
+
+
+def narrow(
+    torch_model: Reference,
+    past: LigerCache,
+    ids: np.ndarray,
+    differs: Callable[[list[Answer]], object],
+    *,
+    hidden: bool = False,
+) -> list[Answer]:
+    """Search a call for a token at which it begins to differ from torch, which runs pieces and then single tokens.
+
+    The other side is to make calls that begin where this one does, because the call as it was must be explained: were
+    it cut as torch's is, every second tie would fall the same way in both. Numbers of tokens are bisected, so that what
+    differs after some of them and no more after others may be passed over.
+
+    Args:
+        torch_model: Answers.
+        past: Its state before the call.
+        ids: Tokens of the call `[T]`.
+        differs: Says something where the call ends otherwise than torch, when it has as many tokens as these answers.
+        hidden: As for `Reference.answers`.
+
+    Returns:
+        Torch's answers up to that token. Where the call agrees with torch's pieces, those up to the end of a piece: it
+        is torch's own call that went the other way.
+    """
+    known: list[Answer] = []
+    group, base = ids, past
+    for width in (math.isqrt(len(ids)), 1):
+        pieces = np.split(group, range(width, len(group), width))
+        answers = torch_model.answers(pieces, copy.deepcopy(base), hidden=hidden)
+        if not differs([*known, *answers]):
+            return [*known, *answers]
+        low, high = 0, len(answers)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if differs([*known, *answers[:middle]]) else (middle, high)
+        known, group = known + answers[:low], answers[low].ids
+        base = known[-1].after() if known else past
+    return [*known, answers[low]]
+
+
+def _equal(check: Comparison, found: Snapshot, answer: Answer, logits: np.ndarray) -> bool:
+    """Return whether a call ended as torch did, with not even a tie between them."""
+    try:
+        return check.agrees(found, answer, logits)
+    except Mismatch:
+        return False
+
+
+def _first_tie(
+    check: Comparison,
+    session: Engine,
+    torch_model: Reference,
+    past: LigerCache,
+    before: Snapshot,
+    ids: np.ndarray,
+    start: int,
+) -> list[Answer]:
+    """Search a call for a near tie; return torch's answers up to it, the session in torch's state after it.
+
+    The call can have rounded a tie in its middle otherwise than a shorter one did, and keep the same slots in the end.
+    Then torch must end as it did once that tie is decided the other way.
+    """
+
+    def call(answers: list[Answer]) -> tuple[Snapshot, np.ndarray]:
+        session.restore(before)
+        logits = session.prefill(np.concatenate([answer.ids for answer in answers]))[0]
+        return session.snapshot(), logits
+
+    def differs(answers: list[Answer]) -> bool:
+        after, logits = call(answers)
+        return not _equal(check, after, answers[-1], logits)
+
+    answers = narrow(torch_model, past, ids, differs)
+    after, logits = call(answers)
+    try:
+        check.agrees(after, answers[-1], logits)
+    except Mismatch as mismatch:
+        ids = np.concatenate([answer.ids for answer in answers])
+        steps = torch_model.answers(np.split(ids, len(ids)), copy.deepcopy(past), whole={len(ids) - 1})
+        if _equal(check, after, steps[-1], logits):  # it was torch's pieces that went the other way
+            check.resume(session, after, steps[-1])
+            return steps
+        ties = _ties(check, [before.tensors, *(answer.state for answer in steps)], mismatch.layer)
+        tries = [(tie, len(ids)) for tie in ties[:TRIES]] + [(tie, 1) for tie in ties[:SINGLE]]
+        others = (_otherwise(check, torch_model, past, ids, tie, width) for tie, width in tries)
+        if not any(_equal(check, after, other, logits) for other in others):
+            raise Mismatch(mismatch.layer, f"{mismatch.what} after {start + len(ids)} tokens") from mismatch
+    check.resume(session, after, answers[-1])
+    return answers
+
+
+@dataclass(frozen=True, order=True)
+class _Tie:
+    """A token that lost its slot by as good as nothing: by how much its rank, where, and when."""
+
+    gap: float
+    step: int
+    layer: int
+    row: tuple[int, ...]
+    pool: int
+    position: int
+
+
+def _ties(check: Comparison, states: list[State], last: int | None = None) -> list[_Tie]:
+    """Return the near ties in a sequence of torch's states, the nearest first; none in layers behind the `last`."""
+    found = []
+    for layer, mixer in enumerate(check.spec.mixers[: None if last is None else last + 1]):
+        if mixer is None or not mixer.config.slots:
+            continue
+        for step, (old, new) in enumerate(pairwise(of_layer(state, layer) for state in states)):
+            for row in np.ndindex(old["slot_position"].shape[:2]):
+                was, now = old["slot_position"][row], new["slot_position"][row]
+                left = was < now.max() - mixer.config.window + 1
+                lost = left & (was >= 0) & ~np.isin(was, now)
+                held = left & (was >= mixer.config.sinks) & ~lost
+                ranks = get_ranks(old["slot_score"][row], was, mixer.config.slots)
+                for pool, rank in enumerate(ranks):
+                    gaps = rank[held, None] - rank[lost]
+                    for i, loser in zip(*np.nonzero(np.abs(gaps) <= check.tolerance.tie), strict=True):
+                        found.append(_Tie(abs(gaps[i, loser]), step, layer, row, pool, int(was[lost][loser])))
+    return sorted(found)
+
+
+@torch.inference_mode()
+def _otherwise(check: Comparison, torch_model: Reference, past: Any, ids: np.ndarray, tie: _Tie, width: int) -> Answer:
+    """Return torch's answer to the last token of a call once a tie in the middle of it is decided the other way.
+
+    What comes after the tie is read in calls of `width` tokens.
+    """
+    cache = copy.deepcopy(past)
+    if tie.step:
+        torch_model.answers([ids[: tie.step]], cache, whole=())
+    state, mixer = cache.layers[tie.layer].state, check.spec.mixers[tie.layer]
+    assert mixer is not None
+    scores = state["slot_score"][tie.row][tie.pool]
+    lift, chosen = tie.gap + NUDGE, state["slot_position"][tie.row] == tie.position
+    if get_score(mixer.config.slots[tie.pool][0]).signal == "given":  # a logarithm already
+        scores[chosen] += lift
+    else:
+        scores[chosen] *= math.exp(lift)
+    rest = ids[tie.step :]
+    return torch_model.answers(np.split(rest, range(width, len(rest), width)), cache)[-1]

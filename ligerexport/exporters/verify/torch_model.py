@@ -1,0 +1,348 @@
+"""The torch model of a checkpoint in fp32, with no more of it in memory than a layer.
+
+All pieces of a text go through a layer before the next layer is read, so one pass over the weights does for them,
+however large the model. What a piece sees of those before it is in the cache, as ever. Of the embedding there are the
+rows of the text's tokens, and the output is multiplied some rows at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ligerexport.artifact.artifact import Artifact
+from ligerexport.checkpoint.checkpoint import check_checkpoint
+from ligerexport.checkpoint.fidelity import compare, load_source, softmax_alone, source_outputs, text_for, weightless
+from ligerexport.console import ProgressFactory, silent
+from ligerexport.errors import VerificationError
+from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.onnx.weights import WeightFormat, stored_slabs, weight_slabs
+from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer
+from ligerexport.model.families import output_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+State = dict[str, np.ndarray]
+
+SHARE = 0.25
+"""Of the memory that is free, what all weights together may take to stay there once they are read a second time."""
+UNKNOWN = 1 << 32
+"""Bytes that are taken for free where the system does not say."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What torch says after one call: the tokens of the call, logits `[V]`, and the state by `past.*` names.
+
+    `whole` is whether the state is complete; else only positions and scores of slots are there, and no cache, in which
+    torch's own state is kept to go on from.
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+    state: State
+    whole: bool
+    cache: LigerCache | None = None
+
+    def after(self) -> LigerCache:
+        """Return the cache after a whole answer; to be copied, not to be gone on from."""
+        assert self.cache is not None
+        return self.cache
+
+
+class Reference:
+    """The torch model, with the weights that an artifact stores.
+
+    These are compared with the checkpoint's when they are first read: each element has the nearest value that its type,
+    or the scale and zero point of its block, can say, and no row is far from the checkpoint's.
+
+    Args:
+        spec: The checkpoint.
+        artifact: Whose weights to take; None keeps the checkpoint's.
+        form: How they are stored.
+        tolerance: Largest root mean square difference of a row to the checkpoint's, relative to the row's own.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        artifact: Artifact | None = None,
+        form: WeightFormat | None = None,
+        tolerance: float = 0.0,
+    ) -> None:
+        self._spec, self._form, self._tolerance = spec, form, tolerance
+        self._stored = None if artifact is None else artifact.directory
+        self._model = _empty_model(spec)
+        self._read: set[str] = set()
+        self._held: dict[str, Tensor] = {}
+        self._holds = 4 * sum(prod(weight.shape) for weight in spec.weights.values()) <= SHARE * free_memory()
+
+    def new_cache(self) -> LigerCache:
+        """Return a cache that has seen nothing."""
+        return LigerCache(self._model.config)
+
+    def answers(
+        self,
+        pieces: list[np.ndarray],
+        cache: LigerCache | None = None,
+        *,
+        whole: Container[int] | None = None,
+        hidden: bool = False,
+        advance: Callable[[float], None] = lambda amount: None,
+    ) -> list[Answer]:
+        """Run the pieces of a text, a call each.
+
+        Args:
+            pieces: Token ids `[T]`.
+            cache: What to go on from, and to leave the state in.
+            whole: Pieces whose answers have the complete state and a cache; None is all.
+            hidden: Whether answers also have the residual stream after each layer, as `past.LAYER.hidden` `[T, D]`.
+            advance: Told 1 after each layer.
+
+        Raises:
+            VerificationError: A stored weight is not the checkpoint's.
+        """
+        states: list[State] = [{} for _ in pieces]
+        caches = [self.new_cache() if whole is None or i in whole else None for i in range(len(pieces))]
+
+        def keep(layer: int, piece: int, entry: Any, stream: Tensor) -> None:
+            states[piece] |= {
+                f"past.{layer}.{name}": x for name, x in _layer_state(entry, caches[piece] is not None).items()
+            }
+            if (copied := caches[piece]) is not None:
+                copied.layers[layer] = copy.copy(entry)  # a call makes new tensors and leaves these as they are
+            if hidden:
+                states[piece][f"past.{layer}.hidden"] = stream[0].numpy()
+
+        streams = self._streams(pieces, cache, keep, advance)
+        logits = self._logits(torch.cat([stream[:, -1] for stream in streams]))
+        return [Answer(ids, logits[i], states[i], caches[i] is not None, caches[i]) for i, ids in enumerate(pieces)]
+
+    def every(self, ids: np.ndarray) -> np.ndarray:
+        """Return the logits after each token of a text `[T]`, `[T, V]`."""
+        (stream,) = self._streams([ids], None, lambda *anything: None, lambda amount: None)
+        return self._logits(stream[0])
+
+    @torch.inference_mode()
+    def _logits(self, streams: Tensor) -> np.ndarray:
+        logits = np.empty((len(streams), self._spec.vocab_size), np.float32)
+        with self._loaded("model.norm"):
+            streams = self._model.model.norm(streams)
+        first, head, empty = 0, output_head(self._model), self._model.lm_head.weight
+        try:
+            for rows in self._rows("model.embed_tokens.weight" if self._spec.tied else "lm_head.weight"):
+                self._put("lm_head.weight", nn.Parameter(rows, requires_grad=False))
+                logits[:, first : first + len(rows)] = head(streams).numpy()
+                first += len(rows)
+        finally:
+            self._put("lm_head.weight", empty)
+        return logits
+
+    @torch.inference_mode()
+    def _streams(
+        self,
+        pieces: list[np.ndarray],
+        cache: LigerCache | None,
+        keep: Callable[[int, int, Any, Tensor], None],
+        advance: Callable[[float], None],
+    ) -> list[Tensor]:
+        """Run the layers one after the other; return what comes out of the last, `[1, T, D]` for each piece."""
+        cache = self.new_cache() if cache is None else cache
+        calls = self._calls(pieces, cache)
+        streams = [layers[0][0] for layers in calls]
+        for i, layer in enumerate(self._model.model.layers):
+            with self._loaded(f"model.layers.{i}"):
+                for piece, layers in enumerate(calls):
+                    streams[piece] = layer(streams[piece], **layers[i][1] | {CACHE: cache})
+                    keep(i, piece, cache.layers[i], streams[piece])
+            advance(1)
+        return streams
+
+    def _calls(self, pieces: list[np.ndarray], cache: LigerCache) -> list[list[tuple[Tensor, dict[str, Any]]]]:
+        """Return what the family's own model calls each layer with for each piece; only the first stream is real."""
+        model, seen = self._model.model, self.new_cache()
+        for i, entry in enumerate(seen.layers):
+            _count(entry, cache.get_seq_length(i))
+        calls: list[list[tuple[Tensor, dict[str, Any]]]] = []
+
+        def note(entry: Any) -> Callable[..., Tensor]:
+            def forward(stream: Tensor, **settings: Any) -> Tensor:
+                calls[-1].append((stream, settings))
+                _count(entry, stream.shape[1])
+                return stream
+
+            return forward
+
+        for layer, entry in zip(model.layers, seen.layers, strict=True):
+            layer.forward = note(entry)
+        try:
+            with self._loaded("model.embed_tokens", "model.norm", tokens=np.unique(np.concatenate(pieces))):
+                for ids in pieces:
+                    calls.append([])
+                    model(torch.from_numpy(ids)[None], **{CACHE: seen}, use_cache=True)
+        finally:
+            for layer in model.layers:
+                del layer.forward
+        return calls
+
+    @contextmanager
+    def _loaded(self, *names: str, tokens: np.ndarray | None = None) -> Iterator[None]:
+        """Give modules their weights for the length of a block; the embedding the rows of `tokens`."""
+        empty = {
+            f"{name}.{key}": parameter
+            for name in names
+            for key, parameter in self._model.get_submodule(name).named_parameters()
+        }
+        try:
+            for name in empty:
+                weight = self._weight(name, tokens if "embed_tokens" in name else None)
+                self._put(name, nn.Parameter(weight, requires_grad=False))
+            yield
+        finally:
+            for name, parameter in empty.items():
+                self._put(name, parameter)
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        owner, _, key = name.rpartition(".")
+        setattr(self._model.get_submodule(owner), key, parameter)
+
+    def _weight(self, name: str, wanted: np.ndarray | None = None) -> Tensor:
+        """Return a weight, of a large model only the rows `wanted`: the memory of the others is never touched."""
+        if name in self._held:
+            return self._held[name]
+        again, first = name in self._read, 0
+        weight = torch.empty(self._spec.weights[name].shape)
+        for slab in self._slabs(name):
+            part = weight[first : first + len(slab)]
+            if wanted is None or self._holds:
+                part[:] = torch.from_numpy(slab)
+            else:
+                rows = wanted[(first <= wanted) & (wanted < first + len(slab))] - first
+                part[rows] = torch.from_numpy(slab[rows])
+            first += len(slab)
+        if again and self._holds:
+            self._held[name] = weight
+        return weight
+
+    def _rows(self, name: str) -> Iterator[Tensor]:
+        """Yield a weight, of a large model some rows at a time."""
+        if self._holds:
+            yield self._weight(name)
+        else:
+            yield from map(torch.from_numpy, self._slabs(name))
+
+    def _slabs(self, name: str) -> Iterator[np.ndarray]:
+        """Yield rows of a weight as the artifact stores them, compared with the checkpoint's when they are new."""
+        own = weight_slabs(self._spec, name)
+        if self._stored is None or self._form is None:
+            yield from own
+            self._read.add(name)
+            return
+        first = 0
+        for stored, rounded in stored_slabs(self._spec, self._form, self._stored, name):
+            if name not in self._read:
+                theirs = next(own)
+                self._compare(name, first, stored, theirs, rounded(theirs))
+            first += len(stored)
+            yield stored
+        self._read.add(name)
+
+    def _compare(self, name: str, first: int, stored: np.ndarray, own: np.ndarray, rounded: np.ndarray) -> None:
+        assert self._form is not None
+        stored, own, rounded = (x.reshape(len(x), -1) for x in (stored, own, rounded))
+        precision, what = self._form.precision.dtype, None
+        if not np.array_equal(stored, rounded):
+            row = int((stored != rounded).any(axis=1).argmax())
+            what = f"row {first + row} is not what storing it in {precision} gives"
+        elif self._tolerance:
+            size = np.maximum(np.linalg.norm(own, axis=1), np.finfo(np.float32).tiny)
+            apart = np.nan_to_num(np.linalg.norm(stored - own, axis=1) / size, nan=np.inf)
+            row = int(apart.argmax())
+            if not apart[row] <= self._tolerance:
+                what = (
+                    f"row {first + row} is off by {apart[row]:.1e} of its size, at most {self._tolerance:.1e} was "
+                    f"expected of {precision}"
+                )
+        if what is not None:
+            raise VerificationError(
+                f"{name} as it is stored is not the checkpoint's: {what}",
+                hint="nothing was written; build with --weights fp32, and please report this with the model's name",
+            )
+
+
+def free_memory() -> int:
+    """Return the bytes that this process may still take: what the system has available, within a container's limit."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    free = int(found[1]) * 1024 if found else UNKNOWN
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def check_reading(spec: ModelSpec, progress: ProgressFactory = silent) -> None:
+    """Check that the torch model of a checkpoint, with its softmax alone, is what transformers makes of its weights.
+
+    The graph is written from the same reading of the checkpoint, so it could be wrong alike.
+
+    Raises:
+        VerificationError: A layer, or the logits, differ; names the first that does.
+        CheckpointError: transformers cannot run the checkpoint.
+    """
+    reference = Reference(spec)
+    model, streams = reference._model, list[Tensor]()
+    ids = text_for(model)
+    with progress("comparing with the Transformer", 2, "steps") as advance:
+        expected = source_outputs(load_source(check_checkpoint(spec.path, tokenizer=False)), ids)
+        advance(1)
+        with softmax_alone(model):
+            ((before, _), *_), *_ = reference._calls([ids.numpy()], reference.new_cache())
+            reference._streams(
+                [ids.numpy()], None, lambda layer, piece, entry, x: streams.append(x), lambda amount: None
+            )
+        logits = torch.from_numpy(reference._logits(streams[-1][0]))
+        advance(1)
+    found = [*(x[0] for x in (before, *streams)), logits]
+    compare(expected, found, f"{spec.path} is not read as transformers reads it")
+
+
+def _empty_model(spec: ModelSpec) -> PreTrainedModel:
+    """Return the model without the memory of its weights; what it computes of its configuration is real."""
+    from transformers import AutoModelForCausalLM
+
+    from ligerexport.layers.mixer import read_config
+
+    with weightless():
+        return AutoModelForCausalLM.from_config(read_config(spec.config), dtype=torch.float32).eval()
+
+
+def _count(entry: Any, tokens: int) -> None:
+    """Let a layer of a cache have seen more tokens, of which it need not know anything."""
+    if isinstance(entry, LigerLayer):
+        entry.seen += tokens
+    elif tokens:
+        column = torch.empty(1, 1, tokens, 1)
+        entry.update(column, column)
+
+
+def _layer_state(entry: Any, whole: bool) -> State:
+    """Return the state of a layer by the graph's names; of one kept as softmax the values: the keys are rotated."""
+    tensors: dict[str, Tensor] = getattr(entry, "state", None) or {"value": entry.values}
+    names = tensors if whole else {"slot_position", "slot_score"} & tensors.keys()
+    return {name: tensors[name].numpy() for name in names}

@@ -1,0 +1,207 @@
+"""Parity of a built graph with the torch model: logits and state on real text, for prompts cut anywhere and steps.
+
+Weights are first compared with the checkpoint's, element by element. Then torch gets what the artifact stores, so that
+no error of the graph passes for one of rounding. What rounding costs is measured by itself, not judged.
+
+Torch runs first and only its answers are kept, so the weights are in memory once. A token keeps a slot by comparing
+fp32 scores, so two right answers can differ when scores tie; such ties are told apart from errors, counted, and
+resolved by copying torch's state. Those inside a call are searched for by `replay`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ligerexport.artifact.artifact import Artifact
+from ligerexport.console import ProgressFactory, silent
+from ligerexport.errors import LigerError, VerificationError
+from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.onnx.weights import WeightFormat
+from ligerexport.exporters.verify.compare import TOLERANCES, Comparison, Mismatch, Tolerance
+from ligerexport.exporters.verify.locate import first_difference
+from ligerexport.exporters.verify.precision import cost_of_precision
+from ligerexport.exporters.verify.text import PROMPT
+from ligerexport.exporters.verify.ties import replay
+from ligerexport.exporters.verify.torch_model import Answer, Reference, check_reading
+
+if TYPE_CHECKING:
+    from ligerexport.exporters.verify.compare import Engine
+    from ligerexport.layers.mixer import LigerCache
+
+
+PIECES = 6
+"""Pieces that the prompt is cut into, at random places."""
+STEPS = 24
+"""Tokens, the text's first once more, that are fed one by one; the greedy choice after each is compared."""
+WHOLE = 8
+"""Of so many steps one is compared with the whole state."""
+
+
+def verify_artifact(
+    spec: ModelSpec, artifact: Artifact, form: WeightFormat, *, seed: int = 0, progress: ProgressFactory = silent
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Compare an unfinished artifact with the torch model of its checkpoint, and that with transformers' own first.
+
+    Args:
+        spec: The checkpoint.
+        artifact: Graph, weights and a manifest without files.
+        form: How the weights are stored.
+        seed: Of the places where the prompt is cut.
+        progress: Opens a phase.
+
+    Returns:
+        The numbers for the manifest: of the comparison, and from `cost_of_precision`.
+
+    Raises:
+        VerificationError: They differ, or ONNX Runtime fails; names the first layer that does.
+        CheckpointError: transformers cannot run the checkpoint.
+        LigerError: Memory ran out.
+    """
+    check_reading(spec, progress)
+    tolerance, ids = TOLERANCES[form.precision.dtype], prompt_ids(spec)
+    reference = Reference(spec, artifact, form, tolerance.weights)
+    cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, len(ids)), PIECES - 1, replace=False))
+    pieces = [*np.split(ids, cuts), *ids[:STEPS, None]]
+    whole = {i for i in range(len(pieces)) if i < PIECES or (len(pieces) - 1 - i) % WHOLE == 0}
+    with progress("running the torch model", len(spec.mixers), "steps") as advance:
+        answers = reference.answers(pieces, whole=whole, advance=advance)
+    comparison = Verification(spec, tolerance, reference, progress)
+    mismatch = _compare(comparison, artifact, answers, progress)
+    plugin = artifact.manifest.lowering == "plugin"  # which ONNX Runtime cannot run
+    if mismatch is not None:
+        try:
+            found = first_difference(spec, artifact, pieces, reference)
+        except Mismatch as failure:
+            found = failure
+        raise _explain(artifact, found, mismatch) from mismatch
+    return asdict(comparison.result), None if plugin else cost_of_precision(spec, artifact, ids, progress)
+
+
+def _compare(
+    comparison: Verification, artifact: Artifact, answers: list[Answer], progress: ProgressFactory
+) -> Mismatch | None:
+    """Run the artifact against torch's answers; return what is off."""
+    with progress("comparing", len(answers) + 1, "steps") as advance:
+        session = _open(comparison.spec, artifact)
+        try:
+            comparison.run(session, answers, advance)
+        except Mismatch as mismatch:
+            return mismatch
+        except LigerError as error:
+            return Mismatch.of_failure(error)
+    return None
+
+
+def _open(spec: ModelSpec, artifact: Artifact) -> Engine:
+    if artifact.manifest.lowering == "plugin":
+        from ligerexport.exporters.tensorrt.evaluation import PluginSession
+
+        return PluginSession(artifact, spec, wide=True)
+    from ligerexport.exporters.onnx.session import OnnxSession
+
+    exact = artifact.manifest.block is not None
+    return OnnxSession(artifact, chunk=artifact.manifest.graph.max_chunk, prepack=False, exact=exact)
+
+
+def prompt_ids(spec: ModelSpec) -> np.ndarray:
+    """Return the ids of `PROMPT`, or ids at random where the checkpoint has no tokenizer."""
+    file = spec.path / "tokenizer.json"
+    if not file.is_file():
+        return np.random.default_rng(0).integers(0, spec.vocab_size, 400)
+    from tokenizers import Tokenizer
+
+    return np.array(Tokenizer.from_file(str(file)).encode(PROMPT).ids)
+
+
+class Verification(Comparison):
+    """Runs a session against torch's answers.
+
+    Args:
+        spec: The checkpoint.
+        tolerance: What may be off.
+        reference: The torch model, to search a call for tied scores; None takes a difference for an error.
+        progress: Opens a phase for each search.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tolerance: Tolerance,
+        reference: Reference | None = None,
+        progress: ProgressFactory = silent,
+    ) -> None:
+        super().__init__(spec, tolerance)
+        scored = any(mixer is not None and mixer.config.slots for mixer in spec.mixers)  # nothing else can tie
+        self._reference, self._progress = reference if scored else None, progress
+
+    def run(self, session: Engine, answers: list[Answer], advance: Any, prompt: int = PIECES) -> None:
+        """Feed the prompt, the first `prompt` answers, in torch's pieces and then step; then all of it at once.
+
+        Raises:
+            Mismatch: Something is off.
+        """
+        past, start = None, 0
+        for i, answer in enumerate(answers):
+            choice = self._call(session, answer, past, start)
+            past, start = answer.cache, start + len(answer.ids)
+            if choice is not None and i >= prompt - 1:
+                self._check_choice(answer.logits, choice)
+            advance(1)
+        session.reset()
+        self.adrift = False
+        self._call(session, replace(answers[prompt - 1], ids=np.concatenate([x.ids for x in answers[:prompt]])))
+        advance(1)
+        if self.result.near_ties * 2 > self.result.checks:
+            raise Mismatch(None, f"{self.result.near_ties} of {self.result.checks} comparisons ended in tied scores")
+        self.result.passed = True
+
+    def _call(
+        self, session: Engine, answer: Answer, past: LigerCache | None = None, start: int = 0
+    ) -> np.ndarray | None:
+        """Feed and compare one call after `start` tokens; return its logits, None where a near tie left it open.
+
+        `past` is torch's state before it, None where nothing was seen.
+        """
+        self.result.checks += 1
+        self.result.tokens += len(answer.ids)
+        single = len(answer.ids) == 1
+        before = None if single else session.snapshot()
+        logits = (session.step(int(answer.ids[0])) if single else session.prefill(answer.ids))[0]
+        after = session.snapshot()
+        if not self.adrift:
+            try:
+                if self.agrees(after, answer, logits):
+                    return logits
+            except Mismatch:
+                if before is None or self._reference is None:
+                    raise
+                session.restore(before)
+                past = past or self._reference.new_cache()
+                with self._progress(f"tied scores after {start} tokens", len(answer.ids), "steps") as advance:
+                    replay(self, session, self._reference, past, answer.ids, start, advance)
+            self.result.near_ties += 1
+        self.resume(session, after, answer)
+        return None
+
+    def _check_choice(self, expected: np.ndarray, found: np.ndarray) -> None:
+        """Compare the greedy choice, unless two logits are as near as the tolerance."""
+        self.result.greedy_tokens += 1
+        if expected.argmax() == found.argmax() or expected.max() - expected[found.argmax()] < 2 * self.tolerance.logits:
+            self.result.greedy_tokens_equal += 1
+        else:
+            raise Mismatch(None, "the greedy choice is another token")
+
+
+def _explain(artifact: Artifact, found: Mismatch | None, mismatch: Mismatch) -> VerificationError:
+    """Say which layer is the first that differs, where one was found."""
+    where = "no layer was found that differs by itself"
+    if found is not None and found.layer is not None:
+        where = f"layer {found.layer} is the first that differs ({found.what})"
+    seen = mismatch.what if mismatch.layer is None else f"layer {mismatch.layer}: {mismatch.what}"
+    return VerificationError(
+        f"the {artifact.manifest.lowering} graph does not compute what torch computes: {where}; noticed by: {seen}",
+        hint="nothing was written; please report this with the model's config.json and the version of onnxruntime",
+    )

@@ -1,0 +1,103 @@
+"""`torch.ops.ligerexport.mixer_step`: one token of every sequence, in place, in one launch on CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ligerexport.kernels.library.dispatch import fused
+from ligerexport.kernels.ops import liger_mixer
+from ligerexport.model.state import MixerSpec, MixerState
+
+STATE = (
+    "slot_key", "slot_value", "slot_position", "slot_score", "recurrent_state", "recurrent_mass", "judge_state"
+)  # fmt: skip
+"""All that a layer without keyed rows can carry."""
+
+
+def mixer_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    state: MixerState,
+    spec: MixerSpec,
+    rotary: Tensor,
+    index: Tensor | None = None,
+    score: Tensor | None = None,
+) -> Tensor:
+    """Mix one token of every sequence and update its state in place; not differentiable.
+
+    Args:
+        query: `[B, H_q, d_k]`, raw projections as in `ligerexport.kernels.ops.liger_mixer`.
+        key: `[B, H_kv, d_k]`.
+        value: `[B, H_kv, d_v]`.
+        position: `[B]` int64, tokens that each sequence has seen; negative for padding.
+        state: Pools `[M, ...]` by the names of `MixerSpec.state`, M at least B. On CUDA the slots end up
+            in any order.
+        spec: The layer.
+        rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
+        index: `[B]` integer, the row of the pools that holds each sequence, negative to skip it; None for row b.
+        score: `[B, H_kv]` fp32, needed where `spec.config.foresees`.
+
+    Returns:
+        Output `[B, H_q, d_v]` in the dtype of `query`; zero for a sequence that is skipped or padding.
+
+    Raises:
+        ValueError: A pool needs `score`, or its gate is keyed.
+    """
+    if spec.config.foresees and score is None:
+        raise ValueError("a pool is kept by a learned score, and no score was given")
+    if not spec.config.fuses:
+        raise ValueError("a recurrence with keyed rows has no fused step; use liger_mixer")
+    pools = (state[name] for name in STATE[:3]), (state.get(name) for name in STATE[3:])
+    return _mixer_step(query, key, value, position, *pools[0], *pools[1], rotary, index, score, spec.text)
+
+
+@torch.library.custom_op("ligerexport::mixer_step", mutates_args=STATE)
+def _mixer_step(
+    query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
+    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_mass: Tensor | None,
+    judge_state: Tensor | None, rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
+) -> Tensor:  # fmt: skip
+    if not fused(query):
+        pools = (slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_mass, judge_state)
+        return _plain(query, key, value, position, *pools, rotary, index, score, spec)
+    from ligerexport.kernels.fused.mixer_step import mixer_step as kernel
+
+    state = _state(slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_mass, judge_state)
+    return kernel(query, key, value, position, state, MixerSpec.from_text(spec), rotary, index, score=score)
+
+
+def _state(*tensors: Tensor | None) -> MixerState:
+    return {name: tensor for name, tensor in zip(STATE, tensors, strict=True) if tensor is not None}
+
+
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
+    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_mass: Tensor | None,
+    judge_state: Tensor | None, rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
+) -> Tensor:  # fmt: skip
+    pools = _state(slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_mass, judge_state)
+    rows = torch.arange(query.shape[0], device=query.device) if index is None else index.long()
+    active = ((rows >= 0) & (position >= 0)).nonzero()[:, 0]
+    rows = rows[active]
+    output = query.new_zeros(*query.shape[:2], value.shape[2])
+    if len(active):
+        q, k, v = (x[active, None] for x in (query, key, value))
+        state = {name: pool[rows] for name, pool in pools.items()}
+        given = None if score is None else score[active, None]
+        mixed, state = liger_mixer(q, k, v, position[active], state, MixerSpec.from_text(spec), rotary, given)
+        output[active] = mixed[:, 0]
+        for name, pool in pools.items():
+            pool[rows] = state[name]
+    return output
+
+
+@_mixer_step.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
+    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_mass: Tensor | None,
+    judge_state: Tensor | None, rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
+) -> Tensor:  # fmt: skip
+    return query.new_empty(*query.shape[:2], value.shape[2])

@@ -1,0 +1,103 @@
+"""Gated linear attention in plain torch, chunked: the recurrence of the mixer and the judge of novelty.
+
+Exact under strong gates: every exponent that is taken is at most zero. Which features and decay is for `ops.py` to say.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ligerexport.model.gates import FeatureMap
+
+CHUNK = 32
+"""Tokens a chunk; the pairwise decay of a chunk takes CHUNK * CHUNK * d_k floats a head."""
+
+
+def feature_map(x: Tensor, kind: FeatureMap) -> Tensor:
+    """Map raw projections `[..., d_k]` to features of the recurrence."""
+    return torch.softmax(x, dim=-1) if kind == "softmax" else torch.sigmoid(-x)
+
+
+def gated_linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = q_t S_t (ONNX LinearAttention, `update_rule="gated"`).
+
+    Args:
+        query: `[B, H_kv, G, T, d_k]`, the features of the G query heads of each KV head.
+        key: `[B, H_kv, T, d_k]` features.
+        value: `[B, H_kv, T, d_v]`.
+        decay: `[B, H_kv, T, d_k]`, g in nats, at most 0.
+        state: `[B, H_kv, d_k, d_v]`, S before the first token.
+
+    Returns:
+        Output `[B, H_kv, G, T, d_v]` and the state after the last token.
+    """
+    outputs = []
+    for start in range(0, key.shape[2], CHUNK):
+        q = query[:, :, :, start : start + CHUNK]
+        k, v, g = (x[:, :, start : start + CHUNK] for x in (key, value, decay))
+        total = g.cumsum(2)
+        weight = torch.einsum("bhgtc,bhtsc->bhgts", q, _reach(k, total))
+        carried = (q * total.exp()[:, :, None]) @ state[:, :, None]
+        outputs.append(carried + weight @ v[:, :, None])
+        state = _advance(k, v, total, state)
+    return torch.cat(outputs, dim=3), state
+
+
+def row_logits(query: Tensor, key: Tensor, write: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Run S_t = exp(g_t) S_{t-1} + w_t k_t^T, o_t = S_t q_t: the same recurrence, read by its columns.
+
+    Args:
+        query: `[B, H_kv, G, T, d_k]`, of the G query heads of each KV head.
+        key: `[B, H_kv, T, d_k]`.
+        write: `[B, H_kv, T, M]`, how much of the token's key each of M rows takes.
+        decay: `[B, H_kv, T, M]`, g in nats, at most 0.
+        state: `[B, H_kv, M, d_k]`, S before the first token.
+
+    Returns:
+        Output `[B, H_kv, G, T, M]` and the state after the last token.
+    """
+    outputs = []
+    for start in range(0, key.shape[2], CHUNK):
+        q = query[:, :, :, start : start + CHUNK]
+        k, w, g = (x[:, :, start : start + CHUNK] for x in (key, write, decay))
+        total = g.cumsum(2)
+        pairs = q @ k[:, :, None].transpose(-1, -2)  # [B, H, G, T, S]
+        carried = (q @ state[:, :, None].transpose(-1, -2)) * total.exp()[:, :, None]
+        outputs.append(carried + torch.einsum("bhgts,bhtsm->bhgtm", pairs, _reach(w, total)))
+        state = _advance(w, k, total, state)
+    return torch.cat(outputs, dim=3), state
+
+
+def _reach(key: Tensor, total: Tensor) -> Tensor:
+    """Return what is left of keys s at times t, `[B, H, T, S, d_k]`; nothing of later ones. `total` sums the decay."""
+    between = total[:, :, :, None] - total[:, :, None]
+    past = torch.ones(key.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()[..., None]
+    return torch.where(past, between, -torch.inf).exp() * key[:, :, None]
+
+
+def _advance(key: Tensor, value: Tensor, total: Tensor, state: Tensor) -> Tensor:
+    """Return the state after a chunk."""
+    to_end = key * (total[:, :, -1:] - total).exp()
+    return total[:, :, -1, :, None].exp() * state + to_end.transpose(-1, -2) @ value
+
+
+def recall_error(key: Tensor, value: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Measure how far a normalised linear memory of all earlier tokens is from each token's value.
+
+    Args:
+        key: `[B, H_kv, T, d_k]` features; all zero for a token to be ignored.
+        value: `[B, H_kv, T, d_v]`.
+        state: `[B, H_kv, d_k, d_v + 1]`; its last column is the sum of the features.
+
+    Returns:
+        The Euclidean norm of the error `[B, H_kv, T]` and the state after the last token.
+    """
+    extended = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
+    earlier = (key @ key.transpose(-1, -2)).tril(-1)
+    recalled = key @ state + earlier @ extended
+    weight = recalled[..., -1:]
+    answer = recalled[..., :-1] / torch.where(weight > 0, weight, 1.0)
+    return (value - answer).norm(dim=-1), state + key.transpose(-1, -2) @ extended

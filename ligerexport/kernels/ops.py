@@ -1,0 +1,84 @@
+"""The waist: one op a layer, between everything that knows a gate's name and everything that runs it.
+
+`liger_mixer` takes raw projections and state and returns mixed heads and state. Cut a prompt anywhere, carry the
+state, get the same output. `reference.py` is its truth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ligerexport.kernels.evicted import evicted_recurrence
+from ligerexport.kernels.keyed import keyed_recurrence
+from ligerexport.kernels.library.linear_attention import linear_attention
+from ligerexport.kernels.library.memory_attention import BLOCK, memory_attention
+from ligerexport.kernels.library.recall_error import recall_error
+from ligerexport.kernels.memory_attention import rotary_table
+from ligerexport.model.gates import get_gate
+from ligerexport.model.state import MixerSpec, MixerState
+
+__all__ = ["BLOCK", "liger_mixer", "rotary_table"]
+
+OPEN = 100.0
+"""Raw key of padding: its gate is open, so that it forgets nothing; with a value of zero it adds nothing either."""
+
+
+def liger_mixer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    state: MixerState,
+    spec: MixerSpec,
+    rotary: Tensor,
+    score: Tensor | None = None,
+) -> tuple[Tensor, MixerState]:
+    """Mix softmax over the bounded exact memory with the recurrence.
+
+    Differentiable in query, key and value, not in state and score.
+
+    Args:
+        query: `[B, T, H_q, d_k]`, projected and normed as the family does, before rotary embedding.
+        key: `[B, T, H_kv, d_k]`, likewise.
+        value: `[B, T, H_kv, d_v]`.
+        position: `[B]` int64, tokens that each sequence has seen; negative while its padding on the left lasts.
+        state: What the last call returned, or `spec.initial_state`.
+        spec: The layer.
+        rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
+        score: `[B, T, H_kv]` fp32, what each token competes with for the slots of a `learned` pool; needed where
+            `spec.config.foresees`.
+
+    Returns:
+        Output `[B, T, H_q, d_v]` in the dtype of `query`, and the new state. Sums and states are fp32, or fp64 for
+        fp64.
+
+    Raises:
+        ValueError: A pool needs `score`.
+    """
+    config, arrival, present = spec.config, score, {}
+    if config.foresees and score is None:
+        raise ValueError("a pool is kept by a learned score, and no score was given")
+    if config.judged:
+        arrival, present["judge_state"] = recall_error(key.detach(), value.detach(), position, state["judge_state"])
+    mixed, slots, evicted = memory_attention(query, key, value, arrival, position, state, spec, rotary)
+    if evicted is not None:
+        mixed, present["recurrent_state"], present["recurrent_mass"] = evicted_recurrence(
+            query, evicted.key, evicted.value, evicted.lost, mixed, evicted.normaliser, state["recurrent_state"],
+            state["recurrent_mass"], spec, rotary,
+        )  # fmt: skip
+        return mixed.to(query.dtype), slots | present
+    mixed = config.attention_weight * mixed
+    if config.recurrent:
+        padding = (position[:, None] + torch.arange(key.shape[1], device=key.device) < 0)[..., None, None]
+        if config.keyed:
+            recurred, present["recurrent_key"], present["recurrent_state"] = keyed_recurrence(
+                query, key, value, padding, state["recurrent_key"], state["recurrent_state"], get_gate(config.gate)
+            )
+        else:
+            recurred, present["recurrent_state"] = linear_attention(
+                query, key.masked_fill(padding, OPEN), value.masked_fill(padding, 0.0), gate=config.gate,
+                initial_state=state["recurrent_state"],
+            )  # fmt: skip
+        mixed = mixed + config.recurrence_weight * recurred
+    return mixed.to(query.dtype), slots | present

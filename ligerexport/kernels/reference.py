@@ -1,0 +1,253 @@
+"""The truth of `liger_mixer`: a plain loop over sequences, heads and tokens that a newcomer can check by reading.
+
+Slow, exact, and written apart from the chunked form in `ops.py`, which must agree with it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ligerexport.model.gates import get_gate
+from ligerexport.model.scores import get_score
+from ligerexport.model.state import MixerSpec, MixerState
+
+
+@dataclass
+class Slot:
+    """One token of the exact memory of one KV head."""
+
+    key: Tensor
+    value: Tensor
+    position: int
+    scores: list[float]
+
+
+def liger_mixer_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    state: MixerState,
+    spec: MixerSpec,
+    rotary: Tensor,
+    score: Tensor | None = None,
+) -> tuple[Tensor, MixerState]:
+    """Mix tokens one after the other; arguments and results as in `ligerexport.kernels.ops.liger_mixer`."""
+    batch, length, _, _ = query.shape
+    group = spec.q_heads // spec.kv_heads
+    output = query.new_zeros(batch, length, spec.q_heads, spec.d_v)
+    present = {name: tensor.clone() for name, tensor in state.items()}
+    for b in range(batch):
+        for h in range(spec.kv_heads):
+            slots = _load_slots(state, b, h)
+            recurrent = state["recurrent_state"][b, h] if spec.config.recurrent else None
+            keys = state["recurrent_key"][b, h] if spec.config.keyed else None
+            mass = state["recurrent_mass"][b, h] if spec.config.evicts else None
+            judge = present["judge_state"][b, h] if spec.config.judged else None
+            for t in range(length):
+                now = int(position[b]) + t
+                if now < 0:  # padding on the left
+                    continue
+                q, k, v = query[b, t, h * group : (h + 1) * group], key[b, t, h], value[b, t, h]
+                arrival = 0.0 if judge is None else _judge(k, v, judge)
+                if spec.config.foresees:
+                    assert score is not None
+                    arrival = score[b, t, h].item()
+                mixed, normaliser, evicted = _attend(q, k, v, now, slots, arrival, spec, rotary)
+                if mass is not None:
+                    assert recurrent is not None
+                    for slot in evicted:
+                        recurrent, mass = _evict(slot, recurrent, mass, spec, rotary)
+                    mixed = _expand(q, recurrent, mass, mixed, normaliser, spec, rotary)
+                else:
+                    mixed = spec.config.attention_weight * mixed
+                if recurrent is not None and mass is None:
+                    if keys is None:
+                        recurred, recurrent = _recur(q, k, v, recurrent, spec)
+                    else:
+                        recurred, recurrent, keys = _recur_by_keys(q, k, v, recurrent, keys, spec)
+                    mixed = mixed + spec.config.recurrence_weight * recurred
+                output[b, t, h * group : (h + 1) * group] = mixed
+            _store_slots(present, b, h, slots)
+            if recurrent is not None:
+                present["recurrent_state"][b, h] = recurrent.detach()
+            if keys is not None:
+                present["recurrent_key"][b, h] = keys.detach()
+            if mass is not None:
+                present["recurrent_mass"][b, h] = mass.detach()
+    return output, present
+
+
+def _features(x: Tensor, kind: str) -> Tensor:
+    """Map raw projections `[..., d_k]` to features of the recurrence."""
+    return torch.softmax(x, dim=-1) if kind == "softmax" else 1 - torch.sigmoid(x)
+
+
+def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
+    """Update `[d_k, d_v]` and read it: paper, equation 7; ONNX LinearAttention, `gated`."""
+    gate = get_gate(spec.config.gate)
+    decay = torch.nn.functional.logsigmoid(k) / gate.decay_divisor
+    recurrent = decay.exp()[:, None] * recurrent + torch.outer(_features(k, gate.key_map), v)
+    return _features(q, gate.query_map) @ recurrent, recurrent
+
+
+def _recur_by_keys(
+    q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, keys: Tensor, spec: MixerSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Update `[d_k, d_v]` and the keys of its rows `[d_k, d_k]` and read it by softmax: gated slot attention."""
+    kept = (torch.nn.functional.logsigmoid(k) / get_gate(spec.config.gate).decay_divisor).exp()[:, None]
+    recurrent, keys = kept * recurrent + (1 - kept) * v, kept * keys + (1 - kept) * k
+    return torch.softmax(q @ keys.T, dim=-1) @ recurrent, recurrent, keys
+
+
+def _slow(spec: MixerSpec, rotary: Tensor) -> tuple[int, Tensor]:
+    """Return the distance at which the recurrence reads, and which channels turn by at most 90 degrees over it."""
+    distance = min(spec.config.recurrence_distance, spec.max_distance)
+    cos, sin = rotary[:, spec.max_distance - 1].double()
+    slow = torch.atan2(-sin, cos) * distance <= math.pi / 2
+    slow = torch.cat([slow, slow, slow.new_ones(spec.d_k - 2 * len(slow))])
+    slow[0] = False  # the count of the evicted is there
+    return distance, slow
+
+
+def _evict(slot: Slot, recurrent: Tensor, mass: Tensor, spec: MixerSpec, rotary: Tensor) -> tuple[Tensor, Tensor]:
+    """Add one token to the recurrence, by the features 1 and its slow channels."""
+    phi = slot.key * _slow(spec, rotary)[1]
+    phi = torch.cat([phi.new_ones(1), phi[1:]])
+    return recurrent + torch.outer(phi, slot.value), mass + phi
+
+
+def _expand(
+    q: Tensor, recurrent: Tensor, mass: Tensor, mixed: Tensor, normaliser: Tensor, spec: MixerSpec, rotary: Tensor
+) -> Tensor:
+    """Share the softmax's denominator with the first-order expansion around the mean logit of the evicted."""
+    count = mass[0]
+    if count == 0:
+        return mixed
+    distance, slow = _slow(spec, rotary)
+    back = rotary.clone()
+    back[1] *= -1  # the table reaches back further than ahead
+    phi = spec.scale * _rotate(q, -distance, spec, back) * slow
+    mean = phi @ mass / count  # [G], the mean logit
+    deviation = phi @ recurrent - mean[:, None] * recurrent[0]  # of the logits from it, times values
+    answer = (recurrent[0] + deviation) / count
+    share = torch.sigmoid(mean + torch.log(spec.config.recurrence_weight * count) - normaliser)
+    return (1 - share)[:, None] * mixed + share[:, None] * answer
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, now: int, slots: list[Slot], arrival: float, spec: MixerSpec, rotary: Tensor
+) -> tuple[Tensor, Tensor, list[Slot]]:
+    """Take the token into `slots`, drop the loser of its leaving token, and attend.
+
+    Returns:
+        Output `[G, d_v]`, the logarithm of the softmax's denominator `[G]`, and what was dropped.
+    """
+    config = spec.config
+    scores = [arrival if get_score(name).on_arrival else 0.0 for name, _ in config.slots]
+    slots.append(Slot(k, v, now, scores))
+
+    in_window = [now - s.position < config.window for s in slots]
+    kept = _kept(
+        [s for s, near in zip(slots, in_window, strict=True) if not near and s.position >= config.sinks], config.slots
+    )
+    before = list(slots)
+    slots[:] = [
+        s
+        for s, near in zip(slots, in_window, strict=True)
+        if near or s.position < config.sinks or any(s is other for other in kept)
+    ]
+
+    logits = torch.stack([_logit(q, s.key, now - s.position, spec, rotary) for s in slots], dim=-1)
+    _score(logits, now, slots, spec)
+    evicted = [s for s in before if not any(s is other for other in slots)]
+    mixed = torch.softmax(logits, dim=-1) @ torch.stack([s.value for s in slots])
+    return mixed, torch.logsumexp(logits, dim=-1), evicted
+
+
+def _judge(k: Tensor, v: Tensor, judge: Tensor) -> float:
+    """Return how far the linear state's answer for this key is from `v`, then add the token to it in place."""
+    phi = torch.softmax(k, dim=-1)
+    recalled = phi @ judge
+    answer = recalled[:-1] / recalled[-1] if recalled[-1] > 0 else torch.zeros_like(v)
+    judge.add_(torch.outer(phi, torch.cat([v, v.new_ones(1)])))
+    return (v - answer).norm().item()
+
+
+def _kept(left: list[Slot], pools: tuple[tuple[str, int], ...]) -> list[Slot]:
+    """Return what keeps a slot: the best of the first pool, then of the next among the rest; older on ties."""
+    kept: list[Slot] = []
+    for i, (name, count) in enumerate(pools):
+        left = sorted(left, key=lambda s, i=i, name=name: (-_rank(s.scores[i], s.position, name), s.position))  # type: ignore[misc]
+        kept, left = kept + left[:count], left[count:]
+    return kept
+
+
+def _rank(value: float, position: int, name: str) -> float:
+    """Return what a pool ranks by: the score, or its logarithm with what age takes off."""
+    horizon = get_score(name).horizon
+    return value if horizon is None else math.log(max(value, 1e-30)) + position / horizon
+
+
+def _rotate(x: Tensor, offset: int, spec: MixerSpec, rotary: Tensor) -> Tensor:
+    """Rotate the halves of `x` `[..., d_k]` by `offset` tokens, as transformers' `apply_rotary_pos_emb`."""
+    cos, sin = rotary[:, spec.max_distance + offset].to(x.dtype)
+    half = cos.numel()
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def _logit(q: Tensor, k: Tensor, distance: int, spec: MixerSpec, rotary: Tensor) -> Tensor:
+    """Return the attention logits `[G]` of one slot."""
+    capped = min(distance, spec.max_distance)
+    return spec.scale * (_rotate(q, 0, spec, rotary) @ _rotate(k, -capped, spec, rotary))
+
+
+def _score(logits: Tensor, now: int, slots: list[Slot], spec: MixerSpec) -> None:
+    """Add what this token's queries gave to the slots in the window, by softmax over sinks and window alone."""
+    config = spec.config
+    local = [now - s.position < config.window or s.position < config.sinks for s in slots]
+    weight = torch.softmax(logits.masked_fill(~torch.tensor(local, device=logits.device), -math.inf), dim=-1)
+    for i, (name, _) in enumerate(config.slots):
+        score = get_score(name)
+        if score.signal != "received":
+            continue
+        for j, s in enumerate(slots):
+            if score.first_distance(config.window) <= now - s.position < config.window:
+                received = weight[:, j] * (s.value.norm() if score.by_value else 1.0)
+                if score.reduce == "max":
+                    s.scores[i] = max(s.scores[i], received.max().item())
+                else:
+                    s.scores[i] += received.sum().item()
+
+
+def _load_slots(state: MixerState, b: int, h: int) -> list[Slot]:
+    """Read the filled slots of one head."""
+    scores = state.get("slot_score")
+    return [
+        Slot(
+            state["slot_key"][b, h, n],
+            state["slot_value"][b, h, n],
+            int(p),
+            [] if scores is None else scores[b, h, :, n].tolist(),
+        )
+        for n, p in enumerate(state["slot_position"][b, h].tolist())
+        if p >= 0
+    ]
+
+
+def _store_slots(present: MixerState, b: int, h: int, slots: list[Slot]) -> None:
+    """Write the slots of one head in the order of their positions, empty ones first."""
+    slots.sort(key=lambda s: s.position)
+    empty = present["slot_position"].shape[-1] - len(slots)
+    present["slot_position"][b, h] = -1
+    for n, s in enumerate(slots, start=empty):
+        present["slot_key"][b, h, n] = s.key.detach()
+        present["slot_value"][b, h, n] = s.value.detach()
+        present["slot_position"][b, h, n] = s.position
+        if "slot_score" in present:
+            present["slot_score"][b, h, :, n] = torch.tensor(s.scores, dtype=present["slot_score"].dtype)

@@ -1,0 +1,304 @@
+"""`bench`: the parity gate, then two models at every context and batch, in processes of their own and in turns.
+
+Nothing is timed before the artifact is known to compute what torch computes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ligerexport.artifact.artifact import MANIFEST, open_artifact
+from ligerexport.console import ProgressFactory, silent
+from ligerexport.errors import UsageError, VerificationError
+from ligerexport.measure.bench import machine
+from ligerexport.measure.bench.settings import Settings
+from ligerexport.measure.bench.worker import Worker
+from ligerexport.threads import default_threads
+
+_BUSY = 0.1
+"""Share of the cores that others may take before they are in the way."""
+FIRST_SECONDS, FIRST_TIMES = 2.0, 5
+"""The time to the first token is the median of so many readings, fewer once they took this long."""
+
+
+def bench(
+    model: str,
+    against: str,
+    *,
+    checkpoint: str | None = None,
+    settings: Settings | None = None,
+    progress: ProgressFactory | None = None,
+) -> dict[str, Any]:
+    """Measure a model beside another.
+
+    Args:
+        model: An artifact, a converted checkpoint, or a Transformer (directory, hub id or built-in model).
+        against: Another one with the same vocabulary.
+        checkpoint: The converted checkpoint of an artifact, to compare it with torch first.
+        settings: The sweep.
+        progress: Opens a phase.
+
+    Returns:
+        Plain data for JSON: `models`, `parity`, `machine`, `rows` (one for each model, batch and context), and
+        `crossover`, the context from which the first model is faster or smaller; `warnings`, sentences about what
+        disturbed the measurement.
+
+    Raises:
+        VerificationError: An artifact is not known to compute what torch computes.
+        UsageError: The vocabularies differ, or a setting makes no sense.
+    """
+    settings, progress = settings or Settings(), progress or silent
+    threads = settings.threads or default_threads()
+    settings = replace(settings, threads=threads)
+    load = os.getloadavg()[0]  # before there is any work of ours
+    models = dict(zip(labels(model, against), (model, against), strict=True))
+    parity = {
+        name: gate(path, checkpoint or _of_same_conversion(path, against), progress)
+        for name, path in models.items()
+        if is_artifact(path)
+    }
+    meter, rows, rates = machine.Energy(), [], {}
+    for batch in settings.batches:
+        for context in sorted(settings.contexts):
+            with progress(f"{context:,} tokens, batch {batch}", 2 * (settings.blocks + 2), "steps") as advance:
+                rows += _point(models, batch, context, settings, meter, advance)
+    for device in {row["device"] for row in rows}:
+        rates[device] = machine.bandwidth(threads, device)
+    for row in rows:
+        rate = rates[row["device"]]
+        row["floor_ms"] = (row["weight_bytes"] + row["state_bytes"]) / rate * 1e3 if rate else None
+        row["of_floor"] = row["floor_ms"] / row["ms"] if rate else None
+    return {
+        "command": shlex.join(["ligerexport", *sys.argv[1:]]),
+        "models": list(models),
+        "parity": parity,
+        "machine": machine.describe(threads) | {"bytes_per_s": rates, "energy": meter.source, "load": load},
+        "warnings": disturbed(rows, threads, os.cpu_count() or 1, load),
+        "versions": machine.versions(),
+        "settings": vars(settings),
+        "rows": rows,
+        "crossover": {
+            str(batch): {
+                key: crossover([row for row in rows if row["batch"] == batch], list(models), key)
+                for key in ("ms", "rss", "state_bytes")
+            }
+            for batch in settings.batches
+        },
+    }
+
+
+def labels(model: str, against: str) -> tuple[str, str]:
+    """Return short names of two models, which differ."""
+    short = [Path(name).expanduser().name if Path(name).expanduser().is_dir() else name for name in (model, against)]
+    first, second = short if short[0] != short[1] else (model, against)
+    return first, second if second != first else f"{second} again"
+
+
+def is_artifact(model: str) -> bool:
+    """Return whether this is a directory that `build` wrote."""
+    return (Path(model).expanduser() / MANIFEST).is_file()
+
+
+def _of_same_conversion(artifact: str, model: str) -> str | None:
+    """Return the model where it is a checkpoint with the conversion of an artifact."""
+    config = Path(model).expanduser() / "config.json"
+    if is_artifact(model) or not config.is_file():
+        return None
+    manifest = open_artifact(Path(artifact).expanduser(), hashes=False).manifest
+    return model if json.loads(config.read_text()).get("liger") == manifest.liger else None
+
+
+def gate(artifact: str, checkpoint: str | None = None, progress: ProgressFactory = silent) -> dict[str, Any]:
+    """Say by what an artifact is known to compute what torch computes; all its files are hashed for that.
+
+    Args:
+        artifact: Its directory.
+        checkpoint: What it was built from, to run the torch model against it; None asks the manifest.
+        progress: Opens a phase.
+
+    Returns:
+        `by`, and the numbers of the comparison.
+
+    Raises:
+        VerificationError: They differ, or nothing is known of it.
+    """
+    opened = open_artifact(Path(artifact).expanduser())
+    if checkpoint:
+        from ligerexport.exporters.onnx.graph import weight_format
+        from ligerexport.exporters.onnx.spec import read_spec
+        from ligerexport.exporters.onnx.weights import weight_bytes
+        from ligerexport.exporters.targets import BLOCK, WEIGHTS
+        from ligerexport.exporters.verify.verify import verify_artifact
+
+        found = opened.manifest
+        weights = next(name for name, row in WEIGHTS.items() if row.dtype == found.precision)
+        form = weight_format(weights, found.block or BLOCK, found.lowering)
+        spec = read_spec(Path(checkpoint).expanduser())
+        if (expected := weight_bytes(spec, form)) != found.bytes.weights:
+            raise VerificationError(
+                f"{artifact} has {found.bytes.weights} bytes of weights, and {checkpoint} would have {expected}",
+                hint="an older version may have chosen other bits for int4: build it again, or leave --checkpoint out",
+            )
+        checked, _ = verify_artifact(spec, opened, form, progress=progress)
+        return {"by": f"torch, compared now with {checkpoint}"} | checked
+    if not opened.manifest.verification.get("passed"):
+        raise VerificationError(
+            f"{artifact} was never compared with the torch model",
+            hint="build it without --no-verify, or give its converted checkpoint: --checkpoint DIRECTORY",
+        )
+    return {"by": "its manifest: compared with torch when it was built, and every file has its sha256"} | (
+        opened.manifest.verification
+    )
+
+
+@dataclass
+class _Turn:
+    """One model at one point, and what was measured so far."""
+
+    worker: Worker
+    tokens: list[int]
+    first: list[float]
+    seconds: list[list[float]] = field(default_factory=list)
+    joules: list[float] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
+
+
+def _point(
+    models: dict[str, str], batch: int, context: int, settings: Settings, meter: machine.Energy, advance: Any
+) -> list[dict[str, Any]]:
+    """Measure both models at one context."""
+    with ExitStack() as stack:
+        turns: dict[str, _Turn] = {}
+        for name, model in models.items():
+            worker = Worker(model, batch=batch, threads=settings.threads, device=settings.device, dtype=settings.dtype)
+            stack.callback(worker.close)
+            turns[name] = _Turn(worker, *_first(worker, batch, context, settings.read_up_to))
+            advance(1)
+        sizes = {turn.worker.facts["vocab_size"] for turn in turns.values()}
+        if len(sizes) > 1:
+            raise UsageError(f"vocabularies of {' and '.join(map(str, sorted(sizes)))} tokens",
+                             hint="compare a model with the Transformer that it was converted from")  # fmt: skip
+        begin: dict[str, Any] = {}
+        for block in range(settings.blocks + 1):
+            if block == 1:
+                begin = _effort(turns)
+            for turn in turns.values():
+                before = meter.read()
+                turn.last = turn.worker("decode", tokens=turn.tokens, count=settings.tokens)
+                spent = meter.since(before)
+                if block:  # the first is a warm-up
+                    turn.seconds.append(turn.last["seconds"])
+                    turn.joules += [] if spent is None else [spent / settings.tokens / batch]
+                turn.tokens = turn.last["tokens"][-1]
+                advance(1)
+        end, tokens = _effort(turns), settings.blocks * settings.tokens
+        others = None
+        if end["all"] is not None:
+            others = max(0.0, end["all"] - begin["all"] - end["ours"] + begin["ours"]) / (end["at"] - begin["at"])
+        return [
+            _row(name, turn, batch, context)
+            | {"others": others, "faults": (end["faults"][name] - begin["faults"][name]) / tokens}
+            for name, turn in turns.items()
+        ]
+
+
+def _effort(turns: dict[str, _Turn]) -> dict[str, Any]:
+    """Return the time, the seconds of CPUs that everybody and that this measurement took, and each model's faults."""
+    ours = time.process_time() + sum(turn.last["cpu_s"] for turn in turns.values())
+    faults = {name: turn.last["faults"] for name, turn in turns.items()}
+    return {"at": time.perf_counter(), "all": machine.cpu_seconds(), "ours": ours, "faults": faults}
+
+
+def disturbed(rows: Sequence[dict[str, Any]], threads: int, cores: int, load: float) -> list[str]:
+    """Say what else took the machine's cores, and which model waits for the disk: such numbers are not the model's.
+
+    Args:
+        rows: With the cores that others kept busy (`others`, None where it is not known) and major page faults a token
+            (`faults`).
+        threads: Of a model.
+        cores: Of the machine.
+        load: Its load average before.
+    """
+    found = []
+    busy = max(load if row["others"] is None else row["others"] for row in rows)
+    if busy + threads > cores * (1 + _BUSY):
+        found.append(f"other processes kept {busy:.1f} of {cores} cores busy, and the models have {threads} threads; "
+                     "end them and measure again")  # fmt: skip
+    for name in dict.fromkeys(row["model"] for row in rows):
+        worst = max((row for row in rows if row["model"] == name), key=lambda row: row["faults"])
+        if worst["faults"] >= 1:
+            times, at = worst["faults"], worst["context"]
+            found.append(f"{name} waited for the disk {times:,.0f} times a token at {at:,} tokens: "
+                         "both models do not fit into memory together")  # fmt: skip
+    return found
+
+
+def prompt(context: int, vocab_size: int) -> list[int]:
+    """Return ids that every tokenizer has; what a token costs does not depend on which it is."""
+    return [(7 * i) % max(1, min(vocab_size, 30_000) - 50) + min(50, vocab_size - 1) for i in range(context)]
+
+
+def _first(worker: Worker, batch: int, context: int, read_up_to: int) -> tuple[list[int], list[float]]:
+    """Let a worker see its context; return the next ids and the seconds to them, none where it was filled."""
+    ids = [prompt(context, worker.facts["vocab_size"])] * batch
+    worker("prefill", ids=[row[:32] for row in ids])  # the first call allocates
+    worker("restart")
+    if worker.facts["kind"] == "transformer" and context > read_up_to:
+        return worker("fill", tokens=context)["tokens"], []
+    seconds: list[float] = []
+    while not seconds or (sum(seconds) < FIRST_SECONDS and len(seconds) < FIRST_TIMES):
+        worker("restart")
+        answer = worker("prefill", ids=ids)
+        seconds.append(answer["seconds"])
+    return answer["tokens"], seconds
+
+
+def _row(name: str, turn: _Turn, batch: int, context: int) -> dict[str, Any]:
+    """Return one line of the result."""
+    each = sorted(1e3 * x for block in turn.seconds for x in block)
+    medians = [1e3 * statistics.median(block) for block in turn.seconds]
+    facts, last = turn.worker.facts, turn.last
+    return {
+        "model": name,
+        "kind": facts["kind"], "precision": facts["precision"], "device": facts["device"],
+        "batch": batch, "context": context,
+        "ttft_s": statistics.median(turn.first) if turn.first else None,
+        "ms": statistics.median(medians), "ms_low": min(medians), "ms_high": max(medians),
+        "ms_p50": quantile(each, 0.5), "ms_p95": quantile(each, 0.95),
+        "tokens_per_s": batch * len(each) * 1e3 / sum(each),
+        "state_bytes": last["state_bytes"], "weight_bytes": facts["weight_bytes"],
+        "rss": last["rss"], "private": last["private"], "peak": last["peak"], "device_bytes": last["device"],
+        "joules": statistics.median(turn.joules) if turn.joules else None,
+    }  # fmt: skip
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Return the smallest of sorted values that at least this share of them does not exceed."""
+    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
+
+
+def crossover(rows: Sequence[dict[str, Any]], names: Sequence[str], key: str) -> float | None:
+    """Return the context from which the first model has less of `key`, on straight lines between those measured.
+
+    The first context is returned where it has less from there on; None where it never has less at the end.
+    """
+    ours, theirs = ({row["context"]: row[key] for row in rows if row["model"] == name} for name in names)
+    contexts = sorted(ours)
+    lead = [theirs[context] - ours[context] for context in contexts]
+    if lead[-1] <= 0:
+        return None
+    last = max((i for i, value in enumerate(lead) if value <= 0), default=-1)
+    if last < 0:
+        return float(contexts[0])
+    share = -lead[last] / (lead[last + 1] - lead[last])
+    return contexts[last] + share * (contexts[last + 1] - contexts[last])

@@ -1,0 +1,170 @@
+"""A model in a process of its own, so that its memory is its own: `Worker` here, JSON lines between, `serve` there.
+
+A worker has sessions by name, which share the weights and nothing else. Times are taken in its process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from ligerexport.errors import LigerError
+from ligerexport.measure.bench.engine import Engine, open_engine
+from ligerexport.measure.bench.machine import device_memory, effort, memory
+
+
+class Worker:
+    """Starts the process of a model and talks to it.
+
+    Args:
+        model: See `open_engine`.
+        **options: Likewise.
+
+    Attributes:
+        facts: `kind`, `precision`, `device`, `vocab_size`, `trained_length`, `weight_bytes` of the engine.
+
+    Raises:
+        LigerError: The model cannot be opened.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
+        root = str(Path(__file__).parents[3])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ligerexport.measure.bench.worker", json.dumps({"model": model, **options})],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
+        )  # fmt: skip
+        self.model = model
+        self.facts: dict[str, Any] = self._answer()
+
+    def __call__(self, do: str, session: str = "", **arguments: Any) -> dict[str, Any]:
+        """Have something done, see `_Server`; return its answer with the memory of the process after it.
+
+        Raises:
+            LigerError: It failed, or the process is gone.
+        """
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError, ValueError):  # `_answer` says why
+            self._process.stdin.write(json.dumps({"do": do, "session": session, **arguments}) + "\n")
+            self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._log.seek(0)
+            last = self._log.read().decode(errors="replace").strip().rpartition("\n")[2]
+            raise LigerError(f"the process of {self.model} ended with {code}: {last or 'it said nothing'}",
+                             hint="there may be too little memory; try a shorter context")  # fmt: skip
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise LigerError(answer["error"], hint=answer["hint"])
+        return answer
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._log):
+            with suppress(BrokenPipeError):
+                pipe.close()  # type: ignore[union-attr]
+
+
+class _Server:
+    """The other side: methods are what `Worker` may ask for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._sessions: dict[str, Engine] = {"": engine}
+
+    def prefill(self, session: str, ids: list[list[int]]) -> dict[str, Any]:
+        """Read `[B, T]`; a session begins when it is first named."""
+        engine = self._session(session)
+        start = time.perf_counter()
+        tokens = engine.prefill(ids)
+        return {"tokens": tokens, "seconds": time.perf_counter() - start}
+
+    def fill(self, session: str, tokens: int) -> dict[str, Any]:
+        """Fill a cache without reading."""
+        return {"tokens": self._session(session).fill(tokens)}
+
+    def decode(self, session: str, tokens: list[int], count: int = 1) -> dict[str, Any]:
+        """Feed ids `[B]`, then what follows, `count` times; answer with `[count, B]` and the seconds of each."""
+        engine, written, seconds = self._session(session), [], []
+        for _ in range(count):
+            start = time.perf_counter()
+            tokens = engine.prefill([[token] for token in tokens])
+            seconds.append(time.perf_counter() - start)
+            written.append(tokens)
+        return {"tokens": written, "seconds": seconds}
+
+    def close(self, session: str) -> dict[str, Any]:
+        """Forget a session."""
+        self._sessions.pop(session, None)
+        return {}
+
+    def restart(self, session: str) -> dict[str, Any]:
+        """Let a session have seen nothing."""
+        batch = self._sessions.pop(session, self._engine).batch
+        self._sessions[session] = self._engine.sibling(batch)
+        return {}
+
+    def _session(self, name: str) -> Engine:
+        if name not in self._sessions:
+            self._sessions[name] = self._engine.sibling()
+        return self._sessions[name]
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what is asked for."""
+        done = getattr(self, request.pop("do"))(**request)
+        engine = self._sessions.get(request["session"])
+        facts = {"state_bytes": engine.state_bytes if engine else 0, "device": device_memory()}
+        return done | facts | memory() | effort()
+
+
+def serve(options: dict[str, Any], requests: IO[str], answers: IO[str]) -> None:
+    """Open a model and answer until the requests end."""
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    try:
+        engine = open_engine(**options)
+        names = ("kind", "precision", "device", "vocab_size", "trained_length", "weight_bytes")
+        say({name: getattr(engine, name) for name in names} | {"memory": memory()})
+        server = _Server(engine)
+        for line in requests:
+            try:
+                say(server.answer(json.loads(line)))
+            except (LigerError, RuntimeError, MemoryError) as error:  # torch says RuntimeError when memory is out
+                say(_explain(error))
+    except LigerError as error:
+        say(_explain(error))
+
+
+def _explain(error: BaseException) -> dict[str, Any]:
+    first = str(error).partition("\n")[0] or type(error).__name__
+    return {"error": first, "hint": getattr(error, "hint", None)}
+
+
+if __name__ == "__main__":
+    pipe = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    serve(json.loads(sys.argv[1]), sys.stdin, pipe)

@@ -1,0 +1,101 @@
+"""Controls: the same weights under another memory, to tell what each part of a conversion is worth.
+
+Each answers one question: is the memory better than the same number of slots spent on a longer window, does the
+recurrence add anything, do the scores choose better than chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ligerexport.checkpoint.convert import convert_in_memory
+from ligerexport.errors import UsageError, look_up
+from ligerexport.layers.mixer import LigerMixer
+from ligerexport.measure.evaluate.settings import CONTROLS
+from ligerexport.model.config import LigerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SINKS = 4
+
+
+def control_config(name: str, config: LigerConfig) -> LigerConfig:
+    """Return the conversion that a control compares `config` with.
+
+    Args:
+        name: Row of `CONTROLS`.
+        config: The conversion under test.
+
+    Raises:
+        UsageError: No such control, or the conversion has nothing that it could be compared in.
+    """
+    look_up("control", name, CONTROLS)
+    if name == "no-recurrence":
+        if not config.recurrent:
+            raise UsageError("this conversion has no recurrence to leave out", hint="leave no-recurrence out")
+        return replace(config, recurrence_weight=0.0)
+    return config.in_all_layers(_window if name == "window" else _random)
+
+
+def _window(config: LigerConfig) -> LigerConfig:
+    if config.num_slots <= SINKS:
+        raise UsageError(f"{config.num_slots} slots are too few for {SINKS} sinks and a window")
+    window = config.num_slots - SINKS
+    return replace(config, window=window, sinks=SINKS, slots=(), attention_weight=1.0, recurrence_weight=0.0)
+
+
+def _random(config: LigerConfig) -> LigerConfig:
+    if not config.slots:
+        raise UsageError("this conversion has no scored slots to choose at random", hint="leave random-judge out")
+    return replace(config, slots=(("learned", sum(count for _, count in config.slots)),))
+
+
+def make_control(name: str, model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Return a control of a converted model; it shares the model's weights.
+
+    Raises:
+        UsageError: See `control_config`.
+    """
+    config = control_config(name, LigerConfig.from_dict(model.config.liger))
+    if name != "random-judge":
+        return convert_in_memory(model, config)
+    bare = replace(config, slots=(), layer_memory=())  # with scored slots it would need weights for them
+    control = convert_in_memory(model, bare)
+    for i, layer in enumerate(control.model.layers):
+        if i not in config.unchanged:
+            layer.self_attn = RandomJudge(layer.self_attn, config.for_layer(i), seed)
+    control.config.liger = config.to_dict()
+    return control
+
+
+class RandomJudge(LigerMixer):
+    """A mixer whose learned score is a number drawn for each token, layer and head.
+
+    The number depends on the token's position alone, so that a prompt can be cut anywhere. For measuring only.
+    """
+
+    def __init__(self, mixer: LigerMixer, config: LigerConfig, seed: int):
+        super().__init__(mixer, replace(mixer.spec, config=config), mixer.inv_freq)
+        del self.score_proj
+        self.seed = seed
+
+    def foresee(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the numbers for positions `[B or 1, T]` as `[B, T, H_kv]`."""
+        position = position_ids.expand(hidden_states.shape[:2])
+        return random_scores(position, self.spec.kv_heads, self.seed * 1_000_003 + self.layer_idx)
+
+
+def random_scores(position: Tensor, heads: int, seed: int) -> Tensor:
+    """Return numbers in (0, 1] for positions `[B, T]` as `[B, T, heads]` fp32, the same on every device."""
+    x = position[..., None] * heads + torch.arange(heads, device=position.device)
+    x = (x + seed * 0x9E37_79B9 % (1 << 32)) & 0xFFFF_FFFF
+    for factor in (0x7FEB_352D, 0x846C_A68B):  # the mixing steps of lowbias32; products stay below 2^63
+        x = (x ^ (x >> 16)) & 0xFFFF_FFFF
+        x = ((x & 0xFFFF) * factor + ((((x >> 16) * factor) & 0xFFFF) << 16)) & 0xFFFF_FFFF
+    x = (x ^ (x >> 16)) >> 8
+    return (x.float() + 1) / (1 << 24)

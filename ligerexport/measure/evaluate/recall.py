@@ -1,0 +1,274 @@
+"""Recall from context: prompts made from a seed in real prose, and how many of the answer's tokens a model gets right.
+
+Keys are said once, twice, or several with names; associations are pairs of words; copies repeat a span of the prose.
+Nothing is repeated to fill a distance: repeated filler makes whatever stands out easy to keep.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ligerexport.errors import UsageError
+from ligerexport.measure.evaluate.estimate import Estimate, Table
+from ligerexport.measure.evaluate.scorer import Scorer
+from ligerexport.measure.evaluate.settings import KEYS, PAIR_LENGTHS, PAIRS
+from ligerexport.text.tokenizer import TextModel
+
+ONCE = " The secret pass key is {key}."
+TWICE = " The secret pass key is {key}. Remember it: {key} is the secret pass key."
+QUESTION = " What is the secret pass key? The secret pass key is"
+
+NAMED = " The secret pass key of {name} is {key}."
+NAMED_QUESTION = " What is the secret pass key of {name}? The secret pass key of {name} is"
+NAMES = (
+    "Alice", "Brian", "Clara", "David", "Emily", "Frank", "Grace", "Henry", "Irene", "James", "Laura", "Martin",
+    "Nancy", "Oscar", "Peter", "Sarah",
+)  # fmt: skip
+
+LEAD = 64
+"""Tokens of prose before what must be recalled, so that it is no sink; and of the repeated span."""
+CUE = 8
+"""Tokens of a copy that are given before the rest is asked for."""
+MARGIN = 64
+"""Least tokens of prose between a key and its question, where the distance allows it."""
+FEWEST_WORDS = 512
+"""Words in a vocabulary from which associations can be drawn."""
+
+
+class Tokenizer(Protocol):
+    """Text to ids without special tokens, and back."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return ids."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return text."""
+        ...
+
+
+class PlainTokenizer:
+    """The tokenizer of a model, without special tokens in the middle of a prompt."""
+
+    def __init__(self, text: TextModel) -> None:
+        self._text = text
+
+    def encode(self, text: str) -> list[int]:
+        """Return ids."""
+        return self._text.encode(text, special=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return text."""
+        return self._text.decode(ids)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids, and the indices of those that a model must predict from all before them."""
+
+    ids: tuple[int, ...]
+    asked: tuple[int, ...]
+
+    def after(self, prefix: Sequence[int]) -> Prompt:
+        """Return the prompt with ids before it."""
+        return Prompt((*prefix, *self.ids), tuple(len(prefix) + i for i in self.asked))
+
+
+def random_key(rng: random.Random) -> str:
+    """Return five digits."""
+    return "".join(rng.choice("0123456789") for _ in range(5))
+
+
+def passkey_prompts(
+    tokenizer: Tokenizer, prose: Sequence[int], said: str, distance: int, trials: int, *, seed: int = 0
+) -> Iterator[Prompt]:
+    """Yield prompts about a key that is said at a random depth of `distance` tokens of prose.
+
+    Args:
+        tokenizer: Of the model.
+        prose: A stream of tokens.
+        said: How the key is said: `ONCE` or `TWICE`.
+        distance: Tokens of prose around the key.
+        trials: Prompts.
+        seed: Of keys, prose and depth.
+    """
+    rng = _generator(seed, f"{said} {distance}")
+    for _ in range(trials):
+        key = random_key(rng)
+        context, depth = _stretch(rng, prose, distance), _depth(rng, distance)
+        needle = tokenizer.encode(said.format(key=key))
+        yield _asked(tokenizer, [*context[:depth], *needle, *context[depth:]], QUESTION, key)
+
+
+def named_prompts(
+    tokenizer: Tokenizer, prose: Sequence[int], keys: int, distance: int, trials: int, *, seed: int = 0
+) -> Iterator[Prompt]:
+    """Yield prompts about one of several keys with names, each said once at its own random depth."""
+    rng = _generator(seed, f"{NAMED} {keys} {distance}")
+    for _ in range(trials):
+        names = rng.sample(NAMES, keys)
+        values = [random_key(rng) for _ in names]
+        context = list(_stretch(rng, prose, distance))
+        depths = sorted((_depth(rng, distance) for _ in names), reverse=True)
+        for name, key, depth in zip(names, values, depths, strict=True):  # from the end, so that depths stay right
+            context[depth:depth] = tokenizer.encode(NAMED.format(name=name, key=key))
+        asked = rng.randrange(keys)
+        yield _asked(tokenizer, context, NAMED_QUESTION.format(name=names[asked]), values[asked])
+
+
+def pair_prompts(
+    words: Sequence[int], prose: Sequence[int], pairs: int, length: int, trials: int, *, seed: int = 0
+) -> Iterator[Prompt]:
+    """Yield prompts of multi-query associative recall (Zoology, arXiv 2312.04927) with the words of a real vocabulary.
+
+    Prose, then `pairs` words each followed by its own word, then prose up to `length` tokens; then every first word
+    again in another order, each followed by what is asked for. No word of a pair occurs in the prose.
+    """
+    rng = _generator(seed, f"pairs {pairs} {length}")
+    for _ in range(trials):
+        context = _stretch(rng, prose, length - 2 * pairs)
+        drawn = rng.sample(_without(words, set(context)), 2 * pairs)
+        given = list(zip(drawn[::2], drawn[1::2], strict=True))
+        questions = rng.sample(given, pairs)
+        ids = [*context[:LEAD], *(i for pair in given for i in pair), *context[LEAD:]]
+        ids += [i for pair in questions for i in pair]
+        yield Prompt(tuple(ids), tuple(range(length + 1, length + 2 * pairs, 2)))
+
+
+def copy_prompts(prose: Sequence[int], distance: int, trials: int, *, seed: int = 0) -> Iterator[Prompt]:
+    """Yield stretches of prose that end with a span of `LEAD` tokens again, `distance` tokens after its first end."""
+    rng = _generator(seed, f"copy {distance}")
+    for _ in range(trials):
+        stretch = _stretch(rng, prose, 2 * LEAD + distance)
+        ids = (*stretch, *stretch[LEAD : 2 * LEAD])
+        yield Prompt(ids, tuple(range(len(ids) - LEAD + CUE, len(ids))))
+
+
+def word_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Return the ids that are words of three or more small letters, with the space before them where it is kept."""
+    texts = [tokenizer.decode([i]) for i in range(vocab_size)]
+    spaced = [i for i, text in enumerate(texts) if re.fullmatch(r" [a-z]{3,}", text)]
+    if len(spaced) >= FEWEST_WORDS:
+        return spaced
+    return [i for i, text in enumerate(texts) if re.fullmatch(r"[a-z]{3,}", text)]
+
+
+def answer_all(
+    scorer: Scorer, prompts: Iterable[Prompt], advance: Callable[[float], None] = lambda amount: None
+) -> tuple[Estimate, Estimate]:
+    """Return the share of asked tokens that are the model's first choice, and their NLL in nats a token.
+
+    Standard errors are over prompts. The right answer is fed, so one wrong token does not spoil the next.
+    """
+    prompts = list(prompts)
+    groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault((len(prompt.ids), prompt.asked), []).append(index)
+    shares, losses = [0.0] * len(prompts), [0.0] * len(prompts)
+    for (length, asked), members in groups.items():
+        first = asked[0]
+        columns = torch.tensor(asked) - first
+        for start in range(0, len(members), scorer.batch):
+            rows = members[start : start + scorer.batch]
+            ids = torch.tensor([prompts[index].ids for index in rows])
+            logits = scorer.forced(ids[:, :-1], last=length - first)
+            logits, target = logits[:, columns.to(logits.device)], ids[:, list(asked)].to(logits.device)
+            hits = (logits.argmax(dim=-1) == target).double().mean(dim=1).tolist()
+            nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+            for index, hit, loss in zip(rows, hits, nll.double().mean(dim=1).tolist(), strict=True):
+                shares[index], losses[index] = hit, loss
+            advance(ids.numel())
+    return Estimate.of(shares), Estimate.of(losses)
+
+
+def recall(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    prose: Sequence[int],
+    *,
+    distances: Sequence[int],
+    trials: int,
+    seed: int = 0,
+    prefix: Sequence[int] = (),
+    words: Sequence[int] = (),
+    advance: Callable[[float], None] = lambda amount: None,
+) -> Table:
+    """Measure all of it.
+
+    Args:
+        scorer: The model.
+        tokenizer: Its tokenizer.
+        prose: A stream of tokens.
+        distances: Of keys and copies; also the longest prompt with associations.
+        trials: Prompts for each number.
+        seed: Of everything.
+        prefix: Ids that begin every prompt.
+        words: From `word_ids`; associations are left out where there are few.
+        advance: Told the tokens read.
+
+    Returns:
+        Shares of right tokens `once`, `twice`, `keys_K`, `pairs_D`, `copy`, and `copy_nll` in nats a token; columns are
+        distances.
+
+    Raises:
+        UsageError: The text is too short for these distances.
+    """
+
+    def ask(prompts: Iterable[Prompt]) -> tuple[Estimate, Estimate]:
+        return answer_all(scorer, (prompt.after(prefix) for prompt in prompts), advance)
+
+    table: Table = {}
+    for name, said in (("once", ONCE), ("twice", TWICE)):
+        table[name] = {str(d): ask(passkey_prompts(tokenizer, prose, said, d, trials, seed=seed))[0] for d in distances}
+    for keys in KEYS:
+        table[f"keys_{keys}"] = {
+            str(d): ask(named_prompts(tokenizer, prose, keys, d, trials, seed=seed))[0] for d in distances
+        }
+    lengths = [length for length in PAIR_LENGTHS if length <= max(distances)]
+    if len(words) >= FEWEST_WORDS and lengths:
+        for pairs in PAIRS:
+            table[f"pairs_{pairs}"] = {
+                str(n): ask(pair_prompts(words, prose, pairs, n, trials, seed=seed))[0] for n in lengths
+            }
+    copies = {str(d): ask(copy_prompts(prose, d, trials, seed=seed)) for d in distances}
+    table["copy"] = {distance: share for distance, (share, _) in copies.items()}
+    table["copy_nll"] = {distance: nll for distance, (_, nll) in copies.items()}
+    return table
+
+
+def _generator(seed: int, what: str) -> random.Random:
+    return random.Random(what if seed == 0 else f"{seed} {what}")
+
+
+def _stretch(rng: random.Random, prose: Sequence[int], length: int) -> Sequence[int]:
+    if len(prose) <= length:
+        raise UsageError(
+            f"the text has {len(prose):,} tokens, recall over {length:,} needs more",
+            hint="give more text, or shorter distances: --length 1024",
+        )
+    start = rng.randrange(len(prose) - length)
+    return prose[start : start + length]
+
+
+def _depth(rng: random.Random, distance: int) -> int:
+    return rng.randrange(distance - MARGIN if distance > MARGIN else 1)
+
+
+def _without(words: Sequence[int], used: set[int]) -> list[int]:
+    return [word for word in words if word not in used]
+
+
+def _asked(tokenizer: Tokenizer, context: list[int], question: str, key: str) -> Prompt:
+    """Return a prompt that ends with question and key; asked are the tokens with the key's digits."""
+    whole, bare = tokenizer.encode(f"{question} {key}"), tokenizer.encode(question)
+    same = next((i for i, (a, b) in enumerate(zip(whole, bare, strict=False)) if a != b), len(bare))
+    while not tokenizer.decode(whole[same : same + 1]).strip():  # some vocabularies have the space on its own
+        same += 1
+    start = len(context)
+    return Prompt((*context, *whole), tuple(range(start + same, start + len(whole))))

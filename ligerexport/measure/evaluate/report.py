@@ -1,0 +1,147 @@
+"""The result of an evaluation: as JSON, as Markdown tables, and as plots where matplotlib is installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ligerexport.measure.evaluate.estimate import Estimate, Table
+from ligerexport.staging import staged_directory
+
+REPORT = "report.json"
+
+TITLES = {
+    "nll": "Held-out negative log likelihood, nats a token, by position",
+    "top1": "Share of positions with the teacher's first choice, by position",
+    "kl": "KL(teacher || model), nats a token, by position",
+    "once": "Key said once: share of its digits recalled, by tokens of prose around it",
+    "twice": "Key said twice: share of its digits recalled, by tokens of prose around it",
+    "keys_4": "One of 4 named keys, each said once",
+    "keys_8": "One of 8 named keys, each said once",
+    "pairs_4": "4 associated pairs of words: share recalled, by tokens before the questions",
+    "pairs_8": "8 associated pairs of words",
+    "pairs_16": "16 associated pairs of words",
+    "pairs_32": "32 associated pairs of words",
+    "copy": "Second occurrence of a span: share of tokens that are the first choice, by tokens in between",
+    "copy_nll": "Second occurrence of a span: nats a token, by tokens in between",
+    "tasks": "Tasks",
+}
+"""What a measurement is, in the order of the tables."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured.
+
+    Attributes:
+        settings: What was asked for, resolved.
+        rows: For each model (`teacher`, `model`, controls) its measurements: by measurement and column.
+        state_bytes: Bytes of one sequence's state by model; None where it grows with the text.
+        environment: Versions, machine, tokens of text, seconds.
+    """
+
+    settings: dict[str, Any]
+    rows: dict[str, Table]
+    state_bytes: dict[str, int | None] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        rows = {
+            name: {
+                key: {column: value.to_dict() for column, value in columns.items()} for key, columns in table.items()
+            }
+            for name, table in self.rows.items()
+        }
+        return {"settings": self.settings, "rows": rows, "state_bytes": self.state_bytes} | {
+            "environment": self.environment
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Read what `to_dict` wrote."""
+        rows = {
+            name: {key: {column: Estimate(**value) for column, value in columns.items()}
+                   for key, columns in table.items()}
+            for name, table in data["rows"].items()
+        }  # fmt: skip
+        return cls(data["settings"], rows, data["state_bytes"], data["environment"])
+
+    def markdown(self) -> str:
+        """Return one table a measurement: models down, bins or distances across, standard errors in brackets."""
+        parts = ["# Evaluation", ""]
+        parts += [f"- {name}: {_plain(value)}" for name, value in self.settings.items() if value not in (None, [], ())]
+        parts += [f"- {name}: {_plain(value)}" for name, value in self.environment.items()]
+        parts += [f"- state of {name}: {bytes_:,} bytes" for name, bytes_ in self.state_bytes.items() if bytes_]
+        for key, title in TITLES.items():
+            rows = {name: table[key] for name, table in self.rows.items() if table.get(key)}
+            if rows:
+                parts += ["", f"## {title}", "", *_table(rows)]
+        return "\n".join(parts) + "\n"
+
+    def save(self, output: Path | str, *, force: bool = False) -> Path:
+        """Write `report.json`, `report.md` and, with matplotlib, plots; the directory appears whole or not at all.
+
+        Raises:
+            UsageError: `output` is in use.
+        """
+        with staged_directory(output, force=force, marker=REPORT) as stage:
+            (stage / REPORT).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            (stage / "report.md").write_text(self.markdown(), encoding="utf-8")
+            _plot(self, stage)
+        return Path(output)
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _table(rows: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    counts = sorted({value.count for row in rows.values() for value in row.values()})
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {' | '.join(_cell(row.get(column)) for column in columns)} |")
+    return [*lines, "", f"n = {', '.join(map(str, counts))}; standard errors in brackets."]
+
+
+def _cell(value: Estimate | None) -> str:
+    if value is None:
+        return ""
+    return f"{value.mean:.3f}" + ("" if value.stderr is None else f" ({value.stderr:.3f})")
+
+
+def _plot(report: Report, directory: Path) -> None:
+    """Draw loss by position and recall by distance; nothing where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    for file, keys, label in (
+        ("nll", ("nll",), "nats a token"),
+        ("recall", ("once", "twice", "keys_4", "keys_8", "copy"), "share recalled"),
+    ):
+        present = [key for key in keys if any(key in table for table in report.rows.values())]
+        if not present:
+            continue
+        figure = Figure(figsize=(4.5 * len(present), 3.5), layout="constrained")
+        FigureCanvasSVG(figure)
+        for axes, key in zip(figure.subplots(1, len(present), squeeze=False)[0], present, strict=True):
+            for name, table in report.rows.items():
+                points = {column: value for column, value in table.get(key, {}).items() if column != "mean"}
+                axes.errorbar(
+                    list(points), [value.mean for value in points.values()],
+                    yerr=[value.stderr or 0 for value in points.values()], label=name, marker="o", capsize=2,
+                )  # fmt: skip
+            axes.set_title(key.replace("_", " "))
+            axes.set_ylabel(label)
+            axes.tick_params(axis="x", rotation=45)
+            if file == "recall":
+                axes.set_ylim(-0.05, 1.05)
+        figure.axes[0].legend(fontsize="small")
+        figure.savefig(directory / f"{file}.svg")
+        figure.savefig(directory / f"{file}.png", dpi=150)

@@ -1,0 +1,161 @@
+"""Tasks of lm-eval on a `Scorer`, with their standard errors; from the hub or from a directory of data sets."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ligerexport.checkpoint.sources import no_bars
+from ligerexport.errors import LigerError, MissingDependency, UsageError, close_matches
+from ligerexport.measure.evaluate.estimate import Estimate
+from ligerexport.measure.evaluate.scorer import Scorer
+from ligerexport.measure.evaluate.settings import TASKS
+from ligerexport.text.tokenizer import TextModel
+
+BOOTSTRAP = 1000
+"""Resamples for the standard error of a perplexity; those of shares are computed."""
+
+
+def check_tasks(names: Sequence[str], data: Path | None = None) -> Any:
+    """Return lm-eval's manager of tasks, having checked that it knows these.
+
+    Args:
+        names: Tasks or groups of them.
+        data: Directory with further tasks as YAML files.
+
+    Raises:
+        UsageError: A task is unknown, or `data` is no directory.
+        MissingDependency: lm-eval is not installed.
+    """
+    if data is not None and not data.is_dir():
+        raise UsageError(f"no directory {data}", hint="--task-data names the directory that holds the data sets")
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency(f"lm-eval ({error.name})", extra="eval") from error
+    if data is not None and all(name in _manager(data, False).all_tasks for name in names):
+        return _manager(data, False)  # reading all of lm-eval's own takes many seconds
+    manager = _manager(data, True)
+    for name in names:
+        if name not in manager.all_tasks:
+            raise UsageError(f"unknown task '{name}'", hint=_near(name, manager.all_tasks))
+    return manager
+
+
+@lru_cache(maxsize=4)
+def _manager(data: Path | None, defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if data is None else str(data), include_defaults=defaults)
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    hint = close_matches(name, known)
+    return hint if hint.startswith("did") else f"usual ones: {', '.join(TASKS)}; all of them: lm_eval ls tasks"
+
+
+def run_tasks(
+    scorer: Scorer,
+    text: TextModel,
+    names: Sequence[str],
+    *,
+    max_length: int,
+    limit: int | None = None,
+    seed: int = 0,
+    data: Path | None = None,
+    advance: Callable[[float], None] = lambda amount: None,
+) -> dict[str, Estimate]:
+    """Run tasks and return every metric that has a number, as `TASK METRIC`.
+
+    Args:
+        scorer: The model.
+        text: Its tokenizer.
+        names: Tasks or groups of them.
+        max_length: Most tokens of a prompt.
+        limit: Most questions of each task, the first ones.
+        seed: Of the choice of examples in the prompt.
+        data: Directory to run in, without a network: data sets are found there under their names on the hub.
+        advance: Told how many requests are done.
+
+    Raises:
+        LigerError: The data of a task is not there.
+        MissingDependency: lm-eval is not installed.
+        UsageError: A task is unknown.
+    """
+    manager = check_tasks(names, data)
+    from lm_eval import evaluate
+
+    from ligerexport.measure.evaluate.harness import HarnessLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    model = HarnessLM(scorer, text, max_length, advance)
+    scores: dict[str, Estimate] = {}
+    with no_bars(), _offline(data):
+        for name in names:
+            try:
+                loaded = manager.load([name])
+                for task in loaded["tasks"].values():
+                    if task.get_config("num_fewshot") is None or name in TASKS:
+                        task.set_config(key="num_fewshot", value=TASKS.get(name, 0))
+                    task.set_fewshot_seed(seed=seed)
+                found = evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+            except (OSError, ValueError, RuntimeError) as error:
+                if isinstance(error, LigerError):
+                    raise
+                raise LigerError(
+                    f"task {name} could not run: {str(error).strip().partition(chr(10))[0]}",
+                    hint="its data may be missing: see the guide on evaluation for --task-data",
+                ) from error
+            scores |= _scores(name, found)
+    return scores
+
+
+def _scores(name: str, found: Any) -> dict[str, Estimate]:
+    """Read the metrics of a task or a group of them."""
+    measured = found["results"].get(name) or found.get("groups", {}).get(name) or {}
+    sizes = found.get("n-samples", {})
+    members = sizes.values() if name not in sizes else [sizes[name]]
+    count = sum(size["effective"] for size in members)
+    scores = {}
+    for key, value in measured.items():
+        metric, found_filter, filtered = key.partition(",")
+        if not found_filter or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        stderr = measured.get(f"{metric}_stderr,{filtered}")
+        label = f"{name} {metric}" if filtered == "none" else f"{name} {metric} {filtered}"
+        scores[label] = Estimate(float(value), float(stderr) if isinstance(stderr, (int, float)) else None, count)
+    return scores
+
+
+@contextmanager
+def _offline(directory: Path | None) -> Iterator[None]:
+    """Work in a directory without asking a hub, where one is given; put everything back afterwards."""
+    if directory is None:
+        yield
+        return
+    import datasets
+    import huggingface_hub.constants as hub
+
+    # Both libraries read the environment once, when they are imported, so their own switches are set too.
+    switches = [(hub, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE"), (datasets.config, "HF_DATASETS_OFFLINE")]
+    kept = [(module, name, getattr(module, name)) for module, name in switches if hasattr(module, name)]
+    environment, before = dict(os.environ), Path.cwd()
+    try:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        for module, name, _ in kept:
+            setattr(module, name, True)
+        os.chdir(directory)
+        yield
+    finally:
+        os.chdir(before)
+        for module, name, value in kept:
+            setattr(module, name, value)
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+            os.environ.pop(name, None)
+            if name in environment:
+                os.environ[name] = environment[name]

@@ -1,0 +1,317 @@
+"""What a conversion is: gate, window, sinks, scored slots, mix. `PRESETS` are named rows of it.
+
+There is no arithmetic here: `ligerexport.model.state` says which tensors a configuration needs, and
+`ligerexport.kernels` what happens to them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from math import inf
+from pathlib import Path
+from typing import Any, Literal
+
+from ligerexport.errors import UsageError, close_matches, look_up
+from ligerexport.model.gates import get_gate
+from ligerexport.model.scores import get_score
+
+RECURRENCES = ("parallel", "evicted")
+
+Slots = tuple[tuple[str, int], ...]
+"""Pools of exact slots: (score, count), in order."""
+
+MEMORY = ("window", "slots", "layer_memory")
+"""Fields of `LigerConfig` that `allocate` chooses."""
+
+
+def _pools(slots: Slots) -> Slots:
+    return tuple((str(name), _whole("slots", count)) for name, count in slots)
+
+
+def _whole(name: str, value: Any) -> int:
+    """Return a whole number that JSON or a caller gave.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if type(value) is not int:
+        raise UsageError(f"{name} {value!r:.60}", hint="a whole number was expected")
+    return value
+
+
+@dataclass(frozen=True)
+class LigerConfig:
+    """How the attention of a checkpoint becomes a recurrence and a bounded exact memory.
+
+    Attributes:
+        gate: Row of `GATES`.
+        window: Most recent tokens kept exactly, the current one included.
+        sinks: First tokens of a sequence, kept exactly for ever.
+        slots: Pools of further exact slots per KV head: (score, count), in order; what a pool drops competes for the
+            next one.
+        attention_weight: Weight of the softmax over the slots in the mixed output.
+        recurrence_weight: Weight of the recurrence; at 0 it is neither computed nor kept.
+        recurrence: `parallel` reads every token through the gate and is added to the softmax, as in the paper;
+            `evicted` reads the tokens that lost their place in the memory and shares the softmax's denominator, so
+            that its weight is 1 and it takes what the softmax would have given them. It has no gate.
+        recurrence_distance: Distance in tokens at which `evicted` reads what it holds.
+        layer_memory: Layers whose memory has another size: (layer, window, slots), with pools of the same scores.
+        keep_softmax: Layers left as they are, with a growing key-value cache.
+        keep_window: Layers that keep the checkpoint's own sliding window as it is: a memory of that window, bounded
+            already. None takes what the family keeps.
+        max_distance: Largest rotary distance in tokens; farther slots are read as if at this distance. None takes
+            the checkpoint's trained length.
+
+    Raises:
+        UsageError: A value makes no sense or a name is in no table.
+    """
+
+    gate: str = "gla"
+    window: int = 64
+    sinks: int = 0
+    slots: Slots = ()
+    attention_weight: float = 0.5
+    recurrence_weight: float = 0.5
+    recurrence: Literal["parallel", "evicted"] = "parallel"
+    recurrence_distance: int = 512
+    layer_memory: tuple[tuple[int, int, Slots], ...] = ()
+    keep_softmax: tuple[int, ...] = ()
+    keep_window: tuple[int, ...] | None = None
+    max_distance: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("window", "sinks", "recurrence_distance"):
+            _whole(name, getattr(self, name))
+        object.__setattr__(self, "slots", _pools(self.slots))
+        memory = sorted(
+            (_whole("layer", layer), _whole("window", window), _pools(slots))
+            for layer, window, slots in self.layer_memory
+        )
+        object.__setattr__(self, "layer_memory", tuple(memory))
+        for name, layers in (("keep_softmax", self.keep_softmax), ("keep_window", self.keep_window)):
+            if layers is not None:
+                object.__setattr__(self, name, tuple(sorted({_whole(name, layer) for layer in layers})))
+        get_gate(self.gate)
+        for name, count in self.slots:
+            get_score(name)
+            if count < 1:
+                raise UsageError(f"pool '{name}' has {count} slots", hint="give it at least one or leave it out")
+        names = [name for name, _ in self.slots]
+        if len(set(names)) != len(names):
+            raise UsageError(f"a score appears twice in slots: {', '.join(names)}", hint="add the counts up")
+        arriving = [name for name in names if get_score(name).on_arrival]
+        if len(arriving) > 1:
+            raise UsageError(
+                f"{' and '.join(arriving)} together: a token comes with one score", hint="keep one of these pools"
+            )
+        if self.window < 1 or self.sinks < 0:
+            raise UsageError(
+                f"window {self.window}, sinks {self.sinks}", hint="window is at least 1 (the current token), sinks 0"
+            )
+        if not (0 <= self.attention_weight < inf and 0 <= self.recurrence_weight < inf):
+            raise UsageError(
+                f"mix weights {self.attention_weight} and {self.recurrence_weight}", hint="both are numbers from 0 on"
+            )
+        look_up("recurrence", self.recurrence, dict.fromkeys(RECURRENCES))
+        if self.evicts and self.attention_weight != 1:
+            raise UsageError(
+                f"attention weight {self.attention_weight:g} with a recurrence over what was evicted",
+                hint="it shares the softmax's denominator: --attention-weight 1",
+            )
+        if self.evicts and self.gate != LigerConfig.gate:
+            raise UsageError(
+                f"gate '{self.gate}' with a recurrence over what was evicted", hint="it has no gate: leave --gate out"
+            )
+        if self.recurrence_distance < 1:
+            raise UsageError(f"recurrence distance {self.recurrence_distance}", hint="give at least one token")
+        if self.max_distance is not None and _whole("max_distance", self.max_distance) < self.window:
+            raise UsageError(
+                f"max_distance {self.max_distance} is smaller than the window {self.window}",
+                hint="give at least the window, or leave it out for the checkpoint's trained length",
+            )
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        layers = [layer for layer, _, _ in self.layer_memory]
+        if len(set(layers)) != len(layers) or set(layers) & self.unchanged:
+            raise UsageError(
+                f"a layer has two memories: {', '.join(map(str, layers))}", hint="name it once, kept as softmax or not"
+            )
+        for layer, _, slots in self.layer_memory:
+            if [name for name, _ in slots] != [name for name, _ in self.slots]:
+                raise UsageError(f"the pools of layer {layer} are kept by other scores than those of the rest",
+                                 hint="a layer may differ in the sizes of its window and its pools")  # fmt: skip
+            self.for_layer(layer)
+
+    def for_layer(self, layer: int) -> LigerConfig:
+        """Return the configuration of one converted layer.
+
+        Raises:
+            UsageError: Its sizes make no sense.
+        """
+        sizes = {at: (window, slots) for at, window, slots in self.layer_memory}
+        window, slots = sizes.get(layer, (self.window, self.slots))
+        return replace(self, window=window, slots=slots, layer_memory=(), keep_softmax=(), keep_window=None)
+
+    def in_all_layers(self, change: Callable[[LigerConfig], LigerConfig]) -> LigerConfig:
+        """Return this configuration with a change of windows and pools made in the memory of every layer."""
+        changed = change(replace(self, layer_memory=()))
+        single = [(layer, change(self.for_layer(layer))) for layer, _, _ in self.layer_memory]
+        return replace(changed, layer_memory=tuple((layer, c.window, c.slots) for layer, c in single))
+
+    @property
+    def kept(self) -> int:
+        """Slots beside the window: sinks and scored ones."""
+        return self.sinks + sum(count for _, count in self.slots)
+
+    @property
+    def num_slots(self) -> int:
+        """N, all exact slots per KV head."""
+        return self.window + self.kept
+
+    @property
+    def unchanged(self) -> frozenset[int]:
+        """Layers that see what they saw in the Transformer."""
+        return frozenset(self.keep_softmax) | frozenset(self.keep_window or ())
+
+    @property
+    def judged(self) -> bool:
+        """Whether a pool needs the linear state that judges novelty."""
+        return any(get_score(name).signal == "novelty" for name, _ in self.slots)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether a pool is kept by a score that comes with each token."""
+        return any(get_score(name).signal == "given" for name, _ in self.slots)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the output contains a recurrence."""
+        return self.recurrence_weight > 0
+
+    @property
+    def evicts(self) -> bool:
+        """Whether what loses its place in the memory goes to the recurrence."""
+        return self.recurrent and self.recurrence == "evicted"
+
+    @property
+    def keyed(self) -> bool:
+        """Whether the recurrence is two: the rows of its state have keys."""
+        return self.recurrent and not self.evicts and get_gate(self.gate).keyed
+
+    @property
+    def fuses(self) -> bool:
+        """Whether fused kernels can do a whole step: of recurrences they know all but that with keyed rows."""
+        return not self.keyed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        memory = [[layer, window, [list(pool) for pool in slots]] for layer, window, slots in self.layer_memory]
+        lists = {
+            "slots": [list(pool) for pool in self.slots],
+            "layer_memory": memory,
+            "keep_softmax": list(self.keep_softmax),
+            "keep_window": None if self.keep_window is None else list(self.keep_window),
+        }
+        return asdict(self) | lists
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LigerConfig:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            UsageError: A key is unknown (a newer version wrote it) or a value makes no sense.
+        """
+        known = cls.__dataclass_fields__
+        for key in data:
+            if key not in known:
+                raise UsageError(f"unknown setting '{key}' in the liger configuration", hint=close_matches(key, known))
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named configuration and what it is for."""
+
+    config: LigerConfig
+    doc: str
+
+
+DEFAULT_PRESET = "memory"
+
+FORESIGHT = LigerConfig(
+    window=60, sinks=4, slots=(("recent_use", 28), ("learned", 36)), attention_weight=1.0, recurrence_weight=0.0
+)
+
+PRESETS: dict[str, Preset] = {
+    "liger": Preset(
+        LigerConfig(gate="gla", window=64),
+        "the paper: window 64, no sinks, half softmax and half recurrence; needs recovery",
+    ),
+    "sinks": Preset(
+        LigerConfig(window=60, sinks=4, attention_weight=1.0, recurrence_weight=0.0),
+        "the control: 4 sinks and a window of 60, softmax only",
+    ),
+    "memory": Preset(
+        LigerConfig(
+            window=60,
+            sinks=4,
+            slots=(("recent_use", 28), ("peak_effect", 18), ("novelty", 18)),
+            attention_weight=1.0,
+            recurrence_weight=0.0,
+        ),
+        "sinks, window and slots kept by a score; best untrained",
+    ),
+    "foresight": Preset(
+        FORESIGHT,
+        "the same with a score that foresees what will be asked for; needs --calibrate or scores that come with "
+        "the model",
+    ),
+    "evicted": Preset(
+        replace(FORESIGHT, recurrence_weight=1.0, recurrence="evicted"),
+        "foresight, and a recurrence that reads what loses its slot and shares the softmax's denominator",
+    ),
+}
+
+
+def get_preset(name: str, **changes: Any) -> LigerConfig:
+    """Return the configuration of a preset, with some fields changed.
+
+    Args:
+        name: Row of `PRESETS`.
+        **changes: Fields of `LigerConfig`; None leaves the preset's value.
+
+    Raises:
+        UsageError: No such preset; the hint names close matches.
+    """
+    preset = look_up("preset", name, PRESETS)
+    return replace(preset.config, **{key: value for key, value in changes.items() if value is not None})
+
+
+def read_memory(path: str | Path, preset: str | None = None, **changes: Any) -> LigerConfig:
+    """Return a conversion whose windows and pools are those in a file.
+
+    Args:
+        path: JSON with the fields `MEMORY`, as `allocate` writes it.
+        preset: Row of `PRESETS`; None takes the conversion in which they were measured, if the file says so.
+        **changes: Other fields that differ; None leaves their value.
+
+    Raises:
+        UsageError: The file holds no memory, or a change is made to what it holds.
+    """
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if twice := [name for name in MEMORY if name in changes]:
+        option = twice[0].replace("_", "-")
+        raise UsageError(f"both --memory and --{option}", hint=f"the file says it too: leave --{option} out")
+    try:
+        data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        fields = {name: data[name] for name in MEMORY}
+        base = data.get("record", {}).get("base")
+        LigerConfig(**fields)
+        measured = get_preset(preset or DEFAULT_PRESET) if preset or base is None else LigerConfig.from_dict(base)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
+        hint = "give the file that `ligerexport allocate` wrote"
+        raise UsageError(f"{path} holds no memory of layers ({error})", hint=hint) from None
+    return replace(measured, **fields, **changes)

@@ -1,0 +1,389 @@
+"""Write text: stop strings, streaming, conversations. It needs a `Session` and not what is behind it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from ligerexport.console import ProgressFactory, silent
+from ligerexport.errors import UsageError
+from ligerexport.run.prompt_cache import PromptCache
+from ligerexport.run.sampling import Sampler
+from ligerexport.text.tokenizer import Detokenizer, Message, TextModel, eos_ids
+
+if TYPE_CHECKING:
+    from ligerexport.run.runtime import Session
+
+Finish = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a generation cost.
+
+    Attributes:
+        prompt_tokens: Ids of the prompt.
+        new_tokens: Ids sampled, an end-of-text id included.
+        ttft: Seconds from the call to the first token.
+        decode_seconds: Seconds of all later tokens, without the time that the reader of the stream took.
+        state_bytes: Size of the session's state at the end.
+        finish: Why it ended: an end-of-text id, a stop string, or `max_new_tokens`.
+        cached_tokens: How many of `prompt_tokens` came from a prompt cache.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft: float
+    decode_seconds: float
+    state_bytes: int
+    finish: Finish
+    cached_tokens: int = 0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed of decoding after the first token; None when there was only one."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One sampled token.
+
+    Attributes:
+        text: The text that it completes: possibly none (part of a character or of a stop string), or more than itself.
+        token: Its id.
+        seconds: What it took; for the first token that is the TTFT.
+        finish: Set on the last chunk.
+        summary: Set on the last chunk.
+    """
+
+    text: str
+    token: int
+    seconds: float
+    finish: Finish | None = None
+    summary: Summary | None = None
+
+
+class StopStrings:
+    """Cut a stream of text before the first stop string, also one that arrives in pieces.
+
+    Args:
+        stops: The stop strings.
+        special: Special tokens with their ids. They are no text, so a stop string that begins with one stops at its id.
+
+    Raises:
+        UsageError: A stop string has text before a special token.
+    """
+
+    def __init__(self, stops: Sequence[str], special: Mapping[str, int] | None = None) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.ids = frozenset(
+            index for token, index in (special or {}).items() if any(stop.startswith(token) for stop in self._stops)
+        )
+        for stop in self._stops:
+            inside = tuple(token for token in special or () if token in stop)
+            if inside and not stop.startswith(inside):
+                raise UsageError(
+                    f"the stop string {stop!r:.60} has text before the special token {inside[0]}, which is no text",
+                    hint="a stop string is text, or it begins with a special token; give one of the two",
+                )
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Return the text that cannot be part of a stop string, and whether one was found."""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            out, self._held = self._held[: min(found)], ""
+            return out, True
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        out, self._held = self._held[:cut], self._held[cut:]
+        return out, False
+
+    def flush(self) -> str:
+        """Return what was held back; no stop string came of it."""
+        out, self._held = self._held, ""
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that `stop` begins with."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def generate(
+    session: Session,
+    prompt: str | Sequence[int] | None = None,
+    *,
+    messages: Sequence[Message] | None = None,
+    chat: bool = False,
+    special_content: bool = False,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    fresh: bool = True,
+    prompt_cache: PromptCache | Path | str | None = None,
+    progress: ProgressFactory = silent,
+) -> Generator[Chunk]:
+    """Continue a prompt, one token after the other.
+
+    When the stream ends or is closed, the session has seen the prompt and every token but the last one.
+
+    Args:
+        session: Of one sequence.
+        prompt: Text, or ids that are taken as they are.
+        messages: A conversation, instead of a prompt.
+        chat: Whether the prompt is a question to put through the chat template.
+        special_content: Whether special tokens in the content of messages act as such, not as the text that they are.
+        max_new_tokens: Most tokens to sample.
+        temperature: See `Sampler`; 0 takes the most likely token.
+        top_k: See `Sampler`.
+        top_p: See `Sampler`.
+        min_p: See `Sampler`.
+        repetition_penalty: See `Sampler`; of what an earlier call read or wrote it knows nothing.
+        presence_penalty: See `Sampler`.
+        frequency_penalty: See `Sampler`.
+        seed: See `Sampler`.
+        stop: Text or special token that ends the generation and is not part of it, or several.
+        fresh: Whether to reset the session first; otherwise the prompt continues what it has seen.
+        prompt_cache: File that keeps the state after the beginning of the prompt for the next time.
+        progress: Told about the prefill of long prompts.
+
+    Returns:
+        A generator of chunks, the last with a summary; closing it ends the text there.
+
+    Raises:
+        UsageError: No prompt or two, no tokens, a value that makes no sense, no chat template, or a stop string that
+            has text before a special token.
+        ArtifactError: Text, but the model has no tokenizer.
+        LigerError: `prompt_cache` is a file of another kind, or cannot be written.
+    """
+    if (prompt is None) == (messages is None):
+        raise UsageError("a prompt or messages were expected, one of them")
+    sampler = Sampler(
+        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+    )  # fmt: skip
+    text = None
+    if messages is not None or isinstance(prompt, str):
+        text = text_model(session.artifact.directory)
+    if isinstance(prompt, str):
+        check_text(prompt)
+    if messages is None and chat:
+        if not isinstance(prompt, str):
+            raise UsageError("chat takes a prompt of text, not ids")
+        messages = [{"role": "user", "content": prompt}]
+    if text is not None and messages is not None:
+        for message in messages:
+            check_text(str(message.get("content")), f"a message of the role {message.get('role')}")
+        ids = text.encode_chat(messages, special_content=special_content)
+    elif text is not None:
+        special = fresh or not session.position.any()
+        ids = text.encode(str(prompt), special=special)
+    else:
+        ids = [int(token) for token in prompt or ()]
+        if (session.artifact.directory / "tokenizer.json").is_file():
+            text = text_model(session.artifact.directory)
+    _check(session, ids, max_new_tokens)
+    if fresh:
+        session.reset()
+    elif prompt_cache is not None:
+        raise UsageError("a prompt cache with fresh=False", hint="it holds the beginning of a prompt; leave one out")
+    cache = PromptCache(prompt_cache) if isinstance(prompt_cache, str | Path) else prompt_cache
+    stops = StopStrings(_stops(stop), text.special_ids if text else None)
+    ends = eos_ids(session.artifact.directory) if text is None else text.eos_ids if messages is None else text.turn_ends
+    return _stream(session, ids, text, sampler, max_new_tokens, ends, stops, cache, progress)
+
+
+def _check(session: Session, ids: Sequence[int], max_new_tokens: int) -> None:
+    if session.batch != 1:
+        raise UsageError(f"this session runs {session.batch} sequences", hint="load the artifact with batch=1")
+    if not ids:
+        raise UsageError("the prompt has no tokens", hint="give at least one token of text")
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens {max_new_tokens}", hint="it is at least 1")
+
+
+def _stops(stop: Sequence[str]) -> list[str]:
+    """Return the stop strings; one alone is no list of its characters."""
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    for text in stops:
+        check_text(text, "a stop string")
+    return stops
+
+
+def check_text(text: str, what: str = "the prompt") -> None:
+    """Refuse halves of characters, which is what Python makes of bytes that are not UTF-8.
+
+    Raises:
+        UsageError: There are some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        encoding = "utf-16" if text[:2] in ("\udcff\udcfe", "\udcfe\udcff") else "latin1"
+        found = f"the byte 0x{half - 0xDC00:02x}" if 0xDC80 <= half <= 0xDCFF else f"half a character, U+{half:04X},"
+        raise UsageError(
+            f"{what} is not UTF-8: {found} comes after {error.start} characters",
+            hint=f"convert it first, for instance with: iconv -f {encoding} -t utf-8",
+        ) from None
+
+
+def text_model(directory: Path) -> TextModel:
+    """Return the tokenizer and chat template of a directory, read once while they do not change."""
+    file = directory / "tokenizer.json"
+    return _text_model(directory.resolve(), file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+@lru_cache(maxsize=4)
+def _text_model(directory: Path, changed: int) -> TextModel:
+    return TextModel(directory)
+
+
+_PREFILL = 16
+"""Chunks of the engine between two reports of progress."""
+
+
+def _stream(
+    session: Session,
+    ids: Sequence[int],
+    text: TextModel | None,
+    sampler: Sampler,
+    max_new_tokens: int,
+    ends: Set[int],
+    stops: StopStrings,
+    cache: PromptCache | None,
+    progress: ProgressFactory,
+) -> Generator[Chunk]:
+    clock = time.perf_counter()
+    sampler.read(ids)
+    prompt = np.asarray(ids, np.int64)
+    start = cached = cache.restore(session, prompt) if cache else 0
+    with progress("reading the prompt", len(prompt) - start, "steps") as advance:
+        while start < len(prompt):
+            end = start + session.chunk * _PREFILL
+            if cache and start < cache.keep:
+                end = min(end, cache.keep)
+            logits = session.prefill(part := prompt[start:end])
+            advance(len(part))
+            start += len(part)
+            if cache and start == cache.keep:
+                cache.save(session, prompt[:start])
+    detokenizer = Detokenizer(text, ids) if text else None
+    ttft = decode = 0.0
+    for count in range(1, max_new_tokens + 1):
+        token, out = sampler(logits[0]), ""
+        finish: Finish | None = None
+        if token in ends:
+            finish = "eos"
+        elif token in stops.ids:
+            finish = "stop"
+        else:
+            out, stopped = stops.push(detokenizer.push(token) if detokenizer else "")
+            finish = "stop" if stopped else "length" if count == max_new_tokens else None
+        if finish in ("eos", "length") or token in stops.ids:
+            rest, stopped = stops.push(detokenizer.flush() if detokenizer else "")
+            out += rest + stops.flush()
+        seconds = time.perf_counter() - clock
+        ttft, decode = (seconds, 0.0) if count == 1 else (ttft, decode + seconds)
+        summary = Summary(len(ids), count, ttft, decode, session.state_bytes, finish, cached) if finish else None
+        yield Chunk(out, token, seconds, finish, summary)
+        if finish:
+            return
+        clock = time.perf_counter()
+        logits = session.step(token)
+
+
+class Conversation:
+    """Turns of a chat on one session. The session's state is the only memory: each turn prefills its own text alone.
+
+    Args:
+        session: Of one sequence; what it has seen before is kept.
+        sampler: For all turns, whose ids its repetition penalty counts; None takes the most likely tokens.
+        system: A system message, told with the first turn.
+        max_new_tokens: Most tokens of one answer.
+        stop: Text or special token that ends an answer, or several.
+        prompt_cache: As for `generate`, for the first turn.
+        special_content: As for `generate`.
+
+    Raises:
+        ArtifactError: The model has no tokenizer.
+        UsageError: It has no chat template, or a stop string has text before a special token.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        sampler: Sampler | None = None,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        stop: Sequence[str] = (),
+        prompt_cache: PromptCache | None = None,
+        special_content: bool = False,
+    ) -> None:
+        self.session = session
+        self._text = text_model(session.artifact.directory)
+        self._text.next_turn("?")
+        StopStrings(stop, self._text.special_ids)
+        self._special_content = special_content
+        self._sampler = sampler or Sampler()
+        check_text(system or "", "the system message")
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._max_new_tokens, self._stop, self._cache = max_new_tokens, _stops(stop), prompt_cache
+        self._unseen: list[int] = []  # sampled, shown, and not yet fed to the session
+
+    def say(self, text: str) -> Generator[Chunk]:
+        """Stream the model's answer. Closing the stream ends the answer and leaves a state to go on from."""
+        check_text(text)
+        cache = None
+        if self.session.position.any():
+            ids = self._unseen + self._text.encode_next(text, special_content=self._special_content)
+        else:
+            turns = [*self._system, {"role": "user", "content": text}]
+            ids, cache = self._text.encode_chat(turns, special_content=self._special_content), self._cache
+        _check(self.session, ids, self._max_new_tokens)
+        ends, stops = self._text.turn_ends, StopStrings(self._stop, self._text.special_ids)
+        self._unseen = []
+        for chunk in _stream(
+            self.session, ids, self._text, self._sampler, self._max_new_tokens, ends, stops, cache, silent
+        ):
+            ended = chunk.token in ends | stops.ids  # the next turn brings its own end of answer
+            self._unseen = [] if ended else [chunk.token]
+            yield chunk
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.session.reset()
+        self._sampler.forget()
+        self._unseen = []
+
+    def save(self, path: Path | str) -> None:
+        """Write the conversation's state to a file."""
+        if self._unseen:
+            self.session.prefill(self._unseen)
+            self._unseen = []
+        self.session.snapshot().save(path)
+
+    def load(self, path: Path | str) -> None:
+        """Go on with a conversation that was saved. Of its ids the repetition penalty knows nothing."""
+        from ligerexport.run.runtime import Snapshot
+
+        self.session.restore(Snapshot.load(path))
+        self._sampler.forget()
+        self._unseen = []

@@ -1,0 +1,90 @@
+"""Plain text: files and directories become one stream of tokens and windows of it, to measure or to fit on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ligerexport.errors import UsageError
+from ligerexport.text.datafiles import PIPE_HINT, ending, read_rows
+from ligerexport.text.tokenizer import TextModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def text_files(paths: Iterable[Path], option: str = "--text") -> list[Path]:
+    """Return the files that are meant: a file itself, of a directory every `.txt` below it, in the order of names.
+
+    Args:
+        paths: Files and directories.
+        option: Under which the user gave them, for hints.
+
+    Raises:
+        UsageError: One is not there, or a directory holds no text.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if ending(file) == ".txt" and file.is_file())
+            if not found:
+                raise UsageError(f"no .txt file in {path}", hint=f"name the files themselves: {option} FILE")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        elif path.exists():
+            raise UsageError(f"{path} is a pipe or a device", hint=PIPE_HINT)
+        else:
+            raise UsageError(f"no file or directory {path}", hint=f"give plain text: {option} FILE_OR_DIRECTORY")
+    return files
+
+
+def end_of_text(text: TextModel) -> list[int]:
+    """Return the token that ends a text, as a list; an empty one where the model has none."""
+    return [] if text.eos_id is None else [text.eos_id]
+
+
+def read_tokens(files: Iterable[Path], text: TextModel) -> list[int]:
+    """Return the tokens of all texts, each ended by the end-of-text token where the model has one.
+
+    A file is one text, or rows with the column `text`.
+
+    Raises:
+        DataError: A file is damaged, or is no text at all.
+        UsageError: Rows have no text.
+    """
+    end = end_of_text(text)
+    ids: list[int] = []
+    for file in files:
+        for where, row in read_rows(file):
+            content = row.get("text") if isinstance(row, dict) else None
+            if not isinstance(content, str):
+                raise UsageError(f"{where} has no column 'text'", hint="give plain text, or rows that have a text")
+            ids += [*text.encode(content, special=False), *end]
+    return ids
+
+
+def cut_windows(ids: Sequence[int], length: int, count: int, prefix: Sequence[int] = ()) -> Tensor:
+    """Return windows `[n, length]` that do not overlap, spread evenly over the stream.
+
+    Args:
+        ids: The stream.
+        length: Tokens of a window, its prefix included.
+        count: Most windows.
+        prefix: Ids that begin every text of this model, such as BOS.
+
+    Raises:
+        UsageError: The stream is shorter than one window.
+    """
+    import torch
+
+    body = length - len(prefix)
+    if len(ids) < body:
+        raise UsageError(
+            f"the text has {len(ids):,} tokens, one window has {length:,}",
+            hint=f"give more text, or smaller windows: --length {1 << max(1, len(ids).bit_length() - 1)}",
+        )
+    stream = torch.tensor(ids[: len(ids) // body * body]).view(-1, body)
+    windows = stream[:: max(1, len(stream) // count)][:count]
+    return torch.cat([torch.tensor(list(prefix), dtype=torch.long).expand(len(windows), -1), windows], dim=1)

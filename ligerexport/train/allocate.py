@@ -1,0 +1,375 @@
+"""`allocate`: slots where they are worth most. Each layer is measured with other memories, then a total is shared out.
+
+What a layer gains is measured in the model without training, with the memories of all other layers as they are, and
+taken to add up over layers. `ligerexport.model.config.read_memory` reads the file that comes out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional
+
+from ligerexport import __version__
+from ligerexport.checkpoint.adapter import model_id
+from ligerexport.checkpoint.checkpoint import CheckpointInfo
+from ligerexport.checkpoint.convert import load_model
+from ligerexport.console import ProgressFactory, silent
+from ligerexport.errors import LigerError, UsageError, look_up
+from ligerexport.layers.mixer import LigerMixer
+from ligerexport.measure.evaluate.recall import ONCE, PlainTokenizer, answer_all, passkey_prompts
+from ligerexport.measure.evaluate.scorer import TorchScorer
+from ligerexport.measure.evaluate.settings import DEVICES, DTYPES
+from ligerexport.measure.evaluate.subject import pick_device
+from ligerexport.model.config import MEMORY, LigerConfig, Slots
+from ligerexport.staging import staged_file
+from ligerexport.text.corpus import cut_windows, read_tokens, text_files
+from ligerexport.text.tokenizer import TextModel
+from ligerexport.train.config import RecoverConfig
+from ligerexport.train.model import load_teacher
+from ligerexport.train.recover import prepare
+
+COUNTED = ("kl", "once_nll")
+"""What `Measure` returns of which the relative changes are a memory's cost."""
+
+
+@dataclass(frozen=True)
+class AllocateConfig:
+    """What `allocate` does, beside model, data and places.
+
+    Attributes:
+        slots: Exact slots of a converted layer, on average; None is as many as the checkpoint has.
+        length: Tokens of a window of `data`.
+        windows: Most windows.
+        trials: Prompts with a key.
+        distance: Tokens of prose around it.
+        device: Row of `DEVICES`.
+        dtype: Row of `DTYPES`, of the weights.
+
+    Raises:
+        UsageError: A value makes no sense.
+    """
+
+    slots: int | None = None
+    length: int = 2048
+    windows: int = 8
+    trials: int = 12
+    distance: int = 2048
+    device: str = "auto"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "length", "windows", "trials", "distance"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} {value}", hint="give at least 1")
+        look_up("device", self.device, dict.fromkeys(DEVICES))
+        look_up("dtype", self.dtype, dict.fromkeys(DTYPES))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be measured.
+
+    Attributes:
+        info: The checkpoint.
+        text: Its tokenizer.
+        windows: Of the data, `[n, length]`.
+        prose: A stream of tokens.
+        tried: The memories of each converted layer, its own first.
+        budget: Slots of all converted layers together.
+        config: The settings.
+    """
+
+    info: CheckpointInfo
+    text: TextModel
+    windows: Tensor
+    prose: list[int]
+    tried: dict[int, list[LigerConfig]]
+    budget: int
+    config: AllocateConfig
+
+    @property
+    def measurements(self) -> int:
+        """How often the model is measured: once as it is, then with each other memory of each layer."""
+        return 1 + sum(len(memories) - 1 for memories in self.tried.values())
+
+    @property
+    def tokens(self) -> int:
+        """About how many tokens are read; the Transformer reads the windows too."""
+        windows = self.windows.numel()
+        return windows + self.measurements * (windows + self.config.trials * self.config.distance)
+
+
+def allocate(
+    model: str | Path,
+    data: str | Path | Sequence[str | Path],
+    text: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    against: str | Path | None = None,
+    force: bool = False,
+    progress: ProgressFactory | None = None,
+    **settings: Any,
+) -> Path:
+    """Measure a converted checkpoint with other memories, layer by layer, and share slots out by what layers gain.
+
+    Args:
+        model: Directory that `convert` or `recover` wrote; its windows and pools are where the measurement starts.
+        data: Chats or text, in the forms that `recover` reads: divergence from the Transformer is measured on it.
+        text: Plain prose, files or directories of `.txt` files: a key is said in it once, and asked for.
+        output: JSON file to write, for `convert(..., memory=output)`.
+        against: The Transformer; None takes the checkpoint's own weights with their softmax attention.
+        force: Whether an older file may be replaced.
+        progress: Reports the phases; silent by default.
+        **settings: Fields of `AllocateConfig`; None leaves the default.
+
+    Returns:
+        `output`.
+
+    Raises:
+        UsageError: A setting makes no sense for this model, there is too little text, or the place is in use.
+        DataError: The data is damaged, empty or in another form.
+        CheckpointError: A checkpoint is incomplete or damaged.
+        MissingDependency: A device is not there.
+        LigerError: A measurement is not finite.
+    """
+    config, output = make_config(settings), Path(output)
+    check_output(output, force)
+    device = pick_device(config.device)
+    plan = make_plan(model, data, text, config, against, progress)
+    info, dtype = plan.info, getattr(torch, config.dtype)
+    measure = Measure(
+        load_teacher(info, against, dtype).to(device), plan.windows, plan.text, plan.prose,
+        distance=config.distance, trials=config.trials,
+    )  # fmt: skip
+    student: Any = load_model(info.path, dtype)
+    measured = measure_layers(student.to(device).eval(), plan.tried, measure, progress or silent)
+    chosen = share_out(
+        [[memory.num_slots for memory in tried] for tried in plan.tried.values()],
+        [[row["cost"] for row in rows] for rows in measured.values()],
+        plan.budget,
+    )
+    choices = dict(zip(plan.tried, chosen, strict=True))
+    sizes = {layer: plan.tried[layer][choice] for layer, choice in choices.items()}
+    record = {
+        "model": str(model), "model_id": model_id(info), "against": None if against is None else str(against),
+        "data": list(map(str, _several(data))), "text": list(map(str, _several(text))), **asdict(config),
+        "base": dict(info.config["liger"]), "layers": len(sizes), "budget": plan.budget,
+        "total": sum(memory.num_slots for memory in sizes.values()),
+        "expected_cost": sum(measured[layer][choice]["cost"] for layer, choice in choices.items()),
+        "measured": [{"layer": layer, "memories": rows} for layer, rows in measured.items()],
+        "versions": {
+            "ligerexport": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        },
+    }  # fmt: skip
+    fields = as_fields(LigerConfig.from_dict(record["base"]), sizes)
+    with staged_file(output) as file:
+        file.write_text(json.dumps(fields | {"record": record}, indent=1) + "\n", encoding="utf-8")
+    return output
+
+
+def make_config(settings: dict[str, Any]) -> AllocateConfig:
+    """Return the settings that are not None as a configuration.
+
+    Raises:
+        UsageError: One makes no sense.
+    """
+    return AllocateConfig(**{key: value for key, value in settings.items() if value is not None})
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuse an output that would lose something.
+
+    Raises:
+        UsageError: There is something already.
+    """
+    if output.is_dir() or (output.exists() and not force):
+        raise UsageError(f"{output} exists", hint="choose another file with -o, or replace a file with --force")
+
+
+def make_plan(
+    model: str | Path,
+    data: str | Path | Sequence[str | Path],
+    text: str | Path | Sequence[str | Path],
+    config: AllocateConfig,
+    against: str | Path | None = None,
+    progress: ProgressFactory | None = None,
+) -> Plan:
+    """Check model, data and text, and say what will be measured; loads no weight.
+
+    Raises:
+        UsageError, DataError, CheckpointError: See `allocate`.
+    """
+    length = config.length
+    reading = RecoverConfig("distill", length=length, batch_tokens=length, steps=config.windows)
+    info, documents = prepare(model, data, reading, against, progress)
+    liger = LigerConfig.from_dict(info.config["liger"])
+    if not liger.slots:
+        raise UsageError(f"{model} has no pools of slots to share out", hint="convert it with --preset evicted")
+    layers = sorted(set(range(info.config["num_hidden_layers"])) - liger.unchanged)
+    tried = {layer: memories(liger.for_layer(layer)) for layer in layers}
+    budget = sum(own.num_slots for own, *_ in tried.values()) if config.slots is None else config.slots * len(layers)
+    least = sum(min(memory.num_slots for memory in each) for each in tried.values())
+    if budget < least:
+        raise UsageError(
+            f"{config.slots} slots a layer, the smallest memories that are tried have {least / len(layers):.0f}",
+            hint=f"--slots {math.ceil(least / len(layers))}, or start from a checkpoint with fewer slots",
+        )
+    if length <= (fewest := min(own.num_slots for own, *_ in tried.values())):
+        raise UsageError(f"windows of {length} tokens lose nothing to {fewest} slots", hint=f"--length {16 * fewest}")
+    tokenizer = TextModel(info.path)
+    prose = read_tokens(text_files(Path(path).expanduser() for path in _several(text)), tokenizer)
+    if len(prose) <= config.distance:
+        raise UsageError(
+            f"the text has {len(prose):,} tokens, a key in {config.distance:,} needs more",
+            hint="give more plain text: --text FILE_OR_DIRECTORY, or a smaller --distance",
+        )
+    windows = cut_windows(documents.ids.tolist(), length, config.windows, tokenizer.encode(""))
+    return Plan(info, tokenizer, windows, prose, tried, budget, config)
+
+
+def memories(config: LigerConfig) -> list[LigerConfig]:
+    """Return the memories to try in a layer, its own first: totals from 5/16 to 4 times its slots.
+
+    Pools grow with the total and the window takes the rest. Of the largest total there are two more: with the pools of
+    half of it, and with the window of half of it and a larger last pool.
+    """
+
+    def scaled(total: float, pools: float) -> tuple[int, Slots]:
+        slots = tuple((name, max(1, round(pools * count))) for name, count in config.slots)
+        return round(total * config.num_slots) - config.sinks - sum(count for _, count in slots), slots
+
+    half, full = scaled(2, 2), scaled(4, 4)
+    window, (*pools, (last, count)) = full
+    deep = half[0], (*pools, (last, count + window - half[0]))
+    sizes = [scaled(5 / 16, 5 / 16), scaled(1 / 2, 1 / 2), half, full, scaled(4, 2), deep]
+    most = config.max_distance or math.inf
+    found = [replace(config, window=window, slots=slots) for window, slots in sizes if 1 <= window <= most]
+    return list(dict.fromkeys([config, *found]))
+
+
+def measure_layers(
+    model: Any, tried: dict[int, list[LigerConfig]], measure: Measure, progress: ProgressFactory
+) -> dict[int, list[dict[str, Any]]]:
+    """Return what each memory of each layer does to a model, the rest of which stays as it is.
+
+    Args:
+        model: Converted, on its device.
+        tried: Memories by layer, its own first.
+        measure: Called with the model.
+        progress: Opens the phase.
+
+    Returns:
+        For each memory its sizes, what was measured, and its cost: the sum of the relative changes of `COUNTED`.
+
+    Raises:
+        LigerError: A measurement is not finite.
+    """
+    measured = {}
+    with progress("measuring layers", 1 + sum(len(each) - 1 for each in tried.values()), "steps") as advance:
+        base = measure(model)
+        advance(1)
+        for index, (own, *others) in tried.items():
+            layer, rows = model.model.layers[index], [_row(own, base, base)]
+            mixer = layer.self_attn
+            for memory in others:
+                layer.self_attn = LigerMixer(mixer, replace(mixer.spec, config=memory), mixer.inv_freq)
+                rows.append(_row(memory, measure(model), base))
+                advance(1)
+            layer.self_attn, measured[index] = mixer, rows
+    return measured
+
+
+def _row(memory: LigerConfig, found: dict[str, float], base: dict[str, float]) -> dict[str, Any]:
+    cost = sum(found[key] / base[key] - 1 for key in COUNTED)
+    if not math.isfinite(cost):
+        raise LigerError(f"a measurement is not finite: {found}", hint="try --dtype float32")
+    return {"window": memory.window, "slots": memory.slots, **found, "cost": cost}
+
+
+def share_out(sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], budget: int) -> list[int]:
+    """Return which of its options each layer takes so that the sum of costs is least and sizes are within a budget.
+
+    Exact, by dynamic programming over the slots that are spent.
+
+    Args:
+        sizes: Of each layer's options.
+        costs: Of the same.
+        budget: Most of all sizes together; at least the sum of the smallest.
+    """
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by what is spent: cost, options so far
+    for layer_sizes, layer_costs in zip(sizes, costs, strict=True):
+        reached: dict[int, tuple[float, list[int]]] = {}
+        for spent, (cost, options) in best.items():
+            for option, (size, more) in enumerate(zip(layer_sizes, layer_costs, strict=True)):
+                total = spent + size
+                if total <= budget and (total not in reached or cost + more < reached[total][0]):
+                    reached[total] = (cost + more, [*options, option])
+        best = reached
+    return min(best.values(), key=lambda found: found[0])[1]
+
+
+def as_fields(liger: LigerConfig, sizes: dict[int, LigerConfig]) -> dict[str, Any]:
+    """Return the fields `MEMORY` that give each layer its memory: the most frequent one is everybody's."""
+    pairs = {layer: (memory.window, memory.slots) for layer, memory in sizes.items()}
+    (window, slots), _ = Counter(pairs.values()).most_common(1)[0]
+    single = tuple((layer, *pair) for layer, pair in pairs.items() if pair != (window, slots))
+    fields = replace(liger, window=window, slots=slots, layer_memory=single).to_dict()
+    return {name: fields[name] for name in MEMORY}
+
+
+class Measure:
+    """Divergence from a Transformer on fixed windows of text, and recall of a key that is said once in prose.
+
+    Args:
+        teacher: The Transformer.
+        windows: `[n, length]`; the first eighth of each is context alone, since a memory loses nothing so early.
+        text: The tokenizer.
+        prose: A stream of tokens.
+        distance: Tokens of prose around the key.
+        trials: Prompts.
+    """
+
+    def __init__(
+        self, teacher: Any, windows: Tensor, text: TextModel, prose: Sequence[int], *, distance: int, trials: int
+    ) -> None:
+        self.windows, self.last = windows, windows.shape[1] - windows.shape[1] // 8
+        prefix = text.encode("")
+        prompts = passkey_prompts(PlainTokenizer(text), prose, ONCE, distance, trials, seed=7)
+        self.prompts = [prompt.after(prefix) for prompt in prompts]
+        self.expected = [self._log_p(teacher, row).half() for row in windows]
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Return KL(Transformer || model), the share of digits recalled and their NLL, in nats a token."""
+        total = sum(
+            functional.kl_div(self._log_p(model, row), expected.float(), reduction="sum", log_target=True).item()
+            for row, expected in zip(self.windows, self.expected, strict=True)
+        )
+        share, nll = answer_all(_Uncached(model), self.prompts)
+        return {"kl": total / (len(self.windows) * self.last), "once": share.mean, "once_nll": nll.mean}
+
+    def _log_p(self, model: Any, row: Tensor) -> Tensor:
+        return _Uncached(model).forced(row[None], self.last)[0].log_softmax(dim=-1)
+
+
+class _Uncached(TorchScorer):
+    """Reads without a cache: layers that were replaced would keep another one than the model's configuration says."""
+
+    @torch.no_grad()
+    def forced(self, ids: Tensor, last: int) -> Tensor:
+        """Return as `Scorer.forced`."""
+        return self.model(ids.to(self.model.device), use_cache=False, logits_to_keep=last).logits.float()
+
+
+def _several(paths: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [paths] if isinstance(paths, (str, Path)) else paths

@@ -1,0 +1,118 @@
+"""The settings of a recovery, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ligerexport.errors import UsageError
+from ligerexport.train.recipes import DEFAULT_RECIPE, Recipe, get_recipe
+
+TARGETS = ("q_proj", "k_proj", "v_proj")
+DEFAULT_TOKENS = 3_000_000
+
+
+@dataclass(frozen=True)
+class RecoverConfig:
+    """What `recover` does, beside model, data and places.
+
+    Attributes:
+        recipe: Row of `RECIPES`.
+        rank: Of the LoRA matrices.
+        alpha: Of LoRA: its product is scaled by alpha / rank.
+        targets: Names of the projections that get LoRA.
+        tokens: Tokens to train on, `steps * batch_tokens`; None where `steps` is given.
+        steps: Optimizer steps; None follows from `tokens`.
+        length: Tokens of a row; documents are packed into rows, and none is longer.
+        batch_tokens: Tokens of one optimizer step, over all processes: a multiple of `length`.
+        micro_batch_tokens: Tokens in memory at a time, for each process; None takes its whole share of the batch.
+        rate: Largest learning rate; None takes the recipe's.
+        warmup: Steps in which the rate rises; None takes the recipe's.
+        overlong: Whether a sample longer than `length` is cut or dropped.
+        dtype: Of the frozen weights and the arithmetic. LoRA, its optimizer and all losses are fp32 in any case.
+        gradient_checkpointing: Whether to compute activations a second time instead of keeping them.
+        seed: Of the order of the data and LoRA's first values.
+        save_every: Steps between two states to resume from.
+
+    Raises:
+        UsageError: A value makes no sense, or two of them exclude each other.
+    """
+
+    recipe: str = DEFAULT_RECIPE
+    rank: int = 8
+    alpha: float = 8.0
+    targets: tuple[str, ...] = TARGETS
+    tokens: int | None = None
+    steps: int | None = None
+    length: int = 1024
+    batch_tokens: int = 8192
+    micro_batch_tokens: int | None = None
+    rate: float | None = None
+    warmup: int | None = None
+    overlong: Literal["cut", "drop"] = "cut"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        get_recipe(self.recipe)
+        if self.tokens is not None and self.steps is not None:
+            raise UsageError("both tokens and steps are given", hint="leave one of --tokens and --steps out")
+        for name, options in (("dtype", ("bf16", "fp32")), ("overlong", ("cut", "drop"))):
+            if getattr(self, name) not in options:
+                raise UsageError(f"{name} '{getattr(self, name)}'", hint=f"choose from {', '.join(options)}")
+        for name in ("rank", "alpha", "tokens", "steps", "batch_tokens", "micro_batch_tokens", "rate", "save_every"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} {value}", hint="it is more than 0")
+        if self.warmup is not None and self.warmup < 0:
+            raise UsageError(f"warmup {self.warmup}", hint="it counts steps and is not negative")
+        if self.length < 2:
+            raise UsageError(f"length {self.length}", hint="a row holds at least 2 tokens: one to read, one to predict")
+        if not self.targets:
+            raise UsageError("no targets for LoRA", hint=f"--targets {','.join(TARGETS)}")
+        for name in ("batch_tokens", "micro_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value % self.length:
+                below = max(1, value // self.length) * self.length
+                raise UsageError(
+                    f"{name} {value} is no multiple of the length {self.length}",
+                    hint=f"try --{name.replace('_', '-')} {below}",
+                )
+
+    @property
+    def row(self) -> Recipe:
+        """The recipe."""
+        return get_recipe(self.recipe)
+
+    @property
+    def rows(self) -> int:
+        """Rows of one optimizer step, over all processes."""
+        return self.batch_tokens // self.length
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return self.steps or max(1, round((self.tokens or DEFAULT_TOKENS) / self.batch_tokens))
+
+    @property
+    def max_rate(self) -> float:
+        """Largest learning rate."""
+        return self.row.rate if self.rate is None else self.rate
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which the rate rises."""
+        return round(self.row.warmup * self.num_steps) if self.warmup is None else self.warmup
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the numbers of a run: a state is continued only under the same.
+
+        How a batch is cut for memory and how often a state is kept make no difference beyond rounding.
+        """
+        free = ("tokens", "micro_batch_tokens", "gradient_checkpointing", "save_every")
+        resolved = {"steps": self.num_steps, "rate": self.max_rate, "warmup": self.warmup_steps}
+        data = asdict(self) | resolved | {"targets": list(self.targets)}
+        return {key: value for key, value in data.items() if key not in free}

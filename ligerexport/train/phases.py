@@ -1,0 +1,80 @@
+"""`PHASES`: each a function (student, teacher, batch) -> scalar, the sum of a loss over the positions that count.
+
+A new idea is one function here and one row in `RECIPES`. Both models are transformers' `ForCausalLM`: the student with
+`LigerMixer` attention and LoRA in it, the teacher as its family has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ligerexport.layers.mixer import LigerMixer
+from ligerexport.model.config import LigerConfig
+from ligerexport.model.families import output_head
+from ligerexport.train.losses import divergence, next_token_loss, relative_error
+from ligerexport.train.packing import Batch
+
+PhaseFunction = Callable[[Any, Any, Batch], Tensor]
+
+
+def next_token(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    """Predict the next token; needs no teacher."""
+    assert batch.places is not None
+    return next_token_loss(_hidden(student, batch), output_head(student), batch.targets.flatten()[batch.places])
+
+
+def follow(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    """Predict what the teacher predicts: KL(teacher || student)."""
+    with torch.no_grad():
+        expected = _hidden(teacher, batch)
+    return divergence(_hidden(student, batch), output_head(student), expected, output_head(teacher))
+
+
+def align(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    """Give each layer's attention the teacher's input, and compare its output with the teacher's, after `o_proj`.
+
+    The mean over converted layers of the relative squared error. Layers do not wait for each other: one pass of the
+    teacher, and gradients that stay within a layer.
+    """
+    assert batch.counted is not None
+    counted, losses = batch.counted, []
+
+    def error(mixer: LigerMixer, target: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        return relative_error(mixer(**kwargs)[0], target, counted)
+
+    def compare(mixer: LigerMixer, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        with torch.enable_grad():
+            keep = not student.model.layers[0].gradient_checkpointing
+            found = error(mixer, output[0], kwargs) if keep else checkpoint(error, mixer, output[0], kwargs,
+                                                                            use_reentrant=False)  # fmt: skip
+        losses.append(found)
+
+    unchanged = LigerConfig.from_dict(student.config.liger).unchanged
+    pairs = enumerate(zip(student.model.layers, teacher.model.layers, strict=True))
+    hooks = [
+        theirs.self_attn.register_forward_hook(partial(compare, mine.self_attn), with_kwargs=True)
+        for layer, (mine, theirs) in pairs
+        if layer not in unchanged
+    ]
+    try:
+        with torch.no_grad():
+            teacher.model(**batch.inputs())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(losses).mean()
+
+
+def _hidden(model: Any, batch: Batch) -> Tensor:
+    """Return the hidden states of the positions that count, `[T, hidden]`."""
+    assert batch.places is not None
+    return model.model(**batch.inputs()).last_hidden_state.flatten(0, 1).index_select(0, batch.places)
+
+
+PHASES: dict[str, PhaseFunction] = {"next_token": next_token, "follow": follow, "align": align}

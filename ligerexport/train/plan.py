@@ -1,0 +1,106 @@
+"""What a recovery will take, from headers and settings alone: parameters, steps, bytes of memory. Loads no weight.
+
+The memory is an estimate for the fused kernels, good to a few tenths; its terms are in docs/guides/recover.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ligerexport.checkpoint.checkpoint import CheckpointInfo
+from ligerexport.train.config import RecoverConfig
+from ligerexport.train.model import target_shapes
+
+LOGIT_CHUNK = 1024
+"""Positions whose logits exist at a time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of a recovery; bytes are those of each process.
+
+    Attributes:
+        trainable_parameters: LoRA's.
+        parameters: Of the frozen model.
+        steps: Optimizer steps.
+        tokens: Of all steps, padding included.
+        weight_bytes: Frozen weights, the teacher's included.
+        lora_bytes: LoRA in fp32 with its gradient and the two moments of AdamW.
+        activation_bytes: What is kept for the way back.
+        logit_bytes: Logits of a chunk, of student and teacher, in fp32.
+    """
+
+    trainable_parameters: int
+    parameters: int
+    steps: int
+    tokens: int
+    weight_bytes: int
+    lora_bytes: int
+    activation_bytes: int
+    logit_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """All of it."""
+        return self.weight_bytes + self.lora_bytes + self.activation_bytes + self.logit_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self) | {"memory_bytes": self.memory_bytes}
+
+
+def make_plan(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, shard: bool = False) -> Plan:
+    """Estimate a recovery.
+
+    Args:
+        info: The checkpoint.
+        config: Settings.
+        processes: That share the batch.
+        shard: Whether they share the weights too.
+
+    Raises:
+        UsageError: A target of LoRA is no projection of this model.
+    """
+    shapes = target_shapes(info, config.targets)
+    lora = sum(config.rank * (shape[0] + shape[1]) for shape in shapes.values())
+    parameters = sum(_count(tensor.shape) for tensor in info.tensors.values())
+    width = 2 if config.dtype == "bf16" else 4
+    models, parts = 2 if config.row.needs_teacher else 1, processes if shard else 1
+    layers = info.config["num_hidden_layers"]
+    layer = max(1, sum(_count(t.shape) for name, t in info.tensors.items() if ".layers." in name) // layers)
+    outside = parameters - layers * layer
+    # whole at a time: the layer at work, the next one, and what the root of the shards holds, such as the embedding
+    gathered = models * width * (2 * layer + outside) if shard else 0
+
+    per_layer, boundary = _activations(info.config, width)
+    tokens = config.micro_batch_tokens or max(config.length, config.batch_tokens // processes)
+    kept = layers * boundary + per_layer if config.gradient_checkpointing else layers * per_layer
+    return Plan(
+        trainable_parameters=lora,
+        parameters=parameters,
+        steps=config.num_steps,
+        tokens=config.num_steps * config.batch_tokens,
+        weight_bytes=models * parameters * width // parts + gathered,
+        lora_bytes=lora * 16 // parts,
+        activation_bytes=tokens * kept,
+        logit_bytes=4 * 4 * LOGIT_CHUNK * info.config["vocab_size"],
+    )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _activations(config: Any, width: int) -> tuple[int, int]:
+    """Return the bytes a token keeps in a layer, and those of the layer's input alone."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    q_heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or q_heads
+    head = config.get("head_dim") or hidden // q_heads
+    norms = 2 * (4 + width) * hidden
+    attention = 2 * width * (2 * q_heads + 2 * kv_heads) * head  # projections and output, and as padded rows
+    return norms + attention + width * (3 * inner + 2 * hidden), width * hidden

@@ -1,0 +1,327 @@
+"""`recover`: from a converted checkpoint and text to a recovered one.
+
+Only the order of the work is here. Torch is imported once there is something to train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ligerexport.console import ProgressFactory, say, silent, warn
+from ligerexport.errors import MissingDependency, UsageError
+from ligerexport.model.config import LigerConfig
+from ligerexport.staging import check_destination, remove_directory, staged_directory
+from ligerexport.train.config import RecoverConfig
+
+if TYPE_CHECKING:
+    from ligerexport.checkpoint.checkpoint import CheckpointInfo
+    from ligerexport.train.data import Documents
+    from ligerexport.train.loop import OnStep, Step
+
+_MANY_TIMES = 10
+"""How often the same data may be read without a warning."""
+_WARM = 5.0
+"""Seconds of a step from which on what is done only once hardly counts."""
+_VERSIONS = ("ligerexport", "torch", "transformers", "peft", "accelerate")
+
+
+def recover(
+    model: str | Path,
+    data: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    against: str | Path | None = None,
+    merge: bool = True,
+    resume: Literal["auto", "never"] = "auto",
+    shard: bool = False,
+    force: bool = False,
+    tensorboard: str | Path | None = None,
+    progress: ProgressFactory | None = None,
+    on_step: OnStep | None = None,
+    **settings: Any,
+) -> Path:
+    """Train LoRA on a converted checkpoint and write what it became.
+
+    The run keeps states in `OUTPUT.state` and goes on from the newest one when it is called again with the same
+    settings; they are removed when the result is whole. Under `torchrun` or `accelerate launch` all processes call it.
+
+    Args:
+        model: Directory that `convert` wrote.
+        data: Files, directories or data sets of the hub; see `ligerexport.train.records.FORMS`.
+        output: Directory to write.
+        against: The Transformer to follow; None takes the checkpoint's own weights with their softmax attention.
+        merge: Whether to merge LoRA into the weights; otherwise `output` is PEFT's adapter.
+        resume: `auto` goes on from a state, `never` starts again.
+        shard: Whether the processes share the weights (FSDP2) instead of holding copies.
+        force: Whether an older result in `output` may be replaced.
+        tensorboard: Directory for TensorBoard's scalars.
+        progress: Reports the phases; silent by default.
+        on_step: Called on the main process after each step.
+        **settings: Fields of `RecoverConfig`; None leaves the default.
+
+    Returns:
+        `output`.
+
+    Raises:
+        UsageError: A setting makes no sense for this model, or a place is in use.
+        DataError: The data is damaged, empty or in another form.
+        CheckpointError: A checkpoint is incomplete or damaged, or a state belongs to another run.
+        MissingDependency: The `recover` extra is not installed.
+        LigerError: The loss is not finite, or memory ran out; what was kept says how to go on.
+    """
+    from ligerexport.checkpoint.adapter import RECORD
+
+    config, output = make_config(settings), Path(output)
+    if resume not in ("auto", "never"):
+        raise UsageError(f"resume '{resume}'", hint="choose from auto, never")
+    check_places(Path(model), output, force)
+    info, documents = prepare(model, data, config, against, progress)
+    warn_of_repeats(documents, config)
+    _require("accelerate", "peft")
+    writer = _writer(tensorboard)
+
+    from ligerexport.checkpoint.adapter import write_adapter, write_merged
+    from ligerexport.train.distributed import Group
+    from ligerexport.train.report import write_report
+    from ligerexport.train.state import load_state, state_directory
+
+    group = Group.join(shard)
+    states, run = state_directory(output), identity(info, documents, config, against)
+    if resume == "never" and group.main:
+        remove_directory(states)
+    group.wait()
+    state = load_state(states, run)  # before the weights are loaded: a mistake is told at once
+    trainer, lora = _trainer(info, documents, config, against, group, states, run)
+    if state is not None:
+        trainer.restore(state)
+        if group.main:
+            say(f"going on after step {state.step} of {config.num_steps}")
+    trainer.train(progress if group.main else None, _observers(writer, on_step) if group.main else None)
+
+    tensors = trainer.tensors()
+    if group.main:
+        record = make_record(run, config, documents, trainer.history)
+        with staged_directory(output, force=force, marker=RECORD) as stage:
+            if merge:
+                write_merged(stage, info, tensors, config.alpha / config.rank, record, progress)
+            else:
+                write_adapter(stage, tensors, lora, record | {"liger": info.config["liger"]})
+            write_report(stage, record, trainer.history)
+        remove_directory(states)
+    group.wait()
+    return output
+
+
+def make_config(settings: dict[str, Any]) -> RecoverConfig:
+    """Return the settings that are not None as a configuration.
+
+    Raises:
+        UsageError: One makes no sense.
+    """
+    return RecoverConfig(**{key: value for key, value in settings.items() if value is not None})
+
+
+def check_places(model: Path, output: Path, force: bool) -> None:
+    """Refuse an output that would lose something.
+
+    Raises:
+        UsageError: It is in use, or is the model itself.
+    """
+    from ligerexport.checkpoint.adapter import RECORD
+
+    if output.resolve() == model.expanduser().resolve():
+        raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
+    check_destination(output, force=force, marker=RECORD)
+
+
+def prepare(
+    model: str | Path,
+    data: str | Path | Sequence[str | Path],
+    config: RecoverConfig,
+    against: str | Path | None,
+    progress: ProgressFactory | None = None,
+) -> tuple[CheckpointInfo, Documents]:
+    """Check the model, the teacher and the data; loads no weight.
+
+    Returns:
+        The checkpoint, and as many documents as the run reads, or all there are.
+
+    Raises:
+        UsageError, DataError, CheckpointError: See `recover`.
+    """
+    from ligerexport.checkpoint.adapter import check_student
+    from ligerexport.text.tokenizer import TextModel
+    from ligerexport.train.data import tokenize
+    from ligerexport.train.model import target_shapes, teacher_config
+    from ligerexport.train.records import read_records
+
+    info = check_student(model)
+    target_shapes(info, config.targets)
+    context = info.config.get("max_position_embeddings")
+    if context is not None and config.length > context:
+        raise UsageError(f"length {config.length} is more than the {context} tokens that the model was trained on",
+                         hint=f"--length {context}")  # fmt: skip
+    if config.row.needs_teacher:
+        teacher_config(info, against)
+        kept = LigerConfig.from_dict(info.config["liger"]).unchanged
+        if len(kept) == info.config["num_hidden_layers"]:
+            raise UsageError(f"{model} has no converted layer", hint="convert it without --keep-softmax")
+    elif against is not None:
+        raise UsageError(
+            f"the recipe {config.recipe} needs no teacher", hint="leave --against out, or --recipe distill"
+        )
+    sources = [data] if isinstance(data, (str, Path)) else list(data)
+    documents = tokenize(
+        read_records(sources), TextModel(info.path), length=config.length, vocab_size=info.config["vocab_size"],
+        overlong=config.overlong, wanted=config.num_steps * config.batch_tokens, seed=config.seed, progress=progress,
+    )  # fmt: skip
+    return info, documents
+
+
+def warn_of_repeats(documents: Documents, config: RecoverConfig) -> None:
+    """Warn where the same few texts are read over and over."""
+    from ligerexport.train.packing import pack
+
+    if config.num_steps * config.batch_tokens <= _MANY_TIMES * len(documents.ids):
+        return
+    rows = len(pack(documents.lengths, config.length))  # short documents do not fill them
+    times, most = config.num_steps * config.rows / rows, _MANY_TIMES * rows // config.rows
+    if times > _MANY_TIMES:
+        less = f", or --tokens {most * config.batch_tokens}" if most else ""
+        warn(f"the run reads the {len(documents.ids):,} tokens of the data {times:,.0f} times, and will learn them by "
+             f"heart; give more data{less}")  # fmt: skip
+
+
+def measure_seconds(
+    info: CheckpointInfo,
+    documents: Documents,
+    config: RecoverConfig,
+    against: str | Path | None,
+    processes: int = 1,
+    progress: ProgressFactory | None = None,
+) -> float:
+    """Return the seconds that a run will take, by training with the loss of each phase on a part of a step.
+
+    The part is one row on a CPU, where time grows with the rows, and on a GPU all rows that are in memory at a time.
+
+    Args:
+        info: The checkpoint.
+        documents: From `prepare`.
+        config: Settings.
+        against: As for `recover`.
+        processes: That share the rows; only this one measures.
+        progress: Reports the steps that are measured; silent by default.
+
+    Raises:
+        MissingDependency: The `recover` extra is not installed.
+        LigerError: The loss is not finite, or memory ran out.
+    """
+    _require("accelerate", "peft")
+    import torch
+
+    from ligerexport.train.distributed import Group
+    from ligerexport.train.loop import micro_rows
+
+    group = Group(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+    rows = 1 if group.device.type == "cpu" else micro_rows(config, processes)
+    part = replace(config, batch_tokens=rows * config.length, micro_batch_tokens=None, tokens=None,
+                   steps=config.num_steps)  # fmt: skip
+    steps = [config.row.phase_at(step, config.num_steps).loss for step in range(config.num_steps)]
+    trainer, _ = _trainer(info, documents, part, against, group, Path(), {})
+    total, losses = 0.0, dict.fromkeys(steps)
+    with (progress or silent)("measuring a part of each phase", len(losses), "steps") as advance:
+        for loss in losses:
+            seconds = trainer.try_step(steps.index(loss)).seconds
+            if seconds < _WARM:  # much of it may have been the first time
+                seconds = trainer.try_step(steps.index(loss)).seconds
+            total += seconds * steps.count(loss)
+            advance(1)
+    return total * config.rows / (rows * processes)
+
+
+def identity(
+    info: CheckpointInfo, documents: Documents, config: RecoverConfig, against: str | Path | None
+) -> dict[str, Any]:
+    """Return what tells a run from others: model, data, settings."""
+    from ligerexport.checkpoint.adapter import model_id
+
+    teacher = (str(against) if against else "itself") if config.row.needs_teacher else None
+    return {"model": model_id(info), "data": documents.sha256, "teacher": teacher, **config.identity()}
+
+
+def make_record(
+    run: dict[str, Any], config: RecoverConfig, documents: Documents, history: Sequence[Step]
+) -> dict[str, Any]:
+    """Return what the result says about its making."""
+    from ligerexport.train.report import phase_table
+
+    versions = {}
+    for name in _VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            continue
+    return run | {
+        "tokens": sum(step.tokens for step in history),
+        "final_loss": phase_table(history)[-1]["final_loss"],
+        "phases": [asdict(phase) for phase in config.row.phases],
+        "samples": documents.counts,
+        "versions": versions,
+    }
+
+
+def _trainer(
+    info: CheckpointInfo, documents: Documents, config: RecoverConfig, against: Any, group: Any, states: Path, run: Any
+) -> tuple[Any, Any]:
+    """Load the models and return the trainer and PEFT's configuration."""
+    import torch
+    from transformers import set_seed
+
+    from ligerexport.train.distributed import place
+    from ligerexport.train.loop import Trainer, micro_rows
+    from ligerexport.train.model import load_student, load_teacher
+    from ligerexport.train.packing import Rows, pack
+
+    micro_rows(config, group.size)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+    set_seed(config.seed)
+    student, lora = load_student(info, config, dtype)
+    teacher = place(load_teacher(info, against, dtype), group) if config.row.needs_teacher else None
+    rows = Rows(documents, pack(documents.lengths, config.length), config.length, config.seed)
+    return Trainer(place(student, group), teacher, rows, config, group, states, run), lora
+
+
+def _require(*modules: str) -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise MissingDependency(" and ".join(missing), extra="recover")
+
+
+def _writer(directory: str | Path | None) -> Any:
+    """Return TensorBoard's writer, if one is wanted."""
+    if directory is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingDependency("tensorboard", hint="pip install tensorboard, or leave --tensorboard out") from None
+    return SummaryWriter(str(directory))
+
+
+def _observers(writer: Any, on_step: OnStep | None) -> OnStep:
+    def observe(step: Step) -> None:
+        if on_step is not None:
+            on_step(step)
+        if writer is not None:
+            values = {"loss": step.loss, "norm": step.norm, "rate": step.rate,
+                      "tokens_per_second": step.tokens / step.seconds}  # fmt: skip
+            for name, value in values.items():
+                writer.add_scalar(f"{step.phase}/{name}" if name == "loss" else name, value, step.step)
+            writer.flush()
+
+    return observe

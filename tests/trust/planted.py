@@ -1,0 +1,215 @@
+"""Plant faults in artifacts while they are built, and see what verification says; and that it lets sound ones pass.
+
+    python tests/trust/planted.py -o benchmarks/results/planted.json
+    python tests/trust/planted.py --sound 100 -o benchmarks/results/sound.json
+    python tests/trust/planted.py --checkpoint CONVERTED --lowerings ort native -o benchmarks/results/planted_real.json
+
+Tiny random models, or a converted checkpoint. A run goes on where the file left off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+sys.path.append(str(Path(__file__).parents[1]))  # tiny checkpoints are the tests'
+
+from checkpoints import FORESIGHT, MEMORY, make_checkpoint, make_transformer
+from planting import AT, FAULTS, Fault, Site
+from planting.edited import find, instead
+from planting.understood import converted_instead
+
+from ligerexport.artifact.artifact import Artifact, Source
+from ligerexport.checkpoint.convert import convert
+from ligerexport.errors import LigerError, VerificationError
+from ligerexport.exporters.build import build, make_manifest
+from ligerexport.exporters.onnx import session
+from ligerexport.exporters.onnx.graph import weight_format, write_graph
+from ligerexport.exporters.onnx.lowerings import LOWERINGS
+from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
+from ligerexport.exporters.onnx.weights import write_weights
+from ligerexport.exporters.verify.verify import verify_artifact
+from ligerexport.model.config import LigerConfig
+
+CONFIGS = {
+    "liger": LigerConfig(window=12),
+    "memory": MEMORY,
+    "foresight": FORESIGHT,
+    "evicted": replace(FORESIGHT, recurrence_weight=1.0, recurrence="evicted", recurrence_distance=40),
+}
+"""The presets with sizes that a text of 400 tokens fills many times."""
+
+EARLY = ("source", "written", "reading", "after")
+"""Ways to plant a fault before there is an artifact."""
+SIZES = [10.0**-n for n in range(1, 8)]
+"""Relative errors of one channel of a layer's output that are tried."""
+REAL = [
+    "a sink dropped", "window one too short", "scores of two pools swapped", "softmax scale", "rope base",
+    "weight of the recurrence", "a missing residual", "epsilon of one norm", "one evicted token too many",
+    "values of the slots in fp16", "states of two layers swapped", "prefill right and step wrong", "one sign flipped",
+    "weight of the learned score", "embedding of a token that no text has",
+]  # fmt: skip
+"""What is planted in a real model of the preset `evicted`, in the lowerings in turn."""
+
+
+def cases() -> Iterator[tuple[str, str, str]]:
+    """Yield fault, preset and lowering: every fault once, then again in the next lowering that can have it."""
+    for turn in range(len(LOWERINGS)):
+        for i, (name, fault) in enumerate(FAULTS.items()):
+            if turn < len(fault.lowerings):
+                preset = fault.presets[(i + i // len(LOWERINGS) + turn) % len(fault.presets)]
+                yield name, preset, fault.lowerings[(i + turn) % len(fault.lowerings)]
+
+
+@cache
+def model(place: Path, preset: str, family: str = "llama", seed: int = 0) -> ModelSpec:
+    """Return a tiny random model."""
+    return read_spec(make_checkpoint(place / f"{preset}-{family}-{seed}", CONFIGS[preset], family, seed=seed))
+
+
+def verify(spec: ModelSpec, lowering: str, weights: str = "fp32", fault: Fault | None = None) -> str | None:
+    """Build and verify, with a fault or without; return what is said of it, None where it passes."""
+    form = weight_format(weights, lowering=lowering, typed=lowering == "plugin")
+    with tempfile.TemporaryDirectory() as place:
+        site = Site(spec, Path(place), lowering, form)
+        how = None if fault is None else fault.how
+        with fault.plant(site) if fault and how == "code" else nullcontext():
+            write_weights(spec, site.directory, form)
+            described = fault.plant(spec) if fault and how == "spec" else spec
+            write_graph(described, site.directory, lowering=lowering, max_chunk=64, form=form)
+            if fault and how == "file":
+                fault.plant(site)
+            manifest = make_manifest(spec, Source("planted"), "onnx", lowering, 64, {}, {}, form=form)
+            try:
+                with patch.object(session, "check_graph"):  # which knows no operators of faults
+                    verify_artifact(spec, Artifact(site.directory, manifest), form)
+            except VerificationError as error:
+                return str(error)
+    return None
+
+
+def convert_and_build(preset: str, fault: Fault) -> tuple[str, str | None]:
+    """Convert and build a Transformer with a fault; return the last verb, and what it says if it refuses."""
+    config = CONFIGS[preset]
+    with tempfile.TemporaryDirectory() as root:
+        source = make_transformer(Path(root, "source"), fault.family, **dict(fault.sizes))
+        liger = Path(root, "liger")
+        context: AbstractContextManager[Any] = nullcontext()
+        if fault.how == "source":
+            fault.plant(source)
+        elif fault.how == "written":
+            context = converted_instead(fault.plant)
+        elif fault.how == "reading":
+            context = fault.plant(source)
+        with context:
+            try:
+                convert(source, liger, **config.to_dict() | {"slots": config.slots})
+                if fault.how == "after":
+                    fault.plant(liger)
+                build(liger, Path(root, "engine"))
+            except LigerError as error:
+                return "build" if liger.exists() else "convert", str(error).replace(root, "")
+    return "build", None
+
+
+def named(message: str | None) -> int | None:
+    """Return the layer that a refusal names first: in which it looks for the fault."""
+    found = re.search(r"layer (\d+) is the first that differs|\blayers\.(\d+)\.", message or "")
+    return int(found[1] or found[2]) if found else None
+
+
+def plant(spec: ModelSpec, name: str, preset: str, lowering: str) -> dict[str, Any]:
+    """Plant one fault and return the row of the table."""
+    fault = FAULTS[name]
+    row: dict[str, Any] = {"fault": name, "preset": preset, "lowering": lowering, "weights": fault.weights}
+    if fault.how in EARLY:
+        row["verb"], message = convert_and_build(preset, fault)
+    else:
+        message = verify(spec, lowering, fault.weights, fault)
+    return row | {"refused": message, "planted": fault.layer, "named": named(message)}
+
+
+def right(row: dict[str, Any]) -> bool:
+    """Return whether a fault was refused and its layer named."""
+    return row["refused"] is not None and row["named"] == row["planted"]
+
+
+def smallest(spec: ModelSpec, lowering: str) -> dict[str, Any]:
+    """Return which relative errors of one channel of a layer's output are refused, and which layer is named."""
+    found = {}
+    for size in SIZES:
+
+        def one_channel(site: Site, size: float = size) -> None:
+            with site.edited() as graph:
+                instead(graph, find(graph, f"hidden.{AT}"), lambda g, x: g.op("Mul", x, g.floats(factors(spec, size))))
+
+        message = verify(spec, lowering, fault=Fault("file", AT, one_channel))
+        found[f"{size:.0e}"] = {"refused": message is not None, "named": named(message)}
+    return found
+
+
+def factors(spec: ModelSpec, size: float) -> list[float]:
+    """Return a factor for each channel of the residual stream, all but the first of them 1."""
+    return [1 + size, *[1.0] * (spec.hidden_size - 1)]
+
+
+def sound(place: Path, number: int) -> dict[str, Any]:
+    """Build a sound model, another one for each number, and return what is said of it."""
+    presets, lowerings = list(CONFIGS), ["ort", "native", "portable"]
+    preset, lowering = presets[number % len(presets)], lowerings[number // len(presets) % len(lowerings)]
+    message = verify(model(place, preset, seed=number), lowering)
+    return {"seed": number, "preset": preset, "lowering": lowering, "refused": message}
+
+
+def main() -> None:
+    """Plant all that the file has not yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--sound", type=int, help="verify so many sound models instead")
+    parser.add_argument("--checkpoint", type=Path, help="plant some in this one, of the preset evicted")
+    parser.add_argument("--lowerings", nargs="*", default=list(LOWERINGS))
+    args = parser.parse_args()
+    done = json.loads(args.output.read_text()) if args.output.is_file() else {"rows": []}
+    done["command"] = "python " + " ".join(sys.argv)
+    rows = done["rows"]
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        done["refused"] = sum(row["refused"] is not None for row in rows)
+        if args.sound is None:
+            done["right"] = sum(map(right, rows))
+        print(json.dumps(row), flush=True)
+        args.output.write_text(json.dumps(done, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as place:
+        if args.sound is not None:
+            for number in range(len(rows), args.sound):
+                add(sound(Path(place), number))
+            return
+        known = {(row["fault"], row["lowering"]) for row in rows}
+        if args.checkpoint is not None:
+            spec = read_spec(args.checkpoint)
+            for i, name in enumerate(REAL):
+                lowering = args.lowerings[i % len(args.lowerings)]
+                if (name, lowering) not in known:
+                    add(plant(spec, name, "evicted", lowering))
+            return
+        if "smallest" not in done:
+            done["smallest"] = smallest(model(Path(place), "memory"), "ort")
+        for name, preset, lowering in cases():
+            if lowering in args.lowerings and (name, lowering) not in known:
+                add(plant(model(Path(place), preset, FAULTS[name].family), name, preset, lowering))
+
+
+if __name__ == "__main__":
+    main()
