@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from ligerexport.artifact.artifact.artifact import (
+from ligerexport.artifact.artifact import (
     ArtifactWriter,
     ByteCounts,
     Graph,
