@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
+from ligerexport.dtypes import BY_KERNEL, DTYPES
 from ligerexport.errors import ArtifactError, MissingDependency, quoted
 from ligerexport.reading import from_plain, leads_away, read_json
 from ligerexport.staging import staged_directory
@@ -211,10 +212,6 @@ class Manifest:
 _REBUILD = "copy the artifact again, or rebuild it with: ligerexport build MODEL --target onnx -o DIRECTORY --force"
 
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
-"""Of an element of a state tensor, by its type."""
-
-
 def _check_claims(manifest: Manifest) -> None:
     """Check that what a manifest says agrees with itself, and that no session takes much more than was delivered.
 
@@ -236,13 +233,14 @@ def _check_claims(manifest: Manifest) -> None:
         raise ValueError("the state is not what the graph gives")
     if len({x.past for x in state} | {x.present for x in state} | {*ids, "logits"}) != 2 * len(state) + 3:
         raise ValueError("two tensors have one name")
+    types = {row.name for row in BY_KERNEL.values()}
     for tensor in state:
         sizes = ["P" if tensor.grows and axis == 2 else 1 for axis in range(len(tensor.shape))]
         fits = (
             x > 0 if isinstance(x, int) and size == 1 else x == size
             for x, size in zip(tensor.shape[1:], sizes[1:], strict=True)
         )
-        if tensor.dtype not in _BYTES or tensor.shape[:1] != ("B",) or not all(fits):
+        if tensor.dtype not in types or tensor.shape[:1] != ("B",) or not all(fits):
             raise ValueError(f"the state {tensor.past} is {list(tensor.shape)} of {tensor.dtype}")
     held = sum(_nbytes(x) for x in state if not x.grows)
     if held != manifest.bytes.state_per_sequence:
@@ -254,7 +252,7 @@ def _check_claims(manifest: Manifest) -> None:
 
 def _nbytes(tensor: StateTensor) -> int:
     """Return bytes of one sequence, of one token where it grows."""
-    return _BYTES[tensor.dtype] * prod(size for size in tensor.shape if isinstance(size, int))
+    return DTYPES[tensor.dtype].nbytes * prod(size for size in tensor.shape if isinstance(size, int))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from rich.text import Text
 from ligerexport.cli import common
 from ligerexport.cli.common import Debug, Json, Quiet
 from ligerexport.console import data_table, format_bytes
+from ligerexport.dtypes import DTYPES
 from ligerexport.errors import MissingDependency, UsageError, close_matches, one_line
 
 
@@ -121,7 +122,7 @@ def _group(tensors: Iterable[tuple[str, Sequence[int | str], str]]) -> list[dict
         rows[key] = rows.get(key, 0) + 1
     found = []
     for (name, shape, dtype), layers in rows.items():
-        count: int | None = {"float16": 2, "bfloat16": 2, "int64": 8}.get(dtype, 4) * layers
+        count: int | None = DTYPES[dtype].nbytes * layers
         for size in shape:
             count = count * size if isinstance(size, int) and count is not None else None
         found.append({"name": name, "shape": list(shape), "dtype": dtype, "layers": layers, "bytes": count})

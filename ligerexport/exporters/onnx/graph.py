@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ligerexport.dtypes import DTYPES
 from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import Axis, Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
@@ -26,7 +27,6 @@ from ligerexport.model.families import Norms, get_family
 GRAPH_FILE = "model.onnx"
 EMBEDDED = 4096
 """Constants of at most this many bytes stay in the graph's own file."""
-_ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64", "int32": "INT32"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,12 @@ class StateTensorSpec:
     def nbytes(self) -> int:
         """Bytes of one sequence, where it does not grow."""
         count = prod(size for size in self.shape if isinstance(size, int))
-        return count * ir.DataType[_ONNX[self.dtype]].bitwidth // 8
+        return count * DTYPES[self.dtype].nbytes
+
+
+def _onnx(dtype: str) -> str:
+    """Return ONNX's name of a row of `DTYPES`."""
+    return ir.DataType(DTYPES[dtype].onnx).name
 
 
 def state_tensors(spec: ModelSpec, lowering: str = "ort", form: WeightFormat = FP32) -> tuple[StateTensorSpec, ...]:
@@ -96,10 +101,10 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     """
     g = Builder()
     lower = LOWERINGS[lowering](g, form.activation)
-    integer = _ONNX[lower.integer]
+    integer = _onnx(lower.integer)
     input_ids, position = graph_input("input_ids", integer, ("B", "T")), graph_input("position", integer, ("B",))
     state = state_tensors(spec, lowering, form)
-    past = {t.past: graph_input(t.past, _ONNX[t.dtype], t.shape) for t in state}
+    past = {t.past: graph_input(t.past, _onnx(t.dtype), t.shape) for t in state}
     family, weights = get_family(spec.family), Weights(g, lower, spec, form)
     weight, linear = weights.vector, weights.linear
 
@@ -184,7 +189,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
         logits = scaled(g.op("Tanh", logits), cap)
 
     named = [g.output(logits, "logits", "FLOAT", ("B", spec.vocab_size))]
-    named += [g.output(outputs[t.present], t.present, _ONNX[t.dtype], t.shape) for t in state]
+    named += [g.output(outputs[t.present], t.present, _onnx(t.dtype), t.shape) for t in state]
     graph = ir.Graph(
         [input_ids, position, *past.values()], named, nodes=g.nodes, initializers=list(g.initializers.values()),
         opset_imports={"": lower.opset} | dict.fromkeys(lower.domains, 1), name="ligerexport",

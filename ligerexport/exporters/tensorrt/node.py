@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from ligerexport.dtypes import BY_ONNX
 from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Plugin, Portable
@@ -105,12 +106,11 @@ def read_linear(attributes: Mapping[str, Any]) -> LinearSpec:
 
 def products(graph: ir.Graph) -> dict[tuple[LinearSpec, str], None]:
     """Return the products of a graph, each once, with the type of the weight as kernels call it."""
-    types = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
     found: dict[tuple[LinearSpec, str], None] = {}
     for node in graph:
         if node.op_type == LINEAR and (weight := node.inputs[1]) is not None and weight.dtype is not None:
             spec = read_linear({name: x.value for name, x in node.attributes.items()})
-            found[spec, types[weight.dtype]] = None
+            found[spec, BY_ONNX[weight.dtype].kernel] = None
     return found
 
 
