@@ -112,7 +112,7 @@ def test_every_verb_that_computes_has_threads(
 def test_warnings_of_libraries_are_for_those_who_ask() -> None:
     code = """
 import os, warnings
-from ligerexport.cli.computing import computes
+from ligerexport.cli.options import computes
 @computes
 def verb(threads=None):
     warnings.warn("said to developers", FutureWarning)

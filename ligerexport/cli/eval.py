@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ligerexport.cli import common
-from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
-from ligerexport.cli.computing import Threads, computes
+from ligerexport.cli import options
+from ligerexport.cli.options import Debug, DryRun, Force, Json, Quiet, Threads, Verbose, computes
 from ligerexport.console import card, data, format_bytes, progress
 from ligerexport.errors import UsageError
 from ligerexport.measure.evaluate.settings import CONTROLS, DEVICES, DTYPES, PARTS, TASKS
@@ -58,7 +57,7 @@ def eval_(
 
     Works on a checkpoint and on the artifact built from it alike. Tables go to stdout, with standard errors.
     """
-    common.begin(quiet, debug, verbose)
+    options.begin(quiet, debug, verbose)
     from ligerexport.measure.evaluate.run import resolve_settings, tokens_to_read
 
     inputs: dict[str, Any] = {"against": against, "text": text or [], "parts": split(parts), "tasks": split(tasks)}
@@ -67,7 +66,7 @@ def eval_(
         "seed": seed, "batch": batch, "device": device, "dtype": dtype,
     }  # fmt: skip
     plan = resolve_settings(**inputs, **settings)
-    common.announce("eval", model=model, against=against, text=text, task_data=task_data, output=output,
+    options.announce("eval", model=model, against=against, text=text, task_data=task_data, output=output,
                     threads=threads, **vars(plan))  # fmt: skip
     if dry_run:
         return _plan(json, model, inputs, plan.controls, tokens_to_read(plan))
@@ -75,7 +74,7 @@ def eval_(
 
     report = evaluate(model, **inputs, **settings, task_data=task_data, output=output, force=force, progress=progress)
     if json:
-        common.finish_json(True, report.to_dict())
+        options.finish_json(True, report.to_dict())
     else:
         data(report.markdown(), end="")
     rows = [("where", str(output))] if output else []
@@ -119,7 +118,7 @@ def _plan(json: bool, model: str, inputs: dict[str, Any], controls: tuple[str, .
         "model": model, "rows": rows, "text_files": len(files), "text_bytes": sum(f.stat().st_size for f in files),
         "tokens_each": tokens, "missing_extras": [extra for module, extra in wanted.items() if not find_spec(module)],
     }  # fmt: skip
-    common.finish_json(json, plan)
+    options.finish_json(json, plan)
     card(
         "would measure",
         [

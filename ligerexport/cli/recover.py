@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ligerexport.cli import common
-from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
-from ligerexport.cli.computing import Threads, computes
+from ligerexport.cli import options
+from ligerexport.cli.options import Debug, DryRun, Force, Json, Quiet, Threads, Verbose, computes
 from ligerexport.console import card, format_bytes, progress, say
 from ligerexport.errors import UsageError, quoted
 from ligerexport.train.config import DEFAULT_TOKENS, TARGETS, RecoverConfig
@@ -72,7 +71,7 @@ def recover(
     A run that was stopped goes on when the same command is given again.
     """
     main = os.environ.get("RANK", "0") == "0"  # of several processes one talks
-    common.begin(quiet or not main, debug, verbose)
+    options.begin(quiet or not main, debug, verbose)
     settings: dict[str, Any] = {
         "recipe": recipe, "rank": rank, "alpha": alpha, "targets": tuple(filter(None, targets.split(","))),
         "tokens": parse_count(tokens), "steps": steps, "length": length, "batch_tokens": batch_tokens,
@@ -85,7 +84,7 @@ def recover(
     config = make_config(settings)
     check_places(model, output, force)
     plan = _plan(model, config, shard)
-    common.announce("recover", model=model, data=data, output=output, threads=threads,
+    options.announce("recover", model=model, data=data, output=output, threads=threads,
                     **config.identity())  # fmt: skip
     _talk(plan)
     if dry_run:
@@ -137,7 +136,7 @@ def _dry(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     seconds = measure_seconds(info, documents, config, against, processes, progress)
     found = {"documents": len(documents.lengths), "tokens": len(documents.ids), **documents.counts}
-    common.finish_json(json, {"path": str(output), **plan, "seconds": seconds, "data": found})
+    options.finish_json(json, {"path": str(output), **plan, "seconds": seconds, "data": found})
     card(f"would write {output}", [
         ("parameters", f"{plan['trainable_parameters']:,} of {plan['parameters']:,} learn"),
         ("steps", f"{plan['steps']:,} of {config.batch_tokens:,} tokens"),
@@ -187,7 +186,7 @@ def _finish(path: Path, merge: bool, json: bool) -> None:
 
     report = library.loads((path / "report.json").read_text(encoding="utf-8"))
     record, phases = report["record"], report["phases"]
-    common.finish_json(json, {"path": str(path), "merged": merge, "record": record, "phases": phases})
+    options.finish_json(json, {"path": str(path), "merged": merge, "record": record, "phases": phases})
     card("recovered", [
         ("where", str(path)),
         *((row["phase"], f"{row['steps']} steps, loss {row['first_loss']:.4f} to {row['final_loss']:.4f}")
