@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.options import Debug, DryRun, Force, Json, Quiet, Threads, Verbose, computes
+from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import card, progress
 from ligerexport.errors import quoted
 from ligerexport.measure.evaluate.settings import DEVICES, DTYPES
 
 
-@computes
+@verb(computes=True)
 def allocate(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint; its memory is where measuring starts.")],
     data: Annotated[
@@ -40,15 +40,11 @@ def allocate(
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Share slots out among layers by what each gains.
 
     Measures the model with smaller and larger memories in one layer at a time; trains nothing.
     """
-    options.begin(quiet, debug, verbose)
     from ligerexport.train.allocate import allocate as run
     from ligerexport.train.allocate import check_output, make_config, make_plan
 

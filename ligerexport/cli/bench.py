@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.options import Debug, Force, Json, Quiet, Verbose
+from ligerexport.cli.options import Force, Json, verb
 from ligerexport.console import card, data, progress, warn
 from ligerexport.errors import UsageError
 from ligerexport.measure.bench.settings import DEVICES, DTYPES, READ_UP_TO
@@ -20,6 +20,7 @@ Device = Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")]
 Dtype = Annotated[str, typer.Option(help=f"Of torch models' weights: {', '.join(DTYPES)}; auto is {DTYPES['auto']}.")]
 
 
+@verb()
 def bench(
     model: Model,
     against: Against,
@@ -41,15 +42,11 @@ def bench(
     ] = None,
     force: Force = False,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Time a model beside another: latency, memory, energy.
 
     Both run in processes of their own and in turns. The table goes to stdout, or JSON in its place with --json.
     """
-    options.begin(quiet, debug, verbose)
     from ligerexport.measure.bench.report import RESULT, check_plots, markdown, save
     from ligerexport.measure.bench.run import bench
     from ligerexport.measure.bench.settings import Settings

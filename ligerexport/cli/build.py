@@ -10,7 +10,7 @@ import typer
 
 from ligerexport.cli import options
 from ligerexport.cli.described import check_output, describe, finish
-from ligerexport.cli.options import Debug, DryRun, Force, Json, Quiet, Threads, Verbose, computes
+from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
 from ligerexport.errors import UsageError, quoted
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision, get_target
@@ -18,7 +18,7 @@ from ligerexport.exporters.tensorrt.package import Gpu, choose_gpu
 from ligerexport.model.config import LigerConfig
 
 
-@computes
+@verb(computes=True)
 def build(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint; default: this directory.")] = Path("."),
     target: Annotated[str, typer.Option(help="See `ligerexport list targets`.")] = "onnx",
@@ -59,15 +59,11 @@ def build(
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Export a converted checkpoint, and verify it.
 
     The artifact is compared with the torch model on real prompts and written only if it passes.
     """
-    options.begin(quiet, debug, verbose)
     from ligerexport.artifact.artifact import MANIFEST, open_artifact
 
     row, sms = get_target(target), parse_sms(sm)

@@ -12,29 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.options import Debug, Json, Quiet, Verbose
-from ligerexport.cli.prompting import (
-    Artifact,
-    FrequencyPenalty,
-    MaxNewTokens,
-    MinP,
-    NoHash,
-    PresencePenalty,
-    PromptCacheFile,
-    RepetitionPenalty,
-    Seed,
-    SpecialContent,
-    Stop,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-    cached,
-    choose_sampling,
-    open_stdin,
-    show,
-)
-from ligerexport.console import card, data, err, print_error, say
+from ligerexport.cli.options import Json, verb
+from ligerexport.cli.prompting import Artifact, Asking, MaxNewTokens, cached, open_stdin, show
+from ligerexport.console import card, data, err, format_bytes, print_error, say
 from ligerexport.errors import LigerError, UsageError, close_matches
 
 if TYPE_CHECKING:
@@ -49,27 +29,14 @@ _COMMANDS = {
 }
 
 
+@verb()
 def chat(
     artifact: Artifact,
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
     max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    presence_penalty: PresencePenalty = None,
-    frequency_penalty: FrequencyPenalty = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    special_content: SpecialContent = False,
-    prompt_cache: PromptCacheFile = None,
-    threads: Threads = None,
-    no_hash: NoHash = False,
+    *,
+    asking: Asking,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Talk; the constant state is all its memory.
 
@@ -77,25 +44,19 @@ def chat(
     moderate temperature. Ctrl-C stops an answer. There are /reset, /save FILE, /load FILE, /help and /exit. Lines may
     come from a pipe.
     """
-    options.begin(quiet, debug, verbose)
     from ligerexport.run.generate import Conversation
-    from ligerexport.run.prompt_cache import PromptCache
-    from ligerexport.run.runtime import load
     from ligerexport.run.sampling import Sampler
 
     data("", end="")  # says at once that stdout is closed
     stdin = open_stdin()
-    sampling, origin = choose_sampling(artifact, True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                                 repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
-                                 frequency_penalty=frequency_penalty)  # fmt: skip
-    sampler = Sampler(**sampling, seed=seed)
-    options.announce("chat", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=seed, stop=stop,
-                    prompt_cache=prompt_cache)  # fmt: skip
-    session = load(artifact, threads=threads, hashes=not no_hash)
-    cache = PromptCache(prompt_cache) if prompt_cache else None
+    sampling, origin = asking.sampling(artifact, True)
+    sampler = Sampler(**sampling, seed=asking.seed)
+    options.announce("chat", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed,
+                     stop=asking.stop, prompt_cache=asking.prompt_cache)  # fmt: skip
+    session, cache = asking.open(artifact, many=True)  # a conversation is long
     talk = Conversation(
-        session, sampler, system=system, max_new_tokens=max_new_tokens, stop=stop or (), prompt_cache=cache,
-        special_content=special_content,
+        session, sampler, system=system, max_new_tokens=max_new_tokens, stop=asking.stop or (), prompt_cache=cache,
+        special_content=asking.special_content,
     )  # fmt: skip
     say("Ctrl-C stops an answer, /help lists what else there is")
     turns: list[dict[str, Any]] = []
@@ -115,7 +76,7 @@ def chat(
         f"{len(turns)} turns",
         [
             ("tokens seen", f"{int(session.position[0]):,}"),
-            options.bytes_row("state", session.state_bytes),
+            ("state", format_bytes(session.state_bytes)),
             *([("prompt cache", cached(cache))] if cache and cache.note else []),
             ("sampling", origin or ""),
         ],

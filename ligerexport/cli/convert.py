@@ -12,7 +12,7 @@ import typer
 from ligerexport.checkpoint.convert import SHIPPED, WINDOWS, check_score_options, choose_conversion
 from ligerexport.cli import options
 from ligerexport.cli.described import check_output, describe, finish
-from ligerexport.cli.options import Debug, DryRun, Force, Json, Quiet, Threads, Verbose, computes
+from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
 from ligerexport.errors import UsageError, close_matches, quoted
 from ligerexport.model.config import DEFAULT_PRESET, PRESETS, RECURRENCES, LigerConfig, Slots
@@ -20,7 +20,7 @@ from ligerexport.model.gates import GATES
 from ligerexport.model.scores import SCORES
 
 
-@computes
+@verb(computes=True)
 def convert(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or a built-in model such as smollm2-135m.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
@@ -68,15 +68,11 @@ def convert(
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Make a Transformer recurrent; takes seconds, minutes with --calibrate.
 
     Its attention is swapped for a gated recurrence and a bounded exact memory. No weight changes without --adapter.
     """
-    options.begin(quiet, debug, verbose)
     changes: dict[str, Any] = {
         "gate": gate, "sinks": sinks, "window": window, "slots": parse_slots(slots),
         "attention_weight": attention_weight, "recurrence_weight": recurrence_weight,

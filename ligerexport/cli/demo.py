@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.options import Debug, Json, Quiet, Verbose
+from ligerexport.cli.options import Json, verb
 from ligerexport.console import card, progress, warn
 from ligerexport.errors import MissingDependency
 from ligerexport.measure.bench.settings import DEVICES, DTYPES
@@ -21,6 +21,7 @@ Device = Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")]
 Dtype = Annotated[str, typer.Option(help=f"Of torch models' weights: {', '.join(DTYPES)}; auto is {DTYPES['auto']}.")]
 
 
+@verb()
 def demo(
     model: Model,
     against: Against,
@@ -33,15 +34,11 @@ def demo(
     threads: Threads = None,
     browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Show a model beside another on a page.
 
     Both answer one prompt, with latency and memory measured while the text comes. Ctrl-C ends it.
     """
-    options.begin(quiet, debug, verbose)
     try:
         from ligerexport.demo.app import LOOPBACK, launch
     except ImportError as error:

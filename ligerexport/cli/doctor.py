@@ -14,7 +14,7 @@ import typer
 
 from ligerexport.checkpoint.sources import BUILTIN_MODELS
 from ligerexport.cli import options
-from ligerexport.cli.options import Debug, Json, Quiet
+from ligerexport.cli.options import Json, verb
 from ligerexport.errors import LigerError, MissingDependency
 from ligerexport.exporters.targets import TARGETS, get_target
 from ligerexport.kernels.tuning import FORWARD
@@ -27,15 +27,13 @@ if TYPE_CHECKING:
 PACKAGE = "ligerexport"
 
 
+@verb(verbose=False)
 def doctor(
     target: Annotated[str | None, typer.Option(help="Look at what this target needs too.")] = None,
     plugin: Annotated[Path | None, typer.Option(metavar="FILE", help="Library of the TensorRT plugin.")] = None,
     json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Say what is missing, and what mends it."""
-    options.begin(quiet, debug)
     checks = examine(target, plugin)
     if json:
         fine = all(check.ok or not check.needed for check in checks)

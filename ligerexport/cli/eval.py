@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.options import Debug, DryRun, Force, Json, Quiet, Threads, Verbose, computes
+from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import card, data, format_bytes, progress
 from ligerexport.errors import UsageError
 from ligerexport.measure.evaluate.settings import CONTROLS, DEVICES, DTYPES, PARTS, TASKS
 
 
-@computes
+@verb(computes=True)
 def eval_(
     model: Annotated[str, typer.Argument(help="A converted checkpoint, a Transformer, or an artifact.")],
     against: Annotated[str | None, typer.Option(help="The Transformer it was converted from; measured too.")] = None,
@@ -49,15 +49,11 @@ def eval_(
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Measure a model: loss by position, recall, tasks.
 
     Works on a checkpoint and on the artifact built from it alike. Tables go to stdout, with standard errors.
     """
-    options.begin(quiet, debug, verbose)
     from ligerexport.measure.evaluate.run import resolve_settings, tokens_to_read
 
     inputs: dict[str, Any] = {"against": against, "text": text or [], "parts": split(parts), "tasks": split(tasks)}

@@ -9,20 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.options import Debug, Json, Quiet
+from ligerexport.cli.options import Json, verb
 from ligerexport.console import data_table, format_bytes
 from ligerexport.errors import MissingDependency, UsageError
 
 
+@verb(verbose=False)
 def inspect(
     path: Annotated[Path, typer.Argument(help="An artifact or a checkpoint.")] = Path("."),
     providers: Annotated[bool, typer.Option("--providers", help="Which nodes each execution provider takes.")] = False,
     json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Say what a directory is: state, bytes, parity."""
-    options.begin(quiet, debug)
     from ligerexport.artifact.artifact import MANIFEST
 
     if providers:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.options import Debug, Json, Quiet
+from ligerexport.cli.options import Json, verb
 from ligerexport.errors import UsageError, close_matches
 
 
@@ -44,14 +44,12 @@ def _scores() -> dict[str, str]:
 _TABLES = {"targets": _targets, "gates": _gates, "families": _families, "presets": _presets, "scores": _scores}
 
 
+@verb(verbose=False)
 def list_(
     table: Annotated[str | None, typer.Argument(help=f"One of: {', '.join(_TABLES)}. Default: all.")] = None,
     json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """List targets, gates, families, presets, scores."""
-    options.begin(quiet, debug)
     if table is not None and table not in _TABLES:
         raise UsageError(f"unknown table '{table}'", hint=close_matches(table, _TABLES))
     rows = {name: make() for name, make in _TABLES.items() if table in (None, name)}

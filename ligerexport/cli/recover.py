@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.options import Debug, DryRun, Force, Json, Quiet, Threads, Verbose, computes
-from ligerexport.console import card, format_bytes, progress, say
+from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
+from ligerexport.console import card, format_bytes, progress, say, set_quiet
 from ligerexport.errors import UsageError, quoted
 from ligerexport.train.config import DEFAULT_TOKENS, TARGETS, RecoverConfig
 from ligerexport.train.recipes import DEFAULT_RECIPE, RECIPES
@@ -22,7 +22,7 @@ _EVERY = 10
 """Steps between two lines about the loss."""
 
 
-@computes
+@verb(computes=True)
 def recover(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint.")],
     data: Annotated[
@@ -62,16 +62,13 @@ def recover(
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Train LoRA on a converted checkpoint.
 
     A run that was stopped goes on when the same command is given again.
     """
-    main = os.environ.get("RANK", "0") == "0"  # of several processes one talks
-    options.begin(quiet or not main, debug, verbose)
+    if not (main := os.environ.get("RANK", "0") == "0"):  # only one of several processes talks
+        set_quiet()
     settings: dict[str, Any] = {
         "recipe": recipe, "rank": rank, "alpha": alpha, "targets": tuple(filter(None, targets.split(","))),
         "tokens": parse_count(tokens), "steps": steps, "length": length, "batch_tokens": batch_tokens,

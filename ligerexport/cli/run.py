@@ -8,28 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.options import Debug, Json, Quiet, Verbose
-from ligerexport.cli.prompting import (
-    Artifact,
-    FrequencyPenalty,
-    MaxNewTokens,
-    MinP,
-    NoHash,
-    PresencePenalty,
-    PromptCacheFile,
-    RepetitionPenalty,
-    Seed,
-    SpecialContent,
-    Stop,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-    cached,
-    choose_sampling,
-    open_stdin,
-    show,
-)
+from ligerexport.cli.options import Json, verb
+from ligerexport.cli.prompting import Artifact, Asking, MaxNewTokens, cached, open_stdin, show
 from ligerexport.console import card, data, format_bytes, progress, silent, warn
 from ligerexport.errors import UsageError, quoted
 
@@ -40,6 +20,7 @@ _LONG_PROMPT = 2048
 """Tokens from which a progress bar is worth it, and so are weights in the order that is fastest."""
 
 
+@verb()
 def run(
     artifact: Artifact,
     prompt: Annotated[
@@ -49,47 +30,27 @@ def run(
     file: Annotated[Path | None, typer.Option("--file", help="Read the prompt from this file.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask the prompt through the model's chat template.")] = False,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    presence_penalty: PresencePenalty = None,
-    frequency_penalty: FrequencyPenalty = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    special_content: SpecialContent = False,
-    prompt_cache: PromptCacheFile = None,
-    threads: Threads = None,
-    no_hash: NoHash = False,
+    *,
+    asking: Asking,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Continue a prompt; text streams to stdout.
 
     Takes the most likely token each time; with --chat it samples as the model's generation_config.json says. A prompt
     that is too long for a command line comes from a file or a pipe.
     """
-    options.begin(quiet, debug, verbose)
     from ligerexport.run.generate import generate, text_model
-    from ligerexport.run.prompt_cache import PromptCache
-    from ligerexport.run.runtime import load
 
     data("", end="")  # says at once that stdout is closed
     prompt = _prompt(prompt, file)
-    sampling, origin = choose_sampling(artifact, chat, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                                 repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
-                                 frequency_penalty=frequency_penalty)  # fmt: skip
-    options.announce("run", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=seed, stop=stop,
-                    prompt_cache=prompt_cache)  # fmt: skip
+    sampling, origin = asking.sampling(artifact, chat)
+    options.announce("run", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed,
+                     stop=asking.stop, prompt_cache=asking.prompt_cache)  # fmt: skip
     long = len(prompt) > 4 * _LONG_PROMPT
-    session = load(artifact, threads=threads, prepack=long, hashes=not no_hash)
-    cache = PromptCache(prompt_cache) if prompt_cache else None
+    session, cache = asking.open(artifact, many=long)
     chunks = generate(
-        session, prompt, chat=chat, max_new_tokens=max_new_tokens, **sampling, seed=seed, stop=stop or (),
-        special_content=special_content, prompt_cache=cache, progress=progress if long else silent,
+        session, prompt, chat=chat, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed, stop=asking.stop or (),
+        special_content=asking.special_content, prompt_cache=cache, progress=progress if long else silent,
     )  # fmt: skip
     pieces = [show(chunk, json) for chunk in chunks]
     if not json:
