@@ -280,7 +280,7 @@ def make_manifest(
     from ligerexport import __version__
     from ligerexport.artifact.artifact import ByteCounts, Graph, Manifest, ModelShape, StateTensor, TensorInfo
     from ligerexport.exporters.onnx import graph as onnx_graph
-    from ligerexport.exporters.onnx.lowerings import LOWERINGS
+    from ligerexport.exporters.onnx.graph import LOWERINGS
     from ligerexport.exporters.onnx.weights import weight_bytes, weight_names
 
     tensors = onnx_graph.state_tensors(spec, lowering, form)
