@@ -23,12 +23,12 @@ import torch
 from onnx import helper, numpy_helper
 
 import ligerexport as lx
-from ligerexport.artifact.artifact import sha256
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
 from ligerexport.exporters.tensorrt.lowering import Plugin
 from ligerexport.model.state import MixerSpec
+from ligerexport.reading import sha256
 
 CHUNK = 128
 INT32, INT64 = onnx.TensorProto.INT32, onnx.TensorProto.INT64

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from ligerexport.kernels.fused import linear_attention as fused
 from ligerexport.kernels.fused import recall_error as fused_recall_error
-from ligerexport.kernels.linear_attention import feature_map
+from ligerexport.kernels.linear_attention import FEATURE_MAPS
 from ligerexport.kernels.linear_attention import recall_error as plain_recall_error
 from ligerexport.model.gates import get_gate
 from tests.tolerances import FUSED_BF16, FUSED_FP32
@@ -78,7 +78,7 @@ def loop(
     if gate is not None:
         row = get_gate(gate)
         g = torch.nn.functional.logsigmoid(k) / row.decay_divisor
-        q, k = feature_map(q, row.query_map), feature_map(k, row.key_map)
+        q, k = FEATURE_MAPS[row.query_map](q), FEATURE_MAPS[row.key_map](k)
     assert g is not None
     if state is None:
         state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3])

@@ -16,7 +16,7 @@ from typing import Any
 
 from ligerexport.dtypes import BY_KERNEL, DTYPES
 from ligerexport.errors import ArtifactError, MissingDependency, quoted
-from ligerexport.reading import from_plain, leads_away, read_json
+from ligerexport.reading import from_plain, leads_away, read_json, sha256
 from ligerexport.staging import staged_directory
 from ligerexport.versions import installed_version
 
@@ -325,10 +325,9 @@ class ArtifactWriter:
         self._stage.__exit__(kind, error, trace)
 
 
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def is_artifact(path: Path | str) -> bool:
+    """Return whether a path is a directory that `build` wrote."""
+    return bool(str(path)) and (Path(path).expanduser() / MANIFEST).is_file()
 
 
 def open_artifact(path: Path | str, *, hashes: bool = True, data: bool = True, runtime: bool = True) -> Artifact:

@@ -100,8 +100,8 @@ def _plan(json: bool, model: str, inputs: dict[str, Any], controls: tuple[str, .
     """Say what would be measured, without loading anything."""
     from importlib.util import find_spec
 
+    from ligerexport.artifact.artifact import is_artifact
     from ligerexport.checkpoint.loading import check_loadable
-    from ligerexport.measure.evaluate.subject import is_artifact
     from ligerexport.text.corpus import text_files
 
     files = text_files(inputs["text"])

@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ligerexport.artifact.artifact import open_artifact
+from ligerexport.artifact.artifact import is_artifact, open_artifact
 from ligerexport.console import Advance, Unit
 from ligerexport.demo import page
 from ligerexport.demo.compare import Pair, Stopped, Stream, same_text
 from ligerexport.demo.prompts import CHAT, ask
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.measure.bench.report import RESULT
-from ligerexport.measure.bench.run import bench, is_artifact
+from ligerexport.measure.bench.run import bench
 from ligerexport.measure.bench.settings import Settings
 from ligerexport.text.tokenizer import TextModel
 

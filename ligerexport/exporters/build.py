@@ -318,8 +318,8 @@ def make_manifest(
 
 def _source(info: CheckpointInfo, advance: Any) -> Any:
     """Say where the weights come from; links of `convert` to the original files have the original's hashes."""
-    from ligerexport.artifact.artifact import Source, sha256
-    from ligerexport.reading import from_plain
+    from ligerexport.artifact.artifact import Source
+    from ligerexport.reading import from_plain, sha256
 
     hashes = {}
     for file in info.files:

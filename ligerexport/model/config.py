@@ -184,7 +184,7 @@ class LigerConfig:
     @property
     def foresees(self) -> bool:
         """Whether a pool is kept by a score that comes with each token."""
-        return any(get_score(name).signal == "given" for name, _ in self.slots)
+        return any(get_score(name).signal == "learned" for name, _ in self.slots)
 
     @property
     def recurrent(self) -> bool:

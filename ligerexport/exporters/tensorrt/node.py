@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 CONTRACT = 2
 """Version of attributes, inputs and outputs of the nodes; the plugin refuses another one."""
 MIXER, LINEAR = "LigerMixer", "LigerLinear"
+OPERANDS = ("query", "key", "value", "position", "rotary", "score")
+"""Inputs of a mixer before its state, in order. A joint node has key and value in the query, and only a layer with
+learned scores has a score. `tests/headers.py` writes the header `operands.h` of the C++ from them."""
 NAMED: dict[str, Any] = {"domain": DOMAIN, "plugin_namespace": DOMAIN, "plugin_version": "1", "contract": CONTRACT}
 
 
@@ -51,11 +54,12 @@ def plugin_mixer(
 
     g, config = frame.g, spec.config
     joint = g.whole(*projected)
-    tensors = [*projected] if joint is None else [joint]
-    tensors += [frame.position, _rotary(g, inv_freq, spec.max_distance)]
+    given = dict(zip(OPERANDS, projected if joint is None else (joint,), strict=False))
+    given |= {"position": frame.position, "rotary": _rotary(g, inv_freq, spec.max_distance)}
     if config.foresees:
         assert score is not None
-        tensors.append(score)
+        given["score"] = score
+    tensors = [given[name] for name in OPERANDS if name in given]
     mixed, *present = g.op(
         MIXER, *tensors, *past.values(), outputs=1 + len(past), **NAMED, layer_spec=layer_digest(spec_fields(spec)),
         q_heads=spec.q_heads, kv_heads=spec.kv_heads, d_k=spec.d_k, d_v=spec.d_v, slots=config.num_slots,

@@ -15,12 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.artifact.artifact import sha256
 from ligerexport.console import ProgressFactory
 from ligerexport.dtypes import DTYPES
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.exporters.targets import get_target
 from ligerexport.exporters.tensorrt.machine import driver
+from ligerexport.reading import sha256
 
 if TYPE_CHECKING:
     from ligerexport.artifact.artifact import Manifest

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ligerexport.kernels.fused.attend import LOG2E, far_launches, far_logits, listed, query_programs
+from ligerexport.kernels.fused.attend import far_launches, far_logits, listed, query_programs
 from ligerexport.kernels.fused.candidates import BLOCK, Candidates, angles, channels, turn
 from ligerexport.kernels.fused.launch import launch, layout, same
+from ligerexport.kernels.fused.numbers import LOG2E
 
 CHAPTER = 4
 """Blocks of queries for which a kept key gathers its gradient in one sum."""

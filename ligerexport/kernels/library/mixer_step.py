@@ -7,12 +7,7 @@ from torch import Tensor
 
 from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.ops import liger_mixer
-from ligerexport.model.state import MixerSpec, MixerState
-
-STATE = (
-    "slot_key", "slot_value", "slot_position", "slot_score", "recurrent_state", "recurrent_mass", "judge_state"
-)  # fmt: skip
-"""All that a layer without keyed rows can carry."""
+from ligerexport.model.state import FUSED, MixerSpec, MixerState
 
 
 def mixer_step(
@@ -50,11 +45,11 @@ def mixer_step(
         raise ValueError("a pool is kept by a learned score, and no score was given")
     if not spec.config.fuses:
         raise ValueError("a recurrence with keyed rows has no fused step; use liger_mixer")
-    pools = (state[name] for name in STATE[:3]), (state.get(name) for name in STATE[3:])
-    return _mixer_step(query, key, value, position, *pools[0], *pools[1], rotary, index, score, spec.text)
+    pools = {name: state.get(name) for name in FUSED}
+    return _mixer_step(query, key, value, position, **pools, rotary=rotary, index=index, score=score, spec=spec.text)
 
 
-@torch.library.custom_op("ligerexport::mixer_step", mutates_args=STATE)
+@torch.library.custom_op("ligerexport::mixer_step", mutates_args=FUSED)
 def _mixer_step(
     query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
     slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_mass: Tensor | None,
@@ -70,7 +65,7 @@ def _mixer_step(
 
 
 def _state(*tensors: Tensor | None) -> MixerState:
-    return {name: tensor for name, tensor in zip(STATE, tensors, strict=True) if tensor is not None}
+    return {name: tensor for name, tensor in zip(FUSED, tensors, strict=True) if tensor is not None}
 
 
 def _plain(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ligerexport.artifact.artifact import MANIFEST, open_artifact
+from ligerexport.artifact.artifact import is_artifact, open_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError, VerificationError
 from ligerexport.measure.bench import machine
@@ -102,11 +102,6 @@ def labels(model: str, against: str) -> tuple[str, str]:
     short = [Path(name).expanduser().name if Path(name).expanduser().is_dir() else name for name in (model, against)]
     first, second = short if short[0] != short[1] else (model, against)
     return first, second if second != first else f"{second} again"
-
-
-def is_artifact(model: str) -> bool:
-    """Return whether this is a directory that `build` wrote."""
-    return (Path(model).expanduser() / MANIFEST).is_file()
 
 
 def _of_same_conversion(artifact: str, model: str) -> str | None:

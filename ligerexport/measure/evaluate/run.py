@@ -12,10 +12,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ligerexport.artifact.artifact import is_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError
 from ligerexport.measure.evaluate.settings import KEYS, PAIR_LENGTHS, PAIRS, Settings, choose_parts
-from ligerexport.measure.evaluate.subject import Subject, check_same_tokenizer, is_artifact, open_subject, state_bytes
+from ligerexport.measure.evaluate.subject import Subject, check_same_tokenizer, open_subject, state_bytes
 from ligerexport.text.corpus import cut_windows, read_tokens, text_files
 
 if TYPE_CHECKING:

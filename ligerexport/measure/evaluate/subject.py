@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ligerexport.artifact.artifact import MANIFEST
+from ligerexport.artifact.artifact import is_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError
 from ligerexport.measure.evaluate.settings import Settings
@@ -48,11 +48,6 @@ class Subject:
     def prefix(self) -> list[int]:
         """Ids that the tokenizer puts before every text."""
         return self.text.encode("")
-
-
-def is_artifact(model: str | Path) -> bool:
-    """Return whether this is a directory that `build` wrote."""
-    return bool(str(model)) and (Path(model).expanduser() / MANIFEST).is_file()
 
 
 def open_subject(model: str | Path, settings: Settings, progress: ProgressFactory = silent) -> Subject:
