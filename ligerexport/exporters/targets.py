@@ -1,10 +1,15 @@
-"""The targets of `build` and the precisions of weights: what exists, one row each. How is in the targets' packages."""
+"""The targets of `build` and the precisions of weights, one row each. What a target does is in its `Backend`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
 
 from ligerexport.errors import UsageError, look_up
+
+if TYPE_CHECKING:
+    from ligerexport.exporters.backend import Backend
 
 
 @dataclass(frozen=True)
@@ -12,51 +17,59 @@ class Target:
     """One kind of artifact.
 
     Attributes:
+        backend: Where its `ligerexport.exporters.backend.Backend` is, as `module:class`; imported when it is needed.
         lowerings: Ways to write the mixer, the default first.
         extra: Extra of this package that installs what building and running need.
         requires: Distribution and version specifier of each runtime.
         weights: Precisions of weights, the default first.
         doc: One line for tables.
-        typed: Whether products run in the type of their weights, and not in fp32.
-        sms: Compute capabilities that it can be built for; none where it is for no GPU.
-        chunk: Tokens of a prompt in one call, unless more or fewer are wanted.
+        onnxruntime: Whether ONNX Runtime runs the graph, on any of its devices; other targets have a GPU and no choice.
+        sms: Compute capabilities that it can be built for; none if it is not only for GPUs.
+        chunk: Tokens of a prompt in one call by default.
+        run: Command that runs an artifact at `{path}`; empty if there is none.
     """
 
+    backend: str
     lowerings: tuple[str, ...]
     extra: str
     requires: dict[str, str]
     weights: tuple[str, ...]
     doc: str
-    typed: bool = False
+    onnxruntime: bool = False
     sms: tuple[int, ...] = ()
     chunk: int = 128
+    run: str = ""
 
 
 TARGETS: dict[str, Target] = {
     "onnx": Target(
+        backend="ligerexport.exporters.onnx.backend:OnnxRuntime",
         lowerings=("ort", "portable", "native"),
         extra="onnx",
         requires={"onnxruntime": ">=1.29"},  # first with right shapes for LinearAttention with fewer KV heads
         weights=("fp32", "fp16", "int8", "int4"),
         doc="a step graph for ONNX Runtime, weights in fp32 to int4",
+        onnxruntime=True,
+        run='ligerexport run {path} "Once upon a time"',
     ),
     "trt": Target(
+        backend="ligerexport.exporters.tensorrt.backend:TensorRT",
         lowerings=("plugin",),
         extra="trt",
         requires={},
         weights=("fp16", "bf16", "fp32"),
         doc="TensorRT 8.5 and later: a graph for our plugin, its kernels, and an engine where TensorRT is installed",
-        typed=True,
         sms=(80, 86, 87, 89, 90, 100, 120),
         chunk=1024,
+        run="liger-run {path} --ids 1,2,3",
     ),
     "trt-rtx": Target(
+        backend="ligerexport.exporters.tensorrt.backend:TensorRTRTX",
         lowerings=("portable",),
         extra="rtx",
         requires={},
         weights=("fp16", "bf16", "fp32"),
         doc="an engine for TensorRT-RTX on GeForce and RTX GPUs, built without a GPU",
-        typed=True,
         sms=(80, 86, 89, 120, 121),
     ),
 }
@@ -113,3 +126,14 @@ def get_target(name: str) -> Target:
         UsageError: No such target; the hint names close matches.
     """
     return look_up("target", name, TARGETS)
+
+
+def get_backend(name: str) -> Backend:
+    """Return what a target does.
+
+    Raises:
+        UsageError: No such target.
+    """
+    row = get_target(name)
+    made: Backend = resolve_name(row.backend)(name, row)
+    return made

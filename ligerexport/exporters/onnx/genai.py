@@ -20,6 +20,7 @@ from ligerexport.artifact.artifact import Artifact, StateTensor
 from ligerexport.errors import UsageError, VerificationError
 from ligerexport.exporters.onnx.builder import Builder, graph_input
 from ligerexport.exporters.onnx.session import DEFAULT_CHUNK, OnnxSession, optimisation
+from ligerexport.exporters.targets import get_target
 from ligerexport.text.tokenizer import TextModel, eos_ids
 
 GRAPH_FILE = "genai.onnx"
@@ -39,7 +40,7 @@ def check_genai(checkpoint: Path, target: str, lowering: str) -> None:
     Raises:
         UsageError: It is not for ONNX Runtime, has an operator that it does not have, or no id ends a text.
     """
-    if target != "onnx":
+    if not get_target(target).onnxruntime:
         raise UsageError(f"onnxruntime-genai with the target {target}", hint="--target onnx")
     if lowering == "native":
         raise UsageError("onnxruntime-genai does not have the operator of the lowering native", hint="--lowering ort")

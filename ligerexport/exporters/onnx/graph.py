@@ -75,7 +75,7 @@ def _onnx(dtype: str) -> str:
 def state_tensors(spec: ModelSpec, lowering: str = "ort", form: WeightFormat = FP32) -> tuple[StateTensorSpec, ...]:
     """Return the state of the whole model in the order of the graph's inputs."""
     growing, row = ("B", spec.kv_heads, "P", spec.head_dim), LOWERINGS[lowering]
-    activation = form.precision.dtype if row.plugin and form.typed else "float32"
+    activation = form.precision.dtype if row.plugin else "float32"
     types = {"activation": activation, "float32": "float32", "int64": row.integer}
     tensors = []
     for layer, layer_spec in enumerate(spec.mixers):
@@ -87,15 +87,13 @@ def state_tensors(spec: ModelSpec, lowering: str = "ort", form: WeightFormat = F
     return tuple(tensors)
 
 
-def weight_format(
-    weights: str = "fp32", block: int = BLOCK, lowering: str = "ort", typed: bool = False
-) -> WeightFormat:
-    """Return how weights are stored for a lowering, and with `typed` that products run in their type.
+def weight_format(weights: str = "fp32", block: int = BLOCK, lowering: str = "ort") -> WeightFormat:
+    """Return how weights are stored for a lowering.
 
     Raises:
         UsageError: No such precision, or no kernel takes such blocks.
     """
-    return WeightFormat(get_precision(weights, block), block, LOWERINGS[lowering].transposed, typed)
+    return WeightFormat(get_precision(weights, block), block, LOWERINGS[lowering].transposed)
 
 
 def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128, form: WeightFormat = FP32) -> ir.Model:

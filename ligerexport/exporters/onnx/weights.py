@@ -45,19 +45,17 @@ class WeightFormat:
         block: Elements of a row that share a scale and a zero point, where the precision has blocks.
         transposed: Whether quantised matrices lie as `[in, out]`, the form of `DequantizeLinear` before a product that
             runtimes fuse, and else as ONNX Runtime's `MatMulNBits` wants them.
-        typed: Whether products run in the type of their weights, and not in fp32.
     """
 
     precision: Precision = WEIGHTS["fp32"]
     block: int = BLOCK
     transposed: bool = False
-    typed: bool = False
 
     @property
     def activation(self) -> ir.DataType:
-        """Type of what goes into products with weights and comes out of them."""
+        """Type of what goes into and comes out of products that run in the type of their weights."""
         dtype = DTYPES[self.precision.dtype]
-        return ir.DataType(dtype.onnx) if self.typed and dtype.half else ir.DataType.FLOAT
+        return ir.DataType(dtype.onnx) if dtype.half else ir.DataType.FLOAT
 
     def bits(self, spec: ModelSpec, name: str) -> int:
         """Return the bits of an element of a weight; 32 for what is no matrix, and for learned scores.
