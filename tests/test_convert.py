@@ -15,7 +15,8 @@ from transformers import LlamaForCausalLM
 from ligerexport.artifact.artifact import open_artifact
 from ligerexport.checkpoint.calibrate import digest, score_shapes
 from ligerexport.checkpoint.checkpoint import check_checkpoint
-from ligerexport.checkpoint.convert import convert, convert_in_memory, load_model, load_transformer, packaged_scores
+from ligerexport.checkpoint.convert import convert, convert_in_memory, load_model, load_transformer
+from ligerexport.checkpoint.scores import packaged_scores
 from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source
 from ligerexport.errors import CheckpointError, LigerError, UsageError
 from ligerexport.exporters.build import build
@@ -240,7 +241,7 @@ def test_scores_of_the_package(tmp_path: Path, text: Path, monkeypatch: pytest.M
     package = tmp_path / "package"
     (package / "data" / "scores").mkdir(parents=True)
     shutil.copyfile(file, package / "data" / "scores" / "smollm2-135m.safetensors")
-    monkeypatch.setitem(convert.__globals__, "_DATA", package / "data")
+    monkeypatch.setitem(packaged_scores.__globals__, "DATA", package / "data")
     monkeypatch.setitem(convert.__globals__, "resolve", lambda *_, **__: builtin)
     assert packaged_scores(Source(tmp_path, "smollm2-135m")) is None  # a directory of that name
     second = convert("smollm2-135m", tmp_path / "second", preset="foresight")

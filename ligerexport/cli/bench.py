@@ -47,8 +47,8 @@ def bench(
 
     Both run in processes of their own and in turns. The table goes to stdout, or JSON in its place with --json.
     """
+    from ligerexport.measure.bench.bench import bench
     from ligerexport.measure.bench.report import RESULT, check_plots, markdown, save
-    from ligerexport.measure.bench.run import bench
     from ligerexport.measure.bench.settings import Settings
     from ligerexport.staging import check_destination
 

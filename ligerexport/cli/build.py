@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.described import check_output, describe, finish
+from ligerexport.cli.described import finish
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
 from ligerexport.errors import UsageError, quoted
-from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision, get_target
-from ligerexport.exporters.tensorrt.package import Gpu, choose_gpu
-from ligerexport.model.config import LigerConfig
+from ligerexport.exporters.targets import BLOCK, WEIGHTS
+
+_ANNOUNCED = ("target", "lowering", "max_chunk", "weights")
+"""Settings of every build that `--verbose` prints."""
 
 
 @verb(computes=True)
@@ -64,30 +64,24 @@ def build(
 
     The artifact is compared with the torch model on real prompts and written only if it passes.
     """
-    from ligerexport.artifact.artifact import MANIFEST, open_artifact
+    from ligerexport.artifact.artifact import open_artifact
+    from ligerexport.checkpoint.describe import describe_checkpoint
+    from ligerexport.exporters.build import BuildSettings, plan_build
 
-    row, sms = get_target(target), parse_sms(sm)
-    lowering, weights = lowering or row.lowerings[0], weights or row.weights[0]
-    get_precision(weights, block)
-    gpu = choose_gpu(target, sms, max_batch, plugin, engine)
-    output = model / target if output is None else output
-    check_output(output, force, MANIFEST)
-    config = _converted(model)
-    options.announce("build", model=model, target=target, output=output, lowering=lowering,
-                    max_chunk=max_chunk or row.chunk, weights=weights, threads=threads,
-                    block=block if get_precision(weights, block).blocked else None,
-                    **(vars(gpu) if gpu else {}))  # fmt: skip
-    from ligerexport.exporters.build import build as build_artifact
-    from ligerexport.exporters.build import planned_weight_bytes
-
+    settings = BuildSettings(
+        target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai
+    )
+    plan = plan_build(model, output, settings, force=force)
+    chosen = {name: value for name, value in vars(plan.settings).items() if name in _ANNOUNCED}
+    options.announce("build", model=model, output=plan.output, threads=threads, **chosen,
+                     block=plan.form.block if plan.form.precision.blocked else None,
+                     **(vars(plan.gpu) if plan.gpu else {}))  # fmt: skip
     if dry_run:
-        planned = planned_weight_bytes(model, target=target, lowering=lowering, weights=weights, block=block)
-        plan = describe(model, config) | {"path": str(output), "weight_bytes": planned}
-        plan |= _plan_gpu(model, gpu, planned) if gpu else {}
-        return finish(json, f"would write {output}", plan, None)
-    path = Path(build_artifact(model, output, target=target, lowering=lowering, max_chunk=max_chunk, weights=weights,
-                               block=block, sms=sms, max_batch=max_batch, plugin=plugin, engine=engine, genai=genai,
-                               force=force, progress=progress))  # fmt: skip
+        facts = describe_checkpoint(model, plan.spec.liger) | plan.describe()
+        if plan.gpu is not None:
+            facts["sms"] = options.plain(plan.gpu.sms)
+        return finish(json, f"would write {plan.output}", facts, None)
+    path = plan.run(progress)
     manifest = open_artifact(path, hashes=False).manifest
     facts = {
         "path": str(path),
@@ -103,34 +97,6 @@ def build(
     following = {"onnx": f'ligerexport run {quoted(path)} "Once upon a time"',
                  "trt": f"liger-run {quoted(path)} --ids 1,2,3"}  # fmt: skip
     finish(json, "built and verified", facts, following.get(target))
-
-
-def _plan_gpu(model: Path, gpu: Gpu, weight_bytes: int) -> dict[str, Any]:
-    """Return what a build for GPUs would take."""
-    from ligerexport.exporters.onnx.spec import read_spec
-
-    spec = read_spec(model)
-    parameters = sum(math.prod(spec.weights[name].shape) for name in spec.weights)
-    return {
-        "sms": options.plain(gpu.sms),
-        "layers_to_compile": len({layer for layer in spec.mixers if layer}) * len(gpu.sms),
-        "peak_memory_bytes": 8 * parameters + 3 * weight_bytes,  # all in fp32 twice, while it is verified
-    }
-
-
-def _converted(model: Path) -> LigerConfig:
-    """Return the conversion of a checkpoint that was converted.
-
-    Raises:
-        CheckpointError: There is no such checkpoint.
-        UsageError: It was not converted.
-    """
-    from ligerexport.checkpoint.checkpoint import check_checkpoint
-
-    config = check_checkpoint(model).config
-    if "liger" not in config:
-        raise UsageError(f"{model} is not converted yet", hint=f"ligerexport convert {quoted(model)} -o liger")
-    return LigerConfig.from_dict(config["liger"])
 
 
 def _cost(precision: str, quality: dict[str, Any] | None) -> str | None:

@@ -54,25 +54,22 @@ def eval_(
 
     Works on a checkpoint and on the artifact built from it alike. Tables go to stdout, with standard errors.
     """
-    from ligerexport.measure.evaluate.run import resolve_settings, tokens_to_read
+    from ligerexport.measure.evaluate.evaluate import plan_evaluate
 
-    inputs: dict[str, Any] = {"against": against, "text": text or [], "parts": split(parts), "tasks": split(tasks)}
-    settings: dict[str, Any] = {
-        "controls": split(controls), "length": length, "windows": windows, "trials": trials, "limit": limit,
-        "seed": seed, "batch": batch, "device": device, "dtype": dtype,
-    }  # fmt: skip
-    plan = resolve_settings(**inputs, **settings)
+    plan = plan_evaluate(
+        model, against=against, text=text or [], parts=split(parts), tasks=split(tasks), task_data=task_data,
+        output=output, force=force, controls=split(controls), length=length, windows=windows, trials=trials,
+        limit=limit, seed=seed, batch=batch, device=device, dtype=dtype,
+    )  # fmt: skip
     options.announce("eval", model=model, against=against, text=text, task_data=task_data, output=output,
-                    threads=threads, **vars(plan))  # fmt: skip
+                     threads=threads, **vars(plan.settings))  # fmt: skip
     if dry_run:
-        return _plan(json, model, inputs, plan.controls, tokens_to_read(plan))
-    from ligerexport.measure.evaluate import evaluate
-
-    report = evaluate(model, **inputs, **settings, task_data=task_data, output=output, force=force, progress=progress)
-    if json:
-        options.finish_json(True, report.to_dict())
-    else:
+        return _say_plan(plan.describe(), json)
+    report = plan.run(progress)
+    options.finish_json(json, report.to_dict())
+    if not json:
         data(report.markdown(), end="")
+    plan.save(report)  # last, so that a full disk does not lose what was measured
     rows = [("where", str(output))] if output else []
     for name, table in report.rows.items():
         if "nll" in table:
@@ -96,31 +93,12 @@ def split(text: str | None) -> list[str] | None:
     return names
 
 
-def _plan(json: bool, model: str, inputs: dict[str, Any], controls: tuple[str, ...], tokens: int) -> None:
-    """Say what would be measured, without loading anything."""
-    from importlib.util import find_spec
-
-    from ligerexport.checkpoint.loading import check_loadable
-    from ligerexport.measure.evaluate.subject import is_artifact
-    from ligerexport.text.corpus import text_files
-
-    files = text_files(inputs["text"])
-    for path in (Path(name).expanduser() for name in (model, inputs["against"]) if name and not is_artifact(name)):
-        if path.is_dir():  # other models would have to be fetched
-            check_loadable(path)
-    rows = [*(["teacher"] if inputs["against"] else []), "model", *controls]
-    wanted = {"lm_eval": "eval"} if inputs["tasks"] or "tasks" in (inputs["parts"] or ()) else {}
-    plan: dict[str, Any] = {
-        "model": model, "rows": rows, "text_files": len(files), "text_bytes": sum(f.stat().st_size for f in files),
-        "tokens_each": tokens, "missing_extras": [extra for module, extra in wanted.items() if not find_spec(module)],
-    }  # fmt: skip
+def _say_plan(plan: dict[str, Any], json: bool) -> None:
+    """Print what would be measured."""
     options.finish_json(json, plan)
-    card(
-        "would measure",
-        [
-            ("models", ", ".join(rows)),
-            ("text", f"{len(files)} files, {format_bytes(plan['text_bytes'])}"),
-            ("tokens to read", f"about {tokens:,} by each, tasks left out"),
-            *(("missing", f"pip install 'ligerexport[{extra}]'") for extra in plan["missing_extras"]),
-        ],
-    )
+    card("would measure", [
+        ("models", ", ".join(plan["rows"])),
+        ("text", f"{plan['text_files']} files, {format_bytes(plan['text_bytes'])}"),
+        ("tokens to read", f"about {plan['tokens_each']:,} by each, tasks left out"),
+        *(("missing", f"pip install 'ligerexport[{extra}]'") for extra in plan["missing_extras"]),
+    ])  # fmt: skip

@@ -17,9 +17,10 @@ from ligerexport.demo import page
 from ligerexport.demo.compare import Pair, Stopped, Stream, same_text
 from ligerexport.demo.prompts import CHAT, ask
 from ligerexport.errors import LigerError, UsageError
+from ligerexport.measure.bench.bench import bench
 from ligerexport.measure.bench.report import RESULT
-from ligerexport.measure.bench.run import bench, is_artifact
 from ligerexport.measure.bench.settings import Settings
+from ligerexport.measure.opened import is_artifact
 from ligerexport.text.tokenizer import TextModel
 
 SHORT = Settings(contexts=(128, 1024), blocks=6, tokens=8)

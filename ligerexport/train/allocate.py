@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import functional
 
-from ligerexport import __version__
 from ligerexport.checkpoint.adapter import model_id
 from ligerexport.checkpoint.checkpoint import CheckpointInfo
 from ligerexport.checkpoint.convert import load_model
@@ -27,9 +25,8 @@ from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import LigerError, UsageError, look_up
 from ligerexport.layers.mixer import LigerMixer
 from ligerexport.measure.evaluate.recall import ONCE, PlainTokenizer, answer_all, passkey_prompts
-from ligerexport.measure.evaluate.scorer import TorchScorer
 from ligerexport.measure.evaluate.settings import DEVICES, DTYPES
-from ligerexport.measure.evaluate.subject import pick_device
+from ligerexport.measure.opened import TorchModel, pick_device
 from ligerexport.model.config import MEMORY, LigerConfig, Slots
 from ligerexport.staging import staged_file
 from ligerexport.text.corpus import cut_windows, read_tokens, text_files
@@ -37,6 +34,7 @@ from ligerexport.text.tokenizer import TextModel
 from ligerexport.train.config import RecoverConfig
 from ligerexport.train.model import load_teacher
 from ligerexport.train.recover import prepare
+from ligerexport.versions import versions
 
 COUNTED = ("kl", "once_nll")
 """What `Measure` returns of which the relative changes are a memory's cost."""
@@ -168,9 +166,7 @@ def allocate(
         "total": sum(memory.num_slots for memory in sizes.values()),
         "expected_cost": sum(measured[layer][choice]["cost"] for layer, choice in choices.items()),
         "measured": [{"layer": layer, "memories": rows} for layer, rows in measured.items()],
-        "versions": {
-            "ligerexport": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        },
+        "versions": versions("torch", "transformers"),
     }  # fmt: skip
     fields = as_fields(LigerConfig.from_dict(record["base"]), sizes)
     with staged_file(output) as file:
@@ -362,12 +358,12 @@ class Measure:
         return _Uncached(model).forced(row[None], self.last)[0].log_softmax(dim=-1)
 
 
-class _Uncached(TorchScorer):
+class _Uncached(TorchModel):
     """Reads without a cache: layers that were replaced would keep another one than the model's configuration says."""
 
     @torch.no_grad()
     def forced(self, ids: Tensor, last: int) -> Tensor:
-        """Return as `Scorer.forced`."""
+        """Return as `Opened.forced`."""
         return self.model(ids.to(self.model.device), use_cache=False, logits_to_keep=last).logits.float()
 
 

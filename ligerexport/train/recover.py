@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +15,7 @@ from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.model.config import LigerConfig
 from ligerexport.staging import check_destination, remove_directory, staged_directory
 from ligerexport.train.config import RecoverConfig
+from ligerexport.versions import versions
 
 if TYPE_CHECKING:
     from ligerexport.checkpoint.checkpoint import CheckpointInfo
@@ -26,7 +26,6 @@ _MANY_TIMES = 10
 """How often the same data may be read without a warning."""
 _WARM = 5.0
 """Seconds of a step from which on what is done only once hardly counts."""
-_VERSIONS = ("ligerexport", "torch", "transformers", "peft", "accelerate")
 
 
 def recover(
@@ -259,18 +258,12 @@ def make_record(
     """Return what the result says about its making."""
     from ligerexport.train.report import phase_table
 
-    versions = {}
-    for name in _VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout
-            continue
     return run | {
         "tokens": sum(step.tokens for step in history),
         "final_loss": phase_table(history)[-1]["final_loss"],
         "phases": [asdict(phase) for phase in config.row.phases],
         "samples": documents.counts,
-        "versions": versions,
+        "versions": versions("torch", "transformers", "peft", "accelerate"),
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shlex
 import statistics
 import sys
@@ -17,13 +18,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ligerexport.artifact.artifact import MANIFEST, open_artifact
+from ligerexport.artifact.artifact import open_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError, VerificationError
 from ligerexport.measure.bench import machine
 from ligerexport.measure.bench.settings import Settings
 from ligerexport.measure.bench.worker import Worker
+from ligerexport.measure.opened import is_artifact
 from ligerexport.threads import default_threads
+from ligerexport.versions import versions
 
 _BUSY = 0.1
 """Share of the cores that others may take before they are in the way."""
@@ -84,7 +87,7 @@ def bench(
         "parity": parity,
         "machine": machine.describe(threads) | {"bytes_per_s": rates, "energy": meter.source, "load": load},
         "warnings": disturbed(rows, threads, os.cpu_count() or 1, load),
-        "versions": machine.versions(),
+        "versions": {"python": platform.python_version()} | versions("torch", "transformers", "onnxruntime"),
         "settings": vars(settings),
         "rows": rows,
         "crossover": {
@@ -102,11 +105,6 @@ def labels(model: str, against: str) -> tuple[str, str]:
     short = [Path(name).expanduser().name if Path(name).expanduser().is_dir() else name for name in (model, against)]
     first, second = short if short[0] != short[1] else (model, against)
     return first, second if second != first else f"{second} again"
-
-
-def is_artifact(model: str) -> bool:
-    """Return whether this is a directory that `build` wrote."""
-    return (Path(model).expanduser() / MANIFEST).is_file()
 
 
 def _of_same_conversion(artifact: str, model: str) -> str | None:
