@@ -51,8 +51,10 @@ def test_a_converted_checkpoint_converts_to_another_preset(tmp_path: Path) -> No
 def test_a_source_is_never_replaced(tmp_path: Path) -> None:
     teacher = make_teacher(tmp_path / "teacher")
     before = sorted(path.name for path in teacher.iterdir())
-    with pytest.raises(UsageError, match="not converted"):
+    with pytest.raises(UsageError, match="is the model itself"):
         convert(teacher, teacher, force=True)
+    with pytest.raises(UsageError, match="not converted"):
+        convert(make_teacher(tmp_path / "other"), teacher, force=True)
     assert sorted(path.name for path in teacher.iterdir()) == before
 
 

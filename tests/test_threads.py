@@ -77,9 +77,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 VERBS = {
     "convert": ("ligerexport.checkpoint.convert", "ConvertPlan.run", "{liger}"),
-    "recover": ("ligerexport.train.recover", "recover", "{liger} --data {text} --steps 1"),
-    "allocate": ("ligerexport.train.allocate", "allocate", "{liger} --data {text} --text {text}"),
-    "eval": ("ligerexport.measure.evaluate", "evaluate", "{liger} --text {text}"),
+    "recover": ("ligerexport.train.recover", "RecoverPlan.run", "{liger} --data {text} --steps 1"),
+    "allocate": ("ligerexport.train.allocate", "AllocatePlan.run", "{liger} --data {text} --text {text}"),
+    "eval": ("ligerexport.measure.evaluate.evaluate", "EvaluatePlan.run", "{liger} --text {text}"),
     "build": ("ligerexport.exporters.build", "BuildPlan.run", "{liger}"),
 }
 """Module and function of it in which a verb computes, and its arguments."""

@@ -117,9 +117,9 @@ def plan_convert(
     output = Path(output)
     liger = choose_conversion(model, preset, memory, adapter, changes)
     texts = check_score_options(liger, calibrate, scores, windows)
-    _check_output(output)
     if output.resolve() == Path(model).expanduser().resolve():
         raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
+    _check_output(output)
     check_destination(output, force=force, marker="config.json")
     scores = None if scores is None else Path(scores)
     return ConvertPlan(model, output, liger, texts, scores, windows, adapter, force)

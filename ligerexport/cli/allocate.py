@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as library
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from ligerexport.cli import options
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import card, progress
-from ligerexport.errors import quoted
+from ligerexport.errors import LigerError, quoted
 from ligerexport.measure.evaluate.settings import DEVICES, DTYPES
 
 
@@ -45,30 +44,29 @@ def allocate(
 
     Measures the model with smaller and larger memories in one layer at a time; trains nothing.
     """
-    from ligerexport.train.allocate import allocate as run
-    from ligerexport.train.allocate import check_output, make_config, make_plan
+    from ligerexport.train.allocate import plan_allocate
 
     settings: dict[str, Any] = {
         "slots": slots, "length": length, "windows": windows, "trials": trials, "distance": distance,
         "device": device, "dtype": dtype,
     }  # fmt: skip
-    config = make_config(settings)
-    check_output(output, force)
-    options.announce("allocate", model=model, data=data, text=text, output=output, against=against,
-                    threads=threads, **settings)  # fmt: skip
+    plan = plan_allocate(model, data, text, output, against=against, force=force, progress=progress, **settings)
+    options.announce("allocate", model=model, data=data, text=text, output=output, against=against, threads=threads,
+                     **settings)  # fmt: skip
     if dry_run:
-        plan = make_plan(model, data, text, config, against, progress)
-        facts = {"path": str(output), "layers": len(plan.tried), "budget": plan.budget,
-                 "measurements": plan.measurements, "tokens": plan.tokens}  # fmt: skip
-        options.finish_json(json, facts)
+        options.finish_json(json, plan.describe())
         return card(f"would write {output}", [
             ("slots", f"{plan.budget:,} in {len(plan.tried)} layers"),
             ("measurements", f"{plan.measurements:,} of the model with one layer's memory replaced"),
             ("tokens to read", f"about {plan.tokens:,}"),
         ])  # fmt: skip
-    run(model, data, text, output, against=against, force=force, progress=progress, **settings)
-    found = library.loads(output.read_text(encoding="utf-8"))
+    found = plan.run(progress)
     options.finish_json(json, {"path": str(output), **found})
+    try:
+        plan.save(found)
+    except LigerError:  # a full disk must not lose what was measured
+        options.finish_json(not json, found)
+        raise
     record = found["record"]
     base = record["measured"][0]["memories"][0]
     card("shared out", [

@@ -75,19 +75,19 @@ def recover(
         "micro_batch_tokens": micro_batch_tokens, "rate": lr, "warmup": warmup, "overlong": overlong, "dtype": dtype,
         "gradient_checkpointing": gradient_checkpointing, "seed": seed, "save_every": save_every,
     }  # fmt: skip
-    from ligerexport.train.recover import check_places, make_config
-    from ligerexport.train.recover import recover as run
+    from ligerexport.train.recover import plan_recover
 
-    config = make_config(settings)
-    check_places(model, output, force)
-    plan = _plan(model, config, shard)
+    plan = plan_recover(model, data, output, against=against, merge=merge, resume=resume, shard=shard,  # type: ignore[arg-type]
+                        force=force, tensorboard=tensorboard, **settings)  # fmt: skip
     options.announce("recover", model=model, data=data, output=output, threads=threads,
-                    **config.identity())  # fmt: skip
-    _talk(plan)
+                     **plan.config.identity())  # fmt: skip
+    takes = plan.estimate()
+    share, memory = takes.trainable_parameters / takes.parameters, format_bytes(takes.memory_bytes)
+    say(f"{takes.trainable_parameters:,} trainable parameters ({share:.2%}), {takes.steps:,} steps, "
+        f"{takes.tokens:,} tokens, about {memory} of memory")  # fmt: skip
     if dry_run:
-        return _dry(model, data, output, config, against, plan, json) if main else None
-    path = run(model, data, output, against=against, merge=merge, resume=resume, shard=shard, force=force,  # type: ignore[arg-type]
-               tensorboard=tensorboard, progress=progress, on_step=_teller(config), **settings)  # fmt: skip
+        return _say_plan(plan.describe(progress), plan.config, json) if main else None
+    path = plan.run(progress, _teller(plan.config))
     if main:
         _finish(path, merge, json)
 
@@ -107,40 +107,18 @@ def parse_count(text: str | None) -> int | None:
         raise UsageError(f"--tokens {text}", hint="write a number, as 3000000, 500k or 3M") from None
 
 
-def _plan(model: Path, config: RecoverConfig, shard: bool) -> dict[str, Any]:
-    from ligerexport.checkpoint.adapter import check_student
-    from ligerexport.train.plan import make_plan
-
-    return make_plan(check_student(model), config, int(os.environ.get("WORLD_SIZE", "1")), shard).to_dict()
-
-
-def _talk(plan: dict[str, Any]) -> None:
-    share = plan["trainable_parameters"] / plan["parameters"]
-    say(f"{plan['trainable_parameters']:,} trainable parameters ({share:.2%}), {plan['steps']:,} steps, "
-        f"{plan['tokens']:,} tokens, about {format_bytes(plan['memory_bytes'])} of memory")  # fmt: skip
-
-
-def _dry(
-    model: Path, data: list[str], output: Path, config: RecoverConfig, against: str | None, plan: dict[str, Any],
-    json: bool,
-) -> None:  # fmt: skip
-    """Read the data and train on a few rows too: what is wrong and how long it takes is worth knowing before."""
+def _say_plan(plan: dict[str, Any], config: RecoverConfig, json: bool) -> None:
+    """Print what a run would take."""
     from ligerexport.threads import default_threads
-    from ligerexport.train.recover import measure_seconds, prepare, warn_of_repeats
 
-    info, documents = prepare(model, data, config, against, progress)
-    warn_of_repeats(documents, config)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    seconds = measure_seconds(info, documents, config, against, processes, progress)
-    found = {"documents": len(documents.lengths), "tokens": len(documents.ids), **documents.counts}
-    options.finish_json(json, {"path": str(output), **plan, "seconds": seconds, "data": found})
-    card(f"would write {output}", [
-        ("parameters", f"{plan['trainable_parameters']:,} of {plan['parameters']:,} learn"),
+    options.finish_json(json, plan)
+    card(f"would write {plan['path']}", [
+        ("parameters", f"{plan['trainable_parameters']:,} of {plan['parameters']:,} are trained"),
         ("steps", f"{plan['steps']:,} of {config.batch_tokens:,} tokens"),
-        ("time", f"about {duration(seconds)}, measured on a part of each phase (threads: {default_threads()})"),
+        ("time", f"about {duration(plan['seconds'])}, measured on a part of each phase (threads: {default_threads()})"),
         ("memory", f"about {format_bytes(plan['memory_bytes'])}: " + ", ".join(
             f"{name} {format_bytes(plan[f'{name}_bytes'])}" for name in ("weight", "lora", "activation", "logit"))),
-        ("data", ", ".join(f"{count:,} {what}" for what, count in found.items())),
+        ("data", ", ".join(f"{count:,} {what}" for what, count in plan["data"].items())),
     ])  # fmt: skip
 
 
