@@ -1,4 +1,4 @@
-"""`allocate`: slots go to the layers that gain by them."""
+"""`allocate`: give slots to the layers that gain most from them."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from ligerexport.measure.evaluate.settings import DEVICES, DTYPES
 
 @verb(computes=True)
 def allocate(
-    model: Annotated[Path, typer.Argument(help="A converted checkpoint; its memory is where measuring starts.")],
+    model: Annotated[Path, typer.Argument(help="A converted checkpoint; the measurement starts from its memory.")],
     data: Annotated[
         list[str],
-        typer.Option("--data", help="Chats or text, as for recover: divergence is measured on it; repeatable."),
+        typer.Option("--data", help="Chats or text to measure divergence on, as for recover; may be repeated."),
     ],
     text: Annotated[
-        list[Path], typer.Option(help="Prose in which a key is said once: .txt files, directories of them; repeatable.")
+        list[Path], typer.Option(help="Prose to hide a key in: .txt files or directories of them; may be repeated.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write, for convert --memory.")],
     slots: Annotated[
-        int | None, typer.Option(help="Exact slots of a layer, on average; default: as many as the checkpoint has.")
+        int | None, typer.Option(help="Average number of exact slots per layer; default: that of the checkpoint.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="The Transformer; default: the checkpoint's own weights.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens of a window of the data.")] = 2048,
-    windows: Annotated[int, typer.Option(help="Most windows.")] = 8,
-    trials: Annotated[int, typer.Option(help="Prompts with a key.")] = 12,
+    length: Annotated[int, typer.Option(help="Tokens per window of the data.")] = 2048,
+    windows: Annotated[int, typer.Option(help="Largest number of windows.")] = 8,
+    trials: Annotated[int, typer.Option(help="Number of prompts with a key.")] = 12,
     distance: Annotated[int, typer.Option(help="Tokens of prose around a key.")] = 2048,
     device: Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")] = "auto",
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = "float32",
     threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Share slots out among layers by what each gains.
+    """Distribute slots among layers by what each layer gains.
 
-    Measures the model with smaller and larger memories in one layer at a time; trains nothing.
+    The model is measured with smaller and larger memories in one layer at a time. Nothing is trained.
     """
     from ligerexport.train.allocate import plan_allocate
 
@@ -69,7 +69,7 @@ def allocate(
         raise
     record = found["record"]
     base = record["measured"][0]["memories"][0]
-    card("shared out", [
+    card("allocated", [
         ("where", str(output)),
         ("slots", f"{record['total']:,} of {record['budget']:,} in {record['layers']} layers"),
         ("before", f"{base['kl']:.3f} nats from the Transformer, {base['once']:.0%} of a key's digits"),

@@ -21,46 +21,47 @@ _ANNOUNCED = ("target", "lowering", "max_chunk", "weights")
 @verb(computes=True)
 def build(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint; default: this directory.")] = Path("."),
-    target: Annotated[str, typer.Option(help="See `ligerexport list targets`.")] = "onnx",
+    target: Annotated[str, typer.Option(help="What to build for: a row of `ligerexport list targets`.")] = "onnx",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory to write; default: TARGET inside the checkpoint.")
     ] = None,
     lowering: Annotated[
         str | None,
         typer.Option(
-            help="ort: ONNX Runtime's own operators. portable: primitive ones, for any runtime. native: our own "
-            "operator on the CPU, the fastest; needs a C++ compiler where it runs."
+            help="ort uses ONNX Runtime's own operators, portable the primitive ones of any runtime, native an "
+            "operator of this project: the fastest on CPUs, where it needs a C++ compiler."
         ),
     ] = None,
     max_chunk: Annotated[
-        int | None, typer.Option(help="Most tokens of one call; default: 1024 for trt, else 128.")
+        int | None,
+        typer.Option(help="Largest number of tokens per call; default: 1024 for trt, 128 for other targets."),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
-            help=f"How weights are stored: {', '.join(WEIGHTS)}; for GPUs also what products run in. Default: fp32, "
-            "for GPUs fp16."
+            help=f"How weights are stored: {', '.join(WEIGHTS)}; on GPUs also the type of products. Default: fp32, "
+            "on GPUs fp16."
         ),
     ] = None,
-    block: Annotated[int, typer.Option(help="Weights that share a scale, for int8 and int4.")] = BLOCK,
+    block: Annotated[int, typer.Option(help="Number of weights that share a scale, for int8 and int4.")] = BLOCK,
     sm: Annotated[
         str | None,
         typer.Option(metavar="SM,...", help="Compute capabilities of GPUs, 87 for 8.7; default: all of the target's."),
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="Most sequences on a GPU.")] = 8,
+    max_batch: Annotated[int, typer.Option(help="Largest number of sequences on a GPU.")] = 8,
     plugin: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Library of the TensorRT plugin, to go into the artifact.")
+        Path | None, typer.Option(metavar="FILE", help="Library of the TensorRT plugin to put into the artifact.")
     ] = None,
     engine: Annotated[
-        bool, typer.Option("--engine/--no-engine", help="With trt: build the engine here, or on the device.")
+        bool, typer.Option("--engine/--no-engine", help="With trt, build the engine here or on the device.")
     ] = True,
-    genai: Annotated[bool, typer.Option("--genai", help="Add what onnxruntime-genai runs.")] = False,
+    genai: Annotated[bool, typer.Option("--genai", help="Add the files that onnxruntime-genai needs.")] = False,
     threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Export a converted checkpoint, and verify it.
+    """Export a converted checkpoint and verify the result.
 
     The artifact is compared with the torch model on real prompts and written only if it passes.
     """
@@ -100,15 +101,15 @@ def build(
 
 
 def _cost(precision: str, quality: dict[str, Any] | None) -> str | None:
-    """Say what a precision costs on the built-in text."""
+    """Return what a precision costs on the built-in text."""
     if quality is None:
         return None
     change = quality["nll"] - quality["nll_float32"]
-    return f"{change:+.3f} nats a token by {precision} (KL {quality['kl']:.3f}, {quality['tokens']} tokens)"
+    return f"{change:+.3f} nats per token by {precision} (KL {quality['kl']:.3f}, {quality['tokens']} tokens)"
 
 
 def _chat(path: Path) -> str | None:
-    """Say how `chat` will sample, where the model has a chat template."""
+    """Return how `chat` will sample, if the model has a chat template."""
     from ligerexport.run.generate import text_model
     from ligerexport.run.sampling import chat_settings, describe
 

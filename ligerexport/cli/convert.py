@@ -25,42 +25,55 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     preset: Annotated[
         str | None,
-        typer.Option(help=f"One of: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}, or that of a memory or adapter."),
+        typer.Option(
+            help=f"One of: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}, or that of the given memory or adapter."
+        ),
     ] = None,
     memory: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Windows and pools of all layers, from `allocate`.")
+        Path | None, typer.Option(metavar="FILE", help="Windows and pools of all layers, as `allocate` writes them.")
     ] = None,
     gate: Annotated[str | None, typer.Option(help=f"One of: {', '.join(GATES)}.")] = None,
-    sinks: Annotated[int | None, typer.Option(help="First tokens kept exactly for ever.")] = None,
-    window: Annotated[int | None, typer.Option(help="Most recent tokens kept exactly.")] = None,
+    sinks: Annotated[int | None, typer.Option(help="Number of first tokens that are always kept.")] = None,
+    window: Annotated[int | None, typer.Option(help="Number of most recent tokens that are kept.")] = None,
     slots: Annotated[
         str | None,
-        typer.Option(metavar="SCORE=COUNT,...", help=f"Tokens kept by a score: {', '.join(SCORES)}; or none."),
+        typer.Option(
+            metavar="SCORE=COUNT,...", help=f"Number of tokens that are kept by a score: {', '.join(SCORES)}; or none."
+        ),
     ] = None,
-    attention_weight: Annotated[float | None, typer.Option(help="Weight of the softmax over the slots.")] = None,
+    attention_weight: Annotated[
+        float | None, typer.Option(help="Weight of the softmax attention over the slots.")
+    ] = None,
     recurrence_weight: Annotated[float | None, typer.Option(help="Weight of the recurrence; 0 leaves it out.")] = None,
     recurrence: Annotated[str | None, typer.Option(help=f"One of: {', '.join(RECURRENCES)}.")] = None,
     recurrence_distance: Annotated[
-        int | None, typer.Option(help="Distance in tokens at which evicted tokens are read.")
+        int | None, typer.Option(help="Rotary distance in tokens at which evicted tokens are read.")
     ] = None,
     layer_memory: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="LAYER,...:window=TOKENS,SCORE=COUNT,...", help="Layers with a memory of another size; repeatable."
+            metavar="LAYER,...:window=TOKENS,SCORE=COUNT,...",
+            help="Memory of some layers, if it differs; may be repeated.",
         ),
     ] = None,
-    keep_softmax: Annotated[str | None, typer.Option(metavar="LAYER,...", help="Layers left as they are.")] = None,
-    max_distance: Annotated[int | None, typer.Option(help="Largest rotary distance; default: trained length.")] = None,
+    keep_softmax: Annotated[
+        str | None, typer.Option(metavar="LAYER,...", help="Layers that keep their softmax attention.")
+    ] = None,
+    max_distance: Annotated[
+        int | None, typer.Option(help="Largest rotary distance; default: the trained context length.")
+    ] = None,
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option(metavar="TEXT", help="Fit the learned score on .txt files or directories of them; repeatable."),
+        typer.Option(
+            metavar="TEXT", help="Fit the learned score on .txt files or directories of them; may be repeated."
+        ),
     ] = None,
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="Learned scores that were fitted before.")] = None,
-    windows: Annotated[int, typer.Option(help="Windows of 2,048 tokens that a fit reads.")] = WINDOWS,
+    windows: Annotated[int, typer.Option(help="Number of windows of 2,048 tokens that a fit reads.")] = WINDOWS,
     adapter: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help=f"Merge what `recover --adapter` wrote; {SHIPPED}: what comes with a built-in model."
+            metavar="DIR", help=f"Adapter of `recover --adapter` to merge; {SHIPPED} is the one of a built-in model."
         ),
     ] = None,
     threads: Threads = None,
@@ -68,9 +81,9 @@ def convert(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Make a Transformer recurrent; takes seconds, minutes with --calibrate.
+    """Make a Transformer recurrent, in seconds, or in minutes with --calibrate.
 
-    Its attention is swapped for a gated recurrence and a bounded exact memory. No weight changes without --adapter.
+    A gated recurrence and a bounded exact memory replace its attention. Without --adapter no weight changes.
     """
     changes: dict[str, Any] = {
         "gate": gate, "sinks": sinks, "window": window, "slots": parse_slots(slots),

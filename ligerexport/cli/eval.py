@@ -1,4 +1,4 @@
-"""`eval`: measure a model. Its tables are data, on stdout."""
+"""`eval`: measure a model. Its tables go to stdout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from ligerexport.measure.evaluate.settings import CONTROLS, DEVICES, DTYPES, PAR
 @verb(computes=True)
 def eval_(
     model: Annotated[str, typer.Argument(help="A converted checkpoint, a Transformer, or an artifact.")],
-    against: Annotated[str | None, typer.Option(help="The Transformer it was converted from; measured too.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The Transformer that it was converted from; it is measured too.")
+    ] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Held-out plain text: a file, or a directory of .txt; may be repeated.")
     ] = None,
@@ -32,16 +34,16 @@ def eval_(
         Path | None, typer.Option(help="Directory with the tasks' data sets, for machines without a network.")
     ] = None,
     controls: Annotated[
-        str | None, typer.Option(metavar="CONTROL,...", help=f"Compare with: {', '.join(CONTROLS)}.")
+        str | None, typer.Option(metavar="CONTROL,...", help=f"Controls to compare with: {', '.join(CONTROLS)}.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens of a window of text, and largest distance of recall.")] = 8192,
-    windows: Annotated[int, typer.Option(help="Most windows of text.")] = 16,
-    trials: Annotated[int, typer.Option(help="Prompts for each distance of recall.")] = 64,
-    limit: Annotated[int | None, typer.Option(help="Most questions of a task.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    batch: Annotated[int, typer.Option(help="Sequences at a time on a GPU.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens per window of text, and the largest distance of recall.")] = 8192,
+    windows: Annotated[int, typer.Option(help="Largest number of windows of text.")] = 16,
+    trials: Annotated[int, typer.Option(help="Number of prompts for each distance of recall.")] = 64,
+    limit: Annotated[int | None, typer.Option(help="Largest number of questions per task.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    batch: Annotated[int, typer.Option(help="Number of sequences at a time on a GPU.")] = 8,
     device: Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")] = "auto",
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = "float32",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for report.json, report.md and plots.")
     ] = None,
@@ -52,7 +54,7 @@ def eval_(
 ) -> None:
     """Measure a model: loss by position, recall, tasks.
 
-    Works on a checkpoint and on the artifact built from it alike. Tables go to stdout, with standard errors.
+    Checkpoints and the artifacts built from them are measured alike. The tables have standard errors.
     """
     from ligerexport.measure.evaluate.evaluate import plan_evaluate
 
@@ -73,7 +75,7 @@ def eval_(
     rows = [("where", str(output))] if output else []
     for name, table in report.rows.items():
         if "nll" in table:
-            rows.append((name, f"{table['nll']['mean'].mean:.3f} nats a token"))
+            rows.append((name, f"{table['nll']['mean'].mean:.3f} nats per token"))
     state = report.state_bytes["model"]
     rows.append(("state", "grows with the text" if state is None else f"{format_bytes(state)} a sequence"))
     card(f"measured in {report.environment['seconds']:.0f} s", rows)
