@@ -85,16 +85,41 @@ class Opened(ABC):
         """Bytes of the weights that are read for a token."""
 
     @abstractmethod
+    def read(self, ids: Tensor, state: Any, last: int, *, keep: bool = True) -> tuple[Tensor, Any]:
+        """Read tokens, and return logits and the state after them, which is valid until a call without a state.
+
+        Args:
+            ids: `[B, T]`.
+            state: From the call before; None starts anew.
+            last: Number of last tokens whose logits are returned; 0 is all.
+            keep: Whether the state is needed.
+        """
+
     def logits(self, ids: Tensor, chunk: int = CHUNK) -> Iterator[Tensor]:
         """Read `[B, T]` and yield the logits after each token, `[B, chunk, V]` fp32; the last may be shorter."""
+        state = None
+        for part in ids.split(chunk, dim=1):
+            logits, state = self.read(part, state, 0)
+            yield logits.float()
 
-    @abstractmethod
     def forced(self, ids: Tensor, last: int) -> Tensor:
         """Read `[B, T]` and return the logits after the last tokens, `[B, last, V]` fp32."""
+        state, head = None, max(0, ids.shape[1] - max(last, CHUNK))
+        for part in ids[:, :head].split(CHUNK, dim=1) if head else ():
+            _, state = self.read(part, state, 1)
+        return self.read(ids[:, head:], state, last, keep=head > 0)[0].float()
 
-    @abstractmethod
     def greedy(self, ids: Sequence[int]) -> Iterator[int]:
         """Read one prompt and yield the most likely next token, again and again."""
+        import torch
+
+        state, parts = None, torch.tensor([list(ids)]).split(CHUNK, dim=1)
+        while True:
+            for part in parts:
+                logits, state = self.read(part, state, 1)
+            token = logits[:, -1].argmax(dim=-1, keepdim=True)
+            yield int(token)
+            parts = (token,)
 
     @abstractmethod
     def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
@@ -239,53 +264,24 @@ class TorchModel(Opened):
         head = self.model.get_output_embeddings()  # where it has its own weights, only one row of the embedding is read
         return total if head.weight is embedding else total - int(embedding.nbytes)
 
-    def logits(self, ids: Tensor, chunk: int = CHUNK) -> Iterator[Tensor]:
-        """Yield as `Opened.logits`."""
-        cache = None
-        for part in ids.to(self.model.device).split(chunk, dim=1):
-            logits, cache = self._read(part, cache)
-            yield logits.float()
-
-    def forced(self, ids: Tensor, last: int) -> Tensor:
-        """Return as `Opened.forced`."""
-        ids, cache = ids.to(self.model.device), None
-        tail = min(ids.shape[1], max(last, CHUNK))
-        head = ids[:, : ids.shape[1] - tail]
-        for part in head.split(CHUNK, dim=1) if head.shape[1] else ():
-            _, cache = self._read(part, cache, 1)
-        return self._read(ids[:, -tail:], cache, last, keeps=cache is not None)[0].float()
-
-    def greedy(self, ids: Sequence[int]) -> Iterator[int]:
-        """Yield as `Opened.greedy`."""
+    def read(self, ids: Tensor, state: Any, last: int, *, keep: bool = True) -> tuple[Tensor, Any]:
+        """Return as `Opened.read`; the state is the cache."""
         import torch
 
-        cache = None
-        parts = torch.tensor([list(ids)], device=self.model.device).split(CHUNK, dim=1)
-        while True:
-            for part in parts:
-                logits, cache = self._read(part, cache, 1)
-            token = logits[:, -1].argmax(dim=-1, keepdim=True)
-            yield int(token)
-            parts = (token,)
+        from ligerexport.layers.mixer import CACHE
+
+        with torch.no_grad():
+            out = self.model(ids.to(self.model.device), **{CACHE: state}, use_cache=keep, logits_to_keep=last)
+        return out.logits, out.get(CACHE)
 
     def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
         """Return as `Opened.advance`."""
         import torch
 
         with torch.inference_mode():
-            for part in torch.tensor(ids, device=self.device).split(PROMPT_CHUNK, dim=1):
-                logits, self._cache = self._read(part, self._cache, 1)
+            for part in torch.tensor(ids).split(PROMPT_CHUNK, dim=1):
+                logits, self._cache = self.read(part, self._cache, 1)
             return [int(row) for row in logits[:, -1].argmax(dim=-1)]  # waits for a GPU
-
-    def _read(self, ids: Tensor, cache: Any, last: int = 0, *, keeps: bool = True) -> tuple[Tensor, Any]:
-        """Return the logits after the last tokens, 0 is all, and the cache after them if it keeps one."""
-        import torch
-
-        from ligerexport.layers.mixer import CACHE
-
-        with torch.no_grad():
-            out = self.model(ids, **{CACHE: cache}, use_cache=keeps, logits_to_keep=last)
-        return out.logits, out.get(CACHE)
 
     def fill(self, tokens: int) -> list[int]:
         """Do as `Opened.fill`."""
@@ -350,30 +346,22 @@ class ArtifactModel(Opened):
             manifest.bytes.weights * (1 - (0 if tied else shape.vocab_size * shape.hidden_size / shape.parameters))
         )
 
-    def logits(self, ids: Tensor, chunk: int = CHUNK) -> Iterator[Tensor]:
-        """Yield as `Opened.logits`."""
-        self._one(ids)
-        self.session.reset()
-        for part in ids.split(chunk, dim=1):
-            yield self._every(part)
+    def read(self, ids: Tensor, state: Any, last: int, *, keep: bool = True) -> tuple[Tensor, Any]:
+        """Return as `Opened.read`; the state is the session itself."""
+        import torch
 
-    def forced(self, ids: Tensor, last: int) -> Tensor:
-        """Return as `Opened.forced`."""
-        self._one(ids)
-        self.session.reset()
-        head = ids.shape[1] - last
+        if state is None:
+            self.session.reset()
+        if len(ids) != 1:
+            raise ValueError(f"{len(ids)} sequences, an artifact scores one at a time")
+        array, head = ids.numpy(), ids.shape[1] - last if last else 0
+        if array.shape[1] == 1 and state is not None:
+            return torch.from_numpy(self.session.step(array[:, 0]))[:, None], self
+        if last == 1:
+            return torch.from_numpy(self.session.prefill(array))[:, None], self
         if head:
-            self.session.prefill(ids[:, :head].numpy())
-        return self._every(ids[:, head:])
-
-    def greedy(self, ids: Sequence[int]) -> Iterator[int]:
-        """Yield as `Opened.greedy`."""
-        self.session.reset()
-        logits = self.session.prefill(list(ids))
-        while True:
-            token = int(logits[0].argmax())
-            yield token
-            logits = self.session.step(token)
+            self.session.prefill(array[:, :head])
+        return torch.from_numpy(np.concatenate(list(self.session.every(array[:, head:])), axis=1)), self
 
     def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
         """Return as `Opened.advance`."""
@@ -384,15 +372,6 @@ class ArtifactModel(Opened):
     def sibling(self, batch: int = 1) -> ArtifactModel:
         """Return as `Opened.sibling`."""
         return ArtifactModel(self.session.sibling(batch), self.device)
-
-    def _every(self, ids: Tensor) -> Tensor:
-        import torch
-
-        return torch.from_numpy(np.concatenate(list(self.session.every(ids.numpy())), axis=1))
-
-    def _one(self, ids: Tensor) -> None:
-        if len(ids) != 1:
-            raise ValueError(f"{len(ids)} sequences, an artifact scores one at a time")
 
 
 def chunk_size(batch: int, vocab_size: int) -> int:
