@@ -360,7 +360,7 @@ def _raised_from(error: Exception, cause: Exception) -> Exception:
     ],
 )
 def test_memory_that_ran_out(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(quiet: bool, debug: bool) -> None:
+    def fail(*talk: bool) -> None:
         raise error
 
     monkeypatch.setattr("ligerexport.cli.options.begin", fail)

@@ -153,7 +153,7 @@ def write_recovered(stage: Path, info: CheckpointInfo, adapter: Path, progress: 
     """Write a converted checkpoint with an adapter merged.
 
     Args:
-        stage: Directory.
+        stage: Directory; that of the checkpoint itself is changed in place.
         info: The checkpoint that the adapter was trained on.
         adapter: What `write_adapter` wrote.
         progress: Reports the weights; silent by default.
@@ -186,7 +186,7 @@ def write_merged(
     """Write a checkpoint with LoRA merged, in the dtype of its weights.
 
     Args:
-        stage: Directory.
+        stage: Directory; that of the checkpoint itself is changed in place.
         info: The checkpoint that was trained.
         tensors: LoRA's, by the names of its modules.
         scale: Of their product.
@@ -206,10 +206,9 @@ def write_merged(
     _write_record(stage, record)
     config = dict(info.config) | {RECOVERY: dict(record)}
     (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for file in [f for f in info.path.iterdir() if f.name.startswith(COMPANIONS) and f.is_file()]:
+    others = [f for f in info.path.iterdir() if f.name.startswith(COMPANIONS) and f.is_file()]
+    for file in [*others, *([] if info.index is None else [info.index])] if stage != info.path else ():
         shutil.copyfile(file, stage / file.name)
-    if info.index is not None:
-        shutil.copyfile(info.index, stage / info.index.name)
     with (progress or silent)("merging weights", info.bytes, "bytes") as advance:
         for file in info.files:
             _merge_file(file, stage / file.name, pairs, scale)
@@ -240,7 +239,8 @@ def _merge_file(source: Path, target: Path, pairs: Mapping[str, tuple[Tensor, Te
     with safe_open(source, "pt") as file:
         names = list(file.keys())
         if not any(name in pairs for name in names):
-            shutil.copyfile(source, target)
+            if source != target:
+                shutil.copyfile(source, target)
             return
         for name in names:
             weight = file.get_tensor(name)
@@ -248,5 +248,7 @@ def _merge_file(source: Path, target: Path, pairs: Mapping[str, tuple[Tensor, Te
                 a, b = pairs[name]
                 weight = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
             weights[name] = weight.contiguous()
-        save_file(weights, target, metadata=file.metadata() or {"format": "pt"})
-    target.chmod(0o644)  # safetensors writes 0600
+        made = target.with_name(f"{target.name}.merged")  # the target may be a link to a file of the user
+        save_file(weights, made, metadata=file.metadata() or {"format": "pt"})
+    made.chmod(0o644)  # safetensors writes 0600
+    made.replace(target)

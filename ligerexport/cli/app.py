@@ -64,7 +64,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Turn a pretrained Transformer into a gated linear recurrent model with constant memory, and run it.
 
@@ -73,22 +75,22 @@ def _root(
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and exit: 0 done, 1 failed, 2 usage, 3 verification failed, 4 something is missing, 130 Ctrl-C.
+    """Run the command and exit: 0 done, 1 failed, 2 usage, 3 verification failed, 4 dependency missing, 130 Ctrl-C.
 
     Args:
-        argv: Arguments without the program's name; None takes the process's.
+        argv: Arguments without the program's name; None takes those of the process.
     """
     options.settings.debug = False
     arguments = list(sys.argv[1:] if argv is None else argv)
     _open_standard_files()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit normally, so that half-written files are removed
     try:
         result = app(arguments or ["--help"], prog_name="ligerexport", standalone_mode=False)
         code = result if isinstance(result, int) else 0
         _flush()
     except (KeyboardInterrupt, typer.Abort):  # typer returns 130 or raises, by its version
         code = 130
-    except BrokenPipeError:  # the reader of stdout has seen enough
+    except BrokenPipeError:  # the reader of stdout has closed it
         code = 1
     except Exception as error:
         if options.settings.debug:
@@ -98,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = explained.exit_code
     try:
         _flush()
-    except OSError:  # what is left of it can go nowhere
+    except OSError:  # the rest of the output cannot be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if code == 130:
         say("\nstopped")
@@ -106,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _open_standard_files() -> None:
-    """Open the null device for a standard file that is closed, so that no other file takes its number."""
+    """Open the null device in place of a closed standard file, so that no other file gets its number."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -116,19 +118,19 @@ def _open_standard_files() -> None:
 
 
 def _flush() -> None:
-    if sys.stdout is not None:  # it is None where stdout is closed
+    if sys.stdout is not None:  # it is None if stdout is closed
         sys.stdout.flush()
 
 
 _NO_MEMORY = ("bad_alloc", "bad allocation", "ailed to allocate memory", "t allocate memory", "Cannot allocate memory",
               "t start new thread", "failed to map segment", "codec configuration error",
               "Failed to serialize proto")  # fmt: skip
-"""How ONNX Runtime, torch, the system, Python's threads, the loader of libraries, Pillow and protobuf say that memory
-ran out."""
+"""What ONNX Runtime, torch, the system, Python's threads, the loader of libraries, Pillow and protobuf say when memory
+runs out."""
 
 
 def _is_memory(error: BaseException | None) -> bool:
-    """Return whether an exception, or one that it was raised from, says that memory ran out."""
+    """Return whether an exception or one of its causes says that memory ran out."""
     if error is None:
         return False
     said = isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
@@ -140,7 +142,7 @@ def _explain(error: Exception) -> LigerError:
     if isinstance(error, LigerError):
         return error
     describe = getattr(error, "format_message", None)
-    if describe is not None:  # the argument parser's
+    if describe is not None:  # an error of the argument parser
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "ligerexport"
         hint = f"{command} --help"
@@ -157,7 +159,7 @@ def _explain(error: Exception) -> LigerError:
         return LigerError("memory ran out", hint="end other programs, raise the limit, or take smaller settings")
     if isinstance(error, OSError) and (said := error.strerror or str(error)):
         return LigerError(f"{error.filename or 'reading or writing failed'}: {said}")
-    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, of a path with ~
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # raised by pathlib for a path with ~
         return UsageError(f"a path begins with ~: {error}", hint="write the whole path")
     return LigerError(
         f"unexpected {type(error).__name__}: {str(error).partition(chr(10))[0]}",

@@ -8,31 +8,35 @@ from typing import Annotated
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.options import Force, Json, verb
+from ligerexport.cli.options import Force, Json, Threads, verb
 from ligerexport.console import card, data, progress, warn
 from ligerexport.errors import UsageError
 from ligerexport.measure.bench.settings import DEVICES, DTYPES, READ_UP_TO
 
 Model = Annotated[str, typer.Argument(help="An artifact, a converted checkpoint, or a Transformer.")]
-Against = Annotated[str, typer.Option(help="Another one, such as the Transformer it was converted from.")]
-Threads = Annotated[int | None, typer.Option("--threads", help="Default: physical cores.")]
+Against = Annotated[str, typer.Option(help="The other model, such as the Transformer that it was converted from.")]
 Device = Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")]
-Dtype = Annotated[str, typer.Option(help=f"Of torch models' weights: {', '.join(DTYPES)}; auto is {DTYPES['auto']}.")]
+Dtype = Annotated[
+    str, typer.Option(help=f"Type of torch models' weights: {', '.join(DTYPES)}; auto is {DTYPES['auto']}.")
+]
 
 
 @verb()
 def bench(
     model: Model,
     against: Against,
-    context: Annotated[str, typer.Option(metavar="TOKENS,...", help="Read before the timed ones.")] = "128,1024,4096",
-    batch: Annotated[str, typer.Option(metavar="N,...", help="Sequences at a time.")] = "1",
+    context: Annotated[
+        str, typer.Option(metavar="TOKENS,...", help="Number of tokens to read before the timed ones.")
+    ] = "128,1024,4096",
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Number of sequences at a time.")] = "1",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="The artifact's converted checkpoint: torch is compared with it first.")
+        Path | None, typer.Option(help="The artifact's converted checkpoint, to compare it with torch first.")
     ] = None,
-    blocks: Annotated[int, typer.Option(help="Turns of each model at a context.")] = 12,
-    tokens: Annotated[int, typer.Option(help="Tokens of a turn.")] = 8,
+    blocks: Annotated[int, typer.Option(help="Turns of each model at a context length.")] = 12,
+    tokens: Annotated[int, typer.Option(help="Tokens per turn.")] = 8,
     read_up_to: Annotated[
-        int, typer.Option(help="A Transformer reads contexts up to this; longer caches are filled with random numbers.")
+        int,
+        typer.Option(help="Longest context that a Transformer reads; longer KV caches are filled with random numbers."),
     ] = READ_UP_TO,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -45,10 +49,10 @@ def bench(
 ) -> None:
     """Time a model beside another: latency, memory, energy.
 
-    Both run in processes of their own and in turns. The table goes to stdout, or JSON in its place with --json.
+    Each runs in its own process, and they take turns. The table goes to stdout; --json prints JSON instead.
     """
+    from ligerexport.measure.bench.bench import bench
     from ligerexport.measure.bench.report import RESULT, check_plots, markdown, save
-    from ligerexport.measure.bench.run import bench
     from ligerexport.measure.bench.settings import Settings
     from ligerexport.staging import check_destination
 
@@ -71,7 +75,7 @@ def bench(
     first, second = result["models"]
     longest = {row["model"]: row for row in result["rows"] if row["batch"] == settings.batches[-1]}
     card("measured", [
-        *((f"at {longest[name]['context']:,} tokens", f"{name}: {longest[name]['ms']:.1f} ms a token, "
+        *((f"at {longest[name]['context']:,} tokens", f"{name}: {longest[name]['ms']:.1f} ms per token, "
            f"{longest[name]['rss'] / 1e6:.0f} MB resident") for name in (first, second)),
         *([("where", str(output))] if output else []),
     ])  # fmt: skip

@@ -2,92 +2,87 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.described import check_output, describe, finish
+from ligerexport.cli.described import finish
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
 from ligerexport.errors import UsageError, quoted
-from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision, get_target
-from ligerexport.exporters.tensorrt.package import Gpu, choose_gpu
-from ligerexport.model.config import LigerConfig
+from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_target
+
+_ANNOUNCED = ("target", "lowering", "max_chunk", "weights")
+"""Settings of every build that `--verbose` prints."""
 
 
 @verb(computes=True)
 def build(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint; default: this directory.")] = Path("."),
-    target: Annotated[str, typer.Option(help="See `ligerexport list targets`.")] = "onnx",
+    target: Annotated[str, typer.Option(help="What to build for: a row of `ligerexport list targets`.")] = "onnx",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory to write; default: TARGET inside the checkpoint.")
     ] = None,
     lowering: Annotated[
         str | None,
         typer.Option(
-            help="ort: ONNX Runtime's own operators. portable: primitive ones, for any runtime. native: our own "
-            "operator on the CPU, the fastest; needs a C++ compiler where it runs."
+            help="ort uses ONNX Runtime's own operators, portable the primitive ones of any runtime, native an "
+            "operator of this project: the fastest on CPUs, where it needs a C++ compiler."
         ),
     ] = None,
     max_chunk: Annotated[
-        int | None, typer.Option(help="Most tokens of one call; default: 1024 for trt, else 128.")
+        int | None,
+        typer.Option(help="Largest number of tokens per call; default: 1024 for trt, 128 for other targets."),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
-            help=f"How weights are stored: {', '.join(WEIGHTS)}; for GPUs also what products run in. Default: fp32, "
-            "for GPUs fp16."
+            help=f"How weights are stored: {', '.join(WEIGHTS)}; on GPUs also the type of products. Default: fp32, "
+            "on GPUs fp16."
         ),
     ] = None,
-    block: Annotated[int, typer.Option(help="Weights that share a scale, for int8 and int4.")] = BLOCK,
+    block: Annotated[int, typer.Option(help="Number of weights that share a scale, for int8 and int4.")] = BLOCK,
     sm: Annotated[
         str | None,
         typer.Option(metavar="SM,...", help="Compute capabilities of GPUs, 87 for 8.7; default: all of the target's."),
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="Most sequences on a GPU.")] = 8,
+    max_batch: Annotated[int, typer.Option(help="Largest number of sequences on a GPU.")] = 8,
     plugin: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Library of the TensorRT plugin, to go into the artifact.")
+        Path | None, typer.Option(metavar="FILE", help="Library of the TensorRT plugin to put into the artifact.")
     ] = None,
     engine: Annotated[
-        bool, typer.Option("--engine/--no-engine", help="With trt: build the engine here, or on the device.")
+        bool, typer.Option("--engine/--no-engine", help="With trt, build the engine here or on the device.")
     ] = True,
-    genai: Annotated[bool, typer.Option("--genai", help="Add what onnxruntime-genai runs.")] = False,
+    genai: Annotated[bool, typer.Option("--genai", help="Add the files that onnxruntime-genai needs.")] = False,
     threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Export a converted checkpoint, and verify it.
+    """Export a converted checkpoint and verify the result.
 
     The artifact is compared with the torch model on real prompts and written only if it passes.
     """
-    from ligerexport.artifact.artifact import MANIFEST, open_artifact
+    from ligerexport.artifact.artifact import open_artifact
+    from ligerexport.checkpoint.describe import describe_checkpoint
+    from ligerexport.exporters.build import BuildSettings, plan_build
 
-    row, sms = get_target(target), parse_sms(sm)
-    lowering, weights = lowering or row.lowerings[0], weights or row.weights[0]
-    get_precision(weights, block)
-    gpu = choose_gpu(target, sms, max_batch, plugin, engine)
-    output = model / target if output is None else output
-    check_output(output, force, MANIFEST)
-    config = _converted(model)
-    options.announce("build", model=model, target=target, output=output, lowering=lowering,
-                    max_chunk=max_chunk or row.chunk, weights=weights, threads=threads,
-                    block=block if get_precision(weights, block).blocked else None,
-                    **(vars(gpu) if gpu else {}))  # fmt: skip
-    from ligerexport.exporters.build import build as build_artifact
-    from ligerexport.exporters.build import planned_weight_bytes
-
+    settings = BuildSettings(
+        target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai
+    )
+    plan = plan_build(model, output, settings, force=force)
+    chosen = {name: value for name, value in vars(plan.settings).items() if name in _ANNOUNCED}
+    options.announce("build", model=model, output=plan.output, threads=threads, **chosen,
+                     block=plan.form.block if plan.form.precision.blocked else None,
+                     **(vars(plan.gpu) if plan.gpu else {}))  # fmt: skip
     if dry_run:
-        planned = planned_weight_bytes(model, target=target, lowering=lowering, weights=weights, block=block)
-        plan = describe(model, config) | {"path": str(output), "weight_bytes": planned}
-        plan |= _plan_gpu(model, gpu, planned) if gpu else {}
-        return finish(json, f"would write {output}", plan, None)
-    path = Path(build_artifact(model, output, target=target, lowering=lowering, max_chunk=max_chunk, weights=weights,
-                               block=block, sms=sms, max_batch=max_batch, plugin=plugin, engine=engine, genai=genai,
-                               force=force, progress=progress))  # fmt: skip
+        facts = describe_checkpoint(model, plan.spec.liger) | plan.describe()
+        if plan.gpu is not None:
+            facts["sms"] = options.plain(plan.gpu.sms)
+        return finish(json, f"would write {plan.output}", facts, None)
+    path = plan.run(progress)
     manifest = open_artifact(path, hashes=False).manifest
     facts = {
         "path": str(path),
@@ -100,49 +95,19 @@ def build(
         "chat": _chat(path),
         "device": manifest.device and "  ".join(f"{key}={options.plain(x)}" for key, x in manifest.device.items()),
     }
-    following = {"onnx": f'ligerexport run {quoted(path)} "Once upon a time"',
-                 "trt": f"liger-run {quoted(path)} --ids 1,2,3"}  # fmt: skip
-    finish(json, "built and verified", facts, following.get(target))
-
-
-def _plan_gpu(model: Path, gpu: Gpu, weight_bytes: int) -> dict[str, Any]:
-    """Return what a build for GPUs would take."""
-    from ligerexport.exporters.onnx.spec import read_spec
-
-    spec = read_spec(model)
-    parameters = sum(math.prod(spec.weights[name].shape) for name in spec.weights)
-    return {
-        "sms": options.plain(gpu.sms),
-        "layers_to_compile": len({layer for layer in spec.mixers if layer}) * len(gpu.sms),
-        "peak_memory_bytes": 8 * parameters + 3 * weight_bytes,  # all in fp32 twice, while it is verified
-    }
-
-
-def _converted(model: Path) -> LigerConfig:
-    """Return the conversion of a checkpoint that was converted.
-
-    Raises:
-        CheckpointError: There is no such checkpoint.
-        UsageError: It was not converted.
-    """
-    from ligerexport.checkpoint.checkpoint import check_checkpoint
-
-    config = check_checkpoint(model).config
-    if "liger" not in config:
-        raise UsageError(f"{model} is not converted yet", hint=f"ligerexport convert {quoted(model)} -o liger")
-    return LigerConfig.from_dict(config["liger"])
+    finish(json, "built and verified", facts, get_target(target).run.format(path=quoted(path)) or None)
 
 
 def _cost(precision: str, quality: dict[str, Any] | None) -> str | None:
-    """Say what a precision costs on the built-in text."""
+    """Return what a precision costs on the built-in text."""
     if quality is None:
         return None
     change = quality["nll"] - quality["nll_float32"]
-    return f"{change:+.3f} nats a token by {precision} (KL {quality['kl']:.3f}, {quality['tokens']} tokens)"
+    return f"{change:+.3f} nats per token by {precision} (KL {quality['kl']:.3f}, {quality['tokens']} tokens)"
 
 
 def _chat(path: Path) -> str | None:
-    """Say how `chat` will sample, where the model has a chat template."""
+    """Return how `chat` will sample, if the model has a chat template."""
     from ligerexport.run.generate import text_model
     from ligerexport.run.sampling import chat_settings, describe
 

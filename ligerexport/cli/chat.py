@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 _COMMANDS = {
     "/reset": "forget the conversation",
-    "/save": "FILE: keep the conversation's state",
-    "/load": "FILE: go on with a kept one",
-    "/help": "this list",
+    "/save": "FILE: save the conversation's state",
+    "/load": "FILE: continue a saved conversation",
+    "/help": "show this list",
     "/exit": "leave",
 }
 
@@ -38,16 +38,16 @@ def chat(
     asking: Asking,
     json: Json = False,
 ) -> None:
-    """Talk; the constant state is all its memory.
+    """Chat with a model whose only memory is its constant state.
 
-    Each turn reads its own text alone. Tokens are drawn as the model's generation_config.json says, or else at a
-    moderate temperature. Ctrl-C stops an answer. There are /reset, /save FILE, /load FILE, /help and /exit. Lines may
-    come from a pipe.
+    Each turn reads only its own text. Tokens are sampled as the model's generation_config.json says, or at a moderate
+    temperature if it says nothing. Ctrl-C stops an answer. The commands are /reset, /save FILE, /load FILE, /help and
+    /exit. Lines may come from a pipe.
     """
     from ligerexport.run.generate import Conversation
     from ligerexport.run.sampling import Sampler
 
-    data("", end="")  # says at once that stdout is closed
+    data("", end="")  # fails at once if stdout is closed
     stdin = open_stdin()
     sampling, origin = asking.sampling(artifact, True)
     sampler = Sampler(**sampling, seed=asking.seed)
@@ -58,7 +58,7 @@ def chat(
         session, sampler, system=system, max_new_tokens=max_new_tokens, stop=asking.stop or (), prompt_cache=cache,
         special_content=asking.special_content,
     )  # fmt: skip
-    say("Ctrl-C stops an answer, /help lists what else there is")
+    say("Ctrl-C stops an answer, /help lists the commands")
     turns: list[dict[str, Any]] = []
     for line in _lines(stdin):
         try:

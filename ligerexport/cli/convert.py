@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ligerexport.checkpoint.convert import SHIPPED, WINDOWS, check_score_options, choose_conversion
+from ligerexport.checkpoint.convert import SHIPPED, WINDOWS, plan_convert
 from ligerexport.cli import options
-from ligerexport.cli.described import check_output, describe, finish
+from ligerexport.cli.described import finish
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
-from ligerexport.errors import UsageError, close_matches, quoted
-from ligerexport.model.config import DEFAULT_PRESET, PRESETS, RECURRENCES, LigerConfig, Slots
+from ligerexport.errors import UsageError, quoted
+from ligerexport.model.config import DEFAULT_PRESET, PRESETS, RECURRENCES, Slots
 from ligerexport.model.gates import GATES
 from ligerexport.model.scores import SCORES
 
@@ -26,42 +25,55 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     preset: Annotated[
         str | None,
-        typer.Option(help=f"One of: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}, or that of a memory or adapter."),
+        typer.Option(
+            help=f"One of: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}, or that of the given memory or adapter."
+        ),
     ] = None,
     memory: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Windows and pools of all layers, from `allocate`.")
+        Path | None, typer.Option(metavar="FILE", help="Windows and pools of all layers, as `allocate` writes them.")
     ] = None,
     gate: Annotated[str | None, typer.Option(help=f"One of: {', '.join(GATES)}.")] = None,
-    sinks: Annotated[int | None, typer.Option(help="First tokens kept exactly for ever.")] = None,
-    window: Annotated[int | None, typer.Option(help="Most recent tokens kept exactly.")] = None,
+    sinks: Annotated[int | None, typer.Option(help="Number of first tokens that are always kept.")] = None,
+    window: Annotated[int | None, typer.Option(help="Number of most recent tokens that are kept.")] = None,
     slots: Annotated[
         str | None,
-        typer.Option(metavar="SCORE=COUNT,...", help=f"Tokens kept by a score: {', '.join(SCORES)}; or none."),
+        typer.Option(
+            metavar="SCORE=COUNT,...", help=f"Number of tokens that are kept by a score: {', '.join(SCORES)}; or none."
+        ),
     ] = None,
-    attention_weight: Annotated[float | None, typer.Option(help="Weight of the softmax over the slots.")] = None,
+    attention_weight: Annotated[
+        float | None, typer.Option(help="Weight of the softmax attention over the slots.")
+    ] = None,
     recurrence_weight: Annotated[float | None, typer.Option(help="Weight of the recurrence; 0 leaves it out.")] = None,
     recurrence: Annotated[str | None, typer.Option(help=f"One of: {', '.join(RECURRENCES)}.")] = None,
     recurrence_distance: Annotated[
-        int | None, typer.Option(help="Distance in tokens at which evicted tokens are read.")
+        int | None, typer.Option(help="Rotary distance in tokens at which evicted tokens are read.")
     ] = None,
     layer_memory: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="LAYER,...:window=TOKENS,SCORE=COUNT,...", help="Layers with a memory of another size; repeatable."
+            metavar="LAYER,...:window=TOKENS,SCORE=COUNT,...",
+            help="Memory of some layers, if it differs; may be repeated.",
         ),
     ] = None,
-    keep_softmax: Annotated[str | None, typer.Option(metavar="LAYER,...", help="Layers left as they are.")] = None,
-    max_distance: Annotated[int | None, typer.Option(help="Largest rotary distance; default: trained length.")] = None,
+    keep_softmax: Annotated[
+        str | None, typer.Option(metavar="LAYER,...", help="Layers that keep their softmax attention.")
+    ] = None,
+    max_distance: Annotated[
+        int | None, typer.Option(help="Largest rotary distance; default: the trained context length.")
+    ] = None,
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option(metavar="TEXT", help="Fit the learned score on .txt files or directories of them; repeatable."),
+        typer.Option(
+            metavar="TEXT", help="Fit the learned score on .txt files or directories of them; may be repeated."
+        ),
     ] = None,
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="Learned scores that were fitted before.")] = None,
-    windows: Annotated[int, typer.Option(help="Windows of 2,048 tokens that a fit reads.")] = WINDOWS,
+    windows: Annotated[int, typer.Option(help="Number of windows of 2,048 tokens that a fit reads.")] = WINDOWS,
     adapter: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help=f"Merge what `recover --adapter` wrote; {SHIPPED}: what comes with a built-in model."
+            metavar="DIR", help=f"Adapter of `recover --adapter` to merge; {SHIPPED} is the one of a built-in model."
         ),
     ] = None,
     threads: Threads = None,
@@ -69,9 +81,9 @@ def convert(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Make a Transformer recurrent; takes seconds, minutes with --calibrate.
+    """Make a Transformer recurrent, in seconds, or in minutes with --calibrate.
 
-    Its attention is swapped for a gated recurrence and a bounded exact memory. No weight changes without --adapter.
+    A gated recurrence and a bounded exact memory replace its attention. Without --adapter no weight changes.
     """
     changes: dict[str, Any] = {
         "gate": gate, "sinks": sinks, "window": window, "slots": parse_slots(slots),
@@ -80,57 +92,16 @@ def convert(
         "layer_memory": parse_layer_memory(layer_memory),
         "keep_softmax": parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
-    config = choose_conversion(model, preset, memory, adapter, changes)
-    texts = check_score_options(config, calibrate, scores, windows)
-    if output.resolve() == Path(model).expanduser().resolve():
-        raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
-    check_output(output, force, "config.json")
-    options.announce("convert", model=model, output=output, preset=preset, threads=threads, **vars(config))
+    plan = plan_convert(model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores,
+                        windows=windows, adapter=adapter, force=force, **changes)  # fmt: skip
+    options.announce("convert", model=model, output=output, preset=preset, threads=threads, **vars(plan.liger))
     if dry_run:
-        plan = _plan_convert(model, output, config)
-        return finish(json, f"would write {output}", plan | _plan_fit(model, texts, windows), None)
-    from ligerexport.checkpoint.convert import convert as convert_model
+        return finish(json, f"would write {output}", plan.describe(), None)
+    from ligerexport.checkpoint.describe import describe_checkpoint
 
-    path = convert_model(model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores,
-                         windows=windows, adapter=adapter, force=force, progress=progress, **changes)  # fmt: skip
-    finish(json, "converted", describe(Path(path), config), f"ligerexport build {quoted(path)} --target onnx")
-
-
-def _plan_convert(model: str, output: Path, config: LigerConfig) -> dict[str, Any]:
-    """Return what a conversion would do, without fetching anything."""
-    from ligerexport.checkpoint.loading import check_loadable
-    from ligerexport.checkpoint.sources import BUILTIN_MODELS
-
-    path = Path(model).expanduser()
-    if path.is_dir():
-        check_loadable(path)
-        return describe(path, config) | {"path": str(output), "from": str(path)}
-    if model in BUILTIN_MODELS:
-        return {"path": str(output), "from": BUILTIN_MODELS[model].doc, "peak_memory_bytes": None}
-    if "/" in model:
-        return {"path": str(output), "from": f"{model} on the hub"}
-    raise UsageError(f"no model '{model}'", hint=close_matches(model, BUILTIN_MODELS))
-
-
-def _plan_fit(model: str, texts: list[Path], windows: int) -> dict[str, Any]:
-    """Return what fitting a learned score would take; nothing where there is no text to fit on."""
-    if not texts:
-        return {}
-    plan: dict[str, Any] = {"fit_text_bytes": sum(file.stat().st_size for file in texts)}
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        return plan | {"fit": f"{windows} windows, of {len(texts)} text files"}
-    from ligerexport.checkpoint.calibrate import window_length
-    from ligerexport.checkpoint.checkpoint import check_checkpoint
-
-    info = check_checkpoint(path)
-    length, weights = window_length(info.config), sum(math.prod(tensor.shape) for tensor in info.tensors.values())
-    squares = 8 * info.config["num_hidden_layers"] * info.config["hidden_size"] ** 2
-    return plan | {
-        "fit": f"{windows} windows of {length:,} tokens, of {len(texts)} text files",
-        "fit_tflop": round(2e-12 * weights * windows * length, 1),
-        "fit_memory_bytes": 4 * weights + squares,
-    }
+    path = plan.run(progress)
+    following = f"ligerexport build {quoted(path)} --target onnx"
+    finish(json, "converted", describe_checkpoint(path, plan.liger), following)
 
 
 def parse_slots(text: str | None) -> Slots | None:

@@ -9,16 +9,10 @@ from typing import Annotated
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.options import Json, verb
+from ligerexport.cli.bench import Against, Device, Model
+from ligerexport.cli.options import Json, Threads, verb
 from ligerexport.console import card, progress, warn
 from ligerexport.errors import MissingDependency
-from ligerexport.measure.bench.settings import DEVICES, DTYPES
-
-Model = Annotated[str, typer.Argument(help="An artifact, a converted checkpoint, or a Transformer.")]
-Against = Annotated[str, typer.Option(help="Another one, such as the Transformer it was converted from.")]
-Threads = Annotated[int | None, typer.Option("--threads", help="Default: physical cores.")]
-Device = Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")]
-Dtype = Annotated[str, typer.Option(help=f"Of torch models' weights: {', '.join(DTYPES)}; auto is {DTYPES['auto']}.")]
 
 
 @verb()
@@ -26,10 +20,12 @@ def demo(
     model: Model,
     against: Against,
     results: Annotated[
-        Path | None, typer.Option(help="What `bench -o` wrote; shown in a tab.", show_default=False)
+        Path | None, typer.Option(help="Directory that `bench -o` wrote, to show in a tab.", show_default=False)
     ] = None,
-    host: Annotated[str, typer.Option(help="Others than 127.0.0.1 let other machines in.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860 on.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; other machines can reach any but 127.0.0.1.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port; default: the first free one from 7860 on.")] = None,
     device: Device = "auto",
     threads: Threads = None,
     browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
@@ -37,7 +33,7 @@ def demo(
 ) -> None:
     """Show a model beside another on a page.
 
-    Both answer one prompt, with latency and memory measured while the text comes. Ctrl-C ends it.
+    Both answer one prompt while latency and memory are measured. Ctrl-C ends it.
     """
     try:
         from ligerexport.demo.app import LOOPBACK, launch

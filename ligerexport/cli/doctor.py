@@ -1,4 +1,4 @@
-"""What is installed and what is missing, each with the command that mends it. Nothing heavy is imported to find out."""
+"""`doctor`: what is installed, what is missing, and the command that installs it. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ PACKAGE = "ligerexport"
 
 @verb(verbose=False)
 def doctor(
-    target: Annotated[str | None, typer.Option(help="Look at what this target needs too.")] = None,
+    target: Annotated[str | None, typer.Option(help="Check what this target needs as well.")] = None,
     plugin: Annotated[Path | None, typer.Option(metavar="FILE", help="Library of the TensorRT plugin.")] = None,
     json: Json = False,
 ) -> None:
-    """Say what is missing, and what mends it."""
+    """Show what is missing and how to install it."""
     checks = examine(target, plugin)
     if json:
         fine = all(check.ok or not check.needed for check in checks)
@@ -47,11 +47,11 @@ def doctor(
 
 
 def examine(target: str | None = None, plugin: Path | None = None) -> list[Check]:
-    """Look at this machine, and at what a target for GPUs needs.
+    """Check this machine, and what a target for GPUs needs.
 
     Args:
-        target: Row of `TARGETS`; None looks at what all need.
-        plugin: Library of the plugin for TensorRT, to be looked at too.
+        target: Row of `TARGETS`; None checks what all targets need.
+        plugin: Library of the TensorRT plugin, to check as well.
 
     Raises:
         UsageError: No such target.
@@ -68,7 +68,7 @@ def _python() -> Check:
 
 
 def _packages() -> list[Check]:
-    """Check what the installed package's metadata asks for: the base, the runtimes, and the extras of what exists."""
+    """Check the requirements of the installed package: its base, the runtimes, and the extras of all targets."""
     from packaging.requirements import Requirement
 
     try:
@@ -101,7 +101,7 @@ def _package(requirement: Requirement) -> Check:
 
 
 def _releases() -> Check:
-    """Name what is installed in a release that was never tried; it may work all the same."""
+    """List the packages whose release was never tried; they may work all the same."""
     found = {name: untried(name) for name in TRIED}
     strange = [name for name, what in found.items() if what]
     if not strange:

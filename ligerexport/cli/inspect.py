@@ -19,10 +19,12 @@ from ligerexport.exporters.targets import get_target
 @verb(verbose=False)
 def inspect(
     path: Annotated[Path, typer.Argument(help="An artifact or a checkpoint.")] = Path("."),
-    providers: Annotated[bool, typer.Option("--providers", help="Which nodes each execution provider takes.")] = False,
+    providers: Annotated[
+        bool, typer.Option("--providers", help="Show which nodes each execution provider takes.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Say what a directory is: state, bytes, parity."""
+    """Describe an artifact or checkpoint: state, bytes, parity."""
     from ligerexport.artifact.artifact import MANIFEST
 
     if providers:
@@ -35,7 +37,7 @@ def inspect(
     options.print_table(("", ""), rows)
     if state:
         data_table()
-        options.print_table(("state", "shape", "type", "layers", "bytes a sequence"), [
+        options.print_table(("state", "shape", "type", "layers", "bytes per sequence"), [
             (s["name"], str(s["shape"]), s["dtype"], str(s["layers"]),
              format_bytes(s["bytes"]) if s["bytes"] is not None else "grows") for s in state
         ])  # fmt: skip
@@ -77,7 +79,7 @@ def _artifact(path: Path) -> dict[str, Any]:
 
 
 def _providers(path: Path, json: bool) -> None:
-    """Say what execution providers do with an artifact's graph."""
+    """Print which nodes of an artifact's graph each execution provider takes."""
     from ligerexport.artifact.artifact import open_artifact
 
     artifact = open_artifact(path, hashes=False, runtime=False)
@@ -103,7 +105,7 @@ def _providers(path: Path, json: bool) -> None:
 
 
 def _group(tensors: Iterable[tuple[str, Sequence[int | str], str]]) -> list[dict[str, Any]]:
-    """Return one row for tensors that are the same in several layers."""
+    """Return one row for each tensor, with the number of layers that have it."""
     rows: dict[tuple[str, tuple[int | str, ...], str], int] = {}
     for name, shape, dtype in tensors:
         key = (name, tuple(shape), dtype)

@@ -1,4 +1,4 @@
-"""`list`: what there is to choose from."""
+"""`list`: the names that other verbs take."""
 
 from __future__ import annotations
 

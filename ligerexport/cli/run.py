@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     pass
 
 _LONG_PROMPT = 2048
-"""Tokens from which a progress bar is worth it, and so are weights in the order that is fastest."""
+"""Tokens from which a progress bar, and the weights in the fastest order, are worth it."""
 
 
 @verb()
@@ -25,23 +25,23 @@ def run(
     artifact: Artifact,
     prompt: Annotated[
         str | None,
-        typer.Argument(help="Text to continue; - reads stdin, and -- goes before a text that begins with a dash."),
+        typer.Argument(help="Text to continue; - reads stdin. Write -- before a text that begins with a dash."),
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", help="Read the prompt from this file.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask the prompt through the model's chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     max_new_tokens: MaxNewTokens = 128,
     *,
     asking: Asking,
     json: Json = False,
 ) -> None:
-    """Continue a prompt; text streams to stdout.
+    """Continue a prompt. The text streams to stdout.
 
-    Takes the most likely token each time; with --chat it samples as the model's generation_config.json says. A prompt
-    that is too long for a command line comes from a file or a pipe.
+    Each token is the most likely one. With --chat, tokens are sampled as the model's generation_config.json says. A
+    prompt that is too long for a command line can come from a file or a pipe.
     """
     from ligerexport.run.generate import generate, text_model
 
-    data("", end="")  # says at once that stdout is closed
+    data("", end="")  # fails at once if stdout is closed
     prompt = _prompt(prompt, file)
     sampling, origin = asking.sampling(artifact, chat)
     options.announce("run", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed,
@@ -73,7 +73,7 @@ def run(
             ("first token", f"{summary.ttft:.2f} s"),
             *([("prompt cache", cached(cache))] if cache else []),
             ("state", f"{format_bytes(summary.state_bytes)}, whatever the length" if not manifest.growth
-             else f"{format_bytes(summary.state_bytes)}, {format_bytes(manifest.growth)} more a token"),
+             else f"{format_bytes(summary.state_bytes)}, {format_bytes(manifest.growth)} more per token"),
             options.crossover_row(manifest.crossover),
             *([("sampling", origin)] if origin else []),
         ],

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ligerexport.errors import LigerError
-from ligerexport.measure.bench.run import labels
+from ligerexport.measure.bench.bench import labels
 from ligerexport.measure.bench.worker import Worker
 from ligerexport.text.tokenizer import Detokenizer, TextModel
 

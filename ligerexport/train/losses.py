@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ligerexport.train.plan import LOGIT_CHUNK
+from ligerexport.train.estimate import LOGIT_CHUNK
 
 Head = Callable[[Tensor], Tensor]
 """From hidden states `[t, hidden]` to logits `[t, V]`."""

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ligerexport.artifact.artifact import Manifest
 from ligerexport.dtypes import DTYPES
 from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import Axis, Builder, graph_input
@@ -22,7 +23,7 @@ from ligerexport.exporters.onnx.lowerings import Native, Ort, Portable
 from ligerexport.exporters.onnx.mixer import Candidates, RotaryTables, candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
 from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, JOINT, WeightFormat, align, data_layout
-from ligerexport.exporters.targets import BLOCK, get_precision
+from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision
 from ligerexport.exporters.tensorrt.fuse import fuse_for_plugin
 from ligerexport.exporters.tensorrt.lowering import Plugin
 from ligerexport.exporters.tensorrt.node import plugin_mixer
@@ -94,6 +95,12 @@ def weight_format(weights: str = "fp32", block: int = BLOCK, lowering: str = "or
         UsageError: No such precision, or no kernel takes such blocks.
     """
     return WeightFormat(get_precision(weights, block), block, LOWERINGS[lowering].transposed)
+
+
+def format_of(manifest: Manifest) -> WeightFormat:
+    """Return how the weights of an artifact are stored."""
+    (weights,) = (name for name, row in WEIGHTS.items() if row.dtype == manifest.precision)
+    return weight_format(weights, manifest.block or BLOCK, manifest.lowering)
 
 
 def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128, form: WeightFormat = FP32) -> ir.Model:

@@ -8,7 +8,6 @@ import platform
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -157,14 +156,3 @@ def describe(threads: int) -> dict[str, Any]:
     """Return processor, cores and memory."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads, "memory": total}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the runtimes that are installed."""
-    found = {"python": platform.python_version()}
-    for name in ("ligerexport", "torch", "transformers", "onnxruntime", "onnxruntime-gpu"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

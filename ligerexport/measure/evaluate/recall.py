@@ -16,8 +16,8 @@ import torch
 
 from ligerexport.errors import UsageError
 from ligerexport.measure.evaluate.estimate import Estimate, Table
-from ligerexport.measure.evaluate.scorer import Scorer
 from ligerexport.measure.evaluate.settings import KEYS, PAIR_LENGTHS, PAIRS
+from ligerexport.measure.opened import Opened
 from ligerexport.text.tokenizer import TextModel
 
 ONCE = " The secret pass key is {key}."
@@ -160,7 +160,7 @@ def word_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
 
 
 def answer_all(
-    scorer: Scorer, prompts: Iterable[Prompt], advance: Callable[[float], None] = lambda amount: None
+    scorer: Opened, prompts: Iterable[Prompt], advance: Callable[[float], None] = lambda amount: None
 ) -> tuple[Estimate, Estimate]:
     """Return the share of asked tokens that are the model's first choice, and their NLL in nats a token.
 
@@ -188,7 +188,7 @@ def answer_all(
 
 
 def recall(
-    scorer: Scorer,
+    scorer: Opened,
     tokenizer: Tokenizer,
     prose: Sequence[int],
     *,

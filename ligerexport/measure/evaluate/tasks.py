@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on a `Scorer`, with their standard errors; from the hub or from a directory of data sets."""
+"""Tasks of lm-eval on a `Opened`, with their standard errors; from the hub or from a directory of data sets."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from ligerexport.checkpoint.sources import no_bars
 from ligerexport.errors import LigerError, MissingDependency, UsageError, close_matches
 from ligerexport.measure.evaluate.estimate import Estimate
-from ligerexport.measure.evaluate.scorer import Scorer
 from ligerexport.measure.evaluate.settings import TASKS
+from ligerexport.measure.opened import Opened
 from ligerexport.text.tokenizer import TextModel
 
 BOOTSTRAP = 1000
@@ -60,7 +60,7 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 
 def run_tasks(
-    scorer: Scorer,
+    scorer: Opened,
     text: TextModel,
     names: Sequence[str],
     *,

@@ -1,6 +1,6 @@
 """What a recovery will take, from headers and settings alone: parameters, steps, bytes of memory. Loads no weight.
 
-The memory is an estimate for the fused kernels, good to a few tenths; its terms are in docs/guides/recover.md.
+The memory is that of the fused kernels, off by a few tenths at most; docs/guides/recover.md has its terms.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ LOGIT_CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """Numbers of a recovery; bytes are those of each process.
 
     Attributes:
-        trainable_parameters: LoRA's.
-        parameters: Of the frozen model.
+        trainable_parameters: Parameters of LoRA.
+        parameters: Parameters of the frozen model.
         steps: Optimizer steps.
-        tokens: Of all steps, padding included.
+        tokens: Tokens of all steps, padding included.
         weight_bytes: Frozen weights, the teacher's included.
         lora_bytes: LoRA in fp32 with its gradient and the two moments of AdamW.
-        activation_bytes: What is kept for the way back.
-        logit_bytes: Logits of a chunk, of student and teacher, in fp32.
+        activation_bytes: Activations that are kept for the backward pass.
+        logit_bytes: Logits of a chunk in fp32, of student and teacher.
     """
 
     trainable_parameters: int
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """All of it."""
+        """Bytes of all of them together."""
         return self.weight_bytes + self.lora_bytes + self.activation_bytes + self.logit_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,14 +51,14 @@ class Plan:
         return asdict(self) | {"memory_bytes": self.memory_bytes}
 
 
-def make_plan(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, shard: bool = False) -> Plan:
+def estimate(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, shard: bool = False) -> Estimate:
     """Estimate a recovery.
 
     Args:
         info: The checkpoint.
         config: Settings.
-        processes: That share the batch.
-        shard: Whether they share the weights too.
+        processes: Number of processes that share the batch.
+        shard: Whether they share the weights as well.
 
     Raises:
         UsageError: A target of LoRA is no projection of this model.
@@ -77,7 +77,7 @@ def make_plan(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, s
     per_layer, boundary = _activations(info.config, width)
     tokens = config.micro_batch_tokens or max(config.length, config.batch_tokens // processes)
     kept = layers * boundary + per_layer if config.gradient_checkpointing else layers * per_layer
-    return Plan(
+    return Estimate(
         trainable_parameters=lora,
         parameters=parameters,
         steps=config.num_steps,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shlex
 import statistics
 import sys
@@ -24,6 +25,7 @@ from ligerexport.measure.bench import machine
 from ligerexport.measure.bench.settings import Settings
 from ligerexport.measure.bench.worker import Worker
 from ligerexport.threads import default_threads
+from ligerexport.versions import versions
 
 _BUSY = 0.1
 """Share of the cores that others may take before they are in the way."""
@@ -84,7 +86,7 @@ def bench(
         "parity": parity,
         "machine": machine.describe(threads) | {"bytes_per_s": rates, "energy": meter.source, "load": load},
         "warnings": disturbed(rows, threads, os.cpu_count() or 1, load),
-        "versions": machine.versions(),
+        "versions": {"python": platform.python_version()} | versions("torch", "transformers", "onnxruntime"),
         "settings": vars(settings),
         "rows": rows,
         "crossover": {
@@ -129,15 +131,13 @@ def gate(artifact: str, checkpoint: str | None = None, progress: ProgressFactory
     """
     opened = open_artifact(Path(artifact).expanduser())
     if checkpoint:
-        from ligerexport.exporters.onnx.graph import weight_format
+        from ligerexport.exporters.onnx.graph import format_of
         from ligerexport.exporters.onnx.spec import read_spec
         from ligerexport.exporters.onnx.weights import weight_bytes
-        from ligerexport.exporters.targets import BLOCK, WEIGHTS
         from ligerexport.exporters.verify.verify import verify_artifact
 
         found = opened.manifest
-        weights = next(name for name, row in WEIGHTS.items() if row.dtype == found.precision)
-        form = weight_format(weights, found.block or BLOCK, found.lowering)
+        form = format_of(found)
         spec = read_spec(Path(checkpoint).expanduser())
         if (expected := weight_bytes(spec, form)) != found.bytes.weights:
             raise VerificationError(
