@@ -67,7 +67,8 @@ def build(
     """
     from ligerexport.artifact.artifact import open_artifact
     from ligerexport.checkpoint.describe import describe_checkpoint
-    from ligerexport.exporters.build import BuildSettings, plan_build
+    from ligerexport.exporters.backend import BuildSettings
+    from ligerexport.exporters.build import plan_build
 
     settings = BuildSettings(
         target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai

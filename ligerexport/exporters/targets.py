@@ -79,28 +79,45 @@ TARGETS: dict[str, Target] = {
 class Precision:
     """How the embedding and the weights of linear maps are stored; norms, biases and scores are always fp32.
 
+    A row is all that a precision needs whose codes have 4 or 8 bits, or that is fp32 or a half. Codes of another width
+    need code in these places, and in the kernels behind them:
+
+    - `pack` and `unpack` in `exporters/onnx/quantise.py`, and the codes' ONNX type in `_parts` of `weights.py`;
+    - `Portable.blocked_rows` in `exporters/onnx/lowerings.py`, which takes codes out of their bytes;
+    - `Ort`: what ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized` take;
+    - `Native`: `exporters/onnx/native/block_linear.h` and the operator in `ort_operator.cc`.
+
+    Another floating-point type needs a row in `ligerexport/dtypes.py`, and kernels of the plugin for it.
+
     Attributes:
-        dtype: As the manifest calls it.
-        bits: Of an element. Below 16, blocks of elements share a scale and a zero point.
+        dtype: Name in manifests; for floating-point types also the row of `DTYPES`.
+        bits: Size of an element. Below 16, elements are codes, and blocks of them share a scale and a zero point.
+        error: Largest root mean square error of a stored row that verification accepts, relative to that of the row. A
+            few large elements may leave little precision to the others.
         doc: One line for tables.
+        mixed: Whether matrices that lose most have 8 bits all the same; see `WeightFormat.bits`.
+        levels: Codes that are used, if not all of them.
     """
 
     dtype: str
     bits: int
+    error: float
     doc: str
+    mixed: bool = False
+    levels: int | None = None
 
     @property
     def blocked(self) -> bool:
-        """Whether elements are integers in blocks."""
+        """Whether elements are codes in blocks."""
         return self.bits < 16
 
 
 WEIGHTS: dict[str, Precision] = {
-    "fp32": Precision("float32", 32, "as computed with"),
-    "fp16": Precision("float16", 16, "half the file; a CPU makes them fp32 when it loads them"),
-    "bf16": Precision("bfloat16", 16, "the range of fp32, of which 3 digits stay"),
-    "int8": Precision("int8", 8, "less than a third of the file, nothing lost that can be measured"),
-    "int4": Precision("int4", 4, "4 bits where they cost least and 8 elsewhere; loses a little"),
+    "fp32": Precision("float32", 32, 0.0, "as computed with"),
+    "fp16": Precision("float16", 16, 1e-3, "half the file; a CPU makes them fp32 when it loads them"),
+    "bf16": Precision("bfloat16", 16, 8e-3, "the range of fp32, of which 3 digits stay"),
+    "int8": Precision("int8", 8, 0.05, "less than a third of the file, nothing lost that can be measured"),
+    "int4": Precision("int4", 4, 0.5, "4 bits where they cost least and 8 elsewhere; loses a little", mixed=True),
 }
 BLOCK = 32
 """Elements of a row that share a scale and a zero point, unless told otherwise."""
@@ -117,6 +134,11 @@ def get_precision(name: str, block: int) -> Precision:
     if block not in BLOCKS:
         raise UsageError(f"block {block}", hint=f"choose from {', '.join(map(str, BLOCKS))}")
     return look_up("precision of weights", name, WEIGHTS)
+
+
+def precision_of(dtype: str) -> Precision:
+    """Return the row of `WEIGHTS` with a manifest's name of a precision."""
+    return next(row for row in WEIGHTS.values() if row.dtype == dtype)
 
 
 def get_target(name: str) -> Target:

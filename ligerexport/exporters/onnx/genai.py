@@ -151,10 +151,10 @@ def _verify(artifact: Artifact) -> None:
     """
     import onnxruntime
 
-    from ligerexport.exporters.verify.compare import TOLERANCES
+    from ligerexport.exporters.verify.compare import tolerance_of
 
     manifest, options = artifact.manifest, onnxruntime.SessionOptions()
-    prepack, tolerance = manifest.block is not None, TOLERANCES[manifest.precision].logits
+    prepack, tolerance = manifest.block is not None, tolerance_of(manifest.precision).logits
     options.log_severity_level = 3
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, optimisation(manifest))
     options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
