@@ -162,7 +162,7 @@ def _kept(left: Tensor, scores: Tensor | None, born: Tensor, pools: tuple[Pool, 
         if pool.horizon:
             rank = rank.clamp_min(FAINTEST).log() + born / pool.horizon
         order = rank[:, :, None].where(left, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-        best = order[..., : pool.count]
+        best = order[..., : pool.size]
         won = torch.zeros_like(left).scatter(-1, best, True) & left
         kept, left = kept | won, left & ~won
     return kept

@@ -185,7 +185,7 @@ def _kept(left: list[Slot], pools: tuple[Pool, ...]) -> list[Slot]:
     kept: list[Slot] = []
     for i, pool in enumerate(pools):
         left = sorted(left, key=lambda s, i=i, pool=pool: (-_rank(s.scores[i], s.position, pool), s.position))  # type: ignore[misc]
-        kept, left = kept + left[: pool.count], left[pool.count :]
+        kept, left = kept + left[: pool.size], left[pool.size :]
     return kept
 
 

@@ -54,9 +54,7 @@ def choose_tiling(spec: MixerSpec, batch: int, itemsize: int = 2) -> Tiling:
 
 
 def mixer_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    heads: tuple[Tensor, Tensor, Tensor],
     position: Tensor,
     state: MixerState,
     spec: MixerSpec,
@@ -69,9 +67,8 @@ def mixer_step(
     """Mix one token of every sequence and update its state in place.
 
     Args:
-        query: `[B, H_q, d_k]` as projected, any strides with a contiguous last axis.
-        key: `[B, H_kv, d_k]`, likewise.
-        value: `[B, H_kv, d_v]`, likewise.
+        heads: Query `[B, H_q, d_k]`, key `[B, H_kv, d_k]` and value `[B, H_kv, d_v]` as projected, with any strides and
+            a contiguous last axis.
         position: `[B]` int64, tokens that each sequence has seen; negative for padding, which gives zeros.
         state: Pools `[M, ...]` by the names of `MixerSpec.state`, M at least B.
         spec: The layer.
@@ -84,23 +81,24 @@ def mixer_step(
     Returns:
         Output `[B, H_q, d_v]` in the dtype of `query`.
     """
-    config, gate, batch = spec.config, get_gate(spec.config.gate), query.shape[0]
+    (query, key, value), config, gate = heads, spec.config, get_gate(spec.config.gate)
+    batch = query.shape[0]
     position = position.contiguous()
     index = None if index is None else index.contiguous()
     score = score.contiguous() if score is not None and config.foresees else None
     if out is None:
         out = query.new_empty(batch, spec.q_heads, spec.d_v)
     tiling = tiling or choose_tiling(spec, batch, query.element_size())
-    pools, heads, rotated = spec.pools, batch * spec.kv_heads, rotary.shape[-1]
+    pools, units, rotated = spec.pools, batch * spec.kv_heads, rotary.shape[-1]
     group, evicts = spec.q_heads // spec.kv_heads, config.evicts
     recurrent, judge = None if evicts else state.get("recurrent_state"), state.get("judge_state")
-    lost = query.new_empty(heads, (group + 1) * (spec.d_v + 1) + spec.d_k, dtype=torch.float32) if evicts else None
+    lost = query.new_empty(units, (group + 1) * (spec.d_v + 1) + spec.d_k, dtype=torch.float32) if evicts else None
     roles = 1 + triton.cdiv(spec.d_v, tiling.block_v) * (recurrent is not None)
     roles += triton.cdiv(spec.d_v, tiling.block_judge) * config.judged
     left = triton.cdiv((2 * spec.q_heads // spec.kv_heads + 1) * spec.d_v + 2, 32) * 32
-    scratch, count = (_scratch(query.device, heads * left), _count(query.device, heads)) if roles > 1 else (None, None)
+    scratch, count = (_scratch(query.device, units * left), _count(query.device, units)) if roles > 1 else (None, None)
     precision = "tf32x3" if query.dtype == torch.float32 else "tf32"
-    _mixer_step_kernel[(heads * roles,)](
+    _mixer_step_kernel[(units * roles,)](
         query, key, value, position, index, rotary, out,
         state["slot_key"], state["slot_value"], state["slot_position"], state.get("slot_score"),
         recurrent, judge, score, scratch, count, lost,

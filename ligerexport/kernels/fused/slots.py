@@ -242,7 +242,7 @@ def deaths(found: Candidates) -> Tensor:
     events = found.length + found.spec.config.kept
     blocks = triton.cdiv(events, EVENTS)
     death = torch.empty_like(found.time, memory_format=torch.contiguous_format)
-    places = [max(2, triton.next_power_of_2(pool.count)) for pool in pools]
+    places = [max(2, triton.next_power_of_2(pool.size)) for pool in pools]
     listed = [min(n, EVENTS) for n in places]
 
     def lists(width: int) -> Tensor:
@@ -273,7 +273,7 @@ def deaths(found: Candidates) -> Tensor:
             (found.call, i), _drop_kernel, (blocks, kv_heads, batch),
             key, leaders, next_key, next_best, found.score, found.time, found.leave, death, count, events, blocks,
             constants=lambda: common | {
-                "SIZE": pool.count, "PLACES": places[i], "NEXT": i + 1, "HORIZON": pools[after].horizon,
+                "SIZE": pool.size, "PLACES": places[i], "NEXT": i + 1, "HORIZON": pools[after].horizon,
                 "LISTED": listed[after], "ROWS": 16,
             },
         )  # fmt: skip

@@ -13,7 +13,7 @@ from ligerexport.kernels.fused.overlap import wait
 from ligerexport.model.scores import Pool
 
 # places of the fields of a `Pool`, which is a plain tuple inside a kernel
-COUNT = tl.constexpr(Pool._fields.index("count"))
+SIZE = tl.constexpr(Pool._fields.index("size"))
 ON_ARRIVAL = tl.constexpr(Pool._fields.index("on_arrival"))
 BY_VALUE = tl.constexpr(Pool._fields.index("by_value"))
 SUMMED = tl.constexpr(Pool._fields.index("summed"))
@@ -59,10 +59,10 @@ def _loser(keys, candidate, POOLS: tl.constexpr):
         if i + 1 < len(POOLS):
             key = tl.where(candidate, key, -0x7FFFFFFFFFFFFFFF)
             better = tl.sum((key[:, None] > key[None, :]).to(tl.int32), axis=0)
-            candidate = candidate & (better >= POOLS[i][COUNT])
+            candidate = candidate & (better >= POOLS[i][SIZE])
         else:
             # what the last pool cannot take is its worst, which takes no counting to find
-            over = tl.sum(candidate.to(tl.int32), axis=0) > POOLS[i][COUNT]
+            over = tl.sum(candidate.to(tl.int32), axis=0) > POOLS[i][SIZE]
             worst = tl.min(tl.where(candidate, key, 0x7FFFFFFFFFFFFFFF), axis=0)
             candidate = candidate & over & (key == worst)
     return candidate

@@ -143,9 +143,8 @@ def _linear_attention_backward(
 ) -> list[Tensor]:  # fmt: skip
     from ligerexport.kernels.fused import linear_attention as kernels
 
-    found = kernels.backward(
-        d_output, d_final, query, key, value, decay, initial_state, states, cu_seqlens, gate, scale
-    )
+    inputs = (query, key, value, decay, initial_state)
+    found = kernels.backward(d_output, d_final, inputs, states, cu_seqlens, gate, scale)
     return [x for x in found if x is not None]
 
 
