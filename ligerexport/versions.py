@@ -9,8 +9,6 @@ from __future__ import annotations
 from functools import cache
 from importlib import metadata
 
-from packaging.version import Version
-
 from ligerexport.console import warn
 
 TRIED: dict[str, tuple[str, str]] = {
@@ -38,6 +36,8 @@ def installed_version(runtime: str) -> str | None:
 
 def untried(name: str) -> str | None:
     """Return what is wrong with the installed version of a row of `TRIED`; None if it was tried or is not installed."""
+    from packaging.version import Version
+
     version = installed_version(name)
     oldest, newest = TRIED[name]
     if version is None or Version(oldest).release <= Version(version).release[:2] <= Version(newest).release:

@@ -13,7 +13,7 @@ import toy
 pytest.importorskip("peft")
 
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint
-from ligerexport.cli.train import duration
+from ligerexport.cli.recover import duration
 from ligerexport.train.config import RecoverConfig
 from ligerexport.train.data import Documents
 from ligerexport.train.distributed import trainable

@@ -112,12 +112,12 @@ def test_every_verb_that_computes_has_threads(
 def test_warnings_of_libraries_are_for_those_who_ask() -> None:
     code = """
 import os, warnings
-from ligerexport.cli.computing import computes
-@computes
-def verb(threads=None):
+from ligerexport.cli.options import verb
+@verb(computes=True)
+def heard(threads=None):
     warnings.warn("said to developers", FutureWarning)
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"
-verb(threads=None)
+heard(threads=None)
 """
     for options, heard in (([], False), (["-W", "default"], True)):
         done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True)

@@ -8,19 +8,43 @@ import shutil
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+import typer
 
 from ligerexport.checkpoint.sources import BUILTIN_MODELS
-from ligerexport.errors import LigerError
+from ligerexport.cli import options
+from ligerexport.cli.options import Json, verb
+from ligerexport.errors import LigerError, MissingDependency
 from ligerexport.exporters.targets import TARGETS, get_target
 from ligerexport.kernels.tuning import FORWARD
 from ligerexport.staging import CACHE_HINT, cache_dir
 from ligerexport.versions import TRIED, installed_version, untried
 
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
 PACKAGE = "ligerexport"
+
+
+@verb(verbose=False)
+def doctor(
+    target: Annotated[str | None, typer.Option(help="Look at what this target needs too.")] = None,
+    plugin: Annotated[Path | None, typer.Option(metavar="FILE", help="Library of the TensorRT plugin.")] = None,
+    json: Json = False,
+) -> None:
+    """Say what is missing, and what mends it."""
+    checks = examine(target, plugin)
+    if json:
+        fine = all(check.ok or not check.needed for check in checks)
+        options.finish_json(True, {"ok": fine, "checks": [check.to_dict() for check in checks]})
+    else:
+        options.print_table(("", "", "", ""), [
+            ("ok" if c.ok else "missing" if c.needed else "-", c.name, c.found, "" if c.ok else c.mend or "")
+            for c in checks
+        ])  # fmt: skip
+    if any(check.needed and not check.ok for check in checks):
+        raise typer.Exit(MissingDependency.exit_code)
 
 
 @dataclass(frozen=True)
@@ -61,12 +85,16 @@ def examine(target: str | None = None, plugin: Path | None = None) -> list[Check
 
 
 def _python() -> Check:
+    from packaging.specifiers import SpecifierSet
+
     version = platform.python_version()
     return Check("python", version, SpecifierSet(">=3.11").contains(version), True, "install Python 3.11 or later")
 
 
 def _packages() -> list[Check]:
     """Check what the installed package's metadata asks for: the base, the runtimes, and the extras of what exists."""
+    from packaging.requirements import Requirement
+
     try:
         wanted = [Requirement(line) for line in metadata.requires(PACKAGE) or ()]
     except metadata.PackageNotFoundError:

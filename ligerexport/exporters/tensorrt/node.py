@@ -14,7 +14,6 @@ import onnx_ir as ir
 from ligerexport.dtypes import BY_ONNX
 from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.frame import Frame
-from ligerexport.exporters.onnx.lowerings import Plugin, Portable
 from ligerexport.exporters.onnx.native import DOMAIN
 from ligerexport.model.state import MixerSpec
 
@@ -31,7 +30,6 @@ NAMED: dict[str, Any] = {"domain": DOMAIN, "plugin_namespace": DOMAIN, "plugin_v
 
 
 def plugin_mixer(
-    lower: Plugin,
     frame: Frame,
     spec: MixerSpec,
     inv_freq: tuple[float, ...],
@@ -42,7 +40,6 @@ def plugin_mixer(
     """Write one mixer.
 
     Args:
-        lower: The lowering.
         frame: What layers share.
         spec: The layer.
         inv_freq: `[R]`, radians a token; zeros in a layer without rotary embedding.
@@ -55,13 +52,10 @@ def plugin_mixer(
     """
     from ligerexport.kernels.plans import layer_digest, spec_fields
 
-    g, config = lower.g, spec.config
+    g, config = frame.g, spec.config
     joint = g.whole(*projected)
-    if joint is not None and score is not None:
-        joint, score = lower.beside(joint, score)
-    heads = [lower.narrow(x) for x in (projected if joint is None else (joint,))]
-    given = dict(zip(OPERANDS, heads, strict=False))
-    given |= {"position": frame.position, "rotary": _rotary(lower, inv_freq, spec.max_distance)}
+    given = dict(zip(OPERANDS, projected if joint is None else (joint,), strict=False))
+    given |= {"position": frame.position, "rotary": _rotary(g, inv_freq, spec.max_distance)}
     if config.foresees:
         assert score is not None
         given["score"] = score
@@ -73,7 +67,7 @@ def plugin_mixer(
         foresees=int(config.foresees), judged=int(config.judged), recurrent=int(config.recurrent),
         evicts=int(config.evicts),
     )  # fmt: skip
-    return lower.wide(mixed), dict(zip(past, present, strict=True))
+    return mixed, dict(zip(past, present, strict=True))
 
 
 def plugin_linear(g: Builder, spec: LinearSpec, inputs: Sequence[ir.Value]) -> Any:
@@ -119,13 +113,11 @@ def products(graph: ir.Graph) -> dict[tuple[LinearSpec, str], None]:
     return found
 
 
-def _rotary(lower: Portable, inv_freq: tuple[float, ...], max_distance: int) -> ir.Value:
+def _rotary(g: Builder, inv_freq: tuple[float, ...], max_distance: int) -> ir.Value:
     """Return the table that kernels take `[2, rows, R]`, one for layers that turn alike."""
     import torch
 
     from ligerexport.kernels.ops import BLOCK, rotary_table
-
-    g = lower.g
 
     def make() -> ir.Value:
         name = f"rotary.{sum(x.startswith('rotary.') for x in g.initializers)}"

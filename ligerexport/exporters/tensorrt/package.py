@@ -174,12 +174,10 @@ def _add_rtx(
     directory: Path, manifest: Manifest, spec: ModelSpec, form: WeightFormat, gpu: Gpu, progress: ProgressFactory
 ) -> Manifest:
     """Put an engine in place of the graph."""
-    from ligerexport.exporters.onnx.graph import write_graph
     from ligerexport.exporters.onnx.weights import DATA_FILE
     from ligerexport.exporters.tensorrt.engine import build_engine
 
     trt, graph = rtx(), directory / manifest.graph.file
-    write_graph(spec, directory, lowering=manifest.lowering, max_chunk=manifest.graph.max_chunk, form=form)
     build_engine(trt, graph, directory / ENGINE_FILE, graph=manifest.graph, max_batch=gpu.max_batch, progress=progress,
                  sms=gpu.sms)  # fmt: skip
     graph.unlink()

@@ -8,15 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ligerexport.cli import common
-from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
-from ligerexport.cli.computing import Threads, computes
+from ligerexport.cli import options
+from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import card, progress
 from ligerexport.errors import quoted
 from ligerexport.measure.evaluate.settings import DEVICES, DTYPES
 
 
-@computes
+@verb(computes=True)
 def allocate(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint; its memory is where measuring starts.")],
     data: Annotated[
@@ -41,15 +40,11 @@ def allocate(
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Share slots out among layers by what each gains.
 
     Measures the model with smaller and larger memories in one layer at a time; trains nothing.
     """
-    common.begin(quiet, debug, verbose)
     from ligerexport.train.allocate import allocate as run
     from ligerexport.train.allocate import check_output, make_config, make_plan
 
@@ -59,13 +54,13 @@ def allocate(
     }  # fmt: skip
     config = make_config(settings)
     check_output(output, force)
-    common.announce("allocate", model=model, data=data, text=text, output=output, against=against,
+    options.announce("allocate", model=model, data=data, text=text, output=output, against=against,
                     threads=threads, **settings)  # fmt: skip
     if dry_run:
         plan = make_plan(model, data, text, config, against, progress)
         facts = {"path": str(output), "layers": len(plan.tried), "budget": plan.budget,
                  "measurements": plan.measurements, "tokens": plan.tokens}  # fmt: skip
-        common.finish_json(json, facts)
+        options.finish_json(json, facts)
         return card(f"would write {output}", [
             ("slots", f"{plan.budget:,} in {len(plan.tried)} layers"),
             ("measurements", f"{plan.measurements:,} of the model with one layer's memory replaced"),
@@ -73,7 +68,7 @@ def allocate(
         ])  # fmt: skip
     run(model, data, text, output, against=against, force=force, progress=progress, **settings)
     found = library.loads(output.read_text(encoding="utf-8"))
-    common.finish_json(json, {"path": str(output), **found})
+    options.finish_json(json, {"path": str(output), **found})
     record = found["record"]
     base = record["measured"][0]["memories"][0]
     card("shared out", [

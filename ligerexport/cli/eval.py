@@ -7,15 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ligerexport.cli import common
-from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
-from ligerexport.cli.computing import Threads, computes
+from ligerexport.cli import options
+from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import card, data, format_bytes, progress
 from ligerexport.errors import UsageError
 from ligerexport.measure.evaluate.settings import CONTROLS, DEVICES, DTYPES, PARTS, TASKS
 
 
-@computes
+@verb(computes=True)
 def eval_(
     model: Annotated[str, typer.Argument(help="A converted checkpoint, a Transformer, or an artifact.")],
     against: Annotated[str | None, typer.Option(help="The Transformer it was converted from; measured too.")] = None,
@@ -50,15 +49,11 @@ def eval_(
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Measure a model: loss by position, recall, tasks.
 
     Works on a checkpoint and on the artifact built from it alike. Tables go to stdout, with standard errors.
     """
-    common.begin(quiet, debug, verbose)
     from ligerexport.measure.evaluate.run import resolve_settings, tokens_to_read
 
     inputs: dict[str, Any] = {"against": against, "text": text or [], "parts": split(parts), "tasks": split(tasks)}
@@ -67,7 +62,7 @@ def eval_(
         "seed": seed, "batch": batch, "device": device, "dtype": dtype,
     }  # fmt: skip
     plan = resolve_settings(**inputs, **settings)
-    common.announce("eval", model=model, against=against, text=text, task_data=task_data, output=output,
+    options.announce("eval", model=model, against=against, text=text, task_data=task_data, output=output,
                     threads=threads, **vars(plan))  # fmt: skip
     if dry_run:
         return _plan(json, model, inputs, plan.controls, tokens_to_read(plan))
@@ -75,7 +70,7 @@ def eval_(
 
     report = evaluate(model, **inputs, **settings, task_data=task_data, output=output, force=force, progress=progress)
     if json:
-        common.finish_json(True, report.to_dict())
+        options.finish_json(True, report.to_dict())
     else:
         data(report.markdown(), end="")
     rows = [("where", str(output))] if output else []
@@ -119,7 +114,7 @@ def _plan(json: bool, model: str, inputs: dict[str, Any], controls: tuple[str, .
         "model": model, "rows": rows, "text_files": len(files), "text_bytes": sum(f.stat().st_size for f in files),
         "tokens_each": tokens, "missing_extras": [extra for module, extra in wanted.items() if not find_spec(module)],
     }  # fmt: skip
-    common.finish_json(json, plan)
+    options.finish_json(json, plan)
     card(
         "would measure",
         [

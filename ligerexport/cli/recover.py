@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ligerexport.cli import common
-from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
-from ligerexport.cli.computing import Threads, computes
-from ligerexport.console import card, format_bytes, progress, say
+from ligerexport.cli import options
+from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
+from ligerexport.console import card, format_bytes, progress, say, set_quiet
 from ligerexport.errors import UsageError, quoted
 from ligerexport.train.config import DEFAULT_TOKENS, TARGETS, RecoverConfig
 from ligerexport.train.recipes import DEFAULT_RECIPE, RECIPES
@@ -23,7 +22,7 @@ _EVERY = 10
 """Steps between two lines about the loss."""
 
 
-@computes
+@verb(computes=True)
 def recover(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint.")],
     data: Annotated[
@@ -63,16 +62,13 @@ def recover(
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Train LoRA on a converted checkpoint.
 
     A run that was stopped goes on when the same command is given again.
     """
-    main = os.environ.get("RANK", "0") == "0"  # of several processes one talks
-    common.begin(quiet or not main, debug, verbose)
+    if not (main := os.environ.get("RANK", "0") == "0"):  # only one of several processes talks
+        set_quiet()
     settings: dict[str, Any] = {
         "recipe": recipe, "rank": rank, "alpha": alpha, "targets": tuple(filter(None, targets.split(","))),
         "tokens": parse_count(tokens), "steps": steps, "length": length, "batch_tokens": batch_tokens,
@@ -85,7 +81,7 @@ def recover(
     config = make_config(settings)
     check_places(model, output, force)
     plan = _plan(model, config, shard)
-    common.announce("recover", model=model, data=data, output=output, threads=threads,
+    options.announce("recover", model=model, data=data, output=output, threads=threads,
                     **config.identity())  # fmt: skip
     _talk(plan)
     if dry_run:
@@ -137,7 +133,7 @@ def _dry(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     seconds = measure_seconds(info, documents, config, against, processes, progress)
     found = {"documents": len(documents.lengths), "tokens": len(documents.ids), **documents.counts}
-    common.finish_json(json, {"path": str(output), **plan, "seconds": seconds, "data": found})
+    options.finish_json(json, {"path": str(output), **plan, "seconds": seconds, "data": found})
     card(f"would write {output}", [
         ("parameters", f"{plan['trainable_parameters']:,} of {plan['parameters']:,} learn"),
         ("steps", f"{plan['steps']:,} of {config.batch_tokens:,} tokens"),
@@ -187,7 +183,7 @@ def _finish(path: Path, merge: bool, json: bool) -> None:
 
     report = library.loads((path / "report.json").read_text(encoding="utf-8"))
     record, phases = report["record"], report["phases"]
-    common.finish_json(json, {"path": str(path), "merged": merge, "record": record, "phases": phases})
+    options.finish_json(json, {"path": str(path), "merged": merge, "record": record, "phases": phases})
     card("recovered", [
         ("where", str(path)),
         *((row["phase"], f"{row['steps']} steps, loss {row['first_loss']:.4f} to {row['final_loss']:.4f}")

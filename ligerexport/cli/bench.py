@@ -1,17 +1,16 @@
-"""`bench` and `demo`: a model beside another, as numbers and as a page."""
+"""`bench`: time a model beside another."""
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ligerexport.cli import common
-from ligerexport.cli.common import Debug, Force, Json, Quiet, Verbose
+from ligerexport.cli import options
+from ligerexport.cli.options import Force, Json, verb
 from ligerexport.console import card, data, progress, warn
-from ligerexport.errors import MissingDependency, UsageError
+from ligerexport.errors import UsageError
 from ligerexport.measure.bench.settings import DEVICES, DTYPES, READ_UP_TO
 
 Model = Annotated[str, typer.Argument(help="An artifact, a converted checkpoint, or a Transformer.")]
@@ -21,6 +20,7 @@ Device = Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")]
 Dtype = Annotated[str, typer.Option(help=f"Of torch models' weights: {', '.join(DTYPES)}; auto is {DTYPES['auto']}.")]
 
 
+@verb()
 def bench(
     model: Model,
     against: Against,
@@ -42,15 +42,11 @@ def bench(
     ] = None,
     force: Force = False,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Time a model beside another: latency, memory, energy.
 
     Both run in processes of their own and in turns. The table goes to stdout, or JSON in its place with --json.
     """
-    common.begin(quiet, debug, verbose)
     from ligerexport.measure.bench.report import RESULT, check_plots, markdown, save
     from ligerexport.measure.bench.run import bench
     from ligerexport.measure.bench.settings import Settings
@@ -61,13 +57,13 @@ def bench(
     if output is not None:
         check_destination(output, force=force, marker=RESULT)
         check_plots()
-    common.announce("bench", model=model, against=against, checkpoint=checkpoint, **vars(settings))
+    options.announce("bench", model=model, against=against, checkpoint=checkpoint, **vars(settings))
     result = bench(
         model, against, checkpoint=None if checkpoint is None else str(checkpoint), settings=settings, progress=progress
     )
     if not json:
         data(markdown(result), end="")
-    common.finish_json(json, result)
+    options.finish_json(json, result)
     if output is not None:  # last, so that a full disk does not lose what was measured
         save(result, output, force=force)
     for text in result["warnings"]:
@@ -91,44 +87,3 @@ def counts(text: str, option: str) -> tuple[int, ...]:
     if not all(part.isdigit() and int(part) for part in parts):
         raise UsageError(f"{option} {text}", hint=f"write numbers of at least 1, as in {option} 128,1024")
     return tuple(dict.fromkeys(map(int, parts)))
-
-
-def demo(
-    model: Model,
-    against: Against,
-    results: Annotated[
-        Path | None, typer.Option(help="What `bench -o` wrote; shown in a tab.", show_default=False)
-    ] = None,
-    host: Annotated[str, typer.Option(help="Others than 127.0.0.1 let other machines in.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860 on.")] = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
-    """Show a model beside another on a page.
-
-    Both answer one prompt, with latency and memory measured while the text comes. Ctrl-C ends it.
-    """
-    common.begin(quiet, debug, verbose)
-    try:
-        from ligerexport.demo.app import LOOPBACK, launch
-    except ImportError as error:
-        raise MissingDependency(error.name or "gradio", extra="demo") from error
-    from ligerexport.demo.host import Demo
-
-    common.announce("demo", model=model, against=against, results=results, host=host, port=port, device=device)
-    with progress("loading both models", None, "steps"):
-        shown = Demo(model, against, results=results, threads=threads, device=device)
-    try:
-        _, address = launch(shown, host, port, browser=browser)
-        if host not in LOOPBACK:
-            warn(f"everybody who reaches {host} can use this page")
-        common.finish_json(json, {"address": address})
-        card("serving", [("page", address), ("stop", "Ctrl-C")])
-        threading.Event().wait()
-    finally:
-        shown.close()
