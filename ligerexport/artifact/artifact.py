@@ -44,7 +44,7 @@ class StateTensor:
         past: Name of the input.
         present: Name of the output.
         shape: Axes, `B` first; `P` is the axis that grows.
-        dtype: As numpy calls it.
+        dtype: Row of `DTYPES`.
         fill: Value of every element before the first token.
         grows: Whether it grows with the text (a layer kept as softmax); such a tensor starts with `P` = 0.
     """
@@ -55,6 +55,11 @@ class StateTensor:
     dtype: str
     fill: float = 0.0
     grows: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one sequence, or of one of its tokens where the tensor grows."""
+        return DTYPES[self.dtype].nbytes * prod(size for size in self.shape if isinstance(size, int))
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ class Manifest:
     @property
     def growth(self) -> int:
         """Bytes by which the state of one sequence grows a token; 0 without layers kept as softmax."""
-        return sum(_nbytes(tensor) for tensor in self.state if tensor.grows)
+        return sum(tensor.nbytes for tensor in self.state if tensor.grows)
 
     @property
     def crossover(self) -> int | None:
@@ -242,17 +247,12 @@ def _check_claims(manifest: Manifest) -> None:
         )
         if tensor.dtype not in types or tensor.shape[:1] != ("B",) or not all(fits):
             raise ValueError(f"the state {tensor.past} is {list(tensor.shape)} of {tensor.dtype}")
-    held = sum(_nbytes(x) for x in state if not x.grows)
+    held = sum(x.nbytes for x in state if not x.grows)
     if held != manifest.bytes.state_per_sequence:
         raise ValueError(f"a state of {manifest.bytes.state_per_sequence} bytes has tensors of {held}")
     delivered = sum(entry.bytes for entry in manifest.files.values())
     if held + 4 * manifest.model.vocab_size > max(1 << 30, 4 * delivered):
         raise ValueError(f"a state of {held} bytes to a model of {delivered}")
-
-
-def _nbytes(tensor: StateTensor) -> int:
-    """Return bytes of one sequence, of one token where it grows."""
-    return DTYPES[tensor.dtype].nbytes * prod(size for size in tensor.shape if isinstance(size, int))
 
 
 @dataclass(frozen=True)
