@@ -15,13 +15,10 @@ from ligerexport.kernels.library.linear_attention import linear_attention
 from ligerexport.kernels.library.memory_attention import BLOCK, memory_attention
 from ligerexport.kernels.library.recall_error import recall_error
 from ligerexport.kernels.memory_attention import rotary_table
-from ligerexport.model.gates import get_gate
+from ligerexport.model.gates import OPEN, get_gate
 from ligerexport.model.state import MixerSpec, MixerState
 
 __all__ = ["BLOCK", "liger_mixer", "rotary_table"]
-
-OPEN = 100.0
-"""Raw key of padding: it opens the gate, so that nothing is forgotten; with a value of zero nothing is added either."""
 
 
 def liger_mixer(
