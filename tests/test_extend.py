@@ -32,10 +32,9 @@ EXPORTERS = Path(native.__file__).parents[2]
 
 
 def take_all_the_way(path: Path, family: str = "llama", **changes: Any) -> None:
-    """Convert a random model, compare the op with its reference, and build artifacts, which compares them with torch."""
-    transformer = make_transformer(path / "transformer", family)
-    (transformer / "tokenizer.json").unlink()  # it knows no word, so that verification would have no text
-    converted = convert(transformer, path / "converted", window=12, **changes)
+    """Convert a random model, compare the op with its reference, and build artifacts, each verified with torch."""
+    converted = convert(make_transformer(path / "transformer", family), path / "converted", window=12, **changes)
+    (converted / "tokenizer.json").unlink()  # it knows no word, which would leave verification without a text
     spec = next(iter(layer_specs(load_model(converted).config)))
     assert spec is not None
     sizes = (spec.q_heads, spec.d_k), (spec.kv_heads, spec.d_k), (spec.kv_heads, spec.d_v)

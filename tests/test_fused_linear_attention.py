@@ -96,7 +96,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         output, final, states = fused.forward(*arguments)
-        ctx.arguments = *arguments[:5], states, *arguments[5:]
+        ctx.arguments = arguments[:5], states, *arguments[5:]
         return output, final
 
     @staticmethod
@@ -175,7 +175,7 @@ def test_reads_nothing_that_was_not_written(case: Case, monkeypatch: pytest.Monk
     output, final, states = fused.forward(*inputs, bounds, case.gate, 1.0)
     assert torch.equal(output, expected[0]) and torch.equal(final, expected[1])
     gradients = torch.randn_like(output), torch.randn_like(final)
-    found = fused.backward(*gradients, *inputs, states, bounds, case.gate, 1.0)
+    found = fused.backward(*gradients, inputs, states, bounds, case.gate, 1.0)
     assert all(x.isfinite().all() for x in found if x is not None)
 
 

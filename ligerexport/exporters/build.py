@@ -253,7 +253,7 @@ def make_manifest(
 ) -> Manifest:
     """Say what an artifact is, all but its files."""
     from ligerexport import __version__
-    from ligerexport.artifact.artifact import ByteCounts, Graph, Manifest, ModelShape, StateTensor, TensorInfo
+    from ligerexport.artifact.artifact import ByteCounts, Graph, Manifest, ModelShape, TensorInfo
     from ligerexport.exporters.onnx import graph as onnx_graph
     from ligerexport.exporters.onnx.graph import LOWERINGS
     from ligerexport.exporters.onnx.weights import weight_bytes, weight_names
@@ -279,7 +279,7 @@ def make_manifest(
             parameters=sum(prod(spec.weights[name].shape) for name in weight_names(spec)),
         ),
         graph=Graph(onnx_graph.GRAPH_FILE, max_chunk, inputs, outputs),
-        state=tuple(StateTensor(t.past, t.present, t.shape, t.dtype, t.fill, t.grows) for t in tensors),
+        state=tensors,
         bytes=ByteCounts(
             weights=weight_bytes(spec, form),
             state_per_sequence=sum(t.nbytes for t in tensors if not t.grows),

@@ -69,7 +69,7 @@ class Pool(NamedTuple):
     """One pool of slots in the plain values that all dialects read.
 
     Attributes:
-        count: Slots.
+        size: Number of slots.
         on_arrival: Whether the score is known on arrival; the next three fields mean nothing then.
         by_value: Whether attention received is multiplied by the norm of the token's value.
         summed: Whether attention received is added up; otherwise its largest value counts.
@@ -77,7 +77,7 @@ class Pool(NamedTuple):
         horizon: Tokens of age that cost a factor e in the ranking; 0 for no ageing.
     """
 
-    count: int
+    size: int
     on_arrival: bool
     by_value: bool
     summed: bool

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ligerexport.artifact.artifact import Manifest
+from ligerexport.artifact.artifact import Manifest, StateTensor
 from ligerexport.dtypes import DTYPES
 from ligerexport.exporters.onnx.attention import softmax_attention
-from ligerexport.exporters.onnx.builder import Axis, Builder, graph_input
+from ligerexport.exporters.onnx.builder import Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.linear import HEAD, Weights
 from ligerexport.exporters.onnx.lowerings import Native, Ort, Portable
@@ -40,51 +38,28 @@ Mixed = tuple[ir.Value, dict[str, ir.Value]]
 """Output and new state of a mixer."""
 
 
-@dataclass(frozen=True)
-class StateTensorSpec:
-    """One tensor of the state of one layer; `shape` with its letters `B` and `P`."""
-
-    layer: int
-    name: str
-    shape: tuple[Axis, ...]
-    dtype: str
-    fill: float
-    grows: bool
-
-    @property
-    def past(self) -> str:
-        """Name of the input."""
-        return f"past.{self.layer}.{self.name}"
-
-    @property
-    def present(self) -> str:
-        """Name of the output."""
-        return f"present.{self.layer}.{self.name}"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one sequence, where it does not grow."""
-        count = prod(size for size in self.shape if isinstance(size, int))
-        return count * DTYPES[self.dtype].nbytes
-
-
 def _onnx(dtype: str) -> str:
     """Return ONNX's name of a row of `DTYPES`."""
     return ir.DataType(DTYPES[dtype].onnx).name
 
 
-def state_tensors(spec: ModelSpec, lowering: str = "ort", form: WeightFormat = FP32) -> tuple[StateTensorSpec, ...]:
+def state_tensors(spec: ModelSpec, lowering: str = "ort", form: WeightFormat = FP32) -> tuple[StateTensor, ...]:
     """Return the state of the whole model in the order of the graph's inputs."""
     growing, row = ("B", spec.kv_heads, "P", spec.head_dim), LOWERINGS[lowering]
     activation = form.precision.dtype if row.plugin else "float32"
     types = {"activation": activation, "float32": "float32", "int64": row.integer}
     tensors = []
     for layer, layer_spec in enumerate(spec.mixers):
+        past, present = f"past.{layer}", f"present.{layer}"
         if layer_spec is None:
-            tensors += [StateTensorSpec(layer, name, growing, "float32", 0.0, True) for name in ("key", "value")]
+            tensors += [
+                StateTensor(f"{past}.{x}", f"{present}.{x}", growing, "float32", grows=True) for x in ("key", "value")
+            ]
         else:
-            fixed = layer_spec.state()
-            tensors += [StateTensorSpec(layer, t.name, ("B", *t.shape), types[t.dtype], t.fill, False) for t in fixed]
+            tensors += [
+                StateTensor(f"{past}.{x.name}", f"{present}.{x.name}", ("B", *x.shape), types[x.dtype], x.fill)
+                for x in layer_spec.state()
+            ]
     return tuple(tensors)
 
 
@@ -127,7 +102,8 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     normed, residual = blocks.embed(input_ids)
     x: ir.Value | None = None
     for i in range(len(spec.mixers)):
-        own = {t.name: past[t.past] for t in state if t.layer == i}
+        prefix = f"past.{i}."
+        own = {name.removeprefix(prefix): value for name, value in past.items() if name.startswith(prefix)}
         with g.scope(f"layers.{i}"):
             mixed, present = blocks.attention(i, normed, partial(mixers, i, own))
             x, residual = blocks.mlp(i, mixed, residual)

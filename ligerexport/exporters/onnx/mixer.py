@@ -388,7 +388,7 @@ class Slots:
             ranked = g.op("Add", g.op("Unsqueeze", rank, g.const([2])), self.seen.rank)
             if visible is not self.seen.always:
                 ranked = g.op("Where", visible, g.floats(-np.inf), ranked)
-            value, best = g.op("TopK", ranked, g.const([pool.count]), outputs=2, axis=-1)
+            value, best = g.op("TopK", ranked, g.const([pool.size]), outputs=2, axis=-1)
             won = g.op("Greater", value, g.floats(MASKED / 2))
             visible = g.op("ScatterElements", visible, best, won, axis=-1)
         return visible

@@ -87,7 +87,7 @@ def _pool(pool: Pool) -> dict[str, int | float]:
     """Return the attributes of a pool, without the prefix that numbers it."""
     received = not pool.on_arrival
     return {
-        "count": pool.count, "received": int(received), "maximum": int(not pool.summed),
+        "count": pool.size, "received": int(received), "maximum": int(not pool.summed),
         "by_value": int(pool.by_value), "horizon": float(pool.horizon),
         "first_distance": pool.first_distance if received else 0,
     }  # fmt: skip
