@@ -14,7 +14,7 @@ from pathlib import Path
 
 from build import make_checkpoint
 
-from ligerexport.exporters.onnx.graph import build_graph, nodes_by_layer, weight_format
+from ligerexport.exporters.onnx.graph import build_graph, nodes_by_layer, weight_storage
 from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.exporters.targets import TARGETS
 from ligerexport.model.config import PRESETS
@@ -30,8 +30,8 @@ def count(preset: str, layers: int = 3, max_chunk: int = 128) -> dict[str, dict[
         spec = read_spec(make_checkpoint(Path(place, "model"), "tiny", layers, PRESETS[preset].config))
         found: dict[str, dict[str, int]] = {}
         for lowering, weights in product(TARGETS["onnx"].lowerings, TARGETS["onnx"].weights):
-            form = weight_format(weights, lowering=lowering)
-            each = nodes_by_layer(build_graph(spec, lowering=lowering, max_chunk=max_chunk, form=form).graph)
+            storage = weight_storage(weights, lowering=lowering)
+            each = nodes_by_layer(build_graph(spec, lowering=lowering, max_chunk=max_chunk, storage=storage).graph)
             if len(each) != layers or len(set(each)) != 1:
                 raise ValueError(f"{preset}, {lowering}, {weights}: layers have {each} nodes")
             found.setdefault(lowering, {})[weights] = each[0]

@@ -17,7 +17,7 @@ from ligerexport.artifact.artifact import open_artifact
 from ligerexport.cli import main
 from ligerexport.errors import LigerError, UsageError, VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.onnx.weights import WeightFormat
+from ligerexport.exporters.onnx.weights import WeightStorage
 from ligerexport.measure.bench import machine
 from ligerexport.measure.bench.bench import (
     _effort,
@@ -116,13 +116,13 @@ def test_an_artifact_of_an_older_rule_for_bits_runs_and_is_not_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "liger", MEMORY, num_hidden_layers=8)
-    bits = WeightFormat.bits
+    bits = WeightStorage.bits
 
-    def older(form: WeightFormat, spec: ModelSpec, name: str) -> int:
-        return 4 if "gate_proj" in name or "up_proj" in name else bits(form, spec, name)
+    def older(storage: WeightStorage, spec: ModelSpec, name: str) -> int:
+        return 4 if "gate_proj" in name or "up_proj" in name else bits(storage, spec, name)
 
     with monkeypatch.context() as before:
-        before.setattr(WeightFormat, "bits", older)
+        before.setattr(WeightStorage, "bits", older)
         artifact = lx.build(checkpoint, tmp_path / "old", lowering="native", weights="int4", verify=False)
     new = lx.build(checkpoint, tmp_path / "new", lowering="native", weights="int4", verify=False)
     assert lx.load(artifact).prefill([1, 2, 3]).shape == lx.load(new).prefill([1, 2, 3]).shape

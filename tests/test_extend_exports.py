@@ -20,10 +20,10 @@ from ligerexport.console import ProgressFactory
 from ligerexport.errors import UsageError
 from ligerexport.exporters.backend import Backend, BuildSettings, Check, SessionSettings
 from ligerexport.exporters.build import plan_build
-from ligerexport.exporters.onnx.graph import format_of
+from ligerexport.exporters.onnx.graph import storage_of
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
-from ligerexport.exporters.onnx.weights import DATA_FILE, WeightFormat, data_layout
+from ligerexport.exporters.onnx.weights import DATA_FILE, WeightStorage, data_layout
 from ligerexport.exporters.targets import TARGETS, WEIGHTS, Precision, Target
 
 
@@ -34,7 +34,7 @@ class Numbered(Backend):
         return {"layers": len(spec.mixers)}
 
     def finish(
-        self, directory: Path, manifest: Manifest, spec: ModelSpec, form: WeightFormat, prepared: Any,
+        self, directory: Path, manifest: Manifest, spec: ModelSpec, storage: WeightStorage, prepared: Any,
         progress: ProgressFactory,
     ) -> Manifest:  # fmt: skip
         (directory / "layers.txt").write_text(str(len(spec.mixers)))
@@ -79,7 +79,7 @@ def test_precision(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     artifact, spec = open_artifact(path), read_spec(checkpoint)
     assert artifact.manifest.precision == "int6" and artifact.manifest.block == 16
     assert artifact.manifest.verification["passed"] and artifact.manifest.quality is not None
-    part = data_layout(spec, format_of(artifact.manifest))["model.layers.0.mlp.down_proj.weight"]
+    part = data_layout(spec, storage_of(artifact.manifest))["model.layers.0.mlp.down_proj.weight"]
     codes = np.fromfile(path / DATA_FILE, np.uint8, part.nbytes, offset=part.offset)
     assert 31 < codes.max() < 64
     assert np.isfinite(lx.load(path).prefill([3, 4, 5])).all()

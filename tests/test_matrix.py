@@ -11,7 +11,7 @@ from checkpoints import make_checkpoint
 
 from ligerexport.artifact.artifact import Artifact, open_artifact
 from ligerexport.exporters.build import build
-from ligerexport.exporters.onnx.graph import weight_format
+from ligerexport.exporters.onnx.graph import weight_storage
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.exporters.targets import TARGETS, WEIGHTS
@@ -52,9 +52,9 @@ def engine(place: Path, family: str, gate: str, weights: str, lowering: str) -> 
 @lru_cache
 def answers(place: Path, family: str, gate: str, weights: str) -> list[Answer]:
     """Return what torch says with the weights that a build stores; all lowerings store the same numbers."""
-    form, artifact = weight_format(weights), engine(place, family, gate, weights, "ort")
-    tolerance = tolerance_of(form.precision.dtype).weights
-    torch_model = Reference(read_spec(checkpoint(place, family, gate)), artifact, form, tolerance)
+    storage, artifact = weight_storage(weights), engine(place, family, gate, weights, "ort")
+    tolerance = tolerance_of(storage.precision.dtype).weights
+    torch_model = Reference(read_spec(checkpoint(place, family, gate)), artifact, storage, tolerance)
     return torch_model.answers(PIECES, whole=WHOLE)
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import ligerexport as lx
 from ligerexport.cli.app import app
 from ligerexport.exporters.onnx.builder import CONTRIB, Builder, graph_input
-from ligerexport.exporters.onnx.graph import build_graph, weight_format
+from ligerexport.exporters.onnx.graph import build_graph, weight_storage
 from ligerexport.exporters.onnx.providers import operators, place
 from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.model.config import PRESETS, LigerConfig
@@ -64,8 +64,8 @@ def test_the_guide_names_what_providers_lack(tmp_path: Path) -> None:
     for i, (config, family) in enumerate(sources):
         spec = read_spec(make_checkpoint(tmp_path / str(i), config, family))
         for weights in ("fp32", "fp16", "int4"):
-            form = weight_format(weights, lowering="portable")
-            kinds |= {node.op_type for node in build_graph(spec, lowering="portable", form=form).graph}
+            storage = weight_storage(weights, lowering="portable")
+            kinds |= {node.op_type for node in build_graph(spec, lowering="portable", storage=storage).graph}
     named = dict(re.findall(r"^\| (\w+) \| ([\w, ]+) \|$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE))
     for provider in operators():
         assert named[provider] == (", ".join(sorted(kinds - operators()[provider]["ops"].keys())) or "none"), provider

@@ -19,7 +19,7 @@ from ligerexport.errors import UsageError, VerificationError
 from ligerexport.exporters.backend import BuildSettings
 from ligerexport.exporters.build import build, plan_build
 from ligerexport.exporters.onnx import graph as onnx_graph
-from ligerexport.exporters.onnx.graph import weight_format
+from ligerexport.exporters.onnx.graph import weight_storage
 from ligerexport.exporters.onnx.native import register
 from ligerexport.exporters.onnx.quantise import dequantise, pack, quantise, unpack
 from ligerexport.exporters.onnx.session import OnnxSession
@@ -75,8 +75,8 @@ def test_graph_is_torch_with_the_same_weights(checkpoint: Path, tmp_path: Path, 
 
 def test_what_costs_most_has_more_bits(tmp_path: Path) -> None:
     spec = read_spec(make_checkpoint(tmp_path / "model", FORESIGHT, num_hidden_layers=16))
-    form = weight_format("int4")
-    found = {name: form.bits(spec, name) for name in spec.weights}
+    storage = weight_storage("int4")
+    found = {name: storage.bits(spec, name) for name in spec.weights}
     assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == 8
     assert found["model.norm.weight"] == found["model.layers.3.self_attn.score_proj.weight"] == 32
     assert {found[f"model.layers.{i}.self_attn.{kind}_proj.weight"] for i in range(16) for kind in "qkvo"} == {8}
@@ -84,7 +84,7 @@ def test_what_costs_most_has_more_bits(tmp_path: Path) -> None:
     assert more == [0, 1, 4, 7, 10, 13, 14, 15]
     for kind in ("gate", "up"):
         assert [i for i in range(16) if found[f"model.layers.{i}.mlp.{kind}_proj.weight"] == 8] == [0, 1, 15]
-    assert {form.bits(spec, name) for name in found} == {4, 8, 32}
+    assert {storage.bits(spec, name) for name in found} == {4, 8, 32}
 
 
 def build_parameters(spec: ModelSpec) -> int:
@@ -98,9 +98,9 @@ def test_products_are_fused(checkpoint: Path, tmp_path: Path, lowering: str, bit
 
     Where rows lie one after the other, those of one input are one product.
     """
-    spec, form = read_spec(checkpoint), weight_format(f"int{bits}", 32, lowering)
-    write_weights(spec, tmp_path, form)
-    onnx_graph.write_graph(spec, tmp_path, lowering=lowering, form=form)
+    spec, storage = read_spec(checkpoint), weight_storage(f"int{bits}", 32, lowering)
+    write_weights(spec, tmp_path, storage)
+    onnx_graph.write_graph(spec, tmp_path, lowering=lowering, storage=storage)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 3
@@ -163,7 +163,7 @@ def mapped(session: OnnxSession) -> bool:
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_a_tied_embedding_is_stored_once(tmp_path: Path, lowering: str) -> None:
     spec = read_spec(make_checkpoint(tmp_path / "model", FORESIGHT, num_hidden_layers=1, tie_word_embeddings=True))
-    graph = onnx_graph.build_graph(spec, lowering=lowering, form=weight_format("int4", 32, lowering)).graph
+    graph = onnx_graph.build_graph(spec, lowering=lowering, storage=weight_storage("int4", 32, lowering)).graph
     places: dict[int, list[str]] = {}
     for name, value in graph.initializers.items():
         if (offset := getattr(value.const_value, "offset", None)) is not None:
@@ -178,15 +178,15 @@ def test_a_tied_embedding_is_stored_once(tmp_path: Path, lowering: str) -> None:
 def test_what_is_written_is_what_is_read(checkpoint: Path, tmp_path: Path, lowering: str, weights: str) -> None:
     from safetensors.numpy import load_file
 
-    spec, form = read_spec(checkpoint), weight_format(weights, 16, lowering)
-    write_weights(spec, tmp_path, form)
-    layout, data = data_layout(spec, form), np.fromfile(tmp_path / "model.onnx.data", np.uint8)
+    spec, storage = read_spec(checkpoint), weight_storage(weights, 16, lowering)
+    write_weights(spec, tmp_path, storage)
+    layout, data = data_layout(spec, storage), np.fromfile(tmp_path / "model.onnx.data", np.uint8)
     for name, original in load_file(checkpoint / "model.safetensors").items():
         if original.ndim == 2 and "score_proj" not in name:
-            found = np.concatenate([stored for stored, _ in stored_slabs(spec, form, tmp_path, name)])
-            bits = form.bits(spec, name)
-            if form.precision.blocked:
-                expected = dequantise(quantise(original, bits, form.block_of(spec, name)), original.shape[1])
+            found = np.concatenate([stored for stored, _ in stored_slabs(spec, storage, tmp_path, name)])
+            bits = storage.bits(spec, name)
+            if storage.precision.blocked:
+                expected = dequantise(quantise(original, bits, storage.block_of(spec, name)), original.shape[1])
             else:
                 expected = original.astype(np.float16).astype(np.float32)
             np.testing.assert_array_equal(found, expected)
@@ -229,8 +229,8 @@ def broken(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fa
 def test_wrong_weights_are_not_taken_for_rounded_ones(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fault(spec: ModelSpec, directory: Path, form: Any) -> ModelSpec:
-        part = data_layout(spec, form)["model.layers.1.self_attn.k_proj.weight_scale"]
+    def fault(spec: ModelSpec, directory: Path, storage: Any) -> ModelSpec:
+        part = data_layout(spec, storage)["model.layers.1.self_attn.k_proj.weight_scale"]
         data = np.memmap(directory / onnx_graph.DATA_FILE, mode="r+")
         data[part.offset : part.offset + part.nbytes].view(np.float32).reshape(part.shape)[3] *= -1
         data.flush()

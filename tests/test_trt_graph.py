@@ -18,7 +18,7 @@ from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 from ligerexport.artifact.artifact import Artifact, Source
 from ligerexport.checkpoint.convert import load_model
 from ligerexport.exporters.build import make_manifest
-from ligerexport.exporters.onnx.graph import GRAPH_FILE, nodes_by_layer, weight_format, write_graph
+from ligerexport.exporters.onnx.graph import GRAPH_FILE, nodes_by_layer, weight_storage, write_graph
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.tensorrt.evaluation import PluginSession
@@ -43,11 +43,11 @@ IN_8_5 = {
 def write(path: Path, config: LigerConfig, weights: str, family: str = "llama") -> tuple[ModelSpec, Artifact]:
     """Write checkpoint and graph; return what a session of it needs."""
     spec = read_spec(make_checkpoint(path / "model", config, family))
-    form, directory = weight_format(weights, lowering="plugin"), path / "graph"
+    storage, directory = weight_storage(weights, lowering="plugin"), path / "graph"
     directory.mkdir()
-    write_weights(spec, directory, form)
-    write_graph(spec, directory, lowering="plugin", max_chunk=64, form=form)
-    return spec, Artifact(directory, make_manifest(spec, Source("x"), "trt", "plugin", 64, {}, {}, form=form))
+    write_weights(spec, directory, storage)
+    write_graph(spec, directory, lowering="plugin", max_chunk=64, storage=storage)
+    return spec, Artifact(directory, make_manifest(spec, Source("x"), "trt", "plugin", 64, {}, {}, storage=storage))
 
 
 def compare(spec: ModelSpec, artifact: Artifact, weights: str) -> None:

@@ -76,7 +76,7 @@ def build(
     plan = plan_build(model, output, settings, force=force)
     chosen = {name: value for name, value in vars(plan.settings).items() if name in _ANNOUNCED}
     options.announce("build", model=model, output=plan.output, threads=threads, **chosen,
-                     block=plan.form.block if plan.form.precision.blocked else None,
+                     block=plan.storage.block if plan.storage.precision.blocked else None,
                      **(vars(plan.gpu) if plan.gpu else {}))  # fmt: skip
     if dry_run:
         facts = describe_checkpoint(model, plan.spec.liger) | plan.describe()

@@ -14,7 +14,7 @@ from ligerexport.exporters.targets import BLOCK, Target
 if TYPE_CHECKING:
     from ligerexport.artifact.artifact import Artifact, Manifest
     from ligerexport.exporters.onnx.spec import ModelSpec
-    from ligerexport.exporters.onnx.weights import WeightFormat
+    from ligerexport.exporters.onnx.weights import WeightStorage
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Backend:
         return {}
 
     def finish(
-        self, directory: Path, manifest: Manifest, spec: ModelSpec, form: WeightFormat, prepared: Any,
+        self, directory: Path, manifest: Manifest, spec: ModelSpec, storage: WeightStorage, prepared: Any,
         progress: ProgressFactory,
     ) -> Manifest:  # fmt: skip
         """Add what the artifact has besides a verified graph and its weights; return the manifest that says so."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ligerexport.checkpoint.checkpoint import CheckpointInfo
     from ligerexport.exporters.backend import Backend
     from ligerexport.exporters.onnx.spec import ModelSpec
-    from ligerexport.exporters.onnx.weights import WeightFormat
+    from ligerexport.exporters.onnx.weights import WeightStorage
 
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -112,7 +112,7 @@ def plan_build(
 
     from ligerexport.checkpoint.checkpoint import check_checkpoint
     from ligerexport.exporters.onnx.genai import check_genai
-    from ligerexport.exporters.onnx.graph import weight_format
+    from ligerexport.exporters.onnx.graph import weight_storage
     from ligerexport.exporters.onnx.spec import read_spec
 
     backend = get_backend(settings.target)
@@ -126,8 +126,8 @@ def plan_build(
     if settings.genai:
         check_genai(info.path, settings.target, lowering)
     settings = replace(settings, lowering=lowering, weights=weights, max_chunk=max_chunk)
-    form = weight_format(weights, settings.block, lowering)
-    return BuildPlan(info, spec, output, settings, form, backend, gpu, force)
+    storage = weight_storage(weights, settings.block, lowering)
+    return BuildPlan(info, spec, output, settings, storage, backend, gpu, force)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class BuildPlan:
         spec: What the graph needs to know of it.
         output: Directory to make.
         settings: What to build, with nothing left open.
-        form: How weights are stored.
+        storage: How weights are stored.
         backend: The target.
         gpu: What `Backend.prepare` returned.
         force: Whether an older artifact at `output` may be replaced.
@@ -149,7 +149,7 @@ class BuildPlan:
     spec: ModelSpec
     output: Path
     settings: BuildSettings
-    form: WeightFormat
+    storage: WeightStorage
     backend: Backend
     gpu: Any
     force: bool
@@ -158,7 +158,7 @@ class BuildPlan:
         """Return what `run` would write and take."""
         from ligerexport.exporters.onnx.weights import weight_bytes
 
-        planned = weight_bytes(self.spec, self.form)
+        planned = weight_bytes(self.spec, self.storage)
         facts = {"path": str(self.output), "weight_bytes": planned}
         return facts | self.backend.describe(self.spec, planned, self.gpu)
 
@@ -173,10 +173,10 @@ class BuildPlan:
             manifest = self._write_graph(writer.directory, progress)
             if self.settings.verify:
                 unfinished = Artifact(writer.directory, manifest)
-                checked, quality = verify_artifact(self.spec, unfinished, self.form, progress=progress)
+                checked, quality = verify_artifact(self.spec, unfinished, self.storage, progress=progress)
                 manifest = replace(manifest, verification=checked, quality=quality)
                 gc.collect()
-            manifest = self.backend.finish(writer.directory, manifest, self.spec, self.form, self.gpu, progress)
+            manifest = self.backend.finish(writer.directory, manifest, self.spec, self.storage, self.gpu, progress)
             if self.settings.genai:
                 write_genai(Artifact(writer.directory, manifest))
             writer.commit(manifest)
@@ -188,13 +188,15 @@ class BuildPlan:
         from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
         from ligerexport.text.tokenizer import TextModel
 
-        info, spec, settings, form = self.info, self.spec, self.settings, self.form
+        info, spec, settings, storage = self.info, self.spec, self.settings, self.storage
         assert settings.lowering is not None and settings.max_chunk is not None
         if (info.path / "tokenizer.json").is_file():
             TextModel(info.path).write_tokenizer(directory / "tokenizer.json")
-        with progress("writing weights", weight_bytes(spec, form)) as advance:
-            write_weights(spec, directory, form, advance)
-        onnx_graph.write_graph(spec, directory, lowering=settings.lowering, max_chunk=settings.max_chunk, form=form)
+        with progress("writing weights", weight_bytes(spec, storage)) as advance:
+            write_weights(spec, directory, storage, advance)
+        onnx_graph.write_graph(
+            spec, directory, lowering=settings.lowering, max_chunk=settings.max_chunk, storage=storage
+        )
         for name in COMPANIONS:
             if (info.path / name).is_file():
                 shutil.copyfile(info.path / name, directory / name)
@@ -206,7 +208,7 @@ class BuildPlan:
         skipped: dict[str, Any] = {"passed": False, "skipped": True}
         return make_manifest(
             spec, source, settings.target, settings.lowering, settings.max_chunk, get_target(settings.target).requires,
-            skipped, recovery=recovery, form=form,
+            skipped, recovery=recovery, storage=storage,
         )  # fmt: skip
 
 
@@ -237,7 +239,7 @@ def make_manifest(
     requires: Mapping[str, str],
     verification: dict[str, Any],
     *,
-    form: WeightFormat,
+    storage: WeightStorage,
     recovery: dict[str, Any] | None = None,
 ) -> Manifest:
     """Say what an artifact is, all but its files."""
@@ -247,7 +249,7 @@ def make_manifest(
     from ligerexport.exporters.onnx.graph import LOWERINGS
     from ligerexport.exporters.onnx.weights import weight_bytes, weight_names
 
-    tensors = onnx_graph.state_tensors(spec, lowering, form)
+    tensors = onnx_graph.state_tensors(spec, lowering, storage)
     integer = LOWERINGS[lowering].integer
     ids = TensorInfo("input_ids", integer, ("B", "T")), TensorInfo("position", integer, ("B",))
     inputs = (*ids, *(TensorInfo(t.past, t.dtype, t.shape) for t in tensors))
@@ -257,8 +259,8 @@ def make_manifest(
         ligerexport=__version__,
         target=target,
         lowering=lowering,
-        precision=form.precision.dtype,
-        block=form.block if form.precision.blocked else None,
+        precision=storage.precision.dtype,
+        block=storage.block if storage.precision.blocked else None,
         source=source,
         family=spec.family,
         liger=spec.liger.to_dict(),
@@ -270,7 +272,7 @@ def make_manifest(
         graph=Graph(onnx_graph.GRAPH_FILE, max_chunk, inputs, outputs),
         state=tensors,
         bytes=ByteCounts(
-            weights=weight_bytes(spec, form),
+            weights=weight_bytes(spec, storage),
             state_per_sequence=sum(t.nbytes for t in tensors if not t.grows),
             kv_per_token=len(spec.mixers) * 2 * spec.kv_heads * spec.head_dim * 4,
         ),

@@ -95,7 +95,7 @@ class Precision:
         error: Largest root mean square error of a stored row that verification accepts, relative to that of the row. A
             few large elements may leave little precision to the others.
         doc: One line for tables.
-        mixed: Whether matrices that lose most have 8 bits all the same; see `WeightFormat.bits`.
+        mixed: Whether matrices that lose most have 8 bits all the same; see `WeightStorage.bits`.
         levels: Codes that are used, if not all of them.
     """
 

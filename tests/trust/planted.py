@@ -34,7 +34,7 @@ from ligerexport.checkpoint.convert import convert
 from ligerexport.errors import LigerError, VerificationError
 from ligerexport.exporters.build import build, make_manifest
 from ligerexport.exporters.onnx import session
-from ligerexport.exporters.onnx.graph import LOWERINGS, weight_format, write_graph
+from ligerexport.exporters.onnx.graph import LOWERINGS, weight_storage, write_graph
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.verify.verify import verify_artifact
@@ -78,20 +78,20 @@ def model(place: Path, preset: str, family: str = "llama", seed: int = 0) -> Mod
 
 def verify(spec: ModelSpec, lowering: str, weights: str = "fp32", fault: Fault | None = None) -> str | None:
     """Build and verify, with a fault or without; return what is said of it, None where it passes."""
-    form = weight_format(weights, lowering=lowering)
+    storage = weight_storage(weights, lowering=lowering)
     with tempfile.TemporaryDirectory() as place:
-        site = Site(spec, Path(place), lowering, form)
+        site = Site(spec, Path(place), lowering, storage)
         how = None if fault is None else fault.how
         with fault.plant(site) if fault and how == "code" else nullcontext():
-            write_weights(spec, site.directory, form)
+            write_weights(spec, site.directory, storage)
             described = fault.plant(spec) if fault and how == "spec" else spec
-            write_graph(described, site.directory, lowering=lowering, max_chunk=64, form=form)
+            write_graph(described, site.directory, lowering=lowering, max_chunk=64, storage=storage)
             if fault and how == "file":
                 fault.plant(site)
-            manifest = make_manifest(spec, Source("planted"), "onnx", lowering, 64, {}, {}, form=form)
+            manifest = make_manifest(spec, Source("planted"), "onnx", lowering, 64, {}, {}, storage=storage)
             try:
                 with patch.object(session, "check_graph"):  # which knows no operators of faults
-                    verify_artifact(spec, Artifact(site.directory, manifest), form)
+                    verify_artifact(spec, Artifact(site.directory, manifest), storage)
             except VerificationError as error:
                 return str(error)
     return None

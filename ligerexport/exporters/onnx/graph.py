@@ -20,7 +20,7 @@ from ligerexport.exporters.onnx.linear import HEAD, Weights
 from ligerexport.exporters.onnx.lowerings import Native, Ort, Portable
 from ligerexport.exporters.onnx.mixer import Candidates, RotaryTables, candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
-from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, JOINT, WeightFormat, align, data_layout
+from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, JOINT, WeightStorage, align, data_layout
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision
 from ligerexport.exporters.tensorrt.fuse import fuse_for_plugin
 from ligerexport.exporters.tensorrt.lowering import Plugin
@@ -43,10 +43,10 @@ def _onnx(dtype: str) -> str:
     return ir.DataType(DTYPES[dtype].onnx).name
 
 
-def state_tensors(spec: ModelSpec, lowering: str = "ort", form: WeightFormat = FP32) -> tuple[StateTensor, ...]:
+def state_tensors(spec: ModelSpec, lowering: str = "ort", storage: WeightStorage = FP32) -> tuple[StateTensor, ...]:
     """Return the state of the whole model in the order of the graph's inputs."""
     growing, row = ("B", spec.kv_heads, "P", spec.head_dim), LOWERINGS[lowering]
-    activation = form.precision.dtype if row.plugin else "float32"
+    activation = storage.precision.dtype if row.plugin else "float32"
     types = {"activation": activation, "float32": "float32", "int64": row.integer}
     tensors = []
     for layer, layer_spec in enumerate(spec.mixers):
@@ -63,22 +63,24 @@ def state_tensors(spec: ModelSpec, lowering: str = "ort", form: WeightFormat = F
     return tuple(tensors)
 
 
-def weight_format(weights: str = "fp32", block: int = BLOCK, lowering: str = "ort") -> WeightFormat:
+def weight_storage(weights: str = "fp32", block: int = BLOCK, lowering: str = "ort") -> WeightStorage:
     """Return how weights are stored for a lowering.
 
     Raises:
         UsageError: No such precision, or no kernel takes such blocks.
     """
-    return WeightFormat(get_precision(weights, block), block, LOWERINGS[lowering].transposed)
+    return WeightStorage(get_precision(weights, block), block, LOWERINGS[lowering].transposed)
 
 
-def format_of(manifest: Manifest) -> WeightFormat:
+def storage_of(manifest: Manifest) -> WeightStorage:
     """Return how the weights of an artifact are stored."""
     (weights,) = (name for name, row in WEIGHTS.items() if row.dtype == manifest.precision)
-    return weight_format(weights, manifest.block or BLOCK, manifest.lowering)
+    return weight_storage(weights, manifest.block or BLOCK, manifest.lowering)
 
 
-def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128, form: WeightFormat = FP32) -> ir.Model:
+def build_graph(
+    spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128, storage: WeightStorage = FP32
+) -> ir.Model:
     """Write the step graph of a model; weights refer to `DATA_FILE`, laid out by `data_layout`.
 
     The residual stream after each layer is named `hidden.LAYER`, for finding where a graph goes wrong.
@@ -87,15 +89,15 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
         spec: The checkpoint.
         lowering: Row of `LOWERINGS`.
         max_chunk: Most tokens of one call.
-        form: How weights are stored, from `weight_format` for this lowering.
+        storage: How weights are stored, from `weight_storage` for this lowering.
     """
     g = Builder()
     lower = LOWERINGS[lowering](g)
     integer = _onnx(lower.integer)
     input_ids, position = graph_input("input_ids", integer, ("B", "T")), graph_input("position", integer, ("B",))
-    state = state_tensors(spec, lowering, form)
+    state = state_tensors(spec, lowering, storage)
     past = {t.past: graph_input(t.past, _onnx(t.dtype), t.shape) for t in state}
-    blocks = _Blocks(g, lower, spec, Weights(g, lower, spec, form))
+    blocks = _Blocks(g, lower, spec, Weights(g, lower, spec, storage))
     frame = Frame(g, input_ids, position)
     mixers = _mixers(lower, frame, spec, past, max_chunk)
     outputs: dict[str, ir.Value] = {}
@@ -123,7 +125,7 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     functions = lower.functions(spec.kv_heads, spec.head_dim) if linear_states else []
     model = ir.Model(graph, ir_version=lower.ir_version, producer_name="ligerexport", functions=functions)
     if lower.plugin:
-        fuse_for_plugin(model, form.activation)
+        fuse_for_plugin(model, storage.activation)
     RemoveUnusedNodesPass()(model)  # what an operator took over from the nodes before it
     return model
 
@@ -275,11 +277,11 @@ def _shared(
 
 
 def write_graph(
-    spec: ModelSpec, directory: Path, *, lowering: str = "ort", max_chunk: int = 128, form: WeightFormat = FP32
+    spec: ModelSpec, directory: Path, *, lowering: str = "ort", max_chunk: int = 128, storage: WeightStorage = FP32
 ) -> None:
     """Write the graph, and its large constants behind the weights in `DATA_FILE`."""
-    model = build_graph(spec, lowering=lowering, max_chunk=max_chunk, form=form)
-    end = max(align(part.offset + part.nbytes) for part in data_layout(spec, form).values())
+    model = build_graph(spec, lowering=lowering, max_chunk=max_chunk, storage=storage)
+    end = max(align(part.offset + part.nbytes) for part in data_layout(spec, storage).values())
     with (directory / DATA_FILE).open("r+b") as data:
         for name, value in model.graph.initializers.items():
             tensor = value.const_value

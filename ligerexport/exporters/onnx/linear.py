@@ -7,7 +7,7 @@ import onnx_ir as ir
 from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.lowerings import Blocked, Portable
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.onnx.weights import DATA_FILE, Part, WeightFormat, data_layout, first_of
+from ligerexport.exporters.onnx.weights import DATA_FILE, Part, WeightStorage, data_layout, first_of
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
@@ -20,12 +20,12 @@ class Weights:
         g: The graph.
         lower: Its lowering.
         spec: The model.
-        form: How weights are stored.
+        storage: How weights are stored.
     """
 
-    def __init__(self, g: Builder, lower: Portable, spec: ModelSpec, form: WeightFormat) -> None:
-        self.g, self.lower, self.spec, self.form = g, lower, spec, form
-        self._layout = data_layout(spec, form)
+    def __init__(self, g: Builder, lower: Portable, spec: ModelSpec, storage: WeightStorage) -> None:
+        self.g, self.lower, self.spec, self.storage = g, lower, spec, storage
+        self._layout = data_layout(spec, storage)
 
     def vector(self, name: str) -> ir.Value:
         """Return a weight that is stored as fp32."""
@@ -74,5 +74,5 @@ class Weights:
             return self._value(name + suffix, Part(part.offset, dtype or part.dtype, shape or part.shape))
 
         first = first_of(self.spec, stored)
-        rows, width = self._layout[f"{stored}_scale"].shape[self.form.transposed], self.spec.weights[first].shape[1]
-        return Blocked(rows, width, self.form.bits(self.spec, first), self.form.block_of(self.spec, first), view)
+        rows, width = self._layout[f"{stored}_scale"].shape[self.storage.transposed], self.spec.weights[first].shape[1]
+        return Blocked(rows, width, self.storage.bits(self.spec, first), self.storage.block_of(self.spec, first), view)

@@ -37,7 +37,7 @@ SLAB = 1 << 24
 
 
 @dataclass(frozen=True)
-class WeightFormat:
+class WeightStorage:
     """How weights are stored.
 
     Attributes:
@@ -82,7 +82,7 @@ class WeightFormat:
         return self.block * (2 if self.precision.mixed and self.bits(spec, name) == 8 else 1)
 
 
-FP32 = WeightFormat()
+FP32 = WeightStorage()
 
 
 class Part(NamedTuple):
@@ -98,7 +98,7 @@ class Part(NamedTuple):
         return -(-prod(self.shape) * self.dtype.bitwidth // 8)
 
 
-def data_layout(spec: ModelSpec, form: WeightFormat = FP32) -> dict[str, Part]:
+def data_layout(spec: ModelSpec, storage: WeightStorage = FP32) -> dict[str, Part]:
     """Return every tensor of `DATA_FILE` by name, shard after shard, on page boundaries.
 
     A quantised weight is three: its codes under its own name, and `NAME_scale` and `NAME_zero_point`. Where rows lie
@@ -107,12 +107,12 @@ def data_layout(spec: ModelSpec, form: WeightFormat = FP32) -> dict[str, Part]:
     groups: dict[str, list[str]] = {}
     for name in weight_names(spec):
         place = re.search(r"(self_attn|mlp)\.\w+_proj", name)
-        kind = place[0] if place and not form.transposed else ""
+        kind = place[0] if place and not storage.transposed else ""
         groups.setdefault(name.replace(kind, _JOINT_OF.get(kind, kind)), []).append(name)
     layout, end = {}, 0
     for joint, names in groups.items():
         names.sort(key=lambda name: [f".{kind}_proj" in name for kind in _KINDS], reverse=True)
-        parts = {name: _parts(spec, name, form) for name in names}
+        parts = {name: _parts(spec, name, storage) for name in names}
         for suffix, (dtype, (_, *shape)) in parts[names[0]].items():
             start = end
             for name in names:
@@ -143,16 +143,16 @@ def weight_names(spec: ModelSpec) -> list[str]:
     return [name for name in spec.weights if not name.endswith("rotary_emb.inv_freq") and name not in unused]
 
 
-def _parts(spec: ModelSpec, name: str, form: WeightFormat) -> dict[str, tuple[ir.DataType, tuple[int, ...]]]:
-    bits, shape = form.bits(spec, name), spec.weights[name].shape
+def _parts(spec: ModelSpec, name: str, storage: WeightStorage) -> dict[str, tuple[ir.DataType, tuple[int, ...]]]:
+    bits, shape = storage.bits(spec, name), spec.weights[name].shape
     if bits == 32:
         return {"": (ir.DataType.FLOAT, shape)}
     if bits == 16:
-        return {"": (ir.DataType(DTYPES[form.precision.dtype].onnx), shape)}
+        return {"": (ir.DataType(DTYPES[storage.precision.dtype].onnx), shape)}
     rows, width = shape
-    block = form.block_of(spec, name)
+    block = storage.block_of(spec, name)
     count = -(-width // block)
-    if form.transposed:
+    if storage.transposed:
         integer = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}[bits]
         sizes: list[tuple[int, ...]] = [(width, rows), (count, rows), (count, rows)]
     else:
@@ -162,9 +162,9 @@ def _parts(spec: ModelSpec, name: str, form: WeightFormat) -> dict[str, tuple[ir
     return dict(zip(SUFFIXES, zip(dtypes, sizes, strict=True), strict=True))
 
 
-def weight_bytes(spec: ModelSpec, form: WeightFormat = FP32) -> int:
+def weight_bytes(spec: ModelSpec, storage: WeightStorage = FP32) -> int:
     """Return the bytes of all weights of the graph, scales and zero points among them."""
-    layout = data_layout(spec, form)
+    layout = data_layout(spec, storage)
     return sum(
         layout[key].nbytes for name in weight_names(spec) for key in (name + s for s in SUFFIXES) if key in layout
     )
@@ -173,11 +173,11 @@ def weight_bytes(spec: ModelSpec, form: WeightFormat = FP32) -> int:
 def write_weights(
     spec: ModelSpec,
     directory: Path,
-    form: WeightFormat = FP32,
+    storage: WeightStorage = FP32,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> None:
     """Stream the weights from the shards into `DATA_FILE`, a slab of rows at a time; transposed ones are read whole."""
-    layout = data_layout(spec, form)
+    layout = data_layout(spec, storage)
     with (directory / DATA_FILE).open("wb") as data:
         for name in weight_names(spec):
             part = layout[name]
@@ -187,16 +187,16 @@ def write_weights(
                     data.write(np.ascontiguousarray(slab, part.dtype.numpy()).view(np.uint8).data)
                     advance(slab.size * part.dtype.itemsize)
                 continue
-            bits = form.bits(spec, name)
+            bits = storage.bits(spec, name)
             found: Iterable[Blocks] = (
-                quantise(slab, bits, form.block_of(spec, name), form.precision.levels)
+                quantise(slab, bits, storage.block_of(spec, name), storage.precision.levels)
                 for slab in weight_slabs(spec, name)
             )
-            if form.transposed:
+            if storage.transposed:
                 found = [Blocks(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))]
             ends = {suffix: layout[name + suffix].offset for suffix in SUFFIXES}
             for blocks in found:
-                for suffix, array in _encode(blocks, spec.weights[name].shape[1], bits, form.transposed).items():
+                for suffix, array in _encode(blocks, spec.weights[name].shape[1], bits, storage.transposed).items():
                     data.seek(ends[suffix])
                     ends[suffix] += data.write(array.data.cast("B"))
                     advance(array.nbytes)
@@ -238,20 +238,20 @@ def _encode(blocks: Blocks, width: int, bits: int, transposed: bool) -> dict[str
 
 
 def stored_slabs(
-    spec: ModelSpec, form: WeightFormat, directory: Path, name: str
+    spec: ModelSpec, storage: WeightStorage, directory: Path, name: str
 ) -> Iterator[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]:
     """Yield what a stored weight stands for in fp32, the same rows at a time as `weight_slabs`, and how it rounds.
 
     Args:
         spec: The model.
-        form: As it was written with.
+        storage: As it was written with.
         directory: Where `DATA_FILE` is.
         name: Of the weight.
 
     Yields:
         Rows, and the function that makes them of the checkpoint's rows: the nearest value of type or grid to each.
     """
-    layout, bits, shape = data_layout(spec, form), form.bits(spec, name), spec.weights[name].shape
+    layout, bits, shape = data_layout(spec, storage), storage.bits(spec, name), spec.weights[name].shape
     file = np.memmap(directory / DATA_FILE, mode="c")  # torch takes none that is for reading only
 
     def bytes_of(suffix: str) -> np.ndarray:
@@ -264,11 +264,11 @@ def stored_slabs(
         for rows in _slabs(spec, name):
             yield stored[rows].astype(np.float32, copy=False), lambda own: own.astype(dtype).astype(np.float32)
         return
-    (height, width), block = shape, form.block_of(spec, name)
+    (height, width), block = shape, storage.block_of(spec, name)
     scale = bytes_of("_scale").view(np.float32).reshape(layout[f"{name}_scale"].shape)
     count = -(-width // block)
-    whole = {"": width if form.transposed else count * block, "_zero_point": count}
-    if form.transposed:
+    whole = {"": width if storage.transposed else count * block, "_zero_point": count}
+    if storage.transposed:
         scale = scale.T
         codes, zero = (unpack(bytes_of(s), bits, n * height).reshape(n, height).T for s, n in whole.items())
     else:
@@ -278,6 +278,6 @@ def stored_slabs(
         blocks = Blocks(np.pad(codes[rows], beyond), np.ascontiguousarray(scale[rows]), zero[rows])
 
         def rounded(own: np.ndarray, grid: Blocks = blocks) -> np.ndarray:
-            return dequantise(requantise(own, grid, form.precision.levels or 2**bits), width)
+            return dequantise(requantise(own, grid, storage.precision.levels or 2**bits), width)
 
         yield dequantise(blocks, width), rounded

@@ -27,7 +27,7 @@ from ligerexport.versions import installed_version
 if TYPE_CHECKING:
     from ligerexport.artifact.artifact import Artifact, Manifest
     from ligerexport.exporters.onnx.spec import ModelSpec
-    from ligerexport.exporters.onnx.weights import WeightFormat
+    from ligerexport.exporters.onnx.weights import WeightStorage
     from ligerexport.exporters.tensorrt.session import TensorRTSession
 
 ENGINE_FILE = "model.engine"
@@ -140,7 +140,7 @@ class TensorRT(_ForGpus):
         return wanted or min(self.row.chunk, longest)
 
     def finish(
-        self, directory: Path, manifest: Manifest, spec: ModelSpec, form: WeightFormat, prepared: Gpu,
+        self, directory: Path, manifest: Manifest, spec: ModelSpec, storage: WeightStorage, prepared: Gpu,
         progress: ProgressFactory,
     ) -> Manifest:  # fmt: skip
         """Add the kernels, and the plugin and an engine if they were asked for."""
@@ -152,7 +152,7 @@ class TensorRT(_ForGpus):
         layers = [layer for layer in dict.fromkeys(spec.mixers) if layer is not None]
         with progress(f"compiling kernels for {', '.join(f'sm_{sm}' for sm in prepared.sms)}"):
             write_pack(layers, directory / PACK, products=products(ir.load(directory / manifest.graph.file).graph),
-                       sms=prepared.sms, dtype=DTYPES[form.precision.dtype].kernel,
+                       sms=prepared.sms, dtype=DTYPES[storage.precision.dtype].kernel,
                        max_batch=prepared.max_batch)  # fmt: skip
         device: dict[str, Any] = {"sms": list(prepared.sms), "max_batch": prepared.max_batch, "contract": CONTRACT,
                                   "kernels": PACK}  # fmt: skip
@@ -195,7 +195,7 @@ class TensorRTRTX(_ForGpus):
         rtx()
 
     def finish(
-        self, directory: Path, manifest: Manifest, spec: ModelSpec, form: WeightFormat, prepared: Gpu,
+        self, directory: Path, manifest: Manifest, spec: ModelSpec, storage: WeightStorage, prepared: Gpu,
         progress: ProgressFactory,
     ) -> Manifest:  # fmt: skip
         """Put an engine in the place of the graph."""

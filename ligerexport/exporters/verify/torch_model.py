@@ -26,7 +26,7 @@ from ligerexport.checkpoint.fidelity import compare, load_source, softmax_alone,
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.onnx.weights import WeightFormat, stored_slabs, weight_slabs
+from ligerexport.exporters.onnx.weights import WeightStorage, stored_slabs, weight_slabs
 from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer
 from ligerexport.model.families import output_head
 
@@ -70,7 +70,7 @@ class Reference:
     Args:
         spec: The checkpoint.
         artifact: Whose weights to take; None keeps the checkpoint's.
-        form: How they are stored.
+        storage: How they are stored.
         tolerance: Largest root mean square difference of a row to the checkpoint's, relative to the row's own.
     """
 
@@ -78,10 +78,10 @@ class Reference:
         self,
         spec: ModelSpec,
         artifact: Artifact | None = None,
-        form: WeightFormat | None = None,
+        storage: WeightStorage | None = None,
         tolerance: float = 0.0,
     ) -> None:
-        self._spec, self._form, self._tolerance = spec, form, tolerance
+        self._spec, self._form, self._tolerance = spec, storage, tolerance
         self._stored = None if artifact is None else artifact.directory
         self._model = _empty_model(spec)
         self._read: set[str] = set()

@@ -19,7 +19,7 @@ from ligerexport.artifact.artifact import Artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import LigerError, VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.onnx.weights import WeightFormat
+from ligerexport.exporters.onnx.weights import WeightStorage
 from ligerexport.exporters.verify.compare import Comparison, Mismatch, Tolerance, tolerance_of
 from ligerexport.exporters.verify.locate import first_difference
 from ligerexport.exporters.verify.precision import cost_of_precision
@@ -41,14 +41,14 @@ WHOLE = 8
 
 
 def verify_artifact(
-    spec: ModelSpec, artifact: Artifact, form: WeightFormat, *, seed: int = 0, progress: ProgressFactory = silent
+    spec: ModelSpec, artifact: Artifact, storage: WeightStorage, *, seed: int = 0, progress: ProgressFactory = silent
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Compare an unfinished artifact with the torch model of its checkpoint, and that with transformers' own first.
 
     Args:
         spec: The checkpoint.
         artifact: Graph, weights and a manifest without files.
-        form: How the weights are stored.
+        storage: How the weights are stored.
         seed: Of the places where the prompt is cut.
         progress: Opens a phase.
 
@@ -61,8 +61,8 @@ def verify_artifact(
         LigerError: Memory ran out.
     """
     check_reading(spec, progress)
-    tolerance, ids = tolerance_of(form.precision.dtype), prompt_ids(spec)
-    reference = Reference(spec, artifact, form, tolerance.weights)
+    tolerance, ids = tolerance_of(storage.precision.dtype), prompt_ids(spec)
+    reference = Reference(spec, artifact, storage, tolerance.weights)
     cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, len(ids)), PIECES - 1, replace=False))
     pieces = [*np.split(ids, cuts), *ids[:STEPS, None]]
     whole = {i for i in range(len(pieces)) if i < PIECES or (len(pieces) - 1 - i) % WHOLE == 0}

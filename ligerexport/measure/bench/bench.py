@@ -131,20 +131,20 @@ def gate(artifact: str, checkpoint: str | None = None, progress: ProgressFactory
     """
     opened = open_artifact(Path(artifact).expanduser())
     if checkpoint:
-        from ligerexport.exporters.onnx.graph import format_of
+        from ligerexport.exporters.onnx.graph import storage_of
         from ligerexport.exporters.onnx.spec import read_spec
         from ligerexport.exporters.onnx.weights import weight_bytes
         from ligerexport.exporters.verify.verify import verify_artifact
 
         found = opened.manifest
-        form = format_of(found)
+        storage = storage_of(found)
         spec = read_spec(Path(checkpoint).expanduser())
-        if (expected := weight_bytes(spec, form)) != found.bytes.weights:
+        if (expected := weight_bytes(spec, storage)) != found.bytes.weights:
             raise VerificationError(
                 f"{artifact} has {found.bytes.weights} bytes of weights, and {checkpoint} would have {expected}",
                 hint="an older version may have chosen other bits for int4: build it again, or leave --checkpoint out",
             )
-        checked, _ = verify_artifact(spec, opened, form, progress=progress)
+        checked, _ = verify_artifact(spec, opened, storage, progress=progress)
         return {"by": f"torch, compared now with {checkpoint}"} | checked
     if not opened.manifest.verification.get("passed"):
         raise VerificationError(

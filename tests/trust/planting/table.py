@@ -22,7 +22,7 @@ from ligerexport.exporters.onnx import graph
 from ligerexport.exporters.onnx.graph import LOWERINGS
 from ligerexport.exporters.onnx.lowerings import Portable
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.onnx.weights import DATA_FILE, WeightFormat, data_layout
+from ligerexport.exporters.onnx.weights import DATA_FILE, WeightStorage, data_layout
 
 AT = 1
 """The layer that a fault of one layer is planted in."""
@@ -41,7 +41,7 @@ class Site:
     spec: ModelSpec
     directory: Path
     lowering: str
-    form: WeightFormat
+    storage: WeightStorage
 
     @property
     def row(self) -> type[Portable]:
@@ -50,7 +50,7 @@ class Site:
 
     def stored(self, name: str) -> np.ndarray:
         """Return a tensor of the data file to write to, codes of 4 bits as bytes."""
-        part = data_layout(self.spec, self.form)[name]
+        part = data_layout(self.spec, self.storage)[name]
         data = np.memmap(self.directory / DATA_FILE, mode="r+")[part.offset : part.offset + part.nbytes]
         return data if part.dtype.bitwidth < 8 else data.view(part.dtype.numpy()).reshape(part.shape)
 
