@@ -19,26 +19,23 @@ from ligerexport.cli.doctor import examine
 from ligerexport.console import ProgressFactory
 from ligerexport.errors import UsageError
 from ligerexport.exporters.backend import Backend, BuildSettings, Check, SessionSettings
-from ligerexport.exporters.build import plan_build
+from ligerexport.exporters.build import BuildPlan, plan_build
 from ligerexport.exporters.onnx.graph import storage_of
 from ligerexport.exporters.onnx.session import OnnxSession
-from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
-from ligerexport.exporters.onnx.weights import DATA_FILE, WeightStorage, data_layout
+from ligerexport.exporters.onnx.spec import read_spec
+from ligerexport.exporters.onnx.weights import DATA_FILE, data_layout
 from ligerexport.exporters.targets import TARGETS, WEIGHTS, Precision, Target
 
 
 class Numbered(Backend):
     """The graph of the lowering `portable` with a file that says how many layers it has."""
 
-    def describe(self, spec: ModelSpec, weight_bytes: int, prepared: Any) -> dict[str, Any]:
-        return {"layers": len(spec.mixers)}
+    def describe(self, plan: BuildPlan, weight_bytes: int) -> dict[str, Any]:
+        return {"layers": len(plan.spec.mixers)}
 
-    def finish(
-        self, directory: Path, manifest: Manifest, spec: ModelSpec, storage: WeightStorage, prepared: Any,
-        progress: ProgressFactory,
-    ) -> Manifest:  # fmt: skip
-        (directory / "layers.txt").write_text(str(len(spec.mixers)))
-        return replace(manifest, device={"layers": len(spec.mixers)})
+    def finish(self, plan: BuildPlan, directory: Path, manifest: Manifest, progress: ProgressFactory) -> Manifest:
+        (directory / "layers.txt").write_text(str(len(plan.spec.mixers)))
+        return replace(manifest, device={"layers": len(plan.spec.mixers)})
 
     def open_session(self, artifact: Artifact, settings: SessionSettings) -> OnnxSession:
         return OnnxSession(artifact, batch=settings.batch, threads=1)

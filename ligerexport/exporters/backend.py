@@ -13,8 +13,8 @@ from ligerexport.exporters.targets import BLOCK, Target
 
 if TYPE_CHECKING:
     from ligerexport.artifact.artifact import Artifact, Manifest
+    from ligerexport.exporters.build import BuildPlan
     from ligerexport.exporters.onnx.spec import ModelSpec
-    from ligerexport.exporters.onnx.weights import WeightStorage
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Backend:
         """Check the options that are particular to targets and what is installed, before any work is done.
 
         Returns:
-            What `describe` and `finish` get as `prepared`; None by default.
+            What the plan has as `gpu`; None by default.
 
         Raises:
             UsageError: An option is not for this target, or a number makes no sense.
@@ -108,14 +108,11 @@ class Backend:
         """
         return self.row.chunk if wanted is None else wanted
 
-    def describe(self, spec: ModelSpec, weight_bytes: int, prepared: Any) -> dict[str, Any]:
+    def describe(self, plan: BuildPlan, weight_bytes: int) -> dict[str, Any]:
         """Return what a build would take, for `--dry-run`."""
         return {}
 
-    def finish(
-        self, directory: Path, manifest: Manifest, spec: ModelSpec, storage: WeightStorage, prepared: Any,
-        progress: ProgressFactory,
-    ) -> Manifest:  # fmt: skip
+    def finish(self, plan: BuildPlan, directory: Path, manifest: Manifest, progress: ProgressFactory) -> Manifest:
         """Add what the artifact has besides a verified graph and its weights; return the manifest that says so."""
         return manifest
 

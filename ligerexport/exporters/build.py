@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ligerexport.exporters.onnx.spec import ModelSpec
     from ligerexport.exporters.onnx.weights import WeightStorage
 
-COMPANIONS = (
+COPIED = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "LICENSE",
 )  # fmt: skip
@@ -160,7 +160,7 @@ class BuildPlan:
 
         planned = weight_bytes(self.spec, self.storage)
         facts = {"path": str(self.output), "weight_bytes": planned}
-        return facts | self.backend.describe(self.spec, planned, self.gpu)
+        return facts | self.backend.describe(self, planned)
 
     def run(self, progress: ProgressFactory | None = None) -> Path:
         """Build, verify and write the artifact; return its directory. Arguments and errors as for `build`."""
@@ -176,7 +176,7 @@ class BuildPlan:
                 checked, quality = verify_artifact(self.spec, unfinished, self.storage, progress=progress)
                 manifest = replace(manifest, verification=checked, quality=quality)
                 gc.collect()
-            manifest = self.backend.finish(writer.directory, manifest, self.spec, self.storage, self.gpu, progress)
+            manifest = self.backend.finish(self, writer.directory, manifest, progress)
             if self.settings.genai:
                 write_genai(Artifact(writer.directory, manifest))
             writer.commit(manifest)
@@ -197,7 +197,7 @@ class BuildPlan:
         onnx_graph.write_graph(
             spec, directory, lowering=settings.lowering, max_chunk=settings.max_chunk, storage=storage
         )
-        for name in COMPANIONS:
+        for name in COPIED:
             if (info.path / name).is_file():
                 shutil.copyfile(info.path / name, directory / name)
         with progress("hashing the source", info.bytes) as advance:

@@ -60,10 +60,12 @@ TENSORS = (
 )
 """All tensors that a layer can carry from one call to the next, in the order in which they are passed.
 
-`slot_*` hold keys before rotary embedding, values, positions (-1 is an empty slot) and one score per pool, ordered by
-position. `recurrent_state` is the recurrence, `recurrent_key` holds the keys of its rows where the gate is keyed, and
-`recurrent_mass` is the sum of the features of evicted tokens, the first of which counts them. `judge_state` is the
-linear state without decay that judges novelty; its last column is the sum of the keys' features.
+`slot_*` hold keys before rotary embedding, values, positions (-1 is an empty slot) and one score per pool. Filled slots
+are in the order of their positions, and empty ones may be anywhere between them; only the fused step and the TensorRT
+plugin take and leave them in any order, so what compares states sorts first. `recurrent_state` is the recurrence,
+`recurrent_key` holds the keys of its rows where the gate is keyed, and `recurrent_mass` is the sum of the features of
+evicted tokens, the first of which counts them. `judge_state` is the linear state without decay that judges novelty; its
+last column is the sum of the keys' features.
 """
 
 SLOTS = tuple(row.name for row in TENSORS if row.name.startswith("slot_"))

@@ -396,7 +396,7 @@ class Slots:
     def _survivors(
         self, visible: ir.Value, key: ir.Value, value: ir.Value, scores: list[ir.Value]
     ) -> dict[str, ir.Value]:
-        """Return the slots that the last query sees, in the order of their positions, empty ones last."""
+        """Return the slots that the last query sees, in the order that `TENSORS` of `model/state.py` asks for."""
         g, spec = self.g, self.spec
         slots = spec.config.num_slots
         last = g.op("Gather", visible, g.const(-1), axis=3)  # [B, H, 1, C]

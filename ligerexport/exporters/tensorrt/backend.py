@@ -26,8 +26,8 @@ from ligerexport.versions import installed_version
 
 if TYPE_CHECKING:
     from ligerexport.artifact.artifact import Artifact, Manifest
+    from ligerexport.exporters.build import BuildPlan
     from ligerexport.exporters.onnx.spec import ModelSpec
-    from ligerexport.exporters.onnx.weights import WeightStorage
     from ligerexport.exporters.tensorrt.session import TensorRTSession
 
 ENGINE_FILE = "model.engine"
@@ -82,12 +82,12 @@ class _ForGpus(Backend):
                 hint="convert all layers, or build with --target onnx",
             )
 
-    def describe(self, spec: ModelSpec, weight_bytes: int, prepared: Gpu) -> dict[str, Any]:
+    def describe(self, plan: BuildPlan, weight_bytes: int) -> dict[str, Any]:
         """Return what is compiled for which GPUs, and the memory that it takes."""
-        parameters = sum(prod(weight.shape) for weight in spec.weights.values())
+        parameters = sum(prod(weight.shape) for weight in plan.spec.weights.values())
         return {
-            "sms": list(prepared.sms),
-            "layers_to_compile": len(set(spec.mixers)) * len(prepared.sms),
+            "sms": list(plan.gpu.sms),
+            "layers_to_compile": len(set(plan.spec.mixers)) * len(plan.gpu.sms),
             "peak_memory_bytes": 8 * parameters + 3 * weight_bytes,  # verifying holds everything in fp32 twice
         }
 
@@ -139,28 +139,25 @@ class TensorRT(_ForGpus):
             )
         return wanted or min(self.row.chunk, longest)
 
-    def finish(
-        self, directory: Path, manifest: Manifest, spec: ModelSpec, storage: WeightStorage, prepared: Gpu,
-        progress: ProgressFactory,
-    ) -> Manifest:  # fmt: skip
+    def finish(self, plan: BuildPlan, directory: Path, manifest: Manifest, progress: ProgressFactory) -> Manifest:
         """Add the kernels, and the plugin and an engine if they were asked for."""
         import onnx_ir as ir
 
         from ligerexport.exporters.tensorrt.node import CONTRACT, products
         from ligerexport.exporters.tensorrt.pack import PACK, write_pack
 
-        layers = [layer for layer in dict.fromkeys(spec.mixers) if layer is not None]
-        with progress(f"compiling kernels for {', '.join(f'sm_{sm}' for sm in prepared.sms)}"):
+        gpu, layers = plan.gpu, [layer for layer in dict.fromkeys(plan.spec.mixers) if layer is not None]
+        with progress(f"compiling kernels for {', '.join(f'sm_{sm}' for sm in gpu.sms)}"):
             write_pack(layers, directory / PACK, products=products(ir.load(directory / manifest.graph.file).graph),
-                       sms=prepared.sms, dtype=DTYPES[storage.precision.dtype].kernel,
-                       max_batch=prepared.max_batch)  # fmt: skip
-        device: dict[str, Any] = {"sms": list(prepared.sms), "max_batch": prepared.max_batch, "contract": CONTRACT,
+                       sms=gpu.sms, dtype=DTYPES[plan.storage.precision.dtype].kernel,
+                       max_batch=gpu.max_batch)  # fmt: skip
+        device: dict[str, Any] = {"sms": list(gpu.sms), "max_batch": gpu.max_batch, "contract": CONTRACT,
                                   "kernels": PACK}  # fmt: skip
-        if prepared.plugin is not None:
-            shutil.copyfile(prepared.plugin, directory / PLUGIN_FILE)
+        if gpu.plugin is not None:
+            shutil.copyfile(gpu.plugin, directory / PLUGIN_FILE)
             device["plugin"] = PLUGIN_FILE
-        if prepared.engine:
-            device |= _add_engine(directory, manifest, prepared.max_batch, progress)
+        if gpu.engine:
+            device |= _add_engine(directory, manifest, gpu.max_batch, progress)
         return replace(manifest, device=device)
 
     def open_session(self, artifact: Artifact, settings: SessionSettings) -> TensorRTSession:
@@ -194,19 +191,16 @@ class TensorRTRTX(_ForGpus):
             raise UsageError("trt-rtx is an engine without a plugin", hint="--plugin and --no-engine go with trt")
         rtx()
 
-    def finish(
-        self, directory: Path, manifest: Manifest, spec: ModelSpec, storage: WeightStorage, prepared: Gpu,
-        progress: ProgressFactory,
-    ) -> Manifest:  # fmt: skip
+    def finish(self, plan: BuildPlan, directory: Path, manifest: Manifest, progress: ProgressFactory) -> Manifest:
         """Put an engine in the place of the graph."""
         from ligerexport.exporters.tensorrt.engine import build_engine
 
-        trt, graph = rtx(), directory / manifest.graph.file
-        build_engine(trt, graph, directory / ENGINE_FILE, graph=manifest.graph, max_batch=prepared.max_batch,
-                     progress=progress, sms=prepared.sms)  # fmt: skip
+        gpu, trt, graph = plan.gpu, rtx(), directory / manifest.graph.file
+        build_engine(trt, graph, directory / ENGINE_FILE, graph=manifest.graph, max_batch=gpu.max_batch,
+                     progress=progress, sms=gpu.sms)  # fmt: skip
         graph.unlink()
         (directory / manifest.graph.data).unlink()
-        device = {"sms": list(prepared.sms), "max_batch": prepared.max_batch, "engine": ENGINE_FILE,
+        device = {"sms": list(gpu.sms), "max_batch": gpu.max_batch, "engine": ENGINE_FILE,
                   "tensorrt_rtx": trt.__version__}  # fmt: skip
         return replace(manifest, graph=replace(manifest.graph, file=ENGINE_FILE), device=device)
 
