@@ -130,7 +130,7 @@ def of_layer(state: State, layer: int) -> State:
 
 
 def sort_slots(state: State) -> State:
-    """Return a mixer's state with its slots sorted by position, as `TENSORS` of `model/state.py` says, and empty ones 0."""
+    """Return a mixer's state with slots sorted by position (see `TENSORS` of `model/state.py`) and empty ones 0."""
     position = state["slot_position"]
     order = position.argsort(axis=-1, kind="stable")
     position = np.take_along_axis(position, order, -1)
