@@ -25,11 +25,11 @@ def softmax_attention(
 
     Args:
         lower: The lowering.
-        frame: What layers share.
+        frame: Values that all layers share.
         spec: The model.
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
         past: `key` and `value` `[B, H_kv, P, d]`, keys before rotary embedding.
-        softmax: Of this layer.
+        softmax: The attention of this layer.
 
     Returns:
         Output `[B * T, H_q * d]` and `key`, `value` with the new tokens.

@@ -1,4 +1,4 @@
-"""What all layers of a graph share in one call: sizes, positions, padding. Each value is computed at most once."""
+"""The values that all layers of a graph share in one call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ligerexport.exporters.onnx.builder import Builder
 
 
 class Frame:
-    """What all layers share in one call: sizes, positions and padding. Computed at most once.
+    """Sizes, positions and padding of one call, each computed at most once.
 
     Args:
         g: The graph.

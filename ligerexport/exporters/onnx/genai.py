@@ -29,16 +29,16 @@ PAST, PRESENT = "past_key_values.%d.", "present.%d."
 PACKED = {"float32": ("recurrent_state", "FLOAT"), "int64": ("conv_state", "INT64")}
 """Name and type of the tensor that carries all of a type."""
 CONTEXT = 1 << 20
-"""Tokens that a generator may reach; it needs the number, the model does not."""
+"""Longest text of a generator, in tokens; onnxruntime-genai needs such a number, the model has no limit."""
 LENGTH = 1 << 15
-"""Tokens that it makes room for unless told otherwise."""
+"""Tokens that a generator makes room for by default."""
 
 
 def check_genai(checkpoint: Path, target: str, lowering: str) -> None:
     """Check that onnxruntime-genai can run what will be built.
 
     Raises:
-        UsageError: It is not for ONNX Runtime, has an operator that it does not have, or no id ends a text.
+        UsageError: It is not for ONNX Runtime, needs an operator that is not there, or no id ends a text.
     """
     if not get_target(target).onnxruntime:
         raise UsageError(f"onnxruntime-genai with the target {target}", hint="--target onnx")
@@ -96,7 +96,7 @@ def configuration(artifact: Artifact) -> dict[str, Any]:
 
 
 def _pack(graph: ir.Graph, artifact: Artifact) -> None:
-    """Put the packed state at both ends of a graph."""
+    """Replace the state at both ends of a graph by the packed one."""
     inputs, outputs = ({str(value.name): value for value in values} for values in (graph.inputs, graph.outputs))
     state, g = artifact.manifest.state, Builder(prefix="genai/")
     fixed = {dtype: [t for t in state if not t.grows and t.dtype == dtype] for dtype in PACKED}

@@ -1,4 +1,4 @@
-"""Products with weights and rows of the embedding, in each precision. What the bytes mean is in `weights.py`."""
+"""Products with weights and rows of the embedding, in each precision. `weights.py` defines the bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAD = "lm_head"
 
 
 class Weights:
-    """The weights of a model as initializers of a graph, and what is computed with them.
+    """The weights of a model as initializers of a graph, with the products and look-ups that use them.
 
     Args:
         g: The graph.

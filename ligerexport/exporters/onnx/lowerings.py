@@ -1,7 +1,7 @@
 """How each piece of the model is written: in operators of every runtime, or in those of ONNX Runtime where they help.
 
-`Portable` is standard operators of opset 21 without control flow; `Ort` replaces pieces by contrib operators, `Native`
-the memory of a layer by our own, same semantics. What the pieces are put together to is in `mixer.py` and `graph.py`.
+`Portable` has standard operators of opset 21 without control flow. `Ort` replaces some pieces by contrib operators, and
+`Native` replaces the memory of a layer by an operator of this project. `mixer.py` and `graph.py` combine the pieces.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Blocked:
     Attributes:
         rows: Outputs of the map, or rows of the embedding.
         width: Elements of a row.
-        bits: Of a code.
-        block: Elements of a block; the last one of a row may have fewer.
+        bits: Bits of a code.
+        block: Elements of a block; the last block of a row may have fewer.
         view: Returns codes (suffix ""), `_scale` or `_zero_point` as they are stored, or given a shape, or a shape and
             a type, the same bytes as those.
     """
@@ -64,13 +64,13 @@ class Portable:
         native: Whether a layer's memory is one node, of the library that `native` compiles.
         plugin: Whether a layer's mixer is one node, of the TensorRT plugin.
         adds_late: Whether the sum at the end of a layer is left to the norm that follows it in the next layer.
-        max_tensors: Most inputs and outputs of a node; None is any number. A shader of WebGPU has 8 storage
-            buffers for sure.
+        max_tensors: Most inputs and outputs of a node; None is any number. WebGPU guarantees 8 storage buffers
+            per shader.
         transposed: Whether quantised matrices are stored as `[in, out]`.
         integer: Type of the integers that go in and out.
-        opset: Of the standard operators.
-        ir_version: Of the file.
-        domains: Of other operators.
+        opset: Version of the standard operators.
+        ir_version: Version of the file format.
+        domains: Domains of the other operators.
     """
 
     native = False
@@ -308,7 +308,7 @@ def unsqueeze(g: Builder, x: ir.Value, axis: int) -> ir.Value:
 
 
 def reach(g: Builder, key: ir.Value, total: ir.Value) -> ir.Value:
-    """Return what is left of keys s at times t, `[B, H, T, S, d_k]`; all of later ones. `total` sums the decay."""
+    """Return keys s as decayed at times t, `[B, H, T, S, d_k]`, and undecayed where s > t; `total` sums the decay."""
     between = g.op("Sub", unsqueeze(g, total, 3), unsqueeze(g, total, 2))
     return g.op("Mul", g.op("Exp", g.op("Clip", between, None, g.floats(0))), unsqueeze(g, key, 2))
 
@@ -344,13 +344,13 @@ def linear_attention_function(kv_heads: int, d_k: int) -> ir.Function:
 
 
 class Native(Ort):
-    """The same with a layer's memory, its MLP's gate and quantised products as operators of our own, on the CPU."""
+    """`Ort` with CPU operators of this project for a layer's memory, the gate of its MLP and quantised products."""
 
     native = True
     domains = CONTRIB, DOMAIN
 
     def blocked_linear(self, x: ir.Value, matrix: Blocked, bias: ir.Value | None) -> ir.Value:
-        """Return `x @ matrix^T + bias` from the codes as they lie in the file, of which the runtime makes no copy."""
+        """Return `x @ matrix^T + bias` from the codes as they are in the file; the runtime makes no copy of them."""
         if matrix.block not in (32, 64, 128):
             return super().blocked_linear(x, matrix, bias)
         return self.g.op(

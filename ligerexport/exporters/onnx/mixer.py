@@ -86,12 +86,12 @@ class Candidates:
         position: `[B, H, 1, C]` int64, -1 for an empty slot.
         row: Row of each in the table of keys, `[B * H, C]` int64.
         always: What each query sees of window and sinks, `[B, H, 1, T, C]`.
-        local: 0 where `always`, else `MASKED`, fp32.
+        local: 0 where `always`, otherwise `MASKED`, fp32.
         rank: What to add to a rank before the best are taken: 0 for what has left the window and is no sink, minus
-            infinity where `always`, else `MASKED`.
-        within: Where the distance is at most the largest rotary distance, likewise.
-        carried: Which of them a slot held before the chunk, likewise with one query; None where nothing is evicted.
-        counts: Per pool kept by attention received: 1 where what is received counts, else 0; None for other pools.
+            infinity where `always`, otherwise `MASKED`.
+        within: Where the distance is at most the largest rotary distance, `[B, H, 1, T, C]`.
+        carried: Which of them a slot held before the chunk, `[B, H, 1, 1, C]`; None if the layer does not evict.
+        counts: Per pool kept by attention received: 1 where what is received counts, otherwise 0; None for other pools.
         ages: Per pool that ages: position over horizon `[B, H, 1, C]` fp32, counted from before the chunk, since the
             positions of a long text would round; None for other pools.
     """
@@ -178,7 +178,7 @@ def mixer(
 
     Args:
         lower: The lowering.
-        frame: What layers share.
+        frame: Values that all layers share.
         spec: The layer.
         tables: From `rotary_tables`.
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
@@ -378,8 +378,8 @@ class Slots:
     def _keep(self, scores: list[ir.Value]) -> ir.Value:
         """Return what each query sees `[B, H, 1, T, C]`: window, sinks, and of what left the best of each pool.
 
-        What is seen already ranks lowest and what is no candidate next, so that the best are among the unseen, of which
-        there are always enough; a rank above `MASKED` tells the candidates.
+        Tokens that are seen already rank lowest, and those that are no candidates next, so that the best are among the
+        unseen ones, of which there are always enough. Candidates have a rank above `MASKED`.
         """
         g, visible = self.g, self.seen.always
         for pool, rank, age in zip(self.spec.pools, scores, self.seen.ages, strict=True):

@@ -32,7 +32,7 @@ def gated_recurrence(
 
     Args:
         lower: The lowering.
-        frame: What layers share.
+        frame: Values that all layers share.
         spec: The layer.
         projected: Query, key, value `[B * T, H * d]`.
         features: Softmax of the keys `[B, T, H_kv, d_k]`, 0 for padding, where there is one already.
@@ -83,7 +83,7 @@ def _row_logits(
 
     Args:
         lower: The lowering.
-        frame: What layers share.
+        frame: Values that all layers share.
         spec: The layer; it has as many rows M as key channels.
         query: `[B * T, H_q * d_k]`.
         key: `[B, H, T, d_k]`.

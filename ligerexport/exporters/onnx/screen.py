@@ -1,7 +1,7 @@
 """What a step graph may hold, checked on the file before a runtime parses it: known operators, and no size but its own.
 
 A manifest's hashes tell damage; whoever forges a graph forges them too. The file is read as protocol buffers, of which
-only those fields are taken that our graphs have: no weights are read, what is not known is refused, and nothing is
+only fields that our graphs have are accepted: no weights are read, unknown fields are refused, and nothing is
 imported: the package onnx takes five times as long. What operators do with their numbers is the runtime's business.
 """
 
@@ -34,7 +34,7 @@ OPERATORS = {
     },
     "ligerexport": {"BlockLinear", "BoundedMemory", "GatedUnit"},
 }  # fmt: skip
-"""Of every lowering, by domain; `EARLIER` in graphs of earlier versions alone."""
+"""Operators of every lowering, by domain; those of `EARLIER` are only in graphs of earlier versions."""
 SIZED = {"ConstantOfShape", "Expand", "Pad", "Range", "Tile"}
 """Operators that make as many numbers as other numbers say."""
 _ARITHMETIC = {"Add", "Cast", "Concat", "Gather", "Mul", "Reshape", "Squeeze", "Sub", "Unsqueeze"}

@@ -38,8 +38,8 @@ EXACT = "session.qdq_matmulnbits_accuracy_level", "1"
 FOLDER = "session.model_external_initializers_file_folder_path"
 """Option that says where the weights of a graph are that is given as bytes."""
 SPIN = "30"
-"""Microseconds that a thread waits for the next operator before it sleeps: enough for the next one to come, and little
-for whoever else wants the core."""
+"""Microseconds that a thread waits for the next operator before it sleeps: enough for the next operator to arrive, and
+little enough for other processes that need the core."""
 
 
 class OnnxSession(BatchSession):
@@ -48,7 +48,7 @@ class OnnxSession(BatchSession):
     Args:
         artifact: From `open_artifact`, or an unfinished one under verification.
         batch: B, sequences that advance together.
-        threads: Of one operator; None takes the physical cores that this process may use.
+        threads: Threads of one operator; None takes the physical cores that this process may use.
         chunk: Prompt tokens a call, at most the graph's `max_chunk`; None takes the measured best.
         prepack: Whether to copy the weights into the order that is fastest. Without, they stay mapped from the file:
             less memory, loaded faster, and slower tokens.

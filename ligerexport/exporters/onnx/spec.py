@@ -1,4 +1,4 @@
-"""What the graph needs to know of a converted checkpoint, from its config.json and headers: no model is built."""
+"""What the graph needs to know about a converted checkpoint, from its config.json and headers; no model is built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ligerexport.model.families import PREFIX, Attention, Scaling, get_family, h
 from ligerexport.model.state import MixerSpec
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
-"""Method of a lowering that writes each."""
+"""Activations by their names in config.json, with the method of a lowering that writes each."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class ModelSpec:
         path: The checkpoint's directory.
         family: Row of `FAMILIES`.
         liger: The conversion.
-        mixers: One a layer; None is a layer kept as softmax.
-        attention: The softmax of each layer.
+        mixers: One for each layer; None for a layer that is kept as softmax.
+        attention: The softmax attention of each layer.
         hidden_size: Width of the residual stream.
         intermediate_size: Width of the MLP.
         vocab_size: Rows of the embedding.
@@ -34,7 +34,7 @@ class ModelSpec:
         kv_heads: H_kv.
         head_dim: Width of a head.
         scaling: Factors on embedding, residual stream and logits.
-        activation: Of the MLP's gate; key of `ACTIVATIONS`.
+        activation: Activation of the MLP's gate; key of `ACTIVATIONS`.
         norm_eps: Epsilon of every norm.
         trained_length: Tokens.
         tied: Whether the output projection is the embedding.

@@ -26,7 +26,7 @@ DATA_FILE = "model.onnx.data"
 ALIGNMENT = 4096
 """Bytes; a page, so that a runtime can map a weight instead of copying it."""
 SUFFIXES = ("", "_scale", "_zero_point")
-"""Of the names of the three tensors of a quantised matrix."""
+"""Suffixes of the names of the three tensors of a quantised matrix."""
 _MLP = re.compile(r"layers\.(\d+)\.mlp\.(\w+)_proj")
 JOINT = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
 """Maps of one input, by what they are called as one."""
@@ -240,16 +240,16 @@ def _encode(blocks: Blocks, width: int, bits: int, transposed: bool) -> dict[str
 def stored_slabs(
     spec: ModelSpec, storage: WeightStorage, directory: Path, name: str
 ) -> Iterator[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]:
-    """Yield what a stored weight stands for in fp32, the same rows at a time as `weight_slabs`, and how it rounds.
+    """Yield the values of a stored weight in fp32, the same rows at a time as `weight_slabs`, and how it rounds.
 
     Args:
         spec: The model.
-        storage: As it was written with.
+        storage: How it was written.
         directory: Where `DATA_FILE` is.
-        name: Of the weight.
+        name: Name of the weight.
 
     Yields:
-        Rows, and the function that makes them of the checkpoint's rows: the nearest value of type or grid to each.
+        Rows, and the function that rounds the checkpoint's rows to them: to the nearest value of the type or grid.
     """
     layout, bits, shape = data_layout(spec, storage), storage.bits(spec, name), spec.weights[name].shape
     file = np.memmap(directory / DATA_FILE, mode="c")  # torch takes none that is for reading only

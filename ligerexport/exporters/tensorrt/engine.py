@@ -1,4 +1,4 @@
-"""From a graph to an engine, by the builder that TensorRT and TensorRT-RTX have in common. Neither is imported here.
+"""Build an engine from a graph, with the interface that TensorRT and TensorRT-RTX share. Neither is imported here.
 
 Networks are strongly typed: what the graph says is what runs, and fp32 is fp32, for TF32 is off.
 """
@@ -15,7 +15,7 @@ from ligerexport.console import Advance, ProgressFactory
 from ligerexport.errors import LigerError
 
 FEW_TOKENS = 128
-"""Of each of many sequences in one call, however small their part of the chunk is."""
+"""Tokens that each of many sequences may have in one call, even if its part of the chunk is smaller."""
 
 
 def build_engine(

@@ -1,7 +1,7 @@
 """Run a graph of the lowering `plugin` without TensorRT: onnx's evaluator in numpy, and our torch op for the mixers.
 
-Slow, and for comparing only. It reads what the node says, inputs by their order, so that it is also a second reading of
-the contract in `plugin.py`.
+Slow, and only for comparing. It reads the attributes of nodes and their inputs by order, so it is a second reader of
+the contract in `node.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What of TensorRT, and which GPU, this machine has, asked of the libraries themselves. Nothing is imported for it."""
+"""Find TensorRT, the CUDA driver and GPUs by asking the libraries themselves, without importing a Python package."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def plugin_mixer(
     """Write one mixer.
 
     Args:
-        frame: What layers share.
+        frame: Values that all layers share.
         spec: The layer.
         inv_freq: `[R]`, radians a token; zeros in a layer without rotary embedding.
         projected: Query, key, value `[B * T, H * d]` fp32, before rotary embedding.
@@ -76,8 +76,8 @@ def plugin_linear(g: Builder, spec: LinearSpec, inputs: Sequence[ir.Value]) -> A
     Args:
         g: The graph.
         spec: What is computed.
-        inputs: x `[M, K]`, fp32 where it is normed and of the weight's type else, the weight `[N, K]`, or `[2 N, K]` of
-            a gated unit, and what there is of the norm's weight `[K]`, bias `[N]` or `[2 N]`, residual `[M, N]`, and
+        inputs: x `[M, K]`, fp32 where it is normed and otherwise of the weight's type, the weight `[N, K]`, or
+            `[2 N, K]` of a gated unit, and what there is of the norm's weight `[K]`, bias `[N]` or `[2 N]`, residual `[M, N]`, and
             weight `[S, K]` and bias `[S]` of a side, fp32.
 
     Returns:

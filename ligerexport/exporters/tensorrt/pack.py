@@ -48,9 +48,9 @@ def write_pack(
     Args:
         specs: The layers; equal ones are packed once.
         path: File to write.
-        products: Products with weights, each with the dtype of its weight; likewise.
+        products: Products with weights, each with the dtype of its weight; equal ones are packed once.
         sms: Compute capabilities, 90 for 9.0. With `FORWARD` among them there is PTX for every later GPU.
-        dtype: Of activations: `bf16`, `fp16` or `fp32`.
+        dtype: Type of activations: `bf16`, `fp16` or `fp32`.
         max_batch: Largest batch of a step.
         jobs: Processes; None for one a core.
 

@@ -1,4 +1,4 @@
-"""Compare one state with another: what may be off, which slots differ, and whether tied scores explain it."""
+"""Compare two states: the tolerances, which slots differ, and whether tied scores explain the difference."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Result:
 
 
 class Mismatch(Exception):
-    """A layer's tensor, or with layer None the logits, are off."""
+    """A tensor of a layer differs, or, if the layer is None, the logits."""
 
     def __init__(self, layer: int | None, what: str) -> None:
         super().__init__(what)
@@ -155,8 +155,8 @@ def is_near_tie(expected: State, found: State, pools: tuple[tuple[str, int], ...
     """Return whether two kept sets differ only by tokens that rank nearly equal.
 
     Args:
-        expected: Of one mixer, sorted.
-        found: Likewise.
+        expected: State of one mixer, sorted.
+        found: State to compare it with, sorted.
         pools: The mixer's pools.
         tie: Largest relative difference of the scores of such tokens.
     """

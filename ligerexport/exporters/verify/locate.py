@@ -16,9 +16,9 @@ from ligerexport.exporters.verify.ties import narrow
 from ligerexport.exporters.verify.torch_model import Answer, Reference, State
 
 APART = 2e-5
-"""Relative distance of a tensor from torch's from which its layer may count as different; rounding stays below."""
+"""Relative distance from torch's tensor above which a layer may count as different; rounding stays below it."""
 GROWTH = 8.0
-"""It must be so many times that of the layers before: what one gets wrong goes on in those behind it."""
+"""It must also be this many times that of the layers before, because an error goes on in all later layers."""
 Run = Callable[[list[str], dict[str, np.ndarray]], list[np.ndarray]]
 
 
@@ -27,8 +27,8 @@ def first_difference(
 ) -> Mismatch | None:
     """Make the calls that showed a difference, and compare state and residual stream layer by layer.
 
-    The graph starts each call in torch's state, so that only what that call gets wrong counts. One that differs is made
-    again with fewer tokens, for scores may tie in it, and a layer in which they do is no other for that.
+    The graph starts each call in torch's state, so that only errors of that call count. A call that differs is repeated
+    with fewer tokens, because scores may tie in it: a difference that a tie explains does not count.
 
     Args:
         spec: The checkpoint.
@@ -109,7 +109,7 @@ def _errors(ours: State, theirs: State) -> Iterator[tuple[str, float]]:
 
 
 class _Graph:
-    """The graph, to be called in any state; it also says the residual stream after each layer."""
+    """The graph, called in any state; it also returns the residual stream after each layer."""
 
     def __init__(self, spec: ModelSpec, artifact: Artifact) -> None:
         self._manifest = artifact.manifest

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from ligerexport.layers.mixer import LigerCache
 
 OFTEN = 8
-"""Of so many tokens one may tie; more is noise in the scores."""
+"""One token in eight may tie; if more do, the scores are noise."""
 TRIES = 32
 """Ties in the middle of a call that are decided the other way, one at a time."""
 SINGLE = 4
-"""So many of these are tried once more with single tokens behind them: a whole call can round a later tie otherwise."""
+"""Number of these that are tried again with single tokens after them: a whole call may round a later tie otherwise."""
 NUDGE = 1e-6
-"""By how much a rank then goes beyond the other's: several units in the last place of a score."""
+"""How far a rank is then moved past the other one: several units in the last place of a score."""
 
 
 def replay(
@@ -83,15 +83,15 @@ def narrow(
 ) -> list[Answer]:
     """Search a call for a token at which it begins to differ from torch, which runs pieces and then single tokens.
 
-    The other side is to make calls that begin where this one does, because the call as it was must be explained: were
-    it cut as torch's is, every second tie would fall the same way in both. Numbers of tokens are bisected, so that what
-    differs after some of them and no more after others may be passed over.
+    The other side must make calls that begin where this one does, because it is the original call that must be
+    explained: if it were cut like torch's, every second tie would be decided the same way in both. The number of tokens
+    is bisected, so a difference that disappears again may be missed.
 
     Args:
         torch_model: Answers.
         past: Its state before the call.
         ids: Tokens of the call `[T]`.
-        differs: Says something where the call ends otherwise than torch, when it has as many tokens as these answers.
+        differs: Tells whether a call with as many tokens as these answers ends differently from torch.
         hidden: As for `Reference.answers`.
 
     Returns:
@@ -167,7 +167,7 @@ def _first_tie(
 
 @dataclass(frozen=True, order=True)
 class _Tie:
-    """A token that lost its slot by as good as nothing: by how much its rank, where, and when."""
+    """A token that lost its slot by almost nothing: the difference in rank, where, and when."""
 
     gap: float
     step: int

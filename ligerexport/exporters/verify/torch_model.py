@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 State = dict[str, np.ndarray]
 
 SHARE = 0.25
-"""Of the memory that is free, what all weights together may take to stay there once they are read a second time."""
+"""Share of the free memory that all weights together may take to stay in memory when they are read again."""
 UNKNOWN = 1 << 32
 """Bytes that are taken for free where the system does not say."""
 

@@ -1,11 +1,11 @@
-"""Parity of a built graph with the torch model: logits and state on real text, for prompts cut anywhere and steps.
+"""Compare a built graph with the torch model: logits and state on real text, for prompts cut anywhere and for steps.
 
-Weights are first compared with the checkpoint's, element by element. Then torch gets what the artifact stores, so that
-no error of the graph passes for one of rounding. What rounding costs is measured by itself, not judged.
+Weights are first compared with the checkpoint's, element by element. Then torch computes with the weights that the
+artifact stores, so that no error of the graph is mistaken for rounding. The cost of rounding is measured separately.
 
-Torch runs first and only its answers are kept, so the weights are in memory once. A token keeps a slot by comparing
-fp32 scores, so two right answers can differ when scores tie; such ties are told apart from errors, counted, and
-resolved by copying torch's state. Those inside a call are searched for by `replay`.
+Torch runs first and only its answers are kept, so the weights are in memory once. Tokens keep their slots by comparing
+fp32 scores, so two right answers can differ when scores tie. Such ties are told apart from errors, counted, and
+resolved by copying torch's state. `replay` searches for ties inside a call.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PIECES = 6
 STEPS = 24
 """Tokens, the text's first once more, that are fed one by one; the greedy choice after each is compared."""
 WHOLE = 8
-"""Of so many steps one is compared with the whole state."""
+"""Every eighth step is compared with the whole state."""
 
 
 def verify_artifact(
@@ -49,7 +49,7 @@ def verify_artifact(
         spec: The checkpoint.
         artifact: Graph, weights and a manifest without files.
         storage: How the weights are stored.
-        seed: Of the places where the prompt is cut.
+        seed: Seed of the places where the prompt is cut.
         progress: Opens a phase.
 
     Returns:
@@ -83,7 +83,7 @@ def verify_artifact(
 def _compare(
     comparison: Verification, artifact: Artifact, answers: list[Answer], progress: ProgressFactory
 ) -> Mismatch | None:
-    """Run the artifact against torch's answers; return what is off."""
+    """Compare the artifact with torch's answers; return the first difference."""
     with progress("comparing", len(answers) + 1, "steps") as advance:
         session = _open(comparison.spec, artifact)
         try:
@@ -121,8 +121,8 @@ class Verification(Comparison):
 
     Args:
         spec: The checkpoint.
-        tolerance: What may be off.
-        reference: The torch model, to search a call for tied scores; None takes a difference for an error.
+        tolerance: By how much the graph may differ.
+        reference: The torch model, to search a call for tied scores; without it every difference is an error.
         progress: Opens a phase for each search.
     """
 
@@ -141,7 +141,7 @@ class Verification(Comparison):
         """Feed the prompt, the first `prompt` answers, in torch's pieces and then step; then all of it at once.
 
         Raises:
-            Mismatch: Something is off.
+            Mismatch: Something differs by more than the tolerance.
         """
         past, start = None, 0
         for i, answer in enumerate(answers):

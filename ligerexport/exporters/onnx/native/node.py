@@ -20,9 +20,9 @@ INPUTS = (
     "query", "key", "value", "position", "cos", "sin", *SLOTS, "arrival", "turn", *EVICTED,
     "hidden", "score_weight", "score_bias",
 )  # fmt: skip
-"""Of the operator, in order."""
+"""Inputs of the operator, in order."""
 OUTPUTS = ("mixed", *SLOTS, *EVICTED)
-"""Of the operator, in order: the mixed heads, then the new state."""
+"""Outputs of the operator, in order: the mixed heads, then the new state."""
 
 
 def turn_table(g: Builder, rotary: torch.Tensor, spec: MixerSpec, name: str) -> ir.Value:
