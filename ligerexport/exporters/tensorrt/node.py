@@ -76,9 +76,9 @@ def plugin_linear(g: Builder, spec: LinearSpec, inputs: Sequence[ir.Value]) -> A
     Args:
         g: The graph.
         spec: What is computed.
-        inputs: x `[M, K]`, fp32 where it is normed and otherwise of the weight's type, the weight `[N, K]`, or
-            `[2 N, K]` of a gated unit, and what there is of the norm's weight `[K]`, bias `[N]` or `[2 N]`, residual `[M, N]`, and
-            weight `[S, K]` and bias `[S]` of a side, fp32.
+        inputs: x `[M, K]`, fp32 where it is normed and otherwise of the weight's type; the weight `[N, K]`, or
+            `[2 N, K]` of a gated unit; then, as far as `spec` has them, the norm's weight `[K]`, the bias `[N]` or
+            `[2 N]`, the residual `[M, N]`, and weight `[S, K]` and bias `[S]` of a side, fp32.
 
     Returns:
         `[M, N]`, fp32 or of the weight's type, as `spec.wide` says; with a side also `[M, S]` fp32.
