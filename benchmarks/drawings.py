@@ -125,7 +125,7 @@ def main() -> None:
             path.write_text(draw(), encoding="utf-8")
         elif not path.is_file() or path.read_text(encoding="utf-8") != draw():
             stale.append(f"stale: {path.name}")
-    sys.exit("\n".join(stale))
+    sys.exit("\n".join(stale) or None)
 
 
 if __name__ == "__main__":
