@@ -41,7 +41,7 @@ def nll() -> str:
     data = result("quality")
     bins = list(data["rows"]["teacher"]["nll"])
     rows = ([name, *(f"{row['nll'][b]:.3f}" for b in bins)] for name, row in data["rows"].items())
-    return table(["nats a token at positions", *bins], rows)
+    return table(["nats per token at positions", *bins], rows)
 
 
 def recall() -> str:
@@ -84,7 +84,10 @@ def flat() -> str:
     rows = result("flat")["rows"]
     least = min(row["ms_per_token"] for row in rows), min(row["rss"] for row in rows)
     lines = [
-        ["time a token", *(f"{row['ms_per_token']:.2f} ms, +{row['ms_per_token'] / least[0] - 1:.1%}" for row in rows)],
+        [
+            "time per token",
+            *(f"{row['ms_per_token']:.2f} ms, +{row['ms_per_token'] / least[0] - 1:.1%}" for row in rows),
+        ],
         ["resident memory", *(f"{row['rss'] / 1e6:.0f} MB, +{row['rss'] / least[1] - 1:.1%}" for row in rows)],
     ]
     return table(["tokens of context", *(f"{row['context']:,}" for row in rows)], lines)
@@ -122,7 +125,15 @@ def quantised() -> str:
              f"{row['nll_change']:+.3f} ± {row['nll_change_error']:.3f}", f"{row['ms_per_token']:.1f} ms",
              *(f"{prompt[chunk]:.0f}" for chunk in ("64", "128"))]
         )  # fmt: skip
-    header = ["weights", "bytes", "nats a token", "against fp32", "a token", "prompt tokens/s, 64 a call", "128 a call"]
+    header = [
+        "weights",
+        "bytes",
+        "nats per token",
+        "against fp32",
+        "time per token",
+        "prompt tokens/s, 64 per call",
+        "128 per call",
+    ]
     return table(header, lines)
 
 
@@ -228,7 +239,7 @@ def shares() -> str:
         totals = [4 + window + sum(count for _, count in pools) for window, pools in (
             single.get(layer, (memory["window"], memory["slots"])) for layer in layers)]  # fmt: skip
         lines.append([slots, *(", ".join(str(i) for i in layers if totals[i] == size) for size in SIZES)])
-    return table(["slots a layer on average", *(f"{size} in layers" for size in SIZES)], lines)
+    return table(["slots per layer on average", *(f"{size} in layers" for size in SIZES)], lines)
 
 
 SIZES = (40, 64, 128, 256, 512)
@@ -271,9 +282,9 @@ def peers(name: str = "peers", engines: tuple[str, ...] = ()) -> str:
     data = [row for row in result(name)["rows"] if not engines or row["engine"] in engines]
     contexts = sorted({row["context"] for row in data})
     cells: dict[str, Callable[[Any], str]] = {
-        "a token": lambda row: f"{row['ms_per_token']:.1f} ms ({row['ms_low']:.1f}-{row['ms_high']:.1f})",
-        "reading": lambda row: f"{read:.0f} tokens/s" if (read := row["prefill_tokens_per_s"]) else "-",
-        "resident": lambda row: f"{row['rss'] / 1e6:.0f} MB",
+        "time per token": lambda row: f"{row['ms_per_token']:.1f} ms ({row['ms_low']:.1f}-{row['ms_high']:.1f})",
+        "reading a prompt": lambda row: f"{read:.0f} tokens/s" if (read := row["prefill_tokens_per_s"]) else "-",
+        "resident memory": lambda row: f"{row['rss'] / 1e6:.0f} MB",
     }
     lines = []
     for engine in dict.fromkeys(row["engine"] for row in data):
@@ -289,9 +300,16 @@ def bench() -> str:
     """The longest context of `ligerexport bench`."""
     data = result("bench")["rows"]
     longest = [row for row in data if row["context"] == max(x["context"] for x in data)]
-    header = [f"{longest[0]['context']:,} tokens of context", "a token", "first token", "state or KV cache", "resident"]
+    header = [
+        f"{longest[0]['context']:,} tokens of context",
+        "time per token",
+        "first token",
+        "state or KV cache",
+        "resident",
+    ]
+    names = {"artifact": "ligerexport"}
     lines = [
-        [f"{'ours' if row['kind'] == 'artifact' else 'the Transformer'}, {row['precision']}", f"{row['ms']:.1f} ms",
+        [f"{names.get(row['kind'], 'the Transformer')}, {row['precision']}", f"{row['ms']:.1f} ms",
          f"{row['ttft_s']:.0f} s", f"{row['state_bytes'] / 1e6:.0f} MB", f"{row['rss'] / 1e6:.0f} MB"]
         for row in longest
     ]  # fmt: skip
@@ -345,7 +363,7 @@ def loading() -> str:
              seconds(run[name]) if used[name] == weights else "", f"{row['token']['median'] * 1e3:.1f} ms",
              f"{row['prompt_tokens_per_second']['median']:.0f}", f"{row['rss']['median'] / 1e6:.0f} MB"]
         )  # fmt: skip
-    header = ["artifact, weights", "load", "first token after it", "`run -n 1`, all of it", "a token",
+    header = ["artifact, weights", "load", "first token after it", "`run -n 1`, all of it", "time per token",
               "prompt tokens/s", "resident"]  # fmt: skip
     return table(header, lines)
 
