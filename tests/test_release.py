@@ -38,6 +38,7 @@ def test_version_and_changelog() -> None:
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[0] == "Unreleased" or headings[0] == lx.__version__
     assert all(re.fullmatch(SEMVER, heading) for heading in headings[1:])
+    assert f"version: {lx.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_licences_of_all_dependencies() -> None:
