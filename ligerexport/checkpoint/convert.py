@@ -24,6 +24,7 @@ from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError, close_matches, quoted
 from ligerexport.model.config import DEFAULT_PRESET, LigerConfig, get_preset, read_memory
 from ligerexport.model.families import PREFIX, described, get_family, harmless
+from ligerexport.reading import as_path
 from ligerexport.staging import check_destination, staged_directory
 from ligerexport.text.corpus import text_files
 
@@ -159,7 +160,7 @@ class ConvertPlan:
         from ligerexport.checkpoint.describe import describe_checkpoint, describe_fit
 
         path, name = Path(self.model).expanduser(), str(self.model)
-        if path.is_dir():
+        if name and path.is_dir():
             check_loadable(path)
             facts = describe_checkpoint(path, self.liger) | {"path": str(self.output), "from": str(path)}
         elif name in BUILTIN_MODELS:
@@ -230,7 +231,7 @@ def choose_conversion(
         return get_preset(preset or DEFAULT_PRESET, **changes)
     if adapter == SHIPPED and model not in BUILTIN_MODELS:
         raise _none_ships(Path(model).name)
-    place = DATA / "adapters" / str(model) if adapter == SHIPPED else Path(adapter).expanduser()
+    place = DATA / "adapters" / str(model) if adapter == SHIPPED else as_path(adapter)
     return LigerConfig.from_dict(read_record(place)["liger"])
 
 
@@ -253,12 +254,12 @@ def check_score_options(
         raise UsageError(f"{windows} windows", hint="a fit reads at least one; 64 is a good number")
     if scores is not None and not Path(scores).is_file():
         raise UsageError(f"no file {scores}", hint="give a safetensors file, or text to fit on: --calibrate TEXT")
-    return text_files([Path(path).expanduser() for path in calibrate or ()], "--calibrate")
+    return text_files(calibrate or (), "--calibrate")
 
 
 def _find_adapter(source: Source, adapter: str | Path) -> Path:
     if adapter != SHIPPED:
-        return Path(adapter).expanduser()
+        return as_path(adapter)
     found = packaged(source, DATA / "adapters" / source.name)
     if found is None:
         raise _none_ships(source.name)

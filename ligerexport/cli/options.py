@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ligerexport.console import data_json, data_table, say, set_quiet
-from ligerexport.errors import UsageError, one_line
+from ligerexport.errors import one_line
 from ligerexport.threads import use_threads
 
 settings = SimpleNamespace(debug=False, verbose=False)
@@ -88,15 +88,8 @@ def _options(group: Any) -> list[Parameter]:
 
 
 def path(text: str | Path) -> Path:
-    """Read a path; typer names it so in the help.
-
-    Raises:
-        UsageError: It is empty, which would mean the current directory.
-    """
-    if not str(text):
-        raise UsageError(
-            "a path is empty", hint="name a file or directory, or leave the option out; . is this directory"
-        )
+    """Read the path of an option, and refuse an empty one."""
+    as_path(text)
     return Path(text)
 
 

@@ -129,10 +129,13 @@ def plan_build(
     from ligerexport.checkpoint.checkpoint import check_checkpoint
     from ligerexport.exporters.onnx.genai import check_genai
     from ligerexport.exporters.onnx.graph import weight_format
+    from ligerexport.exporters.onnx.native import check_ready
     from ligerexport.exporters.onnx.spec import read_spec
     from ligerexport.exporters.tensorrt.package import check_layers, choose_chunk, choose_gpu
 
     gpu = choose_gpu(settings.target, settings.sms, settings.max_batch, settings.plugin, settings.engine)
+    if lowering == "native" and settings.verify:
+        check_ready()
     output = Path(model) / settings.target if output is None else Path(output)
     check_destination(output, force=force, marker=MANIFEST)
     info = check_checkpoint(model, tokenizer=False)

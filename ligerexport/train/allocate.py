@@ -152,7 +152,7 @@ def plan_allocate(
     if length <= (fewest := min(own.num_slots for own, *_ in tried.values())):
         raise UsageError(f"windows of {length} tokens lose nothing to {fewest} slots", hint=f"--length {16 * fewest}")
     tokenizer = TextModel(info.path)
-    prose = read_tokens(text_files(Path(path).expanduser() for path in texts), tokenizer)
+    prose = read_tokens(text_files(texts), tokenizer)
     if len(prose) <= config.distance:
         raise UsageError(
             f"the text has {len(prose):,} tokens, a key in {config.distance:,} needs more",

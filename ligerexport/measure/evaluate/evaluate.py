@@ -96,7 +96,7 @@ def plan_evaluate(
     chosen, names = choose_parts(parts, tasks, text=bool(text), teacher=against is not None)
     controls = tuple(settings.pop("controls", None) or ())
     resolved = Settings(parts=chosen, tasks=names, controls=controls, **settings)
-    files = text_files(Path(path).expanduser() for path in text) if resolved.needs_text else []
+    files = text_files(text) if resolved.needs_text else []
     if output is not None:
         check_destination(output, force=force, marker=REPORT)
     if controls and is_artifact(model):
