@@ -1,10 +1,11 @@
-"""Files that somebody else wrote: JSON that may be anything, dataclasses whose types are checked, links that lead away.
+"""Files that somebody else wrote: JSON of any content, dataclasses whose types are checked, hashes, escaping links.
 
-What such a file must say is the business of whoever reads it.
+What such a file must say is decided by whoever reads it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
@@ -94,6 +95,12 @@ def _any_of(hints: tuple[Any, ...], value: Any, name: str) -> Any:
         if hint is not NoneType and (is_dataclass(hint) or get_origin(hint) or type(value) is hint):
             return _convert(hint, value, name)
     raise ValueError(f"{name} is {value!r:.60}")
+
+
+def sha256(file: Path) -> str:
+    """Return the sha256 of a file in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def leads_away(file: Path, directory: Path, *others: Path) -> bool:

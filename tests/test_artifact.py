@@ -130,7 +130,7 @@ def test_killed_between_two_renames_is_mended_by_the_next_run(artifact: Path) ->
 WRITER = """
 import sys, time; sys.path.insert(0, {tests!r})
 import toy
-from ligerexport.artifact import ArtifactWriter
+from ligerexport.artifact.artifact import ArtifactWriter
 with ArtifactWriter({path!r}, force=True) as writer:
     toy.write_files(writer.directory)
     print("half", flush=True)

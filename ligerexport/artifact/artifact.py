@@ -14,8 +14,9 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
+from ligerexport.dtypes import BY_KERNEL, DTYPES
 from ligerexport.errors import ArtifactError, MissingDependency, quoted
-from ligerexport.reading import from_plain, leads_away, read_json
+from ligerexport.reading import from_plain, leads_away, read_json, sha256
 from ligerexport.staging import staged_directory
 from ligerexport.versions import installed_version
 
@@ -43,7 +44,7 @@ class StateTensor:
         past: Name of the input.
         present: Name of the output.
         shape: Axes, `B` first; `P` is the axis that grows.
-        dtype: As numpy calls it.
+        dtype: Row of `DTYPES`.
         fill: Value of every element before the first token.
         grows: Whether it grows with the text (a layer kept as softmax); such a tensor starts with `P` = 0.
     """
@@ -54,6 +55,11 @@ class StateTensor:
     dtype: str
     fill: float = 0.0
     grows: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one sequence, or of one of its tokens where the tensor grows."""
+        return DTYPES[self.dtype].nbytes * prod(size for size in self.shape if isinstance(size, int))
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ class Manifest:
     @property
     def growth(self) -> int:
         """Bytes by which the state of one sequence grows a token; 0 without layers kept as softmax."""
-        return sum(_nbytes(tensor) for tensor in self.state if tensor.grows)
+        return sum(tensor.nbytes for tensor in self.state if tensor.grows)
 
     @property
     def crossover(self) -> int | None:
@@ -211,10 +217,6 @@ class Manifest:
 _REBUILD = "copy the artifact again, or rebuild it with: ligerexport build MODEL --target onnx -o DIRECTORY --force"
 
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
-"""Of an element of a state tensor, by its type."""
-
-
 def _check_claims(manifest: Manifest) -> None:
     """Check that what a manifest says agrees with itself, and that no session takes much more than was delivered.
 
@@ -236,25 +238,21 @@ def _check_claims(manifest: Manifest) -> None:
         raise ValueError("the state is not what the graph gives")
     if len({x.past for x in state} | {x.present for x in state} | {*ids, "logits"}) != 2 * len(state) + 3:
         raise ValueError("two tensors have one name")
+    types = {row.name for row in BY_KERNEL.values()}
     for tensor in state:
         sizes = ["P" if tensor.grows and axis == 2 else 1 for axis in range(len(tensor.shape))]
         fits = (
             x > 0 if isinstance(x, int) and size == 1 else x == size
             for x, size in zip(tensor.shape[1:], sizes[1:], strict=True)
         )
-        if tensor.dtype not in _BYTES or tensor.shape[:1] != ("B",) or not all(fits):
+        if tensor.dtype not in types or tensor.shape[:1] != ("B",) or not all(fits):
             raise ValueError(f"the state {tensor.past} is {list(tensor.shape)} of {tensor.dtype}")
-    held = sum(_nbytes(x) for x in state if not x.grows)
+    held = sum(x.nbytes for x in state if not x.grows)
     if held != manifest.bytes.state_per_sequence:
         raise ValueError(f"a state of {manifest.bytes.state_per_sequence} bytes has tensors of {held}")
     delivered = sum(entry.bytes for entry in manifest.files.values())
     if held + 4 * manifest.model.vocab_size > max(1 << 30, 4 * delivered):
         raise ValueError(f"a state of {held} bytes to a model of {delivered}")
-
-
-def _nbytes(tensor: StateTensor) -> int:
-    """Return bytes of one sequence, of one token where it grows."""
-    return _BYTES[tensor.dtype] * prod(size for size in tensor.shape if isinstance(size, int))
 
 
 @dataclass(frozen=True)
@@ -327,10 +325,9 @@ class ArtifactWriter:
         self._stage.__exit__(kind, error, trace)
 
 
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def is_artifact(path: Path | str) -> bool:
+    """Return whether a path is a directory that `build` wrote."""
+    return bool(str(path)) and (Path(path).expanduser() / MANIFEST).is_file()
 
 
 def open_artifact(path: Path | str, *, hashes: bool = True, data: bool = True, runtime: bool = True) -> Artifact:

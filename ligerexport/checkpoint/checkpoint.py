@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from ligerexport.checkpoint.seal import check_seal
+from ligerexport.dtypes import BY_SAFETENSORS
 from ligerexport.errors import CheckpointError, quoted
 from ligerexport.model.families import FAMILIES, PREFIX
 from ligerexport.reading import leads_away, read_json
@@ -32,8 +33,6 @@ _ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SLAB = 1 << 24
 """Elements that are compared at a time."""
 
-FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of the dtypes of weights that are read, in safetensors' spelling."""
 WRAPPERS = r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 """What torch puts into the names of weights when a wrapped or compiled model is saved."""
 
@@ -312,9 +311,9 @@ def _check_config(
             raise CheckpointError(f"{path} has both {given} and {renamed.get(name, name)}", hint=hint)
         if info.shape != shapes[name]:
             raise CheckpointError(f"{given} is {list(info.shape)}, config.json says {list(shapes[name])}", hint=hint)
-        if info.dtype not in FLOATS:
+        if info.dtype not in BY_SAFETENSORS:
             raise CheckpointError(
-                f"{given} is stored as {info.dtype}, one of {', '.join(FLOATS)} was expected",
+                f"{given} is stored as {info.dtype}, one of {', '.join(BY_SAFETENSORS)} was expected",
                 hint="load the model with transformers in bfloat16 and save it again",
             )
         tensors[name] = info

@@ -331,7 +331,7 @@ def converted_config(config: dict[str, Any], liger: LigerConfig) -> dict[str, An
 
     found: Any = read_config(config)
     if liger.keep_window is None:
-        liger = replace(liger, keep_window=family.local_layers(found) or None)
+        liger = replace(liger, keep_window=family.local_layers(family.attention(found)) or None)
     found.liger = config["liger"] = liger.to_dict()
     layer_specs(found)
     return config

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from ligerexport.checkpoint.checkpoint import WRAPPERS, CheckpointInfo, check_checkpoint, not_finite, read_header
 from ligerexport.checkpoint.sources import no_bars
 from ligerexport.console import say
+from ligerexport.dtypes import BY_SAFETENSORS
 from ligerexport.errors import CheckpointError, LigerError, MissingDependency, quoted
 from ligerexport.model.families import FAMILIES, PREFIX, get_family
 
@@ -111,8 +112,7 @@ def write_plain(info: CheckpointInfo, directory: Path) -> CheckpointInfo:
 
     dtype: torch.dtype | Literal["auto"] = "auto"  # of quantised weights, what config.json says
     if not info.quantised:
-        halves = {"F16": torch.float16, "BF16": torch.bfloat16}
-        dtype = halves.get(info.dtypes[0], torch.float32) if len(info.dtypes) == 1 else torch.float32
+        dtype = BY_SAFETENSORS[info.dtypes[0]].torch if len(info.dtypes) == 1 else torch.float32
     model = load_transformer(info.path, info.config, dtype)
     with no_bars():
         model.save_pretrained(directory)

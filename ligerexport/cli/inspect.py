@@ -11,6 +11,7 @@ import typer
 from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
 from ligerexport.console import data_table, format_bytes
+from ligerexport.dtypes import DTYPES
 from ligerexport.errors import MissingDependency, UsageError
 
 
@@ -110,7 +111,7 @@ def _group(tensors: Iterable[tuple[str, Sequence[int | str], str]]) -> list[dict
         rows[key] = rows.get(key, 0) + 1
     found = []
     for (name, shape, dtype), layers in rows.items():
-        count: int | None = {"float16": 2, "bfloat16": 2, "int64": 8}.get(dtype, 4) * layers
+        count: int | None = DTYPES[dtype].nbytes * layers
         for size in shape:
             count = count * size if isinstance(size, int) and count is not None else None
         found.append({"name": name, "shape": list(shape), "dtype": dtype, "layers": layers, "bytes": count})

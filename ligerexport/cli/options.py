@@ -20,6 +20,7 @@ from rich.text import Text
 
 from ligerexport.console import data_json, data_table, say, set_quiet
 from ligerexport.errors import one_line
+from ligerexport.reading import as_path
 from ligerexport.threads import use_threads
 
 settings = SimpleNamespace(debug=False, verbose=False)

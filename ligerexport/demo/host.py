@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ligerexport.artifact.artifact import open_artifact
+from ligerexport.artifact.artifact import is_artifact, open_artifact
 from ligerexport.console import Advance, Unit
 from ligerexport.demo import page
 from ligerexport.demo.compare import Pair, Stopped, Stream, same_text
@@ -20,7 +20,6 @@ from ligerexport.errors import LigerError, UsageError
 from ligerexport.measure.bench.bench import bench
 from ligerexport.measure.bench.report import RESULT
 from ligerexport.measure.bench.settings import Settings
-from ligerexport.measure.opened import is_artifact
 from ligerexport.text.tokenizer import TextModel
 
 SHORT = Settings(contexts=(128, 1024), blocks=6, tokens=8)

@@ -281,9 +281,9 @@ def make_manifest(
 ) -> Manifest:
     """Say what an artifact is, all but its files."""
     from ligerexport import __version__
-    from ligerexport.artifact.artifact import ByteCounts, Graph, Manifest, ModelShape, StateTensor, TensorInfo
+    from ligerexport.artifact.artifact import ByteCounts, Graph, Manifest, ModelShape, TensorInfo
     from ligerexport.exporters.onnx import graph as onnx_graph
-    from ligerexport.exporters.onnx.lowerings import LOWERINGS
+    from ligerexport.exporters.onnx.graph import LOWERINGS
     from ligerexport.exporters.onnx.weights import weight_bytes, weight_names
 
     tensors = onnx_graph.state_tensors(spec, lowering, form)
@@ -307,7 +307,7 @@ def make_manifest(
             parameters=sum(prod(spec.weights[name].shape) for name in weight_names(spec)),
         ),
         graph=Graph(onnx_graph.GRAPH_FILE, max_chunk, inputs, outputs),
-        state=tuple(StateTensor(t.past, t.present, t.shape, t.dtype, t.fill, t.grows) for t in tensors),
+        state=tensors,
         bytes=ByteCounts(
             weights=weight_bytes(spec, form),
             state_per_sequence=sum(t.nbytes for t in tensors if not t.grows),
@@ -321,8 +321,8 @@ def make_manifest(
 
 def _source(info: CheckpointInfo, advance: Any) -> Any:
     """Say where the weights come from; links of `convert` to the original files have the original's hashes."""
-    from ligerexport.artifact.artifact import Source, sha256
-    from ligerexport.reading import from_plain
+    from ligerexport.artifact.artifact import Source
+    from ligerexport.reading import from_plain, sha256
 
     hashes = {}
     for file in info.files:

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ligerexport.dtypes import BY_KERNEL
 from ligerexport.errors import LigerError
 
-TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
+TYPES = {row.torch: name for name, row in BY_KERNEL.items()}
 DIVISORS = tuple(1 << i for i in range(1, 13))
 OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,

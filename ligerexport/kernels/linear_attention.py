@@ -5,18 +5,20 @@ Exact under strong gates: every exponent that is taken is at most zero. Which fe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-
-from ligerexport.model.gates import FeatureMap
 
 CHUNK = 32
 """Tokens a chunk; the pairwise decay of a chunk takes CHUNK * CHUNK * d_k floats a head."""
 
 
-def feature_map(x: Tensor, kind: FeatureMap) -> Tensor:
-    """Map raw projections `[..., d_k]` to features of the recurrence."""
-    return torch.softmax(x, dim=-1) if kind == "softmax" else torch.sigmoid(-x)
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: torch.softmax(x, dim=-1),
+    "one_minus_sigmoid": lambda x: torch.sigmoid(-x),
+}
+"""From raw projections `[..., d_k]` to features of the recurrence."""
 
 
 def gated_linear_attention(

@@ -9,15 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ligerexport.model.scores import get_score
+from ligerexport.model.scores import FAINTEST, Pool
 from ligerexport.model.state import MixerSpec, MixerState
 
 MASKED = -1e30
 """Logit of a slot that a query does not see; finite, so that a query that sees nothing stays finite."""
-
-
-FAINTEST = 1e-30
-"""Smallest score whose logarithm ranks an ageing pool."""
 
 
 def rotary_table(inv_freq: Tensor, max_distance: int, ahead: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -88,7 +84,7 @@ def memory_attention(
         local = torch.softmax(logits.where(always[:, :, None], MASKED), dim=-1)
         scores = _scores(local, seen & near, distance, values, arrival, state["slot_score"], spec)
     born = positions - position[:, None, None]
-    visible = always | _kept(seen & ~near & ~sink, scores, born, config.slots)
+    visible = always | _kept(seen & ~near & ~sink, scores, born, spec.pools)
     logits = logits.where(visible[:, :, None], MASKED)
     output = torch.softmax(logits, dim=-1) @ values[:, :, None]
     lost = torch.nn.functional.pad(state["slot_position"] >= 0, (0, key.shape[2]))[:, :, None]
@@ -138,35 +134,35 @@ def _scores(
     spec: MixerSpec,
 ) -> Tensor:
     """Return the scores `[B, H_kv, P, C]` of all candidates, each complete once its token has left the window."""
-    window, scores = spec.config.window, []
-    for i, (name, _) in enumerate(spec.config.slots):
-        score = get_score(name)
-        if score.on_arrival:
+    scores = []
+    for i, pool in enumerate(spec.pools):
+        if pool.on_arrival:
             assert arrival is not None
             scores.append(torch.cat([past[:, :, i], arrival], dim=-1))
             continue
-        counts = in_window & (distance >= score.first_distance(window))
+        counts = in_window & (distance >= pool.first_distance)
         weight = local.where(counts[:, :, None], 0.0)
-        received = weight.amax(dim=(2, 3)) if score.reduce == "max" else weight.sum(dim=(2, 3))
-        if score.by_value:
+        received = weight.sum(dim=(2, 3)) if pool.summed else weight.amax(dim=(2, 3))
+        if pool.by_value:
             received = received * values.norm(dim=-1)
         carried = torch.nn.functional.pad(past[:, :, i], (0, local.shape[3]))
-        scores.append(torch.maximum(carried, received) if score.reduce == "max" else carried + received)
+        scores.append(carried + received if pool.summed else torch.maximum(carried, received))
     return torch.stack(scores, dim=2)
 
 
-def _kept(left: Tensor, scores: Tensor | None, born: Tensor, pools: tuple[tuple[str, int], ...]) -> Tensor:
+def _kept(left: Tensor, scores: Tensor | None, born: Tensor, pools: tuple[Pool, ...]) -> Tensor:
     """Return which of the tokens that left the window `[B, H_kv, T, C]` hold a slot for each query; older on ties.
 
     Pools that age rank by positions `born` `[B, H_kv, C]` that count from the block: those of a long text would round.
     """
     kept = torch.zeros_like(left)
-    for i, (name, count) in enumerate(pools):
+    for i, pool in enumerate(pools):
         assert scores is not None
-        rank, horizon = scores[:, :, i], get_score(name).horizon
-        if horizon is not None:
-            rank = rank.clamp_min(FAINTEST).log() + born / horizon
-        best = rank[:, :, None].where(left, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        rank = scores[:, :, i]
+        if pool.horizon:
+            rank = rank.clamp_min(FAINTEST).log() + born / pool.horizon
+        order = rank[:, :, None].where(left, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        best = order[..., : pool.size]
         won = torch.zeros_like(left).scatter(-1, best, True) & left
         kept, left = kept | won, left & ~won
     return kept

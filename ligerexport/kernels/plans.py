@@ -194,7 +194,7 @@ def _step(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]
         position, state, rotary = x.add("position", batch, dtype=torch.int32), x.add_state(batch), x.add_rotary()
         output = x.add("output", batch, spec.q_heads, spec.d_v)
         score = x.add("score", batch, spec.kv_heads, dtype=torch.float32) if spec.config.foresees else None
-        run = partial(mixer_step, query, key, value, position, state, spec, rotary, out=output, score=score)
+        run = partial(mixer_step, (query, key, value), position, state, spec, rotary, out=output, score=score)
         yield Call({"batch": batch} | x.axes, x.tensors, run, {"output": "output"} | dict.fromkeys(state, "state"))
 
 

@@ -6,14 +6,21 @@ Slow, exact, and written apart from the chunked form in `ops.py`, which must agr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ligerexport.model.gates import get_gate
-from ligerexport.model.scores import get_score
+from ligerexport.model.scores import FAINTEST, Pool
 from ligerexport.model.state import MixerSpec, MixerState
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: torch.softmax(x, dim=-1),
+    "one_minus_sigmoid": lambda x: 1 - torch.sigmoid(x),
+}
+"""From raw projections `[..., d_k]` to features of the recurrence."""
 
 
 @dataclass
@@ -82,17 +89,12 @@ def liger_mixer_reference(
     return output, present
 
 
-def _features(x: Tensor, kind: str) -> Tensor:
-    """Map raw projections `[..., d_k]` to features of the recurrence."""
-    return torch.softmax(x, dim=-1) if kind == "softmax" else 1 - torch.sigmoid(x)
-
-
 def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
     """Update `[d_k, d_v]` and read it: paper, equation 7; ONNX LinearAttention, `gated`."""
     gate = get_gate(spec.config.gate)
     decay = torch.nn.functional.logsigmoid(k) / gate.decay_divisor
-    recurrent = decay.exp()[:, None] * recurrent + torch.outer(_features(k, gate.key_map), v)
-    return _features(q, gate.query_map) @ recurrent, recurrent
+    recurrent = decay.exp()[:, None] * recurrent + torch.outer(FEATURE_MAPS[gate.key_map](k), v)
+    return FEATURE_MAPS[gate.query_map](q) @ recurrent, recurrent
 
 
 def _recur_by_keys(
@@ -148,12 +150,12 @@ def _attend(
         Output `[G, d_v]`, the logarithm of the softmax's denominator `[G]`, and what was dropped.
     """
     config = spec.config
-    scores = [arrival if get_score(name).on_arrival else 0.0 for name, _ in config.slots]
+    scores = [arrival if pool.on_arrival else 0.0 for pool in spec.pools]
     slots.append(Slot(k, v, now, scores))
 
     in_window = [now - s.position < config.window for s in slots]
     kept = _kept(
-        [s for s, near in zip(slots, in_window, strict=True) if not near and s.position >= config.sinks], config.slots
+        [s for s, near in zip(slots, in_window, strict=True) if not near and s.position >= config.sinks], spec.pools
     )
     before = list(slots)
     slots[:] = [
@@ -178,19 +180,18 @@ def _judge(k: Tensor, v: Tensor, judge: Tensor) -> float:
     return (v - answer).norm().item()
 
 
-def _kept(left: list[Slot], pools: tuple[tuple[str, int], ...]) -> list[Slot]:
+def _kept(left: list[Slot], pools: tuple[Pool, ...]) -> list[Slot]:
     """Return what keeps a slot: the best of the first pool, then of the next among the rest; older on ties."""
     kept: list[Slot] = []
-    for i, (name, count) in enumerate(pools):
-        left = sorted(left, key=lambda s, i=i, name=name: (-_rank(s.scores[i], s.position, name), s.position))  # type: ignore[misc]
-        kept, left = kept + left[:count], left[count:]
+    for i, pool in enumerate(pools):
+        left = sorted(left, key=lambda s, i=i, pool=pool: (-_rank(s.scores[i], s.position, pool), s.position))  # type: ignore[misc]
+        kept, left = kept + left[: pool.size], left[pool.size :]
     return kept
 
 
-def _rank(value: float, position: int, name: str) -> float:
-    """Return what a pool ranks by: the score, or its logarithm with what age takes off."""
-    horizon = get_score(name).horizon
-    return value if horizon is None else math.log(max(value, 1e-30)) + position / horizon
+def _rank(value: float, position: int, pool: Pool) -> float:
+    """Return what a pool ranks by: the score, or its logarithm minus what age costs."""
+    return math.log(max(value, FAINTEST)) + position / pool.horizon if pool.horizon else value
 
 
 def _rotate(x: Tensor, offset: int, spec: MixerSpec, rotary: Tensor) -> Tensor:
@@ -212,17 +213,16 @@ def _score(logits: Tensor, now: int, slots: list[Slot], spec: MixerSpec) -> None
     config = spec.config
     local = [now - s.position < config.window or s.position < config.sinks for s in slots]
     weight = torch.softmax(logits.masked_fill(~torch.tensor(local, device=logits.device), -math.inf), dim=-1)
-    for i, (name, _) in enumerate(config.slots):
-        score = get_score(name)
-        if score.signal != "received":
+    for i, pool in enumerate(spec.pools):
+        if pool.on_arrival:
             continue
         for j, s in enumerate(slots):
-            if score.first_distance(config.window) <= now - s.position < config.window:
-                received = weight[:, j] * (s.value.norm() if score.by_value else 1.0)
-                if score.reduce == "max":
-                    s.scores[i] = max(s.scores[i], received.max().item())
-                else:
+            if pool.first_distance <= now - s.position < config.window:
+                received = weight[:, j] * (s.value.norm() if pool.by_value else 1.0)
+                if pool.summed:
                     s.scores[i] += received.sum().item()
+                else:
+                    s.scores[i] = max(s.scores[i], received.max().item())
 
 
 def _load_slots(state: MixerState, b: int, h: int) -> list[Slot]:

@@ -101,9 +101,9 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
         max_distance=liger.max_distance or config.max_position_embeddings,
     )
     family = get_family(config.model_type)
-    local = family.local_layers(config) if liger.keep_window is None else liger.keep_window
-    specs: list[MixerSpec | None] = []
     attention = family.attention(config)
+    local = family.local_layers(attention) if liger.keep_window is None else liger.keep_window
+    specs: list[MixerSpec | None] = []
     for layer in local:
         if not 0 <= layer < layers or attention[layer].window is None:
             raise UsageError(f"keep_window {list(local)}", hint=f"layer {layer} has no sliding window")
@@ -196,7 +196,7 @@ class LigerMixer(nn.Module):
         query = query.unflatten(-1, (spec.q_heads, spec.d_k))
         key = key.unflatten(-1, (spec.kv_heads, spec.d_k))
         value = value.unflatten(-1, (spec.kv_heads, spec.d_v))
-        score = self.foresee(hidden_states, position_ids) if spec.config.foresees else None
+        score = self.learned_score(hidden_states, position_ids) if spec.config.foresees else None
         if cu_seq_lens_q is not None:
             if cache is not None or max_length_q is None:
                 raise ValueError("packed documents need max_length_q and keep no cache: pass use_cache=False")
@@ -212,22 +212,22 @@ class LigerMixer(nn.Module):
         one_launch = layer is not None and fused(query) and spec.config.fuses
         one_launch = one_launch and spec.config.num_slots * spec.d_k <= ONE_LAUNCH
         if length == 1 and one_launch and not torch.is_grad_enabled():
-            q, k, v, given = query[:, 0], key[:, 0], value[:, 0], None if score is None else score[:, 0]
-            output = mixer_step(q, k, v, position, state, spec, rotary, score=given)[:, None]  # in the cache, in place
+            q, k, v, now = query[:, 0], key[:, 0], value[:, 0], None if score is None else score[:, 0]
+            output = mixer_step(q, k, v, position, state, spec, rotary, score=now)[:, None]  # in the cache, in place
         else:
             output, state = liger_mixer(query, key, value, position, state, spec, rotary, score)
         if layer is not None:
             layer.advance(state, length)
         return self.o_proj(output.flatten(2)), None
 
-    def foresee(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
-        """Return what each token competes with for the slots of a `learned` pool, `[B, T, H_kv]` fp32, no gradient.
+    def learned_score(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the score of each token for a `learned` pool, `[B, T, H_kv]` fp32, without a gradient.
 
         Args:
             hidden_states: `[B, T, hidden]`.
-            position_ids: `[B or 1, T]`; not read here.
+            position_ids: `[B or 1, T]`; unused here, but an override may need it.
         """
-        # too many tokens would tie in bf16, to which autocast would round
+        # in bf16, to which autocast would round, too many tokens would tie
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
             weight, bias = self.score_proj.weight.to(dtype), self.score_proj.bias.to(dtype)
@@ -251,8 +251,8 @@ class LigerMixer(nn.Module):
         rotary = _shared_table(self.inv_freq, spec.max_distance, device)
         position = ends - bounds[:-1] - longest
         query, key, value = unpack(query), unpack(key), unpack(value)
-        given = None if score is None else unpack(score)
-        output, _ = liger_mixer(query, key, value, position, state, spec, rotary, given)
+        score = None if score is None else unpack(score)
+        output, _ = liger_mixer(query, key, value, position, state, spec, rotary, score)
         return output.flatten(0, 1).index_select(0, place).unflatten(0, shape[:2])
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ligerexport.artifact.artifact import MANIFEST
+from ligerexport.artifact.artifact import MANIFEST, is_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError
 from ligerexport.text.tokenizer import TextModel
@@ -136,11 +136,6 @@ class Opened(ABC):
     @abstractmethod
     def sibling(self, batch: int = 1) -> Opened:
         """Return other sequences on the same weights, which have read nothing."""
-
-
-def is_artifact(model: str | Path) -> bool:
-    """Return whether this is a directory that `build` wrote."""
-    return bool(str(model)) and (Path(model).expanduser() / MANIFEST).is_file()
 
 
 def open_model(

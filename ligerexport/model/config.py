@@ -184,7 +184,7 @@ class LigerConfig:
     @property
     def foresees(self) -> bool:
         """Whether a pool is kept by a score that comes with each token."""
-        return any(get_score(name).signal == "given" for name, _ in self.slots)
+        return any(get_score(name).signal == "learned" for name, _ in self.slots)
 
     @property
     def recurrent(self) -> bool:
@@ -241,7 +241,7 @@ class Preset:
 
 DEFAULT_PRESET = "memory"
 
-FORESIGHT = LigerConfig(
+_LEARNED = LigerConfig(
     window=60, sinks=4, slots=(("recent_use", 28), ("learned", 36)), attention_weight=1.0, recurrence_weight=0.0
 )
 
@@ -265,12 +265,12 @@ PRESETS: dict[str, Preset] = {
         "sinks, window and slots kept by a score; best untrained",
     ),
     "foresight": Preset(
-        FORESIGHT,
+        _LEARNED,
         "the same with a score that foresees what will be asked for; needs --calibrate or scores that come with "
         "the model",
     ),
     "evicted": Preset(
-        replace(FORESIGHT, recurrence_weight=1.0, recurrence="evicted"),
+        replace(_LEARNED, recurrence_weight=1.0, recurrence="evicted"),
         "foresight, and a recurrence that reads what loses its slot and shares the softmax's denominator",
     ),
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -146,9 +146,9 @@ class Family:
             ))  # fmt: skip
         return tuple(layers)
 
-    def local_layers(self, config: Any) -> tuple[int, ...]:
-        """Return the layers that keep their sliding window."""
-        windows = [softmax.window for softmax in self.attention(config)] if self.keeps_windows else []
+    def local_layers(self, attention: Sequence[Attention]) -> tuple[int, ...]:
+        """Return the layers that keep their sliding window; `attention` is what the method of that name returned."""
+        windows = [softmax.window for softmax in attention] if self.keeps_windows else []
         return tuple(layer for layer, window in enumerate(windows) if window is not None)
 
     def weights(self, config: Mapping[str, Any]) -> tuple[Mapping[str, tuple[int, ...]], re.Pattern[str]]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ligerexport.checkpoint.checkpoint import CheckpointInfo
+from ligerexport.dtypes import BY_KERNEL
 from ligerexport.train.config import RecoverConfig
 from ligerexport.train.model import target_shapes
 
@@ -65,7 +66,7 @@ def estimate(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, sh
     shapes = target_shapes(info, config.targets)
     lora = sum(config.rank * (shape[0] + shape[1]) for shape in shapes.values())
     parameters = sum(_count(tensor.shape) for tensor in info.tensors.values())
-    width = 2 if config.dtype == "bf16" else 4
+    width = BY_KERNEL[config.dtype].nbytes
     models, parts = 2 if config.row.needs_teacher else 1, processes if shard else 1
     layers = info.config["num_hidden_layers"]
     layer = max(1, sum(_count(t.shape) for name, t in info.tensors.items() if ".layers." in name) // layers)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ligerexport.console import ProgressFactory, say, silent, warn
+from ligerexport.dtypes import BY_KERNEL
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.model.config import LigerConfig
 from ligerexport.staging import check_destination, remove_directory, staged_directory
@@ -337,7 +338,6 @@ def _trainer(
     info: CheckpointInfo, documents: Documents, config: RecoverConfig, against: Any, group: Any, states: Path, run: Any
 ) -> tuple[Any, Any]:
     """Load the models and return the trainer and PEFT's configuration."""
-    import torch
     from transformers import set_seed
 
     from ligerexport.train.distributed import place
@@ -346,7 +346,7 @@ def _trainer(
     from ligerexport.train.packing import Rows, pack
 
     micro_rows(config, group.size)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+    dtype = BY_KERNEL[config.dtype].torch
     set_seed(config.seed)
     student, lora = load_student(info, config, dtype)
     teacher = place(load_teacher(info, against, dtype), group) if config.row.needs_teacher else None

@@ -34,8 +34,7 @@ from ligerexport.checkpoint.convert import convert
 from ligerexport.errors import LigerError, VerificationError
 from ligerexport.exporters.build import build, make_manifest
 from ligerexport.exporters.onnx import session
-from ligerexport.exporters.onnx.graph import weight_format, write_graph
-from ligerexport.exporters.onnx.lowerings import LOWERINGS
+from ligerexport.exporters.onnx.graph import LOWERINGS, weight_format, write_graph
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.verify.verify import verify_artifact

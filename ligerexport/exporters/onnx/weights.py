@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ligerexport.checkpoint.checkpoint import not_finite
+from ligerexport.dtypes import DTYPES
 from ligerexport.exporters.onnx.quantise import Blocks, dequantise, pack, quantise, requantise, unpack
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, Precision
@@ -26,7 +27,6 @@ ALIGNMENT = 4096
 """Bytes; a page, so that a runtime can map a weight instead of copying it."""
 SUFFIXES = ("", "_scale", "_zero_point")
 """Of the names of the three tensors of a quantised matrix."""
-_HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _MLP = re.compile(r"layers\.(\d+)\.mlp\.(\w+)_proj")
 JOINT = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
 """Maps of one input, by what they are called as one."""
@@ -56,7 +56,8 @@ class WeightFormat:
     @property
     def activation(self) -> ir.DataType:
         """Type of what goes into products with weights and comes out of them."""
-        return _HALVES.get(self.precision.dtype, ir.DataType.FLOAT) if self.typed else ir.DataType.FLOAT
+        dtype = DTYPES[self.precision.dtype]
+        return ir.DataType(dtype.onnx) if self.typed and dtype.half else ir.DataType.FLOAT
 
     def bits(self, spec: ModelSpec, name: str) -> int:
         """Return the bits of an element of a weight; 32 for what is no matrix, and for learned scores.
@@ -147,7 +148,7 @@ def _parts(spec: ModelSpec, name: str, form: WeightFormat) -> dict[str, tuple[ir
     if bits == 32:
         return {"": (ir.DataType.FLOAT, shape)}
     if bits == 16:
-        return {"": (_HALVES[form.precision.dtype], shape)}
+        return {"": (ir.DataType(DTYPES[form.precision.dtype].onnx), shape)}
     rows, width = shape
     block = form.block_of(spec, name)
     count = -(-width // block)

@@ -15,11 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.artifact.artifact import sha256
 from ligerexport.console import ProgressFactory
+from ligerexport.dtypes import DTYPES
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.exporters.targets import get_target
 from ligerexport.exporters.tensorrt.machine import driver
+from ligerexport.reading import sha256
 
 if TYPE_CHECKING:
     from ligerexport.artifact.artifact import Manifest
@@ -198,7 +199,7 @@ def _add_plugin(
     layers = [layer for layer in dict.fromkeys(spec.mixers) if layer is not None]
     with progress(f"compiling kernels for {', '.join(f'sm_{sm}' for sm in gpu.sms)}"):
         write_pack(layers, directory / PACK, products=products(ir.load(directory / manifest.graph.file).graph),
-                   sms=gpu.sms, dtype=_dtype(form), max_batch=gpu.max_batch)  # fmt: skip
+                   sms=gpu.sms, dtype=DTYPES[form.precision.dtype].kernel, max_batch=gpu.max_batch)  # fmt: skip
     device: dict[str, Any] = {"sms": list(gpu.sms), "max_batch": gpu.max_batch, "contract": CONTRACT, "kernels": PACK}
     if gpu.plugin is not None:
         shutil.copyfile(gpu.plugin, directory / PLUGIN_FILE)
@@ -234,8 +235,3 @@ def _model(directory: Path, manifest: Manifest) -> str:
 
     files = (directory / name for name in (manifest.graph.file, manifest.graph.data, PACK))
     return "-".join(sha256(file)[:8] for file in files if file.is_file())
-
-
-def _dtype(form: WeightFormat) -> str:
-    """Return the type of activations as kernels call it."""
-    return {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[form.precision.dtype]

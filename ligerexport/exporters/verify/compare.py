@@ -10,7 +10,7 @@ import numpy as np
 
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.verify.torch_model import Answer, State
-from ligerexport.model.scores import get_score
+from ligerexport.model.scores import FAINTEST, get_score
 
 if TYPE_CHECKING:
     from ligerexport.artifact.snapshot import Snapshot
@@ -178,9 +178,9 @@ def is_near_tie(expected: State, found: State, pools: tuple[tuple[str, int], ...
 
 def get_ranks(scores: np.ndarray, positions: np.ndarray, pools: tuple[tuple[str, int], ...]) -> np.ndarray:
     """Return ranks `[P, n]` on a logarithmic scale, on which a relative difference of scores is a distance."""
-    ranks = np.log(np.maximum(scores, 1e-30, dtype=np.float64))
+    ranks = np.log(np.maximum(scores, FAINTEST, dtype=np.float64))
     for i, score in enumerate(get_score(name) for name, _ in pools):
-        if score.signal == "given":  # a logarithm already
+        if score.signal == "learned":  # a logarithm already
             ranks[i] = scores[i]
         if score.horizon is not None:
             ranks[i] += positions / score.horizon

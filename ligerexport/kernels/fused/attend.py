@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ligerexport.kernels.fused.candidates import BLOCK, Candidates, angles, turn
 from ligerexport.kernels.fused.launch import launch
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from ligerexport.kernels.fused.numbers import LOG2E
 
 
 @triton.jit

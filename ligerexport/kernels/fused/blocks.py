@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from ligerexport.kernels.fused.numbers import LOG2E
+
 FAINTEST_DECAY = tl.constexpr(-256.0)
 """Bits of decay a token beyond which fp32 forgets everything anyway; keeps sums finite under a decay of -inf."""
 REACH = tl.constexpr(80.0)
@@ -62,7 +63,7 @@ def load_scores(pointer, at, C: tl.constexpr):
 
 @triton.jit
 def features(x, m_rows, channels, K: tl.constexpr, MAP: tl.constexpr):
-    """Map raw projections `[C, BK]` fp32 to features; zero in rows outside `m_rows` and channels outside K."""
+    """Map raw projections `[C, BK]` fp32 by a map of `FEATURE_MAPS`; zero in rows outside `m_rows` and beyond K."""
     m_block = m_rows[:, None] & (channels < K)[None, :]
     if MAP == "softmax":
         x = tl.where((channels < K)[None, :], x * LOG2E, float("-inf"))
@@ -70,6 +71,8 @@ def features(x, m_rows, channels, K: tl.constexpr, MAP: tl.constexpr):
         x = x * (1.0 / tl.sum(x, axis=1))[:, None]
     elif MAP == "one_minus_sigmoid":
         x = 1.0 / (1.0 + tl.exp2(x * LOG2E))
+    else:
+        tl.static_assert(MAP == "none", "no such feature map in this kernel")
     return tl.where(m_block, x, 0.0)
 
 
@@ -80,6 +83,7 @@ def features_gradient(feature, gradient, MAP: tl.constexpr):
         return feature * (gradient - tl.sum(feature * gradient, axis=1)[:, None])
     elif MAP == "one_minus_sigmoid":
         return -feature * (1.0 - feature) * gradient
+    tl.static_assert(MAP == "none", "no such feature map in this kernel")
     return gradient
 
 

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ligerexport.kernels.fused.launch import launch, layout, same
-from ligerexport.model.scores import get_score
 from ligerexport.model.state import MixerSpec, MixerState
 
 BLOCK = 64
@@ -254,8 +253,7 @@ def gather_candidates(
         angles=table,
         reach=reach,
     )
-    pool = next((i for i, (name, _) in enumerate(config.slots) if get_score(name).on_arrival), -1)
-    given = arrival if arrival is not None else position  # never read without a pool that is kept by it
+    arrives = next((i for i, pool in enumerate(spec.pools) if pool.on_arrival), -1)
     strides = [s for x in (query, key, value) for s in x.stride()[:3]] + [
         *(arrival.stride() if arrival is not None else (0, 0, 0))
     ]
@@ -266,10 +264,10 @@ def gather_candidates(
     rows = 32 if max(width_k, width_v) <= 128 else 16
     launch(
         call, _tokens_kernel, (triton.cdiv(length, rows), kv_heads, batch),
-        query, key, value, given, position, table, found.query, found.key, found.value, found.time, found.leave,
-        found.score, *strides, length, table.stride(0), reach,
+        query, key, value, position if arrival is None else arrival, position, table, found.query, found.key,
+        found.value, found.time, found.leave, found.score, *strides, length, table.stride(0), reach,
         constants=lambda: constants | {
-            "GROUP": q_heads // kv_heads, "ARRIVAL_POOL": pool, "ROWS": rows, "num_warps": 4,
+            "GROUP": q_heads // kv_heads, "ARRIVAL_POOL": arrives, "ROWS": rows, "num_warps": 4,
         },
     )  # fmt: skip
     launch(

@@ -18,6 +18,7 @@ from ligerexport.kernels.fused import linear_attention
 from ligerexport.kernels.fused.candidates import EMPTY, NEVER
 from ligerexport.kernels.fused.evicted_step import rotary_places, slow_turn
 from ligerexport.kernels.fused.memory_attention import Attended
+from ligerexport.kernels.fused.numbers import LN2, LOG2E
 from ligerexport.model.state import MixerSpec, MixerState
 
 
@@ -162,8 +163,8 @@ def _features_kernel(
         m_to = m_t[:, None] & m_k[None, :]
         tl.store(p_wanted + row[:, None] * D_K + o_k[None, :], wanted.to(p_wanted.dtype.element_ty), mask=m_to)
         normaliser = tl.load(p_lse + (b * (H * G) + head) * tokens + t, mask=m_t, other=0.0)
-        logit = mean * 1.4426950408889634 + tl.log2(some) + log2_weight - normaliser
-        share = tl.where(count > 0, tl.sigmoid(logit * 0.6931471805599453), 0.0)
+        logit = mean * LOG2E + tl.log2(some) + log2_weight - normaliser
+        share = tl.where(count > 0, tl.sigmoid(logit * LN2), 0.0)
         tl.store(p_share + row, share, mask=m_t)
 
 

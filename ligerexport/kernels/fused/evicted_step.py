@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ligerexport.kernels.fused.numbers import LN2, LOG2E
 from ligerexport.model.state import MixerSpec, MixerState
 
 
@@ -112,8 +113,8 @@ def _evicted_step_kernel(
     mean = tl.sum(turned * sums[None, :], axis=1) / some
     features = turned + (1.0 - mean)[:, None] * one[None, :]
     normaliser = tl.load(p_key + D_K + D_V + o_g, mask=m_g, other=0.0)
-    logit = mean * 1.4426950408889634 + tl.log2(some) + log2_weight - normaliser
-    share = tl.where(count > 0, tl.sigmoid(logit * 0.6931471805599453), 0.0)[:, None]
+    logit = mean * LOG2E + tl.log2(some) + log2_weight - normaliser
+    share = tl.where(count > 0, tl.sigmoid(logit * LN2), 0.0)[:, None]
     for i in tl.static_range((D_V + BLOCK_V - 1) // BLOCK_V):
         o_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
         m_v = o_v < D_V

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ligerexport.kernels.fused.candidates import BLOCK, EMPTY, NEVER, Candidates
 from ligerexport.kernels.fused.launch import launch
-from ligerexport.model.scores import get_score
-from ligerexport.model.state import MixerState
+from ligerexport.kernels.fused.numbers import FAINTEST
+from ligerexport.model.state import SLOTS, MixerState
 
 EVENTS = 128
 """Tokens leaving the window for which one program finds what a pool drops."""
@@ -35,7 +35,7 @@ def _order(score, time, item, enters, HORIZON: tl.constexpr):
     """
     rank = score
     if HORIZON > 0:
-        rank = tl.log(tl.maximum(score, 1e-30)) + tl.div_rn(time.to(tl.float32), HORIZON)
+        rank = tl.log(tl.maximum(score, FAINTEST)) + tl.div_rn(time.to(tl.float32), HORIZON)
     bits = tl.where(rank == 0, 0.0, rank).to(tl.int32, bitcast=True)  # -0 is as good as 0
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(enters, (bits.to(tl.int64) << 32) + (item ^ 0x7FFFFFFF).to(tl.int64), NOTHING)
@@ -235,15 +235,14 @@ def _present_kernel(
 
 def deaths(found: Candidates) -> Tensor:
     """Return the time `[B, H_kv, C]` int32 from which on each candidate is seen no more; scores must be complete."""
-    pools = found.spec.config.slots
+    pools = found.spec.pools
     if not pools:
         return found.leave
     batch, kv_heads, count = found.time.shape
     events = found.length + found.spec.config.kept
     blocks = triton.cdiv(events, EVENTS)
     death = torch.empty_like(found.time, memory_format=torch.contiguous_format)
-    horizons = [get_score(name).horizon or 0.0 for name, _ in pools]
-    places = [max(2, triton.next_power_of_2(size)) for _, size in pools]
+    places = [max(2, triton.next_power_of_2(pool.size)) for pool in pools]
     listed = [min(n, EVENTS) for n in places]
 
     def lists(width: int) -> Tensor:
@@ -256,10 +255,10 @@ def deaths(found: Candidates) -> Tensor:
         found.call, _enter_kernel, (triton.cdiv(count, EVENTS), kv_heads, batch),
         found.time, found.leave, found.score, found.position, death, key, best, count, events, blocks,
         constants=lambda: common | {
-            "SINKS": found.spec.config.sinks, "HORIZON": horizons[0], "LISTED": listed[0],
+            "SINKS": found.spec.config.sinks, "HORIZON": pools[0].horizon, "LISTED": listed[0],
         },
     )  # fmt: skip
-    for i, (_, size) in enumerate(pools):
+    for i, pool in enumerate(pools):
         last = i == len(pools) - 1
         after = i if last else i + 1
         leaders = lists(places[i])
@@ -274,7 +273,7 @@ def deaths(found: Candidates) -> Tensor:
             (found.call, i), _drop_kernel, (blocks, kv_heads, batch),
             key, leaders, next_key, next_best, found.score, found.time, found.leave, death, count, events, blocks,
             constants=lambda: common | {
-                "SIZE": size, "PLACES": places[i], "NEXT": i + 1, "HORIZON": horizons[after],
+                "SIZE": pool.size, "PLACES": places[i], "NEXT": i + 1, "HORIZON": pools[after].horizon,
                 "LISTED": listed[after], "ROWS": 16,
             },
         )  # fmt: skip
@@ -317,9 +316,8 @@ def present_slots(found: Candidates, table: Tensor, key: Tensor, value: Tensor, 
     """Return the slots after the last token; `table` is what `old_table` returned for the deaths."""
     batch, length, kv_heads, d_k = key.shape
     d_v, config = value.shape[3], found.spec.config
-    names = ("slot_key", "slot_value", "slot_position", "slot_score")
     present = {
-        name: torch.empty_like(state[name], memory_format=torch.contiguous_format) for name in names if name in state
+        name: torch.empty_like(state[name], memory_format=torch.contiguous_format) for name in SLOTS if name in state
     }
     launch(
         found.call, _present_kernel, (triton.cdiv(config.num_slots, 16), kv_heads, batch),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ligerexport.kernels.fused.segments import segment_count, segment_length
 from ligerexport.kernels.library.dispatch import fused
-from ligerexport.kernels.linear_attention import feature_map, gated_linear_attention
+from ligerexport.kernels.linear_attention import FEATURE_MAPS, gated_linear_attention
 from ligerexport.model.gates import get_gate
 
 
@@ -109,7 +109,7 @@ def _plain(
     else:
         row = get_gate(gate)
         g = torch.nn.functional.logsigmoid(k) / row.decay_divisor
-        q, k = feature_map(q, row.query_map), feature_map(k, row.key_map)
+        q, k = FEATURE_MAPS[row.query_map](q), FEATURE_MAPS[row.key_map](k)
     if initial_state is None:
         initial_state = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
     if key.shape[1] == 0:
@@ -143,9 +143,8 @@ def _linear_attention_backward(
 ) -> list[Tensor]:  # fmt: skip
     from ligerexport.kernels.fused import linear_attention as kernels
 
-    found = kernels.backward(
-        d_output, d_final, query, key, value, decay, initial_state, states, cu_seqlens, gate, scale
-    )
+    inputs = (query, key, value, decay, initial_state)
+    found = kernels.backward(d_output, d_final, inputs, states, cu_seqlens, gate, scale)
     return [x for x in found if x is not None]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.memory_attention import memory_attention as plain_memory_attention
-from ligerexport.model.state import MixerSpec, MixerState
+from ligerexport.model.state import SLOTS, MixerSpec, MixerState
 
 
 class Evicted(NamedTuple):
@@ -31,8 +31,6 @@ class Evicted(NamedTuple):
 
 BLOCK = 64
 """Tokens that are mixed at a time; `rotary_table` must reach this far ahead."""
-
-SLOTS = ("slot_key", "slot_value", "slot_position", "slot_score")
 
 
 def memory_attention(

@@ -18,13 +18,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ligerexport.artifact.artifact import open_artifact
+from ligerexport.artifact.artifact import is_artifact, open_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError, VerificationError
 from ligerexport.measure.bench import machine
 from ligerexport.measure.bench.settings import Settings
 from ligerexport.measure.bench.worker import Worker
-from ligerexport.measure.opened import is_artifact
 from ligerexport.threads import default_threads
 from ligerexport.versions import versions
 

@@ -13,11 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ligerexport.artifact.artifact import is_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError
 from ligerexport.measure.evaluate.report import REPORT, Report
 from ligerexport.measure.evaluate.settings import KEYS, PAIR_LENGTHS, PAIRS, Settings, choose_parts
-from ligerexport.measure.opened import Opened, TorchModel, check_same_tokenizer, is_artifact, open_model
+from ligerexport.measure.opened import Opened, TorchModel, check_same_tokenizer, open_model
 from ligerexport.staging import check_destination
 from ligerexport.text.corpus import cut_windows, read_tokens, text_files
 from ligerexport.versions import versions
