@@ -12,7 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.checkpoint.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint, check_links, check_plain
+from ligerexport.checkpoint.checkpoint import (
+    CheckpointInfo,
+    check_checkpoint,
+    check_links,
+    check_plain,
+    copy_companions,
+)
 from ligerexport.checkpoint.seal import write_seal
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError, quoted
@@ -206,9 +212,10 @@ def write_merged(
     _write_record(stage, record)
     config = dict(info.config) | {RECOVERY: dict(record)}
     (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    others = [f for f in info.path.iterdir() if f.name.startswith(COMPANIONS) and f.is_file()]
-    for file in [*others, *([] if info.index is None else [info.index])] if stage != info.path else ():
-        shutil.copyfile(file, stage / file.name)
+    if stage != info.path:
+        copy_companions(info.path, stage)
+        if info.index is not None:
+            shutil.copyfile(info.index, stage / info.index.name)
     with (progress or silent)("merging weights", info.bytes, "bytes") as advance:
         for file in info.files:
             _merge_file(file, stage / file.name, pairs, scale)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ _SLAB = 1 << 24
 WRAPPERS = r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 """What torch puts into the names of weights when a wrapped or compiled model is saved."""
 
-COMPANIONS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "generation_config")
+_COMPANIONS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "generation_config")
 """What the names of files start with that belong to a checkpoint beside config and weights."""
 
 
@@ -85,6 +86,13 @@ class CheckpointInfo:
     def plain(self) -> bool:
         """Whether the files hold the model's weights as they are, under the model's names."""
         return not self.renamed and self.quantised is None and self.adapter is None
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the files that belong to a checkpoint's tokenizer and generation from one directory to another."""
+    for file in source.iterdir():
+        if file.name.startswith(_COMPANIONS) and file.is_file():
+            shutil.copyfile(file, target / file.name)
 
 
 def check_checkpoint(path: str | Path, *, tokenizer: bool = True) -> CheckpointInfo:

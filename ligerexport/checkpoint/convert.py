@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.checkpoint.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint
+from ligerexport.checkpoint.checkpoint import CheckpointInfo, check_checkpoint, copy_companions
 from ligerexport.checkpoint.loading import check_finite, check_loadable, write_plain
 from ligerexport.checkpoint.loading import load_model as load_model
 from ligerexport.checkpoint.loading import load_transformer as load_transformer
@@ -128,17 +128,11 @@ def plan_convert(
 
 @dataclass(frozen=True)
 class ConvertPlan:
-    """A conversion with its arguments checked; made by `plan_convert`.
+    """A conversion with its arguments checked; made by `plan_convert`, whose arguments its fields are.
 
     Attributes:
-        model: A directory, a hub id or a built-in model.
-        output: Directory to write.
-        liger: The conversion.
+        liger: The conversion that was chosen.
         texts: Files to fit a learned score on.
-        scores: File of scores that were fitted before.
-        windows: Windows of text that a fit reads.
-        adapter: LoRA to merge: a directory, or `shipped`.
-        force: Whether an older converted checkpoint may be replaced.
     """
 
     model: str | Path
@@ -197,8 +191,7 @@ class ConvertPlan:
                 found = find_scores(source, info, liger, self.texts, self.scores, self.windows, progress)
                 config["liger_scores"] = found.facts
             (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            for file in [f for f in source.path.iterdir() if f.name.startswith(COMPANIONS) and f.is_file()]:
-                shutil.copyfile(file, stage / file.name)
+            copy_companions(source.path, stage)
             write_weights(stage, info, found, progress)
             _seal(stage, source, progress)
             shutil.rmtree(aside, ignore_errors=True)

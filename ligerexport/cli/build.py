@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.described import finish
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
 from ligerexport.errors import UsageError, quoted
@@ -81,7 +80,7 @@ def build(
         facts = describe_checkpoint(model, plan.spec.liger) | plan.describe()
         if plan.gpu is not None:
             facts["sms"] = options.plain(plan.gpu.sms)
-        return finish(json, f"would write {plan.output}", facts, None)
+        return options.finish_made(json, f"would write {plan.output}", facts, None)
     path = plan.run(progress)
     manifest = open_artifact(path, hashes=False).manifest
     facts = {
@@ -97,7 +96,7 @@ def build(
     }
     following = {"onnx": f'ligerexport run {quoted(path)} "Once upon a time"',
                  "trt": f"liger-run {quoted(path)} --ids 1,2,3"}  # fmt: skip
-    finish(json, "built and verified", facts, following.get(target))
+    options.finish_made(json, "built and verified", facts, following.get(target))
 
 
 def _cost(precision: str, quality: dict[str, Any] | None) -> str | None:

@@ -175,9 +175,6 @@ class AllocatePlan:
         prose: A stream of tokens.
         tried: The memories of each converted layer, its own first.
         budget: Slots of all converted layers together.
-        config: The settings.
-        against: The Transformer; None takes the checkpoint's own weights.
-        output: File to write.
         asked: Model and texts as they were given.
     """
 
