@@ -267,25 +267,25 @@ def _none_ships(name: str) -> UsageError:
 
 
 def _seal(place: Path, source: Source, progress: ProgressFactory) -> None:
-    """Look at every weight of a conversion once: each is finite, and what the files are is noted."""
+    """Check once that every weight of a conversion is finite, and record the identity of its files."""
     info = check_checkpoint(place, tokenizer=False)
     same = [file for file in info.files if (source.path / file.name).exists()]
     same = [file for file in same if file.samefile(source.path / file.name)]
     known = {file.name: source.sha256[file.name] for file in same if file.name in source.sha256}
     hashed = sum(file.stat().st_size for file in info.files if file.name not in known)
     with progress("checking the weights", info.bytes + hashed) as advance:
-        check_finite(replace(info, path=source.path), advance)  # the place that a user knows
+        check_finite(replace(info, path=source.path), advance)  # the directory that a user knows
         write_seal(place, info.files, known, advance)
 
 
 def _made_plain(info: CheckpointInfo) -> dict[str, str]:
-    """Return what is to be known of how the weights of a conversion were made of those in the source's files."""
+    """Return how the weights of a conversion were made from those in the source's files."""
     facts = {"dequantised": info.quantised, "adapter": info.adapter and info.adapter.name}
     return {key: value for key, value in facts.items() if value}
 
 
 def _check_not_recovered(info: CheckpointInfo, source: Source) -> None:
-    """Refuse weights that were trained with a conversion, and fit no other."""
+    """Refuse weights that were trained for another conversion."""
     from ligerexport.checkpoint.adapter import RECOVERY
 
     if RECOVERY in info.config:
@@ -299,7 +299,7 @@ def _check_not_recovered(info: CheckpointInfo, source: Source) -> None:
 
 
 def _check_output(output: Path) -> None:
-    """Refuse to replace a checkpoint that was not made by a conversion: it may be the only copy."""
+    """Refuse to replace a checkpoint that is not converted: it may be the only copy."""
     config = output / "config.json"
     if config.is_file() and '"liger"' not in config.read_text():
         raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
@@ -360,7 +360,7 @@ def convert_in_memory(
         raise UsageError(f"a learned pool needs {missing[0]}", hint="pass scores=, such as the tensors of a fit")
     weights = {name: tensor for name, tensor in weights.items() if name in wanted or ".score_proj." not in name}
     converted.load_state_dict(weights, assign=True, strict=True)
-    for name, module in model.named_modules():  # what is in no file, such as rotary frequencies
+    for name, module in model.named_modules():  # buffers that are in no file, such as rotary frequencies
         for buffer in module._non_persistent_buffers_set:
             setattr(converted.get_submodule(name), buffer, getattr(module, buffer))
     converted.tie_weights()
