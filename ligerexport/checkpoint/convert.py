@@ -116,8 +116,8 @@ def plan_convert(
         CheckpointError: The adapter is not one of `recover`.
     """
     output = Path(output)
-    liger = choose_conversion(model, preset, memory, adapter, changes)
-    texts = check_score_options(liger, calibrate, scores, windows)
+    liger = _choose_conversion(model, preset, memory, adapter, changes)
+    texts = _check_score_options(liger, calibrate, scores, windows)
     if output.resolve() == Path(model).expanduser().resolve():
         raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
     _check_output(output)
@@ -203,19 +203,11 @@ class ConvertPlan:
         return self.output
 
 
-def choose_conversion(
-    model: str | Path,
-    preset: str | None,
-    memory: str | Path | None,
-    adapter: str | Path | None,
+def _choose_conversion(
+    model: str | Path, preset: str | None, memory: str | Path | None, adapter: str | Path | None,
     changes: Mapping[str, Any],
-) -> LigerConfig:
-    """Return the conversion that the options of `convert` ask for.
-
-    Raises:
-        UsageError: A setting makes no sense, a memory is none, or no adapter ships for this model.
-        CheckpointError: The adapter is none.
-    """
+) -> LigerConfig:  # fmt: skip
+    """Return the conversion that the options ask for."""
     from ligerexport.checkpoint.adapter import read_record
 
     if memory is not None:
@@ -228,14 +220,10 @@ def choose_conversion(
     return LigerConfig.from_dict(read_record(place)["liger"])
 
 
-def check_score_options(
-    liger: LigerConfig, calibrate: Sequence[str | Path] | None, scores: str | Path | None, windows: int = WINDOWS
+def _check_score_options(
+    liger: LigerConfig, calibrate: Sequence[str | Path] | None, scores: str | Path | None, windows: int
 ) -> list[Path]:
-    """Return the text files to fit a learned score on, having checked the options that say where it comes from.
-
-    Raises:
-        UsageError: They contradict each other or the conversion, or name what is not there.
-    """
+    """Check where the learned scores come from, and return the text files to fit them on."""
     if (calibrate or scores) and not liger.foresees:
         raise UsageError(
             f"{'--calibrate' if calibrate else '--scores'} is for a learned score, and no pool is kept by one",

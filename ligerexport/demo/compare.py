@@ -88,7 +88,7 @@ class Pair:
     """The processes of two models, and the one queue for both.
 
     Args:
-        model: See `ligerexport.measure.bench.engine.open_engine`.
+        model: See `ligerexport.measure.opened.open_model`.
         against: Likewise.
         **options: Likewise.
 
