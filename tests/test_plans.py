@@ -18,7 +18,8 @@ from ligerexport.cli import main
 from ligerexport.cli.app import app
 from ligerexport.cli.options import path
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.exporters.build import BuildSettings, plan_build
+from ligerexport.exporters.backend import BuildSettings
+from ligerexport.exporters.build import plan_build
 from tests.checkpoints import FORESIGHT, make_checkpoint
 
 PATHS = [

@@ -1,6 +1,7 @@
 """The artifact: a directory with a graph, its weights, a tokenizer, and a manifest that says what they are.
 
-Here is the manifest, how an artifact is written whole or not at all, and the checks before an engine reads it.
+This file has the manifest, the writer, which leaves a whole artifact or none, and the checks before an engine reads
+one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 RUNTIMES = ("onnxruntime",)
-"""Distributions that an artifact may require: nobody is told to install what a stranger's file names."""
+"""Distributions that an artifact may require, so that a hint never names a package that a stranger's file chose."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class StateTensor:
-    """A tensor that goes from one call to the next.
+    """A tensor that is carried from one call to the next.
 
     Attributes:
         past: Name of the input.
@@ -64,7 +65,7 @@ class StateTensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """The step graph: file, most tokens of one call, and its inputs and outputs in order."""
+    """The step graph: its file, the most tokens of one call, and its inputs and outputs in order."""
 
     file: str
     max_chunk: int
@@ -73,13 +74,13 @@ class Graph:
 
     @property
     def data(self) -> str:
-        """File of its weights, numbers and nothing else."""
+        """Name of the file of its weights, which holds nothing but numbers."""
         return f"{self.file}.data"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights come from: name or directory, revision, licence, and sha256 of each weight file."""
+    """Origin of the weights: name or directory, revision, licence, and sha256 of each weight file."""
 
     model: str
     revision: str | None = None
@@ -104,7 +105,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class ByteCounts:
-    """Bytes: weights; constant state of one sequence; what the Transformer's KV cache takes for one token."""
+    """Bytes of the weights, of the constant state of one sequence, and of one token in the Transformer's KV cache."""
 
     weights: int
     state_per_sequence: int
@@ -127,24 +128,24 @@ class Manifest:
         ligerexport: Version that wrote the artifact.
         target: Row of `TARGETS`.
         lowering: How the mixer is written in the graph.
-        precision: Of the weights.
-        source: Where the weights come from.
+        precision: Type of the weights.
+        source: Origin of the weights.
         family: Row of `FAMILIES`.
         liger: `LigerConfig.to_dict()`.
-        model: Sizes.
+        model: Sizes of the model.
         graph: The step graph.
         state: All state tensors.
         bytes: Byte counts.
         requires: Distribution and version specifier of each runtime that the graph needs.
         verification: Result of the parity check against torch, as the verifier wrote it.
-        recovery: How the weights were trained after the conversion, as config.json says it; None where they were not.
-        block: Weights that share a scale, None where each stands for itself.
-        quality: What storing the weights so costs, against fp32 on a built-in text, as the verifier measured it: nats a
-            token before and after, and the divergence. None for fp32.
-        device: What it was built for: compute capabilities, most sequences, the plugin's contract, and the names of
-            kernels, plugin and engine. None for the CPU.
+        recovery: How the weights were trained after the conversion, as in config.json; None if they were not.
+        block: Number of weights that share a scale; None if weights have none.
+        quality: Cost of the precision against fp32 on a built-in text, as the verifier measured it: nats per token
+            before and after, and the divergence. None for fp32.
+        device: What the artifact was built for: compute capabilities, most sequences, the plugin's contract, and the
+            names of kernels, plugin and engine. None for the CPU.
         files: Every other file of the artifact; filled when it is written.
-        format_version: Of this structure.
+        format_version: Version of this structure.
     """
 
     ligerexport: str
@@ -169,20 +170,20 @@ class Manifest:
 
     @property
     def growth(self) -> int:
-        """Bytes by which the state of one sequence grows a token; 0 without layers kept as softmax."""
+        """Bytes by which the state of one sequence grows per token; 0 without layers kept as softmax."""
         return sum(tensor.nbytes for tensor in self.state if tensor.grows)
 
     @property
     def crossover(self) -> int | None:
-        """Tokens of context from which the Transformer's KV cache is larger than the state; None is never."""
+        """Tokens of context from which the Transformer's KV cache is larger than the state; None if it never is."""
         saved = self.bytes.kv_per_token - self.growth
         return self.bytes.state_per_sequence // saved + 1 if saved > 0 else None
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what gives a state its meaning: weights and conversion, whatever the target or lowering."""
+        """Digest of what gives a state its meaning: weights and conversion, but not target or lowering."""
         meaning: list[Any] = [self.source.files, self.liger, asdict(self.model)]
-        if self.precision != "float32":  # other weights, in effect
+        if self.precision != "float32":  # rounding makes them other weights
             meaning += [self.precision, self.block]
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -195,7 +196,7 @@ class Manifest:
         """Read what `to_dict` wrote. Unknown keys are ignored.
 
         Raises:
-            ArtifactError: The format is newer, or something is missing or of the wrong kind.
+            ArtifactError: The format is newer, or a value is missing or of the wrong type.
         """
         version = data.get("format_version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -218,10 +219,10 @@ _REBUILD = "copy the artifact again, or rebuild it with: ligerexport build MODEL
 
 
 def _check_claims(manifest: Manifest) -> None:
-    """Check that what a manifest says agrees with itself, and that no session takes much more than was delivered.
+    """Check that a manifest is consistent, and that a session takes no more memory than the files can account for.
 
     Raises:
-        ValueError: It does not.
+        ValueError: A check fails.
     """
     graph, ids = manifest.graph, ("input_ids", "position")
     logits = TensorInfo("logits", "float32", ("B", manifest.model.vocab_size))
@@ -301,7 +302,7 @@ class ArtifactWriter:
         """Hash all files and write the manifest, last; the artifact gets its name when the block ends.
 
         Args:
-            manifest: Complete but for `files`.
+            manifest: Complete except for `files`.
 
         Returns:
             The manifest with `files`.
@@ -336,11 +337,12 @@ def open_artifact(path: Path | str, *, hashes: bool = True, data: bool = True, r
     Args:
         path: The artifact's directory.
         hashes: Whether to read every file and compare its sha256; sizes are compared in any case.
-        data: Whether that goes for the weights too; else `check_data` does, before anything is computed with them.
+        data: Whether to hash the weights too; otherwise `check_data` must do so before anything is computed with them.
         runtime: Whether the installed runtimes must fit.
 
     Raises:
-        ArtifactError: It is no artifact, of a newer format, incomplete, changed, or built for other runtime versions.
+        ArtifactError: It is no artifact, has a newer format, is incomplete or changed, or was built for other versions
+            of a runtime.
         MissingDependency: A runtime is not installed.
     """
     directory = Path(path)

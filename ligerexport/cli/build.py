@@ -11,7 +11,7 @@ from ligerexport.cli import options
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
 from ligerexport.errors import UsageError, quoted
-from ligerexport.exporters.targets import BLOCK, WEIGHTS
+from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_target
 
 _ANNOUNCED = ("target", "lowering", "max_chunk", "weights")
 """Settings of every build that `--verbose` prints."""
@@ -66,7 +66,8 @@ def build(
     """
     from ligerexport.artifact.artifact import open_artifact
     from ligerexport.checkpoint.describe import describe_checkpoint
-    from ligerexport.exporters.build import BuildSettings, plan_build
+    from ligerexport.exporters.backend import BuildSettings
+    from ligerexport.exporters.build import plan_build
 
     settings = BuildSettings(
         target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai
@@ -94,9 +95,8 @@ def build(
         "chat": _chat(path),
         "device": manifest.device and "  ".join(f"{key}={options.plain(x)}" for key, x in manifest.device.items()),
     }
-    following = {"onnx": f'ligerexport run {quoted(path)} "Once upon a time"',
-                 "trt": f"liger-run {quoted(path)} --ids 1,2,3"}  # fmt: skip
-    options.finish_made(json, "built and verified", facts, following.get(target))
+    following = get_target(target).run.format(path=quoted(path)) or None
+    options.finish_made(json, "built and verified", facts, following)
 
 
 def _cost(precision: str, quality: dict[str, Any] | None) -> str | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,8 +15,8 @@ from ligerexport.checkpoint.sources import BUILTIN_MODELS
 from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
 from ligerexport.errors import LigerError, MissingDependency
-from ligerexport.exporters.targets import TARGETS, get_target
-from ligerexport.kernels.tuning import FORWARD
+from ligerexport.exporters.backend import Check
+from ligerexport.exporters.targets import TARGETS, get_backend
 from ligerexport.staging import CACHE_HINT, cache_dir
 from ligerexport.versions import TRIED, installed_version, untried
 
@@ -47,29 +46,6 @@ def doctor(
         raise typer.Exit(MissingDependency.exit_code)
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was checked.
-
-    Attributes:
-        name: What was checked.
-        found: What was found.
-        ok: Whether that is enough.
-        needed: Whether converting, building or running needs it.
-        mend: A command that makes it so.
-    """
-
-    name: str
-    found: str
-    ok: bool = True
-    needed: bool = False
-    mend: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return asdict(self)
-
-
 def examine(target: str | None = None, plugin: Path | None = None) -> list[Check]:
     """Check this machine, and what a target for GPUs needs.
 
@@ -81,7 +57,7 @@ def examine(target: str | None = None, plugin: Path | None = None) -> list[Check
         UsageError: No such target.
     """
     checks = [_python(), *_packages(), _releases(), *_machine(), *_cache()]
-    return checks + (_gpu(target, plugin) if target and get_target(target).sms else [])
+    return checks + (get_backend(target).examine(plugin) if target else [])
 
 
 def _python() -> Check:
@@ -142,36 +118,6 @@ def _machine() -> list[Check]:
         Check("cores", f"{default_threads()} to use, {os.cpu_count()} in all"),
         Check("memory", f"{memory / 1e9:.1f} GB" if memory else "unknown"),
     ]
-
-
-def _gpu(target: str, plugin: Path | None) -> list[Check]:
-    """Check runtime, driver, GPU and plugin."""
-    from ligerexport.exporters.tensorrt import machine
-
-    rtx, sms, driver = target == "trt-rtx", get_target(target).sms, machine.driver()
-    module, library = machine.python_module(rtx=rtx), None if rtx else machine.library()
-    name, extra = ("TensorRT-RTX", "rtx") if rtx else ("TensorRT", "trt")
-    mend = f"pip install '{PACKAGE}[{extra}]'" + ("" if rtx else "; on a Jetson: apt install nvidia-jetpack")
-    found = ", ".join(x for x in (module, library) if x) or "neither Python package nor library found"
-    rows = [Check(name, found, bool(module or library), True, mend)]
-    version = f"CUDA {driver.version}" if driver else "not found"
-    rows.append(
-        Check("CUDA driver", version, driver is not None, False, "install NVIDIA's driver, where there is a GPU")
-    )
-    gpus = driver.sms if driver else ()
-    fits = bool(gpus) and all(sm in sms or (not rtx and sm > FORWARD) for sm in gpus)
-    known = f"{target} is for compute capability {', '.join(map(str, sms))}; name the device's with --sm"
-    rows.append(Check("GPU", ", ".join(f"sm_{sm}" for sm in gpus) or "none", fits, False, known))
-    if not rtx:
-        here = plugin is not None and plugin.is_file()
-        found = "not given" if plugin is None else str(plugin) if here else f"{plugin} is not there"
-        mend = "cmake -S exporters/tensorrt/runner -B build/trt && cmake --build build/trt, then --plugin FILE"
-        rows.append(Check("plugin", found, here, False, mend))
-        triton = installed_version("triton")
-        rows.append(
-            Check("triton", triton or "not installed", triton is not None, False, f"pip install '{PACKAGE}[gpu]'")
-        )
-    return rows
 
 
 def _cache() -> list[Check]:

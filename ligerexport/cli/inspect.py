@@ -13,6 +13,7 @@ from ligerexport.cli.options import Json, verb
 from ligerexport.console import data_table, format_bytes
 from ligerexport.dtypes import DTYPES
 from ligerexport.errors import MissingDependency, UsageError
+from ligerexport.exporters.targets import get_target
 
 
 @verb(verbose=False)
@@ -82,7 +83,7 @@ def _providers(path: Path, json: bool) -> None:
     from ligerexport.artifact.artifact import open_artifact
 
     artifact = open_artifact(path, hashes=False, runtime=False)
-    if artifact.manifest.target != "onnx":
+    if not get_target(artifact.manifest.target).onnxruntime:
         raise UsageError(f"--providers with an artifact of the target {artifact.manifest.target}",
                          hint="execution providers are ONNX Runtime's")  # fmt: skip
     try:

@@ -16,39 +16,23 @@ from typing import TYPE_CHECKING, Any
 from ligerexport.artifact.artifact import MANIFEST
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
-from ligerexport.exporters.targets import BLOCK, Target, get_precision, get_target
+from ligerexport.exporters.backend import BuildSettings
+from ligerexport.exporters.targets import BLOCK, get_backend, get_precision, get_target
 from ligerexport.staging import check_destination
 from ligerexport.versions import warn_if_untried
 
 if TYPE_CHECKING:
     from ligerexport.artifact.artifact import Manifest
     from ligerexport.checkpoint.checkpoint import CheckpointInfo
+    from ligerexport.exporters.backend import Backend
     from ligerexport.exporters.onnx.spec import ModelSpec
     from ligerexport.exporters.onnx.weights import WeightFormat
-    from ligerexport.exporters.tensorrt.package import Gpu
 
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "LICENSE",
 )  # fmt: skip
 """Files of the checkpoint that go into the artifact as they are."""
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """The arguments of `build` that say what to build. What is None is chosen by `plan_build`."""
-
-    target: str = "onnx"
-    lowering: str | None = None
-    max_chunk: int | None = None
-    weights: str | None = None
-    block: int = BLOCK
-    sms: Sequence[int] | None = None
-    max_batch: int = 8
-    plugin: Path | str | None = None
-    engine: bool = True
-    genai: bool = False
-    verify: bool = True
 
 
 def build(
@@ -124,30 +108,29 @@ def plan_build(
         LigerError: As `build`.
     """
     settings = settings or BuildSettings()
-    row, lowering, weights = _resolve(settings)
+    lowering, weights = _resolve(settings)
 
     from ligerexport.checkpoint.checkpoint import check_checkpoint
     from ligerexport.exporters.onnx.genai import check_genai
     from ligerexport.exporters.onnx.graph import weight_format
     from ligerexport.exporters.onnx.native import check_ready
     from ligerexport.exporters.onnx.spec import read_spec
-    from ligerexport.exporters.tensorrt.package import check_layers, choose_chunk, choose_gpu
 
-    gpu = choose_gpu(settings.target, settings.sms, settings.max_batch, settings.plugin, settings.engine)
+    backend = get_backend(settings.target)
+    gpu = backend.prepare(settings)
     if lowering == "native" and settings.verify:
         check_ready()
     output = Path(model) / settings.target if output is None else Path(output)
     check_destination(output, force=force, marker=MANIFEST)
     info = check_checkpoint(model, tokenizer=False)
     spec = read_spec(info)
-    if gpu is not None:
-        check_layers(settings.target, spec)
-    max_chunk = choose_chunk(settings.target, spec, settings.max_chunk)
+    backend.check_model(spec)
+    max_chunk = backend.choose_chunk(spec, settings.max_chunk)
     if settings.genai:
         check_genai(info.path, settings.target, lowering)
     settings = replace(settings, lowering=lowering, weights=weights, max_chunk=max_chunk)
-    form = weight_format(weights, settings.block, lowering, row.typed)
-    return BuildPlan(info, spec, output, settings, form, gpu, force)
+    form = weight_format(weights, settings.block, lowering)
+    return BuildPlan(info, spec, output, settings, form, backend, gpu, force)
 
 
 @dataclass(frozen=True)
@@ -160,7 +143,8 @@ class BuildPlan:
         output: Directory to make.
         settings: What to build, with nothing left open.
         form: How weights are stored.
-        gpu: What it is built for; None for a target that is for no GPU.
+        backend: The target.
+        gpu: What `Backend.prepare` returned.
         force: Whether an older artifact at `output` may be replaced.
     """
 
@@ -169,30 +153,22 @@ class BuildPlan:
     output: Path
     settings: BuildSettings
     form: WeightFormat
-    gpu: Gpu | None
+    backend: Backend
+    gpu: Any
     force: bool
 
     def describe(self) -> dict[str, Any]:
-        """Say what `run` would write and take: path, bytes, and for GPUs what is compiled."""
+        """Return what `run` would write and take."""
         from ligerexport.exporters.onnx.weights import weight_bytes
 
         planned = weight_bytes(self.spec, self.form)
-        facts: dict[str, Any] = {"path": str(self.output), "weight_bytes": planned}
-        if self.gpu is not None:
-            parameters = sum(prod(weight.shape) for weight in self.spec.weights.values())
-            layers = {layer for layer in self.spec.mixers if layer is not None}
-            facts |= {
-                "sms": list(self.gpu.sms),
-                "layers_to_compile": len(layers) * len(self.gpu.sms),
-                "peak_memory_bytes": 8 * parameters + 3 * planned,  # verifying holds everything in fp32 twice
-            }
-        return facts
+        facts = {"path": str(self.output), "weight_bytes": planned}
+        return facts | self.backend.describe(self.spec, planned, self.gpu)
 
     def run(self, progress: ProgressFactory | None = None) -> Path:
         """Build, verify and write the artifact; return its directory. Arguments and errors as for `build`."""
         from ligerexport.artifact.artifact import Artifact, ArtifactWriter
         from ligerexport.exporters.onnx.genai import write_genai
-        from ligerexport.exporters.tensorrt.package import package
         from ligerexport.exporters.verify.verify import verify_artifact
 
         progress = progress or silent
@@ -203,8 +179,7 @@ class BuildPlan:
                 checked, quality = verify_artifact(self.spec, unfinished, self.form, progress=progress)
                 manifest = replace(manifest, verification=checked, quality=quality)
                 gc.collect()
-            if self.gpu is not None:
-                manifest = package(writer.directory, manifest, self.spec, self.form, self.gpu, progress)
+            manifest = self.backend.finish(writer.directory, manifest, self.spec, self.form, self.gpu, progress)
             if self.settings.genai:
                 write_genai(Artifact(writer.directory, manifest))
             writer.commit(manifest)
@@ -238,8 +213,8 @@ class BuildPlan:
         )  # fmt: skip
 
 
-def _resolve(settings: BuildSettings) -> tuple[Target, str, str]:
-    """Check names and what is installed; return the target, its lowering and the precision of its weights."""
+def _resolve(settings: BuildSettings) -> tuple[str, str]:
+    """Check names and what is installed; return the lowering and the precision of weights."""
     row, lowering, weights = get_target(settings.target), settings.lowering, settings.weights
     lowering = row.lowerings[0] if lowering is None else lowering
     if lowering not in row.lowerings:
@@ -253,7 +228,7 @@ def _resolve(settings: BuildSettings) -> tuple[Target, str, str]:
     if settings.max_chunk is not None and settings.max_chunk < 1:
         raise UsageError(f"max_chunk {settings.max_chunk}", hint="a call takes at least one token")
     _check_installed()
-    return row, lowering, weights
+    return lowering, weights
 
 
 def planned_weight_bytes(model: Path | str, **settings: Any) -> int:
@@ -263,7 +238,7 @@ def planned_weight_bytes(model: Path | str, **settings: Any) -> int:
     from ligerexport.exporters.onnx.weights import weight_bytes
 
     chosen = BuildSettings(**settings)
-    _, lowering, weights = _resolve(chosen)
+    lowering, weights = _resolve(chosen)
     return weight_bytes(read_spec(model), weight_format(weights, chosen.block, lowering))
 
 

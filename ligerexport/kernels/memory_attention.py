@@ -1,7 +1,7 @@
 """Softmax attention over the bounded exact memory (sinks, window, scored slots) in plain torch, a block at a time.
 
-Every query of a block sees exactly its own set: what is in its window, the sinks, and the best of all that had left
-the window by then. The only place with rotary embedding.
+Every query of a block sees exactly its own set: its window, the sinks, and the best of all tokens that had left the
+window by then. Rotary embedding is applied here only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ligerexport.model.scores import FAINTEST, Pool
 from ligerexport.model.state import MixerSpec, MixerState
 
 MASKED = -1e30
-"""Logit of a slot that a query does not see; finite, so that a query that sees nothing stays finite."""
+"""Logit of a slot that a query does not see; finite, so that a query without any slot gives finite numbers."""
 
 
 def rotary_table(inv_freq: Tensor, max_distance: int, ahead: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -23,7 +23,7 @@ def rotary_table(inv_freq: Tensor, max_distance: int, ahead: int, dtype: torch.d
         inv_freq: `[R]`, radians a token; R is half the rotated width.
         max_distance: Largest distance in tokens.
         ahead: Longest block of tokens, at least 1.
-        dtype: Of the table; it is computed in fp64.
+        dtype: Type of the table, which is computed in fp64.
 
     Returns:
         `[2, max_distance + ahead, R]`, cosine and sine.
@@ -56,7 +56,7 @@ def memory_attention(
         query: `[B, H_kv, G, T, d_k]` before rotary embedding.
         key: `[B, H_kv, T, d_k]` before rotary embedding.
         value: `[B, H_kv, T, d_v]`.
-        arrival: `[B, H_kv, T]`, score on arrival, novelty or the learned one; needed when a pool is kept by it.
+        arrival: `[B, H_kv, T]`, the score on arrival, novelty or learned; needed if a pool is kept by it.
         position: `[B]`, tokens seen before this block; a token at a negative position is padding.
         state: Tensors named `slot_*`, as `MixerSpec.state` lists them.
         spec: The layer.
@@ -114,11 +114,11 @@ def _logits(
     """Return logits `[B, H_kv, G, T, C]` at the rotary distance, or at the largest one where that is exceeded."""
     cos, sin = rotary.to(keys.dtype)
     length, cap = query.shape[3], spec.max_distance
-    # an empty slot's offset means nothing and may lie beyond the table while padding lasts
+    # the offset of an empty slot is meaningless and may lie outside the table during padding
     offset = (positions - position[:, None, None] + cap).clamp(0, rotary.shape[1] - 1)
     rotated = rotate(keys, cos[offset], sin[offset])[:, :, None].transpose(-1, -2)
     logits = rotate(query, cos[cap : cap + length], sin[cap : cap + length]) @ rotated
-    if length > 1:  # a single query's slots are exact already: their offsets are their distances
+    if length > 1:  # for a single query, offsets are distances and nothing is left to correct
         far = rotate(query, cos[0], -sin[0]) @ keys[:, :, None].transpose(-1, -2)
         logits = logits.where((distance <= cap)[:, :, None], far)
     return spec.scale * logits
@@ -153,7 +153,7 @@ def _scores(
 def _kept(left: Tensor, scores: Tensor | None, born: Tensor, pools: tuple[Pool, ...]) -> Tensor:
     """Return which of the tokens that left the window `[B, H_kv, T, C]` hold a slot for each query; older on ties.
 
-    Pools that age rank by positions `born` `[B, H_kv, C]` that count from the block: those of a long text would round.
+    Pools that age rank by positions `born` `[B, H_kv, C]` counted from the block: those of a long text would round.
     """
     kept = torch.zeros_like(left)
     for i, pool in enumerate(pools):

@@ -1,6 +1,6 @@
 """The truth of `liger_mixer`: a plain loop over sequences, heads and tokens that a newcomer can check by reading.
 
-Slow, exact, and written apart from the chunked form in `ops.py`, which must agree with it.
+It is slow and exact, and independent of the chunked form in `ops.py`, which must agree with it.
 """
 
 from __future__ import annotations
@@ -112,12 +112,12 @@ def _slow(spec: MixerSpec, rotary: Tensor) -> tuple[int, Tensor]:
     cos, sin = rotary[:, spec.max_distance - 1].double()
     slow = torch.atan2(-sin, cos) * distance <= math.pi / 2
     slow = torch.cat([slow, slow, slow.new_ones(spec.d_k - 2 * len(slow))])
-    slow[0] = False  # the count of the evicted is there
+    slow[0] = False  # it holds the count of evicted tokens
     return distance, slow
 
 
 def _evict(slot: Slot, recurrent: Tensor, mass: Tensor, spec: MixerSpec, rotary: Tensor) -> tuple[Tensor, Tensor]:
-    """Add one token to the recurrence, by the features 1 and its slow channels."""
+    """Add one token to the recurrence; its features are 1 and the slow channels of its key."""
     phi = slot.key * _slow(spec, rotary)[1]
     phi = torch.cat([phi.new_ones(1), phi[1:]])
     return recurrent + torch.outer(phi, slot.value), mass + phi
@@ -132,10 +132,10 @@ def _expand(
         return mixed
     distance, slow = _slow(spec, rotary)
     back = rotary.clone()
-    back[1] *= -1  # the table reaches back further than ahead
+    back[1] *= -1  # the table reaches further back than ahead
     phi = spec.scale * _rotate(q, -distance, spec, back) * slow
     mean = phi @ mass / count  # [G], the mean logit
-    deviation = phi @ recurrent - mean[:, None] * recurrent[0]  # of the logits from it, times values
+    deviation = phi @ recurrent - mean[:, None] * recurrent[0]  # of the logits from their mean, times values
     answer = (recurrent[0] + deviation) / count
     share = torch.sigmoid(mean + torch.log(spec.config.recurrence_weight * count) - normaliser)
     return (1 - share)[:, None] * mixed + share[:, None] * answer
@@ -144,7 +144,7 @@ def _expand(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, now: int, slots: list[Slot], arrival: float, spec: MixerSpec, rotary: Tensor
 ) -> tuple[Tensor, Tensor, list[Slot]]:
-    """Take the token into `slots`, drop the loser of its leaving token, and attend.
+    """Add the token to `slots`, drop the one that loses its place, and attend.
 
     Returns:
         Output `[G, d_v]`, the logarithm of the softmax's denominator `[G]`, and what was dropped.
@@ -181,7 +181,7 @@ def _judge(k: Tensor, v: Tensor, judge: Tensor) -> float:
 
 
 def _kept(left: list[Slot], pools: tuple[Pool, ...]) -> list[Slot]:
-    """Return what keeps a slot: the best of the first pool, then of the next among the rest; older on ties."""
+    """Return the slots that are kept: the best of the first pool, then of the next among the rest; older on ties."""
     kept: list[Slot] = []
     for i, pool in enumerate(pools):
         left = sorted(left, key=lambda s, i=i, pool=pool: (-_rank(s.scores[i], s.position, pool), s.position))  # type: ignore[misc]
@@ -209,7 +209,7 @@ def _logit(q: Tensor, k: Tensor, distance: int, spec: MixerSpec, rotary: Tensor)
 
 
 def _score(logits: Tensor, now: int, slots: list[Slot], spec: MixerSpec) -> None:
-    """Add what this token's queries gave to the slots in the window, by softmax over sinks and window alone."""
+    """Add the attention of this token's queries to the scores of slots in the window: softmax over sinks and window."""
     config = spec.config
     local = [now - s.position < config.window or s.position < config.sinks for s in slots]
     weight = torch.softmax(logits.masked_fill(~torch.tensor(local, device=logits.device), -math.inf), dim=-1)

@@ -18,6 +18,7 @@ import numpy as np
 from ligerexport.artifact.artifact import MANIFEST, is_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError
+from ligerexport.exporters.targets import get_target
 from ligerexport.text.tokenizer import TextModel
 from ligerexport.threads import default_threads
 
@@ -202,7 +203,7 @@ def _open_artifact(path: Path, scoring: bool, batch: int, threads: int | None, d
     if scoring:
         return ArtifactModel(load(path, scoring=True))
     manifest = json.loads((path / MANIFEST).read_text())
-    if manifest.get("target", "onnx") != "onnx":  # its runtime takes the GPU and has no option for it
+    if not get_target(manifest.get("target", "onnx")).onnxruntime:  # its runtime takes the GPU and has no option for it
         return ArtifactModel(load(path, batch=batch, threads=threads, hashes=False), "cuda")
     if device == "auto":
         import onnxruntime

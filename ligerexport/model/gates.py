@@ -22,6 +22,9 @@ from ligerexport.errors import look_up
 
 FeatureMap = Literal["softmax", "one_minus_sigmoid", "one_minus_decay"]
 
+OPEN = 100.0
+"""Raw key of padding: it opens the gate, so that nothing is forgotten; with a value of zero nothing is added either."""
+
 FEATURE_MAPS: dict[str, str] = {
     "softmax": "softmax over the head dimension",
     "one_minus_sigmoid": "1 - sigmoid(x)",

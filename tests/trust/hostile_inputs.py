@@ -353,7 +353,7 @@ _TORCH = (
     "safetensors.torch",
     "ligerexport.exporters.verify.verify",
     "ligerexport.exporters.onnx.genai",
-    "ligerexport.exporters.tensorrt.package",
+    "ligerexport.exporters.tensorrt.backend",
     "transformers.models.llama.modeling_llama",
     "ligerexport.exporters.onnx.weights",
 )

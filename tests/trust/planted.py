@@ -78,7 +78,7 @@ def model(place: Path, preset: str, family: str = "llama", seed: int = 0) -> Mod
 
 def verify(spec: ModelSpec, lowering: str, weights: str = "fp32", fault: Fault | None = None) -> str | None:
     """Build and verify, with a fault or without; return what is said of it, None where it passes."""
-    form = weight_format(weights, lowering=lowering, typed=lowering == "plugin")
+    form = weight_format(weights, lowering=lowering)
     with tempfile.TemporaryDirectory() as place:
         site = Site(spec, Path(place), lowering, form)
         how = None if fault is None else fault.how

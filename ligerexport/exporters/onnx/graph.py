@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ligerexport.artifact.artifact import StateTensor
+from ligerexport.artifact.artifact import Manifest, StateTensor
 from ligerexport.dtypes import DTYPES
 from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import Builder, graph_input
@@ -21,7 +21,7 @@ from ligerexport.exporters.onnx.lowerings import Native, Ort, Portable
 from ligerexport.exporters.onnx.mixer import Candidates, RotaryTables, candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
 from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, JOINT, WeightFormat, align, data_layout
-from ligerexport.exporters.targets import BLOCK, get_precision
+from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision
 from ligerexport.exporters.tensorrt.fuse import fuse_for_plugin
 from ligerexport.exporters.tensorrt.lowering import Plugin
 from ligerexport.exporters.tensorrt.node import plugin_mixer
@@ -46,7 +46,7 @@ def _onnx(dtype: str) -> str:
 def state_tensors(spec: ModelSpec, lowering: str = "ort", form: WeightFormat = FP32) -> tuple[StateTensor, ...]:
     """Return the state of the whole model in the order of the graph's inputs."""
     growing, row = ("B", spec.kv_heads, "P", spec.head_dim), LOWERINGS[lowering]
-    activation = form.precision.dtype if row.plugin and form.typed else "float32"
+    activation = form.precision.dtype if row.plugin else "float32"
     types = {"activation": activation, "float32": "float32", "int64": row.integer}
     tensors = []
     for layer, layer_spec in enumerate(spec.mixers):
@@ -63,15 +63,19 @@ def state_tensors(spec: ModelSpec, lowering: str = "ort", form: WeightFormat = F
     return tuple(tensors)
 
 
-def weight_format(
-    weights: str = "fp32", block: int = BLOCK, lowering: str = "ort", typed: bool = False
-) -> WeightFormat:
-    """Return how weights are stored for a lowering, and with `typed` that products run in their type.
+def weight_format(weights: str = "fp32", block: int = BLOCK, lowering: str = "ort") -> WeightFormat:
+    """Return how weights are stored for a lowering.
 
     Raises:
         UsageError: No such precision, or no kernel takes such blocks.
     """
-    return WeightFormat(get_precision(weights, block), block, LOWERINGS[lowering].transposed, typed)
+    return WeightFormat(get_precision(weights, block), block, LOWERINGS[lowering].transposed)
+
+
+def format_of(manifest: Manifest) -> WeightFormat:
+    """Return how the weights of an artifact are stored."""
+    (weights,) = (name for name, row in WEIGHTS.items() if row.dtype == manifest.precision)
+    return weight_format(weights, manifest.block or BLOCK, manifest.lowering)
 
 
 def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128, form: WeightFormat = FP32) -> ir.Model:

@@ -1,7 +1,7 @@
-"""The gradients of `attend`, from the normaliser and the output that it left.
+"""The gradients of `attend`, from its normaliser and output.
 
-Queries work through their list again. Keys gather from the blocks of queries that see them: those close by, and for
-keys that the memory kept, chapters of several blocks, whose sums are then added in order; so nothing is left to chance.
+Queries work through their list again. Keys gather from the blocks of queries that see them. For keys that the memory
+kept, these are chapters of several blocks, whose sums are then added in a fixed order: results are deterministic.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _gather(
     WIDTH_V: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries of one head of the group from `t0` on give to keys and values."""
+    """Add the contribution of one head's queries from `t0` on to the gradients of keys and values."""
     i_k, i_v = tl.arange(0, WIDTH_K), tl.arange(0, WIDTH_V)
     t = t0 + tl.arange(0, QUERIES)
     m_t = t < length
@@ -166,7 +166,7 @@ def _gather(
     if FAR:
         far = sees & (t[None, :] - token[:, None] > cap)
         if tl.max(far.to(tl.int32)) > 0:
-            # As far_logits, with the sides exchanged.
+            # as `far_logits`, with the sides exchanged
             cos, sin = angles(p_angles, plane, cap - t, reach, WIDTH_K // 2, R)
             far_q = turn(b_q, cos, sin, QUERIES, WIDTH_K).to(b_q.dtype)
             cos, sin = angles(p_angles, plane, -token, reach, WIDTH_K // 2, R)
@@ -246,7 +246,7 @@ def _near_kernel(
     b_dv = tl.zeros((KEYS, WIDTH_V), tl.float32)
     death = tl.load(p_death + lane, mask=m_c, other=-1)
     if CAPACITY > 0:
-        stop = tl.minimum((tl.max(death) - 1) // (CHAPTER * BLOCK) + 1, chapters)  # none reads on after the last death
+        stop = tl.minimum((tl.max(death) - 1) // (CHAPTER * BLOCK) + 1, chapters)  # nothing reads on after a death
         for chapter in range((block + back + 1) // CHAPTER, stop):
             place = tl.load(p_place + (bh * chapters + chapter) * length + token, mask=m_c, other=-1)
             if tl.max(place) >= 0:
@@ -298,7 +298,7 @@ def attend_backward(
     kv_heads, width_k, width_v = found.key.shape[1], found.key.shape[3], found.value.shape[3]
     spec, config, blocks = found.spec, found.spec.config, found.blocks
     tile = backward_tiles(max(width_k, width_v), output.dtype)
-    # what the kernel subtracts from each gradient of a weight: output times its gradient, added there, less this
+    # the kernel adds output times gradient, and subtracts the sum from the gradient of each weight
     delta = torch.zeros_like(lse) if lse_gradient is None else lse_gradient / -math.log(2)
     delta = delta.contiguous()
     grad_q = output.new_empty(batch, length, q_heads, spec.d_k)
@@ -335,7 +335,7 @@ def attend_backward(
 
 
 class _Kept(NamedTuple):
-    """Gradients of keys that blocks see from afar, summed by chapter.
+    """Gradients of kept keys from distant blocks of queries, summed by chapter.
 
     Attributes:
         key: `[B, H_kv, chapters, capacity, width]` fp32.
@@ -349,7 +349,7 @@ class _Kept(NamedTuple):
 
 
 def _kept_gradients(found: Candidates, call: Hashable, common: tuple[Tensor, ...], constants: dict[str, Any]) -> _Kept:
-    """Gather the gradients of keys that the memory kept; `common` begins the arguments of kernels that gather."""
+    """Sum the gradients of kept keys by chapter; `common` are the first arguments of kernels that gather."""
     death, gradient, config, blocks = common[3], common[5], found.spec.config, found.blocks
     batch, kv_heads, _, width_k = found.key.shape
     back = triton.cdiv(config.window - 1, BLOCK)

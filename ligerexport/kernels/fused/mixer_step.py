@@ -1,8 +1,8 @@
 """One token of `liger_mixer` in one launch: slots, judge and recurrence are read once and updated in place.
-Where evicted tokens feed the recurrence, `evicted_step` follows: it needs what the first launch evicted.
 
 The slots are an unordered set here: the new token overwrites the one that loses its place. A KV head has one program
-for its slots and some that each stream columns of its states; the last of them to end puts their parts together.
+for its slots and several that each stream columns of its states; the last of them to end combines their results. If
+evicted tokens feed the recurrence, `evicted_step` follows, which needs the token that the first launch evicted.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ligerexport.model.state import MixerSpec, MixerState
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one launch is cut: a head has one program for its slots and some for the columns of its states.
+    """How one launch is divided: a head has one program for its slots and some for the columns of its states.
 
     Attributes:
         block_v: Columns of the recurrent state that a program holds.
         block_judge: Columns of the judge state that a program holds.
-        num_warps: Warps a program.
+        num_warps: Warps per program.
         block_r: Pairs of channels that are rotated at a time, at least 16.
-        max_registers: Registers a thread may take; None leaves it to the compiler.
+        max_registers: Most registers per thread; None lets the compiler choose.
     """
 
     block_v: int
@@ -44,9 +44,9 @@ class Tiling:
 
 
 def choose_tiling(spec: MixerSpec, batch: int, itemsize: int = 2) -> Tiling:
-    """Return the cut for a layer, a batch and activations of `itemsize` bytes."""
+    """Return the tiling for a layer, a batch and activations of `itemsize` bytes."""
     width, few = triton.next_power_of_2(max(spec.d_k, spec.d_v)), batch * spec.kv_heads < 33
-    # at most 32 registers a thread for keys and as many for values; more programs where there are few heads
+    # at most 32 registers per thread for keys and as many for values; more programs if there are few heads
     warps = min(16, max(4, _padded(spec.config.num_slots) * width * itemsize // 4096))
     columns = max(16, 1024 * warps // triton.next_power_of_2(spec.d_k))
     block_v, block_judge = (16, 16) if few else (min(64, 2 * columns), min(64, columns))
@@ -75,8 +75,8 @@ def mixer_step(
         rotary: `rotary_table(inv_freq, spec.max_distance, ahead)`, fp32.
         index: `[B]`, the row of the pools that holds each sequence, negative to skip it; None for row b.
         out: `[B, H_q, d_v]`, contiguous, to write to.
-        tiling: Cut of the launch; None for `choose_tiling`.
-        score: `[B, H_kv]` fp32, needed where `spec.config.foresees`.
+        tiling: Division of the launch; None for `choose_tiling`.
+        score: `[B, H_kv]` fp32, the learned score; needed if `spec.config.foresees`.
 
     Returns:
         Output `[B, H_q, d_v]` in the dtype of `query`.
@@ -123,18 +123,18 @@ def mixer_step(
 
 @cache
 def _count(device: torch.device, size: int) -> Tensor:
-    """Return a counter a head, 0 between launches; launches must not overlap."""
+    """Return one counter per head, 0 between launches; launches must not overlap."""
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
 @cache
 def _scratch(device: torch.device, size: int) -> Tensor:
-    """Return where the programs of a head leave their parts; never freed, for graphs hold its address."""
+    """Return memory for partial results; it is never freed, since CUDA graphs hold its address."""
     return torch.empty(size, dtype=torch.float32, device=device)
 
 
 def _padded(size: int) -> int:
-    """Return the next power of two that a matrix product takes, or 0 for nothing."""
+    """Return the next power of two that a matrix product takes, or 0 for 0."""
     return max(16, triton.next_power_of_2(size)) if size else 0
 
 
@@ -172,8 +172,8 @@ def _mixer_step_kernel(
     head = row * H + h
     p_now = p_position + b
 
-    # What the programs of a head leave for the last of them: attention, what is read from the recurrence, both
-    # `[G, d_v]`; what the judge recalled `[d_v]` and its mass; the new token's slot.
+    # The programs of a head leave for the last one: attention and what is read from the recurrence, both `[G, d_v]`;
+    # what the judge recalled, `[d_v]`, and its mass; the new token's slot.
     p_mixed, p_read, p_recalled, p_place = p_output, None, None, None
     if ROLES > 1:
         p_scratch += unit.to(tl.int64) * SCRATCH

@@ -1,4 +1,4 @@
-"""Numbers that kernels have in common."""
+"""Constants that several kernels use."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What each token receives from the softmax over sinks and window while it is in the window.
+"""The attention that each token receives while it is in the window, by softmax over sinks and window.
 
-Two passes: the normaliser of every query, then for each block of keys all queries that can see it from the window.
+There are two passes: the normaliser of every query, then for each block of keys all queries whose window reaches it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _received_kernel(
     p_lse += bh * GROUP * length
     b_k = tl.load(p_key + c[:, None] * WIDTH_K + i_k[None, :], mask=m_c[:, None], other=0.0)
 
-    # Transposed, so that gathering over the queries is left to the end and then stays within a row of threads.
+    # Transposed, so that the reduction over queries comes last and stays within a row of threads.
     highest = tl.zeros((TILE, TILE), tl.float32)
     summed = tl.zeros((TILE, TILE), tl.float32)
     first = tl.maximum(key_tile, 0)
@@ -77,7 +77,7 @@ def _received_kernel(
 
 
 def complete_scores(found: Candidates) -> None:
-    """Add what is received in this call to `found.score`, in place."""
+    """Add the attention received in this call to `found.score`, in place."""
     config = found.spec.config
     rows = found.spec.pools
     if all(pool.on_arrival for pool in rows):

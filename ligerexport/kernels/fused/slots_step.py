@@ -23,7 +23,7 @@ HORIZON = tl.constexpr(Pool._fields.index("horizon"))
 
 @triton.jit
 def row(tile, i):
-    """Return row `i` of `[rows, n]`; a reduction, so that what made the row is computed once and not in every lane."""
+    """Return row `i` of `[rows, n]`, as a reduction, so that the row is computed once and not in every lane."""
     return tl.sum(tl.where(tl.arange(0, tile.shape[0])[:, None] == i, tile, 0), axis=0)
 
 
@@ -37,12 +37,12 @@ def _dot(a, b, c, PRECISION: tl.constexpr):
 
 @triton.jit
 def _rank_keys(scores, position, now, POOLS: tl.constexpr):
-    """Return int64 keys `[P, N]` that order slots by each pool's rank and then by age, the older higher."""
+    """Return int64 keys `[P, N]` that order slots by each pool's rank and then by age, higher for older ones."""
     o_p = tl.arange(0, scores.shape[0])[:, None]
-    rank = scores + 0.0  # makes -0 a 0, which has other bits
+    rank = scores + 0.0  # turns -0 into 0, which has other bits
     for i in tl.static_range(len(POOLS)):
         if POOLS[i][HORIZON] > 0:
-            # ages instead of positions differ by a constant, and round less
+            # ages differ from positions by a constant, and round less
             age = (position - now).to(tl.float32) * (1.0 / POOLS[i][HORIZON])
             aged = tl.log(tl.maximum(scores, FAINTEST)) + age[None, :]
             rank = tl.where(o_p == i, aged, rank)
@@ -53,7 +53,7 @@ def _rank_keys(scores, position, now, POOLS: tl.constexpr):
 
 @triton.jit
 def _loser(keys, candidate, POOLS: tl.constexpr):
-    """Return which of the candidates `[N]` no pool has room for; there is at most one."""
+    """Return which of the candidates `[N]` fits into no pool; there is at most one."""
     for i in tl.static_range(len(POOLS)):
         key = row(keys, i)
         if i + 1 < len(POOLS):
@@ -61,7 +61,7 @@ def _loser(keys, candidate, POOLS: tl.constexpr):
             better = tl.sum((key[:, None] > key[None, :]).to(tl.int32), axis=0)
             candidate = candidate & (better >= POOLS[i][SIZE])
         else:
-            # what the last pool cannot take is its worst, which takes no counting to find
+            # what the last pool drops is its worst candidate, which is found without counting
             over = tl.sum(candidate.to(tl.int32), axis=0) > POOLS[i][SIZE]
             worst = tl.min(tl.where(candidate, key, 0x7FFFFFFFFFFFFFFF), axis=0)
             candidate = candidate & over & (key == worst)

@@ -81,7 +81,7 @@ def judge(
     p_mass = p_state + o_k * (D_V + 1) + D_V
     p_state += o_k[:, None] * (D_V + 1) + o_v[None, :]
     b_state = tl.load(p_state, mask=m_k[:, None] & m_v[None, :], other=0.0, eviction_policy="evict_first")
-    m_mass = m_k & (start == 0)  # the last column, the sum of the features, goes with the first block
+    m_mass = m_k & (start == 0)  # the last column, the sum of the features, belongs to the first block
     b_mass = tl.load(p_mass, mask=m_mass, other=0.0)
     wait(OVERLAP)
     b_v = tl.load(p_value + o_v, mask=m_v, other=0.0).to(tl.float32)

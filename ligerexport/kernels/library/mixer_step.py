@@ -33,7 +33,7 @@ def mixer_step(
         spec: The layer.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
         index: `[B]` integer, the row of the pools that holds each sequence, negative to skip it; None for row b.
-        score: `[B, H_kv]` fp32, needed where `spec.config.foresees`.
+        score: `[B, H_kv]` fp32, the learned score; needed if `spec.config.foresees`.
 
     Returns:
         Output `[B, H_q, d_v]` in the dtype of `query`; zero for a sequence that is skipped or padding.

@@ -131,15 +131,13 @@ def gate(artifact: str, checkpoint: str | None = None, progress: ProgressFactory
     """
     opened = open_artifact(Path(artifact).expanduser())
     if checkpoint:
-        from ligerexport.exporters.onnx.graph import weight_format
+        from ligerexport.exporters.onnx.graph import format_of
         from ligerexport.exporters.onnx.spec import read_spec
         from ligerexport.exporters.onnx.weights import weight_bytes
-        from ligerexport.exporters.targets import BLOCK, WEIGHTS
         from ligerexport.exporters.verify.verify import verify_artifact
 
         found = opened.manifest
-        weights = next(name for name, row in WEIGHTS.items() if row.dtype == found.precision)
-        form = weight_format(weights, found.block or BLOCK, found.lowering)
+        form = format_of(found)
         spec = read_spec(Path(checkpoint).expanduser())
         if (expected := weight_bytes(spec, form)) != found.bytes.weights:
             raise VerificationError(

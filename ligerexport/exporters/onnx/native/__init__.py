@@ -1,7 +1,7 @@
 """The operator library of the lowering `native`, compiled for this machine's processor when it is first needed.
 
-Its sources lie beside this file: the memory itself in plain C++, and ONNX Runtime's interface to it. A C++ compiler is
-all that is needed; the library goes to the cache, under a name that changes with sources, compiler and processor.
+Its sources are beside this file: the memory itself in plain C++, and ONNX Runtime's interface to it. Compiling needs
+nothing but a C++ compiler. The library is cached under a name that changes with sources, compiler and processor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 DOMAIN = "ligerexport"
-"""Of the operator."""
+"""Domain of the operators."""
 
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
@@ -33,7 +33,7 @@ def register(options: onnxruntime.SessionOptions) -> None:
 
     Raises:
         MissingDependency: There is no C++ compiler.
-        LigerError: It fails.
+        LigerError: The compiler fails.
     """
     options.register_custom_ops_library(str(library()))
 
@@ -53,11 +53,11 @@ def check_ready() -> None:
 
 @lru_cache(maxsize=1)
 def library() -> Path:
-    """Return the compiled library, which is compiled first if it is not in the cache.
+    """Return the path of the library; compile it first if it is not in the cache.
 
     Raises:
         MissingDependency: There is no C++ compiler.
-        LigerError: It fails.
+        LigerError: The compiler fails.
     """
     command, path = _command()
     if not os.path.isfile(path):  # a directory that may not be read counts as one without it
@@ -76,7 +76,7 @@ def _command() -> tuple[list[str], Path]:
         )
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".h", ".cc"))
-    features = _compile([compiler, native, "-dM", "-E", "-x", "c++", os.devnull])  # names compiler and processor
+    features = _compile([compiler, native, "-dM", "-E", "-x", "c++", os.devnull])  # identifies compiler and processor
     digest = hashlib.sha256("\n".join([*_FLAGS, features]).encode())
     for source in sources:
         digest.update(source.read_bytes())

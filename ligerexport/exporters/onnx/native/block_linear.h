@@ -1,9 +1,9 @@
-// Products with block-quantised matrices on the CPU: x W^T + bias, read as it lies in the file, without a second copy.
+// Products with block-quantised matrices on the CPU: x W^T + bias, with W in the layout of the file, without a copy.
 //
 // A row has blocks of 32, 64 or 128 codes of 4 or 8 bits that share a scale and a zero point: the layout of ONNX Runtime's
-// `MatMulNBits`. Inputs are rounded to integers, 32 at a time with a scale of their own: to 8 bits for codes of 4 bits, to
-// 16 for codes of 8. A block gives scale * (input's scale * sum of code * input - zero point * sum of inputs). A few tokens
-// take a row at a time as it lies, many a tile of rows whose codes are laid out for them first.
+// `MatMulNBits`. Every 32 inputs are rounded to integers with a scale of their own: to 8 bits for codes of 4 bits, to 16
+// bits for codes of 8. A block contributes scale * (input scale * sum of code * input - zero point * sum of inputs). For a
+// few tokens, rows are read as they are; for many, the codes of a tile of rows are rearranged first.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@
 namespace liger {
 
 #ifdef __AVX2__
-// Asks for the codes and scales that follow `units` units kAhead bytes on.
+// Prefetches the codes and scales of `units` units, kAhead bytes ahead.
 template <int kBits>
 inline void fetch_ahead(const uint8_t* codes, const float* scale, int64_t units, int shift) {
   constexpr int64_t kBytes = kUnit * kBits / 8;
@@ -32,7 +32,7 @@ inline void fetch_ahead(const uint8_t* codes, const float* scale, int64_t units,
 
 #if defined(__AVX512VNNI__)
 
-// One row times T tokens from `token` on.
+// Multiplies one row with T tokens from `token` on.
 template <int kBits, int T>
 void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, int64_t token, float* out) {
   constexpr int64_t kBytes = kUnit * kBits / 8, kStep = kRun<kBits>;
@@ -92,8 +92,8 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
 
 #elif defined(__AVX2__)
 
-// Scale and zero point of each unit of a group, of which `which` says the block. What lies beyond the row is the next
-// row's and meets inputs of scale 0; what lies beyond the last row is not read.
+// Scale and zero point of each unit of a group; `which` is the block of each unit. Values beyond the row belong to the
+// next row and meet inputs of scale 0; values beyond the last row are not read.
 template <int kBits>
 inline __attribute__((always_inline)) void block_values(
     const BlockMatrix& m, int64_t row, int64_t first, __m256i which, __m256& scale, __m256& zero) {
@@ -127,7 +127,7 @@ inline __m256i products(__m256i low, const int8_t* even, __m256i high, const int
   return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
 }
 
-// One row times T tokens from `token` on.
+// Multiplies one row with T tokens from `token` on.
 template <int kBits, int T>
 void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, int64_t token, float* out) {
   const uint8_t* codes = m.codes + row * m.code_row;
@@ -182,7 +182,7 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
     }
     for (int u = 0; u < left; u += kStep, from += kUnit) {
       uint8_t end[kUnit] = {};
-      if (u + kStep > left && row + 1 == m.rows) {  // the second unit of the two is not there
+      if (u + kStep > left && row + 1 == m.rows) {  // the second unit does not exist
         std::copy_n(from, kUnit / 2, end);
         from = end;
       }
@@ -226,7 +226,7 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
 using Lanes = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 using Words = int32_t __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));  // four codes of each row
 
-// Sums of a unit's products in each row of a tile; four inputs at a time are the same for all.
+// Sums of a unit's products in each row of a tile; all rows use the same four inputs at a time.
 inline Words unit_products(const Words* codes, const int8_t* x) {
   const auto four = [x](int i) {
     int32_t some;
@@ -287,7 +287,7 @@ struct Tile {
     }
   }
 
-  // Multiplies it with T tokens; `out` is the first one's `[rows]`.
+  // Multiplies the tile with T tokens; `out` is the result `[rows]` of the first one.
   template <int kBits, int T>
   void Multiply(const BlockMatrix& m, const RoundedInputs& in, int64_t token, int64_t rows, float* out) const {
     constexpr int64_t kBytes = kUnit * (kBits / 4);  // of a unit's inputs
@@ -328,7 +328,7 @@ void multiply_tiles(const BlockMatrix& m, const RoundedInputs& in, int64_t token
 
 #endif
 
-// Rows `begin` to `end` times all tokens.
+// Multiplies rows `begin` to `end` with all tokens.
 template <int kBits>
 void multiply_rows(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens, int64_t begin, int64_t end, float* out) {
 #ifdef __AVX2__
@@ -345,7 +345,7 @@ void multiply_rows(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens
       }
 }
 
-// Writes what a row's codes stand for, `blocks * block` numbers.
+// Writes the numbers of a row, `blocks * block`, from its codes.
 inline void dequantise_row(const BlockMatrix& m, int64_t row, float* out) {
   const uint8_t *from = m.codes + row * m.code_row, *zeros = m.zero_point + row * m.zero_row;
   for (int64_t b = 0; b < m.blocks; ++b, out += m.block) {
@@ -363,7 +363,7 @@ inline void dequantise_row(const BlockMatrix& m, int64_t row, float* out) {
   }
 }
 
-// A row of numbers times T tokens: sums of kSpan products in fp32, and of those in fp64.
+// Multiplies a row of numbers with T tokens: sums of kSpan products are fp32, sums of these fp64.
 template <int T>
 void multiply_floats(const float* weights, const float* x, int64_t width, int64_t stride, float* out) {
   constexpr int64_t kSpan = kGroup * kUnit;
@@ -382,7 +382,7 @@ void multiply_floats(const float* weights, const float* x, int64_t width, int64_
   for (int t = 0; t < T; ++t) out[t * stride] = static_cast<float>(sums[t]);
 }
 
-// `multiply_rows` with inputs as they are: for comparing a graph with what its weights stand for.
+// `multiply_rows` without rounding inputs, for comparing a graph with the exact meaning of its weights.
 inline void multiply_exactly(const BlockMatrix& m, const float* x, int64_t tokens, int64_t begin, int64_t end, float* out) {
   const int64_t row = m.blocks * m.block;
   std::vector<float> weights(kRows * row);
@@ -402,11 +402,11 @@ inline void multiply_exactly(const BlockMatrix& m, const float* x, int64_t token
   }
 }
 
-// `parallel(n, work)` calls work(0) to work(n - 1), on as many threads as it likes.
+// `parallel(n, work)` calls work(0) to work(n - 1) on any number of threads.
 template <typename Parallel>
 void block_linear(const BlockMatrix& m, const float* x, const float* bias, int64_t tokens, bool exact, float* out,
                   const Parallel& parallel) {
-  constexpr int64_t kPiece = 1 << 16;  // products that are worth a thread
+  constexpr int64_t kPiece = 1 << 16;  // fewest products for a thread
   thread_local RoundedInputs shared;
   RoundedInputs& in = shared;
   if (!exact) m.bits == 4 ? in.Round<4>(m, x, tokens) : in.Round<8>(m, x, tokens);

@@ -32,13 +32,13 @@ void need(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
 
-constexpr int64_t kMost = int64_t{1} << 31;  // of any size; products of two fit
+constexpr int64_t kMost = int64_t{1} << 31;  // largest of all sizes; the product of two fits into 64 bits
 
-// What kernels have in common: attributes, tensors and threads of ONNX Runtime.
+// Base of all kernels: attributes, tensors and threads of ONNX Runtime.
 struct Access {
   const OrtApi* api;
 
-  // Throws what a call of ONNX Runtime says.
+  // Throws if a call of ONNX Runtime failed.
   void Done(OrtStatus* bad) const {
     if (bad == nullptr) return;
     ort::call<void>(api, ort::kReleaseStatus, bad);
@@ -74,7 +74,7 @@ struct Access {
   const OrtValue* Value(OrtKernelContext* context, size_t index) const {
     const OrtValue* value = nullptr;
     OrtStatus* const bad = ort::call(api, ort::kGetInput, static_cast<const OrtKernelContext*>(context), index, &value);
-    if (bad != nullptr) ort::call<void>(api, ort::kReleaseStatus, bad);  // it is left out
+    if (bad != nullptr) ort::call<void>(api, ort::kReleaseStatus, bad);  // an optional input is absent
     return value;
   }
 
@@ -267,7 +267,7 @@ struct BlockLinear : Access {
 struct GatedUnit : Access {
   static constexpr const char* kName = "GatedUnit";
   static constexpr size_t kInputCount = 2, kOutputCount = 1;
-  static constexpr int64_t kPiece = 1 << 15;  // numbers that are worth a thread
+  static constexpr int64_t kPiece = 1 << 15;  // fewest numbers for a thread
   liger::Activation activation;
 
   GatedUnit(const OrtApi* table, const OrtKernelInfo* info)
@@ -296,7 +296,7 @@ struct GatedUnit : Access {
   static bool Optional(size_t i, bool) { return i == 1; }
 };
 
-// Returns what ONNX Runtime is told of an exception; none may leave the library.
+// Returns a status for an exception, since none may leave the library.
 template <typename Work>
 OrtStatus* answered(const OrtApi* api, Work work) {
   try {

@@ -18,12 +18,12 @@ namespace liger {
 
 constexpr int64_t kUnit = 32;   // inputs that share a scale
 constexpr int64_t kTile = 4;    // tokens that use a row's codes while they are in registers
-constexpr int64_t kRows = 16;   // that stay in the cache from tile to tile
-constexpr int64_t kAhead = 2048;  // bytes of codes that are asked for ahead: a row alone is too short for the hardware to
+constexpr int64_t kRows = 16;   // rows that stay in the cache from tile to tile
+constexpr int64_t kAhead = 2048;  // bytes of codes to prefetch: one row is too short for the hardware to do so
 
 #if defined(__AVX512VNNI__)
 constexpr int kLanes = 16;      // rows of a tile
-constexpr int64_t kGroup = 16;  // units of a row that are treated together
+constexpr int64_t kGroup = 16;  // units of a row that are processed together
 template <int kBits>
 constexpr int64_t kRun = 16 / kBits;  // units of a row in one register
 #else
@@ -37,7 +37,7 @@ template <int kBits>
 constexpr int64_t kRun = kBits == 4 ? 2 : 0;  // 0: inputs are of 16 bits
 #endif
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr bool kFourProducts = true;  // of unsigned and signed bytes are added up in one instruction
+constexpr bool kFourProducts = true;  // one instruction adds four products of unsigned and signed bytes
 #else
 constexpr bool kFourProducts = false;
 #endif
@@ -53,7 +53,7 @@ struct BlockMatrix {
         code_row(blocks * block * bits / 8), zero_row((blocks * bits + 7) / 8) {}
 };
 
-// Whether codes of so many bits have tiles: sums of 32 products of codes of 8 bits and bytes need an instruction for it.
+// Whether codes with this number of bits have tiles; for 8 bits, sums of 32 products need a special instruction.
 template <int kBits>
 constexpr bool kTiles = kLanes > 0 && (kBits == 4 || kFourProducts);
 
@@ -65,8 +65,8 @@ struct RoundedInputs {
   std::vector<int8_t> narrow;     // [tokens, groups * kGroup, kUnit * kBits / 4], or instead
   std::vector<int16_t> wide;      // [tokens, groups * kGroup, kUnit]
 
-  // A unit has two parts: for codes of 4 bits its even and its odd elements, for codes of 8 bits the high and the low
-  // bytes, both signed. Tiles take unit by unit, rows the first parts of a run of units and then their second parts.
+  // A unit has two parts: even and odd elements for codes of 4 bits, high and low bytes, both signed, for codes of 8 bits.
+  // For tiles, units follow each other; for rows, the first parts of a run of units come before their second parts.
   template <int kBits>
   void Round(const BlockMatrix& matrix, const float* x, int64_t tokens) {
     constexpr float kMost = kBits == 4 ? 127.0f : 32639.0f;  // 127 * 256 + 127
@@ -102,9 +102,9 @@ struct RoundedInputs {
       }
   }
 
-  // Returns the scale that makes the largest of a unit's inputs `most`, and their codes and sum with it.
+  // Returns the scale at which the largest input of a unit becomes `most`; writes the codes and their scaled sum.
   static float RoundUnit(const float* x, float most, int32_t* codes, float* sum) {
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     Vector top{}, all{};
     for (int64_t i = 0; i < kUnit / kVector; ++i) {
       const Vector value = at(x, i), size = value < 0 ? -value : value;
@@ -113,7 +113,7 @@ struct RoundedInputs {
     }
     float largest = 0;
     for (int i = 0; i < kVector; ++i) largest = std::max(largest, top[i]);
-    if (!std::isfinite(total(all))) largest = std::numeric_limits<float>::quiet_NaN();  // as it would be in fp32
+    if (!std::isfinite(total(all))) largest = std::numeric_limits<float>::quiet_NaN();  // as in fp32
     const float inverse = largest > 0 ? most / largest : 0.0f;
     Integers sums{};
     for (int64_t i = 0; i < kUnit / kVector; ++i) {

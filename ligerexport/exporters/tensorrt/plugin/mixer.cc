@@ -67,7 +67,7 @@ Layer::Chosen Mixer::ChooseFor(const Pack& pack, const std::string& dtype, uint3
 
 size_t Mixer::Workspace(const std::string& dtype, const std::vector<int64_t>& rows) const {
   const int64_t batch = rows.at(position()), tokens = batch == 0 ? 0 : rows.at(0) / batch;
-  // Segments are cut by the size of a call, so that a smaller call can take more than a larger one.
+  // Segments depend on the size of a call, so a smaller call can need more than a larger one.
   static std::mutex mutex;
   static std::map<std::tuple<const Pack*, std::string, std::string, uint32_t, int64_t, int64_t>, size_t> known;
   const Pack& pack = kernels();
@@ -109,7 +109,7 @@ void Mixer::Enqueue(const Call& call) {
     places[name] = places["past_" + name] = {address(present), bytes};
   }
   const int64_t size = width(Type::kActivation, call.dtype), all = batch * tokens * size;
-  if (a.joint) {  // kernels take strides, so each begins where it lies in the first row
+  if (a.joint) {  // kernels take strides: each part begins at its place in the first row
     const CUdeviceptr begin = places["query"].address;
     const int64_t key = a.q_heads * a.d_k * size, value = key + a.kv_heads * a.d_k * size;
     places["query"].bytes = batch * tokens * key;
