@@ -385,7 +385,7 @@ def check_step(config: LigerConfig) -> dict[str, float]:
     wanted, after = liger_mixer(
         *(x[:, None].double().cpu() for x in (q, k, v)), position.cpu(), exact, spec, table.double().cpu()
     )
-    found = mixer_step(q, k, v, position, state, spec, table)
+    found = mixer_step((q, k, v), position, state, spec, table)
     pairs = {"output": (found, wanted[:, 0].to(DEVICE))}
     for name in ("recurrent_state", "judge_state"):
         if name in state:
@@ -414,7 +414,7 @@ def step() -> list[dict[str, Any]]:
 
             def call(i: int, pools: Any = pools, rest: Any = (q, k, v, position, spec, table, out)) -> None:
                 q, k, v, position, spec, table, out = rest
-                mixer_step(q, k, v, position, pools[i % len(pools)], spec, table, out=out)
+                mixer_step((q, k, v), position, pools[i % len(pools)], spec, table, out=out)
 
             row: dict[str, Any] = {"preset": name, "batch": batch, "slots": config.num_slots, "errors": errors}
             row |= {"bytes": batch * (one + written), "ours": replayed(call, launches)}

@@ -27,9 +27,8 @@ from ligerexport.checkpoint.convert import convert_in_memory, load_model
 from ligerexport.checkpoint.sources import resolve
 from ligerexport.measure.evaluate.nll import by_position
 from ligerexport.measure.evaluate.recall import ONCE, TWICE, PlainTokenizer, answer_all, passkey_prompts
-from ligerexport.measure.evaluate.scorer import TorchScorer
 from ligerexport.measure.evaluate.settings import DISTANCES
-from ligerexport.measure.evaluate.subject import state_bytes
+from ligerexport.measure.opened import TorchModel
 from ligerexport.model.config import PRESETS, LigerConfig
 from ligerexport.text.tokenizer import TextModel
 
@@ -102,17 +101,17 @@ def parse_setting(text: str) -> LigerConfig:
 def measure(model: PreTrainedModel, tokenizer: TextModel, text: Text, args: argparse.Namespace) -> dict[str, object]:
     """Return one row of the table."""
     begin = time.time()
-    nll = by_position({"model": TorchScorer(model)}, text.windows, batch=args.batch)["model"]["nll"]
+    nll = by_position({"model": TorchModel(model)}, text.windows, batch=args.batch)["model"]["nll"]
     row: dict[str, object] = {"nll": {position: value.mean for position, value in nll.items()}}
-    plain, scorer = PlainTokenizer(tokenizer), TorchScorer(model, batch=args.trials)
+    plain, opened = PlainTokenizer(tokenizer), TorchModel(model, batch=args.trials)
     for name, said in (("once", ONCE), ("twice", TWICE)):
         row[f"recall_{name}"] = {
-            distance: answer_all(scorer, passkey_prompts(plain, text.prose, said, distance, args.trials))[0].mean
+            distance: answer_all(opened, passkey_prompts(plain, text.prose, said, distance, args.trials))[0].mean
             for distance in DISTANCES
         }
     if args.stream and hasattr(model.config, "liger"):  # the Transformer ends at its trained length
         row["stream"] = stream(model, text.prose, args.stream)
-    return row | {"state_bytes": state_bytes(model), "seconds": time.time() - begin}
+    return row | {"state_bytes": opened.sequence_bytes, "seconds": time.time() - begin}
 
 
 def show(name: str, row: dict) -> str:

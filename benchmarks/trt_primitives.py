@@ -23,19 +23,18 @@ import torch
 from onnx import helper, numpy_helper
 
 import ligerexport as lx
-from ligerexport.artifact.artifact import sha256
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx.frame import Frame
-from ligerexport.exporters.onnx.lowerings import Plugin
 from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
+from ligerexport.exporters.tensorrt.lowering import Plugin
 from ligerexport.model.state import MixerSpec
+from ligerexport.reading import sha256
 
 CHUNK = 128
 INT32, INT64 = onnx.TensorProto.INT32, onnx.TensorProto.INT64
 
 
 def primitive_mixer(
-    lower: Plugin,
     frame: Frame,
     spec: MixerSpec,
     inv_freq: tuple[float, ...],
@@ -44,7 +43,7 @@ def primitive_mixer(
     score: ir.Value | None,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """Write one mixer as the lowering `portable` does; arguments and results of `plugin_mixer`."""
-    turns = torch.tensor(inv_freq)
+    lower, turns = Plugin(frame.g), torch.tensor(inv_freq)
     tables: Any = lower.g.once(("tables", inv_freq), lambda: rotary_tables(lower, turns, spec, CHUNK))
     (seen,) = candidates(frame, spec, tables.rows, [past["slot_position"]])
     halves = {name: x.dtype for name, x in past.items() if x.dtype == ir.DataType.FLOAT16}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ligerexport.checkpoint.convert import convert as convert
     from ligerexport.checkpoint.convert import load_model as load_model
     from ligerexport.exporters.build import build as build
-    from ligerexport.measure.evaluate import evaluate as evaluate
+    from ligerexport.measure.evaluate.evaluate import evaluate as evaluate
     from ligerexport.model.config import LigerConfig as LigerConfig
     from ligerexport.run.generate import generate as generate
     from ligerexport.run.runtime import Session as Session
@@ -40,7 +40,7 @@ _HOMES = {
     "allocate": "ligerexport.train.allocate",
     "build": "ligerexport.exporters.build",
     "convert": "ligerexport.checkpoint.convert",
-    "evaluate": "ligerexport.measure.evaluate",
+    "evaluate": "ligerexport.measure.evaluate.evaluate",
     "generate": "ligerexport.run.generate",
     "load": "ligerexport.run.runtime",
     "load_model": "ligerexport.checkpoint.convert",

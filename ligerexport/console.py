@@ -1,7 +1,7 @@
 """How the commands talk: data goes to stdout, everything else to stderr.
 
-Colour, width and `NO_COLOR` are rich's business. Nothing here knows a model; long work takes `progress` as an argument,
-so that library code stays silent by default.
+rich handles colour, width and `NO_COLOR`. Nothing here knows a model. Long work takes `progress` as an argument, so
+that library code stays silent by default.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ err = Console(stderr=True, highlight=False)
 
 
 class ProgressFactory(Protocol):
-    """What long work accepts as `progress`: opens one phase and hands back a function that advances it."""
+    """What long work accepts as `progress`: it opens one phase and returns a function that advances it."""
 
     def __call__(
         self, description: str, total: float | None = None, unit: Unit = "bytes"
@@ -41,17 +41,17 @@ def silent(description: str, total: float | None = None, unit: Unit = "bytes") -
 
 
 def set_quiet(quiet: bool = True) -> None:
-    """Silence talk on stderr. Data and errors are printed all the same."""
+    """Silence messages on stderr. Data and errors are still printed."""
     err.quiet = quiet
 
 
 def say(message: str) -> None:
-    """Print one line of talk."""
+    """Print a message of one line."""
     err.print(Text(message), soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    """Print one line that the user should read although the work goes on."""
+    """Print one line that the user should read, although the work goes on."""
     err.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
 
 
@@ -59,7 +59,7 @@ def data(text: str, *, end: str = "\n") -> None:
     """Print text on stdout exactly as it is: no markup, no wrapping, no colour.
 
     Raises:
-        LigerError: stdout is closed, or its encoding does not have these characters.
+        LigerError: stdout is closed, or its encoding lacks some of the characters.
     """
     with _writable():
         out.file.write(text + end)
@@ -67,7 +67,7 @@ def data(text: str, *, end: str = "\n") -> None:
 
 
 def data_json(value: Any) -> None:
-    """Print a value on stdout as one line of JSON, in ASCII where stdout takes nothing else."""
+    """Print a value on stdout as one line of JSON, in ASCII if the encoding of stdout needs it."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode(out.encoding)
@@ -88,7 +88,7 @@ def data_table(table: Table | None = None) -> None:
 
 @contextmanager
 def _writable() -> Iterator[None]:
-    """Say what keeps stdout from taking text."""
+    """Turn what keeps stdout from taking text into a `LigerError`."""
     if sys.stdout is None:
         raise LigerError("stdout is closed, and this command writes to it", hint="send it to a file, or to /dev/null")
     try:
@@ -131,11 +131,11 @@ def print_error(error: LigerError) -> None:
 
 @contextmanager
 def progress(description: str, total: float | None = None, unit: Unit = "bytes") -> Iterator[Advance]:
-    """Show one long phase: a bar on a terminal, one line at its end anywhere else.
+    """Show one long phase: a bar on a terminal, and one line at the end elsewhere.
 
     Args:
         description: The phase, in a few words.
-        total: Amount at which the phase is done; None when it is not known.
+        total: Amount at which the phase is done; None if it is not known.
         unit: What the amounts are.
 
     Yields:
@@ -159,7 +159,7 @@ def progress(description: str, total: float | None = None, unit: Unit = "bytes")
 
 
 def format_bytes(count: float) -> str:
-    """Return a number of bytes for people, in decimal units."""
+    """Return a number of bytes in decimal units."""
     if abs(count) < 1000:
         return f"{count:.0f} B"
     for unit in ("kB", "MB"):

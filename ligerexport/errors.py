@@ -1,6 +1,6 @@
 """Every error that a user is meant to read: what was found, a hint for what to do, and the exit code of the CLI.
 
-Printing them is the business of `ligerexport.console`; anything else that is raised is a bug and keeps its traceback.
+`ligerexport.console` prints them. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ Row = TypeVar("Row")
 
 
 _MOST = 1000
-"""Characters of a line; what was found may be a file's whole content."""
+"""Most characters of a line: a message may quote the whole content of a file."""
 
 
 def one_line(text: str) -> str:
-    """Return text without line breaks, and without what a terminal would obey or cannot show."""
+    """Return text without line breaks, control characters and characters that a terminal cannot show."""
     text = (text if len(text) <= _MOST else f"{text[: _MOST - 4]} ...").replace("\n", " ")
     return text if text.isprintable() else "".join(x if x.isprintable() else repr(x)[1:-1] for x in text)
 
 
 def quoted(word: object) -> str:
-    """Return a path or another word of a command as a shell takes it, for hints that can be pasted."""
+    """Return a path or another word of a command, quoted for a shell, so that a hint can be pasted."""
     return subprocess.list2cmdline([str(word)]) if os.name == "nt" else shlex.quote(str(word))
 
 
@@ -35,7 +35,7 @@ class LigerError(Exception):
 
     Args:
         message: One line: what was found and what was expected.
-        hint: One line: what to do about it, best a command. Empty text counts as no hint.
+        hint: One line: what to do about it, preferably a command. Empty text counts as no hint.
     """
 
     exit_code = 1
@@ -58,11 +58,11 @@ class SourceError(LigerError):
 
 
 class CheckpointError(LigerError):
-    """A checkpoint directory is incomplete, damaged or in a form that is not read."""
+    """A checkpoint directory is incomplete, damaged or in a format that is not supported."""
 
 
 class ArtifactError(LigerError):
-    """A built artifact is incomplete, damaged, or not for this version."""
+    """A built artifact is incomplete, damaged, or made for another version."""
 
 
 class VerificationError(LigerError):
@@ -77,7 +77,7 @@ class MissingDependency(LigerError):
     Args:
         what: The library or device, as the user knows it.
         extra: The extra of this package that installs it; None when no extra can.
-        hint: Replaces the install command, for what pip cannot install.
+        hint: Replaces the install command where pip cannot install what is missing.
     """
 
     exit_code = 4
@@ -103,7 +103,7 @@ def look_up(kind: str, name: str, table: Mapping[str, Row]) -> Row:
     """Return the row of a table with this name.
 
     Raises:
-        UsageError: No such row; the hint names close matches.
+        UsageError: There is no such row; the hint names close matches.
     """
     if name not in table:
         raise UsageError(f"unknown {kind} '{name}'", hint=close_matches(name, table))

@@ -1,10 +1,11 @@
-"""Files that somebody else wrote: JSON that may be anything, dataclasses whose types are checked, links that lead away.
+"""Files that somebody else wrote: JSON of any content, dataclasses whose types are checked, hashes, escaping links.
 
-What such a file must say is the business of whoever reads it.
+What such a file must say is decided by whoever reads it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ligerexport.errors import LigerError
+from ligerexport.errors import LigerError, UsageError
 
 Row = TypeVar("Row")
 
@@ -96,6 +97,12 @@ def _any_of(hints: tuple[Any, ...], value: Any, name: str) -> Any:
     raise ValueError(f"{name} is {value!r:.60}")
 
 
+def sha256(file: Path) -> str:
+    """Return the sha256 of a file in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def leads_away(file: Path, directory: Path, *others: Path) -> bool:
     """Return whether a file is, over links, a file outside a directory, and of other directories too."""
     places = (directory.resolve(), *(other.resolve() for other in others))
@@ -104,3 +111,14 @@ def leads_away(file: Path, directory: Path, *others: Path) -> bool:
     except (OSError, RuntimeError):  # a link in a circle
         return True
     return not any(found.is_relative_to(place) for place in places)
+
+
+def as_path(text: str | Path) -> Path:
+    """Return a path that a user gave, with `~` expanded.
+
+    Raises:
+        UsageError: It is empty, which would mean the current directory.
+    """
+    if not str(text):
+        raise UsageError("a path is empty", hint="name a file or directory, or . for this directory")
+    return Path(text).expanduser()

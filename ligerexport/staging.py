@@ -1,7 +1,7 @@
 """Directories and files that appear whole or not at all: written beside their destination, synced, renamed.
 
-Artifacts, checkpoints and states are all made this way. A killed run leaves a locked-by-nobody directory that the next
-run for the same destination removes.
+Artifacts, checkpoints and states are all made this way. A killed run leaves a directory that no process has locked; the
+next run for the same destination removes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from ligerexport.errors import LigerError, UsageError
 
-# Windows has no such locks: there a killed run's directory stays until somebody deletes it.
+# Windows has no such locks: the directory of a killed run stays there until somebody deletes it.
 fcntl: Any = import_module("fcntl") if os.name == "posix" else None
 
 CACHE_HINT = "set LIGEREXPORT_CACHE to a directory that can be written"
@@ -32,10 +32,10 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def cache_dir() -> Path:
     """Return where fetched models and compiled operators live.
 
-    That is `LIGEREXPORT_CACHE`, else `ligerexport` in the user's cache directory.
+    That is `LIGEREXPORT_CACHE`, or `ligerexport` in the user's cache directory if that is not set.
 
     Raises:
-        LigerError: This user has no home directory, and nothing else names a place.
+        LigerError: The user has no home directory, and no variable names a place.
     """
     own = os.environ.get("LIGEREXPORT_CACHE")
     try:
@@ -47,15 +47,16 @@ def cache_dir() -> Path:
 
 
 def check_destination(destination: Path | str, *, force: bool = False, marker: str) -> None:
-    """Refuse a destination that would lose something; what killed runs left there is removed, or finished.
+    """Refuse a destination where something would be lost. What killed runs left there is removed or completed.
 
     Args:
         destination: Directory to be written.
         force: Whether an older output of the same kind may be replaced.
-        marker: File that tells such an output from any other directory.
+        marker: File by which such an output is told from any other directory.
 
     Raises:
-        UsageError: It is a file, is not empty, or `force` would replace what this program did not write, or may not.
+        UsageError: It is a file or not empty, or `force` would replace what this program did not write or may not
+            write.
     """
     path = Path(os.path.abspath(destination))
     remove_leftovers(path)
@@ -75,7 +76,7 @@ def check_destination(destination: Path | str, *, force: bool = False, marker: s
             f"{path} holds other things (no {marker}), so --force will not replace it",
             hint="choose another place with -o",
         )
-    if not os.access(path, os.W_OK | os.X_OK):  # else it would be renamed, and could not be removed
+    if not os.access(path, os.W_OK | os.X_OK):  # it could be renamed but not removed
         raise UsageError(f"{path} is not writable, so --force cannot replace it", hint="choose another place with -o")
 
 
@@ -83,9 +84,8 @@ def check_destination(destination: Path | str, *, force: bool = False, marker: s
 def staged_directory(destination: Path | str, *, force: bool = False, marker: str) -> Iterator[Path]:
     """Yield a temporary directory that becomes `destination` when the block ends without an exception.
 
-    The old directory, if `force` lets it be replaced, stays until the new one is whole and synced; where the system
-    can exchange two names (Linux) there is no moment without one of them in place. Any exception removes what was
-    written.
+    The old directory, if `force` lets it be replaced, stays until the new one is whole and synced. Where the system
+    can exchange two names (Linux), one of them is in place at every moment. Any exception removes what was written.
 
     Args:
         destination: Directory to make; its parents are made as needed.
@@ -111,7 +111,7 @@ def staged_file(destination: Path | str, *, hint: str = "choose another place") 
 
     Args:
         destination: File to make; its parents are made as needed.
-        hint: What to do where it cannot be written.
+        hint: What to do if it cannot be written.
 
     Raises:
         LigerError: The disk is full, or the place cannot be written.
@@ -126,9 +126,9 @@ def staged_file(destination: Path | str, *, hint: str = "choose another place") 
 
 @contextmanager
 def _staged(path: Path, hint: str = "choose another place") -> Iterator[Path]:
-    """Yield a temporary directory beside `path` that is removed at the end; say what went wrong with the disk.
+    """Yield a temporary directory beside `path` that is removed at the end; explain errors of the disk.
 
-    An error that names the temporary directory names `path` instead: its reader knows no other.
+    In messages `path` takes the place of the temporary directory, which the reader does not know.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def _staged(path: Path, hint: str = "choose another place") -> Iterator[Path]:
             ) from error
         place = getattr(error, "filename", None) or path
         if number is None or not Path(final := _final(str(place), stage, path)).is_relative_to(path):
-            raise  # it is about something that is read
+            raise  # the error is about a file that is read
         raise LigerError(f"cannot write {final}: {os.strerror(number)}", hint=hint) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -163,12 +163,12 @@ def _staged(path: Path, hint: str = "choose another place") -> Iterator[Path]:
 
 
 def _final(text: str, stage: Path, path: Path) -> str:
-    """Return text with the names that files will have in place of their temporary ones."""
+    """Return text with the final names of files instead of their temporary ones."""
     return text.replace(str(stage / path.name), str(path)).replace(str(stage), str(path))
 
 
 def _error_number(error: Exception) -> int | None:
-    """Return the system's number of an error; safetensors has it in its text only."""
+    """Return the system's number of an error; safetensors states it in the text only."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -188,7 +188,7 @@ def _make_stage(path: Path) -> tuple[Path, int]:
         lock = os.open(stage, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if stage.exists():  # else another run took it for stale before it was locked
+            if stage.exists():  # otherwise another run removed it before it was locked
                 stage.chmod(0o777 & ~_umask())
                 return stage, lock
         except BlockingIOError:
@@ -203,11 +203,11 @@ def _umask() -> int:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed runs for `path` left beside it: what no process holds."""
+    """Remove the directories that killed runs for `path` left beside it: those that no process has locked."""
     if fcntl is None:
         return
     for stage in path.parent.glob(f"{glob.escape(_prefix(path))}*.partial"):
-        with suppress(OSError):  # it is in use, another user's, or gone meanwhile
+        with suppress(OSError):  # it is in use, belongs to another user, or is gone
             lock = os.open(stage, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,7 +217,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory, if it is there: a killed run leaves all of it, or nothing under its name."""
+    """Remove a directory if it exists; a run that is killed here leaves all of it or nothing under its name."""
     going = path.with_name(f"{_prefix(path)}{os.getpid()}.partial")
     shutil.rmtree(going, ignore_errors=True)
     with suppress(OSError):
@@ -226,7 +226,7 @@ def remove_directory(path: Path) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Bring every file and directory below `directory` to the disk."""
+    """Sync every file and directory below `directory` to the disk."""
     if os.name != "posix":
         return
     for root, _, files in os.walk(directory, topdown=False):
@@ -235,7 +235,7 @@ def _sync(directory: Path) -> None:
 
 
 def _replace(stage: Path, path: Path) -> None:
-    """Give `stage` the name `path`; what had that name goes to `stage`'s name or away."""
+    """Give `stage` the name `path`; what had that name gets the name of `stage` or is removed."""
     if not path.exists():
         stage.rename(path)
     elif not _exchange(stage, path):
@@ -248,7 +248,7 @@ def _replace(stage: Path, path: Path) -> None:
 
 
 def _sync_names(directory: Path) -> None:
-    """Bring the names in a directory to the disk."""
+    """Sync the names in a directory to the disk."""
     if os.name == "posix":
         _sync_one(directory)
 
@@ -262,7 +262,7 @@ def _sync_one(path: str | Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step, where the system and the file system can."""
+    """Swap two names in one step, if the system and the file system can."""
     at_fdcwd, rename_exchange = -100, 2
     if not sys.platform.startswith("linux"):
         return False

@@ -1,8 +1,8 @@
-"""How many threads compute, and how they wait for each other: the same for torch, its kernels and ONNX Runtime.
+"""How many threads compute and how they wait for each other: the same for torch, its kernels and ONNX Runtime.
 
-torch takes a thread for each CPU, whatever the quota of a container says, and lets all of them spin at the end of every
-loop until the last one is there. Where another process has a core for a moment that takes several times as long as the
-work itself.
+torch takes one thread for each CPU, whatever the quota of a container says, and lets all of them spin at the end of
+every loop until the last one arrives. If another process takes a core for a moment, that wait is several times as long
+as the work itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _chosen: int | None = None
 
 
 def default_threads() -> int:
-    """Return what `use_threads` was given, or the physical cores of this process: affinity and quota count."""
+    """Return what `use_threads` was given, or the physical cores that affinity and quota leave to this process."""
     if _chosen is not None:
         return _chosen
     if not hasattr(os, "sched_getaffinity"):
@@ -43,16 +43,16 @@ def _read(path: str) -> str:
 
 @contextmanager
 def use_threads(count: int | None) -> Iterator[None]:
-    """Let torch, tokenizers and new sessions compute with so many threads, for the length of a block.
+    """Let torch, tokenizers and new sessions compute with `count` threads inside a block.
 
     How threads wait can only be chosen before torch is imported, so enter this first.
 
     Args:
-        count: Threads; None takes `default_threads`, shared by the processes of a launcher, and no more than
-            OMP_NUM_THREADS or `torch.set_num_threads` allow.
+        count: Number of threads. None takes `default_threads`, divided among the processes of a launcher, and at
+            most what OMP_NUM_THREADS or `torch.set_num_threads` allow.
 
     Raises:
-        UsageError: It is less than 1.
+        UsageError: The count is less than 1.
     """
     global _chosen
     if count is not None and count < 1:
@@ -81,6 +81,6 @@ def use_threads(count: int | None) -> Iterator[None]:
 
 
 def _number(text: str | None) -> int:
-    """Return the first number of a setting such as `4` or `4,2`; 0 where there is none."""
+    """Return the first number of a setting such as `4` or `4,2`, or 0 without one."""
     first = (text or "").partition(",")[0].strip()
     return int(first) if first.isdigit() else 0

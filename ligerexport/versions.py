@@ -1,4 +1,4 @@
-"""Which releases of its dependencies this version was tried with, and the one warning about any other.
+"""Which releases of its dependencies this version was tried with, and the warning about any other.
 
 `pyproject.toml` says what may be installed, and `TRIED` what was tried: a test compares the two. A release that is
 known to break is outside the bounds of `pyproject.toml`; one that nobody has tried gets a warning.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import metadata
-
-from packaging.version import Version
 
 from ligerexport.console import warn
 
@@ -23,11 +21,11 @@ TRIED: dict[str, tuple[str, str]] = {
     "gradio": ("6.30", "6.31"),
     "triton": ("3.6", "3.6"),
 }
-"""Oldest and newest minor release that was tried of each distribution, its bug fixes included."""
+"""Oldest and newest minor release of each distribution that was tried, including their bug fixes."""
 
 
 def installed_version(runtime: str) -> str | None:
-    """Return the version of a runtime under any of the names it is distributed by; None when there is none."""
+    """Return the version of a runtime under any of its distribution names, or None if it is not installed."""
     for suffix in ("", "-gpu", "-directml", "-openvino", "-qnn"):
         try:
             return metadata.version(runtime + suffix)
@@ -36,8 +34,15 @@ def installed_version(runtime: str) -> str | None:
     return None
 
 
+def versions(*names: str) -> dict[str, str]:
+    """Return the versions of ligerexport and of those distributions that are installed, as results record them."""
+    return {name: found for name in ("ligerexport", *names) if (found := installed_version(name))}
+
+
 def untried(name: str) -> str | None:
     """Return what is wrong with the installed version of a row of `TRIED`; None if it was tried or is not installed."""
+    from packaging.version import Version
+
     version = installed_version(name)
     oldest, newest = TRIED[name]
     if version is None or Version(oldest).release <= Version(version).release[:2] <= Version(newest).release:
@@ -48,6 +53,6 @@ def untried(name: str) -> str | None:
 
 @cache
 def warn_if_untried(name: str) -> None:
-    """Warn, once in a process, if the installed version of a row of `TRIED` was never tried."""
+    """Warn, once per process, if the installed version of a row of `TRIED` was never tried."""
     if found := untried(name):
         warn(f"{name} {found}")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import typer.main
 
 import ligerexport as lx
-from ligerexport.cli import app
+from ligerexport.cli.app import app
 
 
 def summary(thing: object) -> str:

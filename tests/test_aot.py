@@ -424,7 +424,7 @@ def test_steps_on_a_gpu(driver: Driver, batch: int) -> None:
     for step in range(60):
         tensors = projections(batch)
         position = torch.full((batch,), step, device="cuda", dtype=torch.int32)
-        expected = mixer_step(*tensors.values(), position, eager, MEMORY, rotary())
+        expected = mixer_step(tuple(tensors.values()), position, eager, MEMORY, rotary())
         output = torch.full_like(expected, float("nan"))
         inputs = {**tensors, **compiled, "position": position, "rotary": rotary(), "output": output}
         driver.run("step", axes_of(tensors, batch=batch), inputs)

@@ -19,9 +19,7 @@ from ligerexport.errors import LigerError, UsageError, VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightFormat
 from ligerexport.measure.bench import machine
-from ligerexport.measure.bench.engine import open_engine
-from ligerexport.measure.bench.report import markdown
-from ligerexport.measure.bench.run import (
+from ligerexport.measure.bench.bench import (
     _effort,
     _of_same_conversion,
     _row,
@@ -33,8 +31,10 @@ from ligerexport.measure.bench.run import (
     prompt,
     quantile,
 )
+from ligerexport.measure.bench.report import markdown
 from ligerexport.measure.bench.settings import Settings
 from ligerexport.measure.bench.worker import Worker
+from ligerexport.measure.opened import open_model
 
 Built = tuple[Path, Path]
 
@@ -142,14 +142,14 @@ def test_vocabularies_must_be_one(built: Built, tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", ["artifact", "converted", "transformer"])
 def test_engines_write_the_same_in_one_call_and_in_many(built: Built, which: str) -> None:
     paths = {"artifact": built[1], "converted": built[0], "transformer": built[0].parent / "source"}
-    engine = open_engine(str(paths[which]), device="cpu", threads=1)
+    engine = open_model(str(paths[which]), device="cpu", threads=1)
     assert engine.kind == which and engine.state_bytes >= 0
     ids = prompt(40, toy.VOCAB)
-    whole = engine.prefill([ids])
+    whole = engine.advance([ids])
     pieces = engine.sibling()
-    assert [pieces.prefill([ids[:7]]), pieces.prefill([ids[7:39]]), pieces.prefill([ids[39:]])][-1] == whole
+    assert [pieces.advance([ids[:7]]), pieces.advance([ids[7:39]]), pieces.advance([ids[39:]])][-1] == whole
     pair = engine.sibling(2)
-    assert pair.prefill([ids, ids]) == whole * 2
+    assert pair.advance([ids, ids]) == whole * 2
     assert pair.state_bytes == 2 * engine.state_bytes > 0
     if which != "transformer":
         with pytest.raises(UsageError, match="without reading"):
@@ -162,10 +162,10 @@ def test_torch_takes_no_more_threads_than_there_are_cores(
     built: Built, monkeypatch: pytest.MonkeyPatch, given: int | None, found: int
 ) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setattr("ligerexport.measure.bench.engine.default_threads", lambda: 2)
+    monkeypatch.setattr("ligerexport.measure.opened.default_threads", lambda: 2)
     try:
         torch.set_num_threads(3)
-        open_engine(str(built[0].parent / "source"), device="cpu", threads=given)
+        open_model(str(built[0].parent / "source"), device="cpu", threads=given)
         assert torch.get_num_threads() == found
     finally:
         torch.set_num_threads(before)

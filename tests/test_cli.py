@@ -314,12 +314,13 @@ def test_ctrl_c_in_a_chat_stops_the_answer_only(endless: Path) -> None:
 def test_ctrl_c_and_sigterm_while_building_leave_nothing(tmp_path: Path) -> None:
     code = (
         f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import toy; from ligerexport import cli; from ligerexport.artifact.artifact import ArtifactWriter\n"
-        "@cli.app.command('write')\n"
+        "import toy; from ligerexport.cli.app import app, main\n"
+        "from ligerexport.artifact.artifact import ArtifactWriter\n"
+        "@app.command('write')\n"
         "def write() -> None:\n"
         f"    with ArtifactWriter({str(tmp_path / 'artifact')!r}) as writer:\n"
         "        toy.write_files(writer.directory); print('half', flush=True); time.sleep(3600)\n"
-        "cli.main(['write'])\n"
+        "main(['write'])\n"
     )
     for number, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
@@ -359,10 +360,10 @@ def _raised_from(error: Exception, cause: Exception) -> Exception:
     ],
 )
 def test_memory_that_ran_out(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(quiet: bool, debug: bool) -> None:
+    def fail(*talk: bool) -> None:
         raise error
 
-    monkeypatch.setattr("ligerexport.cli.common.begin", fail)
+    monkeypatch.setattr("ligerexport.cli.options.begin", fail)
     code, _, err = cli("doctor")
     assert code == 1 and err.startswith("error: memory ran out\nhint: ")
 

@@ -15,7 +15,8 @@ from transformers import LlamaForCausalLM
 from ligerexport.artifact.artifact import open_artifact
 from ligerexport.checkpoint.calibrate import digest, score_shapes
 from ligerexport.checkpoint.checkpoint import check_checkpoint
-from ligerexport.checkpoint.convert import convert, convert_in_memory, load_model, load_transformer, packaged_scores
+from ligerexport.checkpoint.convert import convert, convert_in_memory, load_model, load_transformer
+from ligerexport.checkpoint.scores import packaged_scores
 from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source
 from ligerexport.errors import CheckpointError, LigerError, UsageError
 from ligerexport.exporters.build import build
@@ -50,8 +51,10 @@ def test_a_converted_checkpoint_converts_to_another_preset(tmp_path: Path) -> No
 def test_a_source_is_never_replaced(tmp_path: Path) -> None:
     teacher = make_teacher(tmp_path / "teacher")
     before = sorted(path.name for path in teacher.iterdir())
-    with pytest.raises(UsageError, match="not converted"):
+    with pytest.raises(UsageError, match="is the model itself"):
         convert(teacher, teacher, force=True)
+    with pytest.raises(UsageError, match="not converted"):
+        convert(make_teacher(tmp_path / "other"), teacher, force=True)
     assert sorted(path.name for path in teacher.iterdir()) == before
 
 
@@ -240,7 +243,7 @@ def test_scores_of_the_package(tmp_path: Path, text: Path, monkeypatch: pytest.M
     package = tmp_path / "package"
     (package / "data" / "scores").mkdir(parents=True)
     shutil.copyfile(file, package / "data" / "scores" / "smollm2-135m.safetensors")
-    monkeypatch.setitem(convert.__globals__, "_DATA", package / "data")
+    monkeypatch.setitem(packaged_scores.__globals__, "DATA", package / "data")
     monkeypatch.setitem(convert.__globals__, "resolve", lambda *_, **__: builtin)
     assert packaged_scores(Source(tmp_path, "smollm2-135m")) is None  # a directory of that name
     second = convert("smollm2-135m", tmp_path / "second", preset="foresight")

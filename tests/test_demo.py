@@ -25,7 +25,7 @@ from ligerexport.demo.compare import Pair, Stream, same_text
 from ligerexport.demo.host import Demo, read_result
 from ligerexport.demo.prompts import CHAT, MOST, PASSKEY, ask, filler
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.measure.bench.run import bench, quantile
+from ligerexport.measure.bench.bench import bench, quantile
 from ligerexport.measure.bench.settings import Settings
 from ligerexport.measure.bench.worker import Worker
 from ligerexport.text.tokenizer import TextModel

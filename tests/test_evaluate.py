@@ -18,15 +18,14 @@ import ligerexport as lx
 from ligerexport.checkpoint.convert import convert_in_memory, load_model
 from ligerexport.cli import main
 from ligerexport.errors import CheckpointError, LigerError, MissingDependency, UsageError
-from ligerexport.measure.evaluate import scorer as scorer_module
+from ligerexport.measure import opened
 from ligerexport.measure.evaluate.controls import RandomJudge, control_config, make_control, random_scores
 from ligerexport.measure.evaluate.estimate import Estimate
 from ligerexport.measure.evaluate.nll import by_position, position_bins
 from ligerexport.measure.evaluate.recall import ONCE, PlainTokenizer, passkey_prompts
 from ligerexport.measure.evaluate.report import Report
-from ligerexport.measure.evaluate.scorer import SessionScorer, TorchScorer, chunk_size
 from ligerexport.measure.evaluate.settings import Settings, choose_parts
-from ligerexport.measure.evaluate.subject import check_same_tokenizer, open_subject
+from ligerexport.measure.opened import ArtifactModel, TorchModel, check_same_tokenizer, chunk_size, open_model
 from ligerexport.model.config import LigerConfig
 from ligerexport.run.runtime import load
 from ligerexport.text.corpus import cut_windows, read_tokens, text_files
@@ -95,8 +94,8 @@ def windows(liger: Path, text: Path) -> torch.Tensor:
     return cut_windows(read_tokens(text_files([text]), TextModel(liger)), 200, 3, [toy.BOS])
 
 
-def torch_scorer(path: Path) -> TorchScorer:
-    return TorchScorer(load_model(path).eval())
+def torch_scorer(path: Path) -> TorchModel:
+    return TorchModel(load_model(path).eval())
 
 
 # Scorers
@@ -112,7 +111,7 @@ def test_an_artifact_scores_every_token_as_torch(tmp_path: Path, config: LigerCo
     ids = torch.randint(0, 131, (1, 150))
     expected = load_model(checkpoint).eval()(ids).logits
     session = load(artifact, scoring=True)
-    found = torch.cat(list(SessionScorer(session).logits(ids, chunk=70)), dim=1)
+    found = torch.cat(list(ArtifactModel(session).logits(ids, chunk=70)), dim=1)
     assert found.shape == expected.shape and (found - expected).abs().max() < MODEL_FP32
     stepped = torch.cat([torch.from_numpy(part) for part in load(artifact).every(ids.numpy())], dim=1)
     assert (stepped - expected).abs().max() < MODEL_FP32
@@ -123,7 +122,7 @@ def test_an_artifact_scores_every_token_as_torch(tmp_path: Path, config: LigerCo
 
 @pytest.mark.parametrize("kind", ["liger", "teacher", "artifact"])
 def test_chunks_ends_and_greedy_choices_agree(kind: str, request: pytest.FixtureRequest) -> None:
-    scorer = open_subject(request.getfixturevalue(kind), Settings()).scorer
+    scorer = open_model(request.getfixturevalue(kind), scoring=True)
     ids = torch.randint(0, toy.BYTES, (1, 130))
     whole = torch.cat(list(scorer.logits(ids)), dim=1)
     pieces = list(scorer.logits(ids, chunk=48))
@@ -140,7 +139,7 @@ def test_chunks_ends_and_greedy_choices_agree(kind: str, request: pytest.Fixture
 def test_a_long_prompt_is_read_in_chunks(liger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer, ids = torch_scorer(liger), torch.randint(0, toy.BYTES, (2, 150))
     expected = scorer.forced(ids, 20)
-    monkeypatch.setattr(scorer_module, "CHUNK", 32)
+    monkeypatch.setattr(opened, "CHUNK", 32)
     assert (scorer.forced(ids, 20) - expected).abs().max() < MODEL_FP32
 
 
@@ -165,7 +164,7 @@ def test_bins(length: int, bins: list[tuple[int, int]]) -> None:
 
 
 def test_nll_and_agreement_are_those_of_the_plain_formulas(liger: Path, teacher: Path, windows: torch.Tensor) -> None:
-    scorers = {"model": torch_scorer(liger), "teacher": open_subject(teacher, Settings(device="cpu")).scorer}
+    scorers = {"model": torch_scorer(liger), "teacher": open_model(teacher, scoring=True, device="cpu")}
     chunked = by_position(scorers, windows, teacher="teacher", batch=2)
     log_p = {name: scorer.model(windows[:, :-1]).logits.log_softmax(-1) for name, scorer in scorers.items()}
     target = windows[:, 1:, None]
@@ -189,7 +188,7 @@ def test_nll_and_agreement_are_those_of_the_plain_formulas(liger: Path, teacher:
 
 
 def test_a_model_agrees_with_itself(teacher: Path, windows: torch.Tensor) -> None:
-    one, other = (open_subject(teacher, Settings()).scorer for _ in range(2))
+    one, other = (open_model(teacher, scoring=True) for _ in range(2))
     table = by_position({"model": one, "teacher": other}, windows, teacher="teacher")["model"]
     assert table["top1"]["mean"].mean == 1.0 and abs(table["kl"]["mean"].mean) < 1e-6
 
@@ -197,16 +196,16 @@ def test_a_model_agrees_with_itself(teacher: Path, windows: torch.Tensor) -> Non
 def test_the_artifact_has_the_numbers_of_its_checkpoint(
     liger: Path, artifact: Path, text: Path, windows: torch.Tensor
 ) -> None:
-    subjects = [open_subject(path, Settings()) for path in (liger, artifact)]
-    ours, theirs = (by_position({"model": subject.scorer}, windows)["model"]["nll"] for subject in subjects)
+    subjects = [open_model(path, scoring=True) for path in (liger, artifact)]
+    ours, theirs = (by_position({"model": subject}, windows)["model"]["nll"] for subject in subjects)
     for name, estimate in ours.items():
         assert theirs[name].mean == pytest.approx(estimate.mean, abs=1e-3)
     tokenizer = PlainTokenizer(subjects[0].text)
     prose = read_tokens(text_files([text]), subjects[0].text)
     for prompt in passkey_prompts(tokenizer, prose, ONCE, 128, 3):
-        choices = [s.scorer.forced(torch.tensor([prompt.ids]), 6)[0].argmax(-1).tolist() for s in subjects]
+        choices = [s.forced(torch.tensor([prompt.ids]), 6)[0].argmax(-1).tolist() for s in subjects]
         assert choices[0] == choices[1]
-    assert subjects[0].state_bytes == subjects[1].state_bytes is not None
+    assert subjects[0].sequence_bytes == subjects[1].sequence_bytes is not None
 
 
 # Controls
@@ -246,24 +245,24 @@ def test_a_control_shares_weights_and_computes_its_configuration(liger: Path, tm
 
 
 def test_a_window_that_holds_everything_is_the_teacher(teacher: Path) -> None:
-    scorer = open_subject(teacher, Settings()).scorer
+    scorer = open_model(teacher, scoring=True)
     everything = LigerConfig(window=64, attention_weight=1.0, recurrence_weight=0.0)
-    converted = TorchScorer(convert_in_memory(scorer.model, everything))  # type: ignore[attr-defined]
+    converted = TorchModel(convert_in_memory(scorer.model, everything))  # type: ignore[attr-defined]
     ids = torch.randint(0, toy.BYTES, (2, 60))
     assert (converted.forced(ids, 60) - scorer.forced(ids, 60)).abs().max() < MODEL_FP32
 
 
 def test_the_random_judge_does_not_depend_on_cuts_or_batches(liger: Path) -> None:
     model = load_model(liger).eval()
-    judge = TorchScorer(make_control("random-judge", model))
+    judge = TorchModel(make_control("random-judge", model))
     assert all(isinstance(layer.self_attn, RandomJudge) for layer in judge.model.model.layers)
     ids = torch.randint(0, toy.BYTES, (2, 150))
     whole = torch.cat(list(judge.logits(ids)), dim=1)
     assert (torch.cat(list(judge.logits(ids, chunk=37)), dim=1) - whole).abs().max() < MODEL_FP32
     assert (torch.cat(list(judge.logits(ids[1:])), dim=1) - whole[1:]).abs().max() < MODEL_FP32
-    novelty = TorchScorer(convert_in_memory(model, replace(MIXED, slots=(("novelty", 12),))))
+    novelty = TorchModel(convert_in_memory(model, replace(MIXED, slots=(("novelty", 12),))))
     assert (torch.cat(list(novelty.logits(ids)), dim=1) - whole).abs().max() > 0.01
-    other = TorchScorer(make_control("random-judge", model, seed=1))
+    other = TorchModel(make_control("random-judge", model, seed=1))
     assert (torch.cat(list(other.logits(ids)), dim=1) - whole).abs().max() > 0.01
 
 
@@ -354,10 +353,10 @@ def test_models_with_other_tokens_are_not_compared(artifact: Path, teacher: Path
     vocab = tokenizer["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    model, other = (open_subject(path, Settings()) for path in (artifact, tmp_path))
+    model, other = (open_model(path, scoring=True) for path in (artifact, tmp_path))
     with pytest.raises(UsageError, match="different tokenizers \\(2 tokens differ\\)"):
         check_same_tokenizer(model, other)
-    check_same_tokenizer(model, open_subject(teacher, Settings()))
+    check_same_tokenizer(model, open_model(teacher, scoring=True))
 
 
 def test_controls_need_a_converted_checkpoint(artifact: Path, teacher: Path, text: Path) -> None:
@@ -425,7 +424,7 @@ def test_the_verb_end_to_end(
     assert (output / "report.md").read_text() == report.markdown()
     for title in ("Held-out negative log likelihood", "KL(teacher || model)", "Key said once"):
         assert title in report.markdown()
-    assert "nats a token" in result.err and str(output) in "".join(result.err.split())  # the card folds long lines
+    assert "nats per token" in result.err and str(output) in "".join(result.err.split())  # the card folds long lines
 
     again = cli(*command, "--json")
     assert again.code == 2 and "not empty" in again.err

@@ -13,9 +13,8 @@ import torch
 
 import ligerexport as lx
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.measure.evaluate.settings import Settings
-from ligerexport.measure.evaluate.subject import open_subject
 from ligerexport.measure.evaluate.tasks import check_tasks, run_tasks
+from ligerexport.measure.opened import open_model
 from ligerexport.model.config import LigerConfig
 from tests.checkpoints import MEMORY, make_checkpoint
 from tests.test_evaluate import SIZES, add_tokenizer
@@ -135,13 +134,13 @@ def test_the_adapter_answers_as_the_models_of_lm_eval(
     from ligerexport.measure.evaluate.harness import HarnessLM
 
     path = request.getfixturevalue(checkpoint)
-    subject = open_subject(path, Settings())
+    subject = open_model(path, scoring=True)
     assert subject.model is not None
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(path / "tokenizer.json"), bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
     theirs = HFLM(pretrained=subject.model, tokenizer=tokenizer, max_length=LENGTH, batch_size=1, device="cpu")
-    ours = HarnessLM(subject.scorer, subject.text, LENGTH)
+    ours = HarnessLM(subject, subject.text, LENGTH)
     asked = requests(kind)
     expected = getattr(theirs, kind)(asked, disable_tqdm=True)
     found = getattr(ours, kind)(asked)
@@ -195,15 +194,15 @@ def test_unknown_tasks() -> None:
 
 
 def test_tasks_that_cannot_run(liger: Path, data: Path, tmp_path: Path) -> None:
-    subject = open_subject(liger, Settings())
+    subject = open_model(liger, scoring=True)
     with pytest.raises(UsageError, match="no directory"):
         check_tasks(["piqa"], tmp_path / "absent")
     with pytest.raises(UsageError, match="samples its answers"):
-        run_tasks(subject.scorer, subject.text, ["local_sampling"], max_length=LENGTH, data=data)
+        run_tasks(subject, subject.text, ["local_sampling"], max_length=LENGTH, data=data)
     from ligerexport.measure.evaluate.harness import HarnessLM
 
     with pytest.raises(UsageError, match="an answer of 80 tokens"):
-        HarnessLM(subject.scorer, subject.text, LENGTH)._loglikelihood_tokens([(None, [1], [2] * 80)])
+        HarnessLM(subject, subject.text, LENGTH)._loglikelihood_tokens([(None, [1], [2] * 80)])
     with pytest.raises(LigerError, match="local_absent could not run") as absent:
-        run_tasks(subject.scorer, subject.text, ["local_absent"], max_length=LENGTH, data=data)
+        run_tasks(subject, subject.text, ["local_absent"], max_length=LENGTH, data=data)
     assert absent.value.hint is not None and "--task-data" in absent.value.hint

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from ligerexport.kernels.fused import linear_attention as fused
 from ligerexport.kernels.fused import recall_error as fused_recall_error
-from ligerexport.kernels.linear_attention import feature_map
+from ligerexport.kernels.linear_attention import FEATURE_MAPS
 from ligerexport.kernels.linear_attention import recall_error as plain_recall_error
 from ligerexport.model.gates import get_gate
 from tests.tolerances import FUSED_BF16, FUSED_FP32
@@ -78,7 +78,7 @@ def loop(
     if gate is not None:
         row = get_gate(gate)
         g = torch.nn.functional.logsigmoid(k) / row.decay_divisor
-        q, k = feature_map(q, row.query_map), feature_map(k, row.key_map)
+        q, k = FEATURE_MAPS[row.query_map](q), FEATURE_MAPS[row.key_map](k)
     assert g is not None
     if state is None:
         state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3])
@@ -96,7 +96,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         output, final, states = fused.forward(*arguments)
-        ctx.arguments = *arguments[:5], states, *arguments[5:]
+        ctx.arguments = arguments[:5], states, *arguments[5:]
         return output, final
 
     @staticmethod
@@ -175,7 +175,7 @@ def test_reads_nothing_that_was_not_written(case: Case, monkeypatch: pytest.Monk
     output, final, states = fused.forward(*inputs, bounds, case.gate, 1.0)
     assert torch.equal(output, expected[0]) and torch.equal(final, expected[1])
     gradients = torch.randn_like(output), torch.randn_like(final)
-    found = fused.backward(*gradients, *inputs, states, bounds, case.gate, 1.0)
+    found = fused.backward(*gradients, inputs, states, bounds, case.gate, 1.0)
     assert all(x.isfinite().all() for x in found if x is not None)
 
 

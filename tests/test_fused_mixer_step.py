@@ -112,7 +112,7 @@ def run(
         out = torch.full((q.shape[0], spec.q_heads, spec.d_v), torch.nan, device=DEVICE)
         now = columns[:, t]
         step, score = (q[:, t], k[:, t], v[:, t]), foreseen(v[:, t])
-        outputs.append(mixer_step(*step, now, state, spec, table, out=out, tiling=tiling, score=score))
+        outputs.append(mixer_step(step, now, state, spec, table, out=out, tiling=tiling, score=score))
     return torch.stack(outputs, dim=1)
 
 
@@ -198,7 +198,7 @@ def test_rows_of_the_pools(name: str) -> None:
     for index in (rows, rows.int()):
         after = to_device(pools)
         step, now, index = (q[:, 0], k[:, 0], v[:, 0]), position.to(DEVICE), index.to(DEVICE)
-        mixer_step(*step, now, after, spec, table, index=index, out=out, score=foreseen(v[:, 0]))
+        mixer_step(step, now, after, spec, table, index=index, out=out, score=foreseen(v[:, 0]))
         assert (out[1:3] == 0).all()
         real = torch.tensor([0, 3])
         kept = {n: x[[0, 2]] for n, x in state.items()}
@@ -236,7 +236,7 @@ def test_views_of_one_projection() -> None:
     expected, _ = liger_mixer_reference(*inputs, position, state, spec, table)
     fused = torch.cat([x[:, 0] for x in inputs], dim=1).to(DEVICE, torch.float32)
     views = fused.split([4, 2, 2], dim=1)
-    found = mixer_step(*views, position.to(DEVICE), to_device(state), spec, table.to(DEVICE, torch.float32))
+    found = mixer_step(views, position.to(DEVICE), to_device(state), spec, table.to(DEVICE, torch.float32))
     assert error(found, expected[:, 0]) <= FUSED_FP32
 
 
@@ -267,7 +267,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         expected, expected_state = liger_mixer_reference(*step, now, state, spec, table)
         found_state = to_device(state, dtype)
         q, k, v = (x[:, 0].to(DEVICE, dtype) for x in step)
-        found = mixer_step(q, k, v, now.to(DEVICE), found_state, spec, table.to(DEVICE, torch.float32))
+        found = mixer_step((q, k, v), now.to(DEVICE), found_state, spec, table.to(DEVICE, torch.float32))
         assert found.dtype == dtype
         assert error(found, expected[:, 0]) <= FUSED_BF16
         assert_states_equal(found_state, expected_state, FUSED_BF16)

@@ -24,7 +24,7 @@ PACKAGE = ROOT / "ligerexport"
 
 # A room is a directory of the package, or a module beside them. It imports from rows above its own and from itself.
 ROOMS = (
-    ("errors",),
+    ("dtypes", "errors"),
     ("console", "reading", "staging", "threads"),
     ("versions",),
     ("artifact", "model", "text"),

@@ -22,8 +22,7 @@ from ligerexport.checkpoint.loading import load_any, load_transformer
 from ligerexport.checkpoint.seal import SEAL
 from ligerexport.errors import CheckpointError, LigerError, UsageError
 from ligerexport.exporters.onnx.spec import read_spec
-from ligerexport.measure.evaluate.settings import Settings
-from ligerexport.measure.evaluate.subject import open_subject
+from ligerexport.measure.opened import open_model
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.families import FAMILIES
 from ligerexport.train.model import load_teacher
@@ -194,8 +193,8 @@ def test_what_is_missing_extra_or_misshapen_is_named_in_every_verb(
     verbs: list[Callable[[], object]] = [
         lambda: convert(source, tmp_path / "out"),
         lambda: convert(liger, tmp_path / "out"),
-        lambda: open_subject(source, Settings()),
-        lambda: open_subject(liger, Settings()),
+        lambda: open_model(source, scoring=True),
+        lambda: open_model(liger, scoring=True),
         lambda: load_model(liger),
         lambda: load_transformer(source, json.loads((source / "config.json").read_text()), torch.float32),
         lambda: lx.build(liger),
@@ -246,7 +245,7 @@ def test_a_weight_that_is_not_finite_is_named(
 
     source, liger = damaged(sound, tmp_path, plant)
     verbs: list[Callable[[], object]] = [
-        lambda: convert(source, tmp_path / "out"), lambda: open_subject(source, Settings()),
+        lambda: convert(source, tmp_path / "out"), lambda: open_model(source, scoring=True),
         lambda: load_model(liger), lambda: lx.build(liger),
     ]  # fmt: skip
     for verb in verbs:

@@ -15,7 +15,7 @@ from ligerexport.exporters.onnx.graph import weight_format
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.exporters.targets import TARGETS, WEIGHTS
-from ligerexport.exporters.verify.compare import TOLERANCES
+from ligerexport.exporters.verify.compare import tolerance_of
 from ligerexport.exporters.verify.torch_model import Answer, Reference
 from ligerexport.exporters.verify.verify import Verification
 from ligerexport.model.config import LigerConfig
@@ -53,7 +53,7 @@ def engine(place: Path, family: str, gate: str, weights: str, lowering: str) -> 
 def answers(place: Path, family: str, gate: str, weights: str) -> list[Answer]:
     """Return what torch says with the weights that a build stores; all lowerings store the same numbers."""
     form, artifact = weight_format(weights), engine(place, family, gate, weights, "ort")
-    tolerance = TOLERANCES[form.precision.dtype].weights
+    tolerance = tolerance_of(form.precision.dtype).weights
     torch_model = Reference(read_spec(checkpoint(place, family, gate)), artifact, form, tolerance)
     return torch_model.answers(PIECES, whole=WHOLE)
 
@@ -66,7 +66,7 @@ def test_logits_and_state(place: Path, family: str, gate: str, weights: str, low
     """A prompt in cuts, 64 steps, and the prompt at once: all logits, and the state after some calls and the last."""
     artifact = engine(place, family, gate, weights, lowering)
     session = OnnxSession(artifact, chunk=64, threads=1, exact=artifact.manifest.block is not None)
-    comparison = Verification(read_spec(checkpoint(place, family, gate)), TOLERANCES[WEIGHTS[weights].dtype])
+    comparison = Verification(read_spec(checkpoint(place, family, gate)), tolerance_of(WEIGHTS[weights].dtype))
     comparison.run(session, answers(place, family, gate, weights), str, prompt=len(CUTS))
     assert comparison.result.passed and comparison.result.near_ties == 0
     assert comparison.result.checks == len(PIECES) + 1 and comparison.result.max_state_error > 0

@@ -127,7 +127,7 @@ def test_scores_stay_in_fp32(tmp_path: Path) -> None:
     assert mixer.score_proj.weight.dtype == torch.float32
     hidden = torch.randn(2, 7, SIZES["hidden_size"]).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        score = mixer.foresee(hidden, torch.arange(7)[None])
+        score = mixer.learned_score(hidden, torch.arange(7)[None])
     assert score.dtype == torch.float32 and not score.requires_grad
     assert torch.equal(score, weights(hidden.float()))
     model.save_pretrained(tmp_path / "again")

@@ -25,8 +25,7 @@ from ligerexport.checkpoint.convert import load_model
 from ligerexport.errors import CheckpointError, LigerError
 from ligerexport.exporters.onnx.builder import CONTRIB, Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
-from ligerexport.exporters.onnx.graph import build_graph, state_tensors, write_graph
-from ligerexport.exporters.onnx.lowerings import LOWERINGS
+from ligerexport.exporters.onnx.graph import LOWERINGS, build_graph, state_tensors, write_graph
 from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.native import DOMAIN, register
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec

@@ -23,8 +23,7 @@ from ligerexport.checkpoint.loading import load_any, load_transformer
 from ligerexport.checkpoint.seal import SEAL
 from ligerexport.cli import main
 from ligerexport.errors import CheckpointError
-from ligerexport.measure.evaluate.settings import Settings
-from ligerexport.measure.evaluate.subject import open_subject
+from ligerexport.measure.opened import open_model
 from tests.test_loading import SINGLE, WHOLE, close, logits, make
 from tests.test_model import make_teacher
 
@@ -92,7 +91,7 @@ def test_what_cannot_be_turned_back_is_refused(
     source = make(tmp_path / "source", quantise, **settings)
     verbs: list[Callable[[], object]] = [
         lambda: convert(source, tmp_path / "liger"),
-        lambda: open_subject(source, Settings()),
+        lambda: open_model(source, scoring=True),
         lambda: load_transformer(source, check_checkpoint(source).config, torch.float32),
     ]
     for verb in verbs:
@@ -194,7 +193,7 @@ def test_an_adapter_of_any_kind_is_applied_as_peft_applies_it(tmp_path: Path) ->
 )
 def test_other_weights_alone_are_named(tmp_path: Path, file: str, message: str) -> None:
     (tmp_path / file).write_bytes(b"x")
-    for verb in (lambda: convert(tmp_path, tmp_path / "liger"), lambda: open_subject(tmp_path, Settings())):
+    for verb in (lambda: convert(tmp_path, tmp_path / "liger"), lambda: open_model(tmp_path, scoring=True)):
         with pytest.raises(CheckpointError, match=message) as caught:
             verb()
         assert caught.value.hint
@@ -224,7 +223,7 @@ def test_weights_that_changed_are_seen(tmp_path: Path) -> None:
     (source / SINGLE).write_bytes((other / SINGLE).read_bytes())  # as cp does, and the link follows
     verbs: list[Callable[[], object]] = [
         lambda: load_model(liger), lambda: lx.build(liger), lambda: check_student(liger),
-        lambda: convert(liger, tmp_path / "out"), lambda: open_subject(liger, Settings()),
+        lambda: convert(liger, tmp_path / "out"), lambda: open_model(liger, scoring=True),
     ]  # fmt: skip
     for verb in verbs:
         with pytest.raises(

@@ -13,7 +13,7 @@ from checkpoints import MEMORY, make_checkpoint
 from typer.testing import CliRunner
 
 import ligerexport as lx
-from ligerexport.cli import app
+from ligerexport.cli.app import app
 from ligerexport.exporters.onnx.builder import CONTRIB, Builder, graph_input
 from ligerexport.exporters.onnx.graph import build_graph, weight_format
 from ligerexport.exporters.onnx.providers import missing, operators, place

@@ -13,12 +13,12 @@ import toy
 pytest.importorskip("peft")
 
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint
-from ligerexport.cli.train import duration
+from ligerexport.cli.recover import duration
 from ligerexport.train.config import RecoverConfig
 from ligerexport.train.data import Documents
 from ligerexport.train.distributed import trainable
+from ligerexport.train.estimate import estimate
 from ligerexport.train.model import load_student
-from ligerexport.train.plan import make_plan
 from ligerexport.train.recover import warn_of_repeats
 from tests.checkpoints import MEMORY, make_checkpoint
 
@@ -48,7 +48,7 @@ def info_70b() -> CheckpointInfo:
 def row_70b(processes: int, **settings: Any) -> str:
     """Return a row of the guide's table."""
     config = RecoverConfig(batch_tokens=1024 * processes, **settings)
-    plan = make_plan(info_70b(), config, processes, shard=True)
+    plan = estimate(info_70b(), config, processes, shard=True)
     checkpointed = "yes" if config.gradient_checkpointing else "no"
     parts = (plan.weight_bytes, plan.lora_bytes, plan.activation_bytes, plan.logit_bytes, plan.memory_bytes)
     numbers = " | ".join(f"{part / 1e9:.1f}" for part in parts)
@@ -68,17 +68,17 @@ def test_trainable_parameters_are_exact(tmp_path: Path, family: str) -> None:
     info = check_checkpoint(path, tokenizer=False)
     for config in (RecoverConfig(), RecoverConfig(rank=3, targets=("q_proj", "down_proj"))):
         student, _ = load_student(info, config, torch.float32)
-        plan = make_plan(info, config)
+        plan = estimate(info, config)
         assert plan.trainable_parameters == sum(parameter.numel() for parameter in trainable(student).values())
         assert plan.steps == round(3_000_000 / 8192) and plan.tokens == plan.steps * 8192
 
 
 def test_checkpointing_and_smaller_pieces_take_less(tmp_path: Path) -> None:
     info = info_70b()
-    plain = make_plan(info, RecoverConfig())
-    assert make_plan(info, RecoverConfig(gradient_checkpointing=True)).activation_bytes < plain.activation_bytes / 10
-    assert make_plan(info, RecoverConfig(micro_batch_tokens=1024)).activation_bytes == plain.activation_bytes // 8
-    assert make_plan(info, RecoverConfig(recipe="paper")).weight_bytes == plain.weight_bytes // 2
+    plain = estimate(info, RecoverConfig())
+    assert estimate(info, RecoverConfig(gradient_checkpointing=True)).activation_bytes < plain.activation_bytes / 10
+    assert estimate(info, RecoverConfig(micro_batch_tokens=1024)).activation_bytes == plain.activation_bytes // 8
+    assert estimate(info, RecoverConfig(recipe="paper")).weight_bytes == plain.weight_bytes // 2
 
 
 @pytest.mark.parametrize(

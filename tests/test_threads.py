@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +76,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 VERBS = {
-    "convert": ("ligerexport.checkpoint.convert", "convert", "{liger}"),
-    "recover": ("ligerexport.train.recover", "recover", "{liger} --data {text} --steps 1"),
-    "allocate": ("ligerexport.train.allocate", "allocate", "{liger} --data {text} --text {text}"),
-    "eval": ("ligerexport.measure.evaluate", "evaluate", "{liger} --text {text}"),
-    "build": ("ligerexport.exporters.build", "build", "{liger}"),
+    "convert": ("ligerexport.checkpoint.convert", "ConvertPlan.run", "{liger}"),
+    "recover": ("ligerexport.train.recover", "RecoverPlan.run", "{liger} --data {text} --steps 1"),
+    "allocate": ("ligerexport.train.allocate", "AllocatePlan.run", "{liger} --data {text} --text {text}"),
+    "eval": ("ligerexport.measure.evaluate.evaluate", "EvaluatePlan.run", "{liger} --text {text}"),
+    "build": ("ligerexport.exporters.build", "BuildPlan.run", "{liger}"),
 }
-"""Module and function in which a verb computes, and its arguments."""
+"""Module and function of it in which a verb computes, and its arguments."""
 
 
 @pytest.mark.parametrize("count", [None, 3])
@@ -100,7 +99,7 @@ def test_every_verb_that_computes_has_threads(
         raise LigerError("this is as far as it goes")
 
     before, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(import_module(module), function, compute)
+    monkeypatch.setattr(f"{module}.{function}", compute)
     option = [] if count is None else ["--threads", str(count)]
     with pytest.raises(SystemExit):
         main([verb, *words.format(**places).split(), "-o", str(tmp_path / "out"), *option])
@@ -112,12 +111,12 @@ def test_every_verb_that_computes_has_threads(
 def test_warnings_of_libraries_are_for_those_who_ask() -> None:
     code = """
 import os, warnings
-from ligerexport.cli.computing import computes
-@computes
-def verb(threads=None):
+from ligerexport.cli.options import verb
+@verb(computes=True)
+def heard(threads=None):
     warnings.warn("said to developers", FutureWarning)
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"
-verb(threads=None)
+heard(threads=None)
 """
     for options, heard in (([], False), (["-W", "default"], True)):
         done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True)

@@ -27,10 +27,9 @@ from ligerexport.cli.doctor import examine
 from ligerexport.console import silent
 from ligerexport.errors import LigerError, MissingDependency, UsageError, VerificationError
 from ligerexport.exporters.onnx.spec import read_spec
-from ligerexport.exporters.targets import TARGETS
-from ligerexport.exporters.tensorrt import evaluation, machine, pack, package
+from ligerexport.exporters.targets import TARGETS, get_backend
+from ligerexport.exporters.tensorrt import backend, evaluation, machine, pack
 from ligerexport.exporters.tensorrt.engine import build_engine, check_engine
-from ligerexport.exporters.tensorrt.package import choose_chunk
 from ligerexport.exporters.tensorrt.session import VARIABLE
 from ligerexport.model.config import LigerConfig
 
@@ -128,7 +127,7 @@ def test_what_makes_no_sense(checkpoint: Path, tmp_path: Path, options: dict[str
 
 @pytest.mark.parametrize("target", ["trt", "trt-rtx"])
 def test_kept_softmax(tmp_path: Path, target: str, packed: list[dict[str, Any]], monkeypatch: Any) -> None:
-    monkeypatch.setattr(package, "rtx", lambda: None)
+    monkeypatch.setattr(backend, "rtx", lambda: None)
     path = make_checkpoint(tmp_path / "model", LigerConfig(window=8, keep_softmax=(1,)))
     with pytest.raises(UsageError, match="layer 1 is kept as softmax"):
         lx.build(path, tmp_path / "a", target=target, engine=target != "trt", sms=(86,))
@@ -150,7 +149,7 @@ def test_partly_rotated_heads(tmp_path: Path, packed: list[dict[str, Any]]) -> N
 def missing(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     for name in names:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(package, "find_spec", lambda name: None if name in names else find_spec(name))
+    monkeypatch.setattr(backend, "find_spec", lambda name: None if name in names else find_spec(name))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +176,7 @@ def test_missing_libraries(
 def test_old_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="8.5.3.1"))  # type: ignore[arg-type]
     with pytest.raises(MissingDependency, match="TensorRT 10") as caught:
-        package.tensorrt()
+        backend.tensorrt()
     assert "8.5.3.1" in str(caught.value.hint)
 
 
@@ -210,13 +209,13 @@ def test_engine_of_tensorrt(
             return 0
 
     monkeypatch.setitem(sys.modules, "tensorrt", Recorder())  # type: ignore[arg-type]
-    monkeypatch.setattr(package, "driver", lambda: None)
+    monkeypatch.setattr(backend, "driver", lambda: None)
     library = tmp_path / "build" / "plugin.so"
     library.parent.mkdir()
     library.write_bytes(b"plugin")
     with pytest.raises(MissingDependency, match="CUDA device"):
         lx.build(checkpoint, tmp_path / "a", target="trt", plugin=library)
-    monkeypatch.setattr(package, "driver", lambda: machine.Driver("13.0", (90,)))
+    monkeypatch.setattr(backend, "driver", lambda: machine.Driver("13.0", (90,)))
     with pytest.raises(MissingDependency, match="plugin"):
         lx.build(checkpoint, tmp_path / "a", target="trt")
     path = lx.build(checkpoint, tmp_path / "a", target="trt", plugin=library, sms=(90,), max_batch=4, max_chunk=48,
@@ -242,11 +241,11 @@ def test_calls_are_no_longer_than_positions_reach(tmp_path: Path) -> None:
     """The plugin's kernels tell distances by the rotary table; 1,024 tokens are the default where that is longer."""
     checkpoint = make_checkpoint(tmp_path / "model", MEMORY)
     spec = read_spec(checkpoint)
-    reach = spec.mixers[0].max_distance
-    assert choose_chunk("trt", spec, None) == choose_chunk("trt", spec, reach + 1) == reach + 1 < 1024
-    assert choose_chunk("trt", spec, 7) == 7 and choose_chunk("trt-rtx", spec, None) == 128
+    reach, choose_chunk = spec.mixers[0].max_distance, get_backend("trt").choose_chunk
+    assert choose_chunk(spec, None) == choose_chunk(spec, reach + 1) == reach + 1 < 1024
+    assert choose_chunk(spec, 7) == 7 and get_backend("trt-rtx").choose_chunk(spec, None) == 128
     longer = replace(spec, mixers=tuple(replace(x, max_distance=4000) for x in spec.mixers))
-    assert choose_chunk("trt", longer, None) == 1024
+    assert choose_chunk(longer, None) == 1024
     with pytest.raises(UsageError, match=f"reach over {reach}") as caught:
         lx.build(checkpoint, tmp_path / "a", target="trt", engine=False, sms=(90,), max_chunk=reach + 2)
     assert caught.value.hint == f"--max-chunk {reach + 1}" and not (tmp_path / "a").exists()
@@ -333,7 +332,7 @@ def test_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 def rtx() -> Any:
     """TensorRT-RTX, or skip."""
     try:
-        return package.rtx()
+        return backend.rtx()
     except MissingDependency as error:
         pytest.skip(error.message)
 
@@ -404,4 +403,4 @@ def test_older_manifests(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_targets_name_what_there_is() -> None:
     for name, target in TARGETS.items():
-        assert target.weights and target.lowerings and target.typed == bool(target.sms), name
+        assert target.weights and target.lowerings and target.onnxruntime != bool(target.sms), name

@@ -43,7 +43,7 @@ IN_8_5 = {
 def write(path: Path, config: LigerConfig, weights: str, family: str = "llama") -> tuple[ModelSpec, Artifact]:
     """Write checkpoint and graph; return what a session of it needs."""
     spec = read_spec(make_checkpoint(path / "model", config, family))
-    form, directory = weight_format(weights, lowering="plugin", typed=True), path / "graph"
+    form, directory = weight_format(weights, lowering="plugin"), path / "graph"
     directory.mkdir()
     write_weights(spec, directory, form)
     write_graph(spec, directory, lowering="plugin", max_chunk=64, form=form)

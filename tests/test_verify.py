@@ -236,7 +236,7 @@ def test_a_near_tie_is_counted_and_resolved(checkpoint: Path) -> None:
     kept = np.flatnonzero((position[0, 0] > 2) & (position[0, 0] < 15))[0]
     changed[0, 0, kept] = next(p for p in range(2, 18) if p not in position[0, 0])
     session.state[0] = session.state[0] | {"past.1.slot_position": changed}
-    comparison = verify.Verification(spec, replace(compare.TOLERANCES["float32"], tie=0.5))
+    comparison = verify.Verification(spec, replace(compare.tolerance_of("float32"), tie=0.5))
     comparison.run(session, answers, lambda amount: None, prompt=2)
     assert comparison.result.near_ties == 1 and comparison.result.passed
     assert session.restored == 1
@@ -303,7 +303,7 @@ def test_a_tie_inside_a_call_is_found_token_by_token(tmp_path: Path, monkeypatch
     spec = read_spec(model)
     answers = Reference(spec).answers(np.split(verify.prompt_ids(spec), [200]))
     with pytest.raises(compare.Mismatch):
-        verify.Verification(spec, compare.TOLERANCES["float32"]).run(OnnxSession(artifact), answers, str, prompt=2)
+        verify.Verification(spec, compare.tolerance_of("float32")).run(OnnxSession(artifact), answers, str, prompt=2)
 
 
 class Counting:
@@ -370,7 +370,7 @@ def test_a_tie_that_the_end_of_a_call_does_not_show(
     """A longer call can round a tie in its middle the other way, and keep the same slots in the end."""
     spec = read_spec(make_checkpoint(tmp_path / "model", FORESIGHT))
     reference = Reference(spec)
-    check = compare.Comparison(spec, compare.TOLERANCES["float32"])
+    check = compare.Comparison(spec, compare.tolerance_of("float32"))
     seen, ids = verify.prompt_ids(spec)[:60], verify.prompt_ids(spec)[60:84]
     past = reference.new_cache()
     before = Snapshot("", np.zeros(1), reference.answers([seen], past)[0].state)

@@ -1,6 +1,7 @@
 """The artifact: a directory with a graph, its weights, a tokenizer, and a manifest that says what they are.
 
-Here is the manifest, how an artifact is written whole or not at all, and the checks before an engine reads it.
+This file has the manifest, the writer, which leaves a whole artifact or none, and the checks before an engine reads
+one.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
+from ligerexport.dtypes import BY_KERNEL, DTYPES
 from ligerexport.errors import ArtifactError, MissingDependency, quoted
-from ligerexport.reading import from_plain, leads_away, read_json
+from ligerexport.reading import from_plain, leads_away, read_json, sha256
 from ligerexport.staging import staged_directory
 from ligerexport.versions import installed_version
 
@@ -23,7 +25,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 RUNTIMES = ("onnxruntime",)
-"""Distributions that an artifact may require: nobody is told to install what a stranger's file names."""
+"""Distributions that an artifact may require, so that a hint never names a package that a stranger's file chose."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class StateTensor:
-    """A tensor that goes from one call to the next.
+    """A tensor that is carried from one call to the next.
 
     Attributes:
         past: Name of the input.
         present: Name of the output.
         shape: Axes, `B` first; `P` is the axis that grows.
-        dtype: As numpy calls it.
+        dtype: Row of `DTYPES`.
         fill: Value of every element before the first token.
         grows: Whether it grows with the text (a layer kept as softmax); such a tensor starts with `P` = 0.
     """
@@ -55,10 +57,15 @@ class StateTensor:
     fill: float = 0.0
     grows: bool = False
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one sequence, or of one of its tokens where the tensor grows."""
+        return DTYPES[self.dtype].nbytes * prod(size for size in self.shape if isinstance(size, int))
+
 
 @dataclass(frozen=True)
 class Graph:
-    """The step graph: file, most tokens of one call, and its inputs and outputs in order."""
+    """The step graph: its file, the most tokens of one call, and its inputs and outputs in order."""
 
     file: str
     max_chunk: int
@@ -67,13 +74,13 @@ class Graph:
 
     @property
     def data(self) -> str:
-        """File of its weights, numbers and nothing else."""
+        """Name of the file of its weights, which holds nothing but numbers."""
         return f"{self.file}.data"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights come from: name or directory, revision, licence, and sha256 of each weight file."""
+    """Origin of the weights: name or directory, revision, licence, and sha256 of each weight file."""
 
     model: str
     revision: str | None = None
@@ -98,7 +105,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class ByteCounts:
-    """Bytes: weights; constant state of one sequence; what the Transformer's KV cache takes for one token."""
+    """Bytes of the weights, of the constant state of one sequence, and of one token in the Transformer's KV cache."""
 
     weights: int
     state_per_sequence: int
@@ -121,24 +128,24 @@ class Manifest:
         ligerexport: Version that wrote the artifact.
         target: Row of `TARGETS`.
         lowering: How the mixer is written in the graph.
-        precision: Of the weights.
-        source: Where the weights come from.
+        precision: Type of the weights.
+        source: Origin of the weights.
         family: Row of `FAMILIES`.
         liger: `LigerConfig.to_dict()`.
-        model: Sizes.
+        model: Sizes of the model.
         graph: The step graph.
         state: All state tensors.
         bytes: Byte counts.
         requires: Distribution and version specifier of each runtime that the graph needs.
         verification: Result of the parity check against torch, as the verifier wrote it.
-        recovery: How the weights were trained after the conversion, as config.json says it; None where they were not.
-        block: Weights that share a scale, None where each stands for itself.
-        quality: What storing the weights so costs, against fp32 on a built-in text, as the verifier measured it: nats a
-            token before and after, and the divergence. None for fp32.
-        device: What it was built for: compute capabilities, most sequences, the plugin's contract, and the names of
-            kernels, plugin and engine. None for the CPU.
+        recovery: How the weights were trained after the conversion, as in config.json; None if they were not.
+        block: Number of weights that share a scale; None if weights have none.
+        quality: Cost of the precision against fp32 on a built-in text, as the verifier measured it: nats per token
+            before and after, and the divergence. None for fp32.
+        device: What the artifact was built for: compute capabilities, most sequences, the plugin's contract, and the
+            names of kernels, plugin and engine. None for the CPU.
         files: Every other file of the artifact; filled when it is written.
-        format_version: Of this structure.
+        format_version: Version of this structure.
     """
 
     ligerexport: str
@@ -163,20 +170,20 @@ class Manifest:
 
     @property
     def growth(self) -> int:
-        """Bytes by which the state of one sequence grows a token; 0 without layers kept as softmax."""
-        return sum(_nbytes(tensor) for tensor in self.state if tensor.grows)
+        """Bytes by which the state of one sequence grows per token; 0 without layers kept as softmax."""
+        return sum(tensor.nbytes for tensor in self.state if tensor.grows)
 
     @property
     def crossover(self) -> int | None:
-        """Tokens of context from which the Transformer's KV cache is larger than the state; None is never."""
+        """Tokens of context from which the Transformer's KV cache is larger than the state; None if it never is."""
         saved = self.bytes.kv_per_token - self.growth
         return self.bytes.state_per_sequence // saved + 1 if saved > 0 else None
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what gives a state its meaning: weights and conversion, whatever the target or lowering."""
+        """Digest of what gives a state its meaning: weights and conversion, but not target or lowering."""
         meaning: list[Any] = [self.source.files, self.liger, asdict(self.model)]
-        if self.precision != "float32":  # other weights, in effect
+        if self.precision != "float32":  # rounding makes them other weights
             meaning += [self.precision, self.block]
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -189,7 +196,7 @@ class Manifest:
         """Read what `to_dict` wrote. Unknown keys are ignored.
 
         Raises:
-            ArtifactError: The format is newer, or something is missing or of the wrong kind.
+            ArtifactError: The format is newer, or a value is missing or of the wrong type.
         """
         version = data.get("format_version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -211,15 +218,11 @@ class Manifest:
 _REBUILD = "copy the artifact again, or rebuild it with: ligerexport build MODEL --target onnx -o DIRECTORY --force"
 
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
-"""Of an element of a state tensor, by its type."""
-
-
 def _check_claims(manifest: Manifest) -> None:
-    """Check that what a manifest says agrees with itself, and that no session takes much more than was delivered.
+    """Check that a manifest is consistent, and that a session takes no more memory than the files can account for.
 
     Raises:
-        ValueError: It does not.
+        ValueError: A check fails.
     """
     graph, ids = manifest.graph, ("input_ids", "position")
     logits = TensorInfo("logits", "float32", ("B", manifest.model.vocab_size))
@@ -236,25 +239,21 @@ def _check_claims(manifest: Manifest) -> None:
         raise ValueError("the state is not what the graph gives")
     if len({x.past for x in state} | {x.present for x in state} | {*ids, "logits"}) != 2 * len(state) + 3:
         raise ValueError("two tensors have one name")
+    types = {row.name for row in BY_KERNEL.values()}
     for tensor in state:
         sizes = ["P" if tensor.grows and axis == 2 else 1 for axis in range(len(tensor.shape))]
         fits = (
             x > 0 if isinstance(x, int) and size == 1 else x == size
             for x, size in zip(tensor.shape[1:], sizes[1:], strict=True)
         )
-        if tensor.dtype not in _BYTES or tensor.shape[:1] != ("B",) or not all(fits):
+        if tensor.dtype not in types or tensor.shape[:1] != ("B",) or not all(fits):
             raise ValueError(f"the state {tensor.past} is {list(tensor.shape)} of {tensor.dtype}")
-    held = sum(_nbytes(x) for x in state if not x.grows)
+    held = sum(x.nbytes for x in state if not x.grows)
     if held != manifest.bytes.state_per_sequence:
         raise ValueError(f"a state of {manifest.bytes.state_per_sequence} bytes has tensors of {held}")
     delivered = sum(entry.bytes for entry in manifest.files.values())
     if held + 4 * manifest.model.vocab_size > max(1 << 30, 4 * delivered):
         raise ValueError(f"a state of {held} bytes to a model of {delivered}")
-
-
-def _nbytes(tensor: StateTensor) -> int:
-    """Return bytes of one sequence, of one token where it grows."""
-    return _BYTES[tensor.dtype] * prod(size for size in tensor.shape if isinstance(size, int))
 
 
 @dataclass(frozen=True)
@@ -303,7 +302,7 @@ class ArtifactWriter:
         """Hash all files and write the manifest, last; the artifact gets its name when the block ends.
 
         Args:
-            manifest: Complete but for `files`.
+            manifest: Complete except for `files`.
 
         Returns:
             The manifest with `files`.
@@ -327,10 +326,9 @@ class ArtifactWriter:
         self._stage.__exit__(kind, error, trace)
 
 
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def is_artifact(path: Path | str) -> bool:
+    """Return whether a path is a directory that `build` wrote."""
+    return bool(str(path)) and (Path(path).expanduser() / MANIFEST).is_file()
 
 
 def open_artifact(path: Path | str, *, hashes: bool = True, data: bool = True, runtime: bool = True) -> Artifact:
@@ -339,11 +337,12 @@ def open_artifact(path: Path | str, *, hashes: bool = True, data: bool = True, r
     Args:
         path: The artifact's directory.
         hashes: Whether to read every file and compare its sha256; sizes are compared in any case.
-        data: Whether that goes for the weights too; else `check_data` does, before anything is computed with them.
+        data: Whether to hash the weights too; otherwise `check_data` must do so before anything is computed with them.
         runtime: Whether the installed runtimes must fit.
 
     Raises:
-        ArtifactError: It is no artifact, of a newer format, incomplete, changed, or built for other runtime versions.
+        ArtifactError: It is no artifact, has a newer format, is incomplete or changed, or was built for other versions
+            of a runtime.
         MissingDependency: A runtime is not installed.
     """
     directory = Path(path)

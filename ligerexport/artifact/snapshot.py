@@ -1,4 +1,4 @@
-"""A session's state as data: to go back to, to copy into another session of the same model, to keep in a file."""
+"""A session's state as data: to return to, to copy into another session of the same model, or to keep in a file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _HINT = "give a file that /save, --prompt-cache or Snapshot.save wrote; this one
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a session knows about the tokens it has seen. It is the same for every target and lowering.
+    """Everything that a session knows about the tokens it has seen, the same for every target and lowering.
 
     Attributes:
         model: `Manifest.fingerprint` of the model whose state this is.
-        position: Tokens seen, `[B]` int64; negative while padding on the left lasts.
-        tensors: State by the names of the graph's `past.*` inputs, with their leading batch axis.
-        ids: Tokens of one sequence that made it, `[T]` int64, where they are kept with it.
+        position: Tokens seen, `[B]` int64; negative inside padding on the left.
+        tensors: State by the names of the graph's `past.*` inputs, batch axis first.
+        ids: Tokens of one sequence that led to the state, `[T]` int64; None if they are not kept with it.
     """
 
     model: str
@@ -40,7 +40,7 @@ class Snapshot:
         """Return one sequence of a batch.
 
         Raises:
-            UsageError: There is no such row.
+            UsageError: The batch has no such row.
         """
         if not 0 <= row < len(self.position):
             raise UsageError(f"row {row}", hint=f"this state has {len(self.position)} sequences")
@@ -49,10 +49,10 @@ class Snapshot:
 
     @classmethod
     def stack(cls, snapshots: Sequence[Snapshot]) -> Snapshot:
-        """Return the sequences of all as one batch; they may be of different length.
+        """Return all sequences as one batch; their lengths may differ.
 
         Raises:
-            UsageError: None are given, or they are states of different models.
+            UsageError: The list is empty, or the states belong to different models.
         """
         if len({snapshot.model for snapshot in snapshots}) != 1:
             raise UsageError("states of one model were expected", hint="stack snapshots of sessions of one artifact")
@@ -64,7 +64,7 @@ class Snapshot:
         """Write the state to one file (safetensors), whole or not at all.
 
         Raises:
-            LigerError: The disk is full, or the place cannot be written.
+            LigerError: The disk is full, or the file cannot be written.
         """
         from safetensors.numpy import save
 
@@ -78,7 +78,7 @@ class Snapshot:
         """Read what `save` wrote.
 
         Raises:
-            LigerError: There is no such file or it is no snapshot.
+            LigerError: The file does not exist or is no snapshot.
         """
         from safetensors import safe_open
 
@@ -92,13 +92,13 @@ class Snapshot:
             for name, array in (("position", position), ("ids", ids)):
                 if array is not None and (array.ndim != 1 or array.dtype != np.int64):
                     raise ValueError(f"its {name} are {list(array.shape)} of {array.dtype}")
-        except Exception as error:  # the library raises several for what is damaged
+        except Exception as error:  # safetensors raises several kinds for damaged files
             raise LigerError(f"cannot read a state from {path}: {error}", hint=_HINT) from error
         return cls(header["model"], position, tensors, ids)
 
 
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:
-    """Concatenate rows. What grows, `[B, H_kv, P, d]`, has its newest token last: zeros go in front."""
+    """Concatenate rows. Tensors that grow, `[B, H_kv, P, d]`, end with the newest token: zeros are put in front."""
     if len({part.shape[1:] for part in parts}) > 1:
         longest = max(part.shape[2] for part in parts)
         parts = [np.pad(part, ((0, 0), (0, 0), (longest - part.shape[2], 0), (0, 0))) for part in parts]

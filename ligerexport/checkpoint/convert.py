@@ -7,41 +7,36 @@ in `ligerexport.checkpoint.calibrate` or from one that was made before.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.checkpoint.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint
-from ligerexport.checkpoint.loading import check_finite, write_plain
+from ligerexport.checkpoint.checkpoint import CheckpointInfo, check_checkpoint, copy_companions
+from ligerexport.checkpoint.loading import check_finite, check_loadable, write_plain
 from ligerexport.checkpoint.loading import load_model as load_model
 from ligerexport.checkpoint.loading import load_transformer as load_transformer
+from ligerexport.checkpoint.scores import DATA, packaged
 from ligerexport.checkpoint.seal import write_seal
 from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source, resolve
 from ligerexport.console import ProgressFactory, silent
-from ligerexport.errors import CheckpointError, UsageError, quoted
+from ligerexport.errors import CheckpointError, UsageError, close_matches, quoted
 from ligerexport.model.config import DEFAULT_PRESET, LigerConfig, get_preset, read_memory
 from ligerexport.model.families import PREFIX, described, get_family, harmless
-from ligerexport.staging import staged_directory
+from ligerexport.reading import as_path
+from ligerexport.staging import check_destination, staged_directory
 from ligerexport.text.corpus import text_files
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from ligerexport.checkpoint.calibrate import Scores
-
 WINDOWS = 64
 """Windows of text that a learned score is fitted on by default."""
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-
 SHIPPED = "shipped"
 """Name of the adapter that ships with a built-in model."""
-_DATA = Path(__file__).parents[1] / "data"
 
 
 def convert(
@@ -94,61 +89,125 @@ def convert(
             supported; or the adapter is another conversion's.
         VerificationError: A layer does not compute what the Transformer's computes; nothing is written.
     """
-    from ligerexport.checkpoint.fidelity import check_fidelity
 
-    liger = choose_conversion(model, preset, memory, adapter, changes)
-    texts = check_score_options(liger, calibrate, scores, windows)
-    _check_output(Path(output))
-    source = resolve(model, progress=progress)
-    info = original = check_checkpoint(source.path)
-    _check_not_recovered(info, source)
-    config = converted_config(dict(info.config), liger)
-    liger = LigerConfig.from_dict(config["liger"])
-    config["liger_source"] = {"model": source.name, "revision": source.revision, "license": source.license}
-    config["liger_source"] |= _made_plain(info)
-    lora = None if adapter is None else _find_adapter(source, adapter)
-    with staged_directory(output, force=force, marker="config.json") as stage:
-        place = stage if lora is None else stage / "converted"
-        place.mkdir(exist_ok=True)
-        aside = stage / "plain"
-        if not info.plain:
-            with (progress or silent)("writing plain weights", info.bytes) as advance:
-                info = write_plain(info, aside)
-                advance(info.bytes)
-            config["tie_word_embeddings"] = info.tied
-        found = None
-        if liger.foresees:
-            path = None if scores is None else Path(scores)
-            found = _find_scores(source, info, liger, texts, path, windows, progress or silent)
-            config["liger_scores"] = found.facts
-        (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for file in [f for f in source.path.iterdir() if f.name.startswith(COMPANIONS) and f.is_file()]:
-            shutil.copyfile(file, place / file.name)
-        _write_weights(place, info, found, progress or silent)
-        _seal(place, source, progress or silent)
-        shutil.rmtree(aside, ignore_errors=True)
-        check_fidelity(original, place, progress or silent)
-        if lora is not None:
-            from ligerexport.checkpoint.adapter import write_recovered
-
-            write_recovered(stage, check_checkpoint(place), lora, progress)
-            shutil.rmtree(place)
-    return Path(output)
+    return plan_convert(
+        model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores, windows=windows,
+        adapter=adapter, force=force, **changes,
+    ).run(progress)  # fmt: skip
 
 
-def choose_conversion(
+def plan_convert(
     model: str | Path,
-    preset: str | None,
-    memory: str | Path | None,
-    adapter: str | Path | None,
-    changes: Mapping[str, Any],
-) -> LigerConfig:
-    """Return the conversion that the options of `convert` ask for.
+    output: str | Path,
+    *,
+    preset: str | None = None,
+    memory: str | Path | None = None,
+    calibrate: Sequence[str | Path] | None = None,
+    scores: str | Path | None = None,
+    windows: int = WINDOWS,
+    adapter: str | Path | None = None,
+    force: bool = False,
+    **changes: Any,
+) -> ConvertPlan:
+    """Check the arguments of `convert` and choose the conversion. Nothing is fetched, and no checkpoint is read.
 
     Raises:
-        UsageError: A setting makes no sense, a memory is none, or no adapter ships for this model.
-        CheckpointError: The adapter is none.
+        UsageError: A setting makes no sense, or `output` is in use.
+        CheckpointError: The adapter is not one of `recover`.
     """
+    output = Path(output)
+    liger = _choose_conversion(model, preset, memory, adapter, changes)
+    texts = _check_score_options(liger, calibrate, scores, windows)
+    if output.resolve() == Path(model).expanduser().resolve():
+        raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
+    _check_output(output)
+    check_destination(output, force=force, marker="config.json")
+    scores = None if scores is None else Path(scores)
+    return ConvertPlan(model, output, liger, texts, scores, windows, adapter, force)
+
+
+@dataclass(frozen=True)
+class ConvertPlan:
+    """A conversion with its arguments checked; made by `plan_convert`, whose arguments its fields are.
+
+    Attributes:
+        liger: The conversion that was chosen.
+        texts: Files to fit a learned score on.
+    """
+
+    model: str | Path
+    output: Path
+    liger: LigerConfig
+    texts: list[Path]
+    scores: Path | None
+    windows: int
+    adapter: str | Path | None
+    force: bool
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `run` would write and take, without fetching anything.
+
+        Raises:
+            CheckpointError: The model is a directory that cannot be converted.
+            UsageError: There is no such model.
+        """
+        from ligerexport.checkpoint.describe import describe_checkpoint, describe_fit
+
+        path, name = Path(self.model).expanduser(), str(self.model)
+        if name and path.is_dir():
+            check_loadable(path)
+            facts = describe_checkpoint(path, self.liger) | {"path": str(self.output), "from": str(path)}
+        elif name in BUILTIN_MODELS:
+            facts = {"path": str(self.output), "from": BUILTIN_MODELS[name].doc, "peak_memory_bytes": None}
+        elif "/" in name:
+            facts = {"path": str(self.output), "from": f"{name} on the hub"}
+        else:
+            raise UsageError(f"no model '{name}'", hint=close_matches(name, BUILTIN_MODELS))
+        return facts | describe_fit(path, self.texts, self.windows)
+
+    def run(self, progress: ProgressFactory | None = None) -> Path:
+        """Convert, and return `output`. Errors as for `convert`."""
+        from ligerexport.checkpoint.fidelity import check_fidelity
+        from ligerexport.checkpoint.scores import find_scores, write_weights
+
+        progress = progress or silent
+        source = resolve(self.model, progress=progress)
+        info = original = check_checkpoint(source.path)
+        _check_not_recovered(info, source)
+        config = converted_config(dict(info.config), self.liger)
+        liger = LigerConfig.from_dict(config["liger"])
+        config["liger_source"] = {"model": source.name, "revision": source.revision, "license": source.license}
+        config["liger_source"] |= _made_plain(info)
+        lora = None if self.adapter is None else _find_adapter(source, self.adapter)
+        with staged_directory(self.output, force=self.force, marker="config.json") as stage:
+            aside = stage / "plain"
+            if not info.plain:
+                with progress("writing plain weights", info.bytes) as advance:
+                    info = write_plain(info, aside)
+                    advance(info.bytes)
+                config["tie_word_embeddings"] = info.tied
+            found = None
+            if liger.foresees:
+                found = find_scores(source, info, liger, self.texts, self.scores, self.windows, progress)
+                config["liger_scores"] = found.facts
+            (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            copy_companions(source.path, stage)
+            write_weights(stage, info, found, progress)
+            _seal(stage, source, progress)
+            shutil.rmtree(aside, ignore_errors=True)
+            check_fidelity(original, stage, progress)
+            if lora is not None:
+                from ligerexport.checkpoint.adapter import write_recovered
+
+                write_recovered(stage, check_checkpoint(stage), lora, progress)
+        return self.output
+
+
+def _choose_conversion(
+    model: str | Path, preset: str | None, memory: str | Path | None, adapter: str | Path | None,
+    changes: Mapping[str, Any],
+) -> LigerConfig:  # fmt: skip
+    """Return the conversion that the options ask for."""
     from ligerexport.checkpoint.adapter import read_record
 
     if memory is not None:
@@ -157,18 +216,14 @@ def choose_conversion(
         return get_preset(preset or DEFAULT_PRESET, **changes)
     if adapter == SHIPPED and model not in BUILTIN_MODELS:
         raise _none_ships(Path(model).name)
-    place = _DATA / "adapters" / str(model) if adapter == SHIPPED else Path(adapter).expanduser()
+    place = DATA / "adapters" / str(model) if adapter == SHIPPED else as_path(adapter)
     return LigerConfig.from_dict(read_record(place)["liger"])
 
 
-def check_score_options(
-    liger: LigerConfig, calibrate: Sequence[str | Path] | None, scores: str | Path | None, windows: int = WINDOWS
+def _check_score_options(
+    liger: LigerConfig, calibrate: Sequence[str | Path] | None, scores: str | Path | None, windows: int
 ) -> list[Path]:
-    """Return the text files to fit a learned score on, having checked the options that say where it comes from.
-
-    Raises:
-        UsageError: They contradict each other or the conversion, or name what is not there.
-    """
+    """Check where the learned scores come from, and return the text files to fit them on."""
     if (calibrate or scores) and not liger.foresees:
         raise UsageError(
             f"{'--calibrate' if calibrate else '--scores'} is for a learned score, and no pool is kept by one",
@@ -180,25 +235,13 @@ def check_score_options(
         raise UsageError(f"{windows} windows", hint="a fit reads at least one; 64 is a good number")
     if scores is not None and not Path(scores).is_file():
         raise UsageError(f"no file {scores}", hint="give a safetensors file, or text to fit on: --calibrate TEXT")
-    return text_files([Path(path).expanduser() for path in calibrate or ()], "--calibrate")
-
-
-def packaged_scores(source: Source) -> Path | None:
-    """Return the scores that ship with this package for a built-in model; None where there are none."""
-    return _packaged(source, _DATA / "scores" / f"{source.name}.safetensors")
-
-
-def _packaged(source: Source, path: Path) -> Path | None:
-    builtin = BUILTIN_MODELS.get(source.name)
-    if builtin is None or source.revision != builtin.requirement:  # a directory may have that name too
-        return None
-    return path if path.exists() else None
+    return text_files(calibrate or (), "--calibrate")
 
 
 def _find_adapter(source: Source, adapter: str | Path) -> Path:
     if adapter != SHIPPED:
-        return Path(adapter).expanduser()
-    found = _packaged(source, _DATA / "adapters" / source.name)
+        return as_path(adapter)
+    found = packaged(source, DATA / "adapters" / source.name)
     if found is None:
         raise _none_ships(source.name)
     return found
@@ -211,131 +254,26 @@ def _none_ships(name: str) -> UsageError:
     )
 
 
-def _find_scores(
-    source: Source,
-    info: CheckpointInfo,
-    liger: LigerConfig,
-    texts: Sequence[Path],
-    file: Path | None,
-    windows: int,
-    progress: ProgressFactory,
-) -> Scores:
-    """Return the learned scores of a conversion, from the first place that has them.
-
-    Raises:
-        UsageError: No place has them.
-        CheckpointError: They belong to another model.
-    """
-    from ligerexport.checkpoint.calibrate import Scores, digest, load_scores, read_scores, score_shapes
-
-    shapes = score_shapes(info.config, liger)
-    if texts:
-        return _fit(source, info, liger, texts, windows, progress)
-    if file is not None:
-        return read_scores(file, shapes, "file")
-    if all(name in info.tensors for name in shapes):  # of a source that was converted before
-        tensors = load_scores(info.files, shapes)
-        return Scores(tensors, dict(info.config.get("liger_scores") or {}) | {"sha256": digest(tensors)})
-    if (packaged := packaged_scores(source)) is not None:
-        return read_scores(packaged, shapes, "package")
-    raise UsageError(
-        f"the learned score of {source.name} has to be fitted first",
-        hint="give some plain text: --calibrate FILE_OR_DIRECTORY, or scores that were fitted before: --scores FILE",
-    )
-
-
-def _fit(
-    source: Source,
-    info: CheckpointInfo,
-    liger: LigerConfig,
-    texts: Sequence[Path],
-    windows: int,
-    progress: ProgressFactory,
-) -> Scores:
-    import torch
-
-    from ligerexport.checkpoint.calibrate import Scores, digest, drills, fit_scores, score_shapes, window_length
-    from ligerexport.text.corpus import read_tokens
-    from ligerexport.text.tokenizer import TextModel
-
-    seed, text = 0, TextModel(source.path)
-    rows = drills(text, read_tokens(texts, text), windows, window_length(info.config), seed)
-    gpu = torch.cuda.is_available()
-    with progress(f"loading {source.name}", info.bytes) as advance:
-        model = load_transformer(info.path, info.config, "auto" if gpu else torch.float32)
-        model.to("cuda" if gpu else "cpu")  # type: ignore[arg-type]
-        advance(info.bytes)
-    fit = fit_scores(model, rows, liger.window, batch=4 if gpu else 1, progress=progress)
-    needed = score_shapes(info.config, liger)
-    shares = [share for layer, share in enumerate(fit.explained) if layer not in liger.unchanged]
-    tensors = {name: fit.tensors[name] for name in needed}
-    facts = {"from": "fit", "windows": windows, "tokens": rows.numel(), "seed": seed,
-             "explained": round(sum(shares) / max(1, len(shares)), 4), "sha256": digest(tensors)}  # fmt: skip
-    return Scores(tensors, facts)
-
-
-def _write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, progress: ProgressFactory) -> None:
-    """Put the weights of a conversion in place: the source's files, and those of its scores that are wanted.
-
-    Raises:
-        CheckpointError: Scores that are not wanted lie in a file with other weights.
-    """
-    from ligerexport.checkpoint.calibrate import digest, load_scores, write_scores
-
-    old = {name for name in info.tensors if ".score_proj." in name}
-    new: Mapping[str, Tensor] = {} if scores is None else scores.tensors
-    if old == set(new) and digest(load_scores(info.files, old)) == digest(new):
-        if info.index is not None:
-            shutil.copyfile(info.index, stage / _INDEX)
-        with progress("weights", info.bytes, "bytes") as advance:
-            for file in info.files:
-                _link(file, stage / file.name)
-                advance(file.stat().st_size)
-        return
-    held = {file: {name for name, tensor in info.tensors.items() if tensor.file == file} for file in info.files}
-    if mixed := [file for file, names in held.items() if names & old and names - old]:
-        raise CheckpointError(
-            f"{mixed[0]} holds a learned score among other weights, so it cannot be left out",
-            hint="convert the Transformer that this checkpoint came from",
-        )
-    kept = [file for file in info.files if not held[file] & old]
-    count = len(kept) + bool(new)
-    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [_SINGLE]
-    places = dict(zip(kept, names[: len(kept)], strict=True))
-    with progress("weights", sum(file.stat().st_size for file in kept), "bytes") as advance:
-        for file, name in places.items():
-            _link(file, stage / name)
-            advance(file.stat().st_size)
-    if scores is not None:
-        write_scores(stage / names[-1], scores)
-    if count > 1:
-        tensors = {tensor: name for file, name in places.items() for tensor in sorted(held[file])}
-        tensors |= dict.fromkeys(sorted(new), names[-1])
-        size = sum((stage / name).stat().st_size for name in names)
-        index = {"metadata": {"total_size": size}, "weight_map": tensors}
-        (stage / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
 def _seal(place: Path, source: Source, progress: ProgressFactory) -> None:
-    """Look at every weight of a conversion once: each is finite, and what the files are is noted."""
+    """Check once that every weight of a conversion is finite, and record the identity of its files."""
     info = check_checkpoint(place, tokenizer=False)
     same = [file for file in info.files if (source.path / file.name).exists()]
     same = [file for file in same if file.samefile(source.path / file.name)]
     known = {file.name: source.sha256[file.name] for file in same if file.name in source.sha256}
     hashed = sum(file.stat().st_size for file in info.files if file.name not in known)
     with progress("checking the weights", info.bytes + hashed) as advance:
-        check_finite(replace(info, path=source.path), advance)  # the place that a user knows
+        check_finite(replace(info, path=source.path), advance)  # the directory that a user knows
         write_seal(place, info.files, known, advance)
 
 
 def _made_plain(info: CheckpointInfo) -> dict[str, str]:
-    """Return what is to be known of how the weights of a conversion were made of those in the source's files."""
+    """Return how the weights of a conversion were made from those in the source's files."""
     facts = {"dequantised": info.quantised, "adapter": info.adapter and info.adapter.name}
     return {key: value for key, value in facts.items() if value}
 
 
 def _check_not_recovered(info: CheckpointInfo, source: Source) -> None:
-    """Refuse weights that were trained with a conversion, and fit no other."""
+    """Refuse weights that were trained for another conversion."""
     from ligerexport.checkpoint.adapter import RECOVERY
 
     if RECOVERY in info.config:
@@ -349,7 +287,7 @@ def _check_not_recovered(info: CheckpointInfo, source: Source) -> None:
 
 
 def _check_output(output: Path) -> None:
-    """Refuse to replace a checkpoint that was not made by a conversion: it may be the only copy."""
+    """Refuse to replace a checkpoint that is not converted: it may be the only copy."""
     config = output / "config.json"
     if config.is_file() and '"liger"' not in config.read_text():
         raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
@@ -374,18 +312,10 @@ def converted_config(config: dict[str, Any], liger: LigerConfig) -> dict[str, An
 
     found: Any = read_config(config)
     if liger.keep_window is None:
-        liger = replace(liger, keep_window=family.local_layers(found) or None)
+        liger = replace(liger, keep_window=family.local_layers(family.attention(found)) or None)
     found.liger = config["liger"] = liger.to_dict()
     layer_specs(found)
     return config
-
-
-def _link(source: Path, target: Path) -> None:
-    """Put a weight file in place without copying it where that is possible."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
 
 
 def convert_in_memory(
@@ -418,7 +348,7 @@ def convert_in_memory(
         raise UsageError(f"a learned pool needs {missing[0]}", hint="pass scores=, such as the tensors of a fit")
     weights = {name: tensor for name, tensor in weights.items() if name in wanted or ".score_proj." not in name}
     converted.load_state_dict(weights, assign=True, strict=True)
-    for name, module in model.named_modules():  # what is in no file, such as rotary frequencies
+    for name, module in model.named_modules():  # buffers that are in no file, such as rotary frequencies
         for buffer in module._non_persistent_buffers_set:
             setattr(converted.get_submodule(name), buffer, getattr(module, buffer))
     converted.tie_weights()

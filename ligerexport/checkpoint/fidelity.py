@@ -23,6 +23,7 @@ from ligerexport.checkpoint.checkpoint import CheckpointInfo, check_checkpoint
 from ligerexport.checkpoint.loading import NO_WRAPPERS, dequantising, load_model, merged
 from ligerexport.checkpoint.sources import no_bars
 from ligerexport.console import ProgressFactory, silent
+from ligerexport.dtypes import BY_SAFETENSORS
 from ligerexport.errors import CheckpointError, VerificationError
 from ligerexport.layers.mixer import LigerMixer
 from ligerexport.model.config import LigerConfig
@@ -37,7 +38,6 @@ BOUND = 1e-3
 """Largest difference of an element, relative to the root mean square of its token's vector. Both sides compute in fp32
 from the same weights, so only the order of sums differs: by 3e-5 in SmolLM2, and more where attention's logits are in
 the hundreds."""
-_HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def check_fidelity(source: CheckpointInfo, converted: Path, progress: ProgressFactory = silent) -> None:
@@ -47,7 +47,7 @@ def check_fidelity(source: CheckpointInfo, converted: Path, progress: ProgressFa
     output projection. Quantised sources take the memory of their plain weights.
 
     Args:
-        source: The Transformer. Of a converted checkpoint, the Transformer that its weights are is taken.
+        source: The Transformer. A converted checkpoint stands for the Transformer that has its weights.
         converted: Directory of the conversion, before any adapter of `recover`.
         progress: Opens a phase.
 
@@ -99,7 +99,7 @@ def compare(expected: list[Tensor], found: list[Tensor], message: str) -> None:
 def stored_dtype(info: CheckpointInfo) -> torch.dtype:
     """Return the dtype that holds a checkpoint's weights without rounding."""
     first, *others = {tensor.dtype for name, tensor in info.tensors.items() if ".score_proj." not in name}
-    return torch.float32 if others else _HALVES.get(first, torch.float32)
+    return torch.float32 if others or first not in BY_SAFETENSORS else BY_SAFETENSORS[first].torch
 
 
 def text_for(model: PreTrainedModel) -> Tensor:

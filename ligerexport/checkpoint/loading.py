@@ -18,6 +18,7 @@ from safetensors import safe_open
 from ligerexport.checkpoint.checkpoint import WRAPPERS, CheckpointInfo, check_checkpoint, not_finite, read_header
 from ligerexport.checkpoint.sources import no_bars
 from ligerexport.console import say
+from ligerexport.dtypes import BY_SAFETENSORS
 from ligerexport.errors import CheckpointError, LigerError, MissingDependency, quoted
 from ligerexport.model.families import FAMILIES, PREFIX, get_family
 
@@ -61,7 +62,7 @@ def load_transformer(
     Args:
         path: Directory.
         config: Content of its config.json.
-        dtype: Of the weights; "auto" is the file's.
+        dtype: Type of the weights; "auto" is that of the file.
 
     Raises:
         CheckpointError: The family is not supported, the checkpoint is incomplete or damaged, or its weights are
@@ -82,7 +83,7 @@ def load_any(info: CheckpointInfo, dtype: torch.dtype) -> PreTrainedModel:
 
     Args:
         info: The checkpoint.
-        dtype: Of the weights.
+        dtype: Type of the weights.
 
     Raises:
         CheckpointError: See `load_transformer`.
@@ -111,8 +112,7 @@ def write_plain(info: CheckpointInfo, directory: Path) -> CheckpointInfo:
 
     dtype: torch.dtype | Literal["auto"] = "auto"  # of quantised weights, what config.json says
     if not info.quantised:
-        halves = {"F16": torch.float16, "BF16": torch.bfloat16}
-        dtype = halves.get(info.dtypes[0], torch.float32) if len(info.dtypes) == 1 else torch.float32
+        dtype = BY_SAFETENSORS[info.dtypes[0]].torch if len(info.dtypes) == 1 else torch.float32
     model = load_transformer(info.path, info.config, dtype)
     with no_bars():
         model.save_pretrained(directory)
@@ -151,7 +151,7 @@ def _load(model_class: Any, info: CheckpointInfo, config: Any, dtype: Any) -> Pr
     own = dtype
     if info.renamed or config.model_type.removeprefix(PREFIX) not in FAMILIES:
         settings["key_mapping"] = NO_WRAPPERS
-    if info.adapter is not None:  # it is merged below; transformers would leave it beside the weights
+    if info.adapter is not None:  # it is merged below; transformers would keep it separate
         settings["adapter_kwargs"] = {"subfolder": os.devnull}
     with no_bars(), _as_plain(info):
         if info.quantised:

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from ligerexport.checkpoint.checkpoint import check_links
 from ligerexport.console import ProgressFactory, say, silent, warn
 from ligerexport.errors import LigerError, MissingDependency, SourceError, close_matches, quoted
+from ligerexport.reading import sha256
 from ligerexport.staging import CACHE_HINT, cache_dir
 
 _BLOCK = 1 << 20
@@ -73,7 +74,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel] = {
 
 @dataclass(frozen=True)
 class Source:
-    """A model on this disk and what is known of its origin.
+    """A model on this disk and its origin.
 
     Attributes:
         path: Checkpoint directory.
@@ -196,7 +197,7 @@ def _read_stamp(directory: Path, builtin: BuiltinModel, *, tell: bool = False) -
         stamp: dict[str, Any] = json.loads((directory / _STAMP).read_text())
         expected = (_STAMP_FORMAT, builtin.requirement, builtin.sha256)
         if (stamp["format"], stamp["requirement"], stamp["gguf_sha256"]) == expected:
-            bad = [file for file, digest in stamp["sha256"].items() if file_sha256(directory / file) != digest]
+            bad = [file for file, digest in stamp["sha256"].items() if sha256(directory / file) != digest]
             if not bad:
                 return stamp
             reason = f"{bad[0]} is damaged"
@@ -232,7 +233,7 @@ def _make(name: str, builtin: BuiltinModel, directory: Path, progress: ProgressF
             "requirement": builtin.requirement,
             "gguf_sha256": builtin.sha256,
             "license": builtin.license,
-            "sha256": {file.name: file_sha256(file) for file in sorted(made.iterdir())},
+            "sha256": {file.name: sha256(file) for file in sorted(made.iterdir())},
         }
         (made / _STAMP).write_text(json.dumps(stamp, indent=2) + "\n")
         if directory.exists():
@@ -340,12 +341,6 @@ def no_bars() -> Iterator[None]:
         yield
     finally:
         setattr(tqdm, "__init__", plain)  # noqa: B010
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file as hexadecimal text."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _card_license(path: Path) -> str | None:

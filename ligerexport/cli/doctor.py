@@ -1,72 +1,76 @@
-"""What is installed and what is missing, each with the command that mends it. Nothing heavy is imported to find out."""
+"""`doctor`: what is installed, what is missing, and the command that installs it. Nothing heavy is imported."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shutil
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+import typer
 
 from ligerexport.checkpoint.sources import BUILTIN_MODELS
-from ligerexport.errors import LigerError
-from ligerexport.exporters.targets import TARGETS, get_target
-from ligerexport.kernels.tuning import FORWARD
+from ligerexport.cli import options
+from ligerexport.cli.options import Json, verb
+from ligerexport.errors import LigerError, MissingDependency
+from ligerexport.exporters.backend import Check
+from ligerexport.exporters.targets import TARGETS, get_backend
 from ligerexport.staging import CACHE_HINT, cache_dir
 from ligerexport.versions import TRIED, installed_version, untried
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 PACKAGE = "ligerexport"
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        name: What.
-        found: What is there.
-        ok: Whether that is enough.
-        needed: Whether converting, building or running needs it.
-        mend: A command, where it is not.
-    """
-
-    name: str
-    found: str
-    ok: bool = True
-    needed: bool = False
-    mend: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return asdict(self)
+@verb(verbose=False)
+def doctor(
+    target: Annotated[str | None, typer.Option(help="Check what this target needs as well.")] = None,
+    plugin: Annotated[Path | None, typer.Option(metavar="FILE", help="Library of the TensorRT plugin.")] = None,
+    json: Json = False,
+) -> None:
+    """Show what is missing and how to install it."""
+    checks = examine(target, plugin)
+    if json:
+        fine = all(check.ok or not check.needed for check in checks)
+        options.finish_json(True, {"ok": fine, "checks": [check.to_dict() for check in checks]})
+    else:
+        options.print_table(("", "", "", ""), [
+            ("ok" if c.ok else "missing" if c.needed else "-", c.name, c.found, "" if c.ok else c.mend or "")
+            for c in checks
+        ])  # fmt: skip
+    if any(check.needed and not check.ok for check in checks):
+        raise typer.Exit(MissingDependency.exit_code)
 
 
 def examine(target: str | None = None, plugin: Path | None = None) -> list[Check]:
-    """Look at this machine, and at what a target for GPUs needs.
+    """Check this machine, and what a target for GPUs needs.
 
     Args:
-        target: Row of `TARGETS`; None looks at what all need.
-        plugin: Library of the plugin for TensorRT, to be looked at too.
+        target: Row of `TARGETS`; None checks what all targets need.
+        plugin: Library of the TensorRT plugin, to check as well.
 
     Raises:
         UsageError: No such target.
     """
     checks = [_python(), *_packages(), _releases(), *_machine(), *_cache()]
-    return checks + (_gpu(target, plugin) if target and get_target(target).sms else [])
+    return checks + (get_backend(target).examine(plugin) if target else [])
 
 
 def _python() -> Check:
+    from packaging.specifiers import SpecifierSet
+
     version = platform.python_version()
     return Check("python", version, SpecifierSet(">=3.11").contains(version), True, "install Python 3.11 or later")
 
 
 def _packages() -> list[Check]:
-    """Check what the installed package's metadata asks for: the base, the runtimes, and the extras of what exists."""
+    """Check the requirements of the installed package: its base, the runtimes, and the extras of all targets."""
+    from packaging.requirements import Requirement
+
     try:
         wanted = [Requirement(line) for line in metadata.requires(PACKAGE) or ()]
     except metadata.PackageNotFoundError:
@@ -97,7 +101,7 @@ def _package(requirement: Requirement) -> Check:
 
 
 def _releases() -> Check:
-    """Name what is installed in a release that was never tried; it may work all the same."""
+    """List the packages whose release was never tried; they may work all the same."""
     found = {name: untried(name) for name in TRIED}
     strange = [name for name, what in found.items() if what]
     if not strange:
@@ -114,36 +118,6 @@ def _machine() -> list[Check]:
         Check("cores", f"{default_threads()} to use, {os.cpu_count()} in all"),
         Check("memory", f"{memory / 1e9:.1f} GB" if memory else "unknown"),
     ]
-
-
-def _gpu(target: str, plugin: Path | None) -> list[Check]:
-    """Check runtime, driver, GPU and plugin."""
-    from ligerexport.exporters.tensorrt import machine
-
-    rtx, sms, driver = target == "trt-rtx", get_target(target).sms, machine.driver()
-    module, library = machine.python_module(rtx=rtx), None if rtx else machine.library()
-    name, extra = ("TensorRT-RTX", "rtx") if rtx else ("TensorRT", "trt")
-    mend = f"pip install '{PACKAGE}[{extra}]'" + ("" if rtx else "; on a Jetson: apt install nvidia-jetpack")
-    found = ", ".join(x for x in (module, library) if x) or "neither Python package nor library found"
-    rows = [Check(name, found, bool(module or library), True, mend)]
-    version = f"CUDA {driver.version}" if driver else "not found"
-    rows.append(
-        Check("CUDA driver", version, driver is not None, False, "install NVIDIA's driver, where there is a GPU")
-    )
-    gpus = driver.sms if driver else ()
-    fits = bool(gpus) and all(sm in sms or (not rtx and sm > FORWARD) for sm in gpus)
-    known = f"{target} is for compute capability {', '.join(map(str, sms))}; name the device's with --sm"
-    rows.append(Check("GPU", ", ".join(f"sm_{sm}" for sm in gpus) or "none", fits, False, known))
-    if not rtx:
-        here = plugin is not None and plugin.is_file()
-        found = "not given" if plugin is None else str(plugin) if here else f"{plugin} is not there"
-        mend = "cmake -S exporters/tensorrt/runner -B build/trt && cmake --build build/trt, then --plugin FILE"
-        rows.append(Check("plugin", found, here, False, mend))
-        triton = installed_version("triton")
-        rows.append(
-            Check("triton", triton or "not installed", triton is not None, False, f"pip install '{PACKAGE}[gpu]'")
-        )
-    return rows
 
 
 def _cache() -> list[Check]:

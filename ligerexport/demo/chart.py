@@ -1,6 +1,6 @@
-"""Line charts as SVG, drawn here: they do not flicker while they grow, need no script, and read in light and dark.
+"""Line charts as SVG. They grow without flicker, need no script, and are readable on light and dark backgrounds.
 
-Every line has its own shape and stroke and its name beside it, so that colour is not what tells them apart.
+Each line has its own marker and stroke and a legend with its name, so that nobody needs the colours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from html import escape
 WIDTH, HEIGHT = 440, 230
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 34
 MOST = 160
-"""Points of a line; of more every so many is drawn."""
+"""Largest number of points of a line; longer lines are thinned out evenly."""
 MARKS = 6
 """Shapes along a line."""
 
@@ -22,7 +22,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart; `style` is `ours` or `theirs`, which style sheet and shape go by."""
+    """One line of a chart; `style`, `ours` or `theirs`, decides its colour and marker."""
 
     name: str
     style: str
@@ -33,11 +33,11 @@ def chart(title: str, x_label: str, lines: Sequence[Line], form: Callable[[float
     """Return a chart.
 
     Args:
-        title: With the unit of y.
-        x_label: What x is.
-        lines: Perhaps without points yet.
-        form: Writes a value of y.
-        x_range: From and to; x outside is not drawn.
+        title: Title, with the unit of y.
+        x_label: Label of the x axis.
+        lines: Lines; they may have no points yet.
+        form: Returns a value of y as text.
+        x_range: Smallest and largest x; points outside are not drawn.
     """
     low, high = x_range
     top = nice_ceiling(max((y for line in lines for _, y in line.points), default=0.0))
@@ -71,7 +71,7 @@ def chart(title: str, x_label: str, lines: Sequence[Line], form: Callable[[float
 
 
 def legend(lines: Sequence[Line]) -> str:
-    """Return names with their shapes."""
+    """Return the names of lines with their markers."""
     rows = (
         f'<span class="lx-{line.style}"><svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">'
         f'<line class="lx-stroke" x1="1" x2="33" y1="6" y2="6"/>{_mark(line.style, 17, 6)}</svg> '
@@ -82,13 +82,13 @@ def legend(lines: Sequence[Line]) -> str:
 
 
 def thin(points: Sequence[Point]) -> Sequence[Point]:
-    """Leave out points evenly, but never the last."""
+    """Leave out points evenly, but keep the last."""
     every = math.ceil(len(points) / MOST)
     return [*points[: -1 : max(every, 1)], points[-1]] if points else []
 
 
 def nice_ceiling(value: float) -> float:
-    """Return the next number of the form 1, 2, 4, 6 or 8 times a power of ten: an axis that moves seldom."""
+    """Return the next number of the form 1, 2, 4, 6 or 8 times a power of ten: so that the axis seldom changes."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))

@@ -1,4 +1,4 @@
-"""What a page can do: have a question answered by both models, stop that, measure. Nothing here knows Gradio."""
+"""What a page can do: let both models answer a question, stop them, measure them. Nothing here knows Gradio."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ligerexport.artifact.artifact import open_artifact
+from ligerexport.artifact.artifact import is_artifact, open_artifact
 from ligerexport.console import Advance, Unit
 from ligerexport.demo import page
 from ligerexport.demo.compare import Pair, Stopped, Stream, same_text
 from ligerexport.demo.prompts import CHAT, ask
 from ligerexport.errors import LigerError, UsageError
+from ligerexport.measure.bench.bench import bench
 from ligerexport.measure.bench.report import RESULT
-from ligerexport.measure.bench.run import bench, is_artifact
 from ligerexport.measure.bench.settings import Settings
 from ligerexport.text.tokenizer import TextModel
 
 SHORT = Settings(contexts=(128, 1024), blocks=6, tokens=8)
-"""What the button of the page measures."""
+"""What the button on the page measures."""
 
 
 class Demo:
@@ -33,7 +33,7 @@ class Demo:
         model: An artifact, a converted checkpoint, or a Transformer.
         against: Another one.
         results: What `bench` wrote, a directory or its file; None shows none.
-        threads: Of each model; None takes the physical cores.
+        threads: Threads of each model; None takes the physical cores.
         device: Row of `ligerexport.measure.bench.settings.DEVICES`.
 
     Raises:
@@ -55,16 +55,16 @@ class Demo:
         self.text = TextModel(directory_of(model))
         same_text(self.text, TextModel(directory_of(against)))
         self.pair = Pair(model, against, threads=threads, device=device)
-        self._stops: set[tuple[str, threading.Event]] = set()  # one for each answer and measurement under way
+        self._stops: set[tuple[str, threading.Event]] = set()  # one for each running answer or measurement
 
     def run(
         self, preset: str, prompt: str, context: int, depth: int, most: int, rows: list[list[str]], session: str
     ) -> Iterator[dict[str, Any]]:
-        """Let both answer; yield what changes on the page, by the part of it."""
+        """Let both models answer; yield what changes, by the part of the page."""
         stop = self._begin(session)
         said = page.status("stopped")
         try:
-            yield {"busy": True, "status": page.status("Both take turns; each is timed while the other waits.")}
+            yield {"busy": True, "status": page.status("The models take turns: each is timed while the other waits.")}
             question = ask(self.text, preset, prompt, int(context), depth / 100)
             race = self.pair.race(uuid.uuid4().hex, question.ids, self.text, int(most), stop)
             for streams in race:
@@ -84,7 +84,7 @@ class Demo:
         return dict(zip(page.STYLES, cards, strict=True)) | {"plots": page.plots(streams, most)}
 
     def idle(self) -> dict[str, Any]:
-        """Return the page's parts before anything was asked."""
+        """Return the parts of the page before the first question."""
         first, second = (Stream(name, self.pair.facts(name), ()) for name in self.pair.names)
         return self._picture((first, second), CHAT.tokens, None)
 
@@ -94,7 +94,7 @@ class Demo:
             return "finished"
         faster, slower = (ours, theirs) if ours.median <= theirs.median else (theirs, ours)
         assert faster.median and slower.median
-        return (f"finished: after {len(ours.prompt):,} tokens {faster.name} took {faster.median:.1f} ms a token, "
+        return (f"finished: after {len(ours.prompt):,} tokens {faster.name} took {faster.median:.1f} ms per token, "
                 f"{slower.name} {slower.median:.1f} ms, {slower.median / faster.median:.1f} times as long")  # fmt: skip
 
     def _begin(self, session: str) -> threading.Event:
@@ -103,13 +103,13 @@ class Demo:
         return stop
 
     def stop(self, session: str) -> None:
-        """End the answers and measurements of a page that are under way."""
+        """End the running answers and measurements of a page."""
         for owner, stop in list(self._stops):
             if owner == session:
                 stop.set()
 
     def measure(self, session: str) -> Iterator[tuple[str, str]]:
-        """Measure in a turn, with processes of its own; yield the table and a line of status."""
+        """Measure in separate processes while answers wait; yield the table and the status line."""
         stop = self._begin(session)
 
         def watch(
@@ -123,7 +123,7 @@ class Demo:
 
         settings = Settings(SHORT.contexts, SHORT.batches, SHORT.blocks, SHORT.tokens, self._threads, self._device)
         try:
-            yield page.measured(self.result), page.status("measuring; answers wait meanwhile")
+            yield page.measured(self.result), page.status("measuring; answers wait until it is done")
             self.result = self.pair.call(stop, partial(bench, *self._models, settings=settings, progress=watch))
             yield page.measured(self.result), page.status("measured just now")
         except Stopped:
@@ -134,7 +134,7 @@ class Demo:
             self._stops.discard((session, stop))
 
     def close(self) -> None:
-        """End what is under way, and both models."""
+        """End everything that runs, and close both models."""
         for _, stop in list(self._stops):
             stop.set()
         self.pair.close()

@@ -1,7 +1,6 @@
 """What the page shows, as HTML: two cards, charts, the runs so far, the model card, the measured table.
 
-Everything that a model or a file says is escaped. Heights are fixed by the style sheet, so nothing moves while text
-comes.
+All text of a model or a file is escaped. The style sheet fixes heights, so that nothing moves while text arrives.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ EMPTY = "-"
 
 
 def card(stream: Stream, style: str, key: str | None = None) -> str:
-    """Return one model's figures and text.
+    """Return the figures and the text of one model.
 
     Args:
-        stream: Its answer so far.
+        stream: The model's answer so far.
         style: Row of `STYLES`.
-        key: The pass key that it is asked for.
+        key: The pass key that the model is asked for.
     """
     kind, memory = KINDS[stream.facts["kind"]]
     now = stream.now
     _, state, resident, device = stream.memory[-1] if stream.memory else (0, None, None, None)
     figures = (
-        ("a token, now", *_figure(f"{now:.1f} ms" if now else None)),
-        ("tokens a second", *_figure(f"{1e3 / now:.1f}" if now else None)),
+        ("time per token", *_figure(f"{now:.1f} ms" if now else None)),
+        ("tokens per second", *_figure(f"{1e3 / now:.1f}" if now else None)),
         (memory, *_figure(None if state is None else format_bytes(state))),
     )
     rows = "".join(
@@ -95,12 +94,12 @@ def _recalled(stream: Stream, key: str | None) -> str:
 
 
 def recalled(stream: Stream, key: str) -> bool:
-    """Return whether the answer has the key."""
+    """Return whether the answer contains the key."""
     return key in stream.text.replace(" ", "")
 
 
 def plots(streams: Sequence[Stream], most: int) -> str:
-    """Return both charts, latency by token and memory by context, and what their lines are."""
+    """Return both charts, latency by token and memory by context, with a legend."""
     latency = [
         Line(s.name, style, [(i + 2, ms) for i, ms in enumerate(s.latencies)])
         for s, style in zip(streams, STYLES, strict=True)
@@ -112,8 +111,8 @@ def plots(streams: Sequence[Stream], most: int) -> str:
     longest = max(len(s.prompt) for s in streams) + most
     return (
         f'<figure class="lx-plots">{legend(latency)}<div>'
-        + chart("Time a token, ms", "token of the answer", latency, lambda y: f"{y:g}", (1, max(most, 2)))
-        + chart("State or KV cache", "tokens seen", memory, format_bytes, (0, max(longest, 1)))
+        + chart("Time per token (ms)", "token of the answer", latency, lambda y: f"{y:g}", (1, max(most, 2)))
+        + chart("State or KV cache", "tokens read", memory, format_bytes, (0, max(longest, 1)))
         + "</div></figure>"
     )
 
@@ -133,7 +132,7 @@ def runs(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return the runs of this page, the newest first."""
     if not rows:
         return '<p class="lx-note">Each run adds a line here. Move the context slider and run again.</p>'
-    header = ["tokens of prompt", *(f"{escape(name)}: {what}" for name in names for what in ("a token", "memory"))]
+    header = ["prompt tokens", *(f"{escape(name)}: {what}" for name in names for what in ("time per token", "memory"))]
     return table(header, list(reversed(rows)))
 
 
@@ -160,7 +159,7 @@ def measured(result: Mapping[str, Any] | None) -> str:
 
 
 def model_card(name: str, manifest: Manifest | None, facts: Mapping[str, Any]) -> str:
-    """Return what the manifest says of the model."""
+    """Return what the manifest says about the model."""
     if manifest is None:
         return table(("", name), [[key.replace("_", " "), str(value)] for key, value in facts.items()])
     checked, quality = manifest.verification, manifest.quality or {}
@@ -168,17 +167,17 @@ def model_card(name: str, manifest: Manifest | None, facts: Mapping[str, Any]) -
         ("made from", f"{manifest.source.model} ({manifest.source.revision or 'a directory'})"),
         ("licence", manifest.source.license or "not stated"),
         ("family", f"{manifest.family}, {manifest.model.parameters:,} parameters, {manifest.model.layers} layers"),
-        ("trained on texts of", f"{manifest.model.trained_length:,} tokens"),
+        ("trained context length", f"{manifest.model.trained_length:,} tokens"),
         ("graph", f"{manifest.target}, lowering {manifest.lowering}, weights {manifest.precision}"),
         ("weights", format_bytes(manifest.bytes.weights)),
-        ("state of a sequence", f"{format_bytes(manifest.bytes.state_per_sequence)}, of any length"
-         + (f", and {format_bytes(manifest.growth)} a token in layers kept as softmax" if manifest.growth else "")),
-        ("KV cache of the Transformer", f"{format_bytes(manifest.bytes.kv_per_token)} a token in fp32"),
+        ("state of a sequence", f"{format_bytes(manifest.bytes.state_per_sequence)} at any length"
+         + (f", and {format_bytes(manifest.growth)} per token in layers kept as softmax" if manifest.growth else "")),
+        ("KV cache of the Transformer", f"{format_bytes(manifest.bytes.kv_per_token)} per token in fp32"),
         ("KV cache larger", f"from {manifest.crossover:,} tokens on" if manifest.crossover else "never"),
         ("training after the conversion", "none" if manifest.recovery is None else "yes, see the manifest"),
         ("compared with torch", f"{checked['tokens']:,} tokens, logits off by at most {checked['max_logit_error']:.1e}"
          if checked.get("tokens") else "passed" if checked.get("passed") else "no"),
-        *([("cost of the precision", f"{quality['nll'] - quality['nll_float32']:+.3f} nats a token")]
+        *([("cost of the precision", f"{quality['nll'] - quality['nll_float32']:+.3f} nats per token")]
           if {"nll", "nll_float32"} <= quality.keys() else []),
         ("written by", f"ligerexport {manifest.ligerexport}"),
     ]  # fmt: skip
@@ -186,7 +185,7 @@ def model_card(name: str, manifest: Manifest | None, facts: Mapping[str, Any]) -
 
 
 def status(text: str, hint: str | None = None, *, error: bool = False) -> str:
-    """Return the line that says what goes on; errors are announced at once."""
+    """Return the status line. Screen readers announce errors at once."""
     role = "alert" if error else "status"
     more = f" <span>{escape(hint)}</span>" if hint else ""
     return f'<p class="lx-status{" lx-error" if error else ""}" role="{role}">{escape(text)}{more}</p>'

@@ -1,4 +1,4 @@
-"""What is asked of both models: presets, and real text before the question.
+"""The questions to both models: presets, and real text before the question.
 
 The text is in `filler.txt`: Theodore Roosevelt's annual messages to Congress of 1905 and, in part, 1906. It is in the
 public domain, as a work of the government of the United States and by its age.
@@ -16,7 +16,7 @@ from ligerexport.errors import UsageError
 from ligerexport.text.tokenizer import TextModel
 
 MOST = 32_768
-"""Most tokens of filler."""
+"""Largest number of filler tokens."""
 NEEDLE = " The secret pass key is {key}."
 QUESTION = " What is the secret pass key? The secret pass key is {key}"
 
@@ -26,10 +26,10 @@ class Preset:
     """A kind of question.
 
     Attributes:
-        name: As the page has it.
-        prompt: What is typed for the user; empty where the page asks the question.
-        context: Tokens of filler to begin with.
-        tokens: Most tokens to write.
+        name: Name on the page.
+        prompt: Text that is filled in for the user; empty if the page asks the question itself.
+        context: Filler tokens before the question.
+        tokens: Largest number of tokens to write.
     """
 
     name: str
@@ -52,7 +52,7 @@ def filler() -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """Ids for both models, and the key that the answer must have, where one is asked for."""
+    """Ids for both models, and the key that the answer must contain if one is asked for."""
 
     ids: tuple[int, ...]
     key: str | None = None
@@ -61,14 +61,14 @@ class Question:
 def ask(
     text: TextModel, preset: str, prompt: str, context: int, depth: float = 0.5, seed: int | None = None
 ) -> Question:
-    """Put a question behind real text.
+    """Put a question after real text.
 
     Args:
         text: The models' tokenizer.
         preset: Row of `PRESETS`.
         prompt: What the user typed; the preset with the pass key has its own.
-        context: Tokens of filler.
-        depth: Where in it the pass key is said: 0 is its beginning, 1 its end.
+        context: Number of filler tokens.
+        depth: Where in the filler the pass key is: 0 is the beginning, 1 the end.
 
     Raises:
         UsageError: There is nothing to ask.

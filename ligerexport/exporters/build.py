@@ -8,19 +8,23 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ligerexport.artifact.artifact import MANIFEST
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
-from ligerexport.exporters.targets import BLOCK, Target, get_precision, get_target
+from ligerexport.exporters.backend import BuildSettings
+from ligerexport.exporters.targets import BLOCK, get_backend, get_precision, get_target
+from ligerexport.staging import check_destination
 from ligerexport.versions import warn_if_untried
 
 if TYPE_CHECKING:
     from ligerexport.artifact.artifact import Manifest
     from ligerexport.checkpoint.checkpoint import CheckpointInfo
+    from ligerexport.exporters.backend import Backend
     from ligerexport.exporters.onnx.spec import ModelSpec
     from ligerexport.exporters.onnx.weights import WeightFormat
 
@@ -61,12 +65,12 @@ def build(
         block: Elements of a row that share a scale, for int8 and int4.
         sms: Compute capabilities of GPUs, 87 for 8.7; None takes all that the target can be built for.
         max_batch: Most sequences on a GPU.
-        plugin: Library of the plugin for TensorRT, to put into the artifact and to build the engine with.
-        engine: Whether the target `trt` builds the engine too, which takes TensorRT and this machine's GPU; without,
-            the artifact is what one is made of on the device.
-        genai: Whether to add what onnxruntime-genai runs: a second graph on the same weights, and its configuration.
+        plugin: Library of the TensorRT plugin, which goes into the artifact and which the engine is built with.
+        engine: Whether the target `trt` builds the engine too, which needs TensorRT and this machine's GPU. Without it,
+            the device makes the engine from the artifact.
+        genai: Whether to add a second graph and the configuration for onnxruntime-genai.
         force: Whether an older artifact at `output` may be replaced.
-        verify: Whether to compare logits and state with the torch model first; without it the manifest says so.
+        verify: Whether to compare logits and state with the torch model first. Without it the manifest says so.
         progress: Opens a phase of long work; see `ligerexport.console.progress`.
 
     Returns:
@@ -79,92 +83,163 @@ def build(
         ArtifactError: The tokenizer cannot be read.
         MissingDependency: The extra of the target is not installed.
     """
-    row, lowering, weights = _resolve(target, lowering, weights, block)
-    if max_chunk is not None and max_chunk < 1:
-        raise UsageError(f"max_chunk {max_chunk}", hint="a call takes at least one token")
+    settings = BuildSettings(target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify)
+    return plan_build(model, output, settings, force=force).run(progress)
 
-    from ligerexport.artifact.artifact import Artifact, ArtifactWriter
+
+def plan_build(
+    model: Path | str = ".",
+    output: Path | str | None = None,
+    settings: BuildSettings | None = None,
+    *,
+    force: bool = False,
+) -> BuildPlan:
+    """Check everything that can be checked before the work begins, and choose what was left open.
+
+    No weight is read and nothing is written.
+
+    Args:
+        model: Directory that `convert` wrote.
+        output: Directory to make; None is the target's name inside the checkpoint.
+        settings: What to build.
+        force: Whether an older artifact at `output` may be replaced.
+
+    Raises:
+        LigerError: As `build`.
+    """
+    settings = settings or BuildSettings()
+    lowering, weights = _resolve(settings)
+
     from ligerexport.checkpoint.checkpoint import check_checkpoint
-    from ligerexport.exporters.onnx import graph as onnx_graph
-    from ligerexport.exporters.onnx.genai import check_genai, write_genai
+    from ligerexport.exporters.onnx.genai import check_genai
+    from ligerexport.exporters.onnx.graph import weight_format
+    from ligerexport.exporters.onnx.native import check_ready
     from ligerexport.exporters.onnx.spec import read_spec
-    from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
-    from ligerexport.exporters.tensorrt.package import check_layers, choose_chunk, choose_gpu, package
-    from ligerexport.exporters.verify.verify import verify_artifact
-    from ligerexport.text.tokenizer import TextModel
 
-    progress = progress or silent
-    gpu = choose_gpu(target, sms, max_batch, plugin, engine)
+    backend = get_backend(settings.target)
+    gpu = backend.prepare(settings)
+    if lowering == "native" and settings.verify:
+        check_ready()
+    output = Path(model) / settings.target if output is None else Path(output)
+    check_destination(output, force=force, marker=MANIFEST)
     info = check_checkpoint(model, tokenizer=False)
     spec = read_spec(info)
-    if gpu is not None:
-        check_layers(target, spec)
-    max_chunk = choose_chunk(target, spec, max_chunk)
-    if genai:
-        check_genai(info.path, target, lowering)
-    form = onnx_graph.weight_format(weights, block, lowering, row.typed)
-    # ONNX Runtime verifies the graph of an engine with the same weights and products in fp32
-    checked_form = form if lowering == "plugin" else replace(form, typed=False)
-    destination = Path(model) / target if output is None else Path(output)
-    with ArtifactWriter(destination, force=force) as writer:
+    backend.check_model(spec)
+    max_chunk = backend.choose_chunk(spec, settings.max_chunk)
+    if settings.genai:
+        check_genai(info.path, settings.target, lowering)
+    settings = replace(settings, lowering=lowering, weights=weights, max_chunk=max_chunk)
+    form = weight_format(weights, settings.block, lowering)
+    return BuildPlan(info, spec, output, settings, form, backend, gpu, force)
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """A build of which everything is decided; made by `plan_build`.
+
+    Attributes:
+        info: The checkpoint.
+        spec: What the graph needs to know of it.
+        output: Directory to make.
+        settings: What to build, with nothing left open.
+        form: How weights are stored.
+        backend: The target.
+        gpu: What `Backend.prepare` returned.
+        force: Whether an older artifact at `output` may be replaced.
+    """
+
+    info: CheckpointInfo
+    spec: ModelSpec
+    output: Path
+    settings: BuildSettings
+    form: WeightFormat
+    backend: Backend
+    gpu: Any
+    force: bool
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `run` would write and take."""
+        from ligerexport.exporters.onnx.weights import weight_bytes
+
+        planned = weight_bytes(self.spec, self.form)
+        facts = {"path": str(self.output), "weight_bytes": planned}
+        return facts | self.backend.describe(self.spec, planned, self.gpu)
+
+    def run(self, progress: ProgressFactory | None = None) -> Path:
+        """Build, verify and write the artifact; return its directory. Arguments and errors as for `build`."""
+        from ligerexport.artifact.artifact import Artifact, ArtifactWriter
+        from ligerexport.exporters.onnx.genai import write_genai
+        from ligerexport.exporters.verify.verify import verify_artifact
+
+        progress = progress or silent
+        with ArtifactWriter(self.output, force=self.force) as writer:
+            manifest = self._write_graph(writer.directory, progress)
+            if self.settings.verify:
+                unfinished = Artifact(writer.directory, manifest)
+                checked, quality = verify_artifact(self.spec, unfinished, self.form, progress=progress)
+                manifest = replace(manifest, verification=checked, quality=quality)
+                gc.collect()
+            manifest = self.backend.finish(writer.directory, manifest, self.spec, self.form, self.gpu, progress)
+            if self.settings.genai:
+                write_genai(Artifact(writer.directory, manifest))
+            writer.commit(manifest)
+        return self.output
+
+    def _write_graph(self, directory: Path, progress: ProgressFactory) -> Manifest:
+        """Write tokenizer, weights, graph and companions; return the manifest of an artifact that is not verified."""
+        from ligerexport.exporters.onnx import graph as onnx_graph
+        from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
+        from ligerexport.text.tokenizer import TextModel
+
+        info, spec, settings, form = self.info, self.spec, self.settings, self.form
+        assert settings.lowering is not None and settings.max_chunk is not None
         if (info.path / "tokenizer.json").is_file():
-            TextModel(info.path).write_tokenizer(writer.directory / "tokenizer.json")
+            TextModel(info.path).write_tokenizer(directory / "tokenizer.json")
         with progress("writing weights", weight_bytes(spec, form)) as advance:
-            write_weights(spec, writer.directory, form, advance)
-        onnx_graph.write_graph(spec, writer.directory, lowering=lowering, max_chunk=max_chunk, form=checked_form)
+            write_weights(spec, directory, form, advance)
+        onnx_graph.write_graph(spec, directory, lowering=settings.lowering, max_chunk=settings.max_chunk, form=form)
         for name in COMPANIONS:
             if (info.path / name).is_file():
-                shutil.copyfile(info.path / name, writer.directory / name)
+                shutil.copyfile(info.path / name, directory / name)
         with progress("hashing the source", info.bytes) as advance:
             source = _source(info, advance)
         recovery = info.config.get("liger_recovery")
         if not isinstance(recovery, dict | None):
             raise CheckpointError(f"config.json says liger_recovery {recovery!r:.60}", hint="convert the model again")
         skipped: dict[str, Any] = {"passed": False, "skipped": True}
-        manifest = make_manifest(
-            spec, source, target, lowering, max_chunk, row.requires, skipped, recovery=recovery, form=form
+        return make_manifest(
+            spec, source, settings.target, settings.lowering, settings.max_chunk, get_target(settings.target).requires,
+            skipped, recovery=recovery, form=form,
+        )  # fmt: skip
+
+
+def _resolve(settings: BuildSettings) -> tuple[str, str]:
+    """Check names and what is installed; return the lowering and the precision of weights."""
+    row, lowering, weights = get_target(settings.target), settings.lowering, settings.weights
+    lowering = row.lowerings[0] if lowering is None else lowering
+    if lowering not in row.lowerings:
+        raise UsageError(
+            f"unknown lowering '{lowering}' for {settings.target}", hint=close_matches(lowering, row.lowerings)
         )
-        if verify:
-            checked, quality = verify_artifact(spec, Artifact(writer.directory, manifest), form, progress=progress)
-            manifest = replace(manifest, verification=checked, quality=quality)
-            gc.collect()
-        if gpu is not None:
-            manifest = package(writer.directory, manifest, spec, form, gpu, progress)
-        if genai:
-            write_genai(Artifact(writer.directory, manifest))
-        writer.commit(manifest)
-    return destination
+    weights = row.weights[0] if weights is None else weights
+    get_precision(weights, settings.block)
+    if weights not in row.weights:
+        raise UsageError(f"weights in {weights} for {settings.target}", hint=close_matches(weights, row.weights))
+    if settings.max_chunk is not None and settings.max_chunk < 1:
+        raise UsageError(f"max_chunk {settings.max_chunk}", hint="a call takes at least one token")
+    _check_installed()
+    return lowering, weights
 
 
-def planned_weight_bytes(
-    model: Path | str,
-    *,
-    target: str = "onnx",
-    lowering: str | None = None,
-    weights: str | None = None,
-    block: int = BLOCK,
-) -> int:
-    """Return the bytes that `build` would store for the weights; reads no weight. Arguments and errors as there."""
-    _, lowering, weights = _resolve(target, lowering, weights, block)
+def planned_weight_bytes(model: Path | str, **settings: Any) -> int:
+    """Return the bytes that `build` would store for the weights; keywords as of `BuildSettings`."""
     from ligerexport.exporters.onnx.graph import weight_format
     from ligerexport.exporters.onnx.spec import read_spec
     from ligerexport.exporters.onnx.weights import weight_bytes
 
-    return weight_bytes(read_spec(model), weight_format(weights, block, lowering))
-
-
-def _resolve(target: str, lowering: str | None, weights: str | None, block: int) -> tuple[Target, str, str]:
-    """Check names and what is installed; return the target, its lowering and the precision of its weights."""
-    row = get_target(target)
-    lowering = row.lowerings[0] if lowering is None else lowering
-    if lowering not in row.lowerings:
-        raise UsageError(f"unknown lowering '{lowering}' for {target}", hint=close_matches(lowering, row.lowerings))
-    weights = row.weights[0] if weights is None else weights
-    get_precision(weights, block)
-    if weights not in row.weights:
-        raise UsageError(f"weights in {weights} for {target}", hint=close_matches(weights, row.weights))
-    _check_installed()
-    return row, lowering, weights
+    chosen = BuildSettings(**settings)
+    lowering, weights = _resolve(chosen)
+    return weight_bytes(read_spec(model), weight_format(weights, chosen.block, lowering))
 
 
 def make_manifest(
@@ -181,9 +256,9 @@ def make_manifest(
 ) -> Manifest:
     """Say what an artifact is, all but its files."""
     from ligerexport import __version__
-    from ligerexport.artifact.artifact import ByteCounts, Graph, Manifest, ModelShape, StateTensor, TensorInfo
+    from ligerexport.artifact.artifact import ByteCounts, Graph, Manifest, ModelShape, TensorInfo
     from ligerexport.exporters.onnx import graph as onnx_graph
-    from ligerexport.exporters.onnx.lowerings import LOWERINGS
+    from ligerexport.exporters.onnx.graph import LOWERINGS
     from ligerexport.exporters.onnx.weights import weight_bytes, weight_names
 
     tensors = onnx_graph.state_tensors(spec, lowering, form)
@@ -207,7 +282,7 @@ def make_manifest(
             parameters=sum(prod(spec.weights[name].shape) for name in weight_names(spec)),
         ),
         graph=Graph(onnx_graph.GRAPH_FILE, max_chunk, inputs, outputs),
-        state=tuple(StateTensor(t.past, t.present, t.shape, t.dtype, t.fill, t.grows) for t in tensors),
+        state=tensors,
         bytes=ByteCounts(
             weights=weight_bytes(spec, form),
             state_per_sequence=sum(t.nbytes for t in tensors if not t.grows),
@@ -221,8 +296,8 @@ def make_manifest(
 
 def _source(info: CheckpointInfo, advance: Any) -> Any:
     """Say where the weights come from; links of `convert` to the original files have the original's hashes."""
-    from ligerexport.artifact.artifact import Source, sha256
-    from ligerexport.reading import from_plain
+    from ligerexport.artifact.artifact import Source
+    from ligerexport.reading import from_plain, sha256
 
     hashes = {}
     for file in info.files:

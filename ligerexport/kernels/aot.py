@@ -1,7 +1,7 @@
 """The fused kernels as cubins, compiled without a GPU, with a manifest that says how to launch them.
 
-What is launched comes from the eager host code (`ligerexport.kernels.plans`), so that nothing here repeats an argument.
-`python -m ligerexport.kernels.aot memory:9:3:64 -o DIR` is the command.
+The launches come from the eager host code (`ligerexport.kernels.plans`), so that no argument is repeated here. The
+command is `python -m ligerexport.kernels.aot memory:9:3:64 -o DIR`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Compiled:
-    """What came out of a job: the file and its description, or why there is none."""
+    """The result of a job: the file and its description, or the reason why there is none."""
 
     content: bytes = b""
     cubin: Cubin | None = None
@@ -70,25 +70,24 @@ def compile_kernels(
     jobs: int | None = None,
     force: bool = False,
 ) -> Manifest:
-    """Compile what layers launch, and write cubins and `kernels.json`; the same arguments give the same bytes.
+    """Compile the kernels that layers launch, and write cubins and `kernels.json`. Equal arguments give equal bytes.
 
     Args:
         specs: The layers; equal kernels are compiled once.
-        dtype: Of activations: `bf16`, `fp16` or `fp32`.
+        dtype: Type of activations: `bf16`, `fp16` or `fp32`.
         sms: Compute capabilities, 90 for 9.0, from `SHARED_MEMORY`.
-        directory: Where to; written whole or not at all.
-        operators: Rows of `OPERATORS`; linear attention is left out of layers without recurrence, and the prefill of
-            layers with a judge of novelty, which torch has a part in.
+        directory: Destination, written whole or not at all.
+        operators: Rows of `OPERATORS`; linear attention is left out for layers without a gated recurrence.
         products: Products with weights, each with the dtype of its weight.
         max_batch: Largest batch of a step.
-        ptx: Whether to write PTX too, of `FORWARD` where it is among `sms`.
-        jobs: Processes; None for one a core.
+        ptx: Whether to write PTX too, for `FORWARD` if it is among `sms`.
+        jobs: Number of processes; None for one per core.
         force: Whether an older output may be replaced.
 
     Raises:
-        MissingDependency: No Triton.
-        UsageError: An unknown compute capability, operator or dtype, or a directory that must not be replaced.
-        LigerError: A kernel does not compile or takes more shared memory than there is.
+        MissingDependency: Triton is not installed.
+        UsageError: A compute capability, operator or dtype is unknown, or the directory must not be replaced.
+        LigerError: A kernel does not compile or needs more shared memory than the GPU has.
     """
     for sm in sms:
         look_up("compute capability", str(sm), {str(known): known for known in SHARED_MEMORY})
@@ -134,7 +133,7 @@ def _plan(
     max_batch: int,
     products: Sequence[tuple[LinearSpec, str]] = (),
 ) -> tuple[list[Plan], dict[str, Kernel], dict[tuple[str, int], _Job]]:
-    """Return plans, kernels, and what is to be compiled, by kernel and compute capability."""
+    """Return plans, kernels, and the jobs by kernel and compute capability."""
     from ligerexport.kernels.plans import make_plans
 
     wanted: list[tuple[str, MixerSpec | LinearSpec, str]] = [("linear", spec, kind) for spec, kind in products]
@@ -163,7 +162,7 @@ def _plan(
 
 
 def _make(job: _Job) -> Any:
-    """Return what Triton makes of one kernel; prints nothing and leaves Triton's cache as it was."""
+    """Return one kernel as Triton compiles it; print nothing and leave Triton's cache as it was."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -185,10 +184,10 @@ def _make(job: _Job) -> Any:
         knobs.compilation.scope(),
         knobs.nvidia.scope(),
     ):
-        if Version(knobs.nvidia.ptxas_blackwell.version) >= Version("13"):  # no driver of CUDA 12 loads its cubins
+        if Version(knobs.nvidia.ptxas_blackwell.version) >= Version("13"):  # a CUDA 12 driver cannot load its cubins
             knobs.nvidia.ptxas_blackwell = knobs.nvidia.ptxas.path
         knobs.cache.dir = cache
-        knobs.compilation.disable_line_info = True  # paths of this machine would be in the file
+        knobs.compilation.disable_line_info = True  # otherwise the file would contain paths of this machine
         with redirect_stdout(io.StringIO()):
             return triton.compile(
                 source, target=GPUTarget("cuda", job.sm, 32), options=dict(kernel.options) | {"enable_fp_fusion": True}
@@ -196,11 +195,11 @@ def _make(job: _Job) -> Any:
 
 
 def _compile(job: _Job) -> _Compiled:
-    """Compile one kernel and look at what came out."""
+    """Compile one kernel and check the result."""
     what = f"kernel '{job.kernel.name}' for sm_{job.sm}"
     try:
         made = _make(job)
-    except Exception as e:  # of many kinds, from several compilers
+    except Exception as e:  # several compilers raise many kinds
         return _Compiled(failure=f"{what} does not compile: {(str(e).strip() or repr(e)).splitlines()[-1]}")
     content, metadata = made.asm["cubin"], made.metadata
     if metadata.shared > SHARED_MEMORY[job.sm]:
@@ -227,7 +226,7 @@ def _compile(job: _Job) -> _Compiled:
 
 
 def _resources(cubin: bytes) -> tuple[int | None, int | None]:
-    """Return registers and bytes of stack of a thread, if there is a cuobjdump."""
+    """Return registers and bytes of stack per thread; None without cuobjdump."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -243,10 +242,10 @@ def _resources(cubin: bytes) -> tuple[int | None, int | None]:
 
 
 def parse_spec(text: str) -> MixerSpec:
-    """Read a layer as the command line gives it, `PRESET:H_q:H_kv:d[:max_distance]`.
+    """Read a layer from the command line, `PRESET:H_q:H_kv:d[:max_distance]`.
 
     Raises:
-        UsageError: It is anything else.
+        UsageError: The text has another form.
     """
     preset, *numbers = text.split(":")
     if len(numbers) not in (3, 4) or not all(number.isdecimal() for number in numbers):

@@ -1,12 +1,12 @@
-"""The recurrence over evicted tokens: what the memory lets go is not forgotten but blurred.
+"""The recurrence over evicted tokens, which approximates the softmax over what the memory does not keep.
 
-Softmax over the evicted would weigh a value by exp(q k). Expanded to first order around the mean logit m of all n of
-them, the sum of the weights is n exp(m), and that of the weighted values exp(m) ((1 - m) sum v + q sum k v): linear
-attention with the features 1 and k, and 1 - m and q, which shares the softmax's denominator. By Jensen's inequality
-n exp(m) is never more than what the softmax itself would have given these tokens.
+Softmax over the n evicted tokens would weigh a value by exp(q k). To first order around the mean logit m, the sum of
+these weights is n exp(m), and the sum of the weighted values is exp(m) ((1 - m) sum v + q sum k v). This is linear
+attention with the key features 1 and k and the query features 1 - m and q; it shares the softmax's denominator. By
+Jensen's inequality, n exp(m) is never more than the weight that the softmax itself would have given these tokens.
 
-The distance to an evicted token is not known to a sum, so all are read at one distance, and channels that turn by more
-than 90 degrees over it are left out: over many tokens they average out. Channel 0, the fastest, carries the 1.
+A sum does not know the distance to each token, so all are read at one distance. Channels that turn by more than 90
+degrees over it are left out, since over many tokens they average out. Channel 0, the fastest, carries the feature 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BLOCK = 64
 
 
 def slow_rotation(rotary: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
-    """Return the turn of a query over the distance, `[2, R]` with zeros for fast channels, and which are slow, `[R]`.
+    """Return the rotation of a query by the distance, `[2, R]`, zeros for fast channels, and which are slow, `[R]`.
 
     Args:
         rotary: `rotary_table(inv_freq, spec.max_distance, ahead)`.
@@ -59,7 +59,7 @@ def evicted_recurrence(
         lost_value: `[B, T, H_kv, d_v]`, its value.
         lost: `[B, T, H_kv]`, whether there is one.
         mixed: `[B, T, H_q, d_v]`, output of the softmax.
-        normaliser: `[B, T, H_q]`, logarithm of its denominator.
+        normaliser: `[B, T, H_q]`, logarithm of the denominator of `mixed`.
         state: `[B, H_kv, d_k, d_v]`, sum of the products of features and values so far.
         mass: `[B, H_kv, d_k]`, sum of the features; the first is the number of tokens.
         spec: The layer.
@@ -78,10 +78,10 @@ def evicted_recurrence(
         sums = mass[:, None] + _running_sum(key)
 
         count = sums[..., :1].detach()  # [B, T, H_kv, 1]
-        turned = rotate(query.to(dtype), cos, sin).unflatten(2, (heads, -1)) * spec.scale  # nothing in channel 0
+        turned = rotate(query.to(dtype), cos, sin).unflatten(2, (heads, -1)) * spec.scale  # 0 in channel 0
         mean = (turned * sums[..., None, :]).sum(dim=-1) / count.clamp_min(1)  # [B, T, H_kv, G]
         features = (turned + (1 - mean)[..., None] * one).flatten(2, 3)
-        # sums of many values are beyond fp16, whose operands the kernels take in bf16 anyway
+        # sums of many values exceed fp16; the kernels take its operands in bf16 anyway
         narrow = torch.bfloat16 if query.dtype == torch.float16 else query.dtype
         q, k, v = (x.to(narrow) for x in (features, key, value))
         read, state = linear_attention(q, k, v, torch.zeros_like(k), initial_state=state)
@@ -95,7 +95,7 @@ def evicted_recurrence(
 
 
 def _both_halves(x: Tensor, width: int) -> Tensor:
-    """Spread `[R]`, one number a rotated pair, over `[width]` channels; those that are not rotated get 1."""
+    """Expand `[R]`, one number per rotated pair, to `[width]` channels; those that are not rotated get 1."""
     return torch.nn.functional.pad(torch.cat([x, x]), (0, width - 2 * len(x)), value=1.0)
 
 

@@ -1,7 +1,7 @@
 """The recurrence of a keyed gate (gated slot attention): rows of a state that have keys, as slots of a small memory.
 
-What a row forgets of itself it takes from the token: each is a running mean of values, and its key one of keys, both
-over the tokens that its channel of the gate lets in. A query reads them by softmax, as it would read tokens.
+A row replaces what it forgets by the token: it is a running mean of values, and its key is a running mean of keys, over
+the tokens that its channel of the gate admits. A query reads the rows by softmax, as it would read tokens.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def keyed_recurrence(
 
     Args:
         query: `[B, T, H_q, d_k]` as projected.
-        key: `[B, T, H_kv, d_k]`, likewise; it makes the gate of d_k rows too.
+        key: `[B, T, H_kv, d_k]`, likewise; the gate of the d_k rows is computed from it too.
         value: `[B, T, H_kv, d_v]`.
-        padding: `[B, T, 1, 1]`, tokens that leave no trace.
+        padding: `[B, T, 1, 1]`, tokens that change nothing.
         keys: K before the first token, `[B, H_kv, d_k, d_k]`.
         state: V before the first token, `[B, H_kv, d_k, d_v]`.
         gate: The row of `GATES`.
@@ -38,7 +38,7 @@ def keyed_recurrence(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         decay = torch.nn.functional.logsigmoid(key) / gate.decay_divisor
         decay = decay.masked_fill(padding, 0.0)
-        write = -torch.expm1(decay)  # 1 - exp(g) rounds away what a nearly open gate takes
+        write = -torch.expm1(decay)  # 1 - exp(g) would lose what a nearly open gate admits
         logits, keys = row_logits(query, key, write, decay, keys)
         output, state = linear_attention(logits.softmax(dim=-1), write, value, decay, initial_state=state)
     return output, keys, state

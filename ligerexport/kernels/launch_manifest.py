@@ -1,6 +1,6 @@
-"""The manifest of compiled kernels: which files there are, and what an operator launches with them, as plain data.
+"""The manifest of compiled kernels: their files, and what an operator launches with them, as plain data.
 
-It is made by `ligerexport.kernels.aot`. A caller without Python, such as the TensorRT plugin, needs nothing else.
+`ligerexport.kernels.aot` writes it. A caller without Python, such as the TensorRT plugin, needs nothing else.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 MANIFEST = "kernels.json"
 FORMAT_VERSION = 1
 ALIGNMENT = 16
-"""What Triton asks of pointers, in bytes, and of integers; what it is promised decides how wide loads are."""
+"""Alignment of pointers in bytes, and divisor of integers, that let Triton use wide loads."""
 HIDDEN = ("global_scratch", "profile_scratch")
-"""Pointers that every Triton kernel takes after its own arguments; null where their size is 0."""
+"""Pointers that every Triton kernel takes after its own arguments; null if their size is 0."""
 
 
 @dataclass(frozen=True)
 class Argument:
     """A kernel's argument: a pointer (`*bf16`), `i32`, `i64` or `fp32`.
 
-    `divisible` is what the caller promises: the address in bytes, or the integer, is a multiple of it.
+    The caller promises that the address in bytes, or the integer, is a multiple of `divisible`.
     """
 
     name: str
@@ -34,18 +34,18 @@ class Cubin:
     """A kernel compiled for one compute capability.
 
     Attributes:
-        file: Beside the manifest.
-        symbol: Its name in the file.
-        sha256: Of the file, in hex.
-        bytes: Of the file.
-        threads: Threads a block, all along x.
+        file: Name of the file beside the manifest.
+        symbol: Name of the kernel in the file.
+        sha256: Hash of the file, in hexadecimal.
+        bytes: Size of the file.
+        threads: Threads per block, all along x.
         shared: Bytes of dynamic shared memory; over 48 KiB needs CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES.
-        global_scratch: Bytes a program of the first hidden argument; usually 0, and then it is null.
-        global_scratch_align: Its alignment in bytes.
-        profile_scratch: The same as `global_scratch` of the second hidden argument.
-        registers: A thread; None where no cuobjdump was found, as the next.
-        local: Bytes of stack a thread, which is where registers spill.
-        ptx: File with the same as PTX, which a driver compiles for any later GPU; "" where none was asked for.
+        global_scratch: Bytes per program of the first hidden argument; usually 0, and then the argument is null.
+        global_scratch_align: Alignment of that memory in bytes.
+        profile_scratch: Bytes per program of the second hidden argument.
+        registers: Registers per thread; None without cuobjdump, like the next.
+        local: Bytes of stack per thread, where registers spill.
+        ptx: File with the kernel as PTX, which a driver compiles for any later GPU; "" if none was requested.
     """
 
     file: str
@@ -67,12 +67,12 @@ class Kernel:
     """A kernel with its constants.
 
     Attributes:
-        name: Of the function in `module`.
-        module: Where it is written.
-        arguments: In the order of the launch; `Manifest.hidden` come after them.
-        constants: What is compiled in, tile sizes among them; to be read by people.
-        options: Warps, stages, most registers, as Triton was told.
-        cubins: By compute capability, `90` for 9.0. One of 8.x also runs on later 8.x, others on their own only.
+        name: Name of the function in `module`.
+        module: Module that defines it.
+        arguments: Arguments in the order of the launch; `Manifest.hidden` follow them.
+        constants: Values that are compiled in, such as tile sizes; for human readers.
+        options: Warps, stages and most registers, as passed to Triton.
+        cubins: Cubins by compute capability, `90` for 9.0. One of 8.x also runs on later 8.x, others on their own only.
     """
 
     name: str
@@ -85,14 +85,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Buffer:
-    """What a pointer points into.
+    """A buffer that a pointer points into.
 
     Attributes:
         role: `input`, `output`, `state` (read and written), `scratch` (for one call), `persistent` (kept from call to
             call; calls that share it must not overlap) or `table` (made by the host from the axes).
-        type: `bf16`, `fp32`, ..
-        shape: Expressions. Strides that are no axes follow from the shape, the last is always 1.
-        fill: What must be in it before: "" for anything, "zero" before each call, "zero once", or what a table holds.
+        type: Type of an element, such as `bf16`.
+        shape: Sizes as expressions. Strides that are no axes follow from the shape; the last is always 1.
+        fill: Content before the launch: "" for anything, "zero" before each call, "zero once", or a table's content.
     """
 
     role: str
@@ -122,18 +122,18 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """One operator of one layer: launches in order, on one stream. Strings are expressions over the axes, valid C.
+    """One operator of one layer: launches in order, on one stream. Strings are expressions over the axes, and valid C.
 
     Attributes:
         operator: Row of `OPERATORS`.
-        spec: The layer, fields of `MixerSpec`.
-        dtype: Of activations.
-        sms: Compute capabilities that it is for.
-        axes: What the caller chooses; `query_stride_1` is a stride in elements.
-        derived: Further axes, each after those that it needs.
-        ranges: First and last value of axes for which this plan counts; None for no end.
-        buffers: By name.
-        launches: In order.
+        spec: The fields of the layer's `MixerSpec`.
+        dtype: Type of activations.
+        sms: Compute capabilities that the plan is for.
+        axes: Sizes that the caller chooses; `query_stride_1` is a stride in elements.
+        derived: Further axes, each after those that it depends on.
+        ranges: First and last value of axes for which this plan holds; None for no end.
+        buffers: Buffers by name.
+        launches: Launches in order.
     """
 
     operator: str
@@ -149,7 +149,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `kernels.json` says: `plans` say what to launch, `kernels` with which files."""
+    """The content of `kernels.json`: `plans` list the launches, `kernels` their files."""
 
     triton: str
     kernels: dict[str, Kernel]

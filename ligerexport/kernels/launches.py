@@ -1,7 +1,7 @@
-"""What an operator would launch, without a GPU: its eager host code is run on tensors that have no data.
+"""Record what an operator launches, without a GPU: its eager host code runs on tensors without data.
 
-Sizes, strides and grids are found as expressions over named axes, from calls of many sizes that must all agree. So
-ahead-of-time compilation has no list of arguments of its own. Compiling is the business of `ligerexport.kernels.aot`.
+Sizes, strides and grids become expressions over named axes, found from calls of many sizes that must all agree. So
+ahead-of-time compilation, in `ligerexport.kernels.aot`, needs no list of arguments of its own.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ligerexport.dtypes import BY_KERNEL
 from ligerexport.errors import LigerError
 
-TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
+TYPES = {row.torch: name for name, row in BY_KERNEL.items()}
 DIVISORS = tuple(1 << i for i in range(1, 13))
 OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
@@ -36,12 +35,12 @@ def cdiv(a: int, b: int) -> int:
 
 
 def evaluate(expression: str, axes: Mapping[str, int]) -> int:
-    """Return the value of an expression of integers, axes, `+ - *` and `cdiv(a, b)`; it is valid C as well.
+    """Return the value of an expression of integers, axes, `+ - *` and `cdiv(a, b)`; it is also valid C.
 
     An axis may be a stride, `query_stride_1`.
 
     Raises:
-        LigerError: It is anything else, or an axis is missing.
+        LigerError: The expression has another form, or an axis is missing.
     """
 
     def value(node: ast.expr) -> int:
@@ -78,7 +77,7 @@ class Call:
 
 @dataclass
 class Pointer:
-    """A tensor that a kernel was given: its buffer and where in it."""
+    """A tensor argument of a kernel: its buffer, and its place there."""
 
     buffer: str
     type: str
@@ -92,9 +91,9 @@ class Recorded:
     Attributes:
         kernel: The `triton.JITFunction`.
         grid: Programs along x, y, z.
-        arguments: What it takes at run time, in order: pointers, integers and floats.
-        constants: What is compiled in, by the parameter's name; None for a pointer that is not there.
-        options: `num_warps` and the like.
+        arguments: Arguments at run time, in order: pointers, integers and floats.
+        constants: Values that are compiled in, by the parameter's name; None for a pointer that is absent.
+        options: Options of Triton, such as `num_warps`.
     """
 
     kernel: Any
@@ -104,7 +103,7 @@ class Recorded:
     options: dict[str, Any]
 
     def identity(self) -> tuple[Any, ...]:
-        """Return what another size of the call must have in common to be the same launch."""
+        """Return what calls of other sizes must share for this to be the same launch."""
         kinds = [
             (name, (x.buffer, x.type) if isinstance(x, Pointer) else x if isinstance(x, float) else "int")
             for name, x in self.arguments.items()
@@ -115,14 +114,14 @@ class Recorded:
 
 @dataclass
 class Memory:
-    """A buffer of one call: a tensor in it, its role, and what must be in it before: "", zero, zero once, table."""
+    """A buffer of one call: a tensor in it, its role, and its content before: "", zero, zero once or table."""
 
     tensor: Tensor
     role: str
     fill: str = ""
 
     def shape(self) -> tuple[int, ...]:
-        """Return the sizes of the buffer; scratch is flat, for a kernel may have been given a part of it."""
+        """Return the sizes of the buffer; scratch is flat, since a kernel may have got a part of it."""
         if self.role in ("scratch", "persistent"):
             return (self.tensor.untyped_storage().nbytes() // self.tensor.element_size(),)
         return tuple(self.tensor.shape)
@@ -138,12 +137,12 @@ class Recording:
 
 
 class _Creations(TorchDispatchMode):
-    """Notes how each storage came to be."""
+    """Note how each storage was created."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fills: dict[int, str] = {}
-        self.kept: list[Tensor] = []  # a storage's address means nothing once it is free
+        self.kept: list[Tensor] = []  # the address of a freed storage may be used again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -186,7 +185,7 @@ def record(call: Call, tables: Sequence[str] = ()) -> Recording:
         tables: Parameters of kernels for which the host makes tables; the caller of a kernel has to make them too.
 
     Raises:
-        LigerError: A kernel reads what torch computed on the way.
+        LigerError: A kernel reads what torch computed in between.
     """
     made = Recording(dict(call.axes))
     creations = _Creations()
@@ -200,7 +199,7 @@ def record(call: Call, tables: Sequence[str] = ()) -> Recording:
         launches.append((kernel, bound.arguments, options, grid(bound.arguments) if callable(grid) else grid))
 
     with torch.no_grad(), _noting(note):
-        call.run()  # what the operator keeps from call to call exists from here on
+        call.run()  # creates what the operator keeps between calls
         launches.clear()
         with creations:
             outputs = call.run()
@@ -217,7 +216,7 @@ def record(call: Call, tables: Sequence[str] = ()) -> Recording:
             elif not isinstance(x, Tensor):
                 arguments[parameter.name] = x
             else:
-                if parameter.name in tables:  # two of them may be one by chance
+                if parameter.name in tables:  # equal tables may share a storage
                     name, memory = parameter.name, Memory(x, "table", "table")
                 else:
                     if _storage(x) not in named:
@@ -245,7 +244,7 @@ def _scratch(x: Tensor, name: str, creations: _Creations) -> Memory:
 
 
 class Expressions:
-    """Finds integers of several recordings as one expression over their axes.
+    """Find integers of several recordings as one expression over their axes.
 
     Args:
         axes: The axes of each recording.
@@ -258,7 +257,7 @@ class Expressions:
 
     @staticmethod
     def _generate(axes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Yield texts and values, the simple ones first."""
+        """Yield texts and values, simple ones first."""
         sizes = {name: x for name, x in axes.items() if "_stride_" not in name}
         yield from axes.items()
         quotients = {f"cdiv({name}, {n})": -(-x // n) for name, x in sizes.items() for n in DIVISORS}
@@ -272,7 +271,7 @@ class Expressions:
         """Return an expression, a factor times a candidate plus a number, that has these values.
 
         Raises:
-            LigerError: There is none; `what` says what it would have been for.
+            LigerError: There is none; `what` names the purpose.
         """
         key = tuple(values)
         if key not in self._found:
@@ -293,7 +292,7 @@ class Expressions:
         raise LigerError(f"{what} is no expression over the axes: {values[:8]}")
 
     def _candidates(self) -> Iterator[tuple[str, Any]]:
-        """Yield what is made already, then what is not yet."""
+        """Yield known candidates, then new ones."""
         yield from self._made
         for candidate in self._rest:
             self._made.append(candidate)

@@ -1,4 +1,4 @@
-"""What a product with a weight is, with the norm before it and the gate or the sum after it, and the same in torch."""
+"""A product with a weight, the norm before it and the gate or sum after it: its description, and plain torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ACTIVATIONS = ("silu", "gelu")
-"""Of gated units; `gelu` is the approximation by tanh."""
+"""Activations of gated units; `gelu` is the approximation by tanh."""
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,15 @@ class LinearSpec:
     """One product `y = f(norm(x) @ weight^T + bias) + residual`.
 
     Attributes:
-        outputs: N, rows of the result.
+        outputs: N, elements of a row of the result.
         inputs: K, elements of a row of x.
-        epsilon: Of the RMSNorm of x, which is fp32 then; None where x is taken as it is.
-        activation: Of a gated unit, whose weight has 2 N rows: `activation(first half) * second half`; None for none.
-        bias: Whether something is added before the activation.
-        residual: Whether something is added in the end.
-        wide: Whether y is fp32; it has the type of the weight else.
-        side: Outputs of a second product of the same norm of x, whose weight, bias and result are fp32; 0 for none.
+        epsilon: Epsilon of an RMSNorm of x, which is fp32 then; None if x is not normed.
+        activation: Activation of a gated unit, whose weight has 2 N rows: `activation(first half) * second half`;
+            None for no gated unit.
+        bias: Whether a bias is added before the activation.
+        residual: Whether a residual is added at the end.
+        wide: Whether y is fp32; otherwise it has the weight's dtype.
+        side: Outputs of a second product of the normed x, whose weight, bias and result are fp32; 0 for none.
     """
 
     outputs: int
@@ -44,10 +45,10 @@ class LinearSpec:
 def linear(
     x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: LinearSpec
 ) -> Tensor:
-    """Compute `spec` but for its side in plain torch, in fp32 for halves.
+    """Compute `spec` without its side product in plain torch, in fp32 for halves.
 
     Args:
-        x: `[M, K]`; fp32 where it is normed, of the weight's type else.
+        x: `[M, K]`; fp32 if it is normed, otherwise of the weight's dtype.
         weight: `[N, K]`, or `[2 N, K]` of a gated unit.
         norm: `[K]`, the norm's weight.
         bias: `[N]` or `[2 N]`.

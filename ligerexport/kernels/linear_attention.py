@@ -1,22 +1,24 @@
 """Gated linear attention in plain torch, chunked: the recurrence of the mixer and the judge of novelty.
 
-Exact under strong gates: every exponent that is taken is at most zero. Which features and decay is for `ops.py` to say.
+Exact under strong gates: every exponent is at most zero. `FEATURE_MAPS` has the feature maps of the gates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ligerexport.model.gates import FeatureMap
-
 CHUNK = 32
-"""Tokens a chunk; the pairwise decay of a chunk takes CHUNK * CHUNK * d_k floats a head."""
+"""Tokens per chunk; the pairwise decay of a chunk takes CHUNK * CHUNK * d_k floats per head."""
 
 
-def feature_map(x: Tensor, kind: FeatureMap) -> Tensor:
-    """Map raw projections `[..., d_k]` to features of the recurrence."""
-    return torch.softmax(x, dim=-1) if kind == "softmax" else torch.sigmoid(-x)
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: torch.softmax(x, dim=-1),
+    "one_minus_sigmoid": lambda x: torch.sigmoid(-x),
+}
+"""From raw projections `[..., d_k]` to features of the recurrence."""
 
 
 def gated_linear_attention(
@@ -50,7 +52,7 @@ def row_logits(query: Tensor, key: Tensor, write: Tensor, decay: Tensor, state: 
     """Run S_t = exp(g_t) S_{t-1} + w_t k_t^T, o_t = S_t q_t: the same recurrence, read by its columns.
 
     Args:
-        query: `[B, H_kv, G, T, d_k]`, of the G query heads of each KV head.
+        query: `[B, H_kv, G, T, d_k]`, for the G query heads of each KV head.
         key: `[B, H_kv, T, d_k]`.
         write: `[B, H_kv, T, M]`, how much of the token's key each of M rows takes.
         decay: `[B, H_kv, T, M]`, g in nats, at most 0.
@@ -72,7 +74,7 @@ def row_logits(query: Tensor, key: Tensor, write: Tensor, decay: Tensor, state: 
 
 
 def _reach(key: Tensor, total: Tensor) -> Tensor:
-    """Return what is left of keys s at times t, `[B, H, T, S, d_k]`; nothing of later ones. `total` sums the decay."""
+    """Return the decayed keys s at times t, `[B, H, T, S, d_k]`, 0 for later keys; `total` is the sum of decays."""
     between = total[:, :, :, None] - total[:, :, None]
     past = torch.ones(key.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()[..., None]
     return torch.where(past, between, -torch.inf).exp() * key[:, :, None]
@@ -88,7 +90,7 @@ def recall_error(key: Tensor, value: Tensor, state: Tensor) -> tuple[Tensor, Ten
     """Measure how far a normalised linear memory of all earlier tokens is from each token's value.
 
     Args:
-        key: `[B, H_kv, T, d_k]` features; all zero for a token to be ignored.
+        key: `[B, H_kv, T, d_k]` features; all zero for a token that is ignored.
         value: `[B, H_kv, T, d_v]`.
         state: `[B, H_kv, d_k, d_v + 1]`; its last column is the sum of the features.
 

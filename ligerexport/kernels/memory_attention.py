@@ -1,7 +1,7 @@
 """Softmax attention over the bounded exact memory (sinks, window, scored slots) in plain torch, a block at a time.
 
-Every query of a block sees exactly its own set: what is in its window, the sinks, and the best of all that had left
-the window by then. The only place with rotary embedding.
+Every query of a block sees exactly its own set: its window, the sinks, and the best of all tokens that had left the
+window by then. Rotary embedding is applied here only.
 """
 
 from __future__ import annotations
@@ -9,15 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ligerexport.model.scores import get_score
+from ligerexport.model.scores import FAINTEST, Pool
 from ligerexport.model.state import MixerSpec, MixerState
 
 MASKED = -1e30
-"""Logit of a slot that a query does not see; finite, so that a query that sees nothing stays finite."""
-
-
-FAINTEST = 1e-30
-"""Smallest score whose logarithm ranks an ageing pool."""
+"""Logit of a slot that a query does not see; finite, so that a query without any slot gives finite numbers."""
 
 
 def rotary_table(inv_freq: Tensor, max_distance: int, ahead: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -27,7 +23,7 @@ def rotary_table(inv_freq: Tensor, max_distance: int, ahead: int, dtype: torch.d
         inv_freq: `[R]`, radians a token; R is half the rotated width.
         max_distance: Largest distance in tokens.
         ahead: Longest block of tokens, at least 1.
-        dtype: Of the table; it is computed in fp64.
+        dtype: Type of the table, which is computed in fp64.
 
     Returns:
         `[2, max_distance + ahead, R]`, cosine and sine.
@@ -60,7 +56,7 @@ def memory_attention(
         query: `[B, H_kv, G, T, d_k]` before rotary embedding.
         key: `[B, H_kv, T, d_k]` before rotary embedding.
         value: `[B, H_kv, T, d_v]`.
-        arrival: `[B, H_kv, T]`, score on arrival, novelty or the learned one; needed when a pool is kept by it.
+        arrival: `[B, H_kv, T]`, the score on arrival, novelty or learned; needed if a pool is kept by it.
         position: `[B]`, tokens seen before this block; a token at a negative position is padding.
         state: Tensors named `slot_*`, as `MixerSpec.state` lists them.
         spec: The layer.
@@ -88,7 +84,7 @@ def memory_attention(
         local = torch.softmax(logits.where(always[:, :, None], MASKED), dim=-1)
         scores = _scores(local, seen & near, distance, values, arrival, state["slot_score"], spec)
     born = positions - position[:, None, None]
-    visible = always | _kept(seen & ~near & ~sink, scores, born, config.slots)
+    visible = always | _kept(seen & ~near & ~sink, scores, born, spec.pools)
     logits = logits.where(visible[:, :, None], MASKED)
     output = torch.softmax(logits, dim=-1) @ values[:, :, None]
     lost = torch.nn.functional.pad(state["slot_position"] >= 0, (0, key.shape[2]))[:, :, None]
@@ -118,11 +114,11 @@ def _logits(
     """Return logits `[B, H_kv, G, T, C]` at the rotary distance, or at the largest one where that is exceeded."""
     cos, sin = rotary.to(keys.dtype)
     length, cap = query.shape[3], spec.max_distance
-    # an empty slot's offset means nothing and may lie beyond the table while padding lasts
+    # the offset of an empty slot is meaningless and may lie outside the table during padding
     offset = (positions - position[:, None, None] + cap).clamp(0, rotary.shape[1] - 1)
     rotated = rotate(keys, cos[offset], sin[offset])[:, :, None].transpose(-1, -2)
     logits = rotate(query, cos[cap : cap + length], sin[cap : cap + length]) @ rotated
-    if length > 1:  # a single query's slots are exact already: their offsets are their distances
+    if length > 1:  # for a single query, offsets are distances and nothing is left to correct
         far = rotate(query, cos[0], -sin[0]) @ keys[:, :, None].transpose(-1, -2)
         logits = logits.where((distance <= cap)[:, :, None], far)
     return spec.scale * logits
@@ -138,35 +134,35 @@ def _scores(
     spec: MixerSpec,
 ) -> Tensor:
     """Return the scores `[B, H_kv, P, C]` of all candidates, each complete once its token has left the window."""
-    window, scores = spec.config.window, []
-    for i, (name, _) in enumerate(spec.config.slots):
-        score = get_score(name)
-        if score.on_arrival:
+    scores = []
+    for i, pool in enumerate(spec.pools):
+        if pool.on_arrival:
             assert arrival is not None
             scores.append(torch.cat([past[:, :, i], arrival], dim=-1))
             continue
-        counts = in_window & (distance >= score.first_distance(window))
+        counts = in_window & (distance >= pool.first_distance)
         weight = local.where(counts[:, :, None], 0.0)
-        received = weight.amax(dim=(2, 3)) if score.reduce == "max" else weight.sum(dim=(2, 3))
-        if score.by_value:
+        received = weight.sum(dim=(2, 3)) if pool.summed else weight.amax(dim=(2, 3))
+        if pool.by_value:
             received = received * values.norm(dim=-1)
         carried = torch.nn.functional.pad(past[:, :, i], (0, local.shape[3]))
-        scores.append(torch.maximum(carried, received) if score.reduce == "max" else carried + received)
+        scores.append(carried + received if pool.summed else torch.maximum(carried, received))
     return torch.stack(scores, dim=2)
 
 
-def _kept(left: Tensor, scores: Tensor | None, born: Tensor, pools: tuple[tuple[str, int], ...]) -> Tensor:
+def _kept(left: Tensor, scores: Tensor | None, born: Tensor, pools: tuple[Pool, ...]) -> Tensor:
     """Return which of the tokens that left the window `[B, H_kv, T, C]` hold a slot for each query; older on ties.
 
-    Pools that age rank by positions `born` `[B, H_kv, C]` that count from the block: those of a long text would round.
+    Pools that age rank by positions `born` `[B, H_kv, C]` counted from the block: those of a long text would round.
     """
     kept = torch.zeros_like(left)
-    for i, (name, count) in enumerate(pools):
+    for i, pool in enumerate(pools):
         assert scores is not None
-        rank, horizon = scores[:, :, i], get_score(name).horizon
-        if horizon is not None:
-            rank = rank.clamp_min(FAINTEST).log() + born / horizon
-        best = rank[:, :, None].where(left, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        rank = scores[:, :, i]
+        if pool.horizon:
+            rank = rank.clamp_min(FAINTEST).log() + born / pool.horizon
+        order = rank[:, :, None].where(left, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        best = order[..., : pool.size]
         won = torch.zeros_like(left).scatter(-1, best, True) & left
         kept, left = kept | won, left & ~won
     return kept

@@ -1,7 +1,7 @@
-"""The waist: one op a layer, between everything that knows a gate's name and everything that runs it.
+"""The operator of a converted layer, and the interface between models, kernels and exporters.
 
-`liger_mixer` takes raw projections and state and returns mixed heads and state. Cut a prompt anywhere, carry the
-state, get the same output. `reference.py` is its truth.
+`liger_mixer` takes raw projections and state and returns mixed heads and state. A prompt can be cut anywhere: with the
+state carried over, the output is the same. `reference.py` defines what it must compute.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ from ligerexport.kernels.library.linear_attention import linear_attention
 from ligerexport.kernels.library.memory_attention import BLOCK, memory_attention
 from ligerexport.kernels.library.recall_error import recall_error
 from ligerexport.kernels.memory_attention import rotary_table
-from ligerexport.model.gates import get_gate
+from ligerexport.model.gates import OPEN, get_gate
 from ligerexport.model.state import MixerSpec, MixerState
 
 __all__ = ["BLOCK", "liger_mixer", "rotary_table"]
-
-OPEN = 100.0
-"""Raw key of padding: its gate is open, so that it forgets nothing; with a value of zero it adds nothing either."""
 
 
 def liger_mixer(
@@ -39,15 +36,14 @@ def liger_mixer(
     Differentiable in query, key and value, not in state and score.
 
     Args:
-        query: `[B, T, H_q, d_k]`, projected and normed as the family does, before rotary embedding.
+        query: `[B, T, H_q, d_k]`, projected and normed as in the family, before rotary embedding.
         key: `[B, T, H_kv, d_k]`, likewise.
         value: `[B, T, H_kv, d_v]`.
-        position: `[B]` int64, tokens that each sequence has seen; negative while its padding on the left lasts.
-        state: What the last call returned, or `spec.initial_state`.
+        position: `[B]` int64, tokens that each sequence has seen; negative inside padding on the left.
+        state: State from the last call, or `spec.initial_state`.
         spec: The layer.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
-        score: `[B, T, H_kv]` fp32, what each token competes with for the slots of a `learned` pool; needed where
-            `spec.config.foresees`.
+        score: `[B, T, H_kv]` fp32, the learned score of each token; needed if `spec.config.foresees`.
 
     Returns:
         Output `[B, T, H_q, d_v]` in the dtype of `query`, and the new state. Sums and states are fp32, or fp64 for

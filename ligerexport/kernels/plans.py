@@ -1,6 +1,6 @@
-"""What a layer launches, as data: operators are called at many sizes, and what they launch is written as plans.
+"""The launches of a layer as data: operators are called at many sizes, and their launches are written as plans.
 
-The schema is in `ligerexport.kernels.launch_manifest`; compiling is the business of `ligerexport.kernels.aot`.
+The schema is in `ligerexport.kernels.launch_manifest`; `ligerexport.kernels.aot` compiles the kernels.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Operator:
     Attributes:
         calls: Returns calls of many sizes, from a layer, a dtype and the largest batch.
         derived: Returns further axes as name and expression, from a layer and a dtype.
-        tables: What the host puts in its tables, by the kernel's parameter.
-        by: Axis whose value decides which launches there are; "" where they are always the same.
-        limits: Returns the largest value of axes that have one, from a layer and the largest batch.
+        tables: Content of the host's tables, by the kernel's parameter.
+        by: Axis whose value decides the launches; "" if they are always the same.
+        limits: Returns the largest value of axes that have a limit, from a layer and the largest batch.
     """
 
     calls: Callable[[Any, torch.dtype, int], Iterator[Call]]
@@ -47,13 +47,13 @@ class Operator:
 
 
 def spec_fields(spec: MixerSpec | LinearSpec) -> dict[str, Any]:
-    """Return what makes a layer or a product, as plain data."""
+    """Return the fields of a layer or a product as plain data."""
     given = {x.name: getattr(spec, x.name) for x in fields(spec) if x.init}
     return given | ({"config": spec.config.to_dict()} if isinstance(spec, MixerSpec) else {})
 
 
 def layer_digest(layer: Mapping[str, Any]) -> str:
-    """Return the name of a layer, from `spec_fields` of it: what the TensorRT plugin looks kernels up by."""
+    """Return the name by which the TensorRT plugin looks up a layer's kernels, from its `spec_fields`."""
     text = json.dumps(layer, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -61,12 +61,12 @@ def layer_digest(layer: Mapping[str, Any]) -> str:
 def make_plans(
     name: str, spec: MixerSpec | LinearSpec, dtype: str, sm: int, max_batch: int
 ) -> Iterator[tuple[Plan, dict[str, tuple[Kernel, Recorded]]]]:
-    """Yield what an operator launches, a plan for each range of sizes, with its kernels by their keys.
+    """Yield the plans of an operator, one for each range of sizes, with their kernels by key.
 
     A `LinearSpec` has one operator, and `name` is what plans call it.
 
     Raises:
-        UsageError: No such operator or dtype.
+        UsageError: There is no such operator or dtype.
         LigerError: A launch cannot be written as a plan.
     """
     row = PRODUCT if isinstance(spec, LinearSpec) else look_up("operator", name, OPERATORS)
@@ -99,7 +99,7 @@ def make_plans(
 
 
 def _make_plan(name: str, row: Operator, group: list[Recording]) -> tuple[Plan, dict[str, tuple[Kernel, Recorded]]]:
-    """Return launches and buffers of calls that differ in sizes alone."""
+    """Return launches and buffers of calls that differ only in sizes."""
     found = Expressions([x.axes for x in group])
     kernels: dict[str, tuple[Kernel, Recorded]] = {}
     launches = []
@@ -115,7 +115,7 @@ def _make_plan(name: str, row: Operator, group: list[Recording]) -> tuple[Plan, 
             pointer = isinstance(x, Pointer)
             numbers = [y.arguments[argument].offset if pointer else y.arguments[argument] for y in same]
             text = found.find(numbers, f"'{argument}' {what}")
-            # addresses, strides and constants are promised; that other sizes are divisible would be chance
+            # the divisibility of addresses, strides and constants is promised; that of other sizes would be chance
             promised = pointer or "_stride_" in text or len(set(numbers)) == 1
             divisible = ALIGNMENT if promised and not any(n % ALIGNMENT for n in numbers) else 1
             arguments.append(Argument(argument, f"*{x.type}" if pointer else "i32", divisible))
@@ -142,7 +142,7 @@ def _make_plan(name: str, row: Operator, group: list[Recording]) -> tuple[Plan, 
 
 
 class _Inputs:
-    """Makes tensors without data, with strides that differ from call to call."""
+    """Make tensors without data, with strides that differ from call to call."""
 
     def __init__(self, spec: MixerSpec, dtype: torch.dtype, seed: int) -> None:
         self.spec = spec
@@ -157,7 +157,7 @@ class _Inputs:
         return self.tensors[name]
 
     def add_heads(self, *sizes: int) -> list[Tensor]:
-        """Make query, key and value `[*sizes, H, d]` with any stride of heads and tokens; batches lie end to end."""
+        """Make query, key and value `[*sizes, H, d]` with any strides of heads and tokens; batches are contiguous."""
         spec, made = self.spec, []
         for name, heads, width in (
             ("query", spec.q_heads, spec.d_k), ("key", spec.kv_heads, spec.d_k), ("value", spec.kv_heads, spec.d_v)
@@ -172,7 +172,7 @@ class _Inputs:
         return made
 
     def add_state(self, batch: int, prefix: str = "", part: str = "") -> MixerState:
-        """Make the tensors of the state whose names begin with `part`; int64 is int32, which every caller has."""
+        """Make the tensors of the state whose names begin with `part`; int64 becomes int32, which every caller has."""
         types = {"float32": torch.float32, "int64": torch.int32, "activation": self.dtype}
         return {
             x.name: self.add(prefix + x.name, batch, *x.shape, dtype=types[x.dtype])
@@ -180,7 +180,7 @@ class _Inputs:
         }  # fmt: skip
 
     def add_rotary(self) -> Tensor:
-        """Make the table of `rotary_table` for heads that are rotated whole."""
+        """Make the table of `rotary_table` for fully rotated heads."""
         spec = self.spec
         return self.add("rotary", 2, spec.max_distance + BLOCK, spec.d_k // 2, dtype=torch.float32)
 
@@ -194,12 +194,12 @@ def _step(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]
         position, state, rotary = x.add("position", batch, dtype=torch.int32), x.add_state(batch), x.add_rotary()
         output = x.add("output", batch, spec.q_heads, spec.d_v)
         score = x.add("score", batch, spec.kv_heads, dtype=torch.float32) if spec.config.foresees else None
-        run = partial(mixer_step, query, key, value, position, state, spec, rotary, out=output, score=score)
+        run = partial(mixer_step, (query, key, value), position, state, spec, rotary, out=output, score=score)
         yield Call({"batch": batch} | x.axes, x.tensors, run, {"output": "output"} | dict.fromkeys(state, "state"))
 
 
 def _prefill_sizes(longest: int) -> Iterator[tuple[int, int]]:
-    """Yield batches and tokens, at least two of them, for torch forgets the stride of one."""
+    """Yield batches and tokens, at least two tokens, since torch forgets the stride of one."""
     chance = random.Random(0)
     for i in range(96):
         span = 300 if i % 2 else 1 << chance.randrange(1, 17)
@@ -341,7 +341,7 @@ OPERATORS: dict[str, Operator] = {
         limits=lambda spec, max_batch: {"tokens": spec.max_distance + 1},
     ),
 }  # fmt: skip
-"""What can be compiled: one token with everything; of whole chunks the recurrence, the memory's softmax, and both as
-the op mixes them."""
+"""Operators that can be compiled: a whole step of one token; for chunks the recurrence, the memory's softmax, and the
+whole mixer."""
 PRODUCT = Operator(_linear, by="rows")
-"""What is compiled of a `LinearSpec`."""
+"""The operator of a `LinearSpec`."""

@@ -1,19 +1,26 @@
 """The truth of `liger_mixer`: a plain loop over sequences, heads and tokens that a newcomer can check by reading.
 
-Slow, exact, and written apart from the chunked form in `ops.py`, which must agree with it.
+It is slow and exact, and independent of the chunked form in `ops.py`, which must agree with it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ligerexport.model.gates import get_gate
-from ligerexport.model.scores import get_score
+from ligerexport.model.scores import FAINTEST, Pool
 from ligerexport.model.state import MixerSpec, MixerState
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: torch.softmax(x, dim=-1),
+    "one_minus_sigmoid": lambda x: 1 - torch.sigmoid(x),
+}
+"""From raw projections `[..., d_k]` to features of the recurrence."""
 
 
 @dataclass
@@ -82,17 +89,12 @@ def liger_mixer_reference(
     return output, present
 
 
-def _features(x: Tensor, kind: str) -> Tensor:
-    """Map raw projections `[..., d_k]` to features of the recurrence."""
-    return torch.softmax(x, dim=-1) if kind == "softmax" else 1 - torch.sigmoid(x)
-
-
 def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
     """Update `[d_k, d_v]` and read it: paper, equation 7; ONNX LinearAttention, `gated`."""
     gate = get_gate(spec.config.gate)
     decay = torch.nn.functional.logsigmoid(k) / gate.decay_divisor
-    recurrent = decay.exp()[:, None] * recurrent + torch.outer(_features(k, gate.key_map), v)
-    return _features(q, gate.query_map) @ recurrent, recurrent
+    recurrent = decay.exp()[:, None] * recurrent + torch.outer(FEATURE_MAPS[gate.key_map](k), v)
+    return FEATURE_MAPS[gate.query_map](q) @ recurrent, recurrent
 
 
 def _recur_by_keys(
@@ -110,12 +112,12 @@ def _slow(spec: MixerSpec, rotary: Tensor) -> tuple[int, Tensor]:
     cos, sin = rotary[:, spec.max_distance - 1].double()
     slow = torch.atan2(-sin, cos) * distance <= math.pi / 2
     slow = torch.cat([slow, slow, slow.new_ones(spec.d_k - 2 * len(slow))])
-    slow[0] = False  # the count of the evicted is there
+    slow[0] = False  # it holds the count of evicted tokens
     return distance, slow
 
 
 def _evict(slot: Slot, recurrent: Tensor, mass: Tensor, spec: MixerSpec, rotary: Tensor) -> tuple[Tensor, Tensor]:
-    """Add one token to the recurrence, by the features 1 and its slow channels."""
+    """Add one token to the recurrence; its features are 1 and the slow channels of its key."""
     phi = slot.key * _slow(spec, rotary)[1]
     phi = torch.cat([phi.new_ones(1), phi[1:]])
     return recurrent + torch.outer(phi, slot.value), mass + phi
@@ -130,10 +132,10 @@ def _expand(
         return mixed
     distance, slow = _slow(spec, rotary)
     back = rotary.clone()
-    back[1] *= -1  # the table reaches back further than ahead
+    back[1] *= -1  # the table reaches further back than ahead
     phi = spec.scale * _rotate(q, -distance, spec, back) * slow
     mean = phi @ mass / count  # [G], the mean logit
-    deviation = phi @ recurrent - mean[:, None] * recurrent[0]  # of the logits from it, times values
+    deviation = phi @ recurrent - mean[:, None] * recurrent[0]  # of the logits from their mean, times values
     answer = (recurrent[0] + deviation) / count
     share = torch.sigmoid(mean + torch.log(spec.config.recurrence_weight * count) - normaliser)
     return (1 - share)[:, None] * mixed + share[:, None] * answer
@@ -142,18 +144,18 @@ def _expand(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, now: int, slots: list[Slot], arrival: float, spec: MixerSpec, rotary: Tensor
 ) -> tuple[Tensor, Tensor, list[Slot]]:
-    """Take the token into `slots`, drop the loser of its leaving token, and attend.
+    """Add the token to `slots`, drop the one that loses its place, and attend.
 
     Returns:
         Output `[G, d_v]`, the logarithm of the softmax's denominator `[G]`, and what was dropped.
     """
     config = spec.config
-    scores = [arrival if get_score(name).on_arrival else 0.0 for name, _ in config.slots]
+    scores = [arrival if pool.on_arrival else 0.0 for pool in spec.pools]
     slots.append(Slot(k, v, now, scores))
 
     in_window = [now - s.position < config.window for s in slots]
     kept = _kept(
-        [s for s, near in zip(slots, in_window, strict=True) if not near and s.position >= config.sinks], config.slots
+        [s for s, near in zip(slots, in_window, strict=True) if not near and s.position >= config.sinks], spec.pools
     )
     before = list(slots)
     slots[:] = [
@@ -178,19 +180,18 @@ def _judge(k: Tensor, v: Tensor, judge: Tensor) -> float:
     return (v - answer).norm().item()
 
 
-def _kept(left: list[Slot], pools: tuple[tuple[str, int], ...]) -> list[Slot]:
-    """Return what keeps a slot: the best of the first pool, then of the next among the rest; older on ties."""
+def _kept(left: list[Slot], pools: tuple[Pool, ...]) -> list[Slot]:
+    """Return the slots that are kept: the best of the first pool, then of the next among the rest; older on ties."""
     kept: list[Slot] = []
-    for i, (name, count) in enumerate(pools):
-        left = sorted(left, key=lambda s, i=i, name=name: (-_rank(s.scores[i], s.position, name), s.position))  # type: ignore[misc]
-        kept, left = kept + left[:count], left[count:]
+    for i, pool in enumerate(pools):
+        left = sorted(left, key=lambda s, i=i, pool=pool: (-_rank(s.scores[i], s.position, pool), s.position))  # type: ignore[misc]
+        kept, left = kept + left[: pool.size], left[pool.size :]
     return kept
 
 
-def _rank(value: float, position: int, name: str) -> float:
-    """Return what a pool ranks by: the score, or its logarithm with what age takes off."""
-    horizon = get_score(name).horizon
-    return value if horizon is None else math.log(max(value, 1e-30)) + position / horizon
+def _rank(value: float, position: int, pool: Pool) -> float:
+    """Return what a pool ranks by: the score, or its logarithm minus what age costs."""
+    return math.log(max(value, FAINTEST)) + position / pool.horizon if pool.horizon else value
 
 
 def _rotate(x: Tensor, offset: int, spec: MixerSpec, rotary: Tensor) -> Tensor:
@@ -208,21 +209,20 @@ def _logit(q: Tensor, k: Tensor, distance: int, spec: MixerSpec, rotary: Tensor)
 
 
 def _score(logits: Tensor, now: int, slots: list[Slot], spec: MixerSpec) -> None:
-    """Add what this token's queries gave to the slots in the window, by softmax over sinks and window alone."""
+    """Add the attention of this token's queries to the scores of slots in the window: softmax over sinks and window."""
     config = spec.config
     local = [now - s.position < config.window or s.position < config.sinks for s in slots]
     weight = torch.softmax(logits.masked_fill(~torch.tensor(local, device=logits.device), -math.inf), dim=-1)
-    for i, (name, _) in enumerate(config.slots):
-        score = get_score(name)
-        if score.signal != "received":
+    for i, pool in enumerate(spec.pools):
+        if pool.on_arrival:
             continue
         for j, s in enumerate(slots):
-            if score.first_distance(config.window) <= now - s.position < config.window:
-                received = weight[:, j] * (s.value.norm() if score.by_value else 1.0)
-                if score.reduce == "max":
-                    s.scores[i] = max(s.scores[i], received.max().item())
-                else:
+            if pool.first_distance <= now - s.position < config.window:
+                received = weight[:, j] * (s.value.norm() if pool.by_value else 1.0)
+                if pool.summed:
                     s.scores[i] += received.sum().item()
+                else:
+                    s.scores[i] = max(s.scores[i], received.max().item())
 
 
 def _load_slots(state: MixerState, b: int, h: int) -> list[Slot]:

@@ -1,6 +1,6 @@
 """`KERNELS`: the tile sizes of the fused kernels by width and dtype, one table for eager calls, benchmarks and AOT.
 
-Found by sweeps on an H100; a row is a choice of speed alone, never of results beyond rounding.
+Found by sweeps on an H100. A row affects speed, and results only by rounding.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
 
-# Bytes of shared memory that a block may take, by compute capability.
+# Bytes of shared memory that a block may use, by compute capability.
 SHARED_MEMORY: dict[int, int] = {
     80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
 }  # fmt: skip
 FORWARD = 86
-"""Compute capability whose PTX is for every later one: none of them has less shared memory than its tiles take."""
+"""Compute capability whose PTX serves every later one: none of them has less shared memory than its tiles need."""
 _TARGET: ContextVar[int | None] = ContextVar("_TARGET", default=None)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel cuts its work.
+    """How a kernel divides its work.
 
     Attributes:
-        chunk: Tokens a chunk, for all kernels of one operator; `prepare` holds it.
-        block_k: Channels of keys that one program holds, where it need not hold all.
+        chunk: Tokens per chunk for all kernels of one operator; the row of `prepare` holds it.
+        block_k: Channels of keys that one program holds, if it need not hold all.
         block_v: Channels of values that one program holds at a time.
-        warps: Warps of 32 threads a program.
+        warps: Warps of 32 threads per program.
         stages: Iterations of the loop over chunks whose loads are in flight.
     """
 
@@ -43,7 +43,7 @@ def _walk(block_v: int, warps: int, stages: int = 1) -> Tile:
     return Tile(block_v=block_v, warps=warps, stages=stages)
 
 
-# Per kernel: (largest padded width, bytes of an activation) -> tile; the first row that is wide enough counts.
+# Per kernel: (largest padded width, bytes of an activation) -> tile; the first row that is wide enough is taken.
 KERNELS: dict[str, dict[tuple[int, int], Tile]] = {
     "prepare": {
         (64, 2): Tile(64, 64, 0, 2), (128, 2): Tile(64, 64, 0, 2), (256, 2): Tile(32, 64, 0, 4),
@@ -90,8 +90,8 @@ KERNELS: dict[str, dict[tuple[int, int], Tile]] = {
     },
 }  # fmt: skip
 
-# Rows that take the place of those above on 8.x and 12.x, where products take operands from registers, not from shared
-# memory. Chosen by what the compiler spills; no such GPU was at hand to measure speed.
+# Rows that replace those above on 8.x and 12.x, where products take operands from registers and not from shared memory.
+# Chosen so that the compiler does not spill; their speed was not measured.
 REGISTER_OPERANDS: dict[str, dict[tuple[int, int], Tile]] = {
     "attend_segments": {(64, 2): _walk(32, 4, 2), (128, 2): _walk(16, 8), (256, 2): _walk(16, 8)},
 }
@@ -112,7 +112,7 @@ def padded(width: int) -> int:
 
 @dataclass(frozen=True)
 class ProductTile:
-    """How a product with a weight is cut: rows, outputs and inputs of a program, and as in `Tile`."""
+    """How a product with a weight is divided: rows, outputs and inputs per program; the rest as in `Tile`."""
 
     block_m: int
     block_n: int
@@ -122,15 +122,15 @@ class ProductTile:
 
 
 def get_product_tile(rows: int, outputs: int, inputs: int, itemsize: int, gated: bool) -> ProductTile:
-    """Return how `rows` rows of a product with a weight `[outputs, inputs]` are cut, twice as many if it is gated.
+    """Return the tile for `rows` rows and a weight `[outputs, inputs]`, or `[2 * outputs, inputs]` if it is gated.
 
-    One row is bound by memory and by how soon the first weights come: of small matrices each output is a program of one
-    warp. A few rows are bound by memory too, more by arithmetic.
+    One row is limited by memory and by the latency of the first weights, so each output of a small matrix is a program
+    of one warp. A few rows are limited by memory too, many by arithmetic.
     """
-    whole = inputs & -inputs  # the largest power of two that leaves no rest
+    whole = inputs & -inputs  # the largest power of two that divides it
     if rows == 1:
         if inputs >= 2048:
-            deepest = 1024 if gated else 2048  # the next tile is asked for while one is multiplied
+            deepest = 1024 if gated else 2048  # the next tile is loaded while one is multiplied
             return ProductTile(1, 4 if outputs > 1024 else 1, min(max(whole, 512), deepest), 4, 1)
         few = outputs <= 8192
         return ProductTile(
@@ -154,7 +154,7 @@ def get_product_tile(rows: int, outputs: int, inputs: int, itemsize: int, gated:
 
 @contextmanager
 def targeting(sm: int) -> Iterator[None]:
-    """Have `get_tile` choose for a compute capability, 90 for 9.0, instead of the current device."""
+    """Let `get_tile` choose for a compute capability, 90 for 9.0, instead of the current device."""
     token = _TARGET.set(sm)
     try:
         yield
@@ -163,12 +163,12 @@ def targeting(sm: int) -> Iterator[None]:
 
 
 def target() -> int:
-    """Return the compute capability that tiles are chosen for: the first device's, 90 without one."""
+    """Return the compute capability that tiles are chosen for: that of the first device, or 90 without one."""
     return _TARGET.get() or _capability()
 
 
 def overlaps() -> bool:
-    """Return whether a kernel may begin while the one before it ends, as it can from 9.0 on: see `fused/overlap.py`."""
+    """Return whether a kernel may begin before the previous one ends, possible since 9.0; see `fused/overlap.py`."""
     import triton
 
     return target() >= 90 and not triton.knobs.runtime.interpret

@@ -1,4 +1,4 @@
-"""One layer of a transformers cache whose content is the state of a mixer instead of keys and values."""
+"""A layer of a transformers cache that holds the state of a mixer instead of keys and values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LigerLayer(CacheLayerMixin):
         self.needs_mask = needs_mask
 
     def advance(self, state: MixerState, tokens: int) -> None:
-        """Take the state after `tokens` more tokens."""
+        """Replace the state by that after `tokens` more tokens."""
         seen = self.seen + tokens
         if times := seen // FADE - self.seen // FADE:
             state = fade(state, times)
@@ -39,7 +39,7 @@ class LigerLayer(CacheLayerMixin):
         raise TypeError("a converted layer keeps a state, not keys and values; see LigerLayer.advance")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the mask that layers kept as softmax need; without such layers it does not grow."""
+        """Return the sizes of the mask for layers kept as softmax; without such layers it does not grow."""
         return (self.seen + query_length if self.needs_mask else query_length), 0
 
     def get_seq_length(self) -> int:
@@ -50,14 +50,14 @@ class LigerLayer(CacheLayerMixin):
         """Return -1: there is no limit."""
         return -1
 
-    get_max_cache_shape = get_max_length  # the name before transformers 5.20
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
 
     def reset(self) -> None:
         """Forget everything."""
         self.state, self.seen, self.is_initialized = None, 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: a state cannot be rolled back; copy the cache before."""
+        """Refuse: a state cannot be rolled back. Copy the cache before instead."""
         raise NotImplementedError("a recurrent state cannot be cropped; go back to a copy.deepcopy of the cache")
 
     def _map(self, change: Any) -> None:
@@ -73,7 +73,7 @@ class LigerLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences `indices` `[B']`."""
+        """Keep the sequences `indices`, `[B']`."""
         self._map(lambda x: x.index_select(0, indices.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:

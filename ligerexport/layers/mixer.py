@@ -1,6 +1,6 @@
-"""The Hugging Face side of the waist: attention modules swapped for `LigerMixer`, and a cache that is the state spec.
+"""Converted models for transformers: attention modules replaced by `LigerMixer`, and a cache of constant size.
 
-The family's own projections, norms, MLPs and `generate` stay; there is no modeling code per family or gate.
+The family's own projections, norms, MLPs and `generate` stay. There is no modeling code per family or gate.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ warn_if_untried("torch")
 warn_if_untried("transformers")
 
 LONGEST = 1 << 21
-"""Tokens of rotary distance: tables have a row for each."""
+"""Most tokens of rotary distance; a table has a row for each."""
 _SIZES = {"num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12,
           "head_dim": 1 << 12, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 28,
           "max_position_embeddings": 1 << 40}  # fmt: skip
-"""The most that a configuration may say before anything is made of it."""
+"""Largest sizes in a configuration, checked before anything is built from it."""
 CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-"""What transformers calls the cache, as an argument and in an output: `cache` from 5.24 on."""
+"""The name of the cache in transformers, as an argument and in an output: `cache` since 5.24."""
 IGNORED = {
-    "attention_mask",  # a mixer is causal, and the model has made positions of the padding
-    "position_embeddings", "cache_position",  # a mixer makes its own of `position_ids`
-    "use_cache", "num_items_in_batch",  # the model's own business, as are the outputs that it collects
+    "attention_mask",  # a mixer is causal, and positions account for padding
+    "position_embeddings", "cache_position",  # a mixer computes its own from `position_ids`
+    "use_cache", "num_items_in_batch",  # for the model itself, like the outputs that it collects
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
 }  # fmt: skip
-"""What transformers hands to an attention module and what changes nothing in a mixer."""
+"""Arguments that transformers passes to an attention module and that change nothing in a mixer."""
 _BODY = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache")
-"""Arguments of a model without its head, in their order."""
+"""Arguments of a model without its head, in order."""
 _PACKED = {"cu_seq_lens_k", "max_length_k", "seq_idx"}
-"""What says of packed documents the same as `cu_seq_lens_q` and `max_length_q`, without which it is unknown."""
+"""Arguments that repeat `cu_seq_lens_q` and `max_length_q` for packed documents; unknown without these two."""
 ONE_LAUNCH = 32_768
-"""Numbers in the slots' keys of one head up to which a step is one launch: it holds them in registers."""
+"""Most numbers in the slots' keys of one head for a step in one launch, which holds them in registers."""
 
 
 def read_config(content: Mapping[str, Any]) -> PreTrainedConfig:
@@ -73,11 +73,11 @@ def read_config(content: Mapping[str, Any]) -> PreTrainedConfig:
 
 @described()
 def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
-    """Return what the op needs to know of each layer of a converted checkpoint; None is a layer kept as softmax.
+    """Return what the op needs to know about each layer of a converted checkpoint; None for a layer kept as softmax.
 
     Raises:
-        UsageError: `keep_softmax` or `layer_memory` names a layer that the model has not, or `keep_window` one without
-            a window.
+        UsageError: `keep_softmax` or `layer_memory` names a layer that does not exist, or `keep_window` one without a
+            window.
         CheckpointError: The family or its rotary embedding is not supported, or the configuration describes no model.
     """
     liger = LigerConfig.from_dict(config.liger)
@@ -101,9 +101,9 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
         max_distance=liger.max_distance or config.max_position_embeddings,
     )
     family = get_family(config.model_type)
-    local = family.local_layers(config) if liger.keep_window is None else liger.keep_window
-    specs: list[MixerSpec | None] = []
     attention = family.attention(config)
+    local = family.local_layers(attention) if liger.keep_window is None else liger.keep_window
+    specs: list[MixerSpec | None] = []
     for layer in local:
         if not 0 <= layer < layers or attention[layer].window is None:
             raise UsageError(f"keep_window {list(local)}", hint=f"layer {layer} has no sliding window")
@@ -129,9 +129,9 @@ def _shared_table(inv_freq: tuple[float, ...], max_distance: int, device: torch.
 
 
 class LigerMixer(nn.Module):
-    """An attention module of the family, its softmax over everything replaced by `liger_mixer`.
+    """An attention module of the family whose softmax over all tokens is replaced by `liger_mixer`.
 
-    Parameters keep their names, so checkpoints load as before; `score_proj` is there for a pool kept by `learned`.
+    Parameters keep their names, so checkpoints load as before. `score_proj` exists for a pool kept by `learned`.
     """
 
     q_proj: nn.Linear
@@ -163,21 +163,20 @@ class LigerMixer(nn.Module):
         max_length_q: int | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        """Mix tokens with those before them, in one sequence a row or in packed documents.
+        """Mix tokens with those before them, with one sequence per row or with packed documents.
 
         Args:
             hidden_states: `[B, T, hidden]`.
-            position_ids: `[B or 1, T]`, consecutive and negative on padding; not read where documents are packed.
-            cache: State to go on from.
-            past_key_values: The same, by the name before transformers 5.24.
-            cu_seq_lens_q: `[N + 1]`, where the documents begin and end in the `B T` tokens, as transformers'
-                `DataCollatorWithFlattening` has it; they must cover all tokens.
-            max_length_q: At least the tokens of the longest document.
-            **others: What transformers hands to every attention module and a mixer does not need: `IGNORED`, and
-                `_PACKED` where documents are packed.
+            position_ids: `[B or 1, T]`, consecutive, and negative on padding; unused for packed documents.
+            cache: State to continue from.
+            past_key_values: The same, by its name before transformers 5.24.
+            cu_seq_lens_q: `[N + 1]`, the bounds of the documents among the `B T` tokens, as transformers'
+                `DataCollatorWithFlattening` makes them; they must cover all tokens.
+            max_length_q: Length of the longest document, or more.
+            **others: Arguments that a mixer does not need: `IGNORED`, and `_PACKED` for packed documents.
 
         Raises:
-            TypeError: An argument is unknown, so that leaving it out might change the result.
+            TypeError: An argument is unknown; ignoring it might change the result.
             ValueError: There are two caches, or packed documents come with a cache or without their largest length.
         """
         ignored = IGNORED if cu_seq_lens_q is None else IGNORED | _PACKED
@@ -196,7 +195,7 @@ class LigerMixer(nn.Module):
         query = query.unflatten(-1, (spec.q_heads, spec.d_k))
         key = key.unflatten(-1, (spec.kv_heads, spec.d_k))
         value = value.unflatten(-1, (spec.kv_heads, spec.d_v))
-        score = self.foresee(hidden_states, position_ids) if spec.config.foresees else None
+        score = self.learned_score(hidden_states, position_ids) if spec.config.foresees else None
         if cu_seq_lens_q is not None:
             if cache is not None or max_length_q is None:
                 raise ValueError("packed documents need max_length_q and keep no cache: pass use_cache=False")
@@ -212,22 +211,22 @@ class LigerMixer(nn.Module):
         one_launch = layer is not None and fused(query) and spec.config.fuses
         one_launch = one_launch and spec.config.num_slots * spec.d_k <= ONE_LAUNCH
         if length == 1 and one_launch and not torch.is_grad_enabled():
-            q, k, v, given = query[:, 0], key[:, 0], value[:, 0], None if score is None else score[:, 0]
-            output = mixer_step(q, k, v, position, state, spec, rotary, score=given)[:, None]  # in the cache, in place
+            q, k, v, now = query[:, 0], key[:, 0], value[:, 0], None if score is None else score[:, 0]
+            output = mixer_step(q, k, v, position, state, spec, rotary, score=now)[:, None]  # in the cache, in place
         else:
             output, state = liger_mixer(query, key, value, position, state, spec, rotary, score)
         if layer is not None:
             layer.advance(state, length)
         return self.o_proj(output.flatten(2)), None
 
-    def foresee(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
-        """Return what each token competes with for the slots of a `learned` pool, `[B, T, H_kv]` fp32, no gradient.
+    def learned_score(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the score of each token for a `learned` pool, `[B, T, H_kv]` fp32, without a gradient.
 
         Args:
             hidden_states: `[B, T, hidden]`.
-            position_ids: `[B or 1, T]`; not read here.
+            position_ids: `[B or 1, T]`; unused here, but an override may need it.
         """
-        # too many tokens would tie in bf16, to which autocast would round
+        # in bf16, to which autocast would round, too many tokens would tie
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
             weight, bias = self.score_proj.weight.to(dtype), self.score_proj.bias.to(dtype)
@@ -236,7 +235,7 @@ class LigerMixer(nn.Module):
     def _mix_packed(
         self, query: Tensor, key: Tensor, value: Tensor, score: Tensor | None, bounds: Tensor, longest: int
     ) -> Tensor:
-        """Mix each document on its own: as rows `[N, longest]`, padded on the left. Reads nothing back from a GPU."""
+        """Mix each document by itself, as rows `[N, longest]` padded on the left. Nothing is read back from a GPU."""
         shape, device, spec = query.shape, query.device, self.spec
         ends, token = bounds[1:].long(), torch.arange(query.shape[0] * query.shape[1], device=query.device)
         document = torch.searchsorted(ends, token, right=True)
@@ -251,8 +250,8 @@ class LigerMixer(nn.Module):
         rotary = _shared_table(self.inv_freq, spec.max_distance, device)
         position = ends - bounds[:-1] - longest
         query, key, value = unpack(query), unpack(key), unpack(value)
-        given = None if score is None else unpack(score)
-        output, _ = liger_mixer(query, key, value, position, state, spec, rotary, given)
+        score = None if score is None else unpack(score)
+        output, _ = liger_mixer(query, key, value, position, state, spec, rotary, score)
         return output.flatten(0, 1).index_select(0, place).unflatten(0, shape[:2])
 
 
@@ -263,12 +262,12 @@ def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
 
 
 def _has_gaps(mask: Tensor) -> bool:
-    """Return whether a mask `[B, S]` hides tokens between others, such as padding that was read before a later call."""
+    """Return whether a mask `[B, S]` hides tokens between others, such as padding of an earlier call."""
     return bool((nn.functional.pad(mask.long(), (1, 0)).diff(dim=1) > 0).sum(dim=1).gt(1).any())
 
 
 def _jumps(position_ids: Tensor, mask: Tensor | None) -> bool:
-    """Return whether positions `[B, T]` do not count up one by one, padding by a mask `[B, S]` aside."""
+    """Return whether positions `[B, T]` do not count up one by one, apart from padding by a mask `[B, S]`."""
     jumps = position_ids.diff(dim=-1) != 1
     if mask is not None:
         text = mask[:, -position_ids.shape[-1] :].bool()
@@ -277,16 +276,16 @@ def _jumps(position_ids: Tensor, mask: Tensor | None) -> bool:
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """Norm each head of `[B, T, H * d]`, or all of them at once: as the norm is wide."""
+    """Norm each head of `[B, T, H * d]`, or all heads at once, depending on the width of the norm."""
     width = cast(Tensor, norm.weight).shape[0]
     return norm(x.unflatten(-1, (-1, width))).flatten(-2)
 
 
 class LigerCache(Cache):
-    """A transformers cache of constant size: one `LigerLayer` a mixer, a growing layer where softmax was kept.
+    """A transformers cache of constant size: a `LigerLayer` for each mixer, and a growing layer where softmax was kept.
 
     Attributes:
-        due: Tokens that every layer must have seen after the call that is under way.
+        due: Tokens that every layer must have seen at the end of the current call.
     """
 
     due = 0
@@ -298,18 +297,18 @@ class LigerCache(Cache):
 
 
 def _under_one_name(model: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the arguments of a call with its cache, if any, under the name that transformers has for it."""
+    """Return the arguments of a call, with a cache under the name that transformers has for it."""
     cache = _one_cache(given.pop("cache", None), given.pop("past_key_values", None))
     return args, given if cache is None else given | {CACHE: cache}
 
 
 def _prepared(body: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call of a converted model's layers, with a cache of constant size and positions.
+    """Return the arguments of a call of a converted model's layers, with positions and a cache of constant size.
 
     Left padding in `attention_mask` `[B, S]` is honoured.
 
     Raises:
-        UsageError: The mask says more than what is padding, positions jump, or the cache is of another kind.
+        UsageError: The mask hides more than padding, positions jump, or the cache is of another class.
     """
     _, given = _under_one_name(body, (), dict(zip(_BODY, args, strict=False)) | given)
     cache = given.get(CACHE)
@@ -325,7 +324,7 @@ def _prepared(body: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[
         cache = LigerCache(body.config)
     ids, mask, position_ids = given.get("input_ids"), given.get("attention_mask"), given.get("position_ids")
     tokens = given.get("inputs_embeds") if ids is None else ids
-    length = 0 if tokens is None else tokens.shape[1]  # without any, the model itself says what is missing
+    length = 0 if tokens is None else tokens.shape[1]  # without tokens, the model itself reports what is missing
     seen = 0 if cache is None else cache.get_seq_length()
     if mask is not None and (
         not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != seen + length or _has_gaps(mask)
@@ -349,10 +348,10 @@ def _prepared(body: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[
 
 
 def _check_state(body: Any, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
-    """Refuse a call whose cache did not reach every layer.
+    """Check that the cache of a call reached every layer.
 
     Raises:
-        LigerError: It did not, as a release of transformers that was never tried may do.
+        LigerError: It did not, which may happen with a release of transformers that was never tried.
     """
     cache = given.get(CACHE)
     if cache is not None and not body.training and any(x.get_seq_length() != cache.due for x in cache.layers):
@@ -363,11 +362,11 @@ def _check_state(body: Any, args: tuple[Any, ...], given: dict[str, Any], output
 
 
 class _LigerModel:
-    """What a converted model adds to the family's `ForCausalLM`."""
+    """Additions of a converted model to the family's `ForCausalLM`."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        with torch.device("cpu"):  # real numbers even where the model is built without memory
+        with torch.device("cpu"):  # real numbers even if the model is built on the meta device
             attention, specs = get_family(config.model_type).attention(config), layer_specs(config)
         for layer, softmax, spec in zip(self.model.layers, attention, specs, strict=True):  # type: ignore[attr-defined]
             if spec is not None:
@@ -376,9 +375,9 @@ class _LigerModel:
         self.model.register_forward_pre_hook(_prepared, with_kwargs=True)  # type: ignore[attr-defined]
         self.model.register_forward_hook(_check_state, with_kwargs=True)  # type: ignore[attr-defined]
         if LigerConfig.from_dict(config.liger).foresees:
-            self._keep_in_fp32_modules_strict = {"score_proj"}  # as in the file, whatever the model is loaded in
+            self._keep_in_fp32_modules_strict = {"score_proj"}  # as in the file, whatever type the model is loaded in
 
-    # Phi3's own throws the cache away where its rotary embedding would change; here it never does
+    # that of Phi3 drops the cache when its rotary embedding changes, which it never does here
     prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
@@ -398,7 +397,7 @@ class _LigerModel:
 
 @lru_cache
 def model_classes(family: Family) -> tuple[type[PreTrainedConfig], type[Any]]:
-    """Return the configuration and model class of a converted family, made once and known to the Auto classes."""
+    """Return the configuration and model class of a converted family, created and registered once."""
     names = f"Liger{family.prefix}Config", f"Liger{family.prefix}ForCausalLM"
     base_config, base_model = family.attribute("Config"), family.attribute("ForCausalLM")
     config_class = type(names[0], (base_config,), {"model_type": PREFIX + family.model_type, "__module__": __name__})

@@ -1,7 +1,7 @@
-"""What a conversion is: gate, window, sinks, scored slots, mix. `PRESETS` are named rows of it.
+"""The settings of a conversion: gate, window, sinks, scored slots and mix. `PRESETS` has named ones.
 
-There is no arithmetic here: `ligerexport.model.state` says which tensors a configuration needs, and
-`ligerexport.kernels` what happens to them.
+There is no arithmetic here: `ligerexport.model.state` lists the tensors that a configuration needs, and
+`ligerexport.kernels` computes with them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def _pools(slots: Slots) -> Slots:
 
 
 def _whole(name: str, value: Any) -> int:
-    """Return a whole number that JSON or a caller gave.
+    """Return a value from JSON or a caller if it is a whole number.
 
     Raises:
-        UsageError: It is none.
+        UsageError: It is not.
     """
     if type(value) is not int:
         raise UsageError(f"{name} {value!r:.60}", hint="a whole number was expected")
@@ -47,25 +47,25 @@ class LigerConfig:
 
     Attributes:
         gate: Row of `GATES`.
-        window: Most recent tokens kept exactly, the current one included.
-        sinks: First tokens of a sequence, kept exactly for ever.
-        slots: Pools of further exact slots per KV head: (score, count), in order; what a pool drops competes for the
-            next one.
+        window: Number of most recent tokens that are kept exactly, including the current one.
+        sinks: Number of first tokens of a sequence that are kept exactly forever.
+        slots: Pools of further exact slots per KV head: (score, count), in order. What one pool drops competes for
+            the next one.
         attention_weight: Weight of the softmax over the slots in the mixed output.
         recurrence_weight: Weight of the recurrence; at 0 it is neither computed nor kept.
         recurrence: `parallel` reads every token through the gate and is added to the softmax, as in the paper;
-            `evicted` reads the tokens that lost their place in the memory and shares the softmax's denominator, so
-            that its weight is 1 and it takes what the softmax would have given them. It has no gate.
-        recurrence_distance: Distance in tokens at which `evicted` reads what it holds.
+            `evicted` reads the tokens that lost their place in the memory and shares the softmax's denominator: it
+            takes what the softmax would have given these tokens, and its weight is 1. It has no gate.
+        recurrence_distance: Distance in tokens at which `evicted` reads its tokens.
         layer_memory: Layers whose memory has another size: (layer, window, slots), with pools of the same scores.
-        keep_softmax: Layers left as they are, with a growing key-value cache.
-        keep_window: Layers that keep the checkpoint's own sliding window as it is: a memory of that window, bounded
-            already. None takes what the family keeps.
-        max_distance: Largest rotary distance in tokens; farther slots are read as if at this distance. None takes
-            the checkpoint's trained length.
+        keep_softmax: Layers that stay as they are, with a growing key-value cache.
+        keep_window: Layers that keep the checkpoint's own sliding window, which bounds their memory already. None
+            takes the layers that the family keeps.
+        max_distance: Largest rotary distance in tokens; slots that are farther away are read as if they were at this
+            distance. None takes the checkpoint's trained length.
 
     Raises:
-        UsageError: A value makes no sense or a name is in no table.
+        UsageError: A value makes no sense, or a name is in no table.
     """
 
     gate: str = "gla"
@@ -156,35 +156,35 @@ class LigerConfig:
         return replace(self, window=window, slots=slots, layer_memory=(), keep_softmax=(), keep_window=None)
 
     def in_all_layers(self, change: Callable[[LigerConfig], LigerConfig]) -> LigerConfig:
-        """Return this configuration with a change of windows and pools made in the memory of every layer."""
+        """Return this configuration with `change` applied to the windows and pools of every layer."""
         changed = change(replace(self, layer_memory=()))
         single = [(layer, change(self.for_layer(layer))) for layer, _, _ in self.layer_memory]
         return replace(changed, layer_memory=tuple((layer, c.window, c.slots) for layer, c in single))
 
     @property
     def kept(self) -> int:
-        """Slots beside the window: sinks and scored ones."""
+        """Number of slots beside the window: sinks and scored slots."""
         return self.sinks + sum(count for _, count in self.slots)
 
     @property
     def num_slots(self) -> int:
-        """N, all exact slots per KV head."""
+        """N, the number of all exact slots per KV head."""
         return self.window + self.kept
 
     @property
     def unchanged(self) -> frozenset[int]:
-        """Layers that see what they saw in the Transformer."""
+        """Layers that see the same tokens as in the Transformer."""
         return frozenset(self.keep_softmax) | frozenset(self.keep_window or ())
 
     @property
     def judged(self) -> bool:
-        """Whether a pool needs the linear state that judges novelty."""
+        """Whether a pool is kept by novelty, which needs a linear state of its own."""
         return any(get_score(name).signal == "novelty" for name, _ in self.slots)
 
     @property
     def foresees(self) -> bool:
-        """Whether a pool is kept by a score that comes with each token."""
-        return any(get_score(name).signal == "given" for name, _ in self.slots)
+        """Whether a pool is kept by a learned score, which comes with each token."""
+        return any(get_score(name).signal == "learned" for name, _ in self.slots)
 
     @property
     def recurrent(self) -> bool:
@@ -193,17 +193,17 @@ class LigerConfig:
 
     @property
     def evicts(self) -> bool:
-        """Whether what loses its place in the memory goes to the recurrence."""
+        """Whether tokens that lose their place in the memory go to the recurrence."""
         return self.recurrent and self.recurrence == "evicted"
 
     @property
     def keyed(self) -> bool:
-        """Whether the recurrence is two: the rows of its state have keys."""
+        """Whether the rows of the recurrent state have keys, which are a recurrence of their own."""
         return self.recurrent and not self.evicts and get_gate(self.gate).keyed
 
     @property
     def fuses(self) -> bool:
-        """Whether fused kernels can do a whole step: of recurrences they know all but that with keyed rows."""
+        """Whether fused kernels can compute a whole step; they know every recurrence except that with keyed rows."""
         return not self.keyed
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class LigerConfig:
         """Read what `to_dict` wrote.
 
         Raises:
-            UsageError: A key is unknown (a newer version wrote it) or a value makes no sense.
+            UsageError: A key is unknown, as one of a newer version, or a value makes no sense.
         """
         known = cls.__dataclass_fields__
         for key in data:
@@ -233,7 +233,7 @@ class LigerConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named configuration and what it is for."""
+    """A named configuration and its purpose."""
 
     config: LigerConfig
     doc: str
@@ -241,7 +241,7 @@ class Preset:
 
 DEFAULT_PRESET = "memory"
 
-FORESIGHT = LigerConfig(
+_LEARNED = LigerConfig(
     window=60, sinks=4, slots=(("recent_use", 28), ("learned", 36)), attention_weight=1.0, recurrence_weight=0.0
 )
 
@@ -265,12 +265,12 @@ PRESETS: dict[str, Preset] = {
         "sinks, window and slots kept by a score; best untrained",
     ),
     "foresight": Preset(
-        FORESIGHT,
+        _LEARNED,
         "the same with a score that foresees what will be asked for; needs --calibrate or scores that come with "
         "the model",
     ),
     "evicted": Preset(
-        replace(FORESIGHT, recurrence_weight=1.0, recurrence="evicted"),
+        replace(_LEARNED, recurrence_weight=1.0, recurrence="evicted"),
         "foresight, and a recurrence that reads what loses its slot and shares the softmax's denominator",
     ),
 }
@@ -284,22 +284,22 @@ def get_preset(name: str, **changes: Any) -> LigerConfig:
         **changes: Fields of `LigerConfig`; None leaves the preset's value.
 
     Raises:
-        UsageError: No such preset; the hint names close matches.
+        UsageError: There is no such preset; the hint names close matches.
     """
     preset = look_up("preset", name, PRESETS)
     return replace(preset.config, **{key: value for key, value in changes.items() if value is not None})
 
 
 def read_memory(path: str | Path, preset: str | None = None, **changes: Any) -> LigerConfig:
-    """Return a conversion whose windows and pools are those in a file.
+    """Return a conversion with the windows and pools of a file.
 
     Args:
         path: JSON with the fields `MEMORY`, as `allocate` writes it.
-        preset: Row of `PRESETS`; None takes the conversion in which they were measured, if the file says so.
-        **changes: Other fields that differ; None leaves their value.
+        preset: Row of `PRESETS`; None takes the conversion in which they were measured, if the file states it.
+        **changes: Other fields of `LigerConfig`; None leaves their value.
 
     Raises:
-        UsageError: The file holds no memory, or a change is made to what it holds.
+        UsageError: The file holds no memory, or a field that it sets is among the changes.
     """
     changes = {key: value for key, value in changes.items() if value is not None}
     if twice := [name for name in MEMORY if name in changes]:

@@ -1,4 +1,4 @@
-"""The families of checkpoints: which transformers classes they are, and the few facts that others need of them.
+"""The families of checkpoints: their classes in transformers, and the few facts about them that other code needs.
 
 A new family is a row of `FAMILIES`. Nothing here imports torch before a row is used.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     import torch
 
 PREFIX = "liger_"
-"""What a converted checkpoint's `model_type` starts with."""
+"""Prefix of a converted checkpoint's `model_type`."""
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length of the text."""
 
 
 class Norms(NamedTuple):
-    """Names of a layer's norms by their place, None where a family has none.
+    """Names of a layer's norms by their place; None where a family has no norm.
 
     Attributes:
-        before_attention: Of what enters attention.
-        after_attention: Of what attention adds to the residual stream.
-        before_mlp: Of what enters the MLP.
-        after_mlp: Of what the MLP adds to the residual stream.
+        before_attention: Norm of what enters attention.
+        after_attention: Norm of what attention adds to the residual stream.
+        before_mlp: Norm of what enters the MLP.
+        after_mlp: Norm of what the MLP adds to the residual stream.
     """
 
     before_attention: str | None
@@ -48,12 +48,12 @@ AROUND = Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_l
 
 
 class Attention(NamedTuple):
-    """What the softmax of one layer is, as the family has it.
+    """The softmax of one layer as the family computes it.
 
     Attributes:
-        scale: On the products of queries and keys; YaRN's factor on cosine and sine is squared into it.
+        scale: Factor on the products of queries and keys; it contains the square of YaRN's factor on cosine and sine.
         inv_freq: `[R]`, radians a token; zeros in a layer without rotary embedding.
-        window: Most recent tokens seen, the current one included; None is all.
+        window: Number of most recent tokens that are seen, including the current one; None for all.
     """
 
     scale: float
@@ -63,14 +63,14 @@ class Attention(NamedTuple):
 
 @dataclass(frozen=True)
 class Scaling:
-    """Factors on what flows through a model.
+    """Factors that a model multiplies its values by.
 
     Attributes:
-        softmax: On the products of queries and keys; None is d_k ** -0.5.
-        embedding: On what enters the first layer.
-        residual: On what attention and MLP add to the residual stream.
-        logits: On the logits.
-        logit_cap: c where the logits x become c tanh(x / c), after their factor; None where they stay.
+        softmax: Factor on the products of queries and keys; None for d_k ** -0.5.
+        embedding: Factor on what enters the first layer.
+        residual: Factor on what attention and MLP add to the residual stream.
+        logits: Factor on the logits.
+        logit_cap: c if the logits x become c tanh(x / c) after their factor; None if they do not.
     """
 
     softmax: float | None = None
@@ -86,15 +86,15 @@ class Family:
 
     Attributes:
         model_type: Value of `model_type` in its config.json.
-        prefix: What its classes' names start with.
-        doc: What sets it apart.
-        norms: Of a layer.
-        qk_norm: What queries and keys are normed over before rotary embedding: each head, or all heads at once.
-        scaling: Factors, from the configuration.
+        prefix: Prefix of the names of its classes.
+        doc: What distinguishes it from the others.
+        norms: The norms of a layer.
+        qk_norm: Whether queries and keys are normed before rotary embedding, each head or all heads at once.
+        scaling: Returns the factors for a configuration.
         unit_norms: Whether a norm multiplies by 1 + its weight.
-        nope: Whether its `no_rope_layers` says which layers have rotary embedding (1) and which have none (0).
+        nope: Whether `no_rope_layers` in its configuration marks layers with rotary embedding (1) and without (0).
         packed: Whether `qkv_proj` holds query, key and value, and `gate_up_proj` gate and up.
-        keeps_windows: Whether layers with a sliding window keep it; others are what a conversion is for.
+        keeps_windows: Whether layers with a sliding window keep it, and only the others are converted.
         refused: Settings of its configuration that must be off.
     """
 
@@ -120,7 +120,7 @@ class Family:
         return getattr(import_module(config.__module__.replace(".configuration_", ".modeling_")), self.prefix + suffix)
 
     def attention(self, config: Any) -> tuple[Attention, ...]:
-        """Return what the softmax of each layer is.
+        """Return the softmax of each layer.
 
         Raises:
             CheckpointError: The rotary frequencies depend on the length of the text, or a setting is refused.
@@ -146,13 +146,13 @@ class Family:
             ))  # fmt: skip
         return tuple(layers)
 
-    def local_layers(self, config: Any) -> tuple[int, ...]:
-        """Return the layers that keep their sliding window."""
-        windows = [softmax.window for softmax in self.attention(config)] if self.keeps_windows else []
+    def local_layers(self, attention: Sequence[Attention]) -> tuple[int, ...]:
+        """Return the layers that keep their sliding window; `attention` is what the method of that name returned."""
+        windows = [softmax.window for softmax in attention] if self.keeps_windows else []
         return tuple(layer for layer, window in enumerate(windows) if window is not None)
 
     def weights(self, config: Mapping[str, Any]) -> tuple[Mapping[str, tuple[int, ...]], re.Pattern[str]]:
-        """Return the shapes of the weights of this family's Transformer by name, and what transformers skips in a file.
+        """Return the shapes of the Transformer's weights by name, and a pattern of names that transformers skips.
 
         Args:
             config: Content of config.json, converted or not.
@@ -181,7 +181,7 @@ def _weights(family: Family, config: str) -> tuple[Mapping[str, tuple[int, ...]]
 
 @contextmanager
 def described() -> Iterator[None]:
-    """Let whatever a configuration makes transformers raise be a `CheckpointError`."""
+    """Turn any exception that a configuration causes in transformers into a `CheckpointError`."""
     try:
         yield
     except LigerError:
@@ -194,7 +194,7 @@ def described() -> Iterator[None]:
 
 
 def harmless(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a config.json without what would make transformers run other code, or read other files."""
+    """Return the content of a config.json without keys that make transformers run other code or read other files."""
     return {key: value for key, value in config.items() if key not in _NOT_TAKEN}
 
 
@@ -206,7 +206,7 @@ _NOT_TAKEN = {
 
 
 def _check_rotary(parameters: Mapping[str, Any]) -> None:
-    """Refuse frequencies that depend on the length of the text; some models have parameters by the type of a layer."""
+    """Refuse frequencies that depend on the length of the text. Some models have parameters for each type of layer."""
     for row in [parameters] if "rope_type" in parameters else parameters.values():
         if row["rope_type"] not in STATIC_ROPE:
             raise CheckpointError(
@@ -228,7 +228,7 @@ def head_dim(config: Any) -> int:
 
 
 def output_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what makes logits `[..., V]` of a model's last hidden states `[..., hidden]`, converted or not."""
+    """Return a function from a model's last hidden states `[..., hidden]` to logits `[..., V]`; converted or not."""
     scaling = get_family(model.config.model_type).scaling(model.config)
     factor, cap = scaling.logits, scaling.logit_cap
     if cap is not None:
@@ -283,7 +283,7 @@ def get_family(model_type: str) -> Family:
         model_type: Value of `model_type` in config.json.
 
     Raises:
-        CheckpointError: No such family; the hint names close matches.
+        CheckpointError: There is no such family; the hint names close matches.
     """
     name = model_type.removeprefix(PREFIX)
     if name not in FAMILIES:

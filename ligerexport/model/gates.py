@@ -1,7 +1,16 @@
 """The gates: how a layer's raw projections become the features and the decay of the gated linear recurrence.
 
-A gate is data, one row of `GATES`, so that the torch side, the reference and the ONNX lowering read the same table.
-What the recurrence does with features and decay is in `ligerexport.kernels`.
+A gate is data, one row of `GATES`; a row that combines the maps of `FEATURE_MAPS` needs no other code. A new map is a
+row of `FEATURE_MAPS` and is written once in each dialect, which raises on a map that it does not know:
+
+- torch: `FEATURE_MAPS` in `kernels/linear_attention.py`
+- reference: `FEATURE_MAPS` in `kernels/reference.py`
+- Triton, whole prompts: `features` and `features_gradient` in `kernels/fused/blocks.py`
+- Triton, one token: `features` in `kernels/fused/state_step.py`
+- ONNX, for the lowerings `ort`, `portable` and `native`: `FEATURE_MAPS` in `exporters/onnx/recurrence.py`
+
+The lowering `native` has no operator for a gated recurrence, and the TensorRT plugin launches the Triton kernels: no
+C++ knows a map. A new decay, or a recurrence with another update, is new arithmetic in all of these places.
 """
 
 from __future__ import annotations
@@ -13,18 +22,31 @@ from ligerexport.errors import look_up
 
 FeatureMap = Literal["softmax", "one_minus_sigmoid", "one_minus_decay"]
 
+OPEN = 100.0
+"""Raw key of padding: it opens the gate, so that nothing is forgotten; with a value of zero nothing is added either."""
+
+FEATURE_MAPS: dict[str, str] = {
+    "softmax": "softmax over the head dimension",
+    "one_minus_sigmoid": "1 - sigmoid(x)",
+    "one_minus_decay": "1 - the decay of the same channel; keys of keyed gates only",
+}
+"""What each feature map computes."""
+
 
 @dataclass(frozen=True)
 class Gate:
-    """One parameter-free gate made from the key projection.
+    """One gate without parameters of its own, made from the key projection.
 
     Attributes:
-        query_map: Feature map of the query, over the head dimension; of a keyed gate, of the logits of the rows.
-        key_map: Feature map of the key, over the head dimension; `one_minus_decay` is what a row forgets of itself.
-        decay_divisor: The decay is `logsigmoid(key) / decay_divisor`, per key channel, in nats a token.
+        query_map: Row of `FEATURE_MAPS` for the query; a keyed gate applies it to the logits of the rows.
+        key_map: Row of `FEATURE_MAPS` for the key.
+        decay_divisor: The decay is `logsigmoid(key) / decay_divisor`, per key channel, in nats per token.
         source: Where the gate is defined.
-        keyed: Whether the rows of the recurrent state have keys, which a second recurrence holds: the raw query's
-            products with them are the logits by which rows are read.
+        keyed: Whether the rows of the recurrent state have keys, which a second recurrence holds. The products of the
+            raw query with these keys are the logits by which rows are read.
+
+    Raises:
+        UsageError: A map is in no table.
     """
 
     query_map: FeatureMap
@@ -32,6 +54,10 @@ class Gate:
     decay_divisor: float
     source: str
     keyed: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (self.query_map, self.key_map):
+            look_up("feature map", name, FEATURE_MAPS)
 
 
 GATES: dict[str, Gate] = {
@@ -47,6 +73,6 @@ def get_gate(name: str) -> Gate:
     """Return the row of `GATES` with this name.
 
     Raises:
-        UsageError: No such gate; the hint names close matches.
+        UsageError: There is no such gate; the hint names close matches.
     """
     return look_up("gate", name, GATES)

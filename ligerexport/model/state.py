@@ -1,5 +1,6 @@
-"""The state of a mixer: names, shapes, types and initial values, from one place for torch, ONNX and engines.
+"""The state of a mixer: names, order, shapes, types and initial values of its tensors, for torch, ONNX and engines.
 
+`TENSORS` is the only place that says them; the headers of the C++ operators are written from it by `tests/headers.py`.
 `MixerSpec` is all that the op needs to know about a layer; nothing in it names a family.
 """
 
@@ -8,9 +9,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from ligerexport.dtypes import DTYPES
 from ligerexport.model.config import LigerConfig
+from ligerexport.model.scores import Pool, pack
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,18 +26,62 @@ MixerState = dict[str, "torch.Tensor"]
 """A layer's state by the names of `MixerSpec.state`, each tensor with its leading batch axis."""
 
 FADE = 1 << 20
-"""Tokens of a text after which sums without a decay are halved, again and again: they are of 2 * FADE tokens at most.
-In fp32 a count ends at 2^24, and what is added to a sum of so many tokens is lost."""
+"""Tokens after which sums without a decay are halved, again and again, so a sum never covers more than 2 * FADE tokens.
+A count in fp32 ends at 2^24, and what is added to a sum of that many tokens is lost."""
+
+
+class _Row(NamedTuple):
+    """One tensor of the state.
+
+    Attributes:
+        name: Name in `past.LAYER.NAME` and `present.LAYER.NAME`.
+        axes: Axes after `B, H_kv`.
+        dtype: As in `TensorSpec`.
+        needs: Attribute of `LigerConfig` that is true where the tensor exists; empty if it always does.
+        fill: Initial value of every element.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    dtype: str
+    needs: str = ""
+    fill: float = 0.0
+
+
+TENSORS = (
+    _Row("slot_key", ("slots", "d_k"), "activation"),
+    _Row("slot_value", ("slots", "d_v"), "activation"),
+    _Row("slot_position", ("slots",), "int64", fill=-1),
+    _Row("slot_score", ("pools", "slots"), "float32", "slots"),
+    _Row("recurrent_state", ("d_k", "d_v"), "float32", "recurrent"),
+    _Row("recurrent_key", ("d_k", "d_k"), "float32", "keyed"),
+    _Row("recurrent_mass", ("d_k",), "float32", "evicts"),
+    _Row("judge_state", ("d_k", "d_v + 1"), "float32", "judged"),
+)
+"""All tensors that a layer can carry from one call to the next, in the order in which they are passed.
+
+`slot_*` hold keys before rotary embedding, values, positions (-1 is an empty slot) and one score per pool, ordered by
+position. `recurrent_state` is the recurrence, `recurrent_key` holds the keys of its rows where the gate is keyed, and
+`recurrent_mass` is the sum of the features of evicted tokens, the first of which counts them. `judge_state` is the
+linear state without decay that judges novelty; its last column is the sum of the keys' features.
+"""
+
+SLOTS = tuple(row.name for row in TENSORS if row.name.startswith("slot_"))
+"""Tensors of the exact memory."""
+FUSED = tuple(row.name for row in TENSORS if row.needs != "keyed")
+"""All that a layer without keyed rows can carry; fused kernels and C++ know no other."""
+EVICTED = tuple(name for name in FUSED if name.startswith("recurrent_"))
+"""Tensors of the recurrence over evicted tokens."""
 
 
 def fade(state: dict[str, Array], times: int) -> dict[str, Array]:
-    """Return a state with its sums without a decay halved so many times, which in fp32 is exact.
+    """Return a state whose sums without a decay are halved `times` times, which is exact in fp32.
 
-    All that is read from them is one divided by another, so it stays; only the number of evicted tokens is less.
+    Readers use only ratios of these sums, so halving all of them changes only the evicted count.
 
     Args:
-        state: By the names of `MixerSpec.state`, or those with the same beginnings.
-        times: How many.
+        state: Tensors by the names of `TENSORS`, with any prefix.
+        times: Number of halvings.
     """
     sums = {name.replace("recurrent_mass", "recurrent_state") for name in state if name.endswith("recurrent_mass")}
     sums |= {name for name in state if name.endswith(("recurrent_mass", "judge_state"))}
@@ -58,10 +106,7 @@ class TensorSpec:
 
     def nbytes(self, activation_bytes: int = 4) -> int:
         """Return the bytes of one sequence."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * {"float32": 4, "int64": 8, "activation": activation_bytes}[self.dtype]
+        return prod(self.shape) * (activation_bytes if self.dtype == "activation" else DTYPES[self.dtype].nbytes)
 
 
 @dataclass(frozen=True)
@@ -74,7 +119,8 @@ class MixerSpec:
         kv_heads: H_kv.
         d_k: Width of query and key heads.
         d_v: Width of value heads.
-        scale: Softmax scale of the slots, usually d_k ** -0.5; YaRN's factor on cosine and sine is squared into it.
+        scale: Softmax scale of the slots, usually d_k ** -0.5; it contains the square of YaRN's factor on cosine and
+            sine.
         max_distance: Largest rotary distance in tokens.
         text: The layer as JSON, for operators whose arguments are tensors and plain values.
     """
@@ -89,7 +135,7 @@ class MixerSpec:
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # written once: a compiler that traces the model reads a constant
+        # written once, so that a compiler that traces the model reads a constant
         object.__setattr__(self, "text", json.dumps({**vars(self), "config": self.config.to_dict()}))
 
     @classmethod
@@ -99,32 +145,20 @@ class MixerSpec:
         fields = json.loads(text)
         return cls(**fields | {"config": LigerConfig.from_dict(fields["config"])})
 
-    def state(self) -> tuple[TensorSpec, ...]:
-        """Return the tensors that carry this layer from one call to the next, in order.
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        """The pools of slots in plain values."""
+        return pack(self.config.slots, self.config.window)
 
-        `recurrent_state` `[B, H_kv, d_k, d_v]` is the recurrence, `recurrent_key` `[B, H_kv, d_k, d_k]` the keys of its
-        rows where the gate is keyed, `recurrent_mass` `[B, H_kv, d_k]` the sum of the features of evicted tokens, the
-        first of which counts them; `judge_state` `[B, H_kv, d_k, d_v + 1]` the linear state without decay that judges
-        novelty, its last column the sum of the keys' features; the slots hold keys before rotary embedding, values,
-        positions (-1 is an empty slot) and one score a pool, ordered by position.
-        """
-        c, heads = self.config, self.kv_heads
-        tensors = [
-            TensorSpec("slot_key", (heads, c.num_slots, self.d_k), "activation"),
-            TensorSpec("slot_value", (heads, c.num_slots, self.d_v), "activation"),
-            TensorSpec("slot_position", (heads, c.num_slots), "int64", -1),
-        ]
-        if c.slots:
-            tensors.append(TensorSpec("slot_score", (heads, len(c.slots), c.num_slots), "float32"))
-        if c.recurrent:
-            tensors.append(TensorSpec("recurrent_state", (heads, self.d_k, self.d_v), "float32"))
-        if c.keyed:
-            tensors.append(TensorSpec("recurrent_key", (heads, self.d_k, self.d_k), "float32"))
-        if c.evicts:
-            tensors.append(TensorSpec("recurrent_mass", (heads, self.d_k), "float32"))
-        if c.judged:
-            tensors.append(TensorSpec("judge_state", (heads, self.d_k, self.d_v + 1), "float32"))
-        return tuple(tensors)
+    def state(self) -> tuple[TensorSpec, ...]:
+        """Return the rows of `TENSORS` that this layer has, in order."""
+        c = self.config
+        sizes = {"slots": c.num_slots, "pools": len(c.slots), "d_k": self.d_k, "d_v": self.d_v, "d_v + 1": self.d_v + 1}
+        return tuple(
+            TensorSpec(row.name, (self.kv_heads, *(sizes[axis] for axis in row.axes)), row.dtype, row.fill)
+            for row in TENSORS
+            if not row.needs or getattr(c, row.needs)
+        )
 
     def initial_state(self, batch: int, dtype: torch.dtype, device: torch.device | str | None = None) -> MixerState:
         """Return the state of `batch` sequences that have seen nothing."""

@@ -12,6 +12,8 @@ import numpy as np
 from ligerexport.artifact.artifact import Artifact, check_data, open_artifact
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import ArtifactError, close_matches
+from ligerexport.exporters.backend import SessionSettings
+from ligerexport.exporters.targets import TARGETS, get_backend
 
 __all__ = ["Session", "Snapshot", "load"]
 
@@ -92,7 +94,7 @@ def load(
     Args:
         path: Directory that `build` wrote.
         batch: Sequences that advance together.
-        threads: Of one operator; None takes the physical cores that this process may use.
+        threads: Threads of one operator; None takes the physical cores that this process may use.
         chunk: Prompt tokens a call; None takes the measured best.
         prepack: Whether the runtime may copy the weights into the order that is fastest; without, they stay mapped
             from the file, which loads sooner and takes less memory and more time a token. Quantised ones are copied
@@ -110,35 +112,14 @@ def load(
     with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter's lock, and so does the engine
         checked = pool.submit(check_data, artifact) if hashes else None
         try:
-            if artifact.manifest.target == "onnx":
-                from ligerexport.exporters.onnx.session import OnnxSession
-
-                prepack |= artifact.manifest.block is not None  # a product without is ten times as slow
-                return OnnxSession(
-                    artifact, batch=batch, threads=threads, chunk=chunk, prepack=prepack, scoring=scoring, device=device
+            if artifact.manifest.target not in TARGETS:
+                raise ArtifactError(
+                    f"no runtime here for target '{artifact.manifest.target}'",
+                    hint=close_matches(artifact.manifest.target, TARGETS),
                 )
-            if artifact.manifest.target == "trt":
-                from ligerexport.exporters.tensorrt.session import TensorRTSession
-
-                return TensorRTSession(artifact, batch=batch, chunk=chunk)
-            raise ArtifactError(f"no runtime here for target '{artifact.manifest.target}'", hint=_elsewhere(artifact))
+            settings = SessionSettings(batch, threads, chunk, prepack, scoring, device)
+            session: Session = get_backend(artifact.manifest.target).open_session(artifact, settings)
+            return session
         finally:  # before anything runs, and before what the engine may say of changed weights
             if checked is not None:
                 checked.result()
-
-
-def _elsewhere(artifact: Artifact) -> str | None:
-    """Say where an artifact without a session runs.
-
-    Raises:
-        MissingDependency: TensorRT-RTX is not installed.
-        LigerError: Its engine does not run on the GPU that is here.
-    """
-    target = artifact.manifest.target
-    if target == "trt-rtx":
-        from ligerexport.exporters.tensorrt.engine import check_engine
-        from ligerexport.exporters.tensorrt.package import rtx
-
-        check_engine(rtx(), artifact.graph)
-        return f"run {artifact.graph} with TensorRT-RTX on an RTX GPU, see docs/guides/tensorrt.md"
-    return close_matches(target, ["onnx", "trt"])

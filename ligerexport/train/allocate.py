@@ -1,7 +1,7 @@
-"""`allocate`: slots where they are worth most. Each layer is measured with other memories, then a total is shared out.
+"""`allocate`: measure each layer with other memories, then distribute slots to where they gain most.
 
-What a layer gains is measured in the model without training, with the memories of all other layers as they are, and
-taken to add up over layers. `ligerexport.model.config.read_memory` reads the file that comes out.
+The gain of a layer is measured without training while the other layers keep their memories, and gains are assumed to
+add up over layers. `ligerexport.model.config.read_memory` reads the resulting file.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import functional
 
-from ligerexport import __version__
 from ligerexport.checkpoint.adapter import model_id
 from ligerexport.checkpoint.checkpoint import CheckpointInfo
 from ligerexport.checkpoint.convert import load_model
@@ -27,33 +25,33 @@ from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import LigerError, UsageError, look_up
 from ligerexport.layers.mixer import LigerMixer
 from ligerexport.measure.evaluate.recall import ONCE, PlainTokenizer, answer_all, passkey_prompts
-from ligerexport.measure.evaluate.scorer import TorchScorer
 from ligerexport.measure.evaluate.settings import DEVICES, DTYPES
-from ligerexport.measure.evaluate.subject import pick_device
+from ligerexport.measure.opened import TorchModel, pick_device
 from ligerexport.model.config import MEMORY, LigerConfig, Slots
 from ligerexport.staging import staged_file
 from ligerexport.text.corpus import cut_windows, read_tokens, text_files
 from ligerexport.text.tokenizer import TextModel
-from ligerexport.train.config import RecoverConfig
+from ligerexport.train.config import RecoverConfig, given
 from ligerexport.train.model import load_teacher
-from ligerexport.train.recover import prepare
+from ligerexport.train.recover import check_model, read_documents
+from ligerexport.versions import versions
 
 COUNTED = ("kl", "once_nll")
-"""What `Measure` returns of which the relative changes are a memory's cost."""
+"""The measurements whose relative changes add up to the cost of a memory."""
 
 
 @dataclass(frozen=True)
 class AllocateConfig:
-    """What `allocate` does, beside model, data and places.
+    """The settings of `allocate`, apart from model, data and places.
 
     Attributes:
-        slots: Exact slots of a converted layer, on average; None is as many as the checkpoint has.
+        slots: Average number of exact slots per converted layer; None keeps that of the checkpoint.
         length: Tokens of a window of `data`.
-        windows: Most windows.
-        trials: Prompts with a key.
-        distance: Tokens of prose around it.
+        windows: Largest number of windows.
+        trials: Number of prompts with a key.
+        distance: Tokens of prose around the key.
         device: Row of `DEVICES`.
-        dtype: Row of `DTYPES`, of the weights.
+        dtype: Row of `DTYPES`; the type of the weights.
 
     Raises:
         UsageError: A value makes no sense.
@@ -76,40 +74,6 @@ class AllocateConfig:
         look_up("dtype", self.dtype, dict.fromkeys(DTYPES))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What will be measured.
-
-    Attributes:
-        info: The checkpoint.
-        text: Its tokenizer.
-        windows: Of the data, `[n, length]`.
-        prose: A stream of tokens.
-        tried: The memories of each converted layer, its own first.
-        budget: Slots of all converted layers together.
-        config: The settings.
-    """
-
-    info: CheckpointInfo
-    text: TextModel
-    windows: Tensor
-    prose: list[int]
-    tried: dict[int, list[LigerConfig]]
-    budget: int
-    config: AllocateConfig
-
-    @property
-    def measurements(self) -> int:
-        """How often the model is measured: once as it is, then with each other memory of each layer."""
-        return 1 + sum(len(memories) - 1 for memories in self.tried.values())
-
-    @property
-    def tokens(self) -> int:
-        """About how many tokens are read; the Transformer reads the windows too."""
-        windows = self.windows.numel()
-        return windows + self.measurements * (windows + self.config.trials * self.config.distance)
-
-
 def allocate(
     model: str | Path,
     data: str | Path | Sequence[str | Path],
@@ -121,7 +85,7 @@ def allocate(
     progress: ProgressFactory | None = None,
     **settings: Any,
 ) -> Path:
-    """Measure a converted checkpoint with other memories, layer by layer, and share slots out by what layers gain.
+    """Measure a converted checkpoint with other memories, layer by layer, and distribute slots by what layers gain.
 
     Args:
         model: Directory that `convert` or `recover` wrote; its windows and pools are where the measurement starts.
@@ -143,76 +107,36 @@ def allocate(
         MissingDependency: A device is not there.
         LigerError: A measurement is not finite.
     """
-    config, output = make_config(settings), Path(output)
-    check_output(output, force)
-    device = pick_device(config.device)
-    plan = make_plan(model, data, text, config, against, progress)
-    info, dtype = plan.info, getattr(torch, config.dtype)
-    measure = Measure(
-        load_teacher(info, against, dtype).to(device), plan.windows, plan.text, plan.prose,
-        distance=config.distance, trials=config.trials,
-    )  # fmt: skip
-    student: Any = load_model(info.path, dtype)
-    measured = measure_layers(student.to(device).eval(), plan.tried, measure, progress or silent)
-    chosen = share_out(
-        [[memory.num_slots for memory in tried] for tried in plan.tried.values()],
-        [[row["cost"] for row in rows] for rows in measured.values()],
-        plan.budget,
-    )
-    choices = dict(zip(plan.tried, chosen, strict=True))
-    sizes = {layer: plan.tried[layer][choice] for layer, choice in choices.items()}
-    record = {
-        "model": str(model), "model_id": model_id(info), "against": None if against is None else str(against),
-        "data": list(map(str, _several(data))), "text": list(map(str, _several(text))), **asdict(config),
-        "base": dict(info.config["liger"]), "layers": len(sizes), "budget": plan.budget,
-        "total": sum(memory.num_slots for memory in sizes.values()),
-        "expected_cost": sum(measured[layer][choice]["cost"] for layer, choice in choices.items()),
-        "measured": [{"layer": layer, "memories": rows} for layer, rows in measured.items()],
-        "versions": {
-            "ligerexport": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        },
-    }  # fmt: skip
-    fields = as_fields(LigerConfig.from_dict(record["base"]), sizes)
-    with staged_file(output) as file:
-        file.write_text(json.dumps(fields | {"record": record}, indent=1) + "\n", encoding="utf-8")
-    return output
+    plan = plan_allocate(model, data, text, output, against=against, force=force, progress=progress, **settings)
+    plan.save(plan.run(progress))
+    return plan.output
 
 
-def make_config(settings: dict[str, Any]) -> AllocateConfig:
-    """Return the settings that are not None as a configuration.
-
-    Raises:
-        UsageError: One makes no sense.
-    """
-    return AllocateConfig(**{key: value for key, value in settings.items() if value is not None})
-
-
-def check_output(output: Path, force: bool) -> None:
-    """Refuse an output that would lose something.
-
-    Raises:
-        UsageError: There is something already.
-    """
-    if output.is_dir() or (output.exists() and not force):
-        raise UsageError(f"{output} exists", hint="choose another file with -o, or replace a file with --force")
-
-
-def make_plan(
+def plan_allocate(
     model: str | Path,
     data: str | Path | Sequence[str | Path],
     text: str | Path | Sequence[str | Path],
-    config: AllocateConfig,
+    output: str | Path,
+    *,
     against: str | Path | None = None,
+    force: bool = False,
     progress: ProgressFactory | None = None,
-) -> Plan:
-    """Check model, data and text, and say what will be measured; loads no weight.
+    **settings: Any,
+) -> AllocatePlan:
+    """Check the arguments of `allocate`, read its texts, and choose the memories to try. No weight is loaded.
 
     Raises:
-        UsageError, DataError, CheckpointError: See `allocate`.
+        UsageError, DataError, CheckpointError: As for `allocate`.
     """
+    config, output = AllocateConfig(**given(settings)), Path(output)
+    if output.is_dir() or (output.exists() and not force):
+        raise UsageError(f"{output} exists", hint="choose another file with -o, or replace a file with --force")
+    pick_device(config.device)
+    data, texts = _several(data), _several(text)
     length = config.length
     reading = RecoverConfig("distill", length=length, batch_tokens=length, steps=config.windows)
-    info, documents = prepare(model, data, reading, against, progress)
+    info = check_model(model, reading, against)
+    documents = read_documents(info, data, reading, progress)
     liger = LigerConfig.from_dict(info.config["liger"])
     if not liger.slots:
         raise UsageError(f"{model} has no pools of slots to share out", hint="convert it with --preset evicted")
@@ -228,14 +152,90 @@ def make_plan(
     if length <= (fewest := min(own.num_slots for own, *_ in tried.values())):
         raise UsageError(f"windows of {length} tokens lose nothing to {fewest} slots", hint=f"--length {16 * fewest}")
     tokenizer = TextModel(info.path)
-    prose = read_tokens(text_files(Path(path).expanduser() for path in _several(text)), tokenizer)
+    prose = read_tokens(text_files(texts), tokenizer)
     if len(prose) <= config.distance:
         raise UsageError(
             f"the text has {len(prose):,} tokens, a key in {config.distance:,} needs more",
             hint="give more plain text: --text FILE_OR_DIRECTORY, or a smaller --distance",
         )
     windows = cut_windows(documents.ids.tolist(), length, config.windows, tokenizer.encode(""))
-    return Plan(info, tokenizer, windows, prose, tried, budget, config)
+    asked: dict[str, Any] = {"model": str(model), "against": None if against is None else str(against)}
+    asked |= {"data": list(map(str, data)), "text": list(map(str, texts))}
+    return AllocatePlan(info, tokenizer, windows, prose, tried, budget, config, against, output, asked)
+
+
+@dataclass(frozen=True)
+class AllocatePlan:
+    """What will be measured; made by `plan_allocate`.
+
+    Attributes:
+        info: The checkpoint.
+        text: Its tokenizer.
+        windows: Windows of the data, `[n, length]`.
+        prose: A stream of tokens.
+        tried: The memories of each converted layer, its own first.
+        budget: Slots of all converted layers together.
+        asked: Model and texts as they were given.
+    """
+
+    info: CheckpointInfo
+    text: TextModel
+    windows: Tensor
+    prose: list[int]
+    tried: dict[int, list[LigerConfig]]
+    budget: int
+    config: AllocateConfig
+    against: str | Path | None
+    output: Path
+    asked: dict[str, Any]
+
+    @property
+    def measurements(self) -> int:
+        """How often the model is measured: once as it is, then with each other memory of each layer."""
+        return 1 + sum(len(memories) - 1 for memories in self.tried.values())
+
+    @property
+    def tokens(self) -> int:
+        """About how many tokens are read; the Transformer reads the windows too."""
+        windows = self.windows.numel()
+        return windows + self.measurements * (windows + self.config.trials * self.config.distance)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `run` would measure."""
+        return {"path": str(self.output), "layers": len(self.tried), "budget": self.budget,
+                "measurements": self.measurements, "tokens": self.tokens}  # fmt: skip
+
+    def run(self, progress: ProgressFactory | None = None) -> dict[str, Any]:
+        """Measure, and return the content of the file. Nothing is written: see `save`."""
+        info, config, tried = self.info, self.config, self.tried
+        device, dtype = pick_device(config.device), getattr(torch, config.dtype)
+        measure = Measure(
+            load_teacher(info, self.against, dtype).to(device), self.windows, self.text, self.prose,
+            distance=config.distance, trials=config.trials,
+        )  # fmt: skip
+        student: Any = load_model(info.path, dtype)
+        measured = measure_layers(student.to(device).eval(), tried, measure, progress or silent)
+        chosen = share_out(
+            [[memory.num_slots for memory in each] for each in tried.values()],
+            [[row["cost"] for row in rows] for rows in measured.values()],
+            self.budget,
+        )
+        choices = dict(zip(tried, chosen, strict=True))
+        sizes = {layer: tried[layer][choice] for layer, choice in choices.items()}
+        record = self.asked | {
+            "model_id": model_id(info), **asdict(config),
+            "base": dict(info.config["liger"]), "layers": len(sizes), "budget": self.budget,
+            "total": sum(memory.num_slots for memory in sizes.values()),
+            "expected_cost": sum(measured[layer][choice]["cost"] for layer, choice in choices.items()),
+            "measured": [{"layer": layer, "memories": rows} for layer, rows in measured.items()],
+            "versions": versions("torch", "transformers"),
+        }  # fmt: skip
+        return as_fields(LigerConfig.from_dict(record["base"]), sizes) | {"record": record}
+
+    def save(self, found: dict[str, Any]) -> None:
+        """Write what `run` returned."""
+        with staged_file(self.output) as file:
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def memories(config: LigerConfig) -> list[LigerConfig]:
@@ -261,7 +261,7 @@ def memories(config: LigerConfig) -> list[LigerConfig]:
 def measure_layers(
     model: Any, tried: dict[int, list[LigerConfig]], measure: Measure, progress: ProgressFactory
 ) -> dict[int, list[dict[str, Any]]]:
-    """Return what each memory of each layer does to a model, the rest of which stays as it is.
+    """Return what each memory of each layer does to a model whose other layers stay the same.
 
     Args:
         model: Converted, on its device.
@@ -298,16 +298,16 @@ def _row(memory: LigerConfig, found: dict[str, float], base: dict[str, float]) -
 
 
 def share_out(sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """Return which of its options each layer takes so that the sum of costs is least and sizes are within a budget.
+    """Return the option that each layer takes so that the sum of costs is smallest and the slots are within a budget.
 
     Exact, by dynamic programming over the slots that are spent.
 
     Args:
-        sizes: Of each layer's options.
-        costs: Of the same.
-        budget: Most of all sizes together; at least the sum of the smallest.
+        sizes: Slots of each layer's options.
+        costs: Costs of the same options.
+        budget: Largest sum of all sizes; at least the sum of the smallest ones.
     """
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by what is spent: cost, options so far
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by the slots spent: the cost and the options so far
     for layer_sizes, layer_costs in zip(sizes, costs, strict=True):
         reached: dict[int, tuple[float, list[int]]] = {}
         for spent, (cost, options) in best.items():
@@ -320,7 +320,7 @@ def share_out(sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], 
 
 
 def as_fields(liger: LigerConfig, sizes: dict[int, LigerConfig]) -> dict[str, Any]:
-    """Return the fields `MEMORY` that give each layer its memory: the most frequent one is everybody's."""
+    """Return the fields `MEMORY` that give each layer its memory: the most frequent memory is that of all layers."""
     pairs = {layer: (memory.window, memory.slots) for layer, memory in sizes.items()}
     (window, slots), _ = Counter(pairs.values()).most_common(1)[0]
     single = tuple((layer, *pair) for layer, pair in pairs.items() if pair != (window, slots))
@@ -333,7 +333,7 @@ class Measure:
 
     Args:
         teacher: The Transformer.
-        windows: `[n, length]`; the first eighth of each is context alone, since a memory loses nothing so early.
+        windows: `[n, length]`; the first eighth of each is only context, because no memory has lost anything by then.
         text: The tokenizer.
         prose: A stream of tokens.
         distance: Tokens of prose around the key.
@@ -362,12 +362,12 @@ class Measure:
         return _Uncached(model).forced(row[None], self.last)[0].log_softmax(dim=-1)
 
 
-class _Uncached(TorchScorer):
-    """Reads without a cache: layers that were replaced would keep another one than the model's configuration says."""
+class _Uncached(TorchModel):
+    """Reads without a cache, because replaced layers would need another one than the model's configuration says."""
 
     @torch.no_grad()
     def forced(self, ids: Tensor, last: int) -> Tensor:
-        """Return as `Scorer.forced`."""
+        """Return as `Opened.forced`."""
         return self.model(ids.to(self.model.device), use_cache=False, logits_to_keep=last).logits.float()
 
 

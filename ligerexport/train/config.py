@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,30 +13,35 @@ TARGETS = ("q_proj", "k_proj", "v_proj")
 DEFAULT_TOKENS = 3_000_000
 
 
+def given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that are not None; None leaves the default of a configuration."""
+    return {key: value for key, value in settings.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class RecoverConfig:
-    """What `recover` does, beside model, data and places.
+    """The settings of `recover`, apart from model, data and places.
 
     Attributes:
         recipe: Row of `RECIPES`.
-        rank: Of the LoRA matrices.
-        alpha: Of LoRA: its product is scaled by alpha / rank.
+        rank: LoRA rank.
+        alpha: LoRA alpha; the product of its matrices is scaled by alpha / rank.
         targets: Names of the projections that get LoRA.
         tokens: Tokens to train on, `steps * batch_tokens`; None where `steps` is given.
         steps: Optimizer steps; None follows from `tokens`.
         length: Tokens of a row; documents are packed into rows, and none is longer.
         batch_tokens: Tokens of one optimizer step, over all processes: a multiple of `length`.
-        micro_batch_tokens: Tokens in memory at a time, for each process; None takes its whole share of the batch.
+        micro_batch_tokens: Tokens that each process has in memory at a time; None takes its whole share of the batch.
         rate: Largest learning rate; None takes the recipe's.
         warmup: Steps in which the rate rises; None takes the recipe's.
         overlong: Whether a sample longer than `length` is cut or dropped.
-        dtype: Of the frozen weights and the arithmetic. LoRA, its optimizer and all losses are fp32 in any case.
+        dtype: Type of the frozen weights and of the arithmetic. LoRA, its optimizer and all losses are always fp32.
         gradient_checkpointing: Whether to compute activations a second time instead of keeping them.
-        seed: Of the order of the data and LoRA's first values.
-        save_every: Steps between two states to resume from.
+        seed: Seed of the order of the data and of LoRA's initial values.
+        save_every: Steps between two saved states.
 
     Raises:
-        UsageError: A value makes no sense, or two of them exclude each other.
+        UsageError: A value makes no sense, or two values exclude each other.
     """
 
     recipe: str = DEFAULT_RECIPE

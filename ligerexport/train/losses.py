@@ -1,4 +1,4 @@
-"""What is minimised: pure functions of activations, summed over positions so that any cut of a batch adds up.
+"""The losses: pure functions of activations, summed over positions so that the parts of a batch add up.
 
 Logits are made a chunk of positions at a time, forward and backward, so `[T, V]` never exists in whole.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ligerexport.train.plan import LOGIT_CHUNK
+from ligerexport.train.estimate import LOGIT_CHUNK
 
 Head = Callable[[Tensor], Tensor]
 """From hidden states `[t, hidden]` to logits `[t, V]`."""

@@ -1,21 +1,24 @@
 """`recover`: from a converted checkpoint and text to a recovered one.
 
-Only the order of the work is here. Torch is imported once there is something to train.
+This module has the order of the work. Torch is imported once there is something to train.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from importlib import metadata
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ligerexport.console import ProgressFactory, say, silent, warn
+from ligerexport.dtypes import BY_KERNEL
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.model.config import LigerConfig
 from ligerexport.staging import check_destination, remove_directory, staged_directory
-from ligerexport.train.config import RecoverConfig
+from ligerexport.train.config import RecoverConfig, given
+from ligerexport.train.estimate import Estimate, estimate
+from ligerexport.versions import versions
 
 if TYPE_CHECKING:
     from ligerexport.checkpoint.checkpoint import CheckpointInfo
@@ -23,10 +26,9 @@ if TYPE_CHECKING:
     from ligerexport.train.loop import OnStep, Step
 
 _MANY_TIMES = 10
-"""How often the same data may be read without a warning."""
+"""Number of times that the same data may be read without a warning."""
 _WARM = 5.0
-"""Seconds of a step from which on what is done only once hardly counts."""
-_VERSIONS = ("ligerexport", "torch", "transformers", "peft", "accelerate")
+"""Seconds of a step from which work that is done only once hardly counts."""
 
 
 def recover(
@@ -73,91 +75,132 @@ def recover(
         MissingDependency: The `recover` extra is not installed.
         LigerError: The loss is not finite, or memory ran out; what was kept says how to go on.
     """
-    from ligerexport.checkpoint.adapter import RECORD
-
-    config, output = make_config(settings), Path(output)
-    if resume not in ("auto", "never"):
-        raise UsageError(f"resume '{resume}'", hint="choose from auto, never")
-    check_places(Path(model), output, force)
-    info, documents = prepare(model, data, config, against, progress)
-    warn_of_repeats(documents, config)
-    _require("accelerate", "peft")
-    writer = _writer(tensorboard)
-
-    from ligerexport.checkpoint.adapter import write_adapter, write_merged
-    from ligerexport.train.distributed import Group
-    from ligerexport.train.report import write_report
-    from ligerexport.train.state import load_state, state_directory
-
-    group = Group.join(shard)
-    states, run = state_directory(output), identity(info, documents, config, against)
-    if resume == "never" and group.main:
-        remove_directory(states)
-    group.wait()
-    state = load_state(states, run)  # before the weights are loaded: a mistake is told at once
-    trainer, lora = _trainer(info, documents, config, against, group, states, run)
-    if state is not None:
-        trainer.restore(state)
-        if group.main:
-            say(f"going on after step {state.step} of {config.num_steps}")
-    trainer.train(progress if group.main else None, _observers(writer, on_step) if group.main else None)
-
-    tensors = trainer.tensors()
-    if group.main:
-        record = make_record(run, config, documents, trainer.history)
-        with staged_directory(output, force=force, marker=RECORD) as stage:
-            if merge:
-                write_merged(stage, info, tensors, config.alpha / config.rank, record, progress)
-            else:
-                write_adapter(stage, tensors, lora, record | {"liger": info.config["liger"]})
-            write_report(stage, record, trainer.history)
-        remove_directory(states)
-    group.wait()
-    return output
+    return plan_recover(
+        model, data, output, against=against, merge=merge, resume=resume, shard=shard, force=force,
+        tensorboard=tensorboard, **settings,
+    ).run(progress, on_step)  # fmt: skip
 
 
-def make_config(settings: dict[str, Any]) -> RecoverConfig:
-    """Return the settings that are not None as a configuration.
-
-    Raises:
-        UsageError: One makes no sense.
-    """
-    return RecoverConfig(**{key: value for key, value in settings.items() if value is not None})
-
-
-def check_places(model: Path, output: Path, force: bool) -> None:
-    """Refuse an output that would lose something.
-
-    Raises:
-        UsageError: It is in use, or is the model itself.
-    """
-    from ligerexport.checkpoint.adapter import RECORD
-
-    if output.resolve() == model.expanduser().resolve():
-        raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
-    check_destination(output, force=force, marker=RECORD)
-
-
-def prepare(
+def plan_recover(
     model: str | Path,
     data: str | Path | Sequence[str | Path],
-    config: RecoverConfig,
-    against: str | Path | None,
-    progress: ProgressFactory | None = None,
-) -> tuple[CheckpointInfo, Documents]:
-    """Check the model, the teacher and the data; loads no weight.
-
-    Returns:
-        The checkpoint, and as many documents as the run reads, or all there are.
+    output: str | Path,
+    *,
+    against: str | Path | None = None,
+    merge: bool = True,
+    resume: Literal["auto", "never"] = "auto",
+    shard: bool = False,
+    force: bool = False,
+    tensorboard: str | Path | None = None,
+    **settings: Any,
+) -> RecoverPlan:
+    """Check all arguments of `recover` but the data, which is not read yet. No weight is loaded.
 
     Raises:
-        UsageError, DataError, CheckpointError: See `recover`.
+        UsageError: A setting makes no sense for this model, or a place is in use.
+        CheckpointError: A checkpoint is incomplete or damaged.
+    """
+    from ligerexport.checkpoint.adapter import RECORD
+
+    config, output = RecoverConfig(**given(settings)), Path(output)
+    if resume not in ("auto", "never"):
+        raise UsageError(f"resume '{resume}'", hint="choose from auto, never")
+    if output.resolve() == Path(model).expanduser().resolve():
+        raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
+    check_destination(output, force=force, marker=RECORD)
+    sources = [data] if isinstance(data, (str, Path)) else list(data)
+    info = check_model(model, config, against)
+    return RecoverPlan(info, sources, output, config, against, merge, resume == "auto", shard, force, tensorboard)
+
+
+@dataclass(frozen=True)
+class RecoverPlan:
+    """A recovery with its arguments checked; made by `plan_recover`, whose arguments its fields are.
+
+    Attributes:
+        info: The converted checkpoint.
+        config: The settings.
+        resumes: Whether to continue from a saved state.
+    """
+
+    info: CheckpointInfo
+    data: list[str | Path]
+    output: Path
+    config: RecoverConfig
+    against: str | Path | None
+    merge: bool
+    resumes: bool
+    shard: bool
+    force: bool
+    tensorboard: str | Path | None
+
+    def estimate(self) -> Estimate:
+        """Return what the run will take."""
+        return estimate(self.info, self.config, _processes(), self.shard)
+
+    def describe(self, progress: ProgressFactory | None = None) -> dict[str, Any]:
+        """Return what `run` would take. The data is read, and a few rows are trained on to measure the time."""
+        documents = self._read(progress)
+        seconds = measure_seconds(self.info, documents, self.config, self.against, _processes(), progress)
+        data = {"documents": len(documents.lengths), "tokens": len(documents.ids), **documents.counts}
+        return {"path": str(self.output), **self.estimate().to_dict(), "seconds": seconds, "data": data}
+
+    def run(self, progress: ProgressFactory | None = None, on_step: OnStep | None = None) -> Path:
+        """Train and write the result; return its directory. Arguments and errors as for `recover`."""
+        info, config, documents = self.info, self.config, self._read(progress)
+        _require("accelerate", "peft")
+        writer = _writer(self.tensorboard)
+
+        from ligerexport.checkpoint.adapter import RECORD, write_adapter, write_merged
+        from ligerexport.train.distributed import Group
+        from ligerexport.train.report import write_report
+        from ligerexport.train.state import load_state, state_directory
+
+        group = Group.join(self.shard)
+        states, run = state_directory(self.output), identity(info, documents, config, self.against)
+        if not self.resumes and group.main:
+            remove_directory(states)
+        group.wait()
+        state = load_state(states, run)  # before the weights are loaded: a mistake is told at once
+        trainer, lora = _trainer(info, documents, config, self.against, group, states, run)
+        if state is not None:
+            trainer.restore(state)
+            if group.main:
+                say(f"going on after step {state.step} of {config.num_steps}")
+        trainer.train(progress if group.main else None, _observers(writer, on_step) if group.main else None)
+
+        tensors = trainer.tensors()
+        if group.main:
+            record = make_record(run, config, documents, trainer.history)
+            with staged_directory(self.output, force=self.force, marker=RECORD) as stage:
+                if self.merge:
+                    write_merged(stage, info, tensors, config.alpha / config.rank, record, progress)
+                else:
+                    write_adapter(stage, tensors, lora, record | {"liger": info.config["liger"]})
+                write_report(stage, record, trainer.history)
+            remove_directory(states)
+        group.wait()
+        return self.output
+
+    def _read(self, progress: ProgressFactory | None) -> Documents:
+        documents = read_documents(self.info, self.data, self.config, progress)
+        warn_of_repeats(documents, self.config)
+        return documents
+
+
+def _processes() -> int:
+    """Return how many processes a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_model(model: str | Path, config: RecoverConfig, against: str | Path | None) -> CheckpointInfo:
+    """Check the model and its teacher against the settings.
+
+    Raises:
+        UsageError, CheckpointError: As for `recover`.
     """
     from ligerexport.checkpoint.adapter import check_student
-    from ligerexport.text.tokenizer import TextModel
-    from ligerexport.train.data import tokenize
     from ligerexport.train.model import target_shapes, teacher_config
-    from ligerexport.train.records import read_records
 
     info = check_student(model)
     target_shapes(info, config.targets)
@@ -174,16 +217,32 @@ def prepare(
         raise UsageError(
             f"the recipe {config.recipe} needs no teacher", hint="leave --against out, or --recipe distill"
         )
-    sources = [data] if isinstance(data, (str, Path)) else list(data)
-    documents = tokenize(
-        read_records(sources), TextModel(info.path), length=config.length, vocab_size=info.config["vocab_size"],
+    return info
+
+
+def read_documents(
+    info: CheckpointInfo,
+    data: Sequence[str | Path],
+    config: RecoverConfig,
+    progress: ProgressFactory | None = None,
+) -> Documents:
+    """Return as many documents as a run reads, or all that there are.
+
+    Raises:
+        UsageError, DataError: As for `recover`.
+    """
+    from ligerexport.text.tokenizer import TextModel
+    from ligerexport.train.data import tokenize
+    from ligerexport.train.records import read_records
+
+    return tokenize(
+        read_records(list(data)), TextModel(info.path), length=config.length, vocab_size=info.config["vocab_size"],
         overlong=config.overlong, wanted=config.num_steps * config.batch_tokens, seed=config.seed, progress=progress,
     )  # fmt: skip
-    return info, documents
 
 
 def warn_of_repeats(documents: Documents, config: RecoverConfig) -> None:
-    """Warn where the same few texts are read over and over."""
+    """Warn where a run reads the same few texts many times."""
     from ligerexport.train.packing import pack
 
     if config.num_steps * config.batch_tokens <= _MANY_TIMES * len(documents.ids):
@@ -210,10 +269,10 @@ def measure_seconds(
 
     Args:
         info: The checkpoint.
-        documents: From `prepare`.
+        documents: From `read_documents`.
         config: Settings.
         against: As for `recover`.
-        processes: That share the rows; only this one measures.
+        processes: Number of processes that share the rows; only this one measures.
         progress: Reports the steps that are measured; silent by default.
 
     Raises:
@@ -259,18 +318,12 @@ def make_record(
     """Return what the result says about its making."""
     from ligerexport.train.report import phase_table
 
-    versions = {}
-    for name in _VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout
-            continue
     return run | {
         "tokens": sum(step.tokens for step in history),
         "final_loss": phase_table(history)[-1]["final_loss"],
         "phases": [asdict(phase) for phase in config.row.phases],
         "samples": documents.counts,
-        "versions": versions,
+        "versions": versions("torch", "transformers", "peft", "accelerate"),
     }
 
 
@@ -278,7 +331,6 @@ def _trainer(
     info: CheckpointInfo, documents: Documents, config: RecoverConfig, against: Any, group: Any, states: Path, run: Any
 ) -> tuple[Any, Any]:
     """Load the models and return the trainer and PEFT's configuration."""
-    import torch
     from transformers import set_seed
 
     from ligerexport.train.distributed import place
@@ -287,7 +339,7 @@ def _trainer(
     from ligerexport.train.packing import Rows, pack
 
     micro_rows(config, group.size)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+    dtype = BY_KERNEL[config.dtype].torch
     set_seed(config.seed)
     student, lora = load_student(info, config, dtype)
     teacher = place(load_teacher(info, against, dtype), group) if config.row.needs_teacher else None

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.checkpoint.sources import file_sha256
 from ligerexport.console import warn
 from ligerexport.errors import CheckpointError
+from ligerexport.reading import sha256
 from ligerexport.staging import remove_directory, staged_directory
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def save_state(
     with staged_directory(target, force=True, marker=MARKER) as stage:
         save_file(tensors, stage / "lora.safetensors")
         save_file(optimizer, stage / "optimizer.safetensors")
-        hashes = {file.name: file_sha256(file) for file in sorted(stage.iterdir())}
+        hashes = {file.name: sha256(file) for file in sorted(stage.iterdir())}
         content = {"step": step, "run": run, "sha256": hashes, "history": history}
         (stage / MARKER).write_text(json.dumps(content) + "\n", encoding="utf-8")
     for old in _states(directory)[KEPT:]:
@@ -77,7 +77,7 @@ def load_state(directory: Path, run: dict[str, Any]) -> Resumed | None:
     for path in _states(directory):
         try:
             content = json.loads((path / MARKER).read_text(encoding="utf-8"))
-            if bad := [name for name, digest in content["sha256"].items() if file_sha256(path / name) != digest]:
+            if bad := [name for name, digest in content["sha256"].items() if sha256(path / name) != digest]:
                 raise ValueError(f"{bad[0]} was changed")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warn(f"{path} is damaged ({error}); trying the one before")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import ligerexport as lx
-from ligerexport.exporters.verify.compare import TOLERANCES, is_near_tie, of_layer, sort_slots, state_error
+from ligerexport.exporters.verify.compare import is_near_tie, of_layer, sort_slots, state_error, tolerance_of
 from ligerexport.kernels.evicted import slow_rotation
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.layers.mixer import LigerCache, LigerMixer
@@ -87,7 +87,7 @@ def compare(found: Arrays, expected: Arrays, mixers: list[LigerMixer]) -> dict[s
         rows["sums"].append(max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs))
         ours, truth = sort_slots(ours), sort_slots(truth)
         same = np.array_equal(ours["slot_position"], truth["slot_position"])
-        if not (same or i or is_near_tie(truth, ours, mixer.spec.config.slots, TOLERANCES["float32"].tie)):
+        if not (same or i or is_near_tie(truth, ours, mixer.spec.config.slots, tolerance_of("float32").tie)):
             raise ValueError(f"after {found['position']} tokens the first layer holds others, and it is no near tie")
         rows["same"].append(same)
         if all(rows["same"]):

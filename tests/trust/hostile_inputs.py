@@ -29,7 +29,7 @@ from hostile_templates import template
 from safetensors.numpy import load, save
 
 import ligerexport as lx
-from ligerexport.cli import tell
+from ligerexport.cli.inspect import inspect
 from ligerexport.model.config import read_memory
 from ligerexport.run.generate import Conversation
 
@@ -127,8 +127,8 @@ def reseal(artifact: Path) -> None:
 
 def look(place: Path) -> None:
     """Look at an artifact, then use it."""
-    tell.inspect(place / "artifact", json=True)
-    tell.inspect(place / "artifact")
+    inspect(place / "artifact", json=True)
+    inspect(place / "artifact")
     use(place)
 
 
@@ -163,9 +163,9 @@ def resume(place: Path) -> None:
 
 def convert(place: Path, **options: Any) -> None:
     """Look at a Transformer and convert it."""
-    tell.inspect(place / "source")
+    inspect(place / "source")
     lx.convert(place / "source", place / "out", **options or LIGER)
-    tell.inspect(place / "out")
+    inspect(place / "out")
 
 
 def adapt(place: Path) -> None:
@@ -175,8 +175,8 @@ def adapt(place: Path) -> None:
 
 def build(place: Path) -> None:
     """Look at a converted checkpoint, build an artifact of it without the comparison, and run that."""
-    tell.inspect(place / "liger", json=True)
-    tell.inspect(place / "liger")
+    inspect(place / "liger", json=True)
+    inspect(place / "liger")
     lx.build(place / "liger", place / "out", verify=False, max_chunk=16)
     lx.load(place / "out", threads=1).step(1)
 
@@ -353,7 +353,7 @@ _TORCH = (
     "safetensors.torch",
     "ligerexport.exporters.verify.verify",
     "ligerexport.exporters.onnx.genai",
-    "ligerexport.exporters.tensorrt.package",
+    "ligerexport.exporters.tensorrt.backend",
     "transformers.models.llama.modeling_llama",
     "ligerexport.exporters.onnx.weights",
 )

@@ -34,8 +34,7 @@ from ligerexport.checkpoint.convert import convert
 from ligerexport.errors import LigerError, VerificationError
 from ligerexport.exporters.build import build, make_manifest
 from ligerexport.exporters.onnx import session
-from ligerexport.exporters.onnx.graph import weight_format, write_graph
-from ligerexport.exporters.onnx.lowerings import LOWERINGS
+from ligerexport.exporters.onnx.graph import LOWERINGS, weight_format, write_graph
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.verify.verify import verify_artifact
@@ -79,7 +78,7 @@ def model(place: Path, preset: str, family: str = "llama", seed: int = 0) -> Mod
 
 def verify(spec: ModelSpec, lowering: str, weights: str = "fp32", fault: Fault | None = None) -> str | None:
     """Build and verify, with a fault or without; return what is said of it, None where it passes."""
-    form = weight_format(weights, lowering=lowering, typed=lowering == "plugin")
+    form = weight_format(weights, lowering=lowering)
     with tempfile.TemporaryDirectory() as place:
         site = Site(spec, Path(place), lowering, form)
         how = None if fault is None else fault.how

@@ -20,6 +20,7 @@ from ligerexport.artifact.artifact import Artifact, StateTensor
 from ligerexport.errors import UsageError, VerificationError
 from ligerexport.exporters.onnx.builder import Builder, graph_input
 from ligerexport.exporters.onnx.session import DEFAULT_CHUNK, OnnxSession, optimisation
+from ligerexport.exporters.targets import get_target
 from ligerexport.text.tokenizer import TextModel, eos_ids
 
 GRAPH_FILE = "genai.onnx"
@@ -39,7 +40,7 @@ def check_genai(checkpoint: Path, target: str, lowering: str) -> None:
     Raises:
         UsageError: It is not for ONNX Runtime, has an operator that it does not have, or no id ends a text.
     """
-    if target != "onnx":
+    if not get_target(target).onnxruntime:
         raise UsageError(f"onnxruntime-genai with the target {target}", hint="--target onnx")
     if lowering == "native":
         raise UsageError("onnxruntime-genai does not have the operator of the lowering native", hint="--lowering ort")
@@ -150,10 +151,10 @@ def _verify(artifact: Artifact) -> None:
     """
     import onnxruntime
 
-    from ligerexport.exporters.verify.compare import TOLERANCES
+    from ligerexport.exporters.verify.compare import tolerance_of
 
     manifest, options = artifact.manifest, onnxruntime.SessionOptions()
-    prepack, tolerance = manifest.block is not None, TOLERANCES[manifest.precision].logits
+    prepack, tolerance = manifest.block is not None, tolerance_of(manifest.precision).logits
     options.log_severity_level = 3
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, optimisation(manifest))
     options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))

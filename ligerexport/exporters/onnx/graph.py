@@ -3,84 +3,79 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ligerexport.artifact.artifact import Manifest, StateTensor
+from ligerexport.dtypes import DTYPES
 from ligerexport.exporters.onnx.attention import softmax_attention
-from ligerexport.exporters.onnx.builder import Axis, Builder, graph_input
+from ligerexport.exporters.onnx.builder import Builder, graph_input
 from ligerexport.exporters.onnx.frame import Frame
-from ligerexport.exporters.onnx.linear import Weights
-from ligerexport.exporters.onnx.lowerings import LOWERINGS, Plugin, Portable
+from ligerexport.exporters.onnx.linear import HEAD, Weights
+from ligerexport.exporters.onnx.lowerings import Native, Ort, Portable
 from ligerexport.exporters.onnx.mixer import Candidates, RotaryTables, candidates, mixer, rotary_tables
 from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
 from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, JOINT, WeightFormat, align, data_layout
-from ligerexport.exporters.targets import BLOCK, get_precision
+from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision
+from ligerexport.exporters.tensorrt.fuse import fuse_for_plugin
+from ligerexport.exporters.tensorrt.lowering import Plugin
 from ligerexport.exporters.tensorrt.node import plugin_mixer
 from ligerexport.model.families import Norms, get_family
 
+LOWERINGS: dict[str, type[Portable]] = {"ort": Ort, "portable": Portable, "native": Native, "plugin": Plugin}
+"""How a graph is written."""
 GRAPH_FILE = "model.onnx"
 EMBEDDED = 4096
 """Constants of at most this many bytes stay in the graph's own file."""
-_ONNX = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64", "int32": "INT32"}
+Projected = tuple[ir.Value, ir.Value, ir.Value]
+"""Query, key and value of a layer."""
+Mixed = tuple[ir.Value, dict[str, ir.Value]]
+"""Output and new state of a mixer."""
 
 
-@dataclass(frozen=True)
-class StateTensorSpec:
-    """One tensor of the state of one layer; `shape` with its letters `B` and `P`."""
-
-    layer: int
-    name: str
-    shape: tuple[Axis, ...]
-    dtype: str
-    fill: float
-    grows: bool
-
-    @property
-    def past(self) -> str:
-        """Name of the input."""
-        return f"past.{self.layer}.{self.name}"
-
-    @property
-    def present(self) -> str:
-        """Name of the output."""
-        return f"present.{self.layer}.{self.name}"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one sequence, where it does not grow."""
-        count = prod(size for size in self.shape if isinstance(size, int))
-        return count * ir.DataType[_ONNX[self.dtype]].bitwidth // 8
+def _onnx(dtype: str) -> str:
+    """Return ONNX's name of a row of `DTYPES`."""
+    return ir.DataType(DTYPES[dtype].onnx).name
 
 
-def state_tensors(spec: ModelSpec, lowering: str = "ort", form: WeightFormat = FP32) -> tuple[StateTensorSpec, ...]:
+def state_tensors(spec: ModelSpec, lowering: str = "ort", form: WeightFormat = FP32) -> tuple[StateTensor, ...]:
     """Return the state of the whole model in the order of the graph's inputs."""
     growing, row = ("B", spec.kv_heads, "P", spec.head_dim), LOWERINGS[lowering]
-    activation = form.precision.dtype if row.plugin and form.typed else "float32"
+    activation = form.precision.dtype if row.plugin else "float32"
     types = {"activation": activation, "float32": "float32", "int64": row.integer}
     tensors = []
     for layer, layer_spec in enumerate(spec.mixers):
+        past, present = f"past.{layer}", f"present.{layer}"
         if layer_spec is None:
-            tensors += [StateTensorSpec(layer, name, growing, "float32", 0.0, True) for name in ("key", "value")]
+            tensors += [
+                StateTensor(f"{past}.{x}", f"{present}.{x}", growing, "float32", grows=True) for x in ("key", "value")
+            ]
         else:
-            fixed = layer_spec.state()
-            tensors += [StateTensorSpec(layer, t.name, ("B", *t.shape), types[t.dtype], t.fill, False) for t in fixed]
+            tensors += [
+                StateTensor(f"{past}.{x.name}", f"{present}.{x.name}", ("B", *x.shape), types[x.dtype], x.fill)
+                for x in layer_spec.state()
+            ]
     return tuple(tensors)
 
 
-def weight_format(
-    weights: str = "fp32", block: int = BLOCK, lowering: str = "ort", typed: bool = False
-) -> WeightFormat:
-    """Return how weights are stored for a lowering, and with `typed` that products run in their type.
+def weight_format(weights: str = "fp32", block: int = BLOCK, lowering: str = "ort") -> WeightFormat:
+    """Return how weights are stored for a lowering.
 
     Raises:
         UsageError: No such precision, or no kernel takes such blocks.
     """
-    return WeightFormat(get_precision(weights, block), block, LOWERINGS[lowering].transposed, typed)
+    return WeightFormat(get_precision(weights, block), block, LOWERINGS[lowering].transposed)
+
+
+def format_of(manifest: Manifest) -> WeightFormat:
+    """Return how the weights of an artifact are stored."""
+    (weights,) = (name for name, row in WEIGHTS.items() if row.dtype == manifest.precision)
+    return weight_format(weights, manifest.block or BLOCK, manifest.lowering)
 
 
 def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128, form: WeightFormat = FP32) -> ir.Model:
@@ -95,96 +90,31 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
         form: How weights are stored, from `weight_format` for this lowering.
     """
     g = Builder()
-    lower = LOWERINGS[lowering](g, form.activation)
-    integer = _ONNX[lower.integer]
+    lower = LOWERINGS[lowering](g)
+    integer = _onnx(lower.integer)
     input_ids, position = graph_input("input_ids", integer, ("B", "T")), graph_input("position", integer, ("B",))
     state = state_tensors(spec, lowering, form)
-    past = {t.past: graph_input(t.past, _ONNX[t.dtype], t.shape) for t in state}
-    family, weights = get_family(spec.family), Weights(g, lower, spec, form)
-    weight, linear = weights.vector, weights.linear
-
-    def projections(x: ir.Value, layer: str, joint: str, widths: list[int]) -> list[ir.Value]:
-        """Return the maps of one input."""
-        if weights.stored(f"{layer}.{joint}"):
-            return g.split(linear(x, f"{layer}.{joint}"), widths)
-        return [linear(x, f"{layer}.{joint.partition('.')[0]}.{kind}_proj") for kind in JOINT[joint]]
-
-    def scaled(x: ir.Value, factor: float) -> ir.Value:
-        return x if factor == 1 else g.op("Mul", x, g.floats(factor))
-
-    def norm_weight(name: str) -> ir.Value:
-        stored = weight(f"{name}.weight")
-        return g.once(("norm", name), lambda: g.op("Add", stored, g.floats(1))) if family.unit_norms else stored
-
-    def norm(x: ir.Value, name: str | None) -> ir.Value:
-        return x if name is None else lower.rms_norm(x, norm_weight(name), spec.norm_eps)
-
-    def head_norm(x: ir.Value, name: str) -> ir.Value:
-        """Norm each head, or all of them at once: as the norm is wide."""
-        width = spec.weights[f"{name}.weight"].shape[0]
-        return g.op("Reshape", norm(g.reshape(x, -1, width), name), g.op("Shape", x))
-
-    def add(x: ir.Value | None, residual: ir.Value, name: str | None) -> tuple[ir.Value, ir.Value]:
-        """Return the sum as the norm of the next block leaves it, and the sum, which is there if x is None."""
-        if x is None:
-            return norm(residual, name), residual
-        x = scaled(x, spec.scaling.residual)
-        if name is None:
-            total = lower.add(x, residual)
-            return total, total
-        return lower.add_norm(x, residual, norm_weight(name), spec.norm_eps)
-
+    past = {t.past: graph_input(t.past, _onnx(t.dtype), t.shape) for t in state}
+    blocks = _Blocks(g, lower, spec, Weights(g, lower, spec, form))
     frame = Frame(g, input_ids, position)
-    tables, seen = ({}, {}) if lower.plugin else _shared(lower, frame, spec, past, max_chunk)
-    activation = ACTIVATIONS[spec.activation]
-    heads = [count * spec.head_dim for count in (spec.q_heads, spec.kv_heads, spec.kv_heads)]
+    mixers = _mixers(lower, frame, spec, past, max_chunk)
     outputs: dict[str, ir.Value] = {}
-    residual = scaled(weights.embed(g.reshape(input_ids, -1)), spec.scaling.embedding)
-    norms = [_named(family.norms, i) for i in range(len(spec.mixers))]
-    normed = norm(residual, norms[0].before_attention)
-    x: ir.Value | None
-    for i, layer in enumerate(spec.mixers):
-        name = f"model.layers.{i}"
+    normed, residual = blocks.embed(input_ids)
+    x: ir.Value | None = None
+    for i in range(len(spec.mixers)):
+        prefix = f"past.{i}."
+        own = {name.removeprefix(prefix): value for name, value in past.items() if name.startswith(prefix)}
         with g.scope(f"layers.{i}"):
-            query, key, value = projections(normed, name, "self_attn.qkv_proj", heads)
-            if family.qk_norm is not None:
-                query, key = head_norm(query, f"{name}.self_attn.q_norm"), head_norm(key, f"{name}.self_attn.k_norm")
-            own = {t.name: past[t.past] for t in state if t.layer == i}
-            if layer is None:
-                mixed, present = softmax_attention(lower, frame, spec, (query, key, value), own, spec.attention[i])
-            else:
-                score = linear(normed, f"{name}.self_attn.score_proj") if layer.config.foresees else None
-                if isinstance(lower, Plugin):
-                    inv_freq = spec.attention[i].inv_freq
-                    mixed, present = plugin_mixer(lower, frame, layer, inv_freq, (query, key, value), own, score)
-                else:
-                    mixed, present = mixer(lower, frame, layer, tables[i], (query, key, value), own, seen.get(i), score)
-            outputs |= {f"present.{i}.{kind}": tensor for kind, tensor in present.items()}
-            mixed = norm(linear(mixed, f"{name}.self_attn.o_proj"), norms[i].after_attention)
-            normed, residual = add(mixed, residual, norms[i].before_mlp)
-            gate, up = projections(normed, name, "mlp.gate_up_proj", [spec.intermediate_size] * 2)
-            x = linear(lower.gated_unit(gate, up, activation), f"{name}.mlp.down_proj")
-            x = norm(x, norms[i].after_mlp)
-            if lower.plugin:  # by the layer's last product
-                residual = lower.add(scaled(x, spec.scaling.residual), residual)
-                x = None
+            mixed, present = blocks.attention(i, normed, partial(mixers, i, own))
+            x, residual = blocks.mlp(i, mixed, residual)
+        outputs |= {f"present.{i}.{kind}": tensor for kind, tensor in present.items()}
         if i + 1 < len(spec.mixers):
-            normed, residual = add(x, residual, norms[i + 1].before_attention)
+            normed, residual = blocks.add(x, residual, blocks.norms[i + 1].before_attention)
             residual.name = f"hidden.{i}"
-    if x is None:
-        residual = lower.last(frame, residual, spec.hidden_size)
-        normed = norm(residual, "model.norm")
-    else:
-        x, residual = (lower.last(frame, y, spec.hidden_size) for y in (x, residual))
-        normed, residual = add(x, residual, "model.norm")
-    residual.name = f"hidden.{len(spec.mixers) - 1}"
-    factor, cap = spec.scaling.logits, spec.scaling.logit_cap
-    logits = scaled(linear(normed, "lm_head"), factor / (cap or 1))
-    if cap is not None:
-        logits = scaled(g.op("Tanh", logits), cap)
+    logits = blocks.logits(frame, x, residual)
 
     named = [g.output(logits, "logits", "FLOAT", ("B", spec.vocab_size))]
-    named += [g.output(outputs[t.present], t.present, _ONNX[t.dtype], t.shape) for t in state]
+    named += [g.output(outputs[t.present], t.present, _onnx(t.dtype), t.shape) for t in state]
     graph = ir.Graph(
         [input_ids, position, *past.values()], named, nodes=g.nodes, initializers=list(g.initializers.values()),
         opset_imports={"": lower.opset} | dict.fromkeys(lower.domains, 1), name="ligerexport",
@@ -192,8 +122,120 @@ def build_graph(spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128,
     linear_states = any(layer is not None and (layer.config.recurrent or layer.config.judged) for layer in spec.mixers)
     functions = lower.functions(spec.kv_heads, spec.head_dim) if linear_states else []
     model = ir.Model(graph, ir_version=lower.ir_version, producer_name="ligerexport", functions=functions)
+    if lower.plugin:
+        fuse_for_plugin(model, form.activation)
     RemoveUnusedNodesPass()(model)  # what an operator took over from the nodes before it
     return model
+
+
+class _Blocks:
+    """The blocks of a model around its mixers.
+
+    Args:
+        g: The graph.
+        lower: Its lowering.
+        spec: The model.
+        weights: Its weights.
+    """
+
+    def __init__(self, g: Builder, lower: Portable, spec: ModelSpec, weights: Weights) -> None:
+        self.g, self.lower, self.spec, self.weights = g, lower, spec, weights
+        self.family = get_family(spec.family)
+        self.norms = [
+            Norms(*(name and f"model.layers.{i}.{name}" for name in self.family.norms)) for i in range(len(spec.mixers))
+        ]
+
+    def embed(self, input_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Return the first residual stream, normed and as it is."""
+        rows = self.weights.embed(self.g.reshape(input_ids, -1))
+        residual = self._scaled(rows, self.spec.scaling.embedding)
+        return self._norm(residual, self.norms[0].before_attention), residual
+
+    def attention(
+        self, i: int, x: ir.Value, mix: Callable[[Projected, ir.Value | None], Mixed]
+    ) -> tuple[ir.Value, dict[str, ir.Value]]:
+        """Write the attention of a layer; return its output and the layer's new state."""
+        name, spec, linear = f"model.layers.{i}.self_attn", self.spec, self.weights.linear
+        heads = [count * spec.head_dim for count in (spec.q_heads, spec.kv_heads, spec.kv_heads)]
+        query, key, value = self._projections(x, f"model.layers.{i}", "self_attn.qkv_proj", heads)
+        if self.family.qk_norm is not None:
+            query, key = self._head_norm(query, f"{name}.q_norm"), self._head_norm(key, f"{name}.k_norm")
+        layer = spec.mixers[i]
+        score = linear(x, f"{name}.score_proj") if layer is not None and layer.config.foresees else None
+        mixed, present = mix((query, key, value), score)
+        return self._norm(linear(mixed, f"{name}.o_proj"), self.norms[i].after_attention), present
+
+    def mlp(self, i: int, mixed: ir.Value, residual: ir.Value) -> tuple[ir.Value | None, ir.Value]:
+        """Write the MLP of a layer; return its output and the residual stream, to be added; or None and their sum."""
+        name, spec, lower = f"model.layers.{i}", self.spec, self.lower
+        normed, residual = self.add(mixed, residual, self.norms[i].before_mlp)
+        gate, up = self._projections(normed, name, "mlp.gate_up_proj", [spec.intermediate_size] * 2)
+        x = self.weights.linear(lower.gated_unit(gate, up, ACTIVATIONS[spec.activation]), f"{name}.mlp.down_proj")
+        x = self._norm(x, self.norms[i].after_mlp)
+        if lower.adds_late:
+            return x, residual
+        return None, lower.add(self._scaled(x, spec.scaling.residual), residual)
+
+    def logits(self, frame: Frame, x: ir.Value | None, residual: ir.Value) -> ir.Value:
+        """Return the logits after the last token; x and the residual stream are what `mlp` returned."""
+        spec, last = self.spec, partial(self.lower.last, frame, width=self.spec.hidden_size)
+        x, residual = x and last(x), last(residual)
+        normed, residual = self.add(x, residual, "model.norm")
+        residual.name = f"hidden.{len(spec.mixers) - 1}"
+        factor, cap = spec.scaling.logits, spec.scaling.logit_cap
+        logits = self._scaled(self.weights.linear(normed, HEAD), factor / (cap or 1))
+        return logits if cap is None else self._scaled(self.g.op("Tanh", logits), cap)
+
+    def add(self, x: ir.Value | None, residual: ir.Value, name: str | None) -> tuple[ir.Value, ir.Value]:
+        """Return the sum as the norm of the next block leaves it, and the sum; without x, `residual` is the sum."""
+        if x is None:
+            return self._norm(residual, name), residual
+        x = self._scaled(x, self.spec.scaling.residual)
+        if name is None:
+            total = self.lower.add(x, residual)
+            return total, total
+        return self.lower.add_norm(x, residual, self._norm_weight(name), self.spec.norm_eps)
+
+    def _projections(self, x: ir.Value, layer: str, joint: str, widths: list[int]) -> list[ir.Value]:
+        """Return the linear maps that `JOINT` has under one name, of one input."""
+        linear = self.weights.linear
+        if self.weights.stored(f"{layer}.{joint}"):
+            return self.g.split(linear(x, f"{layer}.{joint}"), widths)
+        return [linear(x, f"{layer}.{joint.partition('.')[0]}.{kind}_proj") for kind in JOINT[joint]]
+
+    def _scaled(self, x: ir.Value, factor: float) -> ir.Value:
+        return x if factor == 1 else self.g.op("Mul", x, self.g.floats(factor))
+
+    def _norm_weight(self, name: str) -> ir.Value:
+        stored = self.weights.vector(f"{name}.weight")
+        if not self.family.unit_norms:
+            return stored
+        return self.g.once(("norm", name), lambda: self.g.op("Add", stored, self.g.floats(1)))
+
+    def _norm(self, x: ir.Value, name: str | None) -> ir.Value:
+        return x if name is None else self.lower.rms_norm(x, self._norm_weight(name), self.spec.norm_eps)
+
+    def _head_norm(self, x: ir.Value, name: str) -> ir.Value:
+        """Norm each head, or all heads at once, whichever the width of the norm's weight is."""
+        width = self.spec.weights[f"{name}.weight"].shape[0]
+        return self.g.op("Reshape", self._norm(self.g.reshape(x, -1, width), name), self.g.op("Shape", x))
+
+
+def _mixers(
+    lower: Portable, frame: Frame, spec: ModelSpec, past: dict[str, ir.Value], max_chunk: int
+) -> Callable[[int, dict[str, ir.Value], Projected, ir.Value | None], Mixed]:
+    """Return what writes the mixer of a layer, from its index, its past state, its projections and its score."""
+    tables, seen = ({}, {}) if lower.plugin else _shared(lower, frame, spec, past, max_chunk)
+
+    def mix(i: int, own: dict[str, ir.Value], projected: Projected, score: ir.Value | None) -> Mixed:
+        layer, softmax = spec.mixers[i], spec.attention[i]
+        if layer is None:
+            return softmax_attention(lower, frame, spec, projected, own, softmax)
+        if lower.plugin:
+            return plugin_mixer(frame, layer, softmax.inv_freq, projected, own, score)
+        return mixer(lower, frame, layer, tables[i], projected, own, seen.get(i), score)
+
+    return mix
 
 
 def nodes_by_layer(graph: ir.Graph) -> list[int]:
@@ -230,11 +272,6 @@ def _shared(
             positions = [past[f"past.{i}.slot_position"] for i in layers]
             seen |= zip(layers, candidates(frame, mixer_spec, tables[layers[0]].rows, positions), strict=True)
     return tables, seen
-
-
-def _named(norms: Norms, layer: int) -> Norms:
-    """Return the norms of a layer under their whole names."""
-    return Norms(*(name and f"model.layers.{layer}.{name}" for name in norms))
 
 
 def write_graph(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ligerexport.exporters.onnx.builder import Builder
-from ligerexport.exporters.onnx.lowerings import Blocked, Plugin, Portable
+from ligerexport.exporters.onnx.lowerings import Blocked, Portable
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import DATA_FILE, Part, WeightFormat, data_layout, first_of
 
@@ -40,8 +40,6 @@ class Weights:
         if f"{stored}_scale" in self._layout:
             return lower.blocked_linear(x, self._blocked(stored, weight), bias)
         table = self._value(stored, part)
-        if isinstance(lower, Plugin):
-            return lower.product(x, table, bias, wide=name == HEAD)
         if part.dtype != ir.DataType.FLOAT:  # of a constant: folded when the graph is loaded
             table = g.op("Cast", table, to=ir.DataType.FLOAT)
         return g.op("Gemm", x, table, *([bias] if bias else []), transB=1)

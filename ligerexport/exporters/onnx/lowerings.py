@@ -7,8 +7,7 @@ the memory of a layer by our own, same semantics. What the pieces are put togeth
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -16,9 +15,7 @@ import onnx_ir as ir
 from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Builder
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.native import DOMAIN
-
-if TYPE_CHECKING:
-    from ligerexport.kernels.linear import LinearSpec
+from ligerexport.exporters.onnx.spec import ACTIVATIONS
 
 FP32_ACTIVATIONS, INT8_ACTIVATIONS = 1, 4
 """`accuracy_level` of `MatMulNBits`. Left out, codes of 8 bits take a path a hundred times slower."""
@@ -62,11 +59,11 @@ class Portable:
 
     Args:
         g: The graph.
-        activation: Type of what goes into products with weights of this type and comes out of them; all else is fp32.
 
     Attributes:
         native: Whether a layer's memory is one node, of the library that `native` compiles.
         plugin: Whether a layer's mixer is one node, of the TensorRT plugin.
+        adds_late: Whether the sum at the end of a layer is left to the norm that follows it in the next layer.
         max_tensors: Most inputs and outputs of a node; None is any number. A shader of WebGPU has 8 storage
             buffers for sure.
         transposed: Whether quantised matrices are stored as `[in, out]`.
@@ -78,6 +75,7 @@ class Portable:
 
     native = False
     plugin = False
+    adds_late = True
     max_tensors: int | None = 8
     transposed = True
     integer = "int64"
@@ -85,23 +83,8 @@ class Portable:
     ir_version = IR_VERSION
     domains: tuple[str, ...] = (CONTRIB,)
 
-    def __init__(self, g: Builder, activation: ir.DataType = ir.DataType.FLOAT) -> None:
-        self.g, self.activation = g, activation
-        self._narrow: dict[ir.Value, ir.Value] = {}
-
-    def narrow(self, x: ir.Value) -> ir.Value:
-        """Return fp32 in the type of activations."""
-        if self.activation == ir.DataType.FLOAT:
-            return x
-        return self._narrow.get(x) or self.g.op("Cast", x, to=self.activation)
-
-    def wide(self, x: ir.Value) -> ir.Value:
-        """Return activations in fp32; `narrow` of it is `x` again."""
-        if self.activation == ir.DataType.FLOAT:
-            return x
-        wide = self.g.op("Cast", x, to=ir.DataType.FLOAT)
-        self._narrow[wide] = x
-        return wide
+    def __init__(self, g: Builder) -> None:
+        self.g = g
 
     def last(self, frame: Frame, x: ir.Value, width: int) -> ir.Value:
         """Return the last token's row `[B, width]` of `[B * T, width]`."""
@@ -379,97 +362,4 @@ class Native(Ort):
         """Return `activation(gate) * up`, of two products or of one that has both."""
         whole = self.g.whole(gate, up)
         inputs = [gate, up] if whole is None else [whole, None]
-        return self.g.op("GatedUnit", *inputs, domain=DOMAIN, activation=["silu", "gelu"].index(activation))
-
-
-class Plugin(Portable):
-    """Mixers and products as nodes of the plugin, and around them what TensorRT parses from 8.5 on: opset 17, int32.
-
-    A product takes over the norm before it and the gated unit or the sum after it; the nodes that it makes superfluous
-    are left to `RemoveUnusedNodesPass`. Parsers of 8.5 silently read `Shape` of a range as the whole shape, and hand an
-    index from the end on as it is.
-    """
-
-    plugin = True
-    max_tensors = None
-    transposed = False
-    integer = "int32"
-    opset = 17
-    ir_version = 8
-    domains = (DOMAIN,)
-
-    def __init__(self, g: Builder, activation: ir.DataType = ir.DataType.FLOAT) -> None:
-        super().__init__(g, activation)
-        self._norms: dict[ir.Value, tuple[ir.Value, ir.Value, float]] = {}
-        self._products: dict[ir.Value, tuple[LinearSpec, dict[str, ir.Value]]] = {}
-
-    def product(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, *, wide: bool) -> ir.Value:
-        """Return `x @ weight^T + bias` in fp32; with `wide` it is no activation in between."""
-        from ligerexport.kernels.linear import LinearSpec
-
-        assert weight.shape is not None
-        (n, k), halves = weight.shape.numpy(), weight.dtype != ir.DataType.FLOAT
-        source, norm, epsilon = self._norms.get(x, (self.narrow(x) if halves else x, None, None))
-        inputs = {"input": source, "weight": weight, "norm": norm, "bias": bias}
-        spec = LinearSpec(n, k, epsilon, bias=bias is not None, wide=wide or not halves)
-        return self._emit(spec, {name: value for name, value in inputs.items() if value is not None})
-
-    def _emit(self, spec: LinearSpec, inputs: dict[str, ir.Value]) -> ir.Value:
-        from ligerexport.exporters.tensorrt.node import plugin_linear
-
-        made = plugin_linear(self.g, spec, list(inputs.values()))
-        result = made if spec.wide else self.wide(made)
-        self._products[result] = spec, inputs
-        return result
-
-    def beside(self, x: ir.Value, small: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Return two products as one node computes them, where it can: the second is fp32 and has few outputs."""
-        from ligerexport.exporters.tensorrt.node import plugin_linear
-
-        if not {x, small} <= self._products.keys():
-            return x, small
-        (spec, inputs), (other, theirs) = self._products[x], self._products[small]
-        alike = all(inputs.get(name) is theirs.get(name) for name in ("input", "norm"))
-        if not (alike and other == replace(spec, side=other.outputs).of_side()):
-            return x, small
-        given = [*inputs.values(), theirs["weight"], theirs["bias"]]
-        made, side = plugin_linear(self.g, replace(spec, side=other.outputs), given)
-        return made if spec.wide else self.wide(made), side
-
-    def add(self, x: ir.Value, residual: ir.Value) -> ir.Value:
-        """Return the sum, of a product by the product itself."""
-        if x not in self._products:
-            return super().add(x, residual)
-        spec, inputs = self._products[x]
-        return self._emit(replace(spec, residual=True, wide=True), inputs | {"residual": residual})
-
-    def gated_unit(self, gate: ir.Value, up: ir.Value, activation: str) -> ir.Value:
-        """Return `activation(gate) * up`, of one product that has both by the product itself."""
-        whole = self.g.whole(gate, up)
-        if whole not in self._products:
-            return super().gated_unit(gate, up, activation)
-        spec, inputs = self._products[whole]
-        return self._emit(replace(spec, outputs=spec.outputs // 2, activation=activation), inputs)
-
-    def rms_norm(self, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
-        """Norm the last axis."""
-        g = self.g
-        mean = g.op("ReduceMean", g.op("Mul", x, x), axes=[-1])
-        normed = g.op("Mul", g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.floats(eps)))), weight)
-        self._norms[normed] = x, weight, float(np.float32(eps))  # as an attribute has it
-        return normed
-
-    def gelu(self, x: ir.Value) -> ir.Value:
-        """Return GELU in its approximation by tanh."""
-        g = self.g
-        cube = g.op("Mul", g.op("Mul", x, x), g.op("Mul", x, g.floats(0.044715)))
-        bent = g.op("Tanh", g.op("Mul", g.op("Add", x, cube), g.floats(np.sqrt(2 / np.pi))))
-        return g.op("Mul", g.op("Mul", x, g.floats(0.5)), g.op("Add", bent, g.floats(1)))
-
-    def last(self, frame: Frame, x: ir.Value, width: int) -> ir.Value:
-        """Return the last token's row `[B, width]` of `[B * T, width]`."""
-        end = np.iinfo(np.int32).max
-        return self.g.reshape(self.g.slice(frame.per_token(x, width), -1, end, 1), -1, width)
-
-
-LOWERINGS: dict[str, type[Portable]] = {"ort": Ort, "portable": Portable, "native": Native, "plugin": Plugin}
+        return self.g.op("GatedUnit", *inputs, domain=DOMAIN, activation=list(ACTIVATIONS.values()).index(activation))

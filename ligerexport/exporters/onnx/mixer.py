@@ -19,8 +19,8 @@ from ligerexport.exporters.onnx.lowerings import Portable, Table
 from ligerexport.exporters.onnx.native.node import bounded_memory, turn_table
 from ligerexport.exporters.onnx.recurrence import gated_recurrence
 from ligerexport.kernels.evicted import slow_rotation
-from ligerexport.kernels.memory_attention import FAINTEST, MASKED, rotary_table, rotate
-from ligerexport.model.scores import get_score
+from ligerexport.kernels.memory_attention import MASKED, rotary_table, rotate
+from ligerexport.model.scores import FAINTEST
 from ligerexport.model.state import MixerSpec
 
 NEVER = 1e30  # a position that no query reaches
@@ -140,22 +140,22 @@ def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -
     local = rank = none
     if config.slots:
         bias = g.op("Where", always, g.floats(0), g.floats(MASKED))
-        local = by_layer(bias) if any(get_score(name).signal == "received" for name, _ in config.slots) else none
+        local = by_layer(bias) if any(not pool.on_arrival for pool in spec.pools) else none
         outside = g.op("Where", always, g.floats(-np.inf), g.floats(MASKED))
         rank = by_layer(g.op("Where", near, outside, g.floats(0)))
     counts, ages = [], []
-    for score in (get_score(name) for name, _ in config.slots):
+    for pool in spec.pools:
         counted = aged = none
-        if score.signal == "received":
-            first = frame.row(cap - score.first_distance(config.window))
+        if not pool.on_arrival:
+            first = frame.row(cap - pool.first_distance)
             counted = g.op("And", g.op("LessOrEqual", leaving, born), g.op("GreaterOrEqual", first, born))
             counted = by_layer(g.op("Cast", counted, to=ir.DataType.FLOAT))
-        if score.horizon is not None:
-            aged = by_layer(g.op("Div", g.op("Squeeze", birth, g.const([2])), g.floats(score.horizon)))
+        if pool.horizon:
+            aged = by_layer(g.op("Div", g.op("Squeeze", birth, g.const([2])), g.floats(pool.horizon)))
         counts.append(counted)
         ages.append(aged)
     fields = [by_layer(columns), by_layer(table_row), by_layer(always), local, rank, by_layer(within), carried]
-    pools = [[tuple(pool[i] for pool in x) for i in range(layers)] for x in (counts, ages)]
+    pools = [[tuple(values[i] for values in x) for i in range(layers)] for x in (counts, ages)]
     return [Candidates(*(x[i] for x in (*fields, *pools))) for i in range(layers)]
 
 
@@ -356,19 +356,18 @@ class Slots:
     def _scores(self, logits: ir.Value, value: ir.Value, arrival: ir.Value | None, past: ir.Value) -> list[ir.Value]:
         """Return the scores `[B, H, 1, C]` of all candidates by pool, complete once a token has left the window."""
         g, spec = self.g, self.spec
-        rows = [get_score(name) for name, _ in spec.config.slots]
         nothing = self.frame.filled(0.0, spec.kv_heads, 1, 0)
-        fresh = [arrival if score.on_arrival else nothing for score in rows]
+        fresh = [arrival if pool.on_arrival else nothing for pool in spec.pools]
         carried = g.concat(past, self._join(fresh), axis=3)
-        scores, local = split(g, carried, len(rows), axis=2), None
-        for i, (score, counts) in enumerate(zip(rows, self.seen.counts, strict=True)):
+        scores, local = split(g, carried, len(fresh), axis=2), None
+        for i, (pool, counts) in enumerate(zip(spec.pools, self.seen.counts, strict=True)):
             if counts is None:
                 continue
             if local is None:
                 local = g.op("Softmax", g.op("Add", logits, self.seen.local), axis=-1)
-            reduce, merge = ("ReduceMax", "Max") if score.reduce == "max" else ("ReduceSum", "Add")
+            reduce, merge = ("ReduceSum", "Add") if pool.summed else ("ReduceMax", "Max")
             received = g.op(reduce, g.op("Mul", local, counts), g.const([2, 3]), keepdims=0)
-            if score.by_value:
+            if pool.by_value:
                 received = g.op("Mul", received, g.op("ReduceL2", value, g.const([-1]), keepdims=0))
             scores[i] = g.op(merge, scores[i], g.op("Unsqueeze", received, g.const([2])))
         return scores
@@ -383,13 +382,13 @@ class Slots:
         there are always enough; a rank above `MASKED` tells the candidates.
         """
         g, visible = self.g, self.seen.always
-        for (_, count), rank, age in zip(self.spec.config.slots, scores, self.seen.ages, strict=True):
+        for pool, rank, age in zip(self.spec.pools, scores, self.seen.ages, strict=True):
             if age is not None:
                 rank = g.op("Add", g.op("Log", g.op("Clip", rank, g.floats(FAINTEST))), age)
             ranked = g.op("Add", g.op("Unsqueeze", rank, g.const([2])), self.seen.rank)
             if visible is not self.seen.always:
                 ranked = g.op("Where", visible, g.floats(-np.inf), ranked)
-            value, best = g.op("TopK", ranked, g.const([count]), outputs=2, axis=-1)
+            value, best = g.op("TopK", ranked, g.const([pool.size]), outputs=2, axis=-1)
             won = g.op("Greater", value, g.floats(MASKED / 2))
             visible = g.op("ScatterElements", visible, best, won, axis=-1)
         return visible

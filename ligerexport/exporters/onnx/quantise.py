@@ -27,12 +27,13 @@ class Blocks(NamedTuple):
     zero_point: np.ndarray
 
 
-def quantise(matrix: np.ndarray, bits: int, block: int) -> Blocks:
+def quantise(matrix: np.ndarray, bits: int, block: int, levels: int | None = None) -> Blocks:
     """Quantise the rows of a matrix `[N, K]` fp32 in blocks, to the nearest code of the best grid of each block.
 
-    For given codes the best scale is a quotient of sums, and for a given scale the best codes are the nearest. Both are
-    found once for several widths of the grid, and the width that leaves least of the squared error wins; a block of
-    zeros stays zero. As in llama.cpp's k-quants, but that the zero point is an integer while the error is compared.
+    Codes are below `levels`, by default `2**bits`. For given codes the best scale is a quotient of sums, and for a
+    given scale the best codes are the nearest. Both are found once for several widths of the grid, and the width with
+    the smallest squared error wins; a block of zeros stays zero. This is the search of llama.cpp's k-quants, except
+    that the zero point is an integer while errors are compared.
     """
     rows, width = matrix.shape
     count = -(-width // block)
@@ -45,19 +46,19 @@ def quantise(matrix: np.ndarray, bits: int, block: int) -> Blocks:
     for start in range(0, rows, tile):
         part = slice(start, start + tile)
         padded = np.pad(matrix[part], ((0, 0), (0, count * block - width)))
-        found = _search(padded.reshape(-1, block), bits)
+        found = _search(padded.reshape(-1, block), levels or 2**bits)
         for whole, piece in zip(result, found, strict=True):
             whole[part] = piece.reshape(-1, whole.shape[1])
     return result
 
 
-def _search(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _search(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return codes, scale and zero point of blocks `[n, block]`."""
-    top = np.float32(2**bits - 1)
+    top = np.float32(levels - 1)
     low, high = np.minimum(x.min(1, keepdims=True), 0), np.maximum(x.max(1, keepdims=True), 0)
     step = np.maximum((high - low) / top, np.finfo(np.float32).tiny)
     scale, zero_point, best = step, np.zeros_like(step), np.full_like(step, -1)
-    for span in SPANS.astype(np.float32) if bits < 8 else [np.float32(1)]:
+    for span in SPANS.astype(np.float32) if levels < 256 else [np.float32(1)]:
         tried = step * span
         zero = np.clip(np.rint(-low / tried), 0, top)
         codes = np.clip(np.rint(x / tried) + zero, 0, top) - zero
@@ -72,13 +73,13 @@ def _search(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return codes.astype(np.uint8), scale, zero_point.astype(np.uint8)
 
 
-def requantise(matrix: np.ndarray, grid: Blocks, bits: int) -> Blocks:
+def requantise(matrix: np.ndarray, grid: Blocks, levels: int) -> Blocks:
     """Quantise the rows of a matrix `[N, K]` fp32 to the nearest codes for scales and zero points that are there."""
     rows, count = grid.scale.shape
     padded = np.pad(matrix, ((0, 0), (0, grid.codes.shape[1] - matrix.shape[1]))).reshape(rows, count, -1)
     codes = np.rint(padded / grid.scale[..., None])
     codes += grid.zero_point[..., None]
-    return grid._replace(codes=np.clip(codes, 0, 2**bits - 1, out=codes).astype(np.uint8).reshape(rows, -1))
+    return grid._replace(codes=np.clip(codes, 0, levels - 1, out=codes).astype(np.uint8).reshape(rows, -1))
 
 
 def dequantise(blocks: Blocks, width: int) -> np.ndarray:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
 from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable, advance, causal, reach, split_heads, unsqueeze
-from ligerexport.model.gates import FeatureMap, get_gate
+from ligerexport.model.gates import get_gate
 from ligerexport.model.state import MixerSpec
+
+FEATURE_MAPS: dict[str, Callable[[Builder, ir.Value], ir.Value]] = {
+    "softmax": lambda g, x: g.op("Softmax", x, axis=-1),
+    "one_minus_sigmoid": lambda g, x: g.op("Sigmoid", g.op("Neg", x)),
+}
+"""Nodes from raw projections `[..., d_k]` to features of the recurrence."""
 
 
 def gated_recurrence(
@@ -44,22 +52,18 @@ def gated_recurrence(
         logits, present["recurrent_key"] = _row_logits(
             lower, frame, spec, projected[0], *by_head, past["recurrent_key"]
         )
-        q = _feature_map(g, logits, gate.query_map)
+        q = FEATURE_MAPS[gate.query_map](g, logits)
     else:
-        q = _feature_map(g, frame.per_token(projected[0], spec.q_heads, spec.d_k), gate.query_map)
+        q = FEATURE_MAPS[gate.query_map](g, frame.per_token(projected[0], spec.q_heads, spec.d_k))
         if gate.key_map == "softmax" and features is not None:
             k = g.reshape(features, 0, 0, -1)
         else:
-            k = _feature_map(g, frame.per_token(projected[1], heads, spec.d_k), gate.key_map)
+            k = FEATURE_MAPS[gate.key_map](g, frame.per_token(projected[1], heads, spec.d_k))
             k = g.op("Mul", g.reshape(k, 0, 0, -1), frame.real())
     read, present["recurrent_state"] = lower.linear_attention(
         g.reshape(q, 0, 0, -1), k, value, past["recurrent_state"], decay, (spec.q_heads, heads), spec.d_k
     )
     return g.reshape(read, -1, spec.q_heads * spec.d_v), present
-
-
-def _feature_map(g: Builder, x: ir.Value, kind: FeatureMap) -> ir.Value:
-    return g.op("Softmax", x, axis=-1) if kind == "softmax" else g.op("Sigmoid", g.op("Neg", x))
 
 
 def _row_logits(

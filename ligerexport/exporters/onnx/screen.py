@@ -14,6 +14,7 @@ from struct import unpack_from
 from typing import Any
 
 from ligerexport.artifact.artifact import Artifact, TensorInfo
+from ligerexport.dtypes import BY_ONNX
 from ligerexport.errors import ArtifactError
 
 STANDARD = {
@@ -39,9 +40,6 @@ SIZED = {"ConstantOfShape", "Expand", "Pad", "Range", "Tile"}
 _ARITHMETIC = {"Add", "Cast", "Concat", "Gather", "Mul", "Reshape", "Squeeze", "Sub", "Unsqueeze"}
 MOST = 1 << 24
 """Elements that a shape's constants multiply to."""
-# name, bits of an element; as TensorProto.DataType numbers them
-_TYPES = {1: ("float32", 32), 2: ("uint8", 8), 3: ("int8", 8), 6: ("int32", 32), 7: ("int64", 64), 9: ("bool", 8),
-          10: ("float16", 16), 16: ("bfloat16", 16), 21: ("uint4", 4), 22: ("int4", 4)}  # fmt: skip
 # fields of onnx.proto by their numbers, and the message that one holds
 _TEXT: dict[int, str | None] = dict.fromkeys((1, 2))
 _MESSAGES: dict[str, dict[int, str | None]] = {
@@ -179,9 +177,9 @@ def _check_node(node: Message, operators: dict[str, set[str]]) -> None:
 def _check_tensor(tensor: Message, artifact: Artifact | None) -> None:
     """Check that the numbers of a tensor are there: in it, or in the artifact's file of weights."""
     name, dims = _text(tensor, 8), _integers(tensor, 1)
-    if min(dims, default=0) < 0 or tensor.get(2, [0])[-1] not in _TYPES or len(dims) > 8:
+    if min(dims, default=0) < 0 or tensor.get(2, [0])[-1] not in BY_ONNX or len(dims) > 8:
         raise ValueError(f"the tensor {name} is {dims}")
-    size = -(-prod(dims) * _TYPES[tensor[2][-1]][1] // 8)
+    size = -(-prod(dims) * BY_ONNX[tensor[2][-1]].bits // 8)
     entries = {_text(x, 1): _text(x, 2) for x in tensor.get(13, ())}
     if not entries:
         if tensor.get(14, [0])[-1] or len(tensor.get(9, [b""])[-1]) != size:
@@ -218,8 +216,8 @@ def _integers(message: Message, field: int) -> list[int]:
 def _face(value: Message) -> tuple[str, str, tuple[int | str, ...]]:
     """Return name, type and shape of an input or output; an axis of any size is text."""
     tensor = value[2][-1].get(1, [{}])[-1] if 2 in value else {}
-    kind, shape = _TYPES.get(tensor.get(1, [0])[-1], ("none", 0))[0], tensor.get(2, [{}])[-1]
-    return _text(value, 1), kind, tuple(x[1][-1] if 1 in x else "" for x in shape.get(1, ()))
+    dtype, shape = BY_ONNX.get(tensor.get(1, [0])[-1]), tensor.get(2, [{}])[-1]
+    return _text(value, 1), dtype.name if dtype else "none", tuple(x[1][-1] if 1 in x else "" for x in shape.get(1, ()))
 
 
 def _promise(info: TensorInfo) -> tuple[str, str, tuple[int | str, ...]]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ligerexport.artifact.artifact import Artifact, Manifest, StateTensor
 from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.dtypes import HALVES
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError, close_matches
 from ligerexport.exporters.onnx.screen import check_graph
 from ligerexport.exporters.session import BatchSession, choose_chunk
@@ -263,7 +264,7 @@ def optimisation(manifest: Manifest, device: str = "cpu") -> str:
     """
     if manifest.lowering != "portable":
         # The graph has the fused operators already, and looking for more takes up to two fifths of loading.
-        if device == "cpu" and manifest.precision != "float16":
+        if device == "cpu" and manifest.precision not in {row.name for row in HALVES}:
             return "ORT_DISABLE_ALL"
         if manifest.block is None:  # this makes weights in fp16 fp32 once, and not in each call
             return "ORT_ENABLE_BASIC"

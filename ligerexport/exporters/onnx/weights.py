@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ligerexport.checkpoint.checkpoint import not_finite
+from ligerexport.dtypes import DTYPES
 from ligerexport.exporters.onnx.quantise import Blocks, dequantise, pack, quantise, requantise, unpack
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, Precision
@@ -26,7 +27,6 @@ ALIGNMENT = 4096
 """Bytes; a page, so that a runtime can map a weight instead of copying it."""
 SUFFIXES = ("", "_scale", "_zero_point")
 """Of the names of the three tensors of a quantised matrix."""
-_HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _MLP = re.compile(r"layers\.(\d+)\.mlp\.(\w+)_proj")
 JOINT = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
 """Maps of one input, by what they are called as one."""
@@ -45,18 +45,17 @@ class WeightFormat:
         block: Elements of a row that share a scale and a zero point, where the precision has blocks.
         transposed: Whether quantised matrices lie as `[in, out]`, the form of `DequantizeLinear` before a product that
             runtimes fuse, and else as ONNX Runtime's `MatMulNBits` wants them.
-        typed: Whether products run in the type of their weights, and not in fp32.
     """
 
     precision: Precision = WEIGHTS["fp32"]
     block: int = BLOCK
     transposed: bool = False
-    typed: bool = False
 
     @property
     def activation(self) -> ir.DataType:
-        """Type of what goes into products with weights and comes out of them."""
-        return _HALVES.get(self.precision.dtype, ir.DataType.FLOAT) if self.typed else ir.DataType.FLOAT
+        """Type of what goes into and comes out of products that run in the type of their weights."""
+        dtype = DTYPES[self.precision.dtype]
+        return ir.DataType(dtype.onnx) if dtype.half else ir.DataType.FLOAT
 
     def bits(self, spec: ModelSpec, name: str) -> int:
         """Return the bits of an element of a weight; 32 for what is no matrix, and for learned scores.
@@ -68,17 +67,19 @@ class WeightFormat:
         """
         if len(spec.weights[name].shape) != 2 or "score_proj" in name:
             return 32
-        if self.precision.bits != 4 or not (place := _MLP.search(name)):
-            return max(self.precision.bits, 8)
+        if not self.precision.mixed:
+            return self.precision.bits
+        if not (place := _MLP.search(name)):
+            return 8
         layer, layers = int(place[1]), len(spec.mixers)
         eighth = layers // 8
         whole = layer < eighth or (eighth > 0 and layer == layers - 1)
         often = layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
-        return 8 if whole or (often and place[2] == "down") else 4
+        return 8 if whole or (often and place[2] == "down") else self.precision.bits
 
     def block_of(self, spec: ModelSpec, name: str) -> int:
         """Return the elements of a block of a matrix: among those of 4 bits, what has 8 needs half as many scales."""
-        return self.block * (2 if self.precision.bits == 4 and self.bits(spec, name) == 8 else 1)
+        return self.block * (2 if self.precision.mixed and self.bits(spec, name) == 8 else 1)
 
 
 FP32 = WeightFormat()
@@ -147,7 +148,7 @@ def _parts(spec: ModelSpec, name: str, form: WeightFormat) -> dict[str, tuple[ir
     if bits == 32:
         return {"": (ir.DataType.FLOAT, shape)}
     if bits == 16:
-        return {"": (_HALVES[form.precision.dtype], shape)}
+        return {"": (ir.DataType(DTYPES[form.precision.dtype].onnx), shape)}
     rows, width = shape
     block = form.block_of(spec, name)
     count = -(-width // block)
@@ -188,7 +189,8 @@ def write_weights(
                 continue
             bits = form.bits(spec, name)
             found: Iterable[Blocks] = (
-                quantise(slab, bits, form.block_of(spec, name)) for slab in weight_slabs(spec, name)
+                quantise(slab, bits, form.block_of(spec, name), form.precision.levels)
+                for slab in weight_slabs(spec, name)
             )
             if form.transposed:
                 found = [Blocks(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))]
@@ -276,6 +278,6 @@ def stored_slabs(
         blocks = Blocks(np.pad(codes[rows], beyond), np.ascontiguousarray(scale[rows]), zero[rows])
 
         def rounded(own: np.ndarray, grid: Blocks = blocks) -> np.ndarray:
-            return dequantise(requantise(own, grid, bits), width)
+            return dequantise(requantise(own, grid, form.precision.levels or 2**bits), width)
 
         yield dequantise(blocks, width), rounded

@@ -16,6 +16,7 @@ from onnx.reference.op_run import OpRun
 
 from ligerexport.artifact.artifact import Artifact
 from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.dtypes import HALVES
 from ligerexport.errors import ArtifactError
 from ligerexport.exporters.onnx.native import DOMAIN
 from ligerexport.exporters.onnx.spec import ModelSpec
@@ -25,7 +26,7 @@ from ligerexport.model.state import MixerSpec
 if TYPE_CHECKING:
     from ligerexport.kernels.linear import LinearSpec
 
-HALVES = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
+_HALVES = {row.onnx: row.name for row in HALVES}
 
 
 class PluginSession:
@@ -84,7 +85,7 @@ class PluginSession:
 def evaluator(artifact: Artifact, spec: ModelSpec, *, wide: bool = False) -> ReferenceEvaluator:
     """Return onnx's evaluator of an artifact's graph; arguments as those of `PluginSession`."""
     model = onnx.load(artifact.graph)
-    if wide and artifact.manifest.precision in HALVES.values():  # in others a half is a fault
+    if wide and artifact.manifest.precision in _HALVES.values():  # in others a half is a fault
         _widen(model)
     return ReferenceEvaluator(model, new_ops=[_mixer_op(spec), LigerLinear])
 
@@ -92,15 +93,15 @@ def evaluator(artifact: Artifact, spec: ModelSpec, *, wide: bool = False) -> Ref
 def _widen(model: onnx.ModelProto) -> None:
     """Make all halves fp32, weights and casts among them."""
     for tensor in model.graph.initializer:
-        if tensor.data_type in HALVES:
+        if tensor.data_type in _HALVES:
             wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
     for node in model.graph.node:
         for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.i in HALVES:
+            if node.op_type == "Cast" and attribute.i in _HALVES:
                 attribute.i = onnx.TensorProto.FLOAT
     for value in (*model.graph.input, *model.graph.output):
-        if value.type.tensor_type.elem_type in HALVES:
+        if value.type.tensor_type.elem_type in _HALVES:
             value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from ligerexport.dtypes import BY_ONNX
 from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.frame import Frame
-from ligerexport.exporters.onnx.lowerings import Plugin, Portable
 from ligerexport.exporters.onnx.native import DOMAIN
 from ligerexport.model.state import MixerSpec
 
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 CONTRACT = 2
 """Version of attributes, inputs and outputs of the nodes; the plugin refuses another one."""
 MIXER, LINEAR = "LigerMixer", "LigerLinear"
+OPERANDS = ("query", "key", "value", "position", "rotary", "score")
+"""Inputs of a mixer before its state, in order. A joint node has key and value in the query, and only a layer with
+learned scores has a score. `tests/headers.py` writes the header `operands.h` of the C++ from them."""
 NAMED: dict[str, Any] = {"domain": DOMAIN, "plugin_namespace": DOMAIN, "plugin_version": "1", "contract": CONTRACT}
 
 
 def plugin_mixer(
-    lower: Plugin,
     frame: Frame,
     spec: MixerSpec,
     inv_freq: tuple[float, ...],
@@ -38,7 +40,6 @@ def plugin_mixer(
     """Write one mixer.
 
     Args:
-        lower: The lowering.
         frame: What layers share.
         spec: The layer.
         inv_freq: `[R]`, radians a token; zeros in a layer without rotary embedding.
@@ -51,15 +52,14 @@ def plugin_mixer(
     """
     from ligerexport.kernels.plans import layer_digest, spec_fields
 
-    g, config = lower.g, spec.config
+    g, config = frame.g, spec.config
     joint = g.whole(*projected)
-    if joint is not None and score is not None:
-        joint, score = lower.beside(joint, score)
-    tensors = [lower.narrow(x) for x in (projected if joint is None else (joint,))]
-    tensors += [frame.position, _rotary(lower, inv_freq, spec.max_distance)]
+    given = dict(zip(OPERANDS, projected if joint is None else (joint,), strict=False))
+    given |= {"position": frame.position, "rotary": _rotary(g, inv_freq, spec.max_distance)}
     if config.foresees:
         assert score is not None
-        tensors.append(score)
+        given["score"] = score
+    tensors = [given[name] for name in OPERANDS if name in given]
     mixed, *present = g.op(
         MIXER, *tensors, *past.values(), outputs=1 + len(past), **NAMED, layer_spec=layer_digest(spec_fields(spec)),
         q_heads=spec.q_heads, kv_heads=spec.kv_heads, d_k=spec.d_k, d_v=spec.d_v, slots=config.num_slots,
@@ -67,7 +67,7 @@ def plugin_mixer(
         foresees=int(config.foresees), judged=int(config.judged), recurrent=int(config.recurrent),
         evicts=int(config.evicts),
     )  # fmt: skip
-    return lower.wide(mixed), dict(zip(past, present, strict=True))
+    return mixed, dict(zip(past, present, strict=True))
 
 
 def plugin_linear(g: Builder, spec: LinearSpec, inputs: Sequence[ir.Value]) -> Any:
@@ -105,22 +105,19 @@ def read_linear(attributes: Mapping[str, Any]) -> LinearSpec:
 
 def products(graph: ir.Graph) -> dict[tuple[LinearSpec, str], None]:
     """Return the products of a graph, each once, with the type of the weight as kernels call it."""
-    types = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
     found: dict[tuple[LinearSpec, str], None] = {}
     for node in graph:
         if node.op_type == LINEAR and (weight := node.inputs[1]) is not None and weight.dtype is not None:
             spec = read_linear({name: x.value for name, x in node.attributes.items()})
-            found[spec, types[weight.dtype]] = None
+            found[spec, BY_ONNX[weight.dtype].kernel] = None
     return found
 
 
-def _rotary(lower: Portable, inv_freq: tuple[float, ...], max_distance: int) -> ir.Value:
+def _rotary(g: Builder, inv_freq: tuple[float, ...], max_distance: int) -> ir.Value:
     """Return the table that kernels take `[2, rows, R]`, one for layers that turn alike."""
     import torch
 
     from ligerexport.kernels.ops import BLOCK, rotary_table
-
-    g = lower.g
 
     def make() -> ir.Value:
         name = f"rotary.{sum(x.startswith('rotary.') for x in g.initializers)}"

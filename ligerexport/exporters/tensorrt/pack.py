@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ligerexport.dtypes import BY_KERNEL
 from ligerexport.errors import LigerError
 from ligerexport.kernels.aot import compile_kernels
 from ligerexport.kernels.launch_manifest import HIDDEN, Buffer, Kernel, Launch, Manifest, Plan
@@ -27,7 +28,6 @@ OPERATORS = ("step", "prefill")  # of a mixer
 PTX = 1 << 16
 """Beside a compute capability: text for that one or any later, which the driver compiles."""
 TYPES = ("*", "i32", "i64", "fp32")
-WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4, "i32": 4, "i64": 8}
 ROLES = ("input", "output", "state", "scratch", "persistent", "table")
 TABLES = ("segments", "chunks", "offsets")
 OPERATIONS = (ast.Add, ast.Sub, ast.Mult)
@@ -117,7 +117,7 @@ def _plan(plan: Plan, kernels: dict[str, int]) -> bytes:
 def _buffer(name: str, buffer: Buffer, axes: dict[str, int]) -> bytes:
     zero = buffer.fill.startswith("zero")
     table = 1 + TABLES.index(name) if buffer.role == "table" else 0
-    head = struct.pack("<BBBB", ROLES.index(buffer.role), WIDTHS[buffer.type], zero, table)
+    head = struct.pack("<BBBB", ROLES.index(buffer.role), BY_KERNEL[buffer.type].nbytes, zero, table)
     return _text(name) + head + _list(_expression(x, axes) for x in buffer.shape)
 
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ligerexport.artifact.artifact import Artifact, sha256
+from ligerexport.artifact.artifact import Artifact
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError
 from ligerexport.exporters.session import BatchSession, choose_chunk, dtype_of
+from ligerexport.reading import sha256
 
 RUNNER_FILE = "libliger_run.so"
 VARIABLE, PLUGIN_VARIABLE = "LIGEREXPORT_TRT_RUNNER", "LIGEREXPORT_TRT_PLUGIN"

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.targets import precision_of
 from ligerexport.exporters.verify.torch_model import Answer, State
-from ligerexport.model.scores import get_score
+from ligerexport.model.scores import FAINTEST, get_score
 
 if TYPE_CHECKING:
     from ligerexport.artifact.snapshot import Snapshot
     from ligerexport.exporters.onnx.session import OnnxSession
     from ligerexport.exporters.tensorrt.evaluation import PluginSession
 
-    Engine = OnnxSession | PluginSession
+    Engine: TypeAlias = OnnxSession | PluginSession
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a graph may be off.
+    """By how much a graph may differ from the torch model.
 
     Attributes:
         logits: Largest absolute difference.
-        state: Largest difference, relative to the largest element of the tensor, or absolute below 1.
-        tie: Scores as near as this, relative, may be taken in either order.
-        weights: Largest root mean square difference of a stored row to the checkpoint's, relative to the row's own.
+        state: Largest difference, relative to the largest element of the tensor if that is over 1.
+        tie: Largest relative difference of two scores that may be ranked either way.
+        weights: As `Precision.error`.
     """
 
     logits: float
@@ -37,11 +38,9 @@ class Tolerance:
     weights: float
 
 
-TOLERANCES = {
-    dtype: Tolerance(logits=2e-4, state=2e-4, tie=1e-4, weights=weights)
-    for dtype, weights in {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3, "int8": 0.05, "int4": 0.5}.items()
-}
-"""The arithmetic is fp32 in all of them. Of rows, a few large elements may leave little precision to the others."""
+def tolerance_of(dtype: str) -> Tolerance:
+    """Return what a graph with weights of a dtype may be off; the arithmetic is fp32 for all of them."""
+    return Tolerance(logits=2e-4, state=2e-4, tie=1e-4, weights=precision_of(dtype).error)
 
 
 @dataclass
@@ -178,9 +177,9 @@ def is_near_tie(expected: State, found: State, pools: tuple[tuple[str, int], ...
 
 def get_ranks(scores: np.ndarray, positions: np.ndarray, pools: tuple[tuple[str, int], ...]) -> np.ndarray:
     """Return ranks `[P, n]` on a logarithmic scale, on which a relative difference of scores is a distance."""
-    ranks = np.log(np.maximum(scores, 1e-30, dtype=np.float64))
+    ranks = np.log(np.maximum(scores, FAINTEST, dtype=np.float64))
     for i, score in enumerate(get_score(name) for name, _ in pools):
-        if score.signal == "given":  # a logarithm already
+        if score.signal == "learned":  # a logarithm already
             ranks[i] = scores[i]
         if score.horizon is not None:
             ranks[i] += positions / score.horizon

@@ -11,7 +11,7 @@ import numpy as np
 
 from ligerexport.artifact.artifact import Artifact
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.verify.compare import TOLERANCES, Mismatch, is_near_tie, of_layer, sort_slots, state_error
+from ligerexport.exporters.verify.compare import Mismatch, is_near_tie, of_layer, sort_slots, state_error, tolerance_of
 from ligerexport.exporters.verify.ties import narrow
 from ligerexport.exporters.verify.torch_model import Answer, Reference, State
 
@@ -87,7 +87,7 @@ def _first_layer(spec: ModelSpec, expected: State, found: State) -> _Difference 
         if mixer is not None:
             ours, theirs = sort_slots(ours), sort_slots(theirs)
             if not np.array_equal(ours["slot_position"], theirs["slot_position"]):
-                tied = is_near_tie(ours, theirs, mixer.config.slots, TOLERANCES["float32"].tie)
+                tied = is_near_tie(ours, theirs, mixer.config.slots, tolerance_of("float32").tie)
                 return _Difference(layer, "its slot_position", tied)
         errors = dict(_errors(ours, theirs))
         for what, error in errors.items():

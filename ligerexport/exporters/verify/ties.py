@@ -210,7 +210,7 @@ def _otherwise(check: Comparison, torch_model: Reference, past: Any, ids: np.nda
     assert mixer is not None
     scores = state["slot_score"][tie.row][tie.pool]
     lift, chosen = tie.gap + NUDGE, state["slot_position"][tie.row] == tie.position
-    if get_score(mixer.config.slots[tie.pool][0]).signal == "given":  # a logarithm already
+    if get_score(mixer.config.slots[tie.pool][0]).signal == "learned":  # a logarithm already
         scores[chosen] += lift
     else:
         scores[chosen] *= math.exp(lift)

@@ -20,7 +20,7 @@ from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import LigerError, VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightFormat
-from ligerexport.exporters.verify.compare import TOLERANCES, Comparison, Mismatch, Tolerance
+from ligerexport.exporters.verify.compare import Comparison, Mismatch, Tolerance, tolerance_of
 from ligerexport.exporters.verify.locate import first_difference
 from ligerexport.exporters.verify.precision import cost_of_precision
 from ligerexport.exporters.verify.text import PROMPT
@@ -61,7 +61,7 @@ def verify_artifact(
         LigerError: Memory ran out.
     """
     check_reading(spec, progress)
-    tolerance, ids = TOLERANCES[form.precision.dtype], prompt_ids(spec)
+    tolerance, ids = tolerance_of(form.precision.dtype), prompt_ids(spec)
     reference = Reference(spec, artifact, form, tolerance.weights)
     cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, len(ids)), PIECES - 1, replace=False))
     pieces = [*np.split(ids, cuts), *ids[:STEPS, None]]

@@ -1,6 +1,6 @@
 """Softmax of blocks of queries over the candidates that they see, and the same for the scores' local softmax.
 
-A block of queries sees a list of old candidates and a row of near ones. A program works through both as one list.
+A block of queries sees a list of old candidates and a run of near ones; a program works through both as one list.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ligerexport.kernels.fused.candidates import BLOCK, Candidates, angles, turn
 from ligerexport.kernels.fused.launch import launch
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from ligerexport.kernels.fused.numbers import LOG2E
 
 
 @triton.jit
@@ -50,8 +49,8 @@ def _attend_kernel(
 ):  # fmt: skip
     """Attend with one head for queries of one block.
 
-    Blocks in which a distance may exceed the largest rotary one are left to the launch with `FAR`, all others to the
-    launch without: the rare case would cost the common one its registers.
+    The launch with `FAR` computes the blocks in which a distance may exceed the largest rotary one, and the launch
+    without it all others: in one kernel, the rare case would take registers from the common one.
     """
     part, head = tl.program_id(0) // GROUP, tl.program_id(0) % GROUP
     block = part * QUERIES // BLOCK
@@ -62,7 +61,7 @@ def _attend_kernel(
         return
     t = part * QUERIES + tl.arange(0, QUERIES)
     m_t = t < length
-    # 64-bit arithmetic stays with scalars; offsets within a head fit in 32 bits.
+    # Only scalars need 64-bit arithmetic; offsets within a head fit in 32 bits.
     p_query += bh * GROUP * length * WIDTH_K
     p_lse += bh * GROUP * length
     p_key += bh * count * WIDTH_K
@@ -119,15 +118,15 @@ def _attend_kernel(
 def far_launches(found: Candidates, kept: int) -> tuple[tuple[bool, int], ...]:
     """Return (with pairs beyond the largest rotary distance, that distance) for each launch that is needed.
 
-    Positions are on the device, so that both are when anything kept may be that far away. Those with such pairs load
-    nothing ahead: Triton 3.6 then computes wrong addresses in the rows of the table, for which `test_aot` has an eye.
+    Positions are on the device, so both launches are needed whenever a kept slot may be that far away. The launch with
+    such pairs loads nothing ahead: Triton 3.6 would compute wrong addresses in the table; `test_aot` guards this.
     """
     cap = found.spec.max_distance
     return ((False, cap), (True, cap)) if kept else ((False, 2**31 - 1),)
 
 
 def tiles(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return the tile sizes of attention for a width of heads, forward."""
+    """Return the tile sizes of the forward pass for a width of heads."""
     single, wide = dtype == torch.float32, width > 128
     return {
         "QUERIES": 32 if single and wide else 64, "KEYS": (16 if single else 64) if wide else 32,
@@ -143,14 +142,14 @@ def query_programs(found: Candidates, tile: dict[str, int]) -> int:
 def attend(
     found: Candidates, death: Tensor, table: Tensor, d_v: int, with_output: bool = True
 ) -> tuple[Tensor | None, Tensor]:
-    """Attend with all queries to the candidates that live.
+    """Attend with all queries to the candidates that they see.
 
     Args:
         found: The candidates.
-        death: `[B, H_kv, C]` int32, how long each is seen.
-        table: What `old_table` returned for it.
+        death: `[B, H_kv, C]` int32, the time from which each candidate is no longer seen.
+        table: From `old_table` for this `death`.
         d_v: Width of the values.
-        with_output: Whether the output is wanted beside the normaliser.
+        with_output: Whether to compute the output and not only the normaliser.
 
     Returns:
         Output `[B, T, H_q, d_v]` and the normaliser `[B, H_q, T]`: the logarithm to base 2 of the sum of exponentials.

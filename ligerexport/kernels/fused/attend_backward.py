@@ -1,21 +1,24 @@
-"""The gradients of `attend`, from the normaliser and the output that it left.
+"""The gradients of `attend`, from its normaliser and output.
 
-Queries work through their list again. Keys gather from the blocks of queries that see them: those close by, and for
-keys that the memory kept, chapters of several blocks, whose sums are then added in order; so nothing is left to chance.
+Queries work through their list again. Keys gather from the blocks of queries that see them. For keys that the memory
+kept, these are chapters of several blocks, whose sums are then added in a fixed order: results are deterministic.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ligerexport.kernels.fused.attend import LOG2E, far_launches, far_logits, listed, query_programs
+from ligerexport.kernels.fused.attend import far_launches, far_logits, listed, query_programs
 from ligerexport.kernels.fused.candidates import BLOCK, Candidates, angles, channels, turn
 from ligerexport.kernels.fused.launch import launch, layout, same
+from ligerexport.kernels.fused.numbers import LOG2E
 
 CHAPTER = 4
 """Blocks of queries for which a kept key gathers its gradient in one sum."""
@@ -139,7 +142,7 @@ def _gather(
     WIDTH_V: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries of one head of the group from `t0` on give to keys and values."""
+    """Add the contribution of one head's queries from `t0` on to the gradients of keys and values."""
     i_k, i_v = tl.arange(0, WIDTH_K), tl.arange(0, WIDTH_V)
     t = t0 + tl.arange(0, QUERIES)
     m_t = t < length
@@ -163,7 +166,7 @@ def _gather(
     if FAR:
         far = sees & (t[None, :] - token[:, None] > cap)
         if tl.max(far.to(tl.int32)) > 0:
-            # As far_logits, with the sides exchanged.
+            # as `far_logits`, with the sides exchanged
             cos, sin = angles(p_angles, plane, cap - t, reach, WIDTH_K // 2, R)
             far_q = turn(b_q, cos, sin, QUERIES, WIDTH_K).to(b_q.dtype)
             cos, sin = angles(p_angles, plane, -token, reach, WIDTH_K // 2, R)
@@ -243,7 +246,7 @@ def _near_kernel(
     b_dv = tl.zeros((KEYS, WIDTH_V), tl.float32)
     death = tl.load(p_death + lane, mask=m_c, other=-1)
     if CAPACITY > 0:
-        stop = tl.minimum((tl.max(death) - 1) // (CHAPTER * BLOCK) + 1, chapters)  # none reads on after the last death
+        stop = tl.minimum((tl.max(death) - 1) // (CHAPTER * BLOCK) + 1, chapters)  # nothing reads on after a death
         for chapter in range((block + back + 1) // CHAPTER, stop):
             place = tl.load(p_place + (bh * chapters + chapter) * length + token, mask=m_c, other=-1)
             if tl.max(place) >= 0:
@@ -293,21 +296,20 @@ def attend_backward(
     """
     batch, length, q_heads, d_v = output.shape
     kv_heads, width_k, width_v = found.key.shape[1], found.key.shape[3], found.value.shape[3]
-    spec, config, group, blocks = found.spec, found.spec.config, q_heads // kv_heads, found.blocks
+    spec, config, blocks = found.spec, found.spec.config, found.blocks
     tile = backward_tiles(max(width_k, width_v), output.dtype)
-    # what the kernel subtracts from each gradient of a weight: output times its gradient, added there, less this
+    # the kernel adds output times gradient, and subtracts the sum from the gradient of each weight
     delta = torch.zeros_like(lse) if lse_gradient is None else lse_gradient / -math.log(2)
     delta = delta.contiguous()
     grad_q = output.new_empty(batch, length, q_heads, spec.d_k)
     grad_k = output.new_empty(batch, length, kv_heads, spec.d_k)
     grad_v = output.new_empty(batch, length, kv_heads, d_v)
-    turns = (found.angles.stride(0), found.reach)
-    launches, call = far_launches(found, config.kept), same(found.call, layout(gradient))
+    turns, call = (found.angles.stride(0), found.reach), same(found.call, layout(gradient))
     shape = {
-        "H_KV": kv_heads, "GROUP": group, "SLOTS": config.num_slots, "WIDTH_K": width_k, "D_V": d_v,
+        "H_KV": kv_heads, "GROUP": q_heads // kv_heads, "SLOTS": config.num_slots, "WIDTH_K": width_k, "D_V": d_v,
         "WIDTH_V": width_v, "R": found.angles.shape[2], "BLOCK": BLOCK, "PRECISION": found.precision,
     }  # fmt: skip
-    for far, cap in launches:
+    for far, cap in far_launches(found, config.kept):
         launch(
             (call, far), _query_kernel, (query_programs(found, tile["query"]), kv_heads, batch),
             found.query, found.key, found.value, death, found.time, table, found.position, found.angles, output,
@@ -317,42 +319,65 @@ def attend_backward(
             },
         )  # fmt: skip
 
-    back = triton.cdiv(config.window - 1, BLOCK)
-    chapters = triton.cdiv(blocks, CHAPTER) if config.kept and blocks > back + 1 else 0
-    most = config.kept + (CHAPTER - 1) * min(BLOCK, config.kept)
-    keys = tile["keys"]["KEYS"]
-    capacity = triton.cdiv(most, keys) * keys if chapters else 0
-    parts = (batch, kv_heads, chapters, capacity)
-    part_k = torch.empty(*parts, width_k, dtype=torch.float32, device=output.device)
-    part_v = torch.empty(*parts, width_v, dtype=torch.float32, device=output.device)
-    place = torch.empty(batch, kv_heads, chapters, length, dtype=torch.int32, device=output.device)
     common = (found.query, found.key, found.value, death, found.angles, gradient, lse, delta)
-    if chapters:
-        chapter_list = torch.empty(parts, dtype=torch.int32, device=output.device)
-        launch(
-            call, _chapter_kernel, (chapters, batch * kv_heads, 1),
-            death, chapter_list, place, found.count, length, blocks, chapters, back,
-            constants=lambda: {
-                "SLOTS": config.num_slots, "CAPACITY": capacity, "BLOCK": BLOCK, "CHAPTER": CHAPTER, "KEYS": keys,
-                "COLUMNS": 1024, "num_warps": 4,
-            },
-        )  # fmt: skip
-        for far, cap in launches:
-            launch(
-                (call, far), _kept_kernel, (chapters * (capacity // keys), kv_heads, batch),
-                *common, found.position, chapter_list, part_k, part_v, *gradient.stride()[:3], length, blocks,
-                chapters, back, *turns, cap, spec.scale,
-                constants=lambda: {
-                    "CAPACITY": capacity, "CHAPTER": CHAPTER, "FAR": far, **shape, **tile["keys"],
-                },
-            )  # fmt: skip
+    kept = _kept_gradients(found, call, common, shape | tile["keys"])
+    back = triton.cdiv(config.window - 1, BLOCK)
     launch(
-        call, _near_kernel, (triton.cdiv(length, keys), kv_heads, batch),
-        *common, place, part_k, part_v, grad_k, grad_v, *gradient.stride()[:3], length, blocks, chapters, back, *turns,
-        spec.max_distance, spec.scale,
+        call, _near_kernel, (triton.cdiv(length, tile["keys"]["KEYS"]), kv_heads, batch),
+        *common, kept.place, kept.key, kept.value, grad_k, grad_v, *gradient.stride()[:3], length, blocks,
+        kept.place.shape[2], back, *turns, spec.max_distance, spec.scale,
         constants=lambda: {
-            "D_K": spec.d_k, "CAPACITY": capacity, "CHAPTER": CHAPTER,
+            "D_K": spec.d_k, "CAPACITY": kept.key.shape[3], "CHAPTER": CHAPTER,
             "FAR": spec.max_distance < (back + 2) * BLOCK, **shape, **tile["keys"],
         },
     )  # fmt: skip
     return grad_q, grad_k, grad_v
+
+
+class _Kept(NamedTuple):
+    """Gradients of kept keys from distant blocks of queries, summed by chapter.
+
+    Attributes:
+        key: `[B, H_kv, chapters, capacity, width]` fp32.
+        value: `[B, H_kv, chapters, capacity, width]` fp32.
+        place: `[B, H_kv, chapters, T]` int32, the place of each token in the chapter's list.
+    """
+
+    key: Tensor
+    value: Tensor
+    place: Tensor
+
+
+def _kept_gradients(found: Candidates, call: Hashable, common: tuple[Tensor, ...], constants: dict[str, Any]) -> _Kept:
+    """Sum the gradients of kept keys by chapter; `common` are the first arguments of kernels that gather."""
+    death, gradient, config, blocks = common[3], common[5], found.spec.config, found.blocks
+    batch, kv_heads, _, width_k = found.key.shape
+    back = triton.cdiv(config.window - 1, BLOCK)
+    chapters = triton.cdiv(blocks, CHAPTER) if config.kept and blocks > back + 1 else 0
+    most, keys = config.kept + (CHAPTER - 1) * min(BLOCK, config.kept), constants["KEYS"]
+    capacity = triton.cdiv(most, keys) * keys if chapters else 0
+    parts, device = (batch, kv_heads, chapters, capacity), gradient.device
+    kept = _Kept(
+        torch.empty(*parts, width_k, dtype=torch.float32, device=device),
+        torch.empty(*parts, found.value.shape[3], dtype=torch.float32, device=device),
+        torch.empty(batch, kv_heads, chapters, found.length, dtype=torch.int32, device=device),
+    )
+    if not chapters:
+        return kept
+    chapter_list = torch.empty(parts, dtype=torch.int32, device=device)
+    launch(
+        call, _chapter_kernel, (chapters, batch * kv_heads, 1),
+        death, chapter_list, kept.place, found.count, found.length, blocks, chapters, back,
+        constants=lambda: {
+            "SLOTS": config.num_slots, "CAPACITY": capacity, "BLOCK": BLOCK, "CHAPTER": CHAPTER, "KEYS": keys,
+            "COLUMNS": 1024, "num_warps": 4,
+        },
+    )  # fmt: skip
+    for far, cap in far_launches(found, config.kept):
+        launch(
+            (call, far), _kept_kernel, (chapters * (capacity // keys), kv_heads, batch),
+            *common, found.position, chapter_list, kept.key, kept.value, *gradient.stride()[:3], found.length, blocks,
+            chapters, back, found.angles.stride(0), found.reach, cap, found.spec.scale,
+            constants=lambda: {"CAPACITY": capacity, "CHAPTER": CHAPTER, "FAR": far, **constants},
+        )  # fmt: skip
+    return kept

@@ -1,4 +1,4 @@
-"""What the linear-attention kernels share on a block of tokens: feature maps, decay, and sums over tokens.
+"""Helpers of the linear-attention kernels for a block of tokens: feature maps, decay, and sums over tokens.
 
 Decay is in bits (log base 2) inside the kernels, since the hardware's exponential is `exp2`.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from ligerexport.kernels.fused.numbers import LOG2E
+
 FAINTEST_DECAY = tl.constexpr(-256.0)
-"""Bits of decay a token beyond which fp32 forgets everything anyway; keeps sums finite under a decay of -inf."""
+"""Bits of decay per token beyond which fp32 forgets everything anyway; keeps sums finite for a decay of -inf."""
 REACH = tl.constexpr(80.0)
-"""Bits of decay that half a chunk may hold to be factored around the chunk's middle without overflow."""
+"""Most bits of decay in half a chunk for which factors around the middle of the chunk do not overflow."""
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def load_scores(pointer, at, C: tl.constexpr):
 
 @triton.jit
 def features(x, m_rows, channels, K: tl.constexpr, MAP: tl.constexpr):
-    """Map raw projections `[C, BK]` fp32 to features; zero in rows outside `m_rows` and channels outside K."""
+    """Map raw projections `[C, BK]` fp32 by a map of `FEATURE_MAPS`; zero in rows outside `m_rows` and beyond K."""
     m_block = m_rows[:, None] & (channels < K)[None, :]
     if MAP == "softmax":
         x = tl.where((channels < K)[None, :], x * LOG2E, float("-inf"))
@@ -70,6 +71,8 @@ def features(x, m_rows, channels, K: tl.constexpr, MAP: tl.constexpr):
         x = x * (1.0 / tl.sum(x, axis=1))[:, None]
     elif MAP == "one_minus_sigmoid":
         x = 1.0 / (1.0 + tl.exp2(x * LOG2E))
+    else:
+        tl.static_assert(MAP == "none", "no such feature map in this kernel")
     return tl.where(m_block, x, 0.0)
 
 
@@ -80,6 +83,7 @@ def features_gradient(feature, gradient, MAP: tl.constexpr):
         return feature * (gradient - tl.sum(feature * gradient, axis=1)[:, None])
     elif MAP == "one_minus_sigmoid":
         return -feature * (1.0 - feature) * gradient
+    tl.static_assert(MAP == "none", "no such feature map in this kernel")
     return gradient
 
 
@@ -87,7 +91,7 @@ def features_gradient(feature, gradient, MAP: tl.constexpr):
 def decay_of_key(x, m_rows, DIVISOR: tl.constexpr):
     """Return `logsigmoid(x) / DIVISOR` in bits, `[C, BK]`; zero in rows outside `m_rows`."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
-    # 1 + e rounds away what a nearly open gate forgets; the series does not
+    # 1 + e would lose what a nearly open gate forgets; the series does not
     log = tl.where(e < 1e-3, e * (1.0 - 0.5 * e) * LOG2E, tl.log2(1.0 + e))
     return tl.where(m_rows[:, None], (tl.minimum(x, 0.0) * LOG2E - log) / DIVISOR, 0.0)
 
@@ -108,7 +112,7 @@ def decay_given(g, m_rows):
 def sum_tokens(which, x, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """Return `which @ x` with `which` `[C, C]` of -1, 0, 1 and `x` `[C, BK]` fp32, on tensor cores.
 
-    With bf16 operands two terms hold 16 bits of `x`.
+    With bf16 operands, two terms represent 16 bits of `x`.
     """
     which = which.to(OPERAND)
     if tl.float32 == OPERAND:
@@ -159,13 +163,13 @@ def load_query(q, rows, channels, stride_q, m_rows, K: tl.constexpr, BK: tl.cons
 def around_reference(r, before, after):
     """Choose a reference per channel so that no factor overflows.
 
-    A mild channel is factored around the middle of the chunk. A strong one, that forgets more than REACH bits in half
-    a chunk, takes its start for queries and its end for keys: what crosses the chunk stays exact, and the pairs inside
-    it, which then come out smaller than 2 ** -REACH of their value, come from `strong_channels`.
+    A mild channel is factored around the middle of the chunk. A strong channel, which forgets more than REACH bits in
+    half a chunk, is factored around the start for queries and around the end for keys. What crosses the chunk stays
+    exact; pairs inside it, which come out below 2 ** -REACH of their value, are added by `strong_channels`.
 
     Returns:
-        Factors of queries and of keys `[C, BK]`, which channels are strong `[BK]`, and the factors per channel that
-        the state takes before queries' factors apply (`enter`) and after keys' factors did (`leave`).
+        Factors of queries and of keys `[C, BK]`, which channels are strong `[BK]`, and factors per channel for the
+        state: before the queries' factors apply (`enter`) and after the keys' factors did (`leave`).
     """
     strong = (before < -REACH) | (after < -REACH)
     q_factor = tl.exp2(r + tl.where(strong, before, 0.0)[None, :])
@@ -175,5 +179,5 @@ def around_reference(r, before, after):
 
 @triton.jit
 def is_strong(enter, leave, passed):
-    """Tell strong channels by what `around_reference` left of them and the bits of the whole chunk."""
+    """Return which channels are strong, from the result of `around_reference` and the bits of the whole chunk."""
     return (enter == 1.0) & (leave == 1.0) & (passed < -REACH)

@@ -1,7 +1,7 @@
 """The keys that a call may attend to: carried slots in the order of their positions, then the new tokens.
 
-All other kernels read them from here, rotated and padded. Channels that rotate together lie side by side: a tile is
-turned in registers, and the scalar product of a query and a key does not see the order of the channels.
+All other kernels read these rotated and padded copies. Channels that rotate together lie side by side, so that a tile
+is rotated in registers; the order of channels does not change the product of a query and a key.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ import triton.language as tl
 from torch import Tensor
 
 from ligerexport.kernels.fused.launch import launch, layout, same
-from ligerexport.model.scores import get_score
 from ligerexport.model.state import MixerSpec, MixerState
 
 BLOCK = 64
 """Queries that are mixed at a time."""
 
 NARROWEST = 32
-"""Fewest channels of a tile; with 16, Triton 3.6 gets the gradient of fp32 queries wrong on an H100."""
+"""Fewest channels of a tile; with 16, Triton 3.6 computes a wrong gradient of fp32 queries on an H100."""
 
 EMPTY = tl.constexpr(-(2**30))
-"""Time of a candidate that holds nothing; differences to it still fit in 32 bits."""
+"""Time of an empty candidate; differences to it still fit in 32 bits."""
 NEVER = tl.constexpr(2**31 - 1)
 """Death of a candidate that stays."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What the kernels of one call share. C = N + T; D_k and D_v are the widths rounded up to powers of two,
-    at least `NARROWEST`.
+    """The tensors that the kernels of one call share.
+
+    C = N + T. D_k and D_v are the widths rounded up to powers of two, and at least `NARROWEST`.
 
     Attributes:
         spec: The layer.
         call: The same object for calls of equal layout.
-        query: `[B, H_q, T, D_k]`, turned by the token's index.
-        key: `[B, H_kv, C, D_k]`, turned by `time`, carried ones by at most the largest distance.
+        query: `[B, H_q, T, D_k]`, rotated by the token's index.
+        key: `[B, H_kv, C, D_k]`, rotated by `time`, carried ones by at most the largest distance.
         value: `[B, H_kv, C, D_v]`.
         time: `[B, H_kv, C]` int32, index of the token, negative for carried ones, `EMPTY` for nothing.
         leave: `[B, H_kv, C]` int32, time at which it leaves the window: never for a sink, always for nothing.
-        score: `[B, H_kv, P, C]`; what is gathered from attention is only carried over so far.
-        source: `[B, H_kv, N]` int32, slot of the state that a carried candidate was.
+        score: `[B, H_kv, P, C]`; attention received in this call is not in it yet.
+        source: `[B, H_kv, N]` int32, the slot of the state from which a carried candidate came.
         position: `[B]` int64.
         angles: `[2, rows, R]`, cosine and sine from offset `-reach` to at least 0.
         reach: Largest offset in `angles`.
@@ -142,9 +142,9 @@ def _tokens_kernel(
     POOLS: tl.constexpr, ARRIVAL_POOL: tl.constexpr, D_K: tl.constexpr, WIDTH_K: tl.constexpr, D_V: tl.constexpr,
     WIDTH_V: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Turn queries and keys of `ROWS` new tokens for one KV head's group and copy what else belongs to them.
+    """Rotate queries and keys of `ROWS` new tokens for one KV head's group, and copy their values and scores.
 
-    A program takes the whole group, for the angles are as many bytes as the queries of two heads.
+    A program takes the whole group, since the angles are as large as the queries of two heads.
     """
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh = b * H_KV + h
@@ -208,7 +208,7 @@ def _slots_kernel(
         b_score = tl.load(p_slot_score + (bh * POOLS + pool) * SLOTS + n, mask=m_n, other=0.0)
         tl.store(p_score + (bh * POOLS + pool) * count + place, b_score, mask=m_n)
 
-    # An empty slot may hold anything, and zero times that must stay zero.
+    # An empty slot may hold anything, also numbers whose product with zero is not zero.
     m_full = m_n & (time != EMPTY)
     cos, sin = angles(p_angles, plane, tl.maximum(time, -cap), reach, WIDTH_K // 2, R)
     turned = _load_turned(p_slot_key + (bh * SLOTS + n) * D_K, m_full, cos, sin, ROWS, WIDTH_K, D_K, R)
@@ -254,8 +254,7 @@ def gather_candidates(
         angles=table,
         reach=reach,
     )
-    pool = next((i for i, (name, _) in enumerate(config.slots) if get_score(name).on_arrival), -1)
-    given = arrival if arrival is not None else position  # never read without a pool that is kept by it
+    arrives = next((i for i, pool in enumerate(spec.pools) if pool.on_arrival), -1)
     strides = [s for x in (query, key, value) for s in x.stride()[:3]] + [
         *(arrival.stride() if arrival is not None else (0, 0, 0))
     ]
@@ -266,10 +265,10 @@ def gather_candidates(
     rows = 32 if max(width_k, width_v) <= 128 else 16
     launch(
         call, _tokens_kernel, (triton.cdiv(length, rows), kv_heads, batch),
-        query, key, value, given, position, table, found.query, found.key, found.value, found.time, found.leave,
-        found.score, *strides, length, table.stride(0), reach,
+        query, key, value, position if arrival is None else arrival, position, table, found.query, found.key,
+        found.value, found.time, found.leave, found.score, *strides, length, table.stride(0), reach,
         constants=lambda: constants | {
-            "GROUP": q_heads // kv_heads, "ARRIVAL_POOL": pool, "ROWS": rows, "num_warps": 4,
+            "GROUP": q_heads // kv_heads, "ARRIVAL_POOL": arrives, "ROWS": rows, "num_warps": 4,
         },
     )  # fmt: skip
     launch(
@@ -283,7 +282,7 @@ def gather_candidates(
 
 
 def _reach(rotary: Tensor, cap: int, length: int) -> tuple[Tensor, int]:
-    """Return a table of angles that reaches back over the call, and how far."""
+    """Return a table of angles that reaches back over the whole call, and its reach in tokens."""
     if length <= cap + 1:
         return rotary.contiguous(), cap
     circle = torch.complex(rotary[0, : cap + 1].double(), rotary[1, : cap + 1].double())

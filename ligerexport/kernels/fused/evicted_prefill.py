@@ -1,8 +1,8 @@
-"""`ligerexport.kernels.evicted` for a whole chunk in launches alone: no gradient, and nothing between them by torch.
+"""`ligerexport.kernels.evicted` for a whole chunk in kernels only, without a gradient and without torch in between.
 
-What each step evicts is read off the deaths of candidates. Running sums of features are sums of blocks before and sums
-within a block. Values are read by the kernels of linear attention, with queries that are divided by the count, since a
-sum of many thousand values is beyond fp16.
+The deaths of candidates say what each step evicts. A running sum of features is the sum of the blocks before and a sum
+within the block. The kernels of linear attention read the values, with queries divided by the count, since the sum of
+many thousand values exceeds fp16.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from ligerexport.kernels.fused import linear_attention
 from ligerexport.kernels.fused.candidates import EMPTY, NEVER
 from ligerexport.kernels.fused.evicted_step import rotary_places, slow_turn
 from ligerexport.kernels.fused.memory_attention import Attended
+from ligerexport.kernels.fused.numbers import LN2, LOG2E
 from ligerexport.model.state import MixerSpec, MixerState
 
 
 def evicted_prefill(
     query: Tensor, key: Tensor, attended: Attended, state: MixerState, spec: MixerSpec, rotary: Tensor
 ) -> MixerState:
-    """Add what the memory let go to `attended.output`, in place.
+    """Add the evicted tokens to `attended.output`, in place.
 
     Args:
         query: `[B, T, H_q, d_k]`, any strides with a contiguous last axis, before rotary embedding.
         key: `[B, T, H_kv, d_k]`, likewise.
-        attended: What `memory_attention.forward` returned for them.
-        state: With the slots, the state and the mass before the call.
+        attended: Result of `memory_attention.forward` for them.
+        state: Slots, recurrent state and mass before the call.
         spec: The layer.
-        rotary: As `prefill` has it.
+        rotary: As in `prefill`.
 
     Returns:
         The new state and mass.
@@ -42,13 +43,13 @@ def evicted_prefill(
     batch, tokens, q_heads, d_k = query.shape
     kv_heads, slots, d_v = spec.kv_heads, spec.config.num_slots, spec.d_v
     width = triton.next_power_of_2(d_k)
-    block = 64 if width <= 64 else 32  # tokens of a program
+    block = 64 if width <= 64 else 32  # tokens per program
     blocks, dtype = triton.cdiv(tokens, block), query.dtype
     lost = torch.zeros(batch, kv_heads, tokens, dtype=torch.int32, device=query.device)
     feature = query.new_empty(batch, tokens, kv_heads, d_k)
     value = query.new_empty(batch, tokens, kv_heads, d_v)
     totals = query.new_empty(batch, kv_heads, blocks, d_k, dtype=torch.float32)
-    # divided by the count they need a range that fp16 does not have
+    # divided by the count, they exceed the range of fp16
     wanted = query.new_empty(query.shape, dtype=torch.bfloat16 if dtype == torch.float16 else dtype)
     share = query.new_empty(batch, tokens, q_heads, dtype=torch.float32)
     mass = torch.empty_like(state["recurrent_mass"])
@@ -80,7 +81,7 @@ def evicted_prefill(
 
 @triton.jit
 def _lost_kernel(p_death, p_time, p_lost, count, tokens, H: tl.constexpr, BLOCK: tl.constexpr):
-    """Write for each step one more than the candidate that it evicts. Grid: (C / BLOCK, H, B)."""
+    """Write 1 + the index of the candidate that each step evicts. Grid: (C / BLOCK, H, B)."""
     bh = tl.program_id(2).to(tl.int64) * H + tl.program_id(1)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     death = tl.load(p_death + bh * count + c, mask=c < count, other=NEVER)
@@ -128,7 +129,7 @@ def _features_kernel(
     H: tl.constexpr, G: tl.constexpr, D_K: tl.constexpr, DK_PAD: tl.constexpr, R: tl.constexpr, NEAR: tl.constexpr,
     FAR: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write what the queries of a block ask the state for, and their share of the softmax. Grid: (blocks, H, B)."""
+    """Write the features of the queries of a block, and the evicted tokens' share. Grid: (blocks, H, B)."""
     block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh = b * H + h
     t = block * BLOCK + tl.arange(0, BLOCK)
@@ -162,8 +163,8 @@ def _features_kernel(
         m_to = m_t[:, None] & m_k[None, :]
         tl.store(p_wanted + row[:, None] * D_K + o_k[None, :], wanted.to(p_wanted.dtype.element_ty), mask=m_to)
         normaliser = tl.load(p_lse + (b * (H * G) + head) * tokens + t, mask=m_t, other=0.0)
-        logit = mean * 1.4426950408889634 + tl.log2(some) + log2_weight - normaliser
-        share = tl.where(count > 0, tl.sigmoid(logit * 0.6931471805599453), 0.0)
+        logit = mean * LOG2E + tl.log2(some) + log2_weight - normaliser
+        share = tl.where(count > 0, tl.sigmoid(logit * LN2), 0.0)
         tl.store(p_share + row, share, mask=m_t)
 
 
@@ -171,7 +172,7 @@ def _features_kernel(
 def _join_kernel(
     p_mixed, p_read, p_share, tokens, HEADS: tl.constexpr, D_V: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Weigh the softmax's output and what was read from the state, into the first. Grid: (T, B)."""
+    """Mix what was read from the state into the softmax's output, in place. Grid: (T, B)."""
     row = tl.program_id(1).to(tl.int64) * tokens + tl.program_id(0)
     for start in tl.static_range(0, HEADS * D_V, BLOCK):
         i = start + tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""The second launch of a step where evicted tokens feed the recurrence: `ligerexport.kernels.evicted` for one token."""
+"""The second launch of a step with a recurrence over evicted tokens: `ligerexport.kernels.evicted` for one token."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ligerexport.kernels.fused.numbers import LN2, LOG2E
 from ligerexport.model.state import MixerSpec, MixerState
 
 
@@ -22,13 +23,13 @@ def evicted_step(
     lost: Tensor,
     spec: MixerSpec,
 ) -> None:
-    """Add what lost its place to the sums, in place, and what they say to the softmax's output.
+    """Add the evicted token to the sums, in place, and their answer to the softmax's output.
 
     Args:
-        query: As `mixer_step` has it, `position`, `index`, `rotary`, `state` and `spec` likewise.
+        query: As in `mixer_step`; `position`, `index`, `rotary`, `state` and `spec` likewise.
         out: `[B, H_q, d_v]`, contiguous, to write to.
-        lost: Fp32, for each KV head of each sequence the softmax's output `[G, d_v]`, key `[d_k]` and value `[d_v]`
-            that lost their place, base-2 logarithms of the softmax's denominators `[G]`, and 1 if there is any.
+        lost: For each KV head of each sequence, fp32: the softmax's output `[G, d_v]`, the evicted key `[d_k]` and
+            value `[d_v]`, base-2 logarithms of the softmax's denominators `[G]`, and 1 if a token was evicted or 0.
     """
     places, slow_sine = rotary_places(spec, rotary)
     precision = "tf32x3" if query.dtype == torch.float32 else "tf32"
@@ -44,7 +45,7 @@ def evicted_step(
 
 
 def rotary_places(spec: MixerSpec, rotary: Tensor) -> tuple[dict[str, int], float]:
-    """Return where `slow_turn` reads the table, and the sine of the fastest turn a token of a channel that is read."""
+    """Return where `slow_turn` reads the table, and the sine of the fastest rotation per token that counts as slow."""
     distance, rotated = min(spec.config.recurrence_distance, spec.max_distance), rotary.shape[-1]
     near, far = spec.max_distance - 1, spec.max_distance - distance
     places = {"R": rotated, "NEAR": near * rotated, "FAR": far * rotated, "TABLE": rotary.shape[1] * rotated}
@@ -55,11 +56,11 @@ def rotary_places(spec: MixerSpec, rotary: Tensor) -> tuple[dict[str, int], floa
 def slow_turn(
     p_rotary, slow_sine, o_k, m_k, R: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, TABLE: tl.constexpr
 ):  # fmt: skip
-    """Return the turn of each channel over the distance, and who takes part: those that turn too fast are left out.
+    """Return the rotation of each channel over the distance; channels that rotate too fast are left out.
 
     Returns:
-        Factors of a channel and of the one that it turns with, which channels are slow, which of them turn, and the
-        number of the other one.
+        Factors of a channel and of its partner, which channels are slow, which of these rotate, and the partner's
+        number.
     """
     rotated, second = o_k < 2 * R, o_k >= R
     pair = tl.where(second, o_k - R, o_k)
@@ -80,7 +81,7 @@ def _evicted_step_kernel(
     BLOCK_V: tl.constexpr, R: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, TABLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Do so for one head of one sequence. Grid: (B * H_kv,)."""
+    """Compute `evicted_step` for one head of one sequence. Grid: (B * H_kv,)."""
     unit = tl.program_id(0)
     b, h = (unit // H).to(tl.int64), unit % H
     row = b
@@ -112,8 +113,8 @@ def _evicted_step_kernel(
     mean = tl.sum(turned * sums[None, :], axis=1) / some
     features = turned + (1.0 - mean)[:, None] * one[None, :]
     normaliser = tl.load(p_key + D_K + D_V + o_g, mask=m_g, other=0.0)
-    logit = mean * 1.4426950408889634 + tl.log2(some) + log2_weight - normaliser
-    share = tl.where(count > 0, tl.sigmoid(logit * 0.6931471805599453), 0.0)[:, None]
+    logit = mean * LOG2E + tl.log2(some) + log2_weight - normaliser
+    share = tl.where(count > 0, tl.sigmoid(logit * LN2), 0.0)[:, None]
     for i in tl.static_range((D_V + BLOCK_V - 1) // BLOCK_V):
         o_v = i * BLOCK_V + tl.arange(0, BLOCK_V)
         m_v = o_v < D_V

@@ -1,6 +1,6 @@
-"""Launch a kernel again without working out again what it was compiled for.
+"""Launch a kernel again without specialising it again.
 
-Triton looks at every argument of every launch; for kernels of some microseconds that takes longer than they run.
+Triton inspects every argument of every launch, which takes longer than a kernel of a few microseconds runs.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 MOST = 4096
-"""Launches that are remembered; lengths of text may vary without end."""
+"""Most launches that are remembered, since lengths of text vary without limit."""
 
 _COMPILED: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
 
 def layout(*tensors: Tensor | None) -> Hashable:
-    """Return all that compilation and the sizes of a launch can depend on in a caller's tensors."""
+    """Return everything about a caller's tensors on which compilation and the sizes of a launch can depend."""
     return tuple(
         None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0) for x in tensors
     )
@@ -26,7 +26,7 @@ def layout(*tensors: Tensor | None) -> Hashable:
 
 @lru_cache(maxsize=1024)
 def same(*things: Hashable) -> Hashable:
-    """Return one object for equal things; it is quicker to look up than they are."""
+    """Return one object for equal things, which is faster to look up than they are."""
     return object()
 
 
@@ -36,12 +36,12 @@ def launch(
     """Run `kernel[grid](*arguments, **constants())`.
 
     Args:
-        key: What all else follows from; equal keys promise equal integers and constants, and tensors of equal dtype and
+        key: Determines everything else: equal keys promise equal integers and constants, and tensors of equal dtype and
             alignment.
         kernel: A function of `triton.jit`.
         grid: Programs.
-        *arguments: The first arguments of the kernel, all that vary.
-        constants: Makes the rest and Triton's options; called once for a key.
+        *arguments: The first arguments of the kernel, which vary.
+        constants: Returns the other arguments and Triton's options; called once per key.
     """
     known = _COMPILED.get((id(kernel), key))
     if known is not None:
@@ -52,5 +52,5 @@ def launch(
     compiled = kernel[grid](*arguments, **named)
     if len(_COMPILED) >= MOST:
         _COMPILED.clear()
-    if hasattr(compiled, "function"):  # the interpreter and whoever records launches return something else
+    if hasattr(compiled, "function"):  # the interpreter and the recorder of launches return other objects
         _COMPILED[id(kernel), key] = compiled, tuple(named[name] for name in kernel.arg_names[len(arguments) :])

@@ -1,7 +1,7 @@
-"""Products with weights for few rows and for many: RMSNorm before, bias, gated unit and residual after, as one launch.
+"""Products with weights in one launch each, with RMSNorm before and bias, gated unit and residual after.
 
-One row reads each weight once and sums in fp32, which is all that the memory allows; more rows are tiles of a matrix
-product, and the norm of their rows is a launch of its own, with a second product of few outputs in it.
+For one row, each weight is read once and sums are fp32; memory limits the speed. More rows are tiles of a matrix
+product; their norm is a launch of its own, which also computes a second product of few outputs.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ligerexport.kernels.linear import ACTIVATIONS, LinearSpec
 from ligerexport.kernels.tuning import get_product_tile, overlaps
 
 FEW_ROWS = 64
-"""Up to so many there are in a step of many sequences, whose launches overlap; a prompt has more."""
+"""Most rows in a step of many sequences, whose launches overlap; a prompt has more."""
 SMALL_WEIGHT = 1 << 22
-"""Elements up to which the product of a few rows overlaps: of larger ones it was slower, on an H100 with 16 rows."""
+"""Elements of a weight up to which the product of a few rows overlaps; above, it was slower on an H100 (16 rows)."""
 
 
 def linear(
@@ -36,7 +36,7 @@ def linear(
 
     Args:
         out: `[M, N]` to write to, fp32 or of the weight's type, as `spec.wide` says.
-        side: Weight `[S, K]` and bias `[S]` of the second product and `[M, S]` to write to, all fp32.
+        side: Weight `[S, K]` and bias `[S]` of the second product, and its result `[M, S]`, all fp32.
 
     Returns:
         `out`.
@@ -57,7 +57,7 @@ def linear(
         normed = None if norm is None else torch.empty(rows, k, dtype=weight.dtype, device=x.device)
         block = triton.next_power_of_2(k)
         height = 1 if few else max(1, min(4, 16384 // block))
-        sides = 1 if few else max(1, spec.side)  # of a program; few rows make few programs else
+        sides = 1 if few else max(1, spec.side)  # per program; otherwise few rows would make few programs
         _norm_kernel[(triton.cdiv(rows, height), triton.cdiv(max(1, spec.side), sides))](
             x, norm, normed, *(side or (None,) * 3), rows, K=k, S=spec.side, SIDES=sides, EPSILON=epsilon,
             BLOCK_M=height, BLOCK_K=block, OVERLAP=overlap, num_warps=8 if block > 2048 else 4,
@@ -81,7 +81,7 @@ def _activate(x, GATE: tl.constexpr):
 
 @triton.jit
 def _load(p, m_rows, m_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Load a tile of weights, with masks only where some of its rows or columns are none."""
+    """Load a tile of weights, with masks only if some of its rows or columns do not exist."""
     if ROWS and COLUMNS:
         return tl.load(p)
     if COLUMNS:
@@ -91,7 +91,7 @@ def _load(p, m_rows, m_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _input(p_x, p_norm, o_k, m_k, squares):
-    """Load elements of one row, with the norm's weight but without its factor, and add their squares up."""
+    """Load elements of one row, with the norm's weight but without its factor, and sum their squares."""
     x = tl.load(p_x + o_k, mask=m_k, other=0.0).to(tl.float32)
     if p_norm is not None:
         squares += x * x
@@ -113,7 +113,7 @@ def _row_kernel(
     N: tl.constexpr, K: tl.constexpr, EPSILON: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Some outputs of one row, or one of the side. Grid: (N / BLOCK_N + S,)."""
+    """Compute some outputs of one row, or one of the side. Grid: (N / BLOCK_N + S,)."""
     ROWS: tl.constexpr = N % BLOCK_N == 0
     COLUMNS: tl.constexpr = K % BLOCK_K == 0
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -131,7 +131,7 @@ def _row_kernel(
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     up_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
-    # the first weights are asked for before x is there
+    # the first weights are loaded before x arrives
     weight = _load(p_weight, m_n, o_k < K, ROWS, COLUMNS)
     up = _load(p_up, m_n, o_k < K, ROWS, COLUMNS) if GATE else weight
     wait(OVERLAP)
@@ -165,7 +165,7 @@ def _row_kernel(
 def _side_output(
     p_x, p_weight, p_norm, p_bias, p_out, n, K: tl.constexpr, EPSILON: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """Output n of the second product of one row."""
+    """Compute output n of the second product of one row."""
     o_k = tl.arange(0, BLOCK_K)
     sums = tl.zeros((BLOCK_K,), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
@@ -183,7 +183,7 @@ def _norm_kernel(
     K: tl.constexpr, S: tl.constexpr, SIDES: tl.constexpr, EPSILON: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """RMSNorm of some rows and some outputs of their second product. Grid: (M / BLOCK_M, S / SIDES), at least one."""
+    """Compute the RMSNorm of some rows, and part of a second product. Grid: (M / BLOCK_M, S / SIDES), at least one."""
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_k = tl.arange(0, BLOCK_K)
     m_m, m_k = o_m < rows, o_k < K
@@ -208,7 +208,7 @@ def _tile_kernel(
     N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Some outputs of some rows. Grid: (M / BLOCK_M, N / BLOCK_N).
+    """Compute some outputs of some rows. Grid: (M / BLOCK_M, N / BLOCK_N).
 
     Programs that run at a time share rows and weights: numbers go through 16 blocks of rows before the next outputs.
     """

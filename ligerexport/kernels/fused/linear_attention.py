@@ -280,10 +280,11 @@ def forward(
 
 
 def backward(
-    d_output: Tensor, d_final: Tensor | None, query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None,
-    initial_state: Tensor | None, states: Tensor, cu_seqlens: Tensor | None, gate: str | None, scale: float,
+    d_output: Tensor, d_final: Tensor | None, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    states: Tensor, cu_seqlens: Tensor | None, gate: str | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of query, key, value, decay and initial state."""
+    """Return the gradients of `inputs`: query, key, value, decay and initial state."""
+    query, key, value, decay, initial_state = inputs
     sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     q, k, v, do = (_flat(x) for x in (query, key, value, d_output))
     g = k if decay is None else _flat(decay)

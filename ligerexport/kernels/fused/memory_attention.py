@@ -1,7 +1,7 @@
 """Softmax attention over the bounded exact memory for all tokens of a call at once, with Triton kernels.
 
-`ligerexport.kernels.memory_attention` says what is computed. Here each key is visible from its arrival until its
-death, so that the policy of the memory is one array of integers; it is found first, then attention knows no pools.
+`ligerexport.kernels.memory_attention` defines the result. Here each key is visible from its arrival until its death, so
+the policy of the memory is one array of integers. It is computed first; attention then knows no pools.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ligerexport.model.state import MixerSpec, MixerState
 
 @dataclass(frozen=True)
 class Attended:
-    """What `forward` returns and `backward` needs again.
+    """The result of `forward`, which `backward` needs again.
 
     Attributes:
         output: `[B, T, H_q, d_v]`, 0 where a token is padding.
         present: The slots after the last token.
         death: `[B, H_kv, N + T]` int32, the first token that no longer sees each candidate, carried ones (by position)
             before new ones.
-        table: `[B, H_kv, blocks + 1, kept]` int32, what `old_table` returned.
+        table: `[B, H_kv, blocks + 1, kept]` int32, from `old_table`.
         lse: `[B, H_q, T]` fp32, base-2 logarithms of the softmax's denominators.
-        found: The candidates; `backward` finds them again.
+        found: The candidates; `backward` computes them again.
     """
 
     output: Tensor
@@ -59,7 +59,7 @@ def forward(
 ) -> Attended:
     """Attend; arguments as `ligerexport.kernels.library.memory_attention`, the slots in any order.
 
-    `death` gives the memory's decisions instead of finding them.
+    `death` passes the memory's decisions, which are then not computed.
     """
     query, key, value = _rows(query, key, value)
     state = {name: tensor.contiguous() for name, tensor in state.items() if name.startswith("slot_")}
@@ -86,12 +86,12 @@ def backward(
     attended: Attended,
     d_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value; what the candidates are is worked out again, not kept.
+    """Return the gradients of query, key and value; the candidates are computed again, not kept.
 
-    `d_lse` `[B, H_q, T]` is the gradient of the normalisers, None where nothing reads them.
+    `d_lse` `[B, H_q, T]` is the gradient of the normalisers; None if nothing reads them.
     """
     query, key, value, d_output = _rows(query, key, value, d_output)
     state = {name: tensor.contiguous() for name, tensor in state.items() if name.startswith("slot_")}
-    arrival = query.new_zeros(1, 1, 1, dtype=torch.float32).expand(*key.shape[:3])  # its part is done
+    arrival = query.new_zeros(1, 1, 1, dtype=torch.float32).expand(*key.shape[:3])  # scores are complete already
     found = gather_candidates(query, key, value, arrival, position, state, spec, rotary)
     return attend_backward(found, attended.death, attended.table, attended.output, attended.lse, d_output, d_lse)

@@ -1,8 +1,8 @@
-"""Programmatic dependent launch: a kernel begins while the one before it ends, and loads what that one does not write.
+"""Programmatic dependent launch: a kernel begins before the previous one ends, and loads what that does not write.
 
-Every kernel that is launched so waits before anything that depends on others, and lets the next one begin only then: at
-that time all but the one before it are done. So what is loaded before the wait may be written by any but that one.
-Launched otherwise, none of it does anything.
+Every kernel that is launched like this waits for the previous one, and only then lets the next one begin. So when a
+kernel begins, all but the previous one have ended, and loads before the wait are safe unless that one writes there. In
+other launches these functions do nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def wait(OVERLAP: tl.constexpr):
-    """Wait for the kernel before, and let the next one begin."""
+    """Wait for the previous kernel, and let the next one begin."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -22,7 +22,7 @@ def wait(OVERLAP: tl.constexpr):
 
 @triton.jit
 def prefetch(p, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
-    """Bring the first four tiles `[ROWS, COLUMNS]` of a matrix `[rows, columns]` into the second cache."""
+    """Load the first four tiles `[ROWS, COLUMNS]` of a matrix `[rows, columns]` into the L2 cache."""
     if OVERLAP:
         LINE: tl.constexpr = 1024 // p.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
         o_m = tl.minimum(tl.arange(0, ROWS), rows - 1)

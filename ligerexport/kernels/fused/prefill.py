@@ -1,6 +1,6 @@
-"""A whole chunk of `liger_mixer` in launches alone, so that it can be planned ahead of time for callers without torch.
+"""A whole chunk of `liger_mixer` in kernels only, so that it can be planned ahead of time for callers without torch.
 
-The judge of novelty, memory and recurrences are the kernels beside this file; here is what joins them.
+The kernels of novelty, memory and recurrences are beside this file; here are those that combine them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from torch import Tensor
 from ligerexport.kernels.fused import linear_attention, memory_attention
 from ligerexport.kernels.fused.evicted_prefill import evicted_prefill
 from ligerexport.kernels.fused.recall_error import recall_error
+from ligerexport.model.gates import OPEN
 from ligerexport.model.state import MixerSpec, MixerState
-
-OPEN = 100.0
-"""As in `ligerexport.kernels.ops`: the raw key of padding, which forgets nothing."""
 
 
 def prefill(
@@ -28,7 +26,7 @@ def prefill(
     spec: MixerSpec,
     rotary: Tensor,
 ) -> tuple[Tensor, MixerState]:
-    """Run `liger_mixer`; arguments and results are its own."""
+    """Run `liger_mixer`, with the same arguments and results."""
     config, judged = spec.config, {}
     if config.judged:
         score, judged["judge_state"] = recall_error(key, value, position, state["judge_state"])

@@ -1,6 +1,6 @@
 """The judge of novelty on the GPU: how far a normalised linear memory of all earlier tokens is from each token's value.
 
-The sequence is cut into segments that are summed side by side, as for gated linear attention, here without decay.
+The sequence is divided into segments that are summed in parallel, as in gated linear attention, but without decay.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ligerexport.kernels.fused.blocks import features, load_block
 from ligerexport.kernels.tuning import get_tile, padded
 
 PROGRAMS = 264
-"""Programs that sequences are cut for, two a multiprocessor of an H100."""
+"""Programs for which sequences are divided: two per multiprocessor of an H100."""
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def judge_segments(
 
 @triton.jit
 def scan_segments(sums, before, after, pieces, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Put the state before each segment in the place of what it adds. Grid: (blocks of K (V + 1), B x KV heads)."""
+    """Replace what each segment adds by the state before it. Grid: (blocks of K (V + 1), B x KV heads)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     bh = tl.program_id(1).to(tl.int64)
     state = tl.load(before + bh * SIZE + i, mask=i < SIZE, other=0.0)
@@ -119,7 +119,7 @@ def join_columns(
 
 
 def segment_tokens(batch: int, length: int, heads: int, d_k: int, d_v: int) -> tuple[int, int]:
-    """Return tokens a segment, a multiple of the chunk, and the blocks that columns of values are cut into."""
+    """Return the tokens per segment, a multiple of the chunk, and the number of blocks of value columns."""
     tile = get_tile("recall_error", max(padded(d_k), padded(d_v)), 4)
     blocks = triton.cdiv(d_v, min(tile.block_v, padded(d_v)))
     pieces = max(1, PROGRAMS // (heads * blocks))

@@ -1,6 +1,6 @@
-"""Where sequences are cut for the linear-attention kernels: a table that the kernels read, made without a device sync.
+"""Segments of sequences for the linear-attention kernels: a table that kernels read, made without a device sync.
 
-Tokens of all sequences lie one after the other, packed or batched alike.
+Tokens of all sequences lie one after the other, whether packed or batched.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 from ligerexport.kernels.tuning import get_tile, padded
 
 PROGRAMS = 264
-"""Programs that sequences are cut for, two a multiprocessor of an H100."""
+"""Programs for which sequences are divided: two per multiprocessor of an H100."""
 
 LONGEST_CHUNK = 64
-"""Every tile's chunk divides it, so that segments end where chunks end."""
+"""A multiple of every tile's chunk, so that segments end where chunks end."""
 
 
 def segment_length(tokens: int, heads: int, d_k: int, d_v: int, itemsize: int) -> int:
-    """Return tokens a segment: as many as may be while all segments fill the GPU."""
+    """Return the tokens per segment: the most for which all segments still fill the GPU."""
     width = max(padded(d_k), padded(d_v))
     blocks = -(-d_v // min(get_tile("attend_segments", width, itemsize).block_v, padded(d_v)))
     pieces = max(1, PROGRAMS // (heads * blocks))
@@ -35,10 +35,10 @@ def segment_count(tokens: int, sequences: int, segment: int, packed: bool) -> in
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Every sequence cut into segments, at least one each.
+    """The segments of all sequences, at least one for each.
 
     Attributes:
-        table: `[S, 5]` int32: first token, end, sequence (-1 for a row that is not used), whether it is the last of its
+        table: `[S, 5]` int32: first token, end, sequence (-1 for an unused row), whether it is the last segment of its
             sequence, and the number of its first chunk.
         offsets: `[N + 1]` int32, the rows of each sequence.
         count: S, rows of the table.
@@ -52,13 +52,13 @@ class Segments:
 
 
 def cut(cu_seqlens: Tensor, tokens: int, segment: int, chunk: int) -> Segments:
-    """Cut packed sequences.
+    """Divide packed sequences.
 
     Args:
-        cu_seqlens: `[N + 1]` integer, where sequences begin and end.
-        tokens: All tokens, `cu_seqlens[-1]`.
-        segment: Tokens a segment, a multiple of `chunk`.
-        chunk: Tokens a chunk.
+        cu_seqlens: `[N + 1]` integer, the bounds of the sequences.
+        tokens: Number of all tokens, `cu_seqlens[-1]`.
+        segment: Tokens per segment, a multiple of `chunk`.
+        chunk: Tokens per chunk.
     """
     starts = cu_seqlens.long()
     lengths = starts.diff()
@@ -83,7 +83,7 @@ def cut(cu_seqlens: Tensor, tokens: int, segment: int, chunk: int) -> Segments:
 
 @lru_cache(maxsize=256)
 def cut_batch(batch: int, length: int, segment: int, chunk: int, device: torch.device) -> Segments:
-    """Cut `batch` sequences of equal length."""
+    """Divide `batch` sequences of equal length."""
     cu_seqlens = torch.arange(batch + 1) * length
     made = cut(cu_seqlens, batch * length, segment, chunk)
     rows = segment_count(batch * length, batch, segment, packed=False)

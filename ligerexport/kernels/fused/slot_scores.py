@@ -1,6 +1,6 @@
-"""What each token receives from the softmax over sinks and window while it is in the window.
+"""The attention that each token receives while it is in the window, by softmax over sinks and window.
 
-Two passes: the normaliser of every query, then for each block of keys all queries that can see it from the window.
+There are two passes: the normaliser of every query, then for each block of keys all queries whose window reaches it.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ligerexport.kernels.fused.attend import LOG2E, attend
+from ligerexport.kernels.fused.attend import attend
 from ligerexport.kernels.fused.candidates import EMPTY, Candidates
 from ligerexport.kernels.fused.launch import launch
+from ligerexport.kernels.fused.numbers import LOG2E
 from ligerexport.kernels.fused.slots import old_table
-from ligerexport.model.scores import get_score
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _received_kernel(
     p_lse += bh * GROUP * length
     b_k = tl.load(p_key + c[:, None] * WIDTH_K + i_k[None, :], mask=m_c[:, None], other=0.0)
 
-    # Transposed, so that gathering over the queries is left to the end and then stays within a row of threads.
+    # Transposed, so that the reduction over queries comes last and stays within a row of threads.
     highest = tl.zeros((TILE, TILE), tl.float32)
     summed = tl.zeros((TILE, TILE), tl.float32)
     first = tl.maximum(key_tile, 0)
@@ -77,20 +77,19 @@ def _received_kernel(
 
 
 def complete_scores(found: Candidates) -> None:
-    """Add what is received in this call to `found.score`, in place."""
+    """Add the attention received in this call to `found.score`, in place."""
     config = found.spec.config
-    scores = [get_score(name) for name, _ in config.slots]
-    received = [score for score in scores if score.signal == "received"]
-    if not received:
+    rows = found.spec.pools
+    if all(pool.on_arrival for pool in rows):
         return
     sinks = old_table(found, found.leave, only_sinks=True)
     _, lse = attend(found, found.leave, sinks, found.value.shape[3], with_output=False)
     pools = {
-        "MAX_POOLS": [s.signal == "received" and s.reduce == "max" for s in scores],
-        "SUM_POOLS": [s.signal == "received" and s.reduce == "sum" for s in scores],
-        "VALUE_POOLS": [s.signal == "received" and s.by_value for s in scores],
+        "MAX_POOLS": [not pool.on_arrival and not pool.summed for pool in rows],
+        "SUM_POOLS": [not pool.on_arrival and pool.summed for pool in rows],
+        "VALUE_POOLS": [not pool.on_arrival and pool.by_value for pool in rows],
     }
-    first = {score.reduce: score.first_distance(config.window) for score in received}
+    first = {pool.summed: pool.first_distance for pool in rows if not pool.on_arrival}
     batch, kv_heads = found.time.shape[:2]
     tile = 32 if found.query.element_size() == 4 else 64
     back = triton.cdiv(config.window - 1, tile)
@@ -99,8 +98,8 @@ def complete_scores(found: Candidates) -> None:
         found.query, found.key, found.value, found.time, lse, found.score, found.length, found.spec.scale, back,
         constants=lambda: {
             "H_KV": kv_heads, "GROUP": found.query.shape[1] // kv_heads, "SLOTS": config.num_slots,
-            "WINDOW": config.window, "POOLS": len(scores), "MAX_FROM": first.get("max", 0),
-            "SUM_FROM": first.get("sum", 0), "WIDTH_K": found.key.shape[3], "WIDTH_V": found.value.shape[3],
+            "WINDOW": config.window, "POOLS": len(rows), "MAX_FROM": first.get(False, 0),
+            "SUM_FROM": first.get(True, 0), "WIDTH_K": found.key.shape[3], "WIDTH_V": found.value.shape[3],
             "TILE": tile, "PRECISION": found.precision, "num_warps": 4, "num_stages": 2,
             **{name: sum(1 << i for i, bit in enumerate(bits) if bit) for name, bits in pools.items()},
         },

@@ -1,9 +1,9 @@
-"""When each candidate dies, which of the old ones a block of queries still sees, and the slots that remain.
+"""When each candidate is evicted, which old ones a block of queries still sees, and the slots that remain.
 
-A pool keeps the best of all that left the window so far, and what it drops competes for the next pool. One token
-leaves the window at a time, so a pool drops either that one or the least that it holds. What it holds is known from
-the best of all blocks of events before (merged one after the other, each a sorted list) and the block itself, where
-better ones are counted: no pass over the tokens one after the other.
+A pool keeps the best of all tokens that left the window so far, and what it drops competes for the next pool. One token
+leaves the window at a time (an event), so a pool drops either that token or the worst that it holds. What a pool holds
+follows from the best of all earlier blocks of events, merged as sorted lists, and from counting better items within the
+block. No loop over single tokens is needed.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from torch import Tensor
 
 from ligerexport.kernels.fused.candidates import BLOCK, EMPTY, NEVER, Candidates
 from ligerexport.kernels.fused.launch import launch
-from ligerexport.model.scores import get_score
-from ligerexport.model.state import MixerState
+from ligerexport.kernels.fused.numbers import FAINTEST
+from ligerexport.model.state import SLOTS, MixerState
 
 EVENTS = 128
-"""Tokens leaving the window for which one program finds what a pool drops."""
+"""Events for which one program finds what a pool drops."""
 
 NOTHING = tl.constexpr(-(2**63))
-"""Place in a pool's order of what an event does not bring, worse than all others."""
+"""Order of an event without an item: worse than all items."""
 NEVER_DROPPED = tl.constexpr(2**63 - 1)
 """Better than all others."""
 
 
 @triton.jit
 def _order(score, time, item, enters, HORIZON: tl.constexpr):
-    """Return one integer for each item, larger the better: its rank, the older one on ties; `NOTHING` for none.
+    """Return an integer per item that is larger for a better one: by rank, older on ties; `NOTHING` for no item.
 
-    Pools that age rank by times, which count from the call: the positions of a long text would round.
+    Pools that age rank by times, counted from the call: the positions of a long text would round.
     """
     rank = score
     if HORIZON > 0:
-        rank = tl.log(tl.maximum(score, 1e-30)) + tl.div_rn(time.to(tl.float32), HORIZON)
+        rank = tl.log(tl.maximum(score, FAINTEST)) + tl.div_rn(time.to(tl.float32), HORIZON)
     bits = tl.where(rank == 0, 0.0, rank).to(tl.int32, bitcast=True)  # -0 is as good as 0
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(enters, (bits.to(tl.int64) << 32) + (item ^ 0x7FFFFFFF).to(tl.int64), NOTHING)
@@ -66,7 +66,7 @@ def _enter_kernel(
 @triton.jit
 def _merged(best, other, PLACES: tl.constexpr, STAGES: tl.constexpr):
     """Return the best of a list in falling order and one in rising order, in falling order."""
-    x = tl.maximum(best, other)  # rises no more than once, so that halves can be exchanged one after the other
+    x = tl.maximum(best, other)  # rises at most once, so halves can be exchanged one after the other
     for stage in tl.static_range(STAGES):
         pairs = tl.reshape(x, (2**stage, 2, PLACES // 2 ** (stage + 1)))
         opposite = tl.sum(pairs, axis=1, keep_dims=True) - pairs
@@ -77,7 +77,7 @@ def _merged(best, other, PLACES: tl.constexpr, STAGES: tl.constexpr):
 
 @triton.jit
 def _leaders_kernel(p_sorted, p_leaders, blocks, LISTED: tl.constexpr, PLACES: tl.constexpr, STAGES: tl.constexpr):
-    """Write down for each block of events the best that came before it."""
+    """Write for each block of events the best items that came before it."""
     bh = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, PLACES)
     p_block = p_sorted + bh * blocks * LISTED + PLACES - 1 - i
@@ -102,10 +102,10 @@ def _least(item, better_before, since, held, key, e, SIZE: tl.constexpr):
         item: `[ROWS]` in the order of `_order`.
         better_before: `[ROWS]`, how many better ones came before the block.
         since: `[ROWS]`, event of the block that brought the item.
-        held: `[ROWS]`, whether it is one.
-        key: `[EVENTS]`, what the events bring.
-        e: `[EVENTS]`, their numbers.
-        SIZE: Places of the pool.
+        held: `[ROWS]`, whether the item exists.
+        key: `[EVENTS]`, the items of the events.
+        e: `[EVENTS]`, the numbers of the events.
+        SIZE: Slots of the pool.
     """
     better = (key[None, :] > item[:, None]).to(tl.int32)
     better_so_far = better_before[:, None] + tl.cumsum(better, axis=1) - better
@@ -119,7 +119,7 @@ def _drop_kernel(
     H_KV: tl.constexpr, POOLS: tl.constexpr, NEXT: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr,
     HORIZON: tl.constexpr, LISTED: tl.constexpr, EVENTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Find what a pool drops at each event of a block, and hand it on to pool `NEXT` or, after the last, let it die."""
+    """Find what a pool drops at each event of a block; pass it to pool `NEXT`, or evict it after the last pool."""
     block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh = b * H_KV + h
     e = tl.arange(0, EVENTS)
@@ -145,7 +145,7 @@ def _drop_kernel(
                 better_before = tl.sum((leaders[None, :] > item[:, None]).to(tl.int32), axis=1)
                 least = tl.minimum(least, _least(item, better_before, since, enters, key, e, SIZE))
 
-    # An event that brings nothing drops nothing, and so does a pool with an empty place.
+    # An event without an item drops nothing, and neither does a pool with an empty slot.
     dropped = tl.minimum(key, least)
     gone = dropped > NOTHING
     item = (dropped & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
@@ -168,7 +168,7 @@ def _table_kernel(
 ):  # fmt: skip
     """List the candidates older than the first window of each block that its first query sees, -1 after the last.
 
-    A last row is about the last token of all.
+    The last row is for the last token of the call.
     """
     block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     t = tl.where(block < blocks, block * BLOCK, length - 1)
@@ -195,7 +195,7 @@ def _present_kernel(
     H_KV: tl.constexpr, SLOTS: tl.constexpr, KEPT: tl.constexpr, KEPT_PADDED: tl.constexpr, POOLS: tl.constexpr,
     D_K: tl.constexpr, WIDTH_K: tl.constexpr, D_V: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write the slots after the last token: what the table's last row names, aligned to the right, then the window."""
+    """Write the slots after the last token: those in the table's last row, aligned to the right, then the window."""
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh = b * H_KV + h
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -234,16 +234,15 @@ def _present_kernel(
 
 
 def deaths(found: Candidates) -> Tensor:
-    """Return the time `[B, H_kv, C]` int32 from which on each candidate is seen no more; scores must be complete."""
-    pools = found.spec.config.slots
+    """Return the time `[B, H_kv, C]` int32 from which each candidate is no longer seen; scores must be complete."""
+    pools = found.spec.pools
     if not pools:
         return found.leave
     batch, kv_heads, count = found.time.shape
     events = found.length + found.spec.config.kept
     blocks = triton.cdiv(events, EVENTS)
     death = torch.empty_like(found.time, memory_format=torch.contiguous_format)
-    horizons = [get_score(name).horizon or 0.0 for name, _ in pools]
-    places = [max(2, triton.next_power_of_2(size)) for _, size in pools]
+    places = [max(2, triton.next_power_of_2(pool.size)) for pool in pools]
     listed = [min(n, EVENTS) for n in places]
 
     def lists(width: int) -> Tensor:
@@ -256,10 +255,10 @@ def deaths(found: Candidates) -> Tensor:
         found.call, _enter_kernel, (triton.cdiv(count, EVENTS), kv_heads, batch),
         found.time, found.leave, found.score, found.position, death, key, best, count, events, blocks,
         constants=lambda: common | {
-            "SINKS": found.spec.config.sinks, "HORIZON": horizons[0], "LISTED": listed[0],
+            "SINKS": found.spec.config.sinks, "HORIZON": pools[0].horizon, "LISTED": listed[0],
         },
     )  # fmt: skip
-    for i, (_, size) in enumerate(pools):
+    for i, pool in enumerate(pools):
         last = i == len(pools) - 1
         after = i if last else i + 1
         leaders = lists(places[i])
@@ -274,7 +273,7 @@ def deaths(found: Candidates) -> Tensor:
             (found.call, i), _drop_kernel, (blocks, kv_heads, batch),
             key, leaders, next_key, next_best, found.score, found.time, found.leave, death, count, events, blocks,
             constants=lambda: common | {
-                "SIZE": size, "PLACES": places[i], "NEXT": i + 1, "HORIZON": horizons[after],
+                "SIZE": pool.size, "PLACES": places[i], "NEXT": i + 1, "HORIZON": pools[after].horizon,
                 "LISTED": listed[after], "ROWS": 16,
             },
         )  # fmt: skip
@@ -285,15 +284,15 @@ def deaths(found: Candidates) -> Tensor:
 def old_table(found: Candidates, death: Tensor, only_sinks: bool = False) -> Tensor:
     """List for each block of queries the candidates before its first query's window that this query sees.
 
-    All other candidates that the block sees lie side by side from there on.
+    All other candidates that the block sees follow there, side by side.
 
     Args:
         found: The candidates.
-        death: `[B, H_kv, C]`, how long each is seen.
-        only_sinks: Whether nothing but sinks can be among them.
+        death: `[B, H_kv, C]`, the time from which each is no longer seen.
+        only_sinks: Whether only sinks can be among them.
 
     Returns:
-        `[B, H_kv, blocks + 1, most that can be]` int32 in order, -1 after the last; a last row is about the last
+        `[B, H_kv, blocks + 1, most that can be]` int32 in order, -1 after the last; the last row is for the last
         token.
     """
     batch, kv_heads, count = death.shape
@@ -314,12 +313,11 @@ def old_table(found: Candidates, death: Tensor, only_sinks: bool = False) -> Ten
 
 
 def present_slots(found: Candidates, table: Tensor, key: Tensor, value: Tensor, state: MixerState) -> MixerState:
-    """Return the slots after the last token; `table` is what `old_table` returned for the deaths."""
+    """Return the slots after the last token; `table` comes from `old_table` for the deaths."""
     batch, length, kv_heads, d_k = key.shape
     d_v, config = value.shape[3], found.spec.config
-    names = ("slot_key", "slot_value", "slot_position", "slot_score")
     present = {
-        name: torch.empty_like(state[name], memory_format=torch.contiguous_format) for name in names if name in state
+        name: torch.empty_like(state[name], memory_format=torch.contiguous_format) for name in SLOTS if name in state
     }
     launch(
         found.call, _present_kernel, (triton.cdiv(config.num_slots, 16), kv_heads, batch),

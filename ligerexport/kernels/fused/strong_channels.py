@@ -1,6 +1,6 @@
-"""What the products of scaled queries and keys leave out: pairs within a chunk in channels that forget very fast.
+"""What products of scaled queries and keys leave out: pairs within a chunk in channels that forget very fast.
 
-Exact for any decay, on the chunks that `prepare` flagged; all others return at once. One distance after the other.
+Exact for any decay, one distance after the other, on the chunks that `prepare` flagged; all others return at once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ligerexport.kernels.fused.blocks import (
 from ligerexport.kernels.fused.linear_attention_forward import COLUMNS, END, ENTER, LEAVE, PASSED, START
 
 TOGETHER = tl.constexpr(8)
-"""Chunks that a program looks at, for most have nothing to do."""
+"""Chunks per program, since most have nothing to do."""
 
 
 @triton.jit
 def strong_reach(factors, at, channels, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
-    """Return the decay `[C, BK]` to start from: none in strong channels, all in others."""
+    """Return the decay `[C, BK]` to start from: none in strong channels, complete decay in others."""
     p_factors, m_k = factors + at * 3 * K + channels, channels < K
     enter = tl.load(p_factors + ENTER * K, mask=m_k, other=1.0)
     leave = tl.load(p_factors + LEAVE * K, mask=m_k, other=1.0)
@@ -90,7 +90,7 @@ def strong_key_gradient(
 
 @triton.jit
 def any_flag(flags, head, first, count, HEADS):
-    """Tell whether one of the chunks of a program is strong in a head."""
+    """Return whether a chunk of the program has strong channels in a head."""
     chunk = first + tl.arange(0, TOGETHER)
     return tl.max(tl.load(flags + chunk * HEADS + head, mask=chunk < count, other=0), axis=0) > 0
 

@@ -1,4 +1,4 @@
-"""Which calls the fused kernels serve; all others run in plain torch, on the GPU too."""
+"""Which calls the fused kernels serve; all others run in plain torch, even on a GPU."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def _has_triton() -> bool:
 
 
 def fused(x: Tensor) -> bool:
-    """Tell whether Triton serves activations like `x`: on CUDA, and not in fp64."""
+    """Return whether Triton serves activations like `x`: on CUDA, and not in fp64."""
     return x.device.type == "cuda" and x.dtype != torch.float64 and _has_triton()

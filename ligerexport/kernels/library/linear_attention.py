@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ligerexport.kernels.fused.segments import segment_count, segment_length
 from ligerexport.kernels.library.dispatch import fused
-from ligerexport.kernels.linear_attention import feature_map, gated_linear_attention
+from ligerexport.kernels.linear_attention import FEATURE_MAPS, gated_linear_attention
 from ligerexport.model.gates import get_gate
 
 
@@ -27,17 +27,17 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Run S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t (ONNX LinearAttention, `update_rule="gated"`).
 
-    Exact under strong gates: no factor overflows, nothing is clamped that fp32 could tell from zero.
+    Exact under strong gates: no factor overflows, and nothing is clamped that fp32 can distinguish from zero.
 
     Args:
         query: `[B, T, H_q, d_k]`; H_q is a multiple of H_kv, and the heads of a group share one state.
         key: `[B, T, H_kv, d_k]`.
-        value: `[B, T, H_kv, d_v]`. fp32, bf16 or fp16, as query and key.
-        decay: `[B, T, H_kv, d_k]`, g in nats a token, at most 0; query and key are features then.
+        value: `[B, T, H_kv, d_v]`, in fp32, bf16 or fp16 like query and key.
+        decay: `[B, T, H_kv, d_k]`, g in nats per token, at most 0; query and key are features then.
         gate: Row of `GATES`, instead of `decay`: feature maps and decay are computed from the raw projections.
         scale: Factor of the output.
         initial_state: `[N, H_kv, d_k, d_v]` fp32; None is zero. N is B, or the number of packed sequences.
-        cu_seqlens: `[N + 1]` integer, where packed sequences begin and end along T; B is 1 then.
+        cu_seqlens: `[N + 1]` integer, the bounds of packed sequences along T; B is 1 then.
 
     Returns:
         Output `[B, T, H_q, d_v]` in the dtype of `query`, and the final state `[N, H_kv, d_k, d_v]` fp32. Both are
@@ -109,7 +109,7 @@ def _plain(
     else:
         row = get_gate(gate)
         g = torch.nn.functional.logsigmoid(k) / row.decay_divisor
-        q, k = feature_map(q, row.query_map), feature_map(k, row.key_map)
+        q, k = FEATURE_MAPS[row.query_map](q), FEATURE_MAPS[row.key_map](k)
     if initial_state is None:
         initial_state = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
     if key.shape[1] == 0:
@@ -143,9 +143,8 @@ def _linear_attention_backward(
 ) -> list[Tensor]:  # fmt: skip
     from ligerexport.kernels.fused import linear_attention as kernels
 
-    found = kernels.backward(
-        d_output, d_final, query, key, value, decay, initial_state, states, cu_seqlens, gate, scale
-    )
+    inputs = (query, key, value, decay, initial_state)
+    found = kernels.backward(d_output, d_final, inputs, states, cu_seqlens, gate, scale)
     return [x for x in found if x is not None]
 
 

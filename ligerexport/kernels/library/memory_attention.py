@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.memory_attention import memory_attention as plain_memory_attention
-from ligerexport.model.state import MixerSpec, MixerState
+from ligerexport.model.state import SLOTS, MixerSpec, MixerState
 
 
 class Evicted(NamedTuple):
-    """What the memory let go, and the softmax that it left.
+    """The tokens that the memory evicted, and the normaliser of the softmax over the others.
 
     Attributes:
-        key: `[B, T, H_kv, d_k]`, of the token that each step evicts.
-        value: `[B, T, H_kv, d_v]`.
+        key: `[B, T, H_kv, d_k]`, key of the token that each step evicts.
+        value: `[B, T, H_kv, d_v]`, its value.
         lost: `[B, T, H_kv]`, whether there is one.
         normaliser: `[B, T, H_q]`, logarithm of the softmax's denominator.
     """
@@ -31,8 +31,6 @@ class Evicted(NamedTuple):
 
 BLOCK = 64
 """Tokens that are mixed at a time; `rotary_table` must reach this far ahead."""
-
-SLOTS = ("slot_key", "slot_value", "slot_position", "slot_score")
 
 
 def memory_attention(
@@ -53,7 +51,7 @@ def memory_attention(
         query: `[B, T, H_q, d_k]` before rotary embedding.
         key: `[B, T, H_kv, d_k]` before rotary embedding.
         value: `[B, T, H_kv, d_v]`.
-        arrival: `[B, T, H_kv]`, score on arrival, novelty or the learned one; needed when a pool is kept by it.
+        arrival: `[B, T, H_kv]`, the score on arrival, novelty or learned; needed if a pool is kept by it.
         position: `[B]` int64, tokens seen before this call; a token at a negative position is padding.
         state: Tensors named `slot_*`, as `MixerSpec.state` lists them; on the CPU ordered by position.
         spec: The layer.
@@ -61,7 +59,7 @@ def memory_attention(
 
     Returns:
         Output `[B, T, H_q, d_v]` in the dtype of `query`, the slots after the last token, ordered by position, and
-        what a recurrence over evicted tokens needs; None where `spec` has none.
+        the input of a recurrence over evicted tokens; None if `spec` has no such recurrence.
     """
     names = [name for name in SLOTS if name in state]
     output, *rest = _memory_attention(
@@ -96,7 +94,7 @@ def _memory_attention(
 
 
 def find_lost(death: Tensor, position: Tensor, slot_position: Tensor) -> Tensor:
-    """Return which candidate each step evicts, `[B, T, H_kv]` int64, -1 for none: a slot as it lies, or N and a token.
+    """Return the candidate that each step evicts, `[B, T, H_kv]` int64: a slot's index, N + a token, or -1 for none.
 
     Args:
         death: `[B, H_kv, N + T]`, the first token that no longer sees each candidate, slots ordered by position.
@@ -110,7 +108,7 @@ def find_lost(death: Tensor, position: Tensor, slot_position: Tensor) -> Tensor:
     real = (position[:, None] + new >= 0)[:, None].expand(-1, heads, -1)
     real = torch.cat([sorted_position >= 0, real], dim=2)
     index = torch.cat([order, (slots + new).expand(batch, heads, -1)], dim=2)
-    when = death.long().where(real, len(new)).clamp(0, len(new))  # who stays goes to a column of its own
+    when = death.long().where(real, len(new)).clamp(0, len(new))  # those that stay go to an extra column
     lost = index.new_full((batch, heads, len(new) + 1), -1).scatter(2, when, index)
     return lost[..., :-1].transpose(1, 2).contiguous()
 
@@ -129,7 +127,7 @@ def _plain(
     query: Tensor, key: Tensor, value: Tensor, arrival: Tensor | None, position: Tensor, slots: list[Tensor],
     rotary: Tensor, spec: str,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """Attend in plain torch, block after block: output, slots, base-2 normalisers `[B, H_q, T]`, who was evicted."""
+    """Attend in plain torch, block by block; return output, slots, base-2 normalisers `[B, H_q, T]`, evicted ones."""
     layer = MixerSpec.from_text(spec)
     state = dict(zip(SLOTS, slots, strict=False))
     dtype = torch.promote_types(query.dtype, torch.float32)

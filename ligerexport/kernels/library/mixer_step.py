@@ -7,12 +7,7 @@ from torch import Tensor
 
 from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.ops import liger_mixer
-from ligerexport.model.state import MixerSpec, MixerState
-
-STATE = (
-    "slot_key", "slot_value", "slot_position", "slot_score", "recurrent_state", "recurrent_mass", "judge_state"
-)  # fmt: skip
-"""All that a layer without keyed rows can carry."""
+from ligerexport.model.state import FUSED, MixerSpec, MixerState
 
 
 def mixer_step(
@@ -38,7 +33,7 @@ def mixer_step(
         spec: The layer.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
         index: `[B]` integer, the row of the pools that holds each sequence, negative to skip it; None for row b.
-        score: `[B, H_kv]` fp32, needed where `spec.config.foresees`.
+        score: `[B, H_kv]` fp32, the learned score; needed if `spec.config.foresees`.
 
     Returns:
         Output `[B, H_q, d_v]` in the dtype of `query`; zero for a sequence that is skipped or padding.
@@ -50,44 +45,45 @@ def mixer_step(
         raise ValueError("a pool is kept by a learned score, and no score was given")
     if not spec.config.fuses:
         raise ValueError("a recurrence with keyed rows has no fused step; use liger_mixer")
-    pools = (state[name] for name in STATE[:3]), (state.get(name) for name in STATE[3:])
-    return _mixer_step(query, key, value, position, *pools[0], *pools[1], rotary, index, score, spec.text)
+    pools = {name: state.get(name) for name in FUSED}
+    return _mixer_step(query, key, value, position, **pools, rotary=rotary, index=index, score=score, spec=spec.text)
 
 
-@torch.library.custom_op("ligerexport::mixer_step", mutates_args=STATE)
+@torch.library.custom_op("ligerexport::mixer_step", mutates_args=FUSED)
 def _mixer_step(
     query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
     slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_mass: Tensor | None,
     judge_state: Tensor | None, rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
 ) -> Tensor:  # fmt: skip
+    tensors = (slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_mass, judge_state)
+    pools = {name: tensor for name, tensor in zip(FUSED, tensors, strict=True) if tensor is not None}
+    heads, layer = (query, key, value), MixerSpec.from_text(spec)
     if not fused(query):
-        pools = (slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_mass, judge_state)
-        return _plain(query, key, value, position, *pools, rotary, index, score, spec)
+        return _plain(heads, position, pools, layer, rotary, index, score)
     from ligerexport.kernels.fused.mixer_step import mixer_step as kernel
 
-    state = _state(slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_mass, judge_state)
-    return kernel(query, key, value, position, state, MixerSpec.from_text(spec), rotary, index, score=score)
-
-
-def _state(*tensors: Tensor | None) -> MixerState:
-    return {name: tensor for name, tensor in zip(STATE, tensors, strict=True) if tensor is not None}
+    return kernel(heads, position, pools, layer, rotary, index, score=score)
 
 
 def _plain(
-    query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
-    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_mass: Tensor | None,
-    judge_state: Tensor | None, rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
-) -> Tensor:  # fmt: skip
-    pools = _state(slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_mass, judge_state)
+    heads: tuple[Tensor, Tensor, Tensor],
+    position: Tensor,
+    pools: MixerState,
+    spec: MixerSpec,
+    rotary: Tensor,
+    index: Tensor | None,
+    score: Tensor | None,
+) -> Tensor:
+    query, _, value = heads
     rows = torch.arange(query.shape[0], device=query.device) if index is None else index.long()
     active = ((rows >= 0) & (position >= 0)).nonzero()[:, 0]
     rows = rows[active]
     output = query.new_zeros(*query.shape[:2], value.shape[2])
     if len(active):
-        q, k, v = (x[active, None] for x in (query, key, value))
+        q, k, v = (x[active, None] for x in heads)
         state = {name: pool[rows] for name, pool in pools.items()}
-        given = None if score is None else score[active, None]
-        mixed, state = liger_mixer(q, k, v, position[active], state, MixerSpec.from_text(spec), rotary, given)
+        learned = None if score is None else score[active, None]
+        mixed, state = liger_mixer(q, k, v, position[active], state, spec, rotary, learned)
         output[active] = mixed[:, 0]
         for name, pool in pools.items():
             pool[rows] = state[name]

@@ -16,12 +16,12 @@ BLOCK = 64
 def recall_error(key: Tensor, value: Tensor, position: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Measure how far a normalised linear memory of all earlier tokens is from each token's value.
 
-    Not differentiable: a score is for ranking.
+    Not differentiable, since a score only ranks.
 
     Args:
         key: `[B, T, H_kv, d_k]`, raw projections; the memory takes their softmax over the head dimension.
         value: `[B, T, H_kv, d_v]`.
-        position: `[B]` int64, position of the first token; tokens at negative positions are padding and leave no trace.
+        position: `[B]` int64, position of the first token; tokens at negative positions are padding and change nothing.
         state: `[B, H_kv, d_k, d_v + 1]` fp32, the memory; its last column is the sum of the features.
 
     Returns:

@@ -1,4 +1,4 @@
-"""`torch.ops.ligerexport.row_logits`: what queries find at the keys of a state's rows, in plain torch everywhere."""
+"""`torch.ops.ligerexport.row_logits`: products of queries with the keys of a state's rows, always in plain torch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def row_logits(query: Tensor, key: Tensor, write: Tensor, decay: Tensor, state: 
         state: `[B, H_kv, M, d_k]`.
 
     Returns:
-        Logits `[B, T, H_q, M]` and the final state. Both are differentiable; the backward pass computes all anew, so
-        that what is as large as tokens by tokens of a chunk by rows is kept for no other layer.
+        Logits `[B, T, H_q, M]` and the final state. Both are differentiable; the backward pass computes
+        everything again, so that no layer keeps tensors of tokens by tokens of a chunk by rows.
     """
     return _plain(query, key, write, decay, state)
 

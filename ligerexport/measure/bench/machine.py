@@ -8,7 +8,6 @@ import platform
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ class Energy:
 
     @property
     def source(self) -> str | None:
-        """Say what is counted; None where nothing can be read."""
+        """Return which energy is measured; None if none can be read."""
         names = [f"{len(self._packages)} CPU packages"] * bool(self._packages) + [f"{len(self._gpus)} GPUs"] * bool(
             self._gpus
         )
@@ -157,14 +156,3 @@ def describe(threads: int) -> dict[str, Any]:
     """Return processor, cores and memory."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads, "memory": total}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the runtimes that are installed."""
-    found = {"python": platform.python_version()}
-    for name in ("ligerexport", "torch", "transformers", "onnxruntime", "onnxruntime-gpu"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

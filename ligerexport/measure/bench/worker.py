@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from ligerexport.errors import LigerError
-from ligerexport.measure.bench.engine import Engine, open_engine
 from ligerexport.measure.bench.machine import device_memory, effort, memory
+from ligerexport.measure.opened import Opened, open_model
 
 
 class Worker:
     """Starts the process of a model and talks to it.
 
     Args:
-        model: See `open_engine`.
+        model: See `open_model`.
         **options: Likewise.
 
     Attributes:
-        facts: `kind`, `precision`, `device`, `vocab_size`, `trained_length`, `weight_bytes` of the engine.
+        facts: `kind`, `precision`, `device`, `vocab_size`, `trained_length`, `weight_bytes`, as `Opened` has them.
 
     Raises:
         LigerError: The model cannot be opened.
@@ -89,15 +89,15 @@ class Worker:
 class _Server:
     """The other side: methods are what `Worker` may ask for."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._sessions: dict[str, Engine] = {"": engine}
+    def __init__(self, model: Opened) -> None:
+        self._model = model
+        self._sessions: dict[str, Opened] = {"": model}
 
     def prefill(self, session: str, ids: list[list[int]]) -> dict[str, Any]:
         """Read `[B, T]`; a session begins when it is first named."""
-        engine = self._session(session)
+        model = self._session(session)
         start = time.perf_counter()
-        tokens = engine.prefill(ids)
+        tokens = model.advance(ids)
         return {"tokens": tokens, "seconds": time.perf_counter() - start}
 
     def fill(self, session: str, tokens: int) -> dict[str, Any]:
@@ -106,10 +106,10 @@ class _Server:
 
     def decode(self, session: str, tokens: list[int], count: int = 1) -> dict[str, Any]:
         """Feed ids `[B]`, then what follows, `count` times; answer with `[count, B]` and the seconds of each."""
-        engine, written, seconds = self._session(session), [], []
+        model, written, seconds = self._session(session), [], []
         for _ in range(count):
             start = time.perf_counter()
-            tokens = engine.prefill([[token] for token in tokens])
+            tokens = model.advance([[token] for token in tokens])
             seconds.append(time.perf_counter() - start)
             written.append(tokens)
         return {"tokens": written, "seconds": seconds}
@@ -120,21 +120,21 @@ class _Server:
         return {}
 
     def restart(self, session: str) -> dict[str, Any]:
-        """Let a session have seen nothing."""
-        batch = self._sessions.pop(session, self._engine).batch
-        self._sessions[session] = self._engine.sibling(batch)
+        """Let a session begin anew."""
+        batch = self._sessions.pop(session, self._model).batch
+        self._sessions[session] = self._model.sibling(batch)
         return {}
 
-    def _session(self, name: str) -> Engine:
+    def _session(self, name: str) -> Opened:
         if name not in self._sessions:
-            self._sessions[name] = self._engine.sibling()
+            self._sessions[name] = self._model.sibling()
         return self._sessions[name]
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what is asked for."""
+        """Handle one request."""
         done = getattr(self, request.pop("do"))(**request)
-        engine = self._sessions.get(request["session"])
-        facts = {"state_bytes": engine.state_bytes if engine else 0, "device": device_memory()}
+        model = self._sessions.get(request["session"])
+        facts = {"state_bytes": model.state_bytes if model else 0, "device": device_memory()}
         return done | facts | memory() | effort()
 
 
@@ -146,10 +146,10 @@ def serve(options: dict[str, Any], requests: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
     try:
-        engine = open_engine(**options)
+        model = open_model(**options)
         names = ("kind", "precision", "device", "vocab_size", "trained_length", "weight_bytes")
-        say({name: getattr(engine, name) for name in names} | {"memory": memory()})
-        server = _Server(engine)
+        say({name: getattr(model, name) for name in names} | {"memory": memory()})
+        server = _Server(model)
         for line in requests:
             try:
                 say(server.answer(json.loads(line)))

@@ -84,7 +84,7 @@ class RandomJudge(LigerMixer):
         del self.score_proj
         self.seed = seed
 
-    def foresee(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+    def learned_score(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
         """Return the numbers for positions `[B or 1, T]` as `[B, T, H_kv]`."""
         position = position_ids.expand(hidden_states.shape[:2])
         return random_scores(position, self.spec.kv_heads, self.seed * 1_000_003 + self.layer_idx)

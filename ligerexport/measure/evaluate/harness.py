@@ -1,4 +1,4 @@
-"""lm-eval's view of a `Scorer`: its tasks then run on whatever the other measurements run on.
+"""lm-eval's view of a `Opened`: its tasks then run on whatever the other measurements run on.
 
 Imported only where lm-eval is installed; which tasks run is the business of `ligerexport.measure.evaluate.tasks`.
 """
@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ligerexport.errors import UsageError
-from ligerexport.measure.evaluate.scorer import Scorer
+from ligerexport.measure.opened import Opened
 from ligerexport.text.tokenizer import TextModel
 
 MAX_GEN_TOKENS = 256
@@ -37,7 +37,7 @@ class HarnessLM(TemplateLM):
     """
 
     def __init__(
-        self, scorer: Scorer, text: TextModel, max_length: int, advance: Callable[[float], None] = lambda amount: None
+        self, scorer: Opened, text: TextModel, max_length: int, advance: Callable[[float], None] = lambda amount: None
     ) -> None:
         super().__init__()
         self.scorer, self.text, self.max_length, self._advance = scorer, text, max_length, advance

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ligerexport.measure.evaluate.estimate import Estimate, Table
-from ligerexport.measure.evaluate.scorer import Scorer, chunk_size
+from ligerexport.measure.opened import Opened, chunk_size
 
 FIRST_EDGE = 64
 
@@ -24,7 +24,7 @@ def position_bins(length: int) -> list[tuple[int, int]]:
 
 
 def by_position(
-    scorers: Mapping[str, Scorer],
+    scorers: Mapping[str, Opened],
     windows: Tensor,
     *,
     teacher: str | None = None,

@@ -16,8 +16,8 @@ import torch
 
 from ligerexport.errors import UsageError
 from ligerexport.measure.evaluate.estimate import Estimate, Table
-from ligerexport.measure.evaluate.scorer import Scorer
 from ligerexport.measure.evaluate.settings import KEYS, PAIR_LENGTHS, PAIRS
+from ligerexport.measure.opened import Opened
 from ligerexport.text.tokenizer import TextModel
 
 ONCE = " The secret pass key is {key}."
@@ -91,12 +91,12 @@ def passkey_prompts(
     """Yield prompts about a key that is said at a random depth of `distance` tokens of prose.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         prose: A stream of tokens.
         said: How the key is said: `ONCE` or `TWICE`.
         distance: Tokens of prose around the key.
         trials: Prompts.
-        seed: Of keys, prose and depth.
+        seed: Seed of keys, prose and depth.
     """
     rng = _generator(seed, f"{said} {distance}")
     for _ in range(trials):
@@ -160,7 +160,7 @@ def word_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
 
 
 def answer_all(
-    scorer: Scorer, prompts: Iterable[Prompt], advance: Callable[[float], None] = lambda amount: None
+    scorer: Opened, prompts: Iterable[Prompt], advance: Callable[[float], None] = lambda amount: None
 ) -> tuple[Estimate, Estimate]:
     """Return the share of asked tokens that are the model's first choice, and their NLL in nats a token.
 
@@ -188,7 +188,7 @@ def answer_all(
 
 
 def recall(
-    scorer: Scorer,
+    scorer: Opened,
     tokenizer: Tokenizer,
     prose: Sequence[int],
     *,
@@ -205,9 +205,9 @@ def recall(
         scorer: The model.
         tokenizer: Its tokenizer.
         prose: A stream of tokens.
-        distances: Of keys and copies; also the longest prompt with associations.
+        distances: Distances of keys and copies; the largest is also that of prompts with associations.
         trials: Prompts for each number.
-        seed: Of everything.
+        seed: Seed of everything that is random.
         prefix: Ids that begin every prompt.
         words: From `word_ids`; associations are left out where there are few.
         advance: Told the tokens read.

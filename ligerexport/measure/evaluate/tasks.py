@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on a `Scorer`, with their standard errors; from the hub or from a directory of data sets."""
+"""Tasks of lm-eval on a `Opened`, with their standard errors; from the hub or from a directory of data sets."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from ligerexport.checkpoint.sources import no_bars
 from ligerexport.errors import LigerError, MissingDependency, UsageError, close_matches
 from ligerexport.measure.evaluate.estimate import Estimate
-from ligerexport.measure.evaluate.scorer import Scorer
 from ligerexport.measure.evaluate.settings import TASKS
+from ligerexport.measure.opened import Opened
 from ligerexport.text.tokenizer import TextModel
 
 BOOTSTRAP = 1000
@@ -60,7 +60,7 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 
 def run_tasks(
-    scorer: Scorer,
+    scorer: Opened,
     text: TextModel,
     names: Sequence[str],
     *,
@@ -78,7 +78,7 @@ def run_tasks(
         names: Tasks or groups of them.
         max_length: Most tokens of a prompt.
         limit: Most questions of each task, the first ones.
-        seed: Of the choice of examples in the prompt.
+        seed: Seed of the choice of examples in the prompt.
         data: Directory to run in, without a network: data sets are found there under their names on the hub.
         advance: Told how many requests are done.
 

@@ -19,7 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ligerexport.exporters.onnx import graph
-from ligerexport.exporters.onnx.lowerings import LOWERINGS, Portable
+from ligerexport.exporters.onnx.graph import LOWERINGS
+from ligerexport.exporters.onnx.lowerings import Portable
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import DATA_FILE, WeightFormat, data_layout
 

@@ -164,14 +164,14 @@ def scaling(family: str, **values: Any) -> Context:
 @contextmanager
 def converted_instead(change: Callable[[Path], None]) -> Iterator[None]:
     """Let `convert` change what it wrote."""
-    module = sys.modules["ligerexport.checkpoint.convert"]
-    write = module._write_weights  # type: ignore[attr-defined]
+    module = sys.modules["ligerexport.checkpoint.scores"]
+    write = module.write_weights  # type: ignore[attr-defined]
 
     def other(place: Path, *rest: Any) -> None:
         write(place, *rest)
         change(place)
 
-    with patch.object(module, "_write_weights", other):
+    with patch.object(module, "write_weights", other):
         yield
 
 

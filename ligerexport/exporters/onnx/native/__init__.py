@@ -1,7 +1,7 @@
 """The operator library of the lowering `native`, compiled for this machine's processor when it is first needed.
 
-Its sources lie beside this file: the memory itself in plain C++, and ONNX Runtime's interface to it. A C++ compiler is
-all that is needed; the library goes to the cache, under a name that changes with sources, compiler and processor.
+Its sources are beside this file: the memory itself in plain C++, and ONNX Runtime's interface to it. Compiling needs
+nothing but a C++ compiler. The library is cached under a name that changes with sources, compiler and processor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 DOMAIN = "ligerexport"
-"""Of the operator."""
+"""Domain of the operators."""
 
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
@@ -33,19 +33,41 @@ def register(options: onnxruntime.SessionOptions) -> None:
 
     Raises:
         MissingDependency: There is no C++ compiler.
-        LigerError: It fails.
+        LigerError: The compiler fails.
     """
     options.register_custom_ops_library(str(library()))
 
 
-@lru_cache(maxsize=1)
-def library() -> Path:
-    """Return the compiled library, which is compiled first where it is not in the cache.
+def check_ready() -> None:
+    """Check that the library is in the cache, or that it can be compiled and written there.
 
     Raises:
         MissingDependency: There is no C++ compiler.
-        LigerError: It fails.
+        LigerError: The cache is not writable.
     """
+    _, path = _command()
+    place = next(parent for parent in path.parents if os.path.exists(parent))
+    if not os.path.isfile(path) and not (os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)):
+        raise LigerError(f"cannot write {path}: {place} is not a writable directory", hint=CACHE_HINT)
+
+
+@lru_cache(maxsize=1)
+def library() -> Path:
+    """Return the path of the library; compile it first if it is not in the cache.
+
+    Raises:
+        MissingDependency: There is no C++ compiler.
+        LigerError: The compiler fails.
+    """
+    command, path = _command()
+    if not os.path.isfile(path):  # a directory that may not be read counts as one without it
+        with staged_file(path, hint=CACHE_HINT) as made:
+            _compile([*command, "-o", str(made)])
+    return path
+
+
+def _command() -> tuple[list[str], Path]:
+    """Return the command that compiles the library, all but its output, and where the library goes."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise MissingDependency(
@@ -54,15 +76,12 @@ def library() -> Path:
         )
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".h", ".cc"))
-    features = _compile([compiler, native, "-dM", "-E", "-x", "c++", os.devnull])  # names compiler and processor
+    features = _compile([compiler, native, "-dM", "-E", "-x", "c++", os.devnull])  # identifies compiler and processor
     digest = hashlib.sha256("\n".join([*_FLAGS, features]).encode())
     for source in sources:
         digest.update(source.read_bytes())
     path = cache_dir() / "native" / f"liger-{digest.hexdigest()[:16]}.so"
-    if not os.path.isfile(path):  # a directory that may not be read counts as one without it
-        with staged_file(path, hint=CACHE_HINT) as made:
-            _compile([compiler, *_FLAGS, native, *(str(x) for x in sources if x.suffix == ".cc"), "-o", str(made)])
-    return path
+    return [compiler, *_FLAGS, native, *(str(x) for x in sources if x.suffix == ".cc")], path
 
 
 def _compile(command: list[str]) -> str:

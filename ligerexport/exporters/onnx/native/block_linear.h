@@ -1,20 +1,18 @@
-// Products with block-quantised matrices on the CPU: x W^T + bias, read as it lies in the file, without a second copy.
+// Products with block-quantised matrices on the CPU: x W^T + bias, with W in the layout of the file, without a copy.
 //
 // A row has blocks of 32, 64 or 128 codes of 4 or 8 bits that share a scale and a zero point: the layout of ONNX Runtime's
-// `MatMulNBits`. Inputs are rounded to integers, 32 at a time with a scale of their own: to 8 bits for codes of 4 bits, to
-// 16 for codes of 8. A block gives scale * (input's scale * sum of code * input - zero point * sum of inputs). A few tokens
-// take a row at a time as it lies, many a tile of rows whose codes are laid out for them first.
+// `MatMulNBits`. Every 32 inputs are rounded to integers with a scale of their own: to 8 bits for codes of 4 bits, to 16
+// bits for codes of 8. A block contributes scale * (input scale * sum of code * input - zero point * sum of inputs). For a
+// few tokens, rows are read as they are; for many, the codes of a tile of rows are rearranged first.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
-#include "vectors.h"
+#include "rounded_inputs.h"
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -22,121 +20,8 @@
 
 namespace liger {
 
-constexpr int64_t kUnit = 32;   // inputs that share a scale
-constexpr int64_t kTile = 4;    // tokens that use a row's codes while they are in registers
-constexpr int64_t kRows = 16;   // that stay in the cache from tile to tile
-constexpr int64_t kAhead = 2048;  // bytes of codes that are asked for ahead: a row alone is too short for the hardware to
-
-#if defined(__AVX512VNNI__)
-constexpr int kLanes = 16;      // rows of a tile
-constexpr int64_t kGroup = 16;  // units of a row that are treated together
-template <int kBits>
-constexpr int64_t kRun = 16 / kBits;  // units of a row in one register
-#else
 #ifdef __AVX2__
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 0;
-#endif
-constexpr int64_t kGroup = 8;
-template <int kBits>
-constexpr int64_t kRun = kBits == 4 ? 2 : 0;  // 0: inputs are of 16 bits
-#endif
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr bool kFourProducts = true;  // of unsigned and signed bytes are added up in one instruction
-#else
-constexpr bool kFourProducts = false;
-#endif
-
-struct BlockMatrix {
-  int64_t rows, width, bits, block, blocks, code_row, zero_row;
-  const uint8_t* codes;       // [rows, blocks, block * bits / 8], the first of two codes in the low half of a byte
-  const float* scale;         // [rows, blocks]
-  const uint8_t* zero_point;  // [rows, ceil(blocks * bits / 8)], packed alike
-
-  BlockMatrix(int64_t rows, int64_t width, int64_t bits, int64_t block)
-      : rows(rows), width(width), bits(bits), block(block), blocks((width + block - 1) / block),
-        code_row(blocks * block * bits / 8), zero_row((blocks * bits + 7) / 8) {}
-};
-
-// Whether codes of so many bits have tiles: sums of 32 products of codes of 8 bits and bytes need an instruction for it.
-template <int kBits>
-constexpr bool kTiles = kLanes > 0 && (kBits == 4 || kFourProducts);
-
-// Inputs of one call as integers.
-struct RoundedInputs {
-  int64_t groups;
-  bool tiled;
-  std::vector<float> scale, sum;  // [tokens, groups * kGroup]; beyond the width 0
-  std::vector<int8_t> narrow;     // [tokens, groups * kGroup, kUnit * kBits / 4], or instead
-  std::vector<int16_t> wide;      // [tokens, groups * kGroup, kUnit]
-
-  // A unit has two parts: for codes of 4 bits its even and its odd elements, for codes of 8 bits the high and the low
-  // bytes, both signed. Tiles take unit by unit, rows the first parts of a run of units and then their second parts.
-  template <int kBits>
-  void Round(const BlockMatrix& matrix, const float* x, int64_t tokens) {
-    constexpr float kMost = kBits == 4 ? 127.0f : 32639.0f;  // 127 * 256 + 127
-    constexpr int64_t kPart = kUnit * kBits / 8;
-    groups = (matrix.blocks * matrix.block + kGroup * kUnit - 1) / (kGroup * kUnit);
-    tiled = kTiles<kBits> && tokens >= 2 * kTile;
-    const int64_t units = groups * kGroup, run = tiled ? 1 : kRun<kBits>;
-    scale.assign(tokens * units, 0.0f);
-    sum.assign(tokens * units, 0.0f);
-    narrow.assign(run > 0 ? tokens * units * 2 * kPart : 0, 0);
-    wide.assign(run > 0 ? 0 : tokens * units * kUnit, 0);
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t u = 0; u * kUnit < matrix.width; ++u) {
-        const int64_t at = t * units + u, left = matrix.width - u * kUnit;
-        const float* from = x + t * matrix.width + u * kUnit;
-        float padded[kUnit] = {};
-        if (left < kUnit) {
-          std::copy_n(from, left, padded);
-          from = padded;
-        }
-        int32_t codes[kUnit];
-        scale[at] = RoundUnit(from, kMost, codes, &sum[at]);
-        if (run == 0) {
-          std::copy_n(codes, kUnit, &wide[at * kUnit]);
-          continue;
-        }
-        int8_t* first = &narrow[(2 * at - u % run) * kPart];
-        int8_t* second = first + run * kPart;
-        for (int64_t i = 0; i < kPart; ++i) {
-          first[i] = static_cast<int8_t>(kBits == 4 ? codes[2 * i] : (codes[i] + 128) >> 8);
-          second[i] = static_cast<int8_t>(kBits == 4 ? codes[2 * i + 1] : codes[i]);
-        }
-      }
-  }
-
-  // Returns the scale that makes the largest of a unit's inputs `most`, and their codes and sum with it.
-  static float RoundUnit(const float* x, float most, int32_t* codes, float* sum) {
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
-    Vector top{}, all{};
-    for (int64_t i = 0; i < kUnit / kVector; ++i) {
-      const Vector value = at(x, i), size = value < 0 ? -value : value;
-      top = size > top ? size : top;
-      all += size;
-    }
-    float largest = 0;
-    for (int i = 0; i < kVector; ++i) largest = std::max(largest, top[i]);
-    if (!std::isfinite(total(all))) largest = std::numeric_limits<float>::quiet_NaN();  // as it would be in fp32
-    const float inverse = largest > 0 ? most / largest : 0.0f;
-    Integers sums{};
-    for (int64_t i = 0; i < kUnit / kVector; ++i) {
-      const Vector nearest = inverse > 0 ? (at(x, i) * inverse + kRound) - kRound : Vector{};
-      const Integers whole = __builtin_convertvector(nearest, Integers);
-      std::memcpy(codes + i * kVector, &whole, sizeof(whole));
-      sums += whole;
-    }
-    int32_t count = 0;
-    for (int i = 0; i < kVector; ++i) count += sums[i];
-    *sum = largest / most * static_cast<float>(count);
-    return largest / most;
-  }
-};
-
-#ifdef __AVX2__
-// Asks for the codes and scales that follow `units` units kAhead bytes on.
+// Prefetches the codes and scales of `units` units, kAhead bytes ahead.
 template <int kBits>
 inline void fetch_ahead(const uint8_t* codes, const float* scale, int64_t units, int shift) {
   constexpr int64_t kBytes = kUnit * kBits / 8;
@@ -147,7 +32,7 @@ inline void fetch_ahead(const uint8_t* codes, const float* scale, int64_t units,
 
 #if defined(__AVX512VNNI__)
 
-// One row times T tokens from `token` on.
+// Multiplies one row with T tokens from `token` on.
 template <int kBits, int T>
 void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, int64_t token, float* out) {
   constexpr int64_t kBytes = kUnit * kBits / 8, kStep = kRun<kBits>;
@@ -207,8 +92,8 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
 
 #elif defined(__AVX2__)
 
-// Scale and zero point of each unit of a group, of which `which` says the block. What lies beyond the row is the next
-// row's and meets inputs of scale 0; what lies beyond the last row is not read.
+// Scale and zero point of each unit of a group; `which` is the block of each unit. Values beyond the row belong to the
+// next row and meet inputs of scale 0; values beyond the last row are not read.
 template <int kBits>
 inline __attribute__((always_inline)) void block_values(
     const BlockMatrix& m, int64_t row, int64_t first, __m256i which, __m256& scale, __m256& zero) {
@@ -242,7 +127,7 @@ inline __m256i products(__m256i low, const int8_t* even, __m256i high, const int
   return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
 }
 
-// One row times T tokens from `token` on.
+// Multiplies one row with T tokens from `token` on.
 template <int kBits, int T>
 void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, int64_t token, float* out) {
   const uint8_t* codes = m.codes + row * m.code_row;
@@ -297,7 +182,7 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
     }
     for (int u = 0; u < left; u += kStep, from += kUnit) {
       uint8_t end[kUnit] = {};
-      if (u + kStep > left && row + 1 == m.rows) {  // the second unit of the two is not there
+      if (u + kStep > left && row + 1 == m.rows) {  // the second unit does not exist
         std::copy_n(from, kUnit / 2, end);
         from = end;
       }
@@ -341,7 +226,7 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
 using Lanes = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 using Words = int32_t __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));  // four codes of each row
 
-// Sums of a unit's products in each row of a tile; four inputs at a time are the same for all.
+// Sums of a unit's products in each row of a tile; all rows use the same four inputs at a time.
 inline Words unit_products(const Words* codes, const int8_t* x) {
   const auto four = [x](int i) {
     int32_t some;
@@ -402,7 +287,7 @@ struct Tile {
     }
   }
 
-  // Multiplies it with T tokens; `out` is the first one's `[rows]`.
+  // Multiplies the tile with T tokens; `out` is the result `[rows]` of the first one.
   template <int kBits, int T>
   void Multiply(const BlockMatrix& m, const RoundedInputs& in, int64_t token, int64_t rows, float* out) const {
     constexpr int64_t kBytes = kUnit * (kBits / 4);  // of a unit's inputs
@@ -443,7 +328,7 @@ void multiply_tiles(const BlockMatrix& m, const RoundedInputs& in, int64_t token
 
 #endif
 
-// Rows `begin` to `end` times all tokens.
+// Multiplies rows `begin` to `end` with all tokens.
 template <int kBits>
 void multiply_rows(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens, int64_t begin, int64_t end, float* out) {
 #ifdef __AVX2__
@@ -460,7 +345,7 @@ void multiply_rows(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens
       }
 }
 
-// Writes what a row's codes stand for, `blocks * block` numbers.
+// Writes the numbers of a row, `blocks * block`, from its codes.
 inline void dequantise_row(const BlockMatrix& m, int64_t row, float* out) {
   const uint8_t *from = m.codes + row * m.code_row, *zeros = m.zero_point + row * m.zero_row;
   for (int64_t b = 0; b < m.blocks; ++b, out += m.block) {
@@ -478,7 +363,7 @@ inline void dequantise_row(const BlockMatrix& m, int64_t row, float* out) {
   }
 }
 
-// A row of numbers times T tokens: sums of kSpan products in fp32, and of those in fp64.
+// Multiplies a row of numbers with T tokens: sums of kSpan products are fp32, sums of these fp64.
 template <int T>
 void multiply_floats(const float* weights, const float* x, int64_t width, int64_t stride, float* out) {
   constexpr int64_t kSpan = kGroup * kUnit;
@@ -497,7 +382,7 @@ void multiply_floats(const float* weights, const float* x, int64_t width, int64_
   for (int t = 0; t < T; ++t) out[t * stride] = static_cast<float>(sums[t]);
 }
 
-// `multiply_rows` with inputs as they are: for comparing a graph with what its weights stand for.
+// `multiply_rows` without rounding inputs, for comparing a graph with the exact meaning of its weights.
 inline void multiply_exactly(const BlockMatrix& m, const float* x, int64_t tokens, int64_t begin, int64_t end, float* out) {
   const int64_t row = m.blocks * m.block;
   std::vector<float> weights(kRows * row);
@@ -517,11 +402,11 @@ inline void multiply_exactly(const BlockMatrix& m, const float* x, int64_t token
   }
 }
 
-// `parallel(n, work)` calls work(0) to work(n - 1), on as many threads as it likes.
+// `parallel(n, work)` calls work(0) to work(n - 1) on any number of threads.
 template <typename Parallel>
 void block_linear(const BlockMatrix& m, const float* x, const float* bias, int64_t tokens, bool exact, float* out,
                   const Parallel& parallel) {
-  constexpr int64_t kPiece = 1 << 16;  // products that are worth a thread
+  constexpr int64_t kPiece = 1 << 16;  // fewest products for a thread
   thread_local RoundedInputs shared;
   RoundedInputs& in = shared;
   if (!exact) m.bits == 4 ? in.Round<4>(m, x, tokens) : in.Round<8>(m, x, tokens);

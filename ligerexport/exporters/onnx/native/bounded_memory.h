@@ -1,8 +1,8 @@
-// The bounded exact memory of one layer on the CPU: what
-// `ligerexport.kernels.memory_attention` and, where tokens are evicted, `ligerexport.kernels.evicted` say.
+// The bounded exact memory of one layer on the CPU: `ligerexport.kernels.memory_attention`, and with evicted tokens
+// `ligerexport.kernels.evicted`, in C++.
 //
-// A token after the other, so that a memory is a few lists instead of a sort over all candidates; keys are rotated
-// once a call. Where a present lies in the memory of its past, only what changed is written.
+// Tokens are read one after the other, so that a memory is a few lists and no sort over all candidates is needed. Keys
+// are rotated once per call. If a new state shares the memory of the old one, only what changed is written.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +22,8 @@ constexpr float kFaintest = 1e-30f;
 constexpr int64_t kLongest = int64_t{1} << 62;  // tokens of a sequence
 
 struct Pool {
-  int64_t count, received, maximum, by_value, first_distance;  // `first_distance`: from which on attention counts
-  float horizon;                                               // 0 where the score does not age
+  int64_t count, received, maximum, by_value, first_distance;  // see `Pool` in scores.py
+  float horizon;                                               // 0 for no ageing
 };
 
 struct Layer {
@@ -33,19 +33,19 @@ struct Layer {
 };
 
 struct Call {  // pointers to the tensors of one call; past and present may be the same
-  int64_t batch, length, half, query_row, key_row, value_row, width;  // rows: from a token to the next
-  const float *query, *key, *value, *arrival, *cos, *sin, *turn;  // `turn`: cosine, sine and what is slow, `[3, R]`
-  const float *hidden, *score_weight, *score_bias;                // of `width` channels, in the place of `arrival`
+  int64_t batch, length, half, query_row, key_row, value_row, width;  // *_row: numbers from a token to the next
+  const float *query, *key, *value, *arrival, *cos, *sin, *turn;  // `turn`: cosine, sine, 1 if slow, `[3, R]`
+  const float *hidden, *score_weight, *score_bias;                // of `width` channels, instead of `arrival`
   const int64_t* position;
   const float *past_key, *past_value, *past_score, *past_state, *past_mass;
   const int64_t* past_position;
   float *mixed, *new_key, *new_value, *new_score, *new_state, *new_mass;
   int64_t* new_position;
-  std::atomic<bool>* damaged;  // set where a state is none that a text leaves
+  std::atomic<bool>* damaged;  // set if no text can lead to the state
 };
 
-// What follows is made for the usual widths of a head, 64 and 128, and for any (`W` = 0) at run time: with a width that
-// the compiler knows, sums stay in registers.
+// The templates are compiled for heads of 64 and 128 channels, and with `W` = 0 for any width at run time. If the
+// compiler knows the width, sums stay in registers.
 
 template <int W>
 float dot(const float* a, const float* b, int64_t width) {
@@ -71,7 +71,7 @@ inline void add(float* to, const float* x, float weight, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] += weight * x[i];
 }
 
-// Returns the sum of rows, each by its weight.
+// Returns the weighted sum of rows.
 template <int W>
 void mix(float* to, const std::vector<const float*>& rows, const std::vector<int64_t>& which, const float* weight,
          int64_t width) {
@@ -177,7 +177,7 @@ class Head {
 
   float Rank(size_t pool, int64_t i) const {
     const float score = w_.score[pool * candidates_ + i], horizon = l_.pools[pool].horizon;
-    if (std::isnan(score)) return kNever;  // which could not be sorted
+    if (std::isnan(score)) return kNever;  // NaN cannot be sorted
     if (horizon == 0) return score;
     return std::log(std::max(score, kFaintest)) + static_cast<float>(w_.time[i] - start_) / horizon;  // small numbers
   }
@@ -193,8 +193,8 @@ class Head {
            l_.d_k);
   }
 
-  // Finds what the slots were kept for before this call. A state from elsewhere may have slots of the future and a
-  // window with gaps: no text leaves it.
+  // Finds the pools of the slots from before this call. A state from an unknown source may have slots of the future or a
+  // window with gaps, to which no text can lead.
   void Sort() {
     std::vector<int64_t>& left = w_.left;
     left.clear();
@@ -227,7 +227,7 @@ class Head {
     }
   }
 
-  // Takes a token into the window and lets what leaves it compete.
+  // Adds a token to the window; the token that leaves it competes for the pools.
   void Take(int64_t t) {
     const int64_t now = start_ + t, i = l_.slots + t;
     w_.time[i] = now;
@@ -309,7 +309,7 @@ class Head {
     Score(now, near);
   }
 
-  // Collects what the tokens in the window get from one query by the softmax over window and sinks alone.
+  // Collects the attention that tokens in the window receive from one query, by softmax over window and sinks.
   void Receive(int64_t now, size_t near, float sum) {
     for (size_t p = 0; p < l_.pools.size(); ++p) {
       const Pool& pool = l_.pools[p];
@@ -337,7 +337,7 @@ class Head {
     }
   }
 
-  // Shares the softmax's denominator with what was evicted; see `ligerexport.kernels.evicted`.
+  // Shares the softmax's denominator with the evicted tokens; see `ligerexport.kernels.evicted`.
   void Expand(const float* q, float* mixed, float normaliser) {
     const float count = mass_[0];
     rotate(w_.turned.data(), q, c_.turn, c_.turn + c_.half, 1.0f, c_.half, l_.d_k);
@@ -392,7 +392,7 @@ void run_heads(const Layer& layer, const Call& call, const Parallel& parallel) {
   });
 }
 
-// `parallel(n, work)` calls work(0) to work(n - 1), on as many threads as it likes.
+// `parallel(n, work)` calls work(0) to work(n - 1) on any number of threads.
 template <typename Parallel>
 void run(const Layer& layer, const Call& call, const Parallel& parallel) {
   if (layer.d_k == layer.d_v && layer.d_k == 64) return run_heads<64>(layer, call, parallel);

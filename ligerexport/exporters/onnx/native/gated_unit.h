@@ -7,7 +7,7 @@ namespace liger {
 
 enum class Activation : int64_t { kSilu = 0, kGelu = 1 };
 
-// Both are x times a logistic function: of x, and of twice what GELU's approximation has in its tanh.
+// Both are x times a logistic function: of x for SiLU, of twice the argument of tanh for the approximation of GELU.
 template <typename T, typename Exp>
 T gated(Activation kind, T gate, T up, Exp exp) {
   const T slope = kind == Activation::kSilu ? gate : gate * (gate * gate * 0.0713548163f + 1.5957691216f);

@@ -1,4 +1,7 @@
-"""The node of the operator: a layer's bounded exact memory and the recurrence over what it evicts."""
+"""The node of the operator `BoundedMemory`: a layer's bounded exact memory and the recurrence over what it evicts.
+
+`INPUTS` and `OUTPUTS` are its contract; `tests/headers.py` writes the header `operands.h` of the C++ from them.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,16 @@ from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Table
 from ligerexport.exporters.onnx.native import DOMAIN
 from ligerexport.kernels.evicted import slow_rotation
-from ligerexport.model.scores import get_score
-from ligerexport.model.state import MixerSpec
+from ligerexport.model.scores import Pool
+from ligerexport.model.state import EVICTED, SLOTS, MixerSpec
 
-SLOTS = ("slot_key", "slot_value", "slot_position", "slot_score")
-EVICTED = ("recurrent_state", "recurrent_mass")
+INPUTS = (
+    "query", "key", "value", "position", "cos", "sin", *SLOTS, "arrival", "turn", *EVICTED,
+    "hidden", "score_weight", "score_bias",
+)  # fmt: skip
+"""Of the operator, in order."""
+OUTPUTS = ("mixed", *SLOTS, *EVICTED)
+"""Of the operator, in order: the mixed heads, then the new state."""
 
 
 def turn_table(g: Builder, rotary: torch.Tensor, spec: MixerSpec, name: str) -> ir.Value:
@@ -30,7 +38,7 @@ def bounded_memory(
     turn: ir.Value | None,
     projected: tuple[ir.Value, ir.Value, ir.Value],
     arrival: ir.Value | None,
-    foreseen: ir.Value | None,
+    learned: ir.Value | None,
     past: dict[str, ir.Value],
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """Write one layer's memory as a node.
@@ -41,34 +49,45 @@ def bounded_memory(
         keys: Cosine and sine by offset from `-max_distance` on.
         turn: From `turn_table`, where tokens are evicted.
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
-        arrival: `[B, H, 1, T]`, scores on arrival; None without such a pool.
-        foreseen: `[B * T, H]`, what `arrival` was made from; where it is a linear map, the operator makes it itself.
+        arrival: `[B, H, 1, T]`, scores on arrival; None if no pool has them.
+        learned: `[B * T, H]`, the learned scores from which `arrival` was made. If they come from a linear map, the
+            operator computes it itself.
         past: State by the names of `MixerSpec.state`.
 
     Returns:
         Output `[B * T, H_q * d_v]` and the new state.
     """
-    config = spec.config
+    config, g = spec.config, frame.g
     attributes: dict[str, int | float] = {
         "q_heads": spec.q_heads, "kv_heads": spec.kv_heads, "d_k": spec.d_k, "d_v": spec.d_v, "scale": spec.scale,
         "slots": config.num_slots, "window": config.window, "sinks": config.sinks, "max_distance": spec.max_distance,
         "evicts": int(config.evicts), "recurrence_weight": float(config.recurrence_weight),
         "pools": len(config.slots),
     }  # fmt: skip
-    for i, (name, count) in enumerate(config.slots):
-        score = get_score(name)
-        received = score.signal == "received"
-        attributes |= {
-            f"pool{i}_count": count, f"pool{i}_received": int(received), f"pool{i}_maximum": int(score.reduce == "max"),
-            f"pool{i}_by_value": int(score.by_value), f"pool{i}_horizon": float(score.horizon or 0),
-            f"pool{i}_first_distance": score.first_distance(config.window) if received else 0,
-        }  # fmt: skip
-    made = foreseen.producer() if foreseen is not None else None
-    linear = list(made.inputs) if made is not None and made.op_type == "Gemm" else [None] * 3
-    names = (*SLOTS, *(EVICTED if config.evicts else ()))
-    whole, evicted = frame.g.whole(*projected), [past.get(name) for name in EVICTED] if config.evicts else [None, None]
-    tensors = [*projected] if whole is None else [whole, None, None]
-    tensors += [frame.position, keys.cos, keys.sin, *(past.get(name) for name in SLOTS)]
-    tensors += [arrival if linear[0] is None else None, turn, *evicted, *linear]
-    mixed, *present = frame.g.op("BoundedMemory", *tensors, outputs=1 + len(names), domain=DOMAIN, **attributes)
-    return mixed, {name: new for name, new in zip(names, present, strict=True) if name in past}
+    for i, pool in enumerate(spec.pools):
+        attributes |= {f"pool{i}_{name}": value for name, value in _pool(pool).items()}
+    names = OUTPUTS if config.evicts else OUTPUTS[: -len(EVICTED)]
+    given = dict(zip(INPUTS, projected, strict=False))
+    if (whole := g.whole(*projected)) is not None:
+        given = {"query": whole}
+    given |= {"position": frame.position, "cos": keys.cos, "sin": keys.sin}
+    given |= {name: past[name] for name in names if name in past}
+    made = learned.producer() if learned is not None else None
+    if made is not None and made.op_type == "Gemm":
+        given |= {name: x for name, x in zip(("hidden", "score_weight", "score_bias"), made.inputs, strict=False) if x}
+    elif arrival is not None:
+        given["arrival"] = arrival
+    if turn is not None:
+        given["turn"] = turn
+    mixed, *present = g.op("BoundedMemory", *map(given.get, INPUTS), outputs=len(names), domain=DOMAIN, **attributes)
+    return mixed, {name: new for name, new in zip(names[1:], present, strict=True) if name in past}
+
+
+def _pool(pool: Pool) -> dict[str, int | float]:
+    """Return the attributes of a pool, without the prefix that numbers it."""
+    received = not pool.on_arrival
+    return {
+        "count": pool.size, "received": int(received), "maximum": int(not pool.summed),
+        "by_value": int(pool.by_value), "horizon": float(pool.horizon),
+        "first_distance": pool.first_distance if received else 0,
+    }  # fmt: skip

@@ -1,5 +1,5 @@
-// The few entries of ONNX Runtime's C interface that an operator needs. Its table of functions only ever grows at the
-// end, so an entry's number is part of the interface; with these numbers a C++ compiler is all that building needs.
+// The entries of ONNX Runtime's C interface that an operator needs. Its table of functions grows only at the end, so the
+// number of an entry is part of the interface. With these numbers, building needs nothing but a C++ compiler.
 #pragma once
 
 #include <cstddef>

@@ -1,10 +1,10 @@
 // The operators of ONNX Runtime in the domain `ligerexport`.
 //
-// `BoundedMemory`, over `bounded_memory.h`. Inputs: query `[B T, H_q d_k]`, key and value `[B T, H d]`, or all three side
-// by side as the first; position `[B]`, cosine and sine by offset `[rows, R]`, the slots' keys, values, positions and
-// scores, the scores on arrival `[B, H, 1, T]`, for a recurrence over evicted tokens its turn `[3, R]`, state and mass,
-// and where scores are foreseen, in the place of those on arrival, the layer's input `[B T, D]`, weight `[H, D]` and bias
-// `[H]`. Outputs: the mixed heads `[B T, H_q d_v]`, then the new state in the order of the old.
+// `BoundedMemory`, over `bounded_memory.h`. Its inputs and outputs are listed in `operands.h`: query `[B T, H_q d_k]`, key
+// and value `[B T, H d]`, or all three side by side as the first; position `[B]`; cosine and sine by offset `[rows, R]`;
+// the slots; scores on arrival `[B, H, 1, T]`; turn `[3, R]`, state and mass of a recurrence over evicted tokens; and, for
+// learned scores that the operator computes itself instead of taking them as scores on arrival, the layer's input
+// `[B T, D]`, weight `[H, D]` and bias `[H]`. Outputs: the mixed heads `[B T, H_q d_v]`, then the new state.
 //
 // `BlockLinear`, over `block_linear.h`. Inputs: `[B T, K]`, codes, scales and zero points as `MatMulNBits` has them, and a
 // bias `[N]`. Output: `[B T, N]`.
@@ -18,31 +18,27 @@
 #include "block_linear.h"
 #include "bounded_memory.h"
 #include "gated_unit.h"
+#include "operands.h"
 #include "ort_abi.h"
 
 namespace {
 
 constexpr const char* kDomain = "ligerexport";
 
-enum Input {
-  kQuery, kKey, kValue, kPosition, kCos, kSin, kSlotKey, kSlotValue, kSlotPosition, kSlotScore, kArrival, kTurn,
-  kState, kMass, kHidden, kScoreWeight, kScoreBias, kInputs
-};
-enum Output { kMixed, kNewKey, kNewValue, kNewPosition, kNewScore, kNewState, kNewMass, kOutputs };
+using namespace liger::operands;
 
-// A graph may come from anybody: what sizes promise is checked before anything is read, once where it is an attribute and
-// in each call where it is a shape.
+// A graph may come from anybody. All sizes are checked before anything is read: attributes once, shapes in each call.
 void need(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
 
-constexpr int64_t kMost = int64_t{1} << 31;  // of any size; products of two fit
+constexpr int64_t kMost = int64_t{1} << 31;  // largest of all sizes; the product of two fits into 64 bits
 
-// What kernels have in common: attributes, tensors and threads of ONNX Runtime.
+// Base of all kernels: attributes, tensors and threads of ONNX Runtime.
 struct Access {
   const OrtApi* api;
 
-  // Throws what a call of ONNX Runtime says.
+  // Throws if a call of ONNX Runtime failed.
   void Done(OrtStatus* bad) const {
     if (bad == nullptr) return;
     ort::call<void>(api, ort::kReleaseStatus, bad);
@@ -78,7 +74,7 @@ struct Access {
   const OrtValue* Value(OrtKernelContext* context, size_t index) const {
     const OrtValue* value = nullptr;
     OrtStatus* const bad = ort::call(api, ort::kGetInput, static_cast<const OrtKernelContext*>(context), index, &value);
-    if (bad != nullptr) ort::call<void>(api, ort::kReleaseStatus, bad);  // it is left out
+    if (bad != nullptr) ort::call<void>(api, ort::kReleaseStatus, bad);  // an optional input is absent
     return value;
   }
 
@@ -175,8 +171,8 @@ struct BoundedMemory : Access {
     if (!l.evicts) return;
     need(call.turn != nullptr && call.past_state != nullptr && call.past_mass != nullptr, "what evicts has no state");
     holds(kTurn, 3 * call.half, "the turn is of another size");
-    holds(kState, heads * l.d_k * l.d_v, "the state is of another size");
-    holds(kMass, heads * l.d_k, "the mass is of another size");
+    holds(kRecurrentState, heads * l.d_k * l.d_v, "the state is of another size");
+    holds(kRecurrentMass, heads * l.d_k, "the mass is of another size");
   }
 
   template <typename T>
@@ -208,15 +204,15 @@ struct BoundedMemory : Access {
     call.position = Data<const int64_t>(Value(context, kPosition));
     call.past_key = input(kSlotKey), call.past_value = input(kSlotValue), call.past_score = input(kSlotScore);
     call.past_position = Data<const int64_t>(Value(context, kSlotPosition));
-    call.past_state = input(kState), call.past_mass = input(kMass);
+    call.past_state = input(kRecurrentState), call.past_mass = input(kRecurrentMass);
     Check(context, call, tokens);
     call.mixed = Allocate<float>(context, kMixed, {tokens, layer.q_heads * layer.d_v});
-    call.new_key = Renewed<float>(context, kSlotKey, kNewKey);
-    call.new_value = Renewed<float>(context, kSlotValue, kNewValue);
-    call.new_position = Renewed<int64_t>(context, kSlotPosition, kNewPosition);
-    call.new_score = Renewed<float>(context, kSlotScore, kNewScore);
-    call.new_state = Renewed<float>(context, kState, kNewState);
-    call.new_mass = Renewed<float>(context, kMass, kNewMass);
+    call.new_key = Renewed<float>(context, kSlotKey, kNewSlotKey);
+    call.new_value = Renewed<float>(context, kSlotValue, kNewSlotValue);
+    call.new_position = Renewed<int64_t>(context, kSlotPosition, kNewSlotPosition);
+    call.new_score = Renewed<float>(context, kSlotScore, kNewSlotScore);
+    call.new_state = Renewed<float>(context, kRecurrentState, kNewRecurrentState);
+    call.new_mass = Renewed<float>(context, kRecurrentMass, kNewRecurrentMass);
     need(call.mixed && call.new_key && call.new_value && call.new_position, "an output is missing");
     need(!call.past_score == !call.new_score && !call.past_state == !call.new_state && !call.past_mass == !call.new_mass,
          "a state that goes in comes out");
@@ -227,10 +223,10 @@ struct BoundedMemory : Access {
   }
 
   static OrtElementType Type(size_t i, bool output) {
-    return (output ? i == kNewPosition : i == kPosition || i == kSlotPosition) ? kInt64 : kFloat;
+    return (output ? i == kNewSlotPosition : i == kPosition || i == kSlotPosition) ? kInt64 : kFloat;
   }
   static bool Optional(size_t i, bool output) {
-    return output ? i >= kNewScore : i == kKey || i == kValue || i >= kSlotScore;
+    return output ? i >= kNewSlotScore : i == kKey || i == kValue || i >= kSlotScore;
   }
 };
 
@@ -271,7 +267,7 @@ struct BlockLinear : Access {
 struct GatedUnit : Access {
   static constexpr const char* kName = "GatedUnit";
   static constexpr size_t kInputCount = 2, kOutputCount = 1;
-  static constexpr int64_t kPiece = 1 << 15;  // numbers that are worth a thread
+  static constexpr int64_t kPiece = 1 << 15;  // fewest numbers for a thread
   liger::Activation activation;
 
   GatedUnit(const OrtApi* table, const OrtKernelInfo* info)
@@ -300,7 +296,7 @@ struct GatedUnit : Access {
   static bool Optional(size_t i, bool) { return i == 1; }
 };
 
-// Returns what ONNX Runtime is told of an exception; none may leave the library.
+// Returns a status for an exception, since none may leave the library.
 template <typename Work>
 OrtStatus* answered(const OrtApi* api, Work work) {
   try {

@@ -16,9 +16,9 @@ inline Vector& at(float* x, int64_t i) { return *reinterpret_cast<Vector*>(x + i
 inline float total(Vector x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
 
 // Returns e^x to about one unit in the last place; below -87 the smallest normal number, above 88 a number near the
-// largest. With n the nearest integer to x / ln 2, the rest is a polynomial over half of ln 2 to either side (Cephes).
+// largest. n is the nearest integer to x / ln 2; the rest, at most half of ln 2, goes through a polynomial (Cephes).
 inline Vector exponential(Vector x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   x = x < -87.0f ? Vector{} - 87.0f : x;
   x = x > 88.0f ? Vector{} + 88.0f : x;
   const Vector n = (x * 1.44269504f + kRound) - kRound;
@@ -33,7 +33,7 @@ inline Vector exponential(Vector x) {
   return p * reinterpret_cast<const Vector&>(power);
 }
 
-// Puts e^(x - top) in the place of each x and returns their sum.
+// Replaces each x by e^(x - top) and returns the sum.
 inline float exponentials(float* x, int64_t n, float top) {
   Vector sums{};
   int64_t i = 0;

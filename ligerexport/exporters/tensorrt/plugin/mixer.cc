@@ -1,10 +1,13 @@
 #include "mixer.h"
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <tuple>
 #include <utility>
+
+#include "operands.h"
 
 namespace liger {
 
@@ -30,11 +33,8 @@ void MixerAttributes::Check() const {
 
 Mixer::Mixer(Attributes attributes) : Layer(attributes.layer_spec), attributes_(std::move(attributes)) {
   attributes_.Check();
-  state_ = {{"slot_key", Type::kActivation}, {"slot_value", Type::kActivation}, {"slot_position", Type::kInteger}};
-  if (attributes_.pools) state_.push_back({"slot_score", Type::kFloat});
-  if (attributes_.recurrent) state_.push_back({"recurrent_state", Type::kFloat});
-  if (attributes_.evicts) state_.push_back({"recurrent_mass", Type::kFloat});
-  if (attributes_.judged) state_.push_back({"judge_state", Type::kFloat});
+  for (const StateRow& row : kState)
+    if (row.needs == nullptr || attributes_.*row.needs) state_.push_back({row.name, row.type});
 }
 
 Type Mixer::InputType(int index) const {
@@ -67,7 +67,7 @@ Layer::Chosen Mixer::ChooseFor(const Pack& pack, const std::string& dtype, uint3
 
 size_t Mixer::Workspace(const std::string& dtype, const std::vector<int64_t>& rows) const {
   const int64_t batch = rows.at(position()), tokens = batch == 0 ? 0 : rows.at(0) / batch;
-  // Segments are cut by the size of a call, so that a smaller call can take more than a larger one.
+  // Segments depend on the size of a call, so a smaller call can need more than a larger one.
   static std::mutex mutex;
   static std::map<std::tuple<const Pack*, std::string, std::string, uint32_t, int64_t, int64_t>, size_t> known;
   const Pack& pack = kernels();
@@ -91,7 +91,7 @@ void Mixer::Enqueue(const Call& call) {
   const uint32_t sm = Serving(pack, call.dtype);
   const Attributes& a = attributes_;
   Places places;
-  std::vector<const char*> names = {"query", "key", "value", "position", "rotary", "score"};
+  std::vector<const char*> names(std::begin(kOperands), std::end(kOperands));
   if (a.joint) names.erase(names.begin() + 1, names.begin() + 3);
   for (int i = 0; i < Inputs(); ++i) {
     const int64_t bytes = call.elements.at(i) * width(InputType(i), call.dtype);
@@ -109,7 +109,7 @@ void Mixer::Enqueue(const Call& call) {
     places[name] = places["past_" + name] = {address(present), bytes};
   }
   const int64_t size = width(Type::kActivation, call.dtype), all = batch * tokens * size;
-  if (a.joint) {  // kernels take strides, so each begins where it lies in the first row
+  if (a.joint) {  // kernels take strides: each part begins at its place in the first row
     const CUdeviceptr begin = places["query"].address;
     const int64_t key = a.q_heads * a.d_k * size, value = key + a.kv_heads * a.d_k * size;
     places["query"].bytes = batch * tokens * key;

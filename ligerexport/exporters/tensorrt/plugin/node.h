@@ -1,4 +1,4 @@
-// What nodes of the plugin have in common, without TensorRT: their tensors, a call, and the plans behind them.
+// Base of the plugin's nodes, without TensorRT: their tensors, a call, and their plans.
 #pragma once
 
 #include <sstream>
@@ -16,7 +16,7 @@ constexpr int32_t kContract = 2;
 
 enum class Type { kActivation, kFloat, kInteger };
 
-// Data of one call; inputs and outputs in the order of the node's.
+// Data of one call; inputs and outputs are in the order of the node.
 struct Call {
   std::string dtype;  // of activations: fp32, fp16, bf16
   std::vector<const void*> inputs;
@@ -24,7 +24,7 @@ struct Call {
   std::vector<void*> outputs;
   void* workspace;
   CUstream stream;
-  bool timed;  // by a builder, which gives state its own outputs; elsewhere they are the inputs
+  bool timed;  // by a builder, which passes separate outputs for the state; otherwise they are the inputs
 };
 
 inline int64_t width(Type type, const std::string& dtype) {
@@ -33,11 +33,11 @@ inline int64_t width(Type type, const std::string& dtype) {
 
 inline CUdeviceptr address(const void* pointer) { return reinterpret_cast<CUdeviceptr>(pointer); }
 
-// What a node says of itself: a name of its layer, and integers that `Integers` of A lists.
+// Attributes of a node: the name of its layer, and the integers that `Integers` of A lists.
 template <typename A>
 using Integers = std::vector<std::pair<const char*, int32_t A::*>>;
 
-// For engines; `parse` reads it.
+// The text that is stored in engines; `parse` reads it.
 template <typename A>
 std::string text_of(const A& attributes) {
   std::string text = attributes.layer_spec;
@@ -56,13 +56,13 @@ A parse(const std::string& text) {
   return made;
 }
 
-// Throws where a node is of another contract than this library.
+// Throws if a node has another contract than this library.
 void check_contract(const char* kind, int32_t contract);
 
-// The kernels of this process; they are read when they are first needed.
+// The kernels of this process, read at first use.
 const Pack& kernels();
 
-// Of the current device, 90 for 9.0.
+// Compute capability of the current device, 90 for 9.0.
 uint32_t compute_capability();
 
 // The plans of one layer.
@@ -73,7 +73,7 @@ class Layer {
   // Whether there are kernels for activations of this type.
   bool Takes(const std::string& dtype) const;
 
-  // Puts the layer's kernels on the device; throws where there are none.
+  // Loads the layer's kernels onto the device; throws if there are none.
   void Prepare() const;
 
  protected:
@@ -82,10 +82,10 @@ class Layer {
     std::vector<int64_t> axes;
   };
 
-  // The compute capability whose kernels this device takes.
+  // The compute capability of the kernels that this device runs.
   uint32_t Serving(const Pack& pack, const std::string& dtype) const;
 
-  // The plan of an operator for these sizes; throws where there is none.
+  // The plan of an operator for these sizes; throws if there is none.
   Chosen Choose(const Pack& pack, const std::string& op, const std::string& dtype, uint32_t sm, const Axes& axes) const;
 
  private:
@@ -95,5 +95,5 @@ class Layer {
 }  // namespace liger
 
 // Reads kernels from a file instead of LIGEREXPORT_KERNELS or `kernels.liger` beside this library. Returns 0, or 1
-// where the file cannot be used, and says why on stderr.
+// if the file cannot be used, with the reason on stderr.
 extern "C" int ligerexport_load_kernels(const char* path);

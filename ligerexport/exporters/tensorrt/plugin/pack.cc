@@ -17,7 +17,7 @@ constexpr size_t kMagicSize = sizeof(kMagic) - 1;
 
 constexpr uint32_t kPtx = 1 << 16;  // beside a compute capability: text for that one or any later
 
-// How well code runs on a device, 0 for not at all. What the driver has to compile comes last.
+// How well code suits a device, 0 for not at all. Code that the driver must compile comes last.
 uint32_t rank_on(uint32_t built, uint32_t sm) {
   if (built == sm) return UINT32_MAX;
   if (built & kPtx) return (built ^ kPtx) <= sm;
@@ -59,7 +59,7 @@ class Reader {
   std::string Text() {
     const auto size = Get<uint32_t>();
     std::string text(reinterpret_cast<const char*>(Take(size)), size);
-    for (const char c : text)  // errors show names, and a terminal must not obey them
+    for (const char c : text)  // errors print names, which must not control a terminal
       if (c < ' ' || c > '~') damaged("a name is not plain text");
     return text;
   }
@@ -67,7 +67,7 @@ class Reader {
   template <typename F>
   auto List(F read) {
     std::vector<decltype(read())> items;
-    for (auto count = Get<uint32_t>(); count > 0; --count) items.push_back(read());  // a false count ends the file
+    for (auto count = Get<uint32_t>(); count > 0; --count) items.push_back(read());  // a wrong count hits the end
     return items;
   }
 

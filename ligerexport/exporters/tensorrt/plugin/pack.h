@@ -1,5 +1,5 @@
-// The kernel pack `kernels.liger`, as `ligerexport.exporters.tensorrt.pack` writes it: cubins, and plans of what to
-// launch. Nothing of a file is believed: whatever is out of place is an `Error`.
+// The kernel pack `kernels.liger`, as `ligerexport.exporters.tensorrt.pack` writes it: cubins, and plans of
+// launches. A file is not trusted: anything unexpected is an `Error`.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct Expression {
   };
   std::vector<Term> terms;
 
-  // Throws where a result leaves 64 bits or a divisor is not positive.
+  // Throws if a result exceeds 64 bits or a divisor is not positive.
   int64_t operator()(const std::vector<int64_t>& axes) const;
 };
 
@@ -36,14 +36,14 @@ struct Kernel {
   enum Type : uint8_t { kPointer, kInt32, kInt64, kFloat, kTypes };
   struct Argument {
     Type type;
-    uint8_t divisible;  // what was promised of the address or the integer
+    uint8_t divisible;  // promised divisor of the address or the integer
   };
   uint32_t hidden;  // pointers after the arguments of a launch, always null
-  bool overlaps;    // it waits for the kernel before it, and may be launched before that one ends
+  bool overlaps;    // waits for the previous kernel, and may be launched before that one ends
   std::vector<Argument> arguments;
   std::vector<Cubin> cubins;
 
-  // The code for a device; null where there is none. Code for 8.x also runs on later 8.x, PTX on all that are later.
+  // The code for a device, or null. Code for 8.x also runs on later 8.x, PTX on all later devices.
   const Cubin* For(uint32_t sm) const;
 };
 
@@ -52,8 +52,8 @@ struct Buffer {
   enum Table : uint8_t { kNone, kSegments, kChunks, kOffsets, kTables };
   std::string name;
   Role role;
-  uint8_t width;  // bytes an element
-  bool zero;      // before a call, or once where it persists
+  uint8_t width;  // bytes per element
+  bool zero;      // before each call, or once for persistent buffers
   Table table;
   std::vector<Expression> shape;
 
@@ -79,23 +79,23 @@ struct Range {
   int64_t low, high;
 };
 
-using Axes = std::map<std::string, int64_t>;  // what a caller chooses, by name
+using Axes = std::map<std::string, int64_t>;  // sizes that a caller chooses, by name
 
 struct Plan {
   std::string layer, op, dtype;
   std::vector<uint32_t> sms;
-  std::vector<std::string> axes;    // what the caller chooses, then
-  std::vector<Expression> derived;  // what follows from the axes before it
+  std::vector<std::string> axes;    // chosen by the caller
+  std::vector<Expression> derived;  // each follows from the axes before it
   std::vector<Range> ranges;
   std::vector<Buffer> buffers;
   std::vector<Launch> launches;
 
-  // Values of all axes; empty where the plan is not for these.
+  // Values of all axes; empty if the plan is not for these sizes.
   std::vector<int64_t> Fit(const Axes& given) const;
   int64_t Value(const std::string& axis, const std::vector<int64_t>& values) const;
 };
 
-using Blob = std::vector<uint8_t>;  // of its own, for the driver wants code aligned
+using Blob = std::vector<uint8_t>;  // separate, since the driver needs aligned code
 
 class Pack {
  public:
@@ -108,7 +108,7 @@ class Pack {
   const std::vector<Plan>& plans() const { return plans_; }
   const Blob& blob(size_t i) const { return blobs_[i]; }
 
-  // The compute capability in the pack that serves a device; throws where there is none for the layer.
+  // The compute capability in the pack that serves a device; throws if there is none for the layer.
   uint32_t Serving(const std::string& layer, const std::string& dtype, uint32_t sm) const;
 
  private:

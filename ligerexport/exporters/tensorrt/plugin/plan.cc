@@ -29,7 +29,7 @@ bool capturing(CUstream stream) {
   return status != CU_STREAM_CAPTURE_STATUS_NONE;
 }
 
-// Code on the device, by context: a module is loaded once and stays.
+// Code on the device, by context: a module is loaded once and kept.
 CUfunction function_of(const Pack& pack, const Kernel& kernel, uint32_t sm) {
   static std::mutex mutex;
   static std::map<std::tuple<CUcontext, const uint8_t*, std::string>, CUfunction> known;
@@ -60,8 +60,8 @@ union Slot {  // an argument as a kernel takes it
   float number;
 };
 
-// Whether kernels that can begin while those before them end: not with LIGEREXPORT_OVERLAP=0, and not before the driver
-// of CUDA 12.3, which is the first to capture such launches.
+// Whether kernels may begin before the previous one ends: not with LIGEREXPORT_OVERLAP=0, and not with drivers before
+// CUDA 12.3, which is the first that can capture such launches.
 bool overlapping() {
   static const bool wanted = [] {
     const char* const asked = std::getenv("LIGEREXPORT_OVERLAP");
@@ -108,7 +108,7 @@ void check(CUresult result, const char* what) {
 }
 
 Memory::~Memory() {
-  for (CUdeviceptr address : all_) cuMemFree(address);  // fails where the context is gone, and the memory with it
+  for (CUdeviceptr address : all_) cuMemFree(address);  // fails if the context is gone, which frees the memory too
 }
 
 CUdeviceptr Memory::Allocate(size_t bytes, CUstream stream) {
@@ -182,7 +182,7 @@ void run(const Pack& pack, const Plan& plan, const std::vector<int64_t>& axes, u
   for (const Launch& x : plan.launches) {
     const Kernel& kernel = pack.kernels()[x.kernel];
     const Cubin& cubin = *kernel.For(sm);
-    std::vector<Slot> slots(kernel.arguments.size());  // those after the values are hidden, and stay null
+    std::vector<Slot> slots(kernel.arguments.size());  // hidden arguments follow the values and stay null
     std::vector<void*> parameters;
     for (size_t i = 0; i < x.values.size(); ++i) {
       const Value& value = x.values[i];

@@ -1,4 +1,4 @@
-// Launches plans of a kernel pack through the CUDA driver alone.
+// Launches plans of a kernel pack through the CUDA driver only.
 #pragma once
 
 #include <cuda.h>
@@ -11,18 +11,18 @@
 
 namespace liger {
 
-// Throws with the driver's own words where a call failed.
+// Throws with the driver's message if a call failed.
 void check(CUresult result, const char* what);
 
-// Device memory that is kept from call to call: counters that kernels leave as they found them, and tables made by the
-// host. CUDA graphs hold its addresses, so nothing moves or is freed while this lives.
+// Device memory that is kept between calls: counters that kernels reset, and tables made by the host. CUDA graphs hold
+// its addresses, so nothing is moved or freed during its lifetime.
 class Memory {
  public:
   Memory() = default;
   Memory(const Memory&) = delete;
   ~Memory();
 
-  // At least so many bytes, zero when they are new.
+  // At least `bytes` bytes, zero when new.
   CUdeviceptr Kept(const std::string& name, size_t bytes, CUstream stream);
 
   // The table of a plan at these axes.
@@ -43,15 +43,15 @@ struct Place {
 
 using Places = std::map<std::string, Place>;
 
-// Bytes of workspace that a plan takes, a multiple of `kAlignment`.
+// Bytes of workspace that a plan needs, a multiple of `kAlignment`.
 constexpr size_t kAlignment = 256;
 size_t workspace_bytes(const Plan& plan, const std::vector<int64_t>& axes);
 
-// Compiled code of a plan gets to the device, so that the first launch does not have to wait for it.
+// Loads the compiled code of a plan onto the device, so that the first launch does not wait for it.
 void load(const Pack& pack, const Plan& plan, uint32_t sm);
 
-// Launches a plan on `stream`. `places` holds inputs, outputs and state by name; what the plan calls `present_X` goes
-// to the workspace first and replaces `past_X` after the last launch.
+// Launches a plan on `stream`. `places` holds inputs, outputs and state by name; buffers that the plan calls `present_X`
+// are in the workspace first and replace `past_X` after the last launch.
 void run(const Pack& pack, const Plan& plan, const std::vector<int64_t>& axes, uint32_t sm, const Places& places,
          CUdeviceptr workspace, Memory& memory, CUstream stream);
 

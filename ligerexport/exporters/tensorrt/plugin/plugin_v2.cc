@@ -8,7 +8,7 @@ namespace {
 template <typename N>
 class Plugin final : public nvinfer1::IPluginV2DynamicExt {
  public:
-  // `timed`: whether a builder may run it to time it; what an engine holds is never timed.
+  // `timed`: whether a builder may run the node to time it; nodes of an engine are never timed.
   Plugin(typename N::Attributes attributes, bool timed) : node_(std::move(attributes)), timed_(timed) {}
 
   nvinfer1::IPluginV2DynamicExt* clone() const noexcept override {
@@ -91,7 +91,7 @@ class Creator final : public nvinfer1::IPluginCreator {
 
   nvinfer1::IPluginV2* createPlugin(const char* node,
                                     const nvinfer1::PluginFieldCollection* given) noexcept override {
-    set_logger(getLogger());  // there is none before the first builder or runtime
+    set_logger(getLogger());  // there is no logger before the first builder or runtime
     return guarded<Plugin<N>*>(node, nullptr, [&] { return new Plugin<N>(attributes_of<Attributes>(given), true); });
   }
 
@@ -109,7 +109,7 @@ class Creator final : public nvinfer1::IPluginCreator {
 Creator<Mixer> mixer;
 Creator<Linear> linear;
 
-// Registers when the library is opened, under the namespace that nodes name; REGISTER_TENSORRT_PLUGIN has none.
+// Registers the nodes in their namespace when the library is opened; REGISTER_TENSORRT_PLUGIN knows no namespace.
 const bool registered = getPluginRegistry()->registerCreator(mixer, kNamespace) &&
                         getPluginRegistry()->registerCreator(linear, kNamespace);
 

@@ -11,7 +11,7 @@ class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneBuild,
                      public nvinfer1::IPluginV3OneRuntime {
  public:
-  // `timed`: whether a builder may run it to time it; what an engine holds is never timed.
+  // `timed`: whether a builder may run the node to time it; nodes of an engine are never timed.
   Plugin(typename N::Attributes attributes, bool timed) : node_(std::move(attributes)), timed_(timed) {}
 
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override {

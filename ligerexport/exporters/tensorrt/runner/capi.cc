@@ -6,7 +6,7 @@ namespace {
 
 thread_local std::string last_error;
 
-// Nothing may leave through C.
+// No exception may leave through C.
 template <typename R, typename F>
 R guarded(R otherwise, F&& work) noexcept {
   try {

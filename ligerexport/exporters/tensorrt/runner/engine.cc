@@ -21,7 +21,7 @@ std::vector<char> read(const std::filesystem::path& path) {
   return data;
 }
 
-// Under its name only when it is whole.
+// Writes a file that gets its name only when it is whole.
 void write(const std::filesystem::path& path, const void* data, size_t size) {
   const std::filesystem::path part = path.string() + ".part";
   std::ofstream file(part, std::ios::binary);
@@ -31,10 +31,10 @@ void write(const std::filesystem::path& path, const void* data, size_t size) {
   std::filesystem::rename(part, path);
 }
 
-constexpr int kFewTokens = 128;  // of each of many sequences, however small the chunk of one would leave it
+constexpr int kFewTokens = 128;  // fewest tokens of each of many sequences, however small their share of the chunk is
 constexpr char kPlugin[] = "libligerexport_trt.so";
 
-// What was built together with this library, or what the loader finds. Never the artifact's: a model runs no code.
+// The plugin beside this library, or one that the loader finds. Never the artifact's: a model must not bring code.
 std::filesystem::path find_plugin() {
   Dl_info info{};
   dladdr(reinterpret_cast<void*>(&find_plugin), &info);
@@ -74,7 +74,7 @@ std::string crc32(const std::vector<char>& data) {
   return text;
 }
 
-// What an engine depends on, beside its profiles; `package.py` writes the same.
+// Everything that an engine depends on except its profiles; `package.py` writes the same.
 nlohmann::json record_of(const Options& options, const nlohmann::json& manifest, const std::filesystem::path& plugin) {
   int device = 0, major = 0, minor = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
@@ -100,7 +100,7 @@ std::string describe(const nlohmann::json& record) {
 }
 
 #if NV_TENSORRT_MAJOR < 10
-// Before strong typing a builder may compute in 16 bits what the graph has in 32: norms, softmax and logits stay.
+// Without strong typing, a builder may compute 32-bit parts of a graph in 16 bits; norms, softmax and logits keep 32.
 void keep_floats(nvinfer1::INetworkDefinition& network) {
   using nvinfer1::DataType;
   using nvinfer1::LayerType;
@@ -120,7 +120,7 @@ void keep_floats(nvinfer1::INetworkDefinition& network) {
 
 void Logger::log(Severity severity, const char* text) noexcept {
 #if NV_TENSORRT_MAJOR < 10
-  // 8.5 says so of every input of every profile but the first, in each call, and then does what was asked for.
+  // TensorRT 8.5 reports this for every input of all profiles but the first in each call, although it works.
   if (std::strstr(text, "getProfileDimensions: bindingIndex")) return;
 #endif
   if (severity <= most_) std::fprintf(stderr, "tensorrt: %s\n", text);
@@ -143,7 +143,7 @@ Engine::Engine(const Options& options)
   engine_ = Read();
 }
 
-// Looks for the engine for the fewest sequences that are enough. Nothing is deserialised that is not for this machine.
+// Looks for the engine with the fewest sequences that suffice. Engines for other machines are not deserialised.
 bool Engine::Find(const Options& options) {
   std::string other;
   bool known = false;
@@ -233,7 +233,7 @@ void Engine::Build(const Options& options) {
 
   std::unique_ptr<nvinfer1::IBuilderConfig> config(builder->createBuilderConfig());
 #if NV_TENSORRT_MAJOR < 10
-  config->setTacticSources(0);  // all products are the plugin's
+  config->setTacticSources(0);  // the plugin computes all products
   config->setPreviewFeature(nvinfer1::PreviewFeature::kFASTER_DYNAMIC_SHAPES_0805, true);
   const std::string precision = here_["precision"];
   if (precision == "fp16" || precision == "float16") {
@@ -242,7 +242,7 @@ void Engine::Build(const Options& options) {
     keep_floats(*network);
   }
 #endif
-  std::vector<std::pair<int, int>> calls = {{1, 1}, {1, chunk_}};  // `Profile` counts on the order
+  std::vector<std::pair<int, int>> calls = {{1, 1}, {1, chunk_}};  // `Profile` relies on the order
   if (batch_ > 1) calls = {{1, 1}, {batch_, 1}, {1, chunk_}, {batch_, Chunk(batch_)}};
   for (const auto& [batch, tokens] : calls) {
     nvinfer1::IOptimizationProfile* profile = builder->createOptimizationProfile();

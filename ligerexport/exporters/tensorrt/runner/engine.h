@@ -1,4 +1,4 @@
-// From an artifact to a TensorRT engine: the plugin, the parser, the profiles, and the files that are kept.
+// Builds a TensorRT engine from an artifact: plugin, parser, profiles, and the cached files.
 #pragma once
 
 #include <NvInfer.h>
@@ -14,7 +14,7 @@
 
 namespace liger {
 
-// An error's text; what can be done about it is in a second line that begins with "hint: ".
+// The text of an error; a second line that begins with "hint: " says what to do.
 inline std::runtime_error error(const std::string& text, const std::string& hint = "") {
   return std::runtime_error(hint.empty() ? text : text + "\nhint: " + hint);
 }
@@ -34,9 +34,9 @@ class Logger final : public nvinfer1::ILogger {
 
 struct Options {
   std::filesystem::path artifact, plugin;  // "" for a plugin beside this library
-  std::string precision;  // of activations, "" for what the manifest says
-  int batch = 1;          // the most sequences at once
-  bool build = false;     // even where there is an engine
+  std::string precision;  // of activations; "" takes the manifest's
+  int batch = 1;          // most sequences at once
+  bool build = false;     // even if there is an engine
   bool verbose = false;
 };
 
@@ -44,14 +44,14 @@ class Engine {
  public:
   explicit Engine(const Options& options);
 
-  // The engine for one more session. Before TensorRT 10 two contexts cannot share a profile: there each session has
-  // the weights for itself.
+  // The engine for one more session. Before TensorRT 10, two contexts cannot share a profile, so each session has its
+  // own copy of the weights.
   std::shared_ptr<nvinfer1::ICudaEngine> Take();
 
   const nlohmann::json& manifest() const { return manifest_; }
-  int batch() const { return batch_; }  // the most sequences
+  int batch() const { return batch_; }  // most sequences
 
-  // The most tokens of each sequence in one call; many sequences share the chunk, so that memory does not grow by both.
+  // Most tokens of each sequence in one call. Many sequences share the chunk, so that memory does not grow with both.
   int Chunk(int sequences) const;
 
   // The optimization profile of a session's steps or of its other calls.
@@ -66,7 +66,7 @@ class Engine {
   Logger logger_;
   nlohmann::json manifest_, here_;
   int chunk_ = 0, batch_ = 0;
-  double seconds_ = 0;  // that building took
+  double seconds_ = 0;  // duration of the build
   std::filesystem::path file_;
   std::mutex mutex_;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;

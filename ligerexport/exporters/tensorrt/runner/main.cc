@@ -47,7 +47,7 @@ std::vector<int32_t> read_ids(std::string text) {
   return ids;
 }
 
-// Throws `std::logic_error` where words make no sense.
+// Throws `std::logic_error` if an argument makes no sense.
 Settings parse(const std::vector<std::string>& words) {
   Settings made;
   made.artifact = words.at(0);
@@ -99,7 +99,7 @@ class Session {
         batch(batch),
         logits(batch * described.at("vocab").get<size_t>()) {}
 
-  // `[B, T]`, row after row; waits for logits if they are asked for.
+  // `ids` are `[B, T]`, row by row; waits for logits if they are wanted.
   void Advance(const std::vector<int32_t>& ids, bool wanted) {
     const int tokens = static_cast<int>(ids.size()) / batch;
     need(liger_session_advance(get(), ids.data(), tokens, wanted ? logits.data() : nullptr));
@@ -183,7 +183,7 @@ nlohmann::json dump_state(Session& session, const std::string& path) {
 nlohmann::json time_prefill(Session& session, int tokens) {
   std::vector<int32_t> ids(static_cast<size_t>(tokens) * session.batch);
   const auto vocab = static_cast<int64_t>(session.logits.size()) / session.batch;
-  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i * 7919 % vocab);  // no token twice in a row
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i * 7919 % vocab);  // no repetition
   std::vector<double> times;
   for (int i = 0; i < 7; ++i) {
     need(liger_session_reset(session.get(), LIGER_ALL_ROWS));
@@ -191,7 +191,7 @@ nlohmann::json time_prefill(Session& session, int tokens) {
     session.Advance(ids, false);
     need(liger_session_wait(session.get()));
     const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - begin;
-    if (i >= 2) times.push_back(time.count());  // sizes that are new are prepared in the first
+    if (i >= 2) times.push_back(time.count());  // the first calls prepare new sizes
   }
   auto made = spread(times);
   made["tokens"] = tokens;
@@ -211,7 +211,7 @@ nlohmann::json time_steps(Session& session, int steps, bool graph) {
 }  // namespace
 
 int main(int argc, char** argv) try {
-  setenv("CUDA_MODULE_LOADING", "LAZY", 0);  // a builder has a thousand kernels, of which an engine needs some
+  setenv("CUDA_MODULE_LOADING", "LAZY", 0);  // a builder has a thousand kernels, and an engine needs few
   Settings settings;
   try {
     settings = parse({argv + 1, argv + argc});

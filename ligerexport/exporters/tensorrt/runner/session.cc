@@ -10,7 +10,7 @@ namespace {
 constexpr char kIds[] = "input_ids";
 constexpr char kPosition[] = "position";
 constexpr char kLogits[] = "logits";
-constexpr size_t kAlignment = 256;  // of what TensorRT is given
+constexpr size_t kAlignment = 256;  // of memory for TensorRT
 
 struct TypeRow {
   nvinfer1::DataType type;
@@ -36,7 +36,7 @@ void need(bool done, const std::string& what) {
   if (!done) throw error("TensorRT refuses " + what);
 }
 
-// One element; what state starts with is a small integer, which all types hold exactly.
+// One element; initial values of states are small integers, which all types represent exactly.
 std::vector<char> element(const TypeRow& row, double value) {
   std::vector<char> made(row.bytes);
   const auto whole = static_cast<int32_t>(value);
@@ -65,7 +65,7 @@ Event event(unsigned flags) {
   return Event(made);
 }
 
-// The memory that a context computes in is given to it, for two to share.
+// Contexts get their working memory from here, so that two can share it.
 #if NV_TENSORRT_MAJOR > 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR >= 1)
 nvinfer1::IExecutionContext* create_context(nvinfer1::ICudaEngine& engine) {
   return engine.createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED);
@@ -117,7 +117,7 @@ Session::Session(Engine& engine, int batch, bool graph, int chunk)
   if (!graph) return;
   const std::vector<int32_t> ids(batch_);
   Upload(ids.data(), 1, 1);
-  Enqueue(*step_);  // what is allocated at the first call must not be captured
+  Enqueue(*step_);  // allocations of the first call must not be captured
   Wait();
   step_graph_ = Capture(*step_);
   Reset();
@@ -191,7 +191,7 @@ void Session::Step() {
   else Enqueue(*step_);
 }
 
-// What a context prepares at the first call of a size must not be captured, so that a chunk is when it comes again.
+// The first call of a size prepares things that must not be captured, so a chunk is captured when it is repeated.
 void Session::Chunk(int tokens) {
   const bool whole = graphs_ && tokens == chunk_;
   if (whole && !chunk_graph_ && bound_ == tokens) chunk_graph_ = Capture(*prefill_);
@@ -212,7 +212,7 @@ void Session::Reset(int row) {
   else position_.at(row) = 0;
 }
 
-// Through memory that the device reads by itself: it is written again only after the copy before has been made.
+// Copies through memory that the device reads itself; it is written again only after the previous copy has ended.
 void Session::Upload(const int32_t* ids, int tokens, int stride) {
   check(cudaEventSynchronize(uploaded_.get()), "a call");
   char* const host = static_cast<char*>(host_input_.get());

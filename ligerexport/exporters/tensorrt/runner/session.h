@@ -1,4 +1,4 @@
-// A batch of sequences on an engine: state that each call updates in place, and the step as a CUDA graph.
+// A batch of sequences on an engine, with state that is updated in place, and the step as a CUDA graph.
 #pragma once
 
 #include <string>
@@ -25,32 +25,32 @@ class Session {
  public:
   static constexpr int kAll = -1;  // rows
 
-  // `graph`: whether steps, and calls of a whole chunk that come again, are replayed as CUDA graphs; `chunk`: the most
-  // tokens of one call, at most the engine's for one sequence.
+  // `graph`: whether steps and repeated calls of a whole chunk are replayed as CUDA graphs; `chunk`: most tokens of one
+  // call, at most the engine's limit for one sequence.
   Session(Engine& engine, int batch, bool graph, int chunk);
   ~Session();
 
-  // Starts one row anew, or all.
+  // Resets one row, or all.
   void Reset(int row = kAll);
 
-  // Advances every row by `tokens` tokens, `ids` `[B, tokens]`. Returns before the device has done it.
+  // Advances every row by `tokens` tokens, `ids` `[B, tokens]`. Returns before the device has finished.
   void Advance(const int32_t* ids, int tokens);
 
-  // Waits for the device; `Logits` of the last call `[B, vocab]` are read into `to`.
+  // Waits for the device and copies the logits of the last call, `[B, vocab]`, to `to`.
   void Wait();
   void Logits(float* to);
 
-  // Copies one row of a state tensor, or all rows; `bytes` must be what that takes.
+  // Copies one row of a state tensor, or all rows; `bytes` must be their size.
   void Read(int tensor, int row, void* to, size_t bytes);
   void Write(int tensor, int row, const void* from, size_t bytes);
 
-  // Milliseconds of one step on the device, without what the host does between steps.
+  // Milliseconds of one step on the device, without the host's time between steps.
   double TimeStep(bool graph);
 
   // Medians in milliseconds of the layers of a step, by name, without the graph; layers wait for each other.
   nlohmann::json Profile(int steps);
 
-  // Tokens that each row has seen; negative where a row is padding for as many tokens. May be changed between calls.
+  // Tokens that each row has seen; -n if n tokens of padding follow. May be changed between calls.
   std::vector<int32_t>& position() { return position_; }
 
   nlohmann::json Describe() const;
@@ -59,7 +59,7 @@ class Session {
   struct State {
     std::string past, present, dtype;
     std::vector<int64_t> shape;  // of all rows
-    std::vector<char> first;     // a row that has seen nothing
+    std::vector<char> first;     // content of a row that has seen nothing
     Device data;
   };
 
@@ -73,7 +73,7 @@ class Session {
   State Make(const nlohmann::json& described) const;
   void* Place(int tensor, int row, size_t bytes) const;
 
-  // What is used by those below is above them: the last is freed first.
+  // Members are freed from the last to the first, so each is declared after those that it uses.
   std::shared_ptr<nvinfer1::ICudaEngine> engine_;
   int batch_, chunk_, vocab_ = 0;
   std::vector<int32_t> position_;
@@ -86,7 +86,7 @@ class Session {
   size_t ids_at_;
   std::unique_ptr<nvinfer1::IExecutionContext> step_, prefill_;
   bool graphs_;
-  int bound_ = 0;  // tokens that the last call of `prefill_` had
+  int bound_ = 0;  // tokens of the last call of `prefill_`
   Graph step_graph_, chunk_graph_;
 };
 

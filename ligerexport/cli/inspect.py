@@ -1,4 +1,4 @@
-"""`inspect`, `doctor` and `list`: what there is. Their answer is data, on stdout."""
+"""`inspect`: what a directory is."""
 
 from __future__ import annotations
 
@@ -7,46 +7,37 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from ligerexport.cli import common
-from ligerexport.cli.common import Debug, Json, Quiet
+from ligerexport.cli import options
+from ligerexport.cli.options import Json, verb
 from ligerexport.console import data_table, format_bytes
-from ligerexport.errors import MissingDependency, UsageError, close_matches, one_line
+from ligerexport.dtypes import DTYPES
+from ligerexport.errors import MissingDependency, UsageError
+from ligerexport.exporters.targets import get_target
 
 
-def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(header))
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(one_line(cell)) for cell in row))
-    data_table(table)
-
-
+@verb(verbose=False)
 def inspect(
     path: Annotated[Path, typer.Argument(help="An artifact or a checkpoint.")] = Path("."),
-    providers: Annotated[bool, typer.Option("--providers", help="Which nodes each execution provider takes.")] = False,
+    providers: Annotated[
+        bool, typer.Option("--providers", help="Show which nodes each execution provider takes.")
+    ] = False,
     json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
-    """Say what a directory is: state, bytes, parity."""
-    common.begin(quiet, debug)
+    """Describe an artifact or checkpoint: state, bytes, parity."""
     from ligerexport.artifact.artifact import MANIFEST
 
     if providers:
         return _providers(path, json)
     facts = _artifact(path) if (path / MANIFEST).is_file() else _checkpoint(path)
     if json:
-        return common.finish_json(True, facts)
+        return options.finish_json(True, facts)
     state = facts.pop("state")
     rows = [(key.replace("_", " "), _plain(key, value)) for key, value in facts.items() if value not in (None, {})]
-    _print_table(("", ""), rows)
+    options.print_table(("", ""), rows)
     if state:
         data_table()
-        _print_table(("state", "shape", "type", "layers", "bytes a sequence"), [
+        options.print_table(("state", "shape", "type", "layers", "bytes per sequence"), [
             (s["name"], str(s["shape"]), s["dtype"], str(s["layers"]),
              format_bytes(s["bytes"]) if s["bytes"] is not None else "grows") for s in state
         ])  # fmt: skip
@@ -56,7 +47,7 @@ def _plain(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return "  ".join(f"{name}={_plain(name, x)}" for name, x in value.items() if not isinstance(x, dict))
     if isinstance(value, (list, tuple)):
-        return common.plain(value)
+        return options.plain(value)
     if isinstance(value, int) and not isinstance(value, bool) and "bytes" in key:
         return format_bytes(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -88,11 +79,11 @@ def _artifact(path: Path) -> dict[str, Any]:
 
 
 def _providers(path: Path, json: bool) -> None:
-    """Say what execution providers do with an artifact's graph."""
+    """Print which nodes of an artifact's graph each execution provider takes."""
     from ligerexport.artifact.artifact import open_artifact
 
     artifact = open_artifact(path, hashes=False, runtime=False)
-    if artifact.manifest.target != "onnx":
+    if not get_target(artifact.manifest.target).onnxruntime:
         raise UsageError(f"--providers with an artifact of the target {artifact.manifest.target}",
                          hint="execution providers are ONNX Runtime's")  # fmt: skip
     try:
@@ -106,22 +97,22 @@ def _providers(path: Path, json: bool) -> None:
     graph = ir.load(artifact.graph).graph
     rows = {name: vars(place(graph, name)) for name in operators()}
     if json:
-        return common.finish_json(True, rows)
-    _print_table(("provider", "nodes", "on the CPU", "partitions", "why"), [
+        return options.finish_json(True, rows)
+    options.print_table(("provider", "nodes", "on the CPU", "partitions", "why"), [
         (name, str(row["taken"]), str(sum(row["fallback"].values())), str(row["partitions"]),
          "  ".join(f"{reason} ({count})" for reason, count in row["fallback"].items())) for name, row in rows.items()
     ])  # fmt: skip
 
 
 def _group(tensors: Iterable[tuple[str, Sequence[int | str], str]]) -> list[dict[str, Any]]:
-    """Return one row for tensors that are the same in several layers."""
+    """Return one row for each tensor, with the number of layers that have it."""
     rows: dict[tuple[str, tuple[int | str, ...], str], int] = {}
     for name, shape, dtype in tensors:
         key = (name, tuple(shape), dtype)
         rows[key] = rows.get(key, 0) + 1
     found = []
     for (name, shape, dtype), layers in rows.items():
-        count: int | None = {"float16": 2, "bfloat16": 2, "int64": 8}.get(dtype, 4) * layers
+        count: int | None = DTYPES[dtype].nbytes * layers
         for size in shape:
             count = count * size if isinstance(size, int) and count is not None else None
         found.append({"name": name, "shape": list(shape), "dtype": dtype, "layers": layers, "bytes": count})
@@ -153,77 +144,3 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         facts["state"] = _group(tensors)
         facts["state_bytes"] = sum(row["bytes"] for row in facts["state"])
     return facts
-
-
-def doctor(
-    target: Annotated[str | None, typer.Option(help="Look at what this target needs too.")] = None,
-    plugin: Annotated[Path | None, typer.Option(metavar="FILE", help="Library of the TensorRT plugin.")] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Say what is missing, and what mends it."""
-    common.begin(quiet, debug)
-    from ligerexport.cli.doctor import examine
-
-    checks = examine(target, plugin)
-    if json:
-        fine = all(check.ok or not check.needed for check in checks)
-        common.finish_json(True, {"ok": fine, "checks": [check.to_dict() for check in checks]})
-    else:
-        _print_table(("", "", "", ""), [
-            ("ok" if c.ok else "missing" if c.needed else "-", c.name, c.found, "" if c.ok else c.mend or "")
-            for c in checks
-        ])  # fmt: skip
-    if any(check.needed and not check.ok for check in checks):
-        raise typer.Exit(MissingDependency.exit_code)
-
-
-def _targets() -> dict[str, str]:
-    from ligerexport.exporters.targets import TARGETS
-
-    return {name: target.doc for name, target in TARGETS.items()}
-
-
-def _gates() -> dict[str, str]:
-    from ligerexport.model.gates import GATES
-
-    return {name: gate.source for name, gate in GATES.items()}
-
-
-def _families() -> dict[str, str]:
-    from ligerexport.model.families import FAMILIES
-
-    return {name: f"{f.prefix}ForCausalLM{f', {f.doc}' if f.doc else ''}" for name, f in FAMILIES.items()}
-
-
-def _presets() -> dict[str, str]:
-    from ligerexport.model.config import PRESETS
-
-    return {name: preset.doc for name, preset in PRESETS.items()}
-
-
-def _scores() -> dict[str, str]:
-    from ligerexport.model.scores import SCORES
-
-    return {name: score.doc for name, score in SCORES.items()}
-
-
-_TABLES = {"targets": _targets, "gates": _gates, "families": _families, "presets": _presets, "scores": _scores}
-
-
-def list_(
-    table: Annotated[str | None, typer.Argument(help=f"One of: {', '.join(_TABLES)}. Default: all.")] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """List targets, gates, families, presets, scores."""
-    common.begin(quiet, debug)
-    if table is not None and table not in _TABLES:
-        raise UsageError(f"unknown table '{table}'", hint=close_matches(table, _TABLES))
-    rows = {name: make() for name, make in _TABLES.items() if table in (None, name)}
-    if json:
-        return common.finish_json(True, rows[table] if table else rows)
-    for name, found in rows.items():
-        _print_table(("", "") if table else (name, ""), list(found.items()))

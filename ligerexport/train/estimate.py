@@ -1,6 +1,6 @@
 """What a recovery will take, from headers and settings alone: parameters, steps, bytes of memory. Loads no weight.
 
-The memory is an estimate for the fused kernels, good to a few tenths; its terms are in docs/guides/recover.md.
+The memory is that of the fused kernels, off by a few tenths at most; docs/guides/recover.md has its terms.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ligerexport.checkpoint.checkpoint import CheckpointInfo
+from ligerexport.dtypes import BY_KERNEL
 from ligerexport.train.config import RecoverConfig
 from ligerexport.train.model import target_shapes
 
@@ -17,18 +18,18 @@ LOGIT_CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """Numbers of a recovery; bytes are those of each process.
 
     Attributes:
-        trainable_parameters: LoRA's.
-        parameters: Of the frozen model.
+        trainable_parameters: Parameters of LoRA.
+        parameters: Parameters of the frozen model.
         steps: Optimizer steps.
-        tokens: Of all steps, padding included.
+        tokens: Tokens of all steps, padding included.
         weight_bytes: Frozen weights, the teacher's included.
         lora_bytes: LoRA in fp32 with its gradient and the two moments of AdamW.
-        activation_bytes: What is kept for the way back.
-        logit_bytes: Logits of a chunk, of student and teacher, in fp32.
+        activation_bytes: Activations that are kept for the backward pass.
+        logit_bytes: Logits of a chunk in fp32, of student and teacher.
     """
 
     trainable_parameters: int
@@ -42,7 +43,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """All of it."""
+        """Bytes of all of them together."""
         return self.weight_bytes + self.lora_bytes + self.activation_bytes + self.logit_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,14 +51,14 @@ class Plan:
         return asdict(self) | {"memory_bytes": self.memory_bytes}
 
 
-def make_plan(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, shard: bool = False) -> Plan:
+def estimate(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, shard: bool = False) -> Estimate:
     """Estimate a recovery.
 
     Args:
         info: The checkpoint.
         config: Settings.
-        processes: That share the batch.
-        shard: Whether they share the weights too.
+        processes: Number of processes that share the batch.
+        shard: Whether they share the weights as well.
 
     Raises:
         UsageError: A target of LoRA is no projection of this model.
@@ -65,7 +66,7 @@ def make_plan(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, s
     shapes = target_shapes(info, config.targets)
     lora = sum(config.rank * (shape[0] + shape[1]) for shape in shapes.values())
     parameters = sum(_count(tensor.shape) for tensor in info.tensors.values())
-    width = 2 if config.dtype == "bf16" else 4
+    width = BY_KERNEL[config.dtype].nbytes
     models, parts = 2 if config.row.needs_teacher else 1, processes if shard else 1
     layers = info.config["num_hidden_layers"]
     layer = max(1, sum(_count(t.shape) for name, t in info.tensors.items() if ".layers." in name) // layers)
@@ -76,7 +77,7 @@ def make_plan(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, s
     per_layer, boundary = _activations(info.config, width)
     tokens = config.micro_batch_tokens or max(config.length, config.batch_tokens // processes)
     kept = layers * boundary + per_layer if config.gradient_checkpointing else layers * per_layer
-    return Plan(
+    return Estimate(
         trainable_parameters=lora,
         parameters=parameters,
         steps=config.num_steps,

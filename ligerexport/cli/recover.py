@@ -1,4 +1,4 @@
-"""`recover`: LoRA repairs what a conversion cost."""
+"""`recover`: LoRA training repairs most of what a conversion cost."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ligerexport.cli import common
-from ligerexport.cli.common import Debug, DryRun, Force, Json, Quiet, Verbose
-from ligerexport.cli.computing import Threads, computes
-from ligerexport.console import card, format_bytes, progress, say
+from ligerexport.cli import options
+from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
+from ligerexport.console import card, format_bytes, progress, say, set_quiet
 from ligerexport.errors import UsageError, quoted
 from ligerexport.train.config import DEFAULT_TOKENS, TARGETS, RecoverConfig
 from ligerexport.train.recipes import DEFAULT_RECIPE, RECIPES
@@ -23,75 +22,81 @@ _EVERY = 10
 """Steps between two lines about the loss."""
 
 
-@computes
+@verb(computes=True)
 def recover(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint.")],
     data: Annotated[
-        list[str], typer.Option("--data", help="JSONL chats or pairs, text, a directory, a hub data set; repeatable.")
+        list[str],
+        typer.Option("--data", help="JSONL chats or pairs, text, a directory, a hub data set; may be repeated."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")] = DEFAULT_RECIPE,
     against: Annotated[
-        str | None, typer.Option(help="The Transformer to follow; default: the checkpoint's own weights.")
+        str | None, typer.Option(help="The Transformer to imitate; default: the checkpoint's own weights.")
     ] = None,
-    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 8,
-    alpha: Annotated[float, typer.Option(help="Of LoRA.")] = 8.0,
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
+    alpha: Annotated[float, typer.Option(help="LoRA alpha.")] = 8.0,
     targets: Annotated[str, typer.Option(metavar="NAME,...", help="Projections that get LoRA.")] = ",".join(TARGETS),
     tokens: Annotated[
         str | None, typer.Option(metavar="N", help=f"Tokens to train on, as 500k or 3M; default: {DEFAULT_TOKENS:,}.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --tokens.")] = None,
-    length: Annotated[int, typer.Option(help="Longest document, and tokens of a packed row.")] = 1024,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of one optimizer step.")] = 8192,
+    length: Annotated[int, typer.Option(help="Tokens of the longest document, and of a packed row.")] = 1024,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per optimizer step.")] = 8192,
     micro_batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens in memory at a time; default: all of a step.")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Largest learning rate; default: the recipe's.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Steps in which the rate rises; default: the recipe's.")] = None,
-    overlong: Annotated[str, typer.Option(help="What happens to a longer chat: cut or drop.")] = "cut",
-    dtype: Annotated[str, typer.Option(help="Of the frozen weights and the arithmetic: bf16 or fp32.")] = "bf16",
+    warmup: Annotated[
+        int | None, typer.Option(help="Warm-up steps of the learning rate; default: the recipe's.")
+    ] = None,
+    overlong: Annotated[str, typer.Option(help="What to do with a longer chat: cut or drop it.")] = "cut",
+    dtype: Annotated[
+        str, typer.Option(help="Type of the frozen weights and of the arithmetic: bf16 or fp32.")
+    ] = "bf16",
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
+        bool, typer.Option("--gradient-checkpointing", help="Use less memory and about a third more time.")
     ] = False,
-    shard: Annotated[bool, typer.Option("--shard", help="Several processes share the weights (FSDP2).")] = False,
-    seed: Annotated[int, typer.Option(help="Of the order of the data and LoRA's first values.")] = 0,
-    save_every: Annotated[int, typer.Option(help="Steps between two states to resume from.")] = 100,
-    resume: Annotated[str, typer.Option(help="auto goes on from OUTPUT.state, never starts again.")] = "auto",
-    merge: Annotated[bool, typer.Option("--merge/--adapter", help="Write whole weights, or LoRA alone.")] = True,
+    shard: Annotated[bool, typer.Option("--shard", help="Split the weights among the processes (FSDP2).")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the data and of LoRA's initial values.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 100,
+    resume: Annotated[
+        str, typer.Option(help="auto continues from OUTPUT.state, never starts from the beginning.")
+    ] = "auto",
+    merge: Annotated[
+        bool, typer.Option("--merge/--adapter", help="Write merged weights, or the LoRA adapter alone.")
+    ] = True,
     tensorboard: Annotated[Path | None, typer.Option(help="Directory for TensorBoard's scalars.")] = None,
     threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Train LoRA on a converted checkpoint.
 
-    A run that was stopped goes on when the same command is given again.
+    To continue a run that was stopped, give the same command again.
     """
-    main = os.environ.get("RANK", "0") == "0"  # of several processes one talks
-    common.begin(quiet or not main, debug, verbose)
+    if not (main := os.environ.get("RANK", "0") == "0"):  # only one of several processes talks
+        set_quiet()
     settings: dict[str, Any] = {
         "recipe": recipe, "rank": rank, "alpha": alpha, "targets": tuple(filter(None, targets.split(","))),
         "tokens": parse_count(tokens), "steps": steps, "length": length, "batch_tokens": batch_tokens,
         "micro_batch_tokens": micro_batch_tokens, "rate": lr, "warmup": warmup, "overlong": overlong, "dtype": dtype,
         "gradient_checkpointing": gradient_checkpointing, "seed": seed, "save_every": save_every,
     }  # fmt: skip
-    from ligerexport.train.recover import check_places, make_config
-    from ligerexport.train.recover import recover as run
+    from ligerexport.train.recover import plan_recover
 
-    config = make_config(settings)
-    check_places(model, output, force)
-    plan = _plan(model, config, shard)
-    common.announce("recover", model=model, data=data, output=output, threads=threads,
-                    **config.identity())  # fmt: skip
-    _talk(plan)
+    plan = plan_recover(model, data, output, against=against, merge=merge, resume=resume, shard=shard,  # type: ignore[arg-type]
+                        force=force, tensorboard=tensorboard, **settings)  # fmt: skip
+    options.announce("recover", model=model, data=data, output=output, threads=threads,
+                     **plan.config.identity())  # fmt: skip
+    takes = plan.estimate()
+    share, memory = takes.trainable_parameters / takes.parameters, format_bytes(takes.memory_bytes)
+    say(f"{takes.trainable_parameters:,} trainable parameters ({share:.2%}), {takes.steps:,} steps, "
+        f"{takes.tokens:,} tokens, about {memory} of memory")  # fmt: skip
     if dry_run:
-        return _dry(model, data, output, config, against, plan, json) if main else None
-    path = run(model, data, output, against=against, merge=merge, resume=resume, shard=shard, force=force,  # type: ignore[arg-type]
-               tensorboard=tensorboard, progress=progress, on_step=_teller(config), **settings)  # fmt: skip
+        return _say_plan(plan.describe(progress), plan.config, json) if main else None
+    path = plan.run(progress, _teller(plan.config))
     if main:
         _finish(path, merge, json)
 
@@ -111,45 +116,23 @@ def parse_count(text: str | None) -> int | None:
         raise UsageError(f"--tokens {text}", hint="write a number, as 3000000, 500k or 3M") from None
 
 
-def _plan(model: Path, config: RecoverConfig, shard: bool) -> dict[str, Any]:
-    from ligerexport.checkpoint.adapter import check_student
-    from ligerexport.train.plan import make_plan
-
-    return make_plan(check_student(model), config, int(os.environ.get("WORLD_SIZE", "1")), shard).to_dict()
-
-
-def _talk(plan: dict[str, Any]) -> None:
-    share = plan["trainable_parameters"] / plan["parameters"]
-    say(f"{plan['trainable_parameters']:,} trainable parameters ({share:.2%}), {plan['steps']:,} steps, "
-        f"{plan['tokens']:,} tokens, about {format_bytes(plan['memory_bytes'])} of memory")  # fmt: skip
-
-
-def _dry(
-    model: Path, data: list[str], output: Path, config: RecoverConfig, against: str | None, plan: dict[str, Any],
-    json: bool,
-) -> None:  # fmt: skip
-    """Read the data and train on a few rows too: what is wrong and how long it takes is worth knowing before."""
+def _say_plan(plan: dict[str, Any], config: RecoverConfig, json: bool) -> None:
+    """Print what a run would take."""
     from ligerexport.threads import default_threads
-    from ligerexport.train.recover import measure_seconds, prepare, warn_of_repeats
 
-    info, documents = prepare(model, data, config, against, progress)
-    warn_of_repeats(documents, config)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    seconds = measure_seconds(info, documents, config, against, processes, progress)
-    found = {"documents": len(documents.lengths), "tokens": len(documents.ids), **documents.counts}
-    common.finish_json(json, {"path": str(output), **plan, "seconds": seconds, "data": found})
-    card(f"would write {output}", [
-        ("parameters", f"{plan['trainable_parameters']:,} of {plan['parameters']:,} learn"),
+    options.finish_json(json, plan)
+    card(f"would write {plan['path']}", [
+        ("parameters", f"{plan['trainable_parameters']:,} of {plan['parameters']:,} are trained"),
         ("steps", f"{plan['steps']:,} of {config.batch_tokens:,} tokens"),
-        ("time", f"about {duration(seconds)}, measured on a part of each phase (threads: {default_threads()})"),
+        ("time", f"about {duration(plan['seconds'])}, measured on a part of each phase (threads: {default_threads()})"),
         ("memory", f"about {format_bytes(plan['memory_bytes'])}: " + ", ".join(
             f"{name} {format_bytes(plan[f'{name}_bytes'])}" for name in ("weight", "lora", "activation", "logit"))),
-        ("data", ", ".join(f"{count:,} {what}" for what, count in found.items())),
+        ("data", ", ".join(f"{count:,} {what}" for what, count in plan["data"].items())),
     ])  # fmt: skip
 
 
 def duration(seconds: float) -> str:
-    """Return seconds for people: the largest unit and the next one."""
+    """Return a duration as text: the largest unit and the next one."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.2g} s" if seconds < 10 else f"{whole} s"
@@ -161,7 +144,7 @@ def duration(seconds: float) -> str:
 
 
 def _teller(config: RecoverConfig) -> OnStep:
-    """Return what prints a line every few steps."""
+    """Return a function that prints a line every few steps."""
     from ligerexport.train.loop import Step
 
     done: list[Step] = []
@@ -187,7 +170,7 @@ def _finish(path: Path, merge: bool, json: bool) -> None:
 
     report = library.loads((path / "report.json").read_text(encoding="utf-8"))
     record, phases = report["record"], report["phases"]
-    common.finish_json(json, {"path": str(path), "merged": merge, "record": record, "phases": phases})
+    options.finish_json(json, {"path": str(path), "merged": merge, "record": record, "phases": phases})
     card("recovered", [
         ("where", str(path)),
         *((row["phase"], f"{row['steps']} steps, loss {row['first_loss']:.4f} to {row['final_loss']:.4f}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shlex
 import statistics
 import sys
@@ -17,18 +18,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ligerexport.artifact.artifact import MANIFEST, open_artifact
+from ligerexport.artifact.artifact import is_artifact, open_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError, VerificationError
 from ligerexport.measure.bench import machine
 from ligerexport.measure.bench.settings import Settings
 from ligerexport.measure.bench.worker import Worker
 from ligerexport.threads import default_threads
+from ligerexport.versions import versions
 
 _BUSY = 0.1
 """Share of the cores that others may take before they are in the way."""
 FIRST_SECONDS, FIRST_TIMES = 2.0, 5
-"""The time to the first token is the median of so many readings, fewer once they took this long."""
+"""Seconds and number of readings; the time to the first token is the median of those that fit into both."""
 
 
 def bench(
@@ -39,7 +41,7 @@ def bench(
     settings: Settings | None = None,
     progress: ProgressFactory | None = None,
 ) -> dict[str, Any]:
-    """Measure a model beside another.
+    """Measure two models.
 
     Args:
         model: An artifact, a converted checkpoint, or a Transformer (directory, hub id or built-in model).
@@ -84,7 +86,7 @@ def bench(
         "parity": parity,
         "machine": machine.describe(threads) | {"bytes_per_s": rates, "energy": meter.source, "load": load},
         "warnings": disturbed(rows, threads, os.cpu_count() or 1, load),
-        "versions": machine.versions(),
+        "versions": {"python": platform.python_version()} | versions("torch", "transformers", "onnxruntime"),
         "settings": vars(settings),
         "rows": rows,
         "crossover": {
@@ -102,11 +104,6 @@ def labels(model: str, against: str) -> tuple[str, str]:
     short = [Path(name).expanduser().name if Path(name).expanduser().is_dir() else name for name in (model, against)]
     first, second = short if short[0] != short[1] else (model, against)
     return first, second if second != first else f"{second} again"
-
-
-def is_artifact(model: str) -> bool:
-    """Return whether this is a directory that `build` wrote."""
-    return (Path(model).expanduser() / MANIFEST).is_file()
 
 
 def _of_same_conversion(artifact: str, model: str) -> str | None:
@@ -134,15 +131,13 @@ def gate(artifact: str, checkpoint: str | None = None, progress: ProgressFactory
     """
     opened = open_artifact(Path(artifact).expanduser())
     if checkpoint:
-        from ligerexport.exporters.onnx.graph import weight_format
+        from ligerexport.exporters.onnx.graph import format_of
         from ligerexport.exporters.onnx.spec import read_spec
         from ligerexport.exporters.onnx.weights import weight_bytes
-        from ligerexport.exporters.targets import BLOCK, WEIGHTS
         from ligerexport.exporters.verify.verify import verify_artifact
 
         found = opened.manifest
-        weights = next(name for name, row in WEIGHTS.items() if row.dtype == found.precision)
-        form = weight_format(weights, found.block or BLOCK, found.lowering)
+        form = format_of(found)
         spec = read_spec(Path(checkpoint).expanduser())
         if (expected := weight_bytes(spec, form)) != found.bytes.weights:
             raise VerificationError(
@@ -220,14 +215,14 @@ def _effort(turns: dict[str, _Turn]) -> dict[str, Any]:
 
 
 def disturbed(rows: Sequence[dict[str, Any]], threads: int, cores: int, load: float) -> list[str]:
-    """Say what else took the machine's cores, and which model waits for the disk: such numbers are not the model's.
+    """Return warnings about other processes on the cores and models that waited for the disk: they distort the numbers.
 
     Args:
         rows: With the cores that others kept busy (`others`, None where it is not known) and major page faults a token
             (`faults`).
-        threads: Of a model.
-        cores: Of the machine.
-        load: Its load average before.
+        threads: Threads of a model.
+        cores: Cores of the machine.
+        load: Load average of the machine before the measurement.
     """
     found = []
     busy = max(load if row["others"] is None else row["others"] for row in rows)

@@ -1,0 +1,57 @@
+"""What a converted checkpoint is, and what making one takes: read from headers alone, no weight is loaded."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ligerexport.checkpoint.checkpoint import check_checkpoint
+from ligerexport.model.config import LigerConfig
+
+
+def describe_checkpoint(path: Path, config: LigerConfig) -> dict[str, Any]:
+    """Return facts about a checkpoint under a conversion."""
+    from ligerexport.layers.mixer import layer_specs, read_config
+
+    info = check_checkpoint(path)
+    hf: Any = read_config(info.config)
+    hf.liger = config.to_dict()
+    specs = layer_specs(hf)
+    state = sum(tensor.nbytes() for spec in specs if spec for tensor in spec.state())
+    converted = [spec for layer, spec in enumerate(specs) if spec and spec.config == config.for_layer(layer)]
+    saved = sum(4 * spec.kv_heads * (spec.d_k + spec.d_v) for spec in specs if spec)
+    return {
+        "path": str(path),
+        "weight_bytes": info.bytes,
+        "layers": f"{len(converted)} of {len(specs)} converted",
+        "exact_slots": round(sum(spec.config.num_slots for spec in converted) / max(1, len(converted))),
+        "state_bytes": state,
+        "kv_cache_larger_from": state // saved + 1 if saved else None,
+        "scores_explain": (info.config.get("liger_scores") or {}).get("explained"),
+    }
+
+
+def describe_fit(path: Path, texts: list[Path], windows: int) -> dict[str, Any]:
+    """Return what fitting a learned score takes; nothing where there is no text to fit on.
+
+    Args:
+        path: The model; it may not be there yet.
+        texts: Files.
+        windows: Windows of text that the fit reads.
+    """
+    if not texts:
+        return {}
+    facts: dict[str, Any] = {"fit_text_bytes": sum(file.stat().st_size for file in texts)}
+    if not path.is_dir():
+        return facts | {"fit": f"{windows} windows, of {len(texts)} text files"}
+    from ligerexport.checkpoint.calibrate import window_length
+
+    info = check_checkpoint(path)
+    length, weights = window_length(info.config), sum(math.prod(tensor.shape) for tensor in info.tensors.values())
+    squares = 8 * info.config["num_hidden_layers"] * info.config["hidden_size"] ** 2
+    return facts | {
+        "fit": f"{windows} windows of {length:,} tokens, of {len(texts)} text files",
+        "fit_tflop": round(2e-12 * weights * windows * length, 1),
+        "fit_memory_bytes": 4 * weights + squares,
+    }

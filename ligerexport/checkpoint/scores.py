@@ -1,0 +1,153 @@
+"""The learned scores of a conversion: where they come from, and how they get into a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ligerexport.checkpoint.checkpoint import CheckpointInfo
+from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source
+from ligerexport.console import ProgressFactory
+from ligerexport.errors import CheckpointError, UsageError
+from ligerexport.model.config import LigerConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ligerexport.checkpoint.calibrate import Scores
+
+DATA = Path(__file__).parents[1] / "data"
+"""Files that ship with the package."""
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def packaged_scores(source: Source) -> Path | None:
+    """Return the scores that ship with this package for a built-in model; None where there are none."""
+    return packaged(source, DATA / "scores" / f"{source.name}.safetensors")
+
+
+def packaged(source: Source, path: Path) -> Path | None:
+    """Return a file or directory that ships with the package, if it is there and the model is the built-in one."""
+    builtin = BUILTIN_MODELS.get(source.name)
+    if builtin is None or source.revision != builtin.requirement:  # a directory may have that name too
+        return None
+    return path if path.exists() else None
+
+
+def find_scores(
+    source: Source,
+    info: CheckpointInfo,
+    liger: LigerConfig,
+    texts: Sequence[Path],
+    file: Path | None,
+    windows: int,
+    progress: ProgressFactory,
+) -> Scores:
+    """Return the learned scores of a conversion, from the first place that has them.
+
+    Raises:
+        UsageError: No place has them.
+        CheckpointError: They belong to another model.
+    """
+    from ligerexport.checkpoint.calibrate import Scores, digest, load_scores, read_scores, score_shapes
+
+    shapes = score_shapes(info.config, liger)
+    if texts:
+        return _fit(source, info, liger, texts, windows, progress)
+    if file is not None:
+        return read_scores(file, shapes, "file")
+    if all(name in info.tensors for name in shapes):  # of a source that was converted before
+        tensors = load_scores(info.files, shapes)
+        return Scores(tensors, dict(info.config.get("liger_scores") or {}) | {"sha256": digest(tensors)})
+    if (packaged := packaged_scores(source)) is not None:
+        return read_scores(packaged, shapes, "package")
+    raise UsageError(
+        f"the learned score of {source.name} has to be fitted first",
+        hint="give some plain text: --calibrate FILE_OR_DIRECTORY, or scores that were fitted before: --scores FILE",
+    )
+
+
+def _fit(
+    source: Source,
+    info: CheckpointInfo,
+    liger: LigerConfig,
+    texts: Sequence[Path],
+    windows: int,
+    progress: ProgressFactory,
+) -> Scores:
+    import torch
+
+    from ligerexport.checkpoint.calibrate import Scores, digest, drills, fit_scores, score_shapes, window_length
+    from ligerexport.checkpoint.loading import load_transformer
+    from ligerexport.text.corpus import read_tokens
+    from ligerexport.text.tokenizer import TextModel
+
+    seed, text = 0, TextModel(source.path)
+    rows = drills(text, read_tokens(texts, text), windows, window_length(info.config), seed)
+    gpu = torch.cuda.is_available()
+    with progress(f"loading {source.name}", info.bytes) as advance:
+        model = load_transformer(info.path, info.config, "auto" if gpu else torch.float32)
+        model.to("cuda" if gpu else "cpu")  # type: ignore[arg-type]
+        advance(info.bytes)
+    fit = fit_scores(model, rows, liger.window, batch=4 if gpu else 1, progress=progress)
+    needed = score_shapes(info.config, liger)
+    shares = [share for layer, share in enumerate(fit.explained) if layer not in liger.unchanged]
+    tensors = {name: fit.tensors[name] for name in needed}
+    facts = {"from": "fit", "windows": windows, "tokens": rows.numel(), "seed": seed,
+             "explained": round(sum(shares) / max(1, len(shares)), 4), "sha256": digest(tensors)}  # fmt: skip
+    return Scores(tensors, facts)
+
+
+def write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, progress: ProgressFactory) -> None:
+    """Put the weights of a conversion in place: the source's files, and those of its scores that are wanted.
+
+    Raises:
+        CheckpointError: Scores that are not wanted lie in a file with other weights.
+    """
+    from ligerexport.checkpoint.calibrate import digest, load_scores, write_scores
+
+    old = {name for name in info.tensors if ".score_proj." in name}
+    new: Mapping[str, Tensor] = {} if scores is None else scores.tensors
+    if old == set(new) and digest(load_scores(info.files, old)) == digest(new):
+        if info.index is not None:
+            shutil.copyfile(info.index, stage / _INDEX)
+        with progress("weights", info.bytes, "bytes") as advance:
+            for file in info.files:
+                _link(file, stage / file.name)
+                advance(file.stat().st_size)
+        return
+    held = {file: {name for name, tensor in info.tensors.items() if tensor.file == file} for file in info.files}
+    if mixed := [file for file, names in held.items() if names & old and names - old]:
+        raise CheckpointError(
+            f"{mixed[0]} holds a learned score among other weights, so it cannot be left out",
+            hint="convert the Transformer that this checkpoint came from",
+        )
+    kept = [file for file in info.files if not held[file] & old]
+    count = len(kept) + bool(new)
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [_SINGLE]
+    places = dict(zip(kept, names[: len(kept)], strict=True))
+    with progress("weights", sum(file.stat().st_size for file in kept), "bytes") as advance:
+        for file, name in places.items():
+            _link(file, stage / name)
+            advance(file.stat().st_size)
+    if scores is not None:
+        write_scores(stage / names[-1], scores)
+    if count > 1:
+        tensors = {tensor: name for file, name in places.items() for tensor in sorted(held[file])}
+        tensors |= dict.fromkeys(sorted(new), names[-1])
+        size = sum((stage / name).stat().st_size for name in names)
+        index = {"metadata": {"total_size": size}, "weight_map": tensors}
+        (stage / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Put a weight file in place without copying it where that is possible."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

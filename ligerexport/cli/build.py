@@ -1,0 +1,139 @@
+"""`build`: from a converted checkpoint to a verified artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ligerexport.cli import options
+from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
+from ligerexport.console import progress
+from ligerexport.errors import UsageError, quoted
+from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_target
+
+_ANNOUNCED = ("target", "lowering", "max_chunk", "weights")
+"""Settings of every build that `--verbose` prints."""
+
+
+@verb(computes=True)
+def build(
+    model: Annotated[Path, typer.Argument(help="A converted checkpoint; default: this directory.")] = Path("."),
+    target: Annotated[str, typer.Option(help="What to build for: a row of `ligerexport list targets`.")] = "onnx",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write; default: TARGET inside the checkpoint.")
+    ] = None,
+    lowering: Annotated[
+        str | None,
+        typer.Option(
+            help="ort uses ONNX Runtime's own operators, portable the primitive ones of any runtime, native an "
+            "operator of this project: the fastest on CPUs, where it needs a C++ compiler."
+        ),
+    ] = None,
+    max_chunk: Annotated[
+        int | None,
+        typer.Option(help="Largest number of tokens per call; default: 1024 for trt, 128 for other targets."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help=f"How weights are stored: {', '.join(WEIGHTS)}; on GPUs also the type of products. Default: fp32, "
+            "on GPUs fp16."
+        ),
+    ] = None,
+    block: Annotated[int, typer.Option(help="Number of weights that share a scale, for int8 and int4.")] = BLOCK,
+    sm: Annotated[
+        str | None,
+        typer.Option(metavar="SM,...", help="Compute capabilities of GPUs, 87 for 8.7; default: all of the target's."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Largest number of sequences on a GPU.")] = 8,
+    plugin: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Library of the TensorRT plugin to put into the artifact.")
+    ] = None,
+    engine: Annotated[
+        bool, typer.Option("--engine/--no-engine", help="With trt, build the engine here or on the device.")
+    ] = True,
+    genai: Annotated[bool, typer.Option("--genai", help="Add the files that onnxruntime-genai needs.")] = False,
+    threads: Threads = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Export a converted checkpoint and verify the result.
+
+    The artifact is compared with the torch model on real prompts and written only if it passes.
+    """
+    from ligerexport.artifact.artifact import open_artifact
+    from ligerexport.checkpoint.describe import describe_checkpoint
+    from ligerexport.exporters.backend import BuildSettings
+    from ligerexport.exporters.build import plan_build
+
+    settings = BuildSettings(
+        target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai
+    )
+    plan = plan_build(model, output, settings, force=force)
+    chosen = {name: value for name, value in vars(plan.settings).items() if name in _ANNOUNCED}
+    options.announce("build", model=model, output=plan.output, threads=threads, **chosen,
+                     block=plan.form.block if plan.form.precision.blocked else None,
+                     **(vars(plan.gpu) if plan.gpu else {}))  # fmt: skip
+    if dry_run:
+        facts = describe_checkpoint(model, plan.spec.liger) | plan.describe()
+        if plan.gpu is not None:
+            facts["sms"] = options.plain(plan.gpu.sms)
+        return options.finish_made(json, f"would write {plan.output}", facts, None)
+    path = plan.run(progress)
+    manifest = open_artifact(path, hashes=False).manifest
+    facts = {
+        "path": str(path),
+        "artifact_bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "weight_bytes": manifest.bytes.weights,
+        "state_bytes": manifest.bytes.state_per_sequence,
+        "kv_cache_larger_from": manifest.crossover,
+        "verified": _verdict(manifest.verification),
+        "quality": _cost(manifest.precision, manifest.quality),
+        "chat": _chat(path),
+        "device": manifest.device and "  ".join(f"{key}={options.plain(x)}" for key, x in manifest.device.items()),
+    }
+    following = get_target(target).run.format(path=quoted(path)) or None
+    options.finish_made(json, "built and verified", facts, following)
+
+
+def _cost(precision: str, quality: dict[str, Any] | None) -> str | None:
+    """Return what a precision costs on the built-in text."""
+    if quality is None:
+        return None
+    change = quality["nll"] - quality["nll_float32"]
+    return f"{change:+.3f} nats per token by {precision} (KL {quality['kl']:.3f}, {quality['tokens']} tokens)"
+
+
+def _chat(path: Path) -> str | None:
+    """Return how `chat` will sample, if the model has a chat template."""
+    from ligerexport.run.generate import text_model
+    from ligerexport.run.sampling import chat_settings, describe
+
+    if not (path / "tokenizer.json").is_file() or not text_model(path).chat_template:
+        return None
+    return describe(*chat_settings(path))
+
+
+def _verdict(verification: dict[str, Any]) -> str:
+    error = verification.get("max_logit_error")
+    tokens = verification.get("tokens")
+    parts = [f"{tokens:,} tokens"] if tokens else []
+    parts += [f"largest logit difference {error:.1e}"] if error else []
+    return ", ".join(parts) or "passed"
+
+
+def parse_sms(text: str | None) -> tuple[int, ...] | None:
+    """Read `86,8.9`.
+
+    Raises:
+        UsageError: It has another form.
+    """
+    if text is None:
+        return None
+    numbers = [part.strip().replace(".", "") for part in options.parts(text)]
+    if not numbers or not all(number.isdigit() for number in numbers):
+        raise UsageError(f"--sm {text}", hint="write compute capabilities, as in --sm 87,89")
+    return tuple(map(int, numbers))

@@ -1,0 +1,161 @@
+"""`convert`: from a pretrained Transformer to a converted checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ligerexport.checkpoint.convert import SHIPPED, WINDOWS, plan_convert
+from ligerexport.cli import options
+from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
+from ligerexport.console import progress
+from ligerexport.errors import UsageError, quoted
+from ligerexport.model.config import DEFAULT_PRESET, PRESETS, RECURRENCES, Slots
+from ligerexport.model.gates import GATES
+from ligerexport.model.scores import SCORES
+
+
+@verb(computes=True)
+def convert(
+    model: Annotated[str, typer.Argument(help="A directory, a hub id, or a built-in model such as smollm2-135m.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"One of: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}, or that of the given memory or adapter."
+        ),
+    ] = None,
+    memory: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Windows and pools of all layers, as `allocate` writes them.")
+    ] = None,
+    gate: Annotated[str | None, typer.Option(help=f"One of: {', '.join(GATES)}.")] = None,
+    sinks: Annotated[int | None, typer.Option(help="Number of first tokens that are always kept.")] = None,
+    window: Annotated[int | None, typer.Option(help="Number of most recent tokens that are kept.")] = None,
+    slots: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCORE=COUNT,...", help=f"Number of tokens that are kept by a score: {', '.join(SCORES)}; or none."
+        ),
+    ] = None,
+    attention_weight: Annotated[
+        float | None, typer.Option(help="Weight of the softmax attention over the slots.")
+    ] = None,
+    recurrence_weight: Annotated[float | None, typer.Option(help="Weight of the recurrence; 0 leaves it out.")] = None,
+    recurrence: Annotated[str | None, typer.Option(help=f"One of: {', '.join(RECURRENCES)}.")] = None,
+    recurrence_distance: Annotated[
+        int | None, typer.Option(help="Rotary distance in tokens at which evicted tokens are read.")
+    ] = None,
+    layer_memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER,...:window=TOKENS,SCORE=COUNT,...",
+            help="Memory of some layers, if it differs; may be repeated.",
+        ),
+    ] = None,
+    keep_softmax: Annotated[
+        str | None, typer.Option(metavar="LAYER,...", help="Layers that keep their softmax attention.")
+    ] = None,
+    max_distance: Annotated[
+        int | None, typer.Option(help="Largest rotary distance; default: the trained context length.")
+    ] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="TEXT", help="Fit the learned score on .txt files or directories of them; may be repeated."
+        ),
+    ] = None,
+    scores: Annotated[Path | None, typer.Option(metavar="FILE", help="Learned scores that were fitted before.")] = None,
+    windows: Annotated[int, typer.Option(help="Number of windows of 2,048 tokens that a fit reads.")] = WINDOWS,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help=f"Adapter of `recover --adapter` to merge; {SHIPPED} is the one of a built-in model."
+        ),
+    ] = None,
+    threads: Threads = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Make a Transformer recurrent, in seconds, or in minutes with --calibrate.
+
+    A gated recurrence and a bounded exact memory replace its attention. Without --adapter no weight changes.
+    """
+    changes: dict[str, Any] = {
+        "gate": gate, "sinks": sinks, "window": window, "slots": parse_slots(slots),
+        "attention_weight": attention_weight, "recurrence_weight": recurrence_weight,
+        "recurrence": recurrence, "recurrence_distance": recurrence_distance,
+        "layer_memory": parse_layer_memory(layer_memory),
+        "keep_softmax": parse_layers(keep_softmax), "max_distance": max_distance,
+    }  # fmt: skip
+    plan = plan_convert(model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores,
+                        windows=windows, adapter=adapter, force=force, **changes)  # fmt: skip
+    options.announce("convert", model=model, output=output, preset=preset, threads=threads, **vars(plan.liger))
+    if dry_run:
+        return options.finish_made(json, f"would write {output}", plan.describe(), None)
+    from ligerexport.checkpoint.describe import describe_checkpoint
+
+    path = plan.run(progress)
+    following = f"ligerexport build {quoted(path)} --target onnx"
+    options.finish_made(json, "converted", describe_checkpoint(path, plan.liger), following)
+
+
+def parse_slots(text: str | None) -> Slots | None:
+    """Read `peak_use=32,novelty=32`; `none` is no slots.
+
+    Raises:
+        UsageError: It has another form.
+    """
+    if text is None:
+        return None
+    return _counts(text, f"--slots {text}", "write SCORE=COUNT,... as in --slots peak_use=32,novelty=32")
+
+
+def parse_layer_memory(texts: Sequence[str] | None) -> tuple[tuple[int, int, Slots], ...] | None:
+    """Read several of `7,18:window=240,peak_use=32`: layers, then their window and pools.
+
+    Raises:
+        UsageError: One has another form.
+    """
+    if texts is None:
+        return None
+    memory = []
+    for text in texts:
+        given = f"--layer-memory {text}"
+        hint = "write LAYER,...:window=TOKENS,SCORE=COUNT,... as in --layer-memory 7,18:window=240,recent_use=112"
+        layers, _, sizes = text.partition(":")
+        pools = _counts(sizes, given, hint)
+        numbers = [part.strip() for part in layers.split(",")]
+        if not all(number.isdigit() for number in numbers) or [n for n, _ in pools].count("window") != 1:
+            raise UsageError(given, hint=hint)
+        slots = tuple(pool for pool in pools if pool[0] != "window")
+        memory += [(int(number), dict(pools)["window"], slots) for number in numbers]
+    return tuple(memory)
+
+
+def _counts(text: str, given: str, hint: str) -> Slots:
+    """Read `NAME=COUNT,...`."""
+    pools = []
+    for part in options.parts(text):
+        name, found, count = part.partition("=")
+        if not found or not count.strip().isdigit():
+            raise UsageError(given, hint=hint)
+        pools.append((name.strip(), int(count)))
+    return tuple(pools)
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Read `8,16`; `none` is no layers.
+
+    Raises:
+        UsageError: It has another form.
+    """
+    if text is None:
+        return None
+    parts = options.parts(text)
+    if not all(part.strip().isdigit() for part in parts):
+        raise UsageError(f"--keep-softmax {text}", hint="write layer numbers from 0, as in --keep-softmax 8,16")
+    return tuple(int(part) for part in parts)

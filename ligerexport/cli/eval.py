@@ -1,0 +1,106 @@
+"""`eval`: measure a model. Its tables go to stdout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ligerexport.cli import options
+from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
+from ligerexport.console import card, data, format_bytes, progress
+from ligerexport.errors import UsageError
+from ligerexport.measure.evaluate.settings import CONTROLS, DEVICES, DTYPES, PARTS, TASKS
+
+
+@verb(computes=True)
+def eval_(
+    model: Annotated[str, typer.Argument(help="A converted checkpoint, a Transformer, or an artifact.")],
+    against: Annotated[
+        str | None, typer.Option(help="The Transformer that it was converted from; it is measured too.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Held-out plain text: a file, or a directory of .txt; may be repeated.")
+    ] = None,
+    parts: Annotated[
+        str | None,
+        typer.Option(metavar="PART,...", help=f"Any of: {', '.join(PARTS)}. Default: what the inputs allow."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="TASK,...", help=f"Tasks of lm-eval, such as {', '.join(TASKS)}.")
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="Directory with the tasks' data sets, for machines without a network.")
+    ] = None,
+    controls: Annotated[
+        str | None, typer.Option(metavar="CONTROL,...", help=f"Controls to compare with: {', '.join(CONTROLS)}.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens per window of text, and the largest distance of recall.")] = 8192,
+    windows: Annotated[int, typer.Option(help="Largest number of windows of text.")] = 16,
+    trials: Annotated[int, typer.Option(help="Number of prompts for each distance of recall.")] = 64,
+    limit: Annotated[int | None, typer.Option(help="Largest number of questions per task.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    batch: Annotated[int, typer.Option(help="Number of sequences at a time on a GPU.")] = 8,
+    device: Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = "float32",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory for report.json, report.md and plots.")
+    ] = None,
+    threads: Threads = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Measure a model: loss by position, recall, tasks.
+
+    Checkpoints and the artifacts built from them are measured alike. The tables have standard errors.
+    """
+    from ligerexport.measure.evaluate.evaluate import plan_evaluate
+
+    plan = plan_evaluate(
+        model, against=against, text=text or [], parts=split(parts), tasks=split(tasks), task_data=task_data,
+        output=output, force=force, controls=split(controls), length=length, windows=windows, trials=trials,
+        limit=limit, seed=seed, batch=batch, device=device, dtype=dtype,
+    )  # fmt: skip
+    options.announce("eval", model=model, against=against, text=text, task_data=task_data, output=output,
+                     threads=threads, **vars(plan.settings))  # fmt: skip
+    if dry_run:
+        return _say_plan(plan.describe(), json)
+    report = plan.run(progress)
+    options.finish_json(json, report.to_dict())
+    if not json:
+        data(report.markdown(), end="")
+    plan.save(report)  # last, so that a full disk does not lose what was measured
+    rows = [("where", str(output))] if output else []
+    for name, table in report.rows.items():
+        if "nll" in table:
+            rows.append((name, f"{table['nll']['mean'].mean:.3f} nats per token"))
+    state = report.state_bytes["model"]
+    rows.append(("state", "grows with the text" if state is None else f"{format_bytes(state)} a sequence"))
+    card(f"measured in {report.environment['seconds']:.0f} s", rows)
+
+
+def split(text: str | None) -> list[str] | None:
+    """Read `a,b`.
+
+    Raises:
+        UsageError: A name is empty.
+    """
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise UsageError(f"an empty name in '{text}'", hint="write NAME,NAME")
+    return names
+
+
+def _say_plan(plan: dict[str, Any], json: bool) -> None:
+    """Print what would be measured."""
+    options.finish_json(json, plan)
+    card("would measure", [
+        ("models", ", ".join(plan["rows"])),
+        ("text", f"{plan['text_files']} files, {format_bytes(plan['text_bytes'])}"),
+        ("tokens to read", f"about {plan['tokens_each']:,} by each, tasks left out"),
+        *(("missing", f"pip install 'ligerexport[{extra}]'") for extra in plan["missing_extras"]),
+    ])  # fmt: skip

@@ -1,0 +1,170 @@
+"""What the verbs share: their common options, the settings of the command, tables, and facts for cards and JSON."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ligerexport.console import card, data_json, data_table, format_bytes, say, set_quiet
+from ligerexport.errors import one_line
+from ligerexport.reading import as_path
+from ligerexport.threads import use_threads
+
+settings = SimpleNamespace(debug=False, verbose=False)
+"""The settings of the running command."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an older output; it stays until the new one is whole.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Number of threads; default: physical cores.")]
+
+
+@dataclass(frozen=True)
+class _Talk:
+    """Options that every verb has; those that only print facts have no `--verbose`."""
+
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors on stderr.")] = False
+    verbose: Annotated[bool, typer.Option("--verbose", help="First print what will be done and every setting.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+
+
+def verb(*, verbose: bool = True, computes: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a verb.
+
+    It gets the options of `_Talk`. A parameter of it whose annotation is a dataclass stands for one option a field, so
+    that verbs can share options. In all options that take a path, an empty one is refused.
+
+    Args:
+        verbose: Whether it has `--verbose`.
+        computes: Whether it runs with the threads of its option `--threads` and without the warnings of libraries.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function, eval_str=True)
+        found = signature.parameters.values()
+        groups: dict[str, Any] = {
+            parameter.name: parameter.annotation for parameter in found if is_dataclass(parameter.annotation)
+        }
+
+        @wraps(function)
+        def run(*args: Any, quiet: bool = False, verbose: bool = False, debug: bool = False, **given: Any) -> None:
+            begin(quiet, debug, verbose)
+            for name, group in groups.items():
+                given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+            if computes:
+                _compute(function, *args, **given)
+            else:
+                function(*args, **given)
+
+        parameters = [x for one in found for x in (_options(one.annotation) if one.name in groups else [one])]
+        parameters += [x for x in _options(_Talk) if verbose or x.name != "verbose"]
+        for parameter in parameters:
+            if "Path" in str(parameter.annotation):
+                for info in parameter.annotation.__metadata__:
+                    info.parser = path
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _options(group: Any) -> list[Parameter]:
+    """Return the fields of a dataclass as parameters."""
+    hints = get_type_hints(group, include_extras=True)
+    return [Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+            for field in fields(group)]  # fmt: skip
+
+
+def path(text: str | Path) -> Path:
+    """Read the path of an option, and refuse an empty one."""
+    as_path(text)
+    return Path(text)
+
+
+def _compute(function: Callable[..., None], *args: Any, threads: int | None = None, **given: Any) -> None:
+    """Call a verb that computes."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own bars say as much
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # otherwise it tells of each attempt to reach the hub
+    with use_threads(threads), warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        function(*args, threads=threads, **given)
+
+
+def begin(quiet: bool, debug: bool, verbose: bool = False) -> None:
+    """Set up what one command prints."""
+    set_quiet(quiet)
+    settings.debug, settings.verbose = debug, verbose
+
+
+def announce(verb: str, **arguments: Any) -> None:
+    """With --verbose, say what will be done, with the value of every setting."""
+    if not settings.verbose:
+        return
+    given = [f"{name}={plain(value)}" for name, value in arguments.items() if value is not None]
+    say(f"{verb}: " + "  ".join(given))
+
+
+def plain(value: Any) -> str:
+    """Return a setting as it would be typed: pools as `score=count`, lists with commas, memories as their option."""
+    if not isinstance(value, (tuple, list)):
+        return str(value)
+    if value and all(isinstance(x, (tuple, list)) and len(x) == 3 for x in value):
+        return " ".join(f"{layer}:window={window},{plain(slots)}" for layer, window, slots in value)
+    return ",".join("=".join(map(str, x)) if isinstance(x, (tuple, list)) else str(x) for x in value) or "none"
+
+
+def finish_json(wanted: bool, result: dict[str, Any]) -> None:
+    """Print the result as one line of JSON, if it is wanted."""
+    if wanted:
+        data_json(result)
+
+
+def parts(text: str) -> list[str]:
+    """Return what commas separate; `none` is nothing."""
+    return [] if text.strip() in ("", "none") else text.split(",")
+
+
+def crossover_row(tokens: int | None) -> tuple[str, str]:
+    """Return the card's row about the length from which the Transformer's cache is larger."""
+    return "KV cache larger", f"from {tokens:,} tokens on" if tokens else "never: the state grows as fast"
+
+
+def finish_made(json: bool, title: str, facts: dict[str, Any], next_command: str | None) -> None:
+    """Print facts about what was made, as a card and, if it is wanted, as JSON."""
+    finish_json(json, facts)
+    labels = {"path": "where", "weight_bytes": "weights"}
+    rows = []
+    for key, value in facts.items():
+        if key == "kv_cache_larger_from":
+            rows.append(crossover_row(value))
+        elif value is not None:
+            text = format_bytes(value) if key.endswith("bytes") else str(value)
+            if key == "scores_explain":
+                text = f"{value:.0%} of the variance"
+            rows.append((labels.get(key, key.removesuffix("_bytes").replace("_", " ")), text))
+    card(title, rows, next_command=next_command)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on stdout; without names of columns it has no header."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(header))
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(one_line(cell)) for cell in row))
+    data_table(table)

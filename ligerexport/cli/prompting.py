@@ -1,0 +1,123 @@
+"""What `run` and `chat` share: options, opening an artifact, and reading stdin."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from ligerexport.cli.options import Threads
+from ligerexport.console import data
+from ligerexport.errors import UsageError
+
+if TYPE_CHECKING:
+    from ligerexport.run.generate import Chunk
+    from ligerexport.run.prompt_cache import PromptCache
+    from ligerexport.run.runtime import Session
+
+Artifact = Annotated[Path, typer.Argument(help="Directory that build wrote.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Largest number of tokens to write.")]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The options that `run` and `chat` share."""
+
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", "-t", help="0 takes the most likely token each time.")
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Sample from this many most likely tokens; 0 takes all.")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Then from the most likely ones whose probabilities add up to this.")
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option("--min-p", help="Then from those with at least this share of the likeliest one's probability."),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option("--repetition-penalty", help="Above 1, tokens that were read or written become less likely."),
+    ] = None
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option("--presence-penalty", help="Subtracted from the logits of tokens in the answer so far."),
+    ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        typer.Option("--frequency-penalty", help="The same, times how often the token is in the answer."),
+    ] = None
+    seed: Annotated[int | None, typer.Option("--seed", help="The same seed writes the same text.")] = None
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Text or special token that ends the answer; may be repeated.")
+    ] = None
+    special_content: Annotated[
+        bool,
+        typer.Option("--special-content", help="Read special tokens in the prompt as such; by default they are text."),
+    ] = False
+    prompt_cache: Annotated[
+        Path | None, typer.Option("--prompt-cache", help="File that keeps the state after the beginning of the prompt.")
+    ] = None
+    threads: Threads = None
+    no_hash: Annotated[bool, typer.Option("--no-hash", help="Do not check the files' sha256 first.")] = False
+
+    def sampling(self, artifact: Path, chat: bool) -> tuple[dict[str, Any], str | None]:
+        """Return settings for `Sampler`, and for a chat a line with them and where they come from."""
+        from ligerexport.run.sampling import chat_settings, describe
+
+        given = {name: value for name, value in vars(self).items() if name in _SAMPLING and value is not None}
+        if not chat:
+            return given, None
+        recommended, origin = chat_settings(artifact)
+        origin = f"{origin}, and your options" if given else origin
+        return recommended | given, describe(recommended | given, origin)
+
+    def open(self, artifact: Path, *, many: bool) -> tuple[Session, PromptCache | None]:
+        """Open the artifact and the prompt cache.
+
+        Args:
+            artifact: Directory.
+            many: Whether many tokens will be read or written. Only then is it worth the time to copy the weights into
+                the order that is fastest.
+        """
+        from ligerexport.run.prompt_cache import PromptCache
+        from ligerexport.run.runtime import load
+
+        session = load(artifact, threads=self.threads, prepack=many, hashes=not self.no_hash)
+        return session, PromptCache(self.prompt_cache) if self.prompt_cache else None
+
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def open_stdin() -> TextIO:
+    """Return stdin, read as UTF-8 with the line ends of any system; a terminal keeps its own encoding.
+
+    A byte that is not UTF-8 arrives as half a surrogate pair, and the prompt is then refused for it.
+
+    Raises:
+        UsageError: It is closed.
+    """
+    if sys.stdin is None:
+        raise UsageError("stdin is closed, so there is nothing to read", hint="leave out <&-, or take --file")
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8", errors="surrogateescape", newline=None)
+    return sys.stdin
+
+
+def cached(cache: PromptCache) -> str:
+    """Say what was done with a prompt cache."""
+    tokens = cache.restored or cache.keep
+    return cache.note + (f", {tokens:,} tokens in {cache.path}" if tokens else "")
+
+
+def show(chunk: Chunk, json: bool) -> Chunk:
+    """Print a piece of text, unless JSON is printed at the end."""
+    if not json:
+        data(chunk.text, end="")
+    return chunk

@@ -1,0 +1,96 @@
+"""`run`: an artifact continues a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ligerexport.cli import options
+from ligerexport.cli.options import Json, verb
+from ligerexport.cli.prompting import Artifact, Asking, MaxNewTokens, cached, open_stdin, show
+from ligerexport.console import card, data, format_bytes, progress, silent, warn
+from ligerexport.errors import UsageError, quoted
+
+_LONG_PROMPT = 2048
+"""Tokens from which a progress bar, and the weights in the fastest order, are worth it."""
+
+
+@verb()
+def run(
+    artifact: Artifact,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="Text to continue; - reads stdin. Write -- before a text that begins with a dash."),
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="Read the prompt from this file.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    *,
+    asking: Asking,
+    json: Json = False,
+) -> None:
+    """Continue a prompt. The text streams to stdout.
+
+    Each token is the most likely one. With --chat, tokens are sampled as the model's generation_config.json says. A
+    prompt that is too long for a command line can come from a file or a pipe.
+    """
+    from ligerexport.run.generate import generate, text_model
+
+    data("", end="")  # fails at once if stdout is closed
+    prompt = _prompt(prompt, file)
+    sampling, origin = asking.sampling(artifact, chat)
+    options.announce("run", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed,
+                     stop=asking.stop, prompt_cache=asking.prompt_cache)  # fmt: skip
+    long = len(prompt) > 4 * _LONG_PROMPT
+    session, cache = asking.open(artifact, many=long)
+    chunks = generate(
+        session, prompt, chat=chat, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed, stop=asking.stop or (),
+        special_content=asking.special_content, prompt_cache=cache, progress=progress if long else silent,
+    )  # fmt: skip
+    pieces = [show(chunk, json) for chunk in chunks]
+    if not json:
+        data("")
+    summary = pieces[-1].summary
+    assert summary is not None
+    manifest = session.artifact.manifest
+    speed = summary.tokens_per_second
+    text = "".join(chunk.text for chunk in pieces)
+    options.finish_json(json, {
+        "text": text, "prompt_tokens": summary.prompt_tokens,
+        "cached_tokens": summary.cached_tokens,
+        "new_tokens": summary.new_tokens, "finish": summary.finish, "ttft_seconds": summary.ttft,
+        "tokens_per_second": speed, "state_bytes": summary.state_bytes, "kv_cache_larger_from": manifest.crossover,
+    })  # fmt: skip
+    card(
+        f"{summary.new_tokens} tokens after {summary.prompt_tokens}",
+        [
+            *([("speed", f"{speed:.1f} tokens per second")] if speed else []),
+            ("first token", f"{summary.ttft:.2f} s"),
+            *([("prompt cache", cached(cache))] if cache else []),
+            ("state", f"{format_bytes(summary.state_bytes)}, whatever the length" if not manifest.growth
+             else f"{format_bytes(summary.state_bytes)}, {format_bytes(manifest.growth)} more per token"),
+            options.crossover_row(manifest.crossover),
+            *([("sampling", origin)] if origin else []),
+        ],
+        next_command=f"ligerexport chat {quoted(artifact)}",
+    )  # fmt: skip
+    if summary.finish == "eos" and not text.strip():
+        asked = chat or not text_model(artifact).chat_template
+        warn("the model ended the text at once" + ("" if asked else "; --chat asks it the prompt as a question"))
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    """Return the one prompt that was given, wherever it comes from.
+
+    Raises:
+        UsageError: There is none or two, or it cannot be read as text.
+    """
+    if (prompt is None) == (file is None):
+        raise UsageError("one prompt was expected, as PROMPT or with --file", hint="- as PROMPT reads stdin")
+    if file is not None:
+        prompt = open_stdin().read() if str(file) == "-" else file.read_text(encoding="utf-8", errors="surrogateescape")
+    elif prompt == "-":
+        prompt = open_stdin().read()
+    return str(prompt).removeprefix("\ufeff")  # some editors and shells begin a text with this mark

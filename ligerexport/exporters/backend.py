@@ -1,0 +1,133 @@
+"""What a target does at each step from a build to a running session: the base class, and what its methods are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ligerexport.console import ProgressFactory
+from ligerexport.errors import ArtifactError, UsageError
+from ligerexport.exporters.targets import BLOCK, Target
+
+if TYPE_CHECKING:
+    from ligerexport.artifact.artifact import Artifact, Manifest
+    from ligerexport.exporters.onnx.spec import ModelSpec
+    from ligerexport.exporters.onnx.weights import WeightFormat
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """The arguments of `build` that say what to build. What is None is chosen by `plan_build`."""
+
+    target: str = "onnx"
+    lowering: str | None = None
+    max_chunk: int | None = None
+    weights: str | None = None
+    block: int = BLOCK
+    sms: Sequence[int] | None = None
+    max_batch: int = 8
+    plugin: Path | str | None = None
+    engine: bool = True
+    genai: bool = False
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """The arguments of `load` that say how to run."""
+
+    batch: int = 1
+    threads: int | None = None
+    chunk: int | None = None
+    prepack: bool = True
+    scoring: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that `doctor` checked.
+
+    Attributes:
+        name: What was checked.
+        found: What was found.
+        ok: Whether that is enough.
+        needed: Whether converting, building or running needs it.
+        mend: A command that makes it so.
+    """
+
+    name: str
+    found: str
+    ok: bool = True
+    needed: bool = False
+    mend: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+class Backend:
+    """A target. The methods here are those of a target whose artifact is a graph and needs no GPU.
+
+    Args:
+        name: Key of `TARGETS`.
+        row: Its row.
+    """
+
+    def __init__(self, name: str, row: Target) -> None:
+        self.name, self.row = name, row
+
+    def prepare(self, settings: BuildSettings) -> Any:
+        """Check the options that are particular to targets and what is installed, before any work is done.
+
+        Returns:
+            What `describe` and `finish` get as `prepared`; None by default.
+
+        Raises:
+            UsageError: An option is not for this target, or a number makes no sense.
+            MissingDependency: Something is not installed.
+        """
+        if settings.sms or settings.plugin or not settings.engine:
+            raise UsageError(f"GPU options with the target {self.name}", hint="--sm, --plugin, --no-engine go with trt")
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Check that the target has everything that the layers of a checkpoint need.
+
+        Raises:
+            UsageError: Something is missing.
+        """
+
+    def choose_chunk(self, spec: ModelSpec, wanted: int | None) -> int:
+        """Return the most tokens of one call.
+
+        Raises:
+            UsageError: More are wanted than the target allows.
+        """
+        return self.row.chunk if wanted is None else wanted
+
+    def describe(self, spec: ModelSpec, weight_bytes: int, prepared: Any) -> dict[str, Any]:
+        """Return what a build would take, for `--dry-run`."""
+        return {}
+
+    def finish(
+        self, directory: Path, manifest: Manifest, spec: ModelSpec, form: WeightFormat, prepared: Any,
+        progress: ProgressFactory,
+    ) -> Manifest:  # fmt: skip
+        """Add what the artifact has besides a verified graph and its weights; return the manifest that says so."""
+        return manifest
+
+    def open_session(self, artifact: Artifact, settings: SessionSettings) -> Any:
+        """Open an artifact for running; return a `ligerexport.run.runtime.Session`.
+
+        Raises:
+            ArtifactError: It cannot be run from Python.
+            MissingDependency: Its runtime is not installed.
+        """
+        raise ArtifactError(f"no runtime here for target '{self.name}'")
+
+    def examine(self, plugin: Path | None) -> list[Check]:
+        """Check what building and running need on this machine, for `doctor`; `plugin` is the TensorRT plugin."""
+        return []

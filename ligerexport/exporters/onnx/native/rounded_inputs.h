@@ -1,0 +1,132 @@
+// A matrix of block-quantised weights, and the inputs of a product with it, rounded to integers; see `block_linear.h`.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "vectors.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace liger {
+
+constexpr int64_t kUnit = 32;   // inputs that share a scale
+constexpr int64_t kTile = 4;    // tokens that use a row's codes while they are in registers
+constexpr int64_t kRows = 16;   // rows that stay in the cache from tile to tile
+constexpr int64_t kAhead = 2048;  // bytes of codes to prefetch: one row is too short for the hardware to do so
+
+#if defined(__AVX512VNNI__)
+constexpr int kLanes = 16;      // rows of a tile
+constexpr int64_t kGroup = 16;  // units of a row that are processed together
+template <int kBits>
+constexpr int64_t kRun = 16 / kBits;  // units of a row in one register
+#else
+#ifdef __AVX2__
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 0;
+#endif
+constexpr int64_t kGroup = 8;
+template <int kBits>
+constexpr int64_t kRun = kBits == 4 ? 2 : 0;  // 0: inputs are of 16 bits
+#endif
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool kFourProducts = true;  // one instruction adds four products of unsigned and signed bytes
+#else
+constexpr bool kFourProducts = false;
+#endif
+
+struct BlockMatrix {
+  int64_t rows, width, bits, block, blocks, code_row, zero_row;
+  const uint8_t* codes;       // [rows, blocks, block * bits / 8], the first of two codes in the low half of a byte
+  const float* scale;         // [rows, blocks]
+  const uint8_t* zero_point;  // [rows, ceil(blocks * bits / 8)], packed alike
+
+  BlockMatrix(int64_t rows, int64_t width, int64_t bits, int64_t block)
+      : rows(rows), width(width), bits(bits), block(block), blocks((width + block - 1) / block),
+        code_row(blocks * block * bits / 8), zero_row((blocks * bits + 7) / 8) {}
+};
+
+// Whether codes with this number of bits have tiles; for 8 bits, sums of 32 products need a special instruction.
+template <int kBits>
+constexpr bool kTiles = kLanes > 0 && (kBits == 4 || kFourProducts);
+
+// Inputs of one call as integers.
+struct RoundedInputs {
+  int64_t groups;
+  bool tiled;
+  std::vector<float> scale, sum;  // [tokens, groups * kGroup]; beyond the width 0
+  std::vector<int8_t> narrow;     // [tokens, groups * kGroup, kUnit * kBits / 4], or instead
+  std::vector<int16_t> wide;      // [tokens, groups * kGroup, kUnit]
+
+  // A unit has two parts: even and odd elements for codes of 4 bits, high and low bytes, both signed, for codes of 8 bits.
+  // For tiles, units follow each other; for rows, the first parts of a run of units come before their second parts.
+  template <int kBits>
+  void Round(const BlockMatrix& matrix, const float* x, int64_t tokens) {
+    constexpr float kMost = kBits == 4 ? 127.0f : 32639.0f;  // 127 * 256 + 127
+    constexpr int64_t kPart = kUnit * kBits / 8;
+    groups = (matrix.blocks * matrix.block + kGroup * kUnit - 1) / (kGroup * kUnit);
+    tiled = kTiles<kBits> && tokens >= 2 * kTile;
+    const int64_t units = groups * kGroup, run = tiled ? 1 : kRun<kBits>;
+    scale.assign(tokens * units, 0.0f);
+    sum.assign(tokens * units, 0.0f);
+    narrow.assign(run > 0 ? tokens * units * 2 * kPart : 0, 0);
+    wide.assign(run > 0 ? 0 : tokens * units * kUnit, 0);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t u = 0; u * kUnit < matrix.width; ++u) {
+        const int64_t at = t * units + u, left = matrix.width - u * kUnit;
+        const float* from = x + t * matrix.width + u * kUnit;
+        float padded[kUnit] = {};
+        if (left < kUnit) {
+          std::copy_n(from, left, padded);
+          from = padded;
+        }
+        int32_t codes[kUnit];
+        scale[at] = RoundUnit(from, kMost, codes, &sum[at]);
+        if (run == 0) {
+          std::copy_n(codes, kUnit, &wide[at * kUnit]);
+          continue;
+        }
+        int8_t* first = &narrow[(2 * at - u % run) * kPart];
+        int8_t* second = first + run * kPart;
+        for (int64_t i = 0; i < kPart; ++i) {
+          first[i] = static_cast<int8_t>(kBits == 4 ? codes[2 * i] : (codes[i] + 128) >> 8);
+          second[i] = static_cast<int8_t>(kBits == 4 ? codes[2 * i + 1] : codes[i]);
+        }
+      }
+  }
+
+  // Returns the scale at which the largest input of a unit becomes `most`; writes the codes and their scaled sum.
+  static float RoundUnit(const float* x, float most, int32_t* codes, float* sum) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    Vector top{}, all{};
+    for (int64_t i = 0; i < kUnit / kVector; ++i) {
+      const Vector value = at(x, i), size = value < 0 ? -value : value;
+      top = size > top ? size : top;
+      all += size;
+    }
+    float largest = 0;
+    for (int i = 0; i < kVector; ++i) largest = std::max(largest, top[i]);
+    if (!std::isfinite(total(all))) largest = std::numeric_limits<float>::quiet_NaN();  // as in fp32
+    const float inverse = largest > 0 ? most / largest : 0.0f;
+    Integers sums{};
+    for (int64_t i = 0; i < kUnit / kVector; ++i) {
+      const Vector nearest = inverse > 0 ? (at(x, i) * inverse + kRound) - kRound : Vector{};
+      const Integers whole = __builtin_convertvector(nearest, Integers);
+      std::memcpy(codes + i * kVector, &whole, sizeof(whole));
+      sums += whole;
+    }
+    int32_t count = 0;
+    for (int i = 0; i < kVector; ++i) count += sums[i];
+    *sum = largest / most * static_cast<float>(count);
+    return largest / most;
+  }
+};
+
+}  // namespace liger

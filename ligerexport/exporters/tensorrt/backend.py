@@ -1,0 +1,304 @@
+"""The targets for GPUs: `trt` adds kernels, the plugin and an engine to the graph, `trt-rtx` replaces it by an engine.
+
+What is not installed is reported before any work is done. TensorRT is imported by the functions that need it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ligerexport.console import ProgressFactory
+from ligerexport.dtypes import DTYPES
+from ligerexport.errors import ArtifactError, MissingDependency, UsageError
+from ligerexport.exporters.backend import Backend, BuildSettings, Check, SessionSettings
+from ligerexport.exporters.tensorrt import machine
+from ligerexport.exporters.tensorrt.machine import driver
+from ligerexport.reading import sha256
+from ligerexport.versions import installed_version
+
+if TYPE_CHECKING:
+    from ligerexport.artifact.artifact import Artifact, Manifest
+    from ligerexport.exporters.onnx.spec import ModelSpec
+    from ligerexport.exporters.onnx.weights import WeightFormat
+    from ligerexport.exporters.tensorrt.session import TensorRTSession
+
+ENGINE_FILE = "model.engine"
+PLUGIN_FILE = "libligerexport_trt.so"
+_RTX = ("tensorrt_rtx", "tensorrt_rtx_bindings")  # the metapackage's module, and what is in its wheel
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What an artifact is built for.
+
+    Attributes:
+        sms: Compute capabilities, 87 for 8.7.
+        max_batch: Most sequences.
+        plugin: The plugin's library, which goes into the artifact; None leaves it to the device.
+        engine: Whether to build the engine.
+    """
+
+    sms: tuple[int, ...]
+    max_batch: int
+    plugin: Path | None
+    engine: bool
+
+
+class _ForGpus(Backend):
+    """What both targets have in common."""
+
+    def prepare(self, settings: BuildSettings) -> Gpu:
+        """Check options and libraries; see `Backend.prepare`."""
+        if unknown := [str(sm) for sm in settings.sms or () if sm not in self.row.sms]:
+            known = ", ".join(map(str, self.row.sms))
+            raise UsageError(f"compute capability {', '.join(unknown)}", hint=f"{self.name} is built for: {known}")
+        if settings.max_batch < 1:
+            raise UsageError(f"max_batch {settings.max_batch}", hint="there is at least one sequence")
+        plugin = None if settings.plugin is None else Path(settings.plugin)
+        if plugin is not None and not plugin.is_file():
+            raise UsageError(
+                f"there is no plugin library {plugin}", hint="build it with CMake, see docs/guides/tensorrt.md"
+            )
+        gpu = Gpu(tuple(sorted(set(settings.sms or self.row.sms))), settings.max_batch, plugin, settings.engine)
+        self._check_installed(gpu)
+        return gpu
+
+    def _check_installed(self, gpu: Gpu) -> None:
+        raise NotImplementedError
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Refuse layers that are kept as softmax."""
+        if kept := [str(i) for i, layer in enumerate(spec.mixers) if layer is None]:
+            raise UsageError(
+                f"layer {', '.join(kept)} is kept as softmax, and engines here have no growing cache",
+                hint="convert all layers, or build with --target onnx",
+            )
+
+    def describe(self, spec: ModelSpec, weight_bytes: int, prepared: Gpu) -> dict[str, Any]:
+        """Return what is compiled for which GPUs, and the memory that it takes."""
+        parameters = sum(prod(weight.shape) for weight in spec.weights.values())
+        return {
+            "sms": list(prepared.sms),
+            "layers_to_compile": len(set(spec.mixers)) * len(prepared.sms),
+            "peak_memory_bytes": 8 * parameters + 3 * weight_bytes,  # verifying holds everything in fp32 twice
+        }
+
+    def _examine_gpu(self, forward: int | None = None) -> list[Check]:
+        """Check driver and GPU; those after the compute capability `forward` are supported too."""
+        driver = machine.driver()
+        version, gpus = (f"CUDA {driver.version}", driver.sms) if driver else ("not found", ())
+        fits = bool(gpus) and all(sm in self.row.sms or (forward is not None and sm > forward) for sm in gpus)
+        known = ", ".join(map(str, self.row.sms))
+        return [
+            Check("CUDA driver", version, driver is not None, mend="install NVIDIA's driver, where there is a GPU"),
+            Check("GPU", ", ".join(f"sm_{sm}" for sm in gpus) or "none", fits,
+                  mend=f"{self.name} is for compute capability {known}; name the device's with --sm"),
+        ]  # fmt: skip
+
+
+class TensorRT(_ForGpus):
+    """A graph of the plugin's nodes with their kernels, and an engine where TensorRT and a GPU are here."""
+
+    def _check_installed(self, gpu: Gpu) -> None:
+        if not find_spec("triton"):
+            raise MissingDependency("Triton, which compiles the kernels,", extra="gpu")
+        if gpu.engine:
+            here()
+            if gpu.plugin is None:
+                raise MissingDependency("the plugin's library", hint=f"--plugin PATH; or {_LATER}")
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Refuse layers that the plugin has no kernels for."""
+        super().check_model(spec)
+        if not all(layer is None or layer.config.fuses for layer in spec.mixers):
+            raise UsageError(
+                "no kernel of the plugin has a recurrence with keyed rows",
+                hint="convert with another gate, or build with --target trt-rtx or --target onnx",
+            )
+        if any(2 * len(softmax.inv_freq) != spec.head_dim for softmax in spec.attention):
+            raise UsageError(
+                f"heads of {spec.head_dim} channels are rotated in part, the plugin's kernels rotate them whole",
+                hint="build with --target trt-rtx or --target onnx",
+            )
+
+    def choose_chunk(self, spec: ModelSpec, wanted: int | None) -> int:
+        """Return the most tokens of one call; the plugin's kernels take no more than rotary embedding reaches."""
+        longest = min(layer.max_distance + 1 for layer in spec.mixers if layer is not None)
+        if wanted is not None and wanted > longest:
+            raise UsageError(
+                f"calls of {wanted:,} tokens, and positions of this model reach over {longest - 1:,}",
+                hint=f"--max-chunk {longest}",
+            )
+        return wanted or min(self.row.chunk, longest)
+
+    def finish(
+        self, directory: Path, manifest: Manifest, spec: ModelSpec, form: WeightFormat, prepared: Gpu,
+        progress: ProgressFactory,
+    ) -> Manifest:  # fmt: skip
+        """Add the kernels, and the plugin and an engine if they were asked for."""
+        import onnx_ir as ir
+
+        from ligerexport.exporters.tensorrt.node import CONTRACT, products
+        from ligerexport.exporters.tensorrt.pack import PACK, write_pack
+
+        layers = [layer for layer in dict.fromkeys(spec.mixers) if layer is not None]
+        with progress(f"compiling kernels for {', '.join(f'sm_{sm}' for sm in prepared.sms)}"):
+            write_pack(layers, directory / PACK, products=products(ir.load(directory / manifest.graph.file).graph),
+                       sms=prepared.sms, dtype=DTYPES[form.precision.dtype].kernel,
+                       max_batch=prepared.max_batch)  # fmt: skip
+        device: dict[str, Any] = {"sms": list(prepared.sms), "max_batch": prepared.max_batch, "contract": CONTRACT,
+                                  "kernels": PACK}  # fmt: skip
+        if prepared.plugin is not None:
+            shutil.copyfile(prepared.plugin, directory / PLUGIN_FILE)
+            device["plugin"] = PLUGIN_FILE
+        if prepared.engine:
+            device |= _add_engine(directory, manifest, prepared.max_batch, progress)
+        return replace(manifest, device=device)
+
+    def open_session(self, artifact: Artifact, settings: SessionSettings) -> TensorRTSession:
+        """Open an artifact on its GPU."""
+        from ligerexport.exporters.tensorrt.session import TensorRTSession
+
+        return TensorRTSession(artifact, batch=settings.batch, chunk=settings.chunk)
+
+    def examine(self, plugin: Path | None) -> list[Check]:
+        """Check TensorRT, driver, GPU, plugin and Triton."""
+        from ligerexport.kernels.tuning import FORWARD
+
+        found = [x for x in (machine.python_module(), machine.library()) if x]
+        here = plugin is not None and plugin.is_file()
+        said = "not given" if plugin is None else str(plugin) if here else f"{plugin} is not there"
+        triton = installed_version("triton")
+        return [
+            _check_library("TensorRT", "trt", found, "; on a Jetson: apt install nvidia-jetpack"),
+            *self._examine_gpu(FORWARD),
+            Check("plugin", said, here, mend="cmake -S exporters/tensorrt/runner -B build/trt && cmake --build "
+                  "build/trt, then --plugin FILE"),
+            Check("triton", triton or "not installed", triton is not None, mend="pip install 'ligerexport[gpu]'"),
+        ]  # fmt: skip
+
+
+class TensorRTRTX(_ForGpus):
+    """An engine in place of the graph and its weights."""
+
+    def _check_installed(self, gpu: Gpu) -> None:
+        if gpu.plugin is not None or not gpu.engine:
+            raise UsageError("trt-rtx is an engine without a plugin", hint="--plugin and --no-engine go with trt")
+        rtx()
+
+    def finish(
+        self, directory: Path, manifest: Manifest, spec: ModelSpec, form: WeightFormat, prepared: Gpu,
+        progress: ProgressFactory,
+    ) -> Manifest:  # fmt: skip
+        """Put an engine in the place of the graph."""
+        from ligerexport.exporters.tensorrt.engine import build_engine
+
+        trt, graph = rtx(), directory / manifest.graph.file
+        build_engine(trt, graph, directory / ENGINE_FILE, graph=manifest.graph, max_batch=prepared.max_batch,
+                     progress=progress, sms=prepared.sms)  # fmt: skip
+        graph.unlink()
+        (directory / manifest.graph.data).unlink()
+        device = {"sms": list(prepared.sms), "max_batch": prepared.max_batch, "engine": ENGINE_FILE,
+                  "tensorrt_rtx": trt.__version__}  # fmt: skip
+        return replace(manifest, graph=replace(manifest.graph, file=ENGINE_FILE), device=device)
+
+    def open_session(self, artifact: Artifact, settings: SessionSettings) -> NoReturn:
+        """Say where the engine runs, for Python has no session for it; see `Backend.open_session`.
+
+        Raises:
+            LigerError: The engine does not run on this machine's GPU.
+        """
+        from ligerexport.exporters.tensorrt.engine import check_engine
+
+        check_engine(rtx(), artifact.graph)
+        raise ArtifactError(
+            f"no runtime here for target '{self.name}'",
+            hint=f"run {artifact.graph} with TensorRT-RTX on an RTX GPU, see docs/guides/tensorrt.md",
+        )
+
+    def examine(self, plugin: Path | None) -> list[Check]:
+        """Check TensorRT-RTX, driver and GPU."""
+        found = [x for x in (machine.python_module(rtx=True),) if x]
+        return [_check_library("TensorRT-RTX", "rtx", found), *self._examine_gpu()]
+
+
+def _check_library(name: str, extra: str, found: list[str], more: str = "") -> Check:
+    said = ", ".join(found) or "neither Python package nor library found"
+    return Check(name, said, bool(found), True, f"pip install 'ligerexport[{extra}]'{more}")
+
+
+_LATER = "--no-engine, and liger-run makes the engine on the device"
+
+
+def tensorrt() -> Any:
+    """Import TensorRT.
+
+    Raises:
+        MissingDependency: It is not there, not whole, or older than 10.
+    """
+    try:
+        trt: Any = import_module("tensorrt")
+        version = str(trt.__version__)
+    except (ImportError, OSError, AttributeError) as error:
+        raise MissingDependency("TensorRT", hint=f"pip install 'ligerexport[trt]'; or {_LATER}") from error
+    if int(version.partition(".")[0]) < 10:
+        raise MissingDependency("TensorRT 10 or later", hint=f"TensorRT {version} has no Python plugin; {_LATER}")
+    return trt
+
+
+def rtx() -> Any:
+    """Import TensorRT-RTX.
+
+    Raises:
+        MissingDependency: It is not there or not whole.
+    """
+    name = next((name for name in _RTX if find_spec(name)), None)
+    try:
+        if name is None:
+            raise ImportError(_RTX[0])
+        return import_module(name)
+    except (ImportError, OSError) as error:
+        raise MissingDependency("TensorRT-RTX", extra="rtx") from error
+
+
+def _add_engine(directory: Path, manifest: Manifest, max_batch: int, progress: ProgressFactory) -> dict[str, str]:
+    """Build an engine, and write the record that `liger-run` reads to tell whether it fits."""
+    from ligerexport.exporters.tensorrt.engine import build_engine
+
+    trt, (version, sm) = tensorrt(), here()
+    build_engine(trt, directory / manifest.graph.file, directory / ENGINE_FILE, graph=manifest.graph,
+                 max_batch=max_batch, progress=progress, plugin=directory / PLUGIN_FILE)  # fmt: skip
+    record = {  # engines that `liger-run` builds have other names, since this one's hash is in the manifest
+        "tensorrt": version, "sm": sm, "plugin": f"{zlib.crc32((directory / PLUGIN_FILE).read_bytes()):08x}",
+        "precision": manifest.precision, "model": _model(directory, manifest), "batch": max_batch,
+    }  # fmt: skip
+    (directory / f"{ENGINE_FILE}.json").write_text(json.dumps(record, indent=1) + "\n")
+    return {"engine": ENGINE_FILE, "tensorrt": trt.__version__}
+
+
+def here() -> tuple[int, int]:
+    """Return the version of TensorRT as one number and the compute capability of the GPU that is here, 90 for 9.0.
+
+    Raises:
+        MissingDependency: One of them is not here.
+    """
+    version, found = [int(part) for part in tensorrt().__version__.split(".")[:3]], driver()
+    if found is None or not found.sms:
+        raise MissingDependency("a CUDA device", hint=_LATER)
+    return version[0] * 10000 + version[1] * 100 + version[2], found.sms[0]
+
+
+def _model(directory: Path, manifest: Manifest) -> str:
+    """Return what tells engines of different models apart, as `runner/engine.cc` writes it."""
+    from ligerexport.exporters.tensorrt.pack import PACK
+
+    files = (directory / name for name in (manifest.graph.file, manifest.graph.data, PACK))
+    return "-".join(sha256(file)[:8] for file in files if file.is_file())

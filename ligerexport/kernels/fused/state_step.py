@@ -1,0 +1,95 @@
+"""The states of one KV head for one token: columns of the gated recurrence and of the judge of novelty.
+
+Part of the kernel in `mixer_step.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ligerexport.kernels.fused.numbers import LOG2E
+from ligerexport.kernels.fused.overlap import wait
+from ligerexport.kernels.fused.slots_step import row
+
+
+@triton.jit
+def _sigmoid(x):
+    """Return the logistic function without an exponential that could overflow."""
+    faint = tl.exp2(-tl.abs(x) * LOG2E)
+    return tl.where(x >= 0, 1.0, faint) / (1.0 + faint)
+
+
+@triton.jit
+def _decay(key, DIVISOR: tl.constexpr):
+    """Return exp(logsigmoid(key) / DIVISOR)."""
+    exponent = tl.minimum(key, 0.0) * LOG2E
+    return tl.exp2((exponent - tl.log2(1.0 + tl.exp2(-tl.abs(key) * LOG2E))) * (1.0 / DIVISOR))
+
+
+@triton.jit
+def features(x, m_columns, MAP: tl.constexpr):
+    """Return the features of the last axis of `x` by a map of `FEATURE_MAPS`; 0 outside a mask."""
+    tl.static_assert(MAP == "softmax" or MAP == "one_minus_sigmoid", "no such feature map in this kernel")
+    if MAP == "softmax":
+        x = tl.where(m_columns, x * LOG2E, -1e30)
+        e = tl.where(m_columns, tl.exp2(x - tl.max(x, axis=-1, keep_dims=True)), 0.0)
+        return e * (1.0 / tl.sum(e, axis=-1, keep_dims=True))
+    else:
+        return tl.where(m_columns, _sigmoid(-x), 0.0)
+
+
+@triton.jit
+def recur(
+    p_query, p_key, p_value, s_query_h, p_state, p_read, start, p_now, recurrence_weight,
+    G: tl.constexpr, D_K: tl.constexpr, DK_PAD: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr,
+    QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DIVISOR: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Update the columns of the recurrent state from `start` and write what the queries read, `[G, columns]`."""
+    G_PAD: tl.constexpr = 16
+    o_g, o_k, o_v = tl.arange(0, G_PAD), tl.arange(0, DK_PAD), start + tl.arange(0, BLOCK_V)
+    m_g, m_k, m_v = o_g < G, o_k < D_K, o_v < D_V
+    p_state += o_k[:, None] * D_V + o_v[None, :]
+    b_state = tl.load(p_state, mask=m_k[:, None] & m_v[None, :], other=0.0, eviction_policy="evict_first")
+    wait(OVERLAP)
+    # the queries of the group and, in the row after them, the key
+    p_x = tl.where(m_g[:, None], p_query + (o_g * s_query_h)[:, None], p_key) + o_k[None, :]
+    b_x = tl.load(p_x, mask=(o_g <= G)[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+    b_v = tl.load(p_value + o_v, mask=m_v, other=0.0).to(tl.float32)
+    phi_q = features(b_x, m_k[None, :], QUERY_MAP)
+    phi_k = row(phi_q if QUERY_MAP == KEY_MAP else features(b_x, m_k[None, :], KEY_MAP), G)
+    decay = _decay(row(b_x, G), DIVISOR)
+    # phi_q (decay S + phi_k v) = (phi_q decay) S + (phi_q phi_k) v: the product takes S as it was loaded
+    phi_q = tl.where(m_g[:, None], phi_q * recurrence_weight, 0.0)
+    read = tl.sum(phi_q * phi_k[None, :], axis=1)[:, None] * b_v[None, :]
+    read = tl.dot(phi_q * decay[None, :], b_state, read, input_precision=PRECISION)
+    b_state = decay[:, None] * b_state + phi_k[:, None] * b_v[None, :]
+    m_state = m_k[:, None] & m_v[None, :] & (tl.load(p_now) >= 0)
+    tl.store(p_state, b_state, mask=m_state, eviction_policy="evict_first")
+    tl.store(p_read + o_g[:, None] * D_V + o_v[None, :], read, mask=m_g[:, None] & m_v[None, :])
+
+
+@triton.jit
+def judge(
+    p_key, p_value, p_state, p_recalled, start, p_now,
+    D_K: tl.constexpr, DK_PAD: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Add the token to the columns of the judge state from `start`; write what it recalled before, `[columns]`."""
+    o_k, o_v = tl.arange(0, DK_PAD), start + tl.arange(0, BLOCK_V)
+    m_k, m_v = o_k < D_K, o_v < D_V
+    p_mass = p_state + o_k * (D_V + 1) + D_V
+    p_state += o_k[:, None] * (D_V + 1) + o_v[None, :]
+    b_state = tl.load(p_state, mask=m_k[:, None] & m_v[None, :], other=0.0, eviction_policy="evict_first")
+    m_mass = m_k & (start == 0)  # the last column, the sum of the features, belongs to the first block
+    b_mass = tl.load(p_mass, mask=m_mass, other=0.0)
+    wait(OVERLAP)
+    b_v = tl.load(p_value + o_v, mask=m_v, other=0.0).to(tl.float32)
+    phi = features(tl.load(p_key + o_k, mask=m_k, other=0.0).to(tl.float32), m_k, "softmax")
+    tl.store(p_recalled + o_v, tl.sum(phi[:, None] * b_state, axis=0), mask=m_v)
+    b_state += phi[:, None] * b_v[None, :]
+    active = tl.load(p_now) >= 0
+    tl.store(p_state, b_state, mask=m_k[:, None] & m_v[None, :] & active, eviction_policy="evict_first")
+    if start == 0:
+        tl.store(p_recalled + D_V, tl.sum(phi * b_mass, axis=0))
+        tl.store(p_mass, b_mass + phi, mask=m_k & active)

@@ -1,0 +1,291 @@
+"""`evaluate`: open the models, measure the same parts of all of them in the same order, and make a report.
+
+Torch is imported only when something is measured.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ligerexport.artifact.artifact import is_artifact
+from ligerexport.console import ProgressFactory, silent
+from ligerexport.errors import CheckpointError
+from ligerexport.measure.evaluate.report import REPORT, Report
+from ligerexport.measure.evaluate.settings import KEYS, PAIR_LENGTHS, PAIRS, Settings, choose_parts
+from ligerexport.measure.opened import Opened, TorchModel, check_same_tokenizer, open_model
+from ligerexport.staging import check_destination
+from ligerexport.text.corpus import cut_windows, read_tokens, text_files
+from ligerexport.versions import versions
+
+if TYPE_CHECKING:
+    from ligerexport.measure.evaluate.estimate import Table
+
+TEACHER, MODEL = "teacher", "model"
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: Sequence[str | Path] = (),
+    parts: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    task_data: str | Path | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    progress: ProgressFactory | None = None,
+    **settings: Any,
+) -> Report:
+    """Measure a model: held-out loss by position, agreement with its teacher, recall, tasks, controls.
+
+    Args:
+        model: A converted checkpoint, a Transformer (directory, hub id or built-in model), or a built artifact.
+        against: The Transformer to compare with; it is measured too.
+        text: Plain text that no model was trained on: files, or directories with `.txt` files.
+        parts: Rows of `PARTS`; None takes what the inputs allow: `nll` and `recall`, `agreement` with a teacher,
+            `tasks` where tasks are named.
+        tasks: Names of lm-eval's tasks.
+        task_data: Directory with their data sets, for machines without a network.
+        output: Directory for `report.json`, `report.md` and plots; None writes nothing.
+        force: Whether an older report there may be replaced.
+        progress: Opens a phase of long work; see `ligerexport.console.progress`.
+        **settings: Fields of `Settings`.
+
+    Returns:
+        The numbers with their standard errors; `to_dict()` and `markdown()` render them.
+
+    Raises:
+        UsageError: Inputs are missing, make no sense, or do not fit each other.
+        SourceError: There is no such model.
+        CheckpointError: A checkpoint is damaged, or a control is asked of what was not converted.
+        ArtifactError: An artifact is damaged or for another runtime.
+        MissingDependency: lm-eval, a runtime or a device is not there.
+    """
+    plan = plan_evaluate(
+        model, against=against, text=text, parts=parts, tasks=tasks, task_data=task_data, output=output, force=force,
+        **settings,
+    )  # fmt: skip
+    report = plan.run(progress)
+    plan.save(report)
+    return report
+
+
+def plan_evaluate(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: Sequence[str | Path] = (),
+    parts: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    task_data: str | Path | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    **settings: Any,
+) -> EvaluatePlan:
+    """Check the arguments of `evaluate` and choose the parts. No model is opened.
+
+    Raises:
+        UsageError: Inputs are missing, make no sense, or do not fit each other.
+        CheckpointError: A control is asked of an artifact.
+    """
+    chosen, names = choose_parts(parts, tasks, text=bool(text), teacher=against is not None)
+    controls = tuple(settings.pop("controls", None) or ())
+    resolved = Settings(parts=chosen, tasks=names, controls=controls, **settings)
+    files = text_files(text) if resolved.needs_text else []
+    if output is not None:
+        check_destination(output, force=force, marker=REPORT)
+    if controls and is_artifact(model):
+        raise _no_controls(str(model))
+    data = None if task_data is None else Path(task_data).expanduser().resolve()
+    return EvaluatePlan(model, against, tuple(map(str, text)), files, data, resolved, output, force)
+
+
+@dataclass(frozen=True)
+class EvaluatePlan:
+    """An evaluation with its arguments checked; made by `plan_evaluate`, whose arguments its fields are.
+
+    Attributes:
+        files: The files of the held-out text.
+        settings: What is measured.
+    """
+
+    model: str | Path
+    against: str | Path | None
+    text: tuple[str, ...]
+    files: list[Path]
+    task_data: Path | None
+    settings: Settings
+    output: str | Path | None
+    force: bool
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `run` would measure, without loading or fetching anything.
+
+        Raises:
+            CheckpointError: A model is a directory that cannot be loaded.
+        """
+        from ligerexport.checkpoint.loading import check_loadable
+
+        for path in (Path(name).expanduser() for name in (self.model, self.against) if name and not is_artifact(name)):
+            if path.is_dir():  # other models would have to be fetched
+                check_loadable(path)
+        wanted = {"lm_eval": "eval"} if self.settings.tasks else {}
+        return {
+            "model": str(self.model),
+            "rows": [*([TEACHER] if self.against else []), MODEL, *self.settings.controls],
+            "text_files": len(self.files),
+            "text_bytes": sum(file.stat().st_size for file in self.files),
+            "tokens_each": tokens_to_read(self.settings),
+            "missing_extras": [extra for module, extra in wanted.items() if not find_spec(module)],
+        }
+
+    def run(self, progress: ProgressFactory | None = None) -> Report:
+        """Measure. Nothing is written, so that a full disk does not lose what was measured: see `save`."""
+        start, progress = time.perf_counter(), progress or silent
+        settings = self.settings
+        if settings.tasks:
+            from ligerexport.measure.evaluate.tasks import check_tasks
+
+            check_tasks(settings.tasks, self.task_data)
+        models = _open(self.model, self.against, settings, progress)
+        tables: dict[str, Table] = {name: {} for name in models}
+        ids = read_tokens(self.files, models[MODEL].text)
+        if {"nll", "agreement"} & set(settings.parts):
+            _read_by_position(models, ids, settings, tables, progress)
+        if "recall" in settings.parts:
+            _recall(models, ids, settings, tables, progress)
+        if settings.tasks:
+            _run_tasks(models, settings, self.task_data, tables, progress)
+        asked = {
+            "model": str(self.model),
+            "against": None if self.against is None else str(self.against),
+            "text": list(self.text),
+        }
+        return Report(
+            asked | asdict(settings),
+            tables,
+            {name: model.sequence_bytes for name, model in models.items()},
+            _environment(models[MODEL])
+            | {"text_tokens": len(ids), "seconds": round(time.perf_counter() - start, 1)}
+            | _left_out(settings, tables[MODEL]),
+        )
+
+    def save(self, report: Report) -> None:
+        """Write the report, if there is a place for it."""
+        if self.output is not None:
+            report.save(self.output, force=self.force)
+
+
+def tokens_to_read(settings: Settings) -> int:
+    """Return about how many tokens each model reads, tasks left out."""
+    total = settings.windows * settings.length if {"nll", "agreement"} & set(settings.parts) else 0
+    if "recall" in settings.parts:
+        pairs = sum(n for n in PAIR_LENGTHS if n <= max(settings.distances)) * len(PAIRS)
+        total += settings.trials * (sum(settings.distances) * (3 + len(KEYS)) + pairs)
+    return total
+
+
+def _open(
+    model: str | Path, against: str | Path | None, settings: Settings, progress: ProgressFactory
+) -> dict[str, Opened]:
+    """Open teacher, model and controls, in the order of the report's rows."""
+
+    def opened(name: str | Path) -> Opened:
+        return open_model(name, scoring=True, batch=settings.batch, device=settings.device, dtype=settings.dtype,
+                          progress=progress)  # fmt: skip
+
+    measured = opened(model)
+    models = {MODEL: measured}
+    if against is not None:
+        teacher = opened(against)
+        check_same_tokenizer(measured, teacher)
+        models = {TEACHER: teacher, MODEL: measured}
+    if settings.controls:
+        if not isinstance(measured, TorchModel) or measured.kind != "converted":
+            raise _no_controls(measured.name)
+        from ligerexport.measure.evaluate.controls import make_control
+
+        for name in settings.controls:
+            control = make_control(name, measured.model, settings.seed)
+            models[name] = TorchModel(control, measured.batch, name, measured.path)
+    return models
+
+
+def _no_controls(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name} is not a converted checkpoint, controls need one",
+        hint="give the directory that convert or recover wrote",
+    )
+
+
+def _read_by_position(
+    models: dict[str, Opened], ids: list[int], settings: Settings, tables: dict[str, Table], progress: ProgressFactory
+) -> None:
+    from ligerexport.measure.evaluate.nll import by_position
+
+    windows = cut_windows(ids, settings.length, settings.windows, models[MODEL].prefix)
+    teacher = TEACHER if "agreement" in settings.parts else None
+    total = len(models) * len(windows) * (settings.length - 1)
+    with progress("reading held-out text", total, "steps") as advance:
+        batch = min(model.batch for model in models.values())
+        measured = by_position(models, windows, teacher=teacher, batch=batch, advance=advance)
+    for name, table in measured.items():
+        tables[name] |= table if "nll" in settings.parts else {key: row for key, row in table.items() if key != "nll"}
+
+
+def _recall(
+    models: dict[str, Opened], ids: list[int], settings: Settings, tables: dict[str, Table], progress: ProgressFactory
+) -> None:
+    from ligerexport.measure.evaluate.recall import PlainTokenizer, recall, word_ids
+
+    tokenizer = PlainTokenizer(models[MODEL].text)
+    words = word_ids(tokenizer, len(models[MODEL].text.vocabulary))
+    total = tokens_to_read(replace(settings, parts=("recall",)))
+    for name, model in models.items():
+        with progress(f"recall of the {name}", total, "steps") as advance:
+            tables[name] |= recall(
+                model, tokenizer, ids, distances=settings.distances, trials=settings.trials, seed=settings.seed,
+                prefix=model.prefix, words=words, advance=advance,
+            )  # fmt: skip
+
+
+def _run_tasks(
+    models: dict[str, Opened],
+    settings: Settings,
+    data: Path | None,
+    tables: dict[str, Table],
+    progress: ProgressFactory,
+) -> None:
+    from ligerexport.measure.evaluate.tasks import run_tasks
+
+    length = min(model.trained_length for model in models.values())
+    for name, model in models.items():
+        with progress(f"tasks of the {name}", None, "steps") as advance:
+            scores = run_tasks(
+                model, model.text, settings.tasks, max_length=length, limit=settings.limit, seed=settings.seed,
+                data=data, advance=advance,
+            )  # fmt: skip
+        tables[name]["tasks"] = scores
+
+
+def _left_out(settings: Settings, table: Table) -> dict[str, str]:
+    """Say which measurement could not be made."""
+    if "recall" not in settings.parts or any(name.startswith("pairs") for name in table):
+        return {}
+    return {"left_out": "pairs of words: the vocabulary has few words, or the length is short"}
+
+
+def _environment(model: Opened) -> dict[str, Any]:
+    names = ("torch", "transformers", *(["onnxruntime"] if model.kind == "artifact" else []))
+    where = platform.machine()
+    if model.device == "cuda":
+        import torch
+
+        where = torch.cuda.get_device_name()
+    return versions(*names) | {"machine": where}
