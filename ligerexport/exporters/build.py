@@ -231,17 +231,6 @@ def _resolve(settings: BuildSettings) -> tuple[str, str]:
     return lowering, weights
 
 
-def planned_weight_bytes(model: Path | str, **settings: Any) -> int:
-    """Return the bytes that `build` would store for the weights; keywords as of `BuildSettings`."""
-    from ligerexport.exporters.onnx.graph import weight_format
-    from ligerexport.exporters.onnx.spec import read_spec
-    from ligerexport.exporters.onnx.weights import weight_bytes
-
-    chosen = BuildSettings(**settings)
-    lowering, weights = _resolve(chosen)
-    return weight_bytes(read_spec(model), weight_format(weights, chosen.block, lowering))
-
-
 def make_manifest(
     spec: ModelSpec,
     source: Any,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,12 +50,6 @@ def place(graph: ir.Graph, provider: str) -> Placement:
     starts = sum(here is None and before is not None for before, here in zip(["", *reasons], reasons, strict=False))
     left = Counter(reason for reason in reasons if reason is not None)
     return Placement(reasons.count(None), dict(left.most_common()), starts)
-
-
-def missing(kinds: Iterable[str], provider: str) -> list[str]:
-    """Return the operators among `kinds` that a provider does not have for any type."""
-    ops = operators()[provider]["ops"]
-    return sorted(kind for kind in set(kinds) if kind not in ops)
 
 
 def _reason(node: ir.Node, ops: dict[str, Any], types: dict[ir.Value, str]) -> str | None:

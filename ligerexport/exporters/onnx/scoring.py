@@ -1,10 +1,10 @@
-"""Variants of a step graph, made from an artifact's own graph in memory: weights and state are the artifact's.
-
-One answers with the logits of every token of a call; in one, products with quantised weights are exact.
+"""Variants of an artifact's step graph, made in memory: one returns the logits of every token of a call, and in another
+one products with quantised weights are exact. Weights and state are the artifact's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,9 +12,18 @@ import onnx_ir as ir
 from ligerexport.exporters.onnx.lowerings import FP32_ACTIVATIONS
 
 
-def exact_products(graph: Path) -> bytes:
-    """Return the graph with activations left in fp32 where it lets a kernel round them; weights stay beside `graph`."""
+def exact_products(graph: Path, outputs: Iterable[str] = ()) -> bytes:
+    """Return the graph with activations left in fp32 in products with quantised weights.
+
+    Args:
+        graph: The graph's file; the weights stay in the files beside it.
+        outputs: Names of fp32 values that become outputs too, in this order.
+    """
     model = ir.load(graph)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for name in outputs:
+        values[name].type = ir.TensorType(ir.DataType.FLOAT)
+        model.graph.outputs.append(values[name])
     for node in model.graph:
         if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", FP32_ACTIVATIONS)

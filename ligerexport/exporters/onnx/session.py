@@ -33,6 +33,10 @@ PROVIDERS: dict[str, list[str | tuple[str, dict[str, str]]]] = {
 }
 """Execution providers of each device, in ONNX Runtime's spelling."""
 
+EXACT = "session.qdq_matmulnbits_accuracy_level", "1"
+"""Option that leaves activations in fp32 in the products that ONNX Runtime fuses itself."""
+FOLDER = "session.model_external_initializers_file_folder_path"
+"""Option that says where the weights of a graph are that is given as bytes."""
 SPIN = "30"
 """Microseconds that a thread waits for the next operator before it sleeps: enough for the next one to come, and little
 for whoever else wants the core."""
@@ -304,11 +308,9 @@ def _open(
 
         register(options)
     if exact:  # of products that ONNX Runtime fuses itself
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        options.add_session_config_entry(*EXACT)
     if graph is not None:  # given as bytes it does not know where its weights are
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(artifact.directory)
-        )
+        options.add_session_config_entry(FOLDER, str(artifact.directory))
     try:
         model = str(artifact.graph) if graph is None else graph
         session = onnxruntime.InferenceSession(model, options, providers=PROVIDERS[device])

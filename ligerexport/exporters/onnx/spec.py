@@ -60,11 +60,6 @@ class ModelSpec:
     weights: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
 
-    @property
-    def max_distance(self) -> int:
-        """Largest rotary distance in tokens."""
-        return self.liger.max_distance or self.trained_length
-
 
 def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
     """Read a converted checkpoint.

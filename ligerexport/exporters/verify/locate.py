@@ -32,7 +32,7 @@ def first_difference(
 
     Args:
         spec: The checkpoint.
-        artifact: The graph at fault; a variant with more outputs is written beside it for a moment.
+        artifact: The graph at fault.
         pieces: Tokens of each call; afterwards all of them are tried in the largest calls.
         reference: The torch model to compare with.
 
@@ -144,32 +144,21 @@ def _plugin(spec: ModelSpec, artifact: Artifact) -> Run:
 
 
 def _variant(artifact: Artifact, outputs: list[str]) -> Run:
-    """Open the graph with more outputs, on the same external data."""
-    import onnx
+    """Open the graph with exact products and more outputs."""
     import onnxruntime
 
-    from ligerexport.exporters.onnx.lowerings import FP32_ACTIVATIONS
     from ligerexport.exporters.onnx.native import register
+    from ligerexport.exporters.onnx.scoring import exact_products
+    from ligerexport.exporters.onnx.session import EXACT, FOLDER
 
-    model = onnx.load(artifact.graph, load_external_data=False)
-    model.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs
-    )
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = FP32_ACTIVATIONS
-    variant = artifact.graph.with_suffix(".debug")
-    onnx.save(model, variant)
-    try:
-        options = onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(FP32_ACTIVATIONS))
-        options.enable_mem_reuse = False  # planning reuse is quadratic in the nodes
-        if artifact.manifest.lowering == "native":
-            register(options)
-        session = onnxruntime.InferenceSession(str(variant), options, providers=["CPUExecutionProvider"])
-    finally:
-        variant.unlink()
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(*EXACT)
+    options.add_session_config_entry(FOLDER, str(artifact.directory))
+    options.enable_mem_reuse = False  # planning reuse is quadratic in the nodes
+    if artifact.manifest.lowering == "native":
+        register(options)
+    variant = exact_products(artifact.graph, outputs)
+    session = onnxruntime.InferenceSession(variant, options, providers=["CPUExecutionProvider"])
     wanted = {entry.name for entry in session.get_inputs()}
 
     def run(names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
