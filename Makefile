@@ -3,7 +3,8 @@
 #   PYTHON=python3.12        the interpreter that makes the environment
 #   TORCH_INDEX=URL          where to look for torch too; https://download.pytorch.org/whl/cpu has the small CPU builds,
 #                            while the default index serves the CUDA build of several gigabytes to Linux on x86-64
-#   PIP_ARGS=...             anything else for pip install
+#   LOWERING=ort             what the quickstart builds; default: native where there is a C++ compiler, ort elsewhere
+#   PIP_ARGS=...             more arguments for pip install
 #   PYTEST_ARGS=...          instead of two processes: nothing for one, -k NAME for some of the tests
 
 PYTHON ?= python3
@@ -12,10 +13,12 @@ TORCH_INDEX ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --timeout 900
 PROMPT ?= Once upon a time
+LOWERING ?= $(if $(COMPILER),native,ort)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+COMPILER = $(shell for name in $$CXX c++ g++ clang++; do command -v $$name; done)
 SOURCES = $(shell find ligerexport -name '*.py')
 
 .DEFAULT_GOAL := help
@@ -38,7 +41,7 @@ quickstart: run ## Convert, build, verify and run a real model.
 
 convert: build/smollm2-liger/config.json ## Turn the built-in model into a Liger model.
 
-build: build/smollm2-onnx/manifest.json ## Build and verify its ONNX artifact.
+build: build/smollm2-onnx/manifest.json ## Build and verify its int4 artifact for ONNX Runtime.
 
 run: build/smollm2-onnx/manifest.json ## Write text with the artifact.
 	$(BIN)/ligerexport run build/smollm2-onnx "$(PROMPT)"
@@ -51,17 +54,22 @@ build/smollm2-liger/config.json: $(READY) $(SOURCES)
 	$(BIN)/ligerexport convert smollm2-135m --adapter shipped -o build/smollm2-liger --force
 
 build/smollm2-onnx/manifest.json: build/smollm2-liger/config.json
-	$(BIN)/ligerexport build build/smollm2-liger --target onnx -o build/smollm2-onnx --force
+	$(BIN)/ligerexport build build/smollm2-liger --weights int4 --lowering $(LOWERING) -o build/smollm2-onnx --force
 
-examples: ## Fetch the packages of the JavaScript examples; needs npm.
+# ONNX Runtime alone runs this one, and fp32 gives every program the same tokens.
+build/smollm2-fp32/manifest.json: build/smollm2-liger/config.json
+	$(BIN)/ligerexport build build/smollm2-liger -o build/smollm2-fp32 --force
+
+examples: build/smollm2-fp32/manifest.json ## Build what the examples run, and fetch their JavaScript packages; needs npm.
 	npm install --no-audit --no-fund --ignore-scripts --prefix examples/node
 	npm install --no-audit --no-fund --ignore-scripts --prefix examples/web
 
-test: lint typecheck pytest ## Check style and types, then run the tests.
+test: lint typecheck pytest ## Check style, spelling and types, then run the tests.
 
-lint: $(READY) ## Check style.
+lint: $(READY) ## Check style and spelling.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 typecheck: $(READY) ## Check types.
 	$(BIN)/mypy
@@ -73,7 +81,7 @@ dist: $(READY) ## Build the sdist and, from it, the wheel; the same commit gives
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation
 
 docs: $(READY) ## Build the documents as a site in build/site.
-	$(BIN)/python -m mkdocs build --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 release: dist ## Add a bill of materials, an audit of known vulnerabilities, and checksums.
 	$(PYTHON) -m venv build/release

@@ -161,11 +161,8 @@ def spawn(engine: str, path: str, context: int, threads: int) -> tuple[subproces
     return process, json.loads(answer)
 
 
-def main() -> None:
-    """Measure and write the table."""
-    if sys.argv[1:2] == ["--work"]:
-        engine, path, context, threads = sys.argv[2:]
-        return work(engine, path, int(context), int(threads))
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact")
     parser.add_argument("model")
@@ -181,6 +178,32 @@ def main() -> None:
     args = parser.parse_args()
     if (args.rounds + 1) * args.tokens >= ROOM:
         parser.error(f"rounds and tokens make {(args.rounds + 1) * args.tokens} tokens, at most {ROOM - 1} have room")
+    return args
+
+
+def time_in_turns(
+    workers: dict[tuple[str, int], subprocess.Popen[str]], rounds: int, tokens: int
+) -> tuple[dict[tuple[str, int], list[float]], dict[tuple[str, int], dict[str, Any]]]:
+    """Return the median times of each worker's blocks after a warm-up, and what each said last."""
+    samples: dict[tuple[str, int], list[float]] = {key: [] for key in workers}
+    last: dict[tuple[str, int], dict[str, Any]] = {}
+    for turn in range(rounds + 1):
+        for key, process in workers.items():
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(f"{tokens}\n")
+            process.stdin.flush()
+            last[key] = json.loads(process.stdout.readline())
+            if turn:  # the first is a warm-up
+                samples[key].append(statistics.median(last[key]["ms"]))
+    return samples, last
+
+
+def main() -> None:
+    """Measure and write the table."""
+    if sys.argv[1:2] == ["--work"]:
+        engine, path, context, threads = sys.argv[2:]
+        return work(engine, path, int(context), int(threads))
+    args = parse_arguments()
     paths = {engine: args.artifact if engine == "ligerexport" else args.model for engine in args.engines}
     paths |= dict(engine.split("=", 1) for engine in args.also)
     workers, seconds = {}, {}
@@ -192,16 +215,7 @@ def main() -> None:
                 print(f"left out: {error}", file=sys.stderr, flush=True)
             else:
                 print(f"ready: {engine} at {context}", file=sys.stderr, flush=True)
-    samples: dict[tuple[str, int], list[float]] = {key: [] for key in workers}
-    last: dict[tuple[str, int], dict[str, Any]] = {}
-    for turn in range(args.rounds + 1):
-        for key, process in workers.items():
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(f"{args.tokens}\n")
-            process.stdin.flush()
-            last[key] = json.loads(process.stdout.readline())
-            if turn:  # the first is a warm-up
-                samples[key].append(statistics.median(last[key]["ms"]))
+    samples, last = time_in_turns(workers, args.rounds, args.tokens)
     for process in workers.values():
         process.kill()
     rows = []

@@ -29,18 +29,18 @@ def promises() -> Table:
          sum(faults["wrong"].values())],
         ["hostile inputs opened", f"{hostile['inputs']:,}", f"{hostile['findings']}"],
         ["faults planted in builds", f"{len(rows)}, of {len({row['fault'] for row in rows})} kinds",
-         f"{len(rows) - planted['refused']} passed, {len(rows) - planted['right']} named wrongly"],
+         f"{len(rows) - planted['refused']} passed, {len(rows) - planted['right']} misplaced"],
         ["the same in SmolLM2-135M", f"{len(real['rows'])}",
-         f"{len(real['rows']) - real['refused']} passed, {len(real['rows']) - real['right']} named wrongly"],
+         f"{len(real['rows']) - real['refused']} passed, {len(real['rows']) - real['right']} misplaced"],
         ["sound builds", f"{len(sound['rows'])}", f"{sound['refused']} refused"],
         ["steps of one session", f"{steps['steps']:,}", f"memory changed by {100 * steps['rss_change']:.1f} %"],
         ["steps of the whole model in int4", f"{whole['steps']:,}",
-         f"memory but for mapped weights changed by {100 * whole['private_change']:.1f} %"],
+         f"memory without mapped weights changed by {100 * whole['private_change']:.1f} %"],
         ["tokens through gates that stay open", f"{gates[0]['rows'][-1]['tokens']:,}",
          f"state at most {max(x['largest'] / x['bound'] for gate in gates for x in gate['rows']):.2f} of its bound"],
         ["snapshots taken and restored", f"{cycles['cycles']:,}",
          f"memory changed by {100 * cycles['rss_change']:.1f} %"],
-        ["sessions at a time", f"{sessions}, in threads and in processes", "0 wrote another text than alone"],
+        ["sessions at a time", f"{sessions}, in threads and in processes", "0 wrote a different text than alone"],
         ["Ctrl-C within a call", f"{sum(concurrency['interrupted'].values())}", "0 went on with a wrong state"],
     ]  # fmt: skip
 
@@ -51,7 +51,7 @@ def faults() -> Table:
     for row in _result("faults")["rows"]:
         counts.setdefault(row["command"], Counter()).update({k: v for k, v in row.items() if isinstance(v, int)})
     shown = ("injected", "killed", "old", "new", "none", "explained")
-    header = ["command", "faults", "killed", "the older output whole", "the new one whole", "none there", "explained"]
+    header = ["command", "faults", "killed", "old output whole", "new output whole", "no output", "explained"]
     return header, [[f"`{name}`", *(found[key] for key in shown)] for name, found in counts.items()]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ligerexport.errors import LigerError
+from ligerexport.errors import LigerError, UsageError
 
 Row = TypeVar("Row")
 
@@ -111,3 +111,14 @@ def leads_away(file: Path, directory: Path, *others: Path) -> bool:
     except (OSError, RuntimeError):  # a link in a circle
         return True
     return not any(found.is_relative_to(place) for place in places)
+
+
+def as_path(text: str | Path) -> Path:
+    """Return a path that a user gave, with `~` expanded.
+
+    Raises:
+        UsageError: It is empty, which would mean the current directory.
+    """
+    if not str(text):
+        raise UsageError("a path is empty", hint="name a file or directory, or . for this directory")
+    return Path(text).expanduser()

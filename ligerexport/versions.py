@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import cache
 from importlib import metadata
 
-from ligerexport import __version__
 from ligerexport.console import warn
 
 TRIED: dict[str, tuple[str, str]] = {
@@ -37,7 +36,7 @@ def installed_version(runtime: str) -> str | None:
 
 def versions(*names: str) -> dict[str, str]:
     """Return the versions of ligerexport and of those distributions that are installed, as results record them."""
-    return {"ligerexport": __version__} | {name: found for name in names if (found := installed_version(name))}
+    return {name: found for name in ("ligerexport", *names) if (found := installed_version(name))}
 
 
 def untried(name: str) -> str | None:

@@ -17,6 +17,8 @@ KNOWN = (
 )  # fmt: skip
 """Words of licences that ask for nothing of what is used beside it. The LGPL is chardet's, which the extra `eval`
 brings; NVIDIA's is that of the extra `rtx`, whose wheels must not be passed on by themselves."""
+PROGRAMS = ("codespell",)
+"""Programs of the extra `dev` that are run and never imported. The GPL asks nothing of what they read."""
 SAID_ELSEWHERE = dict.fromkeys(("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs"), "NVIDIA proprietary")
 """Licences of packages whose metadata name none, as their sources say it."""
 

@@ -1,4 +1,4 @@
-"""Every command of README and guides runs, on a tiny model: what takes long with `--dry-run`, all else as it stands."""
+"""Every command of README and guides runs, on a tiny model: long ones with `--dry-run`, the others as they are."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ NOT_HERE = {
 
 
 def commands() -> list[tuple[str, str]]:
-    """Return document and command of each line in a block of code that calls ligerexport."""
-    found = []
+    """Return each command in a block of code that calls ligerexport, once, and the first document that has it."""
+    found: dict[str, str] = {}
     for document in DOCUMENTS:
         for block in re.findall(r"^```(?:\w*)\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE):
             for line in block.splitlines():
                 for part in re.split(r"\s{3,}(?=ligerexport )", line.strip()):
                     if part.startswith("ligerexport "):
                         text = re.sub(r"\s+#.*", "", part)
-                        found.append((document.name, re.sub(r"\[([^\]|]*)(?:\|[^\]]*)?\]", r"\1", text)))
-    return list(dict.fromkeys(found))
+                        found.setdefault(re.sub(r"\[([^\]|]*)(?:\|[^\]]*)?\]", r"\1", text), document.name)
+    return [(document, command) for command, document in found.items()]
 
 
 @pytest.fixture(scope="module")

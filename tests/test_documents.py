@@ -14,11 +14,21 @@ from ligerexport.run.sampling import CHAT
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS += sorted((ROOT / "benchmarks").rglob("*.md"))
 
 
 def test_tables_are_those_of_the_results() -> None:
     command = [sys.executable, "benchmarks/report.py", "--check"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() == "up to date"
+
+
+def test_pictures_are_those_of_their_script() -> None:
+    assert subprocess.run([sys.executable, "benchmarks/drawings.py", "--check"], cwd=ROOT).returncode == 0
+
+
+def test_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150 and sum(line.startswith("|---") for line in lines) <= 3
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -205,7 +205,7 @@ def test_the_artifact_has_the_numbers_of_its_checkpoint(
     for prompt in passkey_prompts(tokenizer, prose, ONCE, 128, 3):
         choices = [s.forced(torch.tensor([prompt.ids]), 6)[0].argmax(-1).tolist() for s in subjects]
         assert choices[0] == choices[1]
-    assert subjects[0].state_bytes == subjects[1].state_bytes is not None
+    assert subjects[0].sequence_bytes == subjects[1].sequence_bytes is not None
 
 
 # Controls
@@ -424,7 +424,7 @@ def test_the_verb_end_to_end(
     assert (output / "report.md").read_text() == report.markdown()
     for title in ("Held-out negative log likelihood", "KL(teacher || model)", "Key said once"):
         assert title in report.markdown()
-    assert "nats a token" in result.err and str(output) in "".join(result.err.split())  # the card folds long lines
+    assert "nats per token" in result.err and str(output) in "".join(result.err.split())  # the card folds long lines
 
     again = cli(*command, "--json")
     assert again.code == 2 and "not empty" in again.err

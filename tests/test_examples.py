@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 PROMPT = "Ünïcode, 12345 numbers,   spaces\n\tand more than one chunk of 🙂 text; " * 2
 TOKENS = 24
-REAL = ROOT / "build" / "smollm2-onnx"
+REAL = ROOT / "build" / "smollm2-fp32"
 
 App = Callable[[Path, str, int], list[int]]
 """Ids that an app gives for an artifact, a prompt and a number of tokens."""
@@ -191,7 +191,7 @@ def test_no_app_leaves_a_device_id(app: App, artifacts: dict[str, Path], home: P
 @pytest.mark.real
 def test_every_app_gives_the_tokens_of_the_real_model(app: App) -> None:
     if not REAL.is_dir():
-        pytest.skip("needs `make quickstart`")
+        pytest.skip("needs `make examples`")
     prompt = "The capital of France is"
     assert app(REAL, prompt, 20) == expected(REAL, prompt, 20)
 

@@ -1,6 +1,6 @@
-"""What a recovery leaves, and what it fits: a checkpoint with LoRA merged into its weights, or LoRA as PEFT's adapter.
+"""The results of a recovery: a checkpoint with LoRA merged into its weights, or LoRA as a PEFT adapter.
 
-Weights are merged file by file, so the memory is that of one file; what has no LoRA stays the bytes it was.
+Weights are merged file by file, so that one file is in memory at a time. Weights without LoRA keep their bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.checkpoint.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint, check_links, check_plain
+from ligerexport.checkpoint.checkpoint import (
+    CheckpointInfo,
+    check_checkpoint,
+    check_links,
+    check_plain,
+    copy_companions,
+)
 from ligerexport.checkpoint.seal import write_seal
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError, quoted
@@ -48,9 +54,9 @@ def check_student(path: str | Path) -> CheckpointInfo:
 
 
 def model_id(info: CheckpointInfo) -> str:
-    """Return a digest of what an adapter fits: the conversion, the layers' shapes, and some of these very weights.
+    """Return a digest of the model that an adapter fits: its conversion, shapes and some of its weights.
 
-    What differs between versions that wrote the same model does not count: other keys of config.json, settings of the
+    Differences between versions that wrote the same model do not count: other keys of config.json, settings of the
     conversion that have their default value, dtypes.
     """
     from safetensors import safe_open
@@ -70,7 +76,7 @@ def model_id(info: CheckpointInfo) -> str:
 
 
 def read_record(adapter: Path) -> dict[str, Any]:
-    """Return what an adapter says of how it was made; under `liger` the conversion that it was trained on.
+    """Return the record of how an adapter was made; `liger` is the conversion that it was trained on.
 
     Raises:
         CheckpointError: It is no adapter of a recovery.
@@ -109,13 +115,13 @@ def check_adapter(record: dict[str, Any], info: CheckpointInfo) -> None:
 
 
 def write_adapter(stage: Path, tensors: Mapping[str, Tensor], settings: Any, record: Mapping[str, Any]) -> None:
-    """Write LoRA as PEFT reads it, and how it was made.
+    """Write LoRA in the form of PEFT, and a record of how it was made.
 
     Args:
         stage: Directory.
-        tensors: By the names of `Trainer.tensors`.
-        settings: PEFT's configuration.
-        record: What config.json of a merged checkpoint would say under `liger_recovery`.
+        tensors: LoRA's tensors under the names of `Trainer.tensors`.
+        settings: Configuration of PEFT.
+        record: What a merged checkpoint's config.json has under `liger_recovery`.
     """
     from safetensors.torch import save_file
 
@@ -188,13 +194,13 @@ def write_merged(
     Args:
         stage: Directory; that of the checkpoint itself is changed in place.
         info: The checkpoint that was trained.
-        tensors: LoRA's, by the names of its modules.
-        scale: Of their product.
-        record: Goes into config.json under `liger_recovery`.
+        tensors: LoRA's tensors by the names of its modules.
+        scale: Factor of the product of A and B.
+        record: Value of `liger_recovery` in config.json.
         progress: Reports the weights; silent by default.
 
     Raises:
-        CheckpointError: LoRA names a weight that the checkpoint has not, or is of other shapes.
+        CheckpointError: LoRA names a weight that the checkpoint does not have, or has other shapes.
     """
     pairs = lora_pairs(tensors)
     for name, (a, b) in sorted(pairs.items()):
@@ -206,9 +212,10 @@ def write_merged(
     _write_record(stage, record)
     config = dict(info.config) | {RECOVERY: dict(record)}
     (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    others = [f for f in info.path.iterdir() if f.name.startswith(COMPANIONS) and f.is_file()]
-    for file in [*others, *([] if info.index is None else [info.index])] if stage != info.path else ():
-        shutil.copyfile(file, stage / file.name)
+    if stage != info.path:
+        copy_companions(info.path, stage)
+        if info.index is not None:
+            shutil.copyfile(info.index, stage / info.index.name)
     with (progress or silent)("merging weights", info.bytes, "bytes") as advance:
         for file in info.files:
             _merge_file(file, stage / file.name, pairs, scale)

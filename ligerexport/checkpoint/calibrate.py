@@ -287,7 +287,7 @@ def drills(text: TextModel, ids: Sequence[int], count: int, length: int = LENGTH
         ids: Tokens of the text.
         count: Windows.
         length: Tokens of one.
-        seed: Of the places in the text, and of the facts.
+        seed: Seed of the places in the text and of the facts.
 
     Raises:
         UsageError: The text or the windows are too short.
@@ -360,7 +360,7 @@ def read_scores(file: Path, shapes: Mapping[str, tuple[int, ...]], origin: str) 
 
     Args:
         file: Safetensors file; it may hold more than is needed.
-        shapes: What is needed.
+        shapes: Names and shapes that are needed.
         origin: What `facts` say under `from`.
 
     Raises:

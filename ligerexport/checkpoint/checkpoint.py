@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +37,8 @@ _SLAB = 1 << 24
 WRAPPERS = r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 """What torch puts into the names of weights when a wrapped or compiled model is saved."""
 
-COMPANIONS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "generation_config")
-"""What the names of files start with that belong to a checkpoint beside config and weights."""
+_COMPANIONS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "generation_config")
+"""Beginnings of the names of files that belong to a checkpoint in addition to config and weights."""
 
 
 class TensorInfo(NamedTuple):
@@ -62,7 +63,7 @@ class CheckpointInfo:
         tensors: What each weight is, by the name that the family's model has for it.
         renamed: Names in the files, by those in `tensors`, where the two differ.
         quantised: Method of the weights' quantisation; None for plain weights. Quantised names are as in the files.
-        adapter: A PEFT adapter beside the weights, which belongs to the model.
+        adapter: A PEFT adapter in the same directory, which belongs to the model.
     """
 
     path: Path
@@ -85,6 +86,13 @@ class CheckpointInfo:
     def plain(self) -> bool:
         """Whether the files hold the model's weights as they are, under the model's names."""
         return not self.renamed and self.quantised is None and self.adapter is None
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the files that belong to a checkpoint's tokenizer and generation from one directory to another."""
+    for file in source.iterdir():
+        if file.name.startswith(_COMPANIONS) and file.is_file():
+            shutil.copyfile(file, target / file.name)
 
 
 def check_checkpoint(path: str | Path, *, tokenizer: bool = True) -> CheckpointInfo:
@@ -361,7 +369,7 @@ def _quantisation(config: Mapping[str, Any]) -> str | None:
 
 
 def _adapter(path: Path) -> Path | None:
-    """Return a PEFT adapter that lies beside the weights: transformers applies it."""
+    """Return a PEFT adapter in the directory of the weights, which transformers applies."""
     if not (path / _ADAPTER_CONFIG).is_file():
         return None
     if not (path / _ADAPTER).is_file():

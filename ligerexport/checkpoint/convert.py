@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.checkpoint.checkpoint import COMPANIONS, CheckpointInfo, check_checkpoint
+from ligerexport.checkpoint.checkpoint import CheckpointInfo, check_checkpoint, copy_companions
 from ligerexport.checkpoint.loading import check_finite, check_loadable, write_plain
 from ligerexport.checkpoint.loading import load_model as load_model
 from ligerexport.checkpoint.loading import load_transformer as load_transformer
@@ -24,6 +24,7 @@ from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError, close_matches, quoted
 from ligerexport.model.config import DEFAULT_PRESET, LigerConfig, get_preset, read_memory
 from ligerexport.model.families import PREFIX, described, get_family, harmless
+from ligerexport.reading import as_path
 from ligerexport.staging import check_destination, staged_directory
 from ligerexport.text.corpus import text_files
 
@@ -115,8 +116,8 @@ def plan_convert(
         CheckpointError: The adapter is not one of `recover`.
     """
     output = Path(output)
-    liger = choose_conversion(model, preset, memory, adapter, changes)
-    texts = check_score_options(liger, calibrate, scores, windows)
+    liger = _choose_conversion(model, preset, memory, adapter, changes)
+    texts = _check_score_options(liger, calibrate, scores, windows)
     if output.resolve() == Path(model).expanduser().resolve():
         raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
     _check_output(output)
@@ -127,17 +128,11 @@ def plan_convert(
 
 @dataclass(frozen=True)
 class ConvertPlan:
-    """A conversion with its arguments checked; made by `plan_convert`.
+    """A conversion with its arguments checked; made by `plan_convert`, whose arguments its fields are.
 
     Attributes:
-        model: A directory, a hub id or a built-in model.
-        output: Directory to write.
-        liger: The conversion.
+        liger: The conversion that was chosen.
         texts: Files to fit a learned score on.
-        scores: File of scores that were fitted before.
-        windows: Windows of text that a fit reads.
-        adapter: LoRA to merge: a directory, or `shipped`.
-        force: Whether an older converted checkpoint may be replaced.
     """
 
     model: str | Path
@@ -159,7 +154,7 @@ class ConvertPlan:
         from ligerexport.checkpoint.describe import describe_checkpoint, describe_fit
 
         path, name = Path(self.model).expanduser(), str(self.model)
-        if path.is_dir():
+        if name and path.is_dir():
             check_loadable(path)
             facts = describe_checkpoint(path, self.liger) | {"path": str(self.output), "from": str(path)}
         elif name in BUILTIN_MODELS:
@@ -196,8 +191,7 @@ class ConvertPlan:
                 found = find_scores(source, info, liger, self.texts, self.scores, self.windows, progress)
                 config["liger_scores"] = found.facts
             (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            for file in [f for f in source.path.iterdir() if f.name.startswith(COMPANIONS) and f.is_file()]:
-                shutil.copyfile(file, stage / file.name)
+            copy_companions(source.path, stage)
             write_weights(stage, info, found, progress)
             _seal(stage, source, progress)
             shutil.rmtree(aside, ignore_errors=True)
@@ -209,19 +203,11 @@ class ConvertPlan:
         return self.output
 
 
-def choose_conversion(
-    model: str | Path,
-    preset: str | None,
-    memory: str | Path | None,
-    adapter: str | Path | None,
+def _choose_conversion(
+    model: str | Path, preset: str | None, memory: str | Path | None, adapter: str | Path | None,
     changes: Mapping[str, Any],
-) -> LigerConfig:
-    """Return the conversion that the options of `convert` ask for.
-
-    Raises:
-        UsageError: A setting makes no sense, a memory is none, or no adapter ships for this model.
-        CheckpointError: The adapter is none.
-    """
+) -> LigerConfig:  # fmt: skip
+    """Return the conversion that the options ask for."""
     from ligerexport.checkpoint.adapter import read_record
 
     if memory is not None:
@@ -230,18 +216,14 @@ def choose_conversion(
         return get_preset(preset or DEFAULT_PRESET, **changes)
     if adapter == SHIPPED and model not in BUILTIN_MODELS:
         raise _none_ships(Path(model).name)
-    place = DATA / "adapters" / str(model) if adapter == SHIPPED else Path(adapter).expanduser()
+    place = DATA / "adapters" / str(model) if adapter == SHIPPED else as_path(adapter)
     return LigerConfig.from_dict(read_record(place)["liger"])
 
 
-def check_score_options(
-    liger: LigerConfig, calibrate: Sequence[str | Path] | None, scores: str | Path | None, windows: int = WINDOWS
+def _check_score_options(
+    liger: LigerConfig, calibrate: Sequence[str | Path] | None, scores: str | Path | None, windows: int
 ) -> list[Path]:
-    """Return the text files to fit a learned score on, having checked the options that say where it comes from.
-
-    Raises:
-        UsageError: They contradict each other or the conversion, or name what is not there.
-    """
+    """Check where the learned scores come from, and return the text files to fit them on."""
     if (calibrate or scores) and not liger.foresees:
         raise UsageError(
             f"{'--calibrate' if calibrate else '--scores'} is for a learned score, and no pool is kept by one",
@@ -253,12 +235,12 @@ def check_score_options(
         raise UsageError(f"{windows} windows", hint="a fit reads at least one; 64 is a good number")
     if scores is not None and not Path(scores).is_file():
         raise UsageError(f"no file {scores}", hint="give a safetensors file, or text to fit on: --calibrate TEXT")
-    return text_files([Path(path).expanduser() for path in calibrate or ()], "--calibrate")
+    return text_files(calibrate or (), "--calibrate")
 
 
 def _find_adapter(source: Source, adapter: str | Path) -> Path:
     if adapter != SHIPPED:
-        return Path(adapter).expanduser()
+        return as_path(adapter)
     found = packaged(source, DATA / "adapters" / source.name)
     if found is None:
         raise _none_ships(source.name)
@@ -273,25 +255,25 @@ def _none_ships(name: str) -> UsageError:
 
 
 def _seal(place: Path, source: Source, progress: ProgressFactory) -> None:
-    """Look at every weight of a conversion once: each is finite, and what the files are is noted."""
+    """Check once that every weight of a conversion is finite, and record the identity of its files."""
     info = check_checkpoint(place, tokenizer=False)
     same = [file for file in info.files if (source.path / file.name).exists()]
     same = [file for file in same if file.samefile(source.path / file.name)]
     known = {file.name: source.sha256[file.name] for file in same if file.name in source.sha256}
     hashed = sum(file.stat().st_size for file in info.files if file.name not in known)
     with progress("checking the weights", info.bytes + hashed) as advance:
-        check_finite(replace(info, path=source.path), advance)  # the place that a user knows
+        check_finite(replace(info, path=source.path), advance)  # the directory that a user knows
         write_seal(place, info.files, known, advance)
 
 
 def _made_plain(info: CheckpointInfo) -> dict[str, str]:
-    """Return what is to be known of how the weights of a conversion were made of those in the source's files."""
+    """Return how the weights of a conversion were made from those in the source's files."""
     facts = {"dequantised": info.quantised, "adapter": info.adapter and info.adapter.name}
     return {key: value for key, value in facts.items() if value}
 
 
 def _check_not_recovered(info: CheckpointInfo, source: Source) -> None:
-    """Refuse weights that were trained with a conversion, and fit no other."""
+    """Refuse weights that were trained for another conversion."""
     from ligerexport.checkpoint.adapter import RECOVERY
 
     if RECOVERY in info.config:
@@ -305,7 +287,7 @@ def _check_not_recovered(info: CheckpointInfo, source: Source) -> None:
 
 
 def _check_output(output: Path) -> None:
-    """Refuse to replace a checkpoint that was not made by a conversion: it may be the only copy."""
+    """Refuse to replace a checkpoint that is not converted: it may be the only copy."""
     config = output / "config.json"
     if config.is_file() and '"liger"' not in config.read_text():
         raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
@@ -366,7 +348,7 @@ def convert_in_memory(
         raise UsageError(f"a learned pool needs {missing[0]}", hint="pass scores=, such as the tensors of a fit")
     weights = {name: tensor for name, tensor in weights.items() if name in wanted or ".score_proj." not in name}
     converted.load_state_dict(weights, assign=True, strict=True)
-    for name, module in model.named_modules():  # what is in no file, such as rotary frequencies
+    for name, module in model.named_modules():  # buffers that are in no file, such as rotary frequencies
         for buffer in module._non_persistent_buffers_set:
             setattr(converted.get_submodule(name), buffer, getattr(module, buffer))
     converted.tie_weights()

@@ -47,7 +47,7 @@ def check_fidelity(source: CheckpointInfo, converted: Path, progress: ProgressFa
     output projection. Quantised sources take the memory of their plain weights.
 
     Args:
-        source: The Transformer. Of a converted checkpoint, the Transformer that its weights are is taken.
+        source: The Transformer. A converted checkpoint stands for the Transformer that has its weights.
         converted: Directory of the conversion, before any adapter of `recover`.
         progress: Opens a phase.
 

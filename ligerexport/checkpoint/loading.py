@@ -62,7 +62,7 @@ def load_transformer(
     Args:
         path: Directory.
         config: Content of its config.json.
-        dtype: Of the weights; "auto" is the file's.
+        dtype: Type of the weights; "auto" is that of the file.
 
     Raises:
         CheckpointError: The family is not supported, the checkpoint is incomplete or damaged, or its weights are
@@ -83,7 +83,7 @@ def load_any(info: CheckpointInfo, dtype: torch.dtype) -> PreTrainedModel:
 
     Args:
         info: The checkpoint.
-        dtype: Of the weights.
+        dtype: Type of the weights.
 
     Raises:
         CheckpointError: See `load_transformer`.
@@ -151,7 +151,7 @@ def _load(model_class: Any, info: CheckpointInfo, config: Any, dtype: Any) -> Pr
     own = dtype
     if info.renamed or config.model_type.removeprefix(PREFIX) not in FAMILIES:
         settings["key_mapping"] = NO_WRAPPERS
-    if info.adapter is not None:  # it is merged below; transformers would leave it beside the weights
+    if info.adapter is not None:  # it is merged below; transformers would keep it separate
         settings["adapter_kwargs"] = {"subfolder": os.devnull}
     with no_bars(), _as_plain(info):
         if info.quantised:

@@ -74,7 +74,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel] = {
 
 @dataclass(frozen=True)
 class Source:
-    """A model on this disk and what is known of its origin.
+    """A model on this disk and its origin.
 
     Attributes:
         path: Checkpoint directory.

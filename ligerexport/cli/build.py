@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from ligerexport.cli import options
-from ligerexport.cli.described import finish
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
 from ligerexport.errors import UsageError, quoted
@@ -82,7 +81,7 @@ def build(
         facts = describe_checkpoint(model, plan.spec.liger) | plan.describe()
         if plan.gpu is not None:
             facts["sms"] = options.plain(plan.gpu.sms)
-        return finish(json, f"would write {plan.output}", facts, None)
+        return options.finish_made(json, f"would write {plan.output}", facts, None)
     path = plan.run(progress)
     manifest = open_artifact(path, hashes=False).manifest
     facts = {
@@ -96,7 +95,8 @@ def build(
         "chat": _chat(path),
         "device": manifest.device and "  ".join(f"{key}={options.plain(x)}" for key, x in manifest.device.items()),
     }
-    finish(json, "built and verified", facts, get_target(target).run.format(path=quoted(path)) or None)
+    following = get_target(target).run.format(path=quoted(path)) or None
+    options.finish_made(json, "built and verified", facts, following)
 
 
 def _cost(precision: str, quality: dict[str, Any] | None) -> str | None:

@@ -10,7 +10,6 @@ import typer
 
 from ligerexport.checkpoint.convert import SHIPPED, WINDOWS, plan_convert
 from ligerexport.cli import options
-from ligerexport.cli.described import finish
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
 from ligerexport.errors import UsageError, quoted
@@ -96,12 +95,12 @@ def convert(
                         windows=windows, adapter=adapter, force=force, **changes)  # fmt: skip
     options.announce("convert", model=model, output=output, preset=preset, threads=threads, **vars(plan.liger))
     if dry_run:
-        return finish(json, f"would write {output}", plan.describe(), None)
+        return options.finish_made(json, f"would write {output}", plan.describe(), None)
     from ligerexport.checkpoint.describe import describe_checkpoint
 
     path = plan.run(progress)
     following = f"ligerexport build {quoted(path)} --target onnx"
-    finish(json, "converted", describe_checkpoint(path, plan.liger), following)
+    options.finish_made(json, "converted", describe_checkpoint(path, plan.liger), following)
 
 
 def parse_slots(text: str | None) -> Slots | None:

@@ -18,8 +18,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ligerexport.console import data_json, data_table, say, set_quiet
-from ligerexport.errors import UsageError, one_line
+from ligerexport.console import card, data_json, data_table, format_bytes, say, set_quiet
+from ligerexport.errors import one_line
+from ligerexport.reading import as_path
 from ligerexport.threads import use_threads
 
 settings = SimpleNamespace(debug=False, verbose=False)
@@ -88,15 +89,8 @@ def _options(group: Any) -> list[Parameter]:
 
 
 def path(text: str | Path) -> Path:
-    """Read a path; typer names it so in the help.
-
-    Raises:
-        UsageError: It is empty, which would mean the current directory.
-    """
-    if not str(text):
-        raise UsageError(
-            "a path is empty", hint="name a file or directory, or leave the option out; . is this directory"
-        )
+    """Read the path of an option, and refuse an empty one."""
+    as_path(text)
     return Path(text)
 
 
@@ -148,6 +142,22 @@ def parts(text: str) -> list[str]:
 def crossover_row(tokens: int | None) -> tuple[str, str]:
     """Return the card's row about the length from which the Transformer's cache is larger."""
     return "KV cache larger", f"from {tokens:,} tokens on" if tokens else "never: the state grows as fast"
+
+
+def finish_made(json: bool, title: str, facts: dict[str, Any], next_command: str | None) -> None:
+    """Print facts about what was made, as a card and, if it is wanted, as JSON."""
+    finish_json(json, facts)
+    labels = {"path": "where", "weight_bytes": "weights"}
+    rows = []
+    for key, value in facts.items():
+        if key == "kv_cache_larger_from":
+            rows.append(crossover_row(value))
+        elif value is not None:
+            text = format_bytes(value) if key.endswith("bytes") else str(value)
+            if key == "scores_explain":
+                text = f"{value:.0%} of the variance"
+            rows.append((labels.get(key, key.removesuffix("_bytes").replace("_", " ")), text))
+    card(title, rows, next_command=next_command)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from ligerexport.cli.options import Json, verb
 from ligerexport.cli.prompting import Artifact, Asking, MaxNewTokens, cached, open_stdin, show
 from ligerexport.console import card, data, format_bytes, progress, silent, warn
 from ligerexport.errors import UsageError, quoted
-
-if TYPE_CHECKING:
-    pass
 
 _LONG_PROMPT = 2048
 """Tokens from which a progress bar, and the weights in the fastest order, are worth it."""

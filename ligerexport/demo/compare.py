@@ -39,10 +39,10 @@ class Stream:
     """One model's answer, as far as it is.
 
     Attributes:
-        name: Of the model.
+        name: Name of the model.
         facts: What its worker says of it.
         prompt: Ids.
-        read: Of them, how many it has read.
+        read: Number of prompt tokens that it has read.
         clock: Seconds that it has computed.
         first: Seconds to the first token; None before it.
         text: What it wrote.
@@ -88,7 +88,7 @@ class Pair:
     """The processes of two models, and the one queue for both.
 
     Args:
-        model: See `ligerexport.measure.bench.engine.open_engine`.
+        model: See `ligerexport.measure.opened.open_model`.
         against: Likewise.
         **options: Likewise.
 

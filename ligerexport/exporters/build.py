@@ -113,10 +113,13 @@ def plan_build(
     from ligerexport.checkpoint.checkpoint import check_checkpoint
     from ligerexport.exporters.onnx.genai import check_genai
     from ligerexport.exporters.onnx.graph import weight_storage
+    from ligerexport.exporters.onnx.native import check_ready
     from ligerexport.exporters.onnx.spec import read_spec
 
     backend = get_backend(settings.target)
     gpu = backend.prepare(settings)
+    if lowering == "native" and settings.verify:
+        check_ready()
     output = Path(model) / settings.target if output is None else Path(output)
     check_destination(output, force=force, marker=MANIFEST)
     info = check_checkpoint(model, tokenizer=False)

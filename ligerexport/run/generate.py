@@ -1,4 +1,4 @@
-"""Write text: stop strings, streaming, conversations. It needs a `Session` and not what is behind it."""
+"""Write text: stop strings, streaming, conversations. It needs only a `Session`."""
 
 from __future__ import annotations
 
@@ -144,8 +144,8 @@ def generate(
     When the stream ends or is closed, the session has seen the prompt and every token but the last one.
 
     Args:
-        session: Of one sequence.
-        prompt: Text, or ids that are taken as they are.
+        session: A session of one sequence.
+        prompt: Text, or ids that are used unchanged.
         messages: A conversation, instead of a prompt.
         chat: Whether the prompt is a question to put through the chat template.
         special_content: Whether special tokens in the content of messages act as such, not as the text that they are.
@@ -313,7 +313,7 @@ class Conversation:
     """Turns of a chat on one session. The session's state is the only memory: each turn prefills its own text alone.
 
     Args:
-        session: Of one sequence; what it has seen before is kept.
+        session: A session of one sequence; what it has read before stays in its state.
         sampler: For all turns, whose ids its repetition penalty counts; None takes the most likely tokens.
         system: A system message, told with the first turn.
         max_new_tokens: Most tokens of one answer.
@@ -381,7 +381,7 @@ class Conversation:
         self.session.snapshot().save(path)
 
     def load(self, path: Path | str) -> None:
-        """Go on with a conversation that was saved. Of its ids the repetition penalty knows nothing."""
+        """Continue a saved conversation. The repetition penalty does not know its tokens."""
         from ligerexport.run.runtime import Snapshot
 
         self.session.restore(Snapshot.load(path))

@@ -94,7 +94,7 @@ def load(
     Args:
         path: Directory that `build` wrote.
         batch: Sequences that advance together.
-        threads: Of one operator; None takes the physical cores that this process may use.
+        threads: Threads of one operator; None takes the physical cores that this process may use.
         chunk: Prompt tokens a call; None takes the measured best.
         prepack: Whether the runtime may copy the weights into the order that is fastest; without, they stay mapped
             from the file, which loads sooner and takes less memory and more time a token. Quantised ones are copied

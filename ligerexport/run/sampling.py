@@ -46,7 +46,7 @@ class Sampler:
         temperature: 0 takes the most likely token, after the penalties.
         top_k: Keep this many most likely tokens (and ties with the last); 0 keeps all.
         top_p: Then keep the fewest most likely tokens whose probabilities sum to at least this.
-        seed: Of the random numbers; None takes one from the system.
+        seed: Seed of the random numbers; None takes one from the system.
         min_p: Then drop tokens that are less likely than this share of the most likely one; 0 drops none.
         repetition_penalty: Divides positive logits, and multiplies negative ones, of every token that was read or
             written so far; 1 is none.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ligerexport.errors import UsageError
+from ligerexport.reading import as_path
 from ligerexport.text.datafiles import PIPE_HINT, ending, read_rows
 from ligerexport.text.tokenizer import TextModel
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def text_files(paths: Iterable[Path], option: str = "--text") -> list[Path]:
+def text_files(paths: Iterable[str | Path], option: str = "--text") -> list[Path]:
     """Return the files that are meant: a file itself, of a directory every `.txt` below it, in the order of names.
 
     Args:
@@ -25,7 +26,7 @@ def text_files(paths: Iterable[Path], option: str = "--text") -> list[Path]:
         UsageError: One is not there, or a directory holds no text.
     """
     files: list[Path] = []
-    for path in paths:
+    for path in map(as_path, paths):
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if ending(file) == ".txt" and file.is_file())
             if not found:

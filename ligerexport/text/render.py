@@ -15,7 +15,7 @@ import weakref
 from typing import Any
 
 SECONDS = 2
-"""Of the processor that a conversation may take. Templates take milliseconds."""
+"""Largest number of processor seconds for a conversation. Templates take milliseconds."""
 PATIENCE = 10 if sys.platform == "win32" else 300
 """Seconds of the clock; on Windows, which limits no process's time, these alone end an endless template."""
 MEMORY = 512 << 20

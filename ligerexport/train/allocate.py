@@ -1,7 +1,7 @@
-"""`allocate`: slots where they are worth most. Each layer is measured with other memories, then a total is shared out.
+"""`allocate`: measure each layer with other memories, then distribute slots to where they gain most.
 
-What a layer gains is measured in the model without training, with the memories of all other layers as they are, and
-taken to add up over layers. `ligerexport.model.config.read_memory` reads the file that comes out.
+The gain of a layer is measured without training while the other layers keep their memories, and gains are assumed to
+add up over layers. `ligerexport.model.config.read_memory` reads the resulting file.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from ligerexport.train.recover import check_model, read_documents
 from ligerexport.versions import versions
 
 COUNTED = ("kl", "once_nll")
-"""What `Measure` returns of which the relative changes are a memory's cost."""
+"""The measurements whose relative changes add up to the cost of a memory."""
 
 
 @dataclass(frozen=True)
 class AllocateConfig:
-    """What `allocate` does, beside model, data and places.
+    """The settings of `allocate`, apart from model, data and places.
 
     Attributes:
-        slots: Exact slots of a converted layer, on average; None is as many as the checkpoint has.
+        slots: Average number of exact slots per converted layer; None keeps that of the checkpoint.
         length: Tokens of a window of `data`.
-        windows: Most windows.
-        trials: Prompts with a key.
-        distance: Tokens of prose around it.
+        windows: Largest number of windows.
+        trials: Number of prompts with a key.
+        distance: Tokens of prose around the key.
         device: Row of `DEVICES`.
-        dtype: Row of `DTYPES`, of the weights.
+        dtype: Row of `DTYPES`; the type of the weights.
 
     Raises:
         UsageError: A value makes no sense.
@@ -85,7 +85,7 @@ def allocate(
     progress: ProgressFactory | None = None,
     **settings: Any,
 ) -> Path:
-    """Measure a converted checkpoint with other memories, layer by layer, and share slots out by what layers gain.
+    """Measure a converted checkpoint with other memories, layer by layer, and distribute slots by what layers gain.
 
     Args:
         model: Directory that `convert` or `recover` wrote; its windows and pools are where the measurement starts.
@@ -152,7 +152,7 @@ def plan_allocate(
     if length <= (fewest := min(own.num_slots for own, *_ in tried.values())):
         raise UsageError(f"windows of {length} tokens lose nothing to {fewest} slots", hint=f"--length {16 * fewest}")
     tokenizer = TextModel(info.path)
-    prose = read_tokens(text_files(Path(path).expanduser() for path in texts), tokenizer)
+    prose = read_tokens(text_files(texts), tokenizer)
     if len(prose) <= config.distance:
         raise UsageError(
             f"the text has {len(prose):,} tokens, a key in {config.distance:,} needs more",
@@ -175,9 +175,6 @@ class AllocatePlan:
         prose: A stream of tokens.
         tried: The memories of each converted layer, its own first.
         budget: Slots of all converted layers together.
-        config: The settings.
-        against: The Transformer; None takes the checkpoint's own weights.
-        output: File to write.
         asked: Model and texts as they were given.
     """
 
@@ -264,7 +261,7 @@ def memories(config: LigerConfig) -> list[LigerConfig]:
 def measure_layers(
     model: Any, tried: dict[int, list[LigerConfig]], measure: Measure, progress: ProgressFactory
 ) -> dict[int, list[dict[str, Any]]]:
-    """Return what each memory of each layer does to a model, the rest of which stays as it is.
+    """Return what each memory of each layer does to a model whose other layers stay the same.
 
     Args:
         model: Converted, on its device.
@@ -301,16 +298,16 @@ def _row(memory: LigerConfig, found: dict[str, float], base: dict[str, float]) -
 
 
 def share_out(sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """Return which of its options each layer takes so that the sum of costs is least and sizes are within a budget.
+    """Return the option that each layer takes so that the sum of costs is smallest and the slots are within a budget.
 
     Exact, by dynamic programming over the slots that are spent.
 
     Args:
-        sizes: Of each layer's options.
-        costs: Of the same.
-        budget: Most of all sizes together; at least the sum of the smallest.
+        sizes: Slots of each layer's options.
+        costs: Costs of the same options.
+        budget: Largest sum of all sizes; at least the sum of the smallest ones.
     """
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by what is spent: cost, options so far
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by the slots spent: the cost and the options so far
     for layer_sizes, layer_costs in zip(sizes, costs, strict=True):
         reached: dict[int, tuple[float, list[int]]] = {}
         for spent, (cost, options) in best.items():
@@ -323,7 +320,7 @@ def share_out(sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], 
 
 
 def as_fields(liger: LigerConfig, sizes: dict[int, LigerConfig]) -> dict[str, Any]:
-    """Return the fields `MEMORY` that give each layer its memory: the most frequent one is everybody's."""
+    """Return the fields `MEMORY` that give each layer its memory: the most frequent memory is that of all layers."""
     pairs = {layer: (memory.window, memory.slots) for layer, memory in sizes.items()}
     (window, slots), _ = Counter(pairs.values()).most_common(1)[0]
     single = tuple((layer, *pair) for layer, pair in pairs.items() if pair != (window, slots))
@@ -336,7 +333,7 @@ class Measure:
 
     Args:
         teacher: The Transformer.
-        windows: `[n, length]`; the first eighth of each is context alone, since a memory loses nothing so early.
+        windows: `[n, length]`; the first eighth of each is only context, because no memory has lost anything by then.
         text: The tokenizer.
         prose: A stream of tokens.
         distance: Tokens of prose around the key.
@@ -366,7 +363,7 @@ class Measure:
 
 
 class _Uncached(TorchModel):
-    """Reads without a cache: layers that were replaced would keep another one than the model's configuration says."""
+    """Reads without a cache, because replaced layers would need another one than the model's configuration says."""
 
     @torch.no_grad()
     def forced(self, ids: Tensor, last: int) -> Tensor:

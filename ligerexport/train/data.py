@@ -61,7 +61,7 @@ class Documents:
 
     @property
     def sha256(self) -> str:
-        """Digest of all tokens, what is learned of them, and where documents begin."""
+        """Digest of all tokens, which of them are trained on, and where documents begin."""
         digest = hashlib.sha256()
         for part in (self.ids, self.answers, self.bounds):
             digest.update(np.ascontiguousarray(part).tobytes())
@@ -85,10 +85,10 @@ def tokenize(
         records: In any order; they are taken in an order drawn from `seed`.
         text: Tokenizer and chat template of the model.
         length: Longest document. Plain text is cut into pieces of this length.
-        vocab_size: Of the model: a tokenizer that gives larger ids is another model's.
+        vocab_size: Vocabulary of the model; a tokenizer with larger ids belongs to another model.
         overlong: Whether a longer conversation is cut or dropped.
         wanted: Stop after this many tokens; None takes everything.
-        seed: Of the order.
+        seed: Seed of the order.
         progress: Reports the work; silent by default.
 
     Raises:
@@ -188,7 +188,7 @@ def _pieces(
 
 
 def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
-    """Cut a record into what is read and what is learned, with a remark where some or all of it is left out."""
+    """Cut a record into tokens that are read and tokens that are trained on, with a remark if some are left out."""
     if not record.turns:
         return ([_Segment(record.text, answer=True, special=True)], "") if record.text.strip() else ([], "empty")
     roles = [role for role, _ in record.turns]

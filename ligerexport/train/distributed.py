@@ -21,8 +21,8 @@ class Group:
     """The processes of a run.
 
     Attributes:
-        device: Of this process.
-        rank: Of this process, from 0.
+        device: Device of this process.
+        rank: Rank of this process, from 0.
         size: Processes.
         sharded: Whether the weights lie in parts on all of them (FSDP2).
     """

@@ -34,9 +34,9 @@ class Step:
         step: From 1.
         phase: Name of the phase.
         loss: Mean over the positions that count.
-        norm: Of the gradient before clipping.
+        norm: Norm of the gradient before clipping.
         rate: Learning rate.
-        tokens: Of documents, in this step.
+        tokens: Document tokens in this step, without padding.
         seconds: It took.
     """
 
@@ -58,7 +58,7 @@ class Trainer:
     Args:
         student: The model with LoRA.
         teacher: What it follows; None where the recipe needs none.
-        rows: What is learned from.
+        rows: Training data.
         config: Settings.
         group: The processes.
         states: Directory of the states.

@@ -1,4 +1,4 @@
-"""What is minimised: pure functions of activations, summed over positions so that any cut of a batch adds up.
+"""The losses: pure functions of activations, summed over positions so that the parts of a batch add up.
 
 Logits are made a chunk of positions at a time, forward and backward, so `[T, V]` never exists in whole.
 """

@@ -79,7 +79,7 @@ def load_teacher(info: CheckpointInfo, against: str | Path | None, dtype: torch.
     Args:
         info: The student.
         against: Directory, hub id or built-in name; None takes the student's own weights with softmax attention.
-        dtype: Of its weights.
+        dtype: Type of its weights.
 
     Raises:
         UsageError: It does not fit the student, or a recovered checkpoint comes without one.

@@ -50,10 +50,10 @@ class Rows:
     """An endless sequence of packed rows: every epoch all rows once, in an order of its own.
 
     Attributes:
-        documents: What is packed.
+        documents: The documents to pack.
         rows: Documents of each row.
         length: Tokens of a row, padding included.
-        seed: Of the orders.
+        seed: Seed of the order.
     """
 
     documents: Documents
@@ -71,7 +71,7 @@ class Rows:
         return found
 
     def collate(self, rows: Sequence[int]) -> Batch:
-        """Return a batch of rows, on the CPU. What is left of a row is one more document, of which nothing counts."""
+        """Return a batch of rows, on the CPU. The rest of a row is one more document that is not trained on."""
         import torch
 
         shape = (len(rows), self.length)

@@ -1,4 +1,4 @@
-"""`RECIPES`: what is minimised for which share of the tokens, and the settings that go with it.
+"""`RECIPES`: which loss is minimised on which share of the tokens, and the settings of each recipe.
 
 A phase names a row of `PHASES` (`ligerexport.train.phases`), which holds the arithmetic; nothing here imports torch.
 """
@@ -50,7 +50,7 @@ class Recipe:
         phases: In order; their shares sum to 1.
         doc: One line for tables.
         rate: Largest learning rate of AdamW.
-        schedule: Of the rate after its warm-up.
+        schedule: Schedule of the learning rate after the warm-up.
         warmup: Part of all steps in which the rate rises.
         decay: Weight decay.
         clip: Largest norm of the gradient; None does not clip.

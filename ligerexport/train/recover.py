@@ -115,19 +115,12 @@ def plan_recover(
 
 @dataclass(frozen=True)
 class RecoverPlan:
-    """A recovery with its arguments checked; made by `plan_recover`.
+    """A recovery with its arguments checked; made by `plan_recover`, whose arguments its fields are.
 
     Attributes:
         info: The converted checkpoint.
-        data: Files, directories or data sets of the hub.
-        output: Directory to write.
         config: The settings.
-        against: The Transformer to follow; None takes the checkpoint's own weights.
-        merge: Whether to merge LoRA into the weights.
-        resumes: Whether to go on from a saved state.
-        shard: Whether the processes share the weights.
-        force: Whether an older result may be replaced.
-        tensorboard: Directory for TensorBoard's scalars.
+        resumes: Whether to continue from a saved state.
     """
 
     info: CheckpointInfo

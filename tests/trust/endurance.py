@@ -265,8 +265,8 @@ def plot(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def main() -> None:
-    """Do what is left, for as long as there is time, and write what there is."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--whole", type=Path, required=True, help="an artifact of it")
@@ -277,7 +277,12 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=("steps", "exact", "whole", "cycles", "gates"), help="one part, beside others"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Do what is left, for as long as there is time, and write what there is."""
+    args = parse_arguments()
     clock, work = Clock(args.seconds), args.work
     checkpoint, artifact = work / "checkpoint", work / "artifact"
     if not checkpoint.exists():

@@ -30,6 +30,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["RUST_BACKTRACE"] = "0"
 
+sys.path.append(str(Path(__file__).parents[1]))  # tiny checkpoints are the tests'
+
 from hostile_inputs import KINDS, Kind
 from hostile_worker import run
 

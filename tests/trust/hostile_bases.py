@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoints import make_checkpoint
 from hostile_pack import make_pack
 from safetensors.numpy import save
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -28,6 +27,8 @@ LIGER: dict[str, Any] = {"preset": "liger", "window": 8, "sinks": 2, "slots": ((
 def make_bases(place: Path) -> None:
     """Write a Transformer, what it converts to, an adapter for it, artifacts of three lowerings, and a kernel pack."""
     make_pack(place / "pack")
+    from checkpoints import make_checkpoint  # imports Triton, which must compile for the pack and not interpret
+
     sizes = {"vocab_size": 264, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 256}
     memory = make_checkpoint(place / "memory", PRESETS["memory"].config, shard="50KB", **sizes)
     write_tokenizer(memory)

@@ -10,12 +10,9 @@ import random
 import resource
 import struct
 import subprocess
-import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[1]))
 
 from hostile_mutate import NUMBERS, damage
 from hostile_worker import SECONDS, Outcome

@@ -83,8 +83,9 @@ def features_gradient(feature, gradient, MAP: tl.constexpr):
         return feature * (gradient - tl.sum(feature * gradient, axis=1)[:, None])
     elif MAP == "one_minus_sigmoid":
         return -feature * (1.0 - feature) * gradient
-    tl.static_assert(MAP == "none", "no such feature map in this kernel")
-    return gradient
+    else:
+        tl.static_assert(MAP == "none", "no such feature map in this kernel")
+        return gradient
 
 
 @triton.jit

@@ -43,8 +43,8 @@ def _rank_keys(scores, position, now, POOLS: tl.constexpr):
     for i in tl.static_range(len(POOLS)):
         if POOLS[i][HORIZON] > 0:
             # ages differ from positions by a constant, and round less
-            age = (position - now).to(tl.float32) * (1.0 / POOLS[i][HORIZON])
-            aged = tl.log(tl.maximum(scores, FAINTEST)) + age[None, :]
+            aged = tl.log(tl.maximum(scores, FAINTEST))
+            aged += ((position - now).to(tl.float32) * (1.0 / POOLS[i][HORIZON]))[None, :]
             rank = tl.where(o_p == i, aged, rank)
     bits = rank.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)

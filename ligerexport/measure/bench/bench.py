@@ -30,7 +30,7 @@ from ligerexport.versions import versions
 _BUSY = 0.1
 """Share of the cores that others may take before they are in the way."""
 FIRST_SECONDS, FIRST_TIMES = 2.0, 5
-"""The time to the first token is the median of so many readings, fewer once they took this long."""
+"""Seconds and number of readings; the time to the first token is the median of those that fit into both."""
 
 
 def bench(
@@ -41,7 +41,7 @@ def bench(
     settings: Settings | None = None,
     progress: ProgressFactory | None = None,
 ) -> dict[str, Any]:
-    """Measure a model beside another.
+    """Measure two models.
 
     Args:
         model: An artifact, a converted checkpoint, or a Transformer (directory, hub id or built-in model).
@@ -215,14 +215,14 @@ def _effort(turns: dict[str, _Turn]) -> dict[str, Any]:
 
 
 def disturbed(rows: Sequence[dict[str, Any]], threads: int, cores: int, load: float) -> list[str]:
-    """Say what else took the machine's cores, and which model waits for the disk: such numbers are not the model's.
+    """Return warnings about other processes on the cores and models that waited for the disk: they distort the numbers.
 
     Args:
         rows: With the cores that others kept busy (`others`, None where it is not known) and major page faults a token
             (`faults`).
-        threads: Of a model.
-        cores: Of the machine.
-        load: Its load average before.
+        threads: Threads of a model.
+        cores: Cores of the machine.
+        load: Load average of the machine before the measurement.
     """
     found = []
     busy = max(load if row["others"] is None else row["others"] for row in rows)

@@ -113,7 +113,7 @@ class Energy:
 
     @property
     def source(self) -> str | None:
-        """Say what is counted; None where nothing can be read."""
+        """Return which energy is measured; None if none can be read."""
         names = [f"{len(self._packages)} CPU packages"] * bool(self._packages) + [f"{len(self._gpus)} GPUs"] * bool(
             self._gpus
         )

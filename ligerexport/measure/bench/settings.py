@@ -21,8 +21,8 @@ class Settings:
         contexts: Tokens read before the timed ones.
         batches: Sequences at a time.
         blocks: Times that each model gets its turn at a context.
-        tokens: Of a block.
-        threads: Of one operator; None takes the physical cores.
+        tokens: Tokens per block.
+        threads: Threads of one operator; None takes the physical cores.
         device: Row of `DEVICES`.
         dtype: Row of `DTYPES`.
         read_up_to: Tokens up to which a Transformer reads its context.

@@ -120,7 +120,7 @@ class _Server:
         return {}
 
     def restart(self, session: str) -> dict[str, Any]:
-        """Let a session have seen nothing."""
+        """Let a session begin anew."""
         batch = self._sessions.pop(session, self._model).batch
         self._sessions[session] = self._model.sibling(batch)
         return {}
@@ -131,7 +131,7 @@ class _Server:
         return self._sessions[name]
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what is asked for."""
+        """Handle one request."""
         done = getattr(self, request.pop("do"))(**request)
         model = self._sessions.get(request["session"])
         facts = {"state_bytes": model.state_bytes if model else 0, "device": device_memory()}

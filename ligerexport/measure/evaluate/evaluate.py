@@ -97,7 +97,7 @@ def plan_evaluate(
     chosen, names = choose_parts(parts, tasks, text=bool(text), teacher=against is not None)
     controls = tuple(settings.pop("controls", None) or ())
     resolved = Settings(parts=chosen, tasks=names, controls=controls, **settings)
-    files = text_files(Path(path).expanduser() for path in text) if resolved.needs_text else []
+    files = text_files(text) if resolved.needs_text else []
     if output is not None:
         check_destination(output, force=force, marker=REPORT)
     if controls and is_artifact(model):
@@ -108,17 +108,11 @@ def plan_evaluate(
 
 @dataclass(frozen=True)
 class EvaluatePlan:
-    """An evaluation with its arguments checked; made by `plan_evaluate`.
+    """An evaluation with its arguments checked; made by `plan_evaluate`, whose arguments its fields are.
 
     Attributes:
-        model: A checkpoint, a model's name, or an artifact.
-        against: The Transformer to compare with.
-        text: Held-out text as it was given.
-        files: The files of that text.
-        task_data: Directory with the tasks' data sets.
+        files: The files of the held-out text.
         settings: What is measured.
-        output: Directory for the report; None writes nothing.
-        force: Whether an older report may be replaced.
     """
 
     model: str | Path

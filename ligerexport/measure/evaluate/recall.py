@@ -91,12 +91,12 @@ def passkey_prompts(
     """Yield prompts about a key that is said at a random depth of `distance` tokens of prose.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         prose: A stream of tokens.
         said: How the key is said: `ONCE` or `TWICE`.
         distance: Tokens of prose around the key.
         trials: Prompts.
-        seed: Of keys, prose and depth.
+        seed: Seed of keys, prose and depth.
     """
     rng = _generator(seed, f"{said} {distance}")
     for _ in range(trials):
@@ -205,9 +205,9 @@ def recall(
         scorer: The model.
         tokenizer: Its tokenizer.
         prose: A stream of tokens.
-        distances: Of keys and copies; also the longest prompt with associations.
+        distances: Distances of keys and copies; the largest is also that of prompts with associations.
         trials: Prompts for each number.
-        seed: Of everything.
+        seed: Seed of everything that is random.
         prefix: Ids that begin every prompt.
         words: From `word_ids`; associations are left out where there are few.
         advance: Told the tokens read.

@@ -52,13 +52,13 @@ class Settings:
         tasks: Names of lm-eval's tasks.
         controls: Rows of `CONTROLS`.
         length: Tokens of a window of held-out text; also the largest distance of recall.
-        windows: Most windows, spread evenly over the text.
+        windows: Largest number of windows, spread evenly over the text.
         trials: Prompts for each distance of recall.
-        limit: Most questions of a task; None is all.
-        seed: Of everything that is drawn.
+        limit: Largest number of questions per task; None is all.
+        seed: Seed of everything that is random.
         batch: Sequences at a time on a GPU; elsewhere one.
         device: Row of `DEVICES`.
-        dtype: Row of `DTYPES`, of a torch model's weights.
+        dtype: Row of `DTYPES`; the type of a torch model's weights.
 
     Raises:
         UsageError: A value makes no sense or a name is in no table.
@@ -107,7 +107,7 @@ class Settings:
 def choose_parts(
     parts: Sequence[str] | None, tasks: Sequence[str] | None, *, text: bool, teacher: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return parts and tasks: what was asked for, else what the inputs allow.
+    """Return parts and tasks: the requested ones, or those that the inputs allow.
 
     Args:
         parts: Rows of `PARTS`; None chooses by the rest.

@@ -78,7 +78,7 @@ def run_tasks(
         names: Tasks or groups of them.
         max_length: Most tokens of a prompt.
         limit: Most questions of each task, the first ones.
-        seed: Of the choice of examples in the prompt.
+        seed: Seed of the choice of examples in the prompt.
         data: Directory to run in, without a network: data sets are found there under their names on the hub.
         advance: Told how many requests are done.
 

@@ -38,6 +38,19 @@ def register(options: onnxruntime.SessionOptions) -> None:
     options.register_custom_ops_library(str(library()))
 
 
+def check_ready() -> None:
+    """Check that the library is in the cache, or that it can be compiled and written there.
+
+    Raises:
+        MissingDependency: There is no C++ compiler.
+        LigerError: The cache is not writable.
+    """
+    _, path = _command()
+    place = next(parent for parent in path.parents if os.path.exists(parent))
+    if not os.path.isfile(path) and not (os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)):
+        raise LigerError(f"cannot write {path}: {place} is not a writable directory", hint=CACHE_HINT)
+
+
 @lru_cache(maxsize=1)
 def library() -> Path:
     """Return the path of the library; compile it first if it is not in the cache.
@@ -46,6 +59,15 @@ def library() -> Path:
         MissingDependency: There is no C++ compiler.
         LigerError: The compiler fails.
     """
+    command, path = _command()
+    if not os.path.isfile(path):  # a directory that may not be read counts as one without it
+        with staged_file(path, hint=CACHE_HINT) as made:
+            _compile([*command, "-o", str(made)])
+    return path
+
+
+def _command() -> tuple[list[str], Path]:
+    """Return the command that compiles the library, all but its output, and where the library goes."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise MissingDependency(
@@ -59,10 +81,7 @@ def library() -> Path:
     for source in sources:
         digest.update(source.read_bytes())
     path = cache_dir() / "native" / f"liger-{digest.hexdigest()[:16]}.so"
-    if not os.path.isfile(path):  # a directory that cannot be read counts as empty
-        with staged_file(path, hint=CACHE_HINT) as made:
-            _compile([compiler, *_FLAGS, native, *(str(x) for x in sources if x.suffix == ".cc"), "-o", str(made)])
-    return path
+    return [compiler, *_FLAGS, native, *(str(x) for x in sources if x.suffix == ".cc")], path
 
 
 def _compile(command: list[str]) -> str:
