@@ -270,7 +270,7 @@ def test_what_models_write_is_no_markup(demo: Demo) -> None:
 def test_the_model_card_is_the_manifest(artifact: Path, demo: Demo) -> None:
     manifest = open_artifact(artifact).manifest
     html = page.model_card("toy", manifest, demo.pair.facts(demo.pair.names[0]))
-    assert "4,144 parameters" in html and "48 B, of any length" in html and "passed" in html
+    assert "4,144 parameters" in html and "48 B at any length" in html and "passed" in html
     assert "vocab size" in page.model_card("toy", None, demo.pair.facts(demo.pair.names[0]))
 
 

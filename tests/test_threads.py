@@ -77,8 +77,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 VERBS = {
     "convert": ("ligerexport.checkpoint.convert", "ConvertPlan.run", "{liger}"),
-    "recover": ("ligerexport.train.recover", "RecoverPlan.run", "{liger} --data {text} --steps 1"),
-    "allocate": ("ligerexport.train.allocate", "AllocatePlan.run", "{liger} --data {text} --text {text}"),
+    "recover": ("ligerexport.train.recover", "RecoverPlan.run", "{liger} --data {text} --steps 1 --length 32"),
+    "allocate": (
+        "ligerexport.train.allocate",
+        "AllocatePlan.run",
+        "{liger} --data {text} --text {text} --length 48 --windows 1 --distance 40",
+    ),
     "eval": ("ligerexport.measure.evaluate.evaluate", "EvaluatePlan.run", "{liger} --text {text}"),
     "build": ("ligerexport.exporters.build", "BuildPlan.run", "{liger}"),
 }

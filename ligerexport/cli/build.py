@@ -95,8 +95,8 @@ def build(
         "chat": _chat(path),
         "device": manifest.device and "  ".join(f"{key}={options.plain(x)}" for key, x in manifest.device.items()),
     }
-    following = get_target(target).run.format(path=quoted(path)) or None
-    options.finish_made(json, "built and verified", facts, following)
+    run = get_target(target).run
+    options.finish_made(json, "built and verified", facts, run % quoted(path) if run else None)
 
 
 def _cost(precision: str, quality: dict[str, Any] | None) -> str | None:

@@ -26,7 +26,7 @@ class Target:
         onnxruntime: Whether ONNX Runtime runs the graph, on any of its devices; other targets have a GPU and no choice.
         sms: Compute capabilities that it can be built for; none if it is not only for GPUs.
         chunk: Tokens of a prompt in one call by default.
-        run: Command that runs an artifact at `{path}`; empty if there is none.
+        run: Command that runs an artifact, with %s for its path; empty if there is none.
     """
 
     backend: str
@@ -50,7 +50,7 @@ TARGETS: dict[str, Target] = {
         weights=("fp32", "fp16", "int8", "int4"),
         doc="a step graph for ONNX Runtime, weights in fp32 to int4",
         onnxruntime=True,
-        run='ligerexport run {path} "Once upon a time"',
+        run='ligerexport run %s "Once upon a time"',
     ),
     "trt": Target(
         backend="ligerexport.exporters.tensorrt.backend:TensorRT",
@@ -61,7 +61,7 @@ TARGETS: dict[str, Target] = {
         doc="TensorRT 8.5 and later: a graph for our plugin, its kernels, and an engine where TensorRT is installed",
         sms=(80, 86, 87, 89, 90, 100, 120),
         chunk=1024,
-        run="liger-run {path} --ids 1,2,3",
+        run="liger-run %s --ids 1,2,3",
     ),
     "trt-rtx": Target(
         backend="ligerexport.exporters.tensorrt.backend:TensorRTRTX",
