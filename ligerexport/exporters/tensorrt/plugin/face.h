@@ -1,4 +1,4 @@
-// What both faces to TensorRT share: types, the logger, attributes from fields.
+// Shared by both interfaces to TensorRT: types, the logger, and attributes from fields.
 #pragma once
 
 #include <NvInfer.h>
@@ -13,10 +13,10 @@
 
 namespace liger {
 
-// Where messages go; stderr until somebody gave a logger.
+// Destination of messages; stderr until there is a logger.
 void say(nvinfer1::ILogger::Severity severity, const std::string& text) noexcept;
 
-// Runs what may throw and returns its result; a message and `otherwise` where it threw. Nothing may leave through
+// Returns the result of `work`, or prints a message and returns `otherwise` if it throws: no exception may reach
 // TensorRT.
 template <typename R, typename F>
 R guarded(const char* where, R otherwise, F&& work) noexcept {
@@ -29,7 +29,7 @@ R guarded(const char* where, R otherwise, F&& work) noexcept {
   return otherwise;
 }
 
-// `fp32`, `fp16`, `bf16`, or "" for what activations cannot be.
+// `fp32`, `fp16`, `bf16`, or "" for a type that activations cannot have.
 inline std::string dtype_of(nvinfer1::DataType type) {
   if (type == nvinfer1::DataType::kFLOAT) return "fp32";
   if (type == nvinfer1::DataType::kHALF) return "fp16";
@@ -45,7 +45,7 @@ inline int64_t elements_of(const nvinfer1::Dims& dims) {
   return count;
 }
 
-// Whether the tensor at `position` of inputs and outputs may be what `at(i)`, a PluginTensorDesc, says.
+// Whether the tensor at `position` of inputs and outputs may have the description `at(i)`, a PluginTensorDesc.
 template <typename N, typename At>
 bool fits(const N& node, int position, At&& at) {
   const nvinfer1::PluginTensorDesc& tensor = at(position);
@@ -61,7 +61,7 @@ bool fits(const N& node, int position, At&& at) {
   return !dtype.empty() && node.Takes(dtype);
 }
 
-// Rows of the inputs; `dims(i)` says how large they are.
+// Rows of the inputs; `dims(i)` returns their sizes.
 template <typename N, typename D>
 std::vector<int64_t> rows_of(const N& node, D&& dims) {
   std::vector<int64_t> rows;
@@ -82,7 +82,7 @@ Call call_of(const N& node, const nvinfer1::PluginTensorDesc* descriptions, cons
   return call;
 }
 
-// Shape of an output: the first input's with another width, or of state, which comes last, as it came in.
+// Shape of an output: that of the first input with another width, or for state, which comes last, that of its input.
 template <typename N>
 nvinfer1::DimsExprs output_shape(const N& node, int index, const nvinfer1::DimsExprs* inputs,
                                  nvinfer1::IExprBuilder& builder) {
@@ -102,7 +102,7 @@ nvinfer1::DataType output_type(const N& node, int index, const nvinfer1::DataTyp
   }
 }
 
-// What a creator reads: the ONNX parser passes attributes that are listed here.
+// Attributes that a creator reads: the ONNX parser passes only those that are listed here.
 template <typename A>
 const nvinfer1::PluginFieldCollection& fields() {
   using nvinfer1::PluginField;

@@ -12,11 +12,11 @@ struct LinearAttributes {
   int32_t contract = 0, outputs = 0, inputs = 0, normed = 0, biased = 0, added = 0, wide = 0, side = 0;
 
   static const liger::Integers<LinearAttributes>& Integers();
-  void Check() const;  // throws where the node is of another contract than this library, or makes no sense
+  void Check() const;  // throws if the contract is not this library's or the attributes make no sense
 };
 
-// Inputs are x `[M, K]`, fp32 if it is normed, the weight, and what there is of the norm's weight, the bias, the residual,
-// and weight and bias of the side, all fp32.
+// Inputs are x `[M, K]`, fp32 if it is normed, and the weight; then, each if it exists, the norm's weight, the bias, the
+// residual, and weight and bias of the side, all fp32.
 class Linear : public Layer {
  public:
   using Attributes = LinearAttributes;
@@ -35,7 +35,7 @@ class Linear : public Layer {
   // Bytes for any call up to these rows of the inputs.
   size_t Workspace(const std::string& dtype, const std::vector<int64_t>& rows) const;
 
-  // Throws where something does not fit.
+  // Throws if an input does not fit.
   void Enqueue(const Call& call);
 
  private:

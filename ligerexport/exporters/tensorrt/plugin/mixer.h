@@ -1,4 +1,4 @@
-// One `ligerexport::LigerMixer` node, without TensorRT: which tensors it has, and what it launches.
+// One `ligerexport::LigerMixer` node, without TensorRT: its tensors and launches.
 #pragma once
 
 #include "node.h"
@@ -12,11 +12,11 @@ struct MixerAttributes {
   int32_t joint = 0, foresees = 0, judged = 0, recurrent = 0, evicts = 0;
 
   static const liger::Integers<MixerAttributes>& Integers();
-  void Check() const;  // throws where the node is of another contract than this library, or is no layer
+  void Check() const;  // throws if the contract is not this library's or the attributes make no sense
 };
 
 // Inputs are query, key and value `[B * T, H * d]`, or one tensor that has them side by side (`joint`), position `[B]`,
-// the rotary table, the score `[B * T, H]` where there is one, and the state.
+// the rotary table, the learned score `[B * T, H]` if there is one, and the state.
 class Mixer : public Layer {
  public:
   using Attributes = MixerAttributes;
@@ -36,7 +36,7 @@ class Mixer : public Layer {
   // Bytes for any call up to these rows of the inputs.
   size_t Workspace(const std::string& dtype, const std::vector<int64_t>& rows) const;
 
-  // Throws where something does not fit.
+  // Throws if an input does not fit.
   void Enqueue(const Call& call);
 
  private:
