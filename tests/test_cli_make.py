@@ -1,0 +1,75 @@
+"""The commands `convert` and `build`: dry runs, a model from start to text, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import toy
+from test_cli import Cli, cli  # noqa: F401
+
+from ligerexport.model.config import PRESETS
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with random weights, as transformers saves it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tiny") / "source"
+    config = LlamaConfig(
+        vocab_size=toy.VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    toy.tokenizer().save(str(path / "tokenizer.json"))
+    return path
+
+
+def test_dry_runs_write_nothing(cli: Cli, source: Path, tmp_path: Path) -> None:
+    result = cli("convert", source, "-o", tmp_path / "liger", "--preset", "sinks", "--window", 8, "--dry-run", "--json",
+                 "--verbose")  # fmt: skip
+    plan = json.loads(result.out)
+    slots = 8 + PRESETS["sinks"].config.sinks
+    assert result.code == 0 and plan["exact_slots"] == slots
+    assert plan["state_bytes"] == 2 * 2 * slots * (8 * 4 * 2 + 8)
+    assert plan["kv_cache_larger_from"] == plan["state_bytes"] // (2 * 2 * 8 * 2 * 4) + 1
+    assert "would write" in result.err and "window=8" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_from_a_transformer_to_text(cli: Cli, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    liger = tmp_path / "my liger"
+    result = cli("convert", source, "-o", liger, "--window", 8, "--slots", "peak_use=4,novelty=4")
+    assert result.code == 0 and f"ligerexport build '{liger}' --target onnx" in result.err, result
+    told = json.loads(cli("inspect", liger, "--json").out)
+    assert told["kind"] == "converted checkpoint" and told["liger"]["slots"] == [["peak_use", 4], ["novelty", 4]]
+
+    monkeypatch.chdir(liger)
+    assert json.loads(cli("build", "--dry-run", "--json").out)["state_bytes"] == told["state_bytes"]
+    assert not (liger / "onnx").exists()
+    result = cli("build", "--target", "onnx")
+    assert result.code == 0 and "ligerexport run onnx" in result.err, result
+    manifest = json.loads(cli("inspect", "onnx", "--json").out)
+    assert manifest["verification"]["passed"] is True and manifest["state_bytes"] == told["state_bytes"]
+    before = (liger / "onnx" / "manifest.json").read_bytes()
+    assert cli("build").code == 2
+    assert (liger / "onnx" / "manifest.json").read_bytes() == before
+    told = json.loads(cli("run", "onnx", "hello", "-n", 5, "--json").out)
+    assert told["new_tokens"] == 5 and told["state_bytes"] == manifest["state_bytes"]
+
+
+def test_a_model_is_not_converted_over_itself(cli: Cli, source: Path) -> None:
+    before = (source / "config.json").read_bytes()
+    result = cli("convert", source, "-o", source, "--force")
+    assert result.code == 2 and "is the model itself" in result.err
+    assert (source / "config.json").read_bytes() == before
+
+
+def test_build_of_a_model_that_is_not_converted(cli: Cli, source: Path) -> None:
+    result = cli("build", source)
+    assert result.code in (1, 2) and "not converted" in result.err and "ligerexport convert" in result.err
+    assert not (source / "onnx").exists()
