@@ -32,7 +32,7 @@ if find_spec("hypothesis"):  # which is not needed to run the other tests
     settings.load_profile("patient")
 
 from ligerexport.checkpoint.sources import resolve
-from ligerexport.console import progress
+from ligerexport.console import progress, set_quiet
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,6 +57,12 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _loud() -> None:
+    """Undo `--quiet` of a command that an earlier test ran in this process."""
+    set_quiet(False)
 
 
 @pytest.fixture
