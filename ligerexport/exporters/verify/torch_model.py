@@ -333,7 +333,7 @@ def _empty_model(spec: ModelSpec) -> PreTrainedModel:
 
 
 def _count(entry: Any, tokens: int) -> None:
-    """Let a layer of a cache have seen more tokens, of which it need not know anything."""
+    """Advance one layer of a cache by a number of tokens without storing their keys and values."""
     if isinstance(entry, LigerLayer):
         entry.seen += tokens
     elif tokens:
