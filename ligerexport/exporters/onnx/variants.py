@@ -1,6 +1,7 @@
 """Variants of an artifact's step graph, made in memory; weights and state are the artifact's.
 
-One returns the logits of every token of a call. The other does not round activations in products with quantised weights.
+One returns the logits of every token of a call. The other keeps activations in fp32 in products with quantised
+weights.
 """
 
 from __future__ import annotations
