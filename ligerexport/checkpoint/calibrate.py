@@ -202,9 +202,9 @@ class _Sums:
 
 @contextmanager
 def _watched(model: PreTrainedModel, window: int, seen: Any) -> Iterator[None]:
-    """Run the model on an attention that also says, layer by layer, what enters it and what is attended to later.
+    """Replace the model's attention by one that reports, for each layer, its input and what is attended to later.
 
-    As one of transformers' attention functions it gets queries and keys as every family makes them.
+    It is registered as an attention function of transformers, so it gets queries and keys as every family makes them.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -182,7 +182,7 @@ def _load(model_class: Any, info: CheckpointInfo, config: Any, dtype: Any) -> Pr
 
 @contextmanager
 def _as_plain(info: CheckpointInfo) -> Iterator[None]:
-    """Let whatever transformers raises on the way to plain weights be a `CheckpointError`."""
+    """Turn errors that transformers raises while it makes plain weights into a `CheckpointError`."""
     try:
         yield
     except LigerError:

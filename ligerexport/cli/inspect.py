@@ -24,7 +24,7 @@ def inspect(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Describe an artifact or checkpoint: state, bytes, parity."""
+    """Describe an artifact or checkpoint: its state, its bytes, and what was verified."""
     from ligerexport.artifact.artifact import MANIFEST
 
     if providers:

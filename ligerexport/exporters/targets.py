@@ -79,8 +79,8 @@ TARGETS: dict[str, Target] = {
 class Precision:
     """How the embedding and the weights of linear maps are stored; norms, biases and scores are always fp32.
 
-    A row is all that a precision needs whose codes have 4 or 8 bits, or that is fp32 or a half. Codes of another width
-    need code in these places, and in the kernels behind them:
+    A precision that is fp32, fp16 or bf16, or whose codes have 4 or 8 bits, needs nothing but a row. Codes of another
+    width need code in these places, and in the kernels behind them:
 
     - `pack` and `unpack` in `exporters/onnx/quantise.py`, and the codes' ONNX type in `_parts` of `weights.py`;
     - `Portable.blocked_rows` in `exporters/onnx/lowerings.py`, which takes codes out of their bytes;

@@ -201,7 +201,7 @@ class TextModel:
 
     @cached_property
     def _controls(self) -> frozenset[str]:
-        """The special tokens, and the added ones that the template writes: whitespace is text even so."""
+        """The special tokens, and the added tokens in the chat template that are not whitespace."""
         template = self.chat_template or ""
         contents = {token.content for token in self._added.values()}
         written = {content for content in contents if content in template and not content.isspace()}

@@ -24,7 +24,10 @@ _PACKED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromk
 
 
 def lora_targets(info: CheckpointInfo, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the projections that get LoRA: where query, key and value are packed into one, that one for its parts."""
+    """Return the names of the projections that get LoRA.
+
+    In a family that packs query, key and value into one projection, the packed one takes the place of its parts.
+    """
     if get_family(info.config["model_type"]).packed:
         targets = tuple(dict.fromkeys(_PACKED.get(target, target) for target in targets))
     return targets

@@ -109,7 +109,7 @@ class Batch:
         cu_seq_lens_q: Where documents begin and end in the `R L` tokens, `[N + 1]` int32.
         max_length_q: Tokens of the longest document.
         counted: Whether the phase counts each position, `[R, L]` bool; set by `count`.
-        places: Indices of the counted positions in the `R L` tokens, so that no GPU is asked for them.
+        places: Indices of the counted positions in the `R L` tokens; found on the CPU, so that no GPU is waited for.
     """
 
     input_ids: Tensor

@@ -36,7 +36,7 @@ class Resumed:
 
 
 def state_directory(output: Path) -> Path:
-    """Return where the states of a run live whose result goes to `output`."""
+    """Return the directory that holds the saved states of the run that writes `output`."""
     output = Path(output)
     return output.with_name(f"{output.name}.state")
 

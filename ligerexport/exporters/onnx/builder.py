@@ -57,7 +57,7 @@ class Builder:
         return values[0] if outputs == 1 else tuple(values)
 
     def const(self, value: Any, dtype: Any = np.int64) -> ir.Value:
-        """Return a constant; equal ones are one."""
+        """Return a constant; equal constants are added to the graph only once."""
         array = np.asarray(value, dtype)
         return self.once((array.dtype.str, array.shape, array.tobytes()), lambda: self._const(array))
 

@@ -38,7 +38,7 @@ def check_genai(checkpoint: Path, target: str, lowering: str) -> None:
     """Check that onnxruntime-genai can run what will be built.
 
     Raises:
-        UsageError: It is not for ONNX Runtime, needs an operator that is not there, or no id ends a text.
+        UsageError: The target is not for ONNX Runtime, the lowering is `native`, or the model names no end-of-text id.
     """
     if not get_target(target).onnxruntime:
         raise UsageError(f"onnxruntime-genai with the target {target}", hint="--target onnx")

@@ -254,7 +254,7 @@ def _first_line(error: Exception) -> str:
 
 def _variant(artifact: Artifact, scoring: bool) -> bytes | None:
     try:
-        from ligerexport.exporters.onnx.scoring import every_token, exact_products
+        from ligerexport.exporters.onnx.variants import every_token, exact_products
     except ImportError as error:
         raise MissingDependency(error.name or "onnx-ir", extra="onnx") from error
     return every_token(artifact.graph) if scoring else exact_products(artifact.graph)

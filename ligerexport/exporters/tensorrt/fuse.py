@@ -78,7 +78,7 @@ class _Fuser:
         self._replace(node, found._replace(spec=spec))
 
     def mixer(self, node: ir.Node) -> None:
-        """Give a mixer query, key and value in their type, and a score from their own product where that can be."""
+        """Convert a mixer's query, key and value to their type, and compute its score in their product if possible."""
         projected = 1 if node.attributes["joint"].as_int() else 3
         score = projected + 2 if node.attributes["foresees"].as_int() else None
         if projected == 1 and score is not None:

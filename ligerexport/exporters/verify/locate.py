@@ -148,8 +148,8 @@ def _variant(artifact: Artifact, outputs: list[str]) -> Run:
     import onnxruntime
 
     from ligerexport.exporters.onnx.native import register
-    from ligerexport.exporters.onnx.scoring import exact_products
     from ligerexport.exporters.onnx.session import EXACT, FOLDER
+    from ligerexport.exporters.onnx.variants import exact_products
 
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry(*EXACT)

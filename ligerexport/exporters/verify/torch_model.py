@@ -198,7 +198,10 @@ class Reference:
 
     @contextmanager
     def _loaded(self, *names: str, tokens: np.ndarray | None = None) -> Iterator[None]:
-        """Give modules their weights for the length of a block; the embedding the rows of `tokens`."""
+        """Load the weights of modules and drop them at the end of the `with` block.
+
+        Of the embedding, only the rows of `tokens` are loaded.
+        """
         empty = {
             f"{name}.{key}": parameter
             for name in names
@@ -333,7 +336,7 @@ def _empty_model(spec: ModelSpec) -> PreTrainedModel:
 
 
 def _count(entry: Any, tokens: int) -> None:
-    """Let a layer of a cache have seen more tokens, of which it need not know anything."""
+    """Advance one layer of a cache by a number of tokens without storing their keys and values."""
     if isinstance(entry, LigerLayer):
         entry.seen += tokens
     elif tokens:

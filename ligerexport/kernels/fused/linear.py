@@ -113,7 +113,7 @@ def _row_kernel(
     N: tl.constexpr, K: tl.constexpr, EPSILON: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Compute some outputs of one row, or one of the side. Grid: (N / BLOCK_N + S,)."""
+    """Compute a block of outputs of one row, or one output of the second product. Grid: (N / BLOCK_N + S,)."""
     ROWS: tl.constexpr = N % BLOCK_N == 0
     COLUMNS: tl.constexpr = K % BLOCK_K == 0
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N

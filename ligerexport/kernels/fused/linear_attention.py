@@ -67,7 +67,7 @@ class _Call:
 
     @cached_property
     def blocks(self) -> dict[str, int]:
-        """Blocks of channels that each kernel takes a head in."""
+        """Number of blocks into which each kernel divides the channels of a head."""
         found = {
             name: _cdiv(self.d_v, self.block_v(name))
             for name in ("segment_states", "attend_segments", "value_gradient")

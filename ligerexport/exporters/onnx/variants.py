@@ -1,5 +1,7 @@
-"""Variants of an artifact's step graph, made in memory: one returns the logits of every token of a call, and in another
-one products with quantised weights are exact. Weights and state are the artifact's.
+"""Variants of an artifact's step graph, made in memory; weights and state are the artifact's.
+
+One returns the logits of every token of a call. The other keeps activations in fp32 in products with quantised
+weights.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def exact_products(graph: Path, outputs: Iterable[str] = ()) -> bytes:
 def every_token(graph: Path) -> bytes | None:
     """Return the graph with logits `[B * T, V]`; its weights stay in the files beside `graph`.
 
-    None is a graph that was not written by `ligerexport.exporters.onnx.graph`: what to leave out is not known there.
+    Returns None for a graph that `ligerexport.exporters.onnx.graph` did not write, because its last token is picked in
+    an unknown way.
     """
     model = ir.load(graph)
     logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
