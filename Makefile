@@ -18,7 +18,8 @@ LOWERING ?= $(if $(COMPILER),native,ort)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
-COMPILER = $(shell for name in $$CXX c++ g++ clang++; do command -v $$name; done)
+# The last command is true because make drops the output of a shell that ends with 127, as dash does at a missing name.
+COMPILER = $(shell for name in $$CXX c++ g++ clang++; do command -v $$name; done; true)
 SOURCES = $(shell find ligerexport -name '*.py')
 
 .DEFAULT_GOAL := help
