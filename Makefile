@@ -18,7 +18,8 @@ LOWERING ?= $(if $(COMPILER),native,ort)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
-COMPILER = $(shell for name in $$CXX c++ g++ clang++; do command -v $$name; done)
+# The last command is true because make drops the output of a shell that ends with 127, as dash does at a missing name.
+COMPILER = $(shell for name in $$CXX c++ g++ clang++; do command -v $$name; done; true)
 SOURCES = $(shell find ligerexport -name '*.py')
 
 .DEFAULT_GOAL := help
@@ -46,7 +47,7 @@ build: build/smollm2-onnx/manifest.json ## Build and verify its int4 artifact fo
 run: build/smollm2-onnx/manifest.json ## Write text with the artifact.
 	$(BIN)/ligerexport run build/smollm2-onnx "$(PROMPT)"
 
-demo: build/smollm2-onnx/manifest.json ## Show it beside the original model, on a page of this machine.
+demo: build/smollm2-onnx/manifest.json ## Show it beside the original model on a local page.
 	$(BIN)/ligerexport demo build/smollm2-onnx --against smollm2-135m
 
 # The verbs write a whole directory or nothing, so one file of it stands for all.
@@ -60,7 +61,7 @@ build/smollm2-onnx/manifest.json: build/smollm2-liger/config.json
 build/smollm2-fp32/manifest.json: build/smollm2-liger/config.json
 	$(BIN)/ligerexport build build/smollm2-liger -o build/smollm2-fp32 --force
 
-examples: build/smollm2-fp32/manifest.json ## Build what the examples run, and fetch their JavaScript packages; needs npm.
+examples: build/smollm2-fp32/manifest.json ## Build what the examples run; fetches packages with npm.
 	npm install --no-audit --no-fund --ignore-scripts --prefix examples/node
 	npm install --no-audit --no-fund --ignore-scripts --prefix examples/web
 
@@ -77,22 +78,22 @@ typecheck: $(READY) ## Check types.
 pytest: $(READY) ## Run the tests.
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-system: $(READY) ## Run the tests that need a browser, servers, C++ projects or fresh environments.
+system: $(READY) ## Run tests that need a browser, servers or new environments.
 	$(BIN)/python -m pytest -m system $(PYTEST_ARGS)
 
-dist: $(READY) ## Build the sdist and, from it, the wheel; the same commit gives the same bytes.
+dist: $(READY) ## Build the sdist and, from it, a reproducible wheel.
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation
 
 docs: $(READY) ## Build the documents as a site in build/site.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
 
-release: dist ## Add a bill of materials, an audit of known vulnerabilities, and checksums.
+release: dist ## Add a bill of materials, an audit, and checksums.
 	$(PYTHON) -m venv build/release
 	build/release/bin/python -m pip install --disable-pip-version-check --quiet cyclonedx-bom pip-audit
 	build/release/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o dist/sbom.cdx.json
 	build/release/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 	cd dist && sha256sum *.whl *.tar.gz sbom.cdx.json > SHA256SUMS
 
-clean: ## Remove what was built; the environment and the user's cache stay.
+clean: ## Remove what was built, but not the environment or the cache.
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -25,7 +25,9 @@ def of_python() -> Iterator[str]:
         if not callable(thing):
             yield f"### `{name}`\n"
             continue
-        yield f"### `{name}{signature(thing)}`\n" if inspect.isfunction(thing) else f"### class `{name}`\n"
+        yield f"### {'' if inspect.isfunction(thing) else 'class '}`{name}`\n"
+        if inspect.isfunction(thing):
+            yield f"```python\n{name}{signature(thing)}\n```\n"
         yield f"{summary(thing)}\n"
         if inspect.isclass(thing):
             members = {k: v for base in reversed(thing.__mro__[:-1]) for k, v in vars(base).items()}
@@ -62,8 +64,8 @@ def of_command() -> Iterator[str]:
 
 def text() -> str:
     """Return the document."""
-    head = "# What is public\n\nWritten by `python tests/api.py > docs/reference/api.md`; a change here is a change of "
-    head += "the interface, and belongs\ninto the changelog.\n\n## Python\n"
+    head = "# Frozen interface\n\nWritten by `python tests/api.py > docs/reference/api.md`; a change here is a "
+    head += "change of the interface, and belongs\ninto the changelog.\n\n## Python\n"
     return "\n".join([head, *of_python(), "## Command line\n", *of_command()]).rstrip("\n") + "\n"
 
 

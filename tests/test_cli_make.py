@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,13 @@ def test_dry_runs_write_nothing(cli: Cli, source: Path, tmp_path: Path) -> None:
 
 def test_from_a_transformer_to_text(cli: Cli, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     liger = tmp_path / "my liger"
-    result = cli("convert", source, "-o", liger, "--window", 8, "--slots", "peak_use=4,novelty=4")
+    result = cli("convert", source, "-o", liger, "--window", 8, "--slots", "peak_use=4,novelty=4",
+                 "--layer-memory", "1:window=6,peak_use=2,novelty=2")  # fmt: skip
     assert result.code == 0 and f"ligerexport build '{liger}' --target onnx" in result.err, result
     told = json.loads(cli("inspect", liger, "--json").out)
     assert told["kind"] == "converted checkpoint" and told["liger"]["slots"] == [["peak_use", 4], ["novelty", 4]]
+    shown = cli("inspect", liger).out
+    assert re.search(r"^1 +6 +peak_use=2,novelty=2 *$", shown, re.MULTILINE) and "layer_memory" not in shown
 
     monkeypatch.chdir(liger)
     assert json.loads(cli("build", "--dry-run", "--json").out)["state_bytes"] == told["state_bytes"]

@@ -215,10 +215,10 @@ def test_several_pasted_lines_are_one_turn(artifact: Path) -> None:
         expect(b"\x1b[?2004h")
         expect(b"> ")
         os.write(master, b"\x1b[200~/one\ntwo\nthree\x1b[201~\n")
-        expect(b"[length")
+        expect(b"[length limit")
         expect(b"> ")
         os.write(master, b"/exit\n")
-        expect(b"1 turns")
+        expect(b"1 turn")
         assert process.wait() == 0
     os.close(master)
 

@@ -37,7 +37,7 @@ def commands() -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     for document in DOCUMENTS:
         for block in re.findall(r"^```(?:\w*)\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE):
-            for line in block.splitlines():
+            for line in block.replace("\\\n", " ").splitlines():
                 for part in re.split(r"\s{3,}(?=ligerexport )", line.strip()):
                     if part.startswith("ligerexport "):
                         text = re.sub(r"\s+#.*", "", part)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import ligerexport as lx
 from ligerexport.cli.app import app
+from ligerexport.cli.inspect import _most_frequent
 from ligerexport.exporters.onnx.builder import CONTRIB, Builder, graph_input
 from ligerexport.exporters.onnx.graph import build_graph, weight_storage
 from ligerexport.exporters.onnx.providers import operators, place
@@ -76,3 +77,10 @@ def test_lists_are_whole(provider: str) -> None:
     for kind, (since, until, inputs) in operators()[provider]["ops"].items():
         assert 1 <= since <= 21 <= (until or 21), kind
         assert inputs and all(inputs), kind
+
+
+def test_the_table_shows_the_most_frequent_reasons() -> None:
+    reasons = {f"{kind}: no kernel": count for count, kind in enumerate("ABCDEFG", 1)}
+    assert _most_frequent(reasons).startswith("G: no kernel (7)  F: no kernel (6)  ")
+    assert _most_frequent(reasons).endswith("C: no kernel (3)  and 2 more")
+    assert _most_frequent({"Gelu: no kernel": 1}) == "Gelu: no kernel (1)"

@@ -51,6 +51,19 @@ def test_licences_of_all_dependencies() -> None:
         assert licences.is_known(licence) or name in licences.PROGRAMS, f"{name}: {licence}"
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("compiler", ["c++", "g++", "clang++", "named", None])
+def test_quickstart_builds_what_the_machine_can_compile(tmp_path: Path, compiler: str | None) -> None:
+    """One compiler, whichever it is, is enough for the lowering native, and without one it is ort."""
+    for name in filter(None, ("make", "sh", "find", compiler)):
+        (tmp_path / name).symlink_to(shutil.which(name) or "/bin/true")
+    setting = {"CXX": "named"} if compiler == "named" else {}
+    command = ["make", "-n", "build", "VENV=absent"]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": str(tmp_path), **setting}, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert f"--lowering {'native' if compiler else 'ort'} " in done.stdout
+
+
 @pytest.mark.system
 @pytest.mark.skipif(not find_spec("build") or not shutil.which("git"), reason="needs git and the `dev` extra")
 def test_wheel_is_reproducible(tmp_path: Path) -> None:

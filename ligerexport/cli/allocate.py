@@ -19,10 +19,15 @@ def allocate(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint; the measurement starts from its memory.")],
     data: Annotated[
         list[str],
-        typer.Option("--data", help="Chats or text to measure divergence on, as for recover; may be repeated."),
+        typer.Option(
+            "--data", metavar="DATA", help="Chats or text to measure divergence on, as for recover; may be repeated."
+        ),
     ],
     text: Annotated[
-        list[Path], typer.Option(help="Prose to hide a key in: .txt files or directories of them; may be repeated.")
+        list[Path],
+        typer.Option(
+            metavar="PATH", help="Prose to hide a key in: .txt files or directories of them; may be repeated."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write, for convert --memory.")],
     slots: Annotated[

@@ -19,7 +19,7 @@ _ANNOUNCED = ("target", "lowering", "max_chunk", "weights")
 
 @verb(computes=True)
 def build(
-    model: Annotated[Path, typer.Argument(help="A converted checkpoint; default: this directory.")] = Path("."),
+    model: Annotated[Path, typer.Argument(help="A converted checkpoint.")] = Path("."),
     target: Annotated[str, typer.Option(help="What to build for: a row of `ligerexport list targets`.")] = "onnx",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory to write; default: TARGET inside the checkpoint.")

@@ -27,6 +27,8 @@ _COMMANDS = {
     "/help": "show this list",
     "/exit": "leave",
 }
+_ENDINGS = {"eos": "complete", "length": "length limit", "stop": "stop text"}
+"""How a finish is called below an answer."""
 
 
 @verb()
@@ -73,7 +75,7 @@ def chat(
         json, {"turns": turns, "position": int(session.position[0]), "state_bytes": session.state_bytes}
     )
     card(
-        f"{len(turns)} turns",
+        f"{len(turns)} turn{'' if len(turns) == 1 else 's'}",
         [
             ("tokens seen", f"{int(session.position[0]):,}"),
             ("state", format_bytes(session.state_bytes)),
@@ -125,7 +127,7 @@ def _answer(talk: Conversation, line: str, json: bool) -> dict[str, Any]:
         data("")
     finish, speed = (summary.finish, summary.tokens_per_second) if summary else ("stopped", None)
     rate = f", {speed:.1f} tokens per second" if speed else ""
-    err.print(f"[{finish}{rate}]", style="dim", markup=False)
+    err.print(f"[{_ENDINGS.get(finish, finish)}{rate}]", style="dim", markup=False)
     return {"answer": "".join(chunk.text for chunk in pieces), "finish": finish}
 
 

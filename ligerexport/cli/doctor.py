@@ -68,7 +68,7 @@ def _python() -> Check:
 
 
 def _packages() -> list[Check]:
-    """Check the requirements of the installed package: its base, the runtimes, and the extras of all targets."""
+    """Check the requirements of the installed package: its base, the runtimes, and the extras."""
     from packaging.requirements import Requirement
 
     try:
@@ -78,7 +78,7 @@ def _packages() -> list[Check]:
     base = [requirement for requirement in wanted if requirement.marker is None or requirement.marker.evaluate()]
     runtimes = [Requirement(f"{name}{version}") for t in TARGETS.values() for name, version in t.requires.items()]
     checks = [_package(requirement) for requirement in base + runtimes]
-    for extra in ("builtin", *sorted({target.extra for target in TARGETS.values()})):
+    for extra in sorted({*(metadata.metadata(PACKAGE).get_all("Provides-Extra") or ())} - {"all", "dev"}):
         rows = [r for r in wanted if r.marker and not r.marker.evaluate() and r.marker.evaluate({"extra": extra})]
         missing = [r.name for r in rows if not _satisfied(r)]
         found = f"missing: {', '.join(missing)}" if missing else "installed"

@@ -21,7 +21,8 @@ def eval_(
         str | None, typer.Option(help="The Transformer that it was converted from; it is measured too.")
     ] = None,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Held-out plain text: a file, or a directory of .txt; may be repeated.")
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Held-out plain text: a file, or a directory of .txt; may be repeated."),
     ] = None,
     parts: Annotated[
         str | None,

@@ -15,6 +15,9 @@ from ligerexport.dtypes import DTYPES
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.exporters.targets import get_target
 
+REASONS = 5
+"""Largest number of reasons that the table of providers shows; `--json` has all."""
+
 
 @verb(verbose=False)
 def inspect(
@@ -32,9 +35,12 @@ def inspect(
     facts = _artifact(path) if (path / MANIFEST).is_file() else _checkpoint(path)
     if json:
         return options.finish_json(True, facts)
-    state = facts.pop("state")
+    state, memories = facts.pop("state"), (facts["liger"] or {}).pop("layer_memory", ())
     rows = [(key.replace("_", " "), _plain(key, value)) for key, value in facts.items() if value not in (None, {})]
     options.print_table(("", ""), rows)
+    if memories:
+        data_table()
+        options.print_table(("layers with their own memory", "window", "slots"), _group_memories(memories))
     if state:
         data_table()
         options.print_table(("state", "shape", "type", "layers", "bytes per sequence"), [
@@ -43,9 +49,19 @@ def inspect(
         ])  # fmt: skip
 
 
+def _group_memories(memories: Iterable[tuple[int, int, Any]]) -> list[tuple[str, str, str]]:
+    """Return one row for each memory: the layers that have it, its window, and its slots."""
+    rows: dict[tuple[int, str], list[str]] = {}
+    for layer, window, slots in memories:
+        rows.setdefault((window, options.plain(slots)), []).append(str(layer))
+    return [(", ".join(layers), str(window), slots) for (window, slots), layers in rows.items()]
+
+
 def _plain(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        return "  ".join(f"{name}={_plain(name, x)}" for name, x in value.items() if not isinstance(x, dict))
+        equals = "" if key == "requires" else "="  # which are ranges of versions, such as >=1.29
+        shown = {name: x for name, x in value.items() if not isinstance(x, dict) and x is not None}
+        return "  ".join(f"{name}{equals}{_plain(name, x)}" for name, x in shown.items())
     if isinstance(value, (list, tuple)):
         return options.plain(value)
     if isinstance(value, int) and not isinstance(value, bool) and "bytes" in key:
@@ -100,8 +116,15 @@ def _providers(path: Path, json: bool) -> None:
         return options.finish_json(True, rows)
     options.print_table(("provider", "nodes", "on the CPU", "partitions", "why"), [
         (name, str(row["taken"]), str(sum(row["fallback"].values())), str(row["partitions"]),
-         "  ".join(f"{reason} ({count})" for reason, count in row["fallback"].items())) for name, row in rows.items()
+         _most_frequent(row["fallback"])) for name, row in rows.items()
     ])  # fmt: skip
+
+
+def _most_frequent(reasons: dict[str, int]) -> str:
+    """Return the reasons that most nodes share, and the number of the others."""
+    shown = sorted(reasons.items(), key=lambda row: -row[1])[:REASONS]
+    more = len(reasons) - len(shown)
+    return "  ".join([*(f"{reason} ({count})" for reason, count in shown), *([f"and {more} more"] if more else [])])
 
 
 def _group(tensors: Iterable[tuple[str, Sequence[int | str], str]]) -> list[dict[str, Any]]:

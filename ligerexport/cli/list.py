@@ -8,6 +8,7 @@ import typer
 
 from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
+from ligerexport.console import data_table
 from ligerexport.errors import UsageError, close_matches
 
 
@@ -55,5 +56,7 @@ def list_(
     rows = {name: make() for name, make in _TABLES.items() if table in (None, name)}
     if json:
         return options.finish_json(True, rows[table] if table else rows)
-    for name, found in rows.items():
+    for index, (name, found) in enumerate(rows.items()):
+        if index:
+            data_table()
         options.print_table(("", "") if table else (name, ""), list(found.items()))

@@ -54,7 +54,8 @@ class Asking:
     ] = None
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed writes the same text.")] = None
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="Text or special token that ends the answer; may be repeated.")
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="Text or special token that ends the answer; may be repeated."),
     ] = None
     special_content: Annotated[
         bool,

@@ -27,7 +27,9 @@ def recover(
     model: Annotated[Path, typer.Argument(help="A converted checkpoint.")],
     data: Annotated[
         list[str],
-        typer.Option("--data", help="JSONL chats or pairs, text, a directory, a hub data set; may be repeated."),
+        typer.Option(
+            "--data", metavar="DATA", help="JSONL chats or pairs, text, a directory, a hub data set; may be repeated."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")] = DEFAULT_RECIPE,
