@@ -263,7 +263,7 @@ def test_scores_of_the_package(tmp_path: Path, text: Path, monkeypatch: pytest.M
         ({"scores": "a.txt", "preset": "sinks"}, "--scores is for a learned score", "--preset foresight"),
         ({"calibrate": ["a.txt"]}, "the text has", "more text"),
         ({"scores": "a.txt"}, "a.txt", "damaged"),
-        ({"scores": "short.safetensors"}, r"layers.2.self_attn.score_proj.weight is not there", "another model"),
+        ({"scores": "short.safetensors"}, r"layers.2.self_attn.score_proj.weight is missing", "another model"),
         ({"scores": "wide.safetensors"}, r"is \[2, 65\] in .* needs \[2, 64\]", "another model"),
         ({"scores": "nan.safetensors"}, "not finite", "again"),
     ],

@@ -173,7 +173,7 @@ def test_prefixes_of_wrappers_are_stripped(tmp_path: Path, sound: tuple[Path, Pa
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "no projection": (lambda x: x.pop(MAP), f"{MAP} is missing"),
     "no norm": (lambda x: x.pop(NORM), f"{NORM} is missing"),
-    "another name": (lambda x: x.update({f"{MAP}s": x.pop(MAP)}), f"{MAP}s, which config.json gives no place"),
+    "another name": (lambda x: x.update({f"{MAP}s": x.pop(MAP)}), f"{MAP}s, which the model in config.json"),
     "a bias": (lambda x: x.update({MAP.replace("weight", "bias"): torch.zeros(64)}), "o_proj.bias, which"),
     "wide": (lambda x: x.update({MAP: torch.zeros(64, 65)}), r"is \[64, 65\], config.json says \[64, 64\]"),
     "turned": (lambda x: x.update({"model.norm.weight": torch.ones(1, 64)}), r"is \[1, 64\]"),

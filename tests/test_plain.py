@@ -53,7 +53,7 @@ def test_fp8_weights_are_turned_back(tmp_path: Path, capsys: pytest.CaptureFixtu
     meant: dict[str, Tensor] = {}
     source = make(tmp_path / "source", lambda x: meant.update(fp8(x)), quantization_config=FP8, dtype="bfloat16")
     liger = convert(source, tmp_path / "liger", **WHOLE)
-    assert "fp8 weights were turned back to bfloat16" in capsys.readouterr().err
+    assert "fp8 weights were dequantised to bfloat16" in capsys.readouterr().err
     config = json.loads((liger / "config.json").read_text())
     assert config["liger_source"]["dequantised"] == "fp8" and "quantization_config" not in config
     stored = load_file(liger / SINGLE)
@@ -178,7 +178,7 @@ def test_an_adapter_of_any_kind_is_applied_as_peft_applies_it(tmp_path: Path) ->
     tensors = load_file(source / "adapter_model.safetensors")
     tensors |= {name.replace("layers.0", "layers.9"): x.clone() for name, x in tensors.items() if "layers.0" in name}
     save_file(tensors, source / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"layers\.9\..* which the model has not") as caught:
+    with pytest.raises(CheckpointError, match=r"layers\.9\..* which the model does not have") as caught:
         convert(source, tmp_path / "extra")
     assert "adapter_config.json" in str(caught.value.hint)
 

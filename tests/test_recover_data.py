@@ -284,7 +284,7 @@ def test_a_chat_beyond_what_is_wanted_is_not_missed(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_another_model(text: TextModel) -> None:
-    with pytest.raises(UsageError, match="the model knows 100"):
+    with pytest.raises(UsageError, match="the model has 100 tokens"):
         documents(text, Record("x", text="abc"), vocab_size=100)
 
 
