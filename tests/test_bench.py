@@ -135,7 +135,7 @@ def test_an_artifact_of_an_older_rule_for_bits_runs_and_is_not_compared(
 @hybrid
 def test_vocabularies_must_be_one(built: Built, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", MEMORY)
-    with pytest.raises(UsageError, match="vocabularies of 131 and 259"):
+    with pytest.raises(UsageError, match="vocabularies have 131 and 259"):
         bench(str(built[1]), str(other), settings=Settings((8,), blocks=1, tokens=1))
 
 
@@ -257,7 +257,7 @@ def test_disturbances_are_told(result: dict[str, Any], monkeypatch: pytest.Monke
     assert "kept 1.2 of 2 cores busy" in disturbed([*calm, row("a", 16, 1.2)], 2, 2, 0.0)[0]
     assert "kept 9.0 of 2 cores busy" in disturbed([row("a", 8, None)], 2, 2, 9.0)[0]
     [told] = disturbed([*calm, row("b", 16, 0.0, 1.0), row("b", 32, 0.0, 40.0)], 2, 2, 0.0)
-    assert told.startswith("b waited for the disk 40 times a token at 32 tokens")
+    assert told.startswith("b waited for the disk 40 times per token at 32 tokens")
     assert f"\nWarning: {told}.\n" in markdown(result | {"warnings": [told]})
     assert "Warning" not in markdown({key: value for key, value in result.items() if key != "warnings"})
     assert all(row["others"] >= 0 and row["faults"] >= 0 for row in result["rows"])

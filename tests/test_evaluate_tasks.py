@@ -201,7 +201,7 @@ def test_tasks_that_cannot_run(liger: Path, data: Path, tmp_path: Path) -> None:
         run_tasks(subject, subject.text, ["local_sampling"], max_length=LENGTH, data=data)
     from ligerexport.measure.evaluate.harness import HarnessLM
 
-    with pytest.raises(UsageError, match="an answer of 80 tokens"):
+    with pytest.raises(UsageError, match="an answer has 80 tokens"):
         HarnessLM(subject, subject.text, LENGTH)._loglikelihood_tokens([(None, [1], [2] * 80)])
     with pytest.raises(LigerError, match="local_absent could not run") as absent:
         run_tasks(subject, subject.text, ["local_absent"], max_length=LENGTH, data=data)

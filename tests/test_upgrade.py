@@ -60,7 +60,7 @@ def test_prompt_cache(old: Path, said: dict[str, Any]) -> None:
     session, cache = lx.load(old / "engine"), PromptCache(old / "state.safetensors")
     prompt = np.array([*said["prompt"], said["tokens"][0]])
     if Snapshot.load(cache.path).ids is None:  # a plain state
-        with pytest.raises(LigerError, match="no prompt cache") as caught:
+        with pytest.raises(LigerError, match="not a prompt cache") as caught:
             cache.restore(session, prompt)
         assert caught.value.hint == "choose another file"
     else:

@@ -417,9 +417,7 @@ def _other_weights(path: Path) -> CheckpointError | None:
     if (path / _ADAPTER).is_file():
         hint = "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(...)"
         if (path / "recovery.json").is_file():
-            hint = (
-                f"merge it into its converted model: ligerexport convert MODEL --adapter {quoted(path)} -o DIRECTORY"
-            )
+            hint = f"merge it into its converted model: ligerexport convert MODEL --adapter {quoted(path)} -o DIRECTORY"
         return CheckpointError(f"{path} is a LoRA adapter, expected a whole model", hint=hint)
     if any(path.glob("*.gguf")):
         return CheckpointError(

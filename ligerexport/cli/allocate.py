@@ -22,7 +22,7 @@ def allocate(
         typer.Option("--data", help="Chats or text to measure divergence on, as for recover; may be repeated."),
     ],
     text: Annotated[
-        list[Path], typer.Option(help="Prose to hide a key in: .txt files or directories of them; may be repeated.")
+        list[Path], typer.Option(help="Prose that hides a key: .txt files or directories of them; may be repeated.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write, for convert --memory.")],
     slots: Annotated[
@@ -40,7 +40,7 @@ def allocate(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Distribute slots among layers by what each layer gains.
+    """Give slots to the layers that gain most.
 
     The model is measured with smaller and larger memories in one layer at a time. Nothing is trained.
     """
@@ -72,6 +72,6 @@ def allocate(
     card("allocated", [
         ("where", str(output)),
         ("slots", f"{record['total']:,} of {record['budget']:,} in {record['layers']} layers"),
-        ("before", f"{base['kl']:.3f} nats from the Transformer, {base['once']:.0%} of a key's digits"),
-        ("expected", f"{record['expected_cost']:+.2f} in the sum of relative changes, were layers independent"),
+        ("before", f"{base['kl']:.3f} nats from the Transformer, {{base['once']:.0%} of a key's digits recalled"),
+        ("expected", f"{record['expected_cost']:+.2f} in the sum of relative changes, if layers are independent"),
     ], next_command=f"ligerexport convert {quoted(model)} --memory {quoted(output)} -o OTHER")  # fmt: skip
