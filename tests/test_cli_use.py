@@ -100,7 +100,7 @@ def test_chat_says_how_it_samples(artifact: Path) -> None:
 def test_a_text_that_ends_at_once_says_so(told: Any, tmp_path: Path) -> None:
     path = build(tmp_path / "silent", eos_token_id=list(range(toy.VOCAB)))
     out, said = told("run", path, "What is the sea?")
-    assert out == "\n" and "ended the text at once" in said and "--chat asks it the prompt as a question" in said
+    assert out == "\n" and "ended the text at once" in said and "--chat sends the prompt as a question" in said
     assert "--chat" not in told("run", path, "What is the sea?", "--chat")[1].partition("warning")[2]
     assert "at once" not in told("run", path, "hi", "--quiet")[1]
 
@@ -117,7 +117,7 @@ def test_prompts_from_files_and_pipes_and_with_dashes(told: Any, artifact: Path,
     said = error(ligerexport("run", artifact, "- item"), 2)
     assert "ligerexport run ARTIFACT [OPTIONS] -- PROMPT" in said
     for words in ([], ["hi", "--file", tmp_path / "prompt"]):
-        assert "one prompt was expected" in error(ligerexport("run", artifact, *words), 2)
+        assert "expected one prompt" in error(ligerexport("run", artifact, *words), 2)
 
 
 @pytest.mark.parametrize("words", [["caf\udce9"], ["caf\udce9", "--chat"], ["-"], ["--file", "prompt"]], ids=" ".join)

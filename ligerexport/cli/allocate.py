@@ -72,6 +72,6 @@ def allocate(
     card("allocated", [
         ("where", str(output)),
         ("slots", f"{record['total']:,} of {record['budget']:,} in {record['layers']} layers"),
-        ("before", f"{base['kl']:.3f} nats from the Transformer, {{base['once']:.0%} of a key's digits recalled"),
+        ("before", f"{base['kl']:.3f} nats from the Transformer, {base['once']:.0%} of a key's digits recalled"),
         ("expected", f"{record['expected_cost']:+.2f} in the sum of relative changes, if layers are independent"),
     ], next_command=f"ligerexport convert {quoted(model)} --memory {quoted(output)} -o OTHER")  # fmt: skip

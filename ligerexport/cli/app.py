@@ -125,7 +125,7 @@ def _flush() -> None:
 _NO_MEMORY = ("bad_alloc", "bad allocation", "ailed to allocate memory", "t allocate memory", "Cannot allocate memory",
               "t start new thread", "failed to map segment", "codec configuration error",
               "Failed to serialize proto")  # fmt: skip
-"""Parts of the errors of ONNX Runtime, torch, the system, Python's threads, the library loader, Pillow and protobuf when
+"""Parts of the errors of ONNX Runtime, torch, the system, Python's threads, the library loader, Pillow and protobuf if
 memory runs out."""
 
 

@@ -38,7 +38,7 @@ def build(
     weights: Annotated[
         str | None,
         typer.Option(
-            help=f"How weights are stored: {', '.join(WEIGHTS)}; on GPUs also the type of matrix products. Default: fp32, "
+            help=f"How weights are stored: {', '.join(WEIGHTS)}; on GPUs also the type of products. Default: fp32, "
             "on GPUs fp16."
         ),
     ] = None,

@@ -105,7 +105,7 @@ def _releases() -> Check:
     found = {name: untried(name) for name in TRIED}
     strange = [name for name, what in found.items() if what]
     if not strange:
-        return Check("tested releases", "all installed packages")
+        return Check("tried releases", "all installed packages")
     mend = " ".join(["pip install", *(f"'{name}=={TRIED[name][1]}.*'" for name in strange)])
     return Check("tried releases", "; ".join(f"{name} {found[name]}" for name in strange), False, False, mend)
 

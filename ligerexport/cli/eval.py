@@ -91,7 +91,7 @@ def split(text: str | None) -> list[str] | None:
         return None
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise UsageError(f"'{text}' has an empty name", hint="write NAME,NAME")
+        raise UsageError(f"there is an empty name in '{text}'", hint="write NAME,NAME")
     return names
 
 

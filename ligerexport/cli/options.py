@@ -46,7 +46,7 @@ class _Talk:
 def verb(*, verbose: bool = True, computes: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a verb.
 
-    It gets the options of `_Talk`. A parameter annotated with a dataclass stands for one option per field, so that verbs
+    It gets the options of `_Talk`. A parameter annotated with a dataclass becomes one option per field, so that verbs
     can share options. Options that take a path refuse an empty one.
 
     Args:
