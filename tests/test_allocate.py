@@ -1,4 +1,4 @@
-"""Allocation: what is tried, how a total is shared out, and a run from a checkpoint to one with another memory."""
+"""Allocation: the memories that are tried, the distribution of a total, and a run from a checkpoint to a new memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bench`: what it measures is what is there, the gate holds, and disturbances are told."""
+"""`bench`: its figures are those of the models, the parity check holds, and disturbances are reported."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from ligerexport.measure.opened import open_model
 Built = tuple[Path, Path]
 
 hybrid = pytest.mark.parametrize("built", [(1,)], indirect=True, ids=["hybrid"])
-"""The kind with a layer whose cache grows, where one kind is enough."""
+"""The kind with a layer whose cache grows, for tests that need only one kind."""
 
 
 @pytest.fixture(scope="module")
 def result(built: Built) -> dict[str, Any]:
-    """The artifact of a tiny model beside the Transformer that it was converted from."""
+    """The result for the artifact of a tiny model and the Transformer that it was converted from."""
     liger, artifact = built
     settings = Settings((24, 40), (2,), blocks=2, tokens=3, threads=1, read_up_to=32)
     return bench(str(artifact), str(liger.parent / "source"), checkpoint=str(liger), settings=settings)

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint directory: each way in which one is damaged gives one line and a hint."""
+"""Checks of a checkpoint directory: every kind of damage gives one line and a hint."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_weights(path: Path, names: list[str], file: str = "model.safetensors")
 
 @pytest.fixture
 def single(tmp_path: Path) -> Path:
-    """A whole checkpoint in one file, output not tied."""
+    """A complete checkpoint in one file, with an output projection that is not tied."""
     write_config(tmp_path, tie_word_embeddings=False)
     write_weights(tmp_path, list(TENSORS))
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -48,7 +48,7 @@ def single(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sharded(single: Path) -> Path:
-    """The same in two shards with an index."""
+    """The same checkpoint in two shards with an index."""
     (single / "model.safetensors").unlink()
     names = list(TENSORS)
     weight_map = {}

@@ -1,4 +1,4 @@
-"""Conversion: no weight byte changes, provenance is kept, and what cannot work is refused in one line."""
+"""Conversion: no weight byte changes, provenance is kept, and bad inputs are refused in one line."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def readable_teacher(path: Path, shard: str = "1GB", family: str = "llama") -> Path:
-    """A teacher whose tokenizer can be used, trained on enough tokens for a fit."""
+    """A teacher with a usable tokenizer and a trained length that is enough for a fit."""
     make_teacher(path, family, shard=shard, vocab_size=toy.VOCAB, max_position_embeddings=512)
     toy.tokenizer().save(str(path / "tokenizer.json"))
     return path

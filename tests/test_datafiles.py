@@ -1,4 +1,4 @@
-"""Files of text: what each holds follows from its content, and what holds no text is refused by its name."""
+"""Files of text: the content decides the format, and files without text are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers makes of a checkpoint is what every verb makes of it, or the checkpoint is refused by name."""
+"""Every verb reads a checkpoint as transformers does, or refuses it by name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IDS = torch.arange(1, 61)[None]
 WHOLE: dict[str, Any] = {
     "window": 64, "sinks": 0, "slots": (), "attention_weight": 1.0, "recurrence_weight": 0.0, "max_distance": 64
 }  # fmt: skip
-"""A conversion that is the Transformer itself on `IDS`."""
+"""A conversion that equals the Transformer on `IDS`."""
 
 
 def make(path: Path, change: Callable[[dict[str, Tensor]], object] = lambda tensors: None, **settings: Any) -> Path:
@@ -126,7 +126,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def damaged(sound: tuple[Path, Path], place: Path, change: Callable[[dict[str, Tensor]], object]) -> tuple[Path, Path]:
-    """Copy both, and change their weights without a note of what they were."""
+    """Copy both, and change their weights without changing the record of the old ones."""
     for path in sound:
         shutil.copytree(path, place / path.name)
         tensors = load_file(path / SINGLE)

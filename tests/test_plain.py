@@ -1,4 +1,4 @@
-"""Checkpoints whose files are not plain, or are not what they were: quantised, with an adapter, of two versions."""
+"""Checkpoints whose files are not plain, or have changed: quantised, with an adapter, of two versions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def fp8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turn the projections into FP8 with a scale for each block of 16 by 16; return what they stand for, in bf16."""
+    """Quantise the projections to FP8 with a scale for each block of 16 by 16; return their values in bf16."""
     meant = {}
     for name in [name for name in tensors if "_proj" in name]:
         blocks = tensors[name].unflatten(0, (-1, 16)).unflatten(2, (-1, 16))  # [rows / 16, 16, columns / 16, 16]
@@ -127,7 +127,7 @@ def test_a_single_file_wins_over_shards(tmp_path: Path) -> None:
 
 
 def add_adapter(source: Path) -> Tensor:
-    """Put a LoRA adapter beside the weights of a checkpoint; return the logits of transformers with it."""
+    """Put a LoRA adapter beside the weights of a checkpoint; return transformers' logits with it."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False)

@@ -1,4 +1,4 @@
-"""Prompt caches: what is restored is not read again, and the text is the same."""
+"""Prompt caches: restored tokens are not read again, and the text is the same."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Counting(OnnxSession):
 
 
 def write(artifact: Path, ids: Sequence[int], cache: Path | None = None) -> tuple[list[int], int, int]:
-    """Return the tokens written after a prompt, how many of it were restored, and how many were read."""
+    """Return the tokens written after a prompt, and the numbers of restored and of read prompt tokens."""
     session = Counting(open_artifact(artifact))
     chunks = list(generate(session, ids, max_new_tokens=12, prompt_cache=cache))
     summary = chunks[-1].summary

@@ -1,4 +1,4 @@
-"""Recovery as a whole: it learns, goes on after kill -9 as if nothing had been, and gives the same on two processes."""
+"""Recovery as a whole: it learns, continues exactly after kill -9, and gives the same result with two processes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny matrices are slower on several threads."""
+    """Use one thread, because tiny matrices are slower on several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

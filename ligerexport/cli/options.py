@@ -27,9 +27,7 @@ settings = SimpleNamespace(debug=False, verbose=False)
 """The settings of the running command."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace an older output; it stays until the new one is complete.")
-]
+Force = Annotated[bool, typer.Option("--force", help="Replace an older output, once the new one is complete.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Number of threads; default: physical cores.")]
 

@@ -34,8 +34,7 @@ class Asking:
         int | None, typer.Option("--top-k", help="Sample from this many most likely tokens; 0 takes all.")
     ] = None
     top_p: Annotated[
-        float | None,
-        typer.Option("--top-p", help="Then from the most likely ones whose probabilities add up to this much."),
+        float | None, typer.Option("--top-p", help="Then from the likeliest ones whose probabilities add up to this.")
     ] = None
     min_p: Annotated[
         float | None,

@@ -38,20 +38,17 @@ def recover(
     alpha: Annotated[float, typer.Option(help="LoRA alpha.")] = 8.0,
     targets: Annotated[str, typer.Option(metavar="NAME,...", help="Projections that get LoRA.")] = ",".join(TARGETS),
     tokens: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N", help=f"Number of tokens to train on, such as 500k or 3M; default: {DEFAULT_TOKENS:,}."
-        ),
+        str | None, typer.Option(metavar="N", help=f"Tokens to train on (500k, 3M); default: {DEFAULT_TOKENS:,}.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of optimizer steps, instead of --tokens.")] = None,
-    length: Annotated[int, typer.Option(help="Number of tokens in a packed row, and in the longest document.")] = 1024,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --tokens.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens in a packed row, and in the longest document.")] = 1024,
     batch_tokens: Annotated[int, typer.Option(help="Number of tokens per optimizer step.")] = 8192,
     micro_batch_tokens: Annotated[
-        int | None, typer.Option(help="Number of tokens in memory at a time; default: all of a step.")
+        int | None, typer.Option(help="Tokens in memory at a time; default: all of a step.")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Largest learning rate; default: the recipe's.")] = None,
     warmup: Annotated[
-        int | None, typer.Option(help="Number of warm-up steps of the learning rate; default: the recipe's.")
+        int | None, typer.Option(help="Warm-up steps of the learning rate; default: the recipe's.")
     ] = None,
     overlong: Annotated[str, typer.Option(help="What to do with a longer chat: cut or drop it.")] = "cut",
     dtype: Annotated[
