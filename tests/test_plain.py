@@ -226,9 +226,7 @@ def test_weights_that_changed_are_seen(tmp_path: Path) -> None:
         lambda: convert(liger, tmp_path / "out"), lambda: open_model(liger, scoring=True),
     ]  # fmt: skip
     for verb in verbs:
-        with pytest.raises(
-            CheckpointError, match="does not hold the weights that were there when it was made"
-        ) as caught:
+        with pytest.raises(CheckpointError, match="has other weights than when it was made") as caught:
             verb()
         assert "convert the model again" in str(caught.value.hint)
     (liger / SEAL).unlink()  # as the hint says, for whoever meant it
@@ -247,7 +245,7 @@ def test_recovered_weights_that_changed_are_seen(tmp_path: Path) -> None:
     load_model(merged)
     tensors = load_file(merged / SINGLE)
     save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, merged / SINGLE)
-    with pytest.raises(CheckpointError, match="does not hold the weights"):
+    with pytest.raises(CheckpointError, match="has other weights"):
         load_model(merged)
 
 

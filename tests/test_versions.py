@@ -81,7 +81,7 @@ def test_doctor_has_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     with monkeypatch.context() as patch:
         patch.setattr(doctor, "untried", lambda name: None)
         fine = row()
-    assert fine["ok"] and fine["found"] == "all that is installed"
+    assert fine["ok"] and fine["found"] == "all installed packages"
     monkeypatch.setitem(TRIED, "transformers", ("0.1", "0.2"))
     found = row()
     assert not found["ok"] and "'transformers==0.2.*'" in str(found["mend"])

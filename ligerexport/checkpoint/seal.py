@@ -64,7 +64,7 @@ def check_seal(directory: Path, files: Sequence[Path]) -> None:
         same = (row.get("size"), row.get("mtime_ns")) == (state.st_size, state.st_mtime_ns) and "sha256" in row
         found[file.name] = row if same else _row(file)
         if found[file.name]["sha256"] != row.get("sha256"):
-            raise CheckpointError(f"{file} does not hold the weights that were there when it was made", hint=mend)
+            raise CheckpointError(f"{file} has other weights than when it was made", hint=mend)
     if found != rows:
         with suppress(OSError):  # in a read-only place the file is hashed each time
             _write(path, found)

@@ -40,9 +40,9 @@ def chat(
 ) -> None:
     """Chat with a model whose only memory is its constant state.
 
-    Each turn reads only its own text. Tokens are sampled as the model's generation_config.json says, or at a moderate
-    temperature if it says nothing. Ctrl-C stops an answer. The commands are /reset, /save FILE, /load FILE, /help and
-    /exit. Lines may come from a pipe.
+    Each turn reads only its own text. Tokens are sampled with the settings in the model's generation_config.json, or
+    at a moderate temperature without any. Ctrl-C stops an answer. The commands are /reset, /save FILE, /load FILE,
+    /help and /exit. Lines may come from a pipe.
     """
     from ligerexport.run.generate import Conversation
     from ligerexport.run.sampling import Sampler

@@ -33,7 +33,7 @@ def run(
 ) -> None:
     """Continue a prompt. The text streams to stdout.
 
-    Each token is the most likely one. With --chat, tokens are sampled as the model's generation_config.json says. A
+    Each token is the most likely one. With --chat, tokens are sampled as set in the model's generation_config.json. A
     prompt that is too long for a command line can come from a file or a pipe.
     """
     from ligerexport.run.generate import generate, text_model

@@ -211,7 +211,7 @@ class Trainer:
             options += [] if self.config.gradient_checkpointing else ["--gradient-checkpointing"]
             raise LigerError(
                 f"{self.group.device} has too little memory for {tokens:,} tokens at a time",
-                hint=f"try {' or '.join(options) or 'a smaller --length'}; the run then goes on from its last state",
+                hint=f"try {' or '.join(options) or 'a smaller --length'}; the run then continues from its last state",
             ) from error
 
 
