@@ -287,7 +287,7 @@ def test_checkpointing_changes_no_number(liger: Path, chats: Path, tmp_path: Pat
         ({"batch_tokens": 100}, "not a multiple of the length 32", "--batch-tokens 96"),
         ({"micro_batch_tokens": 96}, "cannot be shared", "--batch-tokens"),
         ({"tokens": 10, "steps": 10}, "both tokens and steps", "--steps"),
-        ({"rank": 0}, "rank 0", "more than 0"),
+        ({"rank": 0}, "rank 0", "above 0"),
         ({"dtype": "fp8"}, "dtype 'fp8'", "bf16"),
         ({"recipe": "paper", "against": "smollm2-135m"}, "needs no teacher", "--against"),
         ({"resume": "maybe"}, "resume 'maybe'", "never"),
