@@ -185,7 +185,7 @@ def test_an_adapter_of_another_model(liger: Path, chats: Path, tmp_path: Path) -
         with pytest.raises(CheckpointError, match="trained on another model") as caught:
             merge_adapter(other, adapter, tmp_path / "merged")
         assert caught.value.hint and not (tmp_path / "merged").exists()
-    with pytest.raises(CheckpointError, match="no adapter"):
+    with pytest.raises(CheckpointError, match="not an adapter"):
         merge_adapter(liger, liger, tmp_path / "merged")
     with pytest.raises(UsageError, match="no adapter ships for liger"):
         lx.convert(liger, tmp_path / "converted", adapter="shipped")
