@@ -1,4 +1,4 @@
-"""Write the public interface down: `python tests/api.py > docs/reference/api.md`. A test compares."""
+"""Print the public interface: `python tests/api.py > docs/reference/api.md`. A test compares the two."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def of_python() -> Iterator[str]:
 
 
 def signature(function: object) -> str:
-    """Return names, defaults and types of parameters as they are written."""
+    """Return names, defaults and types of parameters as in the source."""
     text = re.sub(r"<function (\w+) at 0x\w+>", r"\1", str(inspect.signature(function)))  # type: ignore[arg-type]
     return re.sub(r"(: |-> )['\"]([^=]*?)['\"](?=[,) ]|$)", r"\1\2", text)
 

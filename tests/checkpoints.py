@@ -1,4 +1,4 @@
-"""Tiny converted checkpoints with random weights, large enough that an error in any of them shows."""
+"""Tiny converted checkpoints with random weights, large enough that an error in any weight shows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
              "original_max_position_embeddings": 45},
     "smollm3": {"no_rope_layer_interval": 2},
 }  # fmt: skip
-"""What the configurations of some families have beside `SIZES`."""
+"""Settings that some families need in addition to `SIZES`."""
 
 MEMORY = LigerConfig(
     window=12, sinks=2, slots=(("recent_use", 3), ("peak_effect", 4), ("novelty", 5)),
@@ -64,7 +64,7 @@ def make_checkpoint(
 
 
 def make_transformer(path: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
-    """Write a random Transformer as transformers' `save_pretrained` does, with a tokenizer's file beside it."""
+    """Write a random Transformer as transformers' `save_pretrained` does, with a tokenizer file."""
     torch.manual_seed(0)
     row = get_family(family)
     model = row.attribute("ForCausalLM")(row.attribute("Config")(**SIZES | OF_FAMILY.get(family, {}) | sizes)).to(dtype)
@@ -76,7 +76,7 @@ def make_transformer(path: Path, family: str = "llama", dtype: torch.dtype = tor
 
 @torch.no_grad()
 def disturb(model: torch.nn.Module) -> None:
-    """Move biases from 0 and norms from 1."""
+    """Change biases from 0 and norms from 1."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: fixed seeds, the built-in model, and what is skipped where."""
+"""Fixtures for all tests: fixed seeds, the built-in model, and rules for skipping."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _loud() -> None:
 
 @pytest.fixture
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home for the processes that a test starts; their environment says only where programs are."""
+    """An empty home for the processes that a test starts; their environment has only the path of programs."""
     for name in set(os.environ) - {"PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "TMPDIR", "ORT_HOME"}:
         monkeypatch.delenv(name)
     directory = tmp_path_factory.mktemp("home")

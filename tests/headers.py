@@ -1,7 +1,7 @@
-"""Write the headers of the C++ operators that say which tensors they have, from the tables of the Python side.
+"""Print the headers that list the tensors of the C++ operators, from the Python tables.
 
 `python tests/headers.py native > ligerexport/exporters/onnx/native/operands.h` and
-`python tests/headers.py plugin > ligerexport/exporters/tensorrt/plugin/operands.h`; a test compares.
+`python tests/headers.py plugin > ligerexport/exporters/tensorrt/plugin/operands.h`; a test compares the two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ligerexport.model.state import FUSED, TENSORS
 
 TYPES = {"activation": "kActivation", "float32": "kFloat", "int64": "kInteger"}
 ATTRIBUTES = {"slots": "pools"}
-"""Attributes of a `LigerMixer` node whose names are not those of `LigerConfig`."""
+"""Attributes of a `LigerMixer` node whose names differ from those in `LigerConfig`."""
 
 
 def _constant(name: str, prefix: str = "k") -> str:

@@ -1,6 +1,6 @@
-"""Write the licences of what constraints.txt pins: `python tests/licences.py > docs/reference/licences.md`.
+"""Print the licences of the packages in constraints.txt: `python tests/licences.py > docs/reference/licences.md`.
 
-What is pinned must be installed. A test compares names and versions, and knows the licences.
+Pinned packages must be installed. A test compares names and versions, and checks the licences.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ KNOWN = (
     "apache", "mit", "bsd", "isc", "mpl", "mozilla", "python software", "psf", "zlib", "unlicense", "cnri", "0bsd",
     "hpnd", "bsl", "lesser general public", "nvidia proprietary",
 )  # fmt: skip
-"""Words of licences that ask for nothing of what is used beside it. The LGPL is chardet's, which the extra `eval`
-brings; NVIDIA's is that of the extra `rtx`, whose wheels must not be passed on by themselves."""
+"""Words in licences with no conditions for other software. The LGPL is for chardet, which the extra `eval` installs;
+NVIDIA's is for the extra `rtx`, whose wheels must not be redistributed by themselves."""
 PROGRAMS = ("codespell",)
-"""Programs of the extra `dev` that are run and never imported. The GPL asks nothing of what they read."""
+"""Programs of the extra `dev` that are run and never imported. The GPL has no conditions for their input."""
 SAID_ELSEWHERE = dict.fromkeys(("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs"), "NVIDIA proprietary")
-"""Licences of packages whose metadata name none, as their sources say it."""
+"""Licences of packages without one in their metadata, from their sources."""
 
 
 def canonical(name: str) -> str:
-    """Return the name of a package as indexes compare it."""
+    """Return the normalised name of a package."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -45,7 +45,7 @@ def of(name: str) -> tuple[str, str]:
 
 
 def read(file: Path) -> dict[str, tuple[str, str]]:
-    """Return what the document says: version and licence by name."""
+    """Return the document's content: version and licence by name."""
     rows = re.findall(r"^\| `(.+?)` \| (.+?) \| (.+?) \|$", file.read_text(), re.MULTILINE)
     return {canonical(name): (version, licence) for name, version, licence in rows}
 

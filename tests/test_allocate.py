@@ -1,4 +1,4 @@
-"""Allocation: what is tried, how a total is shared out, and a run from a checkpoint to one with another memory."""
+"""Allocation: the memories that are tried, the distribution of a total, and a run from a checkpoint to a new memory."""
 
 from __future__ import annotations
 
@@ -186,9 +186,9 @@ def test_a_file_without_a_record_changes_a_preset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message", "hint"),
     [
-        ({"slots": 3}, "3 slots a layer", "--slots 8"),
+        ({"slots": 3}, "3 slots per layer", "--slots 8"),
         ({"slots": 0}, "slots 0", "at least 1"),
-        ({"length": 20}, "windows of 20 tokens lose nothing to 26 slots", "--length"),
+        ({"length": 20}, "windows of 20 tokens fit into 26 slots", "--length"),
         ({"distance": 100_000}, "the text has", "--distance"),
         ({"text": []}, "the text has 0 tokens", "--text"),
         ({"text": "absent"}, "no file or directory absent", "--text"),
@@ -209,7 +209,7 @@ def test_a_recovered_checkpoint_needs_its_transformer(texts: tuple[Path, Path], 
     recovered = shutil.copytree(liger, tmp_path / "recovered")
     config = json.loads((liger / "config.json").read_text())
     (recovered / "config.json").write_text(json.dumps(config | {"liger_recovery": {}}))
-    with pytest.raises(UsageError, match="recovered before") as caught:
+    with pytest.raises(UsageError, match="already recovered") as caught:
         plan_allocate(recovered, *texts, "memory.json", **SMALL)
     assert "--against MODEL" in str(caught.value.hint)
 

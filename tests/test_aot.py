@@ -1,6 +1,6 @@
-"""Level 1: cubins against their manifest, plans against the calls that they stand for, and both on a GPU.
+"""Level 1: cubins against their manifest, plans against the calls that they record, and both on a GPU.
 
-Compiling happens in a process of its own, for Triton's interpreter, which other tests use, replaces its compiler.
+Compiling needs a separate process, because Triton's interpreter, which other tests use, replaces the compiler.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def python(code: str) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Kernels of a tiny layer for two GPUs, of a small model's for one, the tiny step once more, and a refusal."""
+    """Kernels of a tiny layer for two GPUs, of a small model's layer for one, the tiny step again, and a refusal."""
     place = tmp_path_factory.mktemp("cubins")
     python(f"""
 small = dict(jobs=1, max_batch=4)
@@ -108,7 +108,7 @@ def sections(elf: bytes) -> dict[str, bytes]:
 
 
 def parameter_bytes(elf: bytes, symbol: str) -> int:
-    """Return the bytes of a kernel's parameters as the compiler noted them."""
+    """Return the bytes of a kernel's parameters from the compiler's notes."""
     info, at = sections(elf)[f".nv.info.{symbol}"], 0
     while at < len(info):
         form, attribute, value = struct.unpack_from("<BBH", info, at)
@@ -174,7 +174,7 @@ def test_plans_are_whole(compiled: Path, name: str) -> None:
 
 
 def test_plans_hold_for_other_sizes() -> None:
-    """Sizes that no expression was found from; the memory's attention too, which is planned but not compiled here."""
+    """Sizes that no expression was derived from; also the memory's attention, which has plans but no kernels here."""
     output = python("""
 cases = []
 made = {(spec, name): list(plans.make_plans(name, spec, "bf16", 90, 9))
@@ -216,7 +216,7 @@ print(json.dumps(cases))
 
 
 def table(name: str, axes: dict[str, int]) -> list[Any]:
-    """Make a table as the manifest describes it."""
+    """Build a table that the manifest describes."""
     a = SimpleNamespace(**axes)
     if name == "offsets":
         return [b * a.pieces for b in range(a.batch + 1)]
@@ -247,7 +247,7 @@ def choose(plans: list[dict[str, Any]], given: dict[str, int]) -> tuple[dict[str
 
 
 def resolve(value: dict[str, Any], axes: dict[str, int]) -> Any:
-    """Return what a launch takes: a number, or a buffer and an offset in bytes."""
+    """Return an argument of a launch: a number, or a buffer and an offset in bytes."""
     if value["buffer"] is not None:
         return [value["buffer"], evaluate(value["offset"], axes)]
     return value["number"] if value["integer"] is None else evaluate(value["integer"], axes)
@@ -271,7 +271,7 @@ def test_too_much_shared_memory_is_found_before_anything_is_written(compiled: Pa
 
 
 def test_far_attention_computes_its_addresses_right() -> None:
-    """LLVM of Triton 3.6 makes `tid << 31` a 64-bit product, which spills into the half above it."""
+    """LLVM of Triton 3.6 makes `tid << 31` a 64-bit product, which overflows into the upper half."""
     code = """
 for preset in ("sinks", "memory"):
     layer = aot.parse_spec(f"{preset}:9:3:64")

@@ -1,4 +1,4 @@
-"""Compiled kernels launched as their plans say, on a GPU: what they compute is what torch computes."""
+"""Compiled kernels, launched by their plans on a GPU, compute what torch computes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.tolerances import FUSED_BF16
 
 
 class Driver:
-    """What a caller in C does: loads cubins and launches plans through the CUDA driver alone."""
+    """Loads cubins and launches plans through the CUDA driver alone, like a caller in C."""
 
     def __init__(self, place: Path, sm: int) -> None:
         self.place, self.manifest, self.sm = place, read(place), sm
@@ -106,7 +106,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
 
 
 def projections(*sizes: int) -> dict[str, Tensor]:
-    """Return query, key and value cut out of one tensor, as a fused projection leaves them."""
+    """Return query, key and value as slices of one tensor, as a fused projection makes them."""
     heads = (MEMORY.q_heads, MEMORY.kv_heads, MEMORY.kv_heads)
     fused = torch.randn(*sizes, sum(heads), MEMORY.d_k, device="cuda", dtype=torch.bfloat16)
     return dict(zip(("query", "key", "value"), fused.split(heads, dim=-2), strict=True))

@@ -1,4 +1,4 @@
-"""Artifacts appear whole or not at all, and are checked before an engine reads them."""
+"""Artifacts are written completely or not at all, and are checked before an engine reads them."""
 
 from __future__ import annotations
 
@@ -328,7 +328,7 @@ def test_a_slow_writer_is_not_taken_for_a_killed_one(tmp_path: Path) -> None:
 def test_load_answers_for_no_changed_file(
     built: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    """No engine sees a changed graph; one that was given changed weights is thrown away, whatever it says of them."""
+    """No engine reads a changed graph; an engine with changed weights is discarded, even if it raises another error."""
     copy = tmp_path / "copy"
     shutil.copytree(built[1], copy)
     _flip(copy, file)

@@ -1,4 +1,4 @@
-"""`bench`: what it measures is what is there, the gate holds, and disturbances are told."""
+"""`bench`: its figures are those of the models, the parity check holds, and disturbances are reported."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from ligerexport.measure.opened import open_model
 Built = tuple[Path, Path]
 
 hybrid = pytest.mark.parametrize("built", [(1,)], indirect=True, ids=["hybrid"])
-"""The kind with a layer whose cache grows, where one kind is enough."""
+"""The kind with a layer whose cache grows, for tests that need only one kind."""
 
 
 @pytest.fixture(scope="module")
 def result(built: Built) -> dict[str, Any]:
-    """The artifact of a tiny model beside the Transformer that it was converted from."""
+    """The result for the artifact of a tiny model and the Transformer that it was converted from."""
     liger, artifact = built
     settings = Settings((24, 40), (2,), blocks=2, tokens=3, threads=1, read_up_to=32)
     return bench(str(artifact), str(liger.parent / "source"), checkpoint=str(liger), settings=settings)
@@ -135,7 +135,7 @@ def test_an_artifact_of_an_older_rule_for_bits_runs_and_is_not_compared(
 @hybrid
 def test_vocabularies_must_be_one(built: Built, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", MEMORY)
-    with pytest.raises(UsageError, match="vocabularies of 131 and 259"):
+    with pytest.raises(UsageError, match="vocabularies have 131 and 259"):
         bench(str(built[1]), str(other), settings=Settings((8,), blocks=1, tokens=1))
 
 
@@ -257,7 +257,7 @@ def test_disturbances_are_told(result: dict[str, Any], monkeypatch: pytest.Monke
     assert "kept 1.2 of 2 cores busy" in disturbed([*calm, row("a", 16, 1.2)], 2, 2, 0.0)[0]
     assert "kept 9.0 of 2 cores busy" in disturbed([row("a", 8, None)], 2, 2, 9.0)[0]
     [told] = disturbed([*calm, row("b", 16, 0.0, 1.0), row("b", 32, 0.0, 40.0)], 2, 2, 0.0)
-    assert told.startswith("b waited for the disk 40 times a token at 32 tokens")
+    assert told.startswith("b waited for the disk 40 times per token at 32 tokens")
     assert f"\nWarning: {told}.\n" in markdown(result | {"warnings": [told]})
     assert "Warning" not in markdown({key: value for key, value in result.items() if key != "warnings"})
     assert all(row["others"] >= 0 and row["faults"] >= 0 for row in result["rows"])

@@ -1,4 +1,4 @@
-"""The operator that multiplies with block-quantised matrices as they lie in the file, against what they stand for."""
+"""The operator for products with block-quantised matrices in their file layout, against the matrices' values."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ligerexport.exporters.onnx.quantise import Blocks, dequantise, pack
 
 ROWS = 37
 LARGEST = {4: 127, 8: 32639}
-"""Integer that the largest of 32 inputs is rounded to, by the bits of a code."""
+"""Integer to which the largest of 32 inputs is rounded, by the number of bits of a code."""
 
 
 def matrix(width: int, bits: int, block: int) -> tuple[Blocks, np.ndarray]:
-    """Return random blocks, and the matrix `[ROWS, width]` that they stand for."""
+    """Return random blocks, and the matrix `[ROWS, width]` of their values."""
     random = np.random.default_rng(width * block + bits)
     shape = ROWS, -(-width // block)
     codes = random.integers(0, 2**bits, (ROWS, shape[1] * block), np.uint8)
@@ -26,7 +26,7 @@ def matrix(width: int, bits: int, block: int) -> tuple[Blocks, np.ndarray]:
 
 
 def multiply(x: np.ndarray, blocks: Blocks, bits: int, block: int, bias: np.ndarray | None, level: int) -> np.ndarray:
-    """Run the operator alone."""
+    """Run only the operator."""
     width, count = x.shape[1], blocks.scale.shape[1]
     stored = {
         "codes": pack(blocks.codes, bits).reshape(ROWS, count, -1),
@@ -52,7 +52,7 @@ def multiply(x: np.ndarray, blocks: Blocks, bits: int, block: int, bias: np.ndar
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("width", [40, 96, 160, 256, 576])
 def test_product_is_that_of_the_matrix(width: int, bits: int, block: int) -> None:
-    """Widths that end within a unit, a pair of units and a group; tokens that fill a tile, and too few for one."""
+    """Widths that end within a unit, a pair of units and a group; tokens that fill a tile, and too few for a tile."""
     blocks, expected = matrix(width, bits, block)
     random = np.random.default_rng(0)
     for tokens in (1, 3, 4, 13):

@@ -1,4 +1,4 @@
-"""The learned score: the fit against attention that transformers computes, and the text it is fitted on."""
+"""The learned score: the fit against attention that transformers computes, and the text for the fit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def transformer(family: str, **sizes: Any) -> Any:
 
 
 def expected(model: Any, ids: Tensor, ridge: float) -> list[tuple[Tensor, Tensor]]:
-    """Return weight and bias of each layer the long way: all attention at once, ridge as rows of least squares."""
+    """Return weight and bias of each layer, solved directly: all attention at once, ridge as rows of least squares."""
     model.set_attn_implementation("eager")
     with torch.no_grad():
         seen = model(ids, output_attentions=True, output_hidden_states=True)
@@ -94,7 +94,7 @@ def test_windows_without_a_past_are_refused() -> None:
 
 @pytest.fixture
 def text(tmp_path: Path) -> TextModel:
-    """A tokenizer with one token a byte and BOS in front."""
+    """A tokenizer with one token per byte and BOS in front."""
     toy.tokenizer().save(str(tmp_path / "tokenizer.json"))
     return TextModel(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint directory: each way in which one is damaged gives one line and a hint."""
+"""Checks of a checkpoint directory: every kind of damage gives one line and a hint."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_weights(path: Path, names: list[str], file: str = "model.safetensors")
 
 @pytest.fixture
 def single(tmp_path: Path) -> Path:
-    """A whole checkpoint in one file, output not tied."""
+    """A complete checkpoint in one file, with an output projection that is not tied."""
     write_config(tmp_path, tie_word_embeddings=False)
     write_weights(tmp_path, list(TENSORS))
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -48,7 +48,7 @@ def single(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sharded(single: Path) -> Path:
-    """The same in two shards with an index."""
+    """The same checkpoint in two shards with an index."""
     (single / "model.safetensors").unlink()
     names = list(TENSORS)
     weight_map = {}
@@ -124,10 +124,10 @@ SINGLE_DAMAGE = {
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "no weights in", "copy or download"),
     "pickle": (pickle_only, "pickle weights only .pytorch_model.bin.", "save_pretrained"),
     "adapter": (adapter_only, "LoRA adapter", "merge_and_unload"),
-    "cut in the weights": (cut("model.safetensors", -8), "bytes where its header announces", "cut off"),
+    "cut in the weights": (cut("model.safetensors", -8), "bytes, its header announces", "cut off"),
     "cut in the header": (cut("model.safetensors", 60), "too few for its header", "cut off"),
     "empty": (cut("model.safetensors", 0), "has 0 bytes", "cut off"),
-    "longer": (longer, "bytes where its header announces", "damaged"),
+    "longer": (longer, "bytes, its header announces", "damaged"),
     "no header": (write("model.safetensors", b"\x04" + bytes(7) + b"abcd"), "cannot be read", "damaged"),
     "LFS": (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid"), "pointer", "lfs pull"),
     "layers": (lambda path: write_config(path, num_hidden_layers=3), "3 layers, layer 2 has no weights", "different"),
@@ -176,7 +176,7 @@ SHARDED_DAMAGE = {
         lambda path: (path / "model-00002-of-00002.safetensors").unlink(),
         r"model-00002-of-00002.safetensors is missing .*1 of 2 files",
     ),
-    "cut shard": (cut("model-00001-of-00002.safetensors", 300), "bytes where its header announces"),
+    "cut shard": (cut("model-00001-of-00002.safetensors", 300), "bytes, its header announces"),
     "other content": (
         move_tensor,
         r"places model.layers.\d.* in model-00002-of-00002.safetensors, which does not hold it",

@@ -1,4 +1,4 @@
-"""The command: verbs, exit codes, what goes to stdout and what to stderr, typos, Ctrl-C."""
+"""The command: verbs, exit codes, content of stdout and stderr, typos, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact without an end of text."""
+    """An artifact without an end-of-text token."""
     path = tmp_path_factory.mktemp("toy") / "endless"
     with ArtifactWriter(path) as writer:
         toy.write_files(writer.directory)
@@ -190,7 +190,7 @@ def test_a_long_prompt_from_a_pipe(artifact: Path) -> None:
 def test_a_short_answer_does_not_wait_for_the_fastest_order(
     cli: Cli, artifact: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], prepack: bool
 ) -> None:
-    """Copying weights costs a good part of loading, and saves little of each token."""
+    """Copying weights takes a large share of loading time, and saves little time per token."""
     loaded = []
 
     def load(*arguments: Any, **options: Any) -> runtime.Session:

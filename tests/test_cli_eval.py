@@ -1,4 +1,4 @@
-"""The command `eval`: its output, what it refuses, and what it says when something is missing."""
+"""The command `eval`: its output, and its errors for bad and missing inputs."""
 
 from __future__ import annotations
 

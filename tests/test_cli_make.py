@@ -1,4 +1,4 @@
-"""The commands `convert` and `build`: dry runs, a model from start to text, and what they refuse."""
+"""The commands `convert` and `build`: dry runs, a model from source to text, and bad inputs."""
 
 from __future__ import annotations
 

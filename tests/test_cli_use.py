@@ -1,4 +1,4 @@
-"""What `run` and `chat` are given: prompts of any kind, pipes of any encoding, pasted lines, settings of sampling."""
+"""The inputs of `run` and `chat`: prompts of any kind, pipes of any encoding, pasted lines, sampling settings."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ligerexport(*words: object, shell: str = "", **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """Run the command in a process of its own, with redirections of the shell."""
+    """Run the command in a separate process, with redirections of the shell."""
     command = ["bash", "-c", f'exec "$@" {shell}', "bash", sys.executable, "-m", "ligerexport"]
     options = {"stdin": subprocess.DEVNULL} | options
     return subprocess.run([*command, *map(str, words)], capture_output=True, **options)
 
 
 def error(done: subprocess.CompletedProcess[bytes], code: int) -> str:
-    """Return the error and its hint, of a command that says nothing else."""
+    """Return the error and its hint from a command that prints nothing more."""
     said = done.stderr.decode()
     assert (done.returncode, said[:7]) == (code, "error: "), said
     assert said.count("\n") == 2 and "\nhint: " in said and "bug" not in said
@@ -52,7 +52,7 @@ def error(done: subprocess.CompletedProcess[bytes], code: int) -> str:
 
 @pytest.fixture
 def told(capfd: pytest.CaptureFixture[str]) -> Iterator[Any]:
-    """Run the command in this process; return its JSON and what it said."""
+    """Run the command in this process; return its JSON and its messages."""
 
     def call(*words: object) -> tuple[Any, str]:
         with pytest.raises(SystemExit) as caught:
@@ -100,7 +100,7 @@ def test_chat_says_how_it_samples(artifact: Path) -> None:
 def test_a_text_that_ends_at_once_says_so(told: Any, tmp_path: Path) -> None:
     path = build(tmp_path / "silent", eos_token_id=list(range(toy.VOCAB)))
     out, said = told("run", path, "What is the sea?")
-    assert out == "\n" and "ended the text at once" in said and "--chat asks it the prompt as a question" in said
+    assert out == "\n" and "ended the text at once" in said and "--chat sends the prompt as a question" in said
     assert "--chat" not in told("run", path, "What is the sea?", "--chat")[1].partition("warning")[2]
     assert "at once" not in told("run", path, "hi", "--quiet")[1]
 
@@ -117,7 +117,7 @@ def test_prompts_from_files_and_pipes_and_with_dashes(told: Any, artifact: Path,
     said = error(ligerexport("run", artifact, "- item"), 2)
     assert "ligerexport run ARTIFACT [OPTIONS] -- PROMPT" in said
     for words in ([], ["hi", "--file", tmp_path / "prompt"]):
-        assert "one prompt was expected" in error(ligerexport("run", artifact, *words), 2)
+        assert "expected one prompt" in error(ligerexport("run", artifact, *words), 2)
 
 
 @pytest.mark.parametrize("words", [["caf\udce9"], ["caf\udce9", "--chat"], ["-"], ["--file", "prompt"]], ids=" ".join)

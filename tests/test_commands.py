@@ -1,4 +1,4 @@
-"""Every command of README and guides runs, on a tiny model: long ones with `--dry-run`, the others as they are."""
+"""Every command of README and guides runs on a tiny model: long ones with `--dry-run`, the others unchanged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NOT_HERE = {
 
 
 def commands() -> list[tuple[str, str]]:
-    """Return each command in a block of code that calls ligerexport, once, and the first document that has it."""
+    """Return each distinct command in a code block that calls ligerexport, and the first document that has it."""
     found: dict[str, str] = {}
     for document in DOCUMENTS:
         for block in re.findall(r"^```(?:\w*)\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE):
@@ -47,7 +47,7 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands name: a Transformer, what was made of it, and texts."""
+    """The files that the commands name: a Transformer, its conversions and artifacts, and texts."""
     place = tmp_path_factory.mktemp("sandbox")
     sizes = {
         "vocab_size": toy.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,

@@ -1,4 +1,4 @@
-"""What the commands print, and where: data on stdout, talk on stderr, errors with a hint."""
+"""The output of the commands: data on stdout, messages on stderr, errors with a hint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversion: no weight byte changes, provenance is kept, and what cannot work is refused in one line."""
+"""Conversion: no weight byte changes, provenance is kept, and bad inputs are refused in one line."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def readable_teacher(path: Path, shard: str = "1GB", family: str = "llama") -> Path:
-    """A teacher whose tokenizer can be used, trained on enough tokens for a fit."""
+    """A teacher with a usable tokenizer and a trained length that is enough for a fit."""
     make_teacher(path, family, shard=shard, vocab_size=toy.VOCAB, max_position_embeddings=512)
     toy.tokenizer().save(str(path / "tokenizer.json"))
     return path
@@ -263,7 +263,7 @@ def test_scores_of_the_package(tmp_path: Path, text: Path, monkeypatch: pytest.M
         ({"scores": "a.txt", "preset": "sinks"}, "--scores is for a learned score", "--preset foresight"),
         ({"calibrate": ["a.txt"]}, "the text has", "more text"),
         ({"scores": "a.txt"}, "a.txt", "damaged"),
-        ({"scores": "short.safetensors"}, r"layers.2.self_attn.score_proj.weight is not there", "another model"),
+        ({"scores": "short.safetensors"}, r"layers.2.self_attn.score_proj.weight is missing", "another model"),
         ({"scores": "wide.safetensors"}, r"is \[2, 65\] in .* needs \[2, 64\]", "another model"),
         ({"scores": "nan.safetensors"}, "not finite", "again"),
     ],

@@ -1,4 +1,4 @@
-"""Files of text: what each holds follows from its content, and what holds no text is refused by its name."""
+"""Files of text: the content decides the format, and files without text are refused by name."""
 
 from __future__ import annotations
 
@@ -104,9 +104,9 @@ def packed(member: str) -> Callable[[Path], None]:
         (b"\xff\xfea\0\x00\xd8b\0", "is damaged"),
         (b'{"text": "a"}\n{"text": "caf\xe9"}\n', r":2 is not UTF-8: its byte 14"),
         (b"fine\ncaf\xe9", r":2 is not UTF-8: its byte 4"),
-        (b'[{"text": "a"}, {"text": "\\udc00"}]', r"entry 2 holds \\udc00 alone"),
+        (b'[{"text": "a"}, {"text": "\\udc00"}]', r"entry 2 has \\udc00 alone"),
         (b"prompt,completion\na,b\nc\n", r":3 has 1 values for the 2 names"),
-        (b'prompt,completion\na,"b\n', r":2 is no row of a table"),
+        (b'prompt,completion\na,"b\n', r":2 is not a row of a table"),
         (b"PAR1" + b"x" * 20, "is damaged after row 0"),
         (b"ARROW1\0\0" + b"x" * 20, "is damaged after row 0"),
         (b'{"text": \n', r":1 is not JSON"),

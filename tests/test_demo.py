@@ -1,4 +1,4 @@
-"""The demo without a browser: what is asked, turns and stops, figures that are measured, and what the page says."""
+"""The demo without a browser: questions, turns and stops, measured figures, and the text of the page."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo(artifact: Path) -> Iterator[Demo]:
-    """The toy beside itself under another name: what is written is known, and no worker needs torch."""
+    """The toy and a copy of it under another name: the answers are known, and no worker needs torch."""
     made = Demo(str(artifact), str(toy.build(artifact.parent / "right")), threads=1)
     yield made
     made.close()
@@ -149,7 +149,7 @@ def began(demo: Demo, what: str, session: str) -> Iterator[Any]:
 
 @pytest.fixture
 def measuring(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Let a measurement never end; the event says that one is under way."""
+    """Keep measurements from ending; the event is set once one has begun."""
     event = threading.Event()
 
     def bench(*_: Any, progress: Callable[..., Any], **__: Any) -> None:
@@ -257,7 +257,7 @@ def test_runs_add_up_and_say_what_was_recalled(demo: Demo) -> None:
     assert all("recalled" in rows[1][column] for column in (2, 4))
     stream = Stream("m", demo.pair.facts(demo.pair.names[0]), (1,), text=" 1 2345.", finish="eos")
     assert "✓ recalled 12345" in page.card(stream, "ours", "12345")
-    assert "✗ not recalled: it was 54321" in page.card(stream, "ours", "54321")
+    assert "✗ not recalled: the key was 54321" in page.card(stream, "ours", "54321")
 
 
 def test_what_models_write_is_no_markup(demo: Demo) -> None:
@@ -292,7 +292,7 @@ def test_models_must_share_a_tokenizer(text: TextModel, tmp_path: Path) -> None:
 def test_figures_are_those_of_bench(
     demo: Demo, artifact: Path, text: TextModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both show what the same workers measure."""
+    """Both show measurements of the same workers."""
     answered: list[tuple[str, dict[str, Any]]] = []
     call = Worker.__call__
 
@@ -301,7 +301,7 @@ def test_figures_are_those_of_bench(
         return answered[-1][1]
 
     def decoded(part: slice) -> list[float]:
-        """Milliseconds of one of the two models, which take turns."""
+        """Return the milliseconds of one of the two models, which take turns."""
         turns = [answer["seconds"] for do, answer in answered if do == "decode"][part]
         return [1e3 * seconds for turn in turns for seconds in turn]
 
@@ -319,5 +319,5 @@ def test_figures_are_those_of_bench(
     (tmp_path / "bench.json").write_text(json.dumps(result))
     assert f"{row['ms_p50']:.1f} ms" in page.measured(read_result(tmp_path))
     (tmp_path / "bench.json").write_text("{}")
-    with pytest.raises(UsageError, match="no result of bench"):
+    with pytest.raises(UsageError, match="not a result of bench"):
         read_result(tmp_path)

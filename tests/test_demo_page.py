@@ -1,4 +1,4 @@
-"""The demo's page in a browser, as a user has it: nothing from elsewhere, nothing jumps, and it stops when told."""
+"""The demo's page in a browser: nothing comes from other servers, nothing jumps, and answers can be stopped."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.system, pytest.mark.parametrize("built", [()], indirect=True, ids=["recurrent"])]
 
 LONG = 300_000
-"""Milliseconds after which a browser hangs."""
+"""Milliseconds after which a browser is considered to hang."""
 TOKENS = 40
 
 
 @dataclass
 class Served:
-    """The page of a tiny artifact beside the Transformer that it was converted from.
+    """The page of a tiny artifact and the Transformer that it was converted from.
 
-    An answer goes on once a browser has shown that it began, which a slow one would otherwise miss: see `seen`.
+    An answer continues only after a browser has shown its beginning, which a slow browser would miss: see `seen`.
     """
 
     address: str
@@ -39,13 +39,13 @@ class Served:
     pages: list[Page] = field(default_factory=list)
 
     def open(self, **context: Any) -> Page:
-        """Open it in a window of its own."""
+        """Open the page in a separate window."""
         self.pages.append(Page(self, context))
         return self.pages[-1]
 
 
 class Page:
-    """What a user does, and what the browser complained of and asked for."""
+    """The actions of a user, and the browser's errors and requests."""
 
     def __init__(self, served: Served, context: dict[str, Any]) -> None:
         self.context = served.browser.new_context(**{"viewport": {"width": 1180, "height": 1000}} | context)
@@ -72,7 +72,7 @@ class Page:
         self.begin(lambda: self.page.click("#run"))
 
     def begin(self, do: Callable[[], None]) -> None:
-        """Do what lets an answer begin."""
+        """Do an action that starts an answer."""
         do()
         self.page.wait_for_selector("#stop:enabled")
         self.seen.release()
@@ -126,7 +126,7 @@ def served(built: tuple[Path, Path]) -> Iterator[Served]:
 
 @pytest.fixture
 def page(served: Served) -> Iterator[Page]:
-    """A page; what all of a test's pages asked for came from here, and no console has a word."""
+    """A page; afterwards all requests of a test's pages must be local, and their consoles empty."""
     yield served.open()
     for opened in served.pages:
         assert opened.complaints == []

@@ -1,4 +1,4 @@
-"""Figures in documents come from the results, and the files that documents name exist."""
+"""Figures in documents match the results, and the files that documents name exist."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def run_guide(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run all Python of a guide, from the first line to the last, and return the guide."""
+    """Run all Python code of a guide in order, and return the guide."""
     toy.build(place / "engine")
     monkeypatch.chdir(place)
     text = (ROOT / "docs" / "guides" / name).read_text()

@@ -1,4 +1,4 @@
-"""Evaluation: the same numbers from torch and from the artifact, against plain formulas; controls; inputs; the verb."""
+"""Evaluation: equal numbers from torch, the artifact and plain formulas; controls; inputs; the verb."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIZES = {"vocab_size": toy.VOCAB, "bos_token_id": toy.BOS, "eos_token_id": toy.E
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Models this small are slowed down by threads."""
+    """Use one thread, because more slow down models this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

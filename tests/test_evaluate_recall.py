@@ -1,4 +1,4 @@
-"""Recall: prompts hold what they say where they say it, an oracle that copies answers all of them, chance none."""
+"""Recall: prompts have their parts in the right places, a copying oracle answers all of them, and chance none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORDS = [a + b + c for a in "bcdfghjklm" for b in "aeiou" for c in ("ber", "dan"
 
 
 class WordTokenizer:
-    """One token a letter, sign or word of `WORDS`, its space before it; digits one by one, as many vocabularies do."""
+    """A token per letter, sign, digit or word of `WORDS`, with the space before it, as in many vocabularies."""
 
     def __init__(self) -> None:
         letters = [chr(code) for code in range(32, 127)]
@@ -46,7 +46,7 @@ def prose() -> list[int]:
 
 
 class Oracle:
-    """Predicts what followed the longest earlier copy of the last tokens; the latest one of several."""
+    """Predicts the token after the longest earlier copy of the last tokens, the latest copy if there are several."""
 
     vocab_size, batch = VOCAB, 4
 
@@ -79,7 +79,7 @@ class Chance(Oracle):
 
 
 def old_passkeys(prose: list[int], said: str, distance: int, trials: int) -> list[list[int]]:
-    """As the tables under benchmarks/results were made."""
+    """Return prompts as in the tables under benchmarks/results."""
     rng = random.Random(f"{said} {distance}")
     rows = []
     for _ in range(trials):

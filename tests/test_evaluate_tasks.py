@@ -87,7 +87,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with tasks, and their data set in a folder of its name."""
+    """A directory with tasks, and their data set in a folder with the data set's name."""
     path = tmp_path_factory.mktemp("tasks")
     (path / "local_questions").mkdir()
     lines = "".join(json.dumps(row) + "\n" for row in QUESTIONS)
@@ -104,7 +104,7 @@ def liger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted checkpoint whose window holds a whole context."""
+    """A converted checkpoint whose window is as long as the context."""
     config = LigerConfig(window=LENGTH, attention_weight=1.0, recurrence_weight=0.0)
     return add_tokenizer(make_checkpoint(tmp_path_factory.mktemp("tasks") / "everything", config, **SIZES))
 
@@ -201,7 +201,7 @@ def test_tasks_that_cannot_run(liger: Path, data: Path, tmp_path: Path) -> None:
         run_tasks(subject, subject.text, ["local_sampling"], max_length=LENGTH, data=data)
     from ligerexport.measure.evaluate.harness import HarnessLM
 
-    with pytest.raises(UsageError, match="an answer of 80 tokens"):
+    with pytest.raises(UsageError, match="an answer has 80 tokens"):
         HarnessLM(subject, subject.text, LENGTH)._loglikelihood_tokens([(None, [1], [2] * 80)])
     with pytest.raises(LigerError, match="local_absent could not run") as absent:
         run_tasks(subject, subject.text, ["local_absent"], max_length=LENGTH, data=data)

@@ -1,4 +1,4 @@
-"""The apps of examples/ give the tokens that `generate` gives, and their tokenizers the ids of the tokenizers library.
+"""The apps of examples/ give the same tokens as `generate`, and their tokenizers the ids of the tokenizers library.
 
 An app whose tools (a compiler, Node, a browser) are missing is skipped; `.ci/run` installs them.
 """
@@ -39,7 +39,7 @@ TOKENS = 24
 REAL = ROOT / "build" / "smollm2-fp32"
 
 App = Callable[[Path, str, int], list[int]]
-"""Ids that an app gives for an artifact, a prompt and a number of tokens."""
+"""Function from an artifact, a prompt and a number of tokens to an app's ids."""
 
 
 def run(*command: str | Path, **options: Any) -> str:
@@ -54,7 +54,7 @@ def expected(artifact: Path, prompt: str, tokens: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A graph whose state grows and whose tokenizer adds BOS, and one for each lowering."""
+    """An artifact whose state grows and whose tokenizer adds BOS, and one for each lowering."""
     root = tmp_path_factory.mktemp("artifacts")
     checkpoint = make_checkpoint(root / "checkpoint", FORESIGHT, vocab_size=VOCAB, eos_token_id=EOS)
     tokenizer().save(str(checkpoint / "tokenizer.json"))
@@ -66,7 +66,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def liger_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C++ program, against ORT_HOME or else the library of the Python package."""
+    """The C++ program, linked with ORT_HOME or, without it, with the library of the Python package."""
     if not shutil.which("cmake") or not shutil.which("c++"):
         pytest.skip("needs cmake and a C++ compiler")
     made = tmp_path_factory.mktemp("cpp")
@@ -138,7 +138,7 @@ def python(artifact: Path, prompt: str, tokens: int) -> list[int]:
 
 
 class Page:
-    """examples/web in a browser; all that it asks for must come from here, and its console must stay empty."""
+    """examples/web in a browser; all its requests must be local, and its console must stay empty."""
 
     def __init__(self, browser: Any, artifact: Path) -> None:
         sys.path.insert(0, str(EXAMPLES / "web"))
@@ -222,7 +222,7 @@ for (const [context, ids] of JSON.parse(readFileSync(0))) {
 
 
 def parts(model: TextModel) -> list[tuple[list[int], list[int], str]]:
-    """Cut texts anywhere into a prompt and what follows; give both, and what a stream of it must be."""
+    """Cut texts anywhere into a prompt and a continuation; return both, and the expected stream."""
     tokens, cases = spellings(model), []
     for _ in range(300):
         pieces = cuts(
@@ -250,7 +250,7 @@ def test_a_stream_in_javascript(name: str, tmp_path: Path) -> None:
 
 
 def test_a_stream_in_cpp(liger_run: Path, tmp_path: Path) -> None:
-    """It writes bytes as they come, all together the text, up to an end that only the tokenizer names."""
+    """It writes bytes at once, which together are the text, up to an end that only the tokenizer names."""
     first = [chunk.token for chunk in lx.generate(lx.load(build(tmp_path / "toy")), PROMPT, max_new_tokens=TOKENS)]
     end = first.index(first[-1])
     made = json.loads(tokenizer().to_str())
@@ -296,7 +296,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def corpus() -> list[str]:
-    """Texts with all that splits words: cases, scripts, digits of many kinds, white space, marks, special tokens."""
+    """Texts with everything that splits words: cases, scripts, kinds of digits, white space, marks, special tokens."""
     texts = [
         "", "it's we'LL I'd", "1234567 89,5", " a  b\n\n c \r\n\td  ", "e\u0301 \u1e9b\u0323 \u1100\u1161", "x" * 300,
         "a\u00a0b\u2003c\u3000d\u0085e\u180ef\u200bg\ufeff", "²³½ Ⅷ ٣٤", "\x00\x01\x7f", "🙂👩\u200d👧 🇩🇪",
@@ -323,7 +323,7 @@ def test_the_tokenizer_in_cpp(variant: str, liger_run: Path, smollm2: Path, tmp_
 
 
 def pieces() -> Tokenizer:
-    """Return a vocabulary as SentencePiece makes it, whose pieces may be several words, read as older files have it."""
+    """Return a SentencePiece vocabulary whose pieces may be several words, in the format of older files."""
     names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     made = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
@@ -336,7 +336,7 @@ def pieces() -> Tokenizer:
 
 @pytest.fixture(scope="module", params=[("map", ""), ("decoder", ""), ("decoder", "LlamaTokenizer")], ids="-".join)
 def completed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """An artifact whose tokenizer is only in part in the checkpoint's tokenizer.json, and as transformers reads it."""
+    """An artifact whose tokenizer is only partly in the checkpoint's tokenizer.json, and transformers' tokenizer."""
     layout, name = request.param
     root = tmp_path_factory.mktemp("completed")
     (root / "source").mkdir()
@@ -365,7 +365,7 @@ for (const line of readFileSync(0, "utf8").trim().split("\\n"))
 def test_tokens_that_only_other_files_name(
     program: str, completed: tuple[Path, Any], request: pytest.FixtureRequest
 ) -> None:
-    """From tokenizer.json alone come the ids of transformers, and from a program the text of `generate`."""
+    """tokenizer.json alone gives the ids of transformers, and a program gives the text of `generate`."""
     artifact, auto = completed
     if program == "cpp":
         command = [request.getfixturevalue("liger_run")]
@@ -393,7 +393,7 @@ def test_tokens_that_only_other_files_name(
 
 
 def test_onnxruntime_genai_reads_them_too(completed: tuple[Path, Any]) -> None:
-    """It puts a space before each part of a text of pieces, so that of these only the beginning is the same."""
+    """It puts a space before each part of a text of pieces, so only the beginning of such a text is equal."""
     genai = pytest.importorskip("onnxruntime_genai")
     artifact, auto = completed
     tokenizer = genai.Tokenizer(genai.Model(str(artifact)))

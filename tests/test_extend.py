@@ -1,6 +1,6 @@
-"""A family, a gate and a score are rows: each is added here from outside the package and goes all the way to a graph.
+"""Families, gates and scores are rows: each is added here from outside the package and built into a graph.
 
-CONTRIBUTING.md says the same in words. The headers of the C++ operators follow from the tables too.
+CONTRIBUTING.md describes this in words. The headers of the C++ operators follow from the tables too.
 """
 
 from __future__ import annotations
@@ -71,5 +71,5 @@ def test_unknown_map() -> None:
 
 @pytest.mark.parametrize(("name", "file"), [("native", "onnx/native"), ("plugin", "tensorrt/plugin")])
 def test_headers(name: str, file: str) -> None:
-    """They are written again by the command on top of tests/headers.py."""
+    """The command in tests/headers.py writes them again."""
     assert (EXPORTERS / file / "operands.h").read_text() == getattr(headers, name)()

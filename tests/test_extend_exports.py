@@ -1,6 +1,6 @@
-"""A target and a precision are rows: each is added here from outside the package, built, verified and run.
+"""Targets and precisions are rows: each is added here from outside the package, built, verified and run.
 
-CONTRIBUTING.md says the same in words.
+CONTRIBUTING.md describes this in words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ligerexport.exporters.targets import TARGETS, WEIGHTS, Precision, Target
 
 
 class Numbered(Backend):
-    """The graph of the lowering `portable` with a file that says how many layers it has."""
+    """The graph of the lowering `portable` with a file that has the number of layers."""
 
     def describe(self, plan: BuildPlan, weight_bytes: int) -> dict[str, Any]:
         return {"layers": len(plan.spec.mixers)}
@@ -69,7 +69,7 @@ def test_target(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_precision(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lowering: str) -> None:
-    """Codes of 6 bits in the bytes of 8: every kernel for 8 bits takes them."""
+    """Codes of 6 bits in bytes of 8 bits, which every kernel for 8 bits accepts."""
     monkeypatch.setitem(WEIGHTS, "int6", Precision("int6", 8, 0.1, "for tests", levels=64))
     monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], weights=(*TARGETS["onnx"].weights, "int6")))
     path = lx.build(checkpoint, tmp_path / "a", lowering=lowering, weights="int6", block=16)

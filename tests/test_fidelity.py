@@ -1,4 +1,4 @@
-"""The gate between a conversion and its source: no false alarm, and a conversion that differs is not written."""
+"""The comparison of a conversion with its source: no false alarm, and a conversion that differs is not written."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 import torch
 from checkpoints import FORESIGHT, MEMORY, make_checkpoint, make_transformer
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from ligerexport.checkpoint import fidelity
 from ligerexport.checkpoint.checkpoint import check_checkpoint
 from ligerexport.checkpoint.convert import convert, load_model
 from ligerexport.errors import CheckpointError, VerificationError
+from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.exporters.verify.torch_model import check_reading
 from ligerexport.model.config import LigerConfig
@@ -40,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", range(12))
 def test_no_false_alarm(tmp_path: Path, case: int) -> None:
-    """Every family in either dtype, and every preset, at convert and again at build."""
+    """Every family in both dtypes, and every preset, at convert and again at build."""
     family, preset = ([*rows][case % len(rows)] for rows in (FAMILIES, PRESETS))
     source = make_transformer(tmp_path / "source", family, (torch.float32, torch.bfloat16)[case % 2])
     liger = convert(source, tmp_path / "liger", **PRESETS[preset])
@@ -55,7 +57,7 @@ def test_no_false_alarm_of_scaled_rotary_embeddings(tmp_path: Path, rope: str, t
 
 
 def test_no_false_alarm_of_a_converted_checkpoint(tmp_path: Path) -> None:
-    """Its own scores are kept, its own windows and mix are not; layers have memories from a file."""
+    """Its own scores are kept, but not its own windows and mix; layers have memories from a file."""
     source = make_checkpoint(tmp_path / "source", FORESIGHT)
     (source / "tokenizer.json").write_text("{}")
     memory = {"window": 9, "slots": [["recent_use", 4], ["learned", 6]], "layer_memory": []}
@@ -66,15 +68,23 @@ def test_no_false_alarm_of_a_converted_checkpoint(tmp_path: Path) -> None:
     check_reading(read_spec(liger))
 
 
+def test_no_false_alarm_of_a_tokenizer_without_tokens(tmp_path: Path) -> None:
+    """The tokenizer makes no tokens of the text that `build` compares on, so it compares on random ids."""
+    liger = make_checkpoint(tmp_path / "liger", MEMORY)
+    Tokenizer(models.BPE()).save(str(liger / "tokenizer.json"))
+    result = json.loads((build(liger, tmp_path / "engine") / "manifest.json").read_text())["verification"]
+    assert result["passed"] and result["tokens"] > 400
+
+
 def test_no_false_alarm_of_windows_that_are_not_kept(tmp_path: Path) -> None:
-    """The memory sees further than the Transformer did, so the text ends with its windows."""
+    """The memory reaches further back than the Transformer's windows, so the text is as short as these."""
     source = make_transformer(tmp_path / "source", "gemma3_text")
     liger = convert(source, tmp_path / "liger", keep_window=())
     assert len(fidelity.text_for(load_model(liger))) == 24
 
 
 def test_a_head_that_is_neither_stored_nor_said_to_be_tied_is_the_embedding(tmp_path: Path) -> None:
-    """transformers alone would draw one at random."""
+    """transformers would initialise one at random."""
     source = make_transformer(tmp_path / "source", "qwen2")
     weights = load_file(source / "model.safetensors")
     del weights["lm_head.weight"]
@@ -110,7 +120,7 @@ def test_what_transformers_cannot_run_is_said_to_be_so(tmp_path: Path, monkeypat
 
 
 def test_one_layer_at_a_time_is_in_fp32(tmp_path: Path) -> None:
-    """Of weights in bf16, also what is computed of the configuration is as in fp32: here the embedding's factor."""
+    """With weights in bf16, values from the configuration are in fp32 too: here the embedding's factor."""
     path = make_transformer(tmp_path / "source", "gemma3_text", torch.bfloat16, hidden_size=72)
     model = fidelity.load_source(check_checkpoint(path))
     seen: list[int] = []

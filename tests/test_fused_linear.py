@@ -35,7 +35,7 @@ def make_inputs(rows: int, spec: LinearSpec, dtype: torch.dtype) -> list[Tensor 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_plain(size: tuple[int, int], dtype: torch.dtype) -> None:
-    """Every element is written and right, whatever goes before and after the product."""
+    """Every element is written and right, with any operation before and after the product."""
     torch.manual_seed(0)
     forms = product((None, 1e-5), (None, "silu", "gelu"), (False, True), (False, True), (False, True))
     for i, (epsilon, activation, bias, residual, wide) in enumerate(forms):
@@ -54,7 +54,7 @@ def test_equals_plain(size: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 def test_large_rows_do_not_overflow() -> None:
-    """Halves hold what is normed, not what comes in."""
+    """Half precision stores the normalised values, not the input."""
     spec = LinearSpec(32, 64, 1e-5)
     for rows in (1, 3):
         x, weight, norm, *rest = make_inputs(rows, spec, torch.float16)
@@ -68,7 +68,7 @@ def test_large_rows_do_not_overflow() -> None:
 @pytest.mark.parametrize("epsilon", [None, 1e-5])
 @pytest.mark.parametrize("rows", [1, 5, 66])
 def test_side(rows: int, epsilon: float | None) -> None:
-    """A second product of the same norm, in fp32 beside halves."""
+    """A second product of the same normalised input, in fp32 beside one in half precision."""
     spec = LinearSpec(70, 96, epsilon, side=3)
     x, weight, norm, *rest = make_inputs(rows, spec, torch.float16)
     _, side_weight, _, bias, _ = make_inputs(rows, spec.of_side(), torch.float32)
@@ -83,7 +83,7 @@ def test_side(rows: int, epsilon: float | None) -> None:
 
 @pytest.mark.parametrize("rows", [2048, 4111])
 def test_blocks_of_rows(rows: int) -> None:
-    """Every block of rows meets every block of outputs, where they are numbered in bands and the last band is low."""
+    """Every block of rows meets every block of outputs if they are numbered in bands and the last band is smaller."""
     spec = LinearSpec(600, 64)
     inputs = make_inputs(rows, spec, torch.float16)
     out = torch.full((rows, 600), float("nan"), dtype=torch.float16, device=DEVICE)

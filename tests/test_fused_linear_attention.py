@@ -105,7 +105,7 @@ class _Fused(torch.autograd.Function):
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Return the relative root mean square error; infinity where anything is not a number."""
+    """Return the relative root mean square error; infinity if any value is NaN."""
     if not found.isfinite().all():
         return float("inf")
     return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
@@ -159,7 +159,7 @@ def test_equals_the_loop(case: Case) -> None:
     "case", [Case(70, "gla", group=2), Case(70, strong=True), Case(70, bounds=(0, 0, 70))], ids=str
 )
 def test_reads_nothing_that_was_not_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Poisons what is allocated without a value."""
+    """Poison memory that is allocated without values."""
     inputs, bounds = case.inputs()
     expected = fused.forward(*inputs, bounds, case.gate, 1.0)
 
@@ -193,7 +193,7 @@ def test_any_cut_gives_the_same() -> None:
 
 
 def test_strong_gates_take_the_exact_path() -> None:
-    """Without it the pairs of a strong channel within a chunk would be lost."""
+    """Without it, the pairs of a strong channel within a chunk would be lost."""
     case = Case(64, strong=True, d_k=32, d_v=32, initial=False)
     (q, k, v, g, _), _ = case.inputs()
     assert q is not None and g is not None

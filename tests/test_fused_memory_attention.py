@@ -61,19 +61,19 @@ class _Attend(torch.autograd.Function):
 
 
 def memory_attention(*arguments: Any, death: Tensor | None = None) -> tuple[Tensor, MixerState]:
-    """Return output, differentiable, and slots."""
+    """Return a differentiable output, and slots."""
     output, _, attended = _Attend.apply(*arguments, death)
     return output, attended.present
 
 
 def column(position: tuple[int, ...]) -> Tensor:
-    """Return positions as a column of something wider."""
+    """Return positions as a column of a wider tensor."""
     return torch.tensor(position, device=DEVICE)[:, None].expand(-1, 2).add(torch.tensor([0, 77], device=DEVICE))[:, 0]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, a number of tokens and where the sequences stand."""
+    """A layer, a number of tokens, and the positions of the sequences."""
 
     config: str
     length: int
@@ -91,7 +91,7 @@ class Case:
         return MixerSpec(config, self.group * self.kv_heads, self.kv_heads, self.d_k, self.d_v, self.d_k**-0.5, cap)
 
     def inputs(self, dtype: torch.dtype = torch.float32, scale: float = 1.5) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return query, key and value of a standard deviation, scores on arrival and position."""
+        """Return query, key and value with a standard deviation, learned scores, and positions."""
         spec, batch = self.spec(), len(self.position)
         shapes = ((spec.q_heads, self.d_k), (self.kv_heads, self.d_k), (self.kv_heads, self.d_v))
         # a slice of something wider: strides that no one may assume away
@@ -100,7 +100,7 @@ class Case:
         return [x.to(dtype)[..., :-8] for x in whole], arrival, column(self.position)
 
     def start(self, dtype: torch.dtype = torch.float32) -> MixerState:
-        """Return the state of sequences that have seen nothing."""
+        """Return the initial state of the sequences."""
         return self.spec().initial_state(len(self.position), dtype, DEVICE)
 
     def table(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -160,7 +160,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_states_equal(found: MixerState, expected: MixerState, tolerance: float = FUSED_FP32) -> None:
-    """Compare what states mean, slots exactly: empty ones may hold anything."""
+    """Compare the meaning of states, with exact slots; empty slots may have any content."""
     filled = expected["slot_position"] >= 0
     assert torch.equal(found["slot_position"], expected["slot_position"])
     for name in ("slot_key", "slot_value"):
@@ -174,7 +174,7 @@ def assert_states_equal(found: MixerState, expected: MixerState, tolerance: floa
 
 @pytest.fixture(autouse=True)
 def _small_blocks_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let short sequences on the CPU leave the window in several blocks."""
+    """Make short sequences on the CPU leave the window in several blocks."""
     if DEVICE == "cpu":
         monkeypatch.setattr(slots_module, "EVENTS", 64)
 
@@ -223,7 +223,7 @@ def test_nothing_is_read_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -
 
 
 class _Poisoning:
-    """The torch module whose empty tensors are full of what hurts most."""
+    """The torch module with poisoned values in empty tensors."""
 
     def __getattr__(self, name: str) -> object:
         if name not in ("empty", "empty_like"):
@@ -256,7 +256,7 @@ def test_cut_anywhere_and_slots_in_any_order() -> None:
 
 
 def test_half_precision_with_the_same_memory() -> None:
-    """Rounded scores may keep other tokens, so both sides get one memory's decisions."""
+    """Rounded scores may keep other tokens, so both sides get the decisions of one memory."""
     sizes = [("every score", 140, 2, 32, 24, 12, 40)]
     if DEVICE == "cuda":
         wide, far = (700, 4, 128, 128, 64, 8192), (700, 4, 64, 64, 32, 300)

@@ -1,4 +1,4 @@
-"""Level 1: one fused token after the other against the plain loop: output, and state as a set ordered by position."""
+"""Level 1: fused steps against the plain loop: output, and state as a set ordered by position."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def make_inputs(spec: MixerSpec, batch: int, length: int) -> list[Tensor]:
 
 
 def foreseen(value: Tensor) -> Tensor:
-    """Return scores for `value` `[..., d_v]` as a linear map might foresee them: logarithms, none of them 0."""
+    """Return learned scores for `value` `[..., d_v]`: logarithms, none of them 0."""
     return -value.norm(dim=-1)
 
 
@@ -79,7 +79,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_states_equal(found: MixerState, expected: MixerState, tolerance: float) -> None:
-    """Compare what states mean: slots as sets, and empty ones may hold anything."""
+    """Compare the meaning of states: slots as sets, and empty slots may have any content."""
     found = {name: x.cpu() for name, x in found.items()}
     order, expected_order = (x["slot_position"].argsort(dim=-1) for x in (found, expected))
     assert torch.equal(found["slot_position"].gather(-1, order), expected["slot_position"].gather(-1, expected_order))
@@ -167,7 +167,7 @@ def test_shapes(heads: tuple[int, int], d_k: int, d_v: int) -> None:
 
 @pytest.mark.parametrize("slots", [(), (("peak_effect", 6),)], ids=str)
 def test_values_in_tiles(slots: tuple[tuple[str, int], ...]) -> None:
-    """So many slots that not all of their values fit at once."""
+    """Too many slots for all of their values to fit at once."""
     spec = make_spec(replace(SMALL, window=140, slots=slots), (2, 1), 32, 96)
     check(spec, before=160, steps=20 if GPU else 1, starts=(0,))
 
@@ -180,7 +180,7 @@ def test_presets_at_full_size(preset: str) -> None:
 
 @pytest.mark.parametrize("name", ["memory and recurrence", "foresight", "evicted"])
 def test_rows_of_the_pools(name: str) -> None:
-    """Sequences lie anywhere in pools that are NaN elsewhere; one is skipped, one is padding."""
+    """Sequences are anywhere in pools whose other rows are NaN; one is skipped, one is padding."""
     spec = make_spec(CONFIGS[name])
     state = prefilled(spec, 50, (0, 3, 1))
     rows, live = torch.tensor([4, -1, 0, 2]), torch.tensor([0, 2, 3])
@@ -213,7 +213,7 @@ def test_rows_of_the_pools(name: str) -> None:
 
 
 def test_state_goes_back_to_the_chunked_op() -> None:
-    """Prompt, fused steps, prompt: the same as in one go."""
+    """Prompt, fused steps and prompt give the same result as one prompt."""
     spec = make_spec(EVERY_SCORE)
     *inputs, table = make_inputs(spec, 2, 60)
     position = torch.tensor([0, 3])

@@ -1,4 +1,4 @@
-"""Level 1: a whole chunk in launches alone, against the op: any preset that has it, padding, and a carried state."""
+"""Level 1: a whole chunk with fused launches against the op: every preset with them, padding, and a carried state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `build(genai=True)` adds: stock onnxruntime-genai writes the tokens that our own session writes."""
+"""`build(genai=True)`: an unmodified onnxruntime-genai writes the tokens that our own session writes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ours(path: Path, ids: np.ndarray, steps: int) -> list[int]:
 
 @pytest.mark.parametrize(("name", "lowering"), [*((name, "ort") for name in CONFIGS), ("memory", "portable")])
 def test_the_same_tokens(tmp_path: Path, name: str, lowering: str) -> None:
-    """A prompt of several chunks, and one that goes on in a second turn."""
+    """A prompt of several chunks, and one that continues in a second turn."""
     liger, family = CONFIGS[name]
     source = make_checkpoint(tmp_path / "liger", liger, family)
     path = Path(lx.build(source, tmp_path / "engine", lowering=lowering, max_chunk=32, genai=True, verify=False))
@@ -80,7 +80,7 @@ def test_the_same_tokens(tmp_path: Path, name: str, lowering: str) -> None:
 def test_the_same_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lowering: str, weights: str, level: str
 ) -> None:
-    """To the bit, as both are loaded alike: where activations are rounded, a difference in the last place grows."""
+    """Equal bit for bit, because both load alike: rounded activations would amplify any difference."""
     source = make_checkpoint(tmp_path / "liger", MEMORY)
     tolerance_of = compare.tolerance_of
     monkeypatch.setattr(compare, "tolerance_of", lambda dtype: replace(tolerance_of(dtype), logits=0.0))

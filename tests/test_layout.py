@@ -1,4 +1,4 @@
-"""The shape of the project: which module may import which, what is public, what a wheel holds."""
+"""The structure of the project: which module may import which, what is public, and the content of a wheel."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RANK = {name: rank for rank, row in enumerate(ROOMS) for name in row}
 
 
 def modules() -> dict[str, Path]:
-    """Return the file of every module by its dotted name below `ligerexport`; that of a package has no `__init__`."""
+    """Return the file of every module by its dotted name below `ligerexport`; a package's name has no `__init__`."""
     found = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
@@ -88,7 +88,7 @@ def test_imports_go_one_way(name: str) -> None:
 
 
 def test_no_modules_import_each_other() -> None:
-    """Not in a circle of any length, and not inside functions either, where Python would let them."""
+    """No circle of any length is allowed, not even inside functions, where Python would allow it."""
     graph = {name: set(imports(file)) - {name} for name, file in MODULES.items()}
     while free := [name for name, needs in graph.items() if not needs & graph.keys()]:
         for name in free:
@@ -98,7 +98,7 @@ def test_no_modules_import_each_other() -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda file: file.stem)
 def test_no_test_looks_at_a_clock(file: Path) -> None:
-    """What asserts a duration, or gives up after one, fails on a busy machine; pytest's `--timeout` ends what hangs."""
+    """Tests that assert or wait for a duration fail on a busy machine; pytest's `--timeout` ends tests that hang."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -109,7 +109,7 @@ def test_no_test_looks_at_a_clock(file: Path) -> None:
 
 
 def test_the_package_has_no_links() -> None:
-    """Its directories are real, so that every tool finds them; the root has links to those a visitor looks for."""
+    """Its directories are real, so that every tool finds them; the root links to the main ones for visitors."""
     assert not [path for path in PACKAGE.rglob("*") if path.is_symlink()]
     for name in ("kernels", "exporters", "demo"):
         assert (ROOT / name).readlink() == Path("ligerexport", name)
@@ -156,7 +156,7 @@ def test_constraints_fit_the_bounds() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from an sdist, built from a copy of the checkout without what git ignores."""
+    """A wheel from an sdist from a copy of the checkout without ignored files."""
     if not (ROOT / ".git").exists() or not shutil.which("git") or not find_spec("build"):
         pytest.skip("needs a git checkout and the `dev` extra")
     copy, dist = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")

@@ -36,7 +36,7 @@ OPS = torch.ops.ligerexport
 
 
 def foreseen(value: Tensor) -> Tensor:
-    """Return scores for `value` `[..., d_v]` as a linear map might foresee them."""
+    """Return learned scores for `value` `[..., d_v]`."""
     return -value.float().norm(dim=-1)
 
 
@@ -123,7 +123,7 @@ def test_exported_graph_holds_one_operator_for_each_part(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", STEPPING)
 def test_step_in_place_equals_the_mixer(name: str, device: str) -> None:
-    """Rows of the pools in another order, one sequence skipped, one still in its padding."""
+    """Pool rows are in another order, one sequence is skipped, and one is still in its padding."""
     layer = Layer(CONFIGS[name], device)
     prompt, position = layer.inputs(4, 90), torch.tensor([0, 3, -95, 7], device=device)
     with torch.no_grad():

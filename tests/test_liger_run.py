@@ -1,4 +1,4 @@
-"""`liger-run` and what a command line does with an artifact for TensorRT, on the fake runtime and on a GPU."""
+"""`liger-run` and the command line with an artifact for TensorRT, on the fake runtime and on a GPU."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_liger_run(library: Path, artifact: Path, tmp_path: Path) -> None:
 
 
 def test_what_runs_on_a_gpu(artifact: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script that compares real engines with torch, given what the fake's model makes, and something else."""
+    """The script that compares real engines with torch, with right and wrong outputs of the fake's model."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     script: Any = import_module("trt_session")
     prompt, count, every = script.PROMPT, script.STEPS, script.EVERY

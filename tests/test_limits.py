@@ -1,4 +1,4 @@
-"""Nothing is too long or too wide to be read at once: files, functions, and lists of parameters."""
+"""Files, functions and parameter lists are short enough to be read at once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ROOT = Path(__file__).parent.parent
 LINES, BODY, PARAMETERS = 450, 60, 10
 SOURCES = {".py", ".cc", ".cpp", ".c", ".h", ".mjs"}
 WIDE = ("jit", "torch.library", "custom_op", "register_fake")
-"""Decorators of functions whose signature is somebody else's: a kernel's, an operator's."""
+"""Decorators of functions whose signature has another origin: a kernel or an operator."""
 
 
 def sources() -> list[Path]:
-    """Return the files of the project that are code, once each."""
+    """Return each code file of the project once."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("needs a git checkout")
@@ -28,7 +28,7 @@ def sources() -> list[Path]:
 
 
 def functions(file: Path) -> Iterator[tuple[ast.FunctionDef, int, int]]:
-    """Yield every function with the lines of its body, without its docstring, and the number of its parameters."""
+    """Yield every function with the number of its lines, without its docstring, and the number of its parameters."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef):
             doc = node.body[0] if ast.get_docstring(node) is not None else None
@@ -38,7 +38,7 @@ def functions(file: Path) -> Iterator[tuple[ast.FunctionDef, int, int]]:
 
 
 def is_wide(file: Path, node: ast.FunctionDef) -> bool:
-    """Return whether somebody else decides how many parameters a function has."""
+    """Return whether a function's number of parameters is decided elsewhere."""
     marks = " ".join(ast.unparse(mark) for mark in node.decorator_list)
     return file.parent.name == "cli" or node.name in lx.__all__ or any(mark in marks for mark in WIDE)
 

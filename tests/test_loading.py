@@ -1,4 +1,4 @@
-"""What transformers makes of a checkpoint is what every verb makes of it, or the checkpoint is refused by name."""
+"""Every verb reads a checkpoint as transformers does, or refuses it by name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IDS = torch.arange(1, 61)[None]
 WHOLE: dict[str, Any] = {
     "window": 64, "sinks": 0, "slots": (), "attention_weight": 1.0, "recurrence_weight": 0.0, "max_distance": 64
 }  # fmt: skip
-"""A conversion that is the Transformer itself on `IDS`."""
+"""A conversion that equals the Transformer on `IDS`."""
 
 
 def make(path: Path, change: Callable[[dict[str, Tensor]], object] = lambda tensors: None, **settings: Any) -> Path:
@@ -126,7 +126,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def damaged(sound: tuple[Path, Path], place: Path, change: Callable[[dict[str, Tensor]], object]) -> tuple[Path, Path]:
-    """Copy both, and change their weights without a note of what they were."""
+    """Copy both, and change their weights without changing the record of the old ones."""
     for path in sound:
         shutil.copytree(path, place / path.name)
         tensors = load_file(path / SINGLE)
@@ -173,7 +173,7 @@ def test_prefixes_of_wrappers_are_stripped(tmp_path: Path, sound: tuple[Path, Pa
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "no projection": (lambda x: x.pop(MAP), f"{MAP} is missing"),
     "no norm": (lambda x: x.pop(NORM), f"{NORM} is missing"),
-    "another name": (lambda x: x.update({f"{MAP}s": x.pop(MAP)}), f"{MAP}s, which config.json gives no place"),
+    "another name": (lambda x: x.update({f"{MAP}s": x.pop(MAP)}), f"{MAP}s, which the model in config.json"),
     "a bias": (lambda x: x.update({MAP.replace("weight", "bias"): torch.zeros(64)}), "o_proj.bias, which"),
     "wide": (lambda x: x.update({MAP: torch.zeros(64, 65)}), r"is \[64, 65\], config.json says \[64, 64\]"),
     "turned": (lambda x: x.update({"model.norm.weight": torch.ones(1, 64)}), r"is \[1, 64\]"),

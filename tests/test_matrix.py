@@ -1,4 +1,4 @@
-"""Every family with every gate, in every lowering and precision: what ONNX Runtime computes is what torch computes."""
+"""Every family with every gate, in every lowering and precision: ONNX Runtime computes what torch computes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IDS = np.random.default_rng(2).integers(0, 131, sum(CUTS) + STEPS)
 PIECES = np.split(IDS, np.cumsum([*CUTS, *[1] * (STEPS - 1)]))
 WHOLE = {0, 1, 2, 18, len(PIECES) - 1}
 SIZES = {"gemma3_text": {"layer_types": ["full_attention", "sliding_attention"]}}
-"""Two layers of Gemma 3: one of each kind."""
+"""Two layers of Gemma 3, one of each kind."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def engine(place: Path, family: str, gate: str, weights: str, lowering: str) -> 
 
 @lru_cache
 def answers(place: Path, family: str, gate: str, weights: str) -> list[Answer]:
-    """Return what torch says with the weights that a build stores; all lowerings store the same numbers."""
+    """Return torch's answers with the weights that a build stores; all lowerings store the same numbers."""
     storage, artifact = weight_storage(weights), engine(place, family, gate, weights, "ort")
     tolerance = tolerance_of(storage.precision.dtype).weights
     torch_model = Reference(read_spec(checkpoint(place, family, gate)), artifact, storage, tolerance)
@@ -63,7 +63,7 @@ def answers(place: Path, family: str, gate: str, weights: str) -> list[Answer]:
 @pytest.mark.parametrize("weights", TARGETS["onnx"].weights)
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_logits_and_state(place: Path, family: str, gate: str, weights: str, lowering: str) -> None:
-    """A prompt in cuts, 64 steps, and the prompt at once: all logits, and the state after some calls and the last."""
+    """A prompt in pieces, 64 steps, and the prompt at once: all logits, and the state after the last and some calls."""
     artifact = engine(place, family, gate, weights, lowering)
     session = OnnxSession(artifact, chunk=64, threads=1, exact=artifact.manifest.block is not None)
     comparison = Verification(read_spec(checkpoint(place, family, gate)), tolerance_of(WEIGHTS[weights].dtype))

@@ -52,12 +52,12 @@ def make(
 
 
 def foreseen(value: Tensor) -> Tensor:
-    """Return scores for `value` `[B, T, H_kv, d_v]` as a linear map might foresee them: logarithms, none of them 0."""
+    """Return learned scores for `value` `[B, T, H_kv, d_v]`: logarithms, none of them 0."""
     return -value.detach().norm(dim=-1)
 
 
 def assert_states_equal(found: MixerState, expected: MixerState, tolerance: float) -> None:
-    """Compare what states mean: empty slots may hold anything."""
+    """Compare the meaning of states; empty slots may have any content."""
     filled = expected["slot_position"] >= 0
     assert torch.equal(found["slot_position"], expected["slot_position"])
     for name, tensor in expected.items():
@@ -149,7 +149,7 @@ def test_gradients_equal_those_of_the_loop(name: str) -> None:
 
 
 def test_a_learned_pool_keeps_what_was_foreseen() -> None:
-    """The best of all that left the window, by the score alone; without scores there is nothing to keep by."""
+    """It keeps the tokens with the best scores among all that left the window; without scores it cannot choose."""
     config = LigerConfig(window=4, sinks=1, slots=(("learned", 3),), attention_weight=1.0, recurrence_weight=0.0)
     spec, inputs, state, table = make(config, 60, position=(0,))
     score = torch.randn(1, 60, 2) - 7
@@ -164,7 +164,7 @@ def test_a_learned_pool_keeps_what_was_foreseen() -> None:
 
 
 def test_drift_of_fp32_over_2048_steps() -> None:
-    """Step by step in fp32 against fp64 in one go: nothing grows."""
+    """Single steps in fp32 against one call in fp64: errors do not grow."""
     config = replace(EVERY_SCORE, window=24, gate="gla")
     spec, inputs, state, table = make(config, 2048, position=(0,))
     expected, expected_state = liger_mixer(*inputs, state, spec, table)
@@ -195,7 +195,7 @@ def test_exact_slots_beyond_the_rotary_cap_read_as_at_the_cap() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_many_evicted_values_do_not_overflow(dtype: torch.dtype) -> None:
-    """Their sum is beyond fp16 long before a text ends; what is read is their mean."""
+    """Their sum soon exceeds the range of fp16, but only their mean is read."""
     spec = MixerSpec(EVICTED, 2, 1, 8, 8, 8**-0.5, 64)
     rotary, count = rotary_table(10.0 ** -torch.arange(4.0), 64, BLOCK), 30_000
     state = spec.initial_state(1, dtype, "cpu")

@@ -37,7 +37,7 @@ ROPES: dict[str, dict[str, Any]] = {
 def make_teacher(
     path: Path, family: str = "llama", shard: str = "1GB", dtype: torch.dtype = torch.float32, **sizes: Any
 ) -> Path:
-    """Write a random checkpoint as transformers' own `save_pretrained` does, with a tokenizer file beside it."""
+    """Write a random checkpoint as transformers' own `save_pretrained` does, with a tokenizer file."""
     row = get_family(family)
     model = row.attribute("ForCausalLM")(row.attribute("Config")(**SIZES | OF_FAMILY.get(family, {}) | sizes)).to(dtype)
     model.save_pretrained(path, max_shard_size=shard)
@@ -120,7 +120,7 @@ def test_scores_of_the_hidden_state(tmp_path: Path, family: str) -> None:
 
 
 def test_scores_stay_in_fp32(tmp_path: Path) -> None:
-    """In a bf16 model and under autocast they are what the fp32 weights of the file say."""
+    """In a bf16 model and under autocast they equal the scores of the file's fp32 weights."""
     path = make_checkpoint(tmp_path / "liger", FORESIGHT, dtype=torch.bfloat16)
     model = load_model(path, torch.bfloat16)
     mixer, weights = model.model.layers[1].self_attn, load_model(path).model.layers[1].self_attn.score_proj
@@ -146,7 +146,7 @@ def test_state_does_not_grow(tmp_path: Path) -> None:
 
 
 def test_a_layer_with_a_memory_of_its_own(tmp_path: Path) -> None:
-    """A large one changes nothing in its layer, so that the others decide; cuts do not matter."""
+    """A large memory changes nothing in its layer, so only the other layers matter; cuts do not."""
     path = make_teacher(tmp_path / "sized" / "teacher")
     other = Path(shutil.copytree(path, tmp_path / "kept" / "teacher"))
     large = (48, tuple((name, 100) for name, _ in MEMORY.slots))
@@ -259,7 +259,7 @@ def test_a_cache_is_known_by_both_names_and_no_other(tmp_path: Path, monkeypatch
 
 @torch.no_grad()
 def test_a_mask_says_what_is_padding_and_nothing_else(tmp_path: Path) -> None:
-    """Padding that follows a text changes nothing before it, but a state that has read it is of no use."""
+    """Padding after a text changes nothing before it, but a state that has read it is useless."""
     model = load_model(make_checkpoint(tmp_path / "liger", MEMORY)).eval()
     ids = torch.randint(0, SIZES["vocab_size"], (1, 40))
     mask = torch.ones(1, 40)
@@ -276,7 +276,7 @@ def test_a_mask_says_what_is_padding_and_nothing_else(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_the_layers_alone_are_the_same_model(tmp_path: Path) -> None:
-    """Without the output projection: a cache of their own kind, padding, and no other cache."""
+    """Without the output projection: a cache of the right kind, padding, and refusal of other caches."""
     model = load_model(make_checkpoint(tmp_path / "liger", MEMORY)).eval()
     ids = torch.randint(0, SIZES["vocab_size"], (1, 40))
     whole = model(ids, output_hidden_states=True).hidden_states[-1]
@@ -291,7 +291,7 @@ def test_the_layers_alone_are_the_same_model(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_positions_that_jump_are_refused(tmp_path: Path) -> None:
-    """Documents in one row would be read as one text; padding may have any positions."""
+    """Documents in one row would be read as one text; padding may have any position."""
     model = load_model(make_checkpoint(tmp_path / "liger", MEMORY)).eval()
     ids, row = torch.randint(0, SIZES["vocab_size"], (2, 20)), torch.arange(20)
     for positions in (row % 10, row.flip(0), torch.zeros(2, 20, dtype=torch.long)):

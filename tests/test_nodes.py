@@ -1,4 +1,4 @@
-"""The table of nodes: it is of this code, and neither the number of layers nor the tokens of a call change it."""
+"""The table of nodes matches this code, and depends neither on the number of layers nor on the tokens of a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ONNX graph: its mixer against the torch op, the model against torch, and what the graph promises."""
+"""The ONNX graph: its mixer against the torch op, the model against torch, and the graph's guarantees."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class MixerSession:
 
 
 def foreseen(value: Tensor) -> Tensor:
-    """Return scores for `value` `[..., d_v]` as a linear map might foresee them."""
+    """Return learned scores for `value` `[..., d_v]`."""
     return -value.norm(dim=-1)
 
 
@@ -143,7 +143,7 @@ def compare_states(expected: dict[str, Any], found: dict[str, np.ndarray], toler
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 @pytest.mark.parametrize("cuts", [(96, 44), (1,) * 40 + (7, 1, 92), (63, 1, 76)], ids=["chunks", "steps", "odd"])
 def test_mixer_is_the_torch_op(lowering: str, name: str, outliers: bool, cuts: tuple[int, ...]) -> None:
-    """Two sequences, one with padding on its left, d_k != d_v, three queries a key."""
+    """Two sequences, one with padding on its left, d_k != d_v, three query heads per key head."""
     spec = mixer_spec(MIXERS[name])
     query, key, value = projections(sum(cuts), outliers)
     session, position, start = MixerSession(mixer_graph(spec, lowering), spec, 2), torch.tensor([0, -9]), 0
@@ -177,7 +177,7 @@ def test_evicted_tokens_where_channels_are_not_rotated(lowering: str, inv_freq: 
 
 
 def test_function_body_is_the_kernel() -> None:
-    """Runtimes without a kernel for LinearAttention inline the body that the model carries."""
+    """Runtimes without a kernel for LinearAttention inline the body in the model."""
     spec = mixer_spec(MIXERS["scores"])
     model = mixer_graph(spec, "ort")
     inlined = onnx.inliner.inline_local_functions(model)
@@ -218,8 +218,8 @@ class GraphSession:
 
 
 WORDS: dict[str, Any] = {"vocab_size": 90 + 64}
-"""As many tokens as `check_model` reads, none of them twice: in the first layer both would have one score, and rounding
-would choose between them."""
+"""Number of tokens that `check_model` reads, all different: in the first layer equal tokens have equal scores, between
+which rounding would choose."""
 
 
 def check_model(spec: ModelSpec, directory: Path, lowering: str) -> None:
@@ -259,7 +259,7 @@ def test_scores_of_the_hidden_state(tmp_path: Path, family: str, config: LigerCo
 
 
 def test_scores_must_be_in_the_checkpoint(tmp_path: Path) -> None:
-    """A checkpoint whose configuration alone was changed has none."""
+    """A checkpoint with only its configuration changed has no scores."""
     path = make_checkpoint(tmp_path / "model", replace(MEMORY, slots=(("recent_use", 3),)))
     config = json.loads((path / "config.json").read_text()) | {"liger": FORESIGHT.to_dict()}
     (path / "config.json").write_text(json.dumps(config))
@@ -318,7 +318,7 @@ def proto(spec: ModelSpec, lowering: str) -> onnx.ModelProto:
 )
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str, changes: dict[str, Any]) -> None:
-    """Every past has one consumer, and its present is computed from what that consumer puts out."""
+    """Every past has one consumer, and its present is computed from the output of that consumer."""
     liger = LigerConfig(window=8, sinks=1, slots=(("use", 2), ("novelty", 2)), keep_softmax=(1,), **changes)
     graph = proto(read_spec(make_checkpoint(tmp_path / "model", liger)), lowering).graph
     producer = {output: node for node in graph.node for output in node.output}
@@ -339,7 +339,7 @@ def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str, changes: d
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
-    """As many nodes in every layer, no loop, and nothing that the preset does not use."""
+    """Every layer has the same number of nodes, no loop, and nothing that the preset does not use."""
     config = PRESETS[preset].config
     graphs = [
         proto(read_spec(make_checkpoint(tmp_path / str(layers), config, num_hidden_layers=layers)), lowering).graph
@@ -365,7 +365,7 @@ def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
 @pytest.mark.parametrize("family", ["qwen3", "phi3"])
 @pytest.mark.parametrize("name", MIXERS)
 def test_portable_nodes_are_narrow(tmp_path: Path, name: str, family: str) -> None:
-    """A shader of WebGPU has 8 storage buffers at least, one for each input and output; in a model of any depth."""
+    """WebGPU guarantees 8 storage buffers per shader, one for each input and output; in a model of any depth."""
     spec = read_spec(make_checkpoint(tmp_path / "model", MIXERS[name], family, num_hidden_layers=9))
     for node in proto(spec, "portable").graph.node:
         assert len(node.input) + len(node.output) <= 8, node.name
@@ -373,7 +373,7 @@ def test_portable_nodes_are_narrow(tmp_path: Path, name: str, family: str) -> No
 
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_weights_keep_their_names(tmp_path: Path, lowering: str) -> None:
-    """Those of one input, which are one product, have a joint name."""
+    """Weights with the same input, which form one product, have a joint name."""
     spec = read_spec(make_checkpoint(tmp_path / "model", MEMORY, tie_word_embeddings=True))
     names = set(spec.weights) - {"lm_head.weight"}
     expected = {re.sub(r"\.[qkv]_", ".qkv_", re.sub(r"\.(gate|up)_", ".gate_up_", name)) for name in names}
@@ -385,7 +385,7 @@ def test_weights_keep_their_names(tmp_path: Path, lowering: str) -> None:
 
 @pytest.mark.parametrize("change", [5, -1, 1 << 40])
 def test_native_memory_from_a_state_that_no_session_left(tmp_path: Path, change: int) -> None:
-    """Positions that are yet to come, a window that ends too early, and none that can be."""
+    """Future positions, a window that ends too early, and an impossible window."""
     model = make_checkpoint(tmp_path / "model", MEMORY)
     session = lx.load(lx.build(model, tmp_path / "engine", lowering="native", verify=False))
     session.prefill(np.arange(40))

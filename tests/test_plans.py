@@ -1,4 +1,4 @@
-"""What a verb checks before it works, and what it keeps when its result cannot be written."""
+"""The checks of a verb before its work, and the results that it keeps if they cannot be written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt caches: what is restored is not read again, and the text is the same."""
+"""Prompt caches: restored tokens are not read again, and the text is the same."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Counting(OnnxSession):
 
 
 def write(artifact: Path, ids: Sequence[int], cache: Path | None = None) -> tuple[list[int], int, int]:
-    """Return the tokens written after a prompt, how many of it were restored, and how many were read."""
+    """Return the tokens written after a prompt, and the numbers of restored and of read prompt tokens."""
     session = Counting(open_artifact(artifact))
     chunks = list(generate(session, ids, max_new_tokens=12, prompt_cache=cache))
     summary = chunks[-1].summary
@@ -82,7 +82,7 @@ def test_the_file_of_another_model_is_made_again(built: tuple[Path, Path], tmp_p
     write(toy.build(tmp_path / "toy"), IDS, tmp_path / "cache")
     cache, session = PromptCache(tmp_path / "cache"), lx.load(built[1])
     tokens = [chunk.token for chunk in generate(session, IDS, max_new_tokens=12, prompt_cache=cache)]
-    assert (cache.restored, cache.keep, cache.note) == (0, 119, "made again: it was of another model")
+    assert (cache.restored, cache.keep, cache.note) == (0, 119, "made again: it was for another model")
     assert tokens == write(built[1], IDS)[0]
     assert write(built[1], IDS, tmp_path / "cache") == (tokens, 119, 1)
 
@@ -93,7 +93,7 @@ def test_a_file_that_is_something_else_is_left_alone(built: tuple[Path, Path], t
     session.prefill(IDS)
     session.snapshot().save(tmp_path / "chat")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    for name, message in (("letter", "cannot read a state"), ("chat", "no prompt cache"), ("no/file", "no directory")):
+    for name, message in (("letter", "cannot read a state"), ("chat", "not a prompt"), ("no/file", "no directory")):
         with pytest.raises(LigerError, match=message):
             write(built[1], IDS, tmp_path / name)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -1,4 +1,4 @@
-"""Which nodes execution providers take: by hand on a small graph, of a built artifact, and as the documents say."""
+"""The nodes that execution providers take: in a small graph, in a built artifact, and in the documents."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_reasons_and_partitions() -> None:
 
 
 def test_inspect(tmp_path: Path) -> None:
-    """The lowering portable leaves DirectML a whole graph; ort has operators that it lacks."""
+    """DirectML takes the whole graph of the lowering portable; ort has operators that it lacks."""
     source = make_checkpoint(tmp_path / "liger", LigerConfig(window=20))
     rows = {}
     for lowering in ("portable", "ort"):
@@ -57,7 +57,7 @@ def test_inspect(tmp_path: Path) -> None:
 
 
 def test_the_guide_names_what_providers_lack(tmp_path: Path) -> None:
-    """Of every preset and gate, any precision, and every activation; in the lowering portable."""
+    """Every preset, gate, precision and activation, in the lowering portable."""
     configs = [preset.config for preset in PRESETS.values()]
     configs += [replace(MEMORY, gate=gate, attention_weight=0.5, recurrence_weight=0.5) for gate in GATES]
     sources = [(config, "llama") for config in configs] + [(LigerConfig(window=20, keep_softmax=(1,)), "gemma3_text")]

@@ -50,7 +50,7 @@ def compare(one: OnnxSession, other: OnnxSession) -> None:
 def run(cuda: OnnxSession, cpu: OnnxSession) -> None:
     """Feed both a prompt in pieces and single tokens; two sequences, the second shorter.
 
-    No token comes twice: in the first layer equal tokens have equal scores, which rounding would decide between.
+    No token occurs twice: in the first layer equal tokens have equal scores, between which rounding would decide.
     """
     ids = np.stack([np.random.default_rng(row).permutation(VOCABULARY)[: 90 + STEPS] for row in (0, 1)])
     for piece, padding in ((ids[:, :50], [0, 9]), (ids[:, 50:90], None)):

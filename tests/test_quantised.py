@@ -1,4 +1,4 @@
-"""Weights of less than fp32: what they stand for, the graphs that compute with them, and what the manifest says."""
+"""Weights below fp32: their values, the graphs that compute with them, and the manifest."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def loss(path: Path, ids: np.ndarray) -> float:
-    """Return the nats a token of an artifact on a text, as it runs."""
+    """Return the loss of a running artifact on a text in nats per token."""
     session = OnnxSession(open_artifact(path), scoring=True)
     logits = np.concatenate(list(session.every(ids[:-1])), axis=1)[0].astype(np.float64)
     return float((np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), ids[1:]]).mean())
@@ -53,7 +53,7 @@ def loss(path: Path, ids: np.ndarray) -> float:
 @pytest.mark.parametrize("weights", SMALL)
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_graph_is_torch_with_the_same_weights(checkpoint: Path, tmp_path: Path, lowering: str, weights: str) -> None:
-    """`build` compares logits and state; here is what it says, and that what runs is near what was compared."""
+    """`build` compares logits and state; this checks its report, and that a session is close to the compared graph."""
     path = build(checkpoint, tmp_path / "engine", lowering=lowering, weights=weights)
     artifact = open_artifact(path)
     manifest, precision = artifact.manifest, WEIGHTS[weights]
@@ -94,9 +94,9 @@ def build_parameters(spec: ModelSpec) -> int:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_products_are_fused(checkpoint: Path, tmp_path: Path, lowering: str, bits: int) -> None:
-    """Every product with a weight but the learned scores', tied or with a bias, becomes one of few bits.
+    """Every product with a weight except the learned scores', tied or with a bias, uses few bits.
 
-    Where rows lie one after the other, those of one input are one product.
+    If rows are stored one after the other, weights with the same input form one product.
     """
     spec, storage = read_spec(checkpoint), weight_storage(f"int{bits}", 32, lowering)
     write_weights(spec, tmp_path, storage)
@@ -122,7 +122,7 @@ def test_products_are_fused(checkpoint: Path, tmp_path: Path, lowering: str, bit
 
 
 class Keeping(onnxruntime.SessionOptions):
-    """Options that keep the graph as it is run."""
+    """Options that save the graph that runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Keeping(onnxruntime.SessionOptions):
 
 @pytest.mark.parametrize("weights", TARGETS["onnx"].weights)
 def test_a_graph_is_run_as_it_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
-    """Nothing is looked for while it is loaded; weights in fp16 alone become fp32, once."""
+    """Loading does not optimise the graph; only weights in fp16 become fp32, once."""
     import onnx
 
     checkpoint = make_checkpoint(tmp_path / "checkpoint", FORESIGHT, num_hidden_layers=2)
@@ -156,7 +156,7 @@ def test_quantised_products_keep_their_fast_order(tmp_path: Path, weights: str) 
 
 
 def mapped(session: OnnxSession) -> bool:
-    """Return whether weights stay as they are mapped from the file."""
+    """Return whether weights stay mapped from the file."""
     return session._session.get_session_options().get_session_config_entry("session.disable_prepacking") == "1"
 
 
@@ -213,7 +213,7 @@ def test_quantiser() -> None:
 
 
 def broken(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any) -> str:
-    """Plant a fault between writing and verification; return what `build` says."""
+    """Plant a fault between writing and verification; return the error of `build`."""
     write = onnx_graph.write_graph
 
     def plant(spec: ModelSpec, directory: Path, **options: Any) -> None:

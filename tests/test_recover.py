@@ -1,4 +1,4 @@
-"""Recovery as a whole: it learns, goes on after kill -9 as if nothing had been, and gives the same on two processes."""
+"""Recovery as a whole: it learns, continues exactly after kill -9, and gives the same result with two processes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny matrices are slower on several threads."""
+    """Use one thread, because tiny matrices are slower on several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -119,7 +119,7 @@ def test_killed_and_resumed_is_as_if_never_stopped(liger: Path, chats: Path, tmp
     again = subprocess.run(
         command(liger, chats, tmp_path / "stopped", *more), env=ENVIRONMENT, capture_output=True, text=True
     )
-    assert again.returncode == 0 and "going on after step" in again.stderr, again.stderr
+    assert again.returncode == 0 and "continuing after step" in again.stderr, again.stderr
     assert curve(tmp_path / "stopped") == curve(tmp_path / "straight")
     weights = "model.safetensors"
     assert (tmp_path / "stopped" / weights).read_bytes() == (tmp_path / "straight" / weights).read_bytes()
@@ -185,7 +185,7 @@ def test_an_adapter_of_another_model(liger: Path, chats: Path, tmp_path: Path) -
         with pytest.raises(CheckpointError, match="trained on another model") as caught:
             merge_adapter(other, adapter, tmp_path / "merged")
         assert caught.value.hint and not (tmp_path / "merged").exists()
-    with pytest.raises(CheckpointError, match="no adapter"):
+    with pytest.raises(CheckpointError, match="not an adapter"):
         merge_adapter(liger, liger, tmp_path / "merged")
     with pytest.raises(UsageError, match="no adapter ships for liger"):
         lx.convert(liger, tmp_path / "converted", adapter="shipped")
@@ -284,10 +284,10 @@ def test_checkpointing_changes_no_number(liger: Path, chats: Path, tmp_path: Pat
         ({"recipe": "papr"}, "unknown recipe", "paper"),
         ({"targets": ("q_porj",)}, "no projection is called 'q_porj'", "q_proj"),
         ({"length": 65, "batch_tokens": 130}, "more than the 64 tokens", "--length 64"),
-        ({"batch_tokens": 100}, "no multiple of the length 32", "--batch-tokens 96"),
+        ({"batch_tokens": 100}, "not a multiple of the length 32", "--batch-tokens 96"),
         ({"micro_batch_tokens": 96}, "cannot be shared", "--batch-tokens"),
         ({"tokens": 10, "steps": 10}, "both tokens and steps", "--steps"),
-        ({"rank": 0}, "rank 0", "more than 0"),
+        ({"rank": 0}, "rank 0", "above 0"),
         ({"dtype": "fp8"}, "dtype 'fp8'", "bf16"),
         ({"recipe": "paper", "against": "smollm2-135m"}, "needs no teacher", "--against"),
         ({"resume": "maybe"}, "resume 'maybe'", "never"),
@@ -308,7 +308,7 @@ def test_teachers_that_do_not_fit(liger: Path, chats: Path, tmp_path: Path) -> N
     narrow = make_teacher(tmp_path / "narrow", vocab_size=toy.VOCAB, hidden_size=32)
     recovered = lx.recover(liger, chats, tmp_path / "recovered", steps=1, **SMALL)
     for model, against, message in (
-        (liger, liger, "is converted"), (liger, narrow, "another width"), (recovered, None, "was recovered before"),
+        (liger, liger, "is converted"), (liger, narrow, "another width"), (recovered, None, "is already recovered"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=message) as caught:
             lx.recover(model, chats, tmp_path / "out", against=against, steps=1, **SMALL)

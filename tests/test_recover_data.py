@@ -1,4 +1,4 @@
-"""What recovery learns from: every form of file, every bad input, what is learned of a chat, how rows are packed."""
+"""The data of a recovery: every form of file, every bad input, the learned part of a chat, and packing."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_a_long_chat_is_cut_or_dropped_and_counted(text: TextModel) -> None:
 
 
 def test_an_empty_answer_is_read_and_not_learned(text: TextModel) -> None:
-    """Else the model learns to end at once."""
+    """If it were learned, the model would learn to end at once."""
     silent = (("user", "hi"), ("assistant", " "))
     found = documents(text, Record("x", (*silent, *CHAT[2:])), Record("y", silent, alone=True))
     assert found.counts == {"records": 2, "without an answer": 1}
@@ -284,7 +284,7 @@ def test_a_chat_beyond_what_is_wanted_is_not_missed(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_another_model(text: TextModel) -> None:
-    with pytest.raises(UsageError, match="the model knows 100"):
+    with pytest.raises(UsageError, match="the model has 100 tokens"):
         documents(text, Record("x", text="abc"), vocab_size=100)
 
 

@@ -1,4 +1,4 @@
-"""Every loss against a plain formula, whatever the chunk; alignment against a plain loop over layers."""
+"""Every loss against a plain formula, for any chunk; alignment against a plain loop over layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed documents are as good as separate ones: mixers and Transformers of every family, forward and gradients."""
+"""Packed documents equal separate ones: mixers and Transformers of every family, forward and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recovery is said to take: exact parameters, and the table of the guide from the same formula."""
+"""The estimate of a recovery: exact parameters, and the guide's table from the same formula."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LLAMA_70B = {
 
 
 def info_70b() -> CheckpointInfo:
-    """Return the header of a 70B Llama, as its config.json gives the shapes."""
+    """Return the header of a 70B Llama, with the shapes of its config.json."""
     c = LLAMA_70B
     width, kv = c["hidden_size"], c["num_key_value_heads"] * 128
     shapes = {"model.embed_tokens.weight": (c["vocab_size"], width), "lm_head.weight": (c["vocab_size"], width)}

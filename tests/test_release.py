@@ -1,4 +1,4 @@
-"""What a release promises: the same bytes twice, a version and a changelog, known licences, a frozen interface."""
+"""The guarantees of a release: reproducible bytes, a version and a changelog, known licences, a frozen interface."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEMVER = r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za
 
 
 def test_interface_is_frozen() -> None:
-    """A change is made on purpose: written again by the command on top of the file."""
+    """The command in the file's first lines writes intended changes."""
     assert (ROOT / "docs" / "reference" / "api.md").read_text() == api.text()
 
 

@@ -1,4 +1,4 @@
-"""Sequences that come and go in a batch: rows do not touch each other, and siblings share weights but no state."""
+"""Sequences that come and go in a batch: rows are independent, and siblings share weights but no state."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(artifact: Path, visitor: bool) -> np.ndarray:
 
 
 def test_what_comes_and_goes_does_not_touch_the_others(built: tuple[Path, Path]) -> None:
-    """Bit for bit where the state is of constant size; where it grows, longer sums are added up in another order."""
+    """Equal bit for bit if the state has constant size; if it grows, longer sums have another order."""
     with_visitor, without = run(built[1], True), run(built[1], False)
     if lx.load(built[1]).artifact.manifest.growth:
         np.testing.assert_allclose(with_visitor, without, atol=CLOSE)
@@ -131,7 +131,7 @@ def test_stack_and_sequence_are_inverse(built: tuple[Path, Path]) -> None:
 
 
 def test_siblings_share_the_loaded_weights(built: tuple[Path, Path], tmp_path: Path) -> None:
-    """One is made after the files are gone, and both run at once."""
+    """One is created after the files are deleted, and both run at once."""
     session = lx.load(shutil.copytree(built[1], tmp_path / "copy"))
     shutil.rmtree(tmp_path / "copy")
     sessions = [session, session.sibling(), session.sibling()]

@@ -33,7 +33,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def penalise(penalty: float, ids: list[int], logits: np.ndarray) -> np.ndarray:
-    """Return what transformers makes of logits `[V]` after ids."""
+    """Return logits `[V]` after ids, as transformers changes them."""
     processor = RepetitionPenaltyLogitsProcessor(penalty)
     return processor(torch.tensor([ids]), torch.from_numpy(logits)[None])[0].numpy()
 

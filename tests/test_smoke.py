@@ -1,7 +1,7 @@
-"""Every verb once, on a tiny model: what must work with any release of the dependencies that pyproject.toml allows.
+"""Every verb once, on a tiny model, which must work with every release of dependencies that pyproject.toml allows.
 
-`.ci/run` runs this file against the installed wheel, outside the checkout, in environments with the newest and with the
-oldest releases, and imports the demo there. So this imports nothing of `tests` but `toy`.
+`.ci/run` runs this file against the installed wheel, outside the checkout, in environments with the newest and the
+oldest releases, and imports the demo there. So this imports only `toy` from `tests`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ligerexport.cli import main
 from ligerexport.layers.mixer import CACHE
 
 CLOSE = 1e-4
-"""Largest difference of two logits that are the same but for the order of sums in fp32."""
+"""Largest difference of two logits that differ only by the order of sums in fp32."""
 
 
 def ligerexport(*arguments: object) -> None:
@@ -51,7 +51,7 @@ def liger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def artifact(liger: Path) -> Path:
-    """Its artifact; building it verifies it."""
+    """The artifact of `liger`, which `build` verifies."""
     ligerexport("build", liger, "-o", liger.with_name("artifact"))
     return liger.with_name("artifact")
 

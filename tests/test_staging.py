@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all; with artifacts in them: test_artifact.py, test_faults.py."""
+"""Files and directories are written completely or not at all; for artifacts: test_artifact.py, test_faults.py."""
 
 from __future__ import annotations
 

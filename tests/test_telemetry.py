@@ -1,6 +1,6 @@
-"""No process that we start reports to anybody or leaves a device id behind, unless its user wants it.
+"""No process that we start sends telemetry or leaves a device id behind, unless its user wants it.
 
-The processes do not know where they are tested: what a build server sets would turn ONNX Runtime's telemetry off.
+The processes do not get a build server's environment, which would turn ONNX Runtime's telemetry off.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_no_process_leaves_a_file(start: str, home: Path, artifact: Path) -> Non
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the files have other places")
 def test_who_asks_for_telemetry_has_it(home: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This shows that the test above can fail, too."""
+    """This shows that the test above can fail."""
     if tuple(map(int, version("onnxruntime").split(".")[:2])) < (1, 29):
         pytest.skip("this version has no telemetry on Linux")
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")

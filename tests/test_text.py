@@ -1,4 +1,4 @@
-"""Streams of text: the pieces together are the decoded whole, for every vocabulary and wherever a prompt ends."""
+"""Streams of text: the pieces together are the decoded text, for every vocabulary and every end of a prompt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXTS = st.lists(st.sampled_from(SCRIPTS) | OTHERS, max_size=24).map("".join)
 
 
 def fallback(decoder: decoders.Decoder) -> Tokenizer:
-    """Return a vocabulary of a few letters, and of bytes for the rest."""
+    """Return a vocabulary of a few letters, and of bytes for all other characters."""
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys(LETTERS), "▁t", "▁▁"]
     made = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, [], byte_fallback=True))
     made.decoder = decoder
@@ -39,7 +39,7 @@ def fallback(decoder: decoders.Decoder) -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    """Return a vocabulary whose text transformers cleans up."""
+    """Return a vocabulary for whose text transformers cleans up spaces."""
     names = ["<unk>", "<s>", "</s>", *dict.fromkeys(LETTERS), "n't", "▁n", "▁'", "'s", "▁."]
     made = Tokenizer(models.Unigram([(name, -1.0) for name in names], 0))
     made.decoder = decoders.Metaspace()
@@ -96,7 +96,7 @@ def is_byte_level(model: TextModel) -> bool:
 
 @cache
 def spellings(model: TextModel) -> dict[bytes, int]:
-    """Return what the tokens of a vocabulary spell."""
+    """Return the tokens of a vocabulary by their bytes."""
     letters, found = byte_letters(), {}
     for token, index in model.vocabulary.items():
         if index in model.byte_ids:
@@ -122,7 +122,7 @@ def cuts(tokens: Mapping[bytes, int], text: bytes, choose: Callable[[list[int]],
 @settings(deadline=None)
 @given(text=TEXTS, data=st.data())
 def test_a_stream_is_the_decoded_whole_without_the_prompt(model: TextModel, text: str, data: st.DataObject) -> None:
-    """Cut a text into tokens in any way, then into a prompt and what follows, also within a character."""
+    """Cut a text into tokens in any way, then into a prompt and a continuation, even within a character."""
     tokens = spellings(model)
     pieces = cuts(tokens, text.encode(), lambda sizes: data.draw(st.sampled_from(sizes)))
     ids = [tokens[piece] for piece in pieces]
@@ -156,7 +156,7 @@ def test_what_is_cleaned_up_may_begin_two_spaces_earlier(tmp_path: Path) -> None
 
 
 def test_tokens_that_never_end_a_character_take_no_longer_each(model: TextModel) -> None:
-    """What is decoded at a time stays short, also where each token ends one character and begins the next."""
+    """The text decoded at a time stays short, even if each token ends one character and begins the next."""
     decoded = [0]
 
     class Counting:

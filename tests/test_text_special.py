@@ -1,4 +1,4 @@
-"""Special tokens: read as transformers reads them, text in the content of messages, ends of texts and turns."""
+"""Special tokens: read as in transformers, plain text in the content of messages, ends of texts and turns."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ TEMPLATES = {
 """The constructs of each family's templates, shortened."""
 ENDS = {"llama": "<|eot|>", "mistral": "</s>", "gemma3_text": "<end_of_turn>", "phi3": "<|end|>", "olmo2": "</s>",
         "granite": "<|end_of_text|>"}  # fmt: skip
-"""What each puts after an answer; the others have ChatML."""
+"""Text that each template puts after an answer; the others use ChatML."""
 WORDS = ["Hi", " there", "\n", "  ", "é한", "🙂", "/no_think", "'", '"', "{{ x }}", "<|", "|>", "\U000f0000"]
 THOUGHT = "<think>\nso\n</think>\n"
 PLAIN = ("<think>", "</think>", "   ")
-"""Added tokens that are text, as far as the tokenizer knows."""
+"""Added tokens that are text to the tokenizer."""
 LAYOUTS = ("config", "map", "decoder")
 
 
@@ -112,7 +112,7 @@ def words(template: str) -> list[str]:
 
 
 def pieces() -> Tokenizer:
-    """Return a vocabulary as SentencePiece makes it, read with a space before each part of a text."""
+    """Return a SentencePiece vocabulary that puts a space before each part of a text."""
     names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁Hithere한", "▁t"]
     vocabulary = {name: index for index, name in enumerate(dict.fromkeys(names))}
     made = Tokenizer(models.BPE(vocabulary, [("▁", "t")], byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
@@ -130,7 +130,7 @@ def letters() -> Tokenizer:
 
 
 def write(place: Path, family: str, layout: str, template: str, made: Tokenizer, **config: Any) -> Path:
-    """Write a tokenizer whose special tokens are described in one of the ways that checkpoints have."""
+    """Write a tokenizer whose special tokens are described in one of the layouts that checkpoints have."""
     tokens = [*(AddedToken(word, special=True) for word in words(template)), *map(AddedToken, PLAIN)]
     complete = Tokenizer.from_str(made.to_str())
     complete.add_tokens(tokens)
@@ -163,7 +163,7 @@ CASES += [("llama", "config", "LlamaTokenizerFast"), ("llama", "map", "LlamaToke
 
 @pytest.fixture(params=CASES, ids="-".join, scope="module")
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TextModel, Any]:
-    """A tokenizer as this package and as transformers reads it."""
+    """A tokenizer, read by this package and by transformers."""
     family, layout, name = request.param
     config = {"tokenizer_class": name} if name else {"tokenizer_class": "PreTrainedTokenizerFast"}
     made = pieces() if name or family == "gemma3_text" else letters()
@@ -330,7 +330,7 @@ def test_a_stop_with_text_before_a_special_token_is_refused(artifact: Path, stop
 
 
 def changed(place: Path, gone: tuple[str, ...], **files: str) -> Path:
-    """Build the toy without some files and with others in their place."""
+    """Build the toy without some files and with others instead."""
     with ArtifactWriter(place) as writer:
         toy.write_files(writer.directory)
         for name in gone:

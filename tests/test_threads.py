@@ -1,4 +1,4 @@
-"""How many threads compute: the physical cores, what --threads says, and never more than the process was given."""
+"""The number of threads: the physical cores or --threads, and never more cores than the process has."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ assert "RAYON_NUM_THREADS" not in os.environ
 
 
 def fresh(count: int | None, **environment: str) -> list[Any]:
-    """Return what a process finds that chooses its threads before it imports torch."""
+    """Return the thread counts of a process that chooses its threads before it imports torch."""
     names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "RAYON_NUM_THREADS", "LOCAL_WORLD_SIZE")
     plain = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run([sys.executable, "-c", FRESH.format(count=count)], env=plain | environment,
@@ -86,7 +86,7 @@ VERBS = {
     "eval": ("ligerexport.measure.evaluate.evaluate", "EvaluatePlan.run", "{liger} --text {text}"),
     "build": ("ligerexport.exporters.build", "BuildPlan.run", "{liger}"),
 }
-"""Module and function of it in which a verb computes, and its arguments."""
+"""Module and function in which a verb computes, and the verb's arguments."""
 
 
 @pytest.mark.parametrize("count", [None, 3])

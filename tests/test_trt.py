@@ -1,4 +1,4 @@
-"""Targets for GPUs as far as a machine without one goes: what is written, what is refused, what is missing."""
+"""Targets for GPUs on a machine without a GPU: written files, refused inputs, missing dependencies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What `write_pack` was asked for; compiling is another test's business."""
+    """The arguments of `write_pack`, which is not run; other tests compile."""
     calls: list[dict[str, Any]] = []
 
     def write_pack(specs: Sequence[Any], path: Path, **options: Any) -> None:
@@ -58,7 +58,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_trt_without_tensorrt(
     checkpoint: Path, tmp_path: Path, packed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Graph, kernels and plugin for a device that makes the engine itself."""
+    """Graph, kernels and plugin for a device that builds the engine itself."""
     library = tmp_path / "libplugin.so"
     library.write_bytes(b"plugin")
     path = lx.build(checkpoint, tmp_path / "a", target="trt", engine=False, sms=(87, 86), max_batch=2, plugin=library,
@@ -80,7 +80,7 @@ def test_trt_without_tensorrt(
 
 
 def test_the_pack_has_what_nodes_ask_for(checkpoint: Path, tmp_path: Path) -> None:
-    """Compiled for real, in a process without Triton's interpreter."""
+    """Kernels are compiled in a process without Triton's interpreter."""
     code = "import sys, ligerexport as lx; lx.build(*sys.argv[1:], target='trt', engine=False, sms=(90,), verify=False)"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path / "a")]
@@ -143,7 +143,7 @@ def test_layers_without_kernels(tmp_path: Path, packed: list[dict[str, Any]]) ->
 
 
 def test_partly_rotated_heads(tmp_path: Path, packed: list[dict[str, Any]]) -> None:
-    """The plugin's kernels rotate heads whole."""
+    """The plugin's kernels rotate only whole heads."""
     path = make_checkpoint(tmp_path / "model", MEMORY, "phi3")
     with pytest.raises(UsageError, match="rotated in part"):
         lx.build(path, tmp_path / "a", target="trt", engine=False, sms=(86,))
@@ -186,11 +186,11 @@ def test_old_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engine_of_tensorrt(
     checkpoint: Path, tmp_path: Path, packed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is asked of TensorRT, and the record that the runner looks at."""
+    """The calls to TensorRT, and the record that the runner reads."""
     asked: dict[str, Any] = {}
 
     class Recorder:
-        """Stands for every class and object of TensorRT, and says yes."""
+        """Stands for every class and object of TensorRT, and accepts all calls."""
 
         __version__ = "10.13.2.6"
 
@@ -241,7 +241,7 @@ def test_engine_of_tensorrt(
 
 
 def test_calls_are_no_longer_than_positions_reach(tmp_path: Path) -> None:
-    """The plugin's kernels tell distances by the rotary table; 1,024 tokens are the default where that is longer."""
+    """The plugin's kernels read distances from the rotary table; the default is 1,024 tokens if the table is longer."""
     checkpoint = make_checkpoint(tmp_path / "model", MEMORY)
     spec = read_spec(checkpoint)
     reach, choose_chunk = spec.mixers[0].max_distance, get_backend("trt").choose_chunk
@@ -333,7 +333,7 @@ def test_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rtx() -> Any:
-    """TensorRT-RTX, or skip."""
+    """TensorRT-RTX; tests are skipped without it."""
     try:
         return backend.rtx()
     except MissingDependency as error:
@@ -341,7 +341,7 @@ def rtx() -> Any:
 
 
 def test_rtx_engine(checkpoint: Path, tmp_path: Path) -> None:
-    """A real engine, for two kinds of GPU, on a machine that need not have one."""
+    """A real engine for two kinds of GPU, on a machine with or without a GPU."""
     rtx()
     path = lx.build(checkpoint, tmp_path / "a", target="trt-rtx", sms=(89, 120), max_batch=2, max_chunk=16)
     manifest = open_artifact(path).manifest
@@ -387,7 +387,7 @@ def test_a_graph_that_tensorrt_does_not_take(tmp_path: Path) -> None:
 
 
 def test_validity_becomes_our_error(tmp_path: Path) -> None:
-    """TensorRT-RTX is asked before it reads an engine that is for other GPUs."""
+    """TensorRT-RTX validates an engine before it reads one for other GPUs."""
     (tmp_path / "model.engine").write_bytes(b"engine")
 
     class Logger:

@@ -1,4 +1,4 @@
-"""The graph for the TensorRT plugin: what its nodes say, that TensorRT 8.5 can parse it, and that it computes right."""
+"""The graph for the TensorRT plugin: its nodes, that TensorRT 8.5 can parse it, and its numbers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ IN_8_5 = {
 
 
 def write(path: Path, config: LigerConfig, weights: str, family: str = "llama") -> tuple[ModelSpec, Artifact]:
-    """Write checkpoint and graph; return what a session of it needs."""
+    """Write checkpoint and graph; return the inputs of a session."""
     spec = read_spec(make_checkpoint(path / "model", config, family))
     storage, directory = weight_storage(weights, lowering="plugin"), path / "graph"
     directory.mkdir()
@@ -51,7 +51,7 @@ def write(path: Path, config: LigerConfig, weights: str, family: str = "llama") 
 
 
 def compare(spec: ModelSpec, artifact: Artifact, weights: str) -> None:
-    """Run graph and torch, both as they are meant to be run, over a prompt in pieces."""
+    """Run graph and torch over a prompt in pieces, and compare them."""
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[weights]
     model = load_model(spec.path, dtype=torch.float32).eval()
     for parameter in model.parameters():  # stored in this type, computed in fp32: what both sides are near to
@@ -86,7 +86,7 @@ def test_families(tmp_path: Path, family: str) -> None:
 
 
 def test_batch_and_padding(tmp_path: Path) -> None:
-    """A row with padding on its left ends as it does alone."""
+    """A row with padding on its left gives the same result as alone."""
     spec, artifact = write(tmp_path, FORESIGHT, "fp32")
     ids = np.random.default_rng(0).integers(3, spec.vocab_size, (2, 30))
     both, alone = PluginSession(artifact, spec, batch=2), PluginSession(artifact, spec)
@@ -98,7 +98,7 @@ def test_batch_and_padding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weights", LOGITS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_nodes(tmp_path: Path, preset: str, weights: str) -> None:
-    """The contract between node and plugin, input by input, and nothing that TensorRT 8.5 would read otherwise."""
+    """The contract between node and plugin, input by input, and nothing that TensorRT 8.5 would read differently."""
     spec, artifact = write(tmp_path, PRESETS[preset].config, weights)
     model = onnx.load(artifact.directory / GRAPH_FILE)
     onnx.checker.check_model(onnx.shape_inference.infer_shapes(model), full_check=False)
@@ -146,7 +146,7 @@ def artifact_type(weights: str) -> np.dtype:
 
 
 def test_layer_digest() -> None:
-    """It is of all that makes a layer, and reads the same from the contract's own words."""
+    """It covers everything that defines a layer, and equals the digest from the contract's description."""
     spec = MixerSpec(PRESETS["sinks"].config, 4, 2, 64, 64, 0.125, 8192)
     fields = {"config": spec.config.to_dict(), "q_heads": 4, "kv_heads": 2, "d_k": 64, "d_v": 64, "scale": 0.125,
               "max_distance": 8192}  # fmt: skip
@@ -156,7 +156,7 @@ def test_layer_digest() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_products(tmp_path: Path, family: str) -> None:
-    """Each node names the kernels that its attributes describe, and has the inputs that they ask for."""
+    """Each node names the kernels that its attributes describe, and has the inputs that they need."""
     spec, artifact = write(tmp_path, FORESIGHT, "fp16", family)
     model = onnx.load(artifact.directory / GRAPH_FILE)
     sizes = {x.name: list(x.dims) for x in model.graph.initializer}
@@ -184,7 +184,7 @@ def test_products(tmp_path: Path, family: str) -> None:
 
 
 def test_types_meet_only_in_casts(tmp_path: Path) -> None:
-    """Products with a stored half are the plugin's, everything else is fp32: what strongly typed networks ask for."""
+    """Products with stored halves are the plugin's, and all others are fp32, as strongly typed networks require."""
     _, artifact = write(tmp_path, FORESIGHT, "fp16", "gemma3_text")
     model = onnx.shape_inference.infer_shapes(onnx.load(artifact.directory / GRAPH_FILE), strict_mode=True)
     types = {x.name: x.type.tensor_type.elem_type for x in (*model.graph.value_info, *model.graph.input)}

@@ -1,6 +1,6 @@
 """The core of the TensorRT plugin, in C++, against Python's own evaluation of the plans, on a driver that only records.
 
-Compiling kernels happens in a process of its own, as in test_aot; what TensorRT itself makes of the plugin needs a GPU.
+Kernels are compiled in a separate process, as in test_aot. Tests of the plugin in TensorRT itself need a GPU.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Packed:
-    """A pack and what `write_pack` said that it holds."""
+    """A pack, and its content according to `write_pack`."""
 
     file: Path
     manifest: dict[str, Any]
@@ -80,7 +80,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 def write(
     place: Path, specs: dict[str, MixerSpec], products: dict[str, tuple[LinearSpec, str]], sms: tuple[int, ...] = (90,)
 ) -> Packed:
-    """Write a pack in a process without the interpreter, layers and products twice."""
+    """Write a pack in a process without the interpreter, with layers and products given twice."""
     code = f"""
 from ligerexport.model.config import LigerConfig
 from ligerexport.exporters.tensorrt.pack import write_pack
@@ -107,7 +107,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 
 
 def attributes(spec: MixerSpec, joint: bool = False) -> list[str]:
-    """Return a node's attributes as an engine holds them."""
+    """Return a node's attributes in the form of an engine."""
     c = spec.config
     numbers = [
         CONTRACT, spec.q_heads, spec.kv_heads, spec.d_k, spec.d_v, c.num_slots, len(c.slots), spec.max_distance,
@@ -130,7 +130,7 @@ def run_lines(harness: Path, lines: list[str], *words: object, overlap: bool = F
 
 
 class Memory:
-    """Tells addresses apart: where each buffer begins follows from the first launch that has it, and must stay so."""
+    """Maps addresses to buffers: the first launch with a buffer shows where it begins, which must not change."""
 
     def __init__(self, spec: MixerSpec, workspace: int, joint: bool = False) -> None:
         names = ["query", *([] if joint else ["key", "value"]), "position", "rotary"]
@@ -275,7 +275,7 @@ def check_tables(text: str, axes: dict[str, int], memory: Memory) -> None:
 
 @pytest.mark.parametrize(("sm", "text"), [(86, False), (89, False), (90, False), (100, True), (121, True)])
 def test_later_gpus_take_text(harness: Path, several: Packed, sm: int, text: bool) -> None:
-    """A GPU that nothing was compiled for takes the PTX of 8.6, with its plans; the driver compiles it."""
+    """A GPU without compiled kernels takes the PTX of 8.6 with its plans, which the driver compiles."""
     said = run_lines(harness, ["1 1", "2 64"], "run", several.file, sm, "fp16", *attributes(SPECS["recurrent"]))
     assert "error" not in said and said.count("launch ") > 10, said
     sizes = [int(line.split()[1]) for line in said.splitlines() if line.startswith("text ")]
@@ -291,7 +291,7 @@ def test_earlier_gpus_are_refused(harness: Path, several: Packed) -> None:
 
 
 def test_what_waits_may_overlap(harness: Path, packed: Packed) -> None:
-    """Steps and products of few rows, which wait for the launch before them; nothing if not wanted, and no other."""
+    """Only steps and products of few rows overlap, because they wait for the launch before them; none if disabled."""
     words = ["run", packed.file, 90, "fp16", *attributes(FORESIGHT)]
     first, dtype = PRODUCTS["first"]
     product = ["product", packed.file, 90, dtype, layer_digest(spec_fields(first)), CONTRACT, 96, 64, 1, 0, 0, 0, 3]

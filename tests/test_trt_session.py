@@ -1,7 +1,7 @@
-"""Sessions on TensorRT: the runner's library and its Python side, over a TensorRT and a CUDA of our own.
+"""Sessions on TensorRT: the runner's library and its Python side, with fakes of TensorRT and CUDA.
 
-`trt/fake` has a device that does its work late and engines of one small model on integers; that real ones do as they
-say is for a GPU to tell (`benchmarks/trt_session.py`).
+`trt/fake` has a device that works late and engines of one small model on integers. `benchmarks/trt_session.py` checks
+real engines on a GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module", params=[8, 10])
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runner's library against either version of the fake, with a plugin and the command beside it."""
+    """The runner's library for either version of the fake, with a plugin and the command in the same directory."""
     place = tmp_path_factory.mktemp(f"runner{request.param}")
     made = place / "libliger_run.so"
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-DNV_TENSORRT_MAJOR={request.param}"]
@@ -95,7 +95,7 @@ def artifact(tmp_path: Path) -> Path:
 
 
 def expected(ids: Iterable[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return what the fake's model makes of one sequence: logits `[V]` and state."""
+    """Return the logits `[V]` and the state of the fake's model after one sequence."""
     key, slot, total = np.zeros((1, 4, 1), np.uint16), np.full((1, 4), -1, np.int32), 0
     for now, token in enumerate(map(int, ids)):
         total = (31 * total + 7 * token + now) % 65521
@@ -124,7 +124,7 @@ def test_any_cut(artifact: Path, chunk: int | None, cut: int) -> None:
 
 @pytest.mark.parametrize("graph", [True, False])
 def test_chunks_that_come_again(artifact: Path, graph: bool) -> None:
-    """A whole chunk is replayed, with calls of other sizes in between, in any state."""
+    """A full chunk is replayed, with calls of other sizes in between, in any state."""
     session = TensorRTSession(open_artifact(artifact), graph=graph)
     for _ in range(2):
         seen = 0
@@ -135,7 +135,7 @@ def test_chunks_that_come_again(artifact: Path, graph: bool) -> None:
 
 
 def test_many_sequences_share_a_chunk(tmp_path: Path) -> None:
-    """The memory for a call is of as many tokens for one sequence as for many, but for 128 of each."""
+    """A call's memory holds the same number of tokens for one sequence and for many, but at least 128 of each."""
     path = make_artifact(tmp_path / "a")
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["graph"]["max_chunk"] = 600
@@ -152,7 +152,7 @@ def test_many_sequences_share_a_chunk(tmp_path: Path) -> None:
 
 
 def test_an_engine_of_other_profiles(artifact: Path) -> None:
-    """One that an earlier runner built, which had three."""
+    """An engine from an earlier runner, which had three profiles."""
     lx.load(artifact, batch=2)
     (engine,) = artifact.glob("*.engine")
     made = json.loads(engine.read_text())
@@ -175,7 +175,7 @@ def test_steps(artifact: Path, graph: bool) -> None:
 
 
 def test_rows_at_different_positions(artifact: Path) -> None:
-    """Sequences come and go; a row waits until there is something for it."""
+    """Sequences come and go; a row waits until it gets tokens."""
     session = lx.load(artifact, batch=3)
     one = session.sibling()
     one.prefill(IDS[:20])

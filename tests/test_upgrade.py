@@ -1,7 +1,7 @@
-"""What earlier versions wrote still gives what it gave, or says how it is made again.
+"""Files of earlier versions give the same results, or an error that explains how to make them again.
 
-`data/make.py` wrote the files, by the code of the day in their names: a converted checkpoint, its artifact, a saved
-state, and the tokens that followed.
+`data/make.py` wrote the files with the code of the date in their names: a converted checkpoint, its artifact, a saved
+state, and the tokens after it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ligerexport.run.runtime import Session
 
 DATA = Path(__file__).parent / "data"
 FIRST = "2026-11-22"
-"""Of the first commit: its conversions, manifests and states have fewer fields than later ones."""
+"""Files of the first commit, whose conversions, manifests and states have fewer fields than later ones."""
 
 
 @pytest.fixture(params=sorted(path.stem for path in DATA.glob("*.zip")))
@@ -60,7 +60,7 @@ def test_prompt_cache(old: Path, said: dict[str, Any]) -> None:
     session, cache = lx.load(old / "engine"), PromptCache(old / "state.safetensors")
     prompt = np.array([*said["prompt"], said["tokens"][0]])
     if Snapshot.load(cache.path).ids is None:  # a plain state
-        with pytest.raises(LigerError, match="no prompt cache") as caught:
+        with pytest.raises(LigerError, match="not a prompt cache") as caught:
             cache.restore(session, prompt)
         assert caught.value.hint == "choose another file"
     else:
@@ -69,7 +69,7 @@ def test_prompt_cache(old: Path, said: dict[str, Any]) -> None:
 
 
 def test_checkpoint(old: Path, said: dict[str, Any], tmp_path: Path) -> None:
-    """Built again it says the same, but for codes, which a later version may choose otherwise."""
+    """A new build gives the same tokens, except for codes, which a later version may choose differently."""
     lx.build(old / "liger", tmp_path / "engine", max_chunk=16, lowering=said["lowering"], weights=said["weights"])
     session = lx.load(tmp_path / "engine")
     tokens = greedy(session, session.prefill(said["prompt"]), len(said["tokens"]))

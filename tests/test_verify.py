@@ -1,4 +1,4 @@
-"""`build` writes what passes and nothing else: planted faults are caught and named by their layer."""
+"""`build` writes only artifacts that pass: planted faults are caught, and their layer is named."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_family_passes(tmp_path: Path, family: str) -> None:
 
 
 def test_scores_of_the_hidden_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are part of the artifact, and wrong ones are noticed in their layer."""
+    """They are part of the artifact, and wrong scores are found in their layer."""
     model = make_checkpoint(tmp_path / "model", FORESIGHT)
     build(model, tmp_path / "engine")
     write = onnx_graph.write_graph
@@ -80,7 +80,7 @@ def test_scores_of_the_hidden_state(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_reference_is_the_model_a_layer_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, large: bool
 ) -> None:
-    """With a layer kept as softmax, over calls, and on from a cache; never with more weights than a layer has."""
+    """With a softmax layer, over several calls, and from a cache; never with the weights of more than one layer."""
     if large:  # a few rows of the embedding and the output at a time
         monkeypatch.setattr("ligerexport.exporters.verify.torch_model.SHARE", 0)
         monkeypatch.setattr("ligerexport.exporters.onnx.weights.SLAB", 1000)
@@ -143,7 +143,7 @@ def _weight(spec: ModelSpec, data: np.memmap, name: str) -> np.ndarray:
 def test_wrong_weights(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None], name: str
 ) -> None:
-    """Whatever their size, and whether or not the text comes by."""
+    """Faults of any size are found, even if the text does not use the weight."""
     write = onnx_graph.write_graph
 
     def broken(spec: ModelSpec, directory: Path, **options: Any) -> None:
@@ -179,7 +179,7 @@ FAULTS: dict[str, Callable[[ModelSpec], ModelSpec]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_wrong_graph(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """Such a fault is in every layer; it shows in the first."""
+    """Each fault is in every layer and shows in the first."""
     write = onnx_graph.write_graph
     monkeypatch.setattr(onnx_graph, "write_graph", lambda spec, *a, **k: write(FAULTS[fault](spec), *a, **k))
     with pytest.raises(VerificationError, match="layer 0 is the first that differs"):
@@ -220,14 +220,14 @@ def test_near_ties(found: dict[str, np.ndarray], near: bool) -> None:
 
 
 def test_learned_scores_are_compared_as_they_are() -> None:
-    """They are logarithms already, most of them negative."""
+    """They are already logarithms, most of them negative."""
     expected, near, other = (slots([3, p, 9], [-5.0, s, -2.0]) for p, s in ((5, -6.0), (6, -6.00001), (6, -5.5)))
     assert compare.is_near_tie(expected, near, (("learned", 3),), 1e-4)
     assert not compare.is_near_tie(expected, other, (("learned", 3),), 1e-4)
 
 
 def test_a_near_tie_is_counted_and_resolved(checkpoint: Path) -> None:
-    """A session that keeps a token of equal score goes on from torch's state and passes."""
+    """A session that keeps a token with an equal score continues from torch's state and passes."""
     spec = read_spec(checkpoint)
     answers = Reference(spec).answers([np.arange(30), np.arange(30, 60), *np.arange(60, 63)[:, None]])
     session = Replay(answers)
@@ -243,7 +243,7 @@ def test_a_near_tie_is_counted_and_resolved(checkpoint: Path) -> None:
 
 
 def perturb(directory: Path, layer: int, size: float, only: int | None = None) -> None:
-    """Add `size` to the rank of every second candidate of a layer's learned pool, `only` for the token there."""
+    """Add `size` to the rank of every second candidate of a layer's learned pool, or of the token at `only`."""
     model = onnx.load(directory / onnx_graph.GRAPH_FILE, load_external_data=False)
     nodes = list(model.graph.node)
     at = next(i for i, node in enumerate(nodes) if node.name == f"layers.{layer}/TopK_1")
@@ -288,7 +288,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, *fault: Any) -> None:
 
 
 def test_a_tie_inside_a_call_is_found_token_by_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the first layer, tokens of one id have equal learned scores: a trace of noise decides which one is kept."""
+    """In the first layer, tokens with the same id have equal learned scores: a little noise decides which is kept."""
     model = make_checkpoint(tmp_path / "model", FORESIGHT)
     plant(monkeypatch, 0, 4e-5)
     phases: list[str] = []
@@ -307,7 +307,7 @@ def test_a_tie_inside_a_call_is_found_token_by_token(tmp_path: Path, monkeypatch
 
 
 class Counting:
-    """A torch model that answers to any pieces, and counts them."""
+    """A torch model that answers any pieces, and counts them."""
 
     def __init__(self) -> None:
         self.pieces = 0
@@ -319,7 +319,7 @@ class Counting:
 
 @pytest.mark.parametrize("first", [*range(1, 65), None])
 def test_a_tie_is_found_in_few_calls(first: int | None) -> None:
-    """Whatever token of 64 it is at, torch answers to 16 pieces and the session to 8 calls."""
+    """For a tie at any of 64 tokens, torch answers 16 pieces and the session 8 calls."""
     model, calls = Counting(), []
 
     def differs(answers: list[Answer]) -> bool:
@@ -334,7 +334,7 @@ def test_a_tie_is_found_in_few_calls(first: int | None) -> None:
 def test_weights_that_fit_are_read_twice_at_most(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To be compared and to be kept; where memory is short they are read again for each pass."""
+    """Once to compare and once to keep them; if memory is short, they are read again for each pass."""
     read: list[str] = []
     monkeypatch.setattr(reference, "weight_slabs", lambda spec, name: read.append(name) or weight_slabs(spec, name))
     for free, times in ((1 << 40, 2), (0, 4)):
@@ -347,7 +347,7 @@ def test_weights_that_fit_are_read_twice_at_most(
 
 
 class ByLength:
-    """A session whose answer to a call is that of a list at the call's length."""
+    """A session that answers a call with the list's entry for the call's length."""
 
     def __init__(self, answers: list[Answer]) -> None:
         self.answers, self.last = answers, answers[0]
@@ -367,7 +367,7 @@ class ByLength:
 def test_a_tie_that_the_end_of_a_call_does_not_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: float
 ) -> None:
-    """A longer call can round a tie in its middle the other way, and keep the same slots in the end."""
+    """A longer call can round a tie in its middle differently, and still end with the same slots."""
     spec = read_spec(make_checkpoint(tmp_path / "model", FORESIGHT))
     reference = Reference(spec)
     check = compare.Comparison(spec, compare.tolerance_of("float32"))
@@ -399,7 +399,7 @@ def test_a_tie_that_the_end_of_a_call_does_not_show(
 
 @pytest.mark.parametrize(("layer", "token"), [(0, 205), (1, 205), (1, 310)])
 def test_a_wrong_rank_at_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int, token: int) -> None:
-    """No other call shows it, and no other text would."""
+    """No other call or text shows it."""
     model = make_checkpoint(tmp_path / "model", FORESIGHT)
     plant(monkeypatch, layer, 1.0, token)
     with pytest.raises(VerificationError, match=rf"layer {layer}: slot_position: .* after {token + 1} tokens"):
@@ -407,7 +407,7 @@ def test_a_wrong_rank_at_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 class Replay:
-    """A session that answers what it was given, and counts what is restored."""
+    """A session with given answers that counts restored states."""
 
     def __init__(self, answers: list[Answer]) -> None:
         self.answers = answers

@@ -1,4 +1,4 @@
-"""What is known of the releases of dependencies: the bounds, what was tried, and the warning about anything else."""
+"""The releases of dependencies: the bounds, the tested releases, and the warning about all others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def bounds() -> dict[str, Requirement]:
-    """Return the requirements of pyproject.toml on what `TRIED` has."""
+    """Return the requirements of pyproject.toml for the packages in `TRIED`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *(x for extra in project["optional-dependencies"].values() for x in extra)]
     return {r.name: r for r in map(Requirement, lines) if r.name in TRIED}
@@ -81,7 +81,7 @@ def test_doctor_has_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     with monkeypatch.context() as patch:
         patch.setattr(doctor, "untried", lambda name: None)
         fine = row()
-    assert fine["ok"] and fine["found"] == "all that is installed"
+    assert fine["ok"] and fine["found"] == "all installed packages"
     monkeypatch.setitem(TRIED, "transformers", ("0.1", "0.2"))
     found = row()
     assert not found["ok"] and "'transformers==0.2.*'" in str(found["mend"])

@@ -1,6 +1,6 @@
 """A tiny stateful graph with the artifact's names, a byte-level tokenizer, and a session that follows a script.
 
-Two layers: one with a constant state (fp32 and int64), one kept as softmax whose state grows. Arithmetic is on
+It has two layers: one with a constant state (fp32 and int64), and a softmax layer whose state grows. Arithmetic is on
 small integers, so fp32 is exact and any cut of a prompt gives the same bits.
 """
 
@@ -90,7 +90,7 @@ def _graph() -> onnx.ModelProto:
 
 
 def tokenizer() -> Tokenizer:
-    """Return a tokenizer with one token a byte, BOS in front by its post-processor, and two more special tokens."""
+    """Return a tokenizer with one token per byte, BOS from its post-processor, and two more special tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -151,7 +151,7 @@ def build(destination: Path, **changes: Any) -> Path:
 
 
 class Scripted:
-    """A session whose logits favour the tokens of a script, one after the other, whatever it is fed."""
+    """A session whose logits favour the tokens of a script, one after the other, for any input."""
 
     batch, chunk = 1, 16
 

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PLUGIN = ROOT / "ligerexport" / "exporters" / "tensorrt" / "plugin"
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0:exitcode=99:hard_rss_limit_mb=1024", "UBSAN_OPTIONS": "exitcode=99"}
-"""A finding of a sanitizer ends it with exit code 99, and so does a gigabyte."""
+"""Exit code 99 ends the program after a sanitizer's finding, or above a gigabyte of memory."""
 
 
 def cuda_headers() -> Path:
@@ -19,7 +19,7 @@ def cuda_headers() -> Path:
 
 
 def compile_harness(program: Path) -> None:
-    """Compile it with what finds bad reads and overflows."""
+    """Compile the program with sanitizers for bad reads and overflows."""
     core = ("pack.cc", "plan.cc", "node.cc", "mixer.cc", "linear.cc")
     sources = [*(PLUGIN / name for name in core), ROOT / "tests" / "trt" / "harness.cc"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

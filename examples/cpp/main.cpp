@@ -23,7 +23,7 @@ nlohmann::json read(const std::filesystem::path& file) {
   return stream ? nlohmann::json::parse(stream) : nlohmann::json::object();
 }
 
-// Ids that end a text: those that the configurations name, and the tokenizer's eos_token.
+// Ids that end a text, from the configurations and the tokenizer's eos_token.
 std::set<int64_t> ends(const std::filesystem::path& artifact, const Tokenizer& tokenizer) {
   std::set<int64_t> found;
   for (const char* name : {"generation_config.json", "config.json"}) {
@@ -39,8 +39,7 @@ std::set<int64_t> ends(const std::filesystem::path& artifact, const Tokenizer& t
   return found;
 }
 
-// Keeps ONNX Runtime from reporting to its makers, unless the user decided that himself. It reads this once, when it
-// starts.
+// Turns ONNX Runtime's telemetry off, unless the user has set the variable, which it reads only when it starts.
 void disable_telemetry() {
   constexpr char kVariable[] = "ORT_DISABLE_TELEMETRY";
   if (std::getenv(kVariable)) return;
@@ -68,7 +67,7 @@ void write(const std::filesystem::path& artifact, const std::string& prompt, int
   const auto begin = std::chrono::steady_clock::now();
   int count = 0;
   while (++count) {
-    // The bytes of a character may come with several tokens; whoever reads the stream puts them together.
+    // The bytes of a character may come with several tokens; the reader of the stream joins them.
     std::string text = stop.count(token) ? "" : tokenizer.bytes(token);
     if (begins && !text.empty()) {
       if (text[0] == ' ') text.erase(0, 1);

@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr size_t kChunk = 64;  // prompt tokens a call; more are not faster
+constexpr size_t kChunk = 64;  // prompt tokens per call; more are not faster
 
 template <typename Element>
 Ort::Value filled(const std::vector<int64_t>& shape, Element value) {
@@ -39,7 +39,7 @@ Session::Session(const std::filesystem::path& artifact, int threads, const std::
 
   Ort::SessionOptions options;
   options.SetIntraOpNumThreads(threads);
-  options.AddConfigEntry("session.intra_op.allow_spinning", "0");  // leave the cores to others between operators
+  options.AddConfigEntry("session.intra_op.allow_spinning", "0");  // free the cores between operators
   void* handle = nullptr;
   if (!library.empty())
     Ort::ThrowOnError(Ort::GetApi().RegisterCustomOpsLibrary(options, library.c_str(), &handle));
@@ -54,12 +54,12 @@ Session::Session(const std::filesystem::path& artifact, int threads, const std::
   given_.push_back(view(memory_, &position_, {1}));
   made_.push_back(view(memory_, logits_.data(), {1, static_cast<int64_t>(logits_.size())}));
   for (const auto& tensor : manifest["state"]) {
-    std::vector<int64_t> shape;  // of one sequence (B), before it has grown (P)
+    std::vector<int64_t> shape;  // for one sequence (B), before it has grown (P)
     for (const auto& size : tensor["shape"])
       shape.push_back(size.is_number() ? size.get<int64_t>() : size == "B" ? 1 : 0);
     const std::string type = tensor["dtype"];
     const bool grows = tensor["grows"];
-    Ort::Value present{nullptr};  // of what grows: ONNX Runtime makes it anew
+    Ort::Value present{nullptr};  // none for a growing tensor, which ONNX Runtime allocates
     if (type == "float32") {
       given_.push_back(filled(shape, tensor["fill"].get<float>()));
       if (!grows) present = view(memory_, given_.back().GetTensorMutableData<float>(), shape);

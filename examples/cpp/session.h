@@ -9,7 +9,7 @@
 
 class Session {
  public:
-  // `library` holds the operator of artifacts with the lowering `native`; 0 threads are one for each physical core.
+  // `library` has the operator of artifacts with the lowering `native`; 0 threads means one per physical core.
   Session(const std::filesystem::path& artifact, int threads, const std::string& library);
 
   // Advance by any number of tokens and return the most likely next one.

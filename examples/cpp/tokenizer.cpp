@@ -16,11 +16,11 @@ namespace {
 
 using nlohmann::json;
 
-// GPT-2's pattern, the one of the pre-tokenizer ByteLevel.
+// GPT-2's pattern, which the pre-tokenizer ByteLevel uses.
 constexpr char kByteLevel[] =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
-// How SentencePiece spells a space.
+// SentencePiece's spelling of a space.
 constexpr char kSpace[] = "\xE2\x96\x81";
 
 [[noreturn]] void refuse(const std::string& what) {
@@ -47,13 +47,13 @@ std::string unspell(const std::string& token) {
   const auto text = icu::UnicodeString::fromUTF8(token);
   for (int32_t i = 0; i < text.length(); i = text.moveIndex32(i, 1)) {
     const auto found = byte_of.find(text.char32At(i));
-    if (found == byte_of.end()) return token;  // an added token, spelled as it is
+    if (found == byte_of.end()) return token;  // an added token is its own text
     bytes += found->second;
   }
   return bytes;
 }
 
-// What a token of SentencePiece spells: its name with spaces, or the byte that a name such as <0x0A> stands for.
+// The text of a SentencePiece token: its name with spaces, or the byte of a name such as <0x0A>.
 std::string unspell_piece(std::string token) {
   const bool byte = token.size() == 6 && token.compare(0, 3, "<0x") == 0 && token[5] == '>';
   if (byte && std::isxdigit(token[3]) && std::isxdigit(token[4]))
@@ -63,7 +63,7 @@ std::string unspell_piece(std::string token) {
   return token;
 }
 
-// `\s` is Unicode's white space to the tokenizers library, and something else to ICU.
+// `\s` means Unicode's white space in the tokenizers library, but not in ICU.
 std::string for_icu(std::string pattern) {
   for (size_t at = 0; (at = pattern.find('\\', at)) != std::string::npos && at + 1 < pattern.size();) {
     const char next = pattern[at + 1];
@@ -188,7 +188,7 @@ void Tokenizer::add_post_processor(const Json& step) {
       for (const int64_t id : step["special_tokens"][piece["SpecialToken"]["id"].template get<std::string>()]["ids"])
         ids.push_back(id);
     }
-  } else if (type != "ByteLevel") {  // that one is about offsets
+  } else if (type != "ByteLevel") {  // ByteLevel affects only offsets
     refuse("post-processor " + type);
   }
 }
@@ -274,7 +274,7 @@ void Tokenizer::encode_piece(const std::string& piece, std::vector<int64_t>& ids
   ids.insert(ids.end(), tokens.begin(), tokens.end());
 }
 
-// The pair of the lowest rank first, of several the leftmost. A text may be one piece, so pairs wait in a queue.
+// Merges the pair with the lowest rank first, and the leftmost of equals. Pieces can be long, so pairs are in a queue.
 void Tokenizer::merge(std::vector<int64_t>& tokens) const {
   constexpr int64_t kGone = -1;
   const size_t end = tokens.size();
@@ -291,7 +291,7 @@ void Tokenizer::merge(std::vector<int64_t>& tokens) const {
   while (!queue.empty()) {
     const auto [rank, left, both, result] = queue.top();
     queue.pop();
-    if (tokens[left] == kGone || next[left] == end || pair(left) != both) continue;  // one of them was merged meanwhile
+    if (tokens[left] == kGone || next[left] == end || pair(left) != both) continue;  // one of them was already merged
     const size_t right = next[left];
     tokens[left] = result, tokens[right] = kGone, next[left] = next[right];
     if (next[left] != end) previous[next[left]] = left;

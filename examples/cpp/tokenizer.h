@@ -1,5 +1,5 @@
-// BPE as tokenizer.json describes it: of bytes, or of characters with byte fallback, as SentencePiece has it. Other kinds
-// of tokenizer are refused with the reason.
+// BPE from tokenizer.json: of bytes, or of characters with byte fallback, as in SentencePiece. Other kinds of tokenizer
+// are refused with the reason.
 #pragma once
 
 #include <unicode/regex.h>
@@ -18,13 +18,13 @@ class Tokenizer {
  public:
   explicit Tokenizer(const std::filesystem::path& file);
 
-  // Ids of a text, with what the post-processor adds, such as BOS.
+  // Ids of a text, including those of the post-processor, such as BOS.
   std::vector<int64_t> encode(const std::string& text) const;
 
-  // Bytes of a token: perhaps a part of a character. A special token has none.
+  // Bytes of a token, which may be part of a character. A special token has none.
   const std::string& bytes(int64_t id) const;
 
-  // Whether a text loses the space that it begins with when its tokens are put together.
+  // Whether decoding removes the space at the beginning of a text.
   bool strips_space() const { return strips_; }
 
   // Id of an added token, such as a special one; none if there is no such token.
@@ -33,7 +33,7 @@ class Tokenizer {
  private:
   struct Split {
     std::unique_ptr<icu::RegexPattern> pattern;
-    bool gaps;  // whether what lies between the matches is kept
+    bool gaps;  // whether the text between matches is kept
   };
   struct Added {
     std::string text;
@@ -59,6 +59,6 @@ class Tokenizer {
   std::vector<Added> added_;                                          // longest first
   std::vector<Split> splits_;
   std::vector<int64_t> before_, after_, fallback_;
-  std::string prepend_;  // when a text of pieces gets a space in front: always, first, never
+  std::string prepend_;  // when a text of pieces gets a leading space: always, first, never
   bool nfc_ = false, prefix_space_ = false, whole_pieces_ = false, pieces_ = false, strips_ = false;
 };

@@ -1,7 +1,7 @@
 // One sequence on an artifact, in Node and in browsers: `ort` is onnxruntime-node or onnxruntime-web.
 
-const CHUNK = 64; // prompt tokens a call; more are not faster
-const CONTEXT = 8; // tokens before a text that its beginning may depend on: more than the bytes of a character
+const CHUNK = 64; // prompt tokens per call; more are not faster
+const CONTEXT = 8; // earlier tokens on which a text may depend: more than the bytes of a character
 
 export class Session {
   /**
@@ -73,10 +73,10 @@ export function endIds(tokenizer, settings, ...configs) {
   return new Set([named, ...configs.map((config) => config?.eos_token_id ?? [])].flat());
 }
 
-/** Turns ids into text one at a time: all pieces together are the text of all ids. */
+/** Turns ids into text one at a time; the pieces together are the text of all ids. */
 export class Detokenizer {
-  #ids = []; // those that the text to come depends on
-  #out = 0; // units of their text that have come
+  #ids = []; // the ids that later text depends on
+  #out = 0; // units of their text that were returned
 
   /**
    * @param tokenizer The tokenizer.
@@ -85,7 +85,7 @@ export class Detokenizer {
   constructor(tokenizer, context = []) {
     this.tokenizer = tokenizer;
     let start = Math.max(0, context.length - CONTEXT);
-    while (start && !this.#decode(context.slice(start, start + 1))) start--; // one without text leaves a space out
+    while (start && !this.#decode(context.slice(start, start + 1))) start--; // an id without text may drop a space
     for (const token of context.slice(start)) this.push(token);
   }
 
@@ -93,7 +93,7 @@ export class Detokenizer {
   push(token) {
     this.#ids.push(token);
     const whole = this.#decode(this.#ids);
-    const text = whole.replace(/\ufffd$/, ""); // the beginning of a character, as long as its other bytes may come
+    const text = whole.replace(/\ufffd$/, ""); // the beginning of a character, whose other bytes may follow
     const piece = text.slice(this.#out);
     this.#out = Math.max(this.#out, text.length);
     if (piece) {
@@ -108,7 +108,7 @@ export class Detokenizer {
     return piece;
   }
 
-  /** Return what was held back: a character that never ended. */
+  /** Return the text that was held back: an incomplete character. */
   flush() {
     const piece = this.#decode(this.#ids).slice(this.#out);
     this.#out += piece.length;
@@ -117,12 +117,12 @@ export class Detokenizer {
 
   #decode(ids) {
     if (!ids.length) return "";
-    // the library's cleaning up takes spaces out that the model wrote
+    // the library's clean-up would remove spaces that the model wrote
     return this.tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
   }
 }
 
-/** Stream `{ token, text }` of the most likely continuation; text comes when its last character is whole. */
+/** Stream `{ token, text }` of the most likely continuation; text comes once its last character is complete. */
 export async function* generate(session, tokenizer, ends, prompt, tokens) {
   const ids = tokenizer.encode(prompt).ids;
   const detokenizer = new Detokenizer(tokenizer, ids);

@@ -1,4 +1,4 @@
-// The page: what was typed goes to the worker, what it writes comes back. `?backend=webgpu` runs on the GPU.
+// The page sends the prompt to the worker and shows its text. `?backend=webgpu` runs on the GPU.
 
 const at = (id) => document.getElementById(id);
 const worker = new Worker("worker.mjs", { type: "module" });

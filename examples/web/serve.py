@@ -11,7 +11,7 @@ PAGE = Path(__file__).resolve().parent
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """The page's directory, and the artifact's under /artifact/."""
+    """Serves the page's directory, and the artifact's under /artifact/."""
 
     extensions_map = SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript", ".wasm": "application/wasm"}
 
@@ -25,7 +25,7 @@ class Handler(SimpleHTTPRequestHandler):
         return super().translate_path(path)
 
     def end_headers(self) -> None:
-        # With these two a browser grants shared memory, which ONNX Runtime's threads need.
+        # With these two headers a browser allows shared memory, which ONNX Runtime's threads need.
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
         self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         self.send_header("Cache-Control", "no-cache")

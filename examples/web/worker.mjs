@@ -1,4 +1,4 @@
-// The model, off the page's thread. Messages in: { backend } first, then { prompt, tokens } or { stop }.
+// The model, in its own thread. Incoming messages: { backend } first, then { prompt, tokens } or { stop }.
 
 import { Tokenizer } from "./node_modules/@huggingface/tokenizers/dist/tokenizers.min.mjs";
 import { endIds, generate, Session } from "./liger.mjs";
@@ -29,7 +29,7 @@ async function load(backend) {
     optional("config.json"),
     ort.InferenceSession.create(ARTIFACT + graph, {
       executionProviders: [backend],
-      // WebAssembly has no fast products with 4-bit weights: make them fp32 while loading (lowering `portable`).
+      // WebAssembly has no fast products with 4-bit weights, so they become fp32 while loading (lowering `portable`).
       extra: { session: { disable_quant_qdq: backend === "wasm" ? "1" : "0" } },
       externalData: weights.map((path) => ({ path, data: ARTIFACT + path })),
     }),
@@ -44,7 +44,7 @@ async function load(backend) {
   postMessage({ ready: manifest.source.model, stateBytes: model.session.stateBytes });
 }
 
-/** Let messages in, such as stop: a promise of ONNX Runtime alone need not. */
+/** Let messages such as stop arrive, which a promise of ONNX Runtime may not do. */
 const breathe = () =>
   new Promise((resolve) => {
     const { port1, port2 } = new MessageChannel();

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 RECORD = "recovery.json"
-"""In every result; tells it from other directories."""
+"""File in every result, by which a result is recognised."""
 RECOVERY = "liger_recovery"
-"""Key of config.json under which a recovered checkpoint says how it was made."""
-_WROTE = "give what `recover --adapter` wrote"
+"""Key in a recovered checkpoint's config.json for the record of how it was made."""
+_WROTE = "give a directory that `recover --adapter` wrote"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -56,8 +56,8 @@ def check_student(path: str | Path) -> CheckpointInfo:
 def model_id(info: CheckpointInfo) -> str:
     """Return a digest of the model that an adapter fits: its conversion, shapes and some of its weights.
 
-    Differences between versions that wrote the same model do not count: other keys of config.json, settings of the
-    conversion that have their default value, dtypes.
+    It ignores what differs between versions that write the same model: other keys of config.json, conversion settings
+    at their defaults, and dtypes.
     """
     from safetensors import safe_open
 
@@ -76,10 +76,10 @@ def model_id(info: CheckpointInfo) -> str:
 
 
 def read_record(adapter: Path) -> dict[str, Any]:
-    """Return the record of how an adapter was made; `liger` is the conversion that it was trained on.
+    """Return the record of how an adapter was made; its key `liger` holds the conversion that the adapter fits.
 
     Raises:
-        CheckpointError: It is no adapter of a recovery.
+        CheckpointError: The directory is not an adapter from `recover`.
     """
     check_links(adapter)
     try:
@@ -90,14 +90,14 @@ def read_record(adapter: Path) -> dict[str, Any]:
         raise _no_adapter(adapter, error) from None
     if early:
         raise CheckpointError(
-            f"{adapter} is an adapter of an earlier version, which does not say what conversion it fits",
+            f"{adapter} comes from an earlier version and does not name the conversion that it fits",
             hint="train it again: ligerexport recover LIGER --data chats.jsonl --adapter -o DIRECTORY",
         )
     return record
 
 
 def _no_adapter(adapter: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{adapter} is no adapter of a recovery ({error})", hint=_WROTE)
+    return CheckpointError(f"{adapter} is not an adapter from `recover` ({error})", hint=_WROTE)
 
 
 def check_adapter(record: dict[str, Any], info: CheckpointInfo) -> None:
@@ -115,13 +115,13 @@ def check_adapter(record: dict[str, Any], info: CheckpointInfo) -> None:
 
 
 def write_adapter(stage: Path, tensors: Mapping[str, Tensor], settings: Any, record: Mapping[str, Any]) -> None:
-    """Write LoRA in the form of PEFT, and a record of how it was made.
+    """Write LoRA as a PEFT adapter, with a record of how it was made.
 
     Args:
-        stage: Directory.
+        stage: Directory to write to.
         tensors: LoRA's tensors under the names of `Trainer.tensors`.
         settings: Configuration of PEFT.
-        record: What a merged checkpoint's config.json has under `liger_recovery`.
+        record: Value of `liger_recovery` in the config.json of a merged checkpoint.
     """
     from safetensors.torch import save_file
 
@@ -159,7 +159,7 @@ def write_recovered(stage: Path, info: CheckpointInfo, adapter: Path, progress: 
     """Write a converted checkpoint with an adapter merged.
 
     Args:
-        stage: Directory; that of the checkpoint itself is changed in place.
+        stage: Directory to write to; if it is the checkpoint's own, that is changed in place.
         info: The checkpoint that the adapter was trained on.
         adapter: What `write_adapter` wrote.
         progress: Reports the weights; silent by default.
@@ -192,10 +192,10 @@ def write_merged(
     """Write a checkpoint with LoRA merged, in the dtype of its weights.
 
     Args:
-        stage: Directory; that of the checkpoint itself is changed in place.
+        stage: Directory to write to; if it is the checkpoint's own, that is changed in place.
         info: The checkpoint that was trained.
         tensors: LoRA's tensors by the names of its modules.
-        scale: Factor of the product of A and B.
+        scale: Factor that multiplies the product of A and B.
         record: Value of `liger_recovery` in config.json.
         progress: Reports the weights; silent by default.
 
@@ -205,10 +205,10 @@ def write_merged(
     pairs = lora_pairs(tensors)
     for name, (a, b) in sorted(pairs.items()):
         if name not in info.tensors:
-            raise CheckpointError(f"LoRA changes {name}, which {info.path} has not", hint=_WROTE)
+            raise CheckpointError(f"LoRA changes {name}, which {info.path} does not have", hint=_WROTE)
         shapes = (*b.shape[:1], *a.shape[1:]), info.tensors[name].shape
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or shapes[0] != shapes[1]:
-            raise CheckpointError(f"LoRA of {name} is {list(a.shape)} and {list(b.shape)}", hint=_WROTE)
+            raise CheckpointError(f"LoRA for {name} has shapes {list(a.shape)} and {list(b.shape)}", hint=_WROTE)
     _write_record(stage, record)
     config = dict(info.config) | {RECOVERY: dict(record)}
     (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -234,7 +234,7 @@ def lora_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]
         module, _, rest = name.rpartition(".lora_")
         found.setdefault(f"{module}.weight", {})[rest[:1]] = tensor
     if single := [name for name, pair in found.items() if set(pair) != {"A", "B"}]:
-        raise CheckpointError(f"LoRA of {single[0]} is not whole", hint=_WROTE)
+        raise CheckpointError(f"LoRA for {single[0]} lacks one of its two matrices", hint=_WROTE)
     return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
 
 
@@ -255,7 +255,7 @@ def _merge_file(source: Path, target: Path, pairs: Mapping[str, tuple[Tensor, Te
                 a, b = pairs[name]
                 weight = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
             weights[name] = weight.contiguous()
-        made = target.with_name(f"{target.name}.merged")  # the target may be a link to a file of the user
+        made = target.with_name(f"{target.name}.merged")  # the target may be a link to one of the user's files
         save_file(weights, made, metadata=file.metadata() or {"format": "pt"})
     made.chmod(0o644)  # safetensors writes 0600
     made.replace(target)

@@ -1,7 +1,7 @@
-"""The learned score: a linear map of what enters a layer's attention, fitted on what the Transformer later attends to.
+"""The learned score: a linear map of a layer's attention input, fitted on what the Transformer later attends to.
 
-Here are the fit, the text it is fitted on, and the form in which scores are kept. Which scores a conversion takes and
-how they get into a checkpoint is `ligerexport.checkpoint.convert`'s business.
+This module has the fit, the text for it, and the file format of scores. `ligerexport.checkpoint.scores` chooses the
+scores of a conversion and writes them into its checkpoint.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LENGTH = 2048
-"""Tokens of one of them, where the model was trained on as many."""
+"""Tokens of a window, if the model's trained context is long enough."""
 SHORTEST = 512
-"""Fewer tokens have no room for facts and, later, questions."""
+"""Smallest number of tokens with room for facts and, later, questions."""
 FIRST = 8
-"""Tokens at the start that are left out of a fit: sinks have slots of their own, and would rule the squares."""
+"""Tokens at the start that a fit leaves out: sinks are always kept, and would dominate the squared error."""
 
-_QUERIES = 128  # in memory at a time: their weights of all heads stay in a CPU's cache
+_QUERIES = 128  # in memory at a time, so that the attention weights of all heads fit a CPU's cache
 _NAME = "ligerexport_foresight"
 _METADATA = "liger_scores"
 
@@ -62,17 +62,17 @@ _LEAST_DISTANCE = 150
 
 
 def window_length(config: Mapping[str, Any]) -> int:
-    """Return the tokens of a window that suits a model with this config.json."""
+    """Return how many tokens a window has for a model with this config.json."""
     return min(LENGTH, config.get("max_position_embeddings") or LENGTH)
 
 
 class Fit(NamedTuple):
-    """What `fit_scores` found.
+    """The result of `fit_scores`.
 
     Attributes:
         tensors: Weight `[H_kv, hidden]` and bias `[H_kv]` of each layer, fp32 on the CPU, by their names in a
             checkpoint.
-        explained: Share of the variance that the map explains, mean over heads, by layer.
+        explained: Share of the variance that the map explains, for each layer as the mean over heads.
     """
 
     tensors: dict[str, Tensor]
@@ -80,11 +80,11 @@ class Fit(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Learned scores and where they come from.
+    """Learned scores and their origin.
 
     Attributes:
-        tensors: By their names in a checkpoint.
-        facts: `from`, `windows`, `tokens`, `seed`, `explained`, `sha256`; None where it is not known.
+        tensors: Weights and biases, by their names in a checkpoint.
+        facts: `from`, `windows`, `tokens`, `seed`, `explained` and `sha256`; None for each that is not known.
     """
 
     tensors: dict[str, Tensor]
@@ -97,11 +97,11 @@ def score_names(layer: int) -> tuple[str, str]:
 
 
 def score_shapes(config: Mapping[str, Any], liger: LigerConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor that the `learned` pool of a conversion needs; none without one.
+    """Return the name and shape of every tensor that a conversion's `learned` pool needs; empty without such a pool.
 
     Args:
         config: config.json of the model.
-        liger: The conversion, as its checkpoint has it.
+        liger: The conversion.
     """
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     shapes: dict[str, tuple[int, ...]] = {}
@@ -122,19 +122,19 @@ def fit_scores(
     floor: float = 1e-3,
     progress: ProgressFactory | None = None,
 ) -> Fit:
-    """Fit a linear map of the hidden state to the logarithm of the largest attention weight that a token gets later.
+    """Fit a linear map from the hidden state to the logarithm of the largest attention weight that a token gets later.
 
-    The weight is the largest of any query head of the group, from more than `window` tokens later. Least squares from
-    the normal equations in fp64, whose size does not depend on the number of windows. Tokens in the last quarter of a
-    window are left out: too little comes after them.
+    The maximum is over the query heads of the group and over queries more than `window` tokens later. Least squares
+    uses the normal equations in fp64, whose size does not depend on the number of windows. Tokens in the last quarter
+    of a window are left out, because too little text follows them.
 
     Args:
         model: The untouched Transformer, of a family in `FAMILIES`, in evaluation mode.
         windows: Token ids `[N, T]`.
         window: Tokens that the conversion keeps exactly.
-        batch: Windows at a time.
-        ridge: Added to the diagonal, relative to its mean; the bias is free of it.
-        floor: Added to the weights before the logarithm.
+        batch: Number of windows at a time.
+        ridge: Value added to the diagonal, relative to its mean; it does not apply to the bias.
+        floor: Value added to the weights before the logarithm.
         progress: Reports the windows; silent by default.
 
     Raises:
@@ -191,7 +191,7 @@ class _Sums:
     def solve(self, ridge: float) -> tuple[Tensor, Tensor, float]:
         """Return weight, bias, and the mean share of the variance that they explain."""
         x, y = torch.as_tensor(self.x) / self.count, torch.as_tensor(self.y) / self.count
-        xx = self.xx / self.count - x[:, None] * x  # of what is left when the means are gone
+        xx = self.xx / self.count - x[:, None] * x  # the covariance
         xy = self.xy / self.count - x[:, None] * y
         variance = self.yy / self.count - y.square()
         weight = torch.linalg.solve(xx + ridge * xx.diagonal().mean() * torch.eye(len(x)).to(xx), xy)
@@ -222,7 +222,7 @@ def _watched(model: PreTrainedModel, window: int, seen: Any) -> Iterator[None]:
         ignored = IGNORED | {"position_ids"}  # queries and keys are rotated already
         unknown = [name for name, value in others.items() if value is not None and name not in ignored]
         if dropout or unknown:
-            raise TypeError(f"the attention that is fitted to does not know {unknown[0] if unknown else 'dropout'}")
+            raise TypeError(f"the attention of the fit does not support {unknown[0] if unknown else 'dropout'}")
         output, peak = _attend(query * scaling, key, value, window, sliding_window)
         seen(module.layer_idx, entering.pop(module.layer_idx), peak)
         return output, None
@@ -244,14 +244,14 @@ def _watched(model: PreTrainedModel, window: int, seen: Any) -> Iterator[None]:
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, window: int, sliding_window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend causally, a block of queries at a time.
+    """Compute causal attention, one block of queries at a time.
 
     Args:
         query: `[B, H_q, T, d]`, scaled, rotated.
         key: `[B, H_kv, T, d]`, rotated.
         value: `[B, H_kv, T, d]`.
-        window: Distance in tokens up to which attention does not count.
-        sliding_window: Tokens that this layer looks back on, itself included; None for all.
+        window: Largest distance in tokens at which attention does not count.
+        sliding_window: Tokens that a query of this layer sees, its own included; None for all.
 
     Returns:
         Output `[B, T, H_q, d]`, and the largest weight that each token gets from beyond the window, `[B, T, H_kv]`.
@@ -273,30 +273,30 @@ def _attend(
             logits.masked_fill_(distance >= sliding_window, -torch.inf)
         weights = logits.softmax(-1)
         output[:, :, :, first:last] = (weights.flatten(2, 3) @ value[:, :, :last]).unflatten(2, block.shape[2:4])
-        weights[..., far:].masked_fill_(distance[:, far:] <= window, 0.0)  # before `far` all queries are far enough
+        weights[..., far:].masked_fill_(distance[:, far:] <= window, 0.0)  # `far`: first key that is near
         peak[..., :last] = torch.maximum(peak[..., :last], weights.amax((2, 3)))
     return output.flatten(1, 2).transpose(1, 2).to(dtype).contiguous(), peak.transpose(1, 2)
 
 
 def drills(text: TextModel, ids: Sequence[int], count: int, length: int = LENGTH, seed: int = 0) -> Tensor:
-    """Return windows of a text `[count, length]`; every other one states facts and asks for them at least 150 tokens
-    later, with the answers.
+    """Return windows of a text `[count, length]`. Every second window states facts and, at least 150 tokens later,
+    asks for them and answers.
 
     Args:
         text: The tokenizer.
         ids: Tokens of the text.
-        count: Windows.
-        length: Tokens of one.
-        seed: Seed of the places in the text and of the facts.
+        count: Number of windows.
+        length: Tokens of a window.
+        seed: Seed for the places in the text and for the facts.
 
     Raises:
         UsageError: The text or the windows are too short.
     """
-    prefix = text.encode("")  # what begins every text of this model
+    prefix = text.encode("")  # the tokens that begin every text of this model
     body = length - len(prefix)
     if length < SHORTEST:
         raise UsageError(
-            f"windows of {length} tokens have no room for facts and questions, {SHORTEST} are needed",
+            f"windows of {length} tokens have no room for facts and questions, which need {SHORTEST}",
             hint="take a score that needs no fit, such as --preset memory",
         )
     if len(ids) <= body:
@@ -320,7 +320,7 @@ def drills(text: TextModel, ids: Sequence[int], count: int, length: int = LENGTH
 
 
 def _facts(text: TextModel, rng: random.Random, room: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield facts and their questions as tokens, each asked for once, while they fit into `room` tokens."""
+    """Yield facts and their questions as tokens, each fact once, while they fit into `room` tokens."""
     asked_for: set[str] = set()
     while len(asked_for) < _MOST_FACTS:
         words = {
@@ -339,7 +339,7 @@ def _facts(text: TextModel, rng: random.Random, room: int) -> Iterator[tuple[lis
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of scores in hexadecimal, whatever file they are in."""
+    """Return the sha256 of scores in hexadecimal, which does not depend on their file."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         found.update(name.encode())
@@ -356,26 +356,26 @@ def write_scores(file: Path, scores: Scores) -> None:
 
 
 def read_scores(file: Path, shapes: Mapping[str, tuple[int, ...]], origin: str) -> Scores:
-    """Read a file of scores that were fitted before, such as the last shard of a converted checkpoint.
+    """Read scores that were fitted earlier from a file, such as the last shard of a converted checkpoint.
 
     Args:
-        file: Safetensors file; it may hold more than is needed.
-        shapes: Names and shapes that are needed.
-        origin: What `facts` say under `from`.
+        file: Safetensors file, which may have more tensors than are needed.
+        shapes: Names and shapes of the tensors that are needed.
+        origin: Value of `from` in the facts.
 
     Raises:
-        UsageError: There is no such file.
-        CheckpointError: It is damaged, or was fitted for another model.
+        UsageError: The file does not exist.
+        CheckpointError: The file is damaged, or its scores were fitted for another model.
     """
     if not file.is_file():
         raise UsageError(f"no file {file}", hint="give a safetensors file of scores, or text: --calibrate TEXT")
     found = read_header(file)
     for name, shape in shapes.items():
         if name not in found or found[name].shape != shape:
-            there = f"is {list(found[name].shape)}" if name in found else "is not there"
+            there = f"is {list(found[name].shape)}" if name in found else "is missing"
             raise CheckpointError(
                 f"{name} {there} in {file}, this model needs {list(shape)}",
-                hint="these are scores of another model; fit its own: --calibrate TEXT",
+                hint="these scores are another model's; fit new ones: --calibrate TEXT",
             )
     with safe_open(file, "pt") as content:
         said = json.loads((content.metadata() or {}).get(_METADATA, "{}"))

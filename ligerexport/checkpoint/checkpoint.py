@@ -1,7 +1,7 @@
-"""What a checkpoint directory must hold, checked from `config.json` and the headers of its safetensors files.
+"""Check that a checkpoint directory is complete, from `config.json` and the headers of its safetensors files.
 
-A damaged or incomplete checkpoint is told here in one line, before anything is loaded. Of the weights only an output
-projection beside an embedding is read, to see whether the two are the same.
+A damaged or incomplete checkpoint is reported here in one line, before anything is loaded. The only weights that are
+read are an output projection and an embedding, to see whether the two are equal.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _MAX_HEADER = 100_000_000  # safetensors' own limit; more is not a header
 _BASE, _EMBEDDING, _HEAD = "model.", "model.embed_tokens.weight", "lm_head.weight"
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SLAB = 1 << 24
-"""Elements that are compared at a time."""
+"""Number of elements compared at a time."""
 
 WRAPPERS = r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-"""What torch puts into the names of weights when a wrapped or compiled model is saved."""
+"""Parts that torch adds to the names of weights when a wrapped or compiled model is saved."""
 
 _COMPANIONS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "generation_config")
-"""Beginnings of the names of files that belong to a checkpoint in addition to config and weights."""
+"""Prefixes of the names of a checkpoint's other files, beside config and weights."""
 
 
 class TensorInfo(NamedTuple):
@@ -55,15 +55,15 @@ class CheckpointInfo:
 
     Attributes:
         path: Its directory.
-        config: Content of `config.json`; `tie_word_embeddings` says what `tied` says, whatever the file says.
+        config: Content of `config.json`, with `tie_word_embeddings` set to `tied`.
         files: The safetensors files, in order.
-        bytes: Their size together.
-        dtypes: Dtypes that occur, sorted.
-        tied: Whether the output projection is the embedding: no `lm_head` is stored, or one that is equal to it.
-        tensors: What each weight is, by the name that the family's model has for it.
-        renamed: Names in the files, by those in `tensors`, where the two differ.
-        quantised: Method of the weights' quantisation; None for plain weights. Quantised names are as in the files.
-        adapter: A PEFT adapter in the same directory, which belongs to the model.
+        bytes: Total size of the files.
+        dtypes: Dtypes of the weights, sorted.
+        tied: Whether the output projection is the embedding: no `lm_head` is stored, or it equals the embedding.
+        tensors: Description of each weight, by its name in the family's model.
+        renamed: Name of a weight in the files, by its name in `tensors`, where the two differ.
+        quantised: Quantisation method of the weights; None for plain weights. Quantised weights keep the files' names.
+        adapter: PEFT adapter in the same directory, which belongs to the model.
     """
 
     path: Path
@@ -79,31 +79,31 @@ class CheckpointInfo:
 
     @property
     def index(self) -> Path | None:
-        """The file that says which shard holds what; None for a single file."""
+        """The file that lists the tensors of each shard; None for a single file."""
         return None if self.files[0].name == _SINGLE else self.path / _INDEX
 
     @property
     def plain(self) -> bool:
-        """Whether the files hold the model's weights as they are, under the model's names."""
+        """Whether the files have the model's own weights under the model's own names."""
         return not self.renamed and self.quantised is None and self.adapter is None
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the files that belong to a checkpoint's tokenizer and generation from one directory to another."""
+    """Copy a checkpoint's tokenizer and generation settings from one directory to another."""
     for file in source.iterdir():
         if file.name.startswith(_COMPANIONS) and file.is_file():
             shutil.copyfile(file, target / file.name)
 
 
 def check_checkpoint(path: str | Path, *, tokenizer: bool = True) -> CheckpointInfo:
-    """Check that a directory holds a whole checkpoint, and describe it.
+    """Check that a directory has a complete checkpoint, and describe it.
 
     Args:
         path: Directory with `config.json` and safetensors weights.
         tokenizer: Whether a tokenizer must be there too.
 
     Raises:
-        CheckpointError: Something is missing, cut off, in a form that is not read, changed since the conversion, or
+        CheckpointError: Something is missing, cut off, in an unsupported format or changed since the conversion, or
             config and weights disagree.
     """
     path = Path(path)
@@ -146,43 +146,43 @@ def check_checkpoint(path: str | Path, *, tokenizer: bool = True) -> CheckpointI
 
 
 def check_plain(info: CheckpointInfo) -> None:
-    """Refuse a converted checkpoint whose files name weights in another way than the model: they are read by name.
+    """Refuse a converted checkpoint whose files have other names for weights than the model: they are read by name.
 
     Raises:
-        CheckpointError: They do.
+        CheckpointError: A name differs.
     """
     for name, stored in info.renamed.items():
         raise CheckpointError(
             f"{info.path} calls {name} {stored}",
-            hint="save it once more under plain names: ligerexport.load_model(PATH).save_pretrained(OTHER)",
+            hint="save it again under plain names: ligerexport.load_model(PATH).save_pretrained(OTHER)",
         )
 
 
 def not_finite(name: str, path: Path) -> CheckpointError:
-    """Return the error for a weight with a value that is infinite or no number."""
+    """Return the error for a weight with a value that is NaN or infinite."""
     return CheckpointError(f"{name} in {path} has values that are not finite (NaN or infinite)", hint=_AGAIN)
 
 
 def check_links(path: Path) -> None:
-    """Refuse a directory with links to files elsewhere, but for those of a hub's cache: what they name may be private.
+    """Refuse a directory with links to files outside, except a hub's cache: the linked files may be private.
 
     Raises:
-        CheckpointError: It has one.
+        CheckpointError: There is such a link.
     """
     for file in path.iterdir() if path.is_dir() else ():
         if file.is_symlink() and leads_away(file, path, path.resolve().parent.parent / "blobs"):
             raise CheckpointError(
                 f"{file} is a link to a place outside the checkpoint",
-                hint=f"if that is meant to be, copy it with its links resolved: cp -rL {quoted(path)} COPY",
+                hint=f"if that is intended, copy it with its links resolved: cp -rL {quoted(path)} COPY",
             )
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint directory, in order; a single file wins over shards, as it does in
-    transformers.
+    """Return the safetensors files of a checkpoint directory, in order. As in transformers, a single file is preferred
+    to shards.
 
     Raises:
-        CheckpointError: There are none, or one that the index names is missing.
+        CheckpointError: There are no files, or one that the index names is missing.
     """
     path = Path(path)
     if (path / _SINGLE).is_file():
@@ -204,7 +204,7 @@ def checkpoint_files(path: str | Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Return what a safetensors file says it holds, having checked that it is as long as it says.
+    """Return the tensors that a safetensors file's header lists, after checking the file's length.
 
     Raises:
         CheckpointError: The file is cut off or is not a safetensors file.
@@ -230,9 +230,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise _damaged(file, "has a header that cannot be read") from None
     if end != size:
-        raise _damaged(file, f"has {size:,} bytes where its header announces {end:,}")
+        raise _damaged(file, f"has {size:,} bytes, its header announces {end:,}")
     try:
-        with safe_open(file, "numpy"):  # checks types, sizes and that tensors follow each other
+        with safe_open(file, "numpy"):  # checks types and sizes, and that tensors leave no gaps
             return tensors
     except SafetensorError as error:
         raise _damaged(file, f"is damaged: {error}") from None
@@ -280,11 +280,11 @@ def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
 def _check_config(
     path: Path, config: Mapping[str, Any], stored: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Compare what `config.json` announces with names and shapes that are there.
+    """Compare the names and shapes that `config.json` announces with those in the files.
 
     Returns:
-        The weights by the names of the family's model, and the names in the files where they differ. Of a family that
-        is not supported, transformers decides what the names mean.
+        The weights by their names in the family's model, and the names in the files where they differ. For a family
+        that is not supported, transformers decides what the names mean.
     """
     hint = "config.json and the weights come from different models; copy both from the same place"
     family = FAMILIES.get(config["model_type"].removeprefix(PREFIX))
@@ -314,14 +314,14 @@ def _check_config(
         if name not in shapes:
             if skipped.search(name):
                 continue
-            raise CheckpointError(f"{path} has {given}, which config.json gives no place", hint=hint)
+            raise CheckpointError(f"{path} has {given}, which the model in config.json does not have", hint=hint)
         if name in tensors:
             raise CheckpointError(f"{path} has both {given} and {renamed.get(name, name)}", hint=hint)
         if info.shape != shapes[name]:
             raise CheckpointError(f"{given} is {list(info.shape)}, config.json says {list(shapes[name])}", hint=hint)
         if info.dtype not in BY_SAFETENSORS:
             raise CheckpointError(
-                f"{given} is stored as {info.dtype}, one of {', '.join(BY_SAFETENSORS)} was expected",
+                f"{given} is stored as {info.dtype}, expected one of {', '.join(BY_SAFETENSORS)}",
                 hint="load the model with transformers in bfloat16 and save it again",
             )
         tensors[name] = info
@@ -333,7 +333,7 @@ def _check_config(
 
 
 def _name(given: str, known: Container[str]) -> str:
-    """Return what the family's model calls a weight: without wrappers, and with one `model.`, as transformers does."""
+    """Return a weight's name in the family's model: without wrappers and with one `model.`, as in transformers."""
     name = re.sub(WRAPPERS, "", given)
     if name.startswith(_BASE) and name.removeprefix(_BASE) in known:
         return name.removeprefix(_BASE)
@@ -341,9 +341,9 @@ def _name(given: str, known: Container[str]) -> str:
 
 
 def _is_tied(tensors: Mapping[str, TensorInfo], renamed: Mapping[str, str], quantised: str | None) -> bool:
-    """Return whether the output projection is the embedding: transformers ties the two only where they are equal."""
+    """Return whether the output projection is the embedding: transformers ties the two only if they are equal."""
     head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
-    if quantised:  # transformers compares the two when they are loaded
+    if quantised:  # transformers compares the two when it loads them
         return not any(name.startswith("lm_head.") for name in tensors)
     if head is None or embedding is None:
         return head is None
@@ -359,7 +359,7 @@ def _is_tied(tensors: Mapping[str, TensorInfo], renamed: Mapping[str, str], quan
 
 
 def _quantisation(config: Mapping[str, Any]) -> str | None:
-    """Return the method that the weights are quantised with; `quantization` is what MLX writes."""
+    """Return the quantisation method of the weights; MLX writes it under `quantization`."""
     text = config.get("text_config") or {}
     found = config.get("quantization_config") or config.get("compression_config") or text.get("quantization_config")
     if not found:
@@ -369,7 +369,7 @@ def _quantisation(config: Mapping[str, Any]) -> str | None:
 
 
 def _adapter(path: Path) -> Path | None:
-    """Return a PEFT adapter in the directory of the weights, which transformers applies."""
+    """Return the PEFT adapter in the directory of the weights, which transformers applies."""
     if not (path / _ADAPTER_CONFIG).is_file():
         return None
     if not (path / _ADAPTER).is_file():
@@ -380,7 +380,7 @@ def _adapter(path: Path) -> Path | None:
 
 
 def _check_scores(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the maps of a `learned` pool, having checked that every layer with one has its map."""
+    """Return the shapes of the maps of `learned` pools, after checking that no layer lacks its map."""
     liger = config.get("liger") or {}
     shapes: dict[str, tuple[int, ...]] = {}
     if not any(name == "learned" for name, _ in liger.get("slots", ())):
@@ -402,7 +402,7 @@ def _check_scores(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) 
 
 
 def _other_weights(path: Path) -> CheckpointError | None:
-    """Return what to say of a directory with weights in another form only; None if there are none."""
+    """Return the error for a directory whose only weights are in another format; None if it has none."""
     pickles = sorted(
         file.name for pattern in _PICKLES for file in path.glob(pattern) if file.name != "training_args.bin"
     )
@@ -417,9 +417,7 @@ def _other_weights(path: Path) -> CheckpointError | None:
     if (path / _ADAPTER).is_file():
         hint = "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(...)"
         if (path / "recovery.json").is_file():
-            hint = (
-                f"merge it into what it was trained on: ligerexport convert MODEL --adapter {quoted(path)} -o DIRECTORY"
-            )
+            hint = f"merge it into its converted model: ligerexport convert MODEL --adapter {quoted(path)} -o DIRECTORY"
         return CheckpointError(f"{path} is a LoRA adapter, expected a whole model", hint=hint)
     if any(path.glob("*.gguf")):
         return CheckpointError(

@@ -1,7 +1,7 @@
-"""Conversion: a Transformer's checkpoint becomes a converted one, and a converted one becomes a torch model.
+"""Conversion of a Transformer's checkpoint, or of a loaded model.
 
-The weights stay the bytes they were; what changes is config.json. A learned score adds a file of its own, from the fit
-in `ligerexport.checkpoint.calibrate` or from one that was made before.
+The weights keep their bytes; only config.json changes. A learned score adds a file of its own, from the fit in
+`ligerexport.checkpoint.calibrate` or from an earlier fit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WINDOWS = 64
-"""Windows of text that a learned score is fitted on by default."""
+"""Default number of windows of text that a learned score is fitted on."""
 
 SHIPPED = "shipped"
 """Name of the adapter that ships with a built-in model."""
@@ -55,25 +55,25 @@ def convert(
 ) -> Path:
     """Convert a checkpoint of a family in `FAMILIES`, and check that it computes what the Transformer computed.
 
-    On a text that the memory holds whole, both must give the same after every layer; see
-    `ligerexport.checkpoint.fidelity`. That takes one short run of each, and beside the mapped weights the memory for
-    one layer in fp32.
+    On a text that fits into the memory, both must give the same output after every layer; see
+    `ligerexport.checkpoint.fidelity`. The check runs each model once on a short text, and needs memory for one layer
+    in fp32 in addition to the mapped weights.
 
-    Weights are hard links to the source's files where the file system can, copies where not. Quantised weights that
-    transformers can turn back, weights with an adapter beside them and weights under other names are written anew,
-    and take the memory of the whole model. A `learned` pool needs scores: fitted on text, from a file, the source's
-    own, or those that ship with a built-in model; the first of these that there is.
+    Weights are hard links to the source's files if the file system supports them, and copies otherwise. Quantised
+    weights that transformers can dequantise, weights with an adapter beside them and weights under other names are
+    rewritten, which needs memory for the whole model. A `learned` pool takes its scores from the first available of:
+    a fit on text, a file, the source, the scores that ship with a built-in model.
 
     Args:
         model: A directory, a hub id or a built-in model.
         output: Directory to write.
-        preset: Row of `PRESETS`; None is the default, with a memory what it was measured in, or with an adapter and
-            no changes what that was trained on.
+        preset: Row of `PRESETS`. None takes the preset that `memory` was measured with, the one that the adapter was
+            trained on if there are no changes, or the default.
         memory: File with windows and pools of all layers, from `allocate`.
-        calibrate: Text files, or directories of them, to fit the learned score on; runs the Transformer over them.
-        scores: Safetensors file of scores that were fitted before.
-        windows: Windows of text that a fit reads.
-        adapter: LoRA that `recover` trained on this very conversion, to merge into its weights: a directory, or
+        calibrate: Text files, or directories of them, to fit the learned score on; the Transformer reads them.
+        scores: Safetensors file of scores from an earlier fit.
+        windows: Number of windows of text that a fit reads.
+        adapter: LoRA that `recover` trained on exactly this conversion, to merge into its weights: a directory, or
             `shipped` for the one that ships with a built-in model.
         force: Whether an older converted checkpoint in `output` may be replaced.
         progress: Reports downloads, copies and the fit; silent by default.
@@ -85,9 +85,9 @@ def convert(
     Raises:
         UsageError: A setting makes no sense for this model, or `output` is in use.
         SourceError: There is no such model.
-        CheckpointError: It is incomplete, damaged, quantised for good, recovered already, or of a family that is not
-            supported; or the adapter is another conversion's.
-        VerificationError: A layer does not compute what the Transformer's computes; nothing is written.
+        CheckpointError: It is incomplete, damaged, already recovered, quantised in a way that cannot be undone, or of
+            an unsupported family; or the adapter belongs to another conversion.
+        VerificationError: A layer's output differs from the Transformer's; nothing is written.
     """
 
     return plan_convert(
@@ -113,7 +113,7 @@ def plan_convert(
 
     Raises:
         UsageError: A setting makes no sense, or `output` is in use.
-        CheckpointError: The adapter is not one of `recover`.
+        CheckpointError: The adapter is not from `recover`.
     """
     output = Path(output)
     liger = _choose_conversion(model, preset, memory, adapter, changes)
@@ -128,7 +128,7 @@ def plan_convert(
 
 @dataclass(frozen=True)
 class ConvertPlan:
-    """A conversion with its arguments checked; made by `plan_convert`, whose arguments its fields are.
+    """A conversion with checked arguments, from `plan_convert`; the other fields are its arguments.
 
     Attributes:
         liger: The conversion that was chosen.
@@ -145,7 +145,7 @@ class ConvertPlan:
     force: bool
 
     def describe(self) -> dict[str, Any]:
-        """Return what `run` would write and take, without fetching anything.
+        """Return facts about what `run` would write and need, without fetching anything.
 
         Raises:
             CheckpointError: The model is a directory that cannot be converted.
@@ -226,11 +226,11 @@ def _check_score_options(
     """Check where the learned scores come from, and return the text files to fit them on."""
     if (calibrate or scores) and not liger.foresees:
         raise UsageError(
-            f"{'--calibrate' if calibrate else '--scores'} is for a learned score, and no pool is kept by one",
+            f"{'--calibrate' if calibrate else '--scores'} is for a learned score, which no pool uses",
             hint="--preset foresight, or --slots learned=COUNT",
         )
     if calibrate and scores:
-        raise UsageError("both --calibrate and --scores", hint="fit a score, or give one that was fitted before")
+        raise UsageError("both --calibrate and --scores", hint="fit a score, or give one from an earlier fit")
     if windows < 1:
         raise UsageError(f"{windows} windows", hint="a fit reads at least one; 64 is a good number")
     if scores is not None and not Path(scores).is_file():
@@ -255,19 +255,19 @@ def _none_ships(name: str) -> UsageError:
 
 
 def _seal(place: Path, source: Source, progress: ProgressFactory) -> None:
-    """Check once that every weight of a conversion is finite, and record the identity of its files."""
+    """Check that every weight of a conversion is finite, and record size, time and hash of its files."""
     info = check_checkpoint(place, tokenizer=False)
     same = [file for file in info.files if (source.path / file.name).exists()]
     same = [file for file in same if file.samefile(source.path / file.name)]
     known = {file.name: source.sha256[file.name] for file in same if file.name in source.sha256}
     hashed = sum(file.stat().st_size for file in info.files if file.name not in known)
     with progress("checking the weights", info.bytes + hashed) as advance:
-        check_finite(replace(info, path=source.path), advance)  # the directory that a user knows
+        check_finite(replace(info, path=source.path), advance)  # errors name the directory that the user gave
         write_seal(place, info.files, known, advance)
 
 
 def _made_plain(info: CheckpointInfo) -> dict[str, str]:
-    """Return how the weights of a conversion were made from those in the source's files."""
+    """Return the steps by which the weights of a conversion were made from the source's files."""
     facts = {"dequantised": info.quantised, "adapter": info.adapter and info.adapter.name}
     return {key: value for key, value in facts.items() if value}
 
@@ -281,13 +281,13 @@ def _check_not_recovered(info: CheckpointInfo, source: Source) -> None:
         origin = origin.get("model", "MODEL") if isinstance(origin, dict) else "MODEL"
         raise CheckpointError(
             f"{source.name} was recovered, so its weights belong to the conversion that it has",
-            hint=f"it needs no other: ligerexport build {quoted(info.path)}; or convert what it came from: "
+            hint=f"build it as it is: ligerexport build {quoted(info.path)}; or convert its origin: "
             f"ligerexport convert {quoted(origin)} -o DIRECTORY",
         )
 
 
 def _check_output(output: Path) -> None:
-    """Refuse to replace a checkpoint that is not converted: it may be the only copy."""
+    """Refuse to replace a checkpoint that is not converted, because it may be the only copy."""
     config = output / "config.json"
     if config.is_file() and '"liger"' not in config.read_text():
         raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
@@ -295,7 +295,7 @@ def _check_output(output: Path) -> None:
 
 @described()
 def converted_config(config: dict[str, Any], liger: LigerConfig) -> dict[str, Any]:
-    """Return the config.json of the converted checkpoint, complete and checked against what the op supports.
+    """Return the config.json of the converted checkpoint, complete and checked against the limits of the op.
 
     Raises:
         UsageError: A setting makes no sense for this model.
@@ -325,8 +325,8 @@ def convert_in_memory(
 
     Args:
         model: A Transformer of a family in `FAMILIES`, or a converted model.
-        liger: The conversion; what `model` was converted to does not matter.
-        scores: Learned scores by their names in a checkpoint, for a `learned` pool; default: the model's own.
+        liger: The conversion, which replaces one that `model` already has.
+        scores: Learned scores by their names in a checkpoint, for a `learned` pool; None takes the model's own.
 
     Raises:
         UsageError: A setting makes no sense for this model, or it has no learned scores.
@@ -348,7 +348,7 @@ def convert_in_memory(
         raise UsageError(f"a learned pool needs {missing[0]}", hint="pass scores=, such as the tensors of a fit")
     weights = {name: tensor for name, tensor in weights.items() if name in wanted or ".score_proj." not in name}
     converted.load_state_dict(weights, assign=True, strict=True)
-    for name, module in model.named_modules():  # buffers that are in no file, such as rotary frequencies
+    for name, module in model.named_modules():  # buffers that no file has, such as rotary frequencies
         for buffer in module._non_persistent_buffers_set:
             setattr(converted.get_submodule(name), buffer, getattr(module, buffer))
     converted.tie_weights()

@@ -1,4 +1,4 @@
-"""What a converted checkpoint is, and what making one takes: read from headers alone, no weight is loaded."""
+"""Describe a converted checkpoint, and the cost of a fit, from headers alone: no weight is loaded."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def describe_checkpoint(path: Path, config: LigerConfig) -> dict[str, Any]:
 
 
 def describe_fit(path: Path, texts: list[Path], windows: int) -> dict[str, Any]:
-    """Return what fitting a learned score takes; nothing where there is no text to fit on.
+    """Return the cost of fitting a learned score; empty if there is no text to fit on.
 
     Args:
-        path: The model; it may not be there yet.
-        texts: Files.
-        windows: Windows of text that the fit reads.
+        path: The model, which may not be fetched yet.
+        texts: Text files.
+        windows: Number of windows of text that the fit reads.
     """
     if not texts:
         return {}

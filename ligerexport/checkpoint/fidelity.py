@@ -1,8 +1,8 @@
-"""The gate between a conversion and its source: both models run a short text, and every layer must give the same.
+"""Compare a conversion with its source: both read a short text, and every layer must give the same output.
 
-The source is what transformers itself makes of its directory: its own configuration class, ties, choice of files,
-dequantisation and attention. Nothing of how this package reads a checkpoint is used for it, so a fault in that reading
-shows as a layer that differs.
+transformers loads the source by itself, with its own configuration class, ties, choice of files, dequantisation and
+attention. None of this package's code for reading checkpoints is used for it, so an error in that code shows as a layer
+that differs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LONGEST = 64
-"""Tokens of the text that is compared, where the memory holds as many."""
+"""Length of the compared text in tokens, if that fits into the memory."""
 BOUND = 1e-3
 """Largest difference of an element, relative to the root mean square of its token's vector. Both sides compute in fp32
 from the same weights, so only the order of sums differs: by 3e-5 in SmolLM2, and more where attention's logits are in
@@ -41,10 +41,10 @@ the hundreds."""
 
 
 def check_fidelity(source: CheckpointInfo, converted: Path, progress: ProgressFactory = silent) -> None:
-    """Check that a converted checkpoint is the Transformer that it was made of, on a text that its memory holds whole.
+    """Check that a converted checkpoint computes what its Transformer computes, on a text that fits into its memory.
 
-    Weights stay mapped from their files in their own dtype; beside them there is room for one layer in fp32, or the
-    output projection. Quantised sources take the memory of their plain weights.
+    Weights stay mapped from their files in their own dtype; in addition, one layer or the output projection is in
+    memory in fp32. Quantised sources need memory for their plain weights.
 
     Args:
         source: The Transformer. A converted checkpoint stands for the Transformer that has its weights.
@@ -52,8 +52,8 @@ def check_fidelity(source: CheckpointInfo, converted: Path, progress: ProgressFa
         progress: Opens a phase.
 
     Raises:
-        VerificationError: A layer, or the logits, differ; names the first that does.
-        CheckpointError: transformers cannot run the source, or it is not whole.
+        VerificationError: A layer or the logits differ; the message names the first.
+        CheckpointError: transformers cannot run the source, or it is incomplete.
     """
     with progress("comparing with the Transformer", 2, "steps") as advance:
         transformer = load_source(source)
@@ -71,7 +71,7 @@ def compare(expected: list[Tensor], found: list[Tensor], message: str) -> None:
     """Compare two lists from `outputs`.
 
     Raises:
-        VerificationError: They differ; it begins with `message`.
+        VerificationError: They differ; the error begins with `message`.
         CheckpointError: The expected ones are not finite.
     """
     last = len(expected) - 1
@@ -79,7 +79,7 @@ def compare(expected: list[Tensor], found: list[Tensor], message: str) -> None:
         where = {0: "the embedding", last: "the logits"}.get(i, f"layer {i - 1}")
         if not theirs.isfinite().all():
             raise CheckpointError(
-                f"what comes out of {where} is not finite in the Transformer itself",
+                f"the output of {where} is not finite in the Transformer itself",
                 hint="a weight is damaged; download the model again",
             )
         error = float("inf")
@@ -90,23 +90,23 @@ def compare(expected: list[Tensor], found: list[Tensor], message: str) -> None:
             differs = {0: "the embedding differs", last: "only the logits differ"}
             raise VerificationError(
                 f"{message}: {differs.get(i, f'{where} is the first that differs')} (by {error:.1e} of its size, at "
-                f"most {BOUND:.0e} was expected)",
+                f"most {BOUND:.0e} is allowed)",
                 hint="nothing was written; please report this with the model's config.json and the version of "
                 "transformers",
             )
 
 
 def stored_dtype(info: CheckpointInfo) -> torch.dtype:
-    """Return the dtype that holds a checkpoint's weights without rounding."""
+    """Return a dtype that represents a checkpoint's weights without rounding."""
     first, *others = {tensor.dtype for name, tensor in info.tensors.items() if ".score_proj." not in name}
     return torch.float32 if others or first not in BY_SAFETENSORS else BY_SAFETENSORS[first].torch
 
 
 def text_for(model: PreTrainedModel) -> Tensor:
-    """Return ids at random, `[T]`, no more than the shortest memory of any head of a converted model holds.
+    """Return random ids `[T]` that fit into the smallest memory of a converted model's heads.
 
-    Nor are they more than the sliding window of a layer that does not keep it. A layer that does is the Transformer's
-    on any text.
+    They also fit into the sliding window of a layer that does not keep its sliding window. A layer that keeps it
+    equals the Transformer's on any text.
     """
     config = model.config
     unchanged, attention = (
@@ -122,17 +122,17 @@ def text_for(model: PreTrainedModel) -> Tensor:
 
 
 def load_source(info: CheckpointInfo) -> PreTrainedModel:
-    """Load a Transformer as transformers does, or the one that the weights of a converted checkpoint are.
+    """Load a Transformer as transformers does; for a converted checkpoint, the Transformer with the same weights.
 
-    Quantised weights are turned back by transformers and rounded to the model's dtype. An adapter beside the weights is
-    merged by PEFT.
+    transformers dequantises quantised weights and rounds them to the model's dtype. PEFT merges an adapter beside the
+    weights.
 
     Args:
-        info: Where the checkpoint is, and what kind of files it has.
+        info: The checkpoint.
 
     Raises:
-        CheckpointError: transformers cannot, or would draw some of the weights at random. A head that is missing is no
-            fault: it is the embedding.
+        CheckpointError: transformers cannot load it, or would initialise some weights at random. A missing output
+            projection is no error, because it is the embedding.
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -141,7 +141,7 @@ def load_source(info: CheckpointInfo) -> PreTrainedModel:
     plain |= {"model_type": content["model_type"].removeprefix(PREFIX)}
     dtype: Any = stored_dtype(info)
     settings: dict[str, Any] = {"key_mapping": NO_WRAPPERS} if info.renamed else {}
-    if info.adapter is not None:  # merged below: transformers itself knows no DoRA, and not every weight of an adapter
+    if info.adapter is not None:  # merged below: transformers does not support DoRA, nor every weight of an adapter
         settings["adapter_kwargs"] = {"subfolder": os.devnull}
     if info.quantised:
         plain["quantization_config"] = dequantising(info)
@@ -183,7 +183,7 @@ def source_outputs(transformer: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 
 @contextmanager
 def _by_transformers(path: Path | str) -> Iterator[None]:
-    """Let whatever transformers raises of a source be a `CheckpointError`, and keep to ourselves what it warns of."""
+    """Turn every exception of transformers into a `CheckpointError`, and hide its warnings."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -203,7 +203,7 @@ def _by_transformers(path: Path | str) -> Iterator[None]:
 
 @torch.no_grad()
 def outputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
-    """Run a model in fp32, with one layer at a time in that dtype whatever it was loaded in.
+    """Run a model in fp32, widening one layer at a time from the dtype that it was loaded in.
 
     Args:
         model: A Transformer, or a converted model.
@@ -232,7 +232,7 @@ def _mixers(model: nn.Module) -> list[LigerMixer]:
 
 @contextmanager
 def softmax_alone(model: nn.Module) -> Iterator[None]:
-    """Let the mixers of a model be their softmax alone; a recurrence over evicted tokens stays: it has none to read."""
+    """Turn off the recurrences of a model's mixers. One over evicted tokens stays: it has no token to read."""
     specs = {mixer: mixer.spec for mixer in _mixers(model)}
     for mixer, spec in specs.items():
         if not spec.config.evicts:
@@ -246,7 +246,7 @@ def softmax_alone(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _in_fp32(module: nn.Module) -> Iterator[None]:
-    """Let a module have its parameters in fp32 while it runs."""
+    """Hold a module's parameters in fp32 while it runs."""
     stored = [(parameter, parameter.data) for parameter in module.parameters()]
 
     def widen(*_: Any) -> None:
@@ -266,7 +266,7 @@ def _in_fp32(module: nn.Module) -> Iterator[None]:
 
 
 def _widen_buffers(model: PreTrainedModel) -> None:
-    """Give a model that was loaded in halves what it computes of its configuration as it is in fp32."""
+    """Recompute in fp32 the buffers that a model in half precision derives from its configuration."""
     if model.dtype == torch.float32:
         return
     with weightless():
@@ -278,7 +278,7 @@ def _widen_buffers(model: PreTrainedModel) -> None:
 
 @contextmanager
 def weightless() -> Iterator[None]:
-    """Let the models that are built in a block have parameters without memory; all else in them is real."""
+    """Give models that are built inside the block parameters without memory; everything else in them is real."""
 
     def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
         return nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -1,7 +1,7 @@
-"""Checkpoints as torch models: converted ones, and Transformers as transformers loads them, but strictly.
+"""Load checkpoints as torch models: converted ones, and Transformers with transformers, but strictly.
 
-A weight that the files lack, or have too many, is an error; quantised weights come as plain ones, and a PEFT adapter
-beside the weights is merged into them. What cannot be had that way is refused.
+A missing or superfluous weight is an error. Quantised weights are dequantised, and a PEFT adapter beside the weights is
+merged into them; a checkpoint for which that fails is refused.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 _AGAIN = "copy or download the checkpoint again"
 NO_WRAPPERS = {WRAPPERS + "(?:)" * i: "" for i in range(4)}
-"""A `key_mapping` for transformers: each takes one wrapper off the names of weights."""
+"""`key_mapping` for transformers: each entry removes one wrapper from the names of weights."""
 _SLAB = 1 << 24
-"""Elements that are looked at at a time."""
+"""Number of elements checked at a time."""
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -57,12 +57,12 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrained
 def load_transformer(
     path: str | Path, config: Mapping[str, Any], dtype: torch.dtype | Literal["auto"]
 ) -> PreTrainedModel:
-    """Load the Transformer in a checkpoint, its attention as the family has it, converted or not.
+    """Load the Transformer in a checkpoint, converted or not, with its family's own attention.
 
     Args:
         path: Directory.
         config: Content of its config.json.
-        dtype: Type of the weights; "auto" is that of the file.
+        dtype: Type of the weights; "auto" takes the file's.
 
     Raises:
         CheckpointError: The family is not supported, the checkpoint is incomplete or damaged, or its weights are
@@ -79,7 +79,7 @@ def load_transformer(
 
 
 def load_any(info: CheckpointInfo, dtype: torch.dtype) -> PreTrainedModel:
-    """Load what a checkpoint holds: a converted model, or a Transformer of any family that transformers knows.
+    """Load a checkpoint: a converted model, or a Transformer of any family that transformers supports.
 
     Args:
         info: The checkpoint.
@@ -99,18 +99,18 @@ def load_any(info: CheckpointInfo, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def write_plain(info: CheckpointInfo, directory: Path) -> CheckpointInfo:
-    """Write a Transformer's checkpoint whose files are not plain as one whose files are; its tokenizer is left out.
+    """Write a Transformer's checkpoint again with plain files, without its tokenizer.
 
     Args:
-        info: The checkpoint; all of its weights go through memory.
-        directory: Place to make.
+        info: The checkpoint, all of whose weights are loaded into memory.
+        directory: Directory to create.
 
     Raises:
         CheckpointError: See `load_transformer`.
     """
     import torch
 
-    dtype: torch.dtype | Literal["auto"] = "auto"  # of quantised weights, what config.json says
+    dtype: torch.dtype | Literal["auto"] = "auto"  # for quantised weights, the dtype in config.json
     if not info.quantised:
         dtype = BY_SAFETENSORS[info.dtypes[0]].torch if len(info.dtypes) == 1 else torch.float32
     model = load_transformer(info.path, info.config, dtype)
@@ -126,10 +126,10 @@ def check_finite(info: CheckpointInfo, advance: Callable[[float], None] = lambda
 
     Args:
         info: The checkpoint.
-        advance: Told the bytes that were looked at.
+        advance: Called with the number of bytes that were checked.
 
     Raises:
-        CheckpointError: There is one.
+        CheckpointError: There is such a weight.
     """
     for file in info.files:
         with safe_open(file, "pt") as shard:
@@ -144,14 +144,14 @@ def check_finite(info: CheckpointInfo, advance: Callable[[float], None] = lambda
 
 
 def _load(model_class: Any, info: CheckpointInfo, config: Any, dtype: Any) -> PreTrainedModel:
-    """Load a checkpoint by `from_pretrained`, and refuse whatever it would only warn of."""
+    """Load a checkpoint with `from_pretrained`, and raise an error for what it would only warn about."""
     import torch
 
     settings: dict[str, Any] = {}
     own = dtype
     if info.renamed or config.model_type.removeprefix(PREFIX) not in FAMILIES:
         settings["key_mapping"] = NO_WRAPPERS
-    if info.adapter is not None:  # it is merged below; transformers would keep it separate
+    if info.adapter is not None:  # merged below; transformers would keep it separate
         settings["adapter_kwargs"] = {"subfolder": os.devnull}
     with no_bars(), _as_plain(info):
         if info.quantised:
@@ -160,7 +160,7 @@ def _load(model_class: Any, info: CheckpointInfo, config: Any, dtype: Any) -> Pr
         model, found = model_class.from_pretrained(
             info.path, config=config, dtype=own, output_loading_info=True, trust_remote_code=False, **settings
         )
-        if info.quantised:  # rounded to the model's own dtype, whatever is asked for, as in a conversion
+        if info.quantised:  # rounded to the model's own dtype even if another is requested, as in a conversion
             model = model.dequantize(dtype=own) if getattr(model, "is_quantized", False) else model
             for parameter in model.parameters():  # not the rotary frequencies, which `to` would round
                 parameter.data = parameter.data.to(own if dtype == "auto" else dtype)
@@ -168,7 +168,7 @@ def _load(model_class: Any, info: CheckpointInfo, config: Any, dtype: Any) -> Pr
         if names := sorted(found[kind]):
             raise CheckpointError(f"{names[0]} {problem} {info.path}, as transformers loads it", hint=_AGAIN)
     if info.renamed:
-        vars(model).pop("_weight_conversions", None)  # else it would be saved under the names that it was loaded from
+        vars(model).pop("_weight_conversions", None)  # with it, weights would be saved under their old names
     if info.adapter is not None:
         model = merged(model, info.adapter)
         say(f"{info.path.name}: its adapter {info.adapter.name} was merged into its weights")
@@ -176,7 +176,7 @@ def _load(model_class: Any, info: CheckpointInfo, config: Any, dtype: Any) -> Pr
         if not parameter.isfinite().all():
             raise not_finite(name, info.path)
     if info.quantised:
-        say(f"{info.path.name}: {info.quantised} weights were turned back to {str(model.dtype).removeprefix('torch.')}")
+        say(f"{info.path.name}: {info.quantised} weights were dequantised to {str(model.dtype).removeprefix('torch.')}")
     return model
 
 
@@ -207,7 +207,7 @@ def check_loadable(path: Path) -> None:
 
 
 def dequantising(info: CheckpointInfo) -> dict[str, Any]:
-    """Return the `quantization_config` under which weights are turned back as they load, or can be afterwards.
+    """Return the `quantization_config` with which weights are dequantised on loading, or can be afterwards.
 
     Raises:
         CheckpointError: transformers cannot undo this method.
@@ -225,19 +225,19 @@ def dequantising(info: CheckpointInfo) -> dict[str, Any]:
         return dict(raw) | {"dequantize": True}
     quantizer: Any = QUANTIZERS.get(key, HfQuantizer)
     if quantizer._dequantize is not HfQuantizer._dequantize:
-        return dict(raw)  # for `dequantize` of the model that was loaded
-    raise _stays_quantised(info, "there is no way back in transformers")
+        return dict(raw)  # the loaded model's `dequantize` reads it
+    raise _stays_quantised(info, "transformers cannot dequantise this method")
 
 
 def _stays_quantised(info: CheckpointInfo, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{info.path} holds weights quantised by {info.quantised}, which cannot be turned back to plain ones: {reason}",
-        hint="take the model that it was quantised from; `ligerexport build --weights int4` quantises the artifact",
+        f"{info.path} holds weights quantised by {info.quantised}, which cannot be dequantised: {reason}",
+        hint="use the model that it was quantised from; `ligerexport build --weights int4` quantises the artifact",
     )
 
 
 def merged(model: Any, adapter: Path) -> Any:
-    """Merge a PEFT adapter into a model; the output projection of a tied one may differ from its embedding then.
+    """Merge a PEFT adapter into a model. Afterwards a tied output projection may differ from the embedding.
 
     Raises:
         MissingDependency: PEFT is not installed.
@@ -252,7 +252,7 @@ def merged(model: Any, adapter: Path) -> Any:
     import torch
 
     config, head = adapter.with_name("adapter_config.json"), model.get_output_embeddings()
-    if head is not None and head.weight is model.get_input_embeddings().weight:  # what changes one would change both
+    if head is not None and head.weight is model.get_input_embeddings().weight:  # a change to one would change both
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = False
     try:
@@ -262,7 +262,7 @@ def merged(model: Any, adapter: Path) -> Any:
             known = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
             extra = [name for name in read_header(adapter) if ".lora_" in name and name not in known]
             merged = wrapped.merge_and_unload()
-        problems = [f"it changes {name}, which the model has not" for name in extra]
+        problems = [f"it changes {name}, which the model does not have" for name in extra]
         problems += [str(x.message) for x in said if "missing adapter keys" in str(x.message)]
     except Exception as error:
         raise _no_fit(adapter, config, str(error)) from error
@@ -274,5 +274,5 @@ def merged(model: Any, adapter: Path) -> Any:
 def _no_fit(adapter: Path, config: Path, problem: str) -> CheckpointError:
     return CheckpointError(
         f"{adapter} does not fit the model beside it: {problem}",
-        hint=f"take the adapter that belongs to it; without {quoted(config)} it is left out",
+        hint=f"use the model's own adapter, or remove {quoted(config)} to leave the adapter out",
     )

@@ -1,4 +1,4 @@
-"""The learned scores of a conversion: where they come from, and how they get into a checkpoint."""
+"""Find the learned scores of a conversion, and write them into its checkpoint."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from ligerexport.checkpoint.calibrate import Scores
 
 DATA = Path(__file__).parents[1] / "data"
-"""Files that ship with the package."""
+"""Directory of files that ship with the package."""
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
 def packaged_scores(source: Source) -> Path | None:
-    """Return the scores that ship with this package for a built-in model; None where there are none."""
+    """Return the scores that ship with this package for a built-in model; None if there are none."""
     return packaged(source, DATA / "scores" / f"{source.name}.safetensors")
 
 
 def packaged(source: Source, path: Path) -> Path | None:
-    """Return a file or directory that ships with the package, if it is there and the model is the built-in one."""
+    """Return a file or directory that ships with the package, if it exists and the model is the built-in one."""
     builtin = BUILTIN_MODELS.get(source.name)
-    if builtin is None or source.revision != builtin.requirement:  # a directory may have that name too
+    if builtin is None or source.revision != builtin.requirement:  # a directory may have the same name
         return None
     return path if path.exists() else None
 
@@ -48,10 +48,10 @@ def find_scores(
     windows: int,
     progress: ProgressFactory,
 ) -> Scores:
-    """Return the learned scores of a conversion, from the first place that has them.
+    """Return the learned scores of a conversion, from the first source that has them.
 
     Raises:
-        UsageError: No place has them.
+        UsageError: No source has them.
         CheckpointError: They belong to another model.
     """
     from ligerexport.checkpoint.calibrate import Scores, digest, load_scores, read_scores, score_shapes
@@ -61,14 +61,14 @@ def find_scores(
         return _fit(source, info, liger, texts, windows, progress)
     if file is not None:
         return read_scores(file, shapes, "file")
-    if all(name in info.tensors for name in shapes):  # of a source that was converted before
+    if all(name in info.tensors for name in shapes):  # the source was converted before
         tensors = load_scores(info.files, shapes)
         return Scores(tensors, dict(info.config.get("liger_scores") or {}) | {"sha256": digest(tensors)})
     if (packaged := packaged_scores(source)) is not None:
         return read_scores(packaged, shapes, "package")
     raise UsageError(
         f"the learned score of {source.name} has to be fitted first",
-        hint="give some plain text: --calibrate FILE_OR_DIRECTORY, or scores that were fitted before: --scores FILE",
+        hint="give some plain text: --calibrate FILE_OR_DIRECTORY, or scores from an earlier fit: --scores FILE",
     )
 
 
@@ -104,10 +104,10 @@ def _fit(
 
 
 def write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, progress: ProgressFactory) -> None:
-    """Put the weights of a conversion in place: the source's files, and those of its scores that are wanted.
+    """Put the weights of a conversion in place: the source's files, with only the scores that the conversion needs.
 
     Raises:
-        CheckpointError: Scores that are not wanted lie in a file with other weights.
+        CheckpointError: Scores to be left out are in a file with other weights.
     """
     from ligerexport.checkpoint.calibrate import digest, load_scores, write_scores
 
@@ -146,8 +146,8 @@ def write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, prog
 
 
 def _link(source: Path, target: Path) -> None:
-    """Put a weight file in place without copying it where that is possible."""
+    """Put a weight file in place, without copying it if possible."""
     try:
         os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # the target is on another file system, or that has no links
         shutil.copyfile(source, target)

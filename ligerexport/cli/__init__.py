@@ -1,3 +1,3 @@
-"""The `ligerexport` command: one module a verb, and the application that gathers them in `app`."""
+"""The `ligerexport` command: one module per verb, and the application in `app`."""
 
 from ligerexport.cli.app import main as main

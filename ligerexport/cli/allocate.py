@@ -45,7 +45,7 @@ def allocate(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Distribute slots among layers by what each layer gains.
+    """Give slots to the layers that gain most.
 
     The model is measured with smaller and larger memories in one layer at a time. Nothing is trained.
     """
@@ -77,6 +77,6 @@ def allocate(
     card("allocated", [
         ("where", str(output)),
         ("slots", f"{record['total']:,} of {record['budget']:,} in {record['layers']} layers"),
-        ("before", f"{base['kl']:.3f} nats from the Transformer, {base['once']:.0%} of a key's digits"),
-        ("expected", f"{record['expected_cost']:+.2f} in the sum of relative changes, were layers independent"),
+        ("before", f"{base['kl']:.3f} nats from the Transformer, {base['once']:.0%} of a key's digits recalled"),
+        ("expected", f"{record['expected_cost']:+.2f} in the sum of relative changes, if layers are independent"),
     ], next_command=f"ligerexport convert {quoted(model)} --memory {quoted(output)} -o OTHER")  # fmt: skip

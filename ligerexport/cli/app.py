@@ -1,6 +1,6 @@
-"""The application: verbs are functions, errors become one line with a hint and an exit code.
+"""The application: verbs are functions, and an error becomes one line with a hint and an exit code.
 
-Torch and the runtimes are imported by the verb that needs them.
+A verb imports torch and the runtimes only if it needs them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ligerexport.errors import LigerError, UsageError, close_matches
 
 
 class _Verbs(TyperGroup):
-    """Verbs in the order of work, with close matches for typos."""
+    """The verbs in the order of work, with close matches for typos."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit: 0 done, 1 failed, 2 usage, 3 verification failed, 4 dependency missing, 130 Ctrl-C.
 
     Args:
-        argv: Arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program's name; None takes the process's.
     """
     options.settings.debug = False
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -88,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         result = app(arguments or ["--help"], prog_name="ligerexport", standalone_mode=False)
         code = result if isinstance(result, int) else 0
         _flush()
-    except (KeyboardInterrupt, typer.Abort):  # typer returns 130 or raises, by its version
+    except (KeyboardInterrupt, typer.Abort):  # typer returns 130 or raises, depending on its version
         code = 130
-    except BrokenPipeError:  # the reader of stdout has closed it
+    except BrokenPipeError:  # the reader of stdout closed it
         code = 1
     except Exception as error:
         if options.settings.debug:
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _open_standard_files() -> None:
-    """Open the null device in place of a closed standard file, so that no other file gets its number."""
+    """Replace closed standard files by the null device, so that no other file gets their numbers."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -125,12 +125,12 @@ def _flush() -> None:
 _NO_MEMORY = ("bad_alloc", "bad allocation", "ailed to allocate memory", "t allocate memory", "Cannot allocate memory",
               "t start new thread", "failed to map segment", "codec configuration error",
               "Failed to serialize proto")  # fmt: skip
-"""What ONNX Runtime, torch, the system, Python's threads, the loader of libraries, Pillow and protobuf say when memory
-runs out."""
+"""Parts of the errors of ONNX Runtime, torch, the system, Python's threads, the library loader, Pillow and protobuf if
+memory runs out."""
 
 
 def _is_memory(error: BaseException | None) -> bool:
-    """Return whether an exception or one of its causes says that memory ran out."""
+    """Return whether an exception or one of its causes means that memory ran out."""
     if error is None:
         return False
     said = isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
@@ -138,7 +138,7 @@ def _is_memory(error: BaseException | None) -> bool:
 
 
 def _explain(error: Exception) -> LigerError:
-    """Return what to tell the user about an exception."""
+    """Return the error to show for an exception."""
     if isinstance(error, LigerError):
         return error
     describe = getattr(error, "format_message", None)
@@ -156,7 +156,7 @@ def _explain(error: Exception) -> LigerError:
             return UsageError(f"unknown option '{option}'", hint=hint)
         return UsageError(describe().rstrip("."), hint=hint)
     if _is_memory(error):
-        return LigerError("memory ran out", hint="end other programs, raise the limit, or take smaller settings")
+        return LigerError("memory ran out", hint="end other programs, raise the limit, or use smaller settings")
     if isinstance(error, OSError) and (said := error.strerror or str(error)):
         return LigerError(f"{error.filename or 'reading or writing failed'}: {said}")
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # raised by pathlib for a path with ~

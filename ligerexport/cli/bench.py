@@ -1,4 +1,4 @@
-"""`bench`: time a model beside another."""
+"""`bench`: time two models side by side."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def bench(
     checkpoint: Annotated[
         Path | None, typer.Option(help="The artifact's converted checkpoint, to compare it with torch first.")
     ] = None,
-    blocks: Annotated[int, typer.Option(help="Turns of each model at a context length.")] = 12,
-    tokens: Annotated[int, typer.Option(help="Tokens per turn.")] = 8,
+    blocks: Annotated[int, typer.Option(help="Number of turns of each model at a context length.")] = 12,
+    tokens: Annotated[int, typer.Option(help="Number of tokens per turn.")] = 8,
     read_up_to: Annotated[
         int,
         typer.Option(help="Longest context that a Transformer reads; longer KV caches are filled with random numbers."),
@@ -47,7 +47,7 @@ def bench(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Time a model beside another: latency, memory, energy.
+    """Time two models side by side: latency, memory, energy.
 
     Each runs in its own process, and they take turns. The table goes to stdout; --json prints JSON instead.
     """
@@ -68,7 +68,7 @@ def bench(
     if not json:
         data(markdown(result), end="")
     options.finish_json(json, result)
-    if output is not None:  # last, so that a full disk does not lose what was measured
+    if output is not None:  # last, so that a full disk does not lose the measurements
         save(result, output, force=force)
     for text in result["warnings"]:
         warn(text)

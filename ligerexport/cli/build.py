@@ -1,4 +1,4 @@
-"""`build`: from a converted checkpoint to a verified artifact."""
+"""`build`: export a converted checkpoint to a verified artifact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ligerexport.errors import UsageError, quoted
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_target
 
 _ANNOUNCED = ("target", "lowering", "max_chunk", "weights")
-"""Settings of every build that `--verbose` prints."""
+"""Settings that `--verbose` prints for every build."""
 
 
 @verb(computes=True)
@@ -27,8 +27,8 @@ def build(
     lowering: Annotated[
         str | None,
         typer.Option(
-            help="ort uses ONNX Runtime's own operators, portable the primitive ones of any runtime, native an "
-            "operator of this project: the fastest on CPUs, where it needs a C++ compiler."
+            help="ort uses ONNX Runtime's own operators, portable only primitive operators of any runtime, native an "
+            "operator of this project: the fastest on CPUs, but it needs a C++ compiler."
         ),
     ] = None,
     max_chunk: Annotated[
@@ -100,15 +100,15 @@ def build(
 
 
 def _cost(precision: str, quality: dict[str, Any] | None) -> str | None:
-    """Return what a precision costs on the built-in text."""
+    """Return the cost of a precision on the built-in text."""
     if quality is None:
         return None
     change = quality["nll"] - quality["nll_float32"]
-    return f"{change:+.3f} nats per token by {precision} (KL {quality['kl']:.3f}, {quality['tokens']} tokens)"
+    return f"{change:+.3f} nats per token with {precision} (KL {quality['kl']:.3f}, {quality['tokens']} tokens)"
 
 
 def _chat(path: Path) -> str | None:
-    """Return how `chat` will sample, if the model has a chat template."""
+    """Return the sampling settings of `chat`, if the model has a chat template."""
     from ligerexport.run.generate import text_model
     from ligerexport.run.sampling import chat_settings, describe
 

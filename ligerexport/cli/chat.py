@@ -42,9 +42,9 @@ def chat(
 ) -> None:
     """Chat with a model whose only memory is its constant state.
 
-    Each turn reads only its own text. Tokens are sampled as the model's generation_config.json says, or at a moderate
-    temperature if it says nothing. Ctrl-C stops an answer. The commands are /reset, /save FILE, /load FILE, /help and
-    /exit. Lines may come from a pipe.
+    Each turn reads only its own text. Tokens are sampled with the settings in the model's generation_config.json, or
+    at a moderate temperature without any. Ctrl-C stops an answer. The commands are /reset, /save FILE, /load FILE,
+    /help and /exit. Lines may come from a pipe.
     """
     from ligerexport.run.generate import Conversation
     from ligerexport.run.sampling import Sampler
@@ -55,7 +55,7 @@ def chat(
     sampler = Sampler(**sampling, seed=asking.seed)
     options.announce("chat", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed,
                      stop=asking.stop, prompt_cache=asking.prompt_cache)  # fmt: skip
-    session, cache = asking.open(artifact, many=True)  # a conversation is long
+    session, cache = asking.open(artifact, many=True)  # a conversation has many tokens
     talk = Conversation(
         session, sampler, system=system, max_new_tokens=max_new_tokens, stop=asking.stop or (), prompt_cache=cache,
         special_content=asking.special_content,
@@ -86,13 +86,13 @@ def chat(
 
 
 def _lines(stdin: TextIO) -> Iterator[str]:
-    """Yield the user's lines until the end of input; two Ctrl-C in a row at the prompt leave.
+    """Yield the user's lines until the end of input or two Ctrl-C in a row.
 
-    Several lines that are pasted into a terminal at once are one.
+    Several lines that are pasted into a terminal at once are one line.
     """
     interactive, interrupted = stdin.isatty(), False
     if interactive:
-        with suppress(ImportError):  # Windows has none; its consoles edit lines themselves
+        with suppress(ImportError):  # Windows has no readline; its consoles edit lines themselves
             import readline  # input() then edits lines and keeps a history
 
             readline.parse_and_bind("set enable-bracketed-paste on")
@@ -133,7 +133,7 @@ def _answer(talk: Conversation, line: str, json: bool) -> dict[str, Any]:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C was pressed; a second Ctrl-C is the usual exception."""
+    """Yield a function that returns whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
     pressed: list[int] = []
 
     def press(number: int, frame: Any) -> None:
@@ -149,7 +149,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def _command(talk: Conversation, line: str) -> bool:
-    """Do what a line with a slash says; return whether the chat goes on."""
+    """Run a command that begins with a slash; return whether the chat continues."""
     name, _, argument = line.partition(" ")
     argument = os.path.expanduser(argument.strip())
     if name in ("/save", "/load") and not argument:
@@ -162,7 +162,7 @@ def _command(talk: Conversation, line: str) -> bool:
             say("forgotten")
         case "/save":
             talk.save(argument)
-            say(f"kept in {argument}: {Path(argument).stat().st_size:,} bytes")
+            say(f"saved to {argument}: {Path(argument).stat().st_size:,} bytes")
         case "/load":
             talk.load(argument)
             say(f"after {int(talk.session.position[0]):,} tokens")

@@ -1,4 +1,4 @@
-"""`convert`: from a pretrained Transformer to a converted checkpoint."""
+"""`convert`: turn a pretrained Transformer into a converted checkpoint."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def convert(
     window: Annotated[int | None, typer.Option(help="Number of most recent tokens that are kept.")] = None,
     slots: Annotated[
         str | None,
-        typer.Option(
-            metavar="SCORE=COUNT,...", help=f"Number of tokens that are kept by a score: {', '.join(SCORES)}; or none."
-        ),
+        typer.Option(metavar="SCORE=COUNT,...", help=f"Number of slots for each score: {', '.join(SCORES)}; or none."),
     ] = None,
     attention_weight: Annotated[
         float | None, typer.Option(help="Weight of the softmax attention over the slots.")
@@ -67,7 +65,7 @@ def convert(
             metavar="TEXT", help="Fit the learned score on .txt files or directories of them; may be repeated."
         ),
     ] = None,
-    scores: Annotated[Path | None, typer.Option(metavar="FILE", help="Learned scores that were fitted before.")] = None,
+    scores: Annotated[Path | None, typer.Option(metavar="FILE", help="Learned scores from an earlier fit.")] = None,
     windows: Annotated[int, typer.Option(help="Number of windows of 2,048 tokens that a fit reads.")] = WINDOWS,
     adapter: Annotated[
         str | None,
@@ -80,7 +78,7 @@ def convert(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Make a Transformer recurrent, in seconds, or in minutes with --calibrate.
+    """Make a Transformer recurrent. This takes seconds, or minutes with --calibrate.
 
     A gated recurrence and a bounded exact memory replace its attention. Without --adapter no weight changes.
     """
@@ -104,7 +102,7 @@ def convert(
 
 
 def parse_slots(text: str | None) -> Slots | None:
-    """Read `peak_use=32,novelty=32`; `none` is no slots.
+    """Read `peak_use=32,novelty=32`; `none` means no slots.
 
     Raises:
         UsageError: It has another form.
@@ -115,10 +113,10 @@ def parse_slots(text: str | None) -> Slots | None:
 
 
 def parse_layer_memory(texts: Sequence[str] | None) -> tuple[tuple[int, int, Slots], ...] | None:
-    """Read several of `7,18:window=240,peak_use=32`: layers, then their window and pools.
+    """Read options like `7,18:window=240,peak_use=32`: layers, then their window and pools.
 
     Raises:
-        UsageError: One has another form.
+        UsageError: An option has another form.
     """
     if texts is None:
         return None
@@ -148,7 +146,7 @@ def _counts(text: str, given: str, hint: str) -> Slots:
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """Read `8,16`; `none` is no layers.
+    """Read `8,16`; `none` means no layers.
 
     Raises:
         UsageError: It has another form.

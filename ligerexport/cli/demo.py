@@ -1,4 +1,4 @@
-"""`demo`: a model beside another on a page."""
+"""`demo`: two models side by side on a page."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def demo(
     host: Annotated[
         str, typer.Option(help="Address to serve on; other machines can reach any but 127.0.0.1.")
     ] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="Port; default: the first free one from 7860 on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; default: the first free one from 7860.")] = None,
     device: Device = "auto",
     threads: Threads = None,
     browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
     json: Json = False,
 ) -> None:
-    """Show a model beside another on a page.
+    """Show two models side by side on a page.
 
-    Both answer one prompt while latency and memory are measured. Ctrl-C ends it.
+    Both answer one prompt while latency and memory are measured. Ctrl-C ends the demo.
     """
     try:
         from ligerexport.demo.app import LOOPBACK, launch
@@ -47,7 +47,7 @@ def demo(
     try:
         _, address = launch(shown, host, port, browser=browser)
         if host not in LOOPBACK:
-            warn(f"everybody who reaches {host} can use this page")
+            warn(f"anyone who can reach {host} can use this page")
         options.finish_json(json, {"address": address})
         card("serving", [("page", address), ("stop", "Ctrl-C")])
         threading.Event().wait()

@@ -1,4 +1,4 @@
-"""`doctor`: what is installed, what is missing, and the command that installs it. Nothing heavy is imported."""
+"""`doctor`: show what is installed or missing, with the command to install it. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def doctor(
 
 
 def examine(target: str | None = None, plugin: Path | None = None) -> list[Check]:
-    """Check this machine, and what a target for GPUs needs.
+    """Check this machine, and the requirements of a target.
 
     Args:
-        target: Row of `TARGETS`; None checks what all targets need.
-        plugin: Library of the TensorRT plugin, to check as well.
+        target: Row of `TARGETS`; None checks only the requirements of all targets.
+        plugin: Library of the TensorRT plugin, which is checked too.
 
     Raises:
-        UsageError: No such target.
+        UsageError: There is no such target.
     """
     checks = [_python(), *_packages(), _releases(), *_machine(), *_cache()]
     return checks + (get_backend(target).examine(plugin) if target else [])
@@ -95,17 +95,17 @@ def _package(requirement: Requirement) -> Check:
     version = installed_version(requirement.name)
     found = version or "not installed"
     if version and not _satisfied(requirement):
-        found = f"{version}, needed is {requirement.specifier}"
+        found = f"{version}, but {requirement.specifier} is needed"
     mend = f"pip install '{requirement.name}{requirement.specifier}'"
     return Check(requirement.name, found, _satisfied(requirement), True, mend)
 
 
 def _releases() -> Check:
-    """List the packages whose release was never tried; they may work all the same."""
+    """List the packages whose release is untested; they may work nevertheless."""
     found = {name: untried(name) for name in TRIED}
     strange = [name for name, what in found.items() if what]
     if not strange:
-        return Check("tried releases", "all that is installed")
+        return Check("tried releases", "all installed packages")
     mend = " ".join(["pip install", *(f"'{name}=={TRIED[name][1]}.*'" for name in strange)])
     return Check("tried releases", "; ".join(f"{name} {found[name]}" for name in strange), False, False, mend)
 
@@ -115,7 +115,7 @@ def _machine() -> list[Check]:
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return [
-        Check("cores", f"{default_threads()} to use, {os.cpu_count()} in all"),
+        Check("cores", f"{default_threads()} to use, {os.cpu_count()} in total"),
         Check("memory", f"{memory / 1e9:.1f} GB" if memory else "unknown"),
     ]
 

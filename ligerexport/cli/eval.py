@@ -1,4 +1,4 @@
-"""`eval`: measure a model. Its tables go to stdout."""
+"""`eval`: measure a model, and print tables to stdout."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def eval_(
     controls: Annotated[
         str | None, typer.Option(metavar="CONTROL,...", help=f"Controls to compare with: {', '.join(CONTROLS)}.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens per window of text, and the largest distance of recall.")] = 8192,
+    length: Annotated[int, typer.Option(help="Tokens in a window of text, and the largest distance of recall.")] = 8192,
     windows: Annotated[int, typer.Option(help="Largest number of windows of text.")] = 16,
     trials: Annotated[int, typer.Option(help="Number of prompts for each distance of recall.")] = 64,
     limit: Annotated[int | None, typer.Option(help="Largest number of questions per task.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for everything that is random.")] = 0,
     batch: Annotated[int, typer.Option(help="Number of sequences at a time on a GPU.")] = 8,
     device: Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")] = "auto",
     dtype: Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = "float32",
@@ -55,7 +55,7 @@ def eval_(
 ) -> None:
     """Measure a model: loss by position, recall, tasks.
 
-    Checkpoints and the artifacts built from them are measured alike. The tables have standard errors.
+    Checkpoints and artifacts are measured in the same way. The tables have standard errors.
     """
     from ligerexport.measure.evaluate.evaluate import plan_evaluate
 
@@ -72,13 +72,13 @@ def eval_(
     options.finish_json(json, report.to_dict())
     if not json:
         data(report.markdown(), end="")
-    plan.save(report)  # last, so that a full disk does not lose what was measured
+    plan.save(report)  # last, so that a full disk does not lose the measurements
     rows = [("where", str(output))] if output else []
     for name, table in report.rows.items():
         if "nll" in table:
             rows.append((name, f"{table['nll']['mean'].mean:.3f} nats per token"))
     state = report.state_bytes["model"]
-    rows.append(("state", "grows with the text" if state is None else f"{format_bytes(state)} a sequence"))
+    rows.append(("state", "grows with the text" if state is None else f"{format_bytes(state)} per sequence"))
     card(f"measured in {report.environment['seconds']:.0f} s", rows)
 
 
@@ -92,16 +92,16 @@ def split(text: str | None) -> list[str] | None:
         return None
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise UsageError(f"an empty name in '{text}'", hint="write NAME,NAME")
+        raise UsageError(f"there is an empty name in '{text}'", hint="write NAME,NAME")
     return names
 
 
 def _say_plan(plan: dict[str, Any], json: bool) -> None:
-    """Print what would be measured."""
+    """Print the plan of a measurement."""
     options.finish_json(json, plan)
     card("would measure", [
         ("models", ", ".join(plan["rows"])),
         ("text", f"{plan['text_files']} files, {format_bytes(plan['text_bytes'])}"),
-        ("tokens to read", f"about {plan['tokens_each']:,} by each, tasks left out"),
+        ("tokens to read", f"about {plan['tokens_each']:,} by each model, without tasks"),
         *(("missing", f"pip install 'ligerexport[{extra}]'") for extra in plan["missing_extras"]),
     ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""`inspect`: what a directory is."""
+"""`inspect`: describe a directory."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _providers(path: Path, json: bool) -> None:
     artifact = open_artifact(path, hashes=False, runtime=False)
     if not get_target(artifact.manifest.target).onnxruntime:
         raise UsageError(f"--providers with an artifact of the target {artifact.manifest.target}",
-                         hint="execution providers are ONNX Runtime's")  # fmt: skip
+                         hint="only artifacts for ONNX Runtime have execution providers")  # fmt: skip
     try:
         import onnx_ir as ir
 

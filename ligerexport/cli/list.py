@@ -1,4 +1,4 @@
-"""`list`: the names that other verbs take."""
+"""`list`: print the names that other verbs take."""
 
 from __future__ import annotations
 

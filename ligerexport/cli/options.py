@@ -1,4 +1,4 @@
-"""What the verbs share: their common options, the settings of the command, tables, and facts for cards and JSON."""
+"""Common parts of the verbs: options, the settings of the command, tables, and facts for cards and JSON."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ settings = SimpleNamespace(debug=False, verbose=False)
 """The settings of the running command."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an older output; it stays until the new one is whole.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an older output, once the new one is complete.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Number of threads; default: physical cores.")]
 
 
 @dataclass(frozen=True)
 class _Talk:
-    """Options that every verb has; those that only print facts have no `--verbose`."""
+    """Options of every verb; verbs that only print facts have no `--verbose`."""
 
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors on stderr.")] = False
     verbose: Annotated[bool, typer.Option("--verbose", help="First print what will be done and every setting.")] = False
@@ -44,12 +44,12 @@ class _Talk:
 def verb(*, verbose: bool = True, computes: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a verb.
 
-    It gets the options of `_Talk`. A parameter of it whose annotation is a dataclass stands for one option a field, so
-    that verbs can share options. In all options that take a path, an empty one is refused.
+    It gets the options of `_Talk`. A parameter annotated with a dataclass becomes one option per field, so that verbs
+    can share options. Options that take a path refuse an empty one.
 
     Args:
-        verbose: Whether it has `--verbose`.
-        computes: Whether it runs with the threads of its option `--threads` and without the warnings of libraries.
+        verbose: Whether the verb has `--verbose`.
+        computes: Whether the verb has `--threads` and hides warnings of libraries.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -89,7 +89,7 @@ def _options(group: Any) -> list[Parameter]:
 
 
 def path(text: str | Path) -> Path:
-    """Read the path of an option, and refuse an empty one."""
+    """Return the path of an option; an empty one is refused."""
     as_path(text)
     return Path(text)
 
@@ -97,8 +97,8 @@ def path(text: str | Path) -> Path:
 def _compute(function: Callable[..., None], *args: Any, threads: int | None = None, **given: Any) -> None:
     """Call a verb that computes."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own bars say as much
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # otherwise it tells of each attempt to reach the hub
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own bars replace them
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # otherwise it prints each attempt to reach the hub
     with use_threads(threads), warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
@@ -106,13 +106,13 @@ def _compute(function: Callable[..., None], *args: Any, threads: int | None = No
 
 
 def begin(quiet: bool, debug: bool, verbose: bool = False) -> None:
-    """Set up what one command prints."""
+    """Configure the output of one command."""
     set_quiet(quiet)
     settings.debug, settings.verbose = debug, verbose
 
 
 def announce(verb: str, **arguments: Any) -> None:
-    """With --verbose, say what will be done, with the value of every setting."""
+    """With --verbose, print what will be done, with the value of every setting."""
     if not settings.verbose:
         return
     given = [f"{name}={plain(value)}" for name, value in arguments.items() if value is not None]
@@ -120,7 +120,7 @@ def announce(verb: str, **arguments: Any) -> None:
 
 
 def plain(value: Any) -> str:
-    """Return a setting as it would be typed: pools as `score=count`, lists with commas, memories as their option."""
+    """Return a setting as a user would type it: pools as `score=count`, lists with commas, memories as their option."""
     if not isinstance(value, (tuple, list)):
         return str(value)
     if value and all(isinstance(x, (tuple, list)) and len(x) == 3 for x in value):
@@ -129,23 +129,23 @@ def plain(value: Any) -> str:
 
 
 def finish_json(wanted: bool, result: dict[str, Any]) -> None:
-    """Print the result as one line of JSON, if it is wanted."""
+    """Print the result as one line of JSON, if `wanted`."""
     if wanted:
         data_json(result)
 
 
 def parts(text: str) -> list[str]:
-    """Return what commas separate; `none` is nothing."""
+    """Split a text at its commas; `none` means no parts."""
     return [] if text.strip() in ("", "none") else text.split(",")
 
 
 def crossover_row(tokens: int | None) -> tuple[str, str]:
-    """Return the card's row about the length from which the Transformer's cache is larger."""
+    """Return the card's row with the length from which the Transformer's cache is larger."""
     return "KV cache larger", f"from {tokens:,} tokens on" if tokens else "never: the state grows as fast"
 
 
 def finish_made(json: bool, title: str, facts: dict[str, Any], next_command: str | None) -> None:
-    """Print facts about what was made, as a card and, if it is wanted, as JSON."""
+    """Print facts about a result, as a card and, if requested, as JSON."""
     finish_json(json, facts)
     labels = {"path": "where", "weight_bytes": "weights"}
     rows = []
@@ -161,7 +161,7 @@ def finish_made(json: bool, title: str, facts: dict[str, Any], next_command: str
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on stdout; without names of columns it has no header."""
+    """Print a table on stdout; if no column has a name, without a header."""
     table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(header))
     for name in header:
         table.add_column(name, overflow="fold")

@@ -1,4 +1,4 @@
-"""What `run` and `chat` share: options, opening an artifact, and reading stdin."""
+"""Common parts of `run` and `chat`: options, opening an artifact, and reading stdin."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Asking:
         int | None, typer.Option("--top-k", help="Sample from this many most likely tokens; 0 takes all.")
     ] = None
     top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Then from the most likely ones whose probabilities add up to this.")
+        float | None, typer.Option("--top-p", help="Then from the likeliest ones whose probabilities add up to this.")
     ] = None
     min_p: Annotated[
         float | None,
@@ -46,11 +46,11 @@ class Asking:
     ] = None
     presence_penalty: Annotated[
         float | None,
-        typer.Option("--presence-penalty", help="Subtracted from the logits of tokens in the answer so far."),
+        typer.Option("--presence-penalty", help="Value subtracted from the logits of tokens in the answer so far."),
     ] = None
     frequency_penalty: Annotated[
         float | None,
-        typer.Option("--frequency-penalty", help="The same, times how often the token is in the answer."),
+        typer.Option("--frequency-penalty", help="Value subtracted for each time that the token is in the answer."),
     ] = None
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed writes the same text.")] = None
     stop: Annotated[
@@ -68,7 +68,7 @@ class Asking:
     no_hash: Annotated[bool, typer.Option("--no-hash", help="Do not check the files' sha256 first.")] = False
 
     def sampling(self, artifact: Path, chat: bool) -> tuple[dict[str, Any], str | None]:
-        """Return settings for `Sampler`, and for a chat a line with them and where they come from."""
+        """Return settings for `Sampler` and, for a chat, a line with the settings and their origin."""
         from ligerexport.run.sampling import chat_settings, describe
 
         given = {name: value for name, value in vars(self).items() if name in _SAMPLING and value is not None}
@@ -82,9 +82,9 @@ class Asking:
         """Open the artifact and the prompt cache.
 
         Args:
-            artifact: Directory.
-            many: Whether many tokens will be read or written. Only then is it worth the time to copy the weights into
-                the order that is fastest.
+            artifact: Directory of the artifact.
+            many: Whether many tokens will be read or written. Only then does copying the weights into their fastest
+                layout save time.
         """
         from ligerexport.run.prompt_cache import PromptCache
         from ligerexport.run.runtime import load
@@ -97,12 +97,12 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "pr
 
 
 def open_stdin() -> TextIO:
-    """Return stdin, read as UTF-8 with the line ends of any system; a terminal keeps its own encoding.
+    """Return stdin as UTF-8 with the line ends of any system; a terminal keeps its own encoding.
 
-    A byte that is not UTF-8 arrives as half a surrogate pair, and the prompt is then refused for it.
+    A byte that is not UTF-8 becomes an unpaired surrogate, for which the prompt is refused later.
 
     Raises:
-        UsageError: It is closed.
+        UsageError: Stdin is closed.
     """
     if sys.stdin is None:
         raise UsageError("stdin is closed, so there is nothing to read", hint="leave out <&-, or take --file")
@@ -112,13 +112,13 @@ def open_stdin() -> TextIO:
 
 
 def cached(cache: PromptCache) -> str:
-    """Say what was done with a prompt cache."""
+    """Return a message about the use of a prompt cache."""
     tokens = cache.restored or cache.keep
     return cache.note + (f", {tokens:,} tokens in {cache.path}" if tokens else "")
 
 
 def show(chunk: Chunk, json: bool) -> Chunk:
-    """Print a piece of text, unless JSON is printed at the end."""
+    """Print a chunk's text, unless JSON is printed at the end."""
     if not json:
         data(chunk.text, end="")
     return chunk

@@ -1,4 +1,4 @@
-"""`recover`: LoRA training repairs most of what a conversion cost."""
+"""`recover`: train LoRA to recover most of a conversion's loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ligerexport.train.loop import OnStep
 
 _EVERY = 10
-"""Steps between two lines about the loss."""
+"""Number of steps between two lines about the loss."""
 
 
 @verb(computes=True)
@@ -40,11 +40,11 @@ def recover(
     alpha: Annotated[float, typer.Option(help="LoRA alpha.")] = 8.0,
     targets: Annotated[str, typer.Option(metavar="NAME,...", help="Projections that get LoRA.")] = ",".join(TARGETS),
     tokens: Annotated[
-        str | None, typer.Option(metavar="N", help=f"Tokens to train on, as 500k or 3M; default: {DEFAULT_TOKENS:,}.")
+        str | None, typer.Option(metavar="N", help=f"Tokens to train on (500k, 3M); default: {DEFAULT_TOKENS:,}.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --tokens.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens of the longest document, and of a packed row.")] = 1024,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens per optimizer step.")] = 8192,
+    length: Annotated[int, typer.Option(help="Tokens in a packed row, and in the longest document.")] = 1024,
+    batch_tokens: Annotated[int, typer.Option(help="Number of tokens per optimizer step.")] = 8192,
     micro_batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens in memory at a time; default: all of a step.")
     ] = None,
@@ -60,8 +60,8 @@ def recover(
         bool, typer.Option("--gradient-checkpointing", help="Use less memory and about a third more time.")
     ] = False,
     shard: Annotated[bool, typer.Option("--shard", help="Split the weights among the processes (FSDP2).")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the order of the data and of LoRA's initial values.")] = 0,
-    save_every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed for the order of the data and for LoRA's initial values.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Number of steps between two saved states.")] = 100,
     resume: Annotated[
         str, typer.Option(help="auto continues from OUTPUT.state, never starts from the beginning.")
     ] = "auto",
@@ -78,7 +78,7 @@ def recover(
 
     To continue a run that was stopped, give the same command again.
     """
-    if not (main := os.environ.get("RANK", "0") == "0"):  # only one of several processes talks
+    if not (main := os.environ.get("RANK", "0") == "0"):  # only one of several processes prints
         set_quiet()
     settings: dict[str, Any] = {
         "recipe": recipe, "rank": rank, "alpha": alpha, "targets": tuple(filter(None, targets.split(","))),
@@ -115,11 +115,11 @@ def parse_count(text: str | None) -> int | None:
     try:
         return round(float(text[:-1] if factor > 1 else text) * factor)
     except ValueError:
-        raise UsageError(f"--tokens {text}", hint="write a number, as 3000000, 500k or 3M") from None
+        raise UsageError(f"--tokens {text}", hint="write a number such as 3000000, 500k or 3M") from None
 
 
 def _say_plan(plan: dict[str, Any], config: RecoverConfig, json: bool) -> None:
-    """Print what a run would take."""
+    """Print the cost of a run."""
     from ligerexport.threads import default_threads
 
     options.finish_json(json, plan)

@@ -1,4 +1,4 @@
-"""`run`: an artifact continues a prompt."""
+"""`run`: continue a prompt with an artifact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ligerexport.console import card, data, format_bytes, progress, silent, warn
 from ligerexport.errors import UsageError, quoted
 
 _LONG_PROMPT = 2048
-"""Tokens from which a progress bar, and the weights in the fastest order, are worth it."""
+"""Smallest number of tokens for which a progress bar, and copying the weights into their fastest layout, pays off."""
 
 
 @verb()
@@ -33,7 +33,7 @@ def run(
 ) -> None:
     """Continue a prompt. The text streams to stdout.
 
-    Each token is the most likely one. With --chat, tokens are sampled as the model's generation_config.json says. A
+    Each token is the most likely one. With --chat, tokens are sampled as set in the model's generation_config.json. A
     prompt that is too long for a command line can come from a file or a pipe.
     """
     from ligerexport.run.generate import generate, text_model
@@ -69,7 +69,7 @@ def run(
             *([("speed", f"{speed:.1f} tokens per second")] if speed else []),
             ("first token", f"{summary.ttft:.2f} s"),
             *([("prompt cache", cached(cache))] if cache else []),
-            ("state", f"{format_bytes(summary.state_bytes)}, whatever the length" if not manifest.growth
+            ("state", f"{format_bytes(summary.state_bytes)}, at any length" if not manifest.growth
              else f"{format_bytes(summary.state_bytes)}, {format_bytes(manifest.growth)} more per token"),
             options.crossover_row(manifest.crossover),
             *([("sampling", origin)] if origin else []),
@@ -78,19 +78,19 @@ def run(
     )  # fmt: skip
     if summary.finish == "eos" and not text.strip():
         asked = chat or not text_model(artifact).chat_template
-        warn("the model ended the text at once" + ("" if asked else "; --chat asks it the prompt as a question"))
+        warn("the model ended the text at once" + ("" if asked else "; --chat sends the prompt as a question"))
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
-    """Return the one prompt that was given, wherever it comes from.
+    """Return the prompt from the argument, the file or stdin.
 
     Raises:
-        UsageError: There is none or two, or it cannot be read as text.
+        UsageError: There is no prompt, or two, or it is not text.
     """
     if (prompt is None) == (file is None):
-        raise UsageError("one prompt was expected, as PROMPT or with --file", hint="- as PROMPT reads stdin")
+        raise UsageError("expected one prompt, as PROMPT or with --file", hint="PROMPT can be - to read stdin")
     if file is not None:
         prompt = open_stdin().read() if str(file) == "-" else file.read_text(encoding="utf-8", errors="surrogateescape")
     elif prompt == "-":
         prompt = open_stdin().read()
-    return str(prompt).removeprefix("\ufeff")  # some editors and shells begin a text with this mark
+    return str(prompt).removeprefix("\ufeff")  # some editors and shells write this mark at the beginning

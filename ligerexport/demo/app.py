@@ -1,6 +1,6 @@
-"""The page in Gradio: its parts, what they trigger, and how it is served.
+"""Build and serve the page with Gradio.
 
-By default only this machine can open it. It sends nothing anywhere and loads nothing from other servers.
+By default only this machine can open it. It sends nothing to other servers and loads nothing from them.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; base-uri 'self'; form-action 'self'"
 )
-"""Gradio's own scripts are inline. Nothing is loaded from other servers or sent to them."""
+"""Content security policy: Gradio's own scripts are inline, and other servers are not contacted."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 USERS = 8
-"""Largest number of answers at a time."""
+"""Largest number of concurrent answers."""
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def make_page(demo: Demo) -> gr.Blocks:
     """Return the Gradio app."""
     first, second = demo.pair.names
-    title = f"{escape(first)} beside {escape(second)}"
+    title = f"{escape(first)} and {escape(second)}"
     about = "One prompt, two models, each in its own process. The figures are measured while they answer."
-    with gr.Blocks(title=f"{first} beside {second}") as blocks:
+    with gr.Blocks(title=f"{first} and {second}") as blocks:
         _html(f'<div class="lx-head"><h1>{title}</h1><p>{about}</p></div>')
         with gr.Tab("Live"):
             stop = _live(demo)
@@ -120,10 +120,10 @@ def launch(
     """Serve the page from a thread; return the Gradio app and the page's address.
 
     Raises:
-        UsageError: The port is taken, or the host is not this machine's.
+        UsageError: The port is in use, or the address is not this machine's.
     """
     middleware = [Middleware(_Headers)]
-    if host in LOOPBACK:  # refuses names of other sites that resolve to this machine
+    if host in LOOPBACK:  # refuse names of other sites that resolve to this machine
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
     sans, mono = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="zinc", neutral_hue="zinc", font=sans, font_mono=mono).set(
@@ -146,12 +146,12 @@ def launch(
 
 
 def _html(value: str, **settings: Any) -> gr.HTML:
-    """Return a part of the page that only `style.css` styles."""
+    """Return a part of the page whose style is only in `style.css`."""
     return gr.HTML(value, apply_default_css=False, **settings)
 
 
 class _Headers:
-    """Adds the policy to every answer, so that a browser loads nothing from other servers."""
+    """Adds the policy to every response, so that a browser loads nothing from other servers."""
 
     def __init__(self, app: Any) -> None:
         self._app = app

@@ -1,6 +1,6 @@
-"""Line charts as SVG. They grow without flicker, need no script, and are readable on light and dark backgrounds.
+"""Draw line charts as SVG that grow without flicker, need no script, and suit light and dark backgrounds.
 
-Each line has its own marker and stroke and a legend with its name, so that nobody needs the colours.
+Each line has its own marker and stroke, and its name in a legend, so that lines differ in more than colour.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from html import escape
 WIDTH, HEIGHT = 440, 230
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 34
 MOST = 160
-"""Largest number of points of a line; longer lines are thinned out evenly."""
+"""Largest number of points in a line; points of longer lines are left out evenly."""
 MARKS = 6
-"""Shapes along a line."""
+"""Number of markers on a line."""
 
 Point = tuple[float, float]
 
@@ -36,7 +36,7 @@ def chart(title: str, x_label: str, lines: Sequence[Line], form: Callable[[float
         title: Title, with the unit of y.
         x_label: Label of the x axis.
         lines: Lines; they may have no points yet.
-        form: Returns a value of y as text.
+        form: Function from a value of y to text.
         x_range: Smallest and largest x; points outside are not drawn.
     """
     low, high = x_range
@@ -71,7 +71,7 @@ def chart(title: str, x_label: str, lines: Sequence[Line], form: Callable[[float
 
 
 def legend(lines: Sequence[Line]) -> str:
-    """Return the names of lines with their markers."""
+    """Return the lines' names with their markers."""
     rows = (
         f'<span class="lx-{line.style}"><svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">'
         f'<line class="lx-stroke" x1="1" x2="33" y1="6" y2="6"/>{_mark(line.style, 17, 6)}</svg> '
@@ -82,13 +82,13 @@ def legend(lines: Sequence[Line]) -> str:
 
 
 def thin(points: Sequence[Point]) -> Sequence[Point]:
-    """Leave out points evenly, but keep the last."""
+    """Leave out points evenly, and keep the last."""
     every = math.ceil(len(points) / MOST)
     return [*points[: -1 : max(every, 1)], points[-1]] if points else []
 
 
 def nice_ceiling(value: float) -> float:
-    """Return the next number of the form 1, 2, 4, 6 or 8 times a power of ten: so that the axis seldom changes."""
+    """Return the next number that is 1, 2, 4, 6 or 8 times a power of ten, so that the axis seldom changes."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
@@ -103,7 +103,7 @@ def _line(style: str, points: Sequence[Point]) -> str:
 
 
 def _mark(style: str, x: float, y: float) -> str:
-    """Return a circle for ours and a square for theirs."""
+    """Return a circle for `ours` and a square for `theirs`."""
     if style == "ours":
         return f'<circle class="lx-mark" cx="{x:.1f}" cy="{y:.1f}" r="3.6"/>'
     return f'<rect class="lx-mark" x="{x - 3.3:.1f}" y="{y - 3.3:.1f}" width="6.6" height="6.6"/>'

@@ -1,7 +1,7 @@
-"""Two models that answer one prompt, each in a process of its own, taking turns so that each has the machine to itself.
+"""Let two models answer one prompt, each in its own process, in turns so that each has the machine to itself.
 
-The next turn is of the model that has computed for the shorter time, so both clocks advance together and the faster
-model is ahead by what it is faster. Times and bytes are those that the workers of `ligerexport.measure.bench` measure.
+The next turn goes to the model with less computing time, so both clocks advance together and the faster model gets
+ahead. The workers of `ligerexport.measure.bench` measure times and bytes.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from ligerexport.measure.bench.worker import Worker
 from ligerexport.text.tokenizer import Detokenizer, TextModel
 
 FRAME = 0.2
-"""Seconds between two pictures of what was written."""
+"""Seconds between two updates of the page."""
 REST = 0.06
-"""Seconds without a turn after each: a browser on this machine draws it meanwhile, and not while a token is timed."""
+"""Pause in seconds after each update, so that a browser on this machine draws it while no token is timed."""
 TURN = 0.3
-"""Seconds that reading a piece of a prompt should take, in multiples of `STEP` tokens."""
+"""Target time in seconds for reading a piece of a prompt; pieces are multiples of `STEP` tokens."""
 STEP = 64
 RECENT = 8
-"""Tokens that the figure of the moment is the median of."""
+"""Number of last tokens in the median that is shown as current."""
 
 Answer = TypeVar("Answer")
 
 
 @dataclass
 class Stream:
-    """One model's answer, as far as it is.
+    """One model's answer so far.
 
     Attributes:
         name: Name of the model.
-        facts: What its worker says of it.
-        prompt: Ids.
-        read: Number of prompt tokens that it has read.
-        clock: Seconds that it has computed.
+        facts: Facts from the model's worker.
+        prompt: Ids of the prompt.
+        read: Number of prompt tokens that were read.
+        clock: Computing time in seconds.
         first: Seconds to the first token; None before it.
-        text: What it wrote.
-        written: Tokens.
-        latencies: Milliseconds of each token but the first.
+        text: Text of the answer.
+        written: Number of tokens in the answer.
+        latencies: Milliseconds of each token except the first.
         memory: After each turn: tokens seen, bytes of state or KV cache, resident bytes, bytes on a GPU.
-        finish: Why it ended: `eos`, `length`, `stopped`; None while it goes on.
+        finish: Reason for the end: `eos`, `length`, `stopped`; None before the end.
     """
 
     name: str
@@ -66,34 +66,34 @@ class Stream:
 
     @property
     def seen(self) -> int:
-        """Tokens in its memory: the last one that was written is not yet."""
+        """Number of tokens in the model's memory, which lacks the last written one."""
         return self.read + max(0, self.written - 1)
 
     @property
     def now(self) -> float | None:
-        """Milliseconds a token, of the last few."""
+        """Median milliseconds per token over the last few tokens."""
         return statistics.median(self.latencies[-RECENT:]) if self.latencies else None
 
     @property
     def median(self) -> float | None:
-        """Milliseconds a token, of all."""
+        """Median milliseconds per token over all tokens."""
         return statistics.median(self.latencies) if self.latencies else None
 
 
 class Stopped(Exception):
-    """The user does not want the answer any more."""
+    """The user stopped the answer."""
 
 
 class Pair:
-    """The processes of two models, and the one queue for both.
+    """The processes of two models, with one queue for both.
 
     Args:
         model: See `ligerexport.measure.opened.open_model`.
-        against: Likewise.
-        **options: Likewise.
+        against: See `model`.
+        **options: See `ligerexport.measure.opened.open_model`.
 
     Raises:
-        LigerError: One cannot be opened.
+        LigerError: A model cannot be opened.
     """
 
     def __init__(self, model: str, against: str, **options: Any) -> None:
@@ -106,20 +106,20 @@ class Pair:
             self._worker(name)
 
     def _worker(self, name: str) -> Worker:
-        """Return the worker of a model; one that died is started again."""
+        """Return the worker of a model, which is started again if it died."""
         if name not in self._workers or not self._workers[name].alive:
             self._workers[name] = Worker(self._models[name], **self._options)
         return self._workers[name]
 
     def facts(self, name: str) -> dict[str, Any]:
-        """Return what the worker says of its model."""
+        """Return the worker's facts about its model."""
         return self._workers[name].facts
 
     def call(self, stop: threading.Event, work: Callable[[], Answer]) -> Answer:
-        """Wait for a turn and do something in it.
+        """Wait for a turn, call `work` in it, and return the result.
 
         Raises:
-            Stopped: `stop` was set; the answer is dropped.
+            Stopped: `stop` was set; the result is dropped.
         """
         future = self._queue.submit(work)
         while True:
@@ -136,11 +136,11 @@ class Pair:
         """Let both answer a prompt.
 
         Args:
-            session: A name that nobody else uses.
-            prompt: Ids.
-            text: Tokenizer of both.
-            most: Most tokens of an answer.
-            stop: Set by who wants it to end; answers then have `stopped`.
+            session: A unique name.
+            prompt: Ids of the prompt.
+            text: Tokenizer of both models.
+            most: Largest number of tokens in an answer.
+            stop: Event that ends the answers, which then finish as `stopped`.
 
         Yields:
             Both streams, the same objects each time, several times a second and at the end.
@@ -173,7 +173,7 @@ class Pair:
             self._workers[name]("close", session)
 
     def work(self, name: str, do: str, session: str, **arguments: Any) -> dict[str, Any]:
-        """Ask the worker of a model, in a turn."""
+        """Call the worker of a model, during a turn."""
         return self._worker(name)(do, session, **arguments)
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ class Pair:
 
 
 class _Writer:
-    """Advances one stream by a turn."""
+    """Advances one stream, turn by turn."""
 
     def __init__(self, pair: Pair, name: str, session: str, prompt: Sequence[int], text: TextModel, most: int) -> None:
         self.stream = Stream(name, pair.facts(name), prompt)

@@ -1,4 +1,4 @@
-"""What a page can do: let both models answer a question, stop them, measure them. Nothing here knows Gradio."""
+"""The actions of a page: let both models answer a question, stop them, measure them. Nothing here knows Gradio."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ligerexport.measure.bench.settings import Settings
 from ligerexport.text.tokenizer import TextModel
 
 SHORT = Settings(contexts=(128, 1024), blocks=6, tokens=8)
-"""What the button on the page measures."""
+"""Settings of the measurement that the button on the page starts."""
 
 
 class Demo:
@@ -31,9 +31,9 @@ class Demo:
 
     Args:
         model: An artifact, a converted checkpoint, or a Transformer.
-        against: Another one.
-        results: What `bench` wrote, a directory or its file; None shows none.
-        threads: Threads of each model; None takes the physical cores.
+        against: Another model.
+        results: Result of `bench`, a directory or its file; None shows none.
+        threads: Number of threads of each model; None takes the physical cores.
         device: Row of `ligerexport.measure.bench.settings.DEVICES`.
 
     Raises:
@@ -60,7 +60,7 @@ class Demo:
     def run(
         self, preset: str, prompt: str, context: int, depth: int, most: int, rows: list[list[str]], session: str
     ) -> Iterator[dict[str, Any]]:
-        """Let both models answer; yield what changes, by the part of the page."""
+        """Let both models answer; yield changes by part of the page."""
         stop = self._begin(session)
         said = page.status("stopped")
         try:
@@ -150,15 +150,15 @@ def directory_of(model: str) -> Path:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Read what `bench` wrote.
+    """Read a result of `bench`.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: The path has no such result.
     """
     file = path / RESULT if path.is_dir() else path
     try:
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         page.measured(result)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} is no result of bench", hint="ligerexport bench ... -o DIRECTORY") from error
+        raise UsageError(f"{file} is not a result of bench", hint="ligerexport bench ... -o DIRECTORY") from error
     return result

@@ -1,6 +1,6 @@
-"""What the page shows, as HTML: two cards, charts, the runs so far, the model card, the measured table.
+"""Render the page's content as HTML: two cards, charts, the runs so far, the model card, the measured table.
 
-All text of a model or a file is escaped. The style sheet fixes heights, so that nothing moves while text arrives.
+All text from models and files is escaped. The style sheet fixes heights, so that nothing moves while text arrives.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _recalled(stream: Stream, key: str | None) -> str:
         return ""
     if recalled(stream, key):
         return f' <b class="lx-yes">✓ recalled {key}</b>'
-    return f' <b class="lx-no">✗ not recalled: it was {key}</b>'
+    return f' <b class="lx-no">✗ not recalled: the key was {key}</b>'
 
 
 def recalled(stream: Stream, key: str) -> bool:
@@ -118,7 +118,7 @@ def plots(streams: Sequence[Stream], most: int) -> str:
 
 
 def run_row(streams: Sequence[Stream], key: str | None) -> list[str]:
-    """Return one line for the table of runs."""
+    """Return a row of the table of runs."""
     row = [f"{len(streams[0].prompt):,}"]
     for stream in streams:
         state = format_bytes(stream.memory[-1][1]) if stream.memory else EMPTY
@@ -131,13 +131,13 @@ def run_row(streams: Sequence[Stream], key: str | None) -> list[str]:
 def runs(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return the runs of this page, the newest first."""
     if not rows:
-        return '<p class="lx-note">Each run adds a line here. Move the context slider and run again.</p>'
+        return '<p class="lx-note">Each run adds a row here. Move the context slider and run again.</p>'
     header = ["prompt tokens", *(f"{escape(name)}: {what}" for name in names for what in ("time per token", "memory"))]
     return table(header, list(reversed(rows)))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table that scrolls sideways where it is too wide; cells are escaped."""
+    """Return a table that scrolls sideways if it is too wide; cells are escaped."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
@@ -150,7 +150,7 @@ def measured(result: Mapping[str, Any] | None) -> str:
     """Return the table of `bench`."""
     if result is None:
         return (
-            '<p class="lx-note">Nothing was measured yet. <code>ligerexport bench</code> makes such a table, and '
+            '<p class="lx-note">Nothing was measured yet. <code>ligerexport bench</code> makes this table, and '
             "<code>ligerexport demo --results DIRECTORY</code> shows it.</p>"
         )
     machine = result["machine"]
@@ -159,7 +159,7 @@ def measured(result: Mapping[str, Any] | None) -> str:
 
 
 def model_card(name: str, manifest: Manifest | None, facts: Mapping[str, Any]) -> str:
-    """Return what the manifest says about the model."""
+    """Return a table of facts from the model's manifest."""
     if manifest is None:
         return table(("", name), [[key.replace("_", " "), str(value)] for key, value in facts.items()])
     checked, quality = manifest.verification, manifest.quality or {}
@@ -171,13 +171,13 @@ def model_card(name: str, manifest: Manifest | None, facts: Mapping[str, Any]) -
         ("graph", f"{manifest.target}, lowering {manifest.lowering}, weights {manifest.precision}"),
         ("weights", format_bytes(manifest.bytes.weights)),
         ("state of a sequence", f"{format_bytes(manifest.bytes.state_per_sequence)} at any length"
-         + (f", and {format_bytes(manifest.growth)} per token in layers kept as softmax" if manifest.growth else "")),
+         + (f", and {format_bytes(manifest.growth)} per token in softmax layers" if manifest.growth else "")),
         ("KV cache of the Transformer", f"{format_bytes(manifest.bytes.kv_per_token)} per token in fp32"),
         ("KV cache larger", f"from {manifest.crossover:,} tokens on" if manifest.crossover else "never"),
         ("training after the conversion", "none" if manifest.recovery is None else "yes, see the manifest"),
-        ("compared with torch", f"{checked['tokens']:,} tokens, logits off by at most {checked['max_logit_error']:.1e}"
+        ("compared with torch", f"{checked['tokens']:,} tokens, logits within {checked['max_logit_error']:.1e}"
          if checked.get("tokens") else "passed" if checked.get("passed") else "no"),
-        *([("cost of the precision", f"{quality['nll'] - quality['nll_float32']:+.3f} nats per token")]
+        *([("cost of precision", f"{quality['nll'] - quality['nll_float32']:+.3f} nats per token")]
           if {"nll", "nll_float32"} <= quality.keys() else []),
         ("written by", f"ligerexport {manifest.ligerexport}"),
     ]  # fmt: skip

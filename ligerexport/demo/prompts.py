@@ -1,7 +1,7 @@
 """The questions to both models: presets, and real text before the question.
 
-The text is in `filler.txt`: Theodore Roosevelt's annual messages to Congress of 1905 and, in part, 1906. It is in the
-public domain, as a work of the government of the United States and by its age.
+`filler.txt` has Theodore Roosevelt's annual messages to Congress of 1905 and, in part, 1906. They are in the public
+domain, as works of the government of the United States and because of their age.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Preset:
 
     Attributes:
         name: Name on the page.
-        prompt: Text that is filled in for the user; empty if the page asks the question itself.
-        context: Filler tokens before the question.
+        prompt: Text in the prompt field; empty if the page writes the question itself.
+        context: Number of filler tokens before the question.
         tokens: Largest number of tokens to write.
     """
 
@@ -46,13 +46,13 @@ PRESETS = {preset.name: preset for preset in (CHAT, SUMMARISE, PASSKEY)}
 
 @cache
 def filler() -> str:
-    """Return the text."""
+    """Return the filler text."""
     return (Path(__file__).parent / "filler.txt").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Question:
-    """Ids for both models, and the key that the answer must contain if one is asked for."""
+    """Ids for both models, and the key that the answer must contain, if there is one."""
 
     ids: tuple[int, ...]
     key: str | None = None
@@ -66,12 +66,12 @@ def ask(
     Args:
         text: The models' tokenizer.
         preset: Row of `PRESETS`.
-        prompt: What the user typed; the preset with the pass key has its own.
+        prompt: The user's prompt; the preset with the pass key has its own.
         context: Number of filler tokens.
-        depth: Where in the filler the pass key is: 0 is the beginning, 1 the end.
+        depth: Position of the pass key in the filler, from 0 (beginning) to 1 (end).
 
     Raises:
-        UsageError: There is nothing to ask.
+        UsageError: There is no prompt.
     """
     if preset == PASSKEY.name:
         key = "".join(random.choices("0123456789", k=5))
@@ -85,7 +85,7 @@ def ask(
     if not prompt.strip():
         raise UsageError("there is no prompt", hint="type one, or choose a preset")
     words = _words(text, context)
-    here = secrets.token_hex(16) if words else ""  # in no text that a user can type
+    here = secrets.token_hex(16) if words else ""  # a string that no user types
     content = f"{here}\n\n{prompt.strip()}" if words else prompt.strip()
     if not text.chat_template:
         return Question((*text.encode(""), *words, *text.encode(content.removeprefix(here), special=False)))
@@ -97,7 +97,7 @@ def ask(
 
 
 def _words(text: TextModel, count: int) -> list[int]:
-    """Return the first tokens of the filler."""
+    """Return the first tokens of the filler text."""
     return _encoded(text)[:count] if count else []
 
 

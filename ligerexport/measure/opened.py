@@ -1,7 +1,7 @@
-"""An open model behind one face, to score texts with and to time: a Transformer, a converted checkpoint, an artifact.
+"""One interface to score and to time an open model: a Transformer, a converted checkpoint or an artifact.
 
-Scores of an artifact come from its session, one sequence at a time. Torch is imported where it is needed, so that an
-artifact is timed in a process without it.
+An artifact scores with its session, one sequence at a time. Torch is imported only if it is needed, so that an artifact
+is timed in a process without torch.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
     from ligerexport.run.runtime import Session
 
 CHUNK = 1024
-"""Largest number of tokens of a call that scores."""
+"""Largest number of tokens in a scoring call."""
 PROMPT_CHUNK = 512
-"""Tokens of a call in which a torch model reads a prompt on the clock."""
+"""Number of tokens per call when a torch model reads a timed prompt."""
 BUDGET = 1 << 27
-"""Largest number of logits of a call: half a gigabyte in fp32."""
+"""Largest number of logits in a call: half a gigabyte in fp32."""
 
 
 class Opened(ABC):
-    """A model to measure. Scoring starts from nothing in each call; `advance` goes on where the last call ended.
+    """A model to measure. Each scoring call starts with an empty state; `advance` continues after the last call.
 
     Attributes:
         kind: `artifact`, `converted` or `transformer`.
-        name: As the user named it.
-        path: Its directory.
+        name: Name that the user gave.
+        path: The model's directory.
         device: `cpu`, `cuda` or `mps`.
         precision: Type of the weights.
-        vocab_size: V.
-        trained_length: In tokens.
-        batch: B, sequences that advance together, and that are best scored at a time.
+        vocab_size: Size V of the vocabulary.
+        trained_length: Trained context length in tokens.
+        batch: Number B of sequences that advance together, and the best number to score at a time.
     """
 
     kind: str
@@ -73,26 +73,26 @@ class Opened(ABC):
     @property
     @abstractmethod
     def sequence_bytes(self) -> int | None:
-        """Bytes of the state of one sequence; None where it grows with the text."""
+        """Bytes of the state of one sequence; None if it grows with the text."""
 
     @property
     @abstractmethod
     def state_bytes(self) -> int:
-        """Bytes of state or KV cache of all sequences that advance, counted over the tensors that exist."""
+        """Bytes of the state or KV cache of all advancing sequences, counted over the actual tensors."""
 
     @property
     @abstractmethod
     def weight_bytes(self) -> int:
-        """Bytes of the weights that are read for a token."""
+        """Bytes of weights read per token."""
 
     @abstractmethod
     def read(self, ids: Tensor, state: Any, last: int, *, keep: bool = True) -> tuple[Tensor, Any]:
         """Read tokens, and return logits and the state after them, which is valid until a call without a state.
 
         Args:
-            ids: `[B, T]`.
-            state: From the call before; None starts anew.
-            last: Number of last tokens whose logits are returned; 0 is all.
+            ids: Token ids `[B, T]`.
+            state: State from the previous call; None starts with an empty state.
+            last: Number of last tokens whose logits are returned; 0 for all.
             keep: Whether the state is needed.
         """
 
@@ -111,7 +111,7 @@ class Opened(ABC):
         return self.read(ids[:, head:], state, last, keep=head > 0)[0].float()
 
     def greedy(self, ids: Sequence[int]) -> Iterator[int]:
-        """Read one prompt and yield the most likely next token, again and again."""
+        """Read one prompt and yield greedily decoded tokens without end."""
         import torch
 
         state, parts = None, torch.tensor([list(ids)]).split(CHUNK, dim=1)
@@ -124,19 +124,19 @@ class Opened(ABC):
 
     @abstractmethod
     def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
-        """Advance by `[B, T]` and return the most likely next ids `[B]`."""
+        """Advance by ids `[B, T]` and return the most likely next ids `[B]`."""
 
     def fill(self, tokens: int) -> list[int]:
-        """Put random keys and values of some tokens into a KV cache, whose time does not depend on what they are.
+        """Fill a KV cache with random keys and values of `tokens` tokens; times do not depend on the values.
 
         Raises:
-            UsageError: It is a recurrent model.
+            UsageError: The model is recurrent.
         """
         raise UsageError("the state of a recurrent model cannot be filled without reading")
 
     @abstractmethod
     def sibling(self, batch: int = 1) -> Opened:
-        """Return other sequences on the same weights, which have read nothing."""
+        """Return new sequences on the same weights, with empty states."""
 
 
 def open_model(
@@ -153,10 +153,10 @@ def open_model(
 
     Args:
         model: An artifact, a checkpoint directory, converted or not, a hub id, or a built-in model.
-        scoring: Whether it is scored, which takes its tokenizer; otherwise it is timed.
-        batch: B. On a CPU, torch models score one sequence at a time.
-        threads: Threads of one operator where it is timed; None takes the physical cores.
-        device: `auto` takes a GPU where the model runs on one. Artifacts are scored on the CPU.
+        scoring: Whether to score the model, which needs its tokenizer, or to time it.
+        batch: Number B of sequences. On a CPU, torch models score one sequence at a time.
+        threads: Number of threads per operator for timing; None takes the physical cores.
+        device: `auto` takes a GPU if the model runs on one. Artifacts are scored on the CPU.
         dtype: Type of a torch model's weights; `auto` is float32 on a CPU and bfloat16 elsewhere.
         progress: Opens a phase.
 
@@ -164,7 +164,7 @@ def open_model(
         SourceError: There is no such model.
         CheckpointError: It is incomplete or damaged.
         ArtifactError: The artifact is damaged or for another runtime.
-        MissingDependency: A runtime or a device is not there.
+        MissingDependency: A runtime or a device is not available.
     """
     if is_artifact(model):
         return _open_artifact(Path(model).expanduser(), scoring, batch, threads, device)
@@ -197,13 +197,13 @@ def open_model(
 
 
 def _open_artifact(path: Path, scoring: bool, batch: int, threads: int | None, device: str) -> ArtifactModel:
-    """Load an artifact. The files of one that is timed were hashed by whoever started that."""
+    """Load an artifact. For timing, the caller has already hashed its files."""
     from ligerexport.run.runtime import load
 
     if scoring:
         return ArtifactModel(load(path, scoring=True))
     manifest = json.loads((path / MANIFEST).read_text())
-    if not get_target(manifest.get("target", "onnx")).onnxruntime:  # its runtime takes the GPU and has no option for it
+    if not get_target(manifest.get("target", "onnx")).onnxruntime:  # its runtime always takes the GPU
         return ArtifactModel(load(path, batch=batch, threads=threads, hashes=False), "cuda")
     if device == "auto":
         import onnxruntime
@@ -217,9 +217,9 @@ class TorchModel(Opened):
     """A transformers model with its own cache, which grows for a Transformer and is constant for a converted one.
 
     Args:
-        model: In evaluation mode, on its device.
-        batch: B.
-        name: As the user named it.
+        model: Model in evaluation mode, on its device.
+        batch: Number B of sequences.
+        name: Name that the user gave.
         path: Directory with the tokenizer.
     """
 
@@ -234,7 +234,7 @@ class TorchModel(Opened):
 
     @property
     def sequence_bytes(self) -> int | None:
-        """Return as `Opened.sequence_bytes`, as the model keeps the state."""
+        """See `Opened.sequence_bytes`; the state has the model's dtype."""
         from ligerexport.layers.mixer import layer_specs
 
         if self.kind != "converted":
@@ -254,14 +254,14 @@ class TorchModel(Opened):
 
     @property
     def weight_bytes(self) -> int:
-        """Return as `Opened.weight_bytes`; a tied weight is one parameter."""
+        """See `Opened.weight_bytes`; a tied weight is one parameter."""
         total: int = sum(p.nbytes for p in self.model.parameters())
         embedding = self.model.get_input_embeddings().weight
-        head = self.model.get_output_embeddings()  # where it has its own weights, only one row of the embedding is read
+        head = self.model.get_output_embeddings()  # if it has its own weights, only one row of the embedding is read
         return total if head.weight is embedding else total - int(embedding.nbytes)
 
     def read(self, ids: Tensor, state: Any, last: int, *, keep: bool = True) -> tuple[Tensor, Any]:
-        """Return as `Opened.read`; the state is the cache."""
+        """See `Opened.read`; the state is the cache."""
         import torch
 
         from ligerexport.layers.mixer import CACHE
@@ -271,7 +271,7 @@ class TorchModel(Opened):
         return out.logits, out.get(CACHE)
 
     def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
-        """Return as `Opened.advance`."""
+        """See `Opened.advance`."""
         import torch
 
         with torch.inference_mode():
@@ -280,7 +280,7 @@ class TorchModel(Opened):
             return [int(row) for row in logits[:, -1].argmax(dim=-1)]  # waits for a GPU
 
     def fill(self, tokens: int) -> list[int]:
-        """Do as `Opened.fill`."""
+        """See `Opened.fill`."""
         if self.kind != "transformer":
             return super().fill(tokens)
         import torch
@@ -297,7 +297,7 @@ class TorchModel(Opened):
         return [0] * self.batch
 
     def sibling(self, batch: int = 1) -> TorchModel:
-        """Return as `Opened.sibling`."""
+        """See `Opened.sibling`."""
         return TorchModel(self.model, batch, self.name, self.path)
 
 
@@ -305,8 +305,8 @@ class ArtifactModel(Opened):
     """The session of an artifact.
 
     Args:
-        session: From `ligerexport.run.runtime.load`; to be scored with `scoring=True` and a batch of 1.
-        device: Where it runs.
+        session: Session from `ligerexport.run.runtime.load`; scoring needs `scoring=True` and a batch of 1.
+        device: Device on which it runs.
     """
 
     kind = "artifact"
@@ -323,7 +323,7 @@ class ArtifactModel(Opened):
 
     @property
     def sequence_bytes(self) -> int | None:
-        """Return as `Opened.sequence_bytes`."""
+        """See `Opened.sequence_bytes`."""
         manifest = self.session.artifact.manifest
         return None if manifest.growth else manifest.bytes.state_per_sequence
 
@@ -334,22 +334,22 @@ class ArtifactModel(Opened):
 
     @property
     def weight_bytes(self) -> int:
-        """Return as `Opened.weight_bytes`."""
+        """See `Opened.weight_bytes`."""
         manifest, config = self.session.artifact.manifest, self.path / "config.json"
         tied = json.loads(config.read_text()).get("tie_word_embeddings", True) if config.is_file() else True
-        shape = manifest.model  # where the output has its own weights, one row of the embedding is read for a token
+        shape = manifest.model  # if the output has its own weights, one row of the embedding is read per token
         return int(
             manifest.bytes.weights * (1 - (0 if tied else shape.vocab_size * shape.hidden_size / shape.parameters))
         )
 
     def read(self, ids: Tensor, state: Any, last: int, *, keep: bool = True) -> tuple[Tensor, Any]:
-        """Return as `Opened.read`; the state is the session itself."""
+        """See `Opened.read`; the state is the session itself."""
         import torch
 
         if state is None:
             self.session.reset()
         if len(ids) != 1:
-            raise ValueError(f"{len(ids)} sequences, an artifact scores one at a time")
+            raise ValueError(f"got {len(ids)} sequences, an artifact scores one at a time")
         array, head = ids.numpy(), ids.shape[1] - last if last else 0
         if array.shape[1] == 1 and state is not None:
             return torch.from_numpy(self.session.step(array[:, 0]))[:, None], self
@@ -360,26 +360,26 @@ class ArtifactModel(Opened):
         return torch.from_numpy(np.concatenate(list(self.session.every(array[:, head:])), axis=1)), self
 
     def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
-        """Return as `Opened.advance`."""
+        """See `Opened.advance`."""
         array = np.asarray(ids, np.int64)
         logits = self.session.step(array[:, 0]) if array.shape[1] == 1 else self.session.prefill(array)
         return [int(row) for row in logits.argmax(axis=-1)]
 
     def sibling(self, batch: int = 1) -> ArtifactModel:
-        """Return as `Opened.sibling`."""
+        """See `Opened.sibling`."""
         return ArtifactModel(self.session.sibling(batch), self.device)
 
 
 def chunk_size(batch: int, vocab_size: int) -> int:
-    """Return the tokens of a call whose logits `[batch, chunk, V]` stay within the budget."""
+    """Return the number of tokens in a call whose logits `[batch, chunk, V]` stay within the budget."""
     return max(64, min(CHUNK, BUDGET // (batch * vocab_size) // 64 * 64))
 
 
 def pick_device(name: str) -> torch.device:
-    """Return a device; `auto` takes an NVIDIA GPU where there is one.
+    """Return a device; `auto` takes an NVIDIA GPU if there is one.
 
     Raises:
-        MissingDependency: It is not there.
+        MissingDependency: The device is not available.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Write text: stop strings, streaming, conversations. It needs only a `Session`."""
+"""Generate text with a `Session`: stop strings, streaming, conversations."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Finish = Literal["eos", "stop", "length"]
 
 @dataclass(frozen=True)
 class Summary:
-    """What a generation cost.
+    """The cost of a generation.
 
     Attributes:
-        prompt_tokens: Ids of the prompt.
-        new_tokens: Ids sampled, an end-of-text id included.
+        prompt_tokens: Number of tokens in the prompt.
+        new_tokens: Number of sampled tokens, an end-of-text token included.
         ttft: Seconds from the call to the first token.
-        decode_seconds: Seconds of all later tokens, without the time that the reader of the stream took.
-        state_bytes: Size of the session's state at the end.
-        finish: Why it ended: an end-of-text id, a stop string, or `max_new_tokens`.
-        cached_tokens: How many of `prompt_tokens` came from a prompt cache.
+        decode_seconds: Seconds for all later tokens, without the time of the stream's reader.
+        state_bytes: Bytes of the session's state at the end.
+        finish: Reason for the end: an end-of-text id, a stop string, or `max_new_tokens`.
+        cached_tokens: Number of `prompt_tokens` that came from a prompt cache.
     """
 
     prompt_tokens: int
@@ -47,7 +47,7 @@ class Summary:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed of decoding after the first token; None when there was only one."""
+        """Speed of decoding after the first token; None if there was only one."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
 
 
@@ -56,11 +56,11 @@ class Chunk:
     """One sampled token.
 
     Attributes:
-        text: The text that it completes: possibly none (part of a character or of a stop string), or more than itself.
-        token: Its id.
-        seconds: What it took; for the first token that is the TTFT.
-        finish: Set on the last chunk.
-        summary: Set on the last chunk.
+        text: The text that the token completes. It is empty for part of a character or of a stop string.
+        token: The token's id.
+        seconds: Time in seconds, which is the TTFT for the first token.
+        finish: Reason for the end, on the last chunk.
+        summary: The summary, on the last chunk.
     """
 
     text: str
@@ -71,11 +71,11 @@ class Chunk:
 
 
 class StopStrings:
-    """Cut a stream of text before the first stop string, also one that arrives in pieces.
+    """Cuts a stream of text before the first stop string, even if that arrives in pieces.
 
     Args:
         stops: The stop strings.
-        special: Special tokens with their ids. They are no text, so a stop string that begins with one stops at its id.
+        special: Special tokens with their ids. A stop string that begins with one stops at its id.
 
     Raises:
         UsageError: A stop string has text before a special token.
@@ -91,8 +91,8 @@ class StopStrings:
             inside = tuple(token for token in special or () if token in stop)
             if inside and not stop.startswith(inside):
                 raise UsageError(
-                    f"the stop string {stop!r:.60} has text before the special token {inside[0]}, which is no text",
-                    hint="a stop string is text, or it begins with a special token; give one of the two",
+                    f"the stop string {stop!r:.60} has text before the special token {inside[0]}",
+                    hint="give text, or a stop string that begins with the special token",
                 )
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -108,13 +108,13 @@ class StopStrings:
         return out, False
 
     def flush(self) -> str:
-        """Return what was held back; no stop string came of it."""
+        """Return the text that was held back, which is no stop string."""
         out, self._held = self._held, ""
         return out
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that `stop` begins with."""
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
@@ -147,33 +147,33 @@ def generate(
         session: A session of one sequence.
         prompt: Text, or ids that are used unchanged.
         messages: A conversation, instead of a prompt.
-        chat: Whether the prompt is a question to put through the chat template.
-        special_content: Whether special tokens in the content of messages act as such, not as the text that they are.
-        max_new_tokens: Most tokens to sample.
+        chat: Whether to render the prompt as a question with the chat template.
+        special_content: Whether special tokens in the content of messages act as such, not as text.
+        max_new_tokens: Largest number of tokens to sample.
         temperature: See `Sampler`; 0 takes the most likely token.
         top_k: See `Sampler`.
         top_p: See `Sampler`.
         min_p: See `Sampler`.
-        repetition_penalty: See `Sampler`; of what an earlier call read or wrote it knows nothing.
+        repetition_penalty: See `Sampler`; it ignores tokens of earlier calls.
         presence_penalty: See `Sampler`.
         frequency_penalty: See `Sampler`.
         seed: See `Sampler`.
         stop: Text or special token that ends the generation and is not part of it, or several.
-        fresh: Whether to reset the session first; otherwise the prompt continues what it has seen.
-        prompt_cache: File that keeps the state after the beginning of the prompt for the next time.
-        progress: Told about the prefill of long prompts.
+        fresh: Whether to reset the session first; if not, the prompt continues the session's text.
+        prompt_cache: File that keeps the state after the beginning of the prompt for later calls.
+        progress: Reports the prefill of long prompts.
 
     Returns:
         A generator of chunks, the last with a summary; closing it ends the text there.
 
     Raises:
-        UsageError: No prompt or two, no tokens, a value that makes no sense, no chat template, or a stop string that
-            has text before a special token.
-        ArtifactError: Text, but the model has no tokenizer.
+        UsageError: There is no prompt or more than one, it has no tokens, a value makes no sense, there is no chat
+            template, or a stop string has text before a special token.
+        ArtifactError: The prompt is text, but the model has no tokenizer.
         LigerError: `prompt_cache` is a file of another kind, or cannot be written.
     """
     if (prompt is None) == (messages is None):
-        raise UsageError("a prompt or messages were expected, one of them")
+        raise UsageError("expected either a prompt or messages")
     sampler = Sampler(
         temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
@@ -185,7 +185,7 @@ def generate(
         check_text(prompt)
     if messages is None and chat:
         if not isinstance(prompt, str):
-            raise UsageError("chat takes a prompt of text, not ids")
+            raise UsageError("chat needs a prompt of text, not ids")
         messages = [{"role": "user", "content": prompt}]
     if text is not None and messages is not None:
         for message in messages:
@@ -202,7 +202,7 @@ def generate(
     if fresh:
         session.reset()
     elif prompt_cache is not None:
-        raise UsageError("a prompt cache with fresh=False", hint="it holds the beginning of a prompt; leave one out")
+        raise UsageError("prompt_cache with fresh=False", hint="a cache is for the beginning of a text; leave one out")
     cache = PromptCache(prompt_cache) if isinstance(prompt_cache, str | Path) else prompt_cache
     stops = StopStrings(_stops(stop), text.special_ids if text else None)
     ends = eos_ids(session.artifact.directory) if text is None else text.eos_ids if messages is None else text.turn_ends
@@ -215,11 +215,11 @@ def _check(session: Session, ids: Sequence[int], max_new_tokens: int) -> None:
     if not ids:
         raise UsageError("the prompt has no tokens", hint="give at least one token of text")
     if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens {max_new_tokens}", hint="it is at least 1")
+        raise UsageError(f"max_new_tokens {max_new_tokens}", hint="give at least 1")
 
 
 def _stops(stop: Sequence[str]) -> list[str]:
-    """Return the stop strings; one alone is no list of its characters."""
+    """Return the stop strings as a list, also if there is only one."""
     stops = [stop] if isinstance(stop, str) else list(stop)
     for text in stops:
         check_text(text, "a stop string")
@@ -227,10 +227,10 @@ def _stops(stop: Sequence[str]) -> list[str]:
 
 
 def check_text(text: str, what: str = "the prompt") -> None:
-    """Refuse halves of characters, which is what Python makes of bytes that are not UTF-8.
+    """Refuse unpaired surrogates, which stand for bytes that are not UTF-8 in Python.
 
     Raises:
-        UsageError: There are some.
+        UsageError: The text has one.
     """
     try:
         text.encode()
@@ -245,7 +245,7 @@ def check_text(text: str, what: str = "the prompt") -> None:
 
 
 def text_model(directory: Path) -> TextModel:
-    """Return the tokenizer and chat template of a directory, read once while they do not change."""
+    """Return the tokenizer and chat template of a directory, which are read again only if they change."""
     file = directory / "tokenizer.json"
     return _text_model(directory.resolve(), file.stat().st_mtime_ns if file.is_file() else 0)
 
@@ -256,7 +256,7 @@ def _text_model(directory: Path, changed: int) -> TextModel:
 
 
 _PREFILL = 16
-"""Chunks of the engine between two reports of progress."""
+"""Number of engine calls between two reports of progress."""
 
 
 def _stream(
@@ -310,20 +310,20 @@ def _stream(
 
 
 class Conversation:
-    """Turns of a chat on one session. The session's state is the only memory: each turn prefills its own text alone.
+    """The turns of a chat on one session. The session's state is the only memory, so a turn prefills only its own text.
 
     Args:
-        session: A session of one sequence; what it has read before stays in its state.
-        sampler: For all turns, whose ids its repetition penalty counts; None takes the most likely tokens.
-        system: A system message, told with the first turn.
-        max_new_tokens: Most tokens of one answer.
+        session: A session of one sequence; earlier text stays in its state.
+        sampler: Sampler for all turns, whose ids count for its repetition penalty; None decodes greedily.
+        system: A system message, which the first turn includes.
+        max_new_tokens: Largest number of tokens in an answer.
         stop: Text or special token that ends an answer, or several.
-        prompt_cache: As for `generate`, for the first turn.
-        special_content: As for `generate`.
+        prompt_cache: See `generate`; it applies to the first turn.
+        special_content: See `generate`.
 
     Raises:
         ArtifactError: The model has no tokenizer.
-        UsageError: It has no chat template, or a stop string has text before a special token.
+        UsageError: The model has no chat template, or a stop string has text before a special token.
     """
 
     def __init__(
@@ -346,10 +346,10 @@ class Conversation:
         check_text(system or "", "the system message")
         self._system = [{"role": "system", "content": system}] if system else []
         self._max_new_tokens, self._stop, self._cache = max_new_tokens, _stops(stop), prompt_cache
-        self._unseen: list[int] = []  # sampled, shown, and not yet fed to the session
+        self._unseen: list[int] = []  # sampled and shown, but not yet fed to the session
 
     def say(self, text: str) -> Generator[Chunk]:
-        """Stream the model's answer. Closing the stream ends the answer and leaves a state to go on from."""
+        """Stream the model's answer. Closing the stream ends the answer; the conversation can continue."""
         check_text(text)
         cache = None
         if self.session.position.any():
@@ -363,7 +363,7 @@ class Conversation:
         for chunk in _stream(
             self.session, ids, self._text, self._sampler, self._max_new_tokens, ends, stops, cache, silent
         ):
-            ended = chunk.token in ends | stops.ids  # the next turn brings its own end of answer
+            ended = chunk.token in ends | stops.ids  # the next turn includes the end of the answer
             self._unseen = [] if ended else [chunk.token]
             yield chunk
 

@@ -1,4 +1,4 @@
-"""The state after the beginning that prompts share, in a file: read once, restored afterwards instead of read again."""
+"""Keep the state after the shared beginning of prompts in a file, and restore it instead of reading the text again."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from ligerexport.run.runtime import Session
 
 WORTH = 32
-"""Tokens below which a beginning is not worth a file."""
+"""Smallest number of tokens for which a file is worthwhile."""
 
 
 class PromptCache:
     """A file with the state after the beginning of a prompt.
 
-    A state cannot be cut, so the file stands for one beginning: at first for all of a prompt but its last token. Where
-    a later prompt parts from it, the file is made again, for what the two share or, where that is next to nothing, for
-    the new prompt. It is written whole or not at all.
+    A state cannot be shortened, so the file is for one beginning: at first, all of a prompt except its last token. If a
+    later prompt differs within it, the file is written again for their common beginning or, if that is short, for the
+    new prompt. It is written completely or not at all.
 
     Args:
         path: The file, which need not exist.
 
     Attributes:
-        restored: Tokens of the last prompt that were restored.
-        keep: Tokens of it after which `save` is due; 0 is never.
-        note: What became of the file, in words.
+        restored: Number of tokens of the last prompt that were restored.
+        keep: Number of its tokens after which to call `save`; 0 for never.
+        note: Message about the use of the file.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -40,30 +40,30 @@ class PromptCache:
         self.restored, self.keep, self.note = 0, 0, ""
 
     def restore(self, session: Session, ids: np.ndarray) -> int:
-        """Go to the state after as many tokens of a prompt as the file knows; return how many.
+        """Restore the file's state if a prompt begins with its tokens; return the number of restored tokens.
 
         Args:
-            session: Of one sequence that has seen nothing.
-            ids: The prompt `[T]`.
+            session: Session of one sequence, in its initial state.
+            ids: Ids of the prompt `[T]`.
 
         Raises:
-            LigerError: The path holds something else.
+            LigerError: The path is not a prompt cache.
         """
         self.restored, self.keep, self.note = 0, 0, "made"
-        shared, last = 0, len(ids) - 1  # the logits after the last token are not in a state
+        shared, last = 0, len(ids) - 1  # a state does not include the logits after the last token
         if found := self._read():
             kept, known = found
             if kept.model != session.artifact.manifest.fingerprint:
-                self.note = "made again: it was of another model"
+                self.note = "made again: it was for another model"
             elif (shared := _shared(known, ids[:last])) < len(known):
-                self.note = f"made again: the prompt parts from it after {shared} tokens"
+                self.note = f"made again: the prompt differs from it after {shared} tokens"
             else:
                 session.restore(kept)
                 self.restored, self.note = shared, "used"
                 return shared
         self.keep = shared if shared >= WORTH else last
         if self.keep < WORTH:
-            self.keep, self.note = 0, f"not made: the prompt has under {WORTH} tokens"
+            self.keep, self.note = 0, f"not made: the prompt has fewer than {WORTH} tokens"
         return 0
 
     def save(self, session: Session, ids: np.ndarray) -> None:
@@ -73,17 +73,17 @@ class PromptCache:
     def _read(self) -> tuple[Snapshot, np.ndarray] | None:
         if not self.path.exists():
             if not self.path.parent.is_dir():
-                raise LigerError(f"no directory {self.path.parent} for a prompt cache", hint="make it first")
+                raise LigerError(f"no directory {self.path.parent} for a prompt cache", hint="create it first")
             return None
-        remove_leftovers(self.path)  # here too: a file that is only read is not written again
+        remove_leftovers(self.path)  # also here, because a file that is only read is never written again
         kept = Snapshot.load(self.path)
         if kept.ids is None or kept.position.tolist() != [len(kept.ids)]:
-            raise LigerError(f"{self.path} is a saved state and no prompt cache", hint="choose another file")
+            raise LigerError(f"{self.path} is a saved state, not a prompt cache", hint="choose another file")
         return kept, kept.ids
 
 
 def _shared(one: np.ndarray, other: np.ndarray) -> int:
-    """Return how many tokens two prompts begin with alike."""
+    """Return the length of the common beginning of two prompts in tokens."""
     length = min(len(one), len(other))
     differ = np.flatnonzero(one[:length] != other[:length])
     return int(differ[0]) if len(differ) else length

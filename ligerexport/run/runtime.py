@@ -1,4 +1,4 @@
-"""Run a model: `load` opens an artifact and returns a `Session`, the same face for every target."""
+"""Run a model: `load` opens an artifact and returns a `Session`, the same interface for every target."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["Session", "Snapshot", "load"]
 
 
 class Session(Protocol):
-    """Sequences that advance together through one model, and the state that carries them.
+    """Sequences that advance together through one model, and their state.
 
-    Calls append: cut a prompt anywhere, call for each piece, get the same logits. One session is for one thread at a
-    time; sessions of one artifact do not share state. Its sequences are rows that do not touch each other: one may be
-    taken out, put in or forgotten between two calls, and a row that has seen nothing may stay so.
+    Calls append: a prompt that is cut into pieces anywhere gives the same logits. Only one thread may use a session at
+    a time, and sessions of one artifact do not share state. The sequences are independent rows: between two calls, a
+    row may be saved, replaced or reset, and a row in its initial state may stay in it.
 
     Attributes:
-        artifact: What it runs.
-        batch: B, sequences.
-        chunk: Prompt tokens a call of the engine.
+        artifact: The artifact that it runs.
+        batch: Number B of sequences.
+        chunk: Number of prompt tokens per call of the engine.
     """
 
     artifact: Artifact
@@ -37,12 +37,12 @@ class Session(Protocol):
 
     @property
     def position(self) -> np.ndarray:
-        """Tokens seen, `[B]` int64."""
+        """Number of tokens seen, `[B]` int64."""
         ...
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state of all sequences, now."""
+        """Current bytes of the state of all sequences."""
         ...
 
     def prefill(self, ids: Sequence[int] | np.ndarray, padding: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
@@ -50,27 +50,27 @@ class Session(Protocol):
         ...
 
     def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Advance by one token; return as `prefill`. The id -1 leaves a row that has seen nothing as it is."""
+        """Advance by one token; return as `prefill`. The id -1 keeps a row in its initial state."""
         ...
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
-        """Advance by a prompt `[T]` or `[B, T]`; yield the logits after each token as `[B, t, V]`, T together."""
+        """Advance by a prompt `[T]` or `[B, T]`; yield the logits after each of its T tokens in parts `[B, t, V]`."""
         ...
 
     def reset(self, row: int | None = None) -> None:
-        """Forget everything, or one row."""
+        """Reset all rows, or one row."""
         ...
 
     def snapshot(self, row: int | None = None) -> Snapshot:
-        """Return a copy of the state, or of that of one row."""
+        """Return a copy of the state, or of one row's state."""
         ...
 
     def restore(self, snapshot: Snapshot, row: int | None = None) -> None:
-        """Go to a state that a session of the same model was in, or take one sequence into one row."""
+        """Restore a state from a session of the same model, or one sequence's state into a row."""
         ...
 
     def sibling(self, batch: int = 1) -> Session:
-        """Return a session of other sequences on the same loaded weights."""
+        """Return a session of new sequences on the same loaded weights."""
         ...
 
 
@@ -87,29 +87,29 @@ def load(
 ) -> Session:
     """Open an artifact for running.
 
-    An artifact of the target `trt` runs on its GPU, with `libliger_run.so` from LIGEREXPORT_TRT_RUNNER or where the
-    loader looks, and the plugin's library from LIGEREXPORT_TRT_PLUGIN or beside that: code in an artifact runs only if
-    it is named there. Of the options it has `batch`, `chunk` and `hashes`.
+    An artifact of the target `trt` runs on its GPU and supports only the options `batch`, `chunk` and `hashes`. It
+    needs `libliger_run.so` from LIGEREXPORT_TRT_RUNNER or the loader's path, and the plugin's library from
+    LIGEREXPORT_TRT_PLUGIN or the same directory. Code in an artifact runs only if one of these variables names it.
 
     Args:
         path: Directory that `build` wrote.
-        batch: Sequences that advance together.
-        threads: Threads of one operator; None takes the physical cores that this process may use.
-        chunk: Prompt tokens a call; None takes the measured best.
-        prepack: Whether the runtime may copy the weights into the order that is fastest; without, they stay mapped
-            from the file, which loads sooner and takes less memory and more time a token. Quantised ones are copied
-            in any case where its products need that.
-        hashes: Whether to check the sha256 of every file first; that of the weights while the engine takes them in.
-        scoring: Whether calls compute the logits of all their tokens, for `Session.every`; else it steps.
-        device: `cpu`, or `cuda` with the package onnxruntime-gpu; the state stays there between calls.
+        batch: Number of sequences that advance together.
+        threads: Number of threads per operator; None takes the physical cores that this process may use.
+        chunk: Number of prompt tokens per call; None takes the fastest measured one.
+        prepack: Whether the runtime may copy the weights into its fastest layout. If not, they stay mapped from the
+            file, which loads sooner and needs less memory, but more time per token. Quantised weights are copied in
+            any case if the runtime's products need that.
+        hashes: Whether to check the sha256 of every file first; weights are hashed while the engine loads them.
+        scoring: Whether calls compute the logits of all their tokens, for `Session.every`, instead of the last ones.
+        device: `cpu`, or `cuda` with the package onnxruntime-gpu; the state stays on it between calls.
 
     Raises:
         ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
         MissingDependency: Its runtime is not installed.
-        LigerError: The engine does not run on the GPU that is here.
+        LigerError: The engine does not run on this machine's GPU.
     """
     artifact = open_artifact(path, hashes=hashes, data=False)
-    with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter's lock, and so does the engine
+    with ThreadPoolExecutor(1) as pool:  # hashing and the engine both release the interpreter's lock
         checked = pool.submit(check_data, artifact) if hashes else None
         try:
             if artifact.manifest.target not in TARGETS:
@@ -120,6 +120,6 @@ def load(
             settings = SessionSettings(batch, threads, chunk, prepack, scoring, device)
             session: Session = get_backend(artifact.manifest.target).open_session(artifact, settings)
             return session
-        finally:  # before anything runs, and before what the engine may say of changed weights
+        finally:  # before anything runs, and before errors of the engine about changed weights
             if checked is not None:
                 checked.result()

@@ -1,6 +1,6 @@
 """Choose the next token: penalties, temperature, cut-offs, and the settings that a model's makers recommend for chat.
 
-Models and text are unknown here; `generate.py` has both.
+Nothing here knows models or text; `generate.py` has both.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from ligerexport.reading import read_json
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda x: 0 <= x < math.inf, "a number of at least 0"),
     "top_k": (lambda x: x >= 0 and x % 1 == 0, "a whole number of at least 0"),
-    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
-    "repetition_penalty": (lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6"),
-    "presence_penalty": (lambda x: abs(x) <= 1e6, "from -1e6 to 1e6"),
-    "frequency_penalty": (lambda x: abs(x) <= 1e6, "from -1e6 to 1e6"),
-    "seed": (lambda x: x >= 0, "at least 0"),
+    "top_p": (lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+    "min_p": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    "repetition_penalty": (lambda x: 1e-6 <= x <= 1e6, "a number from 1e-6 to 1e6"),
+    "presence_penalty": (lambda x: abs(x) <= 1e6, "a number from -1e6 to 1e6"),
+    "frequency_penalty": (lambda x: abs(x) <= 1e6, "a number from -1e6 to 1e6"),
+    "seed": (lambda x: x >= 0, "a number of at least 0"),
 }
-"""What each setting may be, as a test and in words."""
+"""Range of each setting, as a test and in words."""
 
 CHAT: dict[str, float] = {"temperature": 0.7, "top_p": 0.95, "min_p": 0.05}
-"""How `chat` samples where the model's makers say nothing."""
+"""Settings of `chat` for a model whose files have none."""
 _COLDEST = 1e-30
-"""Temperature below which fp32 has no quotient of two logits that differ; the most likely token is all that is left."""
+"""Smallest useful temperature: below it, quotients of different logits overflow fp32, and decoding is greedy."""
 _SAMPLED: dict[str, float] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
-"""What transformers takes for a setting that a generation_config.json leaves out while another one asks to sample."""
+"""Defaults of transformers for settings that a generation_config.json with sampling leaves out."""
 
 
 class Sampler:
-    """Choose a token from logits. The same seed and logits give the same tokens.
+    """Chooses tokens from logits. The same seed and logits give the same tokens.
 
     The order is that of transformers' processors: repetition penalty, temperature, top_k, top_p, min_p. The two
     additive penalties follow the repetition penalty, as in vLLM.
 
     Args:
-        temperature: 0 takes the most likely token, after the penalties.
-        top_k: Keep this many most likely tokens (and ties with the last); 0 keeps all.
-        top_p: Then keep the fewest most likely tokens whose probabilities sum to at least this.
-        seed: Seed of the random numbers; None takes one from the system.
-        min_p: Then drop tokens that are less likely than this share of the most likely one; 0 drops none.
-        repetition_penalty: Divides positive logits, and multiplies negative ones, of every token that was read or
-            written so far; 1 is none.
-        presence_penalty: Subtracted from the logits of every token that this answer has already, as OpenAI and vLLM
-            define it: the prompt does not count.
-        frequency_penalty: Likewise, times how often the answer has the token.
+        temperature: Divisor of the logits; 0 takes the most likely token, after the penalties.
+        top_k: Number of most likely tokens to keep (and ties with the last); 0 keeps all.
+        top_p: Then the smallest sum of probabilities of the most likely tokens to keep.
+        seed: Seed for the random numbers; None takes one from the system.
+        min_p: Then the smallest probability to keep, as a share of the largest; 0 keeps all.
+        repetition_penalty: Divisor of positive logits, and factor of negative ones, for every token that was read or
+            written so far; 1 has no effect.
+        presence_penalty: Value subtracted from the logits of tokens that this answer already has. As in OpenAI's API
+            and vLLM, the prompt does not count.
+        frequency_penalty: Value subtracted for each time that this answer already has the token.
 
     Raises:
         UsageError: A value makes no sense.
@@ -78,7 +78,7 @@ class Sampler:
         for name, value in given.items():
             fits, words = _RANGES[name]
             if value is not None and not fits(value):
-                raise UsageError(f"{name} {value}", hint=f"it is {words}")
+                raise UsageError(f"{name} {value}", hint=f"give {words}")
         self.temperature = temperature if temperature > _COLDEST else 0.0
         self.top_k, self.top_p, self.min_p = int(top_k), top_p, min_p
         self.repetition_penalty = repetition_penalty
@@ -89,23 +89,23 @@ class Sampler:
         self._written: Counter[int] = Counter()  # in this answer
 
     def read(self, ids: Iterable[int]) -> None:
-        """Take note of what the model reads before an answer; what was read and written earlier stays known."""
+        """Record the ids that the model reads before an answer, in addition to all earlier ones."""
         self._written.clear()
         if self._penalises:
             self._known.update(ids)
 
     def forget(self) -> None:
-        """Take note that the model has forgotten everything."""
+        """Remove all recorded ids, after the model's state was reset."""
         self._written.clear()
         self._known.clear()
 
     def __call__(self, logits: np.ndarray) -> int:
-        """Return an id for logits `[V]`, and take note of it.
+        """Return an id for logits `[V]`, and record it.
 
         Raises:
             LigerError: The logits are not numbers.
         """
-        best = int(logits.argmax())  # the first NaN, where there is one
+        best = int(logits.argmax())  # the first NaN, if there is one
         if not np.isfinite(logits[best]):
             raise LigerError(
                 f"the model returned {logits[best]} instead of logits",
@@ -121,7 +121,7 @@ class Sampler:
         return token
 
     def penalised(self, logits: np.ndarray) -> np.ndarray:
-        """Return a copy of logits `[V]` with the penalties for what was read and written."""
+        """Return a copy of logits `[V]` with the penalties for recorded ids."""
         logits = logits.copy()
         if self.repetition_penalty != 1:
             ids = np.fromiter(self._known, np.int64, len(self._known))
@@ -140,18 +140,18 @@ class Sampler:
         """Return the ids that may be drawn `[N]` and their probabilities `[N]` fp64, for a temperature above 0.
 
         Args:
-            logits: After the penalties, `[V]`.
+            logits: Logits after the penalties, `[V]`.
         """
         logits = logits.astype(np.result_type(logits, np.float32), copy=False)
         ids = np.arange(len(logits))
         if 0 < self.top_k < len(logits):
             ids = np.flatnonzero(logits >= np.partition(logits, -self.top_k)[-self.top_k])
             logits = logits[ids]
-        with np.errstate(over="ignore"):  # of a temperature next to 0
+        with np.errstate(over="ignore"):  # for temperatures close to 0
             weights = np.exp((logits - logits.max()) / self.temperature)  # 1 for the most likely token
         total = weights.sum(dtype=np.float64)
-        # Tokens below (1 - top_p) / V sum to less than 1 - top_p, so that none of them is needed for top_p; and what
-        # min_p drops of the sorted tokens is their end. Sorting the rest is much less work.
+        # Tokens below (1 - top_p) / V sum to less than 1 - top_p, so top_p needs none of them, and min_p drops the
+        # end of the sorted tokens. Sorting only the rest is much faster.
         likely = np.flatnonzero(weights >= max(self.min_p, (1 - self.top_p) / len(weights) * total))
         ids, weights = ids[likely], weights[likely].astype(np.float64)
         if self.top_p < 1:
@@ -162,25 +162,24 @@ class Sampler:
 
 
 def chat_settings(directory: Path) -> tuple[dict[str, Any], str]:
-    """Return how to sample in a chat with a model, and who says so, in words.
+    """Return a model's sampling settings for a chat, and their origin in words.
 
-    That is what its generation_config.json says, read as transformers does: `do_sample: false` is greedy, and what is
-    left out while another setting asks to sample has transformers' default. A file that says nothing about sampling
-    leaves it to `CHAT`.
+    They come from its generation_config.json, read as in transformers: `do_sample: false` is greedy, and a file with
+    some settings for sampling gets transformers' defaults for the others. A file without any gets `CHAT`.
 
     Args:
         directory: Artifact or checkpoint.
 
     Raises:
-        ArtifactError: The file has a value that makes no sense.
+        ArtifactError: A value in the file makes no sense.
     """
-    file, hint = directory / "generation_config.json", "mend the file, or copy the model's own there again"
+    file, hint = directory / "generation_config.json", "correct the file, or copy the model's own there again"
     config = read_json(file, ArtifactError, hint) if file.is_file() else {}
     said = {name: config[name] for name in _RANGES if name != "seed" and config.get(name) is not None}
     for name, value in said.items():
         fits, words = _RANGES[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
-            raise ArtifactError(f"{file} has the {name} {value!r:.60}, which has to be {words}", hint=hint)
+            raise ArtifactError(f"{file} has the {name} {value!r:.60}, expected {words}", hint=hint)
     origin = f"from the model's {file.name}"
     if config.get("do_sample") is False:
         return said | {"temperature": 0.0}, origin
@@ -190,5 +189,5 @@ def chat_settings(directory: Path) -> tuple[dict[str, Any], str]:
 
 
 def describe(settings: Mapping[str, Any], origin: str) -> str:
-    """Say in one line what `chat_settings` returned."""
+    """Return one line about the result of `chat_settings`."""
     return "  ".join(f"{name}={value:g}" for name, value in settings.items()) + f"  ({origin})"

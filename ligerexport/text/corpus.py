@@ -1,4 +1,4 @@
-"""Plain text: files and directories become one stream of tokens and windows of it, to measure or to fit on."""
+"""Turn files and directories of plain text into one stream of tokens and windows of it, to measure or to fit on."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 def text_files(paths: Iterable[str | Path], option: str = "--text") -> list[Path]:
-    """Return the files that are meant: a file itself, of a directory every `.txt` below it, in the order of names.
+    """Return files as they are, and for each directory all `.txt` files below it, ordered by name.
 
     Args:
         paths: Files and directories.
-        option: Under which the user gave them, for hints.
+        option: Option with which the user gave them, for hints.
 
     Raises:
-        UsageError: One is not there, or a directory holds no text.
+        UsageError: A path does not exist, or a directory has no text.
     """
     files: list[Path] = []
     for path in map(as_path, paths):
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if ending(file) == ".txt" and file.is_file())
             if not found:
-                raise UsageError(f"no .txt file in {path}", hint=f"name the files themselves: {option} FILE")
+                raise UsageError(f"no .txt file in {path}", hint=f"give files: {option} FILE")
             files += found
         elif path.is_file():
             files.append(path)
@@ -42,18 +42,18 @@ def text_files(paths: Iterable[str | Path], option: str = "--text") -> list[Path
 
 
 def end_of_text(text: TextModel) -> list[int]:
-    """Return the token that ends a text, as a list; an empty one where the model has none."""
+    """Return a list with the token that ends a text; an empty list if the model has none."""
     return [] if text.eos_id is None else [text.eos_id]
 
 
 def read_tokens(files: Iterable[Path], text: TextModel) -> list[int]:
-    """Return the tokens of all texts, each ended by the end-of-text token where the model has one.
+    """Return the tokens of all texts, each followed by the model's end-of-text token, if it has one.
 
     A file is one text, or rows with the column `text`.
 
     Raises:
-        DataError: A file is damaged, or is no text at all.
-        UsageError: Rows have no text.
+        DataError: A file is damaged, or is not text.
+        UsageError: The rows have no text.
     """
     end = end_of_text(text)
     ids: list[int] = []
@@ -70,9 +70,9 @@ def cut_windows(ids: Sequence[int], length: int, count: int, prefix: Sequence[in
     """Return windows `[n, length]` that do not overlap, spread evenly over the stream.
 
     Args:
-        ids: The stream.
-        length: Tokens of a window, its prefix included.
-        count: Most windows.
+        ids: Token ids of the stream.
+        length: Number of tokens in a window, its prefix included.
+        count: Largest number of windows.
         prefix: Ids that begin every text of this model, such as BOS.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Files that hold text, in the forms that the library `datasets` reads: what a file is follows from its content.
+"""Read files of text in the formats of the library `datasets`; a file's content decides its format.
 
-JSON, CSV, Parquet and Arrow files are rows; a plain text is one row with the column `text`. Each may be compressed.
-Nothing is written, no cache either, and rows are read one after the other.
+JSON, CSV, Parquet and Arrow files have rows; a plain text is one row with the column `text`. Each may be compressed.
+Nothing is written, not even a cache, and rows are read one by one.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ligerexport.console import warn
 from ligerexport.errors import LigerError, MissingDependency, quoted
 
 Rows = Iterator[tuple[str, Any]]
-"""Where a row stands, for messages, and the row."""
+"""Pairs of a row's place, for messages, and the row."""
 
 COLUMNS = ("text", "messages", "conversations", "prompt,response", "prompt,completion", "instruction,output")
-"""Names that the header of a table of text has; one of these rows is enough."""
+"""Names in the header of a table of text; a header has all names of one of these rows."""
 _JSON = (".jsonl", ".ndjson", ".json")
 _TABLES = (".csv", ".tsv")
 ENDINGS = (*_JSON, *_TABLES, ".parquet", ".arrow", ".txt", ".md", ".text")
-"""Endings of the files that are read in a directory, in any case, and compressed too."""
+"""Endings of the files that are read in a directory, in upper or lower case, compressed or not."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
-PIPE_HINT = "a file is read more than once: write what comes from the pipe to a file first"
+PIPE_HINT = "a file is read more than once: write the pipe's content to a file first"
 _HEAD = 1 << 14
 _MARKS = ((b"\xff\xfe\0\0", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"\xef\xbb\xbf", "utf-8-sig"))
 _OTHERS = (
@@ -44,9 +44,9 @@ _OTHERS = (
 )  # fmt: skip
 _PACKED = {
     "word/": "a Word document", "xl/": "an Excel sheet", "ppt/": "a PowerPoint document", "mimetype": "an e-book or "
-    "OpenDocument file", "archive/data.pkl": "a file of PyTorch",
+    "OpenDocument file", "archive/data.pkl": "a PyTorch file",
 }  # fmt: skip
-_OF_DATASETS = ("dataset_info.json", "dataset_dict.json", "state.json")  # beside the rows that the library saved
+_OF_DATASETS = ("dataset_info.json", "dataset_dict.json", "state.json")  # files that the library saves beside rows
 _NAME = re.compile(r"[a-z_][\w.-]*")
 
 
@@ -55,12 +55,12 @@ class DataError(LigerError):
 
 
 def files_in(directory: Path) -> list[Path]:
-    """Return the files below a directory that end as `ENDINGS`, or hold rows and have no ending, ordered by name.
+    """Return the files below a directory with one of `ENDINGS`, or with rows and no ending, ordered by name.
 
-    Hidden files are left out, and others are counted in a warning.
+    Hidden files are left out, and a warning counts all others.
 
     Raises:
-        DataError: There is none.
+        DataError: There is no such file.
     """
     found, others = [], []
     for file in sorted(directory.rglob("*")):
@@ -71,7 +71,7 @@ def files_in(directory: Path) -> list[Path]:
         else:
             others.append(file)
     if not found:
-        raise DataError(f"no text in {directory}", hint=f"files end in {', '.join(ENDINGS)}")
+        raise DataError(f"no text in {directory}", hint=f"give files that end in {', '.join(ENDINGS)}")
     if others:
         are = "file is" if len(others) == 1 else "files are"
         warn(f"{len(others)} {are} not read in {directory}, such as {others[0].relative_to(directory)}")
@@ -79,10 +79,10 @@ def files_in(directory: Path) -> list[Path]:
 
 
 def read_rows(file: Path) -> Rows:
-    """Yield what a file holds.
+    """Yield the rows of a file.
 
     Raises:
-        DataError: It is damaged, not UTF-8, or holds no text; names the file, and the line where it has lines.
+        DataError: The file is damaged, not UTF-8, or not text; the error names the file and, if possible, the line.
         MissingDependency: Parquet, Arrow and Zstandard need the `recover` extra.
     """
     try:
@@ -103,7 +103,7 @@ def read_rows(file: Path) -> Rows:
             else:
                 yield from _csv(lines, file, kind)
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        if getattr(error, "errno", None) is not None:  # the system's, not a decompressor's
+        if getattr(error, "errno", None) is not None:  # from the system, not from a decompressor
             raise
         raise DataError(f"{file} is damaged: {error}", hint="copy or download it again") from None
 
@@ -126,7 +126,7 @@ _OPENERS: dict[bytes, Callable[[Path], Any]] = {
 
 
 def _open(file: Path) -> IO[bytes]:
-    """Open a file, decompressed."""
+    """Open a file and decompress it."""
     stream = file.open("rb")
     head = stream.read(8)
     for magic, opener in _OPENERS.items():
@@ -143,7 +143,7 @@ def _head(file: Path) -> bytes:
 
 
 def ending(file: Path) -> str:
-    """Return the ending in small letters, without that of a compression."""
+    """Return the ending in lower case, without a compression's ending."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -158,10 +158,10 @@ def _holds_rows(file: Path) -> bool:
 
 
 def _kind(file: Path, head: bytes) -> str:
-    """Return `parquet`, `arrow`, `json`, `text`, or what separates the columns of a table.
+    """Return `parquet`, `arrow`, `json`, `text`, or the separator of a table's columns.
 
     Raises:
-        DataError: It is something else, which the message names.
+        DataError: The file is something else, which the message names.
     """
     if head.startswith(b"PAR1"):
         return "parquet"
@@ -169,7 +169,7 @@ def _kind(file: Path, head: bytes) -> str:
         return "arrow"
     if other := _other(file, head):
         raise DataError(f"{file} is {other}, not text",
-                        hint="give text, JSON lines, CSV or Parquet; of other documents, their text")  # fmt: skip
+                        hint="give text, JSON lines, CSV or Parquet; save other documents as text")  # fmt: skip
     kind = ending(file)
     text = head.decode(next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8"), errors="ignore")
     if re.match(r'\s*(\[\s*)?\{\s*"', text):
@@ -178,7 +178,7 @@ def _kind(file: Path, head: bytes) -> str:
 
 
 def _other(file: Path, head: bytes) -> str | None:
-    """Say what a file is that holds no text; None for text."""
+    """Return the kind of a file that is not text; None for text."""
     if head.startswith(b"PK\x03\x04"):
         try:
             names = zipfile.ZipFile(file).namelist()
@@ -197,7 +197,7 @@ def _other(file: Path, head: bytes) -> str | None:
 
 
 def _separator(header: str, kind: str) -> str | None:
-    """Return what separates the names of a header; None where it is none. A table may hide behind any ending."""
+    """Return the separator of a header's names; None if it is not a header. A table may have any ending."""
     for separator in ",\t;|":
         names = [name.strip().strip('"') for name in header.split(separator)]
         plain = len(names) > 1 and all(_NAME.fullmatch(name) for name in names)
@@ -207,12 +207,12 @@ def _separator(header: str, kind: str) -> str | None:
 
 
 def _lines(stream: IO[bytes], file: Path, encoding: str) -> Iterator[str]:
-    """Yield the lines, with what ends them.
+    """Yield the lines with their line ends.
 
     Raises:
-        DataError: One is not in this encoding.
+        DataError: A line is not in this encoding.
     """
-    hint = ("if it is in the encoding of Western Windows: "
+    hint = ("if it is in Windows' western encoding: "
             f"iconv -f WINDOWS-1252 -t UTF-8 {quoted(file)} > {quoted(f'{file.stem}.utf8')}")  # fmt: skip
     if encoding.startswith("utf-8"):
         for number, line in enumerate(stream, 1):
@@ -230,7 +230,7 @@ def _lines(stream: IO[bytes], file: Path, encoding: str) -> Iterator[str]:
 
 
 def _json(lines: Iterator[str], file: Path) -> Rows:
-    """Yield JSON lines, the entries of an array, or one object over several lines."""
+    """Yield the rows of JSON lines, of an array, or of one object over several lines."""
     first = True
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -261,27 +261,27 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        hint = 'each line is one object, such as {"text": "..."} or {"messages": [...]}'
+        hint = 'write one object per line, such as {"text": "..."} or {"messages": [...]}'
         raise DataError(f"{where} is not JSON: {error}", hint=hint) from None
 
 
 def _whole(value: Any, where: str) -> Any:
-    """Return a value that holds no half of a character.
+    """Return a value after checking its texts for unpaired surrogates.
 
     Raises:
-        DataError: It does, as what cuts text at a fixed length leaves it.
+        DataError: There is one, as programs that cut text at a fixed length leave it.
     """
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
-        raise DataError(f"{where} holds {half} alone, which is half of a character",
-                        hint="write the character itself, or both of its halves") from None  # fmt: skip
+        raise DataError(f"{where} has {half} alone, which is half of a character",
+                        hint="write the character itself, or both halves") from None  # fmt: skip
     return value
 
 
 def _csv(lines: Iterator[str], file: Path, separator: str) -> Rows:
-    csv.field_size_limit((1 << 31) - 1)  # of one text
+    csv.field_size_limit((1 << 31) - 1)  # the limit of one text
     rows = csv.reader(lines, delimiter=separator, strict=True)
     header: list[str] = []
     try:
@@ -293,11 +293,11 @@ def _csv(lines: Iterator[str], file: Path, separator: str) -> Rows:
             if header and row:
                 if len(row) != len(header):
                     raise DataError(f"{where} has {len(row)} values for the {len(header)} names of the header",
-                                    hint="put values that hold the separator or a line break into quotes")  # fmt: skip
+                                    hint="quote values that contain the separator or a line break")  # fmt: skip
                 yield where, dict(zip(header, row, strict=True))
             header = header or [name.strip() for name in row]
     except csv.Error as error:
-        raise DataError(f"{where} is no row of a table: {error}", hint="double the quotes inside of quotes") from None
+        raise DataError(f"{where} is not a row of a table: {error}", hint="double the quotes inside quotes") from None
 
 
 def _table(file: Path, kind: str) -> Rows:

@@ -1,6 +1,6 @@
-"""Marks around the special tokens that stand in the content of messages, so that they are encoded as the text they are.
+"""Mark special tokens in the content of messages, so that they are encoded as plain text.
 
-A chat template sees the marked content, and its output keeps the marks. What it writes itself is not marked.
+A chat template gets the marked content, and its output keeps the marks. The template's own text is not marked.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-_OPEN, _CLOSE = "\U000f0000", "\U000f0001"  # characters for private use
-_ESCAPES = {"0": _OPEN, "1": _CLOSE}  # how content spells these two
+_OPEN, _CLOSE = "\U000f0000", "\U000f0001"  # private-use characters
+_ESCAPES = {"0": _OPEN, "1": _CLOSE}  # escapes of these two in content
 
 
 def mark(value: Any, tokens: Iterable[str]) -> Any:
-    """Return a value of JSON with marks around the tokens in its texts; the keys of objects stay as they are."""
+    """Return a JSON value with marks around the tokens in its texts; keys of objects do not change."""
     return _mark(value, re.compile("|".join([_OPEN, _CLOSE, *_longest_first(tokens)])))
 
 
 def encode_marked(
     text: str, tokens: Iterable[str], encode: Callable[[str], list[int]], plain: Callable[[str], list[int]]
 ) -> list[int]:
-    """Return the ids of what a template made of marked content.
+    """Return the ids of a template's output for marked content.
 
-    A template may cut a text within its marks. Lone marks are dropped, and still keep what is around them apart.
+    A template may cut a text within its marks. Lone marks are dropped, but the texts on both sides stay separate.
 
     Args:
-        text: What the template made.
-        tokens: Those that may be marked.
-        encode: Returns the ids of a text with special tokens.
-        plain: Returns the ids of a text in which nothing is a special token.
+        text: Output of the template.
+        tokens: Tokens that may be marked.
+        encode: Function from a text with special tokens to ids.
+        plain: Function from a text to ids that recognises no special tokens.
     """
     inner = "|".join([*_ESCAPES, *_longest_first(tokens)])
     first, *rest = re.split(f"{_OPEN}({inner}){_CLOSE}|[{_OPEN}{_CLOSE}]", text)
@@ -39,13 +39,13 @@ def encode_marked(
         if not part:  # None stands for a lone mark
             continue
         part, encoded = (part, encode) if index % 2 else (_ESCAPES.get(part, part), plain)
-        after = encoded("\n" + part)  # a tokenizer may put a space before the beginning of a text, which this is not
+        after = encoded("\n" + part)  # a tokenizer may put a space before the beginning of a text
         ids += after[len(line) :] if after[: len(line)] == line else encoded(part)
     return ids
 
 
 def is_marked(text: str) -> bool:
-    """Return whether there are marks in what a template made."""
+    """Return whether a template's output has marks."""
     return _OPEN in text or _CLOSE in text
 
 

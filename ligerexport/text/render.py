@@ -1,7 +1,7 @@
-"""Chat templates, rendered in a process of their own: a template is a program of whoever made the model.
+"""Render chat templates in a separate process, because a template is a program by the makers of the model.
 
-It runs in jinja's sandbox, and the process has little memory and time: no sandbox keeps a program from asking for more.
-This file is also that process's program; it imports nothing of this package and nothing that takes long.
+It runs in jinja's sandbox, and the process has limited memory and time, which a sandbox does not limit. This file is
+also the program of that process, so it imports nothing from this package and nothing slow.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import weakref
 from typing import Any
 
 SECONDS = 2
-"""Largest number of processor seconds for a conversation. Templates take milliseconds."""
+"""Largest number of CPU seconds for a conversation. Templates take milliseconds."""
 PATIENCE = 10 if sys.platform == "win32" else 300
-"""Seconds of the clock; on Windows, which limits no process's time, these alone end an endless template."""
+"""Largest number of seconds to wait; on Windows, which has no limit of CPU time, only this ends an endless template."""
 MEMORY = 512 << 20
-"""Bytes of address space."""
+"""Largest address space in bytes."""
 MOST = 64 << 10
-"""Bytes of what comes out, beyond four times those that go in."""
+"""Largest output in bytes, beyond four times the input."""
 
 
 class Renderer:
-    """A chat template; its process starts with the first conversation and ends with this object.
+    """A chat template, whose process starts with the first conversation and ends with this object.
 
     Args:
-        template: Source.
+        template: Source of the template.
     """
 
     def __init__(self, template: str) -> None:
@@ -37,10 +37,10 @@ class Renderer:
         self._lock = threading.Lock()
 
     def __call__(self, **values: Any) -> str:
-        """Return what the template makes of values.
+        """Return the template's output for values.
 
         Raises:
-            ValueError: It is no template, refuses the values, or takes too much; says so in one line.
+            ValueError: The template is invalid, refuses the values, or exceeds a limit; the error has one line.
         """
         with self._lock:
             if self._process is None or self._process.poll() is not None:
@@ -52,7 +52,7 @@ class Renderer:
         return answer["text"]
 
     def _start(self) -> subprocess.Popen[str]:
-        # where imports are found is told: isolated, the process itself would not look where a user installs
+        # pass the import path: an isolated process does not search the user's directory
         command = [sys.executable, "-I", "-S", __file__, *(path for path in sys.path if os.path.isabs(path))]
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8")
@@ -61,7 +61,7 @@ class Renderer:
 
 
 def _ask(process: subprocess.Popen[str], question: Any, *, answers: bool = True) -> dict[str, str]:
-    """Return the answer to a line; nothing where the process ended or was too slow."""
+    """Send a line and return the answer; empty if the process ended or was too slow."""
     assert process.stdin is not None and process.stdout is not None
     clock = threading.Timer(PATIENCE, process.kill)
     clock.daemon = True
@@ -83,7 +83,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _environment() -> Any:
-    """Return jinja's sandbox with what chat templates may expect, as transformers sets it up."""
+    """Return jinja's sandbox with the extensions that transformers gives chat templates."""
     from datetime import datetime
 
     from jinja2 import TemplateError, nodes
@@ -92,7 +92,7 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks answers for training; here it is transparent."""
+        """`{% generation %}` marks answers for training; here it has no effect."""
 
         tags = {"generation"}  # noqa: RUF012  (as jinja declares it)
 
@@ -116,7 +116,7 @@ def _environment() -> Any:
 
 
 def _limit() -> None:
-    """Take memory and processor for one more conversation."""
+    """Set the limits of memory and CPU time for one more conversation."""
     try:
         import resource
     except ImportError:  # Windows, see `PATIENCE`
@@ -128,7 +128,7 @@ def _limit() -> None:
 
 
 def main() -> None:
-    """Read a template and then values from stdin, a line each, and write each text, or what is wrong, to stdout."""
+    """Read a template and then values from stdin, one per line, and write each text or error to stdout."""
     sys.path[:] = sys.argv[1:]
     _limit()
     environment, source, template = _environment(), json.loads(sys.stdin.readline()), None

@@ -1,4 +1,4 @@
-"""Text in and out of a model's directory: tokenizer, chat template, end-of-text ids, incremental detokenisation.
+"""Encode and decode text with the files of a model: tokenizer, chat template, end-of-text ids, detokenisation.
 
 Only the `tokenizers` library is used, and jinja2 by `render.py`: an artifact runs without torch and transformers.
 """
@@ -27,23 +27,23 @@ Message = Mapping[str, Any]
 """A turn of a conversation: `role` and `content`."""
 
 _GROWTH = 64
-"""Characters that a tokenizer may make of one."""
+"""Largest number of characters that a tokenizer may make of one."""
 _CLEANED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
             (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
-"""What `clean_up_tokenization_spaces` replaces, in this order."""
+"""Replacements of `clean_up_tokenization_spaces`, in this order."""
 _LONGEST = 4
-"""Bytes of the longest character."""
+"""Number of bytes of the longest character."""
 _CONTEXT = 8
-"""Tokens before a text that it may depend on: more than the bytes of a character."""
+"""Number of earlier tokens on which a text may depend: more than the bytes of a character."""
 _UNCLEAN = re.compile(r" [ ']*(?:n ?'? ?|[vr])?\Z")
-"""The end of a text that may be the beginning of something that is replaced."""
+"""End of a text that may be the beginning of a replaced part."""
 
 
 def eos_ids(directory: Path) -> frozenset[int]:
     """Return the ids that end a text, as generation_config.json and config.json name them.
 
     Raises:
-        ArtifactError: They are no numbers.
+        ArtifactError: They are not numbers.
     """
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
@@ -56,10 +56,10 @@ def eos_ids(directory: Path) -> frozenset[int]:
 
 
 class TextModel:
-    """Everything that turns text into ids and back for one model.
+    """Turns text into ids and back for one model.
 
     Args:
-        directory: With `tokenizer.json` and, where the model has them, `tokenizer_config.json`,
+        directory: Directory with `tokenizer.json` and, if the model has them, `tokenizer_config.json`,
             `chat_template.jinja`, `generation_config.json` and `config.json`.
 
     Raises:
@@ -85,9 +85,9 @@ class TextModel:
         self._config = read_config(directory / "tokenizer_config.json")
 
     def write_tokenizer(self, file: Path) -> None:
-        """Write a tokenizer.json that says what the files beside this one add, for programs that read no other file.
+        """Write a tokenizer.json that includes the settings of the files beside it, for programs that read no other.
 
-        Where they add nothing it is a copy, byte for byte.
+        If those add nothing, it is an exact copy.
         """
         from tokenizers import Tokenizer
 
@@ -99,7 +99,7 @@ class TextModel:
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
-        """Ids that end a text, as the configurations and the tokenizer's `eos_token` name them."""
+        """Ids that end a text, from the configurations and the tokenizer's `eos_token`."""
         return eos_ids(self._directory) | self._ids("eos_token")
 
     @cached_property
@@ -114,15 +114,15 @@ class TextModel:
 
     @cached_property
     def eos_id(self) -> int | None:
-        """Id to put after a text that ends, as the configurations name it, or else the tokenizer.
+        """Id to put after a complete text, from the configurations or, if they have none, from the tokenizer.
 
-        Of several the first one of the vocabulary is the end of a text, and others end turns of a chat.
+        If there are several, the smallest id ends a text, and the others end turns of a chat.
         """
         return min(eos_ids(self._directory) or self._ids("eos_token"), default=None)
 
     @cached_property
     def bos_id(self) -> int | None:
-        """Id that begins a text; None where none is named."""
+        """Id that begins a text; None if no file names one."""
         return next(iter(self._ids("bos_token")), None)
 
     def _ids(self, name: str) -> frozenset[int]:
@@ -131,20 +131,20 @@ class TextModel:
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
-        """Every token with its id, added ones too."""
+        """Every token with its id, added tokens included."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
     @cached_property
     def chat_template(self) -> str | None:
-        """Source of the chat template, None where the model has none."""
+        """Source of the chat template; None if the model has none."""
         file = self._directory / "chat_template.jinja"
         if file.is_file():
             try:
                 return file.read_text(encoding="utf-8")
             except ValueError as error:
-                raise ArtifactError(f"{file} is no text: {error}", hint=HINT) from error
+                raise ArtifactError(f"{file} is not text: {error}", hint=HINT) from error
         found = self._config.get("chat_template")
-        if isinstance(found, list):  # several by name, as older checkpoints have it
+        if isinstance(found, list):  # several named templates, as in older checkpoints
             named = [entry for entry in found if isinstance(entry, dict)]
             found = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
         return found if isinstance(found, str) else None
@@ -154,21 +154,21 @@ class TextModel:
         return Renderer(self.chat_template or "")
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the ids of a text; `special` adds what the tokenizer's post-processor says, such as BOS."""
+        """Return the ids of a text; `special` adds the ids of the tokenizer's post-processor, such as BOS."""
         with _answering(self._directory / "tokenizer.json"):
             return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """Return the ids of each text, as `encode` does, with all cores at once."""
+        """Return the ids of each text, as `encode` does, on all cores."""
         with _answering(self._directory / "tokenizer.json"):
             return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
     def decode(self, ids: Sequence[int], *, final: bool = True) -> str:
-        """Return the text of ids without special tokens; `final=False` leaves out an end that later ids may change."""
+        """Return the text of ids without special tokens; `final=False` omits an end that later ids may change."""
         with _answering(self._directory / "tokenizer.json"):
             text = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         if not final:
-            text = text.removesuffix("\ufffd")  # the beginning of a character, as long as its other bytes may come
+            text = text.removesuffix("\ufffd")  # the beginning of a character, whose other bytes may follow
         if self._cleans_up:
             text = text if final else _UNCLEAN.sub("", text)
             for spaced, clean in _CLEANED:
@@ -177,13 +177,13 @@ class TextModel:
 
     @cached_property
     def _cleans_up(self) -> bool:
-        """Whether the spaces of a text go that English does not have; transformers spares BPE."""
+        """Whether decoding removes spaces that English does not have; transformers does not do so for BPE."""
         wanted = self._config.get("clean_up_tokenization_spaces", False)
         return bool(wanted) and type(self._tokenizer.model).__name__ != "BPE"
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
-        """Ids that are bytes where the decoder puts bytes together; one that fits nowhere spoils all around it."""
+        """Ids of byte tokens, if the decoder joins bytes; an invalid byte invalidates its neighbours."""
         if "ByteFallback" not in str(self._tokenizer.decoder):
             return frozenset()
         tokens = (f"<0x{byte:02X}>" for byte in range(256))
@@ -191,7 +191,7 @@ class TextModel:
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
-        """The special tokens, which are no text, with their ids."""
+        """Special tokens, which are not text, with their ids."""
         return {token.content: index for index, token in self._added.items() if token.special}
 
     @cached_property
@@ -208,7 +208,7 @@ class TextModel:
         return frozenset(written | self.special_ids.keys())
 
     def has_text(self, token: int) -> bool:
-        """Return whether an id is that of a token that is not special."""
+        """Return whether an id has text: its token is not special."""
         return token not in self._silent and self._tokenizer.id_to_token(token) is not None
 
     @cached_property
@@ -216,7 +216,7 @@ class TextModel:
         return frozenset(self.special_ids.values())
 
     def render(self, messages: Sequence[Message], *, answer: bool = True, marked: bool = False) -> str:
-        """Return a conversation as the model was trained to read it, as transformers' `apply_chat_template` does.
+        """Return a conversation rendered by the chat template, as transformers' `apply_chat_template` does.
 
         Args:
             messages: The turns.
@@ -229,7 +229,7 @@ class TextModel:
         if not self.chat_template:
             raise UsageError("this model has no chat template", hint="use `ligerexport run` without --chat")
         turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        if marked:  # an answer has tokens that the model writes as text, such as <think>; they stay what they are
+        if marked:  # tokens that the model writes in answers, such as <think>, are not marked
             turns = [
                 mark(turn, self.special_ids if turn.get("role") == "assistant" else self._controls) for turn in turns
             ]
@@ -242,8 +242,8 @@ class TextModel:
             ) from error
 
     def next_turn(self, text: str, *, marked: bool = False) -> str:
-        """Return what goes between the model's last answer and its next one when the user says `text`."""
-        last = secrets.token_hex(16)  # in no text that a user can type
+        """Return the text between the model's last answer and its next one if the user says `text`."""
+        last = secrets.token_hex(16)  # a string that no user types
         messages = [("user", "?"), ("assistant", last), ("user", text)]
         whole = self.render([{"role": role, "content": content} for role, content in messages], marked=marked)
         _, found, rest = whole.rpartition(last)
@@ -252,11 +252,11 @@ class TextModel:
         return rest
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Return the ids of what `render(marked=True)` made: special tokens in the content of messages are text."""
+        """Return the ids of `render(marked=True)`'s output, in which special tokens in messages are text."""
         return encode_marked(text, self._controls, partial(self.encode, special=False), self._encode_plainly)
 
     def encode_rendered_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, as `encode_rendered` does; those without marks with all cores at once."""
+        """Return the ids of each text, as `encode_rendered` does; texts without marks use all cores."""
         unmarked = iter(self.encode_batch([text for text in texts if not is_marked(text)], special=False))
         return [self.encode_rendered(text) if is_marked(text) else next(unmarked) for text in texts]
 
@@ -287,14 +287,14 @@ class TextModel:
             whole = normalizer.normalize_str(text) if normalizer else text
             parts = [part for part, _ in splitter.pre_tokenize_str(whole)] if splitter else [whole]
             ids = [token.id for part in parts for token in model.tokenize(part)]
-        if len(text) > 1 and not self._silent.isdisjoint(ids):  # its model has special tokens as pieces of text
+        if len(text) > 1 and not self._silent.isdisjoint(ids):  # the vocabulary has special tokens as pieces of text
             return [token for character in text for token in self._encode_plainly(character)]
         return ids
 
 
 @contextmanager
 def _answering(file: Path) -> Iterator[None]:
-    """Let a tokenizer's library fail with an `ArtifactError`; it raises Exception itself, and panics are none."""
+    """Turn every exception of the tokenizer library, panics included, into an `ArtifactError`."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, ArtifactError):
@@ -304,10 +304,10 @@ def _answering(file: Path) -> Iterator[None]:
 
 
 def _check_growth(tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer whose replacements make more and more of a text, each of what the last one made.
+    """Refuse a tokenizer whose chained replacements make a text much longer.
 
     Raises:
-        ValueError: It does.
+        ValueError: The replacements do.
     """
     for part in (tokenizer.normalizer, tokenizer.decoder):
         growth, left = 1, [json.loads(part.__getstate__())] if part is not None else []
@@ -320,27 +320,27 @@ def _check_growth(tokenizer: Tokenizer) -> None:
 
 
 class Detokenizer:
-    """Turn ids into text one at a time: all pieces together are the text of all ids.
+    """Turns ids into text one at a time; the pieces together are the text of all ids.
 
-    A character whose bytes are spread over tokens comes with its last one. What a decoder makes of single bytes that
-    are tokens depends on all of them, so they come with the next token that is none.
+    A character whose bytes are spread over tokens is returned with the last of them. The text of consecutive byte
+    tokens depends on all of them, so it is returned with the next token of another kind.
 
     Args:
         model: The tokenizer.
-        context: Ids before the first one; their text is part of none, but a character that they begin is.
+        context: Ids before the first one. Their text is not returned, except a character that they only begin.
     """
 
     def __init__(self, model: TextModel, context: Sequence[int] = ()) -> None:
         self._model = model
-        self._ids: list[int] = []  # those that the text to come depends on
-        self._out = 0  # characters of their text that have come
+        self._ids: list[int] = []  # the ids that later text depends on
+        self._out = 0  # number of characters of their text that were returned
         known = [token for token in context if model.has_text(token)]
         start = max(0, len(known) - _CONTEXT)
         while start and (known[start] in model.byte_ids or not model.decode(known[start : start + 1])):
             start -= 1
         for token in known[start:]:
             self.push(token)
-        if self._ids and self._ids[-1] in model.byte_ids:  # those that are whole characters have been read
+        if self._ids and self._ids[-1] in model.byte_ids:  # complete characters are context only
             texts = [model.decode(self._ids[: len(self._ids) - cut]) for cut in range(_LONGEST)]
             self._out = len(next((text for text in texts if not text.endswith("\ufffd")), texts[0]))
 
@@ -353,9 +353,9 @@ class Detokenizer:
             return ""
         text = self._model.decode(self._ids, final=False)
         new, self._out = text[self._out :], max(self._out, len(text))
-        if new:  # what is still to come begins in this token
+        if new:  # the text that is not returned yet begins in this token
             held = self._model.decode(self._ids)[len(text) :]
-            for size in (1, 2):  # the first token of a text may lose the space that it begins with
+            for size in (1, 2):  # the first token of a text may lose its leading space
                 short = self._model.decode(self._ids[-size:])
                 if short and short.endswith(held):
                     self._ids, self._out = self._ids[-size:], len(short) - len(held)
@@ -363,7 +363,7 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """Return what was held back, such as a character that never ended."""
+        """Return the text that was held back, such as an incomplete character."""
         new = self._model.decode(self._ids)[self._out :]
         self._out += len(new)
         return new

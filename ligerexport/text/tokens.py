@@ -1,6 +1,6 @@
-"""The tokenizer of a directory as transformers' `AutoTokenizer` reads it: tokenizer.json and the files beside it.
+"""Build the tokenizer that transformers' `AutoTokenizer` reads from tokenizer.json and the files beside it.
 
-How texts and conversations are encoded with it is the business of `text`.
+`tokenizer` encodes texts and conversations with it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _DEFAULTS = {
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
 }  # fmt: skip
-"""What classes of transformers call their special tokens where no file says it."""
+"""Special tokens of transformers' classes, for models whose files do not name them."""
 _ALWAYS = {"mistral": "", "granite": "", "olmo2": "", "phi3": "", "qwen2": "Qwen2Tokenizer"}
-"""Class that transformers takes for a model whatever the files name; with none it takes tokenizer.json as it is."""
+"""Class that transformers uses for a model regardless of its files; an empty name uses tokenizer.json as it is."""
 _UNNAMED = {"qwen3": "Qwen2Tokenizer", "gemma3_text": "GemmaTokenizer"}
-"""Class that it takes where none is named."""
+"""Class that transformers uses if no file names one."""
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a model, an empty one where there is no file."""
+    """Return the object in a model's JSON file; an empty one if there is no file."""
     return read_json(file, ArtifactError, HINT) if file.is_file() else {}
 
 
 @dataclass(frozen=True)
 class _Named:
-    """The tokens that the files beside tokenizer.json name."""
+    """The tokens in the files beside tokenizer.json."""
 
     names: dict[str, AddedToken | str]
     extra: list[AddedToken | str]
@@ -47,18 +47,18 @@ class _Named:
 
 
 def complete(tokenizer: Tokenizer, directory: Path) -> dict[str, str]:
-    """Give a tokenizer the tokens and the pipeline that transformers would give it.
+    """Give a tokenizer the tokens and the pipeline that it has in transformers.
 
     Args:
-        tokenizer: What tokenizer.json says; it is changed.
-        directory: Of tokenizer.json and the files beside it.
+        tokenizer: Tokenizer from tokenizer.json, which is changed.
+        directory: Directory of tokenizer.json and the files beside it.
 
     Returns:
         The special tokens by name (`bos_token` and the like), as chat templates see them.
 
     Raises:
-        TypeError: A token is described by something else than its flags.
-        ValueError: An id is no number.
+        TypeError: A token's description is neither a text nor its flags.
+        ValueError: An id is not a number.
     """
     from tokenizers import AddedToken
 
@@ -93,7 +93,7 @@ def _named(config: dict[str, Any], directory: Path) -> _Named:
     if isinstance(extra, dict):
         values, extra = values | extra, []
     added = {int(index): _token(token) for index, token in (config.get("added_tokens_decoder") or {}).items()}
-    if "added_tokens_decoder" not in config:  # only files from before it had these two beside them
+    if "added_tokens_decoder" not in config:  # only older files have these two beside them
         for name, value in read_config(directory / "special_tokens_map.json").items():
             if name.endswith("_token"):
                 values[name] = value | {"special": True} if isinstance(value, dict) else value
@@ -105,7 +105,7 @@ def _named(config: dict[str, Any], directory: Path) -> _Named:
             special = content in {str(_token(value)) for value in (*values.values(), *extra)}
             added[int(index)] = _token({"content": content, "normalized": not special, "special": special})
     tokens = {name: _token(value) for name, value in values.items() if isinstance(value, str | dict)}
-    order = [name for name in _NAMES if name in tokens]  # tokens without an id get theirs in this order
+    order = [name for name in _NAMES if name in tokens]  # tokens without an id get one in this order
     by_content = {str(token): token for token in added.values()}
     return _Named(
         {name: by_content.get(str(tokens[name]), tokens[name]) for name in (*order, *(tokens.keys() - set(order)))},
@@ -120,12 +120,12 @@ def _token(value: Any) -> Any:
     if isinstance(value, dict):
         return AddedToken(**{flag: value[flag] for flag in _FLAGS if flag in value})
     if not isinstance(value, str):
-        raise TypeError(f"a token is {value!r:.60}")
+        raise TypeError(f"a token is described as {value!r:.60}")
     return value
 
 
 def _kind(tokenizer: Tokenizer, config: dict[str, Any], model: dict[str, Any]) -> str:
-    """Return the name of the class that transformers takes; empty where it takes tokenizer.json as it is."""
+    """Return the name of the class that transformers uses; empty if it uses tokenizer.json as it is."""
     family = str(model.get("model_type", "")).removeprefix("liger_")
     name = config.get("tokenizer_class") or model.get("tokenizer_class") or _UNNAMED.get(family, "")
     name = str(name).removesuffix("Fast")
@@ -135,7 +135,7 @@ def _kind(tokenizer: Tokenizer, config: dict[str, Any], model: dict[str, Any]) -
 
 
 def _as_llama(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-    """Put the pipeline of transformers' class in place of the file's: only a text gets a space, not each part."""
+    """Replace the file's pipeline by that of transformers' class: only a whole text gets a space, not each part."""
     from tokenizers import decoders, pre_tokenizers
 
     space = config.get("add_prefix_space")

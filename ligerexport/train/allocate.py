@@ -1,4 +1,4 @@
-"""`allocate`: measure each layer with other memories, then distribute slots to where they gain most.
+"""`allocate`: measure each layer with other memories, then give slots to the layers that gain most.
 
 The gain of a layer is measured without training while the other layers keep their memories, and gains are assumed to
 add up over layers. `ligerexport.model.config.read_memory` reads the resulting file.
@@ -42,16 +42,16 @@ COUNTED = ("kl", "once_nll")
 
 @dataclass(frozen=True)
 class AllocateConfig:
-    """The settings of `allocate`, apart from model, data and places.
+    """The settings of `allocate`, except model, data and paths.
 
     Attributes:
         slots: Average number of exact slots per converted layer; None keeps that of the checkpoint.
-        length: Tokens of a window of `data`.
+        length: Number of tokens in a window of `data`.
         windows: Largest number of windows.
         trials: Number of prompts with a key.
-        distance: Tokens of prose around the key.
+        distance: Number of tokens of prose around the key.
         device: Row of `DEVICES`.
-        dtype: Row of `DTYPES`; the type of the weights.
+        dtype: Row of `DTYPES`, the type of the weights.
 
     Raises:
         UsageError: A value makes no sense.
@@ -85,12 +85,12 @@ def allocate(
     progress: ProgressFactory | None = None,
     **settings: Any,
 ) -> Path:
-    """Measure a converted checkpoint with other memories, layer by layer, and distribute slots by what layers gain.
+    """Measure a converted checkpoint with other memories, layer by layer, and give slots to the layers that gain most.
 
     Args:
         model: Directory that `convert` or `recover` wrote; its windows and pools are where the measurement starts.
-        data: Chats or text, in the forms that `recover` reads: divergence from the Transformer is measured on it.
-        text: Plain prose, files or directories of `.txt` files: a key is said in it once, and asked for.
+        data: Chats or text, in the forms that `recover` reads, to measure the divergence from the Transformer on.
+        text: Plain prose, as files or directories of `.txt` files, in which a key is stated once and asked for.
         output: JSON file to write, for `convert(..., memory=output)`.
         against: The Transformer; None takes the checkpoint's own weights with their softmax attention.
         force: Whether an older file may be replaced.
@@ -101,10 +101,10 @@ def allocate(
         `output`.
 
     Raises:
-        UsageError: A setting makes no sense for this model, there is too little text, or the place is in use.
+        UsageError: A setting makes no sense for this model, there is too little text, or `output` exists.
         DataError: The data is damaged, empty or in another form.
         CheckpointError: A checkpoint is incomplete or damaged.
-        MissingDependency: A device is not there.
+        MissingDependency: The device is not available.
         LigerError: A measurement is not finite.
     """
     plan = plan_allocate(model, data, text, output, against=against, force=force, progress=progress, **settings)
@@ -139,18 +139,18 @@ def plan_allocate(
     documents = read_documents(info, data, reading, progress)
     liger = LigerConfig.from_dict(info.config["liger"])
     if not liger.slots:
-        raise UsageError(f"{model} has no pools of slots to share out", hint="convert it with --preset evicted")
+        raise UsageError(f"{model} has no pools of slots to distribute", hint="convert it with --preset evicted")
     layers = sorted(set(range(info.config["num_hidden_layers"])) - liger.unchanged)
     tried = {layer: memories(liger.for_layer(layer)) for layer in layers}
     budget = sum(own.num_slots for own, *_ in tried.values()) if config.slots is None else config.slots * len(layers)
     least = sum(min(memory.num_slots for memory in each) for each in tried.values())
     if budget < least:
         raise UsageError(
-            f"{config.slots} slots a layer, the smallest memories that are tried have {least / len(layers):.0f}",
+            f"{config.slots} slots per layer, the smallest memories that are tried have {least / len(layers):.0f}",
             hint=f"--slots {math.ceil(least / len(layers))}, or start from a checkpoint with fewer slots",
         )
     if length <= (fewest := min(own.num_slots for own, *_ in tried.values())):
-        raise UsageError(f"windows of {length} tokens lose nothing to {fewest} slots", hint=f"--length {16 * fewest}")
+        raise UsageError(f"windows of {length} tokens fit into {fewest} slots", hint=f"--length {16 * fewest}")
     tokenizer = TextModel(info.path)
     prose = read_tokens(text_files(texts), tokenizer)
     if len(prose) <= config.distance:
@@ -166,16 +166,16 @@ def plan_allocate(
 
 @dataclass(frozen=True)
 class AllocatePlan:
-    """What will be measured; made by `plan_allocate`.
+    """The measurements to make, from `plan_allocate`.
 
     Attributes:
         info: The checkpoint.
-        text: Its tokenizer.
+        text: The checkpoint's tokenizer.
         windows: Windows of the data, `[n, length]`.
-        prose: A stream of tokens.
+        prose: Token ids of the prose.
         tried: The memories of each converted layer, its own first.
-        budget: Slots of all converted layers together.
-        asked: Model and texts as they were given.
+        budget: Total slots of all converted layers.
+        asked: Model and texts as the user gave them.
     """
 
     info: CheckpointInfo
@@ -191,22 +191,22 @@ class AllocatePlan:
 
     @property
     def measurements(self) -> int:
-        """How often the model is measured: once as it is, then with each other memory of each layer."""
+        """Number of measurements of the model: one as it is, then one for each other memory of each layer."""
         return 1 + sum(len(memories) - 1 for memories in self.tried.values())
 
     @property
     def tokens(self) -> int:
-        """About how many tokens are read; the Transformer reads the windows too."""
+        """Approximate number of tokens that are read; the Transformer reads the windows too."""
         windows = self.windows.numel()
         return windows + self.measurements * (windows + self.config.trials * self.config.distance)
 
     def describe(self) -> dict[str, Any]:
-        """Return what `run` would measure."""
+        """Return facts about what `run` would measure."""
         return {"path": str(self.output), "layers": len(self.tried), "budget": self.budget,
                 "measurements": self.measurements, "tokens": self.tokens}  # fmt: skip
 
     def run(self, progress: ProgressFactory | None = None) -> dict[str, Any]:
-        """Measure, and return the content of the file. Nothing is written: see `save`."""
+        """Measure, and return the content of the file; `save` writes it."""
         info, config, tried = self.info, self.config, self.tried
         device, dtype = pick_device(config.device), getattr(torch, config.dtype)
         measure = Measure(
@@ -233,7 +233,7 @@ class AllocatePlan:
         return as_fields(LigerConfig.from_dict(record["base"]), sizes) | {"record": record}
 
     def save(self, found: dict[str, Any]) -> None:
-        """Write what `run` returned."""
+        """Write the result of `run`."""
         with staged_file(self.output) as file:
             file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -241,8 +241,8 @@ class AllocatePlan:
 def memories(config: LigerConfig) -> list[LigerConfig]:
     """Return the memories to try in a layer, its own first: totals from 5/16 to 4 times its slots.
 
-    Pools grow with the total and the window takes the rest. Of the largest total there are two more: with the pools of
-    half of it, and with the window of half of it and a larger last pool.
+    Pools grow with the total, and the window takes the rest. The largest total has two more variants: one with the
+    pools of half the total, and one with the window of half the total and a larger last pool.
     """
 
     def scaled(total: float, pools: float) -> tuple[int, Slots]:
@@ -261,16 +261,16 @@ def memories(config: LigerConfig) -> list[LigerConfig]:
 def measure_layers(
     model: Any, tried: dict[int, list[LigerConfig]], measure: Measure, progress: ProgressFactory
 ) -> dict[int, list[dict[str, Any]]]:
-    """Return what each memory of each layer does to a model whose other layers stay the same.
+    """Measure a model with each memory of each layer while its other layers stay the same.
 
     Args:
-        model: Converted, on its device.
-        tried: Memories by layer, its own first.
-        measure: Called with the model.
+        model: Converted model, on its device.
+        tried: Memories by layer, the layer's own first.
+        measure: Function that measures the model.
         progress: Opens the phase.
 
     Returns:
-        For each memory its sizes, what was measured, and its cost: the sum of the relative changes of `COUNTED`.
+        For each memory its sizes, its measurements, and its cost: the sum of the relative changes of `COUNTED`.
 
     Raises:
         LigerError: A measurement is not finite.
@@ -298,16 +298,16 @@ def _row(memory: LigerConfig, found: dict[str, float], base: dict[str, float]) -
 
 
 def share_out(sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """Return the option that each layer takes so that the sum of costs is smallest and the slots are within a budget.
+    """Return each layer's option such that the sum of costs is smallest and the slots stay within a budget.
 
-    Exact, by dynamic programming over the slots that are spent.
+    The solution is exact, by dynamic programming over the number of slots used.
 
     Args:
         sizes: Slots of each layer's options.
         costs: Costs of the same options.
-        budget: Largest sum of all sizes; at least the sum of the smallest ones.
+        budget: Largest sum of all sizes, at least the sum of the smallest ones.
     """
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by the slots spent: the cost and the options so far
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # cost and options so far, by slots used
     for layer_sizes, layer_costs in zip(sizes, costs, strict=True):
         reached: dict[int, tuple[float, list[int]]] = {}
         for spent, (cost, options) in best.items():
@@ -320,7 +320,7 @@ def share_out(sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], 
 
 
 def as_fields(liger: LigerConfig, sizes: dict[int, LigerConfig]) -> dict[str, Any]:
-    """Return the fields `MEMORY` that give each layer its memory: the most frequent memory is that of all layers."""
+    """Return the fields `MEMORY` that give each layer its memory; the most frequent memory is the default."""
     pairs = {layer: (memory.window, memory.slots) for layer, memory in sizes.items()}
     (window, slots), _ = Counter(pairs.values()).most_common(1)[0]
     single = tuple((layer, *pair) for layer, pair in pairs.items() if pair != (window, slots))
@@ -329,15 +329,15 @@ def as_fields(liger: LigerConfig, sizes: dict[int, LigerConfig]) -> dict[str, An
 
 
 class Measure:
-    """Divergence from a Transformer on fixed windows of text, and recall of a key that is said once in prose.
+    """Measures divergence from a Transformer on fixed windows of text, and recall of a key stated once in prose.
 
     Args:
         teacher: The Transformer.
-        windows: `[n, length]`; the first eighth of each is only context, because no memory has lost anything by then.
+        windows: Token ids `[n, length]`; the first eighth of each is only context, because no memory has lost a token.
         text: The tokenizer.
-        prose: A stream of tokens.
-        distance: Tokens of prose around the key.
-        trials: Prompts.
+        prose: Token ids of the prose.
+        distance: Number of tokens of prose around the key.
+        trials: Number of prompts.
     """
 
     def __init__(
@@ -350,7 +350,7 @@ class Measure:
         self.expected = [self._log_p(teacher, row).half() for row in windows]
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Return KL(Transformer || model), the share of digits recalled and their NLL, in nats a token."""
+        """Return KL(Transformer || model), the share of digits recalled, and their NLL in nats per token."""
         total = sum(
             functional.kl_div(self._log_p(model, row), expected.float(), reduction="sum", log_target=True).item()
             for row, expected in zip(self.windows, self.expected, strict=True)
@@ -363,11 +363,11 @@ class Measure:
 
 
 class _Uncached(TorchModel):
-    """Reads without a cache, because replaced layers would need another one than the model's configuration says."""
+    """Reads without a cache, because replaced layers would need another cache than the model's configuration makes."""
 
     @torch.no_grad()
     def forced(self, ids: Tensor, last: int) -> Tensor:
-        """Return as `Opened.forced`."""
+        """See `Opened.forced`."""
         return self.model(ids.to(self.model.device), use_cache=False, logits_to_keep=last).logits.float()
 
 

@@ -14,31 +14,31 @@ DEFAULT_TOKENS = 3_000_000
 
 
 def given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that are not None; None leaves the default of a configuration."""
+    """Return the settings that are not None; None means the default."""
     return {key: value for key, value in settings.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class RecoverConfig:
-    """The settings of `recover`, apart from model, data and places.
+    """The settings of `recover`, except model, data and paths.
 
     Attributes:
         recipe: Row of `RECIPES`.
         rank: LoRA rank.
-        alpha: LoRA alpha; the product of its matrices is scaled by alpha / rank.
+        alpha: LoRA alpha; the product of LoRA's matrices is scaled by alpha / rank.
         targets: Names of the projections that get LoRA.
-        tokens: Tokens to train on, `steps * batch_tokens`; None where `steps` is given.
-        steps: Optimizer steps; None follows from `tokens`.
-        length: Tokens of a row; documents are packed into rows, and none is longer.
-        batch_tokens: Tokens of one optimizer step, over all processes: a multiple of `length`.
-        micro_batch_tokens: Tokens that each process has in memory at a time; None takes its whole share of the batch.
+        tokens: Number of tokens to train on, `steps * batch_tokens`; None if `steps` is given.
+        steps: Number of optimizer steps; None computes it from `tokens`.
+        length: Number of tokens in a row; documents are packed into rows, and none is longer.
+        batch_tokens: Number of tokens per optimizer step, over all processes: a multiple of `length`.
+        micro_batch_tokens: Number of tokens in a process's memory at a time; None takes its whole share of the batch.
         rate: Largest learning rate; None takes the recipe's.
-        warmup: Steps in which the rate rises; None takes the recipe's.
+        warmup: Number of steps in which the rate rises; None takes the recipe's.
         overlong: Whether a sample longer than `length` is cut or dropped.
         dtype: Type of the frozen weights and of the arithmetic. LoRA, its optimizer and all losses are always fp32.
-        gradient_checkpointing: Whether to compute activations a second time instead of keeping them.
-        seed: Seed of the order of the data and of LoRA's initial values.
-        save_every: Steps between two saved states.
+        gradient_checkpointing: Whether to recompute activations instead of keeping them.
+        seed: Seed for the order of the data and for LoRA's initial values.
+        save_every: Number of steps between two saved states.
 
     Raises:
         UsageError: A value makes no sense, or two values exclude each other.
@@ -72,9 +72,9 @@ class RecoverConfig:
         for name in ("rank", "alpha", "tokens", "steps", "batch_tokens", "micro_batch_tokens", "rate", "save_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise UsageError(f"{name} {value}", hint="it is more than 0")
+                raise UsageError(f"{name} {value}", hint="give a number above 0")
         if self.warmup is not None and self.warmup < 0:
-            raise UsageError(f"warmup {self.warmup}", hint="it counts steps and is not negative")
+            raise UsageError(f"warmup {self.warmup}", hint="give a number of steps that is not negative")
         if self.length < 2:
             raise UsageError(f"length {self.length}", hint="a row holds at least 2 tokens: one to read, one to predict")
         if not self.targets:
@@ -84,7 +84,7 @@ class RecoverConfig:
             if value is not None and value % self.length:
                 below = max(1, value // self.length) * self.length
                 raise UsageError(
-                    f"{name} {value} is no multiple of the length {self.length}",
+                    f"{name} {value} is not a multiple of the length {self.length}",
                     hint=f"try --{name.replace('_', '-')} {below}",
                 )
 
@@ -95,7 +95,7 @@ class RecoverConfig:
 
     @property
     def rows(self) -> int:
-        """Rows of one optimizer step, over all processes."""
+        """Number of rows per optimizer step, over all processes."""
         return self.batch_tokens // self.length
 
     @property
@@ -110,13 +110,13 @@ class RecoverConfig:
 
     @property
     def warmup_steps(self) -> int:
-        """Steps in which the rate rises."""
+        """Number of steps in which the rate rises."""
         return round(self.row.warmup * self.num_steps) if self.warmup is None else self.warmup
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the numbers of a run: a state is continued only under the same.
+        """Return the settings that determine a run's numbers; only a run with equal ones continues its state.
 
-        How a batch is cut for memory and how often a state is kept make no difference beyond rounding.
+        The size of micro-batches and the interval of saved states are left out: they change no more than rounding.
         """
         free = ("tokens", "micro_batch_tokens", "gradient_checkpointing", "save_every")
         resolved = {"steps": self.num_steps, "rate": self.max_rate, "warmup": self.warmup_steps}

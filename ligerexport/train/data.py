@@ -1,7 +1,7 @@
-"""From records to documents of tokens, each token known as part of an answer or not.
+"""Turn records into documents of tokens, and mark the tokens of answers.
 
-A conversation goes through the model's own chat template; everything else is ended by the model's end of text. How
-documents share a row is `packing`'s business.
+A conversation is rendered by the model's own chat template; any other text gets the model's end-of-text token.
+`packing` puts documents into rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ligerexport.text.tokenizer import TextModel
 
 _BLOCK = 1 << 18
-"""Characters that are encoded at once: enough to keep all cores busy, few enough for memory."""
+"""Number of characters encoded at once, which keeps all cores busy and takes little memory."""
 
 
 class _Segment(NamedTuple):
@@ -35,7 +35,7 @@ class _Segment(NamedTuple):
     text: str
     answer: bool
     special: bool = False  # whether the tokenizer adds its own tokens, such as BOS
-    rendered: bool = False  # whether the chat template made it
+    rendered: bool = False  # whether the chat template wrote it
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Documents:
     """All documents of a data set, one after the other.
 
     Attributes:
-        ids: Tokens `[total]` int32.
-        answers: Whether each token is to be learned `[total]` bool: answers of chats, everything in plain text.
-        bounds: Where the documents begin and end, `[N + 1]` int64.
-        counts: What happened on the way: records read, samples cut or dropped and why.
+        ids: Token ids `[total]` int32.
+        answers: Whether each token is to be learned, `[total]` bool: the answers of chats, everything in plain text.
+        bounds: Offsets at which the documents begin and end, `[N + 1]` int64.
+        counts: Number of records read, and of samples cut or dropped, by reason.
     """
 
     ids: np.ndarray
@@ -56,12 +56,12 @@ class Documents:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, `[N]`."""
+        """Number of tokens in each document, `[N]`."""
         return np.diff(self.bounds)
 
     @property
     def sha256(self) -> str:
-        """Digest of all tokens, which of them are trained on, and where documents begin."""
+        """Digest of all tokens, of which are trained on, and of where documents begin."""
         digest = hashlib.sha256()
         for part in (self.ids, self.answers, self.bounds):
             digest.update(np.ascontiguousarray(part).tobytes())
@@ -82,13 +82,13 @@ def tokenize(
     """Turn records into documents of at most `length` tokens.
 
     Args:
-        records: In any order; they are taken in an order drawn from `seed`.
+        records: Records, which are read in an order drawn from `seed`.
         text: Tokenizer and chat template of the model.
-        length: Longest document. Plain text is cut into pieces of this length.
-        vocab_size: Vocabulary of the model; a tokenizer with larger ids belongs to another model.
+        length: Largest number of tokens in a document. Plain text is cut into pieces of this length.
+        vocab_size: Vocabulary size of the model; a tokenizer with larger ids belongs to another model.
         overlong: Whether a longer conversation is cut or dropped.
-        wanted: Stop after this many tokens; None takes everything.
-        seed: Seed of the order.
+        wanted: Number of tokens after which to stop; None takes everything.
+        seed: Seed for the order.
         progress: Reports the work; silent by default.
 
     Raises:
@@ -109,27 +109,27 @@ def tokenize(
                 bounds.append(len(ids))
                 advance(len(piece))
             if wanted is not None and len(ids) >= wanted:
-                break  # before the next record is asked for, which may be a faulty one
+                break  # before the next record is read, which may be faulty
     if not ids:
         reasons = ", ".join(f"{count} {what}" for what, count in counts.items() if what != "records")
         raise DataError(f"nothing is left to learn from in {len(records)} records ({reasons or 'all are empty'})",
-                        hint="look at the data, or give a larger --length")  # fmt: skip
+                        hint="check the data, or give a larger --length")  # fmt: skip
     tokens = np.array(ids, dtype=np.int32)
     if tokens.max() >= vocab_size:
-        raise UsageError(f"the tokenizer gives id {tokens.max()}, the model knows {vocab_size}",
+        raise UsageError(f"the tokenizer gives id {tokens.max()}, the model has {vocab_size} tokens",
                          hint="put the model's own tokenizer.json beside its weights")  # fmt: skip
     return Documents(tokens, np.frombuffer(answers, dtype=bool), np.array(bounds, dtype=np.int64), dict(counts))
 
 
 def _encoded(records: Iterable[Record], text: TextModel) -> Iterator[tuple[Record, list[tuple[list[int], bool]], str]]:
-    """Yield each record with the ids of its segments and a remark to be counted; many are encoded at once."""
+    """Yield each record with the ids of its segments and a remark to be counted; many records are encoded at once."""
     block: list[tuple[Record, list[_Segment], str]] = []
     size = 0
     for record in records:
         try:
             segments, remark = _segments(record, text)
         except UsageError:
-            yield from _encode(block, text)  # there may be enough before this record
+            yield from _encode(block, text)  # the records before this one may be enough
             raise
         block.append((record, segments, remark))
         size += sum(len(segment.text) for segment in segments)
@@ -158,14 +158,14 @@ def _encode(
 
 
 def _ended(ids: list[int], rendered: bool, text: TextModel) -> bool:
-    """Return whether a record whose last part these ids are has its end: most chat templates write one."""
+    """Return whether a record whose last ids these are already ends: most chat templates write an end."""
     return not text.turn_ends.isdisjoint(ids) if rendered else ids[-1:] == end_of_text(text)
 
 
 def _pieces(
     record: Record, segments: Sequence[tuple[list[int], bool]], length: int, overlong: str, counts: Counter[str]
 ) -> Iterator[tuple[list[int], bytes]]:
-    """Yield the documents of a record: several for a long text, none where nothing can be learned."""
+    """Yield the documents of a record: several for a long text, none if nothing can be learned."""
     if not segments:
         return
     ids = [token for found, _ in segments for token in found]
@@ -188,11 +188,11 @@ def _pieces(
 
 
 def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
-    """Cut a record into tokens that are read and tokens that are trained on, with a remark if some are left out."""
+    """Split a record into segments that are read or trained on, with a remark if some are left out."""
     if not record.turns:
         return ([_Segment(record.text, answer=True, special=True)], "") if record.text.strip() else ([], "empty")
     roles = [role for role, _ in record.turns]
-    asked = roles.index("user") if "user" in roles else len(roles)  # an answer to nothing is read, not learned
+    asked = roles.index("user") if "user" in roles else len(roles)  # an answer without a question is read, not learned
     said = [role == "assistant" and bool(content.strip()) for role, content in record.turns]
     if not any(said[asked:]):
         return [], "without an answer"
@@ -218,7 +218,7 @@ def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
         except UsageError:
             return [], "refused by the chat template"
         if not (prompt.startswith(done) and whole.startswith(prompt)):
-            # as templates that drop earlier answers or their reasoning do: what comes later has another past
+            # the template drops earlier answers or their reasoning, so later turns have another context
             return segments, "only up to the turn that the chat template rewrites"
         segments += [
             _Segment(prompt[len(done) :], answer=False, rendered=True),
@@ -229,13 +229,13 @@ def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
 
 
 def _left_out(messages: list[dict[str, str]], text: TextModel) -> bool:
-    """Return whether the template skips what the system or a tool says: an answer to it would come from nowhere."""
+    """Return whether the template skips a system or tool message, so that answers would lack their context."""
     for index, message in enumerate(messages):
         if message["role"] in ("system", "tool") and message["content"].strip():
             others = messages[:index] + messages[index + 1 :]
             try:
                 if text.render(others, answer=False) == text.render(messages, answer=False):
                     return True
-            except UsageError:  # a template may refuse to go without, and what it refuses is counted elsewhere
+            except UsageError:  # a template may refuse the shorter chat; refusals are counted elsewhere
                 continue
     return False

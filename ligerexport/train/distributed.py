@@ -1,7 +1,7 @@
-"""One process or several: device, sums, shards. Launched by `torchrun` or `accelerate launch`; accelerate reads both.
+"""Devices, sums and shards for one process or several, launched by `torchrun` or `accelerate launch`.
 
-Every process sees every batch and takes its share, so there is no sampler to coordinate, and LoRA's gradients are so
-small that one sum a step replaces a wrapper around the model.
+Every process sees every batch and takes its share, so no sampler is needed. LoRA's gradients are small enough that one
+sum per step replaces a wrapper around the model.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Group:
     Attributes:
         device: Device of this process.
         rank: Rank of this process, from 0.
-        size: Processes.
-        sharded: Whether the weights lie in parts on all of them (FSDP2).
+        size: Number of processes.
+        sharded: Whether the weights are split among the processes (FSDP2).
     """
 
     device: torch.device
@@ -37,12 +37,12 @@ class Group:
         """Join the processes that the launcher started; without a launcher this is the only one."""
         from accelerate import PartialState
 
-        state = PartialState(cpu=not torch.accelerator.is_available())  # several processes on CPUs must be asked for
+        state = PartialState(cpu=not torch.accelerator.is_available())  # several CPU processes must be requested
         return cls(state.device, state.process_index, state.num_processes, shard and state.num_processes > 1)
 
     @property
     def main(self) -> bool:
-        """Whether this process writes and talks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def sum(self, tensors: list[Tensor]) -> None:
@@ -55,16 +55,16 @@ class Group:
             x.copy_(total.view_as(x))
 
     def wait(self) -> None:
-        """Wait for the others."""
+        """Wait for the other processes."""
         if self.size > 1:
             torch.distributed.barrier()
 
 
 class Root(nn.Module):
-    """A model as the root of its shards: what runs inside `forward` finds all its own weights whole.
+    """The root module of a sharded model; inside `forward`, all of the root's own weights are complete.
 
-    A phase may call single layers, and the output projection chunk by chunk; FSDP2 gathers for what it is called
-    through.
+    A phase may call single layers, and the output projection chunk by chunk. FSDP2 gathers only the weights of the
+    module that is called.
     """
 
     def __init__(self, model: Any) -> None:
@@ -77,7 +77,7 @@ class Root(nn.Module):
 
 
 def place(model: Any, group: Group) -> Root:
-    """Put a model on the device, in shards if the group is sharded: attention, layer and root are units of FSDP2."""
+    """Put a model on the device, in shards if the group is sharded. Attention, layer and root are FSDP2 units."""
     root = Root(model)
     if not group.sharded:
         return root.to(group.device)
@@ -86,7 +86,7 @@ def place(model: Any, group: Group) -> Root:
 
     mesh = init_device_mesh(group.device.type, (group.size,))
     for layer in model.model.layers:
-        if isinstance(layer.self_attn, LigerMixer):  # alignment calls it alone
+        if isinstance(layer.self_attn, LigerMixer):  # alignment calls it by itself
             fully_shard(layer.self_attn, mesh=mesh)
         fully_shard(layer, mesh=mesh)
     fully_shard(root, mesh=mesh)
@@ -94,7 +94,7 @@ def place(model: Any, group: Group) -> Root:
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the CPU, gathered from all processes; every process must call this."""
+    """Return complete copies on the CPU, gathered from all processes; every process must call this."""
     return {
         name: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().to("cpu", copy=True).contiguous()
         for name, x in tensors.items()
@@ -102,13 +102,13 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fill(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into one that may lie in shards."""
+    """Copy a complete tensor into one that may be sharded."""
     with torch.no_grad():
         target.copy_(as_part(target, value))
 
 
 def as_part(like: Any, value: Tensor) -> Tensor:
-    """Return a whole tensor as `like` lies: on its device, in its shards."""
+    """Return a complete tensor on the device and in the shards of `like`."""
     value = value.to(device=like.device, dtype=like.dtype)
     if not hasattr(like, "device_mesh"):
         return value
@@ -118,12 +118,12 @@ def as_part(like: Any, value: Tensor) -> Tensor:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that learn, by name."""
+    """Return the trainable parameters by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Return all gradients, zeros where a phase reaches none (on every process alike)."""
+    """Return all gradients; those that a phase does not reach are zeros, on every process alike."""
     found = []
     for parameter in parameters:
         if parameter.grad is None:

@@ -1,6 +1,6 @@
-"""What a recovery will take, from headers and settings alone: parameters, steps, bytes of memory. Loads no weight.
+"""Estimate parameters, steps and memory of a recovery from headers and settings alone, without loading weights.
 
-The memory is that of the fused kernels, off by a few tenths at most; docs/guides/recover.md has its terms.
+The memory is for the fused kernels, and off by a few tenths at most; docs/guides/recover.md lists its terms.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from ligerexport.train.config import RecoverConfig
 from ligerexport.train.model import target_shapes
 
 LOGIT_CHUNK = 1024
-"""Positions whose logits exist at a time."""
+"""Number of positions whose logits exist at a time."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Numbers of a recovery; bytes are those of each process.
+    """Estimated numbers of a recovery; bytes are per process.
 
     Attributes:
-        trainable_parameters: Parameters of LoRA.
-        parameters: Parameters of the frozen model.
-        steps: Optimizer steps.
-        tokens: Tokens of all steps, padding included.
-        weight_bytes: Frozen weights, the teacher's included.
-        lora_bytes: LoRA in fp32 with its gradient and the two moments of AdamW.
-        activation_bytes: Activations that are kept for the backward pass.
-        logit_bytes: Logits of a chunk in fp32, of student and teacher.
+        trainable_parameters: Number of LoRA's parameters.
+        parameters: Number of the frozen model's parameters.
+        steps: Number of optimizer steps.
+        tokens: Number of tokens in all steps, padding included.
+        weight_bytes: Bytes of frozen weights, the teacher's included.
+        lora_bytes: Bytes of LoRA in fp32 with its gradient and the two moments of AdamW.
+        activation_bytes: Bytes of activations kept for the backward pass.
+        logit_bytes: Bytes of a chunk of logits in fp32, for student and teacher.
     """
 
     trainable_parameters: int
@@ -43,7 +43,7 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of all of them together."""
+        """Total bytes."""
         return self.weight_bytes + self.lora_bytes + self.activation_bytes + self.logit_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def estimate(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, sh
         shard: Whether they share the weights as well.
 
     Raises:
-        UsageError: A target of LoRA is no projection of this model.
+        UsageError: This model has no projection with a target's name.
     """
     shapes = target_shapes(info, config.targets)
     lora = sum(config.rank * (shape[0] + shape[1]) for shape in shapes.values())
@@ -71,7 +71,7 @@ def estimate(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, sh
     layers = info.config["num_hidden_layers"]
     layer = max(1, sum(_count(t.shape) for name, t in info.tensors.items() if ".layers." in name) // layers)
     outside = parameters - layers * layer
-    # whole at a time: the layer at work, the next one, and what the root of the shards holds, such as the embedding
+    # complete at a time: the current layer, the next one, and the weights of the root module, such as the embedding
     gathered = models * width * (2 * layer + outside) if shard else 0
 
     per_layer, boundary = _activations(info.config, width)
@@ -97,11 +97,11 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _activations(config: Any, width: int) -> tuple[int, int]:
-    """Return the bytes a token keeps in a layer, and those of the layer's input alone."""
+    """Return the bytes of activations per token in a layer, and those of the layer's input alone."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     q_heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or q_heads
     head = config.get("head_dim") or hidden // q_heads
     norms = 2 * (4 + width) * hidden
-    attention = 2 * width * (2 * q_heads + 2 * kv_heads) * head  # projections and output, and as padded rows
+    attention = 2 * width * (2 * q_heads + 2 * kv_heads) * head  # projections and output, plain and padded
     return norms + attention + width * (3 * inner + 2 * hidden), width * hidden

@@ -1,7 +1,7 @@
-"""The loop: batches in a fixed order, the loss of the phase, AdamW on LoRA, states to resume from.
+"""The training loop: batches in a fixed order, the loss of the phase, AdamW on LoRA, states to resume from.
 
-Each process takes its share of the rows of a batch, and losses are divided by what counts in the whole batch: the
-numbers do not depend on how many processes there are, nor on how a batch is cut for memory.
+Each process takes its share of a batch's rows, and losses are divided by the number of counted positions in the whole
+batch. The result does not depend on the number of processes or on the size of micro-batches.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from ligerexport.train.state import Resumed, save_state
 
 @dataclass(frozen=True)
 class Step:
-    """What was measured at one step; all but the time is the same in every run with the same settings.
+    """The measurements of one step; all but the time are equal in every run with the same settings.
 
     Attributes:
-        step: From 1.
+        step: Number of the step, from 1.
         phase: Name of the phase.
-        loss: Mean over the positions that count.
+        loss: Mean loss over the counted positions.
         norm: Norm of the gradient before clipping.
         rate: Learning rate.
-        tokens: Document tokens in this step, without padding.
-        seconds: It took.
+        tokens: Number of document tokens, without padding.
+        seconds: Duration in seconds.
     """
 
     step: int
@@ -53,16 +53,16 @@ OnStep = Callable[[Step], None]
 
 
 class Trainer:
-    """One run.
+    """One training run.
 
     Args:
         student: The model with LoRA.
-        teacher: What it follows; None where the recipe needs none.
+        teacher: The Transformer to follow; None if the recipe needs none.
         rows: Training data.
         config: Settings.
         group: The processes.
         states: Directory of the states.
-        run: What tells this run from others; written into the states.
+        run: Identity of this run, which is written into the states.
 
     Attributes:
         history: All steps so far, those before a resumption included.
@@ -89,7 +89,7 @@ class Trainer:
         self.history: list[Step] = []
 
     def restore(self, state: Resumed) -> None:
-        """Go to a state."""
+        """Continue from a state."""
         for name, parameter in self.parameters.items():
             fill(parameter, state.tensors[name])
             moments = {kind: state.optimizer[f"{name}.{kind}"] for kind in ("exp_avg", "exp_avg_sq")}
@@ -100,7 +100,7 @@ class Trainer:
         self.history = [Step(**row) for row in state.history]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return LoRA's tensors, whole and on the CPU; all processes call this together."""
+        """Return LoRA's complete tensors on the CPU; all processes call this together."""
         return whole({name.removeprefix("model."): parameter for name, parameter in self.parameters.items()})
 
     def save(self) -> None:
@@ -117,10 +117,10 @@ class Trainer:
         self.group.wait()
 
     def train(self, progress: ProgressFactory | None = None, on_step: OnStep | None = None) -> None:
-        """Run all steps that are left.
+        """Run all remaining steps.
 
         Raises:
-            LigerError: The loss is not finite, or memory ran out; the states on the disk stay.
+            LigerError: The loss is not finite, or memory ran out; saved states stay.
         """
         config = self.config
         with (progress or silent)("training", config.num_steps, "steps") as advance:
@@ -132,13 +132,13 @@ class Trainer:
                 if on_step is not None:
                     on_step(row)
                 if len(self.history) % config.save_every == 0 or len(self.history) == config.num_steps:
-                    self.save()  # the last one too: writing the result may fail for want of space
+                    self.save()  # also the last one: the disk may be full when the result is written
 
     def try_step(self, step: int) -> Step:
         """Train on the batch of a step, counted from 0.
 
         Raises:
-            LigerError: As `train`.
+            LigerError: See `train`.
         """
         with self._explained():
             return self._step(step)
@@ -147,7 +147,7 @@ class Trainer:
         begin, config, group = time.perf_counter(), self.config, self.group
         from transformers import set_seed
 
-        set_seed(config.seed * 1_000_003 + step)  # whatever a phase draws, a resumed run draws too
+        set_seed(config.seed * 1_000_003 + step)  # a resumed run draws the same numbers
         phase = config.row.phase_at(step, config.num_steps)
         chosen = self.rows.at(step * config.rows, config.rows)
         size = self.micro_rows
@@ -161,7 +161,7 @@ class Trainer:
         for batch in batches[group.rank :: group.size]:
             with torch.autocast(group.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
                 loss = self.student(self._loss(phase.loss), batch.to(group.device)) / count
-            # FSDP2 takes the mean of the gradients of all processes where their sum is meant
+            # FSDP2 computes the mean of all processes' gradients, the loss needs their sum
             (loss * group.size if group.sharded else loss).backward()
             total += loss.detach()
         found = gradients(self.parameters.values())
@@ -185,14 +185,14 @@ class Trainer:
         return Step(step + 1, phase.name, loss_value, norm_value, rate, tokens, seconds)
 
     def _loss(self, name: str) -> Callable[..., torch.Tensor]:
-        """Return the phase as a function of student and batch, with the teacher's weights whole inside."""
+        """Return the phase as a function of student and batch that gathers the teacher's weights."""
         function, teacher = PHASES[name], self.teacher
         if teacher is None:
             return lambda student, batch: function(student, None, batch)
         return lambda student, batch: teacher(lambda theirs: function(student, theirs, batch))
 
     def _not_finite(self, step: int, loss: float, norm: float) -> LigerError:
-        kept = f"the last good state is in {self.states}" if self.states.is_dir() else "no state was kept yet"
+        kept = f"the last good state is in {self.states}" if self.states.is_dir() else "no state was saved yet"
         rate = self.config.max_rate
         return LigerError(
             f"the loss of step {step + 1} is {loss}, the norm of its gradient {norm}; {kept}",
@@ -201,7 +201,7 @@ class Trainer:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say what to do when memory runs out."""
+        """Add a hint to the error when memory runs out."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -211,12 +211,12 @@ class Trainer:
             options += [] if self.config.gradient_checkpointing else ["--gradient-checkpointing"]
             raise LigerError(
                 f"{self.group.device} has too little memory for {tokens:,} tokens at a time",
-                hint=f"try {' or '.join(options) or 'a smaller --length'}; the run then goes on from its last state",
+                hint=f"try {' or '.join(options) or 'a smaller --length'}; the run then continues from its last state",
             ) from error
 
 
 def micro_rows(config: RecoverConfig, processes: int) -> int:
-    """Return the rows that a process has in memory at a time.
+    """Return the number of rows that a process has in memory at a time.
 
     Raises:
         UsageError: The rows of a batch cannot be shared evenly.

@@ -1,6 +1,6 @@
 """The losses: pure functions of activations, summed over positions so that the parts of a batch add up.
 
-Logits are made a chunk of positions at a time, forward and backward, so `[T, V]` never exists in whole.
+Logits are computed for one chunk of positions at a time, forward and backward, so `[T, V]` never exists as a whole.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch.utils.checkpoint import checkpoint
 from ligerexport.train.estimate import LOGIT_CHUNK
 
 Head = Callable[[Tensor], Tensor]
-"""From hidden states `[t, hidden]` to logits `[t, V]`."""
+"""Function from hidden states `[t, hidden]` to logits `[t, V]`."""
 
 
 def next_token_loss(hidden: Tensor, head: Head, targets: Tensor, chunk: int = LOGIT_CHUNK) -> Tensor:
     """Return the sum of the negative log likelihoods of the targets, in nats.
 
     Args:
-        hidden: `[T, hidden]`.
+        hidden: Hidden states `[T, hidden]`.
         head: The output projection.
-        targets: `[T]`.
-        chunk: Positions at a time.
+        targets: Token ids `[T]`.
+        chunk: Number of positions at a time.
     """
 
     def part(hidden: Tensor, targets: Tensor) -> Tensor:
@@ -38,11 +38,11 @@ def divergence(hidden: Tensor, head: Head, teacher: Tensor, teacher_head: Head, 
     """Return the sum of KL(teacher || student) over the full vocabulary, in nats, computed in fp32.
 
     Args:
-        hidden: `[T, hidden]` of the student.
-        head: Its output projection.
-        teacher: `[T, hidden']` of the teacher; no gradient reaches it.
+        hidden: The student's hidden states `[T, hidden]`.
+        head: The student's output projection.
+        teacher: The teacher's hidden states `[T, hidden']`, which get no gradient.
         teacher_head: The teacher's output projection.
-        chunk: Positions at a time.
+        chunk: Number of positions at a time.
     """
 
     def part(hidden: Tensor, teacher: Tensor) -> Tensor:
@@ -55,15 +55,15 @@ def divergence(hidden: Tensor, head: Head, teacher: Tensor, teacher_head: Head, 
 
 
 def relative_error(output: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    """Return the squared error relative to the target's square, per row, times the positions that count in the row.
+    """Return the sum over rows of the relative squared error times the number of counted positions.
 
-    A row is never cut between processes or micro-batches, so this adds up; and within one, a token with an output near
-    zero weighs no more than others.
+    A row is never split between processes or micro-batches, so the sums add up. The error is relative to the whole row,
+    so a token with an output near zero weighs no more than others.
 
     Args:
-        output: `[R, L, hidden]`.
-        target: `[R, L, hidden]`.
-        counted: `[R, L]` bool.
+        output: Output `[R, L, hidden]`.
+        target: Expected output `[R, L, hidden]`.
+        counted: Whether each position counts, `[R, L]` bool.
     """
     kept = counted[..., None]
     target = target.float()
@@ -73,7 +73,7 @@ def relative_error(output: Tensor, target: Tensor, counted: Tensor) -> Tensor:
 
 
 def _sum_chunks(part: Callable[..., Tensor], chunk: int, *tensors: Tensor) -> Tensor:
-    total = tensors[0].new_zeros((), dtype=torch.float32) + 0.0 * tensors[0].sum()  # a gradient where nothing counts
+    total = tensors[0].new_zeros((), dtype=torch.float32) + 0.0 * tensors[0].sum()  # zero gradient if nothing counts
     for pieces in zip(*(x.split(chunk) for x in tensors), strict=True):
         if len(pieces[0]):
             total = total + checkpoint(part, *pieces, use_reentrant=False)

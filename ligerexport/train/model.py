@@ -1,4 +1,4 @@
-"""The two models of a recovery: the student with LoRA in it and the Transformer that it follows.
+"""The two models of a recovery: the student with LoRA, and the Transformer that it follows.
 
 A checkpoint that was only converted is its own teacher: its weights are the Transformer's, byte for byte.
 """
@@ -37,7 +37,7 @@ def target_shapes(info: CheckpointInfo, targets: tuple[str, ...]) -> dict[str, t
     """Return the weights that get LoRA and their shapes `[out, in]`.
 
     Raises:
-        UsageError: A target is no projection of this model.
+        UsageError: This model has no projection with a target's name.
     """
     targets = lora_targets(info, targets)
     suffixes = {name.split(".")[-2] for name, tensor in info.tensors.items()
@@ -53,7 +53,7 @@ def load_student(info: CheckpointInfo, config: RecoverConfig, dtype: torch.dtype
     """Load the checkpoint and put LoRA into it.
 
     Returns:
-        The model, only LoRA trainable and in fp32, and PEFT's configuration.
+        The model, in which only LoRA is trainable and in fp32, and PEFT's configuration.
 
     Raises:
         MissingDependency: PEFT is not installed.
@@ -82,10 +82,10 @@ def load_teacher(info: CheckpointInfo, against: str | Path | None, dtype: torch.
     Args:
         info: The student.
         against: Directory, hub id or built-in name; None takes the student's own weights with softmax attention.
-        dtype: Type of its weights.
+        dtype: Type of the teacher's weights.
 
     Raises:
-        UsageError: It does not fit the student, or a recovered checkpoint comes without one.
+        UsageError: The teacher does not fit the student, or a recovered checkpoint has no teacher.
         SourceError: There is no such model.
         CheckpointError: It is incomplete or damaged.
     """
@@ -96,12 +96,12 @@ def load_teacher(info: CheckpointInfo, against: str | Path | None, dtype: torch.
 
 
 def teacher_config(info: CheckpointInfo, against: str | Path | None) -> tuple[Path, dict[str, Any]]:
-    """Return where the teacher's weights are, and its configuration, checked against the student's; loads nothing."""
+    """Return the teacher's directory and its configuration, checked against the student's; loads nothing."""
     if against is None:
         if RECOVERY in info.config:
             raise UsageError(
-                f"{info.path} was recovered before, so its weights are no longer the Transformer's",
-                hint="name the Transformer that it came from: --against MODEL",
+                f"{info.path} is already recovered, so its weights are no longer the Transformer's",
+                hint="give the Transformer that it came from: --against MODEL",
             )
         return info.path, dict(info.config)
     from ligerexport.checkpoint.sources import resolve

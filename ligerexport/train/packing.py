@@ -1,6 +1,6 @@
-"""Documents share rows: packed best fit, in an order drawn from the seed, collated as transformers' packed sequences.
+"""Pack documents into rows by best fit, in an order drawn from the seed, and collate them as transformers does.
 
-Positions restart at each document, so that state, window and mask do too. Which positions count is a phase's choice.
+Positions restart at each document, and so do state, window and mask. A phase chooses which positions count.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE = -100
-"""Target of a position that predicts nothing, as transformers has it."""
+"""Target of a position that predicts nothing, as in transformers."""
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Put documents into rows of `capacity` tokens, the longest first, each where it leaves the least room.
+    """Put documents into rows of `capacity` tokens, longest first, each into the row with the least room left.
 
     Args:
-        lengths: Tokens of each document, none over `capacity`.
-        capacity: Tokens of a row.
+        lengths: Number of tokens in each document, at most `capacity`.
+        capacity: Number of tokens in a row.
 
     Returns:
         The documents of each row.
@@ -47,13 +47,13 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Rows:
-    """An endless sequence of packed rows: every epoch all rows once, in an order of its own.
+    """An endless sequence of packed rows. Each epoch has all rows once, in its own order.
 
     Attributes:
         documents: The documents to pack.
         rows: Documents of each row.
-        length: Tokens of a row, padding included.
-        seed: Seed of the order.
+        length: Number of tokens in a row, padding included.
+        seed: Seed for the order.
     """
 
     documents: Documents
@@ -71,7 +71,7 @@ class Rows:
         return found
 
     def collate(self, rows: Sequence[int]) -> Batch:
-        """Return a batch of rows, on the CPU. The rest of a row is one more document that is not trained on."""
+        """Return a batch of rows, on the CPU. The rest of a row is one more document, which is not trained on."""
         import torch
 
         shape = (len(rows), self.length)
@@ -102,12 +102,12 @@ class Batch:
     """Packed rows.
 
     Attributes:
-        input_ids: `[R, L]` int64.
-        position_ids: `[R, L]`, restarting at 0 with each document.
-        targets: The next token of the same document `[R, L]`, or `IGNORE`.
+        input_ids: Token ids `[R, L]` int64.
+        position_ids: Positions `[R, L]`, which restart at 0 with each document.
+        targets: The next token of the same document, or `IGNORE`, `[R, L]`.
         answers: Whether the target is part of an answer, `[R, L]` bool.
-        cu_seq_lens_q: Where documents begin and end in the `R L` tokens, `[N + 1]` int32.
-        max_length_q: Tokens of the longest document.
+        cu_seq_lens_q: Offsets in the `R L` tokens at which documents begin and end, `[N + 1]` int32.
+        max_length_q: Number of tokens in the longest document.
         counted: Whether the phase counts each position, `[R, L]` bool; set by `count`.
         places: Indices of the counted positions in the `R L` tokens; found on the CPU, so that no GPU is waited for.
     """
@@ -122,7 +122,7 @@ class Batch:
     places: Tensor | None = None
 
     def count(self, *, answers: bool, after: int) -> Batch:
-        """Return the batch with the positions that count; see `Phase`."""
+        """Return the batch with its counted positions set; see `Phase`."""
         counted = (self.targets != IGNORE) & (self.position_ids >= after)
         if answers:
             counted &= self.answers

@@ -1,7 +1,7 @@
-"""`PHASES`: each a function (student, teacher, batch) -> scalar, the sum of a loss over the positions that count.
+"""`PHASES`: functions (student, teacher, batch) -> scalar, the sum of a loss over the counted positions.
 
-A new idea is one function here and one row in `RECIPES`. Both models are transformers' `ForCausalLM`: the student with
-`LigerMixer` attention and LoRA in it, the teacher as its family has it.
+A new phase is one function here and one row in `RECIPES`. Both models are transformers' `ForCausalLM`: the student has
+`LigerMixer` attention and LoRA, the teacher has its family's own attention.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def follow(student: Any, teacher: Any, batch: Batch) -> Tensor:
 def align(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """Give each layer's attention the teacher's input, and compare its output with the teacher's, after `o_proj`.
 
-    The mean over converted layers of the relative squared error. Layers do not wait for each other: one pass of the
-    teacher, and gradients that stay within a layer.
+    The loss is the mean over converted layers of the relative squared error. Layers are independent: the teacher runs
+    once, and gradients stay within a layer.
     """
     assert batch.counted is not None
     counted, losses = batch.counted, []
@@ -72,7 +72,7 @@ def align(student: Any, teacher: Any, batch: Batch) -> Tensor:
 
 
 def _hidden(model: Any, batch: Batch) -> Tensor:
-    """Return the hidden states of the positions that count, `[T, hidden]`."""
+    """Return the hidden states of the counted positions, `[T, hidden]`."""
     assert batch.places is not None
     return model.model(**batch.inputs()).last_hidden_state.flatten(0, 1).index_select(0, batch.places)
 

@@ -1,6 +1,6 @@
 """`RECIPES`: which loss is minimised on which share of the tokens, and the settings of each recipe.
 
-A phase names a row of `PHASES` (`ligerexport.train.phases`), which holds the arithmetic; nothing here imports torch.
+A phase names a row of `PHASES` (`ligerexport.train.phases`), which has the arithmetic. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Phase:
 
     Attributes:
         loss: Row of `PHASES`.
-        share: Part of all steps, between 0 and 1.
-        answers: Whether only tokens with a label count (the answers of a chat); all tokens of the text otherwise.
+        share: Share of all steps, between 0 and 1.
+        answers: Whether only the tokens of answers count, instead of all tokens.
         after: First position of a document that counts: earlier ones have nothing beyond the window to learn from.
 
     Raises:
@@ -33,25 +33,25 @@ class Phase:
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Name in reports."""
         return f"{self.loss}-answers" if self.answers else self.loss
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1 or self.after < 0:
             raise UsageError(f"phase {self.loss}: share {self.share}, after {self.after}",
-                             hint="a share is more than 0 and at most 1, and a position is not negative")  # fmt: skip
+                             hint="give a share above 0 and at most 1, and a position of at least 0")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A sequence of phases, with the settings that it was tried with.
+    """A sequence of phases and its tested settings.
 
     Attributes:
-        phases: In order; their shares sum to 1.
-        doc: One line for tables.
+        phases: Phases in order; their shares sum to 1.
+        doc: Description in one line, for tables.
         rate: Largest learning rate of AdamW.
         schedule: Schedule of the learning rate after the warm-up.
-        warmup: Part of all steps in which the rate rises.
+        warmup: Share of all steps in which the rate rises.
         decay: Weight decay.
         clip: Largest norm of the gradient; None does not clip.
 
@@ -121,7 +121,7 @@ def get_recipe(name: str) -> Recipe:
     """Return the row of `RECIPES` with this name.
 
     Raises:
-        UsageError: No such recipe; the hint names close matches.
+        UsageError: There is no such recipe; the hint names close matches.
     """
     return look_up("recipe", name, RECIPES)
 

@@ -1,6 +1,6 @@
-"""Where text to learn from is read: files, directories, data sets of the hub. Tokens are `data`'s business.
+"""Read text to learn from: files, directories, data sets of the hub. `data` turns it into tokens.
 
-Whatever the form, a record is a conversation or a text, and knows the file and line that it came from.
+A record of any form is a conversation or a text, with the file and line that it came from.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FORMS = (
     '{"instruction": "...", "input": "...", "output": "..."}',
     '{"text": "..."}',
 )
-"""What a line of a JSONL file, a row of a table, or a row of a data set may look like."""
+"""Accepted forms of a line in a JSONL file and of a row in a table or data set."""
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 _ROLES |= {"developer": "system", "function": "tool"}
@@ -56,7 +56,7 @@ def read_records(sources: Sequence[str | Path]) -> list[Record]:
         sources: Files, directories of files, or names of data sets on the hub (`owner/name` or `owner/name:split`).
 
     Raises:
-        DataError: A line is damaged or in no form of `FORMS`, or there is nothing to read; names file and line.
+        DataError: There is nothing to read, or a line is damaged or in no form of `FORMS`; it names file and line.
         UsageError: There is no such source.
         MissingDependency: A data set of the hub needs the `recover` extra.
     """
@@ -91,7 +91,7 @@ def _read_hub(name: str) -> Iterator[Record]:
     repository, _, split = name.partition(":")
     try:
         rows: Iterable[Any] = datasets.load_dataset(repository, split=split or "train")
-    except Exception as error:  # the library lets through whatever its backends raise
+    except Exception as error:  # the library passes on every exception of its backends
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(
             f"there is no file {name} here, and no data set {repository} could be read ({reason})",
@@ -102,10 +102,10 @@ def _read_hub(name: str) -> Iterator[Record]:
 
 
 def as_record(row: Any, where: str) -> Record:
-    """Return what one object says.
+    """Return an object's record.
 
     Raises:
-        DataError: It is in no form of `FORMS`.
+        DataError: The object is in no form of `FORMS`.
     """
     if not isinstance(row, Mapping):
         raise _unexpected(where, f"holds {type(row).__name__}")
@@ -134,7 +134,7 @@ def _turns(turns: Any, where: str, key: str, role: str, content: str) -> tuple[t
                             hint=f"name each turn one of: {', '.join(_ROLES)}")  # fmt: skip
         if unread := next((name for name in _UNREAD if turn.get(name)), None):
             raise DataError(f"{where} has {unread} in turn {number}, which recovery cannot learn from",
-                            hint="leave such conversations out, or write the calls into the content")  # fmt: skip
+                            hint="leave such conversations out, or put the calls into the content")  # fmt: skip
         found.append((who, _content(turn, names[1], f"{where}, turn {number},")))
     return tuple(found)
 
@@ -154,19 +154,19 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise DataError(f"{where} has {'nothing' if value is None else type(value).__name__} as '{key}', "
-                        "a text was expected", hint="leave such rows out")  # fmt: skip
+                        "expected a text", hint="leave such rows out")  # fmt: skip
     return value
 
 
 def _content(turn: Mapping[str, Any], key: str, where: str) -> str:
-    """Return what a turn says: one text, or a list of parts put together."""
+    """Return the text of a turn; a list of parts is joined."""
     parts = turn.get(key)
     if not isinstance(parts, list):
         return _text(turn, key, where)
     for part in parts:
         if not (isinstance(part, str) or (isinstance(part, Mapping) and part.get("type", "text") in _TEXT_PARTS)):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise DataError(f"{where} has a part of the kind {kind} in '{key}', only text is read",
+            raise DataError(f"{where} has a part of the kind {kind} in '{key}', expected only text",
                             hint="leave such conversations out")  # fmt: skip
     return "".join(part if isinstance(part, str) else _text(part, "text", where) for part in parts)
 

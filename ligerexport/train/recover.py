@@ -1,6 +1,6 @@
-"""`recover`: from a converted checkpoint and text to a recovered one.
+"""`recover`: train a converted checkpoint on text and write the recovered one.
 
-This module has the order of the work. Torch is imported once there is something to train.
+This module has the order of the work. Torch is imported only when there is something to train.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _MANY_TIMES = 10
 """Number of times that the same data may be read without a warning."""
 _WARM = 5.0
-"""Seconds of a step from which work that is done only once hardly counts."""
+"""Duration of a step in seconds above which one-time work hardly matters."""
 
 
 def recover(
@@ -46,18 +46,18 @@ def recover(
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> Path:
-    """Train LoRA on a converted checkpoint and write what it became.
+    """Train LoRA on a converted checkpoint and write the result.
 
-    The run keeps states in `OUTPUT.state` and goes on from the newest one when it is called again with the same
-    settings; they are removed when the result is whole. Under `torchrun` or `accelerate launch` all processes call it.
+    The run saves states in `OUTPUT.state`, continues from the newest one when it is called again with the same
+    settings, and removes them with the complete result. Under `torchrun` or `accelerate launch` all processes call it.
 
     Args:
         model: Directory that `convert` wrote.
         data: Files, directories or data sets of the hub; see `ligerexport.train.records.FORMS`.
         output: Directory to write.
         against: The Transformer to follow; None takes the checkpoint's own weights with their softmax attention.
-        merge: Whether to merge LoRA into the weights; otherwise `output` is PEFT's adapter.
-        resume: `auto` goes on from a state, `never` starts again.
+        merge: Whether to merge LoRA into the weights; if not, `output` is a PEFT adapter.
+        resume: `auto` continues from a state, `never` starts again.
         shard: Whether the processes share the weights (FSDP2) instead of holding copies.
         force: Whether an older result in `output` may be replaced.
         tensorboard: Directory for TensorBoard's scalars.
@@ -69,11 +69,11 @@ def recover(
         `output`.
 
     Raises:
-        UsageError: A setting makes no sense for this model, or a place is in use.
+        UsageError: A setting makes no sense for this model, or a path is in use.
         DataError: The data is damaged, empty or in another form.
         CheckpointError: A checkpoint is incomplete or damaged, or a state belongs to another run.
         MissingDependency: The `recover` extra is not installed.
-        LigerError: The loss is not finite, or memory ran out; what was kept says how to go on.
+        LigerError: The loss is not finite, or memory ran out; saved states stay.
     """
     return plan_recover(
         model, data, output, against=against, merge=merge, resume=resume, shard=shard, force=force,
@@ -94,10 +94,10 @@ def plan_recover(
     tensorboard: str | Path | None = None,
     **settings: Any,
 ) -> RecoverPlan:
-    """Check all arguments of `recover` but the data, which is not read yet. No weight is loaded.
+    """Check all arguments of `recover` except the data, which is not read yet. No weight is loaded.
 
     Raises:
-        UsageError: A setting makes no sense for this model, or a place is in use.
+        UsageError: A setting makes no sense for this model, or a path is in use.
         CheckpointError: A checkpoint is incomplete or damaged.
     """
     from ligerexport.checkpoint.adapter import RECORD
@@ -115,7 +115,7 @@ def plan_recover(
 
 @dataclass(frozen=True)
 class RecoverPlan:
-    """A recovery with its arguments checked; made by `plan_recover`, whose arguments its fields are.
+    """A recovery with checked arguments, from `plan_recover`; the other fields are its arguments.
 
     Attributes:
         info: The converted checkpoint.
@@ -135,18 +135,18 @@ class RecoverPlan:
     tensorboard: str | Path | None
 
     def estimate(self) -> Estimate:
-        """Return what the run will take."""
+        """Return an estimate of the run."""
         return estimate(self.info, self.config, _processes(), self.shard)
 
     def describe(self, progress: ProgressFactory | None = None) -> dict[str, Any]:
-        """Return what `run` would take. The data is read, and a few rows are trained on to measure the time."""
+        """Return the cost of `run`. This reads the data, and trains on a few rows to measure the time."""
         documents = self._read(progress)
         seconds = measure_seconds(self.info, documents, self.config, self.against, _processes(), progress)
         data = {"documents": len(documents.lengths), "tokens": len(documents.ids), **documents.counts}
         return {"path": str(self.output), **self.estimate().to_dict(), "seconds": seconds, "data": data}
 
     def run(self, progress: ProgressFactory | None = None, on_step: OnStep | None = None) -> Path:
-        """Train and write the result; return its directory. Arguments and errors as for `recover`."""
+        """Train, write the result and return its directory. See `recover` for arguments and errors."""
         info, config, documents = self.info, self.config, self._read(progress)
         _require("accelerate", "peft")
         writer = _writer(self.tensorboard)
@@ -161,12 +161,12 @@ class RecoverPlan:
         if not self.resumes and group.main:
             remove_directory(states)
         group.wait()
-        state = load_state(states, run)  # before the weights are loaded: a mistake is told at once
+        state = load_state(states, run)  # before the weights are loaded, so that a mistake shows at once
         trainer, lora = _trainer(info, documents, config, self.against, group, states, run)
         if state is not None:
             trainer.restore(state)
             if group.main:
-                say(f"going on after step {state.step} of {config.num_steps}")
+                say(f"continuing after step {state.step} of {config.num_steps}")
         trainer.train(progress if group.main else None, _observers(writer, on_step) if group.main else None)
 
         tensors = trainer.tensors()
@@ -189,7 +189,7 @@ class RecoverPlan:
 
 
 def _processes() -> int:
-    """Return how many processes a launcher started."""
+    """Return the number of processes that a launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -226,7 +226,7 @@ def read_documents(
     config: RecoverConfig,
     progress: ProgressFactory | None = None,
 ) -> Documents:
-    """Return as many documents as a run reads, or all that there are.
+    """Return the documents that a run reads: all of them, or the first that are enough.
 
     Raises:
         UsageError, DataError: As for `recover`.
@@ -247,12 +247,12 @@ def warn_of_repeats(documents: Documents, config: RecoverConfig) -> None:
 
     if config.num_steps * config.batch_tokens <= _MANY_TIMES * len(documents.ids):
         return
-    rows = len(pack(documents.lengths, config.length))  # short documents do not fill them
+    rows = len(pack(documents.lengths, config.length))  # short documents do not fill rows
     times, most = config.num_steps * config.rows / rows, _MANY_TIMES * rows // config.rows
     if times > _MANY_TIMES:
         less = f", or --tokens {most * config.batch_tokens}" if most else ""
-        warn(f"the run reads the {len(documents.ids):,} tokens of the data {times:,.0f} times, and will learn them by "
-             f"heart; give more data{less}")  # fmt: skip
+        warn(f"the run reads the {len(documents.ids):,} tokens of the data {times:,.0f} times, and will memorise "
+             f"them; give more data{less}")  # fmt: skip
 
 
 def measure_seconds(
@@ -263,17 +263,17 @@ def measure_seconds(
     processes: int = 1,
     progress: ProgressFactory | None = None,
 ) -> float:
-    """Return the seconds that a run will take, by training with the loss of each phase on a part of a step.
+    """Estimate the seconds that a run will take, by training with the loss of each phase on part of a step.
 
-    The part is one row on a CPU, where time grows with the rows, and on a GPU all rows that are in memory at a time.
+    The part is one row on a CPU, where time grows with the number of rows, and one micro-batch on a GPU.
 
     Args:
         info: The checkpoint.
-        documents: From `read_documents`.
+        documents: Documents from `read_documents`.
         config: Settings.
         against: As for `recover`.
         processes: Number of processes that share the rows; only this one measures.
-        progress: Reports the steps that are measured; silent by default.
+        progress: Reports the measured steps; silent by default.
 
     Raises:
         MissingDependency: The `recover` extra is not installed.
@@ -295,7 +295,7 @@ def measure_seconds(
     with (progress or silent)("measuring a part of each phase", len(losses), "steps") as advance:
         for loss in losses:
             seconds = trainer.try_step(steps.index(loss)).seconds
-            if seconds < _WARM:  # much of it may have been the first time
+            if seconds < _WARM:  # one-time work may dominate it
                 seconds = trainer.try_step(steps.index(loss)).seconds
             total += seconds * steps.count(loss)
             advance(1)
@@ -305,7 +305,7 @@ def measure_seconds(
 def identity(
     info: CheckpointInfo, documents: Documents, config: RecoverConfig, against: str | Path | None
 ) -> dict[str, Any]:
-    """Return what tells a run from others: model, data, settings."""
+    """Return the identity of a run: model, data, settings."""
     from ligerexport.checkpoint.adapter import model_id
 
     teacher = (str(against) if against else "itself") if config.row.needs_teacher else None
@@ -315,7 +315,7 @@ def identity(
 def make_record(
     run: dict[str, Any], config: RecoverConfig, documents: Documents, history: Sequence[Step]
 ) -> dict[str, Any]:
-    """Return what the result says about its making."""
+    """Return the record of how the result was made."""
     from ligerexport.train.report import phase_table
 
     return run | {
@@ -355,7 +355,7 @@ def _require(*modules: str) -> None:
 
 
 def _writer(directory: str | Path | None) -> Any:
-    """Return TensorBoard's writer, if one is wanted."""
+    """Return TensorBoard's writer; None without a directory."""
     if directory is None:
         return None
     try:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ligerexport.train.loop import Step
 
 TAIL = 10
-"""Steps whose mean is called the first or the final loss: a single batch says little."""
+"""Number of steps in the mean that is reported as first or final loss: a single batch varies too much."""
 
 
 def mean_loss(steps: Sequence[Step]) -> float:
@@ -63,7 +63,7 @@ def _markdown(record: Mapping[str, Any], phases: Sequence[Mapping[str, Any]]) ->
 
 
 def _picture(file: Path, history: Sequence[Step]) -> None:
-    """Draw the loss of each phase, if matplotlib is there."""
+    """Draw the loss of each phase, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

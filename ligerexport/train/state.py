@@ -1,7 +1,7 @@
-"""What a run needs to go on exactly where it was: LoRA, its optimizer, the step, what was measured so far.
+"""Save and load the state of a run, to continue it exactly: LoRA, its optimizer, the step, past measurements.
 
-The order of the data, the learning rate and all random numbers are functions of seed and step, so nothing of them is
-stored. A state appears whole or not at all; safetensors and JSON only.
+The order of the data, the learning rate and all random numbers are functions of seed and step, so they are not stored.
+A state is written completely or not at all, as safetensors and JSON only.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 MARKER = "state.json"
 KEPT = 2
-"""States on the disk: the newest, and one in case somebody damages it."""
+"""Number of states kept on the disk: the newest, and one in case it is damaged."""
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """A state as read from the disk: tensors by name, optimizer tensors by `NAME.KIND`, rows of the loss curve."""
+    """A state read from the disk: tensors by name, optimizer tensors by `NAME.KIND`, rows of the loss curve."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -69,10 +69,10 @@ def save_state(
 
 
 def load_state(directory: Path, run: dict[str, Any]) -> Resumed | None:
-    """Return the newest whole state, or None where there is none.
+    """Return the newest complete state, or None if there is none.
 
     Raises:
-        CheckpointError: It belongs to another model, other data or other settings.
+        CheckpointError: The state belongs to another model, other data or other settings.
     """
     for path in _states(directory):
         try:
@@ -80,7 +80,7 @@ def load_state(directory: Path, run: dict[str, Any]) -> Resumed | None:
             if bad := [name for name, digest in content["sha256"].items() if sha256(path / name) != digest]:
                 raise ValueError(f"{bad[0]} was changed")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warn(f"{path} is damaged ({error}); trying the one before")
+            warn(f"{path} is damaged ({error}); trying the previous one")
             continue
         _check_run(path, content["run"], run)
         from safetensors.torch import load_file
@@ -95,12 +95,12 @@ def _states(directory: Path) -> list[Path]:
 
 
 def _check_run(path: Path, found: dict[str, Any], run: dict[str, Any]) -> None:
-    """Compare what decides the numbers of a run; the rate may differ, so that a run can go on more carefully."""
-    hint = "go on with the same, choose another place with -o, or start again with --resume never"
+    """Compare the identities of two runs. The rate may differ, so that a run can continue with a lower one."""
+    hint = "use the same model, data and settings, choose another -o, or start again with --resume never"
     if found.get("model") != run["model"]:
         raise CheckpointError(f"{path} is the state of another model", hint=hint)
     for key in [key for key in run if found.get(key) != run[key] and key != "rate"]:
         what = "other data" if key == "data" else f"{key} {found.get(key)}, not {run[key]}"
         raise CheckpointError(f"{path} is the state of a run with {what}", hint=hint)
     if found.get("rate") != run["rate"]:
-        warn(f"going on with rate {run['rate']:g}; the run began with {found.get('rate'):g}")
+        warn(f"continuing with rate {run['rate']:g}; the run began with {found.get('rate'):g}")

@@ -107,13 +107,13 @@ def _open(spec: ModelSpec, artifact: Artifact) -> Engine:
 
 
 def prompt_ids(spec: ModelSpec) -> np.ndarray:
-    """Return the ids of `PROMPT`, or ids at random where the checkpoint has no tokenizer."""
-    file = spec.path / "tokenizer.json"
-    if not file.is_file():
-        return np.random.default_rng(0).integers(0, spec.vocab_size, 400)
-    from tokenizers import Tokenizer
+    """Return the ids of `PROMPT`, or random ids if no tokenizer makes enough tokens of it to cut."""
+    file, ids = spec.path / "tokenizer.json", list[int]()
+    if file.is_file():
+        from tokenizers import Tokenizer
 
-    return np.array(Tokenizer.from_file(str(file)).encode(PROMPT).ids)
+        ids = Tokenizer.from_file(str(file)).encode(PROMPT).ids
+    return np.array(ids) if len(ids) >= PIECES else np.random.default_rng(0).integers(0, spec.vocab_size, 400)
 
 
 class Verification(Comparison):

@@ -1,6 +1,6 @@
-"""`bench`: the parity gate, then two models at every context and batch, in processes of their own and in turns.
+"""`bench`: check parity, then time two models at every context and batch, in turns and each in its own process.
 
-Nothing is timed before the artifact is known to compute what torch computes.
+Nothing is timed before the artifact's parity with torch is known.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ligerexport.threads import default_threads
 from ligerexport.versions import versions
 
 _BUSY = 0.1
-"""Share of the cores that others may take before they are in the way."""
+"""Largest share of the cores that other processes may use without a warning."""
 FIRST_SECONDS, FIRST_TIMES = 2.0, 5
-"""Seconds and number of readings; the time to the first token is the median of those that fit into both."""
+"""Limits in seconds and in number of readings; the time to first token is the median of the readings within both."""
 
 
 def bench(
@@ -45,24 +45,24 @@ def bench(
 
     Args:
         model: An artifact, a converted checkpoint, or a Transformer (directory, hub id or built-in model).
-        against: Another one with the same vocabulary.
-        checkpoint: The converted checkpoint of an artifact, to compare it with torch first.
+        against: Another model with the same vocabulary.
+        checkpoint: The converted checkpoint of an artifact, to compare the artifact with torch first.
         settings: The sweep.
         progress: Opens a phase.
 
     Returns:
         Plain data for JSON: `models`, `parity`, `machine`, `rows` (one for each model, batch and context), and
-        `crossover`, the context from which the first model is faster or smaller; `warnings`, sentences about what
-        disturbed the measurement.
+        `crossover`, the context from which the first model is faster or smaller; `warnings`, sentences about
+        disturbances of the measurement.
 
     Raises:
-        VerificationError: An artifact is not known to compute what torch computes.
+        VerificationError: An artifact's parity with torch is not known.
         UsageError: The vocabularies differ, or a setting makes no sense.
     """
     settings, progress = settings or Settings(), progress or silent
     threads = settings.threads or default_threads()
     settings = replace(settings, threads=threads)
-    load = os.getloadavg()[0]  # before there is any work of ours
+    load = os.getloadavg()[0]  # before this process computes anything
     models = dict(zip(labels(model, against), (model, against), strict=True))
     parity = {
         name: gate(path, checkpoint or _of_same_conversion(path, against), progress)
@@ -100,14 +100,14 @@ def bench(
 
 
 def labels(model: str, against: str) -> tuple[str, str]:
-    """Return short names of two models, which differ."""
+    """Return short and distinct names of two models."""
     short = [Path(name).expanduser().name if Path(name).expanduser().is_dir() else name for name in (model, against)]
     first, second = short if short[0] != short[1] else (model, against)
     return first, second if second != first else f"{second} again"
 
 
 def _of_same_conversion(artifact: str, model: str) -> str | None:
-    """Return the model where it is a checkpoint with the conversion of an artifact."""
+    """Return the model if it is a checkpoint with the conversion of an artifact."""
     config = Path(model).expanduser() / "config.json"
     if is_artifact(model) or not config.is_file():
         return None
@@ -116,18 +116,18 @@ def _of_same_conversion(artifact: str, model: str) -> str | None:
 
 
 def gate(artifact: str, checkpoint: str | None = None, progress: ProgressFactory = silent) -> dict[str, Any]:
-    """Say by what an artifact is known to compute what torch computes; all its files are hashed for that.
+    """Return the evidence that an artifact computes what torch computes; all files are hashed for this.
 
     Args:
-        artifact: Its directory.
-        checkpoint: What it was built from, to run the torch model against it; None asks the manifest.
+        artifact: The artifact's directory.
+        checkpoint: Checkpoint that it was built from, to compare it with torch now; None reads the manifest.
         progress: Opens a phase.
 
     Returns:
-        `by`, and the numbers of the comparison.
+        `by`, which names the evidence, and the numbers of the comparison.
 
     Raises:
-        VerificationError: They differ, or nothing is known of it.
+        VerificationError: The two differ, or were never compared.
     """
     opened = open_artifact(Path(artifact).expanduser())
     if checkpoint:
@@ -158,7 +158,7 @@ def gate(artifact: str, checkpoint: str | None = None, progress: ProgressFactory
 
 @dataclass
 class _Turn:
-    """One model at one point, and what was measured so far."""
+    """One model at one point, and its measurements so far."""
 
     worker: Worker
     tokens: list[int]
@@ -181,7 +181,7 @@ def _point(
             advance(1)
         sizes = {turn.worker.facts["vocab_size"] for turn in turns.values()}
         if len(sizes) > 1:
-            raise UsageError(f"vocabularies of {' and '.join(map(str, sorted(sizes)))} tokens",
+            raise UsageError(f"the vocabularies have {' and '.join(map(str, sorted(sizes)))} tokens",
                              hint="compare a model with the Transformer that it was converted from")  # fmt: skip
         begin: dict[str, Any] = {}
         for block in range(settings.blocks + 1):
@@ -208,7 +208,7 @@ def _point(
 
 
 def _effort(turns: dict[str, _Turn]) -> dict[str, Any]:
-    """Return the time, the seconds of CPUs that everybody and that this measurement took, and each model's faults."""
+    """Return the time, the CPU seconds of the machine and of this measurement, and each model's page faults."""
     ours = time.process_time() + sum(turn.last["cpu_s"] for turn in turns.values())
     faults = {name: turn.last["faults"] for name, turn in turns.items()}
     return {"at": time.perf_counter(), "all": machine.cpu_seconds(), "ours": ours, "faults": faults}
@@ -218,10 +218,10 @@ def disturbed(rows: Sequence[dict[str, Any]], threads: int, cores: int, load: fl
     """Return warnings about other processes on the cores and models that waited for the disk: they distort the numbers.
 
     Args:
-        rows: With the cores that others kept busy (`others`, None where it is not known) and major page faults a token
-            (`faults`).
-        threads: Threads of a model.
-        cores: Cores of the machine.
+        rows: Results with the cores used by other processes (`others`, None if not known) and the major page faults per
+            token (`faults`).
+        threads: Number of threads of a model.
+        cores: Number of cores of the machine.
         load: Load average of the machine before the measurement.
     """
     found = []
@@ -233,18 +233,18 @@ def disturbed(rows: Sequence[dict[str, Any]], threads: int, cores: int, load: fl
         worst = max((row for row in rows if row["model"] == name), key=lambda row: row["faults"])
         if worst["faults"] >= 1:
             times, at = worst["faults"], worst["context"]
-            found.append(f"{name} waited for the disk {times:,.0f} times a token at {at:,} tokens: "
-                         "both models do not fit into memory together")  # fmt: skip
+            found.append(f"{name} waited for the disk {times:,.0f} times per token at {at:,} tokens: "
+                         "the two models do not fit into memory together")  # fmt: skip
     return found
 
 
 def prompt(context: int, vocab_size: int) -> list[int]:
-    """Return ids that every tokenizer has; what a token costs does not depend on which it is."""
+    """Return ids that every tokenizer has; the time of a token does not depend on its id."""
     return [(7 * i) % max(1, min(vocab_size, 30_000) - 50) + min(50, vocab_size - 1) for i in range(context)]
 
 
 def _first(worker: Worker, batch: int, context: int, read_up_to: int) -> tuple[list[int], list[float]]:
-    """Let a worker see its context; return the next ids and the seconds to them, none where it was filled."""
+    """Give a worker its context; return the next ids and the seconds to them, no seconds if a cache was filled."""
     ids = [prompt(context, worker.facts["vocab_size"])] * batch
     worker("prefill", ids=[row[:32] for row in ids])  # the first call allocates
     worker("restart")
@@ -259,7 +259,7 @@ def _first(worker: Worker, batch: int, context: int, read_up_to: int) -> tuple[l
 
 
 def _row(name: str, turn: _Turn, batch: int, context: int) -> dict[str, Any]:
-    """Return one line of the result."""
+    """Return one row of the result."""
     each = sorted(1e3 * x for block in turn.seconds for x in block)
     medians = [1e3 * statistics.median(block) for block in turn.seconds]
     facts, last = turn.worker.facts, turn.last
@@ -278,14 +278,14 @@ def _row(name: str, turn: _Turn, batch: int, context: int) -> dict[str, Any]:
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """Return the smallest of sorted values that at least this share of them does not exceed."""
+    """Return the smallest of the sorted values such that at least this share of them is not larger."""
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
 
 
 def crossover(rows: Sequence[dict[str, Any]], names: Sequence[str], key: str) -> float | None:
-    """Return the context from which the first model has less of `key`, on straight lines between those measured.
+    """Return the context from which the first model has less of `key`, interpolated linearly between contexts.
 
-    The first context is returned where it has less from there on; None where it never has less at the end.
+    The result is the first context if the model has less everywhere, and None if it does not have less at the last.
     """
     ours, theirs = ({row["context"]: row[key] for row in rows if row["model"] == name} for name in names)
     contexts = sorted(ours)

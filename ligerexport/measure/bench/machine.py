@@ -1,4 +1,4 @@
-"""What the machine says: memory of this process, energy, bandwidth, names. Nothing of a model."""
+"""Read the machine: memory of this process, energy, bandwidth, names. Nothing here knows a model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 STREAM = 1 << 28
-"""Bytes that the bandwidth is measured on: several times any cache."""
+"""Size in bytes of the buffer for measuring bandwidth: several times any cache."""
 RAPL = Path("/sys/class/powercap")
 
 
 def memory() -> dict[str, int]:
-    """Return bytes of this process: resident, of it private (not a mapped file), and resident at most."""
+    """Return bytes of this process: resident, the private part of that (no mapped files), and the largest resident."""
     status = Path("/proc/self/status")
-    if not status.is_file():  # macOS tells the most only, in bytes
+    if not status.is_file():  # macOS has only the largest, in bytes
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -32,14 +32,14 @@ def memory() -> dict[str, int]:
 
 
 def effort() -> dict[str, float]:
-    """Return what this process has taken so far: seconds of CPUs, and page faults that waited for the disk."""
+    """Return the CPU seconds of this process so far, and its page faults that waited for the disk."""
     import resource
 
     return {"cpu_s": time.process_time(), "faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt}
 
 
 def cpu_seconds() -> float | None:
-    """Return the seconds that all CPUs worked so far, for whatever process or virtual machine; None off Linux."""
+    """Return the seconds that all CPUs worked so far, for any process or virtual machine; None outside Linux."""
     stat = Path("/proc/stat")
     if not stat.is_file():
         return None
@@ -48,7 +48,7 @@ def cpu_seconds() -> float | None:
 
 
 def device_memory() -> int | None:
-    """Return the bytes that torch of this process holds on a GPU; None where it uses none."""
+    """Return the bytes that this process's torch holds on a GPU; None if it uses none."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
@@ -56,7 +56,7 @@ def device_memory() -> int | None:
 
 
 def bandwidth(threads: int, device: str = "cpu") -> float | None:
-    """Return the bytes a second at which memory can be read, the best of several tries; None where torch has no GPU."""
+    """Return the bandwidth of reading memory in bytes per second, the best of several tries; None without a GPU."""
     if device != "cpu":
         return _device_bandwidth(device)
     parts = np.array_split(np.ones(STREAM // 4, np.float32), threads)
@@ -88,7 +88,7 @@ def _device_bandwidth(device: str) -> float | None:
 
 
 class Energy:
-    """Counters of energy, where this machine has some that may be read: of CPU packages (RAPL) and of GPUs (NVML)."""
+    """The energy counters of this machine that can be read: CPU packages (RAPL) and GPUs (NVML)."""
 
     def __init__(self) -> None:
         packages = sorted(RAPL.glob("intel-rapl:?")) if RAPL.is_dir() else []
@@ -113,14 +113,14 @@ class Energy:
 
     @property
     def source(self) -> str | None:
-        """Return which energy is measured; None if none can be read."""
+        """The counters that are measured; None if none can be read."""
         names = [f"{len(self._packages)} CPU packages"] * bool(self._packages) + [f"{len(self._gpus)} GPUs"] * bool(
             self._gpus
         )
         return " and ".join(names) or None
 
     def read(self) -> list[tuple[float, float]]:
-        """Return each counter in joules, and the value at which it starts again (0 is never)."""
+        """Return each counter in joules, and the value at which it wraps around (0 for never)."""
         counters = [
             (_number(path / "energy_uj") / 1e6, _number(path / "max_energy_range_uj") / 1e6) for path in self._packages
         ]
@@ -131,7 +131,7 @@ class Energy:
         return counters
 
     def since(self, before: list[tuple[float, float]]) -> float | None:
-        """Return the joules since an earlier `read`; None without counters."""
+        """Return the joules used since an earlier `read`; None without counters."""
         if not before:
             return None
         spent = 0.0

@@ -1,4 +1,4 @@
-"""What `bench` measured, as Markdown and as plots with the crossover marked."""
+"""Write the result of `bench` as Markdown, and as plots with the crossover marked."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ligerexport.staging import staged_directory
 
 RESULT = "bench.json"
 MARKS = (("o", "-"), ("s", "--"))
-"""Marker and line of each model: colour is not all that tells them apart."""
+"""Marker and line of each model, so that they differ in more than colour."""
 COLUMNS = (
-    "model", "batch", "context", "first token", "a token, p50", "p95", "tokens/s", "state or KV", "resident", "peak",
-    "GPU", "energy a token", "of the floor",
+    "model", "batch", "context", "first token", "per token, p50", "p95", "tokens/s", "state or KV", "resident", "peak",
+    "GPU", "energy per token", "of the floor",
 )  # fmt: skip
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Return the table, and below it what it was measured on and where the lines cross."""
+    """Return the table, and below it the crossovers and the machine."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
     first, second = result["models"]
@@ -29,8 +29,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     for batch, found in result["crossover"].items():
         at = "; ".join(
             f"{what} {_from(found[key], result)}"
-            for key, what in (("ms", "a token is faster"), ("rss", "resident memory is less"),
-                              ("state_bytes", "state is less"))
+            for key, what in (("ms", "less time per token"), ("rss", "less resident memory"),
+                              ("state_bytes", "a smaller state"))
         )  # fmt: skip
         lines.append(f"{first} against {second}, batch {batch}: {at}.")
     machine = result["machine"]
@@ -38,15 +38,15 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{device} {rate / 1e9:.1f} GB/s" if rate else f"{device} unknown"
         for device, rate in machine["bytes_per_s"].items()
     )
-    lines.append(f"{machine['cpu']}, {machine['threads']} threads; memory reads {rates}, which is the floor.")
-    lines.append(f"Energy: {machine['energy'] or 'this machine does not tell'}.")
+    lines.append(f"{machine['cpu']}, {machine['threads']} threads; memory bandwidth {rates}, which sets the floor.")
+    lines.append(f"Energy: {machine['energy'] or 'this machine has no counter that can be read'}.")
     lines += [f"Warning: {text}." for text in result.get("warnings", ())]  # older results have none
     lines += [f"Parity of {name}: {parity['by']}." for name, parity in result["parity"].items()]
     return "\n".join(lines) + "\n"
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """Return a row's cells for people, in the order of `COLUMNS`."""
+    """Return a row's cells as text, in the order of `COLUMNS`."""
     return [
         f"{row['model']} ({row['precision']})",
         str(row["batch"]),
@@ -73,7 +73,7 @@ def _from(tokens: float | None, result: Mapping[str, Any]) -> str:
 
 
 def save(result: Mapping[str, Any], output: Path | str, *, force: bool = False) -> Path:
-    """Write `bench.json`, `bench.md` and plots; the directory appears whole or not at all.
+    """Write `bench.json`, `bench.md` and plots; the directory is written completely or not at all.
 
     Raises:
         UsageError: `output` is in use.
@@ -82,13 +82,13 @@ def save(result: Mapping[str, Any], output: Path | str, *, force: bool = False) 
     with staged_directory(output, force=force, marker=RESULT) as stage:
         (stage / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         (stage / "bench.md").write_text(markdown(result), encoding="utf-8")
-        for key, label, scale in (("ms", "ms a token", 1.0), ("rss", "MB resident", 1e-6)):
+        for key, label, scale in (("ms", "ms per token", 1.0), ("rss", "MB resident", 1e-6)):
             _plot(result, key, label, scale, stage / ("latency" if key == "ms" else "memory"))
     return Path(output)
 
 
 def check_plots() -> None:
-    """Fail before the work where plots cannot be drawn.
+    """Fail before the work if plots cannot be drawn.
 
     Raises:
         MissingDependency: matplotlib is not installed.
@@ -100,7 +100,7 @@ def check_plots() -> None:
 
 
 def _plot(result: Mapping[str, Any], key: str, label: str, scale: float, file: Path) -> None:
-    """Draw one panel a batch: a line for each model, a bar for the range of blocks, the crossover as a rule."""
+    """Draw one panel per batch: a line for each model, a bar for the range of blocks, a vertical line at crossovers."""
     from matplotlib.figure import Figure
 
     batches = result["settings"]["batches"]

@@ -1,6 +1,6 @@
-"""A model in a process of its own, so that its memory is its own: `Worker` here, JSON lines between, `serve` there.
+"""Run a model in its own process, so that its memory is its own: `Worker` sends JSON lines to `serve` there.
 
-A worker has sessions by name, which share the weights and nothing else. Times are taken in its process.
+A worker has named sessions, which share only the weights. Times are measured in the worker's process.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ligerexport.measure.opened import Opened, open_model
 
 
 class Worker:
-    """Starts the process of a model and talks to it.
+    """Starts the process of a model and communicates with it.
 
     Args:
         model: See `open_model`.
-        **options: Likewise.
+        **options: See `open_model`.
 
     Attributes:
-        facts: `kind`, `precision`, `device`, `vocab_size`, `trained_length`, `weight_bytes`, as `Opened` has them.
+        facts: `kind`, `precision`, `device`, `vocab_size`, `trained_length` and `weight_bytes` of `Opened`.
 
     Raises:
         LigerError: The model cannot be opened.
@@ -47,13 +47,13 @@ class Worker:
         self.facts: dict[str, Any] = self._answer()
 
     def __call__(self, do: str, session: str = "", **arguments: Any) -> dict[str, Any]:
-        """Have something done, see `_Server`; return its answer with the memory of the process after it.
+        """Call a method of `_Server`; return its answer and the memory of the process after the call.
 
         Raises:
-            LigerError: It failed, or the process is gone.
+            LigerError: The call failed, or the process ended.
         """
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError, ValueError):  # `_answer` says why
+        with suppress(BrokenPipeError, ValueError):  # `_answer` reports why
             self._process.stdin.write(json.dumps({"do": do, "session": session, **arguments}) + "\n")
             self._process.stdin.flush()
         return self._answer()
@@ -65,7 +65,7 @@ class Worker:
             code = self._process.wait()
             self._log.seek(0)
             last = self._log.read().decode(errors="replace").strip().rpartition("\n")[2]
-            raise LigerError(f"the process of {self.model} ended with {code}: {last or 'it said nothing'}",
+            raise LigerError(f"the process of {self.model} ended with {code}: {last or 'no message'}",
                              hint="there may be too little memory; try a shorter context")  # fmt: skip
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -74,7 +74,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the process is there."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def close(self) -> None:
@@ -87,14 +87,14 @@ class Worker:
 
 
 class _Server:
-    """The other side: methods are what `Worker` may ask for."""
+    """The side of the model's process: its methods are the requests of `Worker`."""
 
     def __init__(self, model: Opened) -> None:
         self._model = model
         self._sessions: dict[str, Opened] = {"": model}
 
     def prefill(self, session: str, ids: list[list[int]]) -> dict[str, Any]:
-        """Read `[B, T]`; a session begins when it is first named."""
+        """Read ids `[B, T]`; the first use of a name starts its session."""
         model = self._session(session)
         start = time.perf_counter()
         tokens = model.advance(ids)
@@ -105,7 +105,7 @@ class _Server:
         return {"tokens": self._session(session).fill(tokens)}
 
     def decode(self, session: str, tokens: list[int], count: int = 1) -> dict[str, Any]:
-        """Feed ids `[B]`, then what follows, `count` times; answer with `[count, B]` and the seconds of each."""
+        """Decode `count` tokens greedily after ids `[B]`; return the ids `[count, B]` and the seconds of each."""
         model, written, seconds = self._session(session), [], []
         for _ in range(count):
             start = time.perf_counter()
@@ -120,7 +120,7 @@ class _Server:
         return {}
 
     def restart(self, session: str) -> dict[str, Any]:
-        """Let a session begin anew."""
+        """Reset a session."""
         batch = self._sessions.pop(session, self._model).batch
         self._sessions[session] = self._model.sibling(batch)
         return {}
@@ -153,7 +153,7 @@ def serve(options: dict[str, Any], requests: IO[str], answers: IO[str]) -> None:
         for line in requests:
             try:
                 say(server.answer(json.loads(line)))
-            except (LigerError, RuntimeError, MemoryError) as error:  # torch says RuntimeError when memory is out
+            except (LigerError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError when memory runs out
                 say(_explain(error))
     except LigerError as error:
         say(_explain(error))
@@ -166,5 +166,5 @@ def _explain(error: BaseException) -> dict[str, Any]:
 
 if __name__ == "__main__":
     pipe = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries is not an answer
     serve(json.loads(sys.argv[1]), sys.stdin, pipe)

@@ -1,4 +1,4 @@
-"""Evaluation: held-out loss by position, agreement with the teacher, recall, tasks; of checkpoints and artifacts alike.
+"""Evaluate checkpoints and artifacts: held-out loss by position, agreement with the teacher, recall, tasks.
 
-Each measurement is a module of functions of an `Opened` model; `evaluate` runs them.
+Each measurement is a module with functions of an `Opened` model; `evaluate` runs them.
 """

@@ -1,7 +1,7 @@
-"""Controls: the same weights under another memory, to tell what each part of a conversion is worth.
+"""Controls: the same weights with another memory, to measure the value of each part of a conversion.
 
-Each answers one question: is the memory better than the same number of slots spent on a longer window, does the
-recurrence add anything, do the scores choose better than chance.
+Each answers one question: is the memory better than a longer window of the same size, does the recurrence help, do the
+scores choose better than chance.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ SINKS = 4
 
 
 def control_config(name: str, config: LigerConfig) -> LigerConfig:
-    """Return the conversion that a control compares `config` with.
+    """Return the conversion with which a control is compared to `config`.
 
     Args:
         name: Row of `CONTROLS`.
         config: The conversion under test.
 
     Raises:
-        UsageError: No such control, or the conversion has nothing that it could be compared in.
+        UsageError: There is no such control, or the conversion lacks the part that the control changes.
     """
     look_up("control", name, CONTROLS)
     if name == "no-recurrence":
@@ -64,7 +64,7 @@ def make_control(name: str, model: PreTrainedModel, seed: int = 0) -> PreTrained
     config = control_config(name, LigerConfig.from_dict(model.config.liger))
     if name != "random-judge":
         return convert_in_memory(model, config)
-    bare = replace(config, slots=(), layer_memory=())  # with scored slots it would need weights for them
+    bare = replace(config, slots=(), layer_memory=())  # scored slots would need weights
     control = convert_in_memory(model, bare)
     for i, layer in enumerate(control.model.layers):
         if i not in config.unchanged:
@@ -74,9 +74,9 @@ def make_control(name: str, model: PreTrainedModel, seed: int = 0) -> PreTrained
 
 
 class RandomJudge(LigerMixer):
-    """A mixer whose learned score is a number drawn for each token, layer and head.
+    """A mixer whose learned score is a random number for each token, layer and head, for measurements only.
 
-    The number depends on the token's position alone, so that a prompt can be cut anywhere. For measuring only.
+    The number depends only on the token's position, so that a prompt can be cut anywhere.
     """
 
     def __init__(self, mixer: LigerMixer, config: LigerConfig, seed: int):

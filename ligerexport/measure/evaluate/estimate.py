@@ -13,9 +13,9 @@ class Estimate:
     """A mean over independent samples.
 
     Attributes:
-        mean: The number.
+        mean: The mean.
         stderr: Standard error of the mean; None for a single sample.
-        count: Samples: windows, prompts or questions.
+        count: Number of samples: windows, prompts or questions.
     """
 
     mean: float
@@ -38,4 +38,4 @@ class Estimate:
 
 
 Table = dict[str, dict[str, Estimate]]
-"""Measurement, then column (bin of positions, distance, metric of a task)."""
+"""Estimates by measurement, then by column (bin of positions, distance, metric of a task)."""

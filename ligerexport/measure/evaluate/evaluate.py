@@ -1,4 +1,4 @@
-"""`evaluate`: open the models, measure the same parts of all of them in the same order, and make a report.
+"""`evaluate`: open the models, measure all of them in the same way, and make a report.
 
 Torch is imported only when something is measured.
 """
@@ -46,26 +46,26 @@ def evaluate(
 
     Args:
         model: A converted checkpoint, a Transformer (directory, hub id or built-in model), or a built artifact.
-        against: The Transformer to compare with; it is measured too.
+        against: The Transformer to compare with, which is measured too.
         text: Plain text that no model was trained on: files, or directories with `.txt` files.
-        parts: Rows of `PARTS`; None takes what the inputs allow: `nll` and `recall`, `agreement` with a teacher,
-            `tasks` where tasks are named.
+        parts: Rows of `PARTS`; None takes those that the inputs allow: `nll` and `recall` with text, `agreement` with a
+            teacher, `tasks` with names of tasks.
         tasks: Names of lm-eval's tasks.
-        task_data: Directory with their data sets, for machines without a network.
+        task_data: Directory with the tasks' data sets, for machines without a network.
         output: Directory for `report.json`, `report.md` and plots; None writes nothing.
-        force: Whether an older report there may be replaced.
+        force: Whether an older report in `output` may be replaced.
         progress: Opens a phase of long work; see `ligerexport.console.progress`.
         **settings: Fields of `Settings`.
 
     Returns:
-        The numbers with their standard errors; `to_dict()` and `markdown()` render them.
+        The measurements with their standard errors; `to_dict()` and `markdown()` render them.
 
     Raises:
         UsageError: Inputs are missing, make no sense, or do not fit each other.
         SourceError: There is no such model.
-        CheckpointError: A checkpoint is damaged, or a control is asked of what was not converted.
+        CheckpointError: A checkpoint is damaged, or controls are requested for a model that is not converted.
         ArtifactError: An artifact is damaged or for another runtime.
-        MissingDependency: lm-eval, a runtime or a device is not there.
+        MissingDependency: lm-eval, a runtime or a device is not available.
     """
     plan = plan_evaluate(
         model, against=against, text=text, parts=parts, tasks=tasks, task_data=task_data, output=output, force=force,
@@ -92,7 +92,7 @@ def plan_evaluate(
 
     Raises:
         UsageError: Inputs are missing, make no sense, or do not fit each other.
-        CheckpointError: A control is asked of an artifact.
+        CheckpointError: Controls are requested for an artifact.
     """
     chosen, names = choose_parts(parts, tasks, text=bool(text), teacher=against is not None)
     controls = tuple(settings.pop("controls", None) or ())
@@ -108,11 +108,11 @@ def plan_evaluate(
 
 @dataclass(frozen=True)
 class EvaluatePlan:
-    """An evaluation with its arguments checked; made by `plan_evaluate`, whose arguments its fields are.
+    """An evaluation with checked arguments, from `plan_evaluate`; the other fields are its arguments.
 
     Attributes:
         files: The files of the held-out text.
-        settings: What is measured.
+        settings: The settings.
     """
 
     model: str | Path
@@ -125,7 +125,7 @@ class EvaluatePlan:
     force: bool
 
     def describe(self) -> dict[str, Any]:
-        """Return what `run` would measure, without loading or fetching anything.
+        """Return facts about what `run` would measure, without loading or fetching anything.
 
         Raises:
             CheckpointError: A model is a directory that cannot be loaded.
@@ -133,7 +133,7 @@ class EvaluatePlan:
         from ligerexport.checkpoint.loading import check_loadable
 
         for path in (Path(name).expanduser() for name in (self.model, self.against) if name and not is_artifact(name)):
-            if path.is_dir():  # other models would have to be fetched
+            if path.is_dir():  # other models may need a download
                 check_loadable(path)
         wanted = {"lm_eval": "eval"} if self.settings.tasks else {}
         return {
@@ -146,7 +146,7 @@ class EvaluatePlan:
         }
 
     def run(self, progress: ProgressFactory | None = None) -> Report:
-        """Measure. Nothing is written, so that a full disk does not lose what was measured: see `save`."""
+        """Measure. Only `save` writes files, so that a full disk does not lose the measurements."""
         start, progress = time.perf_counter(), progress or silent
         settings = self.settings
         if settings.tasks:
@@ -177,13 +177,13 @@ class EvaluatePlan:
         )
 
     def save(self, report: Report) -> None:
-        """Write the report, if there is a place for it."""
+        """Write the report, if `output` was given."""
         if self.output is not None:
             report.save(self.output, force=self.force)
 
 
 def tokens_to_read(settings: Settings) -> int:
-    """Return about how many tokens each model reads, tasks left out."""
+    """Return the approximate number of tokens that each model reads, without tasks."""
     total = settings.windows * settings.length if {"nll", "agreement"} & set(settings.parts) else 0
     if "recall" in settings.parts:
         pairs = sum(n for n in PAIR_LENGTHS if n <= max(settings.distances)) * len(PAIRS)
@@ -219,7 +219,7 @@ def _open(
 
 def _no_controls(name: str) -> CheckpointError:
     return CheckpointError(
-        f"{name} is not a converted checkpoint, controls need one",
+        f"{name} is not a converted checkpoint, which controls need",
         hint="give the directory that convert or recover wrote",
     )
 
@@ -275,10 +275,10 @@ def _run_tasks(
 
 
 def _left_out(settings: Settings, table: Table) -> dict[str, str]:
-    """Say which measurement could not be made."""
+    """Return the measurement that could not be made, and why."""
     if "recall" not in settings.parts or any(name.startswith("pairs") for name in table):
         return {}
-    return {"left_out": "pairs of words: the vocabulary has few words, or the length is short"}
+    return {"left_out": "pairs of words: the vocabulary has too few words, or the length is too small"}
 
 
 def _environment(model: Opened) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""lm-eval's view of a `Opened`: its tasks then run on whatever the other measurements run on.
+"""Adapt an `Opened` model to lm-eval, whose tasks then run on the same models as the other measurements.
 
-Imported only where lm-eval is installed; which tasks run is the business of `ligerexport.measure.evaluate.tasks`.
+It is imported only if lm-eval is installed. `ligerexport.measure.evaluate.tasks` chooses and runs the tasks.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from ligerexport.measure.opened import Opened
 from ligerexport.text.tokenizer import TextModel
 
 MAX_GEN_TOKENS = 256
-"""Tokens of an answer where a task does not say."""
+"""Number of tokens of an answer if a task does not set it."""
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens")
-"""What tasks call it where they do."""
+"""Names under which tasks set it."""
 
 Scored = tuple[float, bool]
-"""Log probability of a continuation in nats, and whether it is what greedy decoding writes."""
+"""Log probability of a continuation in nats, and whether greedy decoding writes it."""
 
 
 class HarnessLM(TemplateLM):
-    """A model of lm-eval over a scorer and a tokenizer.
+    """An lm-eval model from a scorer and a tokenizer.
 
     Args:
         scorer: The model.
-        text: Its tokenizer.
-        max_length: Most tokens of a prompt with its continuation; longer ones lose their beginning.
-        advance: Told how many requests are done.
+        text: The model's tokenizer.
+        max_length: Largest number of tokens of prompt and continuation; longer ones lose their beginning.
+        advance: Called with the number of requests that are done.
     """
 
     def __init__(
@@ -49,33 +49,33 @@ class HarnessLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Id that a text without context is conditioned on."""
+        """Id that is the context of a text without one."""
         return self.eot_token_id if self.text.bos_id is None else self.text.bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """What distinguishes the prompts of this model in lm-eval's cache."""
+        """Name that distinguishes this model's prompts in lm-eval's cache."""
         return f"ligerexport-{len(self.text.vocabulary)}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
-        """Return ids; by default with what the tokenizer puts in front, unless the text has it already."""
+        """Return ids; by default with the tokenizer's prefix, unless the text already has it."""
         ids = self.text.encode(string, special=add_special_tokens is not False)
         doubled = add_special_tokens is None and len(ids) > 1 and ids[0] == ids[1] == self.text.bos_id
         return ids[1:] if doubled else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation as the model was trained to read it."""
+        """Return a conversation rendered by the model's chat template."""
         return self.text.render(chat_history, answer=add_generation_prompt)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[Scored]:
-        """Score continuations. Prompts of one length go together, and equal ones are read once."""
+        """Score continuations. Prompts of equal length share a batch, and equal prompts are read once."""
         waiting: dict[int, dict[tuple[int, ...], list[int]]] = {}
         for index, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise UsageError(
-                    f"an answer of {len(continuation):,} tokens, the context has {self.max_length:,}",
+                    f"an answer has {len(continuation):,} tokens, the context has {self.max_length:,}",
                     hint="leave this task out",
                 )
             ids = tuple([*context, *continuation][-(self.max_length + 1) :][:-1])
@@ -112,10 +112,10 @@ class HarnessLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """Return greedy continuations up to a stop text, the end of the text, or the most tokens.
+        """Return greedy continuations up to a stop string, the end of the text, or the largest number of tokens.
 
         Raises:
-            UsageError: A task wants to sample.
+            UsageError: A task samples its answers.
         """
         return [self._generate(*request.args) for request in requests]
 
@@ -141,7 +141,7 @@ class HarnessLM(TemplateLM):
 
 
 def _score(log_p: torch.Tensor, continuation: list[int]) -> Scored:
-    """Read a continuation off log probabilities `[last, V]` that end with its last token."""
+    """Return a continuation's score from log probabilities `[last, V]` that end with its last token."""
     if not continuation:
         return 0.0, True
     rows = log_p[-len(continuation) :]

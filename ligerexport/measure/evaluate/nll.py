@@ -1,4 +1,4 @@
-"""Held-out loss by position, and agreement with a teacher, of several models in one pass over the text."""
+"""Measure held-out loss by position and agreement with a teacher, for several models in one pass over the text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIRST_EDGE = 64
 
 
 def position_bins(length: int) -> list[tuple[int, int]]:
-    """Return bins of positions, each twice as long as all before it: 0-64, 64-128, 128-256, ... up to `length`."""
+    """Return bins of positions, each ending at twice the end of the one before: 0-64, 64-128, ... up to `length`."""
     edges, edge = [0], FIRST_EDGE
     while edge < length:
         edges.append(edge)
@@ -35,15 +35,15 @@ def by_position(
 
     Args:
         scorers: Models by name.
-        windows: `[n, T]` ids.
+        windows: Token ids `[n, T]`.
         teacher: Name of the model that the others are compared with; None compares nothing.
-        batch: Windows at a time.
-        advance: Told the tokens read by each model.
+        batch: Number of windows at a time.
+        advance: Called with the number of tokens read by each model.
 
     Returns:
-        For each model `nll` in nats a token and, where there is a teacher, for the others `top1`, the share of
-        positions with the teacher's first choice, and `kl`, KL(teacher || model) in nats a token. Columns are bins of
-        the position that is predicted, and `mean`. Standard errors are over windows.
+        For each model `nll` in nats per token. With a teacher, also for the others `top1`, the share of positions with
+        the teacher's first choice, and `kl`, KL(teacher || model) in nats per token. Columns are bins of the predicted
+        position, and `mean`. Standard errors are over windows.
     """
     names = list(scorers) if teacher is None else [teacher, *(name for name in scorers if name != teacher)]
     chunk = chunk_size(batch, max(scorer.vocab_size for scorer in scorers.values()))
@@ -74,7 +74,7 @@ def by_position(
 
 
 def compare(expected: Tensor, found: Tensor) -> dict[str, Tensor]:
-    """Return agreement and divergence `[B, t]` of log probabilities `[B, t, V]`."""
+    """Return agreement and divergence `[B, t]` from log probabilities `[B, t, V]`."""
     return {
         "top1": (expected.argmax(dim=-1) == found.argmax(dim=-1)).double(),
         "kl": torch.nn.functional.kl_div(found, expected, reduction="none", log_target=True).sum(dim=-1),
@@ -82,7 +82,7 @@ def compare(expected: Tensor, found: Tensor) -> dict[str, Tensor]:
 
 
 def _bins(values: Tensor, length: int) -> dict[str, Estimate]:
-    """Average `[n, T - 1]`, of which column p - 1 is about position p, over bins of p and then over windows."""
+    """Average values `[n, T - 1]`, whose column p - 1 belongs to position p, over bins of p and then over windows."""
     means = {f"{a}-{b}": values[:, max(a - 1, 0) : b - 1].mean(dim=1) for a, b in position_bins(length)}
     means["mean"] = values.mean(dim=1)
     return {name: Estimate.of(mean.tolist()) for name, mean in means.items()}

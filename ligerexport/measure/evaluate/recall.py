@@ -1,7 +1,7 @@
-"""Recall from context: prompts made from a seed in real prose, and how many of the answer's tokens a model gets right.
+"""Measure recall from context: the share of an answer's tokens that a model gets right, on seeded prompts in prose.
 
-Keys are said once, twice, or several with names; associations are pairs of words; copies repeat a span of the prose.
-Nothing is repeated to fill a distance: repeated filler makes whatever stands out easy to keep.
+One key is stated once or twice, or several named keys are; associations are pairs of words; copies repeat a span of
+the prose. The prose never repeats to fill a distance, because in repeated filler anything different is easy to keep.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ NAMES = (
 )  # fmt: skip
 
 LEAD = 64
-"""Tokens of prose before what must be recalled, so that it is no sink; and of the repeated span."""
+"""Number of tokens of prose before the first item to recall, so that it is no sink, and of the repeated span."""
 CUE = 8
-"""Tokens of a copy that are given before the rest is asked for."""
+"""Number of tokens of a copy that are given before the rest is asked for."""
 MARGIN = 64
-"""Least tokens of prose between a key and its question, where the distance allows it."""
+"""Smallest number of tokens between a key and its question, if the distance allows it."""
 FEWEST_WORDS = 512
-"""Words in a vocabulary from which associations can be drawn."""
+"""Smallest number of words in a vocabulary from which associations can be drawn."""
 
 
 class Tokenizer(Protocol):
-    """Text to ids without special tokens, and back."""
+    """Turns text into ids without special tokens, and back."""
 
     def encode(self, text: str) -> list[int]:
         """Return ids."""
@@ -70,7 +70,7 @@ class PlainTokenizer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids, and the indices of those that a model must predict from all before them."""
+    """Token ids, and the indices of those that a model must predict from all earlier ones."""
 
     ids: tuple[int, ...]
     asked: tuple[int, ...]
@@ -88,15 +88,15 @@ def random_key(rng: random.Random) -> str:
 def passkey_prompts(
     tokenizer: Tokenizer, prose: Sequence[int], said: str, distance: int, trials: int, *, seed: int = 0
 ) -> Iterator[Prompt]:
-    """Yield prompts about a key that is said at a random depth of `distance` tokens of prose.
+    """Yield prompts about a key that is stated at a random depth of `distance` tokens of prose.
 
     Args:
         tokenizer: Tokenizer of the model.
-        prose: A stream of tokens.
-        said: How the key is said: `ONCE` or `TWICE`.
-        distance: Tokens of prose around the key.
-        trials: Prompts.
-        seed: Seed of keys, prose and depth.
+        prose: Token ids of the prose.
+        said: Form of the statement: `ONCE` or `TWICE`.
+        distance: Number of tokens of prose around the key.
+        trials: Number of prompts.
+        seed: Seed for keys, prose and depth.
     """
     rng = _generator(seed, f"{said} {distance}")
     for _ in range(trials):
@@ -109,14 +109,14 @@ def passkey_prompts(
 def named_prompts(
     tokenizer: Tokenizer, prose: Sequence[int], keys: int, distance: int, trials: int, *, seed: int = 0
 ) -> Iterator[Prompt]:
-    """Yield prompts about one of several keys with names, each said once at its own random depth."""
+    """Yield prompts about one of several named keys, each stated once at its own random depth."""
     rng = _generator(seed, f"{NAMED} {keys} {distance}")
     for _ in range(trials):
         names = rng.sample(NAMES, keys)
         values = [random_key(rng) for _ in names]
         context = list(_stretch(rng, prose, distance))
         depths = sorted((_depth(rng, distance) for _ in names), reverse=True)
-        for name, key, depth in zip(names, values, depths, strict=True):  # from the end, so that depths stay right
+        for name, key, depth in zip(names, values, depths, strict=True):  # from the end, so that depths stay valid
             context[depth:depth] = tokenizer.encode(NAMED.format(name=name, key=key))
         asked = rng.randrange(keys)
         yield _asked(tokenizer, context, NAMED_QUESTION.format(name=names[asked]), values[asked])
@@ -125,10 +125,10 @@ def named_prompts(
 def pair_prompts(
     words: Sequence[int], prose: Sequence[int], pairs: int, length: int, trials: int, *, seed: int = 0
 ) -> Iterator[Prompt]:
-    """Yield prompts of multi-query associative recall (Zoology, arXiv 2312.04927) with the words of a real vocabulary.
+    """Yield prompts of multi-query associative recall (Zoology, arXiv 2312.04927) with words of a real vocabulary.
 
-    Prose, then `pairs` words each followed by its own word, then prose up to `length` tokens; then every first word
-    again in another order, each followed by what is asked for. No word of a pair occurs in the prose.
+    A prompt is prose with `pairs` pairs of words near its beginning, `length` tokens in all, followed by the same pairs
+    in another order. The second word of each is asked for. No word of a pair occurs in the prose.
     """
     rng = _generator(seed, f"pairs {pairs} {length}")
     for _ in range(trials):
@@ -142,7 +142,7 @@ def pair_prompts(
 
 
 def copy_prompts(prose: Sequence[int], distance: int, trials: int, *, seed: int = 0) -> Iterator[Prompt]:
-    """Yield stretches of prose that end with a span of `LEAD` tokens again, `distance` tokens after its first end."""
+    """Yield prose that ends with a repeated span of `LEAD` tokens, `distance` tokens after the span's first end."""
     rng = _generator(seed, f"copy {distance}")
     for _ in range(trials):
         stretch = _stretch(rng, prose, 2 * LEAD + distance)
@@ -151,7 +151,7 @@ def copy_prompts(prose: Sequence[int], distance: int, trials: int, *, seed: int 
 
 
 def word_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """Return the ids that are words of three or more small letters, with the space before them where it is kept."""
+    """Return the ids of words of three or more lower-case letters, with the space before them if tokens include it."""
     texts = [tokenizer.decode([i]) for i in range(vocab_size)]
     spaced = [i for i, text in enumerate(texts) if re.fullmatch(r" [a-z]{3,}", text)]
     if len(spaced) >= FEWEST_WORDS:
@@ -162,9 +162,9 @@ def word_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
 def answer_all(
     scorer: Opened, prompts: Iterable[Prompt], advance: Callable[[float], None] = lambda amount: None
 ) -> tuple[Estimate, Estimate]:
-    """Return the share of asked tokens that are the model's first choice, and their NLL in nats a token.
+    """Return the share of asked tokens that are the model's first choice, and their NLL in nats per token.
 
-    Standard errors are over prompts. The right answer is fed, so one wrong token does not spoil the next.
+    Standard errors are over prompts. The right answer is fed, so a wrong token does not affect the next.
     """
     prompts = list(prompts)
     groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
@@ -199,22 +199,22 @@ def recall(
     words: Sequence[int] = (),
     advance: Callable[[float], None] = lambda amount: None,
 ) -> Table:
-    """Measure all of it.
+    """Measure recall of keys, associations and copies.
 
     Args:
         scorer: The model.
-        tokenizer: Its tokenizer.
-        prose: A stream of tokens.
-        distances: Distances of keys and copies; the largest is also that of prompts with associations.
-        trials: Prompts for each number.
-        seed: Seed of everything that is random.
+        tokenizer: The model's tokenizer.
+        prose: Token ids of the prose.
+        distances: Distances of keys and copies; prompts with associations have the largest.
+        trials: Number of prompts per measurement.
+        seed: Seed for everything that is random.
         prefix: Ids that begin every prompt.
-        words: From `word_ids`; associations are left out where there are few.
-        advance: Told the tokens read.
+        words: Ids from `word_ids`; associations are left out if they are too few.
+        advance: Called with the number of tokens read.
 
     Returns:
-        Shares of right tokens `once`, `twice`, `keys_K`, `pairs_D`, `copy`, and `copy_nll` in nats a token; columns are
-        distances.
+        Shares of right tokens `once`, `twice`, `keys_K`, `pairs_D` and `copy`, and `copy_nll` in nats per token;
+        columns are distances.
 
     Raises:
         UsageError: The text is too short for these distances.
@@ -249,7 +249,7 @@ def _generator(seed: int, what: str) -> random.Random:
 def _stretch(rng: random.Random, prose: Sequence[int], length: int) -> Sequence[int]:
     if len(prose) <= length:
         raise UsageError(
-            f"the text has {len(prose):,} tokens, recall over {length:,} needs more",
+            f"the text has {len(prose):,} tokens, recall over {length:,} tokens needs more",
             hint="give more text, or shorter distances: --length 1024",
         )
     start = rng.randrange(len(prose) - length)
@@ -265,10 +265,10 @@ def _without(words: Sequence[int], used: set[int]) -> list[int]:
 
 
 def _asked(tokenizer: Tokenizer, context: list[int], question: str, key: str) -> Prompt:
-    """Return a prompt that ends with question and key; asked are the tokens with the key's digits."""
+    """Return a prompt that ends with question and key, and asks for the tokens of the key's digits."""
     whole, bare = tokenizer.encode(f"{question} {key}"), tokenizer.encode(question)
     same = next((i for i, (a, b) in enumerate(zip(whole, bare, strict=False)) if a != b), len(bare))
-    while not tokenizer.decode(whole[same : same + 1]).strip():  # some vocabularies have the space on its own
+    while not tokenizer.decode(whole[same : same + 1]).strip():  # some vocabularies have a token for the space alone
         same += 1
     start = len(context)
     return Prompt((*context, *whole), tuple(range(start + same, start + len(whole))))

@@ -1,4 +1,4 @@
-"""The result of an evaluation: as JSON, as Markdown tables, and as plots where matplotlib is installed."""
+"""The result of an evaluation as JSON, as Markdown tables, and as plots if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ligerexport.staging import staged_directory
 REPORT = "report.json"
 
 TITLES = {
-    "nll": "Held-out negative log likelihood, nats a token, by position",
+    "nll": "Held-out negative log likelihood, nats per token, by position",
     "top1": "Share of positions with the teacher's first choice, by position",
-    "kl": "KL(teacher || model), nats a token, by position",
+    "kl": "KL(teacher || model), nats per token, by position",
     "once": "Key said once: share of its digits recalled, by tokens of prose around it",
     "twice": "Key said twice: share of its digits recalled, by tokens of prose around it",
     "keys_4": "One of 4 named keys, each said once",
@@ -26,20 +26,20 @@ TITLES = {
     "pairs_16": "16 associated pairs of words",
     "pairs_32": "32 associated pairs of words",
     "copy": "Second occurrence of a span: share of tokens that are the first choice, by tokens in between",
-    "copy_nll": "Second occurrence of a span: nats a token, by tokens in between",
+    "copy_nll": "Second occurrence of a span: nats per token, by tokens in between",
     "tasks": "Tasks",
 }
-"""What a measurement is, in the order of the tables."""
+"""Title of each measurement, in the order of the tables."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured.
+    """The measurements.
 
     Attributes:
-        settings: What was asked for, resolved.
-        rows: For each model (`teacher`, `model`, controls) its measurements: by measurement and column.
-        state_bytes: Bytes of one sequence's state by model; None where it grows with the text.
+        settings: The resolved settings.
+        rows: For each model (`teacher`, `model`, controls) its estimates by measurement and column.
+        state_bytes: Bytes of one sequence's state by model; None if it grows with the text.
         environment: Versions, machine, tokens of text, seconds.
     """
 
@@ -62,7 +62,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """Read what `to_dict` wrote."""
+        """Return the report from the data of `to_dict`."""
         rows = {
             name: {key: {column: Estimate(**value) for column, value in columns.items()}
                    for key, columns in table.items()}
@@ -71,7 +71,7 @@ class Report:
         return cls(data["settings"], rows, data["state_bytes"], data["environment"])
 
     def markdown(self) -> str:
-        """Return one table a measurement: models down, bins or distances across, standard errors in brackets."""
+        """Return a table per measurement: a row per model, a column per bin or distance, standard errors in ()."""
         parts = ["# Evaluation", ""]
         parts += [f"- {name}: {_plain(value)}" for name, value in self.settings.items() if value not in (None, [], ())]
         parts += [f"- {name}: {_plain(value)}" for name, value in self.environment.items()]
@@ -83,7 +83,7 @@ class Report:
         return "\n".join(parts) + "\n"
 
     def save(self, output: Path | str, *, force: bool = False) -> Path:
-        """Write `report.json`, `report.md` and, with matplotlib, plots; the directory appears whole or not at all.
+        """Write `report.json`, `report.md` and, with matplotlib, plots; the directory is written atomically.
 
         Raises:
             UsageError: `output` is in use.
@@ -115,14 +115,14 @@ def _cell(value: Estimate | None) -> str:
 
 
 def _plot(report: Report, directory: Path) -> None:
-    """Draw loss by position and recall by distance; nothing where matplotlib is not installed."""
+    """Draw loss by position and recall by distance, if matplotlib is installed."""
     try:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError:
         return
     for file, keys, label in (
-        ("nll", ("nll",), "nats a token"),
+        ("nll", ("nll",), "nats per token"),
         ("recall", ("once", "twice", "keys_4", "keys_8", "copy"), "share recalled"),
     ):
         present = [key for key in keys if any(key in table for table in report.rows.values())]

@@ -1,6 +1,6 @@
-"""What an evaluation measures: tables of parts, controls and tasks, and the settings of one run, checked.
+"""The tables of parts, controls and tasks, and the checked settings of one evaluation.
 
-No measurement here; nothing here loads torch.
+Nothing here measures or loads torch.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from dataclasses import dataclass
 from ligerexport.errors import UsageError, look_up
 
 PARTS = {
-    "nll": "negative log likelihood of held-out text in nats a token, by position",
-    "agreement": "share of equal first choices and KL(teacher || model) in nats a token, by position",
-    "recall": "keys said once, said twice, several at once; associations; copies of a span: by distance",
+    "nll": "negative log likelihood of held-out text in nats per token, by position",
+    "agreement": "share of equal first choices and KL(teacher || model) in nats per token, by position",
+    "recall": "one key stated once or twice, several keys, associations, copies of a span: by distance",
     "tasks": "tasks of lm-eval",
 }
 
 CONTROLS = {
-    "window": "all slots of the memory given to sinks and window, no recurrence",
-    "no-recurrence": "the same memory, the recurrence left out",
-    "random-judge": "the scored slots given to tokens at random",
+    "window": "all slots of the memory for sinks and window, no recurrence",
+    "no-recurrence": "the same memory without the recurrence",
+    "random-judge": "the scored slots for random tokens",
 }
 
 TASKS = {
     "piqa": 0, "arc_easy": 0, "arc_challenge": 0, "hellaswag": 0, "winogrande": 0, "lambada_openai": 0, "mmlu": 5,
 }  # fmt: skip
-"""Tasks with their usual number of examples in the prompt; any other task of lm-eval runs with none."""
+"""Tasks with their usual number of examples in the prompt; any other task of lm-eval runs without examples."""
 
 DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 
@@ -34,34 +34,34 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 DISTANCES = (128, 512, 1024, 2048, 4096)
-"""Tokens of prose around a key, and between a span and its copy."""
+"""Numbers of tokens of prose around a key, and between a span and its copy."""
 KEYS = (4, 8)
-"""Named keys said in one prompt."""
+"""Numbers of named keys in one prompt."""
 PAIRS = (4, 8, 16, 32)
-"""Associations given in one prompt."""
+"""Numbers of associations in one prompt."""
 PAIR_LENGTHS = (256, 512, 1024)
-"""Tokens of such a prompt before the questions."""
+"""Number of tokens before the questions in a prompt with associations."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One evaluation.
+    """The settings of one evaluation.
 
     Attributes:
         parts: Rows of `PARTS`.
         tasks: Names of lm-eval's tasks.
         controls: Rows of `CONTROLS`.
-        length: Tokens of a window of held-out text; also the largest distance of recall.
+        length: Number of tokens in a window of held-out text, and the largest distance of recall.
         windows: Largest number of windows, spread evenly over the text.
-        trials: Prompts for each distance of recall.
-        limit: Largest number of questions per task; None is all.
-        seed: Seed of everything that is random.
-        batch: Sequences at a time on a GPU; elsewhere one.
+        trials: Number of prompts for each distance of recall.
+        limit: Largest number of questions per task; None takes all.
+        seed: Seed for everything that is random.
+        batch: Number of sequences at a time on a GPU; a CPU takes one.
         device: Row of `DEVICES`.
-        dtype: Row of `DTYPES`; the type of a torch model's weights.
+        dtype: Row of `DTYPES`, the type of a torch model's weights.
 
     Raises:
-        UsageError: A value makes no sense or a name is in no table.
+        UsageError: A value makes no sense, or a name is in no table.
     """
 
     parts: tuple[str, ...] = ("nll", "recall")
@@ -95,7 +95,7 @@ class Settings:
 
     @property
     def distances(self) -> tuple[int, ...]:
-        """Distances of recall that are no longer than a window; the window itself where all are."""
+        """Distances of recall that fit into a window; the window itself if none does."""
         return tuple(d for d in DISTANCES if d <= self.length) or (self.length,)
 
     @property
@@ -110,13 +110,13 @@ def choose_parts(
     """Return parts and tasks: the requested ones, or those that the inputs allow.
 
     Args:
-        parts: Rows of `PARTS`; None chooses by the rest.
-        tasks: Names of tasks; None is `DEFAULT_TASKS` where the part is asked for.
+        parts: Rows of `PARTS`; None chooses them by the other arguments.
+        tasks: Names of tasks; None takes `DEFAULT_TASKS` if the part is requested.
         text: Whether held-out text was given.
         teacher: Whether there is a model to compare with.
 
     Raises:
-        UsageError: A part lacks what it needs.
+        UsageError: A part lacks an input that it needs.
     """
     if parts is None:
         chosen = ["nll", "recall"] if text or not tasks else []
@@ -128,7 +128,7 @@ def choose_parts(
     for part in chosen:
         look_up("part", part, PARTS)
     if "agreement" in chosen and not teacher:
-        raise UsageError("agreement needs a teacher", hint="name it: --against MODEL")
+        raise UsageError("agreement needs a teacher", hint="give it: --against MODEL")
     reading = [part for part in chosen if part != "tasks"]
     if reading and not text:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on a `Opened`, with their standard errors; from the hub or from a directory of data sets."""
+"""Run lm-eval's tasks on an `Opened` model, with standard errors, from the hub or a directory of data sets."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from ligerexport.measure.opened import Opened
 from ligerexport.text.tokenizer import TextModel
 
 BOOTSTRAP = 1000
-"""Resamples for the standard error of a perplexity; those of shares are computed."""
+"""Number of bootstrap resamples for the standard error of a perplexity; for shares it has a formula."""
 
 
 def check_tasks(names: Sequence[str], data: Path | None = None) -> Any:
-    """Return lm-eval's manager of tasks, having checked that it knows these.
+    """Return lm-eval's task manager, after checking that it has these tasks.
 
     Args:
-        names: Tasks or groups of them.
+        names: Names of tasks or groups of tasks.
         data: Directory with further tasks as YAML files.
 
     Raises:
-        UsageError: A task is unknown, or `data` is no directory.
+        UsageError: A task is unknown, or `data` is not a directory.
         MissingDependency: lm-eval is not installed.
     """
     if data is not None and not data.is_dir():
-        raise UsageError(f"no directory {data}", hint="--task-data names the directory that holds the data sets")
+        raise UsageError(f"no directory {data}", hint="--task-data takes the directory of the data sets")
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise MissingDependency(f"lm-eval ({error.name})", extra="eval") from error
     if data is not None and all(name in _manager(data, False).all_tasks for name in names):
-        return _manager(data, False)  # reading all of lm-eval's own takes many seconds
+        return _manager(data, False)  # reading all of lm-eval's own tasks takes many seconds
     manager = _manager(data, True)
     for name in names:
         if name not in manager.all_tasks:
@@ -74,16 +74,16 @@ def run_tasks(
 
     Args:
         scorer: The model.
-        text: Its tokenizer.
-        names: Tasks or groups of them.
-        max_length: Most tokens of a prompt.
-        limit: Most questions of each task, the first ones.
-        seed: Seed of the choice of examples in the prompt.
-        data: Directory to run in, without a network: data sets are found there under their names on the hub.
-        advance: Told how many requests are done.
+        text: The model's tokenizer.
+        names: Names of tasks or groups of tasks.
+        max_length: Largest number of tokens of a prompt.
+        limit: Number of questions to take from the beginning of each task; None takes all.
+        seed: Seed for the choice of examples in the prompt.
+        data: Directory with the data sets under their names on the hub, to run without a network.
+        advance: Called with the number of requests that are done.
 
     Raises:
-        LigerError: The data of a task is not there.
+        LigerError: The data of a task is missing.
         MissingDependency: lm-eval is not installed.
         UsageError: A task is unknown.
     """
@@ -116,7 +116,7 @@ def run_tasks(
 
 
 def _scores(name: str, found: Any) -> dict[str, Estimate]:
-    """Read the metrics of a task or a group of them."""
+    """Return the metrics of a task or a group of tasks."""
     measured = found["results"].get(name) or found.get("groups", {}).get(name) or {}
     sizes = found.get("n-samples", {})
     members = sizes.values() if name not in sizes else [sizes[name]]
@@ -134,14 +134,14 @@ def _scores(name: str, found: Any) -> dict[str, Estimate]:
 
 @contextmanager
 def _offline(directory: Path | None) -> Iterator[None]:
-    """Work in a directory without asking a hub, where one is given; put everything back afterwards."""
+    """If a directory is given, work in it without the hub, and restore everything afterwards."""
     if directory is None:
         yield
         return
     import datasets
     import huggingface_hub.constants as hub
 
-    # Both libraries read the environment once, when they are imported, so their own switches are set too.
+    # Both libraries read the environment only when they are imported, so their own switches are set too.
     switches = [(hub, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE"), (datasets.config, "HF_DATASETS_OFFLINE")]
     kept = [(module, name, getattr(module, name)) for module, name in switches if hasattr(module, name)]
     environment, before = dict(os.environ), Path.cwd()
