@@ -1,5 +1,5 @@
-"""Variants of an artifact's step graph, made in memory: one returns the logits of every token of a call, and in another
-one products with quantised weights are exact. Weights and state are the artifact's.
+"""Two variants of an artifact's step graph, made in memory. One returns the logits of every token of a call; the other
+computes products with quantised weights exactly. They use the artifact's weights and state.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def exact_products(graph: Path, outputs: Iterable[str] = ()) -> bytes:
 def every_token(graph: Path) -> bytes | None:
     """Return the graph with logits `[B * T, V]`; its weights stay in the files beside `graph`.
 
-    None is a graph that was not written by `ligerexport.exporters.onnx.graph`: what to leave out is not known there.
+    Returns None for a graph that `ligerexport.exporters.onnx.graph` did not write, where the nodes to drop are unknown.
     """
     model = ir.load(graph)
     logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
@@ -47,7 +47,7 @@ def every_token(graph: Path) -> bytes | None:
 
 
 def _last_token(logits: ir.Value) -> dict[ir.Node, ir.Value] | None:
-    """Return the nodes above `logits` that take the last token of `[B, T, D]`, with the `[B * T, D]` they take from."""
+    """Return the nodes above `logits` that take the last token of `[B, T, D]`, and the `[B * T, D]` that each reads."""
     found: dict[ir.Node, ir.Value] = {}
     waiting, seen = [logits], set()
     while waiting:
