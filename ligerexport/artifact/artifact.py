@@ -1,4 +1,4 @@
-"""The artifact: a directory with a graph, its weights, a tokenizer, and a manifest that says what they are.
+"""The artifact: a directory with a graph, its weights, a tokenizer, and a manifest that describes them.
 
 This file has the manifest, the writer, which leaves a whole artifact or none, and the checks before an engine reads
 one.
@@ -59,13 +59,13 @@ class StateTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one sequence, or of one of its tokens where the tensor grows."""
+        """Bytes of one sequence, or of one of its tokens if the tensor grows."""
         return DTYPES[self.dtype].nbytes * prod(size for size in self.shape if isinstance(size, int))
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The step graph: its file, the most tokens of one call, and its inputs and outputs in order."""
+    """The step graph: its file, the largest number of tokens per call, and its inputs and outputs in order."""
 
     file: str
     max_chunk: int
@@ -74,7 +74,7 @@ class Graph:
 
     @property
     def data(self) -> str:
-        """Name of the file of its weights, which holds nothing but numbers."""
+        """Name of the file of its weights, which contains only numbers."""
         return f"{self.file}.data"
 
 
@@ -122,7 +122,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says.
+    """The content of `manifest.json`.
 
     Attributes:
         ligerexport: Version that wrote the artifact.
@@ -137,12 +137,12 @@ class Manifest:
         state: All state tensors.
         bytes: Byte counts.
         requires: Distribution and version specifier of each runtime that the graph needs.
-        verification: Result of the parity check against torch, as the verifier wrote it.
+        verification: Result of the comparison with torch, as the verifier wrote it.
         recovery: How the weights were trained after the conversion, as in config.json; None if they were not.
         block: Number of weights that share a scale; None if weights have none.
         quality: Cost of the precision against fp32 on a built-in text, as the verifier measured it: nats per token
             before and after, and the divergence. None for fp32.
-        device: What the artifact was built for: compute capabilities, most sequences, the plugin's contract, and the
+        device: The GPUs that the artifact was built for: compute capabilities, largest number of sequences, plugin's
             names of kernels, plugin and engine. None for the CPU.
         files: Every other file of the artifact; filled when it is written.
         format_version: Version of this structure.
@@ -181,9 +181,9 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what gives a state its meaning: weights and conversion, but not target or lowering."""
+        """Digest of everything that gives a state its meaning: weights and conversion, but not target or lowering."""
         meaning: list[Any] = [self.source.files, self.liger, asdict(self.model)]
-        if self.precision != "float32":  # rounding makes them other weights
+        if self.precision != "float32":  # rounding changes the weights
             meaning += [self.precision, self.block]
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -281,10 +281,10 @@ class ArtifactWriter:
         force: Whether an older artifact there may be replaced; it stays until the new one is whole.
 
     Attributes:
-        directory: Where the files go; exists inside the `with` block only.
+        directory: Where the files go; it exists only inside the `with` block.
 
     Raises:
-        UsageError: The destination holds something (on entry).
+        UsageError: The destination is not empty (on entry).
         LigerError: The disk is full.
     """
 
@@ -383,7 +383,7 @@ def _suggest(directory: Path) -> str:
 
 
 def _check_file(directory: Path, name: str, entry: FileInfo, hashes: bool) -> None:
-    """Check that a file lies in the directory and is what the manifest says."""
+    """Check that a file is in the directory and matches the manifest."""
     parts = PurePosixPath(name)
     if (
         parts.is_absolute()

@@ -37,9 +37,9 @@ def liger_mixer(
 
     Args:
         query: `[B, T, H_q, d_k]`, projected and normed as in the family, before rotary embedding.
-        key: `[B, T, H_kv, d_k]`, likewise.
+        key: `[B, T, H_kv, d_k]`, projected and normed in the same way.
         value: `[B, T, H_kv, d_v]`.
-        position: `[B]` int64, tokens that each sequence has seen; negative inside padding on the left.
+        position: `[B]` int64, number of tokens that each sequence has seen; negative inside padding on the left.
         state: State from the last call, or `spec.initial_state`.
         spec: The layer.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.

@@ -31,7 +31,7 @@ warn_if_untried("torch")
 warn_if_untried("transformers")
 
 LONGEST = 1 << 21
-"""Most tokens of rotary distance; a table has a row for each."""
+"""Largest rotary distance in tokens; a table has a row for each."""
 _SIZES = {"num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12,
           "head_dim": 1 << 12, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 28,
           "max_position_embeddings": 1 << 40}  # fmt: skip
@@ -48,9 +48,9 @@ IGNORED = {
 _BODY = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache")
 """Arguments of a model without its head, in order."""
 _PACKED = {"cu_seq_lens_k", "max_length_k", "seq_idx"}
-"""Arguments that repeat `cu_seq_lens_q` and `max_length_q` for packed documents; unknown without these two."""
+"""Arguments that repeat `cu_seq_lens_q` and `max_length_q` for packed documents; not accepted without these two."""
 ONE_LAUNCH = 32_768
-"""Most numbers in the slots' keys of one head for a step in one launch, which holds them in registers."""
+"""Largest number of elements in one head's slot keys for a step in one launch, which holds them in registers."""
 
 
 def read_config(content: Mapping[str, Any]) -> PreTrainedConfig:

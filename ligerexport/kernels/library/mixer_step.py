@@ -27,7 +27,7 @@ def mixer_step(
         query: `[B, H_q, d_k]`, raw projections as in `ligerexport.kernels.ops.liger_mixer`.
         key: `[B, H_kv, d_k]`.
         value: `[B, H_kv, d_v]`.
-        position: `[B]` int64, tokens that each sequence has seen; negative for padding.
+        position: `[B]` int64, number of tokens that each sequence has seen; negative for padding.
         state: Pools `[M, ...]` by the names of `MixerSpec.state`, M at least B. On CUDA the slots end up
             in any order.
         spec: The layer.
