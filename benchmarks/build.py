@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument(
         "--window",
         type=int,
-        help="window of the shape's conversion, which has no pools: scores of random weights often tie, and verification "
+        help="window of the shape's conversion without pools: scores of random weights often tie, and verification "
         "searches for each tie",
     )
     parser.add_argument("--place", type=Path, help="directory for temporary files, with room for all weights")

@@ -1,4 +1,4 @@
-"""Hostile input: the short form of tests/trust/hostile.py, what its watch must see, and what it found once."""
+"""Hostile input: the short form of tests/trust/hostile.py, tests of its watches, and inputs that it once found."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the first hundredth of the inputs comes to."""
+    """Return the result of the first hundredth of the inputs."""
     output = tmp_path_factory.mktemp("hostile") / "hostile.json"
     command = [sys.executable, "-W", "ignore", "tests/trust/hostile.py", "--share", "0.01", "-o", str(output)]
     here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -46,7 +46,7 @@ def test_hostile_input_is_refused_or_valid(short: dict[str, Any]) -> None:
 
 
 def _outside(place: Path) -> None:
-    ctypes.CDLL(None).open(os.fsencode(place / "outside" / "secret"), 0)  # as native code would
+    ctypes.CDLL(None).open(os.fsencode(place / "outside" / "secret"), 0)  # like native code
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
