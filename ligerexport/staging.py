@@ -73,7 +73,7 @@ def check_destination(destination: Path | str, *, force: bool = False, marker: s
         raise UsageError(f"{path} exists and is not empty", hint="choose another place with -o, or add --force")
     if not (path / marker).is_file():
         raise UsageError(
-            f"{path} holds other things (no {marker}), so --force will not replace it",
+            f"{path} holds other files (no {marker}), so --force will not replace it",
             hint="choose another place with -o",
         )
     if not os.access(path, os.W_OK | os.X_OK):  # it could be renamed but not removed

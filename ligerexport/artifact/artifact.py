@@ -227,18 +227,18 @@ def _check_claims(manifest: Manifest) -> None:
     graph, ids = manifest.graph, ("input_ids", "position")
     logits = TensorInfo("logits", "float32", ("B", manifest.model.vocab_size))
     if not 1 <= graph.max_chunk <= 1 << 16 or not 1 <= manifest.model.vocab_size < 1 << 31:
-        raise ValueError(f"a call of {graph.max_chunk} tokens of {manifest.model.vocab_size}")
+        raise ValueError(f"calls of {graph.max_chunk} tokens with a vocabulary of {manifest.model.vocab_size}")
     if tuple(x.name for x in graph.inputs[:2]) != ids or graph.outputs[:1] != (logits,):
         raise ValueError(f"inputs do not begin with {' and '.join(ids)}, or outputs with logits")
     state = manifest.state
     if [(x.past, x.dtype, x.shape) for x in state] != [(x.name, x.dtype, x.shape) for x in graph.inputs[2:]]:
-        raise ValueError("the state is not what the graph takes")
+        raise ValueError("the state differs from the graph's inputs")
     if [(x.present, x.dtype, len(x.shape)) for x in state] != [
         (x.name, x.dtype, len(x.shape)) for x in graph.outputs[1:]
     ]:
-        raise ValueError("the state is not what the graph gives")
+        raise ValueError("the state differs from the graph's outputs")
     if len({x.past for x in state} | {x.present for x in state} | {*ids, "logits"}) != 2 * len(state) + 3:
-        raise ValueError("two tensors have one name")
+        raise ValueError("two tensors have the same name")
     types = {row.name for row in BY_KERNEL.values()}
     for tensor in state:
         sizes = ["P" if tensor.grows and axis == 2 else 1 for axis in range(len(tensor.shape))]
@@ -253,7 +253,7 @@ def _check_claims(manifest: Manifest) -> None:
         raise ValueError(f"a state of {manifest.bytes.state_per_sequence} bytes has tensors of {held}")
     delivered = sum(entry.bytes for entry in manifest.files.values())
     if held + 4 * manifest.model.vocab_size > max(1 << 30, 4 * delivered):
-        raise ValueError(f"a state of {held} bytes to a model of {delivered}")
+        raise ValueError(f"a state of {held} bytes for a model of {delivered}")
 
 
 @dataclass(frozen=True)
@@ -391,7 +391,7 @@ def _check_file(directory: Path, name: str, entry: FileInfo, hashes: bool) -> No
         or not re.fullmatch(r"[\w. +@-]{1,200}(/[\w. +@-]{1,200}){0,9}", name)
     ):
         raise ArtifactError(
-            f"{MANIFEST} names '{name}', which lies outside the artifact", hint="do not use this artifact"
+            f"{MANIFEST} names '{name}', which is outside the artifact", hint="do not use this artifact"
         )
     file = directory / name
     if not file.is_file():
@@ -421,7 +421,7 @@ def _check_runtime(name: str, specifier: str) -> None:
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
     if name not in RUNTIMES:
-        raise ArtifactError(f"{MANIFEST} requires {name}, which runs no artifact", hint=_REBUILD)
+        raise ArtifactError(f"{MANIFEST} requires {name}, which does not run artifacts", hint=_REBUILD)
     try:
         wanted = SpecifierSet(specifier)
     except InvalidSpecifier as error:

@@ -207,7 +207,7 @@ class BuildPlan:
             source = _source(info, advance)
         recovery = info.config.get("liger_recovery")
         if not isinstance(recovery, dict | None):
-            raise CheckpointError(f"config.json says liger_recovery {recovery!r:.60}", hint="convert the model again")
+            raise CheckpointError(f"config.json has liger_recovery {recovery!r:.60}", hint="convert the model again")
         skipped: dict[str, Any] = {"passed": False, "skipped": True}
         return make_manifest(
             spec, source, settings.target, settings.lowering, settings.max_chunk, get_target(settings.target).requires,
@@ -298,9 +298,7 @@ def _source(info: CheckpointInfo, advance: Any) -> Any:
     try:
         return from_plain(Source, origin | {"files": hashes})
     except (ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"config.json says liger_source {origin!r:.60}", hint="convert the model again"
-        ) from error
+        raise CheckpointError(f"config.json has liger_source {origin!r:.60}", hint="convert the model again") from error
 
 
 def _check_installed() -> None:

@@ -79,7 +79,7 @@ class BatchSession(ABC):
     def _check_whole(self) -> None:
         if self._torn:
             raise LigerError(
-                "the last call on this session did not come to its end, so its state is undefined",
+                "the last call on this session did not complete, so its state is undefined",
                 hint="reset the session or restore a snapshot",
             )
 
@@ -164,7 +164,7 @@ class BatchSession(ABC):
             if idle.any() and not idle.all():
                 if (seen := self._position * idle).max() > 0:
                     raise UsageError(
-                        f"row {seen.argmax()} has seen {seen.max()} tokens and gets none",
+                        f"row {seen.argmax()} has seen {seen.max()} tokens and gets no token now",
                         hint="keep session.snapshot(row) if it goes on later, then session.reset(row)",
                     )
                 row[idle] = 0
@@ -245,7 +245,7 @@ class BatchSession(ABC):
             given = snapshot.tensors[tensor.past]
             short = tensor.grows and given.shape[2] < seen.max()
             if short or abs(seen).max() > _LONGEST or (given.dtype.kind == "i" and not _are_positions(given)):
-                raise UsageError(f"{tensor.past} of this state is not that after {seen.max()} tokens",
+                raise UsageError(f"{tensor.past} of this state cannot be the one after {seen.max()} tokens",
                                  hint="the file is damaged: read the prompt again")  # fmt: skip
 
     def _shape(self, tensor: StateTensor, batch: int | None = None, grown: int | None = None) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ def liger_mixer(
     """
     config, arrival, present = spec.config, score, {}
     if config.foresees and score is None:
-        raise ValueError("a pool is kept by a learned score, and no score was given")
+        raise ValueError("a pool ranks by a learned score, but no score was given")
     if config.judged:
         arrival, present["judge_state"] = recall_error(key.detach(), value.detach(), position, state["judge_state"])
     mixed, slots, evicted = memory_attention(query, key, value, arrival, position, state, spec, rotary)

@@ -64,7 +64,7 @@ def read_config(content: Mapping[str, Any]) -> PreTrainedConfig:
     for name in _SIZES:
         if (size := content.get(name)) is not None and (type(size) is not int or not 1 <= size <= _SIZES[name]):
             raise CheckpointError(
-                f"config.json says {name} {size!r:.60}", hint=f"a whole number from 1 to {_SIZES[name]} was expected"
+                f"config.json has {name} {size!r:.60}", hint=f"a whole number from 1 to {_SIZES[name]} was expected"
             )
     made = model_classes(family)[0] if converted else family.attribute("Config")
     with described():
@@ -356,7 +356,7 @@ def _check_state(body: Any, args: tuple[Any, ...], given: dict[str, Any], output
     cache = given.get(CACHE)
     if cache is not None and not body.training and any(x.get_seq_length() != cache.due for x in cache.layers):
         raise LigerError(
-            "transformers handed the cache to only some layers, the state of the others is lost",
+            "transformers passed the cache to only some layers, so the state of the others is lost",
             hint=f"pip install 'transformers=={TRIED['transformers'][1]}.*'",
         )
 

@@ -104,7 +104,7 @@ class LigerConfig:
         arriving = [name for name in names if get_score(name).on_arrival]
         if len(arriving) > 1:
             raise UsageError(
-                f"{' and '.join(arriving)} together: a token comes with one score", hint="keep one of these pools"
+                f"{' and '.join(arriving)} together: a token can carry only one score", hint="keep one of these pools"
             )
         if self.window < 1 or self.sinks < 0:
             raise UsageError(
@@ -112,17 +112,17 @@ class LigerConfig:
             )
         if not (0 <= self.attention_weight < inf and 0 <= self.recurrence_weight < inf):
             raise UsageError(
-                f"mix weights {self.attention_weight} and {self.recurrence_weight}", hint="both are numbers from 0 on"
+                f"mix weights {self.attention_weight} and {self.recurrence_weight}", hint="both must be at least 0"
             )
         look_up("recurrence", self.recurrence, dict.fromkeys(RECURRENCES))
         if self.evicts and self.attention_weight != 1:
             raise UsageError(
-                f"attention weight {self.attention_weight:g} with a recurrence over what was evicted",
+                f"attention weight {self.attention_weight:g} with a recurrence over evicted tokens",
                 hint="it shares the softmax's denominator: --attention-weight 1",
             )
         if self.evicts and self.gate != LigerConfig.gate:
             raise UsageError(
-                f"gate '{self.gate}' with a recurrence over what was evicted", hint="it has no gate: leave --gate out"
+                f"gate '{self.gate}' with a recurrence over evicted tokens", hint="it has no gate: leave --gate out"
             )
         if self.recurrence_distance < 1:
             raise UsageError(f"recurrence distance {self.recurrence_distance}", hint="give at least one token")
@@ -141,7 +141,7 @@ class LigerConfig:
             )
         for layer, _, slots in self.layer_memory:
             if [name for name, _ in slots] != [name for name, _ in self.slots]:
-                raise UsageError(f"the pools of layer {layer} are kept by other scores than those of the rest",
+                raise UsageError(f"the pools of layer {layer} use other scores than those of the rest",
                                  hint="a layer may differ in the sizes of its window and its pools")  # fmt: skip
             self.for_layer(layer)
 
@@ -304,7 +304,7 @@ def read_memory(path: str | Path, preset: str | None = None, **changes: Any) -> 
     changes = {key: value for key, value in changes.items() if value is not None}
     if twice := [name for name in MEMORY if name in changes]:
         option = twice[0].replace("_", "-")
-        raise UsageError(f"both --memory and --{option}", hint=f"the file says it too: leave --{option} out")
+        raise UsageError(f"both --memory and --{option}", hint=f"the file sets it too: leave --{option} out")
     try:
         data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         fields = {name: data[name] for name in MEMORY}

@@ -193,7 +193,7 @@ def main() -> None:
 
     def add(kind: str, sessions: int, runs: list[tuple[list[Text], float]], **more: int) -> None:
         if any(texts != expected[:sessions] for texts, _ in runs):
-            raise SystemExit(f"{kind}, {more}: a text of {sessions} is another one than that written alone")
+            raise SystemExit(f"{kind}, {more}: a text of {sessions} sessions differs from the one written alone")
         rates = [sessions * args.tokens / seconds for _, seconds in runs]
         row = {"in": kind, **more, "sessions": sessions, "tokens_per_s": round(statistics.median(rates), 1)}
         row |= {"low": round(min(rates), 1), "high": round(max(rates), 1)}

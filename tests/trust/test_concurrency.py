@@ -96,7 +96,7 @@ def test_what_fails_in_one_session_stays_there(artifact: Path, error: type[BaseE
     with pytest.raises((error, LigerError)):
         broken.prefill(IDS[20:])
     for use in (lambda: broken.step(1), broken.snapshot, lambda: broken.restore(other.snapshot(), 0)):
-        with pytest.raises(LigerError, match="did not come to its end"):
+        with pytest.raises(LigerError, match="did not complete"):
             use()
     with pytest.raises(UsageError):
         other.step(10**6)

@@ -103,7 +103,7 @@ def _parse(kind: str, data: bytes, at: int, end: int) -> Message:
                 value = _attribute(data[at:stop]) if inner == "attribute" else _parse(inner, data, at, stop)
             at = stop
         elif inner is not None:
-            raise ValueError(f"field {field} of a {kind} is no message")
+            raise ValueError(f"field {field} of a {kind} is not a message")
         elif wire == 0:
             value, at = _varint(data, at)
         elif wire == 5:
@@ -153,7 +153,7 @@ def _check_model(model: Message, artifact: Artifact) -> None:
         for node in function.get(7, ()):
             _check_node(node, {"": OPERATORS[""]})
     if len(model.get(25, ())) > 1:
-        raise ValueError("two functions of a name")
+        raise ValueError("two functions have one name")
     graph = model[7][0]
     for node in graph.get(1, ()):
         _check_node(node, OPERATORS)
@@ -162,7 +162,7 @@ def _check_model(model: Message, artifact: Artifact) -> None:
     promised = artifact.manifest.graph
     for field, what, expected in ((11, "inputs", promised.inputs), (12, "outputs", promised.outputs)):
         if [_face(x) for x in graph.get(field, ())] != [_promise(x) for x in expected]:
-            raise ValueError(f"its {what} are others")
+            raise ValueError(f"its {what} differ")
     _check_sizes(graph)
 
 
@@ -183,14 +183,14 @@ def _check_tensor(tensor: Message, artifact: Artifact | None) -> None:
     entries = {_text(x, 1): _text(x, 2) for x in tensor.get(13, ())}
     if not entries:
         if tensor.get(14, [0])[-1] or len(tensor.get(9, [b""])[-1]) != size:
-            raise ValueError(f"the tensor {name} has not its {size} bytes")
+            raise ValueError(f"the tensor {name} does not have its {size} bytes")
         return
     if artifact is None or entries.get("location") != artifact.manifest.graph.data:
-        raise ValueError(f"the tensor {name} lies in {entries.get('location')}")
+        raise ValueError(f"the tensor {name} is in {entries.get('location')}")
     offset, length = entries.get("offset", "0"), entries.get("length", "")
     known = set(entries) <= {"location", "offset", "length"} and offset.isdigit() and length == str(size)
     if not known or 9 in tensor or tensor.get(14) != [1] or int(offset) + size > _weight_bytes(artifact):
-        raise ValueError(f"the tensor {name} of {size} bytes lies at {entries}")
+        raise ValueError(f"the tensor {name} of {size} bytes is at {entries}")
 
 
 def _weight_bytes(artifact: Artifact) -> int:
@@ -238,7 +238,7 @@ def _check_sizes(graph: Message) -> None:
     for name in sized:
         numbers = [abs(x) for x in _reached(name, producers, constants) if x]
         if prod(numbers) > MOST:
-            raise ValueError(f"a shape of {max(numbers)} elements")
+            raise ValueError(f"a shape with {max(numbers)} elements")
 
 
 def _reached(name: bytes, producers: dict[bytes, Message], constants: dict[str, bytes]) -> Iterator[int]:

@@ -78,7 +78,7 @@ class _ForGpus(Backend):
         """Refuse layers that are kept as softmax."""
         if kept := [str(i) for i, layer in enumerate(spec.mixers) if layer is None]:
             raise UsageError(
-                f"layer {', '.join(kept)} is kept as softmax, and engines here have no growing cache",
+                f"layer {', '.join(kept)} is kept as softmax, but engines have no growing cache",
                 hint="convert all layers, or build with --target onnx",
             )
 
@@ -125,7 +125,7 @@ class TensorRT(_ForGpus):
             )
         if any(2 * len(softmax.inv_freq) != spec.head_dim for softmax in spec.attention):
             raise UsageError(
-                f"heads of {spec.head_dim} channels are rotated in part, the plugin's kernels rotate them whole",
+                f"heads of {spec.head_dim} channels are only partly rotated, the plugin's kernels rotate all",
                 hint="build with --target trt-rtx or --target onnx",
             )
 
@@ -134,7 +134,7 @@ class TensorRT(_ForGpus):
         longest = min(layer.max_distance + 1 for layer in spec.mixers if layer is not None)
         if wanted is not None and wanted > longest:
             raise UsageError(
-                f"calls of {wanted:,} tokens, and positions of this model reach over {longest - 1:,}",
+                f"calls of {wanted:,} tokens, but positions of this model reach only over {longest - 1:,}",
                 hint=f"--max-chunk {longest}",
             )
         return wanted or min(self.row.chunk, longest)

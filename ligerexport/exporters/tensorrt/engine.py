@@ -71,7 +71,7 @@ def build_engine(
     engine = builder.build_serialized_network(network, config)
     monitor.close()
     if engine is None:
-        raise LigerError(f"TensorRT {trt.__version__} builds no engine: {logger.first()}")
+        raise LigerError(f"TensorRT {trt.__version__} cannot build an engine: {logger.first()}")
     destination.write_bytes(memoryview(engine))
 
 

@@ -112,7 +112,7 @@ class TensorRTSession(BatchSession):
         described = json.loads(self._library.liger_session_describe(made))
         found = [(x["past"], x["dtype"], tuple(x["shape"])) for x in described["state"]]
         if found != [(x.past, x.dtype, self._shape(x)) for x in self.artifact.manifest.state]:
-            raise ArtifactError(f"the state of {self.engine['engine']} is not that of its manifest", hint="build again")
+            raise ArtifactError(f"the state of {self.engine['engine']} does not match its manifest", hint="build again")
         self._begin()
 
     def sibling(self, batch: int = 1) -> TensorRTSession:

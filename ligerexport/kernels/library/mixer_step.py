@@ -42,7 +42,7 @@ def mixer_step(
         ValueError: A pool needs `score`, or its gate is keyed.
     """
     if spec.config.foresees and score is None:
-        raise ValueError("a pool is kept by a learned score, and no score was given")
+        raise ValueError("a pool ranks by a learned score, but no score was given")
     if not spec.config.fuses:
         raise ValueError("a recurrence with keyed rows has no fused step; use liger_mixer")
     pools = {name: state.get(name) for name in FUSED}

@@ -27,7 +27,7 @@ from ligerexport.exporters.onnx.weights import DATA_FILE, WeightStorage, data_la
 AT = 1
 """The layer that gets a fault of one layer."""
 LAST = 2
-"""Name of the place after the last layer's output."""
+"""The number that stands for the place after the last layer."""
 ONNX = ("ort", "portable", "native")
 GRAPHS = ("ort", "portable")
 ALL = (*ONNX, "plugin")
