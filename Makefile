@@ -22,7 +22,7 @@ COMPILER = $(shell for name in $$CXX c++ g++ clang++; do command -v $$name; done
 SOURCES = $(shell find ligerexport -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart convert build run demo examples test lint typecheck pytest dist docs release clean
+.PHONY: help setup quickstart convert build run demo examples test lint typecheck pytest system dist docs release clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -76,6 +76,9 @@ typecheck: $(READY) ## Check types.
 
 pytest: $(READY) ## Run the tests.
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+system: $(READY) ## Run the tests that need a browser, servers, C++ projects or fresh environments.
+	$(BIN)/python -m pytest -m system $(PYTEST_ARGS)
 
 dist: $(READY) ## Build the sdist and, from it, the wheel; the same commit gives the same bytes.
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation

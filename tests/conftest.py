@@ -32,7 +32,7 @@ if find_spec("hypothesis"):  # which is not needed to run the other tests
     settings.load_profile("patient")
 
 from ligerexport.checkpoint.sources import resolve
-from ligerexport.console import progress
+from ligerexport.console import progress, set_quiet
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     reasons = {
         "gpu": None if cuda else "no CUDA device",
         "trt": None if cuda and find_spec("tensorrt") else "no TensorRT or no CUDA device",
+        "system": None if "system" in config.getoption("-m") else "make system runs it",
         "slow": None if config.getoption("--slow") or "slow" in config.getoption("-m") else "slow; run with --slow",
     }
     for item in items:
@@ -57,6 +58,12 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _loud() -> None:
+    """Undo `--quiet` of a command that an earlier test ran in this process."""
+    set_quiet(False)
 
 
 @pytest.fixture

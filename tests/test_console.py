@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
 from ligerexport import console, errors
-
-
-@pytest.fixture(autouse=True)
-def _loud() -> Iterator[None]:
-    yield
-    console.set_quiet(False)
 
 
 def test_talk_goes_to_stderr_and_can_be_silenced(capsys: pytest.CaptureFixture[str]) -> None:

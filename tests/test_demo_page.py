@@ -17,7 +17,7 @@ from ligerexport.demo.prompts import filler
 
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.parametrize("built", [()], indirect=True, ids=["recurrent"])
+pytestmark = [pytest.mark.system, pytest.mark.parametrize("built", [()], indirect=True, ids=["recurrent"])]
 
 LONG = 300_000
 """Milliseconds after which a browser hangs."""

@@ -30,6 +30,8 @@ from tests.test_text import MAKERS, cuts, spellings
 from tests.test_text_special import TEMPLATES, letters, write
 from tests.toy import EOS, VOCAB, build, manifest, tokenizer, write_files
 
+pytestmark = pytest.mark.system
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 PROMPT = "Ünïcode, 12345 numbers,   spaces\n\tand more than one chunk of 🙂 text; " * 2

@@ -173,6 +173,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(dist.glob("*.whl"))
 
 
+@pytest.mark.system
 def test_wheel_holds_every_module_once(wheel: Path) -> None:
     files = (file for file in PACKAGE.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
     expected = {str(file.relative_to(ROOT)) for file in files}
@@ -182,6 +183,7 @@ def test_wheel_holds_every_module_once(wheel: Path) -> None:
     assert not any(stat.S_ISLNK(info.external_attr >> 16) for info in infos)
 
 
+@pytest.mark.system
 def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "clean"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)

@@ -14,7 +14,6 @@ pytest.importorskip("peft")
 
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint
 from ligerexport.cli.recover import duration
-from ligerexport.console import set_quiet
 from ligerexport.train.config import RecoverConfig
 from ligerexport.train.data import Documents
 from ligerexport.train.distributed import trainable
@@ -92,7 +91,6 @@ def test_a_duration_for_people(seconds: float, text: str) -> None:
 
 
 def test_few_data_read_many_times_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
-    set_quiet(False)  # a test of a command may have run before
     ids = np.arange(500, dtype=np.int32)
     few = Documents(ids, np.ones(500, bool), np.array([0, 500]))
     warn_of_repeats(few, RecoverConfig(tokens=1_024_000, length=512, batch_tokens=1024))

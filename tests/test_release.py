@@ -51,6 +51,7 @@ def test_licences_of_all_dependencies() -> None:
         assert licences.is_known(licence) or name in licences.PROGRAMS, f"{name}: {licence}"
 
 
+@pytest.mark.system
 @pytest.mark.skipif(not find_spec("build") or not shutil.which("git"), reason="needs git and the `dev` extra")
 def test_wheel_is_reproducible(tmp_path: Path) -> None:
     """Two builds in two places have the same bytes."""
@@ -66,6 +67,7 @@ def test_wheel_is_reproducible(tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
+@pytest.mark.system
 @pytest.mark.skipif(not find_spec("mkdocs"), reason="needs the `dev` extra")
 def test_documents_build_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]

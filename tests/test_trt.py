@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import toy
 from checkpoints import MEMORY, make_checkpoint
@@ -26,10 +27,12 @@ from ligerexport.cli import main
 from ligerexport.cli.doctor import examine
 from ligerexport.console import silent
 from ligerexport.errors import LigerError, MissingDependency, UsageError, VerificationError
+from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.exporters.targets import TARGETS, get_backend
 from ligerexport.exporters.tensorrt import backend, evaluation, machine, pack
 from ligerexport.exporters.tensorrt.engine import build_engine, check_engine
+from ligerexport.exporters.tensorrt.halves import halve_products
 from ligerexport.exporters.tensorrt.session import VARIABLE
 from ligerexport.model.config import LigerConfig
 
@@ -353,6 +356,22 @@ def test_rtx_engine(checkpoint: Path, tmp_path: Path) -> None:
         assert tensor.name.encode() in engine
     with pytest.raises(LigerError, match=r"does not run here|no runtime here"):
         lx.load(path)
+
+
+def test_products_of_rtx_run_in_halves(checkpoint: Path, tmp_path: Path) -> None:
+    path = lx.build(checkpoint, tmp_path / "a", lowering="portable", weights="fp16", max_chunk=16)
+    artifact, ids = open_artifact(path), np.arange(1, 12)
+    expected = OnnxSession(artifact).prefill(ids)[0]
+    model = ir.load(artifact.graph)
+    weights = [node.inputs[1] for node in model.graph if node.op_type == "Gemm"]
+    stored = [x.producer() for x in weights if x is not None]
+    halve_products(model.graph)
+    products = [node.inputs for node in model.graph if node.op_type == "Gemm"]
+    halves = [weight for _, weight, *_ in products if weight is not None and weight.dtype == ir.DataType.FLOAT16]
+    assert len(products) == len(weights) and len(halves) == sum(cast is not None for cast in stored) > 0
+    ir.save(model, artifact.graph)
+    found = OnnxSession(artifact).prefill(ids)[0]
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def test_a_graph_that_tensorrt_does_not_take(tmp_path: Path) -> None:

@@ -193,9 +193,15 @@ class TensorRTRTX(_ForGpus):
 
     def finish(self, plan: BuildPlan, directory: Path, manifest: Manifest, progress: ProgressFactory) -> Manifest:
         """Replace the graph by an engine."""
+        import onnx_ir as ir
+
         from ligerexport.exporters.tensorrt.engine import build_engine
+        from ligerexport.exporters.tensorrt.halves import halve_products
 
         gpu, trt, graph = plan.gpu, rtx(), directory / manifest.graph.file
+        model = ir.load(graph)
+        halve_products(model.graph)
+        ir.save(model, graph)
         build_engine(trt, graph, directory / ENGINE_FILE, graph=manifest.graph, max_batch=gpu.max_batch,
                      progress=progress, sms=gpu.sms)  # fmt: skip
         graph.unlink()
