@@ -1,11 +1,11 @@
-"""Time and peak memory of `ligerexport build`, verification included, each build in a process of its own.
+"""Time and peak memory of `ligerexport build`, verification included, with each build in its own process.
 
     python benchmarks/build.py CONVERTED -o benchmarks/results/build.json
     python benchmarks/build.py --shape llama-3-8b --window 124 --lowerings native --weights int4 \
         -o benchmarks/results/build_8b.json
 
-`peak` is all that was resident, mapped files included, and `anonymous` the part that no file stands behind: what a
-machine must have. `seconds` are of the clock, `cpu_seconds` of all cores together.
+`peak` is all resident memory, including mapped files, and `anonymous` the part that is not backed by a file, which a
+machine must have. `seconds` is wall time, and `cpu_seconds` the sum over all cores.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_checkpoint(directory: Path, shape: str, layers: int | None, liger: LigerConfig) -> Path:
-    """Write a converted checkpoint of a shape with random weights in bf16, a shard for each layer."""
+    """Write a converted checkpoint of a shape with random weights in bf16, one shard for each layer."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -77,7 +77,7 @@ def make_checkpoint(directory: Path, shape: str, layers: int | None, liger: Lige
 
 
 def build(checkpoint: Path, output: Path, lowering: str, weights: str) -> dict[str, Any]:
-    """Build in a process of its own and return its figures."""
+    """Build in a separate process and return its measurements."""
     command = [sys.executable, "-m", "ligerexport", "build", str(checkpoint), "--lowering", lowering]
     command += ["--weights", weights, "-o", str(output)]
     begin, anonymous = time.perf_counter(), 0
@@ -98,7 +98,7 @@ def build(checkpoint: Path, output: Path, lowering: str, weights: str) -> dict[s
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Return the resident memory of a process that no file stands behind; 0 where Linux does not say."""
+    """Return the resident memory of a process that is not backed by a file; 0 if Linux does not report it."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -111,15 +111,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument("--shape", choices=SHAPES, help="build random weights of this shape instead of a checkpoint")
-    parser.add_argument("--layers", type=int, help="of the shape; default: all")
-    parser.add_argument("--preset", default="memory", help="of the shape's conversion")
+    parser.add_argument("--layers", type=int, help="layers of the shape; default: all")
+    parser.add_argument("--preset", default="memory", help="preset of the shape's conversion")
     parser.add_argument(
         "--window",
         type=int,
-        help="of the shape's conversion, and no slots by score: scores of random weights often tie, and verification "
+        help="window of the shape's conversion without pools: scores of random weights often tie, and verification "
         "searches for each tie",
     )
-    parser.add_argument("--place", type=Path, help="where temporary files go: a shape needs room for all its weights")
+    parser.add_argument("--place", type=Path, help="directory for temporary files, with room for all weights")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--lowerings", nargs="*", default=["ort", "portable"])
     parser.add_argument("--weights", default="fp32")

@@ -1,14 +1,14 @@
-"""Time and memory of one decoded token against the length of the context: an artifact and the original Transformer.
+"""Time and memory of one decoded token by length of the context, for an artifact and the original Transformer.
 
     python benchmarks/decode.py ARTIFACT MODEL -o benchmarks/results/decode.json
     python benchmarks/decode.py ARTIFACT Q4.gguf --engines ligerexport llama.cpp --also "llama.cpp Q8_0=Q8.gguf" \
         "onnxruntime-genai int4=DIRECTORY" "transformers sdpa=MODEL" -o benchmarks/results/peers.json
 
-Every engine at every context is a process of its own; they are timed in turns, a block of tokens each, so that all see
+Every engine at every context has its own process. They are timed in turns, a block of tokens each, so that all see
 the same machine. The Transformer's cache is filled with random keys and values of the right shape (its time does not
-depend on what they hold, and a prompt of 32,768 tokens takes hours on two cores); the artifact, llama.cpp (package
-llama-cpp-python) and onnxruntime-genai (a directory of its builder) read real tokens, one engine at a time, and how
-long they take is in the table too. A peer whose process fails, such as beyond its trained length, is left out.
+depend on their values, and a prompt of 32,768 tokens takes hours on two cores). The artifact, llama.cpp (package
+llama-cpp-python) and onnxruntime-genai (a directory of its builder) read real tokens, one engine at a time, and the
+table includes their time for that. An engine whose process fails, such as beyond its trained length, is left out.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from ligerexport.measure.bench.machine import cpu_name, memory
 CONTEXTS = (128, 1024, 8192, 32768)
 ENGINES = ("ligerexport", "transformers eager", "transformers sdpa", "llama.cpp", "onnxruntime-genai")
 ROOM = 192
-"""Tokens that peers have room for beyond the context: 8,000 and these are what a model trained on 8,192 takes."""
+"""Tokens that peers can store beyond the context; 8,000 plus these fit a model trained on 8,192 tokens."""
 
 
 def prompt(tokens: int) -> list[int]:
-    """Return ids that every engine knows."""
+    """Return ids that every engine has in its vocabulary."""
     return [(7 * i) % 30_000 + 50 for i in range(tokens)]
 
 
@@ -147,10 +147,10 @@ def work(engine: str, path: str, context: int, threads: int) -> None:
 
 
 def spawn(engine: str, path: str, context: int, threads: int) -> tuple[subprocess.Popen[str], float | None]:
-    """Start a worker and wait until it is ready; return it and the seconds that it read the context for.
+    """Start a worker and wait until it is ready; return it and the seconds that it took to read the context.
 
     Raises:
-        ChildProcessError: It is not there any more.
+        ChildProcessError: The process has ended.
     """
     command = [sys.executable, __file__, "--work", engine, path, str(context), str(threads)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -169,11 +169,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=8, help="tokens a block")
+    parser.add_argument("--tokens", type=int, default=8, help="tokens per block")
     parser.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
     parser.add_argument("--engines", nargs="*", choices=ENGINES, default=ENGINES[:3])
     parser.add_argument(
-        "--also", nargs="*", default=[], help="an engine, perhaps with more to tell it apart = its path"
+        "--also", nargs="*", default=[], help="ENGINE=PATH; text after the engine's name distinguishes several"
     )
     args = parser.parse_args()
     if (args.rounds + 1) * args.tokens >= ROOM:
@@ -184,7 +184,7 @@ def parse_arguments() -> argparse.Namespace:
 def time_in_turns(
     workers: dict[tuple[str, int], subprocess.Popen[str]], rounds: int, tokens: int
 ) -> tuple[dict[tuple[str, int], list[float]], dict[tuple[str, int], dict[str, Any]]]:
-    """Return the median times of each worker's blocks after a warm-up, and what each said last."""
+    """Return the median times of each worker's blocks after a warm-up, and the last answer of each."""
     samples: dict[tuple[str, int], list[float]] = {key: [] for key in workers}
     last: dict[tuple[str, int], dict[str, Any]] = {}
     for turn in range(rounds + 1):

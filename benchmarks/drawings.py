@@ -1,7 +1,7 @@
-"""Draw the pictures of the documents that hold no measurement: a token's life, and the rooms of the package.
+"""Draw the pictures of the documents that show no measurement: a token's life, and the rooms of the package.
 
 python benchmarks/drawings.py            writes docs/images/token_life.svg and docs/images/architecture.svg
-python benchmarks/drawings.py --check    fails where a picture differs from what would be drawn
+python benchmarks/drawings.py --check    fails if a picture differs from what would be drawn
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def picture(width: int, height: int, title: str, *parts: str) -> str:
 
 
 def token_life() -> str:
-    """Draw what happens to a token from its arrival on."""
+    """Draw what happens to a token after its arrival."""
     return picture(
         820, 400, "A token enters the window; then it is a sink, wins a slot, or is evicted",
         box(20, 40, 130, 76, GREY, "new token", "key, value,", "position"),
@@ -79,7 +79,7 @@ def token_life() -> str:
 
 
 def architecture() -> str:
-    """Draw the way from a checkpoint to an artifact, with the rooms that do each part."""
+    """Draw the way from a checkpoint to an artifact, with the room that does each part."""
     return picture(
         860, 470, "From a Transformer checkpoint to an artifact, with the rooms of the package",
         box(20, 30, 150, 70, GREY, "Transformer", "safetensors, GGUF"),
@@ -117,7 +117,7 @@ PICTURES = {"token_life": token_life, "architecture": architecture}
 
 
 def main() -> None:
-    """Write or check."""
+    """Write or check the pictures."""
     stale = []
     for name, draw in PICTURES.items():
         path = IMAGES / f"{name}.svg"

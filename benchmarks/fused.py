@@ -2,8 +2,8 @@
 
 python benchmarks/fused.py -o benchmarks/results/fused.json [--only forward,raw,...]
 
-Needs a CUDA device and flash-linear-attention 0.6. Each section first compares a cut of its inputs with fp64 and
-refuses to time what is wrong. Floors: bytes read and written once over the copy bandwidth, and operations of the
+Needs a CUDA device and flash-linear-attention 0.6. Each section first compares a part of its inputs with fp64 and
+does not time wrong results. Floors: bytes read and written once over the copy bandwidth, and operations of the
 chunked form over the rate of a large bf16 matrix product, both measured in the same run.
 """
 
@@ -38,7 +38,7 @@ GROUP = 4
 
 
 def rates() -> dict[str, float]:
-    """Measure bytes a second of a copy, read and written, and operations a second of a bf16 product."""
+    """Measure bytes per second of a copy, read and written, and operations per second of a bf16 product."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE) for _ in range(2))
@@ -67,7 +67,7 @@ def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
 
 
 def peer(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
-    """Run the same with flash-linear-attention, which needs repeated heads, feature maps and gate made before."""
+    """Run the same with flash-linear-attention, which needs repeated heads, feature maps and gate computed before."""
     from fla.ops.gla import chunk_gla
 
     if g is None:
@@ -80,7 +80,7 @@ def peer(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
 
 @contextmanager
 def alone(path: Path | None) -> Iterator[None]:
-    """Hold the lock that other runs on this GPU wait for; a file beside it says who is ready."""
+    """Hold the lock that other runs on this GPU wait for; a file beside it names the run that is ready."""
     if path is None:
         yield
         return
@@ -146,7 +146,7 @@ def linear(raw: bool, shapes: Sequence[tuple[int, ...]], lock: Path | None) -> l
 
 
 def profile() -> list[dict[str, Any]]:
-    """Return microseconds of every kernel, forward and backward, by torch's profiler: without the host."""
+    """Return microseconds of every kernel, forward and backward, by torch's profiler, without the host's time."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -170,7 +170,7 @@ def profile() -> list[dict[str, Any]]:
 
 
 def softmax() -> list[dict[str, Any]]:
-    """Time the recurrence from raw projections against softmax over everything; 32 and 8 heads of 128."""
+    """Time the recurrence from raw projections against softmax over all tokens; 32 and 8 heads of 128 channels."""
     rows = []
     for length in (2048, 4096, 8192, 16384, 32768, 65536):
         args = inputs(1, length, 32, 8, 128, raw=True)
@@ -184,7 +184,7 @@ def softmax() -> list[dict[str, Any]]:
 
 
 def memory() -> list[dict[str, Any]]:
-    """Time softmax over the bounded memory against softmax over everything, and FlexAttention with the same mask."""
+    """Time softmax over the bounded memory against softmax over all tokens, and FlexAttention with the same mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     from ligerexport.kernels.fused.candidates import gather_candidates
@@ -269,7 +269,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Any]] = {
 
 
 def main() -> None:
-    """Run the sections and write what they gave; sections run before are kept."""
+    """Run the sections and write their results; results of earlier runs are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")

@@ -1,4 +1,4 @@
-"""One token of a layer in the fused kernel against a peer's kernels: a section of `fused.py`, with what all share."""
+"""One token of a layer in the fused kernel against a peer's kernels: a section of `fused.py`, with shared helpers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bench(call: Callable[[], Any], grad: list[Tensor] | None = None) -> dict[str
 
 
 def peak(call: Callable[[], Any]) -> int:
-    """Return the most bytes allocated during a call beyond what stood before it."""
+    """Return the most bytes allocated during a call beyond those allocated before it."""
     call()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -47,7 +47,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def gate(name: str, pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Return the errors, or stop: what is wrong is not timed."""
+    """Return the errors, or stop: wrong results are not timed."""
     errors = {key: error(*pair) for key, pair in pairs.items()}
     if not all(value < LIMIT for value in errors.values()):
         raise SystemExit(f"{name} is wrong: {errors}")
@@ -89,7 +89,7 @@ def filled(spec: MixerSpec, batch: int, seen: int) -> MixerState:
 
 
 def composition(spec: MixerSpec, batch: int, seen: int) -> Callable[..., Tensor]:
-    """Return one token of the preset `liger` out of a peer's kernels: recurrence, ring, rotary, SDPA, mix."""
+    """Return a step of the preset `liger` made of a peer's kernels: recurrence, ring, rotary, SDPA, mix."""
     from fla.ops.gla import fused_recurrent_gla
 
     group = spec.q_heads // spec.kv_heads
@@ -123,7 +123,7 @@ def composition(spec: MixerSpec, batch: int, seen: int) -> Callable[..., Tensor]
 
 
 def replayed(call: Callable[[int], Any], launches: int) -> dict[str, float]:
-    """Return microseconds a call of a CUDA graph with `launches` calls: median and spread of 20 replays."""
+    """Return microseconds per call of a CUDA graph with `launches` calls: median and spread of 20 replays."""
     call(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -169,7 +169,7 @@ def check_step(config: LigerConfig) -> dict[str, float]:
 
 
 def step() -> list[dict[str, Any]]:
-    """Time one token of one layer under a CUDA graph; pools rotate so that the cache does not hold them."""
+    """Time one token of one layer under a CUDA graph; pools alternate so that the cache does not hold them."""
     rows = []
     configs = {
         "liger": PRESETS["liger"].config, "sinks": PRESETS["sinks"].config, "memory": PRESETS["memory"].config,

@@ -1,8 +1,8 @@
-"""What each layer's conversion costs: softmax put back into one layer at a time, then greedily into several.
+"""The cost of converting each layer: softmax is restored in one layer at a time, then greedily in several.
 
     python benchmarks/layers.py MODEL --chats chats.jsonl --text prose/ -o layers.json
 
-Divergence from the Transformer on chats and recall of a key said once in prose, untrained, in bf16 on a GPU.
+Measures divergence from the Transformer on chats, and recall of a key said once in prose, untrained, in bf16 on a GPU.
 """
 
 from __future__ import annotations

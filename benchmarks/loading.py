@@ -1,10 +1,10 @@
-"""From a command to its first token, from a warm disk: loading, the first token, and what faster tokens cost there.
+"""Time from a command to its first token, from a warm disk: loading, the first token, and the cost of prepacking.
 
     python benchmarks/loading.py ARTIFACT... -o benchmarks/results/loading.json
 
-Each round is a fresh process; settings take turns. Loading begins before ONNX Runtime is imported and ends with a
-session; the first token is from there on, its tokenizer included. `ligerexport run ARTIFACT PROMPT -n 1` is timed from
-the start of its process to the end. Quantised weights are prepacked in any case.
+Each round is a fresh process; settings alternate. Loading begins before ONNX Runtime is imported and ends with a
+session. The first token is timed from there, including its tokenizer. `ligerexport run ARTIFACT PROMPT -n 1` is timed
+from the start of its process to the end. Quantised weights are always prepacked.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def worker(artifact: str, prepack: bool) -> dict[str, float]:
 
 
 def command(artifact: str) -> float:
-    """Return the seconds of `ligerexport run`, from nothing to the first token."""
+    """Return the seconds of `ligerexport run`, from the start of its process to the first token."""
     begin = time.perf_counter()
     words = [sys.executable, "-m", "ligerexport", "run", artifact, PROMPT, "-n", "1", "-q"]
     subprocess.run(words, check=True, capture_output=True)
@@ -58,7 +58,7 @@ def command(artifact: str) -> float:
 
 
 def main() -> None:
-    """Measure each artifact with and without prepacked weights, or, told so, one process of them."""
+    """Measure each artifact with and without prepacked weights, or, as a worker, one process of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifacts", nargs="+")
     parser.add_argument("-o", "--output", type=Path)
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def spread(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """Return median, least and most of each figure."""
+    """Return median, minimum and maximum of each figure."""
     return {
         key: dict(zip(("median", "low", "high"), (statistics.median(x), min(x), max(x)), strict=True))
         for key in rows[0]

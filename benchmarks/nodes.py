@@ -1,4 +1,4 @@
-"""Nodes of one layer of the step graph, for every preset, lowering and precision of weights. Builds graphs, runs none.
+"""Nodes per layer of the step graph, for every preset, lowering and precision of weights. No graph is run.
 
 python benchmarks/nodes.py -o benchmarks/results/nodes.json
 """
@@ -21,7 +21,7 @@ from ligerexport.model.config import PRESETS
 
 
 def count(preset: str, layers: int = 3, max_chunk: int = 128) -> dict[str, dict[str, int]]:
-    """Return nodes of a layer by lowering and precision, of a Llama of that many layers.
+    """Return the nodes of a layer by lowering and precision, for a Llama with `layers` layers.
 
     Raises:
         ValueError: Layers differ.

@@ -1,10 +1,10 @@
-"""Sweep the tiles of products with weights on a GPU: what `get_product_tile` of kernels/tuning.py chooses from.
+"""Sweep the tiles of products with weights on a GPU, to choose those of `get_product_tile` in kernels/tuning.py.
 
     python benchmarks/products.py --shape 8b --rows 1,16 -o FILE
     python benchmarks/products.py --shape smollm2 --rows 1,16 -o FILE
 
-Each tile is timed in replays of a CUDA graph over copies of the weight that no cache holds together. Tiles are compiled
-in several processes first, into Triton's cache.
+Each tile is timed in replays of a CUDA graph over copies of the weight that together do not fit a cache. Tiles are
+compiled in several processes first, into Triton's cache.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ Case = tuple[int, LinearSpec, ProductTile]
 
 
 def tiles(rows: int, spec: LinearSpec) -> Iterator[ProductTile]:
-    """Yield the tiles worth a try."""
+    """Yield the tiles worth trying."""
     k, halves = spec.inputs, 1 if spec.activation is None else 2
     if rows == 1:
         for n, depth, warps in product((1, 2, 4, 8, 16), (64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8)):
-            loads = 2 * n * depth * halves // (32 * warps)  # bytes a thread
+            loads = 2 * n * depth * halves // (32 * warps)  # bytes per thread
             if 16 <= loads <= 256 and depth < 2 * k and (k % depth == 0 or k < 2048) and (depth >= 512 or k < 2048):
                 yield ProductTile(1, n, depth, warps, 1)
         return
@@ -82,7 +82,7 @@ def tensors(rows: int, spec: LinearSpec, device: str, copies: int = 1) -> tuple[
 
 
 def launch(case: Case, weight: Tensor, given: dict[str, Any]) -> None:
-    """Run one product with a tile, its norm included where that is a launch of its own."""
+    """Run one product with a tile, including its norm if that is a separate launch."""
     with patch.object(fused, "get_product_tile", lambda *sizes: case[2]):
         fused.linear(weight=weight, **given)
 
@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--rows", type=lambda text: [int(x) for x in text.split(",")], default=[1, 16])
-    parser.add_argument("--keep", type=int, default=5, help="of each product, the fastest")
+    parser.add_argument("--keep", type=int, default=5, help="number of fastest tiles to keep for each product")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     products = SHAPES[args.shape]

@@ -1,9 +1,9 @@
-"""Time to the first token of a long prompt, read and restored, and the size of the file that makes the difference.
+"""Time to the first token of a long prompt, read and restored, and the size of the cache file.
 
     python benchmarks/prompt_cache.py ARTIFACT... -o benchmarks/results/prompt_cache.json
 
-Times begin where `generate` has its ids and a loaded session, and end with the first token: reading the file, restoring
-the state, and the one token of the prompt that is always fed.
+Times begin when `generate` has its ids and a loaded session, and end with the first token. They include reading the
+file, restoring the state, and the one token of the prompt that is always fed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import ligerexport as lx
 
 
 def measure(artifact: str, tokens: int, rounds: int, threads: int) -> dict[str, Any]:
-    """Return what a prompt of `tokens` costs before and after there is a cache."""
+    """Return the time of a prompt of `tokens` before and after there is a cache."""
     session = lx.load(artifact, threads=threads)
     vocab = session.artifact.manifest.model.vocab_size
     ids = [(7 * i) % (vocab - 100) + 50 for i in range(tokens)]

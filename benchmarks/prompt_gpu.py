@@ -1,8 +1,8 @@
-"""Time what a layer of the 8B shape takes while it reads a prompt on a GPU: our products, cuBLAS's, and the mixer.
+"""Time a layer of the 8B shape while it reads a prompt on a GPU: our products, cuBLAS's, and the mixer.
 
     python benchmarks/prompt_gpu.py --tokens 1024,2048,4096,8192 -o FILE
 
-Milliseconds, medians of ten replays of a CUDA graph that does it ten times: launches from Python take too long.
+Milliseconds are medians of ten replays of a CUDA graph that repeats the work: launches from Python take too long.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ligerexport.model.state import MixerSpec
 HEADS, KV_HEADS, WIDTH, LONGEST = 32, 8, 128, 8192
 TYPES = {"float32": torch.float32, "int64": torch.int32, "activation": torch.float16}
 TIMES = 10
-"""That something is done in one graph."""
+"""Number of repetitions in one graph."""
 
 
 def milliseconds(work: Callable[[], Any]) -> float:
@@ -44,7 +44,7 @@ def milliseconds(work: Callable[[], Any]) -> float:
 
 
 def product(name: str, tokens: int) -> dict[str, float]:
-    """Time one product with what is around it, alone where that is a norm, and cuBLAS's of the same sizes."""
+    """Time one product with its gated unit or residual, its norm apart, and cuBLAS's product of the same sizes."""
     spec = SHAPES["8b"][name]
     make = partial(torch.randn, device="cuda")
     weight = make(spec.outputs * (1 if spec.activation is None else 2), spec.inputs, dtype=torch.float16)
@@ -68,7 +68,7 @@ def product(name: str, tokens: int) -> dict[str, float]:
 
 
 def mixer(tokens: int) -> float:
-    """Time the mixer of the preset `foresight` on a memory that is empty."""
+    """Time the mixer of the preset `foresight` on an empty memory."""
     spec = MixerSpec(get_preset("foresight"), HEADS, KV_HEADS, WIDTH, WIDTH, WIDTH**-0.5, LONGEST)
     joint = torch.randn(1, tokens, HEADS + 2 * KV_HEADS, WIDTH, device="cuda", dtype=torch.float16)
     state = {x.name: torch.full((1, *x.shape), x.fill, dtype=TYPES[x.dtype], device="cuda") for x in spec.state()}
@@ -79,7 +79,7 @@ def mixer(tokens: int) -> float:
 
 
 def main() -> None:
-    """Time all and write it."""
+    """Time everything and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=lambda text: [int(x) for x in text.split(",")], default=[1024, LONGEST])
     parser.add_argument("-o", "--output", type=Path, required=True)

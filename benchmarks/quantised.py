@@ -1,9 +1,9 @@
-"""What storing weights in less than fp32 costs and saves: file, loss on text, time a token, speed of a prompt.
+"""What storing weights in less than fp32 costs and saves: file size, loss on text, time per token, prompt speed.
 
     python benchmarks/quantised.py TEXT ARTIFACT... -o benchmarks/results/quantised.json
 
-Times are CPU time of one thread, for machines that others use; the loss is of the first tokens of text files. The first
-artifact is what the others are compared with.
+Times are CPU time of one thread, because other jobs may share the machine. The loss is that of the first tokens of text
+files. The other artifacts are compared with the first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def windows(directory: Path, tokenizer: Path, count: int, length: int) -> list[n
 
 
 def losses(path: str, texts: list[np.ndarray]) -> list[float]:
-    """Return the mean NLL of each text in nats a token."""
+    """Return the mean NLL of each text in nats per token."""
     import ligerexport as lx
 
     session, means = lx.load(path, scoring=True), []
@@ -58,7 +58,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def speed(path: str, ids: np.ndarray, steps: int) -> dict[str, Any]:
-    """Return milliseconds a decoded token, and prompt tokens a second by tokens a call."""
+    """Return milliseconds per decoded token, and prompt tokens per second by tokens per call."""
     import ligerexport as lx
 
     prompt = {}

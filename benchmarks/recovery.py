@@ -1,11 +1,11 @@
-"""Convert, recover and evaluate by the ordinary commands, row after row: what each preset and recipe is worth.
+"""Convert, recover and evaluate with the ordinary commands, row by row, to compare presets and recipes.
 
     python benchmarks/recovery.py MODEL --chats chats.jsonl --calibrate prose/ --text heldout/ --heldout-chats \
         heldout.jsonl -o recovery.json
 
-MODEL is the Transformer. `--chats` is what recovery reads (see `ligerexport recover`), `--calibrate` the text that
-scores are fitted on; nobody was trained on `--text`, which loss and recall are measured on, nor on `--heldout-chats`,
-whose loss is measured in windows of 2,048 tokens. Rows that end in `untrained` are only converted; `window` has
+MODEL is the Transformer. Recovery trains on `--chats` (see `ligerexport recover`), and scores are fitted on
+`--calibrate`. Loss and recall are measured on `--text`, and loss in windows of 2,048 tokens on `--heldout-chats`; no
+row was trained on these two. Rows that end in `untrained` are only converted; `window` has
 the same number of exact slots as the default and the same training, so it is the control for all others.
 """
 
@@ -46,7 +46,7 @@ class Row:
         changes: Fields of `LigerConfig` that differ.
         recipe: Row of `RECIPES`; None leaves the conversion as it is.
         settings: Fields of `RecoverConfig` that differ.
-        controls: Rows of `CONTROLS` to measure beside it.
+        controls: Rows of `CONTROLS` that are measured too.
         random_gate: Whether the gate reads a fixed random projection of the key instead of the key.
     """
 
@@ -65,7 +65,7 @@ HYBRID = {"keep_softmax": FEW}
 
 
 def deep(window: int, use: int, learned: int, few: tuple[int, int, int]) -> dict[str, Any]:
-    """Return a memory with one size in the few layers that cost most, (window, use, learned), and one in the others."""
+    """Return a memory with size (window, use, learned) in most layers, and another one in the few that cost most."""
     large = (("recent_use", few[1]), ("learned", few[2]))
     return {
         "window": window, "slots": (("recent_use", use), ("learned", learned)),
@@ -73,13 +73,13 @@ def deep(window: int, use: int, learned: int, few: tuple[int, int, int]) -> dict
     }  # fmt: skip
 
 
-DEEP = deep(34, 14, 18, (244, 112, 144))  # 3,836 slots in 30 layers, 128 in each would be 3,840
+DEEP = deep(34, 14, 18, (244, 112, 144))  # 3,836 slots in 30 layers; 128 in each would be 3,840
 DEEP_DOUBLE = deep(60, 28, 36, (496, 220, 304))  # 7,424; 256 in each would be 7,680
 SPREAD = Path(__file__).parent / "results" / "spread.json"
 
 
 def spread(slots: int) -> dict[str, Any]:
-    """Return the memory of so many slots a layer, on average, as an earlier form of `allocate` shared them out."""
+    """Return a memory with this average number of slots per layer, as an earlier version of `allocate` chose it."""
     return json.loads(SPREAD.read_text())["chosen"][str(slots)] if SPREAD.is_file() else {}
 
 
@@ -87,7 +87,7 @@ MIXED = {"recurrence_weight": 0.1}
 LONG = {"length": 2048, "batch_tokens": 16384}
 WIDE = {**LONG, "rank": 16, "alpha": 16.0, "targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
 MOST = {**WIDE, "tokens": 10_000_000}
-FULL = {"rank": 576, "alpha": 576.0}  # every update that a projection can have
+FULL = {"rank": 576, "alpha": 576.0}  # full rank, so that every update of a projection is possible
 
 ROWS: dict[str, Row] = {
     "window, untrained": Row("sinks", WINDOW),
@@ -188,7 +188,7 @@ def random_gate(seed: int = 0) -> Iterator[None]:
 
 
 def measure(name: str, row: Row, args: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Return the tables of a row and of its controls, and what training took."""
+    """Return the tables of a row and of its controls, and the cost of training."""
     with random_gate() if row.random_gate else nullcontext():
         return _measure(name, row, args, place)
 
@@ -216,7 +216,7 @@ def _measure(name: str, row: Row, args: argparse.Namespace, place: Path) -> dict
 
 
 def main() -> None:
-    """Run the rows and write what they gave; rows measured before are kept."""
+    """Run the rows and write their results; results of earlier runs are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--chats", type=Path, nargs="+")
@@ -224,11 +224,11 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--heldout-chats", type=Path, nargs="+")
     parser.add_argument("--tasks", nargs="*", help="tasks of lm-eval; none by default")
-    parser.add_argument("--task-data", type=Path, help="their data sets, for a machine without a network")
-    parser.add_argument("--limit", type=int, help="questions of each task; all by default")
+    parser.add_argument("--task-data", type=Path, help="data sets of the tasks, for a machine without a network")
+    parser.add_argument("--limit", type=int, help="questions per task; all by default")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument(
-        "--adapters", type=Path, help="where what was trained is kept, and found again; nowhere by default"
+        "--adapters", type=Path, help="directory to keep trained adapters in and reuse them from; none by default"
     )
     parser.add_argument("--only", nargs="*", help="rows to measure; all by default")
     parser.add_argument("--tokens", type=int, default=3_000_000)

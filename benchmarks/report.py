@@ -1,7 +1,7 @@
-"""Write the tables of the documents from `benchmarks/results/`, so that no figure in them is typed.
+"""Write the tables of the documents from `benchmarks/results/`, so that no number in them is typed by hand.
 
 python benchmarks/report.py            writes them
-python benchmarks/report.py --check    fails where a document disagrees with the results
+python benchmarks/report.py --check    fails if a document disagrees with the results
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def sweep() -> str:
 
 
 def evicted() -> str:
-    """What to do with tokens that lose their slot: the prototype."""
+    """Ways to treat tokens that lose their slot: the prototype."""
     data = result("evicted")["rows"]
     bins = list(data["teacher"]["nll"])
     rows = [
@@ -168,7 +168,7 @@ def evicted() -> str:
 
 
 def recovered() -> str:
-    """What recovery and its controls are worth."""
+    """Results of recovery and its controls."""
     return _recovered(lambda name, row: row.get("recipe") != "paper")
 
 
@@ -196,7 +196,7 @@ def _recovered(wanted: Callable[[str, Any], bool]) -> str:
 
 
 def kept() -> str:
-    """The adapter that ships: its model, the Transformer and the control."""
+    """The shipped adapter: its model, the Transformer and the control."""
     rows = result("recovery")["rows"]
     names = {
         "the Transformer": "teacher",
@@ -216,7 +216,7 @@ def kept() -> str:
 
 
 def cost() -> str:
-    """What the adapter that ships costs in quality, in a sentence."""
+    """The quality that the shipped adapter loses, in a sentence."""
     rows = result("recovery")["rows"]
     theirs, ours = (rows[name]["tables"]["model"] for name in ("teacher", "spread, blend"))
     prose = [f"{found['nll']['mean']['mean']:.3f}" for found in (ours, theirs)]
@@ -230,7 +230,7 @@ def cost() -> str:
 
 
 def shares() -> str:
-    """Slots of the layers, as shared out."""
+    """Slots of the layers, as `allocate` chose them."""
     chosen = result("spread")["chosen"]
     layers = range(len(result("spread")["measured"][0]["layers"]))
     lines = []
@@ -267,7 +267,7 @@ def tasks() -> str:
 
 
 def layers() -> str:
-    """What single layers cost."""
+    """Cost of single layers."""
     data = result("layers")
     cells = lambda row: [f"{row['kl']:.3f}", f"{row['once']:.2f}", f"{row['once_nll']:.2f}"]  # noqa: E731
     ranked = sorted(enumerate(data["layers"]), key=lambda x: x[1]["kl"] + x[1]["once_nll"])
@@ -278,7 +278,7 @@ def layers() -> str:
 
 
 def peers(name: str = "peers", engines: tuple[str, ...] = ()) -> str:
-    """Decode, prefill and memory against other engines with the original model, or against some of them."""
+    """Decode, prefill and memory against some or all other engines with the original model."""
     data = [row for row in result(name)["rows"] if not engines or row["engine"] in engines]
     contexts = sorted({row["context"] for row in data})
     cells: dict[str, Callable[[Any], str]] = {
@@ -291,7 +291,7 @@ def peers(name: str = "peers", engines: tuple[str, ...] = ()) -> str:
         rows = {row["context"]: row for row in data if row["engine"] == engine}
         for what, write in cells.items():
             line = [write(rows[c]) if c in rows else "-" for c in contexts]
-            if set(line) != {"-"}:  # transformers reads nothing: its cache is filled
+            if set(line) != {"-"}:  # transformers reads no prompt: its cache is filled
                 lines.append([f"{engine}: {what}", *line])
     return table(["tokens of context", *(f"{c:,}" for c in contexts)], lines)
 
@@ -350,7 +350,7 @@ def loading() -> str:
     """From a command to its first token."""
     data = result("loading")
     run = {row["artifact"]: row["seconds"] for row in data["run"]}
-    used = {row["artifact"]: row["weights"] for row in data["rows"]}  # the last one is what `run` takes
+    used = {row["artifact"]: row["weights"] for row in data["rows"]}  # `run` uses the last one
 
     def seconds(cell: dict[str, float]) -> str:
         return f"{cell['median']:.2f} s ({cell['low']:.2f}-{cell['high']:.2f})"
@@ -394,7 +394,7 @@ for prefix, made in {
 
 
 def render(text: str) -> str:
-    """Return a document with its tables made anew."""
+    """Return a document with its tables generated again."""
 
     def fill(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
@@ -403,7 +403,7 @@ def render(text: str) -> str:
 
 
 def main() -> None:
-    """Write or check."""
+    """Write or check the documents."""
     stale = []
     for path in DOCUMENTS:
         text = path.read_text()

@@ -13,12 +13,12 @@ PASSES = {"forward": "forward", "both": "forward + backward"}
 
 
 def _ms(cell: dict[str, float]) -> str:
-    """Median and spread in milliseconds."""
+    """Return median and spread in milliseconds."""
     return f"{cell['ms']:.3f} ({cell['low']:.3f}-{cell['high']:.3f})"
 
 
 def _shapes(rows: list[Any], kind: bool = True) -> Iterator[tuple[str, Any]]:
-    """Rows with their shapes as text, and with how the decay is given where `kind` asks for it."""
+    """Yield rows with their shapes as text, with the source of the decay if `kind` is true."""
     for row in rows:
         shape = "B{} T{} H{}/{} D{}".format(*row["shape"])
         yield shape + (", raw" if row["raw"] else ", explicit") * kind, row
@@ -58,7 +58,7 @@ def linear_memory() -> Table:
 
 
 def linear_softmax() -> Table:
-    """The recurrence against softmax over everything."""
+    """The recurrence against softmax over all tokens."""
     rows = DATA["softmax"]
     names = {"recurrence": "ours", "SDPA, flash": "flash", "SDPA, cuDNN": "cudnn"}
     header = ["forward, ms", *(f"T {row['length']:,}" for row in rows)]
@@ -66,7 +66,7 @@ def linear_softmax() -> Table:
 
 
 def memory_kernel() -> Table:
-    """Softmax over the bounded memory against softmax over everything."""
+    """Softmax over the bounded memory against softmax over all tokens."""
     return ["ms", "pass", "here", "FlexAttention, same mask", "SDPA flash, causal", "SDPA cuDNN, causal"], [
         [f"{row['preset']}, T {row['length']:,}", title,
          *(_ms(row[name][what]) for name in ("ours", "flex", "flash", "cudnn"))]

@@ -1,4 +1,4 @@
-"""Tables of the engines of TensorRT, as header and rows; run alone, it draws steps against context."""
+"""Tables of the TensorRT engines, as header and rows; run as a script, it draws steps against context."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def products() -> Table:
 
 
 def _floor(batch: int) -> float:
-    """Return milliseconds that a step of the 8B shape must take: weights and slots read once at the copy bandwidth."""
+    """Return the minimum milliseconds of a step of the 8B shape: weights and slots read once at the copy bandwidth."""
     big, transformer = _result("trt")["8b"], _result("transformer_gpu")
     state = big["batch 16"]["state_bytes"] / 16 * batch
     return (big["weight_bytes_read"] + state) / transformer["bandwidth"]["copy"] * 1e3
@@ -72,7 +72,7 @@ def _milliseconds(times: dict[str, float]) -> str:
 
 
 def _best(row: dict[str, Any]) -> dict[str, float]:
-    """Return the faster of both attention kernels."""
+    """Return the faster of the two attention kernels."""
     return min((row["flash"], row["cudnn"]), key=lambda times: times["median_ms"])
 
 
@@ -126,7 +126,7 @@ def prompts() -> Table:
 
 
 def builds() -> Table:
-    """What building takes."""
+    """Cost of building."""
     data = _result("trt")
     engine, small = data["8b"]["engine"], data["smollm2"]["batch 1"]
     return ["engine", "built in", "host memory"], [
@@ -137,7 +137,7 @@ def builds() -> Table:
 
 
 def primitives() -> Table:
-    """Two layers of the 8B shape whose mixers are the plugin's or TensorRT's own operators."""
+    """Two layers of the 8B shape with the plugin's mixers or TensorRT's own operators."""
     both = [_result("trt")["primitives"][name] for name in ("plugin", "TensorRT's operators")]
     mixers = [sum(time for name, time in x["layers"].items() if _of_mixer(name)) for x in both]
     more = both[1]["step"]["median_ms"] - both[0]["step"]["median_ms"]
@@ -153,7 +153,7 @@ def primitives() -> Table:
 
 
 def _of_mixer(layer: str) -> bool:
-    """Return whether a layer of a profile is neither a product nor the embedding's row or last token."""
+    """Return whether a layer of a profile is neither a product, nor the embedding, nor the last token."""
     return not any(word in layer for word in ("LigerLinear", "embed_tokens", "Reshape_2_copy_input"))
 
 

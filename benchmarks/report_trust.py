@@ -16,7 +16,7 @@ def _result(name: str) -> Any:
 
 
 def promises() -> Table:
-    """What was tried, and how much of it went wrong."""
+    """What was tried, and how often it went wrong."""
     faults, hostile, planted, sound = map(_result, ("faults", "hostile", "planted", "sound"))
     steps, whole, cycles = (_result("endurance")[part] for part in ("steps", "whole", "cycles"))
     gates = _result("endurance")["gates"]
@@ -65,7 +65,7 @@ def hostile() -> Table:
 
 
 def drift() -> Table:
-    """How far a state in fp32 is from fp64."""
+    """Distance of a state in fp32 from fp64."""
     found = {row["steps"]: row for row in _result("endurance")["drift"]["rows"]}
     shown = [n for n in (10_000, 100_000, 250_000, 500_000, 750_000, 1_000_000) if n in found]
     layers = range(len(found[shown[0]]["sums"]))
@@ -76,7 +76,7 @@ def drift() -> Table:
 
 
 def concurrency() -> Table:
-    """Tokens a second of sessions side by side."""
+    """Tokens per second of sessions side by side."""
     return ["in", "threads or processes", "sessions", "tokens a second", "least to most"], [
         [row["in"], row.get("threads", row.get("processes")), row["sessions"], f"{row['tokens_per_s']:.0f}",
          f"{row['low']:.0f} to {row['high']:.0f}"]

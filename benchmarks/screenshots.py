@@ -1,4 +1,4 @@
-"""Take the pictures of the demo for the documents, with a browser that is installed here.
+"""Take the pictures of the demo for the documents, with an installed browser.
 
 python benchmarks/screenshots.py build/smollm2-onnx --against smollm2-135m -o docs/images
 """
@@ -20,11 +20,11 @@ from ligerexport.demo.prompts import SUMMARISE
 PICTURES = {"light": (1120, 1330, "light"), "dark": (1120, 1330, "dark"), "narrow": (390, 2200, "light")}
 """Width, height and colours of each."""
 COLOURS = 96
-"""Of the palette, which keeps the files small."""
+"""Number of colours in the palette, which keeps the files small."""
 
 
 def take(browser: sync_api.Browser, address: str, output: Path, context: int) -> None:
-    """Ask one question in each size and take a picture of what came of it."""
+    """Ask one question in each size and take a picture of the result."""
     for name, (width, height, scheme) in PICTURES.items():
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         page.goto(address)

@@ -1,10 +1,10 @@
-"""A Transformer's decode and prefill on a GPU: what an engine of ours is compared with.
+"""A Transformer's decode and prefill on a GPU, as a baseline for our engines.
 
     python benchmarks/transformer_gpu.py --shape llama-3-8b --contexts 1024,8192,32768 --batches 1,16 -o FILE
 
-Random weights in fp16 in the shape of Llama, computed by cuBLAS, fused norms and PyTorch's attention (FlashAttention
-with split keys, or cuDNN's), replayed as a CUDA graph: no masks, no cache that is longer than the context, joint
-projections as inference engines have them. `--check` compares it with transformers' model on a small shape.
+Random weights in fp16 in the shape of Llama are computed by cuBLAS, fused norms and PyTorch's attention (FlashAttention
+with split keys, or cuDNN's) and replayed as a CUDA graph. There are no masks, the cache is as long as the context, and
+projections are joint, as in inference engines. `--check` compares it with transformers' model on a small shape.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ EPS = 1e-6
 
 
 class Transformer:
-    """The shape's weights, and one call over a cache `[layers, 2, B, H_kv, N, d]` in place.
+    """The weights of a shape, and one call over a cache `[layers, 2, B, H_kv, N, d]` that is updated in place.
 
     Args:
-        sizes: As in `SHAPES`.
-        device: Where it computes.
-        dtype: Of weights, activations and cache.
+        sizes: Sizes as in `SHAPES`.
+        device: Device that computes.
+        dtype: Type of weights, activations and cache.
     """
 
     def __init__(self, sizes: dict[str, Any], device: str, dtype: torch.dtype) -> None:
@@ -55,7 +55,7 @@ class Transformer:
         self.inv_freq = theta ** (-torch.arange(0, self.d, 2, device=device).float() / self.d)
 
     def cache(self, batch: int, context: int) -> torch.Tensor:
-        """Return room for the keys and values of a context."""
+        """Return an empty cache for the keys and values of a context."""
         shape = (self.layers, 2, batch, self.kv_heads, context, self.d)
         return torch.zeros(shape, device=self.device, dtype=self.dtype)
 
@@ -125,7 +125,7 @@ def timed(work: Callable[[], Any], runs: int) -> dict[str, float]:
 
 
 def bandwidth() -> dict[str, float]:
-    """Return bytes a second of a copy (read and written) and of a read alone, of 4 GB."""
+    """Return bytes per second of a copy (read and written) and of a read alone, of 4 GB."""
     x = torch.zeros(1 << 30, device="cuda")
     y = torch.empty_like(x)
     copied = timed(lambda: y.copy_(x), 20)["median_ms"]
@@ -147,7 +147,7 @@ def graph_of(work: Callable[[], Any]) -> Callable[[], None]:
 
 @torch.inference_mode()
 def measure(model: Transformer, batch: int, context: int, prefill: bool) -> dict[str, Any]:
-    """Time one step at the end of a context, or the reading of it, with each attention kernel."""
+    """Time one step at the end of a context, or reading the context, with each attention kernel."""
     row: dict[str, Any] = {"batch": batch, "context": context, "what": "prefill" if prefill else "step"}
     torch.cuda.empty_cache()
     try:

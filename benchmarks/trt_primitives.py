@@ -1,11 +1,11 @@
-"""Write an artifact whose mixers are TensorRT's own operators: what the plugin's mixer is compared with.
+"""Write an artifact whose mixers are TensorRT's own operators, to compare with the plugin's mixer.
 
     python benchmarks/trt.py shape llama-3-8b --layers 2 --max-chunk 128 --checkpoint CHECKPOINT -o PLUGIN
     python benchmarks/trt_primitives.py CHECKPOINT -o PRIMITIVES
     liger-run PLUGIN --ids 1,2,3 --bench 200 --profile 50; the same with PRIMITIVES
 
-Products are the plugin's nodes in both, so that profiles differ by the mixers alone. For times only: state goes in and
-comes out at one address, which the plugin's kernels are made for and TensorRT's operators are not.
+Products are the plugin's nodes in both, so that profiles differ by the mixers alone. It is for timing only: state is
+read and written at one address, which the plugin's kernels support and TensorRT's operators do not.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def primitive_mixer(
     past: dict[str, ir.Value],
     score: ir.Value | None,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
-    """Write one mixer as the lowering `portable` does; arguments and results of `plugin_mixer`."""
+    """Write one mixer as the lowering `portable` does; arguments and results are those of `plugin_mixer`."""
     lower, turns = Plugin(frame.g), torch.tensor(inv_freq)
     tables: Any = lower.g.once(("tables", inv_freq), lambda: rotary_tables(lower, turns, spec, CHUNK))
     (seen,) = candidates(frame, spec, tables.rows, [past["slot_position"]])
@@ -53,7 +53,7 @@ def primitive_mixer(
 
 
 def narrow(graph: onnx.GraphProto) -> None:
-    """Rewrite what TensorRT 8.5 does not parse: integers of 64 bits, parts of shapes, flags that are scattered."""
+    """Rewrite what TensorRT 8.5 cannot parse: 64-bit integers, parts of shapes, scattered flags."""
     for x in (*graph.input, *graph.output, *graph.value_info):
         if x.type.tensor_type.elem_type == INT64:
             x.type.tensor_type.elem_type = INT32
@@ -63,7 +63,7 @@ def narrow(graph: onnx.GraphProto) -> None:
 
 
 def narrowed(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Return what stands for a node; constants that it needs are added to the graph."""
+    """Return the nodes that replace a node; constants that they need are added to the graph."""
     attributes = {x.name: helper.get_attribute_value(x) for x in node.attribute}
     out, name = node.output[0], node.name
     if node.op_type == "Shape" and attributes:
@@ -74,7 +74,7 @@ def narrowed(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProt
             helper.make_node("Shape", [node.input[0]], [f"{out}.whole"], f"{name}.whole"),
             helper.make_node("Slice", [f"{out}.whole", *(x.name for x in bounds)], [out], name),
         ]
-    if node.op_type == "ScatterElements":  # of flags, all of them
+    if node.op_type == "ScatterElements":  # all of them scatter flags
         data, indices, updates = node.input
         data32, updates32, out32 = (f"{out}.{part}" for part in ("data", "updates", "int32"))
         return [
@@ -85,13 +85,13 @@ def narrowed(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProt
         ]
     if node.op_type == "Cast" and attributes["to"] == INT64:
         node.attribute[0].i = INT32
-    if node.op_type == "Split" and "num_outputs" in attributes:  # of a later opset
+    if node.op_type == "Split" and "num_outputs" in attributes:  # an attribute of a later opset
         return [helper.make_node("Split", node.input, node.output, name, axis=attributes["axis"])]
     return [node]
 
 
 def main() -> None:
-    """Build, rewrite the graph, and say its new size and hash in the manifest."""
+    """Build, rewrite the graph, and write its new size and hash into the manifest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)

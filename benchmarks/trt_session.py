@@ -1,15 +1,15 @@
 """Check a Python session on a TensorRT engine against torch, and against itself.
 
-On any machine with torch, what is expected:
+To write the expected results, on any machine with torch:
 
     python benchmarks/trt_session.py reference CHECKPOINT -o expected.npz
 
-On the machine with TensorRT; RUNNER is `libliger_run.so`, with the plugin beside it, and LIBRARIES folders that the
-loader shall look into, with a colon between them:
+To compare, on the machine with TensorRT; RUNNER is `libliger_run.so`, with the plugin beside it, and LIBRARIES are
+directories for the loader, separated by colons:
 
     python benchmarks/trt_session.py run ARTIFACT --runner RUNNER --libraries LIBRARIES --expected expected.npz
 
-The last line is JSON, and the exit code 0 where all is as expected.
+The last line is JSON, and the exit code is 0 if everything is as expected.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from typing import Any
 import numpy as np
 
 PROMPT, STEPS, EVERY = 200, 512, 32
-"""Tokens that are read, that are fed one by one, and of so many of these one whose logits are compared."""
+"""Tokens that are read at once, tokens that are fed one by one, and the distance of those whose logits are compared."""
 ROWS, MORE = (150, 71, 9), 8
-"""Tokens of sequences that begin with different lengths, and how many more of each run together."""
+"""Initial lengths of the sequences, and the number of tokens that all then run together."""
 MOST_DIVERGENCE = 0.02
-"""Nats between torch's fp32 and the engine's next token, for activations of 16 bits."""
+"""Largest divergence between torch's fp32 and the engine in 16 bits for the next token, in nats."""
 MOST_ERROR = 0.05
-"""Of state, relative to the largest element of a tensor."""
+"""Largest error of the state, relative to the largest element of a tensor."""
 LEAST_ALIKE = 0.95
-"""Share of slots that hold the same token: scores that are nearly equal may fall either way in 16 bits."""
+"""Smallest share of slots that hold the same token: nearly equal scores may be ranked either way in 16 bits."""
 
 
 def reference(given: argparse.Namespace) -> int:
-    """Write what torch makes of a text in fp32: logits of prompt, steps and rows, and state; its errors in fp16."""
+    """Write torch's results for a text in fp32: logits of prompt, steps and rows, and state; errors in fp16."""
     import torch
 
     from ligerexport.checkpoint.checkpoint import check_checkpoint
@@ -76,7 +76,7 @@ def states(cache: Any) -> dict[str, np.ndarray]:
 
 
 def sequence(ids: np.ndarray, row: int) -> np.ndarray:
-    """Return a piece of the text for one row, with what follows it."""
+    """Return a piece of the text for one row, with the tokens that follow it."""
     return ids[40 * row : 40 * row + ROWS[row] + MORE]
 
 
@@ -123,7 +123,7 @@ def against_torch(session: Any, expected: dict[str, np.ndarray]) -> dict[str, An
 
 
 def compare_state(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], when: str) -> dict[str, Any]:
-    """Compare tokens that hold slots, what the slots of the same tokens hold, and tensors without slots."""
+    """Compare the tokens in slots, the slots of equal tokens, and tensors without slots."""
     alike, of, errors = 0, 0, {}
     for name, tensor in found.items():
         wanted, base = expected[f"{when}.{name}"], name.rpartition(".")[0]
@@ -143,7 +143,7 @@ def compare_state(found: dict[str, np.ndarray], expected: dict[str, np.ndarray],
 
 
 def heads(tensor: np.ndarray, inner: int = 0) -> Iterable[np.ndarray]:
-    """Return the parts of one row and head, each `[N]` or with more axes `[N, d]`."""
+    """Return the parts of each row and head, `[N]` or, with more axes, `[N, d]`."""
     return tensor.reshape(-1, *tensor.shape[tensor.ndim - 1 - inner :])
 
 
@@ -157,7 +157,7 @@ def of_same(found: np.ndarray, wanted: np.ndarray, ours: np.ndarray, theirs: np.
 
 
 def wide(tensor: np.ndarray) -> np.ndarray:
-    """Return numbers as fp64; bits of bfloat16 too."""
+    """Return numbers as fp64, also from bits of bfloat16."""
     if tensor.dtype == np.uint16:
         tensor = (tensor.astype(np.uint32) << 16).view(np.float32)
     return tensor.astype(np.float64)
@@ -169,7 +169,7 @@ def error(found: np.ndarray, wanted: np.ndarray, scale: np.ndarray) -> float:
 
 
 def cut(session: Any, ids: np.ndarray) -> dict[str, Any]:
-    """Read the same in one call, in three, and token by token."""
+    """Read the same text in one call, in three, and token by token."""
     logits = []
     for cuts in ((), (1, 130), range(1, PROMPT)):
         session.reset()
@@ -181,7 +181,7 @@ def cut(session: Any, ids: np.ndarray) -> dict[str, Any]:
 
 
 def snapshot(session: Any, ids: np.ndarray) -> dict[str, Any]:
-    """Go back, and over to a sibling: the same bits."""
+    """Restore a snapshot in the session and in a sibling, and expect the same bits."""
     session.prefill(ids[:PROMPT])
     kept = session.snapshot()
     other = session.sibling()
@@ -194,7 +194,7 @@ def snapshot(session: Any, ids: np.ndarray) -> dict[str, Any]:
 
 
 def siblings(session: Any, ids: np.ndarray) -> dict[str, Any]:
-    """Step two sessions in turns, and each by itself: the same bits."""
+    """Step two sessions in turns, and each by itself, and expect the same bits."""
     texts = ids[: 3 * MORE], ids[3 * MORE : 6 * MORE]
     alone = []
     for text in texts:
@@ -208,7 +208,7 @@ def siblings(session: Any, ids: np.ndarray) -> dict[str, Any]:
 
 
 def rows(session: Any, expected: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Run sequences of different lengths together, beside a row that waits; each must be as torch has it alone."""
+    """Run sequences of different lengths together, beside an idle row, and compare each with torch's result alone."""
     ids, one = expected["ids"], session.sibling()
     for row, length in enumerate(ROWS):
         one.reset()

@@ -1,7 +1,7 @@
-"""How the commands talk: data goes to stdout, everything else to stderr.
+"""How the commands print: data goes to stdout, everything else to stderr.
 
-rich handles colour, width and `NO_COLOR`. Nothing here knows a model. Long work takes `progress` as an argument, so
-that library code stays silent by default.
+rich handles colour, width and `NO_COLOR`. This module does not depend on models. Long work takes `progress` as an
+argument, so that library code stays silent by default.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ProgressFactory(Protocol):
 
 
 def silent(description: str, total: float | None = None, unit: Unit = "bytes") -> AbstractContextManager[Advance]:
-    """Report nothing; the default of everything that takes `progress`."""
+    """Report nothing; this is the default wherever `progress` is an argument."""
     return nullcontext(lambda amount: None)
 
 
@@ -80,7 +80,7 @@ def data_table(table: Table | None = None) -> None:
     """Print a table on stdout, or an empty line.
 
     Raises:
-        LigerError: As for `data`.
+        LigerError: For the same reasons as `data`.
     """
     with _writable():
         out.print(table or "")
@@ -88,7 +88,7 @@ def data_table(table: Table | None = None) -> None:
 
 @contextmanager
 def _writable() -> Iterator[None]:
-    """Turn what keeps stdout from taking text into a `LigerError`."""
+    """Turn errors of writing to stdout into a `LigerError`."""
     if sys.stdout is None:
         raise LigerError("stdout is closed, and this command writes to it", hint="send it to a file, or to /dev/null")
     try:
@@ -106,7 +106,7 @@ def card(title: str, rows: Sequence[tuple[str, str]], *, next_command: str | Non
     Args:
         title: What was done, in a few words.
         rows: Label and value, in order.
-        next_command: What to type next; printed last, unwrapped so that it can be copied.
+        next_command: Command to type next; printed last, unwrapped so that it can be copied.
     """
     width = max(len(label) for label, _ in [*rows, ("next", "")])
     table = Table.grid(padding=(0, 2))
@@ -136,10 +136,10 @@ def progress(description: str, total: float | None = None, unit: Unit = "bytes")
     Args:
         description: The phase, in a few words.
         total: Amount at which the phase is done; None if it is not known.
-        unit: What the amounts are.
+        unit: Unit of the amounts.
 
     Yields:
-        A function that takes the amount done since it was last called.
+        A function that takes the amount done since its last call.
     """
     start, done = time.perf_counter(), 0.0
     count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()

@@ -1,6 +1,6 @@
-"""The types of tensor elements: one row each, with every name and number that a library or a file has for it.
+"""The types of tensor elements: one row each, with every name and number that a library or a file uses for it.
 
-Nothing here imports a heavy library before a row is asked for its own type.
+No heavy library is imported before a row is asked for its own type.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Dtype:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of an element; 0 where several share a byte."""
+        """Bytes of an element; 0 if several share a byte."""
         return self.bits // 8
 
     @property

@@ -1,4 +1,4 @@
-"""Every error that a user is meant to read: what was found, a hint for what to do, and the exit code of the CLI.
+"""Every error that users are meant to read: what was found, a hint what to do, and the exit code of the CLI.
 
 `ligerexport.console` prints them. Any other exception is a bug and keeps its traceback.
 """
@@ -16,7 +16,7 @@ Row = TypeVar("Row")
 
 
 _MOST = 1000
-"""Most characters of a line: a message may quote the whole content of a file."""
+"""Largest number of characters in a line: a message may quote the whole content of a file."""
 
 
 def one_line(text: str) -> str:
@@ -48,7 +48,7 @@ class LigerError(Exception):
 
 
 class UsageError(LigerError):
-    """An argument or a setting makes no sense."""
+    """An argument or a setting is invalid."""
 
     exit_code = 2
 
@@ -66,13 +66,13 @@ class ArtifactError(LigerError):
 
 
 class VerificationError(LigerError):
-    """A built graph does not compute what the torch model computes."""
+    """A built graph does not compute the same as the torch model."""
 
     exit_code = 3
 
 
 class MissingDependency(LigerError):
-    """An optional dependency or a piece of hardware is not there.
+    """An optional dependency or a piece of hardware is missing.
 
     Args:
         what: The library or device, as the user knows it.
@@ -91,7 +91,7 @@ class MissingDependency(LigerError):
 
 
 def close_matches(name: str, choices: Iterable[str]) -> str:
-    """Return a hint for a name that is in no table: the nearest names, or all of them when none is near."""
+    """Return a hint for a name that is in no table: the nearest names, or all names if none is near."""
     choices = sorted(choices)
     near = get_close_matches(name.lower(), choices, n=3, cutoff=0.5)
     if near:

@@ -1,6 +1,6 @@
 """Files that somebody else wrote: JSON of any content, dataclasses whose types are checked, hashes, escaping links.
 
-What such a file must say is decided by whoever reads it.
+The code that reads such a file decides what it must contain.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ligerexport.errors import LigerError, UsageError
 Row = TypeVar("Row")
 
 MOST = 2**53
-"""Integers from here on are no sizes, and numbers of JSON are no integers any more."""
+"""Integers from this one on are not accepted as sizes, and JSON numbers no longer hold them exactly."""
 
 
 def read_json(file: Path, kind: type[LigerError], hint: str) -> dict[str, Any]:
@@ -27,16 +27,16 @@ def read_json(file: Path, kind: type[LigerError], hint: str) -> dict[str, Any]:
     Args:
         file: The file.
         kind: Class of the error.
-        hint: Of the error.
+        hint: Hint of the error.
 
     Raises:
-        LigerError: Of that class; it is no JSON, or another value than an object.
+        LigerError: An error of class `kind`; the file is not JSON, or not an object.
     """
     try:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text)
         if "\\u" in text:
-            json.dumps(content, ensure_ascii=False).encode()  # halves of a character are none
+            json.dumps(content, ensure_ascii=False).encode()  # fails for half a surrogate pair
     except (ValueError, RecursionError) as error:
         raise kind(f"{file} is not JSON: {error}", hint=hint) from None
     except OSError as error:
@@ -50,7 +50,7 @@ def from_plain(cls: type[Row], data: Any) -> Row:
     """Make a dataclass, and those in it, from plain data. Unknown keys are ignored.
 
     Raises:
-        ValueError: Something is missing or of another type than the fields say.
+        ValueError: A value is missing or does not have the type of its field.
     """
     return _convert(cls, data, cls.__name__)
 
@@ -61,7 +61,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    """Return a value as a type hint has it."""
+    """Return a value in the type of a hint."""
     if hint is Any:
         return value
     origin, inner = get_origin(hint), get_args(hint)
@@ -104,7 +104,7 @@ def sha256(file: Path) -> str:
 
 
 def leads_away(file: Path, directory: Path, *others: Path) -> bool:
-    """Return whether a file is, over links, a file outside a directory, and of other directories too."""
+    """Return whether links lead from a file to a place outside a directory, and outside the others too."""
     places = (directory.resolve(), *(other.resolve() for other in others))
     try:
         found = file.resolve()

@@ -30,12 +30,12 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def cache_dir() -> Path:
-    """Return where fetched models and compiled operators live.
+    """Return the directory for fetched models and compiled operators.
 
     That is `LIGEREXPORT_CACHE`, or `ligerexport` in the user's cache directory if that is not set.
 
     Raises:
-        LigerError: The user has no home directory, and no variable names a place.
+        LigerError: The user has no home directory, and no variable names a directory.
     """
     own = os.environ.get("LIGEREXPORT_CACHE")
     try:
@@ -47,16 +47,16 @@ def cache_dir() -> Path:
 
 
 def check_destination(destination: Path | str, *, force: bool = False, marker: str) -> None:
-    """Refuse a destination where something would be lost. What killed runs left there is removed or completed.
+    """Refuse a destination if files would be lost. Remains of killed runs there are removed or completed.
 
     Args:
         destination: Directory to be written.
         force: Whether an older output of the same kind may be replaced.
-        marker: File by which such an output is told from any other directory.
+        marker: File that distinguishes such an output from any other directory.
 
     Raises:
-        UsageError: It is a file or not empty, or `force` would replace what this program did not write or may not
-            write.
+        UsageError: It is a file or not empty, or `force` would replace files that this program did not write or may
+            not write.
     """
     path = Path(os.path.abspath(destination))
     remove_leftovers(path)
@@ -73,7 +73,7 @@ def check_destination(destination: Path | str, *, force: bool = False, marker: s
         raise UsageError(f"{path} exists and is not empty", hint="choose another place with -o, or add --force")
     if not (path / marker).is_file():
         raise UsageError(
-            f"{path} holds other things (no {marker}), so --force will not replace it",
+            f"{path} holds other files (no {marker}), so --force will not replace it",
             hint="choose another place with -o",
         )
     if not os.access(path, os.W_OK | os.X_OK):  # it could be renamed but not removed
@@ -85,7 +85,7 @@ def staged_directory(destination: Path | str, *, force: bool = False, marker: st
     """Yield a temporary directory that becomes `destination` when the block ends without an exception.
 
     The old directory, if `force` lets it be replaced, stays until the new one is whole and synced. Where the system
-    can exchange two names (Linux), one of them is in place at every moment. Any exception removes what was written.
+    can exchange two names (Linux), one of them exists at every moment. After any exception the new files are removed.
 
     Args:
         destination: Directory to make; its parents are made as needed.
@@ -94,7 +94,7 @@ def staged_directory(destination: Path | str, *, force: bool = False, marker: st
 
     Raises:
         UsageError: See `check_destination`.
-        LigerError: The disk is full, or the place cannot be written.
+        LigerError: The disk is full, or the place is not writable.
     """
     path = Path(os.path.abspath(destination))
     check_destination(path, force=force, marker=marker)
@@ -107,14 +107,14 @@ def staged_directory(destination: Path | str, *, force: bool = False, marker: st
 
 @contextmanager
 def staged_file(destination: Path | str, *, hint: str = "choose another place") -> Iterator[Path]:
-    """Yield a path for a file that takes the place of `destination` when the block ends without an exception.
+    """Yield a path for a file that replaces `destination` when the block ends without an exception.
 
     Args:
         destination: File to make; its parents are made as needed.
         hint: What to do if it cannot be written.
 
     Raises:
-        LigerError: The disk is full, or the place cannot be written.
+        LigerError: The disk is full, or the place is not writable.
     """
     path = Path(os.path.abspath(destination))
     with _staged(path, hint) as stage:
@@ -128,7 +128,7 @@ def staged_file(destination: Path | str, *, hint: str = "choose another place") 
 def _staged(path: Path, hint: str = "choose another place") -> Iterator[Path]:
     """Yield a temporary directory beside `path` that is removed at the end; explain errors of the disk.
 
-    In messages `path` takes the place of the temporary directory, which the reader does not know.
+    In messages, `path` replaces the temporary directory, which the reader does not know.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def _staged(path: Path, hint: str = "choose another place") -> Iterator[Path]:
             ) from error
         place = getattr(error, "filename", None) or path
         if number is None or not Path(final := _final(str(place), stage, path)).is_relative_to(path):
-            raise  # the error is about a file that is read
+            raise  # the error concerns a file that is read
         raise LigerError(f"cannot write {final}: {os.strerror(number)}", hint=hint) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -168,7 +168,7 @@ def _final(text: str, stage: Path, path: Path) -> str:
 
 
 def _error_number(error: Exception) -> int | None:
-    """Return the system's number of an error; safetensors states it in the text only."""
+    """Return the system's number of an error; safetensors gives it only in the text."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -235,7 +235,7 @@ def _sync(directory: Path) -> None:
 
 
 def _replace(stage: Path, path: Path) -> None:
-    """Give `stage` the name `path`; what had that name gets the name of `stage` or is removed."""
+    """Give `stage` the name `path`; a directory that had this name gets the name of `stage` or is removed."""
     if not path.exists():
         stage.rename(path)
     elif not _exchange(stage, path):

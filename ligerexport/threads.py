@@ -1,6 +1,6 @@
-"""How many threads compute and how they wait for each other: the same for torch, its kernels and ONNX Runtime.
+"""How many threads compute, and how they wait for each other, for torch, its kernels and ONNX Runtime.
 
-torch takes one thread for each CPU, whatever the quota of a container says, and lets all of them spin at the end of
+torch takes one thread for each CPU, whatever the quota of a container is, and lets all of them spin at the end of
 every loop until the last one arrives. If another process takes a core for a moment, that wait is several times as long
 as the work itself.
 """
@@ -16,13 +16,13 @@ from pathlib import Path
 from ligerexport.errors import UsageError
 
 _WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
-"""Threads of OpenMP sleep after about 30 microseconds, as those of an ONNX session do."""
+"""Threads of OpenMP sleep after about 30 microseconds, like those of an ONNX session."""
 
 _chosen: int | None = None
 
 
 def default_threads() -> int:
-    """Return what `use_threads` was given, or the physical cores that affinity and quota leave to this process."""
+    """Return the number that `use_threads` set, or the physical cores that affinity and quota leave to this process."""
     if _chosen is not None:
         return _chosen
     if not hasattr(os, "sched_getaffinity"):
@@ -48,8 +48,8 @@ def use_threads(count: int | None) -> Iterator[None]:
     How threads wait can only be chosen before torch is imported, so enter this first.
 
     Args:
-        count: Number of threads. None takes `default_threads`, divided among the processes of a launcher, and at
-            most what OMP_NUM_THREADS or `torch.set_num_threads` allow.
+        count: Number of threads. None takes `default_threads`, divided among the processes of a launcher, and no more
+            than OMP_NUM_THREADS or `torch.set_num_threads` allows.
 
     Raises:
         UsageError: The count is less than 1.

@@ -1,7 +1,7 @@
-"""Which releases of its dependencies this version was tried with, and the warning about any other.
+"""The releases of dependencies that this version was tried with, and the warning about any other.
 
-`pyproject.toml` says what may be installed, and `TRIED` what was tried: a test compares the two. A release that is
-known to break is outside the bounds of `pyproject.toml`; one that nobody has tried gets a warning.
+`pyproject.toml` has the releases that may be installed, and `TRIED` those that were tried: a test compares both. A
+release that is known to break is outside the bounds of `pyproject.toml`; an untried one gets a warning.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def untried(name: str) -> str | None:
-    """Return what is wrong with the installed version of a row of `TRIED`; None if it was tried or is not installed."""
+    """Return why the installed version of a row of `TRIED` gets a warning; None if it was tried or is not installed."""
     from packaging.version import Version
 
     version = installed_version(name)

@@ -322,7 +322,7 @@ def test_a_place_in_use_is_not_replaced(liger: Path, chats: Path, tmp_path: Path
     with pytest.raises(UsageError, match="the model itself"):
         lx.recover(liger, chats, liger, force=True, steps=1, **SMALL)
     other = make_liger(tmp_path / "other")
-    with pytest.raises(UsageError, match="holds other things"):
+    with pytest.raises(UsageError, match="holds other files"):
         lx.recover(liger, chats, other, force=True, steps=1, **SMALL)
 
 

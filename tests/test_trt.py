@@ -145,7 +145,7 @@ def test_layers_without_kernels(tmp_path: Path, packed: list[dict[str, Any]]) ->
 def test_partly_rotated_heads(tmp_path: Path, packed: list[dict[str, Any]]) -> None:
     """The plugin's kernels rotate only whole heads."""
     path = make_checkpoint(tmp_path / "model", MEMORY, "phi3")
-    with pytest.raises(UsageError, match="rotated in part"):
+    with pytest.raises(UsageError, match="only partly rotated"):
         lx.build(path, tmp_path / "a", target="trt", engine=False, sms=(86,))
 
 
@@ -249,7 +249,7 @@ def test_calls_are_no_longer_than_positions_reach(tmp_path: Path) -> None:
     assert choose_chunk(spec, 7) == 7 and get_backend("trt-rtx").choose_chunk(spec, None) == 128
     longer = replace(spec, mixers=tuple(replace(x, max_distance=4000) for x in spec.mixers))
     assert choose_chunk(longer, None) == 1024
-    with pytest.raises(UsageError, match=f"reach over {reach}") as caught:
+    with pytest.raises(UsageError, match=f"reach only over {reach}") as caught:
         lx.build(checkpoint, tmp_path / "a", target="trt", engine=False, sms=(90,), max_chunk=reach + 2)
     assert caught.value.hint == f"--max-chunk {reach + 1}" and not (tmp_path / "a").exists()
 

@@ -1,4 +1,4 @@
-"""The artifact: a directory with a graph, its weights, a tokenizer, and a manifest that says what they are.
+"""The artifact: a directory with a graph, its weights, a tokenizer, and a manifest that describes them.
 
 This file has the manifest, the writer, which leaves a whole artifact or none, and the checks before an engine reads
 one.
@@ -59,13 +59,13 @@ class StateTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one sequence, or of one of its tokens where the tensor grows."""
+        """Bytes of one sequence, or of one of its tokens if the tensor grows."""
         return DTYPES[self.dtype].nbytes * prod(size for size in self.shape if isinstance(size, int))
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The step graph: its file, the most tokens of one call, and its inputs and outputs in order."""
+    """The step graph: its file, the largest number of tokens per call, and its inputs and outputs in order."""
 
     file: str
     max_chunk: int
@@ -74,7 +74,7 @@ class Graph:
 
     @property
     def data(self) -> str:
-        """Name of the file of its weights, which holds nothing but numbers."""
+        """Name of the file of its weights, which contains only numbers."""
         return f"{self.file}.data"
 
 
@@ -122,7 +122,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says.
+    """The content of `manifest.json`.
 
     Attributes:
         ligerexport: Version that wrote the artifact.
@@ -137,12 +137,12 @@ class Manifest:
         state: All state tensors.
         bytes: Byte counts.
         requires: Distribution and version specifier of each runtime that the graph needs.
-        verification: Result of the parity check against torch, as the verifier wrote it.
+        verification: Result of the comparison with torch, as the verifier wrote it.
         recovery: How the weights were trained after the conversion, as in config.json; None if they were not.
         block: Number of weights that share a scale; None if weights have none.
         quality: Cost of the precision against fp32 on a built-in text, as the verifier measured it: nats per token
             before and after, and the divergence. None for fp32.
-        device: What the artifact was built for: compute capabilities, most sequences, the plugin's contract, and the
+        device: The GPUs that the artifact was built for: compute capabilities, largest number of sequences, plugin's
             names of kernels, plugin and engine. None for the CPU.
         files: Every other file of the artifact; filled when it is written.
         format_version: Version of this structure.
@@ -181,9 +181,9 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what gives a state its meaning: weights and conversion, but not target or lowering."""
+        """Digest of everything that gives a state its meaning: weights and conversion, but not target or lowering."""
         meaning: list[Any] = [self.source.files, self.liger, asdict(self.model)]
-        if self.precision != "float32":  # rounding makes them other weights
+        if self.precision != "float32":  # rounding changes the weights
             meaning += [self.precision, self.block]
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -227,18 +227,18 @@ def _check_claims(manifest: Manifest) -> None:
     graph, ids = manifest.graph, ("input_ids", "position")
     logits = TensorInfo("logits", "float32", ("B", manifest.model.vocab_size))
     if not 1 <= graph.max_chunk <= 1 << 16 or not 1 <= manifest.model.vocab_size < 1 << 31:
-        raise ValueError(f"a call of {graph.max_chunk} tokens of {manifest.model.vocab_size}")
+        raise ValueError(f"calls of {graph.max_chunk} tokens with a vocabulary of {manifest.model.vocab_size}")
     if tuple(x.name for x in graph.inputs[:2]) != ids or graph.outputs[:1] != (logits,):
         raise ValueError(f"inputs do not begin with {' and '.join(ids)}, or outputs with logits")
     state = manifest.state
     if [(x.past, x.dtype, x.shape) for x in state] != [(x.name, x.dtype, x.shape) for x in graph.inputs[2:]]:
-        raise ValueError("the state is not what the graph takes")
+        raise ValueError("the state differs from the graph's inputs")
     if [(x.present, x.dtype, len(x.shape)) for x in state] != [
         (x.name, x.dtype, len(x.shape)) for x in graph.outputs[1:]
     ]:
-        raise ValueError("the state is not what the graph gives")
+        raise ValueError("the state differs from the graph's outputs")
     if len({x.past for x in state} | {x.present for x in state} | {*ids, "logits"}) != 2 * len(state) + 3:
-        raise ValueError("two tensors have one name")
+        raise ValueError("two tensors have the same name")
     types = {row.name for row in BY_KERNEL.values()}
     for tensor in state:
         sizes = ["P" if tensor.grows and axis == 2 else 1 for axis in range(len(tensor.shape))]
@@ -253,7 +253,7 @@ def _check_claims(manifest: Manifest) -> None:
         raise ValueError(f"a state of {manifest.bytes.state_per_sequence} bytes has tensors of {held}")
     delivered = sum(entry.bytes for entry in manifest.files.values())
     if held + 4 * manifest.model.vocab_size > max(1 << 30, 4 * delivered):
-        raise ValueError(f"a state of {held} bytes to a model of {delivered}")
+        raise ValueError(f"a state of {held} bytes for a model of {delivered}")
 
 
 @dataclass(frozen=True)
@@ -281,10 +281,10 @@ class ArtifactWriter:
         force: Whether an older artifact there may be replaced; it stays until the new one is whole.
 
     Attributes:
-        directory: Where the files go; exists inside the `with` block only.
+        directory: Where the files go; it exists only inside the `with` block.
 
     Raises:
-        UsageError: The destination holds something (on entry).
+        UsageError: The destination is not empty (on entry).
         LigerError: The disk is full.
     """
 
@@ -383,7 +383,7 @@ def _suggest(directory: Path) -> str:
 
 
 def _check_file(directory: Path, name: str, entry: FileInfo, hashes: bool) -> None:
-    """Check that a file lies in the directory and is what the manifest says."""
+    """Check that a file is in the directory and matches the manifest."""
     parts = PurePosixPath(name)
     if (
         parts.is_absolute()
@@ -391,7 +391,7 @@ def _check_file(directory: Path, name: str, entry: FileInfo, hashes: bool) -> No
         or not re.fullmatch(r"[\w. +@-]{1,200}(/[\w. +@-]{1,200}){0,9}", name)
     ):
         raise ArtifactError(
-            f"{MANIFEST} names '{name}', which lies outside the artifact", hint="do not use this artifact"
+            f"{MANIFEST} names '{name}', which is outside the artifact", hint="do not use this artifact"
         )
     file = directory / name
     if not file.is_file():
@@ -421,7 +421,7 @@ def _check_runtime(name: str, specifier: str) -> None:
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
     if name not in RUNTIMES:
-        raise ArtifactError(f"{MANIFEST} requires {name}, which runs no artifact", hint=_REBUILD)
+        raise ArtifactError(f"{MANIFEST} requires {name}, which does not run artifacts", hint=_REBUILD)
     try:
         wanted = SpecifierSet(specifier)
     except InvalidSpecifier as error:

@@ -1,4 +1,4 @@
-"""A session's state as data: to return to, to copy into another session of the same model, or to keep in a file."""
+"""A session's state as data: to restore, to copy into another session of the same model, or to keep in a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Snapshot:
 
     Attributes:
         model: `Manifest.fingerprint` of the model whose state this is.
-        position: Tokens seen, `[B]` int64; negative inside padding on the left.
+        position: Number of tokens seen, `[B]` int64; negative inside padding on the left.
         tensors: State by the names of the graph's `past.*` inputs, batch axis first.
         ids: Tokens of one sequence that led to the state, `[T]` int64; None if they are not kept with it.
     """
@@ -98,7 +98,7 @@ class Snapshot:
 
 
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:
-    """Concatenate rows. Tensors that grow, `[B, H_kv, P, d]`, end with the newest token: zeros are put in front."""
+    """Concatenate rows. Tensors that grow, `[B, H_kv, P, d]`, end with the newest token, so zeros go in front."""
     if len({part.shape[1:] for part in parts}) > 1:
         longest = max(part.shape[2] for part in parts)
         parts = [np.pad(part, ((0, 0), (0, 0), (longest - part.shape[2], 0), (0, 0))) for part in parts]

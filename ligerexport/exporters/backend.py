@@ -1,4 +1,4 @@
-"""What a target does at each step from a build to a running session: the base class, and what its methods are given."""
+"""The base class of targets, which says how a target is prepared, built, checked and run, and its settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """The arguments of `build` that say what to build. What is None is chosen by `plan_build`."""
+    """The arguments of `build` that say what to build. `plan_build` chooses a value for each None."""
 
     target: str = "onnx"
     lowering: str | None = None
@@ -53,9 +53,9 @@ class Check:
     Attributes:
         name: What was checked.
         found: What was found.
-        ok: Whether that is enough.
+        ok: Whether what was found is sufficient.
         needed: Whether converting, building or running needs it.
-        mend: A command that makes it so.
+        mend: A command that fixes it.
     """
 
     name: str
@@ -70,50 +70,50 @@ class Check:
 
 
 class Backend:
-    """A target. The methods here are those of a target whose artifact is a graph and needs no GPU.
+    """A target. The methods here fit a target whose artifact is a graph and needs no GPU.
 
     Args:
         name: Key of `TARGETS`.
-        row: Its row.
+        row: Its row of `TARGETS`.
     """
 
     def __init__(self, name: str, row: Target) -> None:
         self.name, self.row = name, row
 
     def prepare(self, settings: BuildSettings) -> Any:
-        """Check the options that are particular to targets and what is installed, before any work is done.
+        """Check the target's own options and the installed libraries, before any work is done.
 
         Returns:
-            What the plan has as `gpu`; None by default.
+            The value of `BuildPlan.gpu`; None by default.
 
         Raises:
-            UsageError: An option is not for this target, or a number makes no sense.
-            MissingDependency: Something is not installed.
+            UsageError: An option does not belong to this target, or a number is out of range.
+            MissingDependency: A library is not installed.
         """
         if settings.sms or settings.plugin or not settings.engine:
             raise UsageError(f"GPU options with the target {self.name}", hint="--sm, --plugin, --no-engine go with trt")
 
     def check_model(self, spec: ModelSpec) -> None:
-        """Check that the target has everything that the layers of a checkpoint need.
+        """Check that the target supports all layers of a checkpoint.
 
         Raises:
-            UsageError: Something is missing.
+            UsageError: It does not support one of them.
         """
 
     def choose_chunk(self, spec: ModelSpec, wanted: int | None) -> int:
-        """Return the most tokens of one call.
+        """Return the largest number of tokens per call.
 
         Raises:
-            UsageError: More are wanted than the target allows.
+            UsageError: `wanted` is more than the target allows.
         """
         return self.row.chunk if wanted is None else wanted
 
     def describe(self, plan: BuildPlan, weight_bytes: int) -> dict[str, Any]:
-        """Return what a build would take, for `--dry-run`."""
+        """Return what a build would write and need, for `--dry-run`."""
         return {}
 
     def finish(self, plan: BuildPlan, directory: Path, manifest: Manifest, progress: ProgressFactory) -> Manifest:
-        """Add what the artifact has besides a verified graph and its weights; return the manifest that says so."""
+        """Add the target's own files to a verified graph and its weights; return the manifest that lists them."""
         return manifest
 
     def open_session(self, artifact: Artifact, settings: SessionSettings) -> Any:

@@ -1,6 +1,6 @@
-"""From a converted checkpoint to a verified artifact: spec, graph, weights, parity, manifest, rename.
+"""From a converted checkpoint to a verified artifact: spec, graph, weights, comparison, manifest, rename.
 
-An artifact that does not compute what the torch model computes is not written.
+An artifact is not written if it does not compute the same as the torch model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COPIED = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "LICENSE",
 )  # fmt: skip
-"""Files of the checkpoint that go into the artifact as they are."""
+"""Files of the checkpoint that are copied into the artifact."""
 
 
 def build(
@@ -57,27 +57,27 @@ def build(
 
     Args:
         model: Directory that `convert` wrote.
-        output: Directory to make; None is the target's name inside the checkpoint.
+        output: Directory to make; None takes the target's name inside the checkpoint.
         target: Row of `TARGETS`.
         lowering: How the mixer is written; None takes the target's default.
-        max_chunk: Most tokens of one call; None is 128, and for `trt` 1,024 where positions reach as far.
-        weights: Row of `WEIGHTS`; None takes the target's default. For GPUs also what products run in.
-        block: Elements of a row that share a scale, for int8 and int4.
+        max_chunk: Largest number of tokens per call; None takes 128, for `trt` up to 1,024 if positions reach that far.
+        weights: Row of `WEIGHTS`; None takes the target's default. On GPUs, products also run in this type.
+        block: Number of elements of a row that share a scale, for int8 and int4.
         sms: Compute capabilities of GPUs, 87 for 8.7; None takes all that the target can be built for.
-        max_batch: Most sequences on a GPU.
-        plugin: Library of the TensorRT plugin, which goes into the artifact and which the engine is built with.
-        engine: Whether the target `trt` builds the engine too, which needs TensorRT and this machine's GPU. Without it,
+        max_batch: Largest number of sequences on a GPU.
+        plugin: Library of the TensorRT plugin, which is copied into the artifact and used to build the engine.
+        engine: Whether `trt` also builds the engine, which needs TensorRT and this machine's GPU. Without it,
             the device makes the engine from the artifact.
         genai: Whether to add a second graph and the configuration for onnxruntime-genai.
         force: Whether an older artifact at `output` may be replaced.
-        verify: Whether to compare logits and state with the torch model first. Without it the manifest says so.
+        verify: Whether to compare logits and state with the torch model first. The manifest records if this is skipped.
         progress: Opens a phase of long work; see `ligerexport.console.progress`.
 
     Returns:
         The artifact's directory.
 
     Raises:
-        UsageError: A name is in no table, a number makes no sense, or `output` holds something.
+        UsageError: A name is in no table, a number is out of range, or `output` is not empty.
         CheckpointError: The checkpoint is not converted, incomplete or damaged.
         VerificationError: The graph differs from the torch model; nothing was written.
         ArtifactError: The tokenizer cannot be read.
@@ -94,18 +94,18 @@ def plan_build(
     *,
     force: bool = False,
 ) -> BuildPlan:
-    """Check everything that can be checked before the work begins, and choose what was left open.
+    """Check everything that can be checked before the work begins, and choose the values that were left open.
 
     No weight is read and nothing is written.
 
     Args:
         model: Directory that `convert` wrote.
-        output: Directory to make; None is the target's name inside the checkpoint.
+        output: Directory to make; None takes the target's name inside the checkpoint.
         settings: What to build.
         force: Whether an older artifact at `output` may be replaced.
 
     Raises:
-        LigerError: As `build`.
+        LigerError: For the same reasons as `build`.
     """
     settings = settings or BuildSettings()
     lowering, weights = _resolve(settings)
@@ -135,11 +135,11 @@ def plan_build(
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """A build of which everything is decided; made by `plan_build`.
+    """A build whose settings are all decided; `plan_build` makes it.
 
     Attributes:
         info: The checkpoint.
-        spec: What the graph needs to know of it.
+        spec: The parts of the checkpoint that the graph is written from.
         output: Directory to make.
         settings: What to build, with nothing left open.
         storage: How weights are stored.
@@ -158,7 +158,7 @@ class BuildPlan:
     force: bool
 
     def describe(self) -> dict[str, Any]:
-        """Return what `run` would write and take."""
+        """Return what `run` would write and need."""
         from ligerexport.exporters.onnx.weights import weight_bytes
 
         planned = weight_bytes(self.spec, self.storage)
@@ -186,7 +186,7 @@ class BuildPlan:
         return self.output
 
     def _write_graph(self, directory: Path, progress: ProgressFactory) -> Manifest:
-        """Write tokenizer, weights, graph and companions; return the manifest of an artifact that is not verified."""
+        """Write tokenizer, weights, graph and companions; return the manifest of an unverified artifact."""
         from ligerexport.exporters.onnx import graph as onnx_graph
         from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
         from ligerexport.text.tokenizer import TextModel
@@ -207,7 +207,7 @@ class BuildPlan:
             source = _source(info, advance)
         recovery = info.config.get("liger_recovery")
         if not isinstance(recovery, dict | None):
-            raise CheckpointError(f"config.json says liger_recovery {recovery!r:.60}", hint="convert the model again")
+            raise CheckpointError(f"config.json has liger_recovery {recovery!r:.60}", hint="convert the model again")
         skipped: dict[str, Any] = {"passed": False, "skipped": True}
         return make_manifest(
             spec, source, settings.target, settings.lowering, settings.max_chunk, get_target(settings.target).requires,
@@ -216,7 +216,7 @@ class BuildPlan:
 
 
 def _resolve(settings: BuildSettings) -> tuple[str, str]:
-    """Check names and what is installed; return the lowering and the precision of weights."""
+    """Check names and installed packages; return the lowering and the precision of weights."""
     row, lowering, weights = get_target(settings.target), settings.lowering, settings.weights
     lowering = row.lowerings[0] if lowering is None else lowering
     if lowering not in row.lowerings:
@@ -245,7 +245,7 @@ def make_manifest(
     storage: WeightStorage,
     recovery: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Say what an artifact is, all but its files."""
+    """Return the manifest of an artifact, without its files."""
     from ligerexport import __version__
     from ligerexport.artifact.artifact import ByteCounts, Graph, Manifest, ModelShape, TensorInfo
     from ligerexport.exporters.onnx import graph as onnx_graph
@@ -286,7 +286,7 @@ def make_manifest(
 
 
 def _source(info: CheckpointInfo, advance: Any) -> Any:
-    """Say where the weights come from; links of `convert` to the original files have the original's hashes."""
+    """Return where the weights come from; links to the original files have the originals' hashes."""
     from ligerexport.artifact.artifact import Source
     from ligerexport.reading import from_plain, sha256
 
@@ -298,9 +298,7 @@ def _source(info: CheckpointInfo, advance: Any) -> Any:
     try:
         return from_plain(Source, origin | {"files": hashes})
     except (ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"config.json says liger_source {origin!r:.60}", hint="convert the model again"
-        ) from error
+        raise CheckpointError(f"config.json has liger_source {origin!r:.60}", hint="convert the model again") from error
 
 
 def _check_installed() -> None:

@@ -1,4 +1,4 @@
-"""What sessions of all engines have in common: prompts, padding, rows that wait, and whose state fits where."""
+"""What sessions of all engines share: prompts, padding, idle rows, and checks of the states that they are given."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ligerexport.errors import LigerError, UsageError
 from ligerexport.model.state import FADE, fade
 
 _LONGEST = 1 << 48
-"""Tokens that a sequence may have."""
+"""Largest number of tokens that a sequence may have."""
 IDLE = -1
-"""In place of an id: no token for this row."""
+"""Stands for an id: this row gets no token."""
 
 PATIENCE = 120.0
-"""Seconds that the end of the process waits for a call, which a busy machine may make a long one."""
+"""Seconds that the end of the process waits for a running call, which may take long on a busy machine."""
 
 
 class BatchSession(ABC):
-    """Checks what a session is given. See `ligerexport.run.runtime.Session` for the face.
+    """Checks the arguments of a session. See `ligerexport.run.runtime.Session` for the interface.
 
-    A subclass has `_position` `[B]` of tokens seen and `_step_ids` `[B, 1]` int64 for the tokens of a step, and calls
-    `_begin` when it has a state that has seen nothing.
+    A subclass has `_position` `[B]`, the tokens seen, and `_step_ids` `[B, 1]` int64 for the tokens of a step. It calls
+    `_begin` when its state has seen nothing yet.
     """
 
     artifact: Artifact
@@ -43,17 +43,17 @@ class BatchSession(ABC):
     _process: int | None = None
 
     def _begin(self) -> None:
-        self._process = self._process or os.getpid()  # a sibling's weights were loaded where its own were
+        self._process = self._process or os.getpid()  # a sibling shares the weights that its original loaded
         self._busy, self._torn = threading.RLock(), False
         _sessions.add(self)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other threads out for the length of a block.
+        """Keep other threads out during a block.
 
         Raises:
-            UsageError: One is in.
-            LigerError: The weights were loaded in the process that this one was forked from.
+            UsageError: Another thread is inside.
+            LigerError: The weights were loaded in a process from which this one was forked.
         """
         if self._process != os.getpid():
             raise LigerError(
@@ -62,7 +62,7 @@ class BatchSession(ABC):
             )
         if not self._busy.acquire(blocking=False):
             if _leaving.is_set():
-                threading.Event().wait()  # for the end
+                threading.Event().wait()  # until the process ends
             raise UsageError("two threads use one session", hint="give each its own: session.sibling()")
         try:
             yield
@@ -71,7 +71,7 @@ class BatchSession(ABC):
 
     @contextmanager
     def _change(self) -> Iterator[None]:
-        """Change the state in a block; after one that an exception ended, Ctrl-C too, nothing goes on from it."""
+        """Change the state in a block; if an exception ends it, also Ctrl-C, the state cannot be used any more."""
         self._torn = True
         yield
         self._torn = False
@@ -79,7 +79,7 @@ class BatchSession(ABC):
     def _check_whole(self) -> None:
         if self._torn:
             raise LigerError(
-                "the last call on this session did not come to its end, so its state is undefined",
+                "the last call on this session did not complete, so its state is undefined",
                 hint="reset the session or restore a snapshot",
             )
 
@@ -114,7 +114,7 @@ class BatchSession(ABC):
 
     @property
     def position(self) -> np.ndarray:
-        """Tokens seen, `[B]` int64."""
+        """Number of tokens seen, `[B]` int64."""
         return self._position.astype(np.int64)
 
     def prefill(self, ids: Sequence[int] | np.ndarray, padding: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
@@ -122,13 +122,13 @@ class BatchSession(ABC):
 
         Args:
             ids: `[T]` for one sequence, or `[B, T]`.
-            padding: `[B]`, how many ids of each row are padding on its left; only in rows that have seen nothing.
+            padding: `[B]`, number of padding ids on the left of each row, allowed only in rows that have seen nothing.
 
         Returns:
             Logits after the last token, `[B, V]` fp32; a view that the next call overwrites.
 
         Raises:
-            UsageError: No tokens, ids outside the vocabulary, or a shape that does not fit.
+            UsageError: There are no tokens, ids outside the vocabulary, or a shape that does not fit.
         """
         array = np.atleast_2d(np.asarray(ids))
         if array.size == 0:
@@ -149,10 +149,10 @@ class BatchSession(ABC):
         """Advance by one token.
 
         Args:
-            ids: An id for one sequence, or `[B]`; `IDLE` for a row that has seen nothing leaves it so.
+            ids: An id for one sequence, or `[B]`; `IDLE` skips a row that has seen nothing.
 
         Returns:
-            As `prefill`; the logits of an idle row mean nothing.
+            The same as `prefill`; the logits of an idle row mean nothing.
 
         Raises:
             UsageError: An id outside the vocabulary, or a row that is idle in the middle of its sequence.
@@ -164,7 +164,7 @@ class BatchSession(ABC):
             if idle.any() and not idle.all():
                 if (seen := self._position * idle).max() > 0:
                     raise UsageError(
-                        f"row {seen.argmax()} has seen {seen.max()} tokens and gets none",
+                        f"row {seen.argmax()} has seen {seen.max()} tokens and gets no token now",
                         hint="keep session.snapshot(row) if it goes on later, then session.reset(row)",
                     )
                 row[idle] = 0
@@ -178,30 +178,30 @@ class BatchSession(ABC):
         """Advance by a prompt as `prefill` does, and yield the logits after each token.
 
         Yields:
-            `[B, t, V]` fp32, in order; T of them together.
+            `[B, t, V]` fp32, in order; the t add up to T.
         """
         array = np.atleast_2d(np.asarray(ids))
         for t in range(max(1, array.shape[1])):
             yield self.prefill(array[:, t : t + 1])[:, None].copy()
 
     def reset(self, row: int | None = None) -> None:
-        """Forget everything, or one row."""
+        """Forget all rows, or one."""
         self._rows(row)
         with self._renew(row):
             self._forget(row)
 
     def snapshot(self, row: int | None = None) -> Snapshot:
-        """Return a copy of the state, or of that of one row."""
+        """Return a copy of the state of all rows, or of one."""
         self._rows(row)
         with self._alone():
             self._check_whole()
             return self._copy(row)
 
     def restore(self, snapshot: Snapshot, row: int | None = None) -> None:
-        """Go to a state that this or another session of the same model was in, or take one sequence into one row.
+        """Set the state from a snapshot of this or another session of the same model, for all rows or for one.
 
         Raises:
-            UsageError: It is the state of another model, of other precision, or of another batch.
+            UsageError: It is the state of another model, of another precision, or of another batch.
         """
         self._check_snapshot(snapshot, row)
         with self._renew(row):
@@ -210,7 +210,7 @@ class BatchSession(ABC):
     @contextmanager
     def _renew(self, row: int | None) -> Iterator[None]:
         with self._alone():
-            if row is not None:  # what is torn in other rows stays so
+            if row is not None:  # other rows stay undefined if they were
                 self._check_whole()
             with self._change():
                 yield
@@ -221,10 +221,10 @@ class BatchSession(ABC):
         return slice(None) if row is None else slice(row, row + 1)
 
     def _check_snapshot(self, snapshot: Snapshot, row: int | None) -> None:
-        """Check that a state fits here, or into one row.
+        """Check that a state fits this session, or one of its rows.
 
         Raises:
-            UsageError: It is the state of another model or of another batch, or no state that a session was in.
+            UsageError: It is the state of another model or batch, or no session can have been in it.
         """
         self._rows(row)
         batch = self.batch if row is None else 1
@@ -245,7 +245,7 @@ class BatchSession(ABC):
             given = snapshot.tensors[tensor.past]
             short = tensor.grows and given.shape[2] < seen.max()
             if short or abs(seen).max() > _LONGEST or (given.dtype.kind == "i" and not _are_positions(given)):
-                raise UsageError(f"{tensor.past} of this state is not that after {seen.max()} tokens",
+                raise UsageError(f"{tensor.past} of this state cannot be the one after {seen.max()} tokens",
                                  hint="the file is damaged: read the prompt again")  # fmt: skip
 
     def _shape(self, tensor: StateTensor, batch: int | None = None, grown: int | None = None) -> tuple[int, ...]:
@@ -265,7 +265,7 @@ _leaving = threading.Event()
 
 @atexit.register
 def _leave() -> None:
-    """Let no daemon thread return from an engine to an interpreter that is gone: the process would abort."""
+    """Keep daemon threads from returning from an engine after the interpreter is gone, which would abort it."""
     _leaving.set()
     end = time.monotonic() + PATIENCE
     for session in list(_sessions):
@@ -273,7 +273,7 @@ def _leave() -> None:
 
 
 def _inherit() -> None:
-    """Keep what a fork brings here: to free an engine is to wait for its threads, which stayed behind."""
+    """Keep sessions alive that a fork copied: freeing an engine would wait for threads that the child does not have."""
     _inherited.extend(_sessions)
     _sessions.clear()
 
@@ -283,20 +283,20 @@ if hasattr(os, "register_at_fork"):
 
 
 def _are_positions(array: np.ndarray) -> bool:
-    """Return whether all are tokens of a sequence, or -1 for none."""
+    """Return whether all elements are positions of a sequence, or -1 for none."""
     return bool(((array >= -1) & (array <= _LONGEST)).all())
 
 
 def dtype_of(tensor: StateTensor) -> np.dtype:
-    """Return numpy's type of a state tensor; bfloat16, which numpy has not, is kept as the bits of a uint16."""
+    """Return numpy's type of a state tensor; numpy has no bfloat16, so its bits are kept as uint16."""
     return np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
 
 
 def choose_chunk(chunk: int | None, default: int, limit: int) -> int:
-    """Return the tokens of one call: what was asked for, or `default` where the graph takes as many.
+    """Return the tokens per call: `chunk` if given, otherwise `default`, limited to what the graph takes.
 
     Raises:
-        UsageError: The graph does not take as many.
+        UsageError: The graph does not take this many.
     """
     chosen = min(default, limit) if chunk is None else chunk
     if not 1 <= chosen <= limit:

@@ -1,4 +1,4 @@
-"""The targets of `build` and the precisions of weights, one row each. What a target does is in its `Backend`."""
+"""The targets of `build` and the precisions of weights, one row each. The `Backend` of a target does its work."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Target:
     """One kind of artifact.
 
     Attributes:
-        backend: Where its `ligerexport.exporters.backend.Backend` is, as `module:class`; imported when it is needed.
+        backend: Where its `ligerexport.exporters.backend.Backend` is, as `module:class`; it is imported on demand.
         lowerings: Ways to write the mixer, the default first.
         extra: Extra of this package that installs what building and running need.
         requires: Distribution and version specifier of each runtime.
         weights: Precisions of weights, the default first.
         doc: One line for tables.
-        onnxruntime: Whether ONNX Runtime runs the graph, on any of its devices; other targets have a GPU and no choice.
-        sms: Compute capabilities that it can be built for; none if it is not only for GPUs.
-        chunk: Tokens of a prompt in one call by default.
+        onnxruntime: Whether ONNX Runtime runs the graph, on any of its devices; other targets run only on a GPU.
+        sms: Compute capabilities that it can be built for; empty if it does not need a GPU.
+        chunk: Default number of prompt tokens per call.
         run: Command that runs an artifact, with %s for its path; empty if there is none.
     """
 
@@ -46,7 +46,7 @@ TARGETS: dict[str, Target] = {
         backend="ligerexport.exporters.onnx.backend:OnnxRuntime",
         lowerings=("ort", "portable", "native"),
         extra="onnx",
-        requires={"onnxruntime": ">=1.29"},  # first with right shapes for LinearAttention with fewer KV heads
+        requires={"onnxruntime": ">=1.29"},  # the first with correct shapes for LinearAttention with fewer KV heads
         weights=("fp32", "fp16", "int8", "int4"),
         doc="a step graph for ONNX Runtime, weights in fp32 to int4",
         onnxruntime=True,
@@ -83,8 +83,8 @@ class Precision:
     width need code in these places, and in the kernels behind them:
 
     - `pack` and `unpack` in `exporters/onnx/quantise.py`, and the codes' ONNX type in `_parts` of `weights.py`;
-    - `Portable.blocked_rows` in `exporters/onnx/lowerings.py`, which takes codes out of their bytes;
-    - `Ort`: what ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized` take;
+    - `Portable.blocked_rows` in `exporters/onnx/lowerings.py`, which unpacks codes from bytes;
+    - `Ort`: what ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized` accept;
     - `Native`: `exporters/onnx/native/block_linear.h` and the operator in `ort_operator.cc`.
 
     Another floating-point type needs a row in `ligerexport/dtypes.py`, and kernels of the plugin for it.
@@ -93,10 +93,10 @@ class Precision:
         dtype: Name in manifests; for floating-point types also the row of `DTYPES`.
         bits: Size of an element. Below 16, elements are codes, and blocks of them share a scale and a zero point.
         error: Largest root mean square error of a stored row that verification accepts, relative to that of the row. A
-            few large elements may leave little precision to the others.
+            few large elements may leave the others little precision.
         doc: One line for tables.
-        mixed: Whether matrices that lose most have 8 bits all the same; see `WeightStorage.bits`.
-        levels: Codes that are used, if not all of them.
+        mixed: Whether the matrices that lose most are stored with 8 bits; see `WeightStorage.bits`.
+        levels: Number of codes that are used, if not all of them.
     """
 
     dtype: str
@@ -120,16 +120,16 @@ WEIGHTS: dict[str, Precision] = {
     "int4": Precision("int4", 4, 0.5, "4 bits where they cost least and 8 elsewhere; loses a little", mixed=True),
 }
 BLOCK = 32
-"""Elements of a row that share a scale and a zero point, unless told otherwise."""
+"""Default number of elements of a row that share a scale and a zero point."""
 BLOCKS = (16, 32, 64, 128, 256)
-"""What ONNX Runtime's kernels take."""
+"""Block sizes that ONNX Runtime's kernels accept."""
 
 
 def get_precision(name: str, block: int) -> Precision:
     """Return the row of `WEIGHTS` with this name.
 
     Raises:
-        UsageError: No such precision, or no kernel takes such blocks.
+        UsageError: There is no such precision, or no kernel accepts such blocks.
     """
     if block not in BLOCKS:
         raise UsageError(f"block {block}", hint=f"choose from {', '.join(map(str, BLOCKS))}")
@@ -137,7 +137,7 @@ def get_precision(name: str, block: int) -> Precision:
 
 
 def precision_of(dtype: str) -> Precision:
-    """Return the row of `WEIGHTS` with a manifest's name of a precision."""
+    """Return the row of `WEIGHTS` whose dtype a manifest names."""
     return next(row for row in WEIGHTS.values() if row.dtype == dtype)
 
 
@@ -145,16 +145,16 @@ def get_target(name: str) -> Target:
     """Return the row of `TARGETS` with this name.
 
     Raises:
-        UsageError: No such target; the hint names close matches.
+        UsageError: There is no such target; the hint names close matches.
     """
     return look_up("target", name, TARGETS)
 
 
 def get_backend(name: str) -> Backend:
-    """Return what a target does.
+    """Return the backend of a target.
 
     Raises:
-        UsageError: No such target.
+        UsageError: There is no such target.
     """
     row = get_target(name)
     made: Backend = resolve_name(row.backend)(name, row)

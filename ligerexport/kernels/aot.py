@@ -1,4 +1,4 @@
-"""The fused kernels as cubins, compiled without a GPU, with a manifest that says how to launch them.
+"""The fused kernels as cubins, compiled without a GPU, with a manifest that describes how to launch them.
 
 The launches come from the eager host code (`ligerexport.kernels.plans`), so that no argument is repeated here. The
 command is `python -m ligerexport.kernels.aot memory:9:3:64 -o DIR`.
@@ -81,7 +81,7 @@ def compile_kernels(
         products: Products with weights, each with the dtype of its weight.
         max_batch: Largest batch of a step.
         ptx: Whether to write PTX too, for `FORWARD` if it is among `sms`.
-        jobs: Number of processes; None for one per core.
+        jobs: Number of processes; None takes one per core.
         force: Whether an older output may be replaced.
 
     Raises:
@@ -199,7 +199,7 @@ def _compile(job: _Job) -> _Compiled:
     what = f"kernel '{job.kernel.name}' for sm_{job.sm}"
     try:
         made = _make(job)
-    except Exception as e:  # several compilers raise many kinds
+    except Exception as e:  # several compilers raise many kinds of errors
         return _Compiled(failure=f"{what} does not compile: {(str(e).strip() or repr(e)).splitlines()[-1]}")
     content, metadata = made.asm["cubin"], made.metadata
     if metadata.shared > SHARED_MEMORY[job.sm]:
@@ -259,11 +259,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ligerexport.kernels.aot", description=__doc__)
     parser.add_argument("specs", nargs="+", metavar="SPEC", help="a layer, PRESET:H_q:H_kv:d[:max_distance]")
     parser.add_argument("-o", "--output", required=True, type=Path, help="directory to write")
-    parser.add_argument("--sm", default="90", help="compute capabilities, as 80,90")
-    parser.add_argument("--dtype", default="bf16", help="of activations")
+    parser.add_argument("--sm", default="90", help="compute capabilities, such as 80,90")
+    parser.add_argument("--dtype", default="bf16", help="type of activations")
     parser.add_argument("--operators", default=",".join(DEFAULT_OPERATORS))
     parser.add_argument("--max-batch", default=64, type=int)
-    parser.add_argument("--jobs", type=int, help="processes, one a core if not given")
+    parser.add_argument("--jobs", type=int, help="number of processes, one per core by default")
     parser.add_argument("--force", action="store_true", help="replace an older output")
     given = parser.parse_args(arguments)
     try:

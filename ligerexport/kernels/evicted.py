@@ -1,4 +1,4 @@
-"""The recurrence over evicted tokens, which approximates the softmax over what the memory does not keep.
+"""The recurrence over evicted tokens, which approximates the softmax over the tokens that the memory does not keep.
 
 Softmax over the n evicted tokens would weigh a value by exp(q k). To first order around the mean logit m, the sum of
 these weights is n exp(m), and the sum of the weighted values is exp(m) ((1 - m) sum v + q sum k v). This is linear
@@ -21,11 +21,11 @@ from ligerexport.kernels.memory_attention import rotate
 from ligerexport.model.state import MixerSpec
 
 BLOCK = 64
-"""Tokens that are summed by one product."""
+"""Number of tokens that one product sums."""
 
 
 def slow_rotation(rotary: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
-    """Return the rotation of a query by the distance, `[2, R]`, zeros for fast channels, and which are slow, `[R]`.
+    """Return the rotation of a query by the distance, `[2, R]`, zero for fast channels, and a mask of slow ones, `[R]`.
 
     Args:
         rotary: `rotary_table(inv_freq, spec.max_distance, ahead)`.
@@ -95,7 +95,7 @@ def evicted_recurrence(
 
 
 def _both_halves(x: Tensor, width: int) -> Tensor:
-    """Expand `[R]`, one number per rotated pair, to `[width]` channels; those that are not rotated get 1."""
+    """Expand `[R]`, one number per rotated pair, to `[width]` channels; channels that are not rotated get 1."""
     return torch.nn.functional.pad(torch.cat([x, x]), (0, width - 2 * len(x)), value=1.0)
 
 

@@ -1,7 +1,7 @@
-"""The recurrence of a keyed gate (gated slot attention): rows of a state that have keys, as slots of a small memory.
+"""The recurrence of a keyed gate (gated slot attention): rows of a state that have keys, like slots of a small memory.
 
-A row replaces what it forgets by the token: it is a running mean of values, and its key is a running mean of keys, over
-the tokens that its channel of the gate admits. A query reads the rows by softmax, as it would read tokens.
+A row replaces what it forgets by the new token: it is a running mean of values, and its key is a running mean of keys,
+over the tokens that its channel of the gate admits. A query reads the rows by softmax, as it would read tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def keyed_recurrence(
 
     Args:
         query: `[B, T, H_q, d_k]` as projected.
-        key: `[B, T, H_kv, d_k]`, likewise; the gate of the d_k rows is computed from it too.
+        key: `[B, T, H_kv, d_k]` as projected; the gate of the d_k rows is computed from it too.
         value: `[B, T, H_kv, d_v]`.
         padding: `[B, T, 1, 1]`, tokens that change nothing.
         keys: K before the first token, `[B, H_kv, d_k, d_k]`.

@@ -43,7 +43,7 @@ class Cubin:
         global_scratch: Bytes per program of the first hidden argument; usually 0, and then the argument is null.
         global_scratch_align: Alignment of that memory in bytes.
         profile_scratch: Bytes per program of the second hidden argument.
-        registers: Registers per thread; None without cuobjdump, like the next.
+        registers: Registers per thread; None without cuobjdump, which `local` also needs.
         local: Bytes of stack per thread, where registers spill.
         ptx: File with the kernel as PTX, which a driver compiles for any later GPU; "" if none was requested.
     """
@@ -71,7 +71,7 @@ class Kernel:
         module: Module that defines it.
         arguments: Arguments in the order of the launch; `Manifest.hidden` follow them.
         constants: Values that are compiled in, such as tile sizes; for human readers.
-        options: Warps, stages and most registers, as passed to Triton.
+        options: Warps, stages and largest number of registers, as passed to Triton.
         cubins: Cubins by compute capability, `90` for 9.0. One of 8.x also runs on later 8.x, others on their own only.
     """
 
@@ -91,7 +91,7 @@ class Buffer:
         role: `input`, `output`, `state` (read and written), `scratch` (for one call), `persistent` (kept from call to
             call; calls that share it must not overlap) or `table` (made by the host from the axes).
         type: Type of an element, such as `bf16`.
-        shape: Sizes as expressions. Strides that are no axes follow from the shape; the last is always 1.
+        shape: Sizes as expressions. Strides that are not axes follow from the shape; the last is always 1.
         fill: Content before the launch: "" for anything, "zero" before each call, "zero once", or a table's content.
     """
 

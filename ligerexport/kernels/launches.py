@@ -77,7 +77,7 @@ class Call:
 
 @dataclass
 class Pointer:
-    """A tensor argument of a kernel: its buffer, and its place there."""
+    """A tensor argument of a kernel: its buffer, and its offset there."""
 
     buffer: str
     type: str
@@ -103,7 +103,7 @@ class Recorded:
     options: dict[str, Any]
 
     def identity(self) -> tuple[Any, ...]:
-        """Return what calls of other sizes must share for this to be the same launch."""
+        """Return what must be equal in calls of other sizes for this to be the same launch."""
         kinds = [
             (name, (x.buffer, x.type) if isinstance(x, Pointer) else x if isinstance(x, float) else "int")
             for name, x in self.arguments.items()
@@ -121,7 +121,7 @@ class Memory:
     fill: str = ""
 
     def shape(self) -> tuple[int, ...]:
-        """Return the sizes of the buffer; scratch is flat, since a kernel may have got a part of it."""
+        """Return the sizes of the buffer; scratch is flat, since a kernel may have received a part of it."""
         if self.role in ("scratch", "persistent"):
             return (self.tensor.untyped_storage().nbytes() // self.tensor.element_size(),)
         return tuple(self.tensor.shape)
@@ -163,7 +163,7 @@ def _storage(x: Tensor) -> int:
 
 @contextmanager
 def _noting(note: Callable[..., None]) -> Iterator[None]:
-    """Have Triton's launches call `note(kernel, args, kwargs, grid)` and do nothing."""
+    """Make Triton's launches call `note(kernel, args, kwargs, grid)` and do nothing else."""
     from triton.runtime.jit import JITFunction
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -182,10 +182,10 @@ def record(call: Call, tables: Sequence[str] = ()) -> Recording:
 
     Args:
         call: The call.
-        tables: Parameters of kernels for which the host makes tables; the caller of a kernel has to make them too.
+        tables: Parameters of kernels for which the host makes tables; the caller of a kernel must make them too.
 
     Raises:
-        LigerError: A kernel reads what torch computed in between.
+        LigerError: A kernel reads data that torch computed in between.
     """
     made = Recording(dict(call.axes))
     creations = _Creations()
@@ -244,7 +244,7 @@ def _scratch(x: Tensor, name: str, creations: _Creations) -> Memory:
 
 
 class Expressions:
-    """Find integers of several recordings as one expression over their axes.
+    """Finds integers of several recordings as one expression over their axes.
 
     Args:
         axes: The axes of each recording.

@@ -1,4 +1,4 @@
-"""A product with a weight, the norm before it and the gate or sum after it: its description, and plain torch."""
+"""A product with a weight, the norm before it, and the gate or sum after it: its description, and plain torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ACTIVATIONS = ("silu", "gelu")
-"""Activations of gated units; `gelu` is the approximation by tanh."""
+"""Activations of gated units; `gelu` is the approximation with tanh."""
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,15 @@ class LinearSpec:
     """One product `y = f(norm(x) @ weight^T + bias) + residual`.
 
     Attributes:
-        outputs: N, elements of a row of the result.
-        inputs: K, elements of a row of x.
-        epsilon: Epsilon of an RMSNorm of x, which is fp32 then; None if x is not normed.
+        outputs: N, number of elements in a row of the result.
+        inputs: K, number of elements in a row of x.
+        epsilon: Epsilon of an RMSNorm of x, which must be fp32; None if x is not normed.
         activation: Activation of a gated unit, whose weight has 2 N rows: `activation(first half) * second half`;
             None for no gated unit.
         bias: Whether a bias is added before the activation.
         residual: Whether a residual is added at the end.
         wide: Whether y is fp32; otherwise it has the weight's dtype.
-        side: Outputs of a second product of the normed x, whose weight, bias and result are fp32; 0 for none.
+        side: Number of outputs of a second product of the normed x, whose weight, bias and result are fp32; 0 for none.
     """
 
     outputs: int

@@ -1,6 +1,6 @@
 """Gated linear attention in plain torch, chunked: the recurrence of the mixer and the judge of novelty.
 
-Exact under strong gates: every exponent is at most zero. `FEATURE_MAPS` has the feature maps of the gates.
+The result is exact under strong gates: every exponent is at most zero. `FEATURE_MAPS` has the gates' feature maps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: torch.softmax(x, dim=-1),
     "one_minus_sigmoid": lambda x: torch.sigmoid(-x),
 }
-"""From raw projections `[..., d_k]` to features of the recurrence."""
+"""Functions from raw projections `[..., d_k]` to features of the recurrence."""
 
 
 def gated_linear_attention(
@@ -54,7 +54,7 @@ def row_logits(query: Tensor, key: Tensor, write: Tensor, decay: Tensor, state: 
     Args:
         query: `[B, H_kv, G, T, d_k]`, for the G query heads of each KV head.
         key: `[B, H_kv, T, d_k]`.
-        write: `[B, H_kv, T, M]`, how much of the token's key each of M rows takes.
+        write: `[B, H_kv, T, M]`, the share of the token's key that each of M rows takes.
         decay: `[B, H_kv, T, M]`, g in nats, at most 0.
         state: `[B, H_kv, M, d_k]`, S before the first token.
 

@@ -20,7 +20,7 @@ def rotary_table(inv_freq: Tensor, max_distance: int, ahead: int, dtype: torch.d
     """Tabulate rotary embedding for offsets from `-max_distance` to `ahead - 1` tokens.
 
     Args:
-        inv_freq: `[R]`, radians a token; R is half the rotated width.
+        inv_freq: `[R]`, radians per token; R is half the rotated width.
         max_distance: Largest distance in tokens.
         ahead: Longest block of tokens, at least 1.
         dtype: Type of the table, which is computed in fp64.
@@ -56,7 +56,7 @@ def memory_attention(
         query: `[B, H_kv, G, T, d_k]` before rotary embedding.
         key: `[B, H_kv, T, d_k]` before rotary embedding.
         value: `[B, H_kv, T, d_v]`.
-        arrival: `[B, H_kv, T]`, the score on arrival, novelty or learned; needed if a pool is kept by it.
+        arrival: `[B, H_kv, T]`, the score on arrival, novelty or learned; needed if a pool ranks by it.
         position: `[B]`, tokens seen before this block; a token at a negative position is padding.
         state: Tensors named `slot_*`, as `MixerSpec.state` lists them.
         spec: The layer.
@@ -64,7 +64,7 @@ def memory_attention(
 
     Returns:
         Output `[B, H_kv, G, T, d_v]`, the slots after the last token, the logarithm of the softmax's denominator
-        `[B, H_kv, G, T]`, and the position of the token that lost its place at each step `[B, H_kv, T]`, -1 for none.
+        `[B, H_kv, G, T]`, and the position of the token that each step evicts `[B, H_kv, T]`, -1 for none.
     """
     config = spec.config
     now = position[:, None] + torch.arange(key.shape[2], device=key.device)
@@ -111,7 +111,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 def _logits(
     query: Tensor, keys: Tensor, positions: Tensor, distance: Tensor, position: Tensor, spec: MixerSpec, rotary: Tensor
 ) -> Tensor:
-    """Return logits `[B, H_kv, G, T, C]` at the rotary distance, or at the largest one where that is exceeded."""
+    """Return logits `[B, H_kv, G, T, C]` at the rotary distance, limited to the largest one."""
     cos, sin = rotary.to(keys.dtype)
     length, cap = query.shape[3], spec.max_distance
     # the offset of an empty slot is meaningless and may lie outside the table during padding
@@ -151,9 +151,9 @@ def _scores(
 
 
 def _kept(left: Tensor, scores: Tensor | None, born: Tensor, pools: tuple[Pool, ...]) -> Tensor:
-    """Return which of the tokens that left the window `[B, H_kv, T, C]` hold a slot for each query; older on ties.
+    """Return a mask `[B, H_kv, T, C]` of the tokens that left the window and hold a slot for each query.
 
-    Pools that age rank by positions `born` `[B, H_kv, C]` counted from the block: those of a long text would round.
+    Ties keep the older. Pools that age use positions `born` `[B, H_kv, C]` from the block, as large ones would round.
     """
     kept = torch.zeros_like(left)
     for i, pool in enumerate(pools):

@@ -37,9 +37,9 @@ def liger_mixer(
 
     Args:
         query: `[B, T, H_q, d_k]`, projected and normed as in the family, before rotary embedding.
-        key: `[B, T, H_kv, d_k]`, likewise.
+        key: `[B, T, H_kv, d_k]`, projected and normed in the same way.
         value: `[B, T, H_kv, d_v]`.
-        position: `[B]` int64, tokens that each sequence has seen; negative inside padding on the left.
+        position: `[B]` int64, number of tokens that each sequence has seen; negative inside padding on the left.
         state: State from the last call, or `spec.initial_state`.
         spec: The layer.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
@@ -54,7 +54,7 @@ def liger_mixer(
     """
     config, arrival, present = spec.config, score, {}
     if config.foresees and score is None:
-        raise ValueError("a pool is kept by a learned score, and no score was given")
+        raise ValueError("a pool ranks by a learned score, but no score was given")
     if config.judged:
         arrival, present["judge_state"] = recall_error(key.detach(), value.detach(), position, state["judge_state"])
     mixed, slots, evicted = memory_attention(query, key, value, arrival, position, state, spec, rotary)

@@ -63,7 +63,7 @@ def make_plans(
 ) -> Iterator[tuple[Plan, dict[str, tuple[Kernel, Recorded]]]]:
     """Yield the plans of an operator, one for each range of sizes, with their kernels by key.
 
-    A `LinearSpec` has one operator, and `name` is what plans call it.
+    A `LinearSpec` has one operator, and `name` is its name in the plans.
 
     Raises:
         UsageError: There is no such operator or dtype.
@@ -115,7 +115,7 @@ def _make_plan(name: str, row: Operator, group: list[Recording]) -> tuple[Plan, 
             pointer = isinstance(x, Pointer)
             numbers = [y.arguments[argument].offset if pointer else y.arguments[argument] for y in same]
             text = found.find(numbers, f"'{argument}' {what}")
-            # the divisibility of addresses, strides and constants is promised; that of other sizes would be chance
+            # alignment of addresses, strides and constants is promised; for other sizes it would be a coincidence
             promised = pointer or "_stride_" in text or len(set(numbers)) == 1
             divisible = ALIGNMENT if promised and not any(n % ALIGNMENT for n in numbers) else 1
             arguments.append(Argument(argument, f"*{x.type}" if pointer else "i32", divisible))
@@ -199,7 +199,7 @@ def _step(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]
 
 
 def _prefill_sizes(longest: int) -> Iterator[tuple[int, int]]:
-    """Yield batches and tokens, at least two tokens, since torch forgets the stride of one."""
+    """Yield batches and tokens, at least two tokens, because torch drops the stride of an axis of size one."""
     chance = random.Random(0)
     for i in range(96):
         span = 300 if i % 2 else 1 << chance.randrange(1, 17)

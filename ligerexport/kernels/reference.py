@@ -1,4 +1,4 @@
-"""The truth of `liger_mixer`: a plain loop over sequences, heads and tokens that a newcomer can check by reading.
+"""The definition of `liger_mixer`: a plain loop over sequences, heads and tokens that a newcomer can check by reading.
 
 It is slow and exact, and independent of the chunked form in `ops.py`, which must agree with it.
 """
@@ -20,7 +20,7 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: torch.softmax(x, dim=-1),
     "one_minus_sigmoid": lambda x: 1 - torch.sigmoid(x),
 }
-"""From raw projections `[..., d_k]` to features of the recurrence."""
+"""Functions from raw projections `[..., d_k]` to features of the recurrence."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ def liger_mixer_reference(
     rotary: Tensor,
     score: Tensor | None = None,
 ) -> tuple[Tensor, MixerState]:
-    """Mix tokens one after the other; arguments and results as in `ligerexport.kernels.ops.liger_mixer`."""
+    """Mix tokens one after the other; arguments and results are those of `ligerexport.kernels.ops.liger_mixer`."""
     batch, length, _, _ = query.shape
     group = spec.q_heads // spec.kv_heads
     output = query.new_zeros(batch, length, spec.q_heads, spec.d_v)
@@ -107,7 +107,7 @@ def _recur_by_keys(
 
 
 def _slow(spec: MixerSpec, rotary: Tensor) -> tuple[int, Tensor]:
-    """Return the distance at which the recurrence reads, and which channels turn by at most 90 degrees over it."""
+    """Return the distance at which the recurrence reads, and a mask of channels that turn by at most 90 degrees."""
     distance = min(spec.config.recurrence_distance, spec.max_distance)
     cos, sin = rotary[:, spec.max_distance - 1].double()
     slow = torch.atan2(-sin, cos) * distance <= math.pi / 2
@@ -135,7 +135,7 @@ def _expand(
     back[1] *= -1  # the table reaches further back than ahead
     phi = spec.scale * _rotate(q, -distance, spec, back) * slow
     mean = phi @ mass / count  # [G], the mean logit
-    deviation = phi @ recurrent - mean[:, None] * recurrent[0]  # of the logits from their mean, times values
+    deviation = phi @ recurrent - mean[:, None] * recurrent[0]  # deviation of the logits from their mean, times values
     answer = (recurrent[0] + deviation) / count
     share = torch.sigmoid(mean + torch.log(spec.config.recurrence_weight * count) - normaliser)
     return (1 - share)[:, None] * mixed + share[:, None] * answer
@@ -144,10 +144,10 @@ def _expand(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, now: int, slots: list[Slot], arrival: float, spec: MixerSpec, rotary: Tensor
 ) -> tuple[Tensor, Tensor, list[Slot]]:
-    """Add the token to `slots`, drop the one that loses its place, and attend.
+    """Add the token to `slots`, drop the one that loses its slot, and attend.
 
     Returns:
-        Output `[G, d_v]`, the logarithm of the softmax's denominator `[G]`, and what was dropped.
+        Output `[G, d_v]`, the logarithm of the softmax's denominator `[G]`, and the dropped slot.
     """
     config = spec.config
     scores = [arrival if pool.on_arrival else 0.0 for pool in spec.pools]
@@ -190,12 +190,12 @@ def _kept(left: list[Slot], pools: tuple[Pool, ...]) -> list[Slot]:
 
 
 def _rank(value: float, position: int, pool: Pool) -> float:
-    """Return what a pool ranks by: the score, or its logarithm minus what age costs."""
+    """Return the rank in a pool: the score, or its logarithm minus the cost of age."""
     return math.log(max(value, FAINTEST)) + position / pool.horizon if pool.horizon else value
 
 
 def _rotate(x: Tensor, offset: int, spec: MixerSpec, rotary: Tensor) -> Tensor:
-    """Rotate the halves of `x` `[..., d_k]` by `offset` tokens, as transformers' `apply_rotary_pos_emb`."""
+    """Rotate the halves of `x` `[..., d_k]` by `offset` tokens, like transformers' `apply_rotary_pos_emb`."""
     cos, sin = rotary[:, spec.max_distance + offset].to(x.dtype)
     half = cos.numel()
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

@@ -1,6 +1,6 @@
 """`KERNELS`: the tile sizes of the fused kernels by width and dtype, one table for eager calls, benchmarks and AOT.
 
-Found by sweeps on an H100. A row affects speed, and results only by rounding.
+It was found by sweeps on an H100. A row affects speed, and results only by rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SHARED_MEMORY: dict[int, int] = {
     80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
 }  # fmt: skip
 FORWARD = 86
-"""Compute capability whose PTX serves every later one: none of them has less shared memory than its tiles need."""
+"""Compute capability whose PTX also serves all later ones: each has enough shared memory for its tiles."""
 _TARGET: ContextVar[int | None] = ContextVar("_TARGET", default=None)
 
 
@@ -26,10 +26,10 @@ class Tile:
 
     Attributes:
         chunk: Tokens per chunk for all kernels of one operator; the row of `prepare` holds it.
-        block_k: Channels of keys that one program holds, if it need not hold all.
-        block_v: Channels of values that one program holds at a time.
+        block_k: Number of key channels that one program holds, if it need not hold all.
+        block_v: Number of value channels that one program holds at a time.
         warps: Warps of 32 threads per program.
-        stages: Iterations of the loop over chunks whose loads are in flight.
+        stages: Number of iterations of the loop over chunks whose loads are in flight.
     """
 
     chunk: int = 0
@@ -43,7 +43,7 @@ def _walk(block_v: int, warps: int, stages: int = 1) -> Tile:
     return Tile(block_v=block_v, warps=warps, stages=stages)
 
 
-# Per kernel: (largest padded width, bytes of an activation) -> tile; the first row that is wide enough is taken.
+# Per kernel: (largest padded width, bytes of an activation) -> tile; the first row that is wide enough is used.
 KERNELS: dict[str, dict[tuple[int, int], Tile]] = {
     "prepare": {
         (64, 2): Tile(64, 64, 0, 2), (128, 2): Tile(64, 64, 0, 2), (256, 2): Tile(32, 64, 0, 4),
@@ -90,8 +90,8 @@ KERNELS: dict[str, dict[tuple[int, int], Tile]] = {
     },
 }  # fmt: skip
 
-# Rows that replace those above on 8.x and 12.x, where products take operands from registers and not from shared memory.
-# Chosen so that the compiler does not spill; their speed was not measured.
+# Rows that replace those above on 8.x and 12.x, where products take operands from registers, not from shared memory.
+# They were chosen so that the compiler does not spill; their speed was not measured.
 REGISTER_OPERANDS: dict[str, dict[tuple[int, int], Tile]] = {
     "attend_segments": {(64, 2): _walk(32, 4, 2), (128, 2): _walk(16, 8), (256, 2): _walk(16, 8)},
 }
@@ -106,13 +106,13 @@ def get_tile(kernel: str, width: int, itemsize: int) -> Tile:
 
 
 def padded(width: int) -> int:
-    """Return the power of two that a head of `width` channels takes in a kernel."""
+    """Return the power of two to which a kernel pads a head of `width` channels."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class ProductTile:
-    """How a product with a weight is divided: rows, outputs and inputs per program; the rest as in `Tile`."""
+    """How a product with a weight is divided: rows, outputs and inputs per program; the other fields as in `Tile`."""
 
     block_m: int
     block_n: int

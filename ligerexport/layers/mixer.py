@@ -31,7 +31,7 @@ warn_if_untried("torch")
 warn_if_untried("transformers")
 
 LONGEST = 1 << 21
-"""Most tokens of rotary distance; a table has a row for each."""
+"""Largest rotary distance in tokens; a table has a row for each."""
 _SIZES = {"num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12,
           "head_dim": 1 << 12, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 28,
           "max_position_embeddings": 1 << 40}  # fmt: skip
@@ -48,9 +48,9 @@ IGNORED = {
 _BODY = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache")
 """Arguments of a model without its head, in order."""
 _PACKED = {"cu_seq_lens_k", "max_length_k", "seq_idx"}
-"""Arguments that repeat `cu_seq_lens_q` and `max_length_q` for packed documents; unknown without these two."""
+"""Arguments that repeat `cu_seq_lens_q` and `max_length_q` for packed documents; not accepted without these two."""
 ONE_LAUNCH = 32_768
-"""Most numbers in the slots' keys of one head for a step in one launch, which holds them in registers."""
+"""Largest number of elements in one head's slot keys for a step in one launch, which holds them in registers."""
 
 
 def read_config(content: Mapping[str, Any]) -> PreTrainedConfig:
@@ -64,7 +64,7 @@ def read_config(content: Mapping[str, Any]) -> PreTrainedConfig:
     for name in _SIZES:
         if (size := content.get(name)) is not None and (type(size) is not int or not 1 <= size <= _SIZES[name]):
             raise CheckpointError(
-                f"config.json says {name} {size!r:.60}", hint=f"a whole number from 1 to {_SIZES[name]} was expected"
+                f"config.json has {name} {size!r:.60}", hint=f"a whole number from 1 to {_SIZES[name]} was expected"
             )
     made = model_classes(family)[0] if converted else family.attribute("Config")
     with described():
@@ -356,7 +356,7 @@ def _check_state(body: Any, args: tuple[Any, ...], given: dict[str, Any], output
     cache = given.get(CACHE)
     if cache is not None and not body.training and any(x.get_seq_length() != cache.due for x in cache.layers):
         raise LigerError(
-            "transformers handed the cache to only some layers, the state of the others is lost",
+            "transformers passed the cache to only some layers, so the state of the others is lost",
             hint=f"pip install 'transformers=={TRIED['transformers'][1]}.*'",
         )
 

@@ -53,9 +53,9 @@ class LigerConfig:
             the next one.
         attention_weight: Weight of the softmax over the slots in the mixed output.
         recurrence_weight: Weight of the recurrence; at 0 it is neither computed nor kept.
-        recurrence: `parallel` reads every token through the gate and is added to the softmax, as in the paper;
-            `evicted` reads the tokens that lost their place in the memory and shares the softmax's denominator: it
-            takes what the softmax would have given these tokens, and its weight is 1. It has no gate.
+        recurrence: `parallel` reads every token through the gate and is added to the softmax, as in the paper.
+            `evicted` reads the evicted tokens and shares the softmax's denominator: it stands for the part of the
+            softmax over these tokens. Its weight is 1, and it has no gate.
         recurrence_distance: Distance in tokens at which `evicted` reads its tokens.
         layer_memory: Layers whose memory has another size: (layer, window, slots), with pools of the same scores.
         keep_softmax: Layers that stay as they are, with a growing key-value cache.
@@ -65,7 +65,7 @@ class LigerConfig:
             distance. None takes the checkpoint's trained length.
 
     Raises:
-        UsageError: A value makes no sense, or a name is in no table.
+        UsageError: A value is out of range, or a name is in no table.
     """
 
     gate: str = "gla"
@@ -104,7 +104,7 @@ class LigerConfig:
         arriving = [name for name in names if get_score(name).on_arrival]
         if len(arriving) > 1:
             raise UsageError(
-                f"{' and '.join(arriving)} together: a token comes with one score", hint="keep one of these pools"
+                f"{' and '.join(arriving)} together: a token can carry only one score", hint="keep one of these pools"
             )
         if self.window < 1 or self.sinks < 0:
             raise UsageError(
@@ -112,17 +112,17 @@ class LigerConfig:
             )
         if not (0 <= self.attention_weight < inf and 0 <= self.recurrence_weight < inf):
             raise UsageError(
-                f"mix weights {self.attention_weight} and {self.recurrence_weight}", hint="both are numbers from 0 on"
+                f"mix weights {self.attention_weight} and {self.recurrence_weight}", hint="both must be at least 0"
             )
         look_up("recurrence", self.recurrence, dict.fromkeys(RECURRENCES))
         if self.evicts and self.attention_weight != 1:
             raise UsageError(
-                f"attention weight {self.attention_weight:g} with a recurrence over what was evicted",
+                f"attention weight {self.attention_weight:g} with a recurrence over evicted tokens",
                 hint="it shares the softmax's denominator: --attention-weight 1",
             )
         if self.evicts and self.gate != LigerConfig.gate:
             raise UsageError(
-                f"gate '{self.gate}' with a recurrence over what was evicted", hint="it has no gate: leave --gate out"
+                f"gate '{self.gate}' with a recurrence over evicted tokens", hint="it has no gate: leave --gate out"
             )
         if self.recurrence_distance < 1:
             raise UsageError(f"recurrence distance {self.recurrence_distance}", hint="give at least one token")
@@ -141,7 +141,7 @@ class LigerConfig:
             )
         for layer, _, slots in self.layer_memory:
             if [name for name, _ in slots] != [name for name, _ in self.slots]:
-                raise UsageError(f"the pools of layer {layer} are kept by other scores than those of the rest",
+                raise UsageError(f"the pools of layer {layer} use other scores than those of the rest",
                                  hint="a layer may differ in the sizes of its window and its pools")  # fmt: skip
             self.for_layer(layer)
 
@@ -149,7 +149,7 @@ class LigerConfig:
         """Return the configuration of one converted layer.
 
         Raises:
-            UsageError: Its sizes make no sense.
+            UsageError: Its sizes are out of range.
         """
         sizes = {at: (window, slots) for at, window, slots in self.layer_memory}
         window, slots = sizes.get(layer, (self.window, self.slots))
@@ -178,12 +178,12 @@ class LigerConfig:
 
     @property
     def judged(self) -> bool:
-        """Whether a pool is kept by novelty, which needs a linear state of its own."""
+        """Whether a pool ranks by novelty, which needs a linear state of its own."""
         return any(get_score(name).signal == "novelty" for name, _ in self.slots)
 
     @property
     def foresees(self) -> bool:
-        """Whether a pool is kept by a learned score, which comes with each token."""
+        """Whether a pool ranks by a learned score, which comes with each token."""
         return any(get_score(name).signal == "learned" for name, _ in self.slots)
 
     @property
@@ -193,17 +193,17 @@ class LigerConfig:
 
     @property
     def evicts(self) -> bool:
-        """Whether tokens that lose their place in the memory go to the recurrence."""
+        """Whether evicted tokens go to the recurrence."""
         return self.recurrent and self.recurrence == "evicted"
 
     @property
     def keyed(self) -> bool:
-        """Whether the rows of the recurrent state have keys, which are a recurrence of their own."""
+        """Whether the rows of the recurrent state have keys, which are a second recurrence."""
         return self.recurrent and not self.evicts and get_gate(self.gate).keyed
 
     @property
     def fuses(self) -> bool:
-        """Whether fused kernels can compute a whole step; they know every recurrence except that with keyed rows."""
+        """Whether fused kernels can compute a whole step; they support every recurrence except one with keyed rows."""
         return not self.keyed
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class LigerConfig:
         """Read what `to_dict` wrote.
 
         Raises:
-            UsageError: A key is unknown, as one of a newer version, or a value makes no sense.
+            UsageError: A key is unknown, such as one of a newer version, or a value is out of range.
         """
         known = cls.__dataclass_fields__
         for key in data:
@@ -304,7 +304,7 @@ def read_memory(path: str | Path, preset: str | None = None, **changes: Any) -> 
     changes = {key: value for key, value in changes.items() if value is not None}
     if twice := [name for name in MEMORY if name in changes]:
         option = twice[0].replace("_", "-")
-        raise UsageError(f"both --memory and --{option}", hint=f"the file says it too: leave --{option} out")
+        raise UsageError(f"both --memory and --{option}", hint=f"the file sets it too: leave --{option} out")
     try:
         data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         fields = {name: data[name] for name in MEMORY}

@@ -1,6 +1,6 @@
 """The families of checkpoints: their classes in transformers, and the few facts about them that other code needs.
 
-A new family is a row of `FAMILIES`. Nothing here imports torch before a row is used.
+A new family is a row of `FAMILIES`. This module does not import torch before a row is used.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Norms(NamedTuple):
     """Names of a layer's norms by their place; None where a family has no norm.
 
     Attributes:
-        before_attention: Norm of what enters attention.
-        after_attention: Norm of what attention adds to the residual stream.
-        before_mlp: Norm of what enters the MLP.
-        after_mlp: Norm of what the MLP adds to the residual stream.
+        before_attention: Norm of the input of attention.
+        after_attention: Norm of the output of attention, before the residual stream.
+        before_mlp: Norm of the input of the MLP.
+        after_mlp: Norm of the output of the MLP, before the residual stream.
     """
 
     before_attention: str | None
@@ -52,7 +52,7 @@ class Attention(NamedTuple):
 
     Attributes:
         scale: Factor on the products of queries and keys; it contains the square of YaRN's factor on cosine and sine.
-        inv_freq: `[R]`, radians a token; zeros in a layer without rotary embedding.
+        inv_freq: `[R]`, radians per token; zeros in a layer without rotary embedding.
         window: Number of most recent tokens that are seen, including the current one; None for all.
     """
 
@@ -63,12 +63,12 @@ class Attention(NamedTuple):
 
 @dataclass(frozen=True)
 class Scaling:
-    """Factors that a model multiplies its values by.
+    """Factors by which a model multiplies its values.
 
     Attributes:
         softmax: Factor on the products of queries and keys; None for d_k ** -0.5.
-        embedding: Factor on what enters the first layer.
-        residual: Factor on what attention and MLP add to the residual stream.
+        embedding: Factor on the input of the first layer.
+        residual: Factor on the outputs of attention and MLP, before the residual stream.
         logits: Factor on the logits.
         logit_cap: c if the logits x become c tanh(x / c) after their factor; None if they do not.
     """
@@ -147,7 +147,7 @@ class Family:
         return tuple(layers)
 
     def local_layers(self, attention: Sequence[Attention]) -> tuple[int, ...]:
-        """Return the layers that keep their sliding window; `attention` is what the method of that name returned."""
+        """Return the layers that keep their sliding window; `attention` is the result of the method of that name."""
         windows = [softmax.window for softmax in attention] if self.keeps_windows else []
         return tuple(layer for layer, window in enumerate(windows) if window is not None)
 

@@ -9,8 +9,8 @@ row of `FEATURE_MAPS` and is written once in each dialect, which raises on a map
 - Triton, one token: `features` in `kernels/fused/state_step.py`
 - ONNX, for the lowerings `ort`, `portable` and `native`: `FEATURE_MAPS` in `exporters/onnx/recurrence.py`
 
-The lowering `native` has no operator for a gated recurrence, and the TensorRT plugin launches the Triton kernels: no
-C++ knows a map. A new decay, or a recurrence with another update, is new arithmetic in all of these places.
+The lowering `native` has no operator for a gated recurrence, and the TensorRT plugin launches the Triton kernels, so
+no C++ code has a map. A new decay, or a recurrence with another update, is new arithmetic in all of these places.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ligerexport.errors import look_up
 FeatureMap = Literal["softmax", "one_minus_sigmoid", "one_minus_decay"]
 
 OPEN = 100.0
-"""Raw key of padding: it opens the gate, so that nothing is forgotten; with a value of zero nothing is added either."""
+"""Raw key of padding, which opens the gate so that nothing is forgotten; a value of zero then adds nothing."""
 
 FEATURE_MAPS: dict[str, str] = {
     "softmax": "softmax over the head dimension",
@@ -46,7 +46,7 @@ class Gate:
             raw query with these keys are the logits by which rows are read.
 
     Raises:
-        UsageError: A map is in no table.
+        UsageError: A map is not in its table.
     """
 
     query_map: FeatureMap

@@ -7,15 +7,15 @@ new signal, or a new field of `Pool`, is written once in each dialect:
 
 - torch: `_scores` and `_kept` in `kernels/memory_attention.py`
 - reference: `_score`, `_kept` and `_rank` in `kernels/reference.py`
-- Triton, whole prompts: `kernels/fused/slot_scores.py` (what is received), `kernels/fused/candidates.py` (what is known
+- Triton, whole prompts: `kernels/fused/slot_scores.py` (attention received), `kernels/fused/candidates.py` (scores
   on arrival) and `_order` in `kernels/fused/slots.py` (the ranking)
 - Triton, one token: `kernels/fused/slots_step.py`
 - ONNX: `candidates`, `Slots._scores` and `Slots._keep` in `exporters/onnx/mixer.py`
 - C++ of the lowering `native`: `exporters/onnx/native/node.py` (attributes), `ort_operator.cc` and `bounded_memory.h`
 - verification: `get_ranks` in `exporters/verify/compare.py`
 
-The TensorRT plugin launches the Triton kernels and knows no score. A signal that is known on arrival is computed by
-`kernels/ops.py` and `exporters/onnx/mixer.py`; all other dialects take it as a number.
+The TensorRT plugin launches the Triton kernels and has no score itself. `kernels/ops.py` and
+`exporters/onnx/mixer.py` compute a signal that is known on arrival; all other dialects take it as a number.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import Literal, NamedTuple
 from ligerexport.errors import look_up
 
 PEAK_DISTANCE = 4
-"""Attention from at most this many tokens away does not count for `peak_use`: every token is read by its neighbours."""
+"""Attention from at most this many tokens away does not count for `peak_use`: neighbours read every token."""
 
 RECENCY = 1024.0
-"""Tokens of age that cost a `recent_use` score a factor e, so that old text gives way to what is read now."""
+"""Age in tokens that costs a `recent_use` score a factor e, so that old text makes room for what is read now."""
 
 FAINTEST = 1e-30
 """Smallest score whose logarithm ranks a pool that ages."""
@@ -37,16 +37,16 @@ FAINTEST = 1e-30
 
 @dataclass(frozen=True)
 class Score:
-    """What a slot is kept for.
+    """A rule by which tokens get slots.
 
     Attributes:
         signal: `received` is the attention received while in the window (over sinks and window alone, so that no score
             depends on what the memory kept), `novelty` is the judge's recall error on arrival, and `learned` is a
             number that comes with the token.
         doc: One line for tables.
-        reduce: How attention received is gathered over queries and the heads of a group.
-        by_value: Whether attention is multiplied by the norm of the token's value: what it added to the output.
-        horizon: Tokens of age that cost a factor e in the ranking; None for no ageing.
+        reduce: How attention received is combined over queries and the heads of a group.
+        by_value: Whether attention is multiplied by the norm of the token's value, its effect on the output.
+        horizon: Age in tokens that costs a factor e in the ranking; None for no ageing.
     """
 
     signal: Literal["received", "novelty", "learned"]
@@ -74,7 +74,7 @@ class Pool(NamedTuple):
         by_value: Whether attention received is multiplied by the norm of the token's value.
         summed: Whether attention received is added up; otherwise its largest value counts.
         first_distance: Smallest distance in tokens at which attention received counts.
-        horizon: Tokens of age that cost a factor e in the ranking; 0 for no ageing.
+        horizon: Age in tokens that costs a factor e in the ranking; 0 for no ageing.
     """
 
     size: int

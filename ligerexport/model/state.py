@@ -1,7 +1,7 @@
 """The state of a mixer: names, order, shapes, types and initial values of its tensors, for torch, ONNX and engines.
 
-`TENSORS` is the only place that says them; the headers of the C++ operators are written from it by `tests/headers.py`.
-`MixerSpec` is all that the op needs to know about a layer; nothing in it names a family.
+`TENSORS` is the only place that defines them; `tests/headers.py` writes the headers of the C++ operators from it.
+`MixerSpec` is all that the op needs to know about a layer; it does not depend on a family.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ MixerState = dict[str, "torch.Tensor"]
 """A layer's state by the names of `MixerSpec.state`, each tensor with its leading batch axis."""
 
 FADE = 1 << 20
-"""Tokens after which sums without a decay are halved, again and again, so a sum never covers more than 2 * FADE tokens.
-A count in fp32 ends at 2^24, and what is added to a sum of that many tokens is lost."""
+"""Number of tokens after which sums without a decay are halved repeatedly, so a sum never covers more than 2 * FADE
+tokens. In fp32, counting ends at 2^24, and a number added to a sum of that many tokens is lost."""
 
 
 class _Row(NamedTuple):
@@ -38,7 +38,7 @@ class _Row(NamedTuple):
         axes: Axes after `B, H_kv`.
         dtype: As in `TensorSpec`.
         needs: Attribute of `LigerConfig` that is true where the tensor exists; empty if it always does.
-        fill: Initial value of every element.
+        needs: Attribute of `LigerConfig` that is true if the tensor exists; empty if it always does.
     """
 
     name: str
@@ -61,17 +61,17 @@ TENSORS = (
 """All tensors that a layer can carry from one call to the next, in the order in which they are passed.
 
 `slot_*` hold keys before rotary embedding, values, positions (-1 is an empty slot) and one score per pool. Filled slots
-are in the order of their positions, and empty ones may be anywhere between them; only the fused step and the TensorRT
-plugin take and leave them in any order, so what compares states sorts first. `recurrent_state` is the recurrence,
-`recurrent_key` holds the keys of its rows where the gate is keyed, and `recurrent_mass` is the sum of the features of
-evicted tokens, the first of which counts them. `judge_state` is the linear state without decay that judges novelty; its
-last column is the sum of the keys' features.
+are in the order of their positions, and empty ones may be anywhere between them. Only the fused step and the TensorRT
+plugin accept and return them in any order, so states are sorted before they are compared. `recurrent_state` is the
+recurrence, `recurrent_key` holds the keys of its rows if the gate is keyed, and `recurrent_mass` is the sum of the
+features of evicted tokens, the first of which counts them. `judge_state` is the linear state without decay that judges
+novelty; its last column is the sum of the keys' features.
 """
 
 SLOTS = tuple(row.name for row in TENSORS if row.name.startswith("slot_"))
 """Tensors of the exact memory."""
 FUSED = tuple(row.name for row in TENSORS if row.needs != "keyed")
-"""All that a layer without keyed rows can carry; fused kernels and C++ know no other."""
+"""Tensors that a layer without keyed rows can carry; fused kernels and C++ support no others."""
 EVICTED = tuple(name for name in FUSED if name.startswith("recurrent_"))
 """Tensors of the recurrence over evicted tokens."""
 
@@ -113,7 +113,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class MixerSpec:
-    """One layer as the op sees it.
+    """The parts of a layer that the op needs.
 
     Attributes:
         config: The conversion.

@@ -1,10 +1,10 @@
-"""Many sessions on one loaded model, in threads and processes: what each writes is what it writes alone.
+"""Many sessions on one loaded model, in threads and processes, each of which must write the same text as alone.
 
     python tests/trust/concurrency.py ARTIFACT -o benchmarks/results/concurrency.json
 
-Sessions wait in one queue; a thread takes the first, lets it write a token and puts it back, so that a session wanders
-from thread to thread and all are at different places. Their tokens and the bits of their last states are compared with
-those of the same texts written one after the other by a session that is alone; without agreement there is no result.
+Sessions wait in one queue. A thread takes the first, lets it write a token and puts it back, so that a session moves
+from thread to thread and all are at different positions. Their tokens and the bits of their last states are compared
+with those of the same texts written one after the other by a single session; a difference stops the run.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from ligerexport.run.sampling import Sampler
 
 SESSIONS, THREADS, PROCESSES = (1, 16, 64), (1, 2, 4, 16), (1, 2, 4)
 Text = tuple[tuple[int, ...], str]
-"""Tokens, and the sha256 of the state after them."""
+"""The tokens, and the sha256 of the state after them."""
 
 
 def write(session: Session, seed: int, tokens: int) -> Iterator[Text | None]:
-    """Write a text of its own for each seed; yield None after each token and the text at the end."""
+    """Write a different text for each seed; yield None after each token and the text at the end."""
     vocabulary, sampler = session.artifact.manifest.model.vocab_size, Sampler(temperature=1.0, seed=seed)
     session.reset()
     logits = session.prefill(np.random.default_rng(seed).integers(0, vocabulary, 3 + seed % 29))
@@ -61,7 +61,7 @@ def alone(session: Session, seeds: range, tokens: int) -> list[Text]:
 
 
 def together(model: Session, seeds: range, tokens: int, threads: int) -> tuple[list[Text], float]:
-    """Return the texts, each written by a sibling of `model`, and the seconds that all took."""
+    """Return the texts, each written by a sibling of `model`, and the seconds until all were done."""
     waiting = deque((seed, write(model.sibling(), seed, tokens)) for seed in seeds)
     found: dict[int, Text] = {}
     errors: list[BaseException] = []
@@ -121,7 +121,7 @@ def _step(session: Session, answers: Any) -> None:
 
 
 def inherited(session: Session) -> str:
-    """Return what a session says in a process that was forked after it was loaded, which must end too."""
+    """Return what a session reports in a process that was forked after it was loaded, which must end too."""
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
     child = context.Process(target=_step, args=(session, answers))
@@ -134,10 +134,10 @@ def inherited(session: Session) -> str:
 
 
 def interrupt(session: Session, times: int, tokens: int) -> dict[str, int]:
-    """Interrupt a session at random moments, as Ctrl-C does, and see that it goes on rightly or refuses to.
+    """Interrupt a session at random moments, as Ctrl-C does, and check that it continues correctly or refuses.
 
     Raises:
-        ValueError: It goes on wrongly.
+        ValueError: It continues with wrong results.
     """
     random = np.random.default_rng(0)
     ids = random.integers(0, session.artifact.manifest.model.vocab_size, tokens)
@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=16, help="of each text")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of each text")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     everyone = range(max(SESSIONS))
@@ -193,7 +193,7 @@ def main() -> None:
 
     def add(kind: str, sessions: int, runs: list[tuple[list[Text], float]], **more: int) -> None:
         if any(texts != expected[:sessions] for texts, _ in runs):
-            raise SystemExit(f"{kind}, {more}: a text of {sessions} is another one than that written alone")
+            raise SystemExit(f"{kind}, {more}: a text of {sessions} sessions differs from the one written alone")
         rates = [sessions * args.tokens / seconds for _, seconds in runs]
         row = {"in": kind, **more, "sessions": sessions, "tokens_per_s": round(statistics.median(rates), 1)}
         row |= {"low": round(min(rates), 1), "high": round(max(rates), 1)}

@@ -1,4 +1,4 @@
-"""The text of a long run read by torch in fp64, and how far fp32 went from it; `endurance.py` says what is compared."""
+"""Read the text of a long run with torch in fp64, and measure the drift of fp32; `endurance.py` explains this."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Exact:
 
     @torch.inference_mode()
     def read(self, ids: np.ndarray) -> np.ndarray:
-        """Go on by ids `[T]`; return the logits after the last, `[V]`."""
+        """Read ids `[T]`; return the logits after the last, `[V]`."""
         call = self.model(torch.from_numpy(ids)[None], past_key_values=self.cache, logits_to_keep=1)
         return call.logits[0, -1].numpy()
 
@@ -44,14 +44,14 @@ class Exact:
         }
 
     def restore(self, state: Arrays, seen: int) -> None:
-        """Go to a state."""
+        """Set the state."""
         for i, layer in enumerate(self.cache.layers):
             layer.reset()
             layer.advance({name: torch.from_numpy(array) for name, array in of_layer(state, i).items()}, seen)
 
 
 def exact(reference: Exact, steps: Pieces, pieces: Pieces, clock: Clock) -> None:
-    """Read in fp64 what was written, and keep state and logits of each piece."""
+    """Read the written text in fp64, and keep state and logits of each piece."""
     if len(pieces):
         last = pieces.read(-1)
         seen = len(pieces) * len(steps.read(0)["tokens"])
@@ -63,7 +63,7 @@ def exact(reference: Exact, steps: Pieces, pieces: Pieces, clock: Clock) -> None
 
 
 def sums(state: Arrays, mixer: LigerMixer) -> tuple[np.ndarray, np.ndarray]:
-    """Return mass `[H, d_k]` and state `[H, d_k, d_v]` of a layer in fp64 as if all that is held were evicted too."""
+    """Return mass `[H, d_k]` and state `[H, d_k, d_v]` of a layer in fp64 as if all held tokens were evicted too."""
     spec = mixer.spec
     _, slow = slow_rotation(rotary_table(torch.tensor(mixer.inv_freq), spec.max_distance, 1), spec)
     there = (state["slot_position"][0] >= 0)[..., None]
@@ -75,10 +75,10 @@ def sums(state: Arrays, mixer: LigerMixer) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compare(found: Arrays, expected: Arrays, mixers: list[LigerMixer]) -> dict[str, Any]:
-    """Return how far a state and logits are from those in fp64.
+    """Return the distance of a state and logits from those in fp64.
 
     Raises:
-        ValueError: The first layer holds other tokens and it is no near tie.
+        ValueError: The first layer holds other tokens, and the difference is no near tie.
     """
     rows: dict[str, Any] = {"sums": [], "same": []}
     for i, mixer in enumerate(mixers):

@@ -2,14 +2,14 @@
 
     python tests/trust/endurance.py CHECKPOINT --whole ARTIFACT -o benchmarks/results/endurance.json
 
-Works for `--seconds`, keeps how far it is in `--work`, writes what there is, and exits with 1 until all is done: run it
-again. CHECKPOINT is cut to its first layers, to the tokens that its tokenizer learned first and to the first channels
-of its MLPs, so that a million steps take half an hour; its attention is whole. The texts are the models' own, sampled,
-that of the cut one at temperature 4: below, a few tokens come again and again.
+It works for `--seconds`, keeps its progress in `--work`, writes the results so far, and exits with 1 until all is done;
+then run it again. CHECKPOINT is cut to its first layers, to the tokens that its tokenizer learned first and to the
+first channels of its MLPs, so that a million steps take half an hour; its attention stays whole. The models sample the
+texts themselves, the cut model at temperature 4, because below that a few tokens repeat.
 
-Torch in fp64 reads the same tokens. A pool may choose otherwise between two scores that are nearly equal, and the two
-then hold different tokens for a while; the sum of what is held and what was evicted does not depend on that. So these
-sums are compared, choices are counted, and one of the first layer that is no near tie is an error.
+Torch in fp64 reads the same tokens. A pool may choose differently between two nearly equal scores, and both models then
+hold different tokens for a while, but the sum of all held and evicted tokens does not depend on that. So these sums are
+compared and choices are counted; a different choice in the first layer that is no near tie is an error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ligerexport.run.sampling import Sampler
 from ligerexport.staging import staged_directory
 
 LAYERS, VOCABULARY, CHANNELS = 2, 1024, 512
-"""What is left of the checkpoint."""
+"""The sizes to which the checkpoint is cut."""
 STEPS, PIECE = 1_000_000, 10_000
 WHOLE_STEPS, WHOLE_PIECE = 20_000, 1_000
 CYCLES, CYCLE_PIECE = 86_400, 7_200
@@ -45,23 +45,23 @@ Arrays = dict[str, np.ndarray]
 
 
 class OutOfTime(Exception):
-    """The rest is for the next call."""
+    """Raised when the remaining work must wait for the next call."""
 
 
 class Clock:
-    """Says when to stop."""
+    """Limits the time of a call."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def check(self) -> None:
-        """Raise `OutOfTime` when it is over."""
+        """Raise `OutOfTime` when the time is over."""
         if time.monotonic() > self._end:
             raise OutOfTime
 
 
 class Pieces:
-    """Files of numbers, one for each piece of a long run, which goes on after the last."""
+    """Files of numbers, one for each piece of a long run, which continues after the last file."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -71,14 +71,14 @@ class Pieces:
         return len(list(self.place.glob("*.npz")))
 
     def write(self, arrays: Arrays) -> None:
-        """Add one, whole or not at all."""
+        """Add a piece, whole or not at all."""
         partial = self.place / "partial"
         with partial.open("wb") as file:
             np.savez(file, **arrays)
         partial.rename(self.place / f"{len(self):05d}.npz")
 
     def read(self, index: int) -> Arrays:
-        """Return one; -1 is the last."""
+        """Return a piece; -1 is the last."""
         with np.load(self.place / f"{index % len(self):05d}.npz", allow_pickle=False) as file:
             return dict(file)
 
@@ -86,7 +86,7 @@ class Pieces:
 def cut(
     checkpoint: Path, target: Path, layers: int = LAYERS, vocabulary: int = VOCABULARY, channels: int = CHANNELS
 ) -> Path:
-    """Write what is left of a Llama checkpoint."""
+    """Write a smaller Llama checkpoint with the first part of each tensor."""
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
@@ -109,7 +109,7 @@ def cut(
 
 
 def step(session: Session, pieces: Pieces, steps: int, length: int, temperature: float, clock: Clock) -> None:
-    """Let a model write a text, a token a step, and keep state, logits, tokens, times and memory of each piece."""
+    """Let a model write a text, one token per step, and keep state, logits, tokens, times and memory of each piece."""
     vocabulary = session.artifact.manifest.model.vocab_size
     logits = np.zeros(vocabulary, np.float32)  # the first token is any
     if len(pieces):
@@ -133,7 +133,7 @@ def step(session: Session, pieces: Pieces, steps: int, length: int, temperature:
 
 
 def read_exactly(checkpoint: Path, steps: Pieces, pieces: Pieces, clock: Clock) -> None:
-    """Let torch read what was written; in a process that steps, torch's own memory would hide what is measured."""
+    """Let torch read the written text, in another process, since torch's memory would hide that of the steps."""
     from drift import Exact, exact
 
     exact(Exact(checkpoint), steps, pieces, clock)
@@ -145,7 +145,7 @@ def _of_layer(piece: Arrays, layer: int) -> Arrays:
 
 
 def summary(pieces: Pieces, length: int) -> dict[str, Any]:
-    """Return what a run of steps shows by itself: memory, time, norms, and that every token is held or counted.
+    """Return the results of a run of steps: memory, time, norms, and that every token is held or counted.
 
     Raises:
         ValueError: A number is not finite, or a token was lost or counted twice.
@@ -176,12 +176,12 @@ def summary(pieces: Pieces, length: int) -> dict[str, Any]:
 
 
 def _now() -> Arrays:
-    """Return this process and its memory: all that is resident, and the part that no mapped file stands behind."""
+    """Return this process and its memory: all resident memory, and the part that is not backed by a file."""
     return {name: np.array(x) for name, x in (memory() | {"process": os.getpid()}).items() if name != "peak"}
 
 
 def _then(piece: Arrays) -> dict[str, int]:
-    """Return what `_now` was."""
+    """Return the values that `_now` stored in a piece."""
     return {name: int(piece[name]) for name in ("rss", "private", "process") if name in piece}
 
 
@@ -203,10 +203,10 @@ def _memory(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def cycles(session: Session, pieces: Pieces, total: int, length: int, clock: Clock) -> None:
-    """Take the state to a file and back, again and again, and compare the next token with that of who never left.
+    """Save and load the state repeatedly, and compare the next token with that of a session that kept its state.
 
     Raises:
-        ValueError: Something differs by a bit.
+        ValueError: A bit differs.
     """
     stays = session.sibling()
     ids = np.random.default_rng(0).integers(0, session.artifact.manifest.model.vocab_size, 4096)
@@ -233,7 +233,7 @@ def cycles(session: Session, pieces: Pieces, total: int, length: int, clock: Clo
 
 
 def drift(checkpoint: Path, steps: Pieces, truth: Pieces) -> dict[str, Any]:
-    """Return how far fp32 is from fp64 after each piece, and how often the two hold other tokens."""
+    """Return the distance of fp32 from fp64 after each piece, and how often the two hold different tokens."""
     from drift import Exact, compare
 
     mixers = Exact(checkpoint).mixers
@@ -269,7 +269,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--whole", type=Path, required=True, help="an artifact of it")
+    parser.add_argument("--whole", type=Path, required=True, help="an artifact of CHECKPOINT")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--plot", type=Path, help="SVG of the drift")
     parser.add_argument("--work", type=Path, default=Path("build/endurance"))
@@ -281,7 +281,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Do what is left, for as long as there is time, and write what there is."""
+    """Do the remaining work within the time, and write the results so far."""
     args = parse_arguments()
     clock, work = Clock(args.seconds), args.work
     checkpoint, artifact = work / "checkpoint", work / "artifact"

@@ -1,12 +1,12 @@
-"""Faults: what a command leaves when it is killed, or when disk, memory or permission run out, at any point of its run.
+"""Check the files that a command leaves when it is killed, or when disk, memory or permission fails, at any point.
 
     python tests/trust/faults.py -o benchmarks/results/faults.json [--commands build] [--faults "a full TMPDIR"]
 
-Every try is judged twice. After the fault the output is the older one to the byte, whole and new, or was never there;
-and the same command, run again with nothing cleaned up, makes what a run without faults makes and leaves nothing beside
-it. Tries that the file has already are not made again: it can be made in pieces. `--short` makes fewer.
+Every try is judged twice. After the fault, the output must be the old one to the byte, the new one complete, or absent.
+Then the same command, run again without cleaning up, must give the result of a run without faults and leave no other
+files beside it. Tries that the file already has are skipped, so it can be made in pieces. `--short` makes fewer.
 
-It runs itself again with `faults.c` preloaded, which needs a C compiler. Faults that need root say so in `skipped`.
+It runs itself again with `faults.c` preloaded, which needs a C compiler. `skipped` lists faults that need root.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ COMMANDS = {command.name: command for command in (
 
 
 def make_inputs(place: Path) -> None:
-    """Write what the commands read: a tiny Transformer, its conversion, an artifact, and texts."""
+    """Write the commands' inputs: a tiny Transformer, its conversion, an artifact, and texts."""
     sys.path.append(str(HERE.parent))
     import torch
     import toy
@@ -77,7 +77,7 @@ def make_inputs(place: Path) -> None:
     slots = (("recent_use", 4), ("novelty", 4))
     lx.convert(place / "source", place / "liger", preset="memory", window=8, sinks=2, slots=slots)
     lx.build(place / "liger", place / "onnx", max_chunk=16)
-    for file in place.rglob("*.safetensors"):  # which are the owner's alone
+    for file in place.rglob("*.safetensors"):  # only the owner may read them
         file.chmod(0o644)
 
 
@@ -87,21 +87,21 @@ _NOBODY = 65534
 
 
 def killed_at_random(bench: Bench, command: Command, replace: bool, rng: random.Random, count: int) -> Tries:
-    """Half of the moments are anywhere, half in the last quarter, where most is written."""
+    """Kill at random moments, half of them in the last quarter of the run, which writes most."""
     seconds = bench.seconds(command, replace)
     for index in range(count):
         yield Fault(after=seconds * rng.uniform(0.75 * (index % 2), 1.05))
 
 
 def killed_anew(bench: Bench, command: Command, replace: bool, rng: random.Random, count: int) -> Tries:
-    """Fresh processes, which import what they need first."""
+    """Kill fresh processes, which first import their modules."""
     whole = bench.run(command.arguments(bench.inputs, bench.out, command.force), Fault(fresh=True)).seconds
     for _ in range(count):
         yield Fault(after=whole * rng.uniform(0.5, 1.0), fresh=True)
 
 
 def at_each_change(code: int, everything: bool = False) -> Callable[..., Tries]:
-    """Return the fault that begins at each change of files in turn; 0 kills."""
+    """Return the fault that begins at each change of a file in turn; 0 kills."""
 
     def tries(bench: Bench, command: Command, replace: bool, rng: random.Random, count: int) -> Tries:
         total = bench.count_changes(command, replace)
@@ -113,41 +113,41 @@ def at_each_change(code: int, everything: bool = False) -> Callable[..., Tries]:
 
 
 def disk_full(bench: Bench, command: Command, replace: bool, rng: random.Random, count: int) -> Tries:
-    """Disks with room for ever more of what the command writes."""
+    """Use disks with more and more room for the output."""
     size = sum(file.stat().st_size for file in bench.work.glob(f"older-{command.name}/**/*")) or 2**18
     for room in _spread(4096, 4 * size, count):
         yield Fault(around=lambda place, room=room: _disk(place, room))  # type: ignore[misc]
 
 
 def read_only(bench: Bench, command: Command, replace: bool, rng: random.Random, count: int) -> Tries:
-    """A file system that is mounted read-only."""
+    """Mount the file system read-only."""
     yield Fault(around=lambda place: _disk(place, None))
 
 
 def no_permission(bench: Bench, command: Command, replace: bool, rng: random.Random, count: int) -> Tries:
-    """A user like any other, and a directory that is somebody else's, that is everybody's, or that is like /tmp."""
+    """Run as an ordinary user, in a directory that belongs to somebody else, to everybody, or is like /tmp."""
     for mode in (0o755, 0o777, 0o1777):
         yield Fault(inside=_like_any_other, around=lambda place, mode=mode: _mode(place, mode))  # type: ignore[misc]
 
 
 def tmp_full(bench: Bench, command: Command, replace: bool, rng: random.Random, count: int) -> Tries:
-    """A temporary directory on a disk without room."""
+    """Put the temporary directory on a full disk."""
     yield Fault(around=lambda place: _full(Path(tempfile.gettempdir())))
 
 
 def stdout_full(bench: Bench, command: Command, replace: bool, rng: random.Random, count: int) -> Tries:
-    """What is printed goes to a full disk."""
+    """Send the printed output to a full disk."""
     yield Fault(inside=lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1) and None)
 
 
 def files_limited(bench: Bench, command: Command, replace: bool, rng: random.Random, count: int) -> Tries:
-    """A limit on the size of a file."""
+    """Limit the size of a file."""
     for size in _spread(1, 2**18, count):
         yield Fault(inside=lambda size=size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))  # type: ignore[misc]
 
 
 def memory_limited(which: int, column: int) -> Callable[..., Tries]:
-    """Return limits on memory above what the process has already; `column` of /proc/self/statm says that."""
+    """Return limits above the memory that the process already has, which `column` of /proc/self/statm gives."""
 
     def limit(more: int) -> None:
         has = int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
@@ -166,7 +166,7 @@ def _spread(low: int, high: int, count: int) -> list[int]:
 
 @contextmanager
 def _disk(place: Path, room: int | None) -> Iterator[None]:
-    """Have a directory on a small disk, with so many bytes to spare or read-only; healthy again at the end."""
+    """Put a directory on a small disk with this much room, or read-only; the disk works again at the end."""
 
     def mount(options: str) -> None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=True)
@@ -184,7 +184,7 @@ def _disk(place: Path, room: int | None) -> Iterator[None]:
 
 @contextmanager
 def _mode(place: Path, mode: int) -> Iterator[None]:
-    """Have a directory, and what is in it, belong to somebody else."""
+    """Give a directory and its content to another user during a block."""
     for path in (place, *place.rglob("*")):
         os.chown(path, _NOBODY, _NOBODY)
     place.chmod(mode)
@@ -195,10 +195,10 @@ def _mode(place: Path, mode: int) -> Iterator[None]:
 
 
 def _like_any_other() -> None:
-    """Take from root what it may do with files of others; it stays root, who can read this Python wherever it is."""
+    """Drop root's privileges for files of others; it stays root, which can read this Python wherever it is."""
     libc = ctypes.CDLL(None, use_errno=True)
     for capability in range(64):
-        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP: of programs that it starts; there are fewer
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP, for programs that it starts
     header, none = (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()
     if libc.capset(header, none):
         raise OSError(ctypes.get_errno(), "capset")
@@ -214,7 +214,7 @@ def _full(place: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A fault: its tries, how many for a command and way in the long and the short form, and whether it needs root."""
+    """A fault: its tries, their number per command in the long and the short form, and whether it needs root."""
 
     tries: Callable[..., Tries]
     long: int
@@ -242,14 +242,14 @@ KINDS = {
 def inject(
     work: Path, commands: Sequence[str], kinds: Sequence[str], short: bool, known: Sequence[Row]
 ) -> Iterator[Row]:
-    """Try the faults; yield the row of a command, a fault, and what was there before, after each try.
+    """Try the faults; yield the row of a command, a fault, and the previous output, after each try.
 
     Args:
         work: An empty directory.
         commands: Names of `COMMANDS`.
         kinds: Names of `KINDS`.
-        short: Whether a sample will do.
-        known: Rows to go on with.
+        short: Whether a sample is enough.
+        known: Rows from an earlier run.
     """
     (work / "tmp").mkdir()
     os.environ["TMPDIR"] = tempfile.tempdir = str(work / "tmp")
@@ -273,7 +273,7 @@ def inject(
                 row |= {"tries": len(tries)} | {key: row.get(key, 0) + value for key, value in found.items()}
                 yield row
     finally:
-        bench.clear()  # it may be a disk of its own
+        bench.clear()  # it may be a separate disk
 
 
 def _key(row: Row) -> tuple[str, str, str, str]:
@@ -281,14 +281,14 @@ def _key(row: Row) -> tuple[str, str, str, str]:
 
 
 def add(output: Path, new: Row, root: bool) -> dict[str, Any]:
-    """Write a file with one more row; return what it holds."""
+    """Write a file with one more row; return its content."""
     rows = [*(row for row in read(output) if _key(row) != _key(new)), new]
     rows.sort(key=lambda row: (list(COMMANDS).index(row["command"]), list(KINDS).index(row["fault"]), row["over"]))
     total = Counter[str]()
     for row in rows:
         total += Counter({key: value for key, value in row.items() if isinstance(value, int)})
     result = {
-        "command": "python tests/trust/faults.py -o benchmarks/results/faults.json",  # in pieces
+        "command": "python tests/trust/faults.py -o benchmarks/results/faults.json",  # may be run in pieces
         "machine": {"cores": os.cpu_count(), "system": platform.platform()},
         "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime", "safetensors")},
         "skipped": {} if root else {name: "mounting needs root" for name, kind in KINDS.items() if kind.root},
@@ -303,12 +303,12 @@ def add(output: Path, new: Row, root: bool) -> dict[str, Any]:
 
 
 def read(output: Path) -> list[Row]:
-    """Return the rows of a file, if it is there."""
+    """Return the rows of a file, if it exists."""
     return json.loads(output.read_text())["rows"] if output.exists() else []
 
 
 def main() -> None:
-    """Try faults, and add them to a file."""
+    """Try faults, and add the results to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--commands", type=lambda text: text.split(","), default=list(COMMANDS))

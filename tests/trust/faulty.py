@@ -1,7 +1,7 @@
-"""One try of `tests/trust/faults.py`: run a command in a process that something happens to, and judge what it left.
+"""One try of `tests/trust/faults.py`: run a command in a process that gets a fault, and judge the files that it leaves.
 
-The process is forked from this one, which has imported what the command needs, so a try takes a fraction of a second;
-or it is a fresh `python -m ligerexport`. Which faults there are is not said here.
+The process is forked from this one, which has imported the command's modules, so a try takes a fraction of a second;
+or it is a fresh `python -m ligerexport`. The faults themselves are defined elsewhere.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from ligerexport.cli import main
 TIMED = {"mtime_ns", "seconds", "tokens_per_second", "build_seconds"}
 """Keys of JSON that differ between two good runs."""
 DRAWN = {".md", ".png", ".svg"}
-"""Endings of files that are made from the JSON beside them, times included."""
+"""Endings of files that are generated from the JSON beside them, including times."""
 
 ROUNDING = 0.01
-"""By how much numbers in JSON may differ: a product that finds no memory for its workspace rounds otherwise."""
+"""Tolerance for numbers in JSON: a product without memory for its workspace rounds differently."""
 
 PATIENCE = 300.0
-"""Seconds after which a process that nobody kills has hung."""
+"""Seconds after which a process that is not killed counts as hung."""
 
 Signature = dict[str, Any]
 
@@ -52,12 +52,12 @@ class Command:
     """A verb as a user types it, with `{inputs}` and `{out}` to fill in.
 
     Attributes:
-        name: Of the row in the results.
-        line: What is run.
-        older: What is added to `line` for the older output that it replaces.
-        force: What is added when there is an older output.
+        name: Name of the row in the results.
+        line: The command line.
+        older: Options added to `line` to make the older output that it replaces.
+        force: Option added if there is an older output.
         timed: Whether all its numbers are times.
-        most: Tries of one fault and way that its time allows.
+        most: Largest number of tries per fault and way, given its running time.
     """
 
     name: str
@@ -68,17 +68,17 @@ class Command:
     most: int = 10**6
 
     def arguments(self, inputs: Path, out: Path, *more: str) -> list[str]:
-        """Return the command's arguments; the last of the same option counts."""
+        """Return the command's arguments; the last of equal options counts."""
         return [part.format(inputs=inputs, out=out) for part in (*self.line.split(), *" ".join(more).split())]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that happens to a process.
+    """Something that goes wrong in a process.
 
     Attributes:
         inside: Called in the process before the command.
-        around: Makes a context of the directory that the command writes to; it ends before the next run.
+        around: Makes a context from the directory that the command writes to; it ends before the next run.
         after: Seconds after which the process is killed.
         fresh: Whether it is a new process instead of a fork.
     """
@@ -91,7 +91,7 @@ class Fault:
 
 @dataclass
 class Ended:
-    """How a process ended: exit code, negative for a signal, what it said, seconds, and whether it had to be ended."""
+    """How a process ended: exit code (negative for a signal), output, seconds, and whether it had to be killed."""
 
     code: int
     said: str
@@ -101,13 +101,13 @@ class Ended:
 
 @dataclass
 class Bench:
-    """Where tries are made.
+    """The place of the tries.
 
     Attributes:
         work: An empty directory.
-        inputs: What commands read.
-        usual: What libraries keep in the temporary directory.
-        counted: Changes of files that the last forked process made, or tried to make.
+        inputs: The commands' inputs.
+        usual: Files that libraries keep in the temporary directory.
+        counted: Number of file changes that the last forked process made, or tried to make.
     """
 
     work: Path
@@ -123,7 +123,7 @@ class Bench:
 
     @property
     def out(self) -> Path:
-        """Their output."""
+        """Output of the commands."""
         return self.place / "out"
 
     @property
@@ -131,42 +131,42 @@ class Bench:
         return int(self._shared.value)
 
     def arm(self, at: int = 0, code: int = 0, everything: bool = False) -> None:
-        """Count changes in this process, and begin with faults at one of them; see faults.c."""
+        """Count file changes in this process, and begin with faults at one of them; see faults.c."""
         shim = ctypes.CDLL(None)
         where = os.fsencode(self.place)
         shim.fault_arm(where, ctypes.c_long(at), code, everything, ctypes.byref(self._shared))
 
     def prepare(self, command: Command) -> None:
-        """Make the older output, run the command well in both ways, and import what it imported."""
+        """Make the older output, run the command successfully in both ways, and import the modules that it imported."""
         older = self._older(command)
         if older.exists():
             return
         self.clear()
         self._good(command.arguments(self.inputs, self.out, command.older))
         self.out.rename(older)
-        for replace in (False, True, False, True):  # the second time everything is imported
+        for replace in (False, True, False, True):  # in the second round everything is imported
             self.clear(older if replace else None)
             ended = self._good(command.arguments(self.inputs, self.out, command.force if replace else ""))
             self.usual |= set(os.listdir(tempfile.gettempdir()))
             self.references[command.name, replace] = self._signature(command), ended.seconds
-        gc.freeze()  # else each process would look through, and copy, all that is imported
+        gc.freeze()  # otherwise each process would scan and copy all imported modules
         assert self._signature(command) != signature(older, command.timed) or command.timed
 
     def count_changes(self, command: Command, replace: bool) -> int:
-        """Return how many changes of files a good run makes."""
+        """Return the number of file changes in a successful run."""
         self.clear(self._older(command) if replace else None)
         self._good(command.arguments(self.inputs, self.out, command.force if replace else ""), Fault(inside=self.arm))
         return self.counted
 
     def seconds(self, command: Command, replace: bool) -> float:
-        """Return how long a good run takes."""
+        """Return the duration of a successful run."""
         return self.references[command.name, replace][1]
 
     def attempt(self, command: Command, fault: Fault, replace: bool) -> Counter[str]:
-        """Let one fault happen, judge what is there, run again without cleaning up, and judge again.
+        """Let one fault happen, judge the result, run again without cleaning up, and judge again.
 
         Returns:
-            What is counted, each as one: how the process ended and what it left, and what was wrong.
+            Counts of 1: how the process ended, which output it left, and what was wrong.
         """
         older = self._older(command) if replace else None
         self.clear(older)
@@ -184,10 +184,10 @@ class Bench:
         return +found
 
     def run(self, arguments: list[str], fault: Fault | None = None) -> Ended:
-        """Run a command and let something happen to it."""
+        """Run a command, with a fault if one is given."""
         fault = fault or Fault()
         start = time.perf_counter()
-        mine, theirs = os.pipe2(os.O_NONBLOCK)  # no file: a limit on the size of files is one of the faults
+        mine, theirs = os.pipe2(os.O_NONBLOCK)  # not a file, because one of the faults limits the size of files
         fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 1 << 20)
         if fault.fresh:
             line = [sys.executable, "-m", "ligerexport", *arguments]
@@ -201,7 +201,7 @@ class Bench:
             os.kill(pid, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         seconds = time.perf_counter() - start
-        with suppress(ProcessLookupError):  # what it started
+        with suppress(ProcessLookupError):  # the processes that it started
             os.killpg(pid, signal.SIGKILL)
         os.close(theirs)
         with os.fdopen(mine, "rb") as talk:
@@ -252,7 +252,7 @@ class Bench:
         return ended
 
     def clear(self, older: Path | None = None) -> None:
-        """Empty the place, or have a copy of an older output there."""
+        """Empty the place, or put a copy of an older output there."""
         if self.place.is_mount():
             subprocess.run(["umount", self.place], check=True)
         shutil.rmtree(self.place, ignore_errors=True)
@@ -267,7 +267,7 @@ class Bench:
         return signature(self.out, command.timed)
 
     def _judge(self, command: Command, older: Path | None) -> str:
-        """Say what the output is."""
+        """Return a word for the state of the output."""
         if not self.out.exists():
             return "none" if older is None else "lost"
         if older is not None and plain(self.out) == plain(older):
@@ -282,16 +282,16 @@ class Bench:
         return "new" if whole else "mixture"
 
     def _strays(self) -> list[str]:
-        """Return what lies beside the output."""
+        """Return the names of files beside the output."""
         return [*set(os.listdir(self.place)) - {self.out.name}, *set(os.listdir(tempfile.gettempdir())) - self.usual]
 
 
 BAD = ("lost", "mixture", "hung", "traceback", "called a bug", "next run failed", "strays after the next run")
-"""What must not be counted."""
+"""Results that must not occur."""
 
 
 def _manner(ended: Ended) -> str:
-    """Say how a process ended, in the words of the results."""
+    """Return how a process ended, in the words of the results."""
     if ended.hung:
         return "hung"
     if "Traceback" in ended.said:
@@ -313,12 +313,12 @@ def plain(path: Path) -> Signature:
 
 
 def signature(path: Path, timed: bool = False) -> Signature:
-    """Return what two good runs have in common, by name of file: numbers that are times are left out."""
+    """Return, by file name, the content that successful runs share: numbers that are times are left out."""
     return {str(file.relative_to(path)): _signature(file, timed) for file in _files(path)}
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Return whether two signatures are equal but for rounding."""
+    """Return whether two signatures are equal except for rounding."""
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=ROUNDING, abs_tol=1e-6)
     if isinstance(one, dict) and isinstance(other, dict):
@@ -339,7 +339,7 @@ def _signature(file: Path, timed: bool) -> Any:
     if content[:1] == b"{":
         return _untimed(json.loads(content), timed)
     header = {}
-    if content[8:9] == b"{":  # safetensors, which writes metadata in any order
+    if content[8:9] == b"{":  # a safetensors file, whose metadata can be in any order
         end = 8 + int.from_bytes(content[:8], "little")
         header, content = json.loads(content[8:end]), content[end:]
     return header, hashlib.sha256(content).hexdigest()

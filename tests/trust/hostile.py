@@ -2,9 +2,9 @@
 
     python tests/trust/hostile.py -o benchmarks/results/hostile.json [--kinds manifest graph] [--share 0.1]
 
-An input is refused in one line with a hint, or is valid and works. All else is a finding: another exception, a crash,
-more than 5 seconds, a gigabyte, a file outside, code that ran. Findings stay under build/hostile/findings.
-What is in the output already is not run again: a long run goes on where it was cut.
+An input must be refused in one line with a hint, or be valid and work. Everything else is a finding: another exception,
+a crash, more than 5 seconds, a gigabyte, access to an outside file, code that ran. Findings are kept in
+build/hostile/findings. Inputs that are already in the output are not run again, so a long run can be continued.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["RUST_BACKTRACE"] = "0"
 
-sys.path.append(str(Path(__file__).parents[1]))  # tiny checkpoints are the tests'
+sys.path.append(str(Path(__file__).parents[1]))  # the tests' tiny checkpoints
 
 from hostile_inputs import KINDS, Kind
 from hostile_worker import run
@@ -40,12 +40,12 @@ from ligerexport.run.generate import _text_model
 
 TOTALS, WORST = ("inputs", "refused", "valid", "findings"), ("slowest_s", "growth_mib")
 PIECE = 250
-"""Inputs after which the result is written."""
+"""Number of inputs after which the result is written."""
 KEPT = Path(__file__).parents[2] / "build" / "hostile" / "findings"
 
 
 def copy_in(bases: Path, kind: Kind, place: Path, rng: random.Random) -> None:
-    """Put a fresh copy of what a kind mutates in place."""
+    """Put a fresh copy of the files that a kind mutates in place."""
     for name in os.listdir(place):
         path = place / name
         if name == "outside":
@@ -57,12 +57,12 @@ def copy_in(bases: Path, kind: Kind, place: Path, rng: random.Random) -> None:
 
 
 def run_kind(name: str, bases: Path, place: Path, numbers: range, *, keep: Path | None = None) -> dict[str, Any]:
-    """Run inputs of a kind; return counts, and what was found."""
+    """Run inputs of a kind; return counts and findings."""
     kind, counts, findings = KINDS[name], Counter[str](), Counter[str]()
     slowest, largest = 0.0, 0
     for module in kind.modules:
         import_module(module)
-    library()  # of the lowering native, compiled or found before anything is watched
+    library()  # compile the lowering native before inputs are watched
     gc.freeze()
 
     def lay(number: int, where: Path) -> None:
@@ -72,7 +72,7 @@ def run_kind(name: str, bases: Path, place: Path, numbers: range, *, keep: Path 
 
     def one(number: int) -> Callable[[], None]:
         lay(number, place)
-        _text_model.cache_clear()  # the same place is another model each time
+        _text_model.cache_clear()  # the same path is a different model each time
         return partial(kind.action, place)
 
     tried = ((number, one(number)()) for number in numbers) if kind.apart else run(numbers, one, place)
@@ -93,7 +93,7 @@ def run_kind(name: str, bases: Path, place: Path, numbers: range, *, keep: Path 
 
 
 def prepare(place: Path, bases: Path) -> Path:
-    """Make the bases, in another process, and the directory that inputs lie in, with what is outside of them."""
+    """Make the bases in another process, and the directory for inputs, with files outside of it."""
     work = place / "work"
     if not bases.is_dir():  # torch stays out of this process, which is forked for every input
         half = bases.with_name("half")
@@ -113,8 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--bases", type=Path, help="directory that keeps what is mutated from run to run")
-    parser.add_argument("--share", type=float, default=1.0, help="of the inputs of each kind")
+    parser.add_argument("--bases", type=Path, help="directory that keeps the valid inputs from run to run")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the inputs of each kind to run")
     args = parser.parse_args()
     rows: dict[str, Any] = json.loads(args.output.read_text())["kinds"] if args.output.is_file() else {}
     with tempfile.TemporaryDirectory() as place:
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return the row of two pieces of a kind."""
+    """Return the combined row of two pieces of a kind."""
     row = {key: one[key] + other[key] for key in TOTALS} | {key: max(one[key], other[key]) for key in WORST}
     found = Counter(one.get("found", {})) + Counter(other.get("found", {}))
     return row | ({"found": dict(found.most_common())} if found else {})

@@ -1,4 +1,4 @@
-"""What hostile input is made of: tiny whole files of every kind, as the product writes them."""
+"""The valid inputs that are mutated into hostile ones: small files of every kind, as the product writes them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIGER: dict[str, Any] = {"preset": "liger", "window": 8, "sinks": 2, "slots": ((
 
 
 def make_bases(place: Path) -> None:
-    """Write a Transformer, what it converts to, an adapter for it, artifacts of three lowerings, and a kernel pack."""
+    """Write a Transformer, its conversion, an adapter for it, artifacts of three lowerings, and a kernel pack."""
     make_pack(place / "pack")
     from checkpoints import make_checkpoint  # imports Triton, which must compile for the pack and not interpret
 
@@ -64,7 +64,7 @@ def make_bases(place: Path) -> None:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Write a tokenizer with every part that one may have: one token a byte, some pairs, special tokens."""
+    """Write a tokenizer with all optional parts: one token per byte, some pairs, special tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [("t", "h"), ("th", "e"), ("i", "n")]
     vocabulary = {token: i for i, token in enumerate([*letters, *("".join(pair) for pair in pairs)])}

@@ -1,4 +1,4 @@
-"""The kinds of hostile input: what is mutated, and what a user then does with it."""
+"""The kinds of hostile input: how each is mutated, and how a user then uses it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ TOKENIZER_KEYS: dict[str, Any] = {
 
 
 def reseal(artifact: Path) -> None:
-    """Let the manifest say what the files are now, as whoever forges them would."""
+    """Write the files' current hashes into the manifest, as a forger would."""
     with suppress(ValueError, TypeError, KeyError, AttributeError, OSError):
         manifest = json.loads((artifact / "manifest.json").read_text())
         for name in manifest["files"]:
@@ -126,14 +126,14 @@ def reseal(artifact: Path) -> None:
 
 
 def look(place: Path) -> None:
-    """Look at an artifact, then use it."""
+    """Inspect an artifact, then use it."""
     inspect(place / "artifact", json=True)
     inspect(place / "artifact")
     use(place)
 
 
 def use(place: Path, chat: bool = False) -> None:
-    """Load an artifact, write text."""
+    """Load an artifact and write text."""
     artifact = place / "artifact"
     session = lx.load(artifact, threads=1)
     session.prefill(IDS[:5])
@@ -151,7 +151,7 @@ def use(place: Path, chat: bool = False) -> None:
 
 
 def resume(place: Path) -> None:
-    """Go on from a file, first as a prompt cache, then as a saved state."""
+    """Continue from a file, first as a prompt cache, then as a saved state."""
     session = lx.load(place / "artifact", threads=1)
     for _ in lx.generate(session, IDS, max_new_tokens=2, prompt_cache=place / "cache"):
         pass
@@ -162,7 +162,7 @@ def resume(place: Path) -> None:
 
 
 def convert(place: Path, **options: Any) -> None:
-    """Look at a Transformer and convert it."""
+    """Inspect a Transformer and convert it."""
     inspect(place / "source")
     lx.convert(place / "source", place / "out", **options or LIGER)
     inspect(place / "out")
@@ -174,7 +174,7 @@ def adapt(place: Path) -> None:
 
 
 def build(place: Path) -> None:
-    """Look at a converted checkpoint, build an artifact of it without the comparison, and run that."""
+    """Inspect a converted checkpoint, build an artifact from it without verification, and run that."""
     inspect(place / "liger", json=True)
     inspect(place / "liger")
     lx.build(place / "liger", place / "out", verify=False, max_chunk=16)
@@ -182,21 +182,21 @@ def build(place: Path) -> None:
 
 
 def memory(place: Path) -> None:
-    """Read what layers remember."""
+    """Read a file with the memory of layers."""
     read_memory(place / "memory.json")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Inputs of a kind.
+    """One kind of input.
 
     Attributes:
-        bases: What of `make_bases` is copied, and under which name; one of several at random.
+        bases: Results of `make_bases` to copy, each with its new name; one of several at random.
         mutate: Changes the copy.
-        action: What is done with it.
-        count: In the long form.
-        modules: What is loaded before the forks; torch makes them slow.
-        apart: Whether the action is a program of its own, which limits itself, and returns what became of the input.
+        action: Function that uses the copy.
+        count: Number of inputs in the long form.
+        modules: Modules that are loaded before the forks; torch makes them slow.
+        apart: Whether the action is a separate program, which limits itself and returns the input's result.
     """
 
     bases: tuple[dict[str, str], ...]
@@ -208,7 +208,7 @@ class Kind:
 
 
 def _file(pattern: str, change: Callable[[bytes, random.Random], bytes], seal: bool = True) -> Any:
-    """Return what changes one of the files that fit a pattern."""
+    """Return a function that changes one of the files that match a pattern."""
 
     def mutate(place: Path, rng: random.Random) -> None:
         file = rng.choice(sorted(place.glob(pattern)))
@@ -246,7 +246,7 @@ def _cache(place: Path, rng: random.Random) -> None:
 
 
 def _links(folder: str, place: Path, rng: random.Random) -> None:
-    """Put a link to the outside, a directory or a pipe where a file is expected, or files that nobody asked for."""
+    """Put a link to the outside, a directory or a pipe where a file is expected, or add unexpected files."""
     directory = place / folder
     file = rng.choice(sorted(directory.iterdir()))
     outside = place / "outside" / "copy"
@@ -302,7 +302,7 @@ def _links(folder: str, place: Path, rng: random.Random) -> None:
 
 
 def _gguf(place: Path, rng: random.Random) -> None:
-    """Leave nothing but a GGUF file, which is not read."""
+    """Leave only a GGUF file, which is not read."""
     for file in (place / "source").glob("*.safetensors*"):
         file.unlink()
     data = b"GGUF" + bytes([3, 0, 0, 0]) + rng.getrandbits(64).to_bytes(8, "little") * rng.randrange(1, 200)

@@ -1,4 +1,4 @@
-"""Seeded mutations of what files hold: bytes, JSON, safetensors, ONNX graphs, chat templates. Opens nothing."""
+"""Seeded mutations of file contents: bytes, JSON, safetensors, ONNX graphs, chat templates. No file is opened here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 OUTSIDE = "../outside/secret.bin"
 MARK = "HOSTILE_PAYLOAD"
 PAYLOAD = f"__import__('os').system('touch {MARK}')"
-"""Code that no input may get to run; whatever compiles text with the mark in it is a finding."""
+"""Code that no input may run; compiling any text with the mark in it is a finding."""
 DEEP = "@deep@"
 VALUES: tuple[Any, ...] = (
     None,
@@ -93,7 +93,7 @@ def _places(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 
 
 def mutate_value(value: Any, rng: random.Random, keys: dict[str, Any] | None = None) -> Any:
-    """Change JSON where it stands: values, keys, lists; `keys` are further ones worth putting in at the top."""
+    """Change JSON in place: values, keys, lists; `keys` are further ones to add at the top."""
     made = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
         places = _places(made, [])
@@ -103,7 +103,7 @@ def mutate_value(value: Any, rng: random.Random, keys: dict[str, Any] | None = N
             name = rng.choice(list(keys))
             made[name] = keys[name]
             continue
-        # shallow places first: else most changes fall into the longest list
+        # choose shallow places first; otherwise most changes would be in the longest list
         holder, key = rng.choice(places[:60] if rng.random() < 0.5 else places)
         old = holder[key]
         match rng.randrange(8):
@@ -126,20 +126,20 @@ def mutate_value(value: Any, rng: random.Random, keys: dict[str, Any] | None = N
 
 
 def to_json(value: Any) -> bytes:
-    """Return JSON, with `DEEP` as lists in lists in lists."""
+    """Return JSON, with `DEEP` as nested lists."""
     text = json.dumps(value).replace(json.dumps(DEEP), "[" * 30000 + "]" * 30000)
     return text.encode()
 
 
 def mutate_json(data: bytes, rng: random.Random, keys: dict[str, Any] | None = None) -> bytes:
-    """Change a JSON file, its values mostly and its bytes now and then."""
+    """Change a JSON file, usually its values and sometimes its bytes."""
     if rng.random() < 0.15:
         return damage(data, rng)
     return to_json(mutate_value(json.loads(data), rng, keys))
 
 
 def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
-    """Change a safetensors file: header, its length, or the numbers."""
+    """Change a safetensors file: its header, the header's length, or the numbers."""
     length = struct.unpack("<Q", data[:8])[0]
     header, body = data[8 : 8 + length], data[8 + length :]
     match rng.randrange(5):
@@ -186,7 +186,7 @@ def mutate_tensors(tensors: dict[str, np.ndarray], rng: random.Random) -> dict[s
 
 
 def mutate_graph(data: bytes, rng: random.Random) -> bytes:
-    """Change an ONNX graph: its structure mostly, its bytes now and then."""
+    """Change an ONNX graph, usually its structure and sometimes its bytes."""
     if rng.random() < 0.3:
         return damage(data, rng)
     model = onnx.load_from_string(data)
@@ -234,7 +234,7 @@ def _tensor(model: Any, rng: random.Random) -> None:
 
 
 def _constant(model: Any, rng: random.Random) -> None:
-    """Change a number that shapes are made of."""
+    """Change a number that is part of a shape."""
     found = [x for x in model.graph.initializer if x.data_type == TensorProto.INT64 and len(x.raw_data) >= 8]
     if found:
         tensor = rng.choice(found)
@@ -303,7 +303,7 @@ def _attribute(model: Any, rng: random.Random) -> None:
 
 
 def _body(name: str) -> Any:
-    """Return a body of a loop that never ends."""
+    """Return the body of a loop that never ends."""
     value = helper.make_tensor_value_info
     inputs = [value("i", TensorProto.INT64, []), value("go", TensorProto.BOOL, [])]
     return helper.make_graph(
@@ -318,7 +318,7 @@ def _control(model: Any, rng: random.Random) -> None:
 
 
 def _function(model: Any, rng: random.Random) -> None:
-    """Add functions that call themselves, each other, or more and more of each other; or stand for a usual operator."""
+    """Add functions that call themselves or each other, with exponential growth, or that replace a usual operator."""
     opset = [helper.make_opsetid("", 21), helper.make_opsetid("local", 1)]
     make = helper.make_function
     match rng.randrange(4):
@@ -394,7 +394,7 @@ def _face(model: Any, rng: random.Random) -> None:
 
 
 def _bomb(model: Any, rng: random.Random) -> None:
-    """Make much of nothing: tensors that no file stands behind."""
+    """Add operators that make huge tensors that are not stored in a file."""
     size = rng.choice((2**20, 2**33, 2**40))
     model.graph.initializer.extend(
         [

@@ -1,6 +1,6 @@
-"""Hostile kernel packs: what is mutated, and the plugin's reader in C++, with sanitizers, that opens it.
+"""Hostile kernel packs: their mutation, and the plugin's reader in C++, built with sanitizers, that opens them.
 
-The reader runs every plan that it accepts, on a CUDA driver that does nothing; it is the program of the plugin's tests.
+The reader runs every plan that it accepts on a stub CUDA driver; it is the program of the plugin's tests.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def make_pack(place: Path) -> None:
 
 
 def mutate_pack(data: bytes, rng: random.Random) -> bytes:
-    """Change numbers or bytes of kernels and plans, or anything; mostly with a check sum that fits."""
+    """Change numbers or bytes of kernels and plans, or any bytes; usually with a matching checksum."""
     body = data[:-4]
     if rng.random() < 0.1:
         return damage(data, rng)
-    code = body.index(b"\x7fELF")  # behind kernels and plans
+    code = body.index(b"\x7fELF")  # after kernels and plans
     head = bytearray(body[:code])
     if rng.random() < 0.2:
         head = bytearray(damage(bytes(head), rng))
@@ -59,7 +59,7 @@ def mutate_pack(data: bytes, rng: random.Random) -> bytes:
 
 
 def read_pack(place: Path) -> Outcome:
-    """Have the reader open a pack; growth is what it takes in all, sanitizers included."""
+    """Let the reader open a pack; growth is its total memory, sanitizers included."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 1, SECONDS + 1))

@@ -1,4 +1,4 @@
-"""Chat templates that mean harm, seeded: bombs, random pieces, and a good one that is damaged."""
+"""Seeded malicious chat templates: bombs, random pieces, and damaged valid ones."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ _STEPS = (
 
 
 def template(source: str, rng: random.Random) -> bytes:
-    """Return a chat template: a bomb, one of random pieces, or a damaged good one."""
+    """Return a chat template: a bomb, one of random pieces, or a damaged valid one."""
 
     def expression(depth: int = 0) -> str:
         match rng.randrange(5):

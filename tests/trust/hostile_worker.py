@@ -1,6 +1,6 @@
-"""Inputs in a process of their own: forked from one that has everything loaded, with limits, watched.
+"""Inputs in a separate process, forked from one that has everything loaded, with limits and watches.
 
-Python's own doings are seen by an audit hook; what native code opens outside the input's directory, by inotify.
+An audit hook sees what Python does; inotify sees what native code opens outside the input's directory.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import Any, NoReturn
 from hostile_mutate import MARK
 
 SECONDS = 5
-"""Of the processor that an input may take."""
+"""Seconds of processor time that an input may take."""
 PATIENCE = 300.0
-"""Seconds of the clock after which it waits for ever; a busy machine makes anything slow."""
+"""Seconds of wall time after which an input counts as hung; a busy machine makes everything slow."""
 MEMORY = 4 << 30
-"""Bytes of address space above what the process has at its start."""
+"""Bytes of address space above those that the process has at its start."""
 GROWTH = 1 << 30
 """Bytes by which an input may make resident memory grow."""
 AGAIN = b"again\n"
 BATCH = 100
-"""Inputs of a fork."""
+"""Number of inputs per fork."""
 _ROOTS = tuple(
     str(Path(path).resolve())
     for path in (
@@ -54,7 +54,7 @@ _ROOTS = tuple(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an input: `refused`, `valid`, or a finding and what it is; seconds, and bytes of growth."""
+    """The result of an input: `refused`, `valid`, or a finding with its text; seconds, and bytes of growth."""
 
     kind: str
     what: str
@@ -63,7 +63,7 @@ class Outcome:
 
 
 class Watch:
-    """Tells whether anything opened a file in a directory, whatever code did it."""
+    """Reports whether a file in a directory was opened, by any code."""
 
     def __init__(self, directory: Path) -> None:
         events = 0x20 | 0x2 | 0x4 | 0x100 | 0x200 | 0x80  # open, modify, attributes, create, delete, move
@@ -81,15 +81,15 @@ class Watch:
 
 
 def run(inputs: Iterable[int], one: Callable[[int], Callable[[], None]], place: Path) -> Iterator[tuple[int, Outcome]]:
-    """Try inputs one after the other in a fork, and go on in another where one ends it.
+    """Try inputs one after the other in a fork, and continue in a new fork if one ends it.
 
     Args:
-        inputs: Their numbers.
-        one: Puts an input in place, and returns what a user does with it.
-        place: Where it lies.
+        inputs: Numbers of the inputs.
+        one: Puts an input in place, and returns a function that uses it as a user would.
+        place: Directory of the input.
 
     Yields:
-        Each number and what became of it.
+        Each number and its result.
     """
     left = list(inputs)
     while left:
@@ -119,7 +119,7 @@ def run(inputs: Iterable[int], one: Callable[[int], Callable[[], None]], place: 
 
 
 def _line(answers: Any) -> bytes:
-    """Return the next answer; nothing where none comes in time, or the process ended."""
+    """Return the next answer; empty if none comes in time, or the process ended."""
     said, end = b"", time.monotonic() + PATIENCE
     while not said.endswith(b"\n") and select.select([answers], [], [], max(0, end - time.monotonic()))[0]:
         part = answers.read(1)
@@ -130,7 +130,7 @@ def _line(answers: Any) -> bytes:
 
 
 def _child(numbers: list[int], one: Callable[[int], Callable[[], None]], place: Path, writer: int) -> NoReturn:
-    """Try inputs under limits, and write what became of each."""
+    """Try inputs under limits, and write the result of each."""
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
@@ -143,10 +143,10 @@ def _child(numbers: list[int], one: Callable[[int], Callable[[], None]], place: 
     for number in numbers:
         try:
             action = one(number)
-        except BaseException:  # what inputs before it left in memory may be too much
+        except BaseException:  # memory from earlier inputs may be too much
             os.write(writer, AGAIN if number != numbers[0] else traceback.format_exc().encode() + b"\n")
             os._exit(1)
-        watch.seen()  # what the mutation itself did
+        watch.seen()  # clear events of the mutation itself
         begin = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
         resource.setrlimit(resource.RLIMIT_CPU, (int(begin) + SECONDS + 1, resource.RLIM_INFINITY))
         Path("/proc/self/clear_refs").write_text("5")  # peak memory counts from here
@@ -197,7 +197,7 @@ def _answer(action: Callable[[], None]) -> tuple[str, str]:
 
 
 class _Hook:
-    """Notes what an input must not bring about."""
+    """Records events that an input must not cause."""
 
     def __init__(self, place: Path) -> None:
         self._place = str(place.resolve())
@@ -243,6 +243,6 @@ class _Hook:
 
 
 def _ours(arguments: tuple[Any, ...]) -> bool:
-    """Return whether a process is the one that the product starts for chat templates."""
+    """Return whether a process is the product's own process for chat templates."""
     command = [str(x) for x in arguments[1]]
     return command[0] == sys.executable and command[3].endswith("/ligerexport/text/render.py")

@@ -1,9 +1,9 @@
 """Gates that never close: the recurrences of a tiny model whose keys are all 100, or 100 and -100 by chance.
 
-`endurance.py` runs it. A decay is 1 then, as far as fp32 can tell, and nothing that comes in is ever forgotten. With v
-the largest value of the vocabulary, the state of `hgrn2` and `gsa` is a mean of values, at most v. A column of `gla`'s
-grows by at most v a token over all its rows, as its keys' features add up to 1: at most v T. In fp32 it also ends by
-itself: above 2^25 v an added v is less than half a unit in the last place.
+`endurance.py` runs it. The decay is then 1 in fp32, and no input is ever forgotten. With v the
+largest value of the vocabulary, the state of `hgrn2` and `gsa` is a mean of values, at most v. A column of the state
+of `gla` grows by at most v per token over all its rows, because its keys' features add up to 1: at most v T. In fp32
+growth also ends by itself: above 2^25 v an added v is less than half a unit in the last place.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def checkpoint(target: Path, gate: str, keys: str) -> tuple[Path, float]:
 
 
 def drive(place: Path, gate: str, keys: str, tokens: int) -> dict[str, Any]:
-    """Read a text of that many tokens at random and return how large the state became.
+    """Read a random text of this many tokens and return how large the state became.
 
     Raises:
         ValueError: A number is not finite, or the state is beyond its bound.
@@ -82,5 +82,5 @@ def drive(place: Path, gate: str, keys: str, tokens: int) -> dict[str, Any]:
 
 
 def drive_all(place: Path, tokens: int) -> list[dict[str, Any]]:
-    """Drive every gate with all keys."""
+    """Drive every gate with all kinds of keys."""
     return [drive(place, gate, keys, tokens) for gate in GATES for keys in KEYS]

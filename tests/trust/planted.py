@@ -1,10 +1,10 @@
-"""Plant faults in artifacts while they are built, and see what verification says; and that it lets sound ones pass.
+"""Plant faults in artifacts while they are built, and check that verification refuses them and accepts sound ones.
 
     python tests/trust/planted.py -o benchmarks/results/planted.json
     python tests/trust/planted.py --sound 100 -o benchmarks/results/sound.json
     python tests/trust/planted.py --checkpoint CONVERTED --lowerings ort native -o benchmarks/results/planted_real.json
 
-Tiny random models, or a converted checkpoint. A run goes on where the file left off.
+It uses tiny random models, or a converted checkpoint. A run continues where the file ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-sys.path.append(str(Path(__file__).parents[1]))  # tiny checkpoints are the tests'
+sys.path.append(str(Path(__file__).parents[1]))  # the tests' tiny checkpoints
 
 from checkpoints import FORESIGHT, MEMORY, make_checkpoint, make_transformer
 from planting import AT, FAULTS, Fault, Site
@@ -46,23 +46,23 @@ CONFIGS = {
     "foresight": FORESIGHT,
     "evicted": replace(FORESIGHT, recurrence_weight=1.0, recurrence="evicted", recurrence_distance=40),
 }
-"""The presets with sizes that a text of 400 tokens fills many times."""
+"""The presets, with sizes that a text of 400 tokens fills many times."""
 
 EARLY = ("source", "written", "reading", "after")
 """Ways to plant a fault before there is an artifact."""
 SIZES = [10.0**-n for n in range(1, 8)]
-"""Relative errors of one channel of a layer's output that are tried."""
+"""Relative errors that are tried in one channel of a layer's output."""
 REAL = [
     "a sink dropped", "window one too short", "scores of two pools swapped", "softmax scale", "rope base",
     "weight of the recurrence", "a missing residual", "epsilon of one norm", "one evicted token too many",
     "values of the slots in fp16", "states of two layers swapped", "prefill right and step wrong", "one sign flipped",
     "weight of the learned score", "embedding of a token that no text has",
 ]  # fmt: skip
-"""What is planted in a real model of the preset `evicted`, in the lowerings in turn."""
+"""Faults to plant in a real model of the preset `evicted`, in one lowering after the other."""
 
 
 def cases() -> Iterator[tuple[str, str, str]]:
-    """Yield fault, preset and lowering: every fault once, then again in the next lowering that can have it."""
+    """Yield fault, preset and lowering: every fault once, then again in the next lowering to which it applies."""
     for turn in range(len(LOWERINGS)):
         for i, (name, fault) in enumerate(FAULTS.items()):
             if turn < len(fault.lowerings):
@@ -77,7 +77,7 @@ def model(place: Path, preset: str, family: str = "llama", seed: int = 0) -> Mod
 
 
 def verify(spec: ModelSpec, lowering: str, weights: str = "fp32", fault: Fault | None = None) -> str | None:
-    """Build and verify, with a fault or without; return what is said of it, None where it passes."""
+    """Build and verify, with or without a fault; return the error's message, or None if it passes."""
     storage = weight_storage(weights, lowering=lowering)
     with tempfile.TemporaryDirectory() as place:
         site = Site(spec, Path(place), lowering, storage)
@@ -90,7 +90,7 @@ def verify(spec: ModelSpec, lowering: str, weights: str = "fp32", fault: Fault |
                 fault.plant(site)
             manifest = make_manifest(spec, Source("planted"), "onnx", lowering, 64, {}, {}, storage=storage)
             try:
-                with patch.object(session, "check_graph"):  # which knows no operators of faults
+                with patch.object(session, "check_graph"):  # it does not know the operators that faults add
                     verify_artifact(spec, Artifact(site.directory, manifest), storage)
             except VerificationError as error:
                 return str(error)
@@ -98,7 +98,7 @@ def verify(spec: ModelSpec, lowering: str, weights: str = "fp32", fault: Fault |
 
 
 def convert_and_build(preset: str, fault: Fault) -> tuple[str, str | None]:
-    """Convert and build a Transformer with a fault; return the last verb, and what it says if it refuses."""
+    """Convert and build a Transformer with a fault; return the last verb, and its message if it refuses."""
     config = CONFIGS[preset]
     with tempfile.TemporaryDirectory() as root:
         source = make_transformer(Path(root, "source"), fault.family, **dict(fault.sizes))
@@ -122,7 +122,7 @@ def convert_and_build(preset: str, fault: Fault) -> tuple[str, str | None]:
 
 
 def named(message: str | None) -> int | None:
-    """Return the layer that a refusal names first: in which it looks for the fault."""
+    """Return the layer that a refusal names first."""
     found = re.search(r"layer (\d+) is the first that differs|\blayers\.(\d+)\.", message or "")
     return int(found[1] or found[2]) if found else None
 
@@ -144,7 +144,7 @@ def right(row: dict[str, Any]) -> bool:
 
 
 def smallest(spec: ModelSpec, lowering: str) -> dict[str, Any]:
-    """Return which relative errors of one channel of a layer's output are refused, and which layer is named."""
+    """Return which relative errors of one channel of a layer's output are refused, and the layer that is named."""
     found = {}
     for size in SIZES:
 
@@ -158,12 +158,12 @@ def smallest(spec: ModelSpec, lowering: str) -> dict[str, Any]:
 
 
 def factors(spec: ModelSpec, size: float) -> list[float]:
-    """Return a factor for each channel of the residual stream, all but the first of them 1."""
+    """Return a factor for each channel of the residual stream, which is 1 except for the first."""
     return [1 + size, *[1.0] * (spec.hidden_size - 1)]
 
 
 def sound(place: Path, number: int) -> dict[str, Any]:
-    """Build a sound model, another one for each number, and return what is said of it."""
+    """Build a sound model, a different one for each number, and return the result of verification."""
     presets, lowerings = list(CONFIGS), ["ort", "native", "portable"]
     preset, lowering = presets[number % len(presets)], lowerings[number // len(presets) % len(lowerings)]
     message = verify(model(place, preset, seed=number), lowering)
@@ -171,11 +171,11 @@ def sound(place: Path, number: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Plant all that the file has not yet."""
+    """Plant all faults that the file does not have yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--sound", type=int, help="verify so many sound models instead")
-    parser.add_argument("--checkpoint", type=Path, help="plant some in this one, of the preset evicted")
+    parser.add_argument("--sound", type=int, help="verify this many sound models instead")
+    parser.add_argument("--checkpoint", type=Path, help="converted checkpoint of the preset evicted to plant faults in")
     parser.add_argument("--lowerings", nargs="*", default=list(LOWERINGS))
     args = parser.parse_args()
     done = json.loads(args.output.read_text()) if args.output.is_file() else {"rows": []}

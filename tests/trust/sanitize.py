@@ -3,7 +3,7 @@
 compute-sanitizer --tool memcheck python tests/trust/sanitize.py
 compute-sanitizer --tool racecheck python tests/trust/sanitize.py calls
 
-Parts may be named: most of the time is compiling, which one process does for itself.
+Arguments can name parts: most of the time goes into compiling, which one process does alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DEVICE = "cuda"
 
 
 def recurrence(dtype: torch.dtype) -> None:
-    """Given and computed decay, groups, packed sequences, strong channels, forward and backward."""
+    """Run given and computed decay, groups, packed sequences, strong channels, forward and backward."""
     for gate, strong, bounds in ((None, True, None), ("gla", False, (0, 1, 1, 130, 200)), ("hgrn2", True, None)):
         q, k, v = (torch.randn(1, 200, heads, d, device=DEVICE) for heads, d in ((4, 64), (2, 64), (2, 48)))
         k[..., 3] -= 100.0 * strong
@@ -40,7 +40,7 @@ def recurrence(dtype: torch.dtype) -> None:
 
 
 def mixer(dtype: torch.dtype) -> None:
-    """A prompt with padding, its gradient, and steps, for every preset."""
+    """Run a prompt with padding, its gradient, and steps, for every preset."""
     configs = [preset.config for preset in PRESETS.values()]
     for config in [*configs, replace(PRESETS["memory"].config, recurrence_weight=0.1)]:
         spec = MixerSpec(config, 8, 2, 64, 64, 0.125, 300)
@@ -51,7 +51,7 @@ def mixer(dtype: torch.dtype) -> None:
         score = torch.randn(2, 400, 2, device=DEVICE) if config.foresees else None
         output, state = liger_mixer(q, k, v, position, spec.initial_state(2, dtype, DEVICE), spec, rotary, score)
         output.float().square().sum().backward()
-        if config.evicts:  # its step is the same call for one token
+        if config.evicts:  # its step is the call above for one token
             continue
         with torch.no_grad():
             for t in range(3):
@@ -60,7 +60,7 @@ def mixer(dtype: torch.dtype) -> None:
 
 
 def calls(dtype: torch.dtype) -> None:
-    """What a prompt of an engine launches: the mixer of every preset, twice, and products of 1 to 300 rows."""
+    """Run the launches of an engine's prompt: the mixer of every preset, twice, and products of 1 to 300 rows."""
     for preset in PRESETS.values():
         spec = MixerSpec(preset.config, 8, 2, 64, 64, 0.125, 300)
         rotary = rotary_table(10.0 ** (-torch.arange(32, device=DEVICE) / 32), 300, BLOCK)
@@ -80,7 +80,7 @@ def calls(dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    """Run the parts that were named, or all, in both widths of activations."""
+    """Run the named parts, or all, in both widths of activations."""
     parts = {part.__name__: part for part in (recurrence, mixer, calls)}
     for name in sys.argv[1:] or parts:
         for dtype in (torch.float32, torch.bfloat16):

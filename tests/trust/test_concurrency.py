@@ -1,4 +1,4 @@
-"""Sessions side by side, in threads and processes, and ends that nobody waits for."""
+"""Sessions side by side, in threads and processes, and processes that end while a session works."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_sessions_in_threads_write_what_they_write_alone(artifact: Path, harness
 def test_sessions_in_processes_write_what_they_write_alone(
     artifact: Path, harness: ModuleType, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)  # of the process that is spawned
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)  # for the spawned process
     expected = harness.alone(lx.load(artifact, threads=1), SEEDS[:8], TOKENS)
     assert harness.processes(str(artifact), method, 2, SEEDS[:8], TOKENS)[0] == expected
 
@@ -61,7 +61,7 @@ def test_a_session_from_before_a_fork_says_so(artifact: Path, harness: ModuleTyp
     model = lx.load(artifact, threads=2)
     for session in (model, model.sibling()):
         assert "before its process forked" in harness.inherited(session)
-    model.step(1)  # in the parent it goes on
+    model.step(1)  # it continues in the parent
 
 
 def test_an_interrupted_session_goes_on_rightly_or_refuses(artifact: Path, harness: ModuleType) -> None:
@@ -70,7 +70,7 @@ def test_an_interrupted_session_goes_on_rightly_or_refuses(artifact: Path, harne
 
 
 class Engine:
-    """The engine of a session, with something that happens in the middle of a call."""
+    """The engine of a session, with an event in the middle of a call."""
 
     def __init__(self, session: Any, happens: Any) -> None:
         self._engine, self._happens = session._session, happens
@@ -96,7 +96,7 @@ def test_what_fails_in_one_session_stays_there(artifact: Path, error: type[BaseE
     with pytest.raises((error, LigerError)):
         broken.prefill(IDS[20:])
     for use in (lambda: broken.step(1), broken.snapshot, lambda: broken.restore(other.snapshot(), 0)):
-        with pytest.raises(LigerError, match="did not come to its end"):
+        with pytest.raises(LigerError, match="did not complete"):
             use()
     with pytest.raises(UsageError):
         other.step(10**6)

@@ -1,4 +1,4 @@
-"""Level 3: 2,048 single steps of an artifact in fp32 against torch in fp64 over the whole text: nothing grows."""
+"""Level 3: 2,048 single steps of an artifact in fp32 against torch in fp64 over the whole text: no error grows."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def test_steps_stay_with_fp64(tmp_path: Path, name: str, lowering: str) -> None:
     )
     assert np.isfinite(errors).all()
     assert np.median(errors[STEPS // 2 :]) <= 2 * np.median(errors[64 : STEPS // 2])
-    # a pool may choose between two equal scores otherwise than fp64 does; every other step is exact
+    # a pool may choose differently from fp64 between two equal scores; every other step is exact
     assert np.quantile(errors, 0.99 if CONFIGS[name].slots else 1.0) <= DRIFT_FP32

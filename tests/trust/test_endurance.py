@@ -1,4 +1,4 @@
-"""Long runs: whatever the number of tokens seen, a model does what it did before."""
+"""Long runs: a model behaves the same after any number of tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
 EVICTED = replace(FORESIGHT, recurrence="evicted", recurrence_weight=1.0)
 LATE = 2**40
-"""Tokens that nothing here will see; what int32 or fp32 holds is less."""
+"""More tokens than any test reads; int32 and fp32 cannot count them."""
 IDS = np.random.default_rng(5).integers(0, SIZES["vocab_size"], 300)
 
 
@@ -35,7 +35,7 @@ def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def later(snapshot: lx.Snapshot, tokens: int) -> lx.Snapshot:
-    """Return a state as if so many more tokens had come between the sinks and the rest."""
+    """Return a state as if this many more tokens had come between the sinks and the rest."""
     moved = {
         name: np.where(array >= EVICTED.sinks, array + tokens, array) if name.endswith("slot_position") else array
         for name, array in snapshot.tensors.items()
@@ -95,7 +95,7 @@ def test_however_long_a_text_is_the_next_token_counts(session: lx.Session, chunk
             assert np.isfinite(session.prefill(part)).all()
         state = session.snapshot()
         assert (mass(state) >= before / 2 + 32).all() and (mass(state) <= before / 2 + 64).all()
-        state = later(state, FADE - 64)  # and as many are evicted meanwhile
+        state = later(state, FADE - 64)  # the same number of tokens is evicted meanwhile
         for name in (name for name in state.tensors if name.endswith("recurrent_mass")):
             state.tensors[name][..., 0] += FADE - 64
     assert (mass(state) < 2 * FADE).all() and (mass(state) > 1.9 * FADE).all()
@@ -120,7 +120,7 @@ def test_torch_halves_its_sums_as_sessions_do(session: lx.Session, monkeypatch: 
 
 @pytest.mark.parametrize("harm", ["future", "gaps", "twice", "nan"])
 def test_a_state_that_no_text_leaves_does_no_harm(session: lx.Session, harm: str) -> None:
-    """The operator in C++ refuses it; ONNX Runtime's own take any numbers."""
+    """The operator in C++ refuses it; ONNX Runtime's own operators accept any numbers."""
     session.reset()
     expected = session.prefill(IDS[:100]).copy()
     snapshot, tensors = session.snapshot(), {}
@@ -144,7 +144,7 @@ def test_a_state_that_no_text_leaves_does_no_harm(session: lx.Session, harm: str
 
 
 def test_the_harness_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes on where it was, is as near to fp64 as one run is, and notices a token that is lost."""
+    """It continues after a stop, is as near to fp64 as an unbroken run, and notices a lost token."""
     from drift import Exact, compare, exact
     from endurance import Clock, OutOfTime, Pieces, cut, cycles, step, summary
 

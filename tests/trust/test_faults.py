@@ -1,4 +1,4 @@
-"""A sample of `tests/trust/faults.py`: whatever happens, an output is the old one or the new one, and runs go on."""
+"""A sample of `tests/trust/faults.py`: after any fault an output is the old or the new one, and the next run works."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_faults_break_nothing(commands: str, more: list[str], tmp_path: Path) ->
 
 
 def check(result: dict[str, Any]) -> None:
-    """Check that nothing was wrong, and that every try is accounted for."""
+    """Check that no try went wrong, and that every try is counted."""
     assert not any(result["wrong"].values())
     for row in result["rows"]:
         assert row["injected"] == sum(row.get(left, 0) for left in ("none", "old", "new")) > 0

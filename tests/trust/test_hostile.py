@@ -1,4 +1,4 @@
-"""Hostile input: the short form of tests/trust/hostile.py, what its watch must see, and what it found once."""
+"""Hostile input: the short form of tests/trust/hostile.py, tests of its watches, and inputs that it once found."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the first hundredth of the inputs comes to."""
+    """Return the result of the first hundredth of the inputs."""
     output = tmp_path_factory.mktemp("hostile") / "hostile.json"
     command = [sys.executable, "-W", "ignore", "tests/trust/hostile.py", "--share", "0.01", "-o", str(output)]
     here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -46,7 +46,7 @@ def test_hostile_input_is_refused_or_valid(short: dict[str, Any]) -> None:
 
 
 def _outside(place: Path) -> None:
-    ctypes.CDLL(None).open(os.fsencode(place / "outside" / "secret"), 0)  # as native code would
+    ctypes.CDLL(None).open(os.fsencode(place / "outside" / "secret"), 0)  # like native code
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -170,7 +170,7 @@ def test_a_state_that_no_text_leaves_is_refused(built: tuple[Path, Path]) -> Non
         with pytest.raises(UsageError):
             session.restore(lx.Snapshot(kept.model, np.array([position]), kept.tensors))
     name = next(name for name in kept.tensors if name.endswith("slot_position"))
-    with pytest.raises(UsageError, match="is not that after 20 tokens"):
+    with pytest.raises(UsageError, match="cannot be the one after 20 tokens"):
         session.restore(lx.Snapshot(kept.model, kept.position, kept.tensors | {name: kept.tensors[name] - 3}))
 
 

@@ -31,7 +31,7 @@ def test_a_fault_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch, row: d
 
 @pytest.mark.parametrize("row", EARLY, ids=lambda row: row["fault"].replace(" ", "_"))
 def test_a_fault_in_what_is_converted_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch, row: Any) -> None:
-    """By the verb that the table has: the artifact's own comparison could not see it."""
+    """The verb of the table refuses it: the artifact's own comparison could not find it."""
     from planted import model, plant, right
 
     found = plant(model(place, row["preset"]), row["fault"], row["preset"], row["lowering"])
@@ -40,7 +40,7 @@ def test_a_fault_in_what_is_converted_is_refused(place: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("fault", ["the session does not count", "position off by one"])
 def test_a_graph_that_does_not_run_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """The layer is named where the graph is at fault: by ONNX Runtime, since no state comes out of the call."""
+    """ONNX Runtime names the layer if the graph is at fault, since the call returns no state."""
     from planted import model, plant, right
 
     found = plant(model(place, "memory"), fault, "memory", "native")
@@ -55,7 +55,7 @@ def test_a_sound_model_passes(place: Path, monkeypatch: pytest.MonkeyPatch, numb
 
 
 def test_the_table_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has every fault in every lowering that can have it, none that was missed, and nor has that of a real model."""
+    """Every fault is there in every lowering to which it applies, and none was missed, also in a real model."""
     from planted import REAL, cases, right
 
     assert {(row["fault"], row["lowering"]) for row in TABLE} == {(name, lowering) for name, _, lowering in cases()}

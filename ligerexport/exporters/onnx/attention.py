@@ -21,7 +21,7 @@ def softmax_attention(
     past: dict[str, ir.Value],
     softmax: Attention,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
-    """Write one layer of causal softmax attention over everything seen.
+    """Write one layer of causal softmax attention over all tokens so far.
 
     Args:
         lower: The lowering.
@@ -47,7 +47,7 @@ def softmax_attention(
         return g.op("Cos", angle), g.op("Sin", angle)
 
     def columns() -> ir.Value:
-        """Return the position of each column `[B, C]`: the last one is the newest token."""
+        """Return the position of each column `[B, C]`; the last column is the newest token."""
         count = g.op("Shape", key, start=2, end=3)
         index = g.op("Range", g.const(0), g.op("Squeeze", count), g.const(1))
         first = g.op("Sub", g.op("Add", frame.position, frame.length), count)

@@ -16,7 +16,7 @@ class OnnxRuntime(Backend):
     """See `Backend`."""
 
     def open_session(self, artifact: Artifact, settings: SessionSettings) -> OnnxSession:
-        """Open an artifact; quantised weights are prepacked in any case, for a product without is ten times as slow."""
+        """Open an artifact. Quantised weights are always prepacked, because products are ten times slower without."""
         from ligerexport.exporters.onnx.session import OnnxSession
 
         options = asdict(settings) | {"prepack": settings.prepack or artifact.manifest.block is not None}

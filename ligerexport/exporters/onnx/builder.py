@@ -1,4 +1,4 @@
-"""A few lines over onnx_ir that make writing a graph read like arithmetic. No operator is chosen here."""
+"""A thin layer over onnx_ir that makes writing a graph read like arithmetic. No operator is chosen here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Builder:
 
     Args:
         function: Whether this is the body of a function, which holds its constants as nodes.
-        prefix: Before every name, where the nodes go into a graph that is there.
+        prefix: Text before every name, for nodes that go into an existing graph.
     """
 
     def __init__(self, *, function: bool = False, prefix: str = "") -> None:
@@ -41,7 +41,7 @@ class Builder:
         self._scope = outer
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return what `make` makes, the same for equal keys: what all layers share is computed once."""
+        """Return the result of `make`, computed once for each key: what all layers share is computed once."""
         if key not in self._memo:
             outer, self._scope = self._scope, "shared/"
             self._memo[key] = make()
@@ -78,7 +78,7 @@ class Builder:
         return value
 
     def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
-        """Reshape to constant sizes, 0 for an axis as it is and -1 for what remains."""
+        """Reshape to constant sizes; 0 keeps an axis and -1 stands for the rest."""
         return self.op("Reshape", x, self.const(shape))
 
     def transpose(self, x: ir.Value, *perm: int) -> ir.Value:
@@ -98,7 +98,7 @@ class Builder:
         return list(self.op("Split", x, self.const(widths), outputs=len(widths), axis=-1))
 
     def whole(self, *parts: ir.Value) -> ir.Value | None:
-        """Return what was split into exactly these parts, if they come from one value."""
+        """Return the value that was split into exactly these parts, if there is one."""
         node = parts[0].producer()
         return node.inputs[0] if node is not None and node.op_type == "Split" and node.outputs == parts else None
 

@@ -14,7 +14,7 @@ class Frame:
     Args:
         g: The graph.
         input_ids: `[B, T]`.
-        position: `[B]`, tokens seen.
+        position: `[B]`, number of tokens seen.
     """
 
     def __init__(self, g: Builder, input_ids: ir.Value, position: ir.Value) -> None:
@@ -52,7 +52,7 @@ class Frame:
         return g.once("now", lambda: g.op("Add", g.op("Unsqueeze", self.position, g.const([1])), self.steps()))
 
     def row(self, offset: int) -> ir.Value:
-        """Return the row of each query in the table of keys plus `offset`, `[T, 1]` fp32."""
+        """Return, for each query, its row plus `offset` in the table of keys, `[T, 1]` fp32."""
         g = self.g
 
         def make() -> ir.Value:
@@ -72,7 +72,7 @@ class Frame:
         return g.once(("real", scale), make)
 
     def filled(self, value: float, *shape: int) -> ir.Value:
-        """Return `[B, *shape]` fp32 of one value; 0 stands for T, -1 for T + 1."""
+        """Return `[B, *shape]` fp32, all elements `value`; in `shape`, 0 stands for T and -1 for T + 1."""
         g = self.g
 
         def make() -> ir.Value:
@@ -90,7 +90,7 @@ class Frame:
         return g.once(("C", slots), lambda: g.op("Add", self.length, g.const([slots])))
 
     def row_base(self, heads: int, slots: int) -> ir.Value:
-        """Return where the C candidates of each head start when all lie end to end, `[B, H, 1]` int64."""
+        """Return the index of each head's first candidate when all are in one list, `[B, H, 1]` int64."""
         g = self.g
 
         def make() -> ir.Value:

@@ -1,8 +1,8 @@
-"""A second graph for onnxruntime-genai, made from an artifact's own: the same nodes on the same weights, other ends.
+"""A second graph for onnxruntime-genai, made from an artifact's own: the same nodes and weights, other state tensors.
 
-onnxruntime-genai carries two tensors a layer, `conv_state` and `recurrent_state`, zero in the beginning and of the same
-shapes in all layers. So one layer stands for all: its `recurrent_state` is every fp32 tensor of the state, its
-`conv_state` every int64 one and the position, each less what it is filled with. Keys and values of layers kept as
+onnxruntime-genai carries two tensors per layer, `conv_state` and `recurrent_state`, which start as zero and have the
+same shapes in all layers. So one layer stands for all: its `recurrent_state` packs every fp32 tensor of the state, its
+`conv_state` every int64 tensor and the position, each minus its initial value. Keys and values of layers kept as
 softmax are its KV cache.
 """
 
@@ -27,11 +27,11 @@ GRAPH_FILE = "genai.onnx"
 CONFIG_FILE = "genai_config.json"
 PAST, PRESENT = "past_key_values.%d.", "present.%d."
 PACKED = {"float32": ("recurrent_state", "FLOAT"), "int64": ("conv_state", "INT64")}
-"""Name and type of the tensor that carries all of a type."""
+"""Name and type of the tensor that carries all state of a type."""
 CONTEXT = 1 << 20
-"""Longest text of a generator, in tokens; onnxruntime-genai needs such a number, the model has no limit."""
+"""Longest text of a generator, in tokens; onnxruntime-genai needs such a number, although the model has no limit."""
 LENGTH = 1 << 15
-"""Tokens that a generator makes room for by default."""
+"""Number of tokens that a generator allocates for by default."""
 
 
 def check_genai(checkpoint: Path, target: str, lowering: str) -> None:
@@ -51,10 +51,10 @@ def check_genai(checkpoint: Path, target: str, lowering: str) -> None:
 
 
 def write_genai(artifact: Artifact) -> None:
-    """Write graph and configuration beside those of an artifact that is not finished.
+    """Write the graph and configuration beside those of an unfinished artifact.
 
     Raises:
-        VerificationError: The graph does not compute what the artifact's own computes.
+        VerificationError: The graph does not compute the same as the artifact's own.
     """
     model = ir.load(artifact.graph)
     _pack(model.graph, artifact)
@@ -64,7 +64,7 @@ def write_genai(artifact: Artifact) -> None:
 
 
 def _ends(directory: Path) -> list[int]:
-    """Return the ids that end a text, those of the configurations first: the first of all fills up batches too."""
+    """Return the ids that end a text, those of the configurations first; the first id also pads batches."""
     first = eos_ids(directory)
     more = TextModel(directory).eos_ids if (directory / "tokenizer.json").is_file() else frozenset()
     return [*sorted(first), *sorted(more - first)]
@@ -96,7 +96,7 @@ def configuration(artifact: Artifact) -> dict[str, Any]:
 
 
 def _pack(graph: ir.Graph, artifact: Artifact) -> None:
-    """Replace the state at both ends of a graph by the packed one."""
+    """Replace the state among a graph's inputs and outputs by the packed one."""
     inputs, outputs = ({str(value.name): value for value in values} for values in (graph.inputs, graph.outputs))
     state, g = artifact.manifest.state, Builder(prefix="genai/")
     fixed = {dtype: [t for t in state if not t.grows and t.dtype == dtype] for dtype in PACKED}
@@ -146,8 +146,8 @@ def _pack(graph: ir.Graph, artifact: Artifact) -> None:
 def _verify(artifact: Artifact) -> None:
     """Compare the packed graph with the artifact's own as both will run, through a prompt in pieces and steps.
 
-    They have the same nodes and are loaded alike, so the logits are equal; the bound is that of every other graph, for
-    a processor on which they are not.
+    They have the same nodes and are loaded alike, so their logits are normally equal. The usual bound covers processors
+    on which they are not.
     """
     import onnxruntime
 

@@ -28,10 +28,10 @@ from ligerexport.exporters.tensorrt.node import plugin_mixer
 from ligerexport.model.families import Norms, get_family
 
 LOWERINGS: dict[str, type[Portable]] = {"ort": Ort, "portable": Portable, "native": Native, "plugin": Plugin}
-"""How a graph is written."""
+"""The lowerings that a graph can be written in."""
 GRAPH_FILE = "model.onnx"
 EMBEDDED = 4096
-"""Constants of at most this many bytes stay in the graph's own file."""
+"""Largest constant, in bytes, that stays in the graph's own file."""
 Projected = tuple[ir.Value, ir.Value, ir.Value]
 """Query, key and value of a layer."""
 Mixed = tuple[ir.Value, dict[str, ir.Value]]
@@ -88,7 +88,7 @@ def build_graph(
     Args:
         spec: The checkpoint.
         lowering: Row of `LOWERINGS`.
-        max_chunk: Most tokens of one call.
+        max_chunk: Largest number of tokens per call.
         storage: How weights are stored, from `weight_storage` for this lowering.
     """
     g = Builder()
@@ -126,12 +126,12 @@ def build_graph(
     model = ir.Model(graph, ir_version=lower.ir_version, producer_name="ligerexport", functions=functions)
     if lower.plugin:
         fuse_for_plugin(model, storage.activation)
-    RemoveUnusedNodesPass()(model)  # what an operator took over from the nodes before it
+    RemoveUnusedNodesPass()(model)  # whose work another operator took over
     return model
 
 
 class _Blocks:
-    """The blocks of a model around its mixers.
+    """Writes the blocks of a model around its mixers.
 
     Args:
         g: The graph.
@@ -148,7 +148,7 @@ class _Blocks:
         ]
 
     def embed(self, input_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Return the first residual stream, normed and as it is."""
+        """Return the first residual stream, normed and unchanged."""
         rows = self.weights.embed(self.g.reshape(input_ids, -1))
         residual = self._scaled(rows, self.spec.scaling.embedding)
         return self._norm(residual, self.norms[0].before_attention), residual
@@ -168,7 +168,7 @@ class _Blocks:
         return self._norm(linear(mixed, f"{name}.o_proj"), self.norms[i].after_attention), present
 
     def mlp(self, i: int, mixed: ir.Value, residual: ir.Value) -> tuple[ir.Value | None, ir.Value]:
-        """Write the MLP of a layer; return its output and the residual stream, to be added; or None and their sum."""
+        """Write the MLP of a layer; return its output and the residual stream, not added yet; or None and their sum."""
         name, spec, lower = f"model.layers.{i}", self.spec, self.lower
         normed, residual = self.add(mixed, residual, self.norms[i].before_mlp)
         gate, up = self._projections(normed, name, "mlp.gate_up_proj", [spec.intermediate_size] * 2)
@@ -179,7 +179,7 @@ class _Blocks:
         return None, lower.add(self._scaled(x, spec.scaling.residual), residual)
 
     def logits(self, frame: Frame, x: ir.Value | None, residual: ir.Value) -> ir.Value:
-        """Return the logits after the last token; x and the residual stream are what `mlp` returned."""
+        """Return the logits after the last token; `mlp` returned x and the residual stream."""
         spec, last = self.spec, partial(self.lower.last, frame, width=self.spec.hidden_size)
         x, residual = x and last(x), last(residual)
         normed, residual = self.add(x, residual, "model.norm")
@@ -189,7 +189,7 @@ class _Blocks:
         return logits if cap is None else self._scaled(self.g.op("Tanh", logits), cap)
 
     def add(self, x: ir.Value | None, residual: ir.Value, name: str | None) -> tuple[ir.Value, ir.Value]:
-        """Return the sum as the norm of the next block leaves it, and the sum; without x, `residual` is the sum."""
+        """Return the norm of the sum for the next block, and the sum; without x, `residual` is the sum."""
         if x is None:
             return self._norm(residual, name), residual
         x = self._scaled(x, self.spec.scaling.residual)
@@ -199,7 +199,7 @@ class _Blocks:
         return self.lower.add_norm(x, residual, self._norm_weight(name), self.spec.norm_eps)
 
     def _projections(self, x: ir.Value, layer: str, joint: str, widths: list[int]) -> list[ir.Value]:
-        """Return the linear maps that `JOINT` has under one name, of one input."""
+        """Return the linear maps of one input that `JOINT` has under one name."""
         linear = self.weights.linear
         if self.weights.stored(f"{layer}.{joint}"):
             return self.g.split(linear(x, f"{layer}.{joint}"), widths)
@@ -218,7 +218,7 @@ class _Blocks:
         return x if name is None else self.lower.rms_norm(x, self._norm_weight(name), self.spec.norm_eps)
 
     def _head_norm(self, x: ir.Value, name: str) -> ir.Value:
-        """Norm each head, or all heads at once, whichever the width of the norm's weight is."""
+        """Norm each head, or all heads at once, depending on the width of the norm's weight."""
         width = self.spec.weights[f"{name}.weight"].shape[0]
         return self.g.op("Reshape", self._norm(self.g.reshape(x, -1, width), name), self.g.op("Shape", x))
 
@@ -226,7 +226,7 @@ class _Blocks:
 def _mixers(
     lower: Portable, frame: Frame, spec: ModelSpec, past: dict[str, ir.Value], max_chunk: int
 ) -> Callable[[int, dict[str, ir.Value], Projected, ir.Value | None], Mixed]:
-    """Return what writes the mixer of a layer, from its index, its past state, its projections and its score."""
+    """Return a function that writes the mixer of a layer from its index, past state, projections and score."""
     tables, seen = ({}, {}) if lower.plugin else _shared(lower, frame, spec, past, max_chunk)
 
     def mix(i: int, own: dict[str, ir.Value], projected: Projected, score: ir.Value | None) -> Mixed:
@@ -241,7 +241,7 @@ def _mixers(
 
 
 def nodes_by_layer(graph: ir.Graph) -> list[int]:
-    """Return how many nodes each layer has; what layers share is in none."""
+    """Return the number of nodes of each layer, without the nodes that layers share."""
     places = Counter(node.name.split("/")[0] for node in graph if node.name and node.name.startswith("layers."))
     return [places[f"layers.{i}"] for i in range(len(places))]
 
@@ -249,7 +249,7 @@ def nodes_by_layer(graph: ir.Graph) -> list[int]:
 def _shared(
     lower: Portable, frame: Frame, spec: ModelSpec, past: dict[str, ir.Value], max_chunk: int
 ) -> tuple[dict[int, RotaryTables], dict[int, Candidates]]:
-    """Write what layers share before the first one runs: tables of those that turn alike, candidates of equal mixers.
+    """Write what layers share before the first one runs: tables for equal rotary settings, candidates of equal mixers.
 
     Returns:
         Both by layer; no candidates for the lowering `native`.
@@ -279,7 +279,7 @@ def _shared(
 def write_graph(
     spec: ModelSpec, directory: Path, *, lowering: str = "ort", max_chunk: int = 128, storage: WeightStorage = FP32
 ) -> None:
-    """Write the graph, and its large constants behind the weights in `DATA_FILE`."""
+    """Write the graph, and append its large constants to the weights in `DATA_FILE`."""
     model = build_graph(spec, lowering=lowering, max_chunk=max_chunk, storage=storage)
     end = max(align(part.offset + part.nbytes) for part in data_layout(spec, storage).values())
     with (directory / DATA_FILE).open("r+b") as data:

@@ -1,4 +1,4 @@
-"""Products with weights and rows of the embedding, in each precision. `weights.py` defines the bytes."""
+"""Products with weights, and rows of the embedding, in each precision. `weights.py` defines the bytes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Weights:
         if f"{stored}_scale" in self._layout:
             return lower.blocked_linear(x, self._blocked(stored, weight), bias)
         table = self._value(stored, part)
-        if part.dtype != ir.DataType.FLOAT:  # of a constant: folded when the graph is loaded
+        if part.dtype != ir.DataType.FLOAT:  # a cast of a constant, folded when the graph is loaded
             table = g.op("Cast", table, to=ir.DataType.FLOAT)
         return g.op("Gemm", x, table, *([bias] if bias else []), transB=1)
 

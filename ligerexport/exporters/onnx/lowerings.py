@@ -1,7 +1,7 @@
-"""How each piece of the model is written: in operators of every runtime, or in those of ONNX Runtime where they help.
+"""How each piece of the model is written: with standard operators, or with ONNX Runtime's where these are faster.
 
-`Portable` has standard operators of opset 21 without control flow. `Ort` replaces some pieces by contrib operators, and
-`Native` replaces the memory of a layer by an operator of this project. `mixer.py` and `graph.py` combine the pieces.
+`Portable` uses standard operators of opset 21 without control flow. `Ort` replaces some pieces by contrib operators
+and `Native` a layer's memory by an operator of this project. `mixer.py` and `graph.py` combine the pieces.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ligerexport.exporters.onnx.native import DOMAIN
 from ligerexport.exporters.onnx.spec import ACTIVATIONS
 
 FP32_ACTIVATIONS, INT8_ACTIVATIONS = 1, 4
-"""`accuracy_level` of `MatMulNBits`. Left out, codes of 8 bits take a path a hundred times slower."""
+"""`accuracy_level` of `MatMulNBits`. Without it, codes of 8 bits take a path that is a hundred times slower."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cosine and sine `[rows, R]` of rotary embedding, R half the rotated width."""
+    """Cosine and sine `[rows, R]` of the rotary embedding; R is half the rotated width."""
 
     cos: ir.Value
     sin: ir.Value
@@ -35,12 +35,12 @@ class Blocked:
     """A quantised matrix `[rows, width]`: blocks of a row share a scale and a zero point.
 
     Attributes:
-        rows: Outputs of the map, or rows of the embedding.
-        width: Elements of a row.
-        bits: Bits of a code.
-        block: Elements of a block; the last block of a row may have fewer.
-        view: Returns codes (suffix ""), `_scale` or `_zero_point` as they are stored, or given a shape, or a shape and
-            a type, the same bytes as those.
+        rows: Number of outputs of the map, or rows of the embedding.
+        width: Number of elements in a row.
+        bits: Number of bits in a code.
+        block: Number of elements in a block; the last block of a row may have fewer.
+        view: Returns codes (suffix ""), `_scale` or `_zero_point` as they are stored; given a shape, or a shape and a
+            type, it returns the same bytes in that form.
     """
 
     rows: int
@@ -55,7 +55,7 @@ class Blocked:
 
 
 class Portable:
-    """Standard operators only.
+    """Uses standard operators only.
 
     Args:
         g: The graph.
@@ -63,11 +63,11 @@ class Portable:
     Attributes:
         native: Whether a layer's memory is one node, of the library that `native` compiles.
         plugin: Whether a layer's mixer is one node, of the TensorRT plugin.
-        adds_late: Whether the sum at the end of a layer is left to the norm that follows it in the next layer.
-        max_tensors: Most inputs and outputs of a node; None is any number. WebGPU guarantees 8 storage buffers
-            per shader.
+        adds_late: Whether the sum at the end of a layer is computed by the norm of the next layer.
+        max_tensors: Largest number of inputs and outputs of a node; None is any number. WebGPU guarantees 8 storage
+            buffers per shader.
         transposed: Whether quantised matrices are stored as `[in, out]`.
-        integer: Type of the integers that go in and out.
+        integer: Type of the graph's integer inputs and outputs.
         opset: Version of the standard operators.
         ir_version: Version of the file format.
         domains: Domains of the other operators.
@@ -95,7 +95,7 @@ class Portable:
         return []
 
     def rms_norm(self, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
-        """Norm the last axis; in the form that ONNX Runtime fuses."""
+        """Norm the last axis, written in the form that ONNX Runtime fuses."""
         g = self.g
         mean = g.op("ReduceMean", g.op("Pow", x, g.floats(2)), g.const([-1]))
         scaled = g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.floats(eps))))
@@ -115,11 +115,11 @@ class Portable:
         return self.g.op("Mul", x, self.g.op("Sigmoid", x))
 
     def gelu(self, x: ir.Value) -> ir.Value:
-        """Return GELU in its approximation by tanh."""
+        """Return GELU by its approximation with tanh."""
         return self.g.op("Gelu", x, approximate="tanh")
 
     def gated_unit(self, gate: ir.Value, up: ir.Value, activation: str) -> ir.Value:
-        """Return `activation(gate) * up`; the activation by the name of its method."""
+        """Return `activation(gate) * up`; `activation` is the name of a method."""
         return self.g.op("Mul", getattr(self, activation)(gate), up)
 
     def scores(self, query: ir.Value, key: ir.Value, scale: float) -> ir.Value:
@@ -153,8 +153,8 @@ class Portable:
     def blocked_rows(self, matrix: Blocked, ids: ir.Value) -> ir.Value:
         """Return rows `[tokens, width]` of a quantised matrix for ids `[tokens]`.
 
-        Opset 21 gathers no 4-bit integers, so codes are taken out of their bytes, element by element: a matrix that is
-        also multiplied with has one form, in which a row is a column.
+        Opset 21 cannot gather 4-bit integers, so codes are taken out of their bytes, element by element. A matrix that
+        is also multiplied with is stored only once, transposed, so its rows are columns here.
         """
         g, bits = self.g, matrix.bits
         column = np.arange(matrix.width)
@@ -185,21 +185,21 @@ class Portable:
         heads: tuple[int, int],
         d_k: int,
     ) -> tuple[ir.Value, ir.Value]:
-        """Run ONNX LinearAttention, `gated`, scale 1: packed `[B, T, H * d]` in, output and state out.
+        """Run ONNX LinearAttention, `gated`, scale 1, from packed `[B, T, H * d]`; return packed output and the state.
 
-        `heads` are H_q and H_kv.
+        `heads` is H_q and H_kv.
         """
         return pairwise_linear_attention(self.g, query, key, value, state, decay, heads[1], d_k)
 
 
 class Ort(Portable):
-    """Contrib operators of ONNX Runtime, CPU kernels in fp32."""
+    """Uses contrib operators of ONNX Runtime, which have CPU kernels in fp32."""
 
     max_tensors = None
     transposed = False
 
     def functions(self, kv_heads: int, d_k: int) -> list[ir.Function]:
-        """Return the body of `LinearAttention` for runtimes without a kernel for it; for these head counts only."""
+        """Return the body of `LinearAttention`, for these head counts only, for runtimes that have no kernel for it."""
         return [linear_attention_function(kv_heads, d_k)]
 
     def add_norm(self, x: ir.Value, residual: ir.Value, weight: ir.Value, eps: float) -> tuple[ir.Value, ir.Value]:
@@ -223,7 +223,7 @@ class Ort(Portable):
         return self.g.op("RotaryEmbedding", x, self.g.const([0]), table.cos, table.sin, domain=CONTRIB)
 
     def rotate_keys(self, x: ir.Value, table: Table, row: ir.Value, heads: int, d_k: int) -> ir.Value:
-        """Rotate `[B, H, C, d_k]` by rows `[B * H, C]` of a table: to the operator every head is a sequence."""
+        """Rotate `[B, H, C, d_k]` by rows `[B * H, C]` of a table; the operator sees every head as a sequence."""
         g = self.g
         if 2 * table.half != d_k:
             return super().rotate_keys(x, table, row, heads, d_k)
@@ -231,7 +231,7 @@ class Ort(Portable):
         return g.reshape(rotated, -1, heads, 0, d_k)
 
     def blocked_linear(self, x: ir.Value, matrix: Blocked, bias: ir.Value | None) -> ir.Value:
-        """Return `x @ matrix^T + bias`; x in int8 with a scale for each block, which is what makes it fast."""
+        """Return `x @ matrix^T + bias`, with x in int8 and a scale for each block, which makes it fast."""
         inputs = [x, *matrix.parts(), *([None, bias] if bias else [])]
         return self.g.op(
             "MatMulNBits", *inputs, domain=CONTRIB, K=matrix.width, N=matrix.rows, bits=matrix.bits,
@@ -277,10 +277,10 @@ def rotate(g: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, half: int, d_k
 def pairwise_linear_attention(
     g: Builder, query: ir.Value, key: ir.Value, value: ir.Value, state: ir.Value, decay: ir.Value, heads: int, d_k: int
 ) -> tuple[ir.Value, ir.Value]:
-    """Write gated linear attention over T tokens at once; packed tensors, `heads` is H_kv.
+    """Write gated linear attention over T tokens at once, for packed tensors; `heads` is H_kv.
 
-    The decay between two tokens is taken from their difference, which is at most 0, so no gate overflows. State and
-    values are joined first: the state has one consumer and may be updated in place.
+    The decay between two tokens comes from the difference of their sums, which is at most 0, so no gate overflows.
+    State and values are joined first, so that the state has one consumer and may be updated in place.
     """
     q = g.transpose(g.reshape(query, 0, 0, heads, -1, d_k), 0, 2, 1, 3, 4)  # [B, H, T, G, d_k]
     k, v, gate = (split_heads(g, x, heads) for x in (key, value, decay))
@@ -321,7 +321,7 @@ def advance(g: Builder, key: ir.Value, value: ir.Value, total: ir.Value, state: 
 
 
 def causal(g: Builder, key: ir.Value) -> ir.Value:
-    """Return `[T, 1, S]`, 1 where s <= t."""
+    """Return `[T, 1, S]`, which is 1 where s <= t."""
     length = g.op("Squeeze", g.op("Shape", key, start=2, end=3))
     t = g.op("Range", g.const(0), length, g.const(1))
     seen = g.op("LessOrEqual", t, g.op("Unsqueeze", t, g.const([1, 2])))
@@ -329,7 +329,7 @@ def causal(g: Builder, key: ir.Value) -> ir.Value:
 
 
 def linear_attention_function(kv_heads: int, d_k: int) -> ir.Function:
-    """Return `com.microsoft::LinearAttention` as a model-local function, right for these heads and the gated rule."""
+    """Return `com.microsoft::LinearAttention` as a model-local function, valid for these heads and the gated rule."""
     g = Builder(function=True)
     inputs = [ir.Value(name=name) for name in ("query", "key", "value", "past_state", "decay")]
     query, key, value, past, decay = inputs
@@ -344,13 +344,13 @@ def linear_attention_function(kv_heads: int, d_k: int) -> ir.Function:
 
 
 class Native(Ort):
-    """`Ort` with CPU operators of this project for a layer's memory, the gate of its MLP and quantised products."""
+    """`Ort` with this project's CPU operators for a layer's memory, its gated unit and quantised products."""
 
     native = True
     domains = CONTRIB, DOMAIN
 
     def blocked_linear(self, x: ir.Value, matrix: Blocked, bias: ir.Value | None) -> ir.Value:
-        """Return `x @ matrix^T + bias` from the codes as they are in the file; the runtime makes no copy of them."""
+        """Return `x @ matrix^T + bias` from the codes in the file, of which the runtime makes no copy."""
         if matrix.block not in (32, 64, 128):
             return super().blocked_linear(x, matrix, bias)
         return self.g.op(
@@ -359,7 +359,7 @@ class Native(Ort):
         )  # fmt: skip
 
     def gated_unit(self, gate: ir.Value, up: ir.Value, activation: str) -> ir.Value:
-        """Return `activation(gate) * up`, of two products or of one that has both."""
+        """Return `activation(gate) * up`, from two products or from one that has both."""
         whole = self.g.whole(gate, up)
         inputs = [gate, up] if whole is None else [whole, None]
         return self.g.op("GatedUnit", *inputs, domain=DOMAIN, activation=list(ACTIVATIONS.values()).index(activation))

@@ -1,6 +1,6 @@
-"""One layer's mixer as graph nodes, for one chunk of T tokens: what `ligerexport.kernels.ops.liger_mixer` says.
+"""One layer's mixer as graph nodes, for one chunk of T tokens; `ligerexport.kernels.ops.liger_mixer` defines it.
 
-Every `past` tensor has one consumer. Names in the comments are axes: C = N + T candidates, G queries of a group.
+Every `past` tensor has one consumer. Comments name axes: C = N + T candidates, G queries in a group.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ligerexport.kernels.memory_attention import MASKED, rotary_table, rotate
 from ligerexport.model.scores import FAINTEST
 from ligerexport.model.state import MixerSpec
 
-NEVER = 1e30  # a position that no query reaches
+NEVER = 1e30  # larger than the position of any query
 TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """Tables for keys by offset from `-max_distance` on, for the queries of a chunk, and for the largest distance; None
-    in a layer without rotary embedding.
+    """Tables for keys by offset from `-max_distance` on, for the queries of a chunk, and for the largest distance. They
+    are None in a layer without rotary embedding.
 
-    `query_map` and `key_map` `[d_k, d_k - 1]` make the features of evicted tokens but for the first; `turn` `[3, R]` is
-    what makes them in the lowering `native`.
+    `query_map` and `key_map` `[d_k, d_k - 1]` make the features of evicted tokens, except the first; `turn` `[3, R]`
+    makes them in the lowering `native`.
     """
 
     keys: Table | None
@@ -53,7 +53,7 @@ def rotary_tables(
     `spec` is the one with the most slots.
     """
     g = lower.g
-    # ONNX Runtime wants as many rows as there are candidates
+    # ONNX Runtime requires at least as many rows as candidates
     ahead = max(max_chunk, max_chunk + spec.config.num_slots - spec.max_distance)
     rotary = rotary_table(inv_freq, spec.max_distance, ahead).numpy()
     half = rotary.shape[2]
@@ -80,20 +80,20 @@ def rotary_tables(
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates of one layer, as far as their positions tell: C = N slots, oldest first, then the T new tokens.
+    """The candidates of one layer and what follows from their positions: C = N slots, oldest first, then T new tokens.
 
     Attributes:
         position: `[B, H, 1, C]` int64, -1 for an empty slot.
-        row: Row of each in the table of keys, `[B * H, C]` int64.
-        always: What each query sees of window and sinks, `[B, H, 1, T, C]`.
-        local: 0 where `always`, otherwise `MASKED`, fp32.
-        rank: What to add to a rank before the best are taken: 0 for what has left the window and is no sink, minus
+        row: Row of each candidate in the table of keys, `[B * H, C]` int64.
+        always: Whether a query sees a candidate in its window or as a sink, `[B, H, 1, T, C]`.
+        local: fp32 0 where `always`, otherwise `MASKED`.
+        rank: fp32 to add to a rank before the best are taken: 0 for a token that left the window and is no sink, minus
             infinity where `always`, otherwise `MASKED`.
-        within: Where the distance is at most the largest rotary distance, `[B, H, 1, T, C]`.
-        carried: Which of them a slot held before the chunk, `[B, H, 1, 1, C]`; None if the layer does not evict.
-        counts: Per pool kept by attention received: 1 where what is received counts, otherwise 0; None for other pools.
-        ages: Per pool that ages: position over horizon `[B, H, 1, C]` fp32, counted from before the chunk, since the
-            positions of a long text would round; None for other pools.
+        within: Whether the distance is at most the largest rotary distance, `[B, H, 1, T, C]`.
+        carried: Whether a slot held it before the chunk, `[B, H, 1, 1, C]`; None if the layer does not evict.
+        counts: Per pool that ranks by attention received: 1 where attention counts, otherwise 0; None for other pools.
+        ages: Per pool that ages: position divided by horizon, `[B, H, 1, C]` fp32, counted from before the chunk,
+            because the positions of a long text would round; None for other pools.
     """
 
     position: ir.Value
@@ -108,9 +108,9 @@ class Candidates:
 
 
 def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -> list[Candidates]:
-    """Compare positions for all layers alike at once, from their `slot_position` `[B, H, N]`; one result a layer.
+    """Compare positions at once for all layers that are alike, from their `slot_position` `[B, H, N]`.
 
-    Positions are known before the first layer runs, and one large comparison is cheaper than one a layer.
+    Returns one result per layer. Positions are known before the first layer runs, and one large comparison is cheaper
     """
     g, config, cap, layers = frame.g, spec.config, spec.max_distance, len(past)
 

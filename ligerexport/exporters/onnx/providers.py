@@ -1,7 +1,7 @@
-"""Which nodes of a graph an execution provider takes, by its own operator list; the others run on the CPU.
+"""Which nodes of a graph an execution provider runs, by its own operator list; the others run on the CPU.
 
-The lists in `providers.json` hold facts of ONNX Runtime's documentation and kernel registrations at one commit (1.24),
-for the operators that graphs here have: operator to first opset, last opset, and the types of its first inputs.
+The lists in `providers.json` are taken from ONNX Runtime's documentation and kernel registrations at one commit (1.24),
+for the operators that graphs here have. They give first opset, last opset, and the types of the first inputs.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ligerexport.exporters.onnx.builder import OPSET
 
 BOOL = {"And", "Not", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
 TYPED_BY = {"Where": 1, "DequantizeLinear": 1, "GatherBlockQuantized": 2}
-"""Input that an output has its type from, where it is not the first."""
+"""Index of the input that gives an output its type, where it is not the first."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What a provider does with a graph.
+    """Which nodes of a graph a provider runs.
 
     Attributes:
-        taken: Nodes that it runs.
-        fallback: Nodes that run on the CPU, by operator and reason.
-        partitions: Runs of taken nodes without another between, in the graph's order: an estimate.
+        taken: Number of nodes that it runs.
+        fallback: Number of nodes that run on the CPU, by operator and reason.
+        partitions: Number of runs of taken nodes with no other node between them, in the graph's order: an estimate.
     """
 
     taken: int
@@ -44,7 +44,7 @@ def operators() -> dict[str, dict[str, Any]]:
 
 
 def place(graph: ir.Graph, provider: str) -> Placement:
-    """Say which nodes of a graph a provider takes."""
+    """Return which nodes of a graph a provider takes."""
     ops, types = operators()[provider]["ops"], _types(graph)
     reasons = [_reason(node, ops, types) for node in graph]
     starts = sum(here is None and before is not None for before, here in zip(["", *reasons], reasons, strict=False))
@@ -53,7 +53,7 @@ def place(graph: ir.Graph, provider: str) -> Placement:
 
 
 def _reason(node: ir.Node, ops: dict[str, Any], types: dict[ir.Value, str]) -> str | None:
-    """Return why a node is not taken."""
+    """Return why a node is not taken, or None."""
     kind = node.op_type
     if kind not in ops:
         return f"{kind}: no kernel"
@@ -67,7 +67,7 @@ def _reason(node: ir.Node, ops: dict[str, Any], types: dict[ir.Value, str]) -> s
 
 
 def _types(graph: ir.Graph) -> dict[ir.Value, str]:
-    """Return the type of every value, in the spelling of the lists."""
+    """Return the type of every value, spelled as in the lists."""
 
     def name(dtype: int) -> str:
         return ir.DataType(dtype).name.lower()

@@ -1,4 +1,4 @@
-"""Block quantisation of weights in numpy: which integers, scales and zero points stand for a matrix. No file, no graph.
+"""Block quantisation of weights in numpy: the integers, scales and zero points that represent a matrix.
 
 A row is cut into blocks; the values of a block are `scale * (code - zero point)` with unsigned codes.
 """
@@ -10,15 +10,15 @@ from typing import NamedTuple
 import numpy as np
 
 SPANS = np.linspace(0.85, 1.15, 9)
-"""Widths of the grid that are tried, relative to the range of a block: narrower cuts off, wider is coarser."""
+"""Widths of the grid that are tried, relative to the range of a block: narrower clips, wider is coarser."""
 TILE = 1 << 17
-"""Elements that are searched at a time; they stay in a core's cache, which is three times as fast as whole matrices."""
+"""Elements that are searched at a time; they fit a core's cache, which is three times as fast as whole matrices."""
 
 
 class Blocks(NamedTuple):
     """A quantised matrix `[N, K]`, each row in `B = ceil(K / block)` blocks.
 
-    `codes` `[N, B * block]` uint8, of which what lies beyond K stands for 0; `scale` `[N, B]` fp32; `zero_point`
+    `codes` is `[N, B * block]` uint8, where elements beyond K stand for 0; `scale` is `[N, B]` fp32; `zero_point` is
     `[N, B]` uint8.
     """
 
@@ -64,7 +64,7 @@ def _search(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndar
         codes = np.clip(np.rint(x / tried) + zero, 0, top) - zero
         dot = np.einsum("nk,nk->n", x, codes)[:, None]
         norm = np.maximum(np.einsum("nk,nk->n", codes, codes)[:, None], 1)
-        explained = dot * dot / norm  # of the sum of squares, by the best scale for these codes, dot / norm
+        explained = dot * dot / norm  # the part of the sum of squares that the best scale, dot / norm, explains
         better = explained > best
         best = np.where(better, explained, best)
         scale = np.where(better & (dot > 0), dot / norm, scale)
@@ -74,7 +74,7 @@ def _search(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def requantise(matrix: np.ndarray, grid: Blocks, levels: int) -> Blocks:
-    """Quantise the rows of a matrix `[N, K]` fp32 to the nearest codes for scales and zero points that are there."""
+    """Quantise the rows of a matrix `[N, K]` fp32 to the nearest codes for given scales and zero points."""
     rows, count = grid.scale.shape
     padded = np.pad(matrix, ((0, 0), (0, grid.codes.shape[1] - matrix.shape[1]))).reshape(rows, count, -1)
     codes = np.rint(padded / grid.scale[..., None])
@@ -83,14 +83,14 @@ def requantise(matrix: np.ndarray, grid: Blocks, levels: int) -> Blocks:
 
 
 def dequantise(blocks: Blocks, width: int) -> np.ndarray:
-    """Return the matrix `[N, width]` fp32 that quantised blocks stand for."""
+    """Return the matrix `[N, width]` fp32 that quantised blocks represent."""
     rows, count = blocks.scale.shape
     codes = blocks.codes.reshape(rows, count, -1).astype(np.float32) - blocks.zero_point[..., None]
     return (codes * blocks.scale[..., None]).reshape(rows, -1)[:, :width]
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack uint8 codes along the last axis into bytes, the first in the low half of a byte."""
+    """Pack uint8 codes along the last axis into bytes, the first code in the low half of a byte."""
     if bits == 8:
         return codes
     even = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
@@ -98,7 +98,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Return the `count` codes of the last axis that `pack` packed."""
+    """Return the first `count` codes of the last axis that `pack` packed."""
     if bits == 8:
         return packed
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., :count]

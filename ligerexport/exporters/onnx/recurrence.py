@@ -1,4 +1,4 @@
-"""The recurrence of a gate as graph nodes: what `liger_mixer` adds to the softmax over the slots."""
+"""The recurrence of a gate as graph nodes, which `liger_mixer` adds to the softmax over the slots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEATURE_MAPS: dict[str, Callable[[Builder, ir.Value], ir.Value]] = {
     "softmax": lambda g, x: g.op("Softmax", x, axis=-1),
     "one_minus_sigmoid": lambda g, x: g.op("Sigmoid", g.op("Neg", x)),
 }
-"""Nodes from raw projections `[..., d_k]` to features of the recurrence."""
+"""Functions that write nodes from raw projections `[..., d_k]` to features of the recurrence."""
 
 
 def gated_recurrence(
@@ -35,7 +35,7 @@ def gated_recurrence(
         frame: Values that all layers share.
         spec: The layer.
         projected: Query, key, value `[B * T, H * d]`.
-        features: Softmax of the keys `[B, T, H_kv, d_k]`, 0 for padding, where there is one already.
+        features: Softmax of the keys `[B, T, H_kv, d_k]`, 0 for padding, if it was computed already.
         past: State by the names of `MixerSpec.state`.
 
     Returns:
@@ -46,7 +46,7 @@ def gated_recurrence(
     decay = g.op("Mul", g.op("Softplus", g.op("Neg", key)), frame.real(-1 / gate.decay_divisor))
     present = {}
     if gate.keyed:
-        # 1 - exp(g) without its cancellation: ONNX has no expm1
+        # 1 - exp(g) without cancellation: ONNX has no expm1
         k = g.op("Mul", g.op("Tanh", g.op("Mul", decay, g.floats(-0.5))), g.op("Add", g.op("Exp", decay), g.floats(1)))
         by_head = split_heads(g, key, heads), split_heads(g, k, heads), split_heads(g, decay, heads)
         logits, present["recurrent_key"] = _row_logits(
@@ -78,13 +78,13 @@ def _row_logits(
 ) -> tuple[ir.Value, ir.Value]:
     """Run S_t = exp(g_t) S_{t-1} + w_t k_t^T, o_t = S_t q_t; see `ligerexport.kernels.linear_attention.row_logits`.
 
-    No operator reads a state by its columns, so they are standard ones: q_t k_i times what is left of w_i at t, a
-    number for each row. State and keys are joined first: the state has one consumer and may be updated in place.
+    No operator reads a state by its columns, so this uses standard ones: q_t k_i times the rest of w_i at time t, one
+    number per row. State and keys are joined first, so that the state has one consumer and may be updated in place.
 
     Args:
         lower: The lowering.
         frame: Values that all layers share.
-        spec: The layer; it has as many rows M as key channels.
+        spec: The layer; its number of rows M is the number of key channels.
         query: `[B * T, H_q * d_k]`.
         key: `[B, H, T, d_k]`.
         write: `[B, H, T, M]`.

@@ -1,8 +1,8 @@
-"""What a step graph may hold, checked on the file before a runtime parses it: known operators, and no size but its own.
+"""Check what a step graph may contain before a runtime parses it: known operators, and no sizes but its own.
 
-A manifest's hashes tell damage; whoever forges a graph forges them too. The file is read as protocol buffers, of which
-only fields that our graphs have are accepted: no weights are read, unknown fields are refused, and nothing is
-imported: the package onnx takes five times as long. What operators do with their numbers is the runtime's business.
+Hashes in a manifest show damage, but whoever forges a graph can forge them too. The file is read as protocol buffers.
+Only the fields that our graphs use are accepted, and no weights are read. The package onnx is not used, because
+importing it takes five times as long. The runtime must check the numbers that operators are given.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ OPERATORS = {
     },
     "ligerexport": {"BlockLinear", "BoundedMemory", "GatedUnit"},
 }  # fmt: skip
-"""Operators of every lowering, by domain; those of `EARLIER` are only in graphs of earlier versions."""
+"""Operators of every lowering, by domain; those of `EARLIER` are only in graphs that earlier versions wrote."""
 SIZED = {"ConstantOfShape", "Expand", "Pad", "Range", "Tile"}
-"""Operators that make as many numbers as other numbers say."""
+"""Operators whose output size is given by the numbers in an input."""
 _ARITHMETIC = {"Add", "Cast", "Concat", "Gather", "Mul", "Reshape", "Squeeze", "Sub", "Unsqueeze"}
 MOST = 1 << 24
-"""Elements that a shape's constants multiply to."""
-# fields of onnx.proto by their numbers, and the message that one holds
+"""Largest product of the constants of a shape."""
+# fields of onnx.proto by their numbers, and the message that each holds
 _TEXT: dict[int, str | None] = dict.fromkeys((1, 2))
 _MESSAGES: dict[str, dict[int, str | None]] = {
     "model": dict.fromkeys((1, 2, 3, 4, 5, 6)) | {7: "graph", 8: "opset", 14: "pair", 25: "function"},
@@ -65,7 +65,7 @@ def check_graph(artifact: Artifact) -> None:
     """Check an artifact's graph against its manifest.
 
     Raises:
-        ArtifactError: It has what no graph of ours has, or is not the manifest's.
+        ArtifactError: It has something that no graph of ours has, or it does not match the manifest.
     """
     try:
         _check_model(_parse("model", data := artifact.graph.read_bytes(), 0, len(data)), artifact)
@@ -77,7 +77,7 @@ def check_graph(artifact: Artifact) -> None:
 
 
 def _parse(kind: str, data: bytes, at: int, end: int) -> Message:
-    """Return the fields of a message by their numbers: integers, text and numbers as bytes, messages."""
+    """Return the fields of a message by their numbers: integers; text and packed numbers as bytes; messages."""
     known, found = _MESSAGES[kind], dict[int, list[Any]]()
     while at < end:
         key = data[at]
@@ -103,7 +103,7 @@ def _parse(kind: str, data: bytes, at: int, end: int) -> Message:
                 value = _attribute(data[at:stop]) if inner == "attribute" else _parse(inner, data, at, stop)
             at = stop
         elif inner is not None:
-            raise ValueError(f"field {field} of a {kind} is no message")
+            raise ValueError(f"field {field} of a {kind} is not a message")
         elif wire == 0:
             value, at = _varint(data, at)
         elif wire == 5:
@@ -118,7 +118,7 @@ def _parse(kind: str, data: bytes, at: int, end: int) -> Message:
 
 @lru_cache(maxsize=256)
 def _attribute(data: bytes) -> Message:
-    """Return an attribute; most nodes have the same few."""
+    """Return an attribute, from a cache because most nodes have the same few."""
     return _parse("attribute", data, 0, len(data))
 
 
@@ -153,7 +153,7 @@ def _check_model(model: Message, artifact: Artifact) -> None:
         for node in function.get(7, ()):
             _check_node(node, {"": OPERATORS[""]})
     if len(model.get(25, ())) > 1:
-        raise ValueError("two functions of a name")
+        raise ValueError("two functions have one name")
     graph = model[7][0]
     for node in graph.get(1, ()):
         _check_node(node, OPERATORS)
@@ -162,7 +162,7 @@ def _check_model(model: Message, artifact: Artifact) -> None:
     promised = artifact.manifest.graph
     for field, what, expected in ((11, "inputs", promised.inputs), (12, "outputs", promised.outputs)):
         if [_face(x) for x in graph.get(field, ())] != [_promise(x) for x in expected]:
-            raise ValueError(f"its {what} are others")
+            raise ValueError(f"its {what} differ")
     _check_sizes(graph)
 
 
@@ -175,7 +175,7 @@ def _check_node(node: Message, operators: dict[str, set[str]]) -> None:
 
 
 def _check_tensor(tensor: Message, artifact: Artifact | None) -> None:
-    """Check that the numbers of a tensor are there: in it, or in the artifact's file of weights."""
+    """Check that the numbers of a tensor exist, in the tensor or in the artifact's file of weights."""
     name, dims = _text(tensor, 8), _integers(tensor, 1)
     if min(dims, default=0) < 0 or tensor.get(2, [0])[-1] not in BY_ONNX or len(dims) > 8:
         raise ValueError(f"the tensor {name} is {dims}")
@@ -183,24 +183,24 @@ def _check_tensor(tensor: Message, artifact: Artifact | None) -> None:
     entries = {_text(x, 1): _text(x, 2) for x in tensor.get(13, ())}
     if not entries:
         if tensor.get(14, [0])[-1] or len(tensor.get(9, [b""])[-1]) != size:
-            raise ValueError(f"the tensor {name} has not its {size} bytes")
+            raise ValueError(f"the tensor {name} does not have its {size} bytes")
         return
     if artifact is None or entries.get("location") != artifact.manifest.graph.data:
-        raise ValueError(f"the tensor {name} lies in {entries.get('location')}")
+        raise ValueError(f"the tensor {name} is in {entries.get('location')}")
     offset, length = entries.get("offset", "0"), entries.get("length", "")
     known = set(entries) <= {"location", "offset", "length"} and offset.isdigit() and length == str(size)
     if not known or 9 in tensor or tensor.get(14) != [1] or int(offset) + size > _weight_bytes(artifact):
-        raise ValueError(f"the tensor {name} of {size} bytes lies at {entries}")
+        raise ValueError(f"the tensor {name} of {size} bytes is at {entries}")
 
 
 def _weight_bytes(artifact: Artifact) -> int:
-    """Return the size of the weights' file, which the manifest lists, unless nothing is listed yet."""
+    """Return the size of the weights' file, from the manifest unless the artifact is unfinished."""
     name, files = artifact.manifest.graph.data, artifact.manifest.files
     return files[name].bytes if name in files else 0 if files else (artifact.directory / name).stat().st_size
 
 
 def _integers(message: Message, field: int) -> list[int]:
-    """Return a repeated integer, packed or not."""
+    """Return the values of a repeated integer, packed or not."""
     found: list[int] = []
     for value in message.get(field, ()):
         if isinstance(value, int):
@@ -225,7 +225,7 @@ def _promise(info: TensorInfo) -> tuple[str, str, tuple[int | str, ...]]:
 
 
 def _check_sizes(graph: Message) -> None:
-    """Check the constants that say how much an operator makes of nothing, through the arithmetic of shapes."""
+    """Check the constants that set how much an operator makes from nothing, also through arithmetic on shapes."""
     constants = {_text(x, 8): x[9][-1] for x in graph.get(5, ()) if x[2][-1] == 7 and 9 in x}
     producers: dict[bytes, Message] = {}
     sized = []
@@ -238,11 +238,11 @@ def _check_sizes(graph: Message) -> None:
     for name in sized:
         numbers = [abs(x) for x in _reached(name, producers, constants) if x]
         if prod(numbers) > MOST:
-            raise ValueError(f"a shape of {max(numbers)} elements")
+            raise ValueError(f"a shape with {max(numbers)} elements")
 
 
 def _reached(name: bytes, producers: dict[bytes, Message], constants: dict[str, bytes]) -> Iterator[int]:
-    """Yield the constants that a value is made of, each once."""
+    """Yield the constants that a value is computed from, each once."""
     seen, left = set[bytes](), [name]
     while left:
         value = left.pop()

@@ -1,7 +1,7 @@
-"""Run a step graph with ONNX Runtime: everything bound once, state updated in place, logits read where they are.
+"""Run a step graph with ONNX Runtime: buffers are bound once, the state is updated in place, logits are not copied.
 
-The graph promises that each `past.*` has one consumer and that its `present.*` comes after it, so both are one buffer.
-On a device the state stays there between calls; only ids, positions and logits travel.
+The graph promises that each `past.*` has one consumer and that its `present.*` comes after it, so both share a buffer.
+On a device the state stays there between calls; only ids, positions and logits are copied.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ if TYPE_CHECKING:
     import onnxruntime
 
 DEFAULT_CHUNK = 64
-"""Prompt tokens a call, where the graph takes more. On SmolLM2 64 and 128 are equally fast; 64 needs less memory."""
+"""Prompt tokens per call, if the graph takes more. On SmolLM2, 64 and 128 are equally fast; 64 needs less memory."""
 
 PROVIDERS: dict[str, list[str | tuple[str, dict[str, str]]]] = {
     "cpu": ["CPUExecutionProvider"],
-    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],  # fp32 is fp32
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],  # no TF32 in fp32 products
 }
 """Execution providers of each device, in ONNX Runtime's spelling."""
 
 EXACT = "session.qdq_matmulnbits_accuracy_level", "1"
 """Option that leaves activations in fp32 in the products that ONNX Runtime fuses itself."""
 FOLDER = "session.model_external_initializers_file_folder_path"
-"""Option that says where the weights of a graph are that is given as bytes."""
+"""Option that gives the directory of the weights when the graph is passed as bytes."""
 SPIN = "30"
-"""Microseconds that a thread waits for the next operator before it sleeps: enough for the next operator to arrive, and
-little enough for other processes that need the core."""
+"""Microseconds that a thread waits for the next operator before it sleeps: long enough for that operator to arrive, and
+short enough to leave the core to other processes."""
 
 
 class OnnxSession(BatchSession):
-    """One batch of sequences on an ONNX artifact. See `ligerexport.run.runtime.Session` for the face.
+    """One batch of sequences on an ONNX artifact. See `ligerexport.run.runtime.Session` for the interface.
 
     Args:
         artifact: From `open_artifact`, or an unfinished one under verification.
-        batch: B, sequences that advance together.
-        threads: Threads of one operator; None takes the physical cores that this process may use.
-        chunk: Prompt tokens a call, at most the graph's `max_chunk`; None takes the measured best.
-        prepack: Whether to copy the weights into the order that is fastest. Without, they stay mapped from the file:
-            less memory, loaded faster, and slower tokens.
+        batch: B, number of sequences that advance together.
+        threads: Number of threads of one operator; None takes the physical cores that this process may use.
+        chunk: Prompt tokens per call, at most the graph's `max_chunk`; None takes the measured best.
+        prepack: Whether to copy the weights into the fastest order. Without it they stay mapped from the file: this
+            needs less memory and loads faster, but tokens are slower.
         scoring: Whether a call computes the logits of all its tokens, so that `every` need not step.
-        exact: Whether products with quantised weights leave activations in fp32: slower, and for comparing a graph with
-            arithmetic on the same weights. Not together with `scoring`.
+        exact: Whether products with quantised weights leave activations in fp32. This is slower, and serves to compare
+            a graph with arithmetic on the same weights. It excludes `scoring`.
         device: Row of `PROVIDERS`.
 
     Raises:
-        ArtifactError: ONNX Runtime does not load the graph, or it is not the one in the manifest.
-        MissingDependency: ONNX Runtime is not installed, or not for this device.
-        UsageError: `batch`, `threads` or `chunk` makes no sense, or the lowering does not run on this device.
+        ArtifactError: ONNX Runtime does not load the graph, or it does not match the manifest.
+        MissingDependency: ONNX Runtime is not installed, or does not support this device.
+        UsageError: `batch`, `threads` or `chunk` is out of range, or the lowering does not run on this device.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class OnnxSession(BatchSession):
         self._allocate()
 
     def _allocate(self) -> None:
-        """Make and bind a state that has seen nothing."""
+        """Make and bind the state before the first token."""
         manifest = self.artifact.manifest
         self._fixed = {t: np.full(self._shape(t), t.fill, t.dtype) for t in manifest.state if not t.grows}
         self._values = {t: _value(array, self._device) for t, array in self._fixed.items()}
@@ -107,10 +107,10 @@ class OnnxSession(BatchSession):
         self._begin()
 
     def sibling(self, batch: int = 1) -> OnnxSession:
-        """Return a session of other sequences on the same loaded weights, which may run in a thread of its own.
+        """Return a session for other sequences on the same loaded weights, which may run in another thread.
 
         Raises:
-            UsageError: `batch` makes no sense.
+            UsageError: `batch` is out of range.
         """
         if batch < 1:
             raise UsageError(f"batch {batch}", hint="it is at least 1")
@@ -121,7 +121,7 @@ class OnnxSession(BatchSession):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state of all sequences, now."""
+        """Current size of the state of all sequences, in bytes."""
         fixed = sum(array.nbytes for array in self._fixed.values())
         return fixed + sum(value.tensor_size_in_bytes() for value in self._growing.values())
 
@@ -137,7 +137,7 @@ class OnnxSession(BatchSession):
         """Advance by a prompt as `prefill` does, and yield the logits after each token.
 
         Yields:
-            `[B, t, V]` fp32, in order; T of them together.
+            `[B, t, V]` fp32, in order; the t add up to T.
         """
         if not self._scoring:
             yield from super().every(ids)
@@ -176,7 +176,7 @@ class OnnxSession(BatchSession):
         self._regrow(rows, {tensor: snapshot.tensors[tensor.past] for tensor in self._growing})
 
     def _fetch(self) -> None:
-        """Copy the state from the device into `_fixed`; on the CPU both are one memory."""
+        """Copy the state from the device into `_fixed`; on the CPU both are the same memory."""
         if self._device != "cpu":
             for tensor, array in self._fixed.items():
                 array[:] = self._values[tensor].numpy()
@@ -188,7 +188,7 @@ class OnnxSession(BatchSession):
                 self._values[tensor].update_inplace(array)
 
     def _regrow(self, rows: slice, given: dict[StateTensor, np.ndarray]) -> None:
-        """Put rows into tensors that grow. The newest token is in the last column: short sequences begin later."""
+        """Put rows into tensors that grow. The newest token is in the last column, so short sequences begin later."""
         columns = max(0, int(self._position.max()))
         for tensor, new in given.items():
             grown = np.zeros(self._shape(tensor, grown=columns), tensor.dtype)
@@ -203,7 +203,7 @@ class OnnxSession(BatchSession):
         return _value(np.empty(self._shape(tensor, batch), tensor.dtype))
 
     def _bind(self) -> onnxruntime.IOBinding:
-        """Bind all that stays in its place; ids and growing tensors come later."""
+        """Bind all fixed buffers; ids and growing tensors are bound later."""
         binding = self._session.io_binding()
         binding.bind_ortvalue_input("position", _value(self._position))
         binding.bind_ortvalue_output("logits", _value(self._logits))
@@ -263,14 +263,14 @@ def _variant(artifact: Artifact, scoring: bool) -> bytes | None:
 def optimisation(manifest: Manifest, device: str = "cpu") -> str:
     """Return how far ONNX Runtime may rewrite a graph when it loads it, by the name of the level.
 
-    Graphs that are loaded at another level round otherwise, and with int4 weights, whose products round activations to
-    8 bits, a difference in the last place becomes one of a whole logit.
+    A graph that is loaded at another level rounds differently. With int4 weights, whose products round activations to
+    8 bits, a difference in the last place can grow to a whole logit.
     """
     if manifest.lowering != "portable":
-        # The graph has the fused operators already, and looking for more takes up to two fifths of loading.
+        # The graph has the fused operators already, and a search for more takes up to two fifths of the loading time.
         if device == "cpu" and manifest.precision not in {row.name for row in HALVES}:
             return "ORT_DISABLE_ALL"
-        if manifest.block is None:  # this makes weights in fp16 fp32 once, and not in each call
+        if manifest.block is None:  # this converts fp16 weights to fp32 once, not in each call
             return "ORT_ENABLE_BASIC"
     return "ORT_ENABLE_ALL"
 
@@ -278,7 +278,7 @@ def optimisation(manifest: Manifest, device: str = "cpu") -> str:
 def _open(
     artifact: Artifact, threads: int, prepack: bool, graph: bytes | None, exact: bool, device: str
 ) -> onnxruntime.InferenceSession:
-    """Load the graph, or one made from it, and compare it with the manifest."""
+    """Load the graph or a variant of it, and compare it with the manifest."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -289,17 +289,17 @@ def _open(
     if wanted[0] not in onnxruntime.get_available_providers():
         raise missing
     if device == "cuda":
-        onnxruntime.preload_dlls()  # those that pip installed
+        onnxruntime.preload_dlls()  # the libraries that pip installed
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # The planner's search for buffers to reuse is quadratic in nodes, most of the time of loading SmolLM2. The arena
-    # reuses them anyway: same speed, same memory.
+    # The planner's search for buffers to reuse is quadratic in nodes and takes most of the loading time of SmolLM2. The
+    # arena reuses them anyway, at the same speed and with the same memory.
     options.enable_mem_reuse = False
     level = optimisation(artifact.manifest, device)
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-    # Waking a thread for an operator takes as long as many an operator.
+    # Waking a thread for an operator takes as long as many operators themselves.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN)
     options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
@@ -307,9 +307,9 @@ def _open(
         from ligerexport.exporters.onnx.native import register
 
         register(options)
-    if exact:  # of products that ONNX Runtime fuses itself
+    if exact:  # for the products that ONNX Runtime fuses itself
         options.add_session_config_entry(*EXACT)
-    if graph is not None:  # given as bytes it does not know where its weights are
+    if graph is not None:  # bytes do not say where the weights are
         options.add_session_config_entry(FOLDER, str(artifact.directory))
     try:
         model = str(artifact.graph) if graph is None else graph
@@ -319,7 +319,7 @@ def _open(
             f"onnxruntime {onnxruntime.__version__} cannot load {artifact.graph}: {_first_line(error)}",
             hint="ligerexport doctor",
         ) from error
-    if session.get_providers()[0] != wanted[0]:  # ONNX Runtime goes on without a library of CUDA
+    if session.get_providers()[0] != wanted[0]:  # ONNX Runtime falls back silently if a CUDA library is missing
         raise missing
     promised = artifact.manifest.graph
     for side, found, expected in (

@@ -19,7 +19,7 @@ ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A converted checkpoint as the graph sees it.
+    """The parts of a converted checkpoint that the graph is written from.
 
     Attributes:
         path: The checkpoint's directory.
@@ -36,9 +36,9 @@ class ModelSpec:
         scaling: Factors on embedding, residual stream and logits.
         activation: Activation of the MLP's gate; key of `ACTIVATIONS`.
         norm_eps: Epsilon of every norm.
-        trained_length: Tokens.
+        trained_length: Longest text in training, in tokens.
         tied: Whether the output projection is the embedding.
-        weights: What the checkpoint stores, by name.
+        weights: Tensors that the checkpoint stores, by name.
     """
 
     path: Path
@@ -65,7 +65,7 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
     """Read a converted checkpoint.
 
     Raises:
-        CheckpointError: It is not converted, not whole, or has something that the graph does not have.
+        CheckpointError: It is not converted or not complete, or has something that the graph does not support.
     """
     from ligerexport.layers.mixer import layer_specs, read_config
 

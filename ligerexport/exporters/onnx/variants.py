@@ -50,7 +50,7 @@ def every_token(graph: Path) -> bytes | None:
 
 
 def _last_token(logits: ir.Value) -> dict[ir.Node, ir.Value] | None:
-    """Return the nodes above `logits` that take the last token of `[B, T, D]`, with the `[B * T, D]` they take from."""
+    """Return the nodes above `logits` that take the last token of `[B, T, D]`, and the `[B * T, D]` that each reads."""
     found: dict[ir.Node, ir.Value] = {}
     waiting, seen = [logits], set()
     while waiting:

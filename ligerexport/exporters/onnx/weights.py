@@ -1,7 +1,7 @@
-"""The data file of a graph: which tensors stand for the weights, where each lies, how it is written and read back.
+"""The data file of a graph: which tensors hold the weights, where they are, and how they are written and read.
 
-Weights keep their names and, but for quantised ones that a lowering wants transposed, the orientation `[out, in]` of
-the checkpoint; maps of one input lie side by side; a tied embedding is stored once. Nothing here knows an operator.
+Weights keep their names and the checkpoint's orientation `[out, in]`, except quantised ones that a lowering wants
+transposed. Maps of one input are adjacent; a tied embedding is stored once. No code here depends on an operator.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from ligerexport.exporters.targets import BLOCK, WEIGHTS, Precision
 
 DATA_FILE = "model.onnx.data"
 ALIGNMENT = 4096
-"""Bytes; a page, so that a runtime can map a weight instead of copying it."""
+"""Alignment in bytes: a page, so that a runtime can map a weight instead of copying it."""
 SUFFIXES = ("", "_scale", "_zero_point")
 """Suffixes of the names of the three tensors of a quantised matrix."""
 _MLP = re.compile(r"layers\.(\d+)\.mlp\.(\w+)_proj")
 JOINT = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
-"""Maps of one input, by what they are called as one."""
+"""Maps of one input, by their joint name."""
 _JOINT_OF = {f"{n.partition('.')[0]}.{kind}_proj": n for n, kinds in JOINT.items() for kind in kinds}
 _KINDS = [kind for kinds in JOINT.values() for kind in kinds]
 SLAB = 1 << 24
-"""Elements that are read at a time."""
+"""Number of elements that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class WeightStorage:
 
     Attributes:
         precision: Row of `WEIGHTS`.
-        block: Elements of a row that share a scale and a zero point, where the precision has blocks.
-        transposed: Whether quantised matrices lie as `[in, out]`, the form of `DequantizeLinear` before a product that
-            runtimes fuse, and else as ONNX Runtime's `MatMulNBits` wants them.
+        block: Number of elements of a row that share a scale and a zero point, for precisions with blocks.
+        transposed: Whether quantised matrices are stored as `[in, out]`, for `DequantizeLinear` before a product that
+            runtimes fuse; otherwise they are stored as ONNX Runtime's `MatMulNBits` reads them.
     """
 
     precision: Precision = WEIGHTS["fp32"]
@@ -53,17 +53,17 @@ class WeightStorage:
 
     @property
     def activation(self) -> ir.DataType:
-        """Type of what goes into and comes out of products that run in the type of their weights."""
+        """Type of the inputs and outputs of products that run in the type of their weights."""
         dtype = DTYPES[self.precision.dtype]
         return ir.DataType(dtype.onnx) if dtype.half else ir.DataType.FLOAT
 
     def bits(self, spec: ModelSpec, name: str) -> int:
-        """Return the bits of an element of a weight; 32 for what is no matrix, and for learned scores.
+        """Return the bits of an element of a weight; 32 for vectors and for learned scores.
 
-        Of `int4`, what costs most has 8: the embedding and the output, the attention's projections, which decide what
-        keeps a slot, the whole MLP in the first eighth of the layers and in the last one, and `down_proj` of the layers
-        that ONNX Runtime's model builder (`k_quant_mixed`) and llama.cpp (`Q4_K_M`) choose: the first, the last and
-        every third between. `gate_proj` and `up_proj` are one product and have the same bits.
+        `int4` stores with 8 bits what would lose most: embedding and output; the projections of attention, which decide
+        which tokens keep a slot; the whole MLP in the first eighth of the layers and in the last one; and `down_proj`
+        in the layers that ONNX Runtime's model builder (`k_quant_mixed`) and llama.cpp (`Q4_K_M`) choose: the first,
+        the last and every third between. `gate_proj` and `up_proj` are one product and have the same bits.
         """
         if len(spec.weights[name].shape) != 2 or "score_proj" in name:
             return 32
@@ -78,7 +78,7 @@ class WeightStorage:
         return 8 if whole or (often and place[2] == "down") else self.precision.bits
 
     def block_of(self, spec: ModelSpec, name: str) -> int:
-        """Return the elements of a block of a matrix: among those of 4 bits, what has 8 needs half as many scales."""
+        """Return the elements of a block of a matrix: twice as many for 8 bits among matrices of 4 bits."""
         return self.block * (2 if self.precision.mixed and self.bits(spec, name) == 8 else 1)
 
 
@@ -94,15 +94,15 @@ class Part(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file; codes of 4 bits lie two in a byte."""
+        """Bytes in the file, which stores two 4-bit codes in a byte."""
         return -(-prod(self.shape) * self.dtype.bitwidth // 8)
 
 
 def data_layout(spec: ModelSpec, storage: WeightStorage = FP32) -> dict[str, Part]:
     """Return every tensor of `DATA_FILE` by name, shard after shard, on page boundaries.
 
-    A quantised weight is three: its codes under its own name, and `NAME_scale` and `NAME_zero_point`. Where rows lie
-    one after the other, maps of one input lie end to end and are in the layout as one, too, by the name from `JOINT`.
+    A quantised weight has three tensors: codes under its own name, `NAME_scale` and `NAME_zero_point`. Where rows are
+    stored one after the other, maps of one input are adjacent and also appear as one tensor, by its name in `JOINT`.
     """
     groups: dict[str, list[str]] = {}
     for name in weight_names(spec):
@@ -125,7 +125,7 @@ def data_layout(spec: ModelSpec, storage: WeightStorage = FP32) -> dict[str, Par
 
 
 def first_of(spec: ModelSpec, name: str) -> str:
-    """Return the first of the weights that a joint name stands for, or the name of a weight itself."""
+    """Return the first of the weights that a joint name stands for, or the name itself if it is one weight."""
     for joint, kinds in JOINT.items():
         if name not in spec.weights:
             name = name.replace(joint, f"{joint.partition('.')[0]}.{kinds[0]}_proj")
@@ -163,7 +163,7 @@ def _parts(spec: ModelSpec, name: str, storage: WeightStorage) -> dict[str, tupl
 
 
 def weight_bytes(spec: ModelSpec, storage: WeightStorage = FP32) -> int:
-    """Return the bytes of all weights of the graph, scales and zero points among them."""
+    """Return the bytes of all weights of the graph, including scales and zero points."""
     layout = data_layout(spec, storage)
     return sum(
         layout[key].nbytes for name in weight_names(spec) for key in (name + s for s in SUFFIXES) if key in layout
@@ -176,7 +176,7 @@ def write_weights(
     storage: WeightStorage = FP32,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> None:
-    """Stream the weights from the shards into `DATA_FILE`, a slab of rows at a time; transposed ones are read whole."""
+    """Stream the weights from the shards into `DATA_FILE`, some rows at a time; transposed ones are read whole."""
     layout = data_layout(spec, storage)
     with (directory / DATA_FILE).open("wb") as data:
         for name in weight_names(spec):
@@ -212,7 +212,7 @@ def weight_slabs(spec: ModelSpec, name: str) -> Iterator[np.ndarray]:
     """
     from safetensors import safe_open
 
-    with safe_open(spec.weights[name].file, framework="pt") as shard:  # numpy knows no bf16
+    with safe_open(spec.weights[name].file, framework="pt") as shard:  # numpy has no bf16
         stored = shard.get_slice(name)
         for rows in _slabs(spec, name):
             slab = stored[rows].float().numpy()
@@ -222,7 +222,7 @@ def weight_slabs(spec: ModelSpec, name: str) -> Iterator[np.ndarray]:
 
 
 def _slabs(spec: ModelSpec, name: str) -> Iterator[slice]:
-    """Yield the rows of a weight, as many at a time as `SLAB` allows."""
+    """Yield the rows of a weight, at most `SLAB` elements at a time."""
     shape = spec.weights[name].shape
     height = max(1, SLAB // prod(shape[1:]))
     return (slice(start, start + height) for start in range(0, shape[0], height))
@@ -240,7 +240,7 @@ def _encode(blocks: Blocks, width: int, bits: int, transposed: bool) -> dict[str
 def stored_slabs(
     spec: ModelSpec, storage: WeightStorage, directory: Path, name: str
 ) -> Iterator[tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]]:
-    """Yield the values of a stored weight in fp32, the same rows at a time as `weight_slabs`, and how it rounds.
+    """Yield the values of a stored weight in fp32, in the same slabs as `weight_slabs`, and how each was rounded.
 
     Args:
         spec: The model.
@@ -249,10 +249,10 @@ def stored_slabs(
         name: Name of the weight.
 
     Yields:
-        Rows, and the function that rounds the checkpoint's rows to them: to the nearest value of the type or grid.
+        Rows, and the function that rounds the checkpoint's rows to the nearest value of the type or grid.
     """
     layout, bits, shape = data_layout(spec, storage), storage.bits(spec, name), spec.weights[name].shape
-    file = np.memmap(directory / DATA_FILE, mode="c")  # torch takes none that is for reading only
+    file = np.memmap(directory / DATA_FILE, mode="c")  # torch accepts no read-only array
 
     def bytes_of(suffix: str) -> np.ndarray:
         part = layout[name + suffix]

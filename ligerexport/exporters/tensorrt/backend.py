@@ -1,6 +1,6 @@
 """The targets for GPUs: `trt` adds kernels, the plugin and an engine to the graph, `trt-rtx` replaces it by an engine.
 
-What is not installed is reported before any work is done. TensorRT is imported by the functions that need it.
+Missing packages are reported before any work is done. The functions that need TensorRT import it.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 ENGINE_FILE = "model.engine"
 PLUGIN_FILE = "libligerexport_trt.so"
-_RTX = ("tensorrt_rtx", "tensorrt_rtx_bindings")  # the metapackage's module, and what is in its wheel
+_RTX = ("tensorrt_rtx", "tensorrt_rtx_bindings")  # the metapackage's module, and the one in its wheel
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What an artifact is built for.
+    """The GPUs that an artifact is built for, and what is built for them.
 
     Attributes:
         sms: Compute capabilities, 87 for 8.7.
-        max_batch: Most sequences.
-        plugin: The plugin's library, which goes into the artifact; None leaves it to the device.
+        max_batch: Largest number of sequences.
+        plugin: The plugin's library, which is copied into the artifact; None leaves it to the device.
         engine: Whether to build the engine.
     """
 
@@ -53,7 +53,7 @@ class Gpu:
 
 
 class _ForGpus(Backend):
-    """What both targets have in common."""
+    """The part that both targets share."""
 
     def prepare(self, settings: BuildSettings) -> Gpu:
         """Check options and libraries; see `Backend.prepare`."""
@@ -78,21 +78,21 @@ class _ForGpus(Backend):
         """Refuse layers that are kept as softmax."""
         if kept := [str(i) for i, layer in enumerate(spec.mixers) if layer is None]:
             raise UsageError(
-                f"layer {', '.join(kept)} is kept as softmax, and engines here have no growing cache",
+                f"layer {', '.join(kept)} is kept as softmax, but engines have no growing cache",
                 hint="convert all layers, or build with --target onnx",
             )
 
     def describe(self, plan: BuildPlan, weight_bytes: int) -> dict[str, Any]:
-        """Return what is compiled for which GPUs, and the memory that it takes."""
+        """Return the kernels' GPUs, and the memory that compiling needs."""
         parameters = sum(prod(weight.shape) for weight in plan.spec.weights.values())
         return {
             "sms": list(plan.gpu.sms),
             "layers_to_compile": len(set(plan.spec.mixers)) * len(plan.gpu.sms),
-            "peak_memory_bytes": 8 * parameters + 3 * weight_bytes,  # verifying holds everything in fp32 twice
+            "peak_memory_bytes": 8 * parameters + 3 * weight_bytes,  # verification holds everything in fp32 twice
         }
 
     def _examine_gpu(self, forward: int | None = None) -> list[Check]:
-        """Check driver and GPU; those after the compute capability `forward` are supported too."""
+        """Check driver and GPU; GPUs later than the compute capability `forward` are supported too."""
         driver = machine.driver()
         version, gpus = (f"CUDA {driver.version}", driver.sms) if driver else ("not found", ())
         fits = bool(gpus) and all(sm in self.row.sms or (forward is not None and sm > forward) for sm in gpus)
@@ -105,7 +105,7 @@ class _ForGpus(Backend):
 
 
 class TensorRT(_ForGpus):
-    """A graph of the plugin's nodes with their kernels, and an engine where TensorRT and a GPU are here."""
+    """A graph of the plugin's nodes with their kernels, and an engine if TensorRT and a GPU are here."""
 
     def _check_installed(self, gpu: Gpu) -> None:
         if not find_spec("triton"):
@@ -125,16 +125,16 @@ class TensorRT(_ForGpus):
             )
         if any(2 * len(softmax.inv_freq) != spec.head_dim for softmax in spec.attention):
             raise UsageError(
-                f"heads of {spec.head_dim} channels are rotated in part, the plugin's kernels rotate them whole",
+                f"heads of {spec.head_dim} channels are only partly rotated, the plugin's kernels rotate all",
                 hint="build with --target trt-rtx or --target onnx",
             )
 
     def choose_chunk(self, spec: ModelSpec, wanted: int | None) -> int:
-        """Return the most tokens of one call; the plugin's kernels take no more than rotary embedding reaches."""
+        """Return the largest number of tokens per call; the plugin's kernels are limited by the rotary distance."""
         longest = min(layer.max_distance + 1 for layer in spec.mixers if layer is not None)
         if wanted is not None and wanted > longest:
             raise UsageError(
-                f"calls of {wanted:,} tokens, and positions of this model reach over {longest - 1:,}",
+                f"calls of {wanted:,} tokens, but positions of this model reach only over {longest - 1:,}",
                 hint=f"--max-chunk {longest}",
             )
         return wanted or min(self.row.chunk, longest)
@@ -184,7 +184,7 @@ class TensorRT(_ForGpus):
 
 
 class TensorRTRTX(_ForGpus):
-    """An engine in place of the graph and its weights."""
+    """An engine instead of the graph and its weights."""
 
     def _check_installed(self, gpu: Gpu) -> None:
         if gpu.plugin is not None or not gpu.engine:
@@ -192,7 +192,7 @@ class TensorRTRTX(_ForGpus):
         rtx()
 
     def finish(self, plan: BuildPlan, directory: Path, manifest: Manifest, progress: ProgressFactory) -> Manifest:
-        """Put an engine in the place of the graph."""
+        """Replace the graph by an engine."""
         import onnx_ir as ir
 
         from ligerexport.exporters.tensorrt.engine import build_engine
@@ -211,7 +211,7 @@ class TensorRTRTX(_ForGpus):
         return replace(manifest, graph=replace(manifest.graph, file=ENGINE_FILE), device=device)
 
     def open_session(self, artifact: Artifact, settings: SessionSettings) -> NoReturn:
-        """Say where the engine runs, for Python has no session for it; see `Backend.open_session`.
+        """Refuse, because Python has no session for the engine, and report where it runs; see `Backend.open_session`.
 
         Raises:
             LigerError: The engine does not run on this machine's GPU.
@@ -242,7 +242,7 @@ def tensorrt() -> Any:
     """Import TensorRT.
 
     Raises:
-        MissingDependency: It is not there, not whole, or older than 10.
+        MissingDependency: It is not installed, not complete, or older than 10.
     """
     try:
         trt: Any = import_module("tensorrt")
@@ -258,7 +258,7 @@ def rtx() -> Any:
     """Import TensorRT-RTX.
 
     Raises:
-        MissingDependency: It is not there or not whole.
+        MissingDependency: It is not installed or not complete.
     """
     name = next((name for name in _RTX if find_spec(name)), None)
     try:
@@ -270,7 +270,7 @@ def rtx() -> Any:
 
 
 def _add_engine(directory: Path, manifest: Manifest, max_batch: int, progress: ProgressFactory) -> dict[str, str]:
-    """Build an engine, and write the record that `liger-run` reads to tell whether it fits."""
+    """Build an engine, and write the record by which `liger-run` checks whether the engine fits."""
     from ligerexport.exporters.tensorrt.engine import build_engine
 
     trt, (version, sm) = tensorrt(), here()
@@ -285,10 +285,10 @@ def _add_engine(directory: Path, manifest: Manifest, max_batch: int, progress: P
 
 
 def here() -> tuple[int, int]:
-    """Return the version of TensorRT as one number and the compute capability of the GPU that is here, 90 for 9.0.
+    """Return the version of TensorRT as one number and the compute capability of this machine's GPU, 90 for 9.0.
 
     Raises:
-        MissingDependency: One of them is not here.
+        MissingDependency: One of them is missing.
     """
     version, found = [int(part) for part in tensorrt().__version__.split(".")[:3]], driver()
     if found is None or not found.sms:
@@ -297,7 +297,7 @@ def here() -> tuple[int, int]:
 
 
 def _model(directory: Path, manifest: Manifest) -> str:
-    """Return what tells engines of different models apart, as `runner/engine.cc` writes it."""
+    """Return a hash that distinguishes engines of different models, as `runner/engine.cc` writes it."""
     from ligerexport.exporters.tensorrt.pack import PACK
 
     files = (directory / name for name in (manifest.graph.file, manifest.graph.data, PACK))

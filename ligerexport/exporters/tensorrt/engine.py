@@ -1,6 +1,6 @@
 """Build an engine from a graph, with the interface that TensorRT and TensorRT-RTX share. Neither is imported here.
 
-Networks are strongly typed: what the graph says is what runs, and fp32 is fp32, for TF32 is off.
+Networks are strongly typed, so the types in the graph are the ones that run. TF32 is off, so fp32 has full precision.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def build_engine(
         trt: The module `tensorrt` or `tensorrt_rtx`.
         file: The graph, with its weights beside it.
         destination: File to write.
-        graph: What goes in, and most tokens of one call.
-        max_batch: Most sequences.
+        graph: The inputs, and the largest number of tokens per call.
+        max_batch: Largest number of sequences.
         progress: Opens a phase.
-        sms: Compute capabilities, where it is built for other GPUs than the one that is here.
+        sms: Compute capabilities, if it is built for other GPUs than this machine's.
         plugin: Library with operators that the graph uses.
 
     Raises:
-        LigerError: TensorRT does not take plugin or graph, or cannot build it; its own first words are in the message.
+        LigerError: TensorRT rejects the plugin or the graph, or cannot build it; the message has its first error.
     """
     logger = _logger(trt)
     builder = trt.Builder(logger)
@@ -71,14 +71,14 @@ def build_engine(
     engine = builder.build_serialized_network(network, config)
     monitor.close()
     if engine is None:
-        raise LigerError(f"TensorRT {trt.__version__} builds no engine: {logger.first()}")
+        raise LigerError(f"TensorRT {trt.__version__} cannot build an engine: {logger.first()}")
     destination.write_bytes(memoryview(engine))
 
 
 def calls(max_batch: int, max_chunk: int) -> list[tuple[int, int]]:
-    """Return sequences and tokens of the largest call of each profile, in the order that `runner/engine.cc` has.
+    """Return the largest sequences and tokens of each profile, in the order that `runner/engine.cc` has.
 
-    Many sequences share the chunk, so that memory does not grow by both, but for 128 tokens that each may have.
+    Many sequences share the chunk, so that memory does not grow with both; but each may always have 128 tokens.
     """
     if max_batch == 1:
         return [(1, 1), (1, max_chunk)]
@@ -87,10 +87,10 @@ def calls(max_batch: int, max_chunk: int) -> list[tuple[int, int]]:
 
 
 def check_engine(trt: Any, file: Path) -> None:
-    """Ask whether an engine of TensorRT-RTX runs on the GPU that is here.
+    """Check whether an engine of TensorRT-RTX runs on this machine's GPU.
 
     Raises:
-        LigerError: It does not; says why.
+        LigerError: It does not; the message has the reason.
     """
     logger = _logger(trt)
     with file.open("rb") as engine:

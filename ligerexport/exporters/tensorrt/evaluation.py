@@ -1,7 +1,7 @@
 """Run a graph of the lowering `plugin` without TensorRT: onnx's evaluator in numpy, and our torch op for the mixers.
 
-Slow, and only for comparing. It reads the attributes of nodes and their inputs by order, so it is a second reader of
-the contract in `node.py`.
+It is slow, and used only for comparisons. It reads the attributes of nodes and their inputs by order, so it is a second
+reader of the contract in `node.py`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _HALVES = {row.onnx: row.name for row in HALVES}
 
 
 class PluginSession:
-    """One sequence, or `batch` of them, on an artifact of the target `trt`. Part of `ligerexport.run.runtime.Session`.
+    """One or more sequences on an artifact of the target `trt`. Implements part of `ligerexport.run.runtime.Session`.
 
     Args:
         artifact: Graph, weights and manifest.
         spec: The checkpoint that it was built from.
-        batch: B.
-        wide: Whether halves are computed in fp32, with the weights as they are stored: for comparing with arithmetic
-            that does so.
+        batch: B, number of sequences.
+        wide: Whether halves are computed in fp32, with the weights as they are stored, to compare with arithmetic in
+            fp32.
     """
 
     def __init__(self, artifact: Artifact, spec: ModelSpec, *, batch: int = 1, wide: bool = False) -> None:
@@ -69,7 +69,7 @@ class PluginSession:
         return logits
 
     def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Advance by one token; return as `prefill`."""
+        """Advance by one token; return logits as `prefill` does."""
         return self.prefill(np.reshape(ids, (self.batch, 1)))
 
     def snapshot(self) -> Snapshot:
@@ -77,21 +77,21 @@ class PluginSession:
         return Snapshot(self.artifact.manifest.fingerprint, self._position.astype(np.int64), dict(self._state))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go to a state that this or another session was in."""
+        """Set the state from a snapshot of this or another session."""
         self._position = snapshot.position.astype(np.int32)
         self._state = {name: snapshot.tensors[name].astype(x.dtype) for name, x in self._state.items()}
 
 
 def evaluator(artifact: Artifact, spec: ModelSpec, *, wide: bool = False) -> ReferenceEvaluator:
-    """Return onnx's evaluator of an artifact's graph; arguments as those of `PluginSession`."""
+    """Return onnx's evaluator of an artifact's graph; the arguments are those of `PluginSession`."""
     model = onnx.load(artifact.graph)
-    if wide and artifact.manifest.precision in _HALVES.values():  # in others a half is a fault
+    if wide and artifact.manifest.precision in _HALVES.values():  # in other artifacts a half is an error
         _widen(model)
     return ReferenceEvaluator(model, new_ops=[_mixer_op(spec), LigerLinear])
 
 
 def _widen(model: onnx.ModelProto) -> None:
-    """Make all halves fp32, weights and casts among them."""
+    """Change all halves to fp32, also in weights and casts."""
     for tensor in model.graph.initializer:
         if tensor.data_type in _HALVES:
             wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
@@ -110,7 +110,7 @@ def _numpy(kind: int) -> np.dtype:
 
 
 def _mixer_op(spec: ModelSpec) -> type[OpRun]:
-    """Return the operator for the layers of a model, found by their digests as the plugin finds kernels."""
+    """Return the operator for the layers of a model, which finds a layer by its digest, as the plugin finds kernels."""
     from ligerexport.kernels.plans import layer_digest, spec_fields
 
     layers = {layer_digest(spec_fields(layer)): layer for layer in spec.mixers if layer is not None}
@@ -127,7 +127,7 @@ def _mixer_op(spec: ModelSpec) -> type[OpRun]:
 
 
 class LigerLinear(OpRun):
-    """Products with weights."""
+    """Computes products with weights."""
 
     op_domain = DOMAIN
 
@@ -176,13 +176,13 @@ def run_mixer(spec: MixerSpec, tensors: Sequence[np.ndarray]) -> tuple[np.ndarra
         mixed, present = liger_mixer(query, key, value, position.long(), state, spec, rotary, score)
     outputs = mixed.flatten(2).flatten(0, 1), *(present[t.name] for t in spec.state())
     types = tensors[0].dtype, *(x.dtype for x in tensors[len(tensors) - len(rest) :])
-    found = (x.float() if x.is_floating_point() else x for x in outputs)  # numpy knows no bf16 of torch
+    found = (x.float() if x.is_floating_point() else x for x in outputs)  # numpy has no bf16
     return tuple(x.numpy().astype(t) for x, t in zip(found, types, strict=True))
 
 
 def _torch(x: np.ndarray) -> Any:
     import torch
 
-    if x.dtype == _numpy(onnx.TensorProto.BFLOAT16):  # torch reads no such array
+    if x.dtype == _numpy(onnx.TensorProto.BFLOAT16):  # torch cannot read such an array
         return torch.from_numpy(x.astype(np.float32)).bfloat16()
     return torch.from_numpy(np.array(x))

@@ -16,16 +16,16 @@ from ligerexport.kernels.linear import LinearSpec
 
 
 def fuse_for_plugin(model: ir.Model, activation: ir.DataType) -> None:
-    """Replace each product with a weight by a node of the plugin, together with what comes before and after it.
+    """Replace each product with a weight, and the nodes around it, by a node of the plugin.
 
     A product takes over the norm of its input, and the gated unit or the sum that follows it. A small fp32 product of
-    the same input as a layer's query, key and value becomes a second output of their node. What goes into and comes out
-    of products with stored halves is cast to their type; everything else is fp32.
+    the same input as a layer's query, key and value becomes a second output of their node. Inputs and outputs of
+    products with stored halves are cast to the type of activations; everything else is fp32.
 
     Args:
-        model: What `build_graph` wrote with the lowering `plugin`; changed in place. The nodes
+        model: Graph that `build_graph` wrote with the lowering `plugin`; changed in place. The nodes
             that were taken over stay in it, unused.
-        activation: Type of what goes into products with stored halves and comes out of them.
+        activation: Type of inputs and outputs of products with stored halves.
     """
     fuse = _Fuser(model.graph, activation)
     rules = {"Gemm": fuse.product, "Add": fuse.residual, "GatedUnit": fuse.gated_unit, MIXER: fuse.mixer}
@@ -35,14 +35,14 @@ def fuse_for_plugin(model: ir.Model, activation: ir.DataType) -> None:
 
 
 class _Product(NamedTuple):
-    """A node of the plugin: what it computes, and its inputs by name, in their order."""
+    """A node of the plugin: its specification, and its inputs by name, in order."""
 
     spec: LinearSpec
     inputs: dict[str, ir.Value]
 
 
 class _Fuser:
-    """Rewrites one node at a time, in the order of the graph: the inputs of the node at hand are final."""
+    """Rewrites one node at a time, in the order of the graph, so that the inputs of the current node are final."""
 
     def __init__(self, graph: ir.Graph, activation: ir.DataType) -> None:
         self._graph, self._activation, self._g = graph, activation, Builder()
@@ -65,14 +65,14 @@ class _Fuser:
         self._replace(node, _Product(spec, given))
 
     def residual(self, node: ir.Node) -> None:
-        """Let a product add what is added to it."""
+        """Let a product add what is added to its result."""
         x, residual = _inputs(node)
         if found := self._products.get(x):
             spec = replace(found.spec, residual=True, wide=True)
             self._replace(node, _Product(spec, found.inputs | {"residual": residual}))
 
     def gated_unit(self, node: ir.Node) -> None:
-        """Let the product that has both halves of a gated unit compute it."""
+        """Let the product that has both halves of a gated unit compute the unit."""
         found, kind = self._products[_inputs(node)[0]], node.attributes["activation"].as_int()
         spec = replace(found.spec, outputs=found.spec.outputs // 2, activation=list(ACTIVATIONS.values())[kind])
         self._replace(node, found._replace(spec=spec))
@@ -105,10 +105,10 @@ class _Fuser:
             node.replace_input_with(score, beside)
 
     def _replace(self, node: ir.Node, product: _Product) -> None:
-        """Put a product in the place of a node, which stays in the graph unused."""
+        """Replace a node by a product; the node stays in the graph unused."""
         (old,) = node.outputs
         (new,) = self._emit(node, product.spec, list(product.inputs.values()))
-        if old.name != node.name:  # somebody gave it a name
+        if old.name != node.name:  # it was given a name
             new.name, new.type, new.shape = old.name, old.type, old.shape
         if old.is_graph_output():
             outputs = self._graph.outputs
@@ -123,13 +123,13 @@ class _Fuser:
         return result if spec.wide else self._widen(result, before), *side
 
     def _narrow(self, x: ir.Value, before: ir.Node) -> ir.Value:
-        """Return fp32 in the type of activations."""
+        """Return an fp32 value in the type of activations."""
         if self._activation == ir.DataType.FLOAT:
             return x
         return self._narrowed.get(x) or self._write(before, lambda: self._g.op("Cast", x, to=self._activation))
 
     def _widen(self, x: ir.Value, node: ir.Node, *, after: bool = False) -> ir.Value:
-        """Return activations in fp32, of which `_narrow` is x again."""
+        """Return activations in fp32, so that `_narrow` gives x again."""
         if self._activation == ir.DataType.FLOAT:
             return x
         wide: ir.Value = self._write(node, lambda: self._g.op("Cast", x, to=ir.DataType.FLOAT), after=after)
@@ -137,7 +137,7 @@ class _Fuser:
         return wide
 
     def _write(self, node: ir.Node, make: Callable[[], Any], *, after: bool = False) -> Any:
-        """Put what `make` makes before or after a node, named as if it were written there."""
+        """Put the nodes that `make` makes before or after a node, named as if they were written there."""
         scope = (node.name or "").rpartition("/")[0]
         with self._g.scope(scope) if scope else nullcontext():
             made = make()
@@ -148,7 +148,7 @@ class _Fuser:
 
 
 def _find_norm(x: ir.Value) -> tuple[ir.Value, ir.Value, float] | None:
-    """Return what is normed, the norm's weight and its epsilon, where x is what `Plugin.rms_norm` wrote."""
+    """Return the input of the norm, its weight and its epsilon, if `Plugin.rms_norm` wrote x."""
     ratio, weight = _made_by(x, "Mul")
     source, root = _made_by(ratio, "Div")
     total, _ = _made_by(root, "Sqrt")

@@ -14,7 +14,7 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
 class Driver(NamedTuple):
-    """The CUDA driver: its CUDA version, as 13.0, and the compute capability of each GPU, 90 for 9.0."""
+    """The CUDA driver: its CUDA version, such as 13.0, and the compute capability of each GPU, 90 for 9.0."""
 
     version: str
     sms: tuple[int, ...]
@@ -41,7 +41,7 @@ def library() -> str | None:
 
 
 def driver() -> Driver | None:
-    """Return what the CUDA driver says; None where there is none."""
+    """Return the CUDA driver's version and GPUs; None if there is no driver."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
         number, count = ctypes.c_int(), ctypes.c_int()

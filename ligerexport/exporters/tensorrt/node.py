@@ -1,7 +1,7 @@
-"""A layer's mixer and a product with a weight as nodes of the TensorRT plugin, and the contract between both.
+"""A layer's mixer and a product with a weight as nodes of the TensorRT plugin, and the contract between the two sides.
 
-The plugin's kernels are compiled ahead of time and looked up by `layer_digest`. The plugin reads nothing else of what a
-node computes than what decides its inputs and outputs; `epsilon` and `activation` are for other readers.
+The plugin's kernels are compiled ahead of time and looked up by `layer_digest`. The plugin reads only the attributes
+that decide a node's inputs and outputs; `epsilon` and `activation` are for other readers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ligerexport.kernels.linear import LinearSpec
 
 CONTRACT = 2
-"""Version of attributes, inputs and outputs of the nodes; the plugin refuses another one."""
+"""Version of the nodes' attributes, inputs and outputs; the plugin refuses another one."""
 MIXER, LINEAR = "LigerMixer", "LigerLinear"
 OPERANDS = ("query", "key", "value", "position", "rotary", "score")
 """Inputs of a mixer before its state, in order. A joint node has key and value in the query, and only a layer with
@@ -42,7 +42,7 @@ def plugin_mixer(
     Args:
         frame: Values that all layers share.
         spec: The layer.
-        inv_freq: `[R]`, radians a token; zeros in a layer without rotary embedding.
+        inv_freq: `[R]`, radians per token; zeros in a layer without rotary embedding.
         projected: Query, key, value `[B * T, H * d]` fp32, before rotary embedding.
         past: State by the names of `MixerSpec.state`, in its order.
         score: `[B * T, H]` fp32, needed where `spec.config.foresees`.
@@ -104,7 +104,7 @@ def read_linear(attributes: Mapping[str, Any]) -> LinearSpec:
 
 
 def products(graph: ir.Graph) -> dict[tuple[LinearSpec, str], None]:
-    """Return the products of a graph, each once, with the type of the weight as kernels call it."""
+    """Return the products of a graph, each once, with the type of the weight by its name in the kernels."""
     found: dict[tuple[LinearSpec, str], None] = {}
     for node in graph:
         if node.op_type == LINEAR and (weight := node.inputs[1]) is not None and weight.dtype is not None:
@@ -114,7 +114,7 @@ def products(graph: ir.Graph) -> dict[tuple[LinearSpec, str], None]:
 
 
 def _rotary(g: Builder, inv_freq: tuple[float, ...], max_distance: int) -> ir.Value:
-    """Return the table that kernels take `[2, rows, R]`, one for layers that turn alike."""
+    """Return the table that kernels take, `[2, rows, R]`, shared by layers that rotate alike."""
     import torch
 
     from ligerexport.kernels.ops import BLOCK, rotary_table

@@ -1,7 +1,7 @@
 """The kernel pack `kernels.liger`: cubins of several compute capabilities and plans, as the TensorRT plugin reads them.
 
-Little-endian: `MAGIC`, kernels, plans, blobs, and the CRC-32 of all before; `plugin/pack.cc` is the reader. Strings and
-lists have their length in front, and expressions are in postfix.
+The file is little-endian: `MAGIC`, kernels, plans, blobs, and the CRC-32 of all bytes before; `plugin/pack.cc` reads
+it. The length of a string or list comes before it, and expressions are in postfix.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ligerexport.model.state import MixerSpec
 
 PACK = "kernels.liger"
 MAGIC = b"LIGERPK2"
-OPERATORS = ("step", "prefill")  # of a mixer
+OPERATORS = ("step", "prefill")  # the two operators of a mixer
 PTX = 1 << 16
-"""Beside a compute capability: text for that one or any later, which the driver compiles."""
+"""Added to a compute capability: also store text for that one or any later, which the driver compiles."""
 TYPES = ("*", "i32", "i64", "fp32")
 ROLES = ("input", "output", "state", "scratch", "persistent", "table")
 TABLES = ("segments", "chunks", "offsets")
@@ -43,7 +43,7 @@ def write_pack(
     max_batch: int = 64,
     jobs: int | None = None,
 ) -> Manifest:
-    """Compile what layers launch, without a GPU, and write it as one file; the same arguments give the same bytes.
+    """Compile the kernels of layers, without a GPU, and write them as one file; equal arguments give equal bytes.
 
     Args:
         specs: The layers; equal ones are packed once.
@@ -52,13 +52,13 @@ def write_pack(
         sms: Compute capabilities, 90 for 9.0. With `FORWARD` among them there is PTX for every later GPU.
         dtype: Type of activations: `bf16`, `fp16` or `fp32`.
         max_batch: Largest batch of a step.
-        jobs: Processes; None for one a core.
+        jobs: Number of processes; None takes one per core.
 
     Returns:
-        What was packed.
+        The manifest of the compiled kernels.
 
     Raises:
-        MissingDependency: No Triton.
+        MissingDependency: Triton is not installed.
         UsageError: An unknown compute capability or dtype, or a layer whose recurrence has keyed rows.
         LigerError: A kernel does not compile.
     """
@@ -74,7 +74,7 @@ def write_pack(
 def _encode(manifest: Manifest, place: Path) -> bytes:
     cubins = [cubin for x in manifest.kernels.values() for cubin in x.cubins.values()]
     code = {x.file: (place / x.file).read_bytes() for x in cubins}
-    code |= {x.ptx: (place / x.ptx).read_bytes() + b"\0" for x in cubins if x.ptx}  # a driver reads to the zero
+    code |= {x.ptx: (place / x.ptx).read_bytes() + b"\0" for x in cubins if x.ptx}  # the driver reads up to the zero
     contents = list(dict.fromkeys(code.values()))
     blobs = {file: contents.index(content) for file, content in code.items()}
     names = {name: i for i, name in enumerate(manifest.kernels)}

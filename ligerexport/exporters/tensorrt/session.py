@@ -1,7 +1,7 @@
 """Run an artifact on TensorRT, 8.5 and later, through the runner's library `libliger_run.so` and its C interface.
 
-The library has the engine, the state on the device and the CUDA graph of the step; here are the arrays around it. Needs
-numpy and no package of TensorRT or CUDA.
+The library holds the engine, the state on the device and the CUDA graph of the step; this module holds the arrays
+around it. It needs numpy and no package of TensorRT or CUDA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ligerexport.reading import sha256
 RUNNER_FILE = "libliger_run.so"
 VARIABLE, PLUGIN_VARIABLE = "LIGEREXPORT_TRT_RUNNER", "LIGEREXPORT_TRT_PLUGIN"
 INTERFACE = 1
-"""`LIGER_INTERFACE` of `runner/capi.h`, which this module speaks."""
+"""`LIGER_INTERFACE` of `runner/capi.h`, the version that this module uses."""
 BUILD, ALL_ROWS = 1, -1
 _MAKE = f"cmake -S exporters/tensorrt/runner -B b && cmake --build b; export {VARIABLE}=b/{RUNNER_FILE}"
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -47,23 +47,23 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 class TensorRTSession(BatchSession):
-    """One batch of sequences on an artifact of the target `trt`. See `ligerexport.run.runtime.Session` for the face.
+    """One batch of sequences on an artifact of the target `trt`. `ligerexport.run.runtime.Session` is the interface.
 
     Args:
         artifact: From `open_artifact`.
-        batch: B, sequences that advance together; siblings have as many at most.
-        chunk: Prompt tokens a call, at most the graph's `max_chunk`, of which many sequences have a part each; None
-            takes that.
+        batch: B, number of sequences that advance together; siblings have at most this many.
+        chunk: Prompt tokens per call, shared by the sequences, at most the graph's `max_chunk`; None takes that
+            limit.
         graph: Whether steps and whole chunks are replayed as CUDA graphs.
-        runner: The library; None looks at LIGEREXPORT_TRT_RUNNER, and where the loader looks. Never the artifact's.
-        plugin: Library of the plugin; None looks at LIGEREXPORT_TRT_PLUGIN, and then takes what was built together with
-            the runner. One in the artifact runs only if it is named here or there, and its hash is the manifest's.
-        build: Whether to build the engine even where there is one.
+        runner: The library; None tries LIGEREXPORT_TRT_RUNNER, then the loader's paths. An artifact's own never runs.
+        plugin: Library of the plugin; None tries LIGEREXPORT_TRT_PLUGIN, then the one built together with
+            the runner. One in the artifact runs only if it is named here or there and its hash is the manifest's.
+        build: Whether to build the engine even if there is one.
 
     Raises:
-        MissingDependency: There is no runner, or TensorRT is not where the loader looks.
-        ArtifactError: There is no engine for this TensorRT and GPU but for others, or it does not load.
-        UsageError: `batch` or `chunk` makes no sense.
+        MissingDependency: There is no runner, or the loader does not find TensorRT.
+        ArtifactError: There are only engines for another TensorRT or GPU, or the engine does not load.
+        UsageError: `batch` or `chunk` is out of range.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class TensorRTSession(BatchSession):
         described = json.loads(self._library.liger_session_describe(made))
         found = [(x["past"], x["dtype"], tuple(x["shape"])) for x in described["state"]]
         if found != [(x.past, x.dtype, self._shape(x)) for x in self.artifact.manifest.state]:
-            raise ArtifactError(f"the state of {self.engine['engine']} is not that of its manifest", hint="build again")
+            raise ArtifactError(f"the state of {self.engine['engine']} does not match its manifest", hint="build again")
         self._begin()
 
     def sibling(self, batch: int = 1) -> TensorRTSession:
-        """Return a session of other sequences on the same engine, which may run in a thread of its own.
+        """Return a session for other sequences on the same engine, which may run in another thread.
 
         Raises:
             UsageError: The engine is for fewer sequences.
@@ -130,7 +130,7 @@ class TensorRTSession(BatchSession):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state of all sequences, now."""
+        """Current size of the state of all sequences, in bytes."""
         return sum(int(np.prod(self._shape(x))) * dtype_of(x).itemsize for x in self.artifact.manifest.state)
 
     def _advance(self, ids: np.ndarray) -> np.ndarray:
@@ -157,7 +157,7 @@ class TensorRTSession(BatchSession):
         self._position[rows] = snapshot.position
 
     def time_step(self) -> float:
-        """Advance by a token; return the milliseconds that the device took for it, without what the host does."""
+        """Advance by a token; return the milliseconds that the device took, without the host's time."""
         made = c_double()
         self._call("time_step", 1, ctypes.byref(made))
         return made.value
@@ -168,7 +168,7 @@ class TensorRTSession(BatchSession):
 
 
 class _Owned:
-    """What the library made, and frees when nobody has it any more."""
+    """An object that the library made, freed when the last reference goes."""
 
     def __init__(self, handle: int, close: Any) -> None:
         self.handle = handle
@@ -176,10 +176,10 @@ class _Owned:
 
 
 def check_plugin(artifact: Artifact, plugin: Path | str | None) -> Path | None:
-    """Return the library of the plugin that somebody named, having checked that it was built if it lies in an artifact.
+    """Return the plugin's library if one is named; if it lies in the artifact, check it against the manifest first.
 
     Raises:
-        ArtifactError: It lies there, and the manifest does not list it, or with another hash.
+        ArtifactError: The manifest does not list it, or lists another hash.
     """
     if not plugin:
         return None
@@ -195,8 +195,8 @@ def open_runner(given: Path | str | None = None) -> ctypes.CDLL:
     """Open the runner's library.
 
     Raises:
-        MissingDependency: It is nowhere, or a library that it needs is not.
-        LigerError: It is of another version of this package.
+        MissingDependency: It, or a library that it needs, is not found.
+        LigerError: It belongs to another version of this package.
     """
     file = str(given or os.environ.get(VARIABLE) or RUNNER_FILE)
     try:
@@ -206,7 +206,7 @@ def open_runner(given: Path | str | None = None) -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
         found = library.liger_interface()
     except (OSError, AttributeError) as error:
-        if str(error).startswith(f"{file}: cannot open"):  # and not a library that it needs
+        if str(error).startswith(f"{file}: cannot open"):  # the file itself, not a library that it needs
             raise MissingDependency(f"the runner's library {file}", hint=_MAKE) from error
         raise MissingDependency(
             f"what {file} needs ({error})",
@@ -218,6 +218,6 @@ def open_runner(given: Path | str | None = None) -> ctypes.CDLL:
 
 
 def _failure(library: ctypes.CDLL, kind: type[LigerError]) -> LigerError:
-    """Return what went wrong last in this thread."""
+    """Return the last error of this thread."""
     message, _, hint = library.liger_error().decode(errors="replace").partition("\nhint: ")
     return kind(message, hint=hint)

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """By how much a graph may differ from the torch model.
+    """How much a graph may differ from the torch model.
 
     Attributes:
         logits: Largest absolute difference.
         state: Largest difference, relative to the largest element of the tensor if that is over 1.
         tie: Largest relative difference of two scores that may be ranked either way.
-        weights: As `Precision.error`.
+        weights: The same as `Precision.error`.
     """
 
     logits: float
@@ -39,13 +39,13 @@ class Tolerance:
 
 
 def tolerance_of(dtype: str) -> Tolerance:
-    """Return what a graph with weights of a dtype may be off; the arithmetic is fp32 for all of them."""
+    """Return the tolerance for a graph with weights of a dtype; all of them compute in fp32."""
     return Tolerance(logits=2e-4, state=2e-4, tie=1e-4, weights=precision_of(dtype).error)
 
 
 @dataclass
 class Result:
-    """What was compared; `to_dict` of it is the manifest's `verification`."""
+    """What was compared; its `to_dict` is the manifest's `verification`."""
 
     passed: bool = False
     tokens: int = 0
@@ -67,10 +67,10 @@ class Mismatch(Exception):
 
     @classmethod
     def of_failure(cls, error: Exception) -> Mismatch:
-        """Return what ONNX Runtime says of a call that fails: it names the node, whose name begins with its layer.
+        """Return a mismatch for a call that failed; the error names the node, whose name begins with its layer.
 
         Raises:
-            Exception: The error, where it says that memory ran out, for which no graph is to blame.
+            Exception: The same error, if memory ran out, which is not the graph's fault.
         """
         if "alloc" in str(error):
             raise error
@@ -79,11 +79,11 @@ class Mismatch(Exception):
 
 
 class Comparison:
-    """Compares state and logits after calls with torch's, and gathers the differences.
+    """Compares state and logits after calls with torch's, and collects the differences.
 
     Args:
         spec: The checkpoint.
-        tolerance: What may be off.
+        tolerance: How much may differ.
     """
 
     def __init__(self, spec: ModelSpec, tolerance: Tolerance) -> None:
@@ -92,10 +92,10 @@ class Comparison:
         self.adrift = False
 
     def agrees(self, snapshot: Snapshot, answer: Answer, logits: np.ndarray) -> bool:
-        """Compare state and logits after a call; return False where the first difference is a near tie.
+        """Compare state and logits after a call; return False if the first difference is a near tie.
 
         Raises:
-            Mismatch: It is another one.
+            Mismatch: The first difference is no near tie.
         """
         result = self.result
         for layer, mixer in enumerate(self.spec.mixers):
@@ -130,7 +130,7 @@ def of_layer(state: State, layer: int) -> State:
 
 
 def sort_slots(state: State) -> State:
-    """Return a mixer's state with slots sorted by position (see `TENSORS` of `model/state.py`) and empty ones 0."""
+    """Return a mixer's state with slots sorted by position (see `TENSORS` of `model/state.py`), empty ones zero."""
     position = state["slot_position"]
     order = position.argsort(axis=-1, kind="stable")
     position = np.take_along_axis(position, order, -1)
@@ -144,7 +144,7 @@ def sort_slots(state: State) -> State:
 
 
 def state_error(expected: np.ndarray, found: np.ndarray) -> float:
-    """Return the largest difference, relative to the largest element where that is over 1."""
+    """Return the largest difference, relative to the largest element if that is over 1."""
     if expected.size == 0:
         return 0.0
     difference = np.abs(expected.astype(np.float64) - found).max()
@@ -152,7 +152,7 @@ def state_error(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 def is_near_tie(expected: State, found: State, pools: tuple[tuple[str, int], ...], tie: float) -> bool:
-    """Return whether two kept sets differ only by tokens that rank nearly equal.
+    """Return whether two kept sets differ only by tokens whose ranks are nearly equal.
 
     Args:
         expected: State of one mixer, sorted.
@@ -179,7 +179,7 @@ def get_ranks(scores: np.ndarray, positions: np.ndarray, pools: tuple[tuple[str,
     """Return ranks `[P, n]` on a logarithmic scale, on which a relative difference of scores is a distance."""
     ranks = np.log(np.maximum(scores, FAINTEST, dtype=np.float64))
     for i, score in enumerate(get_score(name) for name, _ in pools):
-        if score.signal == "learned":  # a logarithm already
+        if score.signal == "learned":  # already a logarithm
             ranks[i] = scores[i]
         if score.horizon is not None:
             ranks[i] += positions / score.horizon

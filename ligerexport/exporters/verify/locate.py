@@ -1,4 +1,4 @@
-"""Find the first layer at which a graph and the torch model part, for the message of a failed verification."""
+"""Find the first layer whose graph and torch results differ, for the message of a failed verification."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Run = Callable[[list[str], dict[str, np.ndarray]], list[np.ndarray]]
 def first_difference(
     spec: ModelSpec, artifact: Artifact, pieces: list[np.ndarray], reference: Reference
 ) -> Mismatch | None:
-    """Make the calls that showed a difference, and compare state and residual stream layer by layer.
+    """Repeat the calls that showed a difference, and compare state and residual stream layer by layer.
 
     The graph starts each call in torch's state, so that only errors of that call count. A call that differs is repeated
     with fewer tokens, because scores may tie in it: a difference that a tie explains does not count.
@@ -40,7 +40,7 @@ def first_difference(
         The layer and what differs in it, or None when they agree.
 
     Raises:
-        Mismatch: ONNX Runtime fails; of the layer whose node it names.
+        Mismatch: ONNX Runtime fails; it names the layer of the failing node.
     """
     graph, chunk = _Graph(spec, artifact), artifact.manifest.graph.max_chunk
     for text in (pieces, [np.concatenate(pieces)]):
@@ -73,7 +73,7 @@ def _ids(answers: list[Answer]) -> np.ndarray:
 
 
 def _compare(spec: ModelSpec, graph: _Graph, state: State, position: int, answers: list[Answer]) -> _Difference | None:
-    """Make one call of the tokens that torch has answered to, and compare its end and the residual stream of it all."""
+    """Make one call with the tokens of torch's answers; compare the final state and the whole residual stream."""
     found, streams = graph.run(state, position, _ids(answers)), [f"past.{i}.hidden" for i in range(len(spec.mixers))]
     hidden = {name: np.concatenate([answer.state[name] for answer in answers]) for name in streams}
     return _first_layer(spec, answers[-1].state | hidden, found)
@@ -98,11 +98,11 @@ def _first_layer(spec: ModelSpec, expected: State, found: State) -> _Difference 
 
 
 def _errors(ours: State, theirs: State) -> Iterator[tuple[str, float]]:
-    """Yield how far apart a layer's tensors are, in the order in which the layer computes them."""
+    """Yield the errors of a layer's tensors, in the order in which the layer computes them."""
     for name, tensor in ours.items():
         if name != "hidden":
             yield f"its {name}", state_error(tensor, theirs[name])
-    rows = min(len(ours["hidden"]), len(theirs["hidden"]))  # of the last layer the graph has one
+    rows = min(len(ours["hidden"]), len(theirs["hidden"]))  # the graph has only one row of the last layer
     tensor, other = ours["hidden"][-rows:], theirs["hidden"][-rows:]
     apart = np.linalg.norm(tensor - other, axis=-1) / np.linalg.norm(tensor, axis=-1)
     yield "its output", float(apart.max())
@@ -118,7 +118,7 @@ class _Graph:
         self._run = _plugin(spec, artifact) if self._manifest.lowering == "plugin" else _variant(artifact, self._hidden)
 
     def initial_state(self) -> State:
-        """Return the state in which nothing was seen."""
+        """Return the state before the first token."""
         letters: dict[int | str, int] = {"B": 1, "P": 0}
         return {
             t.past: np.full(
@@ -130,7 +130,7 @@ class _Graph:
         }
 
     def run(self, state: State, position: int, ids: np.ndarray) -> State:
-        """Return the state after more tokens, with `past.LAYER.hidden` as `Reference.answers` has it."""
+        """Return the state after more tokens, with `past.LAYER.hidden` as in `Reference.answers`."""
         feeds = {"input_ids": ids[None].astype(self._integer), "position": np.array([position], self._integer)}
         names = [name.replace("past.", "present.", 1) for name in state] + self._hidden
         keys = [*state, *(f"past.{i}.hidden" for i in range(len(self._hidden)))]
@@ -144,7 +144,7 @@ def _plugin(spec: ModelSpec, artifact: Artifact) -> Run:
 
 
 def _variant(artifact: Artifact, outputs: list[str]) -> Run:
-    """Open the graph with exact products and more outputs."""
+    """Open the graph with exact products and additional outputs."""
     import onnxruntime
 
     from ligerexport.exporters.onnx.native import register

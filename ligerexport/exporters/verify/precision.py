@@ -1,4 +1,4 @@
-"""What storing weights in less than fp32 costs."""
+"""Measure the loss from storing weights in less than fp32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ligerexport.exporters.verify.torch_model import Reference
 def cost_of_precision(
     spec: ModelSpec, artifact: Artifact, ids: np.ndarray, progress: ProgressFactory
 ) -> dict[str, Any] | None:
-    """Return the loss of an artifact on a text beside that of fp32, as it runs: activations rounded as well.
+    """Return the loss on a text of an artifact as it runs, with activations rounded too, and of fp32.
 
     Args:
         spec: The checkpoint.
@@ -25,7 +25,7 @@ def cost_of_precision(
         progress: Opens a phase.
 
     Returns:
-        Nats a token of both and the divergence of the artifact's predictions; None where nothing is rounded.
+        NLL in nats per token of both, and the divergence of the artifact's predictions; None if nothing is rounded.
 
     Raises:
         VerificationError: The logits are not finite.
@@ -35,7 +35,7 @@ def cost_of_precision(
     if artifact.manifest.precision == "float32":
         return None
     totals, done = np.zeros(3), 0
-    prepack = artifact.manifest.block is not None  # without, a product rounds no activations and takes far longer
+    prepack = artifact.manifest.block is not None  # without it, products do not round activations and take far longer
     with progress("measuring the precision", len(ids) - 1, "steps") as advance:
         before = Reference(spec).every(ids)
         for logits in OnnxSession(artifact, prepack=prepack, scoring=True).every(ids[:-1]):

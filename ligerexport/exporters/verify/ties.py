@@ -1,6 +1,6 @@
 """Search a call of many tokens for the tied scores that explain why it differs from torch.
 
-A token may keep a slot by a tie in the middle of a call and be gone at its end, while what it changed is still there.
+A token may keep a slot by a tie in the middle of a call and lose it before the end, while its effects remain.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from ligerexport.layers.mixer import LigerCache
 
 OFTEN = 8
-"""One token in eight may tie; if more do, the scores are noise."""
+"""Largest share of tokens that may tie, one in eight; if more do, the scores are noise."""
 TRIES = 32
-"""Ties in the middle of a call that are decided the other way, one at a time."""
+"""Number of ties in the middle of a call that are decided the other way, one at a time."""
 SINGLE = 4
-"""Number of these that are tried again with single tokens after them: a whole call may round a later tie otherwise."""
+"""Number of these that are also tried with single tokens after them: a whole call may round later ties differently."""
 NUDGE = 1e-6
-"""How far a rank is then moved past the other one: several units in the last place of a score."""
+"""Distance that a rank is then moved past the other one: several units in the last place of a score."""
 
 
 def replay(
@@ -46,16 +46,16 @@ def replay(
     """Compare a call with torch chunk by chunk, and go on from torch's state after each near tie.
 
     Args:
-        check: Compares.
-        session: In the state before the call.
-        torch_model: Answers.
+        check: Compares states and logits.
+        session: Session in the state before the call.
+        torch_model: Gives the expected answers.
         past: Its state before the call.
         ids: Tokens of the call `[T]`.
         start: Tokens before the call.
-        advance: Told how many tokens were compared.
+        advance: Called with the number of tokens that were compared.
 
     Raises:
-        Mismatch: A difference is no near tie, or ties are too many.
+        Mismatch: A difference is no near tie, or there are too many ties.
     """
     ties, rest = 0, ids
     while len(rest):
@@ -69,7 +69,7 @@ def replay(
             advance(count)
             if ties * OFTEN > len(ids) + OFTEN:
                 raise Mismatch(None, f"{ties} of {len(ids)} tokens ended in tied scores")
-            if not agree:  # what torch said of the chunks behind it does not follow
+            if not agree:  # torch's answers for later chunks no longer apply
                 break
 
 
@@ -81,22 +81,22 @@ def narrow(
     *,
     hidden: bool = False,
 ) -> list[Answer]:
-    """Search a call for a token at which it begins to differ from torch, which runs pieces and then single tokens.
+    """Search a call for the token at which it begins to differ from torch, which runs pieces and then single tokens.
 
-    The other side must make calls that begin where this one does, because it is the original call that must be
-    explained: if it were cut like torch's, every second tie would be decided the same way in both. The number of tokens
-    is bisected, so a difference that disappears again may be missed.
+    The other side must make calls that begin where this one does, because the original call must be explained: if it
+    were cut like torch's, every second tie would be decided the same way in both. The number of tokens is bisected, so
+    a difference that disappears again may be missed.
 
     Args:
-        torch_model: Answers.
+        torch_model: Gives the expected answers.
         past: Its state before the call.
         ids: Tokens of the call `[T]`.
-        differs: Tells whether a call with as many tokens as these answers ends differently from torch.
-        hidden: As for `Reference.answers`.
+        differs: Returns whether a call with the tokens of these answers ends differently from torch.
+        hidden: The same as for `Reference.answers`.
 
     Returns:
-        Torch's answers up to that token. Where the call agrees with torch's pieces, those up to the end of a piece: it
-        is torch's own call that went the other way.
+        Torch's answers up to that token. If the call agrees with torch's pieces, torch decided the tie the other way,
+        and the answers end with a piece.
     """
     known: list[Answer] = []
     group, base = ids, past
@@ -115,7 +115,7 @@ def narrow(
 
 
 def _equal(check: Comparison, found: Snapshot, answer: Answer, logits: np.ndarray) -> bool:
-    """Return whether a call ended as torch did, with not even a tie between them."""
+    """Return whether a call ended exactly as torch's did, without even a tie."""
     try:
         return check.agrees(found, answer, logits)
     except Mismatch:
@@ -131,10 +131,10 @@ def _first_tie(
     ids: np.ndarray,
     start: int,
 ) -> list[Answer]:
-    """Search a call for a near tie; return torch's answers up to it, the session in torch's state after it.
+    """Search a call for a near tie; return torch's answers up to it, with the session in torch's state after it.
 
-    The call can have rounded a tie in its middle otherwise than a shorter one did, and keep the same slots in the end.
-    Then torch must end as it did once that tie is decided the other way.
+    The call may have rounded a tie in its middle differently from a shorter call, and still keep the same slots.
+    Then torch must reach the same end once that tie is decided the other way.
     """
 
     def call(answers: list[Answer]) -> tuple[Snapshot, np.ndarray]:
@@ -153,7 +153,7 @@ def _first_tie(
     except Mismatch as mismatch:
         ids = np.concatenate([answer.ids for answer in answers])
         steps = torch_model.answers(np.split(ids, len(ids)), copy.deepcopy(past), whole={len(ids) - 1})
-        if _equal(check, after, steps[-1], logits):  # it was torch's pieces that went the other way
+        if _equal(check, after, steps[-1], logits):  # torch's pieces decided the tie the other way
             check.resume(session, after, steps[-1])
             return steps
         ties = _ties(check, [before.tensors, *(answer.state for answer in steps)], mismatch.layer)
@@ -167,7 +167,7 @@ def _first_tie(
 
 @dataclass(frozen=True, order=True)
 class _Tie:
-    """A token that lost its slot by almost nothing: the difference in rank, where, and when."""
+    """A token that nearly kept its slot: the difference in rank, its place, and its time."""
 
     gap: float
     step: int
@@ -178,7 +178,7 @@ class _Tie:
 
 
 def _ties(check: Comparison, states: list[State], last: int | None = None) -> list[_Tie]:
-    """Return the near ties in a sequence of torch's states, the nearest first; none in layers behind the `last`."""
+    """Return the near ties in a sequence of torch's states, the nearest first; none in layers after `last`."""
     found = []
     for layer, mixer in enumerate(check.spec.mixers[: None if last is None else last + 1]):
         if mixer is None or not mixer.config.slots:
@@ -199,9 +199,9 @@ def _ties(check: Comparison, states: list[State], last: int | None = None) -> li
 
 @torch.inference_mode()
 def _otherwise(check: Comparison, torch_model: Reference, past: Any, ids: np.ndarray, tie: _Tie, width: int) -> Answer:
-    """Return torch's answer to the last token of a call once a tie in the middle of it is decided the other way.
+    """Return torch's answer to the last token of a call if a tie in the middle of it is decided the other way.
 
-    What comes after the tie is read in calls of `width` tokens.
+    The tokens after the tie are read in calls of `width` tokens.
     """
     cache = copy.deepcopy(past)
     if tie.step:
@@ -210,7 +210,7 @@ def _otherwise(check: Comparison, torch_model: Reference, past: Any, ids: np.nda
     assert mixer is not None
     scores = state["slot_score"][tie.row][tie.pool]
     lift, chosen = tie.gap + NUDGE, state["slot_position"][tie.row] == tie.position
-    if get_score(mixer.config.slots[tie.pool][0]).signal == "learned":  # a logarithm already
+    if get_score(mixer.config.slots[tie.pool][0]).signal == "learned":  # already a logarithm
         scores[chosen] += lift
     else:
         scores[chosen] *= math.exp(lift)

@@ -1,8 +1,8 @@
-"""The torch model of a checkpoint in fp32, with no more of it in memory than a layer.
+"""The torch model of a checkpoint in fp32, of which at most one layer is in memory.
 
-All pieces of a text go through a layer before the next layer is read, so one pass over the weights does for them,
-however large the model. What a piece sees of those before it is in the cache, as ever. Of the embedding there are the
-rows of the text's tokens, and the output is multiplied some rows at a time.
+All pieces of a text go through a layer before the next layer is read, so one pass over the weights is enough,
+however large the model. A piece sees earlier pieces through the cache, as usual. The embedding has only the rows of the
+text's tokens, and the output is multiplied some rows at a time.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 State = dict[str, np.ndarray]
 
 SHARE = 0.25
-"""Share of the free memory that all weights together may take to stay in memory when they are read again."""
+"""Largest share of the free memory that all weights together may take to stay in memory for later reads."""
 UNKNOWN = 1 << 32
-"""Bytes that are taken for free where the system does not say."""
+"""Bytes that are assumed to be free if the system does not report them."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What torch says after one call: the tokens of the call, logits `[V]`, and the state by `past.*` names.
+    """The torch model's result of one call: its tokens, logits `[V]`, and the state by `past.*` names.
 
-    `whole` is whether the state is complete; else only positions and scores of slots are there, and no cache, in which
-    torch's own state is kept to go on from.
+    `whole` is whether the state is complete. Otherwise it has only positions and scores of slots, and no cache. The
+    cache holds torch's own state, to continue from.
     """
 
     ids: np.ndarray
@@ -56,7 +56,7 @@ class Answer:
     cache: LigerCache | None = None
 
     def after(self) -> LigerCache:
-        """Return the cache after a whole answer; to be copied, not to be gone on from."""
+        """Return the cache after a whole answer; copy it before you continue from it."""
         assert self.cache is not None
         return self.cache
 
@@ -64,12 +64,12 @@ class Answer:
 class Reference:
     """The torch model, with the weights that an artifact stores.
 
-    These are compared with the checkpoint's when they are first read: each element has the nearest value that its type,
-    or the scale and zero point of its block, can say, and no row is far from the checkpoint's.
+    The weights are compared with the checkpoint's when they are first read: each element must be the nearest value that
+    its type, or the scale and zero point of its block, can represent, and no row may be far from the checkpoint's.
 
     Args:
         spec: The checkpoint.
-        artifact: Whose weights to take; None keeps the checkpoint's.
+        artifact: Artifact whose weights to take; None keeps the checkpoint's.
         storage: How they are stored.
         tolerance: Largest root mean square difference of a row to the checkpoint's, relative to the row's own.
     """
@@ -101,17 +101,17 @@ class Reference:
         hidden: bool = False,
         advance: Callable[[float], None] = lambda amount: None,
     ) -> list[Answer]:
-        """Run the pieces of a text, a call each.
+        """Run the pieces of a text, one call each.
 
         Args:
             pieces: Token ids `[T]`.
-            cache: What to go on from, and to leave the state in.
-            whole: Pieces whose answers have the complete state and a cache; None is all.
+            cache: State to continue from, which is updated.
+            whole: Pieces whose answers have the complete state and a cache; None means all.
             hidden: Whether answers also have the residual stream after each layer, as `past.LAYER.hidden` `[T, D]`.
-            advance: Told 1 after each layer.
+            advance: Called with 1 after each layer.
 
         Raises:
-            VerificationError: A stored weight is not the checkpoint's.
+            VerificationError: A stored weight differs from the checkpoint's.
         """
         states: list[State] = [{} for _ in pieces]
         caches = [self.new_cache() if whole is None or i in whole else None for i in range(len(pieces))]
@@ -157,7 +157,7 @@ class Reference:
         keep: Callable[[int, int, Any, Tensor], None],
         advance: Callable[[float], None],
     ) -> list[Tensor]:
-        """Run the layers one after the other; return what comes out of the last, `[1, T, D]` for each piece."""
+        """Run the layers one after the other; return the output of the last, `[1, T, D]` for each piece."""
         cache = self.new_cache() if cache is None else cache
         calls = self._calls(pieces, cache)
         streams = [layers[0][0] for layers in calls]
@@ -170,7 +170,7 @@ class Reference:
         return streams
 
     def _calls(self, pieces: list[np.ndarray], cache: LigerCache) -> list[list[tuple[Tensor, dict[str, Any]]]]:
-        """Return what the family's own model calls each layer with for each piece; only the first stream is real."""
+        """Return the arguments that the family's own model passes to each layer; only the first stream is real."""
         model, seen = self._model.model, self.new_cache()
         for i, entry in enumerate(seen.layers):
             _count(entry, cache.get_seq_length(i))
@@ -221,7 +221,7 @@ class Reference:
         setattr(self._model.get_submodule(owner), key, parameter)
 
     def _weight(self, name: str, wanted: np.ndarray | None = None) -> Tensor:
-        """Return a weight, of a large model only the rows `wanted`: the memory of the others is never touched."""
+        """Return a weight, or only the rows `wanted` if the model is large: the other rows are never read."""
         if name in self._held:
             return self._held[name]
         again, first = name in self._read, 0
@@ -239,14 +239,14 @@ class Reference:
         return weight
 
     def _rows(self, name: str) -> Iterator[Tensor]:
-        """Yield a weight, of a large model some rows at a time."""
+        """Yield a weight, some rows at a time if the model is large."""
         if self._holds:
             yield self._weight(name)
         else:
             yield from map(torch.from_numpy, self._slabs(name))
 
     def _slabs(self, name: str) -> Iterator[np.ndarray]:
-        """Yield rows of a weight as the artifact stores them, compared with the checkpoint's when they are new."""
+        """Yield rows of a weight as the artifact stores them, compared with the checkpoint's on first use."""
         own = weight_slabs(self._spec, name)
         if self._stored is None or self._form is None:
             yield from own
@@ -285,7 +285,7 @@ class Reference:
 
 
 def free_memory() -> int:
-    """Return the bytes that this process may still take: what the system has available, within a container's limit."""
+    """Return the bytes that this process may still take: the system's available memory, within a container's limit."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
     free = int(found[1]) * 1024 if found else UNKNOWN
     limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
@@ -300,12 +300,12 @@ def _read(path: str) -> str:
 
 
 def check_reading(spec: ModelSpec, progress: ProgressFactory = silent) -> None:
-    """Check that the torch model of a checkpoint, with its softmax alone, is what transformers makes of its weights.
+    """Check that the torch model of a checkpoint, with softmax alone, computes the same as transformers does.
 
-    The graph is written from the same reading of the checkpoint, so it could be wrong alike.
+    The graph is written from the same reading of the checkpoint, so both could otherwise be wrong in the same way.
 
     Raises:
-        VerificationError: A layer, or the logits, differ; names the first that does.
+        VerificationError: A layer, or the logits, differ; the message names the first that does.
         CheckpointError: transformers cannot run the checkpoint.
     """
     reference = Reference(spec)
@@ -326,7 +326,7 @@ def check_reading(spec: ModelSpec, progress: ProgressFactory = silent) -> None:
 
 
 def _empty_model(spec: ModelSpec) -> PreTrainedModel:
-    """Return the model without the memory of its weights; what it computes of its configuration is real."""
+    """Return the model without memory for its weights; tensors that it computes from its configuration are real."""
     from transformers import AutoModelForCausalLM
 
     from ligerexport.layers.mixer import read_config

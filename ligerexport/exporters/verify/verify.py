@@ -4,7 +4,7 @@ Weights are first compared with the checkpoint's, element by element. Then torch
 artifact stores, so that no error of the graph is mistaken for rounding. The cost of rounding is measured separately.
 
 Torch runs first and only its answers are kept, so the weights are in memory once. Tokens keep their slots by comparing
-fp32 scores, so two right answers can differ when scores tie. Such ties are told apart from errors, counted, and
+fp32 scores, so two correct answers can differ when scores tie. Such ties are told apart from errors, counted, and
 resolved by copying torch's state. `replay` searches for ties inside a call.
 """
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 
 PIECES = 6
-"""Pieces that the prompt is cut into, at random places."""
+"""Number of pieces that the prompt is cut into, at random places."""
 STEPS = 24
-"""Tokens, the text's first once more, that are fed one by one; the greedy choice after each is compared."""
+"""Number of tokens, from the text's beginning, that are fed one by one; each greedy choice after them is compared."""
 WHOLE = 8
-"""Every eighth step is compared with the whole state."""
+"""The whole state is compared after every eighth step."""
 
 
 def verify_artifact(
@@ -53,10 +53,10 @@ def verify_artifact(
         progress: Opens a phase.
 
     Returns:
-        The numbers for the manifest: of the comparison, and from `cost_of_precision`.
+        The numbers for the manifest, from the comparison and from `cost_of_precision`.
 
     Raises:
-        VerificationError: They differ, or ONNX Runtime fails; names the first layer that does.
+        VerificationError: They differ, or ONNX Runtime fails; the message names the first layer that does.
         CheckpointError: transformers cannot run the checkpoint.
         LigerError: Memory ran out.
     """
@@ -70,7 +70,7 @@ def verify_artifact(
         answers = reference.answers(pieces, whole=whole, advance=advance)
     comparison = Verification(spec, tolerance, reference, progress)
     mismatch = _compare(comparison, artifact, answers, progress)
-    plugin = artifact.manifest.lowering == "plugin"  # which ONNX Runtime cannot run
+    plugin = artifact.manifest.lowering == "plugin"  # ONNX Runtime cannot run it
     if mismatch is not None:
         try:
             found = first_difference(spec, artifact, pieces, reference)
@@ -117,11 +117,11 @@ def prompt_ids(spec: ModelSpec) -> np.ndarray:
 
 
 class Verification(Comparison):
-    """Runs a session against torch's answers.
+    """Runs a session and compares it with torch's answers.
 
     Args:
         spec: The checkpoint.
-        tolerance: By how much the graph may differ.
+        tolerance: How much the graph may differ.
         reference: The torch model, to search a call for tied scores; without it every difference is an error.
         progress: Opens a phase for each search.
     """
@@ -134,11 +134,11 @@ class Verification(Comparison):
         progress: ProgressFactory = silent,
     ) -> None:
         super().__init__(spec, tolerance)
-        scored = any(mixer is not None and mixer.config.slots for mixer in spec.mixers)  # nothing else can tie
+        scored = any(mixer is not None and mixer.config.slots for mixer in spec.mixers)  # only slots can tie
         self._reference, self._progress = reference if scored else None, progress
 
     def run(self, session: Engine, answers: list[Answer], advance: Any, prompt: int = PIECES) -> None:
-        """Feed the prompt, the first `prompt` answers, in torch's pieces and then step; then all of it at once.
+        """Feed the prompt, the first `prompt` answers, in torch's pieces, then steps, and then the prompt at once.
 
         Raises:
             Mismatch: Something differs by more than the tolerance.
@@ -161,9 +161,9 @@ class Verification(Comparison):
     def _call(
         self, session: Engine, answer: Answer, past: LigerCache | None = None, start: int = 0
     ) -> np.ndarray | None:
-        """Feed and compare one call after `start` tokens; return its logits, None where a near tie left it open.
+        """Feed and compare one call after `start` tokens; return its logits, or None after a near tie.
 
-        `past` is torch's state before it, None where nothing was seen.
+        `past` is torch's state before it, None if nothing was seen.
         """
         self.result.checks += 1
         self.result.tokens += len(answer.ids)
@@ -187,7 +187,7 @@ class Verification(Comparison):
         return None
 
     def _check_choice(self, expected: np.ndarray, found: np.ndarray) -> None:
-        """Compare the greedy choice, unless two logits are as near as the tolerance."""
+        """Compare the greedy choice, unless two logits are closer than the tolerance."""
         self.result.greedy_tokens += 1
         if expected.argmax() == found.argmax() or expected.max() - expected[found.argmax()] < 2 * self.tolerance.logits:
             self.result.greedy_tokens_equal += 1
@@ -196,7 +196,7 @@ class Verification(Comparison):
 
 
 def _explain(artifact: Artifact, found: Mismatch | None, mismatch: Mismatch) -> VerificationError:
-    """Say which layer is the first that differs, where one was found."""
+    """Return an error that names the first layer that differs, if one was found."""
     where = "no layer was found that differs by itself"
     if found is not None and found.layer is not None:
         where = f"layer {found.layer} is the first that differs ({found.what})"

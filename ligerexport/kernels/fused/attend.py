@@ -30,7 +30,7 @@ def far_logits(
     b_q, b_k, t, time, p_angles, plane, reach, cap,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return scalar products at the largest rotary distance, and the queries and keys turned for it."""
+    """Return scalar products at the largest rotary distance, and the queries and keys rotated for it."""
     cos, sin = angles(p_angles, plane, cap - t, reach, WIDTH // 2, R)
     far_q = turn(b_q, cos, sin, ROWS, WIDTH).to(b_q.dtype)
     cos, sin = angles(p_angles, plane, tl.minimum(-time, cap), reach, WIDTH // 2, R)
@@ -135,7 +135,7 @@ def tiles(width: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def query_programs(found: Candidates, tile: dict[str, int]) -> int:
-    """Return how many programs of a tile the queries of one KV head take."""
+    """Return how many programs of a tile the queries of one KV head need."""
     return triton.cdiv(found.length, tile["QUERIES"]) * (found.query.shape[1] // found.key.shape[1])
 
 
@@ -149,7 +149,7 @@ def attend(
         death: `[B, H_kv, C]` int32, the time from which each candidate is no longer seen.
         table: From `old_table` for this `death`.
         d_v: Width of the values.
-        with_output: Whether to compute the output and not only the normaliser.
+        with_output: Whether to compute the output too, and not only the normaliser.
 
     Returns:
         Output `[B, T, H_q, d_v]` and the normaliser `[B, H_q, T]`: the logarithm to base 2 of the sum of exponentials.

@@ -1,7 +1,7 @@
 """The gradients of `attend`, from its normaliser and output.
 
-Queries work through their list again. Keys gather from the blocks of queries that see them. For keys that the memory
-kept, these are chapters of several blocks, whose sums are then added in a fixed order: results are deterministic.
+Queries go through their list again. Keys gather from the blocks of queries that see them. For keys that the memory
+kept, blocks are grouped into chapters whose sums are then added in a fixed order, so results are deterministic.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ligerexport.kernels.fused.launch import launch, layout, same
 from ligerexport.kernels.fused.numbers import LOG2E
 
 CHAPTER = 4
-"""Blocks of queries for which a kept key gathers its gradient in one sum."""
+"""Number of query blocks for which a kept key gathers its gradient in one sum."""
 
 
 @triton.jit
 def _store_turned_back(
     p_row, m_row, x, cos, sin, ROWS: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, R: tl.constexpr
 ):
-    """Turn rows back by their angles and store them with the channels in their own order."""
+    """Rotate rows back by their angles and store them with the channels in their own order."""
     first, second = tl.split(tl.reshape(x, (ROWS, WIDTH // 2, 2)))
     i_first, i_second, m_pair = channels(WIDTH // 2, D, R)
     mask = m_row[:, None] & m_pair[None, :]
@@ -166,7 +166,7 @@ def _gather(
     if FAR:
         far = sees & (t[None, :] - token[:, None] > cap)
         if tl.max(far.to(tl.int32)) > 0:
-            # as `far_logits`, with the sides exchanged
+            # the same as `far_logits`, with the sides exchanged
             cos, sin = angles(p_angles, plane, cap - t, reach, WIDTH_K // 2, R)
             far_q = turn(b_q, cos, sin, QUERIES, WIDTH_K).to(b_q.dtype)
             cos, sin = angles(p_angles, plane, -token, reach, WIDTH_K // 2, R)
@@ -192,7 +192,7 @@ def _kept_kernel(
     WIDTH_V: tl.constexpr, R: tl.constexpr, CAPACITY: tl.constexpr, CHAPTER: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, QUERIES: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gather for up to `KEYS` keys of a chapter's list from all blocks of the chapter."""
+    """Gather the gradients of up to `KEYS` keys of a chapter's list from all blocks of the chapter."""
     parts: tl.constexpr = CAPACITY // KEYS
     tiles: tl.constexpr = BLOCK // QUERIES
     chapter, part = tl.program_id(0) // parts, tl.program_id(0) % parts
@@ -233,7 +233,7 @@ def _near_kernel(
     D_V: tl.constexpr, WIDTH_V: tl.constexpr, R: tl.constexpr, CAPACITY: tl.constexpr, CHAPTER: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add up the chapters' parts for some keys of a block, gather from the blocks close by, and write the gradients."""
+    """Add the chapters' parts for some keys of a block, gather from the blocks close by, and write the gradients."""
     tiles: tl.constexpr = BLOCK // QUERIES
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     block = tl.program_id(0) * KEYS // BLOCK
@@ -246,7 +246,7 @@ def _near_kernel(
     b_dv = tl.zeros((KEYS, WIDTH_V), tl.float32)
     death = tl.load(p_death + lane, mask=m_c, other=-1)
     if CAPACITY > 0:
-        stop = tl.minimum((tl.max(death) - 1) // (CHAPTER * BLOCK) + 1, chapters)  # nothing reads on after a death
+        stop = tl.minimum((tl.max(death) - 1) // (CHAPTER * BLOCK) + 1, chapters)  # no query sees a key after its death
         for chapter in range((block + back + 1) // CHAPTER, stop):
             place = tl.load(p_place + (bh * chapters + chapter) * length + token, mask=m_c, other=-1)
             if tl.max(place) >= 0:
@@ -292,7 +292,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients `[B, T, H, d]` of query, key and value of the call's tokens.
 
-    `lse_gradient` is that of the base-2 normalisers, None for zero.
+    `lse_gradient` is the gradient of the base-2 normalisers, None for zero.
     """
     batch, length, q_heads, d_v = output.shape
     kv_heads, width_k, width_v = found.key.shape[1], found.key.shape[3], found.value.shape[3]
@@ -349,7 +349,7 @@ class _Kept(NamedTuple):
 
 
 def _kept_gradients(found: Candidates, call: Hashable, common: tuple[Tensor, ...], constants: dict[str, Any]) -> _Kept:
-    """Sum the gradients of kept keys by chapter; `common` are the first arguments of kernels that gather."""
+    """Sum the gradients of kept keys by chapter; `common` holds the first arguments of kernels that gather."""
     death, gradient, config, blocks = common[3], common[5], found.spec.config, found.blocks
     batch, kv_heads, _, width_k = found.key.shape
     back = triton.cdiv(config.window - 1, BLOCK)

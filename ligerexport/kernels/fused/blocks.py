@@ -13,7 +13,7 @@ from ligerexport.kernels.fused.numbers import LOG2E
 FAINTEST_DECAY = tl.constexpr(-256.0)
 """Bits of decay per token beyond which fp32 forgets everything anyway; keeps sums finite for a decay of -inf."""
 REACH = tl.constexpr(80.0)
-"""Most bits of decay in half a chunk for which factors around the middle of the chunk do not overflow."""
+"""Largest decay in bits in half a chunk for which factors around the middle of the chunk do not overflow."""
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def around_reference(r, before, after):
     """Choose a reference per channel so that no factor overflows.
 
     A mild channel is factored around the middle of the chunk. A strong channel, which forgets more than REACH bits in
-    half a chunk, is factored around the start for queries and around the end for keys. What crosses the chunk stays
+    half a chunk, is factored around the start for queries and around the end for keys. Products across the chunk stay
     exact; pairs inside it, which come out below 2 ** -REACH of their value, are added by `strong_channels`.
 
     Returns:

@@ -18,13 +18,13 @@ from ligerexport.kernels.fused.launch import launch, layout, same
 from ligerexport.model.state import MixerSpec, MixerState
 
 BLOCK = 64
-"""Queries that are mixed at a time."""
+"""Number of queries that are mixed at a time."""
 
 NARROWEST = 32
-"""Fewest channels of a tile; with 16, Triton 3.6 computes a wrong gradient of fp32 queries on an H100."""
+"""Smallest number of channels of a tile; with 16, Triton 3.6 computes a wrong gradient of fp32 queries on an H100."""
 
 EMPTY = tl.constexpr(-(2**30))
-"""Time of an empty candidate; differences to it still fit in 32 bits."""
+"""Time of an empty candidate; differences from it still fit in 32 bits."""
 NEVER = tl.constexpr(2**31 - 1)
 """Death of a candidate that stays."""
 
@@ -41,8 +41,8 @@ class Candidates:
         query: `[B, H_q, T, D_k]`, rotated by the token's index.
         key: `[B, H_kv, C, D_k]`, rotated by `time`, carried ones by at most the largest distance.
         value: `[B, H_kv, C, D_v]`.
-        time: `[B, H_kv, C]` int32, index of the token, negative for carried ones, `EMPTY` for nothing.
-        leave: `[B, H_kv, C]` int32, time at which it leaves the window: never for a sink, always for nothing.
+        time: `[B, H_kv, C]` int32, index of the token, negative for carried ones, `EMPTY` for empty ones.
+        leave: `[B, H_kv, C]` int32, time at which it leaves the window: never for a sink, always for an empty one.
         score: `[B, H_kv, P, C]`; attention received in this call is not in it yet.
         source: `[B, H_kv, N]` int32, the slot of the state from which a carried candidate came.
         position: `[B]` int64.
@@ -80,7 +80,7 @@ class Candidates:
 
     @property
     def precision(self) -> str:
-        """How scalar products of fp32 are computed."""
+        """Precision of scalar products of fp32."""
         return "tf32x3" if self.query.dtype == torch.float32 else "ieee"
 
 
@@ -97,7 +97,7 @@ def angles(p_angles, plane, offset, reach, PAIRS: tl.constexpr, R: tl.constexpr)
 
 @triton.jit
 def channels(PAIRS: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
-    """Return the two channels of each pair; beyond 2 R channels neighbours are paired and do not turn."""
+    """Return the two channels of each pair; beyond 2 R channels neighbours are paired and are not rotated."""
     pair = tl.arange(0, PAIRS)
     if 2 * R == D:
         first, second = pair, pair + R
@@ -108,7 +108,7 @@ def channels(PAIRS: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def turn(x, cos, sin, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Turn the pairs of neighbours of a tile `[ROWS, WIDTH]`."""
+    """Rotate the pairs of neighbours of a tile `[ROWS, WIDTH]`."""
     first, second = tl.split(tl.reshape(x.to(tl.float32), (ROWS, WIDTH // 2, 2)))
     turned = tl.join(first * cos - second * sin, second * cos + first * sin)
     return tl.reshape(turned, (ROWS, WIDTH))
@@ -116,7 +116,7 @@ def turn(x, cos, sin, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _load_turned(p_row, m_row, cos, sin, ROWS: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
-    """Load rows `[ROWS]` of d channels, turn them and return them `[ROWS, WIDTH]` with pairs side by side."""
+    """Load rows `[ROWS]` of d channels, rotate them and return them `[ROWS, WIDTH]` with pairs side by side."""
     first, second, m_pair = channels(WIDTH // 2, D, R)
     mask = m_row[:, None] & m_pair[None, :]
     b_first = tl.load(p_row[:, None] + first[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -185,7 +185,7 @@ def _slots_kernel(
     POOLS: tl.constexpr, D_K: tl.constexpr, WIDTH_K: tl.constexpr, D_V: tl.constexpr, WIDTH_V: tl.constexpr,
     R: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Put carried slots in the order of their positions, empty ones first, and turn their keys."""
+    """Put carried slots in the order of their positions, empty ones first, and rotate their keys."""
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     other = tl.arange(0, SLOTS_PADDED)
@@ -208,7 +208,7 @@ def _slots_kernel(
         b_score = tl.load(p_slot_score + (bh * POOLS + pool) * SLOTS + n, mask=m_n, other=0.0)
         tl.store(p_score + (bh * POOLS + pool) * count + place, b_score, mask=m_n)
 
-    # An empty slot may hold anything, also numbers whose product with zero is not zero.
+    # An empty slot may hold any number, also one whose product with zero is not zero.
     m_full = m_n & (time != EMPTY)
     cos, sin = angles(p_angles, plane, tl.maximum(time, -cap), reach, WIDTH_K // 2, R)
     turned = _load_turned(p_slot_key + (bh * SLOTS + n) * D_K, m_full, cos, sin, ROWS, WIDTH_K, D_K, R)
@@ -231,7 +231,7 @@ def gather_candidates(
     spec: MixerSpec,
     rotary: Tensor,
 ) -> Candidates:
-    """Return the candidates of a call; arguments as in `memory_attention`."""
+    """Return the candidates of a call; the arguments are those of `memory_attention`."""
     batch, length, q_heads, d_k = query.shape
     position = position.contiguous()
     kv_heads, d_v = value.shape[2:]

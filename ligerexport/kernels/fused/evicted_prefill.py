@@ -1,8 +1,8 @@
 """`ligerexport.kernels.evicted` for a whole chunk in kernels only, without a gradient and without torch in between.
 
-The deaths of candidates say what each step evicts. A running sum of features is the sum of the blocks before and a sum
-within the block. The kernels of linear attention read the values, with queries divided by the count, since the sum of
-many thousand values exceeds fp16.
+The deaths of candidates give the token that each step evicts. A running sum of features is the sum of the blocks before
+and a sum within the block. The kernels of linear attention read the values, with queries divided by the count, since
+the sum of many thousand values exceeds fp16.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def evicted_prefill(
         attended: Result of `memory_attention.forward` for them.
         state: Slots, recurrent state and mass before the call.
         spec: The layer.
-        rotary: As in `prefill`.
+        rotary: The same as in `prefill`.
 
     Returns:
         The new state and mass.
@@ -49,7 +49,7 @@ def evicted_prefill(
     feature = query.new_empty(batch, tokens, kv_heads, d_k)
     value = query.new_empty(batch, tokens, kv_heads, d_v)
     totals = query.new_empty(batch, kv_heads, blocks, d_k, dtype=torch.float32)
-    # divided by the count, they exceed the range of fp16
+    # queries divided by the count exceed the range of fp16
     wanted = query.new_empty(query.shape, dtype=torch.bfloat16 if dtype == torch.float16 else dtype)
     share = query.new_empty(batch, tokens, q_heads, dtype=torch.float32)
     mass = torch.empty_like(state["recurrent_mass"])
@@ -97,7 +97,7 @@ def _gather_kernel(
     WIDTH_V: tl.constexpr, R: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write features and values of what a block's steps evict, and the sum of the features. Grid: (blocks, H, B)."""
+    """Write features and values of the tokens that a block evicts, and the features' sum. Grid: (blocks, H, B)."""
     block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh = b * H + h
     t = block * BLOCK + tl.arange(0, BLOCK)
@@ -172,7 +172,7 @@ def _features_kernel(
 def _join_kernel(
     p_mixed, p_read, p_share, tokens, HEADS: tl.constexpr, D_V: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Mix what was read from the state into the softmax's output, in place. Grid: (T, B)."""
+    """Mix the answer of the state into the softmax's output, in place. Grid: (T, B)."""
     row = tl.program_id(1).to(tl.int64) * tokens + tl.program_id(0)
     for start in tl.static_range(0, HEADS * D_V, BLOCK):
         i = start + tl.arange(0, BLOCK)

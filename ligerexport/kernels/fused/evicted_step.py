@@ -26,7 +26,7 @@ def evicted_step(
     """Add the evicted token to the sums, in place, and their answer to the softmax's output.
 
     Args:
-        query: As in `mixer_step`; `position`, `index`, `rotary`, `state` and `spec` likewise.
+        query: The same as in `mixer_step`, also `position`, `index`, `rotary`, `state` and `spec`.
         out: `[B, H_q, d_v]`, contiguous, to write to.
         lost: For each KV head of each sequence, fp32: the softmax's output `[G, d_v]`, the evicted key `[d_k]` and
             value `[d_v]`, base-2 logarithms of the softmax's denominators `[G]`, and 1 if a token was evicted or 0.
@@ -45,7 +45,7 @@ def evicted_step(
 
 
 def rotary_places(spec: MixerSpec, rotary: Tensor) -> tuple[dict[str, int], float]:
-    """Return where `slow_turn` reads the table, and the sine of the fastest rotation per token that counts as slow."""
+    """Return the places in the table that `slow_turn` reads, and the sine of the fastest slow rotation per token."""
     distance, rotated = min(spec.config.recurrence_distance, spec.max_distance), rotary.shape[-1]
     near, far = spec.max_distance - 1, spec.max_distance - distance
     places = {"R": rotated, "NEAR": near * rotated, "FAR": far * rotated, "TABLE": rotary.shape[1] * rotated}
@@ -59,7 +59,7 @@ def slow_turn(
     """Return the rotation of each channel over the distance; channels that rotate too fast are left out.
 
     Returns:
-        Factors of a channel and of its partner, which channels are slow, which of these rotate, and the partner's
+        Factors of a channel and of its partner, masks of slow channels and of those that rotate, and the partner's
         number.
     """
     rotated, second = o_k < 2 * R, o_k >= R
@@ -89,7 +89,7 @@ def _evicted_step_kernel(
         row = tl.load(p_index + b).to(tl.int64)
         if row < 0:
             return
-    G_PAD: tl.constexpr = 16  # the fewest rows of a matrix product
+    G_PAD: tl.constexpr = 16  # the smallest number of rows of a matrix product
     o_g, o_k = tl.arange(0, G_PAD), tl.arange(0, DK_PAD)
     m_g, m_k = o_g < G, o_k < D_K
     now = tl.load(p_position + b).to(tl.int32)

@@ -1,6 +1,6 @@
 """Launch a kernel again without specialising it again.
 
-Triton inspects every argument of every launch, which takes longer than a kernel of a few microseconds runs.
+Triton inspects every argument of every launch, which takes longer than a kernel of a few microseconds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 MOST = 4096
-"""Most launches that are remembered, since lengths of text vary without limit."""
+"""Largest number of launches that are remembered, since the length of a text has no limit."""
 
 _COMPILED: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
@@ -26,7 +26,7 @@ def layout(*tensors: Tensor | None) -> Hashable:
 
 @lru_cache(maxsize=1024)
 def same(*things: Hashable) -> Hashable:
-    """Return one object for equal things, which is faster to look up than they are."""
+    """Return one object for equal things, which is faster to look up than the things themselves."""
     return object()
 
 
@@ -39,7 +39,7 @@ def launch(
         key: Determines everything else: equal keys promise equal integers and constants, and tensors of equal dtype and
             alignment.
         kernel: A function of `triton.jit`.
-        grid: Programs.
+        grid: Number of programs along each axis.
         *arguments: The first arguments of the kernel, which vary.
         constants: Returns the other arguments and Triton's options; called once per key.
     """

@@ -16,9 +16,9 @@ from ligerexport.kernels.linear import ACTIVATIONS, LinearSpec
 from ligerexport.kernels.tuning import get_product_tile, overlaps
 
 FEW_ROWS = 64
-"""Most rows in a step of many sequences, whose launches overlap; a prompt has more."""
+"""Largest number of rows in a step of many sequences, whose launches overlap; a prompt has more."""
 SMALL_WEIGHT = 1 << 22
-"""Elements of a weight up to which the product of a few rows overlaps; above, it was slower on an H100 (16 rows)."""
+"""Largest weight, in elements, for which the product of a few rows overlaps; above it was slower (H100, 16 rows)."""
 
 
 def linear(
@@ -32,10 +32,10 @@ def linear(
     out: Tensor,
     side: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Compute `spec`; arguments as those of `ligerexport.kernels.linear.linear`, all contiguous.
+    """Compute `spec`; the other arguments are those of `ligerexport.kernels.linear.linear`, all contiguous.
 
     Args:
-        out: `[M, N]` to write to, fp32 or of the weight's type, as `spec.wide` says.
+        out: `[M, N]` to write to, fp32 or of the weight's type, depending on `spec.wide`.
         side: Weight `[S, K]` and bias `[S]` of the second product, and its result `[M, S]`, all fp32.
 
     Returns:
@@ -57,7 +57,7 @@ def linear(
         normed = None if norm is None else torch.empty(rows, k, dtype=weight.dtype, device=x.device)
         block = triton.next_power_of_2(k)
         height = 1 if few else max(1, min(4, 16384 // block))
-        sides = 1 if few else max(1, spec.side)  # per program; otherwise few rows would make few programs
+        sides = 1 if few else max(1, spec.side)  # per program; few rows would otherwise give few programs
         _norm_kernel[(triton.cdiv(rows, height), triton.cdiv(max(1, spec.side), sides))](
             x, norm, normed, *(side or (None,) * 3), rows, K=k, S=spec.side, SIDES=sides, EPSILON=epsilon,
             BLOCK_M=height, BLOCK_K=block, OVERLAP=overlap, num_warps=8 if block > 2048 else 4,
@@ -117,7 +117,7 @@ def _row_kernel(
     ROWS: tl.constexpr = N % BLOCK_N == 0
     COLUMNS: tl.constexpr = K % BLOCK_K == 0
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    if p_side_out is not None:  # noqa: SIM102, since only the first is known to the compiler
+    if p_side_out is not None:  # noqa: SIM102, because the compiler knows only the first
         if tl.program_id(0) >= BLOCKS:
             wait(OVERLAP)
             _side_output(p_x, p_side_weight, p_norm, p_side_bias, p_side_out, tl.program_id(0) - BLOCKS, K, EPSILON,

@@ -24,7 +24,7 @@ from ligerexport.kernels.tuning import Tile, get_tile, padded, target
 from ligerexport.model.gates import get_gate
 
 SCANNED = 1024
-"""Elements of the state that a program of `scan_states` carries."""
+"""Number of state elements that a program of `scan_states` carries."""
 
 TOGETHER = strong_channels.TOGETHER.value
 
@@ -33,7 +33,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What all launches share of calls with tensors of one layout; found once, and the key of what was compiled."""
+    """Values that all launches share for tensors of one layout, found once; also the key of their compiled kernels."""
 
     tokens: int
     heads: int
@@ -86,7 +86,7 @@ class _Call:
         )
 
     def mapped(self, kernel: str) -> str:
-        """Return the name of the tile of a kernel that is another one where it has feature maps to compute."""
+        """Return the name of a kernel's tile, which differs if the kernel also computes feature maps."""
         return kernel if self.query_map == "none" else kernel + "_maps"
 
     def cut(self, cu_seqlens: Tensor | None, length: int, device: torch.device) -> Segments:
@@ -95,7 +95,7 @@ class _Call:
         return cut(cu_seqlens, self.tokens, length, self.chunk)
 
     def walk(self, kernel: str) -> dict[str, Any]:
-        """Return what every kernel takes that works on states."""
+        """Return the arguments of all kernels that work on states."""
         return {
             "HEADS": self.heads, "GROUP": self.group, "K": self.d_k, "V": self.d_v, "BK": padded(self.d_k),
             "BV": self.block_v(kernel), "C": self.chunk, "OPERAND": self.operand, "PRECISION": self.precision,
@@ -103,11 +103,11 @@ class _Call:
         }  # fmt: skip
 
     def maps(self) -> dict[str, Any]:
-        """Return what every kernel takes that reads raw projections."""
+        """Return the arguments of all kernels that read raw projections."""
         return {"QUERY_MAP": self.query_map, "KEY_MAP": self.key_map, "DIVISOR": self.divisor}
 
     def elementwise(self, kernel: str) -> dict[str, Any]:
-        """Return what `prepare` or `finish_gradient` takes."""
+        """Return the arguments of `prepare` or `finish_gradient`."""
         tile = self.tile(self.mapped(kernel))
         return {
             "HEADS": self.heads, "GROUP": self.group, "K": self.d_k, "BK": self.block_k(kernel), "C": self.chunk,
@@ -118,9 +118,9 @@ class _Call:
 
 @lru_cache(maxsize=1024)
 def _call(layouts: Any, sequences: int, packed: bool, gate: str | None, target: int) -> _Call:
-    """Return the call for the `layout` of query, key, value `[T, H, d]` and whatever else comes in.
+    """Return the call for the `layout` of query, key, value `[T, H, d]` and all other inputs.
 
-    `packed` decides numbers of segments, and `target` tiles: calls that differ in them share nothing.
+    `packed` decides the number of segments and `target` the tiles, so calls that differ in them share nothing.
     """
     (tokens, q_heads, d_k), _, dtype, *_ = layouts[0]
     (_, heads, _), (_, _, d_v) = layouts[1][0], layouts[2][0]
@@ -154,10 +154,10 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What `prepare` leaves.
+    """The results of `prepare`.
 
-    Queries `[T, H_q, d_k]` and keys `[T, H_kv, d_k]` that carry their decay; of each chunk `[chunks, H_kv]` the factors
-    `[.., 3, d_k]` of the state and whether a channel is strong; where one is, its scores `[chunks, H_q, C, C]`.
+    Queries `[T, H_q, d_k]` and keys `[T, H_kv, d_k]` that carry their decay. For each chunk `[chunks, H_kv]`, the
+    factors `[.., 3, d_k]` of the state and whether a channel is strong; if one is, its scores `[chunks, H_q, C, C]`.
     """
 
     query: Tensor
@@ -169,7 +169,7 @@ class _Prepared:
 
 def _prepare(call: _Call, chunks: Segments, query: Tensor, key: Tensor, decay: Tensor, scale: float) -> _Prepared:
     q_heads, blocks = call.heads * call.group, call.blocks["prepare"]
-    new_flags = torch.empty if blocks == 1 else torch.zeros  # several blocks of channels add theirs
+    new_flags = torch.empty if blocks == 1 else torch.zeros  # several blocks of channels add to it
     made = _Prepared(
         query.new_empty(query.shape, dtype=call.saved),
         query.new_empty(key.shape, dtype=call.saved),
@@ -246,10 +246,10 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, gate: str | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Run the recurrence; arguments and the first two results as `ligerexport.kernels.library.linear_attention`.
+    """Run the recurrence; arguments and first two results are those of `ligerexport.kernels.library.linear_attention`.
 
     Returns:
-        Output, final state, and the states before each segment `[S, H_kv, d_k, d_v]` fp32 for `backward`; S is 0 where
+        Output, final state, and the states before each segment `[S, H_kv, d_k, d_v]` fp32 for `backward`; S is 0 if
         each sequence is one segment.
     """
     batch, length = query.shape[:2]
@@ -311,7 +311,7 @@ def backward(
         prepared.query, prepared.key, prepared.flags, prepared.strong, do, dv, after, chunks.table, *_strides(do, dv),
         constants=lambda: call.walk("value_gradient"),
     )  # fmt: skip
-    # a softmax's gradient is a difference of what rounding would not leave
+    # a softmax's gradient is a difference of numbers that rounding would make equal
     saved = call.saved if gate is None else torch.float32
     scaled_dq, scaled_dk = (
         torch.empty_like(x, dtype=saved, memory_format=torch.contiguous_format) for x in (query, key)
@@ -328,7 +328,7 @@ def backward(
         q, k, v, g, prepared.factors, prepared.flags, do, scaled_dq, scaled_dk, dg, chunks.table, chunks.count, scale,
         *_strides(q, k, v, g, do, dg), constants=lambda: call.walk("strong_channels") | call.maps(),
     )  # fmt: skip
-    same = saved == query.dtype  # then in place
+    same = saved == query.dtype  # same dtype: write in place
     d_query, d_key = (x if same else torch.empty_like(x, dtype=query.dtype) for x in (scaled_dq, scaled_dk))
     dq, dk = d_query.flatten(0, 1), d_key.flatten(0, 1)
     launch(

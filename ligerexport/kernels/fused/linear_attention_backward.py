@@ -1,6 +1,6 @@
 """Gradients of gated linear attention on the GPU, chunk by chunk in parallel, from the states on both sides of a chunk.
 
-`prepare` and `segment_states` have left scaled queries and keys, the state before each chunk and the gradient of the
+`prepare` and `segment_states` have written scaled queries and keys, the state before each chunk and the gradient of the
 state after it. `scaled_gradient` needs no factors; `finish_gradient` applies them and the feature maps. The gradient of
 the decay comes from q dq - k dk, summed within the chunk alone and over products that cancel exactly, so that its error
 does not grow with the length.
@@ -92,7 +92,7 @@ def scaled_gradient(
     p_v, stride_k = v + first * stride_v + head * stride_vh, HEADS * K
     p_key, stride_q = (first * HEADS + head) * K, HEADS * GROUP * K
 
-    cross = tl.zeros([C, BK], tl.float32)  # of keys, through the state after the chunk
+    cross = tl.zeros([C, BK], tl.float32)  # gradient of keys through the state after the chunk
     bound = tl.zeros([BK], tl.float32)
     for n in range(0, tl.cdiv(V, BV)):
         columns = n * BV + tl.arange(0, BV)
@@ -107,7 +107,7 @@ def scaled_gradient(
         leave = tl.load(p_factors + LEAVE * K, mask=m_k, other=1.0)
         passed = tl.load(p_factors + PASSED * K, mask=m_k, other=0.0)
         bound = bound * tl.where(is_strong(enter, leave, passed), tl.exp2(passed), 1.0)
-    within = tl.zeros([C, BK], tl.float32)  # of keys, through pairs of the chunk
+    within = tl.zeros([C, BK], tl.float32)  # gradient of keys through pairs in the chunk
     balance = tl.zeros([C, BK], tl.float32)
     key = load_block(scaled_k + p_key, token, channels, stride_k, m_rows, K, BK)
     for j in tl.range(0, GROUP):

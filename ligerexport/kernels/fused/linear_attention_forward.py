@@ -1,8 +1,8 @@
 """Gated linear attention forward on the GPU: four launches, or two where each sequence is one segment.
 
-`prepare` turns raw projections into queries and keys that carry their decay within a chunk, so that all that follows is
-matrix products. `segment_states` sums what each segment adds to the state, `scan_states` carries it over segments, and
-`attend_segments` walks each segment with the state in registers. State and keys are worked on once a KV head.
+`prepare` turns raw projections into queries and keys that carry their decay within a chunk, so that the rest consists
+of matrix products. `segment_states` sums each segment's contribution to the state, `scan_states` carries it over
+segments, and `attend_segments` walks each segment with the state in registers. Each KV head processes its state once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAST = tl.constexpr(3)
 FIRST_CHUNK = tl.constexpr(4)
 COLUMNS = tl.constexpr(5)
 
-# What `prepare` leaves of each chunk and KV head, `[3, K]`.
+# Outputs of `prepare` for each chunk and KV head, `[3, K]`.
 ENTER = tl.constexpr(0)
 LEAVE = tl.constexpr(1)
 PASSED = tl.constexpr(2)
@@ -46,7 +46,7 @@ def prepare(
     QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DIVISOR: tl.constexpr, STAGES: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write scaled features of queries and keys, and what the state takes. Grid: (KV heads, chunks, K blocks)."""
+    """Write scaled features of queries and keys, and the state's factors. Grid: (KV heads, chunks, K blocks)."""
     head, chunk = tl.program_id(0), tl.program_id(1)
     row = chunks + chunk * COLUMNS
     at = chunk * HEADS + head
@@ -101,7 +101,7 @@ def segment_states(
     if sequence < 0:
         return
     if not STORE_CHUNKS and not REVERSE and last > 0:
-        return  # nobody reads what the last segment leaves behind
+        return  # the state after the last segment is not read
     token, channels, columns = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
     m_k = channels < K
     at = (segment * HEADS + head).to(tl.int64)
@@ -147,7 +147,7 @@ def scan_states(
 ):  # fmt: skip
     """Turn each segment's own sum into the state that it starts from (REVERSE: ends with), in place.
 
-    `final` takes what is left over after the last segment, written in reverse only: forward, `attend_segments` knows
+    `final` receives the state after the last segment, only in reverse: forward, `attend_segments` writes
     it. Grid: (blocks of K V, KV heads, sequences).
     """
     block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)

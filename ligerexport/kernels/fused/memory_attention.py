@@ -1,7 +1,7 @@
 """Softmax attention over the bounded exact memory for all tokens of a call at once, with Triton kernels.
 
 `ligerexport.kernels.memory_attention` defines the result. Here each key is visible from its arrival until its death, so
-the policy of the memory is one array of integers. It is computed first; attention then knows no pools.
+the policy of the memory is one array of integers. It is computed first; attention itself needs no pools.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def forward(
     rotary: Tensor,
     death: Tensor | None = None,
 ) -> Attended:
-    """Attend; arguments as `ligerexport.kernels.library.memory_attention`, the slots in any order.
+    """Attend; the arguments are those of `ligerexport.kernels.library.memory_attention`, with slots in any order.
 
     `death` passes the memory's decisions, which are then not computed.
     """

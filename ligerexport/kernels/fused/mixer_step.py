@@ -1,7 +1,7 @@
 """One token of `liger_mixer` in one launch: slots, judge and recurrence are read once and updated in place.
 
-The slots are an unordered set here: the new token overwrites the one that loses its place. A KV head has one program
-for its slots and several that each stream columns of its states; the last of them to end combines their results. If
+The slots are an unordered set here: the new token overwrites the one that loses its slot. A KV head has one program
+for its slots and several that each stream columns of its states; the last of them to finish combines their results. If
 evicted tokens feed the recurrence, `evicted_step` follows, which needs the token that the first launch evicted.
 """
 
@@ -26,14 +26,14 @@ from ligerexport.model.state import MixerSpec, MixerState
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one launch is divided: a head has one program for its slots and some for the columns of its states.
+    """How one launch is divided: each head has one program for its slots, and others for the columns of its states.
 
     Attributes:
         block_v: Columns of the recurrent state that a program holds.
         block_judge: Columns of the judge state that a program holds.
         num_warps: Warps per program.
-        block_r: Pairs of channels that are rotated at a time, at least 16.
-        max_registers: Most registers per thread; None lets the compiler choose.
+        block_r: Number of channel pairs that are rotated at a time, at least 16.
+        max_registers: Largest number of registers per thread; None lets the compiler choose.
     """
 
     block_v: int
@@ -46,7 +46,7 @@ class Tiling:
 def choose_tiling(spec: MixerSpec, batch: int, itemsize: int = 2) -> Tiling:
     """Return the tiling for a layer, a batch and activations of `itemsize` bytes."""
     width, few = triton.next_power_of_2(max(spec.d_k, spec.d_v)), batch * spec.kv_heads < 33
-    # at most 32 registers per thread for keys and as many for values; more programs if there are few heads
+    # at most 32 registers per thread for keys, and the same for values; more programs if there are few heads
     warps = min(16, max(4, _padded(spec.config.num_slots) * width * itemsize // 4096))
     columns = max(16, 1024 * warps // triton.next_power_of_2(spec.d_k))
     block_v, block_judge = (16, 16) if few else (min(64, 2 * columns), min(64, columns))
@@ -69,7 +69,7 @@ def mixer_step(
     Args:
         heads: Query `[B, H_q, d_k]`, key `[B, H_kv, d_k]` and value `[B, H_kv, d_v]` as projected, with any strides and
             a contiguous last axis.
-        position: `[B]` int64, tokens that each sequence has seen; negative for padding, which gives zeros.
+        position: `[B]` int64, number of tokens that each sequence has seen; negative for padding, which gives zeros.
         state: Pools `[M, ...]` by the names of `MixerSpec.state`, M at least B.
         spec: The layer.
         rotary: `rotary_table(inv_freq, spec.max_distance, ahead)`, fp32.
@@ -134,7 +134,7 @@ def _scratch(device: torch.device, size: int) -> Tensor:
 
 
 def _padded(size: int) -> int:
-    """Return the next power of two that a matrix product takes, or 0 for 0."""
+    """Return the next power of two that is large enough for a matrix product, or 0 for 0."""
     return max(16, triton.next_power_of_2(size)) if size else 0
 
 
@@ -172,8 +172,8 @@ def _mixer_step_kernel(
     head = row * H + h
     p_now = p_position + b
 
-    # The programs of a head leave for the last one: attention and what is read from the recurrence, both `[G, d_v]`;
-    # what the judge recalled, `[d_v]`, and its mass; the new token's slot.
+    # The programs of a head write for the last one: attention and the recurrence's answer, both `[G, d_v]`; the judge's
+    # answer, `[d_v]`, and its mass; the new token's slot.
     p_mixed, p_read, p_recalled, p_place = p_output, None, None, None
     if ROLES > 1:
         p_scratch += unit.to(tl.int64) * SCRATCH

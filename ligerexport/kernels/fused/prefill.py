@@ -1,6 +1,6 @@
 """A whole chunk of `liger_mixer` in kernels only, so that it can be planned ahead of time for callers without torch.
 
-The kernels of novelty, memory and recurrences are beside this file; here are those that combine them.
+The kernels of novelty, memory and recurrences are beside this file; this file has those that combine them.
 """
 
 from __future__ import annotations

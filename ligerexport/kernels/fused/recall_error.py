@@ -14,7 +14,7 @@ from ligerexport.kernels.fused.blocks import features, load_block
 from ligerexport.kernels.tuning import get_tile, padded
 
 PROGRAMS = 264
-"""Programs for which sequences are divided: two per multiprocessor of an H100."""
+"""Number of programs to aim for when sequences are divided: two per multiprocessor of an H100."""
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def judge_segments(
     HEADS, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write squared errors `[V blocks, B, T, KV heads]` from the state before each segment. Grid as `sum_segments`."""
+    """Write squared errors `[V blocks, B, T, KV heads]` from the state before each segment. Grid: as `sum_segments`."""
     blocks = tl.cdiv(V, BV)
     block, piece = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -127,7 +127,7 @@ def segment_tokens(batch: int, length: int, heads: int, d_k: int, d_v: int) -> t
 
 
 def recall_error(key: Tensor, value: Tensor, position: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Judge every token of a call; arguments and results as `ligerexport.kernels.library.recall_error`."""
+    """Judge every token of a call; arguments and results are those of `ligerexport.kernels.library.recall_error`."""
     batch, length, heads, d_k = key.shape
     position = position.contiguous()
     d_v = value.shape[3]

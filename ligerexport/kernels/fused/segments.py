@@ -1,6 +1,6 @@
 """Segments of sequences for the linear-attention kernels: a table that kernels read, made without a device sync.
 
-Tokens of all sequences lie one after the other, whether packed or batched.
+Tokens of all sequences are stored one after the other, whether packed or batched.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 from ligerexport.kernels.tuning import get_tile, padded
 
 PROGRAMS = 264
-"""Programs for which sequences are divided: two per multiprocessor of an H100."""
+"""Number of programs to aim for when sequences are divided: two per multiprocessor of an H100."""
 
 LONGEST_CHUNK = 64
 """A multiple of every tile's chunk, so that segments end where chunks end."""
 
 
 def segment_length(tokens: int, heads: int, d_k: int, d_v: int, itemsize: int) -> int:
-    """Return the tokens per segment: the most for which all segments still fill the GPU."""
+    """Return the tokens per segment: the largest number with which all segments still fill the GPU."""
     width = max(padded(d_k), padded(d_v))
     blocks = -(-d_v // min(get_tile("attend_segments", width, itemsize).block_v, padded(d_v)))
     pieces = max(1, PROGRAMS // (heads * blocks))

@@ -1,9 +1,9 @@
 """When each candidate is evicted, which old ones a block of queries still sees, and the slots that remain.
 
-A pool keeps the best of all tokens that left the window so far, and what it drops competes for the next pool. One token
-leaves the window at a time (an event), so a pool drops either that token or the worst that it holds. What a pool holds
-follows from the best of all earlier blocks of events, merged as sorted lists, and from counting better items within the
-block. No loop over single tokens is needed.
+A pool keeps the best of all tokens that left the window so far, and a token that it drops competes for the next pool.
+One token leaves the window at a time (an event), so a pool drops either that token or the worst that it holds. The
+content of a pool follows from the best of all earlier blocks of events, merged as sorted lists, and from counting
+better items within the block. No loop over single tokens is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ligerexport.kernels.fused.numbers import FAINTEST
 from ligerexport.model.state import SLOTS, MixerState
 
 EVENTS = 128
-"""Events for which one program finds what a pool drops."""
+"""Number of events for which one program finds the drops of a pool."""
 
 NOTHING = tl.constexpr(-(2**63))
 """Order of an event without an item: worse than all items."""
@@ -31,12 +31,12 @@ NEVER_DROPPED = tl.constexpr(2**63 - 1)
 def _order(score, time, item, enters, HORIZON: tl.constexpr):
     """Return an integer per item that is larger for a better one: by rank, older on ties; `NOTHING` for no item.
 
-    Pools that age rank by times, counted from the call: the positions of a long text would round.
+    Pools that age rank by times counted from the start of the call, because the positions of a long text would round.
     """
     rank = score
     if HORIZON > 0:
         rank = tl.log(tl.maximum(score, FAINTEST)) + tl.div_rn(time.to(tl.float32), HORIZON)
-    bits = tl.where(rank == 0, 0.0, rank).to(tl.int32, bitcast=True)  # -0 is as good as 0
+    bits = tl.where(rank == 0, 0.0, rank).to(tl.int32, bitcast=True)  # -0 must rank as 0
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(enters, (bits.to(tl.int64) << 32) + (item ^ 0x7FFFFFFF).to(tl.int64), NOTHING)
 
@@ -100,7 +100,7 @@ def _least(item, better_before, since, held, key, e, SIZE: tl.constexpr):
 
     Args:
         item: `[ROWS]` in the order of `_order`.
-        better_before: `[ROWS]`, how many better ones came before the block.
+        better_before: `[ROWS]`, number of better items before the block.
         since: `[ROWS]`, event of the block that brought the item.
         held: `[ROWS]`, whether the item exists.
         key: `[EVENTS]`, the items of the events.
@@ -119,7 +119,7 @@ def _drop_kernel(
     H_KV: tl.constexpr, POOLS: tl.constexpr, NEXT: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr,
     HORIZON: tl.constexpr, LISTED: tl.constexpr, EVENTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Find what a pool drops at each event of a block; pass it to pool `NEXT`, or evict it after the last pool."""
+    """Find the item that a pool drops at each event of a block; pass it to pool `NEXT`, or evict it after the last."""
     block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh = b * H_KV + h
     e = tl.arange(0, EVENTS)
@@ -284,15 +284,15 @@ def deaths(found: Candidates) -> Tensor:
 def old_table(found: Candidates, death: Tensor, only_sinks: bool = False) -> Tensor:
     """List for each block of queries the candidates before its first query's window that this query sees.
 
-    All other candidates that the block sees follow there, side by side.
+    All other candidates that the block sees are contiguous, from that window on.
 
     Args:
         found: The candidates.
         death: `[B, H_kv, C]`, the time from which each is no longer seen.
-        only_sinks: Whether only sinks can be among them.
+        only_sinks: Whether only sinks can be in the list.
 
     Returns:
-        `[B, H_kv, blocks + 1, most that can be]` int32 in order, -1 after the last; the last row is for the last
+        `[B, H_kv, blocks + 1, maximum]` int32 in order, -1 after the last; the last row is for the last
         token.
     """
     batch, kv_heads, count = death.shape

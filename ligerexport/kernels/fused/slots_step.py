@@ -1,6 +1,6 @@
-"""The slots of one KV head for one token: attention over them, and the new token in the place of the one it displaces.
+"""The slots of one KV head for one token: attention over them, and the new token replaces the one it displaces.
 
-Part of the kernel in `mixer_step.py`. The slots are an unordered set here.
+This is part of the kernel in `mixer_step.py`. The slots are an unordered set here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ligerexport.kernels.fused.numbers import FAINTEST
 from ligerexport.kernels.fused.overlap import wait
 from ligerexport.model.scores import Pool
 
-# places of the fields of a `Pool`, which is a plain tuple inside a kernel
+# indices of the fields of a `Pool`, which is a plain tuple inside a kernel
 SIZE = tl.constexpr(Pool._fields.index("size"))
 ON_ARRIVAL = tl.constexpr(Pool._fields.index("on_arrival"))
 BY_VALUE = tl.constexpr(Pool._fields.index("by_value"))
@@ -53,7 +53,7 @@ def _rank_keys(scores, position, now, POOLS: tl.constexpr):
 
 @triton.jit
 def _loser(keys, candidate, POOLS: tl.constexpr):
-    """Return which of the candidates `[N]` fits into no pool; there is at most one."""
+    """Return a mask `[N]` of the candidate that fits into no pool; there is at most one."""
     for i in tl.static_range(len(POOLS)):
         key = row(keys, i)
         if i + 1 < len(POOLS):
@@ -61,7 +61,7 @@ def _loser(keys, candidate, POOLS: tl.constexpr):
             better = tl.sum((key[:, None] > key[None, :]).to(tl.int32), axis=0)
             candidate = candidate & (better >= POOLS[i][SIZE])
         else:
-            # what the last pool drops is its worst candidate, which is found without counting
+            # the last pool drops its worst candidate, which is found without counting
             over = tl.sum(candidate.to(tl.int32), axis=0) > POOLS[i][SIZE]
             worst = tl.min(tl.where(candidate, key, 0x7FFFFFFFFFFFFFFF), axis=0)
             candidate = candidate & over & (key == worst)
@@ -75,7 +75,7 @@ def _logits(
     BLOCK_R: tl.constexpr, REST_PAD: tl.constexpr, CAP: tl.constexpr, TABLE: tl.constexpr, N_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return products `[G, N]` of the queries with all slots, the empty ones too: they need nothing but positions."""
+    """Return products `[G, N]` of the queries with all slots, including empty ones: they need only positions."""
     o_g, o_r = tl.arange(0, G_PAD), tl.arange(0, BLOCK_R)
     m_g = o_g < G
     offset = tl.minimum(tl.maximum(CAP - distance, 0), CAP)
@@ -116,7 +116,7 @@ def _mix(
     square = tl.zeros([N_PAD], tl.float32)
     for j in tl.static_range(DV_PAD // TILE):
         values = b_values
-        if has_empty:  # an empty slot may hold anything
+        if has_empty:  # an empty slot may hold any number
             values = tl.where(filled[:, None], values, 0.0)
         m_c = o_c + j * TILE < D_V
         if j + 1 < DV_PAD // TILE:
@@ -126,7 +126,7 @@ def _mix(
             square += tl.sum(values.to(tl.float32) * values.to(tl.float32), axis=1)
         mixed = weight_now[:, None] * tl.load(p_value + o_c + j * TILE, mask=m_c, other=0.0).to(tl.float32)[None, :]
         mixed = _dot(coarse, values, mixed, PRECISION)
-        if dtype != tl.float32:  # what rounding the weight lost
+        if dtype != tl.float32:  # the rounding error of the weight
             mixed = _dot((weight - coarse.to(tl.float32)).to(dtype), values, mixed, PRECISION)
         mixed = tl.where(now >= 0, mixed, 0.0).to(p_mixed.dtype.element_ty)
         tl.store(p_mixed + o_g[:, None] * D_V + (o_c + j * TILE)[None, :], mixed, mask=m_g[:, None] & m_c[None, :])
@@ -139,7 +139,7 @@ def _hand_over(
     G: tl.constexpr, G_PAD: tl.constexpr, D_K: tl.constexpr, DK_PAD: tl.constexpr, D_V: tl.constexpr,
     DV_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Write the key and value that lose their place, the normaliser `[G]`, and whether there is a loser."""
+    """Write the key and value that lose their slot, the normaliser `[G]`, and whether there is a loser."""
     o_g, o_k, o_v = tl.arange(0, G_PAD), tl.arange(0, DK_PAD), tl.arange(0, DV_PAD)
     m_g, m_k, m_v = o_g < G, o_k < D_K, o_v < D_V
     there = tl.sum(loser.to(tl.int32), axis=0) > 0
@@ -156,7 +156,7 @@ def _store_scores(
     p_slot_score, p_score, scores, square, b_v, logits, logit_now, local, near, distance, place,
     G: tl.constexpr, G_PAD: tl.constexpr, N: tl.constexpr, N_PAD: tl.constexpr, POOLS: tl.constexpr,
 ):  # fmt: skip
-    """Update the scores by the attention received, which is a softmax over sinks and window alone."""
+    """Update the scores by the attention received, from a softmax over sinks and window alone."""
     o_g, o_n = tl.arange(0, G_PAD), tl.arange(0, N_PAD)
     m_g, m_n = o_g < G, o_n < N
     top = tl.maximum(tl.max(tl.where(local[None, :], logits, -1e30), axis=1), logit_now)
@@ -190,13 +190,13 @@ def attend_slots(
     N: tl.constexpr, N_PAD: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, POOLS: tl.constexpr,
     P_PAD: tl.constexpr, BY_VALUES: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Attend over the slots of one head, write `[G, d_v]` to `p_mixed`, and put the new token in its place."""
-    G_PAD: tl.constexpr = 16  # the fewest rows of a matrix product
+    """Attend over the slots of one head, write `[G, d_v]` to `p_mixed`, and store the new token in its slot."""
+    G_PAD: tl.constexpr = 16  # the smallest number of rows of a matrix product
     o_g, o_k, o_r, o_n = tl.arange(0, G_PAD), tl.arange(0, DK_PAD), tl.arange(0, BLOCK_R), tl.arange(0, N_PAD)
     o_v, o_c = tl.arange(0, DV_PAD), tl.arange(0, TILE)
     m_g, m_k, m_n, m_v = o_g < G, o_k < D_K, o_n < N, o_v < D_V
 
-    # Everything big is loaded before anything is waited for; only the rotary rows depend on what comes back.
+    # All large loads start before the program waits for any; only the rotary rows depend on their results.
     position = tl.load(p_slot_position + o_n, mask=m_n, other=-1).to(tl.int32)
     scores, b_rest, o_e = None, None, None
     if len(POOLS) > 0:
@@ -228,15 +228,15 @@ def attend_slots(
         G, G_PAD, D_K, R, R_PAD, BLOCK_R, REST_PAD, CAP, TABLE, N_PAD, PRECISION,
     )  # fmt: skip
     logits *= scale2
-    logit_now = scale2 * tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32)[None, :], axis=1)  # distance 0: nothing turns
+    logit_now = scale2 * tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32)[None, :], axis=1)  # no rotation at distance 0
 
-    # Who is in the memory, and where the new token goes: the loser's slot, or the first empty one without a loser.
+    # Find who is in the memory, and the new token's slot: the loser's slot, or the first empty one without a loser.
     filled = (position >= 0) & (position < now)
     near = filled & (distance < WINDOW)
     local = near | (filled & (position < SINKS))
     loser = filled & (local == 0)
     if len(POOLS) > 0:
-        b_values = tl.load(p_values, mask=m_values, other=0.0)  # arrives while losers are looked for
+        b_values = tl.load(p_values, mask=m_values, other=0.0)  # loads during the search for losers
         loser = _loser(_rank_keys(scores, position, now, POOLS), loser, POOLS)
     visible = filled & (loser == 0)
     claim = tl.where(loser, 2, tl.where(filled, 0, 1))
@@ -254,7 +254,7 @@ def attend_slots(
     )  # fmt: skip
     if p_place is not None:
         tl.store(p_place, place.to(tl.float32))
-    if p_lost is not None:  # before the new token lies there
+    if p_lost is not None:  # before the new token overwrites it
         p_lost += G * D_V
         _hand_over(
             p_lost, p_slot_key, p_slot_value, place, loser, normaliser, G, G_PAD, D_K, DK_PAD, D_V, DV_PAD

@@ -1,6 +1,6 @@
 """The states of one KV head for one token: columns of the gated recurrence and of the judge of novelty.
 
-Part of the kernel in `mixer_step.py`.
+This is part of the kernel in `mixer_step.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def recur(
     QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DIVISOR: tl.constexpr, PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Update the columns of the recurrent state from `start` and write what the queries read, `[G, columns]`."""
+    """Update the columns of the recurrent state from `start`, and write the queries' answer `[G, columns]`."""
     G_PAD: tl.constexpr = 16
     o_g, o_k, o_v = tl.arange(0, G_PAD), tl.arange(0, DK_PAD), start + tl.arange(0, BLOCK_V)
     m_g, m_k, m_v = o_g < G, o_k < D_K, o_v < D_V
@@ -75,7 +75,7 @@ def judge(
     p_key, p_value, p_state, p_recalled, start, p_now,
     D_K: tl.constexpr, DK_PAD: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Add the token to the columns of the judge state from `start`; write what it recalled before, `[columns]`."""
+    """Add the token to the columns of the judge state from `start`; write its answer before that, `[columns]`."""
     o_k, o_v = tl.arange(0, DK_PAD), start + tl.arange(0, BLOCK_V)
     m_k, m_v = o_k < D_K, o_v < D_V
     p_mass = p_state + o_k * (D_V + 1) + D_V

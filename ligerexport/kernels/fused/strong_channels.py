@@ -1,6 +1,6 @@
-"""What products of scaled queries and keys leave out: pairs within a chunk in channels that forget very fast.
+"""Pairs within a chunk that products of scaled queries and keys leave out, in channels that forget very fast.
 
-Exact for any decay, one distance after the other, on the chunks that `prepare` flagged; all others return at once.
+The result is exact for any decay. Distances are handled one by one, on the chunks that `prepare` flagged.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def strong_gradient(
     QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DIVISOR: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Turn gradients of scaled queries and keys into those of features and add what came through `strong_pairs`.
+    """Turn gradients of scaled queries and keys into those of features, and add the part through `strong_pairs`.
 
     Grid: (KV heads, groups of chunks).
     """

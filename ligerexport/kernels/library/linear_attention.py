@@ -33,11 +33,11 @@ def linear_attention(
         query: `[B, T, H_q, d_k]`; H_q is a multiple of H_kv, and the heads of a group share one state.
         key: `[B, T, H_kv, d_k]`.
         value: `[B, T, H_kv, d_v]`, in fp32, bf16 or fp16 like query and key.
-        decay: `[B, T, H_kv, d_k]`, g in nats per token, at most 0; query and key are features then.
+        decay: `[B, T, H_kv, d_k]`, g in nats per token, at most 0; with it, query and key are features.
         gate: Row of `GATES`, instead of `decay`: feature maps and decay are computed from the raw projections.
         scale: Factor of the output.
         initial_state: `[N, H_kv, d_k, d_v]` fp32; None is zero. N is B, or the number of packed sequences.
-        cu_seqlens: `[N + 1]` integer, the bounds of packed sequences along T; B is 1 then.
+        cu_seqlens: `[N + 1]` integer, the bounds of packed sequences along T; B must be 1.
 
     Returns:
         Output `[B, T, H_q, d_v]` in the dtype of `query`, and the final state `[N, H_kv, d_k, d_v]` fp32. Both are

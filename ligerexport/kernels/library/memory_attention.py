@@ -30,7 +30,7 @@ class Evicted(NamedTuple):
 
 
 BLOCK = 64
-"""Tokens that are mixed at a time; `rotary_table` must reach this far ahead."""
+"""Number of tokens that are mixed at a time; `rotary_table` must reach this far ahead."""
 
 
 def memory_attention(
@@ -45,13 +45,13 @@ def memory_attention(
 ) -> tuple[Tensor, MixerState, Evicted | None]:
     """Attend over the slots with every query and choose the slots that the next call starts with.
 
-    Differentiable in query, key and value; not in the state, and not through what the memory keeps.
+    Differentiable in query, key and value; not in the state, and not through the choice of slots.
 
     Args:
         query: `[B, T, H_q, d_k]` before rotary embedding.
         key: `[B, T, H_kv, d_k]` before rotary embedding.
         value: `[B, T, H_kv, d_v]`.
-        arrival: `[B, T, H_kv]`, the score on arrival, novelty or learned; needed if a pool is kept by it.
+        arrival: `[B, T, H_kv]`, the score on arrival, novelty or learned; needed if a pool ranks by it.
         position: `[B]` int64, tokens seen before this call; a token at a negative position is padding.
         state: Tensors named `slot_*`, as `MixerSpec.state` lists them; on the CPU ordered by position.
         spec: The layer.
@@ -146,7 +146,7 @@ def _plain(
         evicted.append(lost)
     mixed = torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3).to(query.dtype).contiguous()
     lse = torch.cat(normalisers, dim=3).flatten(1, 2) / math.log(2)
-    who = torch.cat(evicted, dim=2)  # positions
+    who = torch.cat(evicted, dim=2)  # as positions
     slot = (slots[2][:, :, None] == who[..., None]).long().argmax(dim=-1)
     index = torch.where(who < position[:, None, None], slot, slots[2].shape[2] + who - position[:, None, None])
     lost = torch.where(who < 0, -1, index).transpose(1, 2).contiguous()

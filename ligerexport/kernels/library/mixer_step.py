@@ -27,7 +27,7 @@ def mixer_step(
         query: `[B, H_q, d_k]`, raw projections as in `ligerexport.kernels.ops.liger_mixer`.
         key: `[B, H_kv, d_k]`.
         value: `[B, H_kv, d_v]`.
-        position: `[B]` int64, tokens that each sequence has seen; negative for padding.
+        position: `[B]` int64, number of tokens that each sequence has seen; negative for padding.
         state: Pools `[M, ...]` by the names of `MixerSpec.state`, M at least B. On CUDA the slots end up
             in any order.
         spec: The layer.
@@ -42,7 +42,7 @@ def mixer_step(
         ValueError: A pool needs `score`, or its gate is keyed.
     """
     if spec.config.foresees and score is None:
-        raise ValueError("a pool is kept by a learned score, and no score was given")
+        raise ValueError("a pool ranks by a learned score, but no score was given")
     if not spec.config.fuses:
         raise ValueError("a recurrence with keyed rows has no fused step; use liger_mixer")
     pools = {name: state.get(name) for name in FUSED}

@@ -9,7 +9,7 @@ from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.linear_attention import recall_error as plain_recall_error
 
 BLOCK = 64
-"""Tokens that plain torch judges at a time."""
+"""Number of tokens that plain torch judges at a time."""
 
 
 @torch.library.custom_op("ligerexport::recall_error", mutates_args=())

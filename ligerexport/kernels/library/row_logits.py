@@ -17,13 +17,13 @@ def row_logits(query: Tensor, key: Tensor, write: Tensor, decay: Tensor, state: 
     Args:
         query: `[B, T, H_q, d_k]`; H_q is a multiple of H_kv, and the heads of a group share one state.
         key: `[B, T, H_kv, d_k]`.
-        write: `[B, T, H_kv, M]`, how much of the token's key each of M rows takes.
-        decay: `[B, T, H_kv, M]`, g in nats a token, at most 0.
+        write: `[B, T, H_kv, M]`, the share of the token's key that each of M rows takes.
+        decay: `[B, T, H_kv, M]`, g in nats per token, at most 0.
         state: `[B, H_kv, M, d_k]`.
 
     Returns:
         Logits `[B, T, H_q, M]` and the final state. Both are differentiable; the backward pass computes
-        everything again, so that no layer keeps tensors of tokens by tokens of a chunk by rows.
+        everything again, so that no layer keeps tensors of size (tokens) x (tokens per chunk) x (rows).
     """
     return _plain(query, key, write, decay, state)
 

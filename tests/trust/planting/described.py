@@ -1,4 +1,4 @@
-"""Graphs that are written from a wrong description of the model."""
+"""Faults in which the graph is written from a wrong description of the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def at(spec: ModelSpec) -> LigerConfig:
 
 
 def pools(spec: ModelSpec, more: int = 0) -> tuple[tuple[str, int], ...]:
-    """Return the pools of layer `AT`, the last one larger."""
+    """Return the pools of layer `AT`, with `more` slots in the last one."""
     *rest, (name, count) = at(spec).slots
     return (*rest, (name, count + more))
 

@@ -1,4 +1,4 @@
-"""Graphs that are edited after they are written."""
+"""Faults in which the graph is edited after it was written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Change = Callable[[Builder, ir.Value], ir.Value]
 
 
 def instead(model: ir.Model, value: ir.Value, change: Change) -> None:
-    """Let all that read a value, or the output that it is, have what `change` makes of it."""
+    """Give all readers of a value, or of an output, the result of `change` instead."""
     g = Builder(prefix=f"fault/{value.name}/")
     readers, order = tuple(value.uses()), list(model.graph)
     result = change(g, value)
@@ -35,12 +35,12 @@ def instead(model: ir.Model, value: ir.Value, change: Change) -> None:
 
 
 def scaled(factor: float) -> Change:
-    """Return what multiplies."""
+    """Return a change that multiplies by a factor."""
     return lambda g, x: g.op("Mul", x, g.floats(factor))
 
 
 def rounded(g: Builder, x: ir.Value) -> ir.Value:
-    """Keep fp16 of a value."""
+    """Round a value to fp16."""
     return g.op("Cast", g.op("Cast", x, to=ir.DataType.FLOAT16), to=ir.DataType.FLOAT)
 
 
@@ -55,7 +55,7 @@ def past(model: ir.Model, name: str) -> ir.Value:
 
 
 def edit(layer: int | None = AT, **where: Any) -> Callable[..., Any]:
-    """Enter a function of the graph."""
+    """Register a function that edits the graph as a fault."""
 
     def enter(change: Callable[[ir.Model], None]) -> Callable[..., Any]:
         def plant(site: Site) -> None:
@@ -139,13 +139,13 @@ def output_of_a_layer_in_fp16(model: ir.Model) -> None:
 
 @edit()
 def a_layer_left_out(model: ir.Model) -> None:
-    """Its state is right, what comes after it is not."""
+    """Its state is right, but later layers are wrong."""
     before = find(model, f"hidden.{AT - 1}")
     instead(model, find(model, f"hidden.{AT}"), lambda g, x: g.op("Identity", before))
 
 
 def only(single: bool) -> Change:
-    """Return what is wrong by a hundredth in calls of one token, or in all others."""
+    """Return a change that is wrong by a hundredth in calls of one token, or in all others."""
 
     def change(g: Builder, x: ir.Value) -> ir.Value:
         one = g.op("Equal", g.op("Shape", x, start=0, end=1), g.const([1]))
@@ -181,7 +181,7 @@ def position_does_not_count(model: ir.Model) -> None:
 
 @edit(presets=SLOTTED, lowerings=GRAPHS)
 def the_second_lowest_score_goes(model: ir.Model) -> None:
-    """What is kept beside the best is the next but one."""
+    """The next best token is kept in place of the last of the best."""
     node = next(x for x in model.graph if x.name == f"layers.{AT}/TopK")
     count = ir.convenience.get_const_tensor(node.inputs[1])
     assert count is not None
@@ -203,7 +203,7 @@ def rotary_interleaved(model: ir.Model) -> None:
 
 @edit(None)
 def output_takes_the_embedding(model: ir.Model) -> None:
-    """It has a matrix of its own."""
+    """It should have a matrix of its own."""
     head = find(model, "lm_head.weight")
     for user, index in tuple(head.uses()):
         user.replace_input_with(index, find(model, "model.embed_tokens.weight"))

@@ -1,4 +1,4 @@
-"""Lowerings, sessions and operators that do something else."""
+"""Faults in lowerings, sessions and operators, which compute something else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from planting.table import AT, GRAPHS, LAST, ONNX, SLOTTED, Site, fault
 
 @contextmanager
 def call(owner: Any, name: str, number: int | None, other: Callable[..., Any]) -> Iterator[None]:
-    """Replace a call of a function by `other`, which gets the function and its arguments; None is every call."""
+    """Replace a call of a function by `other`, which gets the function and its arguments; None replaces all calls."""
     function, count = getattr(owner, name), iter(range(1 << 30))
 
     def replaced(*args: Any, **kwargs: Any) -> Any:
@@ -36,7 +36,7 @@ def call(owner: Any, name: str, number: int | None, other: Callable[..., Any]) -
 
 
 def times(lower: Portable, x: ir.Value, factor: float) -> ir.Value:
-    """Return a multiple."""
+    """Return x times a factor."""
     return lower.g.op("Mul", x, lower.g.floats(factor))
 
 
@@ -69,7 +69,7 @@ def sign_of_the_gate(site: Site) -> Any:
 
 
 def turned(kind: str, change: Callable[[np.ndarray], np.ndarray]) -> Any:
-    """Change sines of a table of rotary embedding."""
+    """Change the sines of a table of rotary embedding."""
 
     def other(function: Any, lower: Any, *args: Any) -> Any:
         found = function(lower, *args)
@@ -104,11 +104,11 @@ def rotary_on_the_wrong_half(site: Site) -> Any:
         first, second = lower.g.split(rotated, half)
         return lower.g.concat(second, first, axis=-1)
 
-    return call(site.row, "rotate_queries", 2 * AT, other)  # near and far of each layer
+    return call(site.row, "rotate_queries", 2 * AT, other)  # each layer has a near and a far one
 
 
 def norms_of_a_layer(site: Site) -> int:
-    """Return how many sums with a norm a layer has: the plugin's last product adds by itself."""
+    """Return how many sums with a norm a layer has; the plugin's last product adds the sum itself."""
     return 1 if site.row.plugin else 2
 
 
@@ -148,7 +148,7 @@ def gate_and_up_exchanged(site: Site) -> Any:
 def logits_of_the_last_token_but_one(site: Site) -> Any:
     def other(function: Any, lower: Any, frame: Any, x: Any, width: int) -> Any:
         g = lower.g
-        rows = g.concat(g.slice(x, 0, 1, 0), x, axis=0)  # a call of one token has no other
+        rows = g.concat(g.slice(x, 0, 1, 0), x, axis=0)  # a call of one token has no other token
         return g.reshape(g.op("Gather", rows, g.const([-2]), axis=0), -1, width)
 
     return call(site.row, "last", None, other)
@@ -156,7 +156,7 @@ def logits_of_the_last_token_but_one(site: Site) -> Any:
 
 @fault("code", 0, presets=SLOTTED, lowerings=GRAPHS)
 def a_chunk_sees_one_token_ahead(site: Site) -> Any:
-    """A step has no such token: only prefill is wrong."""
+    """A step has no such token, so only prefill is wrong."""
 
     def other(function: Any, frame: Frame, offset: int) -> Any:
         return function(frame, offset + (offset == site.spec.max_distance))
@@ -175,7 +175,7 @@ def the_session_does_not_count(site: Site) -> Any:
 
 @contextmanager
 def compiled(old: str, new: str) -> Iterator[None]:
-    """Let the library of the lowering `native` come from other sources."""
+    """Compile the library of the lowering `native` from changed sources."""
     with tempfile.TemporaryDirectory() as place:
         copy = shutil.copytree(Path(native.__file__).parent, Path(place, "native"))
         source = copy / "bounded_memory.h"

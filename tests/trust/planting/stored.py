@@ -1,4 +1,4 @@
-"""Weights that are not the checkpoint's."""
+"""Faults in which stored weights differ from the checkpoint's."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def embedding_of_a_token_that_no_text_has(site: Site) -> None:
 
 @fault("file")
 def a_kv_head_with_the_queries_of_another(site: Site) -> None:
-    """All else as it was: the heads of the output are exchanged too."""
+    """The columns of the output projection are exchanged too, so only the KV head is wrong."""
     spec = site.spec
     first, second = (slice(h * spec.head_dim, (h + 1) * spec.head_dim) for h in (0, spec.q_heads // spec.kv_heads))
     for rows in site.of_layer("self_attn.q_proj.weight"), site.of_layer("self_attn.o_proj.weight").T:

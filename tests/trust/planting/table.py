@@ -1,10 +1,10 @@
-"""A table of faults to plant in an artifact while it is built, and what they are planted with.
+"""The table of faults to plant in an artifact while it is built, and helpers to plant them.
 
-Three ways: `spec`, the graph is written from a changed description; `code`, the lowering, the session or an operator is
-another while graph and weights are written and run; `file`, graph or weights are edited once they are written.
-Four more are planted before there is an artifact, in `convert` and what it reads: `source`, the Transformer's directory
-is damaged; `written`, the conversion is edited as soon as it is written; `reading`, our code reads the checkpoint in
-another way, so that torch model and artifact are wrong alike; `after`, the conversion is edited once it is done.
+There are three ways. `spec`: the graph is written from a changed description. `code`: the lowering, the session or an
+operator is replaced while graph and weights are written and run. `file`: the written graph or weights are edited.
+Four more are planted before there is an artifact, in `convert` and its input. `source`: the Transformer's directory
+is damaged. `written`: the conversion is edited as soon as it is written. `reading`: our code reads the checkpoint
+differently, so that torch model and artifact are wrong alike. `after`: the finished conversion is edited.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import DATA_FILE, WeightStorage, data_layout
 
 AT = 1
-"""The layer that a fault of one layer is planted in."""
+"""The layer that gets a fault of one layer."""
 LAST = 2
-"""What is planted behind the last layer's output."""
+"""The number that stands for the place after the last layer."""
 ONNX = ("ort", "portable", "native")
 GRAPHS = ("ort", "portable")
 ALL = (*ONNX, "plugin")
@@ -45,11 +45,11 @@ class Site:
 
     @property
     def row(self) -> type[Portable]:
-        """The lowering."""
+        """The lowering's class."""
         return LOWERINGS[self.lowering]
 
     def stored(self, name: str) -> np.ndarray:
-        """Return a tensor of the data file to write to, codes of 4 bits as bytes."""
+        """Return a tensor of the data file for writing, with codes of 4 bits as bytes."""
         part = data_layout(self.spec, self.storage)[name]
         data = np.memmap(self.directory / DATA_FILE, mode="r+")[part.offset : part.offset + part.nbytes]
         return data if part.dtype.bitwidth < 8 else data.view(part.dtype.numpy()).reshape(part.shape)
@@ -69,18 +69,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault and where it is planted.
+    """A fault and the place where it is planted.
 
     Attributes:
         how: One of the ways above.
-        layer: That verification must name; None where it lies in no layer.
+        layer: Layer that verification must name; None if the fault belongs to no layer.
         plant: Returns another `ModelSpec`; returns a context for a `Site`; edits a `Site`; edits a directory; returns a
             context for the source's directory (`reading`).
-        presets: It makes sense for.
-        lowerings: Likewise.
-        weights: Likewise.
-        family: Of the model.
-        sizes: Of the model that differ.
+        presets: Presets to which it applies.
+        lowerings: Lowerings to which it applies.
+        weights: Precisions to which it applies.
+        family: Family of the model.
+        sizes: Sizes of the model that differ from the default.
     """
 
     how: str
@@ -97,7 +97,7 @@ FAULTS: dict[str, Fault] = {}
 
 
 def fault(how: str, layer: int | None = AT, **where: Any) -> Callable[..., Any]:
-    """Enter a function into the table under its name with spaces."""
+    """Register a function in the table, under its name with spaces."""
 
     def enter(plant: Callable[..., Any]) -> Callable[..., Any]:
         FAULTS[plant.__name__.replace("_", " ")] = Fault(how, layer, plant, **where)

@@ -1,4 +1,4 @@
-"""Code that reads a checkpoint in another way: the torch model, or what the graph is written from, or both."""
+"""Faults in code that reads a checkpoint: for the torch model, for the graph, or for both."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SLIDING: dict[str, Any] = AT_CONVERT | {"presets": ("memory",), "family": "gemma
 
 
 def attention(change: Callable[[Attention], Attention], layer: int | None = AT) -> Context:
-    """Let the softmax of a layer, or of all, be read as another."""
+    """Change the softmax of a layer, or of all layers, as it is read."""
     read = Family.attention
 
     def other(self: Family, config: Any) -> tuple[Attention, ...]:
@@ -71,7 +71,7 @@ def rotary_embedding_of_the_other_kind_of_layer(source: Path) -> Context:
 
 
 def mixed(number: int | None, change: Callable[..., tuple[Any, Any, Any]]) -> Context:
-    """Let a mixer get other queries, keys and values."""
+    """Give a mixer changed queries, keys and values."""
 
     def other(function: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
         return function(*change(query, key, value), *rest)
@@ -96,7 +96,7 @@ def norm_of_queries_and_keys_is_skipped(source: Path) -> Context:
 
 @contextmanager
 def slabs(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Iterator[None]:
-    """Let a weight be read as another, by the torch model of `verify` and for the artifact alike."""
+    """Change a weight as it is read, both for the torch model of `verify` and for the artifact."""
     read = weights.weight_slabs
 
     def other(spec: Any, wanted: str) -> Iterator[np.ndarray]:
@@ -152,7 +152,7 @@ def cap_of_the_logits_is_not_read(source: Path) -> Context:
 
 
 def scaling(family: str, **values: Any) -> Context:
-    """Let a family's factors be read as others."""
+    """Change a family's factors as they are read."""
     row = FAMILIES[family]
 
     def other(config: Any) -> Scaling:
@@ -163,7 +163,7 @@ def scaling(family: str, **values: Any) -> Context:
 
 @contextmanager
 def converted_instead(change: Callable[[Path], None]) -> Iterator[None]:
-    """Let `convert` change what it wrote."""
+    """Let `convert` change the weights that it wrote."""
     module = sys.modules["ligerexport.checkpoint.scores"]
     write = module.write_weights  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, and conversions that are not what their source is."""
+"""Faults in checkpoints that are damaged, and in conversions that do not match their source."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def of_layer(name: str, layer: int = AT) -> str:
 
 
 def change_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    """Let a function change the tensors of a checkpoint in one file, which is written anew."""
+    """Apply a function to the tensors of a checkpoint in one file, which is rewritten."""
     file = directory / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
-    file.unlink()  # it may be a link to the source's
+    file.unlink()  # it may be a link to the source's file
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
 
 
@@ -43,7 +43,7 @@ def change_config(directory: Path, **values: Any) -> None:
 
 
 def tensors(how: str, layer: int | None = AT, **where: Any) -> Callable[..., Any]:
-    """Enter a function that changes tensors."""
+    """Register a function that changes tensors as a fault."""
 
     def enter(change: Callable[[dict[str, Tensor]], Any]) -> Callable[..., Any]:
         def plant(directory: Path) -> None:

@@ -1,7 +1,7 @@
 """The operator library of the lowering `native`, compiled for this machine's processor when it is first needed.
 
 Its sources are beside this file: the memory itself in plain C++, and ONNX Runtime's interface to it. Compiling needs
-nothing but a C++ compiler. The library is cached under a name that changes with sources, compiler and processor.
+only a C++ compiler. The library is cached under a name that changes with sources, compiler and processor.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def library() -> Path:
 
 
 def _command() -> tuple[list[str], Path]:
-    """Return the command that compiles the library, all but its output, and where the library goes."""
+    """Return the command that compiles the library, without its output option, and the library's path."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise MissingDependency(
@@ -76,7 +76,7 @@ def _command() -> tuple[list[str], Path]:
         )
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".h", ".cc"))
-    features = _compile([compiler, native, "-dM", "-E", "-x", "c++", os.devnull])  # identifies compiler and processor
+    features = _compile([compiler, native, "-dM", "-E", "-x", "c++", os.devnull])  # identify compiler and processor
     digest = hashlib.sha256("\n".join([*_FLAGS, features]).encode())
     for source in sources:
         digest.update(source.read_bytes())

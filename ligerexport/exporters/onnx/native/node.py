@@ -1,4 +1,4 @@
-"""The node of the operator `BoundedMemory`: a layer's bounded exact memory and the recurrence over what it evicts.
+"""The node of the operator `BoundedMemory`: a layer's bounded exact memory and the recurrence over evicted tokens.
 
 `INPUTS` and `OUTPUTS` are its contract; `tests/headers.py` writes the header `operands.h` of the C++ from them.
 """
@@ -26,7 +26,7 @@ OUTPUTS = ("mixed", *SLOTS, *EVICTED)
 
 
 def turn_table(g: Builder, rotary: torch.Tensor, spec: MixerSpec, name: str) -> ir.Value:
-    """Add cosine and sine of the distance at which evicted tokens are read, and which pairs are slow, `[3, R]`."""
+    """Add cosine and sine of the distance at which evicted tokens are read, and a mask of the slow pairs, `[3, R]`."""
     turn, slow = slow_rotation(rotary, spec)
     return g.table(f"{name}.turn", torch.cat([turn, slow[None].float()]).numpy())
 
@@ -44,10 +44,10 @@ def bounded_memory(
     """Write one layer's memory as a node.
 
     Args:
-        frame: What layers share.
+        frame: Values that all layers share.
         spec: The layer.
         keys: Cosine and sine by offset from `-max_distance` on.
-        turn: From `turn_table`, where tokens are evicted.
+        turn: From `turn_table`, if the layer evicts into a recurrence.
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
         arrival: `[B, H, 1, T]`, scores on arrival; None if no pool has them.
         learned: `[B * T, H]`, the learned scores from which `arrival` was made. If they come from a linear map, the
