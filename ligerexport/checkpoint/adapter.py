@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from ligerexport.checkpoint.checkpoint import (
     CheckpointInfo,
     check_checkpoint,
@@ -59,8 +61,6 @@ def model_id(info: CheckpointInfo) -> str:
     Differences between versions that wrote the same model do not count: other keys of config.json, settings of the
     conversion that have their default value, dtypes.
     """
-    from safetensors import safe_open
-
     default = LigerConfig().to_dict()
     facts = {
         "model_type": info.config["model_type"],
@@ -167,7 +167,6 @@ def write_recovered(stage: Path, info: CheckpointInfo, adapter: Path, progress: 
     Raises:
         CheckpointError: The adapter is damaged, or was trained on another model.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     record = read_record(adapter)
@@ -239,7 +238,6 @@ def lora_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]
 
 
 def _merge_file(source: Path, target: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> None:
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     weights = {}

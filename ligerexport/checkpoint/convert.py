@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ligerexport.checkpoint.adapter import RECOVERY, read_record, write_recovered
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, check_checkpoint, copy_companions
+from ligerexport.checkpoint.describe import describe_checkpoint, describe_fit
 from ligerexport.checkpoint.loading import check_finite, check_loadable, write_plain
 from ligerexport.checkpoint.loading import load_model as load_model
 from ligerexport.checkpoint.loading import load_transformer as load_transformer
-from ligerexport.checkpoint.scores import DATA, packaged
+from ligerexport.checkpoint.scores import DATA, find_scores, packaged, write_weights
 from ligerexport.checkpoint.seal import write_seal
 from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source, resolve
 from ligerexport.console import ProgressFactory, silent
@@ -151,8 +153,6 @@ class ConvertPlan:
             CheckpointError: The model is a directory that cannot be converted.
             UsageError: There is no such model.
         """
-        from ligerexport.checkpoint.describe import describe_checkpoint, describe_fit
-
         path, name = Path(self.model).expanduser(), str(self.model)
         if name and path.is_dir():
             check_loadable(path)
@@ -168,7 +168,6 @@ class ConvertPlan:
     def run(self, progress: ProgressFactory | None = None) -> Path:
         """Convert, and return `output`. Errors as for `convert`."""
         from ligerexport.checkpoint.fidelity import check_fidelity
-        from ligerexport.checkpoint.scores import find_scores, write_weights
 
         progress = progress or silent
         source = resolve(self.model, progress=progress)
@@ -197,8 +196,6 @@ class ConvertPlan:
             shutil.rmtree(aside, ignore_errors=True)
             check_fidelity(original, stage, progress)
             if lora is not None:
-                from ligerexport.checkpoint.adapter import write_recovered
-
                 write_recovered(stage, check_checkpoint(stage), lora, progress)
         return self.output
 
@@ -208,8 +205,6 @@ def _choose_conversion(
     changes: Mapping[str, Any],
 ) -> LigerConfig:  # fmt: skip
     """Return the conversion that the options ask for."""
-    from ligerexport.checkpoint.adapter import read_record
-
     if memory is not None:
         return read_memory(memory, preset, **changes)
     if adapter is None or preset is not None or any(value is not None for value in changes.values()):
@@ -274,8 +269,6 @@ def _made_plain(info: CheckpointInfo) -> dict[str, str]:
 
 def _check_not_recovered(info: CheckpointInfo, source: Source) -> None:
     """Refuse weights that were trained for another conversion."""
-    from ligerexport.checkpoint.adapter import RECOVERY
-
     if RECOVERY in info.config:
         origin = info.config.get("liger_source")
         origin = origin.get("model", "MODEL") if isinstance(origin, dict) else "MODEL"

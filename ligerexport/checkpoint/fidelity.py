@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, check_checkpoint
 from ligerexport.checkpoint.loading import NO_WRAPPERS, dequantising, load_model, merged
@@ -28,9 +30,6 @@ from ligerexport.errors import CheckpointError, VerificationError
 from ligerexport.layers.mixer import LigerMixer
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.families import PREFIX, get_family, harmless
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 LONGEST = 64
 """Tokens of the text that is compared, where the memory holds as many."""
@@ -134,8 +133,6 @@ def load_source(info: CheckpointInfo) -> PreTrainedModel:
         CheckpointError: transformers cannot, or would draw some of the weights at random. A head that is missing is no
             fault: it is the embedding.
     """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
     content = json.loads((info.path / "config.json").read_text(encoding="utf-8"))
     plain = {key: value for key, value in harmless(content).items() if not key.startswith("liger")}
     plain |= {"model_type": content["model_type"].removeprefix(PREFIX)}
@@ -184,8 +181,6 @@ def source_outputs(transformer: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 @contextmanager
 def _by_transformers(path: Path | str) -> Iterator[None]:
     """Let whatever transformers raises of a source be a `CheckpointError`, and keep to ourselves what it warns of."""
-    from transformers.utils import logging
-
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

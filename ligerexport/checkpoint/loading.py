@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,7 +248,6 @@ def merged(model: Any, adapter: Path) -> Any:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError:
         raise MissingDependency("peft", extra="recover") from None
-    import warnings
 
     import torch
 

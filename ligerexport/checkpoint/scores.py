@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ligerexport.checkpoint.checkpoint import CheckpointInfo
+from ligerexport.checkpoint.loading import load_transformer
 from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source
 from ligerexport.console import ProgressFactory
 from ligerexport.errors import CheckpointError, UsageError
 from ligerexport.model.config import LigerConfig
+from ligerexport.text.corpus import read_tokens
+from ligerexport.text.tokenizer import TextModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,9 +86,6 @@ def _fit(
     import torch
 
     from ligerexport.checkpoint.calibrate import Scores, digest, drills, fit_scores, score_shapes, window_length
-    from ligerexport.checkpoint.loading import load_transformer
-    from ligerexport.text.corpus import read_tokens
-    from ligerexport.text.tokenizer import TextModel
 
     seed, text = 0, TextModel(source.path)
     rows = drills(text, read_tokens(texts, text), windows, window_length(info.config), seed)

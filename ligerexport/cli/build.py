@@ -7,10 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from ligerexport.artifact.artifact import open_artifact
+from ligerexport.checkpoint.describe import describe_checkpoint
 from ligerexport.cli import options
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
 from ligerexport.errors import UsageError, quoted
+from ligerexport.exporters.backend import BuildSettings
+from ligerexport.exporters.build import plan_build
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_target
 
 _ANNOUNCED = ("target", "lowering", "max_chunk", "weights")
@@ -64,11 +68,6 @@ def build(
 
     The artifact is compared with the torch model on real prompts and written only if it passes.
     """
-    from ligerexport.artifact.artifact import open_artifact
-    from ligerexport.checkpoint.describe import describe_checkpoint
-    from ligerexport.exporters.backend import BuildSettings
-    from ligerexport.exporters.build import plan_build
-
     settings = BuildSettings(
         target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai
     )

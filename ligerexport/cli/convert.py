@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ligerexport.checkpoint.convert import SHIPPED, WINDOWS, plan_convert
+from ligerexport.checkpoint.describe import describe_checkpoint
 from ligerexport.cli import options
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
@@ -96,7 +97,6 @@ def convert(
     options.announce("convert", model=model, output=output, preset=preset, threads=threads, **vars(plan.liger))
     if dry_run:
         return options.finish_made(json, f"would write {output}", plan.describe(), None)
-    from ligerexport.checkpoint.describe import describe_checkpoint
 
     path = plan.run(progress)
     following = f"ligerexport build {quoted(path)} --target onnx"

@@ -13,18 +13,30 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.artifact.artifact import MANIFEST
+from ligerexport import __version__
+from ligerexport.artifact.artifact import (
+    MANIFEST,
+    Artifact,
+    ArtifactWriter,
+    ByteCounts,
+    Graph,
+    Manifest,
+    ModelShape,
+    Source,
+    TensorInfo,
+)
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
-from ligerexport.exporters.backend import BuildSettings
+from ligerexport.exporters.backend import Backend, BuildSettings
+from ligerexport.exporters.onnx.native import check_ready
 from ligerexport.exporters.targets import BLOCK, get_backend, get_precision, get_target
+from ligerexport.reading import from_plain, sha256
 from ligerexport.staging import check_destination
+from ligerexport.text.tokenizer import TextModel
 from ligerexport.versions import warn_if_untried
 
 if TYPE_CHECKING:
-    from ligerexport.artifact.artifact import Manifest
     from ligerexport.checkpoint.checkpoint import CheckpointInfo
-    from ligerexport.exporters.backend import Backend
     from ligerexport.exporters.onnx.spec import ModelSpec
     from ligerexport.exporters.onnx.weights import WeightStorage
 
@@ -113,7 +125,6 @@ def plan_build(
     from ligerexport.checkpoint.checkpoint import check_checkpoint
     from ligerexport.exporters.onnx.genai import check_genai
     from ligerexport.exporters.onnx.graph import weight_storage
-    from ligerexport.exporters.onnx.native import check_ready
     from ligerexport.exporters.onnx.spec import read_spec
 
     backend = get_backend(settings.target)
@@ -167,7 +178,6 @@ class BuildPlan:
 
     def run(self, progress: ProgressFactory | None = None) -> Path:
         """Build, verify and write the artifact; return its directory. Arguments and errors as for `build`."""
-        from ligerexport.artifact.artifact import Artifact, ArtifactWriter
         from ligerexport.exporters.onnx.genai import write_genai
         from ligerexport.exporters.verify.verify import verify_artifact
 
@@ -189,7 +199,6 @@ class BuildPlan:
         """Write tokenizer, weights, graph and companions; return the manifest of an artifact that is not verified."""
         from ligerexport.exporters.onnx import graph as onnx_graph
         from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
-        from ligerexport.text.tokenizer import TextModel
 
         info, spec, settings, storage = self.info, self.spec, self.settings, self.storage
         assert settings.lowering is not None and settings.max_chunk is not None
@@ -246,8 +255,6 @@ def make_manifest(
     recovery: dict[str, Any] | None = None,
 ) -> Manifest:
     """Say what an artifact is, all but its files."""
-    from ligerexport import __version__
-    from ligerexport.artifact.artifact import ByteCounts, Graph, Manifest, ModelShape, TensorInfo
     from ligerexport.exporters.onnx import graph as onnx_graph
     from ligerexport.exporters.onnx.graph import LOWERINGS
     from ligerexport.exporters.onnx.weights import weight_bytes, weight_names
@@ -287,9 +294,6 @@ def make_manifest(
 
 def _source(info: CheckpointInfo, advance: Any) -> Any:
     """Say where the weights come from; links of `convert` to the original files have the original's hashes."""
-    from ligerexport.artifact.artifact import Source
-    from ligerexport.reading import from_plain, sha256
-
     hashes = {}
     for file in info.files:
         hashes[file.name] = sha256(file)

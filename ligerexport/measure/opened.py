@@ -19,6 +19,7 @@ from ligerexport.artifact.artifact import MANIFEST, is_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError
 from ligerexport.exporters.targets import get_target
+from ligerexport.run.runtime import Session
 from ligerexport.text.tokenizer import TextModel
 from ligerexport.threads import default_threads
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from ligerexport.run.runtime import Session
 
 CHUNK = 1024
 """Largest number of tokens of a call that scores."""

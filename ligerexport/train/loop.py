@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import LigerError, UsageError
@@ -145,7 +146,6 @@ class Trainer:
 
     def _step(self, step: int) -> Step:
         begin, config, group = time.perf_counter(), self.config, self.group
-        from transformers import set_seed
 
         set_seed(config.seed * 1_000_003 + step)  # whatever a phase draws, a resumed run draws too
         phase = config.row.phase_at(step, config.num_steps)

@@ -11,17 +11,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ligerexport.checkpoint.adapter import RECORD, check_student, model_id, write_adapter, write_merged
+from ligerexport.checkpoint.checkpoint import CheckpointInfo
 from ligerexport.console import ProgressFactory, say, silent, warn
 from ligerexport.dtypes import BY_KERNEL
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.model.config import LigerConfig
 from ligerexport.staging import check_destination, remove_directory, staged_directory
+from ligerexport.text.tokenizer import TextModel
 from ligerexport.train.config import RecoverConfig, given
 from ligerexport.train.estimate import Estimate, estimate
+from ligerexport.train.model import load_student, load_teacher, target_shapes, teacher_config
+from ligerexport.train.records import read_records
+from ligerexport.train.report import phase_table, write_report
+from ligerexport.train.state import load_state, state_directory
 from ligerexport.versions import versions
 
 if TYPE_CHECKING:
-    from ligerexport.checkpoint.checkpoint import CheckpointInfo
     from ligerexport.train.data import Documents
     from ligerexport.train.loop import OnStep, Step
 
@@ -100,8 +106,6 @@ def plan_recover(
         UsageError: A setting makes no sense for this model, or a place is in use.
         CheckpointError: A checkpoint is incomplete or damaged.
     """
-    from ligerexport.checkpoint.adapter import RECORD
-
     config, output = RecoverConfig(**given(settings)), Path(output)
     if resume not in ("auto", "never"):
         raise UsageError(f"resume '{resume}'", hint="choose from auto, never")
@@ -151,10 +155,7 @@ class RecoverPlan:
         _require("accelerate", "peft")
         writer = _writer(self.tensorboard)
 
-        from ligerexport.checkpoint.adapter import RECORD, write_adapter, write_merged
         from ligerexport.train.distributed import Group
-        from ligerexport.train.report import write_report
-        from ligerexport.train.state import load_state, state_directory
 
         group = Group.join(self.shard)
         states, run = state_directory(self.output), identity(info, documents, config, self.against)
@@ -199,9 +200,6 @@ def check_model(model: str | Path, config: RecoverConfig, against: str | Path | 
     Raises:
         UsageError, CheckpointError: As for `recover`.
     """
-    from ligerexport.checkpoint.adapter import check_student
-    from ligerexport.train.model import target_shapes, teacher_config
-
     info = check_student(model)
     target_shapes(info, config.targets)
     context = info.config.get("max_position_embeddings")
@@ -231,9 +229,7 @@ def read_documents(
     Raises:
         UsageError, DataError: As for `recover`.
     """
-    from ligerexport.text.tokenizer import TextModel
     from ligerexport.train.data import tokenize
-    from ligerexport.train.records import read_records
 
     return tokenize(
         read_records(list(data)), TextModel(info.path), length=config.length, vocab_size=info.config["vocab_size"],
@@ -306,8 +302,6 @@ def identity(
     info: CheckpointInfo, documents: Documents, config: RecoverConfig, against: str | Path | None
 ) -> dict[str, Any]:
     """Return what tells a run from others: model, data, settings."""
-    from ligerexport.checkpoint.adapter import model_id
-
     teacher = (str(against) if against else "itself") if config.row.needs_teacher else None
     return {"model": model_id(info), "data": documents.sha256, "teacher": teacher, **config.identity()}
 
@@ -316,8 +310,6 @@ def make_record(
     run: dict[str, Any], config: RecoverConfig, documents: Documents, history: Sequence[Step]
 ) -> dict[str, Any]:
     """Return what the result says about its making."""
-    from ligerexport.train.report import phase_table
-
     return run | {
         "tokens": sum(step.tokens for step in history),
         "final_loss": phase_table(history)[-1]["final_loss"],
@@ -335,7 +327,6 @@ def _trainer(
 
     from ligerexport.train.distributed import place
     from ligerexport.train.loop import Trainer, micro_rows
-    from ligerexport.train.model import load_student, load_teacher
     from ligerexport.train.packing import Rows, pack
 
     micro_rows(config, group.size)

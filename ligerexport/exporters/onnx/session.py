@@ -16,6 +16,7 @@ from ligerexport.artifact.artifact import Artifact, Manifest, StateTensor
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.dtypes import HALVES
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError, close_matches
+from ligerexport.exporters.onnx.native import register
 from ligerexport.exporters.onnx.screen import check_graph
 from ligerexport.exporters.session import BatchSession, choose_chunk
 from ligerexport.threads import default_threads
@@ -304,8 +305,6 @@ def _open(
     options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN)
     options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
     if artifact.manifest.lowering == "native":
-        from ligerexport.exporters.onnx.native import register
-
         register(options)
     if exact:  # of products that ONNX Runtime fuses itself
         options.add_session_config_entry(*EXACT)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
+from safetensors import safe_open
 
 from ligerexport.checkpoint.checkpoint import not_finite
 from ligerexport.dtypes import DTYPES
@@ -210,8 +211,6 @@ def weight_slabs(spec: ModelSpec, name: str) -> Iterator[np.ndarray]:
     Raises:
         CheckpointError: A value is not finite.
     """
-    from safetensors import safe_open
-
     with safe_open(spec.weights[name].file, framework="pt") as shard:  # numpy knows no bf16
         stored = shard.get_slice(name)
         for rows in _slabs(spec, name):

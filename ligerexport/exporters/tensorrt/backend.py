@@ -15,18 +15,19 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ligerexport.artifact.artifact import Artifact, Manifest
 from ligerexport.console import ProgressFactory
 from ligerexport.dtypes import DTYPES
 from ligerexport.errors import ArtifactError, MissingDependency, UsageError
 from ligerexport.exporters.backend import Backend, BuildSettings, Check, SessionSettings
+from ligerexport.exporters.build import BuildPlan
 from ligerexport.exporters.tensorrt import machine
+from ligerexport.exporters.tensorrt.engine import build_engine, check_engine
 from ligerexport.exporters.tensorrt.machine import driver
 from ligerexport.reading import sha256
 from ligerexport.versions import installed_version
 
 if TYPE_CHECKING:
-    from ligerexport.artifact.artifact import Artifact, Manifest
-    from ligerexport.exporters.build import BuildPlan
     from ligerexport.exporters.onnx.spec import ModelSpec
     from ligerexport.exporters.tensorrt.session import TensorRTSession
 
@@ -193,8 +194,6 @@ class TensorRTRTX(_ForGpus):
 
     def finish(self, plan: BuildPlan, directory: Path, manifest: Manifest, progress: ProgressFactory) -> Manifest:
         """Put an engine in the place of the graph."""
-        from ligerexport.exporters.tensorrt.engine import build_engine
-
         gpu, trt, graph = plan.gpu, rtx(), directory / manifest.graph.file
         build_engine(trt, graph, directory / ENGINE_FILE, graph=manifest.graph, max_batch=gpu.max_batch,
                      progress=progress, sms=gpu.sms)  # fmt: skip
@@ -210,8 +209,6 @@ class TensorRTRTX(_ForGpus):
         Raises:
             LigerError: The engine does not run on this machine's GPU.
         """
-        from ligerexport.exporters.tensorrt.engine import check_engine
-
         check_engine(rtx(), artifact.graph)
         raise ArtifactError(
             f"no runtime here for target '{self.name}'",
@@ -265,8 +262,6 @@ def rtx() -> Any:
 
 def _add_engine(directory: Path, manifest: Manifest, max_batch: int, progress: ProgressFactory) -> dict[str, str]:
     """Build an engine, and write the record that `liger-run` reads to tell whether it fits."""
-    from ligerexport.exporters.tensorrt.engine import build_engine
-
     trt, (version, sm) = tensorrt(), here()
     build_engine(trt, directory / manifest.graph.file, directory / ENGINE_FILE, graph=manifest.graph,
                  max_batch=max_batch, progress=progress, plugin=directory / PLUGIN_FILE)  # fmt: skip

@@ -10,7 +10,11 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from ligerexport.artifact.artifact import Artifact
+from ligerexport.exporters.onnx.native import register
+from ligerexport.exporters.onnx.scoring import exact_products
+from ligerexport.exporters.onnx.session import EXACT, FOLDER
 from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.tensorrt.evaluation import evaluator
 from ligerexport.exporters.verify.compare import Mismatch, is_near_tie, of_layer, sort_slots, state_error, tolerance_of
 from ligerexport.exporters.verify.ties import narrow
 from ligerexport.exporters.verify.torch_model import Answer, Reference, State
@@ -138,18 +142,12 @@ class _Graph:
 
 
 def _plugin(spec: ModelSpec, artifact: Artifact) -> Run:
-    from ligerexport.exporters.tensorrt.evaluation import evaluator
-
     return cast("Run", evaluator(artifact, spec, wide=True).run)
 
 
 def _variant(artifact: Artifact, outputs: list[str]) -> Run:
     """Open the graph with exact products and more outputs."""
     import onnxruntime
-
-    from ligerexport.exporters.onnx.native import register
-    from ligerexport.exporters.onnx.scoring import exact_products
-    from ligerexport.exporters.onnx.session import EXACT, FOLDER
 
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry(*EXACT)

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ligerexport.artifact.artifact import Artifact
 from ligerexport.checkpoint.checkpoint import check_checkpoint
@@ -27,11 +28,8 @@ from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightStorage, stored_slabs, weight_slabs
-from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer
+from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer, read_config
 from ligerexport.model.families import output_head
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 State = dict[str, np.ndarray]
 
@@ -324,10 +322,6 @@ def check_reading(spec: ModelSpec, progress: ProgressFactory = silent) -> None:
 
 def _empty_model(spec: ModelSpec) -> PreTrainedModel:
     """Return the model without the memory of its weights; what it computes of its configuration is real."""
-    from transformers import AutoModelForCausalLM
-
-    from ligerexport.layers.mixer import read_config
-
     with weightless():
         return AutoModelForCausalLM.from_config(read_config(spec.config), dtype=torch.float32).eval()
 

@@ -11,26 +11,24 @@ resolved by copying torch's state. `replay` searches for ties inside a call.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from ligerexport.artifact.artifact import Artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import LigerError, VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightStorage
-from ligerexport.exporters.verify.compare import Comparison, Mismatch, Tolerance, tolerance_of
+from ligerexport.exporters.tensorrt.evaluation import PluginSession
+from ligerexport.exporters.verify.compare import Comparison, Engine, Mismatch, Tolerance, tolerance_of
 from ligerexport.exporters.verify.locate import first_difference
 from ligerexport.exporters.verify.precision import cost_of_precision
 from ligerexport.exporters.verify.text import PROMPT
 from ligerexport.exporters.verify.ties import replay
 from ligerexport.exporters.verify.torch_model import Answer, Reference, check_reading
-
-if TYPE_CHECKING:
-    from ligerexport.exporters.verify.compare import Engine
-    from ligerexport.layers.mixer import LigerCache
-
+from ligerexport.layers.mixer import LigerCache
 
 PIECES = 6
 """Pieces that the prompt is cut into, at random places."""
@@ -97,8 +95,6 @@ def _compare(
 
 def _open(spec: ModelSpec, artifact: Artifact) -> Engine:
     if artifact.manifest.lowering == "plugin":
-        from ligerexport.exporters.tensorrt.evaluation import PluginSession
-
         return PluginSession(artifact, spec, wide=True)
     from ligerexport.exporters.onnx.session import OnnxSession
 
@@ -111,7 +107,6 @@ def prompt_ids(spec: ModelSpec) -> np.ndarray:
     file = spec.path / "tokenizer.json"
     if not file.is_file():
         return np.random.default_rng(0).integers(0, spec.vocab_size, 400)
-    from tokenizers import Tokenizer
 
     return np.array(Tokenizer.from_file(str(file)).encode(PROMPT).ids)
 

@@ -7,19 +7,16 @@ recurrence add anything, do the scores choose better than chance.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ligerexport.checkpoint.convert import convert_in_memory
 from ligerexport.errors import UsageError, look_up
 from ligerexport.layers.mixer import LigerMixer
 from ligerexport.measure.evaluate.settings import CONTROLS
 from ligerexport.model.config import LigerConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SINKS = 4
 

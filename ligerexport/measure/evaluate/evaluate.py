@@ -11,20 +11,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ligerexport.artifact.artifact import is_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError
+from ligerexport.measure.evaluate.estimate import Table
 from ligerexport.measure.evaluate.report import REPORT, Report
 from ligerexport.measure.evaluate.settings import KEYS, PAIR_LENGTHS, PAIRS, Settings, choose_parts
 from ligerexport.measure.opened import Opened, TorchModel, check_same_tokenizer, open_model
 from ligerexport.staging import check_destination
 from ligerexport.text.corpus import cut_windows, read_tokens, text_files
 from ligerexport.versions import versions
-
-if TYPE_CHECKING:
-    from ligerexport.measure.evaluate.estimate import Table
 
 TEACHER, MODEL = "teacher", "model"
 
