@@ -143,12 +143,7 @@ def merge_adapter(
     force: bool = False,
     progress: ProgressFactory | None = None,
 ) -> Path:
-    """Merge an adapter that `recover` wrote into the converted checkpoint that it was trained on.
-
-    Raises:
-        CheckpointError: One of them is damaged, or the adapter was trained on another model.
-        UsageError: `output` is in use.
-    """
+    """Merge an adapter that `recover` wrote into the converted checkpoint that it was trained on."""
     info = check_student(checkpoint)
     with staged_directory(output, force=force, marker=RECORD) as stage:
         write_recovered(stage, info, Path(adapter), progress)

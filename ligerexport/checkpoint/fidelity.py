@@ -49,10 +49,6 @@ def check_fidelity(source: CheckpointInfo, converted: Path, progress: ProgressFa
         source: The Transformer. A converted checkpoint stands for the Transformer that has its weights.
         converted: Directory of the conversion, before any adapter of `recover`.
         progress: Opens a phase.
-
-    Raises:
-        VerificationError: A layer, or the logits, differ; names the first that does.
-        CheckpointError: transformers cannot run the source, or it is not whole.
     """
     with progress("comparing with the Transformer", 2, "steps") as advance:
         transformer = load_source(source)
@@ -169,11 +165,7 @@ def load_source(info: CheckpointInfo) -> PreTrainedModel:
 
 
 def source_outputs(transformer: PreTrainedModel, ids: Tensor) -> list[Tensor]:
-    """Return `outputs` of what `load_source` returned.
-
-    Raises:
-        CheckpointError: transformers cannot run it.
-    """
+    """Return `outputs` of what `load_source` returned."""
     with _by_transformers(str(transformer.name_or_path)):
         return outputs(transformer, ids)
 

@@ -64,10 +64,6 @@ def load_transformer(
         path: Directory.
         config: Content of its config.json.
         dtype: Type of the weights; "auto" is that of the file.
-
-    Raises:
-        CheckpointError: The family is not supported, the checkpoint is incomplete or damaged, or its weights are
-            quantised in a way that transformers cannot undo.
     """
     from ligerexport.layers.mixer import read_config
 
@@ -85,9 +81,6 @@ def load_any(info: CheckpointInfo, dtype: torch.dtype) -> PreTrainedModel:
     Args:
         info: The checkpoint.
         dtype: Type of the weights.
-
-    Raises:
-        CheckpointError: See `load_transformer`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,9 +98,6 @@ def write_plain(info: CheckpointInfo, directory: Path) -> CheckpointInfo:
     Args:
         info: The checkpoint; all of its weights go through memory.
         directory: Place to make.
-
-    Raises:
-        CheckpointError: See `load_transformer`.
     """
     import torch
 
@@ -197,11 +187,7 @@ def _as_plain(info: CheckpointInfo) -> Iterator[None]:
 
 
 def check_loadable(path: Path) -> None:
-    """Check a checkpoint without loading it.
-
-    Raises:
-        CheckpointError: It is incomplete or damaged, or transformers cannot undo the quantisation of its weights.
-    """
+    """Check a checkpoint without loading it."""
     info = check_checkpoint(path, tokenizer=False)
     if info.quantised:
         dequantising(info)

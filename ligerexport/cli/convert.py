@@ -104,11 +104,7 @@ def convert(
 
 
 def parse_slots(text: str | None) -> Slots | None:
-    """Read `peak_use=32,novelty=32`; `none` is no slots.
-
-    Raises:
-        UsageError: It has another form.
-    """
+    """Read `peak_use=32,novelty=32`; `none` is no slots."""
     if text is None:
         return None
     return _counts(text, f"--slots {text}", "write SCORE=COUNT,... as in --slots peak_use=32,novelty=32")

@@ -52,9 +52,6 @@ def examine(target: str | None = None, plugin: Path | None = None) -> list[Check
     Args:
         target: Row of `TARGETS`; None checks what all targets need.
         plugin: Library of the TensorRT plugin, to check as well.
-
-    Raises:
-        UsageError: No such target.
     """
     checks = [_python(), *_packages(), _releases(), *_machine(), *_cache()]
     return checks + (get_backend(target).examine(plugin) if target else [])

@@ -115,9 +115,6 @@ def plan_build(
         output: Directory to make; None is the target's name inside the checkpoint.
         settings: What to build.
         force: Whether an older artifact at `output` may be replaced.
-
-    Raises:
-        LigerError: As `build`.
     """
     settings = settings or BuildSettings()
     lowering, weights = _resolve(settings)

@@ -142,20 +142,12 @@ def precision_of(dtype: str) -> Precision:
 
 
 def get_target(name: str) -> Target:
-    """Return the row of `TARGETS` with this name.
-
-    Raises:
-        UsageError: No such target; the hint names close matches.
-    """
+    """Return the row of `TARGETS` with this name."""
     return look_up("target", name, TARGETS)
 
 
 def get_backend(name: str) -> Backend:
-    """Return what a target does.
-
-    Raises:
-        UsageError: No such target.
-    """
+    """Return what a target does."""
     row = get_target(name)
     made: Backend = resolve_name(row.backend)(name, row)
     return made

@@ -271,9 +271,6 @@ def measure_layers(
 
     Returns:
         For each memory its sizes, what was measured, and its cost: the sum of the relative changes of `COUNTED`.
-
-    Raises:
-        LigerError: A measurement is not finite.
     """
     measured = {}
     with progress("measuring layers", 1 + sum(len(each) - 1 for each in tried.values()), "steps") as advance:

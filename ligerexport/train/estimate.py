@@ -59,9 +59,6 @@ def estimate(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, sh
         config: Settings.
         processes: Number of processes that share the batch.
         shard: Whether they share the weights as well.
-
-    Raises:
-        UsageError: A target of LoRA is no projection of this model.
     """
     shapes = target_shapes(info, config.targets)
     lora = sum(config.rank * (shape[0] + shape[1]) for shape in shapes.values())

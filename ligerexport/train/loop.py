@@ -118,11 +118,7 @@ class Trainer:
         self.group.wait()
 
     def train(self, progress: ProgressFactory | None = None, on_step: OnStep | None = None) -> None:
-        """Run all steps that are left.
-
-        Raises:
-            LigerError: The loss is not finite, or memory ran out; the states on the disk stay.
-        """
+        """Run all steps that are left."""
         config = self.config
         with (progress or silent)("training", config.num_steps, "steps") as advance:
             advance(len(self.history))
@@ -136,11 +132,7 @@ class Trainer:
                     self.save()  # the last one too: writing the result may fail for want of space
 
     def try_step(self, step: int) -> Step:
-        """Train on the batch of a step, counted from 0.
-
-        Raises:
-            LigerError: As `train`.
-        """
+        """Train on the batch of a step, counted from 0."""
         with self._explained():
             return self._step(step)
 

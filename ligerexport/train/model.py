@@ -80,11 +80,6 @@ def load_teacher(info: CheckpointInfo, against: str | Path | None, dtype: torch.
         info: The student.
         against: Directory, hub id or built-in name; None takes the student's own weights with softmax attention.
         dtype: Type of its weights.
-
-    Raises:
-        UsageError: It does not fit the student, or a recovered checkpoint comes without one.
-        SourceError: There is no such model.
-        CheckpointError: It is incomplete or damaged.
     """
     from ligerexport.checkpoint.convert import load_transformer
 

@@ -224,11 +224,7 @@ def read_documents(
     config: RecoverConfig,
     progress: ProgressFactory | None = None,
 ) -> Documents:
-    """Return as many documents as a run reads, or all that there are.
-
-    Raises:
-        UsageError, DataError: As for `recover`.
-    """
+    """Return as many documents as a run reads, or all that there are."""
     from ligerexport.train.data import tokenize
 
     return tokenize(
@@ -270,10 +266,6 @@ def measure_seconds(
         against: As for `recover`.
         processes: Number of processes that share the rows; only this one measures.
         progress: Reports the steps that are measured; silent by default.
-
-    Raises:
-        MissingDependency: The `recover` extra is not installed.
-        LigerError: The loss is not finite, or memory ran out.
     """
     _require("accelerate", "peft")
     import torch

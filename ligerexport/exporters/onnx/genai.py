@@ -51,11 +51,7 @@ def check_genai(checkpoint: Path, target: str, lowering: str) -> None:
 
 
 def write_genai(artifact: Artifact) -> None:
-    """Write graph and configuration beside those of an artifact that is not finished.
-
-    Raises:
-        VerificationError: The graph does not compute what the artifact's own computes.
-    """
+    """Write graph and configuration beside those of an artifact that is not finished."""
     model = ir.load(artifact.graph)
     _pack(model.graph, artifact)
     ir.save(model, artifact.directory / GRAPH_FILE)

@@ -56,11 +56,6 @@ def write_pack(
 
     Returns:
         What was packed.
-
-    Raises:
-        MissingDependency: No Triton.
-        UsageError: An unknown compute capability or dtype, or a layer whose recurrence has keyed rows.
-        LigerError: A kernel does not compile.
     """
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory) / "kernels"

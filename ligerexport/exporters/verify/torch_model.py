@@ -107,9 +107,6 @@ class Reference:
             whole: Pieces whose answers have the complete state and a cache; None is all.
             hidden: Whether answers also have the residual stream after each layer, as `past.LAYER.hidden` `[T, D]`.
             advance: Told 1 after each layer.
-
-        Raises:
-            VerificationError: A stored weight is not the checkpoint's.
         """
         states: list[State] = [{} for _ in pieces]
         caches = [self.new_cache() if whole is None or i in whole else None for i in range(len(pieces))]
@@ -298,10 +295,6 @@ def check_reading(spec: ModelSpec, progress: ProgressFactory = silent) -> None:
     """Check that the torch model of a checkpoint, with its softmax alone, is what transformers makes of its weights.
 
     The graph is written from the same reading of the checkpoint, so it could be wrong alike.
-
-    Raises:
-        VerificationError: A layer, or the logits, differ; names the first that does.
-        CheckpointError: transformers cannot run the checkpoint.
     """
     reference = Reference(spec)
     model, streams = reference._model, list[Tensor]()

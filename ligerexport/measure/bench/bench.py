@@ -54,10 +54,6 @@ def bench(
         Plain data for JSON: `models`, `parity`, `machine`, `rows` (one for each model, batch and context), and
         `crossover`, the context from which the first model is faster or smaller; `warnings`, sentences about what
         disturbed the measurement.
-
-    Raises:
-        VerificationError: An artifact is not known to compute what torch computes.
-        UsageError: The vocabularies differ, or a setting makes no sense.
     """
     settings, progress = settings or Settings(), progress or silent
     threads = settings.threads or default_threads()

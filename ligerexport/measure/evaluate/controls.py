@@ -53,11 +53,7 @@ def _random(config: LigerConfig) -> LigerConfig:
 
 
 def make_control(name: str, model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Return a control of a converted model; it shares the model's weights.
-
-    Raises:
-        UsageError: See `control_config`.
-    """
+    """Return a control of a converted model; it shares the model's weights."""
     config = control_config(name, LigerConfig.from_dict(model.config.liger))
     if name != "random-judge":
         return convert_in_memory(model, config)

@@ -123,11 +123,7 @@ class EvaluatePlan:
     force: bool
 
     def describe(self) -> dict[str, Any]:
-        """Return what `run` would measure, without loading or fetching anything.
-
-        Raises:
-            CheckpointError: A model is a directory that cannot be loaded.
-        """
+        """Return what `run` would measure, without loading or fetching anything."""
         from ligerexport.checkpoint.loading import check_loadable
 
         for path in (Path(name).expanduser() for name in (self.model, self.against) if name and not is_artifact(name)):

@@ -112,11 +112,7 @@ class HarnessLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """Return greedy continuations up to a stop text, the end of the text, or the most tokens.
-
-        Raises:
-            UsageError: A task wants to sample.
-        """
+        """Return greedy continuations up to a stop text, the end of the text, or the most tokens."""
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:

@@ -215,9 +215,6 @@ def recall(
     Returns:
         Shares of right tokens `once`, `twice`, `keys_K`, `pairs_D`, `copy`, and `copy_nll` in nats a token; columns are
         distances.
-
-    Raises:
-        UsageError: The text is too short for these distances.
     """
 
     def ask(prompts: Iterable[Prompt]) -> tuple[Estimate, Estimate]:
