@@ -18,7 +18,8 @@ from ligerexport.exporters.build import plan_build
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_target
 
 _ANNOUNCED = ("target", "lowering", "max_chunk", "weights")
-"""Settings of every build that `--verbose` prints."""
+_FOR_GPUS = ("sms", "max_batch", "plugin", "engine")
+"""Settings that `--verbose` prints, of every build and of one for GPUs."""
 
 
 @verb(computes=True)
@@ -72,14 +73,14 @@ def build(
         target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai
     )
     plan = plan_build(model, output, settings, force=force)
-    chosen = {name: value for name, value in vars(plan.settings).items() if name in _ANNOUNCED}
+    names = _ANNOUNCED + (_FOR_GPUS if plan.sms else ())
+    chosen = {name: getattr(plan.settings, name) for name in names}
     options.announce("build", model=model, output=plan.output, threads=threads, **chosen,
-                     block=plan.storage.block if plan.storage.precision.blocked else None,
-                     **(vars(plan.gpu) if plan.gpu else {}))  # fmt: skip
+                     block=plan.storage.block if plan.storage.precision.blocked else None)  # fmt: skip
     if dry_run:
         facts = describe_checkpoint(model, plan.spec.liger) | plan.describe()
-        if plan.gpu is not None:
-            facts["sms"] = options.plain(plan.gpu.sms)
+        if plan.sms:
+            facts["sms"] = options.plain(plan.sms)
         return options.finish_made(json, f"would write {plan.output}", facts, None)
     path = plan.run(progress)
     manifest = open_artifact(path, hashes=False).manifest

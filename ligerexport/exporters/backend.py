@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,10 +64,6 @@ class Check:
     needed: bool = False
     mend: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return asdict(self)
-
 
 class Backend:
     """A target. The methods here are those of a target whose artifact is a graph and needs no GPU.
@@ -80,11 +76,11 @@ class Backend:
     def __init__(self, name: str, row: Target) -> None:
         self.name, self.row = name, row
 
-    def prepare(self, settings: BuildSettings) -> Any:
+    def prepare(self, settings: BuildSettings) -> BuildSettings:
         """Check the options that are particular to targets and what is installed, before any work is done.
 
         Returns:
-            What the plan has as `gpu`; None by default.
+            The settings, with the GPUs chosen where the target is for GPUs.
 
         Raises:
             UsageError: An option is not for this target, or a number makes no sense.
@@ -92,6 +88,7 @@ class Backend:
         """
         if settings.sms or settings.plugin or not settings.engine:
             raise UsageError(f"GPU options with the target {self.name}", hint="--sm, --plugin, --no-engine go with trt")
+        return settings
 
     def check_model(self, spec: ModelSpec) -> None:
         """Check that the target has everything that the layers of a checkpoint need.

@@ -125,7 +125,7 @@ def plan_build(
     from ligerexport.exporters.onnx.spec import read_spec
 
     backend = get_backend(settings.target)
-    gpu = backend.prepare(settings)
+    settings = backend.prepare(settings)
     if lowering == "native" and settings.verify:
         check_ready()
     output = Path(model) / settings.target if output is None else Path(output)
@@ -138,7 +138,7 @@ def plan_build(
         check_genai(info.path, settings.target, lowering)
     settings = replace(settings, lowering=lowering, weights=weights, max_chunk=max_chunk)
     storage = weight_storage(weights, settings.block, lowering)
-    return BuildPlan(info, spec, output, settings, storage, backend, gpu, force)
+    return BuildPlan(info, spec, output, settings, storage, backend, force)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,6 @@ class BuildPlan:
         settings: What to build, with nothing left open.
         storage: How weights are stored.
         backend: The target.
-        gpu: What `Backend.prepare` returned.
         force: Whether an older artifact at `output` may be replaced.
     """
 
@@ -162,8 +161,12 @@ class BuildPlan:
     settings: BuildSettings
     storage: WeightStorage
     backend: Backend
-    gpu: Any
     force: bool
+
+    @property
+    def sms(self) -> tuple[int, ...]:
+        """Compute capabilities; none where the target is not only for GPUs."""
+        return tuple(self.settings.sms or ())
 
     def describe(self) -> dict[str, Any]:
         """Return what `run` would write and take."""

@@ -48,12 +48,7 @@ class OnnxSession(BatchSession):
 
     Args:
         artifact: From `open_artifact`, or an unfinished one under verification.
-        batch: B, sequences that advance together.
-        threads: Threads of one operator; None takes the physical cores that this process may use.
-        chunk: Prompt tokens a call, at most the graph's `max_chunk`; None takes the measured best.
-        prepack: Whether to copy the weights into the order that is fastest. Without, they stay mapped from the file:
-            less memory, loaded faster, and slower tokens.
-        scoring: Whether a call computes the logits of all its tokens, so that `every` need not step.
+        batch, threads, chunk, prepack, scoring: As for `ligerexport.run.runtime.load`.
         exact: Whether products with quantised weights leave activations in fp32: slower, and for comparing a graph with
             arithmetic on the same weights. Not together with `scoring`.
         device: Row of `PROVIDERS`.

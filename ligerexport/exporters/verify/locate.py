@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
@@ -119,7 +119,8 @@ class _Graph:
         self._manifest = artifact.manifest
         self._integer = self._manifest.graph.inputs[0].dtype
         self._hidden = [f"hidden.{i}" for i in range(len(spec.mixers))]
-        self._run = _plugin(spec, artifact) if self._manifest.lowering == "plugin" else _variant(artifact, self._hidden)
+        plugin = self._manifest.lowering == "plugin"
+        self._run: Run = evaluator(artifact, spec, wide=True).run if plugin else _variant(artifact, self._hidden)  # type: ignore[assignment]
 
     def initial_state(self) -> State:
         """Return the state in which nothing was seen."""
@@ -139,10 +140,6 @@ class _Graph:
         names = [name.replace("past.", "present.", 1) for name in state] + self._hidden
         keys = [*state, *(f"past.{i}.hidden" for i in range(len(self._hidden)))]
         return dict(zip(keys, self._run(names, feeds | state), strict=True))
-
-
-def _plugin(spec: ModelSpec, artifact: Artifact) -> Run:
-    return cast("Run", evaluator(artifact, spec, wide=True).run)
 
 
 def _variant(artifact: Artifact, outputs: list[str]) -> Run:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -91,9 +93,5 @@ def _plain(
 
 
 @_mixer_step.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
-    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_mass: Tensor | None,
-    judge_state: Tensor | None, rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
-) -> Tensor:  # fmt: skip
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     return query.new_empty(*query.shape[:2], value.shape[2])
