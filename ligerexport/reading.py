@@ -25,7 +25,6 @@ def read_json(file: Path, kind: type[LigerError], hint: str) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Args:
-        file: The file.
         kind: Class of the error.
         hint: Of the error.
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ligerexport.checkpoint.checkpoint import (
+    ADAPTER,
+    ADAPTER_CONFIG,
     CheckpointInfo,
     check_checkpoint,
     check_links,
@@ -31,8 +33,6 @@ from ligerexport.staging import staged_directory
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 RECORD = "recovery.json"
 """In every result; tells it from other directories."""
 RECOVERY = "liger_recovery"
@@ -157,7 +157,6 @@ def write_recovered(stage: Path, info: CheckpointInfo, adapter: Path, progress: 
         stage: Directory; that of the checkpoint itself is changed in place.
         info: The checkpoint that the adapter was trained on.
         adapter: What `write_adapter` wrote.
-        progress: Reports the weights; silent by default.
 
     Raises:
         CheckpointError: The adapter is damaged, or was trained on another model.
@@ -191,7 +190,6 @@ def write_merged(
         tensors: LoRA's tensors by the names of its modules.
         scale: Factor of the product of A and B.
         record: Value of `liger_recovery` in config.json.
-        progress: Reports the weights; silent by default.
 
     Raises:
         CheckpointError: LoRA names a weight that the checkpoint does not have, or has other shapes.

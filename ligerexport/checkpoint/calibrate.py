@@ -135,7 +135,6 @@ def fit_scores(
         batch: Windows at a time.
         ridge: Added to the diagonal, relative to its mean; the bias is free of it.
         floor: Added to the weights before the logarithm.
-        progress: Reports the windows; silent by default.
 
     Raises:
         UsageError: The windows are too short to look beyond `window`.

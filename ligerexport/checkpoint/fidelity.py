@@ -48,7 +48,6 @@ def check_fidelity(source: CheckpointInfo, converted: Path, progress: ProgressFa
     Args:
         source: The Transformer. A converted checkpoint stands for the Transformer that has its weights.
         converted: Directory of the conversion, before any adapter of `recover`.
-        progress: Opens a phase.
     """
     with progress("comparing with the Transformer", 2, "steps") as advance:
         transformer = load_source(source)

@@ -61,7 +61,6 @@ def load_transformer(
     """Load the Transformer in a checkpoint, its attention as the family has it, converted or not.
 
     Args:
-        path: Directory.
         config: Content of its config.json.
         dtype: Type of the weights; "auto" is that of the file.
     """
@@ -79,7 +78,6 @@ def load_any(info: CheckpointInfo, dtype: torch.dtype) -> PreTrainedModel:
     """Load what a checkpoint holds: a converted model, or a Transformer of any family that transformers knows.
 
     Args:
-        info: The checkpoint.
         dtype: Type of the weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -116,7 +114,6 @@ def check_finite(info: CheckpointInfo, advance: Callable[[float], None] = lambda
     """Refuse a plain checkpoint with a weight that is not finite.
 
     Args:
-        info: The checkpoint.
         advance: Told the bytes that were looked at.
 
     Raises:

@@ -33,7 +33,6 @@ def write_seal(
     """Note what the weights of a checkpoint are.
 
     Args:
-        directory: The checkpoint's.
         files: Its weights, links to others perhaps.
         known: Hashes by name of files that were hashed already.
         advance: Told the bytes that were hashed.

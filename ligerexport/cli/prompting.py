@@ -81,7 +81,6 @@ class Asking:
         """Open the artifact and the prompt cache.
 
         Args:
-            artifact: Directory.
             many: Whether many tokens will be read or written. Only then is it worth the time to copy the weights into
                 the order that is fastest.
         """

@@ -157,7 +157,6 @@ def open_model(
         threads: Threads of one operator where it is timed; None takes the physical cores.
         device: `auto` takes a GPU where the model runs on one. Artifacts are scored on the CPU.
         dtype: Type of a torch model's weights; `auto` is float32 on a CPU and bfloat16 elsewhere.
-        progress: Opens a phase.
 
     Raises:
         SourceError: There is no such model.
@@ -270,7 +269,6 @@ class TorchModel(Opened):
         return out.logits, out.get(CACHE)
 
     def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
-        """Return as `Opened.advance`."""
         import torch
 
         with torch.inference_mode():
@@ -279,7 +277,6 @@ class TorchModel(Opened):
             return [int(row) for row in logits[:, -1].argmax(dim=-1)]  # waits for a GPU
 
     def fill(self, tokens: int) -> list[int]:
-        """Do as `Opened.fill`."""
         if self.kind != "transformer":
             return super().fill(tokens)
         import torch
@@ -296,7 +293,6 @@ class TorchModel(Opened):
         return [0] * self.batch
 
     def sibling(self, batch: int = 1) -> TorchModel:
-        """Return as `Opened.sibling`."""
         return TorchModel(self.model, batch, self.name, self.path)
 
 
@@ -322,7 +318,6 @@ class ArtifactModel(Opened):
 
     @property
     def sequence_bytes(self) -> int | None:
-        """Return as `Opened.sequence_bytes`."""
         manifest = self.session.artifact.manifest
         return None if manifest.growth else manifest.bytes.state_per_sequence
 
@@ -333,7 +328,6 @@ class ArtifactModel(Opened):
 
     @property
     def weight_bytes(self) -> int:
-        """Return as `Opened.weight_bytes`."""
         manifest, config = self.session.artifact.manifest, self.path / "config.json"
         tied = json.loads(config.read_text()).get("tie_word_embeddings", True) if config.is_file() else True
         shape = manifest.model  # where the output has its own weights, one row of the embedding is read for a token
@@ -359,13 +353,11 @@ class ArtifactModel(Opened):
         return torch.from_numpy(np.concatenate(list(self.session.every(array[:, head:])), axis=1)), self
 
     def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
-        """Return as `Opened.advance`."""
         array = np.asarray(ids, np.int64)
         logits = self.session.step(array[:, 0]) if array.shape[1] == 1 else self.session.prefill(array)
         return [int(row) for row in logits.argmax(axis=-1)]
 
     def sibling(self, batch: int = 1) -> ArtifactModel:
-        """Return as `Opened.sibling`."""
         return ArtifactModel(self.session.sibling(batch), self.device)
 
 

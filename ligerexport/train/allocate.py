@@ -267,7 +267,6 @@ def measure_layers(
         model: Converted, on its device.
         tried: Memories by layer, its own first.
         measure: Called with the model.
-        progress: Opens the phase.
 
     Returns:
         For each memory its sizes, what was measured, and its cost: the sum of the relative changes of `COUNTED`.
@@ -364,7 +363,6 @@ class _Uncached(TorchModel):
 
     @torch.no_grad()
     def forced(self, ids: Tensor, last: int) -> Tensor:
-        """Return as `Opened.forced`."""
         return self.model(ids.to(self.model.device), use_cache=False, logits_to_keep=last).logits.float()
 
 

@@ -87,7 +87,6 @@ def tokenize(
         overlong: Whether a longer conversation is cut or dropped.
         wanted: Stop after this many tokens; None takes everything.
         seed: Seed of the order.
-        progress: Reports the work; silent by default.
 
     Raises:
         DataError: Nothing is left to learn from.

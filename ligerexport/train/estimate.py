@@ -55,8 +55,6 @@ def estimate(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, sh
     """Estimate a recovery.
 
     Args:
-        info: The checkpoint.
-        config: Settings.
         processes: Number of processes that share the batch.
         shard: Whether they share the weights as well.
     """

@@ -60,7 +60,6 @@ class Trainer:
         student: The model with LoRA.
         teacher: What it follows; None where the recipe needs none.
         rows: Training data.
-        config: Settings.
         group: The processes.
         states: Directory of the states.
         run: What tells this run from others; written into the states.

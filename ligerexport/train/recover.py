@@ -260,12 +260,9 @@ def measure_seconds(
     The part is one row on a CPU, where time grows with the rows, and on a GPU all rows that are in memory at a time.
 
     Args:
-        info: The checkpoint.
         documents: From `read_documents`.
-        config: Settings.
         against: As for `recover`.
         processes: Number of processes that share the rows; only this one measures.
-        progress: Reports the steps that are measured; silent by default.
     """
     _require("accelerate", "peft")
     import torch

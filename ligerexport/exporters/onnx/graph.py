@@ -130,9 +130,7 @@ class _Blocks:
     """The blocks of a model around its mixers.
 
     Args:
-        g: The graph.
         lower: Its lowering.
-        spec: The model.
         weights: Its weights.
     """
 

@@ -130,11 +130,6 @@ class OnnxSession(BatchSession):
         return self._logits
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
-        """Advance by a prompt as `prefill` does, and yield the logits after each token.
-
-        Yields:
-            `[B, t, V]` fp32, in order; T of them together.
-        """
         if not self._scoring:
             yield from super().every(ids)
             return

@@ -242,7 +242,6 @@ def stored_slabs(
     """Yield the values of a stored weight in fp32, the same rows at a time as `weight_slabs`, and how it rounds.
 
     Args:
-        spec: The model.
         storage: How it was written.
         directory: Where `DATA_FILE` is.
         name: Name of the weight.

@@ -37,7 +37,6 @@ def build_engine(
         destination: File to write.
         graph: What goes in, and most tokens of one call.
         max_batch: Most sequences.
-        progress: Opens a phase.
         sms: Compute capabilities, where it is built for other GPUs than the one that is here.
         plugin: Library with operators that the graph uses.
 

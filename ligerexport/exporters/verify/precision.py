@@ -22,7 +22,6 @@ def cost_of_precision(
         spec: The checkpoint.
         artifact: What was built from it.
         ids: The text `[T]`.
-        progress: Opens a phase.
 
     Returns:
         Nats a token of both and the divergence of the artifact's predictions; None where nothing is rounded.

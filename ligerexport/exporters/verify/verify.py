@@ -48,7 +48,6 @@ def verify_artifact(
         artifact: Graph, weights and a manifest without files.
         storage: How the weights are stored.
         seed: Seed of the places where the prompt is cut.
-        progress: Opens a phase.
 
     Returns:
         The numbers for the manifest: of the comparison, and from `cost_of_precision`.
@@ -118,7 +117,6 @@ class Verification(Comparison):
         spec: The checkpoint.
         tolerance: By how much the graph may differ.
         reference: The torch model, to search a call for tied scores; without it every difference is an error.
-        progress: Opens a phase for each search.
     """
 
     def __init__(

@@ -54,7 +54,6 @@ def memory_attention(
         arrival: `[B, T, H_kv]`, the score on arrival, novelty or learned; needed if a pool is kept by it.
         position: `[B]` int64, tokens seen before this call; a token at a negative position is padding.
         state: Tensors named `slot_*`, as `MixerSpec.state` lists them; on the CPU ordered by position.
-        spec: The layer.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
 
     Returns:

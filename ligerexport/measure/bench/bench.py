@@ -48,7 +48,6 @@ def bench(
         against: Another one with the same vocabulary.
         checkpoint: The converted checkpoint of an artifact, to compare it with torch first.
         settings: The sweep.
-        progress: Opens a phase.
 
     Returns:
         Plain data for JSON: `models`, `parity`, `machine`, `rows` (one for each model, batch and context), and
@@ -115,9 +114,7 @@ def gate(artifact: str, checkpoint: str | None = None, progress: ProgressFactory
     """Say by what an artifact is known to compute what torch computes; all its files are hashed for that.
 
     Args:
-        artifact: Its directory.
         checkpoint: What it was built from, to run the torch model against it; None asks the manifest.
-        progress: Opens a phase.
 
     Returns:
         `by`, and the numbers of the comparison.

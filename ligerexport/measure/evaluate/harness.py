@@ -30,8 +30,6 @@ class HarnessLM(TemplateLM):
     """A model of lm-eval over a scorer and a tokenizer.
 
     Args:
-        scorer: The model.
-        text: Its tokenizer.
         max_length: Most tokens of a prompt with its continuation; longer ones lose their beginning.
         advance: Told how many requests are done.
     """

@@ -202,7 +202,6 @@ def recall(
     """Measure all of it.
 
     Args:
-        scorer: The model.
         tokenizer: Its tokenizer.
         prose: A stream of tokens.
         distances: Distances of keys and copies; the largest is also that of prompts with associations.

@@ -73,8 +73,6 @@ def run_tasks(
     """Run tasks and return every metric that has a number, as `TASK METRIC`.
 
     Args:
-        scorer: The model.
-        text: Its tokenizer.
         names: Tasks or groups of them.
         max_length: Most tokens of a prompt.
         limit: Most questions of each task, the first ones.
