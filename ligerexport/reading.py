@@ -54,9 +54,7 @@ def from_plain(cls: type[Row], data: Any) -> Row:
     return _convert(cls, data, cls.__name__)
 
 
-@lru_cache(maxsize=32)
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+_hints = lru_cache(maxsize=32)(get_type_hints)
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:

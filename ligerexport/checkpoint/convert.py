@@ -122,7 +122,9 @@ def plan_convert(
     texts = _check_score_options(liger, calibrate, scores, windows)
     if output.resolve() == Path(model).expanduser().resolve():
         raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
-    _check_output(output)
+    config = output / "config.json"
+    if config.is_file() and '"liger"' not in config.read_text():  # it may be the only copy
+        raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
     check_destination(output, force=force, marker="config.json")
     scores = None if scores is None else Path(scores)
     return ConvertPlan(model, output, liger, texts, scores, windows, adapter, force)
@@ -277,13 +279,6 @@ def _check_not_recovered(info: CheckpointInfo, source: Source) -> None:
             hint=f"it needs no other: ligerexport build {quoted(info.path)}; or convert what it came from: "
             f"ligerexport convert {quoted(origin)} -o DIRECTORY",
         )
-
-
-def _check_output(output: Path) -> None:
-    """Refuse to replace a checkpoint that is not converted: it may be the only copy."""
-    config = output / "config.json"
-    if config.is_file() and '"liger"' not in config.read_text():
-        raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
 
 
 @described()

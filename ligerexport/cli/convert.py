@@ -85,8 +85,10 @@ def convert(
 
     A gated recurrence and a bounded exact memory replace its attention. Without --adapter no weight changes.
     """
+    hint = "write SCORE=COUNT,... as in --slots peak_use=32,novelty=32"
+    pools = None if slots is None else _counts(slots, f"--slots {slots}", hint)
     changes: dict[str, Any] = {
-        "gate": gate, "sinks": sinks, "window": window, "slots": parse_slots(slots),
+        "gate": gate, "sinks": sinks, "window": window, "slots": pools,
         "attention_weight": attention_weight, "recurrence_weight": recurrence_weight,
         "recurrence": recurrence, "recurrence_distance": recurrence_distance,
         "layer_memory": parse_layer_memory(layer_memory),
@@ -101,13 +103,6 @@ def convert(
     path = plan.run(progress)
     following = f"ligerexport build {quoted(path)} --target onnx"
     options.finish_made(json, "converted", describe_checkpoint(path, plan.liger), following)
-
-
-def parse_slots(text: str | None) -> Slots | None:
-    """Read `peak_use=32,novelty=32`; `none` is no slots."""
-    if text is None:
-        return None
-    return _counts(text, f"--slots {text}", "write SCORE=COUNT,... as in --slots peak_use=32,novelty=32")
 
 
 def parse_layer_memory(texts: Sequence[str] | None) -> tuple[tuple[int, int, Slots], ...] | None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from ligerexport.artifact.artifact import Artifact
 from ligerexport.checkpoint.checkpoint import check_checkpoint
@@ -81,7 +81,8 @@ class Reference:
     ) -> None:
         self._spec, self._form, self._tolerance = spec, storage, tolerance
         self._stored = None if artifact is None else artifact.directory
-        self._model = _empty_model(spec)
+        with weightless():  # what the model computes of its configuration is real
+            self._model = AutoModelForCausalLM.from_config(read_config(spec.config), dtype=torch.float32).eval()
         self._read: set[str] = set()
         self._held: dict[str, Tensor] = {}
         self._holds = 4 * sum(prod(weight.shape) for weight in spec.weights.values()) <= SHARE * free_memory()
@@ -311,12 +312,6 @@ def check_reading(spec: ModelSpec, progress: ProgressFactory = silent) -> None:
         advance(1)
     found = [*(x[0] for x in (before, *streams)), logits]
     compare(expected, found, f"{spec.path} is not read as transformers reads it")
-
-
-def _empty_model(spec: ModelSpec) -> PreTrainedModel:
-    """Return the model without the memory of its weights; what it computes of its configuration is real."""
-    with weightless():
-        return AutoModelForCausalLM.from_config(read_config(spec.config), dtype=torch.float32).eval()
 
 
 def _count(entry: Any, tokens: int) -> None:
