@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,61 +92,49 @@ def convert(
         VerificationError: A layer does not compute what the Transformer's computes; nothing is written.
     """
 
-    return plan_convert(
+    return ConvertPlan(
         model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores, windows=windows,
         adapter=adapter, force=force, **changes,
     ).run(progress)  # fmt: skip
 
 
-def plan_convert(
-    model: str | Path,
-    output: str | Path,
-    *,
-    preset: str | None = None,
-    memory: str | Path | None = None,
-    calibrate: Sequence[str | Path] | None = None,
-    scores: str | Path | None = None,
-    windows: int = WINDOWS,
-    adapter: str | Path | None = None,
-    force: bool = False,
-    **changes: Any,
-) -> ConvertPlan:
-    """Check the arguments of `convert` and choose the conversion. Nothing is fetched, and no checkpoint is read.
+class ConvertPlan:
+    """A conversion with its arguments checked, which are those of `convert`. Nothing is fetched, no checkpoint is read.
+
+    Attributes:
+        liger: The conversion that was chosen.
+        texts: Files to fit a learned score on.
 
     Raises:
         UsageError: A setting makes no sense, or `output` is in use.
         CheckpointError: The adapter is not one of `recover`.
     """
-    output = Path(output)
-    liger = _choose_conversion(model, preset, memory, adapter, changes)
-    texts = _check_score_options(liger, calibrate, scores, windows)
-    if output.resolve() == Path(model).expanduser().resolve():
-        raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
-    config = output / "config.json"
-    if config.is_file() and '"liger"' not in config.read_text():  # it may be the only copy
-        raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
-    check_destination(output, force=force, marker="config.json")
-    scores = None if scores is None else Path(scores)
-    return ConvertPlan(model, output, liger, texts, scores, windows, adapter, force)
 
-
-@dataclass(frozen=True)
-class ConvertPlan:
-    """A conversion with its arguments checked; made by `plan_convert`, whose arguments its fields are.
-
-    Attributes:
-        liger: The conversion that was chosen.
-        texts: Files to fit a learned score on.
-    """
-
-    model: str | Path
-    output: Path
-    liger: LigerConfig
-    texts: list[Path]
-    scores: Path | None
-    windows: int
-    adapter: str | Path | None
-    force: bool
+    def __init__(
+        self,
+        model: str | Path,
+        output: str | Path,
+        *,
+        preset: str | None = None,
+        memory: str | Path | None = None,
+        calibrate: Sequence[str | Path] | None = None,
+        scores: str | Path | None = None,
+        windows: int = WINDOWS,
+        adapter: str | Path | None = None,
+        force: bool = False,
+        **changes: Any,
+    ) -> None:
+        output = Path(output)
+        self.liger = liger = _choose_conversion(model, preset, memory, adapter, changes)
+        self.texts = _check_score_options(liger, calibrate, scores, windows)
+        if output.resolve() == Path(model).expanduser().resolve():
+            raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
+        config = output / "config.json"
+        if config.is_file() and '"liger"' not in config.read_text():  # it may be the only copy
+            raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
+        check_destination(output, force=force, marker="config.json")
+        self.model, self.output, self.windows, self.adapter, self.force = model, output, windows, adapter, force
+        self.scores = None if scores is None else Path(scores)
 
     def describe(self) -> dict[str, Any]:
         """Return what `run` would write and take, without fetching anything.

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ligerexport.checkpoint.convert import SHIPPED, WINDOWS, plan_convert
+from ligerexport.checkpoint.convert import SHIPPED, WINDOWS, ConvertPlan
 from ligerexport.checkpoint.describe import describe_checkpoint
 from ligerexport.cli import options
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
@@ -94,7 +94,7 @@ def convert(
         "layer_memory": parse_layer_memory(layer_memory),
         "keep_softmax": parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
-    plan = plan_convert(model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores,
+    plan = ConvertPlan(model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores,
                         windows=windows, adapter=adapter, force=force, **changes)  # fmt: skip
     options.announce("convert", model=model, output=output, preset=preset, threads=threads, **vars(plan.liger))
     if dry_run:

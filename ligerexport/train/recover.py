@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,62 +81,49 @@ def recover(
         MissingDependency: The `recover` extra is not installed.
         LigerError: The loss is not finite, or memory ran out; what was kept says how to go on.
     """
-    return plan_recover(
+    return RecoverPlan(
         model, data, output, against=against, merge=merge, resume=resume, shard=shard, force=force,
         tensorboard=tensorboard, **settings,
     ).run(progress, on_step)  # fmt: skip
 
 
-def plan_recover(
-    model: str | Path,
-    data: str | Path | Sequence[str | Path],
-    output: str | Path,
-    *,
-    against: str | Path | None = None,
-    merge: bool = True,
-    resume: Literal["auto", "never"] = "auto",
-    shard: bool = False,
-    force: bool = False,
-    tensorboard: str | Path | None = None,
-    **settings: Any,
-) -> RecoverPlan:
-    """Check all arguments of `recover` but the data, which is not read yet. No weight is loaded.
-
-    Raises:
-        UsageError: A setting makes no sense for this model, or a place is in use.
-        CheckpointError: A checkpoint is incomplete or damaged.
-    """
-    config, output = RecoverConfig(**given(settings)), Path(output)
-    if resume not in ("auto", "never"):
-        raise UsageError(f"resume '{resume}'", hint="choose from auto, never")
-    if output.resolve() == Path(model).expanduser().resolve():
-        raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
-    check_destination(output, force=force, marker=RECORD)
-    sources = [data] if isinstance(data, (str, Path)) else list(data)
-    info = check_model(model, config, against)
-    return RecoverPlan(info, sources, output, config, against, merge, resume == "auto", shard, force, tensorboard)
-
-
-@dataclass(frozen=True)
 class RecoverPlan:
-    """A recovery with its arguments checked; made by `plan_recover`, whose arguments its fields are.
+    """A recovery with its arguments checked, which are those of `recover`. The data is not read, no weight is loaded.
 
     Attributes:
         info: The converted checkpoint.
         config: The settings.
         resumes: Whether to continue from a saved state.
+
+    Raises:
+        UsageError: A setting makes no sense for this model, or a place is in use.
+        CheckpointError: A checkpoint is incomplete or damaged.
     """
 
-    info: CheckpointInfo
-    data: list[str | Path]
-    output: Path
-    config: RecoverConfig
-    against: str | Path | None
-    merge: bool
-    resumes: bool
-    shard: bool
-    force: bool
-    tensorboard: str | Path | None
+    def __init__(
+        self,
+        model: str | Path,
+        data: str | Path | Sequence[str | Path],
+        output: str | Path,
+        *,
+        against: str | Path | None = None,
+        merge: bool = True,
+        resume: Literal["auto", "never"] = "auto",
+        shard: bool = False,
+        force: bool = False,
+        tensorboard: str | Path | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config, output = RecoverConfig(**given(settings)), Path(output)
+        if resume not in ("auto", "never"):
+            raise UsageError(f"resume '{resume}'", hint="choose from auto, never")
+        if output.resolve() == Path(model).expanduser().resolve():
+            raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
+        check_destination(output, force=force, marker=RECORD)
+        self.data = [data] if isinstance(data, (str, Path)) else list(data)
+        self.info = check_model(model, self.config, against)
+        self.output, self.against, self.merge, self.resumes = output, against, merge, resume == "auto"
+        self.shard, self.force, self.tensorboard = shard, force, tensorboard
 
     def estimate(self) -> Estimate:
         """Return what the run will take."""
