@@ -14,7 +14,7 @@ from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
 from ligerexport.errors import UsageError, quoted
 from ligerexport.exporters.backend import BuildSettings
-from ligerexport.exporters.build import plan_build
+from ligerexport.exporters.build import BuildPlan
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_target
 
 _ANNOUNCED = ("target", "lowering", "max_chunk", "weights")
@@ -72,7 +72,7 @@ def build(
     settings = BuildSettings(
         target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai
     )
-    plan = plan_build(model, output, settings, force=force)
+    plan = BuildPlan(model, output, settings, force=force)
     names = _ANNOUNCED + (_FOR_GPUS if plan.sms else ())
     chosen = {name: getattr(plan.settings, name) for name in names}
     options.announce("build", model=model, output=plan.output, threads=threads, **chosen,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """The arguments of `build` that say what to build. What is None is chosen by `plan_build`."""
+    """The arguments of `build` that say what to build. What is None is chosen by `BuildPlan`."""
 
     target: str = "onnx"
     lowering: str | None = None

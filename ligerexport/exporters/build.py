@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from ligerexport.artifact.artifact import (
 )
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
-from ligerexport.exporters.backend import Backend, BuildSettings
+from ligerexport.exporters.backend import BuildSettings
 from ligerexport.exporters.onnx.native import check_ready
 from ligerexport.exporters.targets import BLOCK, get_backend, get_precision, get_target
 from ligerexport.reading import from_plain, sha256
@@ -96,72 +96,56 @@ def build(
         MissingDependency: The extra of the target is not installed.
     """
     settings = BuildSettings(target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify)
-    return plan_build(model, output, settings, force=force).run(progress)
+    return BuildPlan(model, output, settings, force=force).run(progress)
 
 
-def plan_build(
-    model: Path | str = ".",
-    output: Path | str | None = None,
-    settings: BuildSettings | None = None,
-    *,
-    force: bool = False,
-) -> BuildPlan:
-    """Check everything that can be checked before the work begins, and choose what was left open.
-
-    No weight is read and nothing is written.
+class BuildPlan:
+    """A build of which everything is checked and decided. No weight is read and nothing is written.
 
     Args:
         model: Directory that `convert` wrote.
         output: Directory to make; None is the target's name inside the checkpoint.
         settings: What to build.
         force: Whether an older artifact at `output` may be replaced.
-    """
-    settings = settings or BuildSettings()
-    lowering, weights = _resolve(settings)
-
-    from ligerexport.checkpoint.checkpoint import check_checkpoint
-    from ligerexport.exporters.onnx.genai import check_genai
-    from ligerexport.exporters.onnx.graph import weight_storage
-    from ligerexport.exporters.onnx.spec import read_spec
-
-    backend = get_backend(settings.target)
-    settings = backend.prepare(settings)
-    if lowering == "native" and settings.verify:
-        check_ready()
-    output = Path(model) / settings.target if output is None else Path(output)
-    check_destination(output, force=force, marker=MANIFEST)
-    info = check_checkpoint(model, tokenizer=False)
-    spec = read_spec(info)
-    backend.check_model(spec)
-    max_chunk = backend.choose_chunk(spec, settings.max_chunk)
-    if settings.genai:
-        check_genai(info.path, settings.target, lowering)
-    settings = replace(settings, lowering=lowering, weights=weights, max_chunk=max_chunk)
-    storage = weight_storage(weights, settings.block, lowering)
-    return BuildPlan(info, spec, output, settings, storage, backend, force)
-
-
-@dataclass(frozen=True)
-class BuildPlan:
-    """A build of which everything is decided; made by `plan_build`.
 
     Attributes:
         info: The checkpoint.
         spec: What the graph needs to know of it.
-        output: Directory to make.
         settings: What to build, with nothing left open.
         storage: How weights are stored.
         backend: The target.
-        force: Whether an older artifact at `output` may be replaced.
     """
 
-    info: CheckpointInfo
-    spec: ModelSpec
-    output: Path
-    settings: BuildSettings
-    storage: WeightStorage
-    backend: Backend
-    force: bool
+    def __init__(
+        self,
+        model: Path | str = ".",
+        output: Path | str | None = None,
+        settings: BuildSettings | None = None,
+        *,
+        force: bool = False,
+    ) -> None:
+        settings = settings or BuildSettings()
+        lowering, weights = _resolve(settings)
+
+        from ligerexport.checkpoint.checkpoint import check_checkpoint
+        from ligerexport.exporters.onnx.genai import check_genai
+        from ligerexport.exporters.onnx.graph import weight_storage
+        from ligerexport.exporters.onnx.spec import read_spec
+
+        self.backend = get_backend(settings.target)
+        settings = self.backend.prepare(settings)
+        if lowering == "native" and settings.verify:
+            check_ready()
+        self.output = Path(model) / settings.target if output is None else Path(output)
+        check_destination(self.output, force=force, marker=MANIFEST)
+        self.info = check_checkpoint(model, tokenizer=False)
+        self.spec = read_spec(self.info)
+        self.backend.check_model(self.spec)
+        max_chunk = self.backend.choose_chunk(self.spec, settings.max_chunk)
+        if settings.genai:
+            check_genai(self.info.path, settings.target, lowering)
+        self.force, self.settings = force, replace(settings, lowering=lowering, weights=weights, max_chunk=max_chunk)
+        self.storage = weight_storage(weights, settings.block, lowering)
 
     @property
     def sms(self) -> tuple[int, ...]:
