@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -16,8 +16,7 @@ from ligerexport.exporters.tensorrt.evaluation import PluginSession
 from ligerexport.exporters.verify.torch_model import Answer, State
 from ligerexport.model.scores import FAINTEST, get_score
 
-if TYPE_CHECKING:
-    Engine: TypeAlias = OnnxSession | PluginSession
+Engine: TypeAlias = OnnxSession | PluginSession
 
 
 @dataclass(frozen=True)
