@@ -47,20 +47,7 @@ _HOMES = {
     "recover": "ligerexport.train.recover",
 }
 
-__all__ = [
-    "LigerConfig",
-    "Session",
-    "Snapshot",
-    "__version__",
-    "allocate",
-    "build",
-    "convert",
-    "evaluate",
-    "generate",
-    "load",
-    "load_model",
-    "recover",
-]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

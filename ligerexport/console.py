@@ -77,11 +77,7 @@ def data_json(value: Any) -> None:
 
 
 def data_table(table: Table | None = None) -> None:
-    """Print a table on stdout, or an empty line.
-
-    Raises:
-        LigerError: For the same reasons as `data`.
-    """
+    """Print a table on stdout, or an empty line."""
     with _writable():
         out.print(table or "")
 

@@ -25,7 +25,6 @@ def read_json(file: Path, kind: type[LigerError], hint: str) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Args:
-        file: The file.
         kind: Class of the error.
         hint: Hint of the error.
 
@@ -55,9 +54,7 @@ def from_plain(cls: type[Row], data: Any) -> Row:
     return _convert(cls, data, cls.__name__)
 
 
-@lru_cache(maxsize=32)
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+_hints = lru_cache(maxsize=32)(get_type_hints)
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:

@@ -20,7 +20,7 @@ from ligerexport.cli import main
 from ligerexport.console import silent
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.model.config import MEMORY, LigerConfig, get_preset, read_memory
-from ligerexport.train.allocate import as_fields, measure_layers, memories, plan_allocate, share_out
+from ligerexport.train.allocate import AllocatePlan, as_fields, measure_layers, memories, share_out
 from tests.checkpoints import FORESIGHT, make_checkpoint
 
 EVICTED = replace(FORESIGHT, recurrence_weight=1.0, recurrence="evicted", keep_softmax=(1,))
@@ -201,7 +201,7 @@ def test_mistakes(liger: Path, texts: tuple[Path, Path], settings: dict[str, Any
     settings = {"data": texts[0], "text": texts[1]} | SMALL | settings
     data, text = settings.pop("data"), settings.pop("text")
     with pytest.raises(LigerError, match=message) as caught:
-        plan_allocate(liger, data, text, "memory.json", **settings)
+        AllocatePlan(liger, data, text, "memory.json", **settings)
     assert hint in str(caught.value.hint)
 
 
@@ -210,7 +210,7 @@ def test_a_recovered_checkpoint_needs_its_transformer(texts: tuple[Path, Path], 
     config = json.loads((liger / "config.json").read_text())
     (recovered / "config.json").write_text(json.dumps(config | {"liger_recovery": {}}))
     with pytest.raises(UsageError, match="already recovered") as caught:
-        plan_allocate(recovered, *texts, "memory.json", **SMALL)
+        AllocatePlan(recovered, *texts, "memory.json", **SMALL)
     assert "--against MODEL" in str(caught.value.hint)
 
 
@@ -218,10 +218,10 @@ def test_models_without_slots_to_share_out(texts: tuple[Path, Path], liger: Path
     plain = make_checkpoint(tmp_path / "plain", replace(EVICTED, slots=()), vocab_size=toy.VOCAB)
     (plain / "tokenizer.json").write_bytes((liger / "tokenizer.json").read_bytes())
     with pytest.raises(UsageError, match="no pools") as caught:
-        plan_allocate(plain, *texts, "memory.json", **SMALL)
+        AllocatePlan(plain, *texts, "memory.json", **SMALL)
     assert "--preset evicted" in str(caught.value.hint)
     config = json.loads((plain / "config.json").read_text())
     del config["liger"]
     (plain / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="not converted yet"):
-        plan_allocate(plain, *texts, "memory.json", **SMALL)
+        AllocatePlan(plain, *texts, "memory.json", **SMALL)

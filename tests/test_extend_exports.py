@@ -19,7 +19,7 @@ from ligerexport.cli.doctor import examine
 from ligerexport.console import ProgressFactory
 from ligerexport.errors import UsageError
 from ligerexport.exporters.backend import Backend, BuildSettings, Check, SessionSettings
-from ligerexport.exporters.build import BuildPlan, plan_build
+from ligerexport.exporters.build import BuildPlan
 from ligerexport.exporters.onnx.graph import storage_of
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import read_spec
@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_target(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = Target(f"{__name__}:Numbered", ("portable",), "onnx", {}, ("fp32", "int8"), "for tests", chunk=32)
     monkeypatch.setitem(TARGETS, "numbered", row)
-    plan = plan_build(checkpoint, tmp_path / "a", BuildSettings("numbered", weights="int8"))
+    plan = BuildPlan(checkpoint, tmp_path / "a", BuildSettings("numbered", weights="int8"))
     assert plan.describe()["layers"] == 2 and plan.settings.max_chunk == 32 and not (tmp_path / "a").exists()
     path = plan.run()
     manifest = open_artifact(path).manifest
@@ -64,7 +64,7 @@ def test_target(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for wrong in (BuildSettings("numbered", lowering="ort"), BuildSettings("numbered", sms=(90,)),
                   BuildSettings("numbered", genai=True)):  # fmt: skip
         with pytest.raises(UsageError, match="numbered"):
-            plan_build(checkpoint, tmp_path / "b", wrong)
+            BuildPlan(checkpoint, tmp_path / "b", wrong)
 
 
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)

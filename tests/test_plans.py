@@ -19,7 +19,7 @@ from ligerexport.cli.app import app
 from ligerexport.cli.options import path
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.exporters.backend import BuildSettings
-from ligerexport.exporters.build import plan_build
+from ligerexport.exporters.build import BuildPlan
 from tests.checkpoints import FORESIGHT, make_checkpoint
 
 PATHS = [
@@ -85,5 +85,5 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_build(
     (tmp_path / "file").touch()
     monkeypatch.setenv("LIGEREXPORT_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(LigerError, match="is not a writable directory"):
-        plan_build(liger, tmp_path / "out", BuildSettings(lowering="native"))
+        BuildPlan(liger, tmp_path / "out", BuildSettings(lowering="native"))
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ import ligerexport as lx
 from ligerexport.artifact.artifact import MANIFEST, Artifact, Manifest, open_artifact
 from ligerexport.errors import UsageError, VerificationError
 from ligerexport.exporters.backend import BuildSettings
-from ligerexport.exporters.build import build, plan_build
+from ligerexport.exporters.build import BuildPlan, build
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx.graph import weight_storage
 from ligerexport.exporters.onnx.native import register
@@ -62,7 +62,7 @@ def test_graph_is_torch_with_the_same_weights(checkpoint: Path, tmp_path: Path, 
     assert manifest.quality is not None
     assert manifest.quality["tokens"] == 399 and manifest.quality["nll"] != manifest.quality["nll_float32"]
     assert manifest.quality["nll"] == pytest.approx(loss(path, verify.prompt_ids(read_spec(checkpoint))), abs=1e-6)
-    plan = plan_build(checkpoint, tmp_path / "plan", BuildSettings(lowering=lowering, weights=weights))
+    plan = BuildPlan(checkpoint, tmp_path / "plan", BuildSettings(lowering=lowering, weights=weights))
     assert manifest.bytes.weights == plan.describe()["weight_bytes"]
     assert manifest.bytes.weights < {16: 0.53, 8: 0.4, 4: 0.36}[precision.bits] * 4 * manifest.model.parameters
     assert manifest.model.parameters == build_parameters(read_spec(checkpoint))

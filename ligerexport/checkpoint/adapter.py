@@ -12,7 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from ligerexport.checkpoint.checkpoint import (
+    ADAPTER,
+    ADAPTER_CONFIG,
     CheckpointInfo,
     check_checkpoint,
     check_links,
@@ -29,8 +33,6 @@ from ligerexport.staging import staged_directory
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 RECORD = "recovery.json"
 """File in every result, by which a result is recognised."""
 RECOVERY = "liger_recovery"
@@ -59,8 +61,6 @@ def model_id(info: CheckpointInfo) -> str:
     It ignores what differs between versions that write the same model: other keys of config.json, conversion settings
     at their defaults, and dtypes.
     """
-    from safetensors import safe_open
-
     default = LigerConfig().to_dict()
     facts = {
         "model_type": info.config["model_type"],
@@ -143,12 +143,7 @@ def merge_adapter(
     force: bool = False,
     progress: ProgressFactory | None = None,
 ) -> Path:
-    """Merge an adapter that `recover` wrote into the converted checkpoint that it was trained on.
-
-    Raises:
-        CheckpointError: One of them is damaged, or the adapter was trained on another model.
-        UsageError: `output` is in use.
-    """
+    """Merge an adapter that `recover` wrote into the converted checkpoint that it was trained on."""
     info = check_student(checkpoint)
     with staged_directory(output, force=force, marker=RECORD) as stage:
         write_recovered(stage, info, Path(adapter), progress)
@@ -162,12 +157,10 @@ def write_recovered(stage: Path, info: CheckpointInfo, adapter: Path, progress: 
         stage: Directory to write to; if it is the checkpoint's own, that is changed in place.
         info: The checkpoint that the adapter was trained on.
         adapter: What `write_adapter` wrote.
-        progress: Reports the weights; silent by default.
 
     Raises:
         CheckpointError: The adapter is damaged, or was trained on another model.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     record = read_record(adapter)
@@ -197,7 +190,6 @@ def write_merged(
         tensors: LoRA's tensors by the names of its modules.
         scale: Factor that multiplies the product of A and B.
         record: Value of `liger_recovery` in config.json.
-        progress: Reports the weights; silent by default.
 
     Raises:
         CheckpointError: LoRA names a weight that the checkpoint does not have, or has other shapes.
@@ -239,7 +231,6 @@ def lora_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]
 
 
 def _merge_file(source: Path, target: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> None:
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     weights = {}

@@ -135,7 +135,6 @@ def fit_scores(
         batch: Number of windows at a time.
         ridge: Value added to the diagonal, relative to its mean; it does not apply to the bias.
         floor: Value added to the weights before the logarithm.
-        progress: Reports the windows; silent by default.
 
     Raises:
         UsageError: The windows are too short to look beyond `window`.

@@ -22,15 +22,15 @@ from ligerexport.errors import CheckpointError, quoted
 from ligerexport.model.families import FAMILIES, PREFIX
 from ligerexport.reading import leads_away, read_json
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _AGAIN = "copy or download it again"
 _LFS_POINTER = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000  # safetensors' own limit; more is not a header
 _BASE, _EMBEDDING, _HEAD = "model.", "model.embed_tokens.weight", "lm_head.weight"
-_ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SLAB = 1 << 24
 """Number of elements compared at a time."""
 
@@ -80,7 +80,7 @@ class CheckpointInfo:
     @property
     def index(self) -> Path | None:
         """The file that lists the tensors of each shard; None for a single file."""
-        return None if self.files[0].name == _SINGLE else self.path / _INDEX
+        return None if self.files[0].name == SINGLE else self.path / INDEX
 
     @property
     def plain(self) -> bool:
@@ -111,7 +111,7 @@ def check_checkpoint(path: str | Path, *, tokenizer: bool = True) -> CheckpointI
     config = _read_config(path)
     files = checkpoint_files(path)
     stored = {name: info for file in files for name, info in read_header(file).items()}
-    if files[0].name != _SINGLE:
+    if files[0].name != SINGLE:
         _check_index(path, stored)
     try:
         quantised = _quantisation(config)
@@ -185,21 +185,21 @@ def checkpoint_files(path: str | Path) -> list[Path]:
         CheckpointError: There are no files, or one that the index names is missing.
     """
     path = Path(path)
-    if (path / _SINGLE).is_file():
-        return [path / _SINGLE]
-    if (path / _INDEX).is_file():
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    if (path / INDEX).is_file():
         shards, there = (
             sorted(set(_weight_map(path).values())),
             {file.name for file in path.iterdir() if file.is_file()},
         )
         if missing := [name for name in shards if name not in there]:
             raise CheckpointError(
-                f"{missing[0]} is missing from {path} ({len(missing)} of {len(shards)} files that {_INDEX} names)",
+                f"{missing[0]} is missing from {path} ({len(missing)} of {len(shards)} files that {INDEX} names)",
                 hint="copy or download the checkpoint again",
             )
         return [path / name for name in shards]
     raise _other_weights(path) or CheckpointError(
-        f"no weights in {path}, expected {_SINGLE} or {_INDEX}", hint="copy or download them again"
+        f"no weights in {path}, expected {SINGLE} or {INDEX}", hint="copy or download them again"
     )
 
 
@@ -260,11 +260,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = read_json(path / _INDEX, CheckpointError, _AGAIN).get("weight_map")
+    weight_map = read_json(path / INDEX, CheckpointError, _AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path / _INDEX} has no weight_map", hint=_AGAIN)
+        raise CheckpointError(f"{path / INDEX} has no weight_map", hint=_AGAIN)
     if outside := [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]:
-        raise CheckpointError(f"{path / _INDEX} names a file outside its directory: {outside[0]}", hint=_AGAIN)
+        raise CheckpointError(f"{path / INDEX} names a file outside its directory: {outside[0]}", hint=_AGAIN)
     return weight_map
 
 
@@ -272,7 +272,7 @@ def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     for name, shard in _weight_map(path).items():
         if name not in tensors or tensors[name].file.name != shard:
             raise CheckpointError(
-                f"{_INDEX} places {name} in {shard}, which does not hold it",
+                f"{INDEX} places {name} in {shard}, which does not hold it",
                 hint="the files come from different versions; download the checkpoint again",
             )
 
@@ -370,13 +370,13 @@ def _quantisation(config: Mapping[str, Any]) -> str | None:
 
 def _adapter(path: Path) -> Path | None:
     """Return the PEFT adapter in the directory of the weights, which transformers applies."""
-    if not (path / _ADAPTER_CONFIG).is_file():
+    if not (path / ADAPTER_CONFIG).is_file():
         return None
-    if not (path / _ADAPTER).is_file():
+    if not (path / ADAPTER).is_file():
         raise CheckpointError(
-            f"{path} has {_ADAPTER_CONFIG} without {_ADAPTER}", hint=f"copy {_ADAPTER} too, or delete {_ADAPTER_CONFIG}"
+            f"{path} has {ADAPTER_CONFIG} without {ADAPTER}", hint=f"copy {ADAPTER} too, or delete {ADAPTER_CONFIG}"
         )
-    return path / _ADAPTER
+    return path / ADAPTER
 
 
 def _check_scores(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
@@ -414,7 +414,7 @@ def _other_weights(path: Path) -> CheckpointError | None:
             f"{path} has pickle weights only ({pickles[0]}); they can run code when loaded, expected safetensors",
             hint=f"if you trust them, convert them: python -c {quoted(code)}",
         )
-    if (path / _ADAPTER).is_file():
+    if (path / ADAPTER).is_file():
         hint = "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(...)"
         if (path / "recovery.json").is_file():
             hint = f"merge it into its converted model: ligerexport convert MODEL --adapter {quoted(path)} -o DIRECTORY"

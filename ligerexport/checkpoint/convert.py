@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ligerexport.checkpoint.adapter import RECOVERY, read_record, write_recovered
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, check_checkpoint, copy_companions
+from ligerexport.checkpoint.describe import describe_checkpoint, describe_fit
 from ligerexport.checkpoint.loading import check_finite, check_loadable, write_plain
 from ligerexport.checkpoint.loading import load_model as load_model
 from ligerexport.checkpoint.loading import load_transformer as load_transformer
-from ligerexport.checkpoint.scores import DATA, packaged
+from ligerexport.checkpoint.scores import DATA, find_scores, packaged, write_weights
 from ligerexport.checkpoint.seal import write_seal
 from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source, resolve
 from ligerexport.console import ProgressFactory, silent
@@ -90,59 +92,50 @@ def convert(
         VerificationError: A layer's output differs from the Transformer's; nothing is written.
     """
 
-    return plan_convert(
+    return ConvertPlan(
         model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores, windows=windows,
         adapter=adapter, force=force, **changes,
     ).run(progress)  # fmt: skip
 
 
-def plan_convert(
-    model: str | Path,
-    output: str | Path,
-    *,
-    preset: str | None = None,
-    memory: str | Path | None = None,
-    calibrate: Sequence[str | Path] | None = None,
-    scores: str | Path | None = None,
-    windows: int = WINDOWS,
-    adapter: str | Path | None = None,
-    force: bool = False,
-    **changes: Any,
-) -> ConvertPlan:
-    """Check the arguments of `convert` and choose the conversion. Nothing is fetched, and no checkpoint is read.
-
-    Raises:
-        UsageError: A setting makes no sense, or `output` is in use.
-        CheckpointError: The adapter is not from `recover`.
-    """
-    output = Path(output)
-    liger = _choose_conversion(model, preset, memory, adapter, changes)
-    texts = _check_score_options(liger, calibrate, scores, windows)
-    if output.resolve() == Path(model).expanduser().resolve():
-        raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
-    _check_output(output)
-    check_destination(output, force=force, marker="config.json")
-    scores = None if scores is None else Path(scores)
-    return ConvertPlan(model, output, liger, texts, scores, windows, adapter, force)
-
-
-@dataclass(frozen=True)
 class ConvertPlan:
-    """A conversion with checked arguments, from `plan_convert`; the other fields are its arguments.
+    """A conversion whose arguments, those of `convert`, are checked. Nothing is fetched and no checkpoint is read.
+
 
     Attributes:
         liger: The conversion that was chosen.
         texts: Files to fit a learned score on.
+
+    Raises:
+        UsageError: A setting makes no sense, or `output` is in use.
+        CheckpointError: The adapter is not one of `recover`.
     """
 
-    model: str | Path
-    output: Path
-    liger: LigerConfig
-    texts: list[Path]
-    scores: Path | None
-    windows: int
-    adapter: str | Path | None
-    force: bool
+    def __init__(
+        self,
+        model: str | Path,
+        output: str | Path,
+        *,
+        preset: str | None = None,
+        memory: str | Path | None = None,
+        calibrate: Sequence[str | Path] | None = None,
+        scores: str | Path | None = None,
+        windows: int = WINDOWS,
+        adapter: str | Path | None = None,
+        force: bool = False,
+        **changes: Any,
+    ) -> None:
+        output = Path(output)
+        self.liger = liger = _choose_conversion(model, preset, memory, adapter, changes)
+        self.texts = _check_score_options(liger, calibrate, scores, windows)
+        if output.resolve() == Path(model).expanduser().resolve():
+            raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
+        config = output / "config.json"
+        if config.is_file() and '"liger"' not in config.read_text():  # it may be the only copy
+            raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
+        check_destination(output, force=force, marker="config.json")
+        self.model, self.output, self.windows, self.adapter, self.force = model, output, windows, adapter, force
+        self.scores = None if scores is None else Path(scores)
 
     def describe(self) -> dict[str, Any]:
         """Return facts about what `run` would write and need, without fetching anything.
@@ -151,8 +144,6 @@ class ConvertPlan:
             CheckpointError: The model is a directory that cannot be converted.
             UsageError: There is no such model.
         """
-        from ligerexport.checkpoint.describe import describe_checkpoint, describe_fit
-
         path, name = Path(self.model).expanduser(), str(self.model)
         if name and path.is_dir():
             check_loadable(path)
@@ -168,7 +159,6 @@ class ConvertPlan:
     def run(self, progress: ProgressFactory | None = None) -> Path:
         """Convert, and return `output`. Errors as for `convert`."""
         from ligerexport.checkpoint.fidelity import check_fidelity
-        from ligerexport.checkpoint.scores import find_scores, write_weights
 
         progress = progress or silent
         source = resolve(self.model, progress=progress)
@@ -197,8 +187,6 @@ class ConvertPlan:
             shutil.rmtree(aside, ignore_errors=True)
             check_fidelity(original, stage, progress)
             if lora is not None:
-                from ligerexport.checkpoint.adapter import write_recovered
-
                 write_recovered(stage, check_checkpoint(stage), lora, progress)
         return self.output
 
@@ -208,8 +196,6 @@ def _choose_conversion(
     changes: Mapping[str, Any],
 ) -> LigerConfig:  # fmt: skip
     """Return the conversion that the options ask for."""
-    from ligerexport.checkpoint.adapter import read_record
-
     if memory is not None:
         return read_memory(memory, preset, **changes)
     if adapter is None or preset is not None or any(value is not None for value in changes.values()):
@@ -274,8 +260,6 @@ def _made_plain(info: CheckpointInfo) -> dict[str, str]:
 
 def _check_not_recovered(info: CheckpointInfo, source: Source) -> None:
     """Refuse weights that were trained for another conversion."""
-    from ligerexport.checkpoint.adapter import RECOVERY
-
     if RECOVERY in info.config:
         origin = info.config.get("liger_source")
         origin = origin.get("model", "MODEL") if isinstance(origin, dict) else "MODEL"
@@ -284,13 +268,6 @@ def _check_not_recovered(info: CheckpointInfo, source: Source) -> None:
             hint=f"build it as it is: ligerexport build {quoted(info.path)}; or convert its origin: "
             f"ligerexport convert {quoted(origin)} -o DIRECTORY",
         )
-
-
-def _check_output(output: Path) -> None:
-    """Refuse to replace a checkpoint that is not converted, because it may be the only copy."""
-    config = output / "config.json"
-    if config.is_file() and '"liger"' not in config.read_text():
-        raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
 
 
 @described()

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, check_checkpoint
 from ligerexport.checkpoint.loading import NO_WRAPPERS, dequantising, load_model, merged
@@ -28,9 +30,6 @@ from ligerexport.errors import CheckpointError, VerificationError
 from ligerexport.layers.mixer import LigerMixer
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.families import PREFIX, get_family, harmless
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 LONGEST = 64
 """Length of the compared text in tokens, if that fits into the memory."""
@@ -49,11 +48,6 @@ def check_fidelity(source: CheckpointInfo, converted: Path, progress: ProgressFa
     Args:
         source: The Transformer. A converted checkpoint stands for the Transformer that has its weights.
         converted: Directory of the conversion, before any adapter of `recover`.
-        progress: Opens a phase.
-
-    Raises:
-        VerificationError: A layer or the logits differ; the message names the first.
-        CheckpointError: transformers cannot run the source, or it is incomplete.
     """
     with progress("comparing with the Transformer", 2, "steps") as advance:
         transformer = load_source(source)
@@ -134,8 +128,6 @@ def load_source(info: CheckpointInfo) -> PreTrainedModel:
         CheckpointError: transformers cannot load it, or would initialise some weights at random. A missing output
             projection is no error, because it is the embedding.
     """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
     content = json.loads((info.path / "config.json").read_text(encoding="utf-8"))
     plain = {key: value for key, value in harmless(content).items() if not key.startswith("liger")}
     plain |= {"model_type": content["model_type"].removeprefix(PREFIX)}
@@ -172,11 +164,7 @@ def load_source(info: CheckpointInfo) -> PreTrainedModel:
 
 
 def source_outputs(transformer: PreTrainedModel, ids: Tensor) -> list[Tensor]:
-    """Return `outputs` of what `load_source` returned.
-
-    Raises:
-        CheckpointError: transformers cannot run it.
-    """
+    """Return `outputs` of what `load_source` returned."""
     with _by_transformers(str(transformer.name_or_path)):
         return outputs(transformer, ids)
 
@@ -184,8 +172,6 @@ def source_outputs(transformer: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 @contextmanager
 def _by_transformers(path: Path | str) -> Iterator[None]:
     """Turn every exception of transformers into a `CheckpointError`, and hide its warnings."""
-    from transformers.utils import logging
-
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

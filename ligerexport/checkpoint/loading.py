@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,13 +61,8 @@ def load_transformer(
     """Load the Transformer in a checkpoint, converted or not, with its family's own attention.
 
     Args:
-        path: Directory.
         config: Content of its config.json.
         dtype: Type of the weights; "auto" takes the file's.
-
-    Raises:
-        CheckpointError: The family is not supported, the checkpoint is incomplete or damaged, or its weights are
-            quantised in a way that transformers cannot undo.
     """
     from ligerexport.layers.mixer import read_config
 
@@ -82,11 +78,7 @@ def load_any(info: CheckpointInfo, dtype: torch.dtype) -> PreTrainedModel:
     """Load a checkpoint: a converted model, or a Transformer of any family that transformers supports.
 
     Args:
-        info: The checkpoint.
         dtype: Type of the weights.
-
-    Raises:
-        CheckpointError: See `load_transformer`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -104,9 +96,6 @@ def write_plain(info: CheckpointInfo, directory: Path) -> CheckpointInfo:
     Args:
         info: The checkpoint, all of whose weights are loaded into memory.
         directory: Directory to create.
-
-    Raises:
-        CheckpointError: See `load_transformer`.
     """
     import torch
 
@@ -125,7 +114,6 @@ def check_finite(info: CheckpointInfo, advance: Callable[[float], None] = lambda
     """Refuse a plain checkpoint with a weight that is not finite.
 
     Args:
-        info: The checkpoint.
         advance: Called with the number of bytes that were checked.
 
     Raises:
@@ -196,11 +184,7 @@ def _as_plain(info: CheckpointInfo) -> Iterator[None]:
 
 
 def check_loadable(path: Path) -> None:
-    """Check a checkpoint without loading it.
-
-    Raises:
-        CheckpointError: It is incomplete or damaged, or transformers cannot undo the quantisation of its weights.
-    """
+    """Check a checkpoint without loading it."""
     info = check_checkpoint(path, tokenizer=False)
     if info.quantised:
         dequantising(info)
@@ -247,7 +231,6 @@ def merged(model: Any, adapter: Path) -> Any:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError:
         raise MissingDependency("peft", extra="recover") from None
-    import warnings
 
     import torch
 

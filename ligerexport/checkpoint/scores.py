@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ligerexport.checkpoint.checkpoint import CheckpointInfo
+from ligerexport.checkpoint.checkpoint import INDEX, SINGLE, CheckpointInfo
+from ligerexport.checkpoint.loading import load_transformer
 from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source
 from ligerexport.console import ProgressFactory
 from ligerexport.errors import CheckpointError, UsageError
 from ligerexport.model.config import LigerConfig
+from ligerexport.text.corpus import read_tokens
+from ligerexport.text.tokenizer import TextModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +25,6 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parents[1] / "data"
 """Directory of files that ship with the package."""
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
 
 def packaged_scores(source: Source) -> Path | None:
@@ -83,9 +84,6 @@ def _fit(
     import torch
 
     from ligerexport.checkpoint.calibrate import Scores, digest, drills, fit_scores, score_shapes, window_length
-    from ligerexport.checkpoint.loading import load_transformer
-    from ligerexport.text.corpus import read_tokens
-    from ligerexport.text.tokenizer import TextModel
 
     seed, text = 0, TextModel(source.path)
     rows = drills(text, read_tokens(texts, text), windows, window_length(info.config), seed)
@@ -115,7 +113,7 @@ def write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, prog
     new: Mapping[str, Tensor] = {} if scores is None else scores.tensors
     if old == set(new) and digest(load_scores(info.files, old)) == digest(new):
         if info.index is not None:
-            shutil.copyfile(info.index, stage / _INDEX)
+            shutil.copyfile(info.index, stage / INDEX)
         with progress("weights", info.bytes, "bytes") as advance:
             for file in info.files:
                 _link(file, stage / file.name)
@@ -129,7 +127,7 @@ def write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, prog
         )
     kept = [file for file in info.files if not held[file] & old]
     count = len(kept) + bool(new)
-    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [_SINGLE]
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
     places = dict(zip(kept, names[: len(kept)], strict=True))
     with progress("weights", sum(file.stat().st_size for file in kept), "bytes") as advance:
         for file, name in places.items():
@@ -142,7 +140,7 @@ def write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, prog
         tensors |= dict.fromkeys(sorted(new), names[-1])
         size = sum((stage / name).stat().st_size for name in names)
         index = {"metadata": {"total_size": size}, "weight_map": tensors}
-        (stage / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _link(source: Path, target: Path) -> None:

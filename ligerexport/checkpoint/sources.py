@@ -96,7 +96,6 @@ def resolve(model: str | Path, *, progress: ProgressFactory | None = None) -> So
     Args:
         model: A directory, a row of `BUILTIN_MODELS`, or a hub id as `owner/name` or `owner/name@revision`; the first
             that matches is taken.
-        progress: Reports the download; silent by default.
 
     Raises:
         SourceError: There is no such model, or it could not be fetched.

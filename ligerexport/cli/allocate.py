@@ -49,13 +49,13 @@ def allocate(
 
     The model is measured with smaller and larger memories in one layer at a time. Nothing is trained.
     """
-    from ligerexport.train.allocate import plan_allocate
+    from ligerexport.train.allocate import AllocatePlan
 
     settings: dict[str, Any] = {
         "slots": slots, "length": length, "windows": windows, "trials": trials, "distance": distance,
         "device": device, "dtype": dtype,
     }  # fmt: skip
-    plan = plan_allocate(model, data, text, output, against=against, force=force, progress=progress, **settings)
+    plan = AllocatePlan(model, data, text, output, against=against, force=force, progress=progress, **settings)
     options.announce("allocate", model=model, data=data, text=text, output=output, against=against, threads=threads,
                      **settings)  # fmt: skip
     if dry_run:

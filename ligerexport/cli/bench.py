@@ -11,7 +11,9 @@ from ligerexport.cli import options
 from ligerexport.cli.options import Force, Json, Threads, verb
 from ligerexport.console import card, data, progress, warn
 from ligerexport.errors import UsageError
-from ligerexport.measure.bench.settings import DEVICES, DTYPES, READ_UP_TO
+from ligerexport.measure.bench.report import RESULT, check_plots, markdown, save
+from ligerexport.measure.bench.settings import DEVICES, DTYPES, READ_UP_TO, Settings
+from ligerexport.staging import check_destination
 
 Model = Annotated[str, typer.Argument(help="An artifact, a converted checkpoint, or a Transformer.")]
 Against = Annotated[str, typer.Option(help="The other model, such as the Transformer that it was converted from.")]
@@ -52,9 +54,6 @@ def bench(
     Each runs in its own process, and they take turns. The table goes to stdout; --json prints JSON instead.
     """
     from ligerexport.measure.bench.bench import bench
-    from ligerexport.measure.bench.report import RESULT, check_plots, markdown, save
-    from ligerexport.measure.bench.settings import Settings
-    from ligerexport.staging import check_destination
 
     settings = Settings(counts(context, "--context"), counts(batch, "--batch"), blocks, tokens, threads, device, dtype,
                         read_up_to)  # fmt: skip

@@ -7,14 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
+from ligerexport.artifact.artifact import open_artifact
+from ligerexport.checkpoint.describe import describe_checkpoint
 from ligerexport.cli import options
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
 from ligerexport.errors import UsageError, quoted
+from ligerexport.exporters.backend import BuildSettings
+from ligerexport.exporters.build import BuildPlan
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_target
 
 _ANNOUNCED = ("target", "lowering", "max_chunk", "weights")
-"""Settings that `--verbose` prints for every build."""
+_FOR_GPUS = ("sms", "max_batch", "plugin", "engine")
+"""Settings that `--verbose` prints, of every build and of one for GPUs."""
 
 
 @verb(computes=True)
@@ -64,23 +69,18 @@ def build(
 
     The artifact is compared with the torch model on real prompts and written only if it passes.
     """
-    from ligerexport.artifact.artifact import open_artifact
-    from ligerexport.checkpoint.describe import describe_checkpoint
-    from ligerexport.exporters.backend import BuildSettings
-    from ligerexport.exporters.build import plan_build
-
     settings = BuildSettings(
         target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai
     )
-    plan = plan_build(model, output, settings, force=force)
-    chosen = {name: value for name, value in vars(plan.settings).items() if name in _ANNOUNCED}
+    plan = BuildPlan(model, output, settings, force=force)
+    names = _ANNOUNCED + (_FOR_GPUS if plan.sms else ())
+    chosen = {name: getattr(plan.settings, name) for name in names}
     options.announce("build", model=model, output=plan.output, threads=threads, **chosen,
-                     block=plan.storage.block if plan.storage.precision.blocked else None,
-                     **(vars(plan.gpu) if plan.gpu else {}))  # fmt: skip
+                     block=plan.storage.block if plan.storage.precision.blocked else None)  # fmt: skip
     if dry_run:
         facts = describe_checkpoint(model, plan.spec.liger) | plan.describe()
-        if plan.gpu is not None:
-            facts["sms"] = options.plain(plan.gpu.sms)
+        if plan.sms:
+            facts["sms"] = options.plain(plan.sms)
         return options.finish_made(json, f"would write {plan.output}", facts, None)
     path = plan.run(progress)
     manifest = open_artifact(path, hashes=False).manifest

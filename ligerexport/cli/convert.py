@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ligerexport.checkpoint.convert import SHIPPED, WINDOWS, plan_convert
+from ligerexport.checkpoint.convert import SHIPPED, WINDOWS, ConvertPlan
+from ligerexport.checkpoint.describe import describe_checkpoint
 from ligerexport.cli import options
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import progress
@@ -82,34 +83,24 @@ def convert(
 
     A gated recurrence and a bounded exact memory replace its attention. Without --adapter no weight changes.
     """
+    hint = "write SCORE=COUNT,... as in --slots peak_use=32,novelty=32"
+    pools = None if slots is None else _counts(slots, f"--slots {slots}", hint)
     changes: dict[str, Any] = {
-        "gate": gate, "sinks": sinks, "window": window, "slots": parse_slots(slots),
+        "gate": gate, "sinks": sinks, "window": window, "slots": pools,
         "attention_weight": attention_weight, "recurrence_weight": recurrence_weight,
         "recurrence": recurrence, "recurrence_distance": recurrence_distance,
         "layer_memory": parse_layer_memory(layer_memory),
         "keep_softmax": parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
-    plan = plan_convert(model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores,
+    plan = ConvertPlan(model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores,
                         windows=windows, adapter=adapter, force=force, **changes)  # fmt: skip
     options.announce("convert", model=model, output=output, preset=preset, threads=threads, **vars(plan.liger))
     if dry_run:
         return options.finish_made(json, f"would write {output}", plan.describe(), None)
-    from ligerexport.checkpoint.describe import describe_checkpoint
 
     path = plan.run(progress)
     following = f"ligerexport build {quoted(path)} --target onnx"
     options.finish_made(json, "converted", describe_checkpoint(path, plan.liger), following)
-
-
-def parse_slots(text: str | None) -> Slots | None:
-    """Read `peak_use=32,novelty=32`; `none` means no slots.
-
-    Raises:
-        UsageError: It has another form.
-    """
-    if text is None:
-        return None
-    return _counts(text, f"--slots {text}", "write SCORE=COUNT,... as in --slots peak_use=32,novelty=32")
 
 
 def parse_layer_memory(texts: Sequence[str] | None) -> tuple[tuple[int, int, Slots], ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,7 +37,7 @@ def doctor(
     checks = examine(target, plugin)
     if json:
         fine = all(check.ok or not check.needed for check in checks)
-        options.finish_json(True, {"ok": fine, "checks": [check.to_dict() for check in checks]})
+        options.finish_json(True, {"ok": fine, "checks": [asdict(check) for check in checks]})
     else:
         options.print_table(("", "", "", ""), [
             ("ok" if c.ok else "missing" if c.needed else "-", c.name, c.found, "" if c.ok else c.mend or "")
@@ -52,9 +53,6 @@ def examine(target: str | None = None, plugin: Path | None = None) -> list[Check
     Args:
         target: Row of `TARGETS`; None checks only the requirements of all targets.
         plugin: Library of the TensorRT plugin, which is checked too.
-
-    Raises:
-        UsageError: There is no such target.
     """
     checks = [_python(), *_packages(), _releases(), *_machine(), *_cache()]
     return checks + (get_backend(target).examine(plugin) if target else [])

@@ -57,9 +57,9 @@ def eval_(
 
     Checkpoints and artifacts are measured in the same way. The tables have standard errors.
     """
-    from ligerexport.measure.evaluate.evaluate import plan_evaluate
+    from ligerexport.measure.evaluate.evaluate import EvaluatePlan
 
-    plan = plan_evaluate(
+    plan = EvaluatePlan(
         model, against=against, text=text or [], parts=split(parts), tasks=split(tasks), task_data=task_data,
         output=output, force=force, controls=split(controls), length=length, windows=windows, trials=trials,
         limit=limit, seed=seed, batch=batch, device=device, dtype=dtype,

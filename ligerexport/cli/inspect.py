@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ligerexport.artifact.artifact import MANIFEST, open_artifact
+from ligerexport.checkpoint.checkpoint import check_checkpoint
 from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
 from ligerexport.console import data_table, format_bytes
@@ -28,8 +30,6 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Describe an artifact or checkpoint: its state, its bytes, and what was verified."""
-    from ligerexport.artifact.artifact import MANIFEST
-
     if providers:
         return _providers(path, json)
     facts = _artifact(path) if (path / MANIFEST).is_file() else _checkpoint(path)
@@ -70,8 +70,6 @@ def _plain(key: str, value: Any) -> str:
 
 
 def _artifact(path: Path) -> dict[str, Any]:
-    from ligerexport.artifact.artifact import open_artifact
-
     manifest = open_artifact(path, runtime=False).manifest
     return {
         "kind": "artifact",
@@ -96,8 +94,6 @@ def _artifact(path: Path) -> dict[str, Any]:
 
 def _providers(path: Path, json: bool) -> None:
     """Print which nodes of an artifact's graph each execution provider takes."""
-    from ligerexport.artifact.artifact import open_artifact
-
     artifact = open_artifact(path, hashes=False, runtime=False)
     if not get_target(artifact.manifest.target).onnxruntime:
         raise UsageError(f"--providers with an artifact of the target {artifact.manifest.target}",
@@ -143,8 +139,6 @@ def _group(tensors: Iterable[tuple[str, Sequence[int | str], str]]) -> list[dict
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    from ligerexport.checkpoint.checkpoint import check_checkpoint
-
     info = check_checkpoint(path)
     config = info.config
     facts: dict[str, Any] = {

@@ -82,7 +82,6 @@ class Asking:
         """Open the artifact and the prompt cache.
 
         Args:
-            artifact: Directory of the artifact.
             many: Whether many tokens will be read or written. Only then does copying the weights into their fastest
                 layout save time.
         """

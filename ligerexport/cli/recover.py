@@ -14,6 +14,7 @@ from ligerexport.console import card, format_bytes, progress, say, set_quiet
 from ligerexport.errors import UsageError, quoted
 from ligerexport.train.config import DEFAULT_TOKENS, TARGETS, RecoverConfig
 from ligerexport.train.recipes import DEFAULT_RECIPE, RECIPES
+from ligerexport.train.recover import RecoverPlan
 
 if TYPE_CHECKING:
     from ligerexport.train.loop import OnStep
@@ -86,9 +87,8 @@ def recover(
         "micro_batch_tokens": micro_batch_tokens, "rate": lr, "warmup": warmup, "overlong": overlong, "dtype": dtype,
         "gradient_checkpointing": gradient_checkpointing, "seed": seed, "save_every": save_every,
     }  # fmt: skip
-    from ligerexport.train.recover import plan_recover
 
-    plan = plan_recover(model, data, output, against=against, merge=merge, resume=resume, shard=shard,  # type: ignore[arg-type]
+    plan = RecoverPlan(model, data, output, against=against, merge=merge, resume=resume, shard=shard,  # type: ignore[arg-type]
                         force=force, tensorboard=tensorboard, **settings)  # fmt: skip
     options.announce("recover", model=model, data=data, output=output, threads=threads,
                      **plan.config.identity())  # fmt: skip

@@ -64,7 +64,6 @@ def ask(
     """Put a question after real text.
 
     Args:
-        text: The models' tokenizer.
         preset: Row of `PRESETS`.
         prompt: The user's prompt; the preset with the pass key has its own.
         context: Number of filler tokens.

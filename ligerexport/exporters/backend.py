@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """The arguments of `build` that say what to build. `plan_build` chooses a value for each None."""
+    """The arguments of `build` that say what to build. `BuildPlan` chooses a value for each None."""
 
     target: str = "onnx"
     lowering: str | None = None
@@ -64,10 +64,6 @@ class Check:
     needed: bool = False
     mend: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return asdict(self)
-
 
 class Backend:
     """A target. The methods here fit a target whose artifact is a graph and needs no GPU.
@@ -80,11 +76,11 @@ class Backend:
     def __init__(self, name: str, row: Target) -> None:
         self.name, self.row = name, row
 
-    def prepare(self, settings: BuildSettings) -> Any:
+    def prepare(self, settings: BuildSettings) -> BuildSettings:
         """Check the target's own options and the installed libraries, before any work is done.
 
         Returns:
-            The value of `BuildPlan.gpu`; None by default.
+            The settings, with the GPUs chosen where the target is for GPUs.
 
         Raises:
             UsageError: An option does not belong to this target, or a number is out of range.
@@ -92,6 +88,7 @@ class Backend:
         """
         if settings.sms or settings.plugin or not settings.engine:
             raise UsageError(f"GPU options with the target {self.name}", hint="--sm, --plugin, --no-engine go with trt")
+        return settings
 
     def check_model(self, spec: ModelSpec) -> None:
         """Check that the target supports all layers of a checkpoint.

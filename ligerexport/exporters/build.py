@@ -8,23 +8,35 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.artifact.artifact import MANIFEST
+from ligerexport import __version__
+from ligerexport.artifact.artifact import (
+    MANIFEST,
+    Artifact,
+    ArtifactWriter,
+    ByteCounts,
+    Graph,
+    Manifest,
+    ModelShape,
+    Source,
+    TensorInfo,
+)
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
 from ligerexport.exporters.backend import BuildSettings
+from ligerexport.exporters.onnx.native import check_ready
 from ligerexport.exporters.targets import BLOCK, get_backend, get_precision, get_target
+from ligerexport.reading import from_plain, sha256
 from ligerexport.staging import check_destination
+from ligerexport.text.tokenizer import TextModel
 from ligerexport.versions import warn_if_untried
 
 if TYPE_CHECKING:
-    from ligerexport.artifact.artifact import Manifest
     from ligerexport.checkpoint.checkpoint import CheckpointInfo
-    from ligerexport.exporters.backend import Backend
     from ligerexport.exporters.onnx.spec import ModelSpec
     from ligerexport.exporters.onnx.weights import WeightStorage
 
@@ -84,19 +96,11 @@ def build(
         MissingDependency: The extra of the target is not installed.
     """
     settings = BuildSettings(target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify)
-    return plan_build(model, output, settings, force=force).run(progress)
+    return BuildPlan(model, output, settings, force=force).run(progress)
 
 
-def plan_build(
-    model: Path | str = ".",
-    output: Path | str | None = None,
-    settings: BuildSettings | None = None,
-    *,
-    force: bool = False,
-) -> BuildPlan:
-    """Check everything that can be checked before the work begins, and choose the values that were left open.
-
-    No weight is read and nothing is written.
+class BuildPlan:
+    """A build of which everything is checked and decided. No weight is read and nothing is written.
 
     Args:
         model: Directory that `convert` wrote.
@@ -104,58 +108,49 @@ def plan_build(
         settings: What to build.
         force: Whether an older artifact at `output` may be replaced.
 
-    Raises:
-        LigerError: For the same reasons as `build`.
-    """
-    settings = settings or BuildSettings()
-    lowering, weights = _resolve(settings)
-
-    from ligerexport.checkpoint.checkpoint import check_checkpoint
-    from ligerexport.exporters.onnx.genai import check_genai
-    from ligerexport.exporters.onnx.graph import weight_storage
-    from ligerexport.exporters.onnx.native import check_ready
-    from ligerexport.exporters.onnx.spec import read_spec
-
-    backend = get_backend(settings.target)
-    gpu = backend.prepare(settings)
-    if lowering == "native" and settings.verify:
-        check_ready()
-    output = Path(model) / settings.target if output is None else Path(output)
-    check_destination(output, force=force, marker=MANIFEST)
-    info = check_checkpoint(model, tokenizer=False)
-    spec = read_spec(info)
-    backend.check_model(spec)
-    max_chunk = backend.choose_chunk(spec, settings.max_chunk)
-    if settings.genai:
-        check_genai(info.path, settings.target, lowering)
-    settings = replace(settings, lowering=lowering, weights=weights, max_chunk=max_chunk)
-    storage = weight_storage(weights, settings.block, lowering)
-    return BuildPlan(info, spec, output, settings, storage, backend, gpu, force)
-
-
-@dataclass(frozen=True)
-class BuildPlan:
-    """A build whose settings are all decided; `plan_build` makes it.
-
     Attributes:
         info: The checkpoint.
         spec: The parts of the checkpoint that the graph is written from.
-        output: Directory to make.
         settings: What to build, with nothing left open.
         storage: How weights are stored.
         backend: The target.
-        gpu: What `Backend.prepare` returned.
-        force: Whether an older artifact at `output` may be replaced.
     """
 
-    info: CheckpointInfo
-    spec: ModelSpec
-    output: Path
-    settings: BuildSettings
-    storage: WeightStorage
-    backend: Backend
-    gpu: Any
-    force: bool
+    def __init__(
+        self,
+        model: Path | str = ".",
+        output: Path | str | None = None,
+        settings: BuildSettings | None = None,
+        *,
+        force: bool = False,
+    ) -> None:
+        settings = settings or BuildSettings()
+        lowering, weights = _resolve(settings)
+
+        from ligerexport.checkpoint.checkpoint import check_checkpoint
+        from ligerexport.exporters.onnx.genai import check_genai
+        from ligerexport.exporters.onnx.graph import weight_storage
+        from ligerexport.exporters.onnx.spec import read_spec
+
+        self.backend = get_backend(settings.target)
+        settings = self.backend.prepare(settings)
+        if lowering == "native" and settings.verify:
+            check_ready()
+        self.output = Path(model) / settings.target if output is None else Path(output)
+        check_destination(self.output, force=force, marker=MANIFEST)
+        self.info = check_checkpoint(model, tokenizer=False)
+        self.spec = read_spec(self.info)
+        self.backend.check_model(self.spec)
+        max_chunk = self.backend.choose_chunk(self.spec, settings.max_chunk)
+        if settings.genai:
+            check_genai(self.info.path, settings.target, lowering)
+        self.force, self.settings = force, replace(settings, lowering=lowering, weights=weights, max_chunk=max_chunk)
+        self.storage = weight_storage(weights, settings.block, lowering)
+
+    @property
+    def sms(self) -> tuple[int, ...]:
+        """Compute capabilities; none where the target is not only for GPUs."""
+        return tuple(self.settings.sms or ())
 
     def describe(self) -> dict[str, Any]:
         """Return what `run` would write and need."""
@@ -167,7 +162,6 @@ class BuildPlan:
 
     def run(self, progress: ProgressFactory | None = None) -> Path:
         """Build, verify and write the artifact; return its directory. Arguments and errors as for `build`."""
-        from ligerexport.artifact.artifact import Artifact, ArtifactWriter
         from ligerexport.exporters.onnx.genai import write_genai
         from ligerexport.exporters.verify.verify import verify_artifact
 
@@ -189,7 +183,6 @@ class BuildPlan:
         """Write tokenizer, weights, graph and companions; return the manifest of an unverified artifact."""
         from ligerexport.exporters.onnx import graph as onnx_graph
         from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
-        from ligerexport.text.tokenizer import TextModel
 
         info, spec, settings, storage = self.info, self.spec, self.settings, self.storage
         assert settings.lowering is not None and settings.max_chunk is not None
@@ -246,8 +239,6 @@ def make_manifest(
     recovery: dict[str, Any] | None = None,
 ) -> Manifest:
     """Return the manifest of an artifact, without its files."""
-    from ligerexport import __version__
-    from ligerexport.artifact.artifact import ByteCounts, Graph, Manifest, ModelShape, TensorInfo
     from ligerexport.exporters.onnx import graph as onnx_graph
     from ligerexport.exporters.onnx.graph import LOWERINGS
     from ligerexport.exporters.onnx.weights import weight_bytes, weight_names
@@ -287,9 +278,6 @@ def make_manifest(
 
 def _source(info: CheckpointInfo, advance: Any) -> Any:
     """Return where the weights come from; links to the original files have the originals' hashes."""
-    from ligerexport.artifact.artifact import Source
-    from ligerexport.reading import from_plain, sha256
-
     hashes = {}
     for file in info.files:
         hashes[file.name] = sha256(file)

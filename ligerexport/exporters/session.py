@@ -244,7 +244,11 @@ class BatchSession(ABC):
         for tensor in self.artifact.manifest.state:
             given = snapshot.tensors[tensor.past]
             short = tensor.grows and given.shape[2] < seen.max()
-            if short or abs(seen).max() > _LONGEST or (given.dtype.kind == "i" and not _are_positions(given)):
+            if (
+                short
+                or abs(seen).max() > _LONGEST
+                or (given.dtype.kind == "i" and not ((given >= -1) & (given <= _LONGEST)).all())
+            ):
                 raise UsageError(f"{tensor.past} of this state cannot be the one after {seen.max()} tokens",
                                  hint="the file is damaged: read the prompt again")  # fmt: skip
 
@@ -280,11 +284,6 @@ def _inherit() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_inherit)
-
-
-def _are_positions(array: np.ndarray) -> bool:
-    """Return whether all elements are positions of a sequence, or -1 for none."""
-    return bool(((array >= -1) & (array <= _LONGEST)).all())
 
 
 def dtype_of(tensor: StateTensor) -> np.dtype:

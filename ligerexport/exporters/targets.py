@@ -142,20 +142,12 @@ def precision_of(dtype: str) -> Precision:
 
 
 def get_target(name: str) -> Target:
-    """Return the row of `TARGETS` with this name.
-
-    Raises:
-        UsageError: There is no such target; the hint names close matches.
-    """
+    """Return the row of `TARGETS` with this name."""
     return look_up("target", name, TARGETS)
 
 
 def get_backend(name: str) -> Backend:
-    """Return the backend of a target.
-
-    Raises:
-        UsageError: There is no such target.
-    """
+    """Return the backend of a target."""
     row = get_target(name)
     made: Backend = resolve_name(row.backend)(name, row)
     return made

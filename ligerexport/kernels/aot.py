@@ -29,6 +29,7 @@ from ligerexport.console import data, print_error, say
 from ligerexport.errors import LigerError, MissingDependency, UsageError, look_up
 from ligerexport.kernels.launch_manifest import ALIGNMENT, MANIFEST, Cubin, Kernel, Manifest, Plan
 from ligerexport.kernels.linear import LinearSpec
+from ligerexport.kernels.plans import make_plans
 from ligerexport.kernels.tuning import FORWARD, SHARED_MEMORY
 from ligerexport.model.config import get_preset
 from ligerexport.model.state import MixerSpec
@@ -134,8 +135,6 @@ def _plan(
     products: Sequence[tuple[LinearSpec, str]] = (),
 ) -> tuple[list[Plan], dict[str, Kernel], dict[tuple[str, int], _Job]]:
     """Return plans, kernels, and the jobs by kernel and compute capability."""
-    from ligerexport.kernels.plans import make_plans
-
     wanted: list[tuple[str, MixerSpec | LinearSpec, str]] = [("linear", spec, kind) for spec, kind in products]
     for spec in specs:
         config = spec.config

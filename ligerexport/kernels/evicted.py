@@ -29,7 +29,6 @@ def slow_rotation(rotary: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
 
     Args:
         rotary: `rotary_table(inv_freq, spec.max_distance, ahead)`.
-        spec: The layer.
     """
     distance = min(spec.config.recurrence_distance, spec.max_distance)
     cos, sin = rotary[:, spec.max_distance - 1].double()  # one token back
@@ -62,7 +61,6 @@ def evicted_recurrence(
         normaliser: `[B, T, H_q]`, logarithm of the denominator of `mixed`.
         state: `[B, H_kv, d_k, d_v]`, sum of the products of features and values so far.
         mass: `[B, H_kv, d_k]`, sum of the features; the first is the number of tokens.
-        spec: The layer.
         rotary: `rotary_table(inv_freq, spec.max_distance, ahead)`.
 
     Returns:

@@ -181,7 +181,6 @@ def record(call: Call, tables: Sequence[str] = ()) -> Recording:
     """Return the launches of a call.
 
     Args:
-        call: The call.
         tables: Parameters of kernels for which the host makes tables; the caller of a kernel must make them too.
 
     Raises:

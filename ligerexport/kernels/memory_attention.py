@@ -59,7 +59,6 @@ def memory_attention(
         arrival: `[B, H_kv, T]`, the score on arrival, novelty or learned; needed if a pool ranks by it.
         position: `[B]`, tokens seen before this block; a token at a negative position is padding.
         state: Tensors named `slot_*`, as `MixerSpec.state` lists them.
-        spec: The layer.
         rotary: From `rotary_table`, with `ahead` at least T.
 
     Returns:

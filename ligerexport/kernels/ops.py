@@ -41,7 +41,6 @@ def liger_mixer(
         value: `[B, T, H_kv, d_v]`.
         position: `[B]` int64, number of tokens that each sequence has seen; negative inside padding on the left.
         state: State from the last call, or `spec.initial_state`.
-        spec: The layer.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
         score: `[B, T, H_kv]` fp32, the learned score of each token; needed if `spec.config.foresees`.
 

@@ -249,14 +249,20 @@ def _memory_attention(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> It
         made = forward(*args)
         return {"output": made.output} | {f"present_{name}": x for name, x in made.present.items()}
 
+    score = "arrival" if spec.config.judged or spec.config.foresees else None
+    return _chunks(spec, dtype, run, score, "slot_")
+
+
+def _chunks(
+    spec: MixerSpec, dtype: torch.dtype, run: Callable[..., Any], score: str | None, part: str = ""
+) -> Iterator[Call]:
+    """Yield calls of `run` with whole chunks, a score of that name, and the state whose names begin with `part`."""
     for seed, (batch, tokens) in enumerate(_prefill_sizes(spec.max_distance + 1)):
         x = _Inputs(spec, dtype, seed)
         projections = x.add_heads(batch, tokens)
-        shape = (batch, tokens, spec.kv_heads)
-        arrives = spec.config.judged or spec.config.foresees
-        arrival = x.add("arrival", *shape, dtype=torch.float32) if arrives else None
-        position, state = x.add("position", batch, dtype=torch.int32), x.add_state(batch, "past_", "slot_")
-        call = partial(run, *projections, arrival, position, state, spec, x.add_rotary())
+        scores = x.add(score, batch, tokens, spec.kv_heads, dtype=torch.float32) if score else None
+        position, state = x.add("position", batch, dtype=torch.int32), x.add_state(batch, "past_", part)
+        call = partial(run, *projections, scores, position, state, spec, x.add_rotary())
         yield Call({"batch": batch, "tokens": tokens} | x.axes, x.tensors, call)
 
 
@@ -277,14 +283,7 @@ def _prefill(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Ca
         output, present = prefill(*args)
         return {"output": output} | {f"present_{name}": x for name, x in present.items()}
 
-    for seed, (batch, tokens) in enumerate(_prefill_sizes(spec.max_distance + 1)):
-        x = _Inputs(spec, dtype, seed)
-        projections = x.add_heads(batch, tokens)
-        shape = (batch, tokens, spec.kv_heads)
-        score = x.add("score", *shape, dtype=torch.float32) if spec.config.foresees else None
-        position, state = x.add("position", batch, dtype=torch.int32), x.add_state(batch, "past_")
-        call = partial(run, *projections, score, position, state, spec, x.add_rotary())
-        yield Call({"batch": batch, "tokens": tokens} | x.axes, x.tensors, call)
+    return _chunks(spec, dtype, run, "score" if spec.config.foresees else None)
 
 
 def _prefill_axes(spec: MixerSpec, dtype: torch.dtype) -> dict[str, str]:

@@ -19,6 +19,7 @@ from ligerexport.artifact.artifact import MANIFEST, is_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, MissingDependency, UsageError
 from ligerexport.exporters.targets import get_target
+from ligerexport.run.runtime import Session
 from ligerexport.text.tokenizer import TextModel
 from ligerexport.threads import default_threads
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from ligerexport.run.runtime import Session
 
 CHUNK = 1024
 """Largest number of tokens in a scoring call."""
@@ -158,7 +157,6 @@ def open_model(
         threads: Number of threads per operator for timing; None takes the physical cores.
         device: `auto` takes a GPU if the model runs on one. Artifacts are scored on the CPU.
         dtype: Type of a torch model's weights; `auto` is float32 on a CPU and bfloat16 elsewhere.
-        progress: Opens a phase.
 
     Raises:
         SourceError: There is no such model.
@@ -271,7 +269,6 @@ class TorchModel(Opened):
         return out.logits, out.get(CACHE)
 
     def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
-        """See `Opened.advance`."""
         import torch
 
         with torch.inference_mode():
@@ -280,7 +277,6 @@ class TorchModel(Opened):
             return [int(row) for row in logits[:, -1].argmax(dim=-1)]  # waits for a GPU
 
     def fill(self, tokens: int) -> list[int]:
-        """See `Opened.fill`."""
         if self.kind != "transformer":
             return super().fill(tokens)
         import torch
@@ -297,7 +293,6 @@ class TorchModel(Opened):
         return [0] * self.batch
 
     def sibling(self, batch: int = 1) -> TorchModel:
-        """See `Opened.sibling`."""
         return TorchModel(self.model, batch, self.name, self.path)
 
 
@@ -323,7 +318,6 @@ class ArtifactModel(Opened):
 
     @property
     def sequence_bytes(self) -> int | None:
-        """See `Opened.sequence_bytes`."""
         manifest = self.session.artifact.manifest
         return None if manifest.growth else manifest.bytes.state_per_sequence
 
@@ -334,7 +328,6 @@ class ArtifactModel(Opened):
 
     @property
     def weight_bytes(self) -> int:
-        """See `Opened.weight_bytes`."""
         manifest, config = self.session.artifact.manifest, self.path / "config.json"
         tied = json.loads(config.read_text()).get("tie_word_embeddings", True) if config.is_file() else True
         shape = manifest.model  # if the output has its own weights, one row of the embedding is read per token
@@ -360,13 +353,11 @@ class ArtifactModel(Opened):
         return torch.from_numpy(np.concatenate(list(self.session.every(array[:, head:])), axis=1)), self
 
     def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
-        """See `Opened.advance`."""
         array = np.asarray(ids, np.int64)
         logits = self.session.step(array[:, 0]) if array.shape[1] == 1 else self.session.prefill(array)
         return [int(row) for row in logits.argmax(axis=-1)]
 
     def sibling(self, batch: int = 1) -> ArtifactModel:
-        """See `Opened.sibling`."""
         return ArtifactModel(self.session.sibling(batch), self.device)
 
 

@@ -146,11 +146,7 @@ class LigerConfig:
             self.for_layer(layer)
 
     def for_layer(self, layer: int) -> LigerConfig:
-        """Return the configuration of one converted layer.
-
-        Raises:
-            UsageError: Its sizes are out of range.
-        """
+        """Return the configuration of one converted layer."""
         sizes = {at: (window, slots) for at, window, slots in self.layer_memory}
         window, slots = sizes.get(layer, (self.window, self.slots))
         return replace(self, window=window, slots=slots, layer_memory=(), keep_softmax=(), keep_window=None)
@@ -282,9 +278,6 @@ def get_preset(name: str, **changes: Any) -> LigerConfig:
     Args:
         name: Row of `PRESETS`.
         **changes: Fields of `LigerConfig`; None leaves the preset's value.
-
-    Raises:
-        UsageError: There is no such preset; the hint names close matches.
     """
     preset = look_up("preset", name, PRESETS)
     return replace(preset.config, **{key: value for key, value in changes.items() if value is not None})

@@ -156,9 +156,6 @@ class Family:
 
         Args:
             config: Content of config.json, converted or not.
-
-        Raises:
-            CheckpointError: The configuration describes no model.
         """
         return _weights(self, json.dumps(self.plain(config), sort_keys=True))
 

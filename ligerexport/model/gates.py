@@ -70,9 +70,5 @@ GATES: dict[str, Gate] = {
 
 
 def get_gate(name: str) -> Gate:
-    """Return the row of `GATES` with this name.
-
-    Raises:
-        UsageError: There is no such gate; the hint names close matches.
-    """
+    """Return the row of `GATES` with this name."""
     return look_up("gate", name, GATES)

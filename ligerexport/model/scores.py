@@ -98,11 +98,7 @@ SCORES: dict[str, Score] = {
 
 
 def get_score(name: str) -> Score:
-    """Return the row of `SCORES` with this name.
-
-    Raises:
-        UsageError: There is no such score; the hint names close matches.
-    """
+    """Return the row of `SCORES` with this name."""
     return look_up("score", name, SCORES)
 
 

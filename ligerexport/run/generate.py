@@ -7,18 +7,16 @@ from collections.abc import Generator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError
 from ligerexport.run.prompt_cache import PromptCache
+from ligerexport.run.runtime import Session, Snapshot
 from ligerexport.run.sampling import Sampler
 from ligerexport.text.tokenizer import Detokenizer, Message, TextModel, eos_ids
-
-if TYPE_CHECKING:
-    from ligerexport.run.runtime import Session
 
 Finish = Literal["eos", "stop", "length"]
 
@@ -382,8 +380,6 @@ class Conversation:
 
     def load(self, path: Path | str) -> None:
         """Continue a saved conversation. The repetition penalty does not know its tokens."""
-        from ligerexport.run.runtime import Snapshot
-
         self.session.restore(Snapshot.load(path))
         self._sampler.forget()
         self._unseen = []

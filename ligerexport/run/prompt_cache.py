@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError
+from ligerexport.run.runtime import Session
 from ligerexport.staging import remove_leftovers
-
-if TYPE_CHECKING:
-    from ligerexport.run.runtime import Session
 
 WORTH = 32
 """Smallest number of tokens for which a file is worthwhile."""

@@ -266,9 +266,6 @@ class TextModel:
         Args:
             messages: The turns.
             special_content: Whether special tokens in the content of messages act as such, not as text.
-
-        Raises:
-            UsageError: There is no template, or it refuses these messages.
         """
         if special_content:
             return self.encode(self.render(messages), special=False)

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from ligerexport.checkpoint.adapter import model_id
-from ligerexport.checkpoint.checkpoint import CheckpointInfo
 from ligerexport.checkpoint.convert import load_model
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import LigerError, UsageError, look_up
@@ -107,66 +106,14 @@ def allocate(
         MissingDependency: The device is not available.
         LigerError: A measurement is not finite.
     """
-    plan = plan_allocate(model, data, text, output, against=against, force=force, progress=progress, **settings)
+    plan = AllocatePlan(model, data, text, output, against=against, force=force, progress=progress, **settings)
     plan.save(plan.run(progress))
     return plan.output
 
 
-def plan_allocate(
-    model: str | Path,
-    data: str | Path | Sequence[str | Path],
-    text: str | Path | Sequence[str | Path],
-    output: str | Path,
-    *,
-    against: str | Path | None = None,
-    force: bool = False,
-    progress: ProgressFactory | None = None,
-    **settings: Any,
-) -> AllocatePlan:
-    """Check the arguments of `allocate`, read its texts, and choose the memories to try. No weight is loaded.
-
-    Raises:
-        UsageError, DataError, CheckpointError: As for `allocate`.
-    """
-    config, output = AllocateConfig(**given(settings)), Path(output)
-    if output.is_dir() or (output.exists() and not force):
-        raise UsageError(f"{output} exists", hint="choose another file with -o, or replace a file with --force")
-    pick_device(config.device)
-    data, texts = _several(data), _several(text)
-    length = config.length
-    reading = RecoverConfig("distill", length=length, batch_tokens=length, steps=config.windows)
-    info = check_model(model, reading, against)
-    documents = read_documents(info, data, reading, progress)
-    liger = LigerConfig.from_dict(info.config["liger"])
-    if not liger.slots:
-        raise UsageError(f"{model} has no pools of slots to distribute", hint="convert it with --preset evicted")
-    layers = sorted(set(range(info.config["num_hidden_layers"])) - liger.unchanged)
-    tried = {layer: memories(liger.for_layer(layer)) for layer in layers}
-    budget = sum(own.num_slots for own, *_ in tried.values()) if config.slots is None else config.slots * len(layers)
-    least = sum(min(memory.num_slots for memory in each) for each in tried.values())
-    if budget < least:
-        raise UsageError(
-            f"{config.slots} slots per layer, the smallest memories that are tried have {least / len(layers):.0f}",
-            hint=f"--slots {math.ceil(least / len(layers))}, or start from a checkpoint with fewer slots",
-        )
-    if length <= (fewest := min(own.num_slots for own, *_ in tried.values())):
-        raise UsageError(f"windows of {length} tokens fit into {fewest} slots", hint=f"--length {16 * fewest}")
-    tokenizer = TextModel(info.path)
-    prose = read_tokens(text_files(texts), tokenizer)
-    if len(prose) <= config.distance:
-        raise UsageError(
-            f"the text has {len(prose):,} tokens, a key in {config.distance:,} needs more",
-            hint="give more plain text: --text FILE_OR_DIRECTORY, or a smaller --distance",
-        )
-    windows = cut_windows(documents.ids.tolist(), length, config.windows, tokenizer.encode(""))
-    asked: dict[str, Any] = {"model": str(model), "against": None if against is None else str(against)}
-    asked |= {"data": list(map(str, data)), "text": list(map(str, texts))}
-    return AllocatePlan(info, tokenizer, windows, prose, tried, budget, config, against, output, asked)
-
-
-@dataclass(frozen=True)
 class AllocatePlan:
-    """The measurements to make, from `plan_allocate`.
+    """The measurements of `allocate`, whose arguments it takes and checks. Texts are read, and no weight is loaded.
+
 
     Attributes:
         info: The checkpoint.
@@ -176,18 +123,62 @@ class AllocatePlan:
         tried: The memories of each converted layer, its own first.
         budget: Total slots of all converted layers.
         asked: Model and texts as the user gave them.
+
+    Raises:
+        UsageError, DataError, CheckpointError: As for `allocate`.
     """
 
-    info: CheckpointInfo
-    text: TextModel
-    windows: Tensor
-    prose: list[int]
-    tried: dict[int, list[LigerConfig]]
-    budget: int
-    config: AllocateConfig
-    against: str | Path | None
-    output: Path
-    asked: dict[str, Any]
+    def __init__(
+        self,
+        model: str | Path,
+        data: str | Path | Sequence[str | Path],
+        text: str | Path | Sequence[str | Path],
+        output: str | Path,
+        *,
+        against: str | Path | None = None,
+        force: bool = False,
+        progress: ProgressFactory | None = None,
+        **settings: Any,
+    ) -> None:
+        config, output = AllocateConfig(**given(settings)), Path(output)
+        if output.is_dir() or (output.exists() and not force):
+            raise UsageError(f"{output} exists", hint="choose another file with -o, or replace a file with --force")
+        pick_device(config.device)
+        data, texts = _several(data), _several(text)
+        length = config.length
+        reading = RecoverConfig("distill", length=length, batch_tokens=length, steps=config.windows)
+        self.info = info = check_model(model, reading, against)
+        documents = read_documents(info, data, reading, progress)
+        liger = LigerConfig.from_dict(info.config["liger"])
+        if not liger.slots:
+            raise UsageError(f"{model} has no pools of slots to share out", hint="convert it with --preset evicted")
+        layers = sorted(set(range(info.config["num_hidden_layers"])) - liger.unchanged)
+        tried = {layer: memories(liger.for_layer(layer)) for layer in layers}
+        budget = (
+            sum(own.num_slots for own, *_ in tried.values()) if config.slots is None else config.slots * len(layers)
+        )
+        least = sum(min(memory.num_slots for memory in each) for each in tried.values())
+        if budget < least:
+            raise UsageError(
+                f"{config.slots} slots a layer, the smallest memories that are tried have {least / len(layers):.0f}",
+                hint=f"--slots {math.ceil(least / len(layers))}, or start from a checkpoint with fewer slots",
+            )
+        if length <= (fewest := min(own.num_slots for own, *_ in tried.values())):
+            raise UsageError(
+                f"windows of {length} tokens lose nothing to {fewest} slots", hint=f"--length {16 * fewest}"
+            )
+        tokenizer = TextModel(info.path)
+        prose = read_tokens(text_files(texts), tokenizer)
+        if len(prose) <= config.distance:
+            raise UsageError(
+                f"the text has {len(prose):,} tokens, a key in {config.distance:,} needs more",
+                hint="give more plain text: --text FILE_OR_DIRECTORY, or a smaller --distance",
+            )
+        self.windows = cut_windows(documents.ids.tolist(), length, config.windows, tokenizer.encode(""))
+        self.asked: dict[str, Any] = {"model": str(model), "against": None if against is None else str(against)}
+        self.asked |= {"data": list(map(str, data)), "text": list(map(str, texts))}
+        self.text, self.prose, self.tried, self.budget = tokenizer, prose, tried, budget
+        self.config, self.against, self.output = config, against, output
 
     @property
     def measurements(self) -> int:
@@ -267,13 +258,9 @@ def measure_layers(
         model: Converted model, on its device.
         tried: Memories by layer, the layer's own first.
         measure: Function that measures the model.
-        progress: Opens the phase.
 
     Returns:
         For each memory its sizes, its measurements, and its cost: the sum of the relative changes of `COUNTED`.
-
-    Raises:
-        LigerError: A measurement is not finite.
     """
     measured = {}
     with progress("measuring layers", 1 + sum(len(each) - 1 for each in tried.values()), "steps") as advance:
@@ -367,7 +354,6 @@ class _Uncached(TorchModel):
 
     @torch.no_grad()
     def forced(self, ids: Tensor, last: int) -> Tensor:
-        """See `Opened.forced`."""
         return self.model(ids.to(self.model.device), use_cache=False, logits_to_keep=last).logits.float()
 
 

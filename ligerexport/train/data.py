@@ -12,7 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -20,10 +20,8 @@ from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError
 from ligerexport.text.corpus import end_of_text
 from ligerexport.text.datafiles import DataError
+from ligerexport.text.tokenizer import TextModel
 from ligerexport.train.records import Record
-
-if TYPE_CHECKING:
-    from ligerexport.text.tokenizer import TextModel
 
 _BLOCK = 1 << 18
 """Number of characters encoded at once, which keeps all cores busy and takes little memory."""
@@ -89,7 +87,6 @@ def tokenize(
         overlong: Whether a longer conversation is cut or dropped.
         wanted: Number of tokens after which to stop; None takes everything.
         seed: Seed for the order.
-        progress: Reports the work; silent by default.
 
     Raises:
         DataError: Nothing is left to learn from.

@@ -6,6 +6,7 @@ The memory is for the fused kernels, and off by a few tenths at most; docs/guide
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from ligerexport.checkpoint.checkpoint import CheckpointInfo
@@ -55,21 +56,16 @@ def estimate(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, sh
     """Estimate a recovery.
 
     Args:
-        info: The checkpoint.
-        config: Settings.
         processes: Number of processes that share the batch.
         shard: Whether they share the weights as well.
-
-    Raises:
-        UsageError: This model has no projection with a target's name.
     """
     shapes = target_shapes(info, config.targets)
     lora = sum(config.rank * (shape[0] + shape[1]) for shape in shapes.values())
-    parameters = sum(_count(tensor.shape) for tensor in info.tensors.values())
+    parameters = sum(prod(tensor.shape) for tensor in info.tensors.values())
     width = BY_KERNEL[config.dtype].nbytes
     models, parts = 2 if config.row.needs_teacher else 1, processes if shard else 1
     layers = info.config["num_hidden_layers"]
-    layer = max(1, sum(_count(t.shape) for name, t in info.tensors.items() if ".layers." in name) // layers)
+    layer = max(1, sum(prod(t.shape) for name, t in info.tensors.items() if ".layers." in name) // layers)
     outside = parameters - layers * layer
     # complete at a time: the current layer, the next one, and the weights of the root module, such as the embedding
     gathered = models * width * (2 * layer + outside) if shard else 0
@@ -87,13 +83,6 @@ def estimate(info: CheckpointInfo, config: RecoverConfig, processes: int = 1, sh
         activation_bytes=tokens * kept,
         logit_bytes=4 * 4 * LOGIT_CHUNK * info.config["vocab_size"],
     )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _activations(config: Any, width: int) -> tuple[int, int]:

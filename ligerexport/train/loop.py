@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import LigerError, UsageError
@@ -59,7 +60,6 @@ class Trainer:
         student: The model with LoRA.
         teacher: The Transformer to follow; None if the recipe needs none.
         rows: Training data.
-        config: Settings.
         group: The processes.
         states: Directory of the states.
         run: Identity of this run, which is written into the states.
@@ -117,11 +117,7 @@ class Trainer:
         self.group.wait()
 
     def train(self, progress: ProgressFactory | None = None, on_step: OnStep | None = None) -> None:
-        """Run all remaining steps.
-
-        Raises:
-            LigerError: The loss is not finite, or memory ran out; saved states stay.
-        """
+        """Run all remaining steps."""
         config = self.config
         with (progress or silent)("training", config.num_steps, "steps") as advance:
             advance(len(self.history))
@@ -135,17 +131,12 @@ class Trainer:
                     self.save()  # also the last one: the disk may be full when the result is written
 
     def try_step(self, step: int) -> Step:
-        """Train on the batch of a step, counted from 0.
-
-        Raises:
-            LigerError: See `train`.
-        """
+        """Train on the batch of a step, counted from 0."""
         with self._explained():
             return self._step(step)
 
     def _step(self, step: int) -> Step:
         begin, config, group = time.perf_counter(), self.config, self.group
-        from transformers import set_seed
 
         set_seed(config.seed * 1_000_003 + step)  # a resumed run draws the same numbers
         phase = config.row.phase_at(step, config.num_steps)

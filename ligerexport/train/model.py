@@ -83,11 +83,6 @@ def load_teacher(info: CheckpointInfo, against: str | Path | None, dtype: torch.
         info: The student.
         against: Directory, hub id or built-in name; None takes the student's own weights with softmax attention.
         dtype: Type of the teacher's weights.
-
-    Raises:
-        UsageError: The teacher does not fit the student, or a recovered checkpoint has no teacher.
-        SourceError: There is no such model.
-        CheckpointError: It is incomplete or damaged.
     """
     from ligerexport.checkpoint.convert import load_transformer
 

@@ -118,11 +118,7 @@ DEFAULT_RECIPE = "blend"
 
 
 def get_recipe(name: str) -> Recipe:
-    """Return the row of `RECIPES` with this name.
-
-    Raises:
-        UsageError: There is no such recipe; the hint names close matches.
-    """
+    """Return the row of `RECIPES` with this name."""
     return look_up("recipe", name, RECIPES)
 
 

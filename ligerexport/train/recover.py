@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ligerexport.checkpoint.adapter import RECORD, check_student, model_id, write_adapter, write_merged
+from ligerexport.checkpoint.checkpoint import CheckpointInfo
 from ligerexport.console import ProgressFactory, say, silent, warn
 from ligerexport.dtypes import BY_KERNEL
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.model.config import LigerConfig
 from ligerexport.staging import check_destination, remove_directory, staged_directory
+from ligerexport.text.tokenizer import TextModel
 from ligerexport.train.config import RecoverConfig, given
 from ligerexport.train.estimate import Estimate, estimate
+from ligerexport.train.model import load_student, load_teacher, target_shapes, teacher_config
+from ligerexport.train.records import read_records
+from ligerexport.train.report import phase_table, write_report
+from ligerexport.train.state import load_state, state_directory
 from ligerexport.versions import versions
 
 if TYPE_CHECKING:
-    from ligerexport.checkpoint.checkpoint import CheckpointInfo
     from ligerexport.train.data import Documents
     from ligerexport.train.loop import OnStep, Step
 
@@ -75,64 +81,50 @@ def recover(
         MissingDependency: The `recover` extra is not installed.
         LigerError: The loss is not finite, or memory ran out; saved states stay.
     """
-    return plan_recover(
+    return RecoverPlan(
         model, data, output, against=against, merge=merge, resume=resume, shard=shard, force=force,
         tensorboard=tensorboard, **settings,
     ).run(progress, on_step)  # fmt: skip
 
 
-def plan_recover(
-    model: str | Path,
-    data: str | Path | Sequence[str | Path],
-    output: str | Path,
-    *,
-    against: str | Path | None = None,
-    merge: bool = True,
-    resume: Literal["auto", "never"] = "auto",
-    shard: bool = False,
-    force: bool = False,
-    tensorboard: str | Path | None = None,
-    **settings: Any,
-) -> RecoverPlan:
-    """Check all arguments of `recover` except the data, which is not read yet. No weight is loaded.
-
-    Raises:
-        UsageError: A setting makes no sense for this model, or a path is in use.
-        CheckpointError: A checkpoint is incomplete or damaged.
-    """
-    from ligerexport.checkpoint.adapter import RECORD
-
-    config, output = RecoverConfig(**given(settings)), Path(output)
-    if resume not in ("auto", "never"):
-        raise UsageError(f"resume '{resume}'", hint="choose from auto, never")
-    if output.resolve() == Path(model).expanduser().resolve():
-        raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
-    check_destination(output, force=force, marker=RECORD)
-    sources = [data] if isinstance(data, (str, Path)) else list(data)
-    info = check_model(model, config, against)
-    return RecoverPlan(info, sources, output, config, against, merge, resume == "auto", shard, force, tensorboard)
-
-
-@dataclass(frozen=True)
 class RecoverPlan:
-    """A recovery with checked arguments, from `plan_recover`; the other fields are its arguments.
+    """A recovery whose arguments, those of `recover`, are checked. No data is read and no weight is loaded.
+
 
     Attributes:
         info: The converted checkpoint.
         config: The settings.
         resumes: Whether to continue from a saved state.
+
+    Raises:
+        UsageError: A setting makes no sense for this model, or a place is in use.
+        CheckpointError: A checkpoint is incomplete or damaged.
     """
 
-    info: CheckpointInfo
-    data: list[str | Path]
-    output: Path
-    config: RecoverConfig
-    against: str | Path | None
-    merge: bool
-    resumes: bool
-    shard: bool
-    force: bool
-    tensorboard: str | Path | None
+    def __init__(
+        self,
+        model: str | Path,
+        data: str | Path | Sequence[str | Path],
+        output: str | Path,
+        *,
+        against: str | Path | None = None,
+        merge: bool = True,
+        resume: Literal["auto", "never"] = "auto",
+        shard: bool = False,
+        force: bool = False,
+        tensorboard: str | Path | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config, output = RecoverConfig(**given(settings)), Path(output)
+        if resume not in ("auto", "never"):
+            raise UsageError(f"resume '{resume}'", hint="choose from auto, never")
+        if output.resolve() == Path(model).expanduser().resolve():
+            raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
+        check_destination(output, force=force, marker=RECORD)
+        self.data = [data] if isinstance(data, (str, Path)) else list(data)
+        self.info = check_model(model, self.config, against)
+        self.output, self.against, self.merge, self.resumes = output, against, merge, resume == "auto"
+        self.shard, self.force, self.tensorboard = shard, force, tensorboard
 
     def estimate(self) -> Estimate:
         """Return an estimate of the run."""
@@ -151,10 +143,7 @@ class RecoverPlan:
         _require("accelerate", "peft")
         writer = _writer(self.tensorboard)
 
-        from ligerexport.checkpoint.adapter import RECORD, write_adapter, write_merged
         from ligerexport.train.distributed import Group
-        from ligerexport.train.report import write_report
-        from ligerexport.train.state import load_state, state_directory
 
         group = Group.join(self.shard)
         states, run = state_directory(self.output), identity(info, documents, config, self.against)
@@ -199,9 +188,6 @@ def check_model(model: str | Path, config: RecoverConfig, against: str | Path | 
     Raises:
         UsageError, CheckpointError: As for `recover`.
     """
-    from ligerexport.checkpoint.adapter import check_student
-    from ligerexport.train.model import target_shapes, teacher_config
-
     info = check_student(model)
     target_shapes(info, config.targets)
     context = info.config.get("max_position_embeddings")
@@ -226,14 +212,8 @@ def read_documents(
     config: RecoverConfig,
     progress: ProgressFactory | None = None,
 ) -> Documents:
-    """Return the documents that a run reads: all of them, or the first that are enough.
-
-    Raises:
-        UsageError, DataError: As for `recover`.
-    """
-    from ligerexport.text.tokenizer import TextModel
+    """Return the documents that a run reads: all of them, or the first that are enough."""
     from ligerexport.train.data import tokenize
-    from ligerexport.train.records import read_records
 
     return tokenize(
         read_records(list(data)), TextModel(info.path), length=config.length, vocab_size=info.config["vocab_size"],
@@ -268,16 +248,9 @@ def measure_seconds(
     The part is one row on a CPU, where time grows with the number of rows, and one micro-batch on a GPU.
 
     Args:
-        info: The checkpoint.
         documents: Documents from `read_documents`.
-        config: Settings.
         against: As for `recover`.
         processes: Number of processes that share the rows; only this one measures.
-        progress: Reports the measured steps; silent by default.
-
-    Raises:
-        MissingDependency: The `recover` extra is not installed.
-        LigerError: The loss is not finite, or memory ran out.
     """
     _require("accelerate", "peft")
     import torch
@@ -306,8 +279,6 @@ def identity(
     info: CheckpointInfo, documents: Documents, config: RecoverConfig, against: str | Path | None
 ) -> dict[str, Any]:
     """Return the identity of a run: model, data, settings."""
-    from ligerexport.checkpoint.adapter import model_id
-
     teacher = (str(against) if against else "itself") if config.row.needs_teacher else None
     return {"model": model_id(info), "data": documents.sha256, "teacher": teacher, **config.identity()}
 
@@ -316,8 +287,6 @@ def make_record(
     run: dict[str, Any], config: RecoverConfig, documents: Documents, history: Sequence[Step]
 ) -> dict[str, Any]:
     """Return the record of how the result was made."""
-    from ligerexport.train.report import phase_table
-
     return run | {
         "tokens": sum(step.tokens for step in history),
         "final_loss": phase_table(history)[-1]["final_loss"],
@@ -335,7 +304,6 @@ def _trainer(
 
     from ligerexport.train.distributed import place
     from ligerexport.train.loop import Trainer, micro_rows
-    from ligerexport.train.model import load_student, load_teacher
     from ligerexport.train.packing import Rows, pack
 
     micro_rows(config, group.size)

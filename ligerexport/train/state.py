@@ -49,11 +49,7 @@ def save_state(
     history: list[dict[str, Any]],
     run: dict[str, Any],
 ) -> Path:
-    """Write the state after `step` steps, and remove all but the newest ones.
-
-    Raises:
-        LigerError: The disk is full.
-    """
+    """Write the state after `step` steps, and remove all but the newest ones."""
     from safetensors.torch import save_file
 
     target = directory / f"step-{step:08d}"

@@ -24,9 +24,6 @@ def softmax_attention(
     """Write one layer of causal softmax attention over all tokens so far.
 
     Args:
-        lower: The lowering.
-        frame: Values that all layers share.
-        spec: The model.
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
         past: `key` and `value` `[B, H_kv, P, d]`, keys before rotary embedding.
         softmax: The attention of this layer.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from ligerexport.artifact.artifact import Artifact
 from ligerexport.exporters.backend import Backend, SessionSettings
 
 if TYPE_CHECKING:
-    from ligerexport.artifact.artifact import Artifact
     from ligerexport.exporters.onnx.session import OnnxSession
 
 

@@ -12,7 +12,6 @@ class Frame:
     """Sizes, positions and padding of one call, each computed at most once.
 
     Args:
-        g: The graph.
         input_ids: `[B, T]`.
         position: `[B]`, number of tokens seen.
     """

@@ -64,11 +64,7 @@ def state_tensors(spec: ModelSpec, lowering: str = "ort", storage: WeightStorage
 
 
 def weight_storage(weights: str = "fp32", block: int = BLOCK, lowering: str = "ort") -> WeightStorage:
-    """Return how weights are stored for a lowering.
-
-    Raises:
-        UsageError: No such precision, or no kernel takes such blocks.
-    """
+    """Return how weights are stored for a lowering."""
     return WeightStorage(get_precision(weights, block), block, LOWERINGS[lowering].transposed)
 
 
@@ -134,9 +130,7 @@ class _Blocks:
     """Writes the blocks of a model around its mixers.
 
     Args:
-        g: The graph.
         lower: Its lowering.
-        spec: The model.
         weights: Its weights.
     """
 

@@ -17,9 +17,7 @@ class Weights:
     """The weights of a model as initializers of a graph, with the products and look-ups that use them.
 
     Args:
-        g: The graph.
         lower: Its lowering.
-        spec: The model.
         storage: How weights are stored.
     """
 

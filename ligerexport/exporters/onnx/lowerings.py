@@ -57,9 +57,6 @@ class Blocked:
 class Portable:
     """Uses standard operators only.
 
-    Args:
-        g: The graph.
-
     Attributes:
         native: Whether a layer's memory is one node, of the library that `native` compiles.
         plugin: Whether a layer's mixer is one node, of the TensorRT plugin.
@@ -203,21 +200,17 @@ class Ort(Portable):
         return [linear_attention_function(kv_heads, d_k)]
 
     def add_norm(self, x: ir.Value, residual: ir.Value, weight: ir.Value, eps: float) -> tuple[ir.Value, ir.Value]:
-        """Return the norm of the sum, and the sum."""
         name = "SkipSimplifiedLayerNormalization"
         normed, _, _, total = self.g.op(name, x, residual, weight, outputs=4, domain=CONTRIB, epsilon=eps)
         return normed, total
 
     def silu(self, x: ir.Value) -> ir.Value:
-        """Return x * sigmoid(x)."""
         return self.g.op("QuickGelu", x, domain=CONTRIB, alpha=1.0)
 
     def scores(self, query: ir.Value, key: ir.Value, scale: float) -> ir.Value:
-        """Return `scale * query @ key^T`."""
         return self.g.op("FusedMatMul", query, key, domain=CONTRIB, transB=1, alpha=float(scale))
 
     def rotate_queries(self, x: ir.Value, table: Table, length: ir.Value, d_k: int) -> ir.Value:
-        """Rotate `[B, H_q, T, d_k]` by the first T rows of a table."""
         if 2 * table.half != d_k:
             return super().rotate_queries(x, table, length, d_k)
         return self.g.op("RotaryEmbedding", x, self.g.const([0]), table.cos, table.sin, domain=CONTRIB)
@@ -239,7 +232,6 @@ class Ort(Portable):
         )  # fmt: skip
 
     def blocked_rows(self, matrix: Blocked, ids: ir.Value) -> ir.Value:
-        """Return rows `[tokens, width]` of a quantised matrix for ids `[tokens]`."""
         g, padded = self.g, -(-matrix.width // matrix.block) * matrix.block
         codes = matrix.view("", (matrix.rows, padded * matrix.bits // 8))
         rows = g.op(
@@ -258,7 +250,6 @@ class Ort(Portable):
         heads: tuple[int, int],
         d_k: int,
     ) -> tuple[ir.Value, ir.Value]:
-        """Run ONNX LinearAttention, `gated`, scale 1: packed `[B, T, H * d]` in, output and state out."""
         return self.g.op(
             "LinearAttention", query, key, value, state, decay,
             outputs=2, domain=CONTRIB, q_num_heads=heads[0], kv_num_heads=heads[1], update_rule="gated", scale=1.0,

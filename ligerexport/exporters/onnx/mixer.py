@@ -177,9 +177,6 @@ def mixer(
     """Write one mixer.
 
     Args:
-        lower: The lowering.
-        frame: Values that all layers share.
-        spec: The layer.
         tables: From `rotary_tables`.
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
         past: State by the names of `MixerSpec.state`; the positions are read by `candidates`, but in `native`.

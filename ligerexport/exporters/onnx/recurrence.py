@@ -31,9 +31,6 @@ def gated_recurrence(
     """Write the recurrence of one layer.
 
     Args:
-        lower: The lowering.
-        frame: Values that all layers share.
-        spec: The layer.
         projected: Query, key, value `[B * T, H * d]`.
         features: Softmax of the keys `[B, T, H_kv, d_k]`, 0 for padding, if it was computed already.
         past: State by the names of `MixerSpec.state`.
@@ -82,8 +79,6 @@ def _row_logits(
     number per row. State and keys are joined first, so that the state has one consumer and may be updated in place.
 
     Args:
-        lower: The lowering.
-        frame: Values that all layers share.
         spec: The layer; its number of rows M is the number of key channels.
         query: `[B * T, H_q * d_k]`.
         key: `[B, H, T, d_k]`.

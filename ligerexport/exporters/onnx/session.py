@@ -16,6 +16,7 @@ from ligerexport.artifact.artifact import Artifact, Manifest, StateTensor
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.dtypes import HALVES
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError, close_matches
+from ligerexport.exporters.onnx.native import register
 from ligerexport.exporters.onnx.screen import check_graph
 from ligerexport.exporters.session import BatchSession, choose_chunk
 from ligerexport.threads import default_threads
@@ -47,12 +48,7 @@ class OnnxSession(BatchSession):
 
     Args:
         artifact: From `open_artifact`, or an unfinished one under verification.
-        batch: B, number of sequences that advance together.
-        threads: Number of threads of one operator; None takes the physical cores that this process may use.
-        chunk: Prompt tokens per call, at most the graph's `max_chunk`; None takes the measured best.
-        prepack: Whether to copy the weights into the fastest order. Without it they stay mapped from the file: this
-            needs less memory and loads faster, but tokens are slower.
-        scoring: Whether a call computes the logits of all its tokens, so that `every` need not step.
+        batch, threads, chunk, prepack, scoring: As for `ligerexport.run.runtime.load`.
         exact: Whether products with quantised weights leave activations in fp32. This is slower, and serves to compare
             a graph with arithmetic on the same weights. It excludes `scoring`.
         device: Row of `PROVIDERS`.
@@ -134,11 +130,6 @@ class OnnxSession(BatchSession):
         return self._logits
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
-        """Advance by a prompt as `prefill` does, and yield the logits after each token.
-
-        Yields:
-            `[B, t, V]` fp32, in order; the t add up to T.
-        """
         if not self._scoring:
             yield from super().every(ids)
             return
@@ -304,8 +295,6 @@ def _open(
     options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN)
     options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
     if artifact.manifest.lowering == "native":
-        from ligerexport.exporters.onnx.native import register
-
         register(options)
     if exact:  # for the products that ONNX Runtime fuses itself
         options.add_session_config_entry(*EXACT)

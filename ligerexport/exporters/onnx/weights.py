@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
+from safetensors import safe_open
 
 from ligerexport.checkpoint.checkpoint import not_finite
 from ligerexport.dtypes import DTYPES
@@ -210,8 +211,6 @@ def weight_slabs(spec: ModelSpec, name: str) -> Iterator[np.ndarray]:
     Raises:
         CheckpointError: A value is not finite.
     """
-    from safetensors import safe_open
-
     with safe_open(spec.weights[name].file, framework="pt") as shard:  # numpy has no bf16
         stored = shard.get_slice(name)
         for rows in _slabs(spec, name):
@@ -243,7 +242,6 @@ def stored_slabs(
     """Yield the values of a stored weight in fp32, in the same slabs as `weight_slabs`, and how each was rounded.
 
     Args:
-        spec: The model.
         storage: How it was written.
         directory: Where `DATA_FILE` is.
         name: Name of the weight.

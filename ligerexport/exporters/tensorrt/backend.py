@@ -8,25 +8,26 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ligerexport.artifact.artifact import Artifact, Manifest
 from ligerexport.console import ProgressFactory
 from ligerexport.dtypes import DTYPES
 from ligerexport.errors import ArtifactError, MissingDependency, UsageError
 from ligerexport.exporters.backend import Backend, BuildSettings, Check, SessionSettings
+from ligerexport.exporters.build import BuildPlan
 from ligerexport.exporters.tensorrt import machine
+from ligerexport.exporters.tensorrt.engine import build_engine, check_engine
 from ligerexport.exporters.tensorrt.machine import driver
 from ligerexport.reading import sha256
 from ligerexport.versions import installed_version
 
 if TYPE_CHECKING:
-    from ligerexport.artifact.artifact import Artifact, Manifest
-    from ligerexport.exporters.build import BuildPlan
     from ligerexport.exporters.onnx.spec import ModelSpec
     from ligerexport.exporters.tensorrt.session import TensorRTSession
 
@@ -35,27 +36,10 @@ PLUGIN_FILE = "libligerexport_trt.so"
 _RTX = ("tensorrt_rtx", "tensorrt_rtx_bindings")  # the metapackage's module, and the one in its wheel
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """The GPUs that an artifact is built for, and what is built for them.
-
-    Attributes:
-        sms: Compute capabilities, 87 for 8.7.
-        max_batch: Largest number of sequences.
-        plugin: The plugin's library, which is copied into the artifact; None leaves it to the device.
-        engine: Whether to build the engine.
-    """
-
-    sms: tuple[int, ...]
-    max_batch: int
-    plugin: Path | None
-    engine: bool
-
-
 class _ForGpus(Backend):
     """The part that both targets share."""
 
-    def prepare(self, settings: BuildSettings) -> Gpu:
+    def prepare(self, settings: BuildSettings) -> BuildSettings:
         """Check options and libraries; see `Backend.prepare`."""
         if unknown := [str(sm) for sm in settings.sms or () if sm not in self.row.sms]:
             known = ", ".join(map(str, self.row.sms))
@@ -67,11 +51,11 @@ class _ForGpus(Backend):
             raise UsageError(
                 f"there is no plugin library {plugin}", hint="build it with CMake, see docs/guides/tensorrt.md"
             )
-        gpu = Gpu(tuple(sorted(set(settings.sms or self.row.sms))), settings.max_batch, plugin, settings.engine)
-        self._check_installed(gpu)
-        return gpu
+        settings = replace(settings, sms=tuple(sorted(set(settings.sms or self.row.sms))), plugin=plugin)
+        self._check_installed(settings)
+        return settings
 
-    def _check_installed(self, gpu: Gpu) -> None:
+    def _check_installed(self, settings: BuildSettings) -> None:
         raise NotImplementedError
 
     def check_model(self, spec: ModelSpec) -> None:
@@ -86,8 +70,8 @@ class _ForGpus(Backend):
         """Return the kernels' GPUs, and the memory that compiling needs."""
         parameters = sum(prod(weight.shape) for weight in plan.spec.weights.values())
         return {
-            "sms": list(plan.gpu.sms),
-            "layers_to_compile": len(set(plan.spec.mixers)) * len(plan.gpu.sms),
+            "sms": list(plan.sms),
+            "layers_to_compile": len(set(plan.spec.mixers)) * len(plan.sms),
             "peak_memory_bytes": 8 * parameters + 3 * weight_bytes,  # verification holds everything in fp32 twice
         }
 
@@ -107,12 +91,12 @@ class _ForGpus(Backend):
 class TensorRT(_ForGpus):
     """A graph of the plugin's nodes with their kernels, and an engine if TensorRT and a GPU are here."""
 
-    def _check_installed(self, gpu: Gpu) -> None:
+    def _check_installed(self, settings: BuildSettings) -> None:
         if not find_spec("triton"):
             raise MissingDependency("Triton, which compiles the kernels,", extra="gpu")
-        if gpu.engine:
+        if settings.engine:
             here()
-            if gpu.plugin is None:
+            if settings.plugin is None:
                 raise MissingDependency("the plugin's library", hint=f"--plugin PATH; or {_LATER}")
 
     def check_model(self, spec: ModelSpec) -> None:
@@ -146,18 +130,18 @@ class TensorRT(_ForGpus):
         from ligerexport.exporters.tensorrt.node import CONTRACT, products
         from ligerexport.exporters.tensorrt.pack import PACK, write_pack
 
-        gpu, layers = plan.gpu, [layer for layer in dict.fromkeys(plan.spec.mixers) if layer is not None]
-        with progress(f"compiling kernels for {', '.join(f'sm_{sm}' for sm in gpu.sms)}"):
+        asked, layers = plan.settings, [layer for layer in dict.fromkeys(plan.spec.mixers) if layer is not None]
+        with progress(f"compiling kernels for {', '.join(f'sm_{sm}' for sm in plan.sms)}"):
             write_pack(layers, directory / PACK, products=products(ir.load(directory / manifest.graph.file).graph),
-                       sms=gpu.sms, dtype=DTYPES[plan.storage.precision.dtype].kernel,
-                       max_batch=gpu.max_batch)  # fmt: skip
-        device: dict[str, Any] = {"sms": list(gpu.sms), "max_batch": gpu.max_batch, "contract": CONTRACT,
+                       sms=plan.sms, dtype=DTYPES[plan.storage.precision.dtype].kernel,
+                       max_batch=asked.max_batch)  # fmt: skip
+        device: dict[str, Any] = {"sms": list(plan.sms), "max_batch": asked.max_batch, "contract": CONTRACT,
                                   "kernels": PACK}  # fmt: skip
-        if gpu.plugin is not None:
-            shutil.copyfile(gpu.plugin, directory / PLUGIN_FILE)
+        if asked.plugin is not None:
+            shutil.copyfile(asked.plugin, directory / PLUGIN_FILE)
             device["plugin"] = PLUGIN_FILE
-        if gpu.engine:
-            device |= _add_engine(directory, manifest, gpu.max_batch, progress)
+        if asked.engine:
+            device |= _add_engine(directory, manifest, asked.max_batch, progress)
         return replace(manifest, device=device)
 
     def open_session(self, artifact: Artifact, settings: SessionSettings) -> TensorRTSession:
@@ -186,8 +170,8 @@ class TensorRT(_ForGpus):
 class TensorRTRTX(_ForGpus):
     """An engine instead of the graph and its weights."""
 
-    def _check_installed(self, gpu: Gpu) -> None:
-        if gpu.plugin is not None or not gpu.engine:
+    def _check_installed(self, settings: BuildSettings) -> None:
+        if settings.plugin is not None or not settings.engine:
             raise UsageError("trt-rtx is an engine without a plugin", hint="--plugin and --no-engine go with trt")
         rtx()
 
@@ -195,18 +179,17 @@ class TensorRTRTX(_ForGpus):
         """Replace the graph by an engine."""
         import onnx_ir as ir
 
-        from ligerexport.exporters.tensorrt.engine import build_engine
         from ligerexport.exporters.tensorrt.halves import halve_products
 
-        gpu, trt, graph = plan.gpu, rtx(), directory / manifest.graph.file
+        trt, graph, max_batch = rtx(), directory / manifest.graph.file, plan.settings.max_batch
         model = ir.load(graph)
         halve_products(model.graph)
         ir.save(model, graph)
-        build_engine(trt, graph, directory / ENGINE_FILE, graph=manifest.graph, max_batch=gpu.max_batch,
-                     progress=progress, sms=gpu.sms)  # fmt: skip
+        build_engine(trt, graph, directory / ENGINE_FILE, graph=manifest.graph, max_batch=max_batch,
+                     progress=progress, sms=plan.sms)  # fmt: skip
         graph.unlink()
         (directory / manifest.graph.data).unlink()
-        device = {"sms": list(gpu.sms), "max_batch": gpu.max_batch, "engine": ENGINE_FILE,
+        device = {"sms": list(plan.sms), "max_batch": max_batch, "engine": ENGINE_FILE,
                   "tensorrt_rtx": trt.__version__}  # fmt: skip
         return replace(manifest, graph=replace(manifest.graph, file=ENGINE_FILE), device=device)
 
@@ -216,8 +199,6 @@ class TensorRTRTX(_ForGpus):
         Raises:
             LigerError: The engine does not run on this machine's GPU.
         """
-        from ligerexport.exporters.tensorrt.engine import check_engine
-
         check_engine(rtx(), artifact.graph)
         raise ArtifactError(
             f"no runtime here for target '{self.name}'",
@@ -271,8 +252,6 @@ def rtx() -> Any:
 
 def _add_engine(directory: Path, manifest: Manifest, max_batch: int, progress: ProgressFactory) -> dict[str, str]:
     """Build an engine, and write the record by which `liger-run` checks whether the engine fits."""
-    from ligerexport.exporters.tensorrt.engine import build_engine
-
     trt, (version, sm) = tensorrt(), here()
     build_engine(trt, directory / manifest.graph.file, directory / ENGINE_FILE, graph=manifest.graph,
                  max_batch=max_batch, progress=progress, plugin=directory / PLUGIN_FILE)  # fmt: skip

@@ -37,7 +37,6 @@ def build_engine(
         destination: File to write.
         graph: The inputs, and the largest number of tokens per call.
         max_batch: Largest number of sequences.
-        progress: Opens a phase.
         sms: Compute capabilities, if it is built for other GPUs than this machine's.
         plugin: Library with operators that the graph uses.
 

@@ -27,12 +27,10 @@ class Plugin(Portable):
     gated_unit = Native.gated_unit
 
     def rms_norm(self, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
-        """Norm the last axis."""
         g = self.g
         mean = g.op("ReduceMean", g.op("Mul", x, x), axes=[-1])
         return g.op("Mul", g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.floats(eps)))), weight)
 
     def last(self, frame: Frame, x: ir.Value, width: int) -> ir.Value:
-        """Return the last token's row `[B, width]` of `[B * T, width]`."""
         end = np.iinfo(np.int32).max
         return self.g.reshape(self.g.slice(frame.per_token(x, width), -1, end, 1), -1, width)

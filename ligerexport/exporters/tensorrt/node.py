@@ -40,8 +40,6 @@ def plugin_mixer(
     """Write one mixer.
 
     Args:
-        frame: Values that all layers share.
-        spec: The layer.
         inv_freq: `[R]`, radians per token; zeros in a layer without rotary embedding.
         projected: Query, key, value `[B * T, H * d]` fp32, before rotary embedding.
         past: State by the names of `MixerSpec.state`, in its order.
@@ -74,7 +72,6 @@ def plugin_linear(g: Builder, spec: LinearSpec, inputs: Sequence[ir.Value]) -> A
     """Write one product.
 
     Args:
-        g: The graph.
         spec: What is computed.
         inputs: x `[M, K]`, fp32 where it is normed and otherwise of the weight's type; the weight `[N, K]`, or
             `[2 N, K]` of a gated unit; then, as far as `spec` has them, the norm's weight `[K]`, the bias `[N]` or

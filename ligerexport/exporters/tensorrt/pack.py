@@ -56,11 +56,6 @@ def write_pack(
 
     Returns:
         The manifest of the compiled kernels.
-
-    Raises:
-        MissingDependency: Triton is not installed.
-        UsageError: An unknown compute capability or dtype, or a layer whose recurrence has keyed rows.
-        LigerError: A kernel does not compile.
     """
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory) / "kernels"

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
+from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.targets import precision_of
+from ligerexport.exporters.tensorrt.evaluation import PluginSession
 from ligerexport.exporters.verify.torch_model import Answer, State
 from ligerexport.model.scores import FAINTEST, get_score
 
-if TYPE_CHECKING:
-    from ligerexport.artifact.snapshot import Snapshot
-    from ligerexport.exporters.onnx.session import OnnxSession
-    from ligerexport.exporters.tensorrt.evaluation import PluginSession
-
-    Engine: TypeAlias = OnnxSession | PluginSession
+Engine: TypeAlias = OnnxSession | PluginSession
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
 from ligerexport.artifact.artifact import Artifact
+from ligerexport.exporters.onnx.native import register
+from ligerexport.exporters.onnx.session import EXACT, FOLDER
 from ligerexport.exporters.onnx.spec import ModelSpec
+from ligerexport.exporters.onnx.variants import exact_products
+from ligerexport.exporters.tensorrt.evaluation import evaluator
 from ligerexport.exporters.verify.compare import Mismatch, is_near_tie, of_layer, sort_slots, state_error, tolerance_of
 from ligerexport.exporters.verify.ties import narrow
 from ligerexport.exporters.verify.torch_model import Answer, Reference, State
@@ -115,7 +119,8 @@ class _Graph:
         self._manifest = artifact.manifest
         self._integer = self._manifest.graph.inputs[0].dtype
         self._hidden = [f"hidden.{i}" for i in range(len(spec.mixers))]
-        self._run = _plugin(spec, artifact) if self._manifest.lowering == "plugin" else _variant(artifact, self._hidden)
+        plugin = self._manifest.lowering == "plugin"
+        self._run: Run = evaluator(artifact, spec, wide=True).run if plugin else _variant(artifact, self._hidden)  # type: ignore[assignment]
 
     def initial_state(self) -> State:
         """Return the state before the first token."""
@@ -137,19 +142,9 @@ class _Graph:
         return dict(zip(keys, self._run(names, feeds | state), strict=True))
 
 
-def _plugin(spec: ModelSpec, artifact: Artifact) -> Run:
-    from ligerexport.exporters.tensorrt.evaluation import evaluator
-
-    return cast("Run", evaluator(artifact, spec, wide=True).run)
-
-
 def _variant(artifact: Artifact, outputs: list[str]) -> Run:
     """Open the graph with exact products and additional outputs."""
     import onnxruntime
-
-    from ligerexport.exporters.onnx.native import register
-    from ligerexport.exporters.onnx.session import EXACT, FOLDER
-    from ligerexport.exporters.onnx.variants import exact_products
 
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry(*EXACT)

@@ -22,7 +22,6 @@ def cost_of_precision(
         spec: The checkpoint.
         artifact: What was built from it.
         ids: The text `[T]`.
-        progress: Opens a phase.
 
     Returns:
         NLL in nats per token of both, and the divergence of the artifact's predictions; None if nothing is rounded.

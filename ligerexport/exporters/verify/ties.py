@@ -10,19 +10,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from ligerexport.exporters.verify.compare import Comparison, Mismatch, get_ranks, of_layer
+from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.exporters.verify.compare import Comparison, Engine, Mismatch, get_ranks, of_layer
 from ligerexport.exporters.verify.torch_model import Answer, Reference, State
+from ligerexport.layers.mixer import LigerCache
 from ligerexport.model.scores import get_score
-
-if TYPE_CHECKING:
-    from ligerexport.artifact.snapshot import Snapshot
-    from ligerexport.exporters.verify.compare import Engine
-    from ligerexport.layers.mixer import LigerCache
 
 OFTEN = 8
 """Largest share of tokens that may tie, one in eight; if more do, the scores are noise."""

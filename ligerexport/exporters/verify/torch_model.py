@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from ligerexport.artifact.artifact import Artifact
 from ligerexport.checkpoint.checkpoint import check_checkpoint
@@ -27,11 +28,8 @@ from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightStorage, stored_slabs, weight_slabs
-from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer
+from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer, read_config
 from ligerexport.model.families import output_head
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 State = dict[str, np.ndarray]
 
@@ -83,7 +81,8 @@ class Reference:
     ) -> None:
         self._spec, self._form, self._tolerance = spec, storage, tolerance
         self._stored = None if artifact is None else artifact.directory
-        self._model = _empty_model(spec)
+        with weightless():  # what the model computes of its configuration is real
+            self._model = AutoModelForCausalLM.from_config(read_config(spec.config), dtype=torch.float32).eval()
         self._read: set[str] = set()
         self._held: dict[str, Tensor] = {}
         self._holds = 4 * sum(prod(weight.shape) for weight in spec.weights.values()) <= SHARE * free_memory()
@@ -109,9 +108,6 @@ class Reference:
             whole: Pieces whose answers have the complete state and a cache; None means all.
             hidden: Whether answers also have the residual stream after each layer, as `past.LAYER.hidden` `[T, D]`.
             advance: Called with 1 after each layer.
-
-        Raises:
-            VerificationError: A stored weight differs from the checkpoint's.
         """
         states: list[State] = [{} for _ in pieces]
         caches = [self.new_cache() if whole is None or i in whole else None for i in range(len(pieces))]
@@ -303,10 +299,6 @@ def check_reading(spec: ModelSpec, progress: ProgressFactory = silent) -> None:
     """Check that the torch model of a checkpoint, with softmax alone, computes the same as transformers does.
 
     The graph is written from the same reading of the checkpoint, so both could otherwise be wrong in the same way.
-
-    Raises:
-        VerificationError: A layer, or the logits, differ; the message names the first that does.
-        CheckpointError: transformers cannot run the checkpoint.
     """
     reference = Reference(spec)
     model, streams = reference._model, list[Tensor]()
@@ -323,16 +315,6 @@ def check_reading(spec: ModelSpec, progress: ProgressFactory = silent) -> None:
         advance(1)
     found = [*(x[0] for x in (before, *streams)), logits]
     compare(expected, found, f"{spec.path} is not read as transformers reads it")
-
-
-def _empty_model(spec: ModelSpec) -> PreTrainedModel:
-    """Return the model without memory for its weights; tensors that it computes from its configuration are real."""
-    from transformers import AutoModelForCausalLM
-
-    from ligerexport.layers.mixer import read_config
-
-    with weightless():
-        return AutoModelForCausalLM.from_config(read_config(spec.config), dtype=torch.float32).eval()
 
 
 def _count(entry: Any, tokens: int) -> None:

@@ -11,26 +11,24 @@ resolved by copying torch's state. `replay` searches for ties inside a call.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from ligerexport.artifact.artifact import Artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import LigerError, VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightStorage
-from ligerexport.exporters.verify.compare import Comparison, Mismatch, Tolerance, tolerance_of
+from ligerexport.exporters.tensorrt.evaluation import PluginSession
+from ligerexport.exporters.verify.compare import Comparison, Engine, Mismatch, Tolerance, tolerance_of
 from ligerexport.exporters.verify.locate import first_difference
 from ligerexport.exporters.verify.precision import cost_of_precision
 from ligerexport.exporters.verify.text import PROMPT
 from ligerexport.exporters.verify.ties import replay
 from ligerexport.exporters.verify.torch_model import Answer, Reference, check_reading
-
-if TYPE_CHECKING:
-    from ligerexport.exporters.verify.compare import Engine
-    from ligerexport.layers.mixer import LigerCache
-
+from ligerexport.layers.mixer import LigerCache
 
 PIECES = 6
 """Number of pieces that the prompt is cut into, at random places."""
@@ -50,7 +48,6 @@ def verify_artifact(
         artifact: Graph, weights and a manifest without files.
         storage: How the weights are stored.
         seed: Seed of the places where the prompt is cut.
-        progress: Opens a phase.
 
     Returns:
         The numbers for the manifest, from the comparison and from `cost_of_precision`.
@@ -97,8 +94,6 @@ def _compare(
 
 def _open(spec: ModelSpec, artifact: Artifact) -> Engine:
     if artifact.manifest.lowering == "plugin":
-        from ligerexport.exporters.tensorrt.evaluation import PluginSession
-
         return PluginSession(artifact, spec, wide=True)
     from ligerexport.exporters.onnx.session import OnnxSession
 
@@ -110,8 +105,6 @@ def prompt_ids(spec: ModelSpec) -> np.ndarray:
     """Return the ids of `PROMPT`, or random ids if no tokenizer makes enough tokens of it to cut."""
     file, ids = spec.path / "tokenizer.json", list[int]()
     if file.is_file():
-        from tokenizers import Tokenizer
-
         ids = Tokenizer.from_file(str(file)).encode(PROMPT).ids
     return np.array(ids) if len(ids) >= PIECES else np.random.default_rng(0).integers(0, spec.vocab_size, 400)
 
@@ -123,7 +116,6 @@ class Verification(Comparison):
         spec: The checkpoint.
         tolerance: How much the graph may differ.
         reference: The torch model, to search a call for tied scores; without it every difference is an error.
-        progress: Opens a phase for each search.
     """
 
     def __init__(

@@ -32,7 +32,6 @@ def evicted_prefill(
         key: `[B, T, H_kv, d_k]`, likewise.
         attended: Result of `memory_attention.forward` for them.
         state: Slots, recurrent state and mass before the call.
-        spec: The layer.
         rotary: The same as in `prefill`.
 
     Returns:

@@ -69,10 +69,10 @@ class _Call:
     def blocks(self) -> dict[str, int]:
         """Number of blocks into which each kernel divides the channels of a head."""
         found = {
-            name: _cdiv(self.d_v, self.block_v(name))
+            name: triton.cdiv(self.d_v, self.block_v(name))
             for name in ("segment_states", "attend_segments", "value_gradient")
         }
-        return found | {name: _cdiv(self.d_k, self.block_k(name)) for name in ("prepare", "finish_gradient")}
+        return found | {name: triton.cdiv(self.d_k, self.block_k(name)) for name in ("prepare", "finish_gradient")}
 
     def block_v(self, kernel: str) -> int:
         return min(self.tile(kernel).block_v, padded(self.d_v))
@@ -143,10 +143,6 @@ def _call(layouts: Any, sequences: int, packed: bool, gate: str | None, target: 
     )
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _strides(*tensors: Tensor) -> list[int]:
     """Return token and head strides `[T, H, d]`."""
     return [stride for x in tensors for stride in x.stride()[:2]]
@@ -183,7 +179,7 @@ def _prepare(call: _Call, chunks: Segments, query: Tensor, key: Tensor, decay: T
         *_strides(query, key, decay), constants=lambda: call.elementwise("prepare"),
     )  # fmt: skip
     launch(
-        call, strong_channels.strong_pairs, (q_heads, _cdiv(chunks.count, TOGETHER), 1),
+        call, strong_channels.strong_pairs, (q_heads, triton.cdiv(chunks.count, TOGETHER), 1),
         query, key, decay, made.factors, made.flags, made.strong, chunks.table, chunks.count, scale,
         *_strides(query, key, decay),
         constants=lambda: {
@@ -227,7 +223,7 @@ def _scan(
     """Launch `scan_states`."""
     launch(
         (call, reverse, initial is None, final is None), forward_kernels.scan_states,
-        (_cdiv(call.d_k * call.d_v, SCANNED), call.heads, call.sequences),
+        (triton.cdiv(call.d_k * call.d_v, SCANNED), call.heads, call.sequences),
         states, decays, states if initial is None else initial, states if final is None else final, segments.offsets,
         constants=lambda: {
             "HEADS": call.heads, "K": call.d_k, "V": call.d_v, "BLOCK": SCANNED, "INITIAL": initial is not None,
@@ -324,7 +320,7 @@ def backward(
         chunks.table, *_strides(v, do, dg), constants=lambda: call.walk(call.grouped),
     )  # fmt: skip
     launch(
-        call, strong_channels.strong_gradient, (call.heads, _cdiv(chunks.count, TOGETHER), 1),
+        call, strong_channels.strong_gradient, (call.heads, triton.cdiv(chunks.count, TOGETHER), 1),
         q, k, v, g, prepared.factors, prepared.flags, do, scaled_dq, scaled_dk, dg, chunks.table, chunks.count, scale,
         *_strides(q, k, v, g, do, dg), constants=lambda: call.walk("strong_channels") | call.maps(),
     )  # fmt: skip

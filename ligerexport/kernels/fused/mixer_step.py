@@ -66,20 +66,12 @@ def mixer_step(
 ) -> Tensor:
     """Mix one token of every sequence and update its state in place.
 
+    Arguments and result are those of `ligerexport.kernels.library.mixer_step`, but for these.
+
     Args:
-        heads: Query `[B, H_q, d_k]`, key `[B, H_kv, d_k]` and value `[B, H_kv, d_v]` as projected, with any strides and
-            a contiguous last axis.
-        position: `[B]` int64, number of tokens that each sequence has seen; negative for padding, which gives zeros.
-        state: Pools `[M, ...]` by the names of `MixerSpec.state`, M at least B.
-        spec: The layer.
-        rotary: `rotary_table(inv_freq, spec.max_distance, ahead)`, fp32.
-        index: `[B]`, the row of the pools that holds each sequence, negative to skip it; None for row b.
+        heads: Query, key and value, with any strides and a contiguous last axis.
         out: `[B, H_q, d_v]`, contiguous, to write to.
         tiling: Division of the launch; None for `choose_tiling`.
-        score: `[B, H_kv]` fp32, the learned score; needed if `spec.config.foresees`.
-
-    Returns:
-        Output `[B, H_q, d_v]` in the dtype of `query`.
     """
     (query, key, value), config, gate = heads, spec.config, get_gate(spec.config.gate)
     batch = query.shape[0]

@@ -69,18 +69,11 @@ def _linear_attention(
     cu_seqlens: Tensor | None, gate: str | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not fused(query):
-        return _linear_attention_plain(query, key, value, decay, initial_state, cu_seqlens, gate, scale)
+        output, state = _plain(query, key, value, decay, initial_state, cu_seqlens, gate, scale)
+        return output, state, state.new_empty(0, *state.shape[1:])
     from ligerexport.kernels.fused import linear_attention as kernels
 
     return kernels.forward(query, key, value, decay, initial_state, cu_seqlens, gate, scale)
-
-
-def _linear_attention_plain(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, gate: str | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    output, state = _plain(query, key, value, decay, initial_state, cu_seqlens, gate, scale)
-    return output, state, state.new_empty(0, *state.shape[1:])
 
 
 def _plain(
@@ -149,12 +142,8 @@ def _linear_attention_backward(
 
 
 @_linear_attention_backward.register_fake
-def _(
-    d_output: Tensor, d_final: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None,
-    initial_state: Tensor | None, states: Tensor, cu_seqlens: Tensor | None, gate: str | None, scale: float,
-) -> list[Tensor]:  # fmt: skip
-    inputs = (query, key, value, decay, initial_state)
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
+def _(d_output: Tensor, d_final: Tensor, *inputs: Any) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:5] if x is not None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

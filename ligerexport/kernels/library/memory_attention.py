@@ -54,7 +54,6 @@ def memory_attention(
         arrival: `[B, T, H_kv]`, the score on arrival, novelty or learned; needed if a pool ranks by it.
         position: `[B]` int64, tokens seen before this call; a token at a negative position is padding.
         state: Tensors named `slot_*`, as `MixerSpec.state` lists them; on the CPU ordered by position.
-        spec: The layer.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
 
     Returns:
@@ -82,11 +81,13 @@ def _memory_attention(
     query: Tensor, key: Tensor, value: Tensor, arrival: Tensor | None, position: Tensor, slots: list[Tensor],
     rotary: Tensor, spec: str,
 ) -> list[Tensor]:  # fmt: skip
+    layer, state = MixerSpec.from_text(spec), dict(zip(SLOTS, slots, strict=False))
     if not fused(query):
-        return _memory_attention_plain(query, key, value, arrival, position, slots, rotary, spec)
+        output, plain, lse, lost = _plain(query, key, value, arrival, position, slots, rotary, spec)
+        saved = [lse, lost] if layer.config.evicts else [lse.new_empty(0), lost.new_empty(0)]
+        return [output, *plain, *(position.new_empty(0, dtype=torch.int32) for _ in range(2)), *saved]
     from ligerexport.kernels.fused import memory_attention as kernels
 
-    layer, state = MixerSpec.from_text(spec), dict(zip(SLOTS, slots, strict=False))
     done = kernels.forward(query, key, value, arrival, position, state, layer, rotary)
     present = [done.present[name] for name in SLOTS if name in state]
     lost = find_lost(done.death, position, state["slot_position"]) if layer.config.evicts else position.new_empty(0)
@@ -111,16 +112,6 @@ def find_lost(death: Tensor, position: Tensor, slot_position: Tensor) -> Tensor:
     when = death.long().where(real, len(new)).clamp(0, len(new))  # those that stay go to an extra column
     lost = index.new_full((batch, heads, len(new) + 1), -1).scatter(2, when, index)
     return lost[..., :-1].transpose(1, 2).contiguous()
-
-
-def _memory_attention_plain(
-    query: Tensor, key: Tensor, value: Tensor, arrival: Tensor | None, position: Tensor, slots: list[Tensor],
-    rotary: Tensor, spec: str,
-) -> list[Tensor]:  # fmt: skip
-    output, present, lse, lost = _plain(query, key, value, arrival, position, slots, rotary, spec)
-    if not MixerSpec.from_text(spec).config.evicts:
-        lse, lost = lse.new_empty(0), lost.new_empty(0)
-    return [output, *present, *(position.new_empty(0, dtype=torch.int32) for _ in range(2)), lse, lost]
 
 
 def _plain(
@@ -191,12 +182,8 @@ def _memory_attention_backward(
 
 
 @_memory_attention_backward.register_fake
-def _(
-    d_output: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, arrival: Tensor | None,
-    position: Tensor, slots: list[Tensor], rotary: Tensor, output: Tensor, death: Tensor, table: Tensor, lse: Tensor,
-    spec: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+def _(d_output: Tensor, d_lse: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3])
     return q, k, v
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,6 @@ def mixer_step(
         position: `[B]` int64, number of tokens that each sequence has seen; negative for padding.
         state: Pools `[M, ...]` by the names of `MixerSpec.state`, M at least B. On CUDA the slots end up
             in any order.
-        spec: The layer.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
         index: `[B]` integer, the row of the pools that holds each sequence, negative to skip it; None for row b.
         score: `[B, H_kv]` fp32, the learned score; needed if `spec.config.foresees`.
@@ -91,9 +92,5 @@ def _plain(
 
 
 @_mixer_step.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
-    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_mass: Tensor | None,
-    judge_state: Tensor | None, rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
-) -> Tensor:  # fmt: skip
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     return query.new_empty(*query.shape[:2], value.shape[2])

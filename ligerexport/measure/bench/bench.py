@@ -48,16 +48,11 @@ def bench(
         against: Another model with the same vocabulary.
         checkpoint: The converted checkpoint of an artifact, to compare the artifact with torch first.
         settings: The sweep.
-        progress: Opens a phase.
 
     Returns:
         Plain data for JSON: `models`, `parity`, `machine`, `rows` (one for each model, batch and context), and
         `crossover`, the context from which the first model is faster or smaller; `warnings`, sentences about
         disturbances of the measurement.
-
-    Raises:
-        VerificationError: An artifact's parity with torch is not known.
-        UsageError: The vocabularies differ, or a setting makes no sense.
     """
     settings, progress = settings or Settings(), progress or silent
     threads = settings.threads or default_threads()
@@ -119,9 +114,7 @@ def gate(artifact: str, checkpoint: str | None = None, progress: ProgressFactory
     """Return the evidence that an artifact computes what torch computes; all files are hashed for this.
 
     Args:
-        artifact: The artifact's directory.
         checkpoint: Checkpoint that it was built from, to compare it with torch now; None reads the manifest.
-        progress: Opens a phase.
 
     Returns:
         `by`, which names the evidence, and the numbers of the comparison.

@@ -7,19 +7,16 @@ scores choose better than chance.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ligerexport.checkpoint.convert import convert_in_memory
 from ligerexport.errors import UsageError, look_up
 from ligerexport.layers.mixer import LigerMixer
 from ligerexport.measure.evaluate.settings import CONTROLS
 from ligerexport.model.config import LigerConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SINKS = 4
 
@@ -56,11 +53,7 @@ def _random(config: LigerConfig) -> LigerConfig:
 
 
 def make_control(name: str, model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Return a control of a converted model; it shares the model's weights.
-
-    Raises:
-        UsageError: See `control_config`.
-    """
+    """Return a control of a converted model; it shares the model's weights."""
     config = control_config(name, LigerConfig.from_dict(model.config.liger))
     if name != "random-judge":
         return convert_in_memory(model, config)

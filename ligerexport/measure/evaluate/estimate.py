@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,6 @@ class Estimate:
             return cls(mean, None, count)
         variance = sum((x - mean) ** 2 for x in samples) / (count - 1)
         return cls(mean, sqrt(variance / count), count)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return asdict(self)
 
 
 Table = dict[str, dict[str, Estimate]]

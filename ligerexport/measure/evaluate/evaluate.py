@@ -8,23 +8,21 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ligerexport.artifact.artifact import is_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError
+from ligerexport.measure.evaluate.estimate import Table
 from ligerexport.measure.evaluate.report import REPORT, Report
 from ligerexport.measure.evaluate.settings import KEYS, PAIR_LENGTHS, PAIRS, Settings, choose_parts
 from ligerexport.measure.opened import Opened, TorchModel, check_same_tokenizer, open_model
 from ligerexport.staging import check_destination
 from ligerexport.text.corpus import cut_windows, read_tokens, text_files
 from ligerexport.versions import versions
-
-if TYPE_CHECKING:
-    from ligerexport.measure.evaluate.estimate import Table
 
 TEACHER, MODEL = "teacher", "model"
 
@@ -67,7 +65,7 @@ def evaluate(
         ArtifactError: An artifact is damaged or for another runtime.
         MissingDependency: lm-eval, a runtime or a device is not available.
     """
-    plan = plan_evaluate(
+    plan = EvaluatePlan(
         model, against=against, text=text, parts=parts, tasks=tasks, task_data=task_data, output=output, force=force,
         **settings,
     )  # fmt: skip
@@ -76,60 +74,45 @@ def evaluate(
     return report
 
 
-def plan_evaluate(
-    model: str | Path,
-    *,
-    against: str | Path | None = None,
-    text: Sequence[str | Path] = (),
-    parts: Sequence[str] | None = None,
-    tasks: Sequence[str] | None = None,
-    task_data: str | Path | None = None,
-    output: str | Path | None = None,
-    force: bool = False,
-    **settings: Any,
-) -> EvaluatePlan:
-    """Check the arguments of `evaluate` and choose the parts. No model is opened.
-
-    Raises:
-        UsageError: Inputs are missing, make no sense, or do not fit each other.
-        CheckpointError: Controls are requested for an artifact.
-    """
-    chosen, names = choose_parts(parts, tasks, text=bool(text), teacher=against is not None)
-    controls = tuple(settings.pop("controls", None) or ())
-    resolved = Settings(parts=chosen, tasks=names, controls=controls, **settings)
-    files = text_files(text) if resolved.needs_text else []
-    if output is not None:
-        check_destination(output, force=force, marker=REPORT)
-    if controls and is_artifact(model):
-        raise _no_controls(str(model))
-    data = None if task_data is None else Path(task_data).expanduser().resolve()
-    return EvaluatePlan(model, against, tuple(map(str, text)), files, data, resolved, output, force)
-
-
-@dataclass(frozen=True)
 class EvaluatePlan:
-    """An evaluation with checked arguments, from `plan_evaluate`; the other fields are its arguments.
+    """An evaluation whose arguments, those of `evaluate`, are checked. No model is opened.
+
 
     Attributes:
         files: The files of the held-out text.
         settings: The settings.
+
+    Raises:
+        UsageError: Inputs are missing, make no sense, or do not fit each other.
+        CheckpointError: A control is asked of an artifact.
     """
 
-    model: str | Path
-    against: str | Path | None
-    text: tuple[str, ...]
-    files: list[Path]
-    task_data: Path | None
-    settings: Settings
-    output: str | Path | None
-    force: bool
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        against: str | Path | None = None,
+        text: Sequence[str | Path] = (),
+        parts: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
+        task_data: str | Path | None = None,
+        output: str | Path | None = None,
+        force: bool = False,
+        **settings: Any,
+    ) -> None:
+        chosen, names = choose_parts(parts, tasks, text=bool(text), teacher=against is not None)
+        controls = tuple(settings.pop("controls", None) or ())
+        self.settings = Settings(parts=chosen, tasks=names, controls=controls, **settings)
+        self.files = text_files(text) if self.settings.needs_text else []
+        if output is not None:
+            check_destination(output, force=force, marker=REPORT)
+        if controls and is_artifact(model):
+            raise _no_controls(str(model))
+        self.model, self.against, self.text, self.output, self.force = model, against, text, output, force
+        self.task_data = None if task_data is None else Path(task_data).expanduser().resolve()
 
     def describe(self) -> dict[str, Any]:
-        """Return facts about what `run` would measure, without loading or fetching anything.
-
-        Raises:
-            CheckpointError: A model is a directory that cannot be loaded.
-        """
+        """Return facts about what `run` would measure, without loading or fetching anything."""
         from ligerexport.checkpoint.loading import check_loadable
 
         for path in (Path(name).expanduser() for name in (self.model, self.against) if name and not is_artifact(name)):
@@ -165,7 +148,7 @@ class EvaluatePlan:
         asked = {
             "model": str(self.model),
             "against": None if self.against is None else str(self.against),
-            "text": list(self.text),
+            "text": list(map(str, self.text)),
         }
         return Report(
             asked | asdict(settings),

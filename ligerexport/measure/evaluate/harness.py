@@ -30,8 +30,6 @@ class HarnessLM(TemplateLM):
     """An lm-eval model from a scorer and a tokenizer.
 
     Args:
-        scorer: The model.
-        text: The model's tokenizer.
         max_length: Largest number of tokens of prompt and continuation; longer ones lose their beginning.
         advance: Called with the number of requests that are done.
     """
@@ -112,11 +110,7 @@ class HarnessLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """Return greedy continuations up to a stop string, the end of the text, or the largest number of tokens.
-
-        Raises:
-            UsageError: A task samples its answers.
-        """
+        """Return greedy continuations up to a stop string, the end of the text, or the largest number of tokens."""
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:

@@ -202,7 +202,6 @@ def recall(
     """Measure recall of keys, associations and copies.
 
     Args:
-        scorer: The model.
         tokenizer: The model's tokenizer.
         prose: Token ids of the prose.
         distances: Distances of keys and copies; prompts with associations have the largest.
@@ -215,9 +214,6 @@ def recall(
     Returns:
         Shares of right tokens `once`, `twice`, `keys_K`, `pairs_D` and `copy`, and `copy_nll` in nats per token;
         columns are distances.
-
-    Raises:
-        UsageError: The text is too short for these distances.
     """
 
     def ask(prompts: Iterable[Prompt]) -> tuple[Estimate, Estimate]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        rows = {
-            name: {
-                key: {column: value.to_dict() for column, value in columns.items()} for key, columns in table.items()
-            }
-            for name, table in self.rows.items()
-        }
-        return {"settings": self.settings, "rows": rows, "state_bytes": self.state_bytes} | {
-            "environment": self.environment
-        }
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:

@@ -43,7 +43,9 @@ def check_tasks(names: Sequence[str], data: Path | None = None) -> Any:
     manager = _manager(data, True)
     for name in names:
         if name not in manager.all_tasks:
-            raise UsageError(f"unknown task '{name}'", hint=_near(name, manager.all_tasks))
+            hint = close_matches(name, manager.all_tasks)
+            usual = f"usual ones: {', '.join(TASKS)}; all of them: lm_eval ls tasks"
+            raise UsageError(f"unknown task '{name}'", hint=hint if hint.startswith("did") else usual)
     return manager
 
 
@@ -52,11 +54,6 @@ def _manager(data: Path | None, defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=None if data is None else str(data), include_defaults=defaults)
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    hint = close_matches(name, known)
-    return hint if hint.startswith("did") else f"usual ones: {', '.join(TASKS)}; all of them: lm_eval ls tasks"
 
 
 def run_tasks(
@@ -73,8 +70,6 @@ def run_tasks(
     """Run tasks and return every metric that has a number, as `TASK METRIC`.
 
     Args:
-        scorer: The model.
-        text: The model's tokenizer.
         names: Names of tasks or groups of tasks.
         max_length: Largest number of tokens of a prompt.
         limit: Number of questions to take from the beginning of each task; None takes all.

@@ -44,8 +44,6 @@ def bounded_memory(
     """Write one layer's memory as a node.
 
     Args:
-        frame: Values that all layers share.
-        spec: The layer.
         keys: Cosine and sine by offset from `-max_distance` on.
         turn: From `turn_table`, if the layer evicts into a recurrence.
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
