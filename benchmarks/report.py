@@ -167,6 +167,20 @@ def evicted() -> str:
     return table(["", *bins, "6,144 tokens", "chats, 2,048", "once, 512", "once, 1024", "4 keys, 512"], rows)
 
 
+def budgets() -> str:
+    """Loss above the Transformer's, and keys, by bytes of state with sizes for each KV head."""
+    data = result("slot_budgets")
+    whole = "Transformer"
+    rows = [
+        [name, *(f"{found[name] - found[whole]:+.2f}" for found in data["reading"].values()),
+         f"{data['prose'][name] - data['prose'][whole]:+.3f}",
+         *(f"{found[name]:.2f}" for found in data["keys"].values())]
+        for name in data["prose"]
+    ]  # fmt: skip
+    head = [f"answer among {int(d):,}" for d in data["reading"]]
+    return table(["state", *head, "prose, 8,192", *(f"key, {int(d):,}" for d in data["keys"])], rows)
+
+
 def recovered() -> str:
     """Results of recovery and its controls."""
     return _recovered(lambda name, row: row.get("recipe") != "paper")
@@ -370,7 +384,7 @@ def loading() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "nll": nll, "recall": recall, "stream": stream, "decode": decode, "flat": flat, "build": build, "sweep": sweep,
-    "evicted": evicted, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
+    "evicted": evicted, "budgets": budgets, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
     "quantised": quantised, "native": native, "kept": kept, "cost": cost, "shares": shares, "mmlu": mmlu,
     "prompt_cache": prompt_cache, "loading": loading, "nodes": nodes, "bench": bench, "peers_more": peers,
     "build_8b": build_8b, "peers_qwen": lambda: peers("peers_qwen"),

@@ -359,7 +359,12 @@ def main() -> None:
     rows = json.loads((args.data / "reading.json").read_text())
     prose = probe.encode(re.sub(r"\s+", " ", (args.data / "prose.txt").read_text()[:200_000]))
     result: dict[str, Any] = {"command": "python " + " ".join(sys.argv), "torch": torch.__version__}
-    result["sizes"] = {name: vars(plan) for name, plan in plans.items() if plan}
+    result["device"] = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    result["sizes"] = {  # of each layer, window+slots of each head
+        name: vars(plan) | {"sizes": [" ".join(f"{w}+{s}" for w, s in layer) for layer in plan.sizes]}
+        for name, plan in plans.items()
+        if plan
+    }
     result["reading"] = {d: reading(probe, rows, d, count, plans) for d, count in DISTANCES.items()}
     pieces = [prose[i : i + 8192] for i in (0, 8192, 16384)]
     result["prose"] = {
