@@ -117,7 +117,7 @@ def test_an_artifact_scores_every_token_as_torch(tmp_path: Path, config: LigerCo
 
 @pytest.mark.parametrize("kind", ["liger", "teacher", "artifact"])
 def test_chunks_ends_and_greedy_choices_agree(kind: str, request: pytest.FixtureRequest) -> None:
-    scorer = open_model(request.getfixturevalue(kind), scoring=True)
+    scorer = open_model(request.getfixturevalue(kind), scoring=True, dtype="float32")
     ids = torch.randint(0, toy.BYTES, (1, 130))
     whole = torch.cat(list(scorer.logits(ids)), dim=1)
     pieces = list(scorer.logits(ids, chunk=48))
@@ -191,7 +191,7 @@ def test_a_model_agrees_with_itself(teacher: Path, windows: torch.Tensor) -> Non
 def test_the_artifact_has_the_numbers_of_its_checkpoint(
     liger: Path, artifact: Path, text: Path, windows: torch.Tensor
 ) -> None:
-    subjects = [open_model(path, scoring=True) for path in (liger, artifact)]
+    subjects = [open_model(path, scoring=True, dtype="float32") for path in (liger, artifact)]
     ours, theirs = (by_position({"model": subject}, windows)["model"]["nll"] for subject in subjects)
     for name, estimate in ours.items():
         assert theirs[name].mean == pytest.approx(estimate.mean, abs=1e-3)
