@@ -217,7 +217,7 @@ def broken(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fa
     write = onnx_graph.write_graph
 
     def plant(spec: ModelSpec, directory: Path, **options: Any) -> None:
-        write(fault(spec, directory, options["form"]), directory, **options)
+        write(fault(spec, directory, options["storage"]), directory, **options)
 
     monkeypatch.setattr(onnx_graph, "write_graph", plant)
     with pytest.raises(VerificationError) as caught:

@@ -160,13 +160,11 @@ class AllocatePlan:
         least = sum(min(memory.num_slots for memory in each) for each in tried.values())
         if budget < least:
             raise UsageError(
-                f"{config.slots} slots a layer, the smallest memories that are tried have {least / len(layers):.0f}",
+                f"{config.slots} slots per layer, but the smallest memories that are tried have {least / len(layers):.0f}",
                 hint=f"--slots {math.ceil(least / len(layers))}, or start from a checkpoint with fewer slots",
             )
         if length <= (fewest := min(own.num_slots for own, *_ in tried.values())):
-            raise UsageError(
-                f"windows of {length} tokens lose nothing to {fewest} slots", hint=f"--length {16 * fewest}"
-            )
+            raise UsageError(f"windows of {length} tokens fit into {fewest} slots", hint=f"--length {16 * fewest}")
         tokenizer = TextModel(info.path)
         prose = read_tokens(text_files(texts), tokenizer)
         if len(prose) <= config.distance:

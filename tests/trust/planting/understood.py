@@ -164,7 +164,7 @@ def scaling(family: str, **values: Any) -> Context:
 @contextmanager
 def converted_instead(change: Callable[[Path], None]) -> Iterator[None]:
     """Let `convert` change the weights that it wrote."""
-    module = sys.modules["ligerexport.checkpoint.scores"]
+    module = sys.modules["ligerexport.checkpoint.convert"]
     write = module.write_weights  # type: ignore[attr-defined]
 
     def other(place: Path, *rest: Any) -> None:
