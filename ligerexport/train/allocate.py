@@ -160,7 +160,7 @@ class AllocatePlan:
         least = sum(min(memory.num_slots for memory in each) for each in tried.values())
         if budget < least:
             raise UsageError(
-                f"{config.slots} slots per layer, but the smallest memories that are tried have {least / len(layers):.0f}",
+                f"{config.slots} slots per layer, but the smallest memories tried have {least / len(layers):.0f}",
                 hint=f"--slots {math.ceil(least / len(layers))}, or start from a checkpoint with fewer slots",
             )
         if length <= (fewest := min(own.num_slots for own, *_ in tried.values())):
