@@ -117,7 +117,7 @@ def card(title: str, rows: Sequence[tuple[str, str]], *, next_command: str | Non
 
 
 def print_error(error: LigerError) -> None:
-    """Print an error and its hint; also when quiet."""
+    """Print an error and its hint, even when quiet."""
     quiet, err.quiet = err.quiet, False
     err.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
     if error.hint:

@@ -114,7 +114,7 @@ def as_path(text: str | Path) -> Path:
     """Return a path that a user gave, with `~` expanded.
 
     Raises:
-        UsageError: It is empty, which would mean the current directory.
+        UsageError: The path is empty, which would mean the current directory.
     """
     if not str(text):
         raise UsageError("a path is empty", hint="name a file or directory, or . for this directory")

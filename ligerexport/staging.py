@@ -55,8 +55,8 @@ def check_destination(destination: Path | str, *, force: bool = False, marker: s
         marker: File that distinguishes such an output from any other directory.
 
     Raises:
-        UsageError: It is a file or not empty, or `force` would replace files that this program did not write or may
-            not write.
+        UsageError: The destination is a file or not empty, or `force` would replace files that this program did not
+            write or may not write.
     """
     path = Path(os.path.abspath(destination))
     remove_leftovers(path)

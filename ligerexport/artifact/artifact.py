@@ -74,7 +74,7 @@ class Graph:
 
     @property
     def data(self) -> str:
-        """Name of the file of its weights, which contains only numbers."""
+        """Name of the weights' file, which contains only numbers."""
         return f"{self.file}.data"
 
 
@@ -281,7 +281,7 @@ class ArtifactWriter:
         force: Whether an older artifact there may be replaced; it stays until the new one is whole.
 
     Attributes:
-        directory: Where the files go; it exists only inside the `with` block.
+        directory: Directory for the files; it exists only inside the `with` block.
 
     Raises:
         UsageError: The destination is not empty (on entry).
@@ -340,8 +340,8 @@ def open_artifact(path: Path | str, *, hashes: bool = True, data: bool = True, r
         runtime: Whether the installed runtimes must fit.
 
     Raises:
-        ArtifactError: It is no artifact, has a newer format, is incomplete or changed, or was built for other versions
-            of a runtime.
+        ArtifactError: The directory is no artifact, has a newer format, is incomplete or changed, or was built for
+            other versions of a runtime.
         MissingDependency: A runtime is not installed.
     """
     directory = Path(path)
@@ -368,7 +368,7 @@ def check_data(artifact: Artifact) -> None:
     """Compare the sha256 of the weights with the manifest's.
 
     Raises:
-        ArtifactError: They were changed.
+        ArtifactError: The weights were changed.
     """
     name = artifact.manifest.graph.data
     if name in artifact.manifest.files:

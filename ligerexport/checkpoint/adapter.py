@@ -45,8 +45,8 @@ def check_student(path: str | Path) -> CheckpointInfo:
     """Check the checkpoint to recover.
 
     Raises:
-        CheckpointError: It is incomplete or damaged.
-        UsageError: It is not converted.
+        CheckpointError: The checkpoint is incomplete or damaged.
+        UsageError: The checkpoint is not converted.
     """
     info = check_checkpoint(path)
     if "liger" not in info.config:
@@ -154,9 +154,9 @@ def write_recovered(stage: Path, info: CheckpointInfo, adapter: Path, progress: 
     """Write a converted checkpoint with an adapter merged.
 
     Args:
-        stage: Directory to write to; if it is the checkpoint's own, that is changed in place.
+        stage: Directory to write to; the checkpoint's own directory is changed in place.
         info: The checkpoint that the adapter was trained on.
-        adapter: What `write_adapter` wrote.
+        adapter: Directory that `write_adapter` wrote.
 
     Raises:
         CheckpointError: The adapter is damaged, or was trained on another model.
@@ -185,7 +185,7 @@ def write_merged(
     """Write a checkpoint with LoRA merged, in the dtype of its weights.
 
     Args:
-        stage: Directory to write to; if it is the checkpoint's own, that is changed in place.
+        stage: Directory to write to; the checkpoint's own directory is changed in place.
         info: The checkpoint that was trained.
         tensors: LoRA's tensors by the names of its modules.
         scale: Factor that multiplies the product of A and B.
@@ -219,7 +219,7 @@ def lora_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]
     """Return A `[r, in]` and B `[out, r]` by the name of the weight that they change.
 
     Raises:
-        CheckpointError: One of the two is missing.
+        CheckpointError: A or B is missing.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -54,7 +54,7 @@ class CheckpointInfo:
     """A checkpoint that passed `check_checkpoint`.
 
     Attributes:
-        path: Its directory.
+        path: Directory of the checkpoint.
         config: Content of `config.json`, with `tie_word_embeddings` set to `tied`.
         files: The safetensors files, in order.
         bytes: Total size of the files.

@@ -87,8 +87,8 @@ def convert(
     Raises:
         UsageError: A setting makes no sense for this model, or `output` is in use.
         SourceError: There is no such model.
-        CheckpointError: It is incomplete, damaged, already recovered, quantised in a way that cannot be undone, or of
-            an unsupported family; or the adapter belongs to another conversion.
+        CheckpointError: The model is incomplete, damaged, already recovered, quantised in a way that cannot be undone,
+            or of an unsupported family; or the adapter belongs to another conversion.
         VerificationError: A layer's output differs from the Transformer's; nothing is written.
     """
 
@@ -101,14 +101,13 @@ def convert(
 class ConvertPlan:
     """A conversion whose arguments, those of `convert`, are checked. Nothing is fetched and no checkpoint is read.
 
-
     Attributes:
         liger: The conversion that was chosen.
         texts: Files to fit a learned score on.
 
     Raises:
         UsageError: A setting makes no sense, or `output` is in use.
-        CheckpointError: The adapter is not one of `recover`.
+        CheckpointError: The adapter is not from `recover`.
     """
 
     def __init__(
@@ -253,7 +252,7 @@ def _seal(place: Path, source: Source, progress: ProgressFactory) -> None:
 
 
 def _made_plain(info: CheckpointInfo) -> dict[str, str]:
-    """Return the steps by which the weights of a conversion were made from the source's files."""
+    """Return the changes made to the source's weights: dequantised, adapter merged."""
     facts = {"dequantised": info.quantised, "adapter": info.adapter and info.adapter.name}
     return {key: value for key, value in facts.items() if value}
 

@@ -65,8 +65,8 @@ def compare(expected: list[Tensor], found: list[Tensor], message: str) -> None:
     """Compare two lists from `outputs`.
 
     Raises:
-        VerificationError: They differ; the error begins with `message`.
-        CheckpointError: The expected ones are not finite.
+        VerificationError: The lists differ; the error begins with `message`.
+        CheckpointError: An expected value is not finite.
     """
     last = len(expected) - 1
     for i, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
@@ -218,7 +218,7 @@ def _mixers(model: nn.Module) -> list[LigerMixer]:
 
 @contextmanager
 def softmax_alone(model: nn.Module) -> Iterator[None]:
-    """Turn off the recurrences of a model's mixers. One over evicted tokens stays: it has no token to read."""
+    """Turn off the recurrences of a model's mixers, except those over evicted tokens, which have none to read."""
     specs = {mixer: mixer.spec for mixer in _mixers(model)}
     for mixer, spec in specs.items():
         if not spec.config.evicts:

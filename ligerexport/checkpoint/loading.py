@@ -42,7 +42,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrained
         dtype: Type of the weights; fp32 by default.
 
     Raises:
-        CheckpointError: It is not converted, incomplete or damaged.
+        CheckpointError: The checkpoint is incomplete, damaged or not converted.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -53,7 +53,7 @@ def find_scores(
 
     Raises:
         UsageError: No source has them.
-        CheckpointError: They belong to another model.
+        CheckpointError: The scores belong to another model.
     """
     from ligerexport.checkpoint.calibrate import Scores, digest, load_scores, read_scores, score_shapes
 

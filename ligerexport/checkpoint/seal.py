@@ -33,7 +33,7 @@ def write_seal(
     """Record size, time and hash of a checkpoint's weight files.
 
     Args:
-        files: Its weight files, which may be links.
+        files: The weight files, which may be links.
         known: Hashes of files that are already hashed, by name.
         advance: Called with the number of bytes that were hashed.
     """

@@ -84,7 +84,7 @@ def counts(text: str, option: str) -> tuple[int, ...]:
     """Read `128,1024`.
 
     Raises:
-        UsageError: It has another form.
+        UsageError: The text does not have this form.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) for part in parts):

@@ -129,7 +129,7 @@ def parse_sms(text: str | None) -> tuple[int, ...] | None:
     """Read `86,8.9`.
 
     Raises:
-        UsageError: It has another form.
+        UsageError: The text does not have this form.
     """
     if text is None:
         return None

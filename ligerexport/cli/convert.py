@@ -107,7 +107,7 @@ def parse_layer_memory(texts: Sequence[str] | None) -> tuple[tuple[int, int, Slo
     """Read options like `7,18:window=240,peak_use=32`: layers, then their window and pools.
 
     Raises:
-        UsageError: An option has another form.
+        UsageError: An option does not have this form.
     """
     if texts is None:
         return None
@@ -140,7 +140,7 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
     """Read `8,16`; `none` means no layers.
 
     Raises:
-        UsageError: It has another form.
+        UsageError: The text does not have this form.
     """
     if text is None:
         return None

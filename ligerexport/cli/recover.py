@@ -107,7 +107,7 @@ def parse_count(text: str | None) -> int | None:
     """Read `3000000`, `500k` or `3M`.
 
     Raises:
-        UsageError: It has another form.
+        UsageError: The text does not have this form.
     """
     if text is None:
         return None

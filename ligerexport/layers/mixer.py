@@ -351,7 +351,7 @@ def _check_state(body: Any, args: tuple[Any, ...], given: dict[str, Any], output
     """Check that the cache of a call reached every layer.
 
     Raises:
-        LigerError: It did not, which may happen with a release of transformers that was never tried.
+        LigerError: The cache missed a layer, which may happen with an untried release of transformers.
     """
     cache = given.get(CACHE)
     if cache is not None and not body.training and any(x.get_seq_length() != cache.due for x in cache.layers):

@@ -34,7 +34,7 @@ def _whole(name: str, value: Any) -> int:
     """Return a value from JSON or a caller if it is a whole number.
 
     Raises:
-        UsageError: It is not.
+        UsageError: The value is not a whole number.
     """
     if type(value) is not int:
         raise UsageError(f"{name} {value!r:.60}", hint="a whole number was expected")
@@ -49,8 +49,8 @@ class LigerConfig:
         gate: Row of `GATES`.
         window: Number of most recent tokens that are kept exactly, including the current one.
         sinks: Number of first tokens of a sequence that are kept exactly forever.
-        slots: Pools of further exact slots per KV head: (score, count), in order. What one pool drops competes for
-            the next one.
+        slots: Pools of further exact slots per KV head: (score, count), in order. Tokens that one pool drops compete
+            for the next one.
         attention_weight: Weight of the softmax over the slots in the mixed output.
         recurrence_weight: Weight of the recurrence; at 0 it is neither computed nor kept.
         recurrence: `parallel` reads every token through the gate and is added to the softmax, as in the paper.

@@ -225,7 +225,7 @@ def head_dim(config: Any) -> int:
 
 
 def output_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function from a model's last hidden states `[..., hidden]` to logits `[..., V]`; converted or not."""
+    """Return a function from last hidden states `[..., hidden]` to logits `[..., V]`, for a model converted or not."""
     scaling = get_family(model.config.model_type).scaling(model.config)
     factor, cap = scaling.logits, scaling.logit_cap
     if cap is not None:

@@ -36,8 +36,7 @@ class _Row(NamedTuple):
     Attributes:
         name: Name in `past.LAYER.NAME` and `present.LAYER.NAME`.
         axes: Axes after `B, H_kv`.
-        dtype: As in `TensorSpec`.
-        needs: Attribute of `LigerConfig` that is true where the tensor exists; empty if it always does.
+        dtype: Type, as in `TensorSpec`.
         needs: Attribute of `LigerConfig` that is true if the tensor exists; empty if it always does.
     """
 

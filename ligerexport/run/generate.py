@@ -73,7 +73,7 @@ class StopStrings:
 
     Args:
         stops: The stop strings.
-        special: Special tokens with their ids. A stop string that begins with one stops at its id.
+        special: Special tokens with their ids. A stop string that begins with such a token stops at its id.
 
     Raises:
         UsageError: A stop string has text before a special token.
@@ -217,7 +217,7 @@ def _check(session: Session, ids: Sequence[int], max_new_tokens: int) -> None:
 
 
 def _stops(stop: Sequence[str]) -> list[str]:
-    """Return the stop strings as a list, also if there is only one."""
+    """Return the stop strings as a list, even if there is only one."""
     stops = [stop] if isinstance(stop, str) else list(stop)
     for text in stops:
         check_text(text, "a stop string")
@@ -312,7 +312,7 @@ class Conversation:
 
     Args:
         session: A session of one sequence; earlier text stays in its state.
-        sampler: Sampler for all turns, whose ids count for its repetition penalty; None decodes greedily.
+        sampler: Sampler for all turns; its repetition penalty counts their ids; None decodes greedily.
         system: A system message, which the first turn includes.
         max_new_tokens: Largest number of tokens in an answer.
         stop: Text or special token that ends an answer, or several.

@@ -50,7 +50,7 @@ class Session(Protocol):
         ...
 
     def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Advance by one token; return as `prefill`. The id -1 keeps a row in its initial state."""
+        """Advance by one token; return logits as `prefill` does. The id -1 keeps a row in its initial state."""
         ...
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
@@ -105,7 +105,7 @@ def load(
 
     Raises:
         ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
-        MissingDependency: Its runtime is not installed.
+        MissingDependency: The artifact's runtime is not installed.
         LigerError: The engine does not run on this machine's GPU.
     """
     artifact = open_artifact(path, hashes=hashes, data=False)

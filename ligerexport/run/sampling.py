@@ -45,9 +45,9 @@ class Sampler:
     Args:
         temperature: Divisor of the logits; 0 takes the most likely token, after the penalties.
         top_k: Number of most likely tokens to keep (and ties with the last); 0 keeps all.
-        top_p: Then the smallest sum of probabilities of the most likely tokens to keep.
+        top_p: Probability that the most likely tokens must reach together to be enough; 1 keeps all.
         seed: Seed for the random numbers; None takes one from the system.
-        min_p: Then the smallest probability to keep, as a share of the largest; 0 keeps all.
+        min_p: Smallest probability to keep, as a share of the largest; 0 keeps all.
         repetition_penalty: Divisor of positive logits, and factor of negative ones, for every token that was read or
             written so far; 1 has no effect.
         presence_penalty: Value subtracted from the logits of tokens that this answer already has. As in OpenAI's API

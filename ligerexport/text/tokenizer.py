@@ -43,7 +43,7 @@ def eos_ids(directory: Path) -> frozenset[int]:
     """Return the ids that end a text, as generation_config.json and config.json name them.
 
     Raises:
-        ArtifactError: They are not numbers.
+        ArtifactError: The ids are not numbers.
     """
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
@@ -304,7 +304,7 @@ def _check_growth(tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer whose chained replacements make a text much longer.
 
     Raises:
-        ValueError: The replacements do.
+        ValueError: The replacements exceed the limit.
     """
     for part in (tokenizer.normalizer, tokenizer.decoder):
         growth, left = 1, [json.loads(part.__getstate__())] if part is not None else []
@@ -324,7 +324,7 @@ class Detokenizer:
 
     Args:
         model: The tokenizer.
-        context: Ids before the first one. Their text is not returned, except a character that they only begin.
+        context: Ids before the first one. Their text is not returned, except a character that they leave incomplete.
     """
 
     def __init__(self, model: TextModel, context: Sequence[int] = ()) -> None:

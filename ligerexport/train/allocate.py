@@ -114,7 +114,6 @@ def allocate(
 class AllocatePlan:
     """The measurements of `allocate`, whose arguments it takes and checks. Texts are read, and no weight is loaded.
 
-
     Attributes:
         info: The checkpoint.
         text: The checkpoint's tokenizer.

@@ -59,7 +59,7 @@ class Documents:
 
     @property
     def sha256(self) -> str:
-        """Digest of all tokens, of which are trained on, and of where documents begin."""
+        """Digest of all tokens, which of them are trained on, and where documents begin."""
         digest = hashlib.sha256()
         for part in (self.ids, self.answers, self.bounds):
             digest.update(np.ascontiguousarray(part).tobytes())
@@ -155,7 +155,7 @@ def _encode(
 
 
 def _ended(ids: list[int], rendered: bool, text: TextModel) -> bool:
-    """Return whether a record whose last ids these are already ends: most chat templates write an end."""
+    """Return whether the last ids of a record already end it: most chat templates write an end."""
     return not text.turn_ends.isdisjoint(ids) if rendered else ids[-1:] == end_of_text(text)
 
 

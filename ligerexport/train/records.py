@@ -56,7 +56,7 @@ def read_records(sources: Sequence[str | Path]) -> list[Record]:
         sources: Files, directories of files, or names of data sets on the hub (`owner/name` or `owner/name:split`).
 
     Raises:
-        DataError: There is nothing to read, or a line is damaged or in no form of `FORMS`; it names file and line.
+        DataError: There is nothing to read, or a line is damaged or in no form of `FORMS`; the error names both.
         UsageError: There is no such source.
         MissingDependency: A data set of the hub needs the `recover` extra.
     """

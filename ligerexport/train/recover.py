@@ -90,7 +90,6 @@ def recover(
 class RecoverPlan:
     """A recovery whose arguments, those of `recover`, are checked. No data is read and no weight is loaded.
 
-
     Attributes:
         info: The converted checkpoint.
         config: The settings.
