@@ -70,7 +70,7 @@ class Backend:
 
     Args:
         name: Key of `TARGETS`.
-        row: Its row of `TARGETS`.
+        row: The row with this key.
     """
 
     def __init__(self, name: str, row: Target) -> None:
@@ -94,7 +94,7 @@ class Backend:
         """Check that the target supports all layers of a checkpoint.
 
         Raises:
-            UsageError: It does not support one of them.
+            UsageError: The target does not support a layer.
         """
 
     def choose_chunk(self, spec: ModelSpec, wanted: int | None) -> int:
@@ -117,8 +117,8 @@ class Backend:
         """Open an artifact for running; return a `ligerexport.run.runtime.Session`.
 
         Raises:
-            ArtifactError: It cannot be run from Python.
-            MissingDependency: Its runtime is not installed.
+            ArtifactError: The artifact cannot be run from Python.
+            MissingDependency: The runtime is not installed.
         """
         raise ArtifactError(f"no runtime here for target '{self.name}'")
 

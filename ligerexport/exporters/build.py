@@ -90,7 +90,7 @@ def build(
 
     Raises:
         UsageError: A name is in no table, a number is out of range, or `output` is not empty.
-        CheckpointError: The checkpoint is not converted, incomplete or damaged.
+        CheckpointError: The checkpoint is incomplete, damaged or not converted.
         VerificationError: The graph differs from the torch model; nothing was written.
         ArtifactError: The tokenizer cannot be read.
         MissingDependency: The extra of the target is not installed.
@@ -149,7 +149,7 @@ class BuildPlan:
 
     @property
     def sms(self) -> tuple[int, ...]:
-        """Compute capabilities; none where the target is not only for GPUs."""
+        """Compute capabilities; empty if the target also runs without a GPU."""
         return tuple(self.settings.sms or ())
 
     def describe(self) -> dict[str, Any]:

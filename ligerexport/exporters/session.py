@@ -201,7 +201,7 @@ class BatchSession(ABC):
         """Set the state from a snapshot of this or another session of the same model, for all rows or for one.
 
         Raises:
-            UsageError: It is the state of another model, of another precision, or of another batch.
+            UsageError: The snapshot is of another model, precision or batch.
         """
         self._check_snapshot(snapshot, row)
         with self._renew(row):
@@ -224,7 +224,7 @@ class BatchSession(ABC):
         """Check that a state fits this session, or one of its rows.
 
         Raises:
-            UsageError: It is the state of another model or batch, or no session can have been in it.
+            UsageError: The snapshot is of another model or batch, or no session can have been in its state.
         """
         self._rows(row)
         batch = self.batch if row is None else 1

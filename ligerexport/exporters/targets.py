@@ -17,7 +17,7 @@ class Target:
     """One kind of artifact.
 
     Attributes:
-        backend: Where its `ligerexport.exporters.backend.Backend` is, as `module:class`; it is imported on demand.
+        backend: Its `ligerexport.exporters.backend.Backend` as `module:class`, imported on demand.
         lowerings: Ways to write the mixer, the default first.
         extra: Extra of this package that installs what building and running need.
         requires: Distribution and version specifier of each runtime.

@@ -41,7 +41,7 @@ DEFAULT_OPERATORS = ("step", "linear_attention")
 
 @dataclass(frozen=True)
 class _Job:
-    """What a process needs to compile one kernel for one compute capability."""
+    """The data that a process needs to compile one kernel for one compute capability."""
 
     kernel: Kernel
     constants: dict[str, Any]
@@ -244,7 +244,7 @@ def parse_spec(text: str) -> MixerSpec:
     """Read a layer from the command line, `PRESET:H_q:H_kv:d[:max_distance]`.
 
     Raises:
-        UsageError: The text has another form.
+        UsageError: The text does not have this form.
     """
     preset, *numbers = text.split(":")
     if len(numbers) not in (3, 4) or not all(number.isdecimal() for number in numbers):

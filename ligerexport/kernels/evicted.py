@@ -56,7 +56,7 @@ def evicted_recurrence(
         query: `[B, T, H_q, d_k]` before rotary embedding.
         lost_key: `[B, T, H_kv, d_k]`, key of the token that each step evicts, before rotary embedding.
         lost_value: `[B, T, H_kv, d_v]`, its value.
-        lost: `[B, T, H_kv]`, whether there is one.
+        lost: `[B, T, H_kv]`, whether a step evicts a token.
         mixed: `[B, T, H_q, d_v]`, output of the softmax.
         normaliser: `[B, T, H_q]`, logarithm of the denominator of `mixed`.
         state: `[B, H_kv, d_k, d_v]`, sum of the products of features and values so far.

@@ -270,7 +270,7 @@ class Expressions:
         """Return an expression, a factor times a candidate plus a number, that has these values.
 
         Raises:
-            LigerError: There is none; `what` names the purpose.
+            LigerError: There is no such expression; `what` names the purpose.
         """
         key = tuple(values)
         if key not in self._found:

@@ -45,7 +45,7 @@ class LinearSpec:
 def linear(
     x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: LinearSpec
 ) -> Tensor:
-    """Compute `spec` without its side product in plain torch, in fp32 for halves.
+    """Compute `spec` without its side product in plain torch, in fp32 for 16-bit types.
 
     Args:
         x: `[M, K]`; fp32 if it is normed, otherwise of the weight's dtype.

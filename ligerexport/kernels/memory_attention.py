@@ -59,7 +59,7 @@ def memory_attention(
         arrival: `[B, H_kv, T]`, the score on arrival, novelty or learned; needed if a pool ranks by it.
         position: `[B]`, tokens seen before this block; a token at a negative position is padding.
         state: Tensors named `slot_*`, as `MixerSpec.state` lists them.
-        rotary: From `rotary_table`, with `ahead` at least T.
+        rotary: Table from `rotary_table`, with `ahead` at least T.
 
     Returns:
         Output `[B, H_kv, G, T, d_v]`, the slots after the last token, the logarithm of the softmax's denominator
@@ -152,7 +152,8 @@ def _scores(
 def _kept(left: Tensor, scores: Tensor | None, born: Tensor, pools: tuple[Pool, ...]) -> Tensor:
     """Return a mask `[B, H_kv, T, C]` of the tokens that left the window and hold a slot for each query.
 
-    Ties keep the older. Pools that age use positions `born` `[B, H_kv, C]` from the block, as large ones would round.
+    The older token wins a tie. Pools that age use positions `born` `[B, H_kv, C]` relative to the block, which do not
+    round as large positions would.
     """
     kept = torch.zeros_like(left)
     for i, pool in enumerate(pools):

@@ -49,7 +49,7 @@ def liger_mixer(
         fp64.
 
     Raises:
-        ValueError: A pool needs `score`.
+        ValueError: A pool needs a `score` that is missing.
     """
     config, arrival, present = spec.config, score, {}
     if config.foresees and score is None:

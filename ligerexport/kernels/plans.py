@@ -256,7 +256,7 @@ def _memory_attention(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> It
 def _chunks(
     spec: MixerSpec, dtype: torch.dtype, run: Callable[..., Any], score: str | None, part: str = ""
 ) -> Iterator[Call]:
-    """Yield calls of `run` with whole chunks, a score of that name, and the state whose names begin with `part`."""
+    """Yield calls of `run` with whole chunks, a score named `score`, and the state whose names begin with `part`."""
     for seed, (batch, tokens) in enumerate(_prefill_sizes(spec.max_distance + 1)):
         x = _Inputs(spec, dtype, seed)
         projections = x.add_heads(batch, tokens)

@@ -126,7 +126,7 @@ def _evict(slot: Slot, recurrent: Tensor, mass: Tensor, spec: MixerSpec, rotary:
 def _expand(
     q: Tensor, recurrent: Tensor, mass: Tensor, mixed: Tensor, normaliser: Tensor, spec: MixerSpec, rotary: Tensor
 ) -> Tensor:
-    """Share the softmax's denominator with the first-order expansion around the mean logit of the evicted."""
+    """Share the softmax's denominator with the first-order expansion around the mean logit of the evicted tokens."""
     count = mass[0]
     if count == 0:
         return mixed

@@ -1,6 +1,6 @@
 """`KERNELS`: the tile sizes of the fused kernels by width and dtype, one table for eager calls, benchmarks and AOT.
 
-It was found by sweeps on an H100. A row affects speed, and results only by rounding.
+The sizes were found by sweeps on an H100. They affect speed; results change only by rounding.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def open_model(
 
     Raises:
         SourceError: There is no such model.
-        CheckpointError: It is incomplete or damaged.
+        CheckpointError: The checkpoint is incomplete or damaged.
         ArtifactError: The artifact is damaged or for another runtime.
         MissingDependency: A runtime or a device is not available.
     """

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class OnnxRuntime(Backend):
-    """See `Backend`."""
+    """The backend of the target `onnx`."""
 
     def open_session(self, artifact: Artifact, settings: SessionSettings) -> OnnxSession:
         """Open an artifact. Quantised weights are always prepacked, because products are ten times slower without."""

@@ -41,7 +41,7 @@ class Builder:
         self._scope = outer
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return the result of `make`, computed once for each key: what all layers share is computed once."""
+        """Return the result of `make`, which is called only once for each key, so that layers share its result."""
         if key not in self._memo:
             outer, self._scope = self._scope, "shared/"
             self._memo[key] = make()

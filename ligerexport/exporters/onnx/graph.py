@@ -130,8 +130,8 @@ class _Blocks:
     """Writes the blocks of a model around its mixers.
 
     Args:
-        lower: Its lowering.
-        weights: Its weights.
+        lower: Lowering of the graph.
+        weights: Weights of the model.
     """
 
     def __init__(self, g: Builder, lower: Portable, spec: ModelSpec, weights: Weights) -> None:
@@ -162,7 +162,7 @@ class _Blocks:
         return self._norm(linear(mixed, f"{name}.o_proj"), self.norms[i].after_attention), present
 
     def mlp(self, i: int, mixed: ir.Value, residual: ir.Value) -> tuple[ir.Value | None, ir.Value]:
-        """Write the MLP of a layer; return its output and the residual stream, not added yet; or None and their sum."""
+        """Write the MLP of a layer; return its output and the residual stream, or None and their sum."""
         name, spec, lower = f"model.layers.{i}", self.spec, self.lower
         normed, residual = self.add(mixed, residual, self.norms[i].before_mlp)
         gate, up = self._projections(normed, name, "mlp.gate_up_proj", [spec.intermediate_size] * 2)
@@ -246,7 +246,7 @@ def _shared(
     """Write what layers share before the first one runs: tables for equal rotary settings, candidates of equal mixers.
 
     Returns:
-        Both by layer; no candidates for the lowering `native`.
+        Tables and candidates by layer; the lowering `native` has no candidates.
     """
     import torch
 

@@ -17,7 +17,7 @@ class Weights:
     """The weights of a model as initializers of a graph, with the products and look-ups that use them.
 
     Args:
-        lower: Its lowering.
+        lower: Lowering of the graph.
         storage: How weights are stored.
     """
 

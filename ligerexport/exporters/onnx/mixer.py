@@ -50,7 +50,7 @@ def rotary_tables(
 ) -> RotaryTables:
     """Add the tables of layers that share them to the graph, for calls of at most `max_chunk` tokens.
 
-    `spec` is the one with the most slots.
+    `spec` is that of the layer with the most slots.
     """
     g = lower.g
     # ONNX Runtime requires at least as many rows as candidates
@@ -90,7 +90,7 @@ class Candidates:
         rank: fp32 to add to a rank before the best are taken: 0 for a token that left the window and is no sink, minus
             infinity where `always`, otherwise `MASKED`.
         within: Whether the distance is at most the largest rotary distance, `[B, H, 1, T, C]`.
-        carried: Whether a slot held it before the chunk, `[B, H, 1, 1, C]`; None if the layer does not evict.
+        carried: Whether a slot held a candidate before the chunk, `[B, H, 1, 1, C]`; None without eviction.
         counts: Per pool that ranks by attention received: 1 where attention counts, otherwise 0; None for other pools.
         ages: Per pool that ages: position divided by horizon, `[B, H, 1, C]` fp32, counted from before the chunk,
             because the positions of a long text would round; None for other pools.
@@ -111,6 +111,7 @@ def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -
     """Compare positions at once for all layers that are alike, from their `slot_position` `[B, H, N]`.
 
     Returns one result per layer. Positions are known before the first layer runs, and one large comparison is cheaper
+    than many small ones.
     """
     g, config, cap, layers = frame.g, spec.config, spec.max_distance, len(past)
 
@@ -177,10 +178,10 @@ def mixer(
     """Write one mixer.
 
     Args:
-        tables: From `rotary_tables`.
+        tables: Tables from `rotary_tables`.
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
-        past: State by the names of `MixerSpec.state`; the positions are read by `candidates`, but in `native`.
-        seen: From `candidates`; not needed by the lowering `native`.
+        past: State by the names of `MixerSpec.state`; `candidates` reads the positions, except in `native`.
+        seen: Candidates from `candidates`; the lowering `native` does not need them.
         score: `[B * T, H]` fp32, needed where `spec.config.foresees`.
 
     Returns:
@@ -224,7 +225,7 @@ def _judge(
 ) -> tuple[ir.Value, ir.Value]:
     """Return the recall error of each token `[B, H, 1, T]` and the new judge state; see `recall_error`.
 
-    Keys lag a token behind queries, so each token asks for what came before it: nothing is subtracted, nothing cancels.
+    Keys lag one token behind queries, so each token reads only earlier tokens: nothing is subtracted, nothing cancels.
     """
     g, heads = lower.g, spec.kv_heads
     key = g.op("Pad", features, g.const([0, 1, 0, 0, 0, 0, 0, 0]))
@@ -373,10 +374,10 @@ class Slots:
         return self.g.concat(*parts, axis=2) if len(parts) > 1 else parts[0]
 
     def _keep(self, scores: list[ir.Value]) -> ir.Value:
-        """Return what each query sees `[B, H, 1, T, C]`: window, sinks, and of what left the best of each pool.
+        """Return whether each query sees each candidate, `[B, H, 1, T, C]`: window, sinks, and the best of each pool.
 
-        Tokens that are seen already rank lowest, and those that are no candidates next, so that the best are among the
-        unseen ones, of which there are always enough. Candidates have a rank above `MASKED`.
+        Tokens that are already seen rank lowest, and tokens that cannot compete rank next, at `MASKED`, so that the
+        best are always unseen tokens. There are always enough of these.
         """
         g, visible = self.g, self.seen.always
         for pool, rank, age in zip(self.spec.pools, scores, self.seen.ages, strict=True):

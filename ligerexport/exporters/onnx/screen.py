@@ -65,7 +65,7 @@ def check_graph(artifact: Artifact) -> None:
     """Check an artifact's graph against its manifest.
 
     Raises:
-        ArtifactError: It has something that no graph of ours has, or it does not match the manifest.
+        ArtifactError: The graph has something that this package never writes, or does not match the manifest.
     """
     try:
         _check_model(_parse("model", data := artifact.graph.read_bytes(), 0, len(data)), artifact)
@@ -77,7 +77,7 @@ def check_graph(artifact: Artifact) -> None:
 
 
 def _parse(kind: str, data: bytes, at: int, end: int) -> Message:
-    """Return the fields of a message by their numbers: integers; text and packed numbers as bytes; messages."""
+    """Return the values of a message by field number: integers, bytes (text, packed numbers) and messages."""
     known, found = _MESSAGES[kind], dict[int, list[Any]]()
     while at < end:
         key = data[at]

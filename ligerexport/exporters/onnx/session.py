@@ -47,7 +47,7 @@ class OnnxSession(BatchSession):
     """One batch of sequences on an ONNX artifact. See `ligerexport.run.runtime.Session` for the interface.
 
     Args:
-        artifact: From `open_artifact`, or an unfinished one under verification.
+        artifact: Artifact from `open_artifact`, or an unfinished artifact under verification.
         batch, threads, chunk, prepack, scoring: As for `ligerexport.run.runtime.load`.
         exact: Whether products with quantised weights leave activations in fp32. This is slower, and serves to compare
             a graph with arithmetic on the same weights. It excludes `scoring`.

@@ -25,7 +25,7 @@ class ModelSpec:
         path: The checkpoint's directory.
         family: Row of `FAMILIES`.
         liger: The conversion.
-        mixers: One for each layer; None for a layer that is kept as softmax.
+        mixers: Mixer of each layer; None for a layer that is kept as softmax.
         attention: The softmax attention of each layer.
         hidden_size: Width of the residual stream.
         intermediate_size: Width of the MLP.
@@ -65,7 +65,7 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
     """Read a converted checkpoint.
 
     Raises:
-        CheckpointError: It is not converted or not complete, or has something that the graph does not support.
+        CheckpointError: The checkpoint is incomplete, not converted, or not supported by the graph.
     """
     from ligerexport.layers.mixer import layer_specs, read_config
 

@@ -177,7 +177,7 @@ def write_weights(
     storage: WeightStorage = FP32,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> None:
-    """Stream the weights from the shards into `DATA_FILE`, some rows at a time; transposed ones are read whole."""
+    """Stream the weights from the shards into `DATA_FILE`, some rows at a time; transposed weights are read whole."""
     layout = data_layout(spec, storage)
     with (directory / DATA_FILE).open("wb") as data:
         for name in weight_names(spec):
@@ -242,8 +242,8 @@ def stored_slabs(
     """Yield the values of a stored weight in fp32, in the same slabs as `weight_slabs`, and how each was rounded.
 
     Args:
-        storage: How it was written.
-        directory: Where `DATA_FILE` is.
+        storage: How the weights are stored.
+        directory: Directory of `DATA_FILE`.
         name: Name of the weight.
 
     Yields:

@@ -223,7 +223,7 @@ def tensorrt() -> Any:
     """Import TensorRT.
 
     Raises:
-        MissingDependency: It is not installed, not complete, or older than 10.
+        MissingDependency: TensorRT is not installed, incomplete, or older than 10.
     """
     try:
         trt: Any = import_module("tensorrt")
@@ -239,7 +239,7 @@ def rtx() -> Any:
     """Import TensorRT-RTX.
 
     Raises:
-        MissingDependency: It is not installed or not complete.
+        MissingDependency: TensorRT-RTX is not installed or incomplete.
     """
     name = next((name for name in _RTX if find_spec(name)), None)
     try:
@@ -267,7 +267,7 @@ def here() -> tuple[int, int]:
     """Return the version of TensorRT as one number and the compute capability of this machine's GPU, 90 for 9.0.
 
     Raises:
-        MissingDependency: One of them is missing.
+        MissingDependency: TensorRT or a GPU is missing.
     """
     version, found = [int(part) for part in tensorrt().__version__.split(".")[:3]], driver()
     if found is None or not found.sms:

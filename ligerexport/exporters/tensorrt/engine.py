@@ -89,7 +89,7 @@ def check_engine(trt: Any, file: Path) -> None:
     """Check whether an engine of TensorRT-RTX runs on this machine's GPU.
 
     Raises:
-        LigerError: It does not; the message has the reason.
+        LigerError: The engine does not run; the message has the reason.
     """
     logger = _logger(trt)
     with file.open("rb") as engine:
@@ -103,7 +103,7 @@ def check_engine(trt: Any, file: Path) -> None:
 
 def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors."""
+        """Collects TensorRT's errors."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)

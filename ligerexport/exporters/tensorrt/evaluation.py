@@ -36,8 +36,7 @@ class PluginSession:
         artifact: Graph, weights and manifest.
         spec: The checkpoint that it was built from.
         batch: B, number of sequences.
-        wide: Whether halves are computed in fp32, with the weights as they are stored, to compare with arithmetic in
-            fp32.
+        wide: Whether fp16 and bf16 are computed in fp32, with the weights as stored, to compare with fp32 arithmetic.
     """
 
     def __init__(self, artifact: Artifact, spec: ModelSpec, *, batch: int = 1, wide: bool = False) -> None:
@@ -91,7 +90,7 @@ def evaluator(artifact: Artifact, spec: ModelSpec, *, wide: bool = False) -> Ref
 
 
 def _widen(model: onnx.ModelProto) -> None:
-    """Change all halves to fp32, also in weights and casts."""
+    """Change all fp16 and bf16 to fp32, also in weights and casts."""
     for tensor in model.graph.initializer:
         if tensor.data_type in _HALVES:
             wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)

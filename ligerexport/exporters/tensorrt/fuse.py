@@ -20,12 +20,12 @@ def fuse_for_plugin(model: ir.Model, activation: ir.DataType) -> None:
 
     A product takes over the norm of its input, and the gated unit or the sum that follows it. A small fp32 product of
     the same input as a layer's query, key and value becomes a second output of their node. Inputs and outputs of
-    products with stored halves are cast to the type of activations; everything else is fp32.
+    products with 16-bit weights are cast to the type of activations; everything else is fp32.
 
     Args:
         model: Graph that `build_graph` wrote with the lowering `plugin`; changed in place. The nodes
             that were taken over stay in it, unused.
-        activation: Type of inputs and outputs of products with stored halves.
+        activation: Type of inputs and outputs of products with 16-bit weights.
     """
     fuse = _Fuser(model.graph, activation)
     rules = {"Gemm": fuse.product, "Add": fuse.residual, "GatedUnit": fuse.gated_unit, MIXER: fuse.mixer}
@@ -65,14 +65,14 @@ class _Fuser:
         self._replace(node, _Product(spec, given))
 
     def residual(self, node: ir.Node) -> None:
-        """Let a product add what is added to its result."""
+        """Move an addition into the product before it."""
         x, residual = _inputs(node)
         if found := self._products.get(x):
             spec = replace(found.spec, residual=True, wide=True)
             self._replace(node, _Product(spec, found.inputs | {"residual": residual}))
 
     def gated_unit(self, node: ir.Node) -> None:
-        """Let the product that has both halves of a gated unit compute the unit."""
+        """Move a gated unit into the product that computes both its halves."""
         found, kind = self._products[_inputs(node)[0]], node.attributes["activation"].as_int()
         spec = replace(found.spec, outputs=found.spec.outputs // 2, activation=list(ACTIVATIONS.values())[kind])
         self._replace(node, found._replace(spec=spec))
@@ -117,7 +117,7 @@ class _Fuser:
         self._products[new] = product
 
     def _emit(self, before: ir.Node, spec: LinearSpec, given: list[ir.Value]) -> tuple[ir.Value, ...]:
-        """Write a product before a node; return its result in fp32, and that of its side."""
+        """Write a product before a node; return its result in fp32, and that of its side product."""
         made = self._write(before, lambda: plugin_linear(self._g, spec, given))
         result, *side = made if spec.side else (made,)
         return result if spec.wide else self._widen(result, before), *side

@@ -1,4 +1,4 @@
-"""The pass that lets products of a portable graph run in the halves in which their weights are stored."""
+"""The pass that lets products of a portable graph run in fp16 or bf16 if their weights are stored so."""
 
 from __future__ import annotations
 

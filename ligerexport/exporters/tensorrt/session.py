@@ -50,14 +50,14 @@ class TensorRTSession(BatchSession):
     """One batch of sequences on an artifact of the target `trt`. `ligerexport.run.runtime.Session` is the interface.
 
     Args:
-        artifact: From `open_artifact`.
+        artifact: Artifact from `open_artifact`.
         batch: B, number of sequences that advance together; siblings have at most this many.
         chunk: Prompt tokens per call, shared by the sequences, at most the graph's `max_chunk`; None takes that
             limit.
         graph: Whether steps and whole chunks are replayed as CUDA graphs.
-        runner: The library; None tries LIGEREXPORT_TRT_RUNNER, then the loader's paths. An artifact's own never runs.
+        runner: The library; None tries LIGEREXPORT_TRT_RUNNER, then the loader's paths, but never the artifact.
         plugin: Library of the plugin; None tries LIGEREXPORT_TRT_PLUGIN, then the one built together with
-            the runner. One in the artifact runs only if it is named here or there and its hash is the manifest's.
+            the runner. A plugin in the artifact runs only if named here or there, with the manifest's hash.
         build: Whether to build the engine even if there is one.
 
     Raises:
@@ -195,8 +195,8 @@ def open_runner(given: Path | str | None = None) -> ctypes.CDLL:
     """Open the runner's library.
 
     Raises:
-        MissingDependency: It, or a library that it needs, is not found.
-        LigerError: It belongs to another version of this package.
+        MissingDependency: The runner, or a library that it needs, is not found.
+        LigerError: The runner belongs to another version of this package.
     """
     file = str(given or os.environ.get(VARIABLE) or RUNNER_FILE)
     try:

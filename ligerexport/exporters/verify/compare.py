@@ -43,7 +43,7 @@ def tolerance_of(dtype: str) -> Tolerance:
 
 @dataclass
 class Result:
-    """What was compared; its `to_dict` is the manifest's `verification`."""
+    """The extent of a comparison; its `to_dict` is the manifest's `verification`."""
 
     passed: bool = False
     tokens: int = 0
@@ -116,7 +116,7 @@ class Comparison:
         return True
 
     def resume(self, session: Engine, snapshot: Snapshot, answer: Answer) -> None:
-        """Go on from torch's state after a near tie, as soon as there is a whole one."""
+        """Go on from torch's state after a near tie, as soon as there is a complete state."""
         self.adrift = not answer.whole
         if answer.whole:
             session.restore(replace(snapshot, tensors=snapshot.tensors | answer.state))

@@ -20,7 +20,7 @@ def cost_of_precision(
 
     Args:
         spec: The checkpoint.
-        artifact: What was built from it.
+        artifact: The artifact built from it.
         ids: The text `[T]`.
 
     Returns:

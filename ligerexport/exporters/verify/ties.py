@@ -46,7 +46,7 @@ def replay(
         check: Compares states and logits.
         session: Session in the state before the call.
         torch_model: Gives the expected answers.
-        past: Its state before the call.
+        past: Torch's state before the call.
         ids: Tokens of the call `[T]`.
         start: Tokens before the call.
         advance: Called with the number of tokens that were compared.
@@ -86,7 +86,7 @@ def narrow(
 
     Args:
         torch_model: Gives the expected answers.
-        past: Its state before the call.
+        past: Torch's state before the call.
         ids: Tokens of the call `[T]`.
         differs: Returns whether a call with the tokens of these answers ends differently from torch.
         hidden: The same as for `Reference.answers`.

@@ -68,7 +68,7 @@ class Reference:
     Args:
         spec: The checkpoint.
         artifact: Artifact whose weights to take; None keeps the checkpoint's.
-        storage: How they are stored.
+        storage: How the weights are stored.
         tolerance: Largest root mean square difference of a row to the checkpoint's, relative to the row's own.
     """
 
@@ -327,7 +327,7 @@ def _count(entry: Any, tokens: int) -> None:
 
 
 def _layer_state(entry: Any, whole: bool) -> State:
-    """Return the state of a layer by the graph's names; of one kept as softmax the values: the keys are rotated."""
+    """Return a layer's state by the graph's names; without the keys of a softmax layer, because they are rotated."""
     tensors: dict[str, Tensor] = getattr(entry, "state", None) or {"value": entry.values}
     names = tensors if whole else {"slot_position", "slot_score"} & tensors.keys()
     return {name: tensors[name].numpy() for name in names}

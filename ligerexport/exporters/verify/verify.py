@@ -41,7 +41,7 @@ WHOLE = 8
 def verify_artifact(
     spec: ModelSpec, artifact: Artifact, storage: WeightStorage, *, seed: int = 0, progress: ProgressFactory = silent
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Compare an unfinished artifact with the torch model of its checkpoint, and that with transformers' own first.
+    """Compare an unfinished artifact with its checkpoint's torch model, which is first compared with transformers'.
 
     Args:
         spec: The checkpoint.
@@ -53,7 +53,7 @@ def verify_artifact(
         The numbers for the manifest, from the comparison and from `cost_of_precision`.
 
     Raises:
-        VerificationError: They differ, or ONNX Runtime fails; the message names the first layer that does.
+        VerificationError: A layer differs, or ONNX Runtime fails in it; the message names the first such layer.
         CheckpointError: transformers cannot run the checkpoint.
         LigerError: Memory ran out.
     """
@@ -130,7 +130,7 @@ class Verification(Comparison):
         self._reference, self._progress = reference if scored else None, progress
 
     def run(self, session: Engine, answers: list[Answer], advance: Any, prompt: int = PIECES) -> None:
-        """Feed the prompt, the first `prompt` answers, in torch's pieces, then steps, and then the prompt at once.
+        """Feed the prompt (the first `prompt` answers) in torch's pieces, then single steps, then the prompt at once.
 
         Raises:
             Mismatch: Something differs by more than the tolerance.
@@ -155,7 +155,7 @@ class Verification(Comparison):
     ) -> np.ndarray | None:
         """Feed and compare one call after `start` tokens; return its logits, or None after a near tie.
 
-        `past` is torch's state before it, None if nothing was seen.
+        `past` is torch's state before the call, None if nothing was seen.
         """
         self.result.checks += 1
         self.result.tokens += len(answer.ids)

@@ -19,7 +19,7 @@ class Evicted(NamedTuple):
     Attributes:
         key: `[B, T, H_kv, d_k]`, key of the token that each step evicts.
         value: `[B, T, H_kv, d_v]`, its value.
-        lost: `[B, T, H_kv]`, whether there is one.
+        lost: `[B, T, H_kv]`, whether a step evicts a token.
         normaliser: `[B, T, H_q]`, logarithm of the softmax's denominator.
     """
 
@@ -118,7 +118,7 @@ def _plain(
     query: Tensor, key: Tensor, value: Tensor, arrival: Tensor | None, position: Tensor, slots: list[Tensor],
     rotary: Tensor, spec: str,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """Attend in plain torch, block by block; return output, slots, base-2 normalisers `[B, H_q, T]`, evicted ones."""
+    """Attend in plain torch, block by block; return output, slots, base-2 normalisers `[B, H_q, T]`, evicted tokens."""
     layer = MixerSpec.from_text(spec)
     state = dict(zip(SLOTS, slots, strict=False))
     dtype = torch.promote_types(query.dtype, torch.float32)

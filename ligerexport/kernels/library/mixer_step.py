@@ -40,7 +40,7 @@ def mixer_step(
         Output `[B, H_q, d_v]` in the dtype of `query`; zero for a sequence that is skipped or padding.
 
     Raises:
-        ValueError: A pool needs `score`, or its gate is keyed.
+        ValueError: A pool needs a `score` that is missing, or the gate is keyed.
     """
     if spec.config.foresees and score is None:
         raise ValueError("a pool ranks by a learned score, but no score was given")

@@ -114,7 +114,7 @@ def gate(artifact: str, checkpoint: str | None = None, progress: ProgressFactory
     """Return the evidence that an artifact computes what torch computes; all files are hashed for this.
 
     Args:
-        checkpoint: Checkpoint that it was built from, to compare it with torch now; None reads the manifest.
+        checkpoint: Checkpoint of the artifact, to compare the two now; None reads the manifest.
 
     Returns:
         `by`, which names the evidence, and the numbers of the comparison.
@@ -237,7 +237,7 @@ def prompt(context: int, vocab_size: int) -> list[int]:
 
 
 def _first(worker: Worker, batch: int, context: int, read_up_to: int) -> tuple[list[int], list[float]]:
-    """Give a worker its context; return the next ids and the seconds to them, no seconds if a cache was filled."""
+    """Give a worker its context; return the next ids and the seconds of each reading, none if a cache was filled."""
     ids = [prompt(context, worker.facts["vocab_size"])] * batch
     worker("prefill", ids=[row[:32] for row in ids])  # the first call allocates
     worker("restart")

@@ -77,7 +77,6 @@ def evaluate(
 class EvaluatePlan:
     """An evaluation whose arguments, those of `evaluate`, are checked. No model is opened.
 
-
     Attributes:
         files: The files of the held-out text.
         settings: The settings.

@@ -30,7 +30,7 @@ class HarnessLM(TemplateLM):
     """An lm-eval model from a scorer and a tokenizer.
 
     Args:
-        max_length: Largest number of tokens of prompt and continuation; longer ones lose their beginning.
+        max_length: Largest number of tokens of prompt and continuation; longer requests lose their beginning.
         advance: Called with the number of requests that are done.
     """
 
@@ -47,7 +47,7 @@ class HarnessLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Id that is the context of a text without one."""
+        """Id that serves as the context of a text without context."""
         return self.eot_token_id if self.text.bos_id is None else self.text.bos_id
 
     @property

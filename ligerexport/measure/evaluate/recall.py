@@ -1,6 +1,6 @@
 """Measure recall from context: the share of an answer's tokens that a model gets right, on seeded prompts in prose.
 
-One key is stated once or twice, or several named keys are; associations are pairs of words; copies repeat a span of
+A prompt states one key once or twice, or several named keys once; or it has pairs of words; or it repeats a span of
 the prose. The prose never repeats to fill a distance, because in repeated filler anything different is easy to keep.
 """
 

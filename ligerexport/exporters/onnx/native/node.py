@@ -45,7 +45,7 @@ def bounded_memory(
 
     Args:
         keys: Cosine and sine by offset from `-max_distance` on.
-        turn: From `turn_table`, if the layer evicts into a recurrence.
+        turn: Table from `turn_table`, if the layer evicts into a recurrence.
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
         arrival: `[B, H, 1, T]`, scores on arrival; None if no pool has them.
         learned: `[B * T, H]`, the learned scores from which `arrival` was made. If they come from a linear map, the
