@@ -43,7 +43,7 @@ def tolerance_of(dtype: str) -> Tolerance:
 
 @dataclass
 class Result:
-    """The extent of a comparison; its `to_dict` is the manifest's `verification`."""
+    """Counts and largest errors of a comparison; its `to_dict` is the manifest's `verification`."""
 
     passed: bool = False
     tokens: int = 0
