@@ -18,7 +18,7 @@ from ligerexport.errors import LigerError, UsageError
 Row = TypeVar("Row")
 
 MOST = 2**53
-"""Integers from this one on are not accepted as sizes, and JSON numbers no longer hold them exactly."""
+"""Integers from this value on are not accepted as sizes, and JSON numbers no longer hold them exactly."""
 
 
 def read_json(file: Path, kind: type[LigerError], hint: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Load checkpoints as torch models: converted ones, and Transformers with transformers, but strictly.
+"""Load checkpoints as torch models, converted or not, with transformers but strictly.
 
 A missing or superfluous weight is an error. Quantised weights are dequantised, and a PEFT adapter beside the weights is
 merged into them; a checkpoint for which that fails is refused.

@@ -19,7 +19,7 @@ from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_target
 
 _ANNOUNCED = ("target", "lowering", "max_chunk", "weights")
 _FOR_GPUS = ("sms", "max_batch", "plugin", "engine")
-"""Settings that `--verbose` prints, of every build and of one for GPUs."""
+"""Settings that `--verbose` prints, of every build and of builds for GPUs."""
 
 
 @verb(computes=True)

@@ -28,7 +28,7 @@ _COMMANDS = {
     "/exit": "leave",
 }
 _ENDINGS = {"eos": "complete", "length": "length limit", "stop": "stop text"}
-"""How a finish is called below an answer."""
+"""Name of each finish below an answer."""
 
 
 @verb()

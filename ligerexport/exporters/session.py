@@ -53,7 +53,7 @@ class BatchSession(ABC):
 
         Raises:
             UsageError: Another thread is inside.
-            LigerError: The weights were loaded in a process from which this one was forked.
+            LigerError: The weights were loaded before this process was forked.
         """
         if self._process != os.getpid():
             raise LigerError(
@@ -128,7 +128,7 @@ class BatchSession(ABC):
             Logits after the last token, `[B, V]` fp32; a view that the next call overwrites.
 
         Raises:
-            UsageError: There are no tokens, ids outside the vocabulary, or a shape that does not fit.
+            UsageError: There are no tokens, an id is outside the vocabulary, or a shape does not fit.
         """
         array = np.atleast_2d(np.asarray(ids))
         if array.size == 0:
@@ -155,7 +155,7 @@ class BatchSession(ABC):
             The same as `prefill`; the logits of an idle row mean nothing.
 
         Raises:
-            UsageError: An id outside the vocabulary, or a row that is idle in the middle of its sequence.
+            UsageError: An id is outside the vocabulary, or a row is idle in the middle of its sequence.
         """
         with self._alone():
             row = self._step_ids[:, 0]

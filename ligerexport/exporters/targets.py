@@ -93,7 +93,7 @@ class Precision:
         dtype: Name in manifests; for floating-point types also the row of `DTYPES`.
         bits: Size of an element. Below 16, elements are codes, and blocks of them share a scale and a zero point.
         error: Largest root mean square error of a stored row that verification accepts, relative to that of the row. A
-            few large elements may leave the others little precision.
+            few large elements may leave the rest little precision.
         doc: One line for tables.
         mixed: Whether the matrices that lose most are stored with 8 bits; see `WeightStorage.bits`.
         levels: Number of codes that are used, if not all of them.

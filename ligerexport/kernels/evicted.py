@@ -25,7 +25,7 @@ BLOCK = 64
 
 
 def slow_rotation(rotary: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
-    """Return the rotation of a query by the distance, `[2, R]`, zero for fast channels, and a mask of slow ones, `[R]`.
+    """Return the rotation of a query by the distance, `[2, R]`, zero for fast channels, and a mask of the rest, `[R]`.
 
     Args:
         rotary: `rotary_table(inv_freq, spec.max_distance, ahead)`.

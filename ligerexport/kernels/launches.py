@@ -256,7 +256,7 @@ class Expressions:
 
     @staticmethod
     def _generate(axes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Yield texts and values, simple ones first."""
+        """Yield texts and values, the simplest first."""
         sizes = {name: x for name, x in axes.items() if "_stride_" not in name}
         yield from axes.items()
         quotients = {f"cdiv({name}, {n})": -(-x // n) for name, x in sizes.items() for n in DIVISORS}

@@ -181,7 +181,7 @@ def _judge(k: Tensor, v: Tensor, judge: Tensor) -> float:
 
 
 def _kept(left: list[Slot], pools: tuple[Pool, ...]) -> list[Slot]:
-    """Return the slots that are kept: the best of the first pool, then of the next among the rest; older on ties."""
+    """Return the slots that are kept: the best of the first pool, then of the rest by the next; ties keep the older."""
     kept: list[Slot] = []
     for i, pool in enumerate(pools):
         left = sorted(left, key=lambda s, i=i, pool=pool: (-_rank(s.scores[i], s.position, pool), s.position))  # type: ignore[misc]
@@ -241,7 +241,7 @@ def _load_slots(state: MixerState, b: int, h: int) -> list[Slot]:
 
 
 def _store_slots(present: MixerState, b: int, h: int, slots: list[Slot]) -> None:
-    """Write the slots of one head in the order of their positions, empty ones first."""
+    """Write the slots of one head in the order of their positions, empty slots first."""
     slots.sort(key=lambda s: s.position)
     empty = present["slot_position"].shape[-1] - len(slots)
     present["slot_position"][b, h] = -1

@@ -86,7 +86,7 @@ class Opened(ABC):
 
     @abstractmethod
     def read(self, ids: Tensor, state: Any, last: int, *, keep: bool = True) -> tuple[Tensor, Any]:
-        """Read tokens, and return logits and the state after them, which is valid until a call without a state.
+        """Read tokens; return their logits and the state after them. A call without a state invalidates that state.
 
         Args:
             ids: Token ids `[B, T]`.

@@ -87,14 +87,14 @@ class Family:
     Attributes:
         model_type: Value of `model_type` in its config.json.
         prefix: Prefix of the names of its classes.
-        doc: What distinguishes it from the others.
+        doc: What distinguishes it from other families.
         norms: The norms of a layer.
         qk_norm: Whether queries and keys are normed before rotary embedding, each head or all heads at once.
         scaling: Returns the factors for a configuration.
         unit_norms: Whether a norm multiplies by 1 + its weight.
         nope: Whether `no_rope_layers` in its configuration marks layers with rotary embedding (1) and without (0).
         packed: Whether `qkv_proj` holds query, key and value, and `gate_up_proj` gate and up.
-        keeps_windows: Whether layers with a sliding window keep it, and only the others are converted.
+        keeps_windows: Whether layers with a sliding window keep it, and only layers without are converted.
         refused: Settings of its configuration that must be off.
     """
 

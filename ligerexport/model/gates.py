@@ -30,7 +30,7 @@ FEATURE_MAPS: dict[str, str] = {
     "one_minus_sigmoid": "1 - sigmoid(x)",
     "one_minus_decay": "1 - the decay of the same channel; keys of keyed gates only",
 }
-"""What each feature map computes."""
+"""Formula of each feature map."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Gate:
         query_map: Row of `FEATURE_MAPS` for the query; a keyed gate applies it to the logits of the rows.
         key_map: Row of `FEATURE_MAPS` for the key.
         decay_divisor: The decay is `logsigmoid(key) / decay_divisor`, per key channel, in nats per token.
-        source: Where the gate is defined.
+        source: Paper that defines the gate.
         keyed: Whether the rows of the recurrent state have keys, which a second recurrence holds. The products of the
             raw query with these keys are the logits by which rows are read.
 

@@ -100,7 +100,7 @@ def load(
             file, which loads sooner and needs less memory, but more time per token. Quantised weights are copied in
             any case if the runtime's products need that.
         hashes: Whether to check the sha256 of every file first; weights are hashed while the engine loads them.
-        scoring: Whether calls compute the logits of all their tokens, for `Session.every`, instead of the last ones.
+        scoring: Whether calls compute the logits of all their tokens, for `Session.every`, instead of the last logits.
         device: `cpu`, or `cuda` with the package onnxruntime-gpu; the state stays on it between calls.
 
     Raises:

@@ -48,7 +48,7 @@ class Sampler:
         top_p: Probability that the most likely tokens must reach together to be enough; 1 keeps all.
         seed: Seed for the random numbers; None takes one from the system.
         min_p: Smallest probability to keep, as a share of the largest; 0 keeps all.
-        repetition_penalty: Divisor of positive logits, and factor of negative ones, for every token that was read or
+        repetition_penalty: Divisor of positive logits, and factor of negative logits, for every token that was read or
             written so far; 1 has no effect.
         presence_penalty: Value subtracted from the logits of tokens that this answer already has. As in OpenAI's API
             and vLLM, the prompt does not count.

@@ -114,7 +114,7 @@ class RecoverConfig:
         return round(self.row.warmup * self.num_steps) if self.warmup is None else self.warmup
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that determine a run's numbers; only a run with equal ones continues its state.
+        """Return the settings that determine a run's numbers; only a run with equal settings continues its state.
 
         The size of micro-batches and the interval of saved states are left out: they change no more than rounding.
         """

@@ -123,7 +123,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Return all gradients; those that a phase does not reach are zeros, on every process alike."""
+    """Return all gradients, with zeros for those that a phase does not reach, on every process."""
     found = []
     for parameter in parameters:
         if parameter.grad is None:

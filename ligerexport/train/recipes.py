@@ -20,7 +20,7 @@ class Phase:
         loss: Row of `PHASES`.
         share: Share of all steps, between 0 and 1.
         answers: Whether only the tokens of answers count, instead of all tokens.
-        after: First position of a document that counts: earlier ones have nothing beyond the window to learn from.
+        after: First position of a document that counts: earlier positions have nothing beyond the window to learn from.
 
     Raises:
         UsageError: A number makes no sense.

@@ -108,7 +108,7 @@ class Candidates:
 
 
 def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -> list[Candidates]:
-    """Compare positions at once for all layers that are alike, from their `slot_position` `[B, H, N]`.
+    """Compare positions at once for all layers with equal mixers, from their `slot_position` `[B, H, N]`.
 
     Returns one result per layer. Positions are known before the first layer runs, and one large comparison is cheaper
     than many small ones.

@@ -75,8 +75,8 @@ def _row_logits(
 ) -> tuple[ir.Value, ir.Value]:
     """Run S_t = exp(g_t) S_{t-1} + w_t k_t^T, o_t = S_t q_t; see `ligerexport.kernels.linear_attention.row_logits`.
 
-    No operator reads a state by its columns, so this uses standard ones: q_t k_i times the rest of w_i at time t, one
-    number per row. State and keys are joined first, so that the state has one consumer and may be updated in place.
+    No operator reads a state by its columns, so this uses standard operators: q_t k_i times the rest of w_i at time t,
+    one number per row. State and keys are joined first, so that the state has one consumer and may be updated in place.
 
     Args:
         spec: The layer; its number of rows M is the number of key channels.

@@ -121,7 +121,7 @@ def _logger(trt: Any) -> Any:
 
 def _monitor(trt: Any, progress: ProgressFactory) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Shows the outermost phases; inner ones come from several threads."""
+        """Shows the outermost phases; inner phases come from several threads."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)

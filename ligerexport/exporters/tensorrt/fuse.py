@@ -1,4 +1,4 @@
-"""The pass that turns a graph of standard operators into one of the TensorRT plugin's nodes."""
+"""The pass that turns a graph of standard operators into a graph of the TensorRT plugin's nodes."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ligerexport.kernels.linear import LinearSpec
 
 CONTRACT = 2
-"""Version of the nodes' attributes, inputs and outputs; the plugin refuses another one."""
+"""Version of the nodes' attributes, inputs and outputs; the plugin refuses any other version."""
 MIXER, LINEAR = "LigerMixer", "LigerLinear"
 OPERANDS = ("query", "key", "value", "position", "rotary", "score")
 """Inputs of a mixer before its state, in order. A joint node has key and value in the query, and only a layer with
@@ -111,7 +111,7 @@ def products(graph: ir.Graph) -> dict[tuple[LinearSpec, str], None]:
 
 
 def _rotary(g: Builder, inv_freq: tuple[float, ...], max_distance: int) -> ir.Value:
-    """Return the table that kernels take, `[2, rows, R]`, shared by layers that rotate alike."""
+    """Return the table that kernels take, `[2, rows, R]`, shared by layers with equal rotation."""
     import torch
 
     from ligerexport.kernels.ops import BLOCK, rotary_table

@@ -26,7 +26,7 @@ PACK = "kernels.liger"
 MAGIC = b"LIGERPK2"
 OPERATORS = ("step", "prefill")  # the two operators of a mixer
 PTX = 1 << 16
-"""Added to a compute capability: also store text for that one or any later, which the driver compiles."""
+"""Added to a compute capability: also store text for it and all later ones, which the driver compiles."""
 TYPES = ("*", "i32", "i64", "fp32")
 ROLES = ("input", "output", "state", "scratch", "persistent", "table")
 TABLES = ("segments", "chunks", "offsets")
@@ -46,9 +46,9 @@ def write_pack(
     """Compile the kernels of layers, without a GPU, and write them as one file; equal arguments give equal bytes.
 
     Args:
-        specs: The layers; equal ones are packed once.
+        specs: The layers; equal layers are packed once.
         path: File to write.
-        products: Products with weights, each with the dtype of its weight; equal ones are packed once.
+        products: Products with weights, each with the dtype of its weight; equal products are packed once.
         sms: Compute capabilities, 90 for 9.0. With `FORWARD` among them there is PTX for every later GPU.
         dtype: Type of activations: `bf16`, `fp16` or `fp32`.
         max_batch: Largest batch of a step.

@@ -128,7 +128,7 @@ def of_layer(state: State, layer: int) -> State:
 
 
 def sort_slots(state: State) -> State:
-    """Return a mixer's state with slots sorted by position (see `TENSORS` of `model/state.py`), empty ones zero."""
+    """Return a mixer's state with slots sorted by position (see `TENSORS` of `model/state.py`), empty slots zero."""
     position = state["slot_position"]
     order = position.argsort(axis=-1, kind="stable")
     position = np.take_along_axis(position, order, -1)

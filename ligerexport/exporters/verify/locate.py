@@ -22,7 +22,7 @@ from ligerexport.exporters.verify.torch_model import Answer, Reference, State
 APART = 2e-5
 """Relative distance from torch's tensor above which a layer may count as different; rounding stays below it."""
 GROWTH = 8.0
-"""It must also be this many times that of the layers before, because an error goes on in all later layers."""
+"""The distance must also be this many times that of earlier layers: an error continues in all later layers."""
 Run = Callable[[list[str], dict[str, np.ndarray]], list[np.ndarray]]
 
 

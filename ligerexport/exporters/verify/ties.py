@@ -28,7 +28,7 @@ TRIES = 32
 SINGLE = 4
 """Number of these that are also tried with single tokens after them: a whole call may round later ties differently."""
 NUDGE = 1e-6
-"""Distance that a rank is then moved past the other one: several units in the last place of a score."""
+"""Distance by which a rank is then moved past the other: several units in the last place of a score."""
 
 
 def replay(

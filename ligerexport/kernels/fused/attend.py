@@ -147,7 +147,7 @@ def attend(
     Args:
         found: The candidates.
         death: `[B, H_kv, C]` int32, the time from which each candidate is no longer seen.
-        table: From `old_table` for this `death`.
+        table: Table from `old_table` for this `death`.
         d_v: Width of the values.
         with_output: Whether to compute the output too, and not only the normaliser.
 

@@ -26,7 +26,7 @@ def layout(*tensors: Tensor | None) -> Hashable:
 
 @lru_cache(maxsize=1024)
 def same(*things: Hashable) -> Hashable:
-    """Return one object for equal things, which is faster to look up than the things themselves."""
+    """Return one object for equal values, which is faster to look up than the values themselves."""
     return object()
 
 

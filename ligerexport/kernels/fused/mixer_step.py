@@ -66,7 +66,7 @@ def mixer_step(
 ) -> Tensor:
     """Mix one token of every sequence and update its state in place.
 
-    Arguments and result are those of `ligerexport.kernels.library.mixer_step`, but for these.
+    Arguments and result are those of `ligerexport.kernels.library.mixer_step`, except these.
 
     Args:
         heads: Query, key and value, with any strides and a contiguous last axis.

@@ -1,7 +1,7 @@
 """Programmatic dependent launch: a kernel begins before the previous one ends, and loads data that it does not write.
 
 Every kernel that is launched like this waits for the previous one, and only then lets the next one begin. So when a
-kernel begins, all but the previous one have ended, and loads before the wait are safe unless that one writes there. In
+kernel begins, all but the previous one have ended, and loads before the wait are safe unless it writes there. In
 other launches these functions do nothing.
 """
 

@@ -1,4 +1,4 @@
-"""When each candidate is evicted, which old ones a block of queries still sees, and the slots that remain.
+"""When each candidate is evicted, which old candidates a block of queries still sees, and the slots that remain.
 
 A pool keeps the best of all tokens that left the window so far, and a token that it drops competes for the next pool.
 One token leaves the window at a time (an event), so a pool drops either that token or the worst that it holds. The
@@ -24,12 +24,12 @@ EVENTS = 128
 NOTHING = tl.constexpr(-(2**63))
 """Order of an event without an item: worse than all items."""
 NEVER_DROPPED = tl.constexpr(2**63 - 1)
-"""Better than all others."""
+"""Order of a token that is never dropped."""
 
 
 @triton.jit
 def _order(score, time, item, enters, HORIZON: tl.constexpr):
-    """Return an integer per item that is larger for a better one: by rank, older on ties; `NOTHING` for no item.
+    """Return an integer per item that is larger for a better one: by rank, the older on a tie; `NOTHING` for no item.
 
     Pools that age rank by times counted from the start of the call, because the positions of a long text would round.
     """
@@ -47,7 +47,7 @@ def _enter_kernel(
     H_KV: tl.constexpr, SINKS: tl.constexpr, POOLS: tl.constexpr, HORIZON: tl.constexpr, LISTED: tl.constexpr,
     EVENTS: tl.constexpr,
 ):  # fmt: skip
-    """Let every token that leaves the window within the call enter the first pool."""
+    """Enter every token that leaves the window within the call into the first pool."""
     block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     c = block * EVENTS + tl.arange(0, EVENTS)
     bh = b * H_KV + h
@@ -65,7 +65,7 @@ def _enter_kernel(
 
 @triton.jit
 def _merged(best, other, PLACES: tl.constexpr, STAGES: tl.constexpr):
-    """Return the best of a list in falling order and one in rising order, in falling order."""
+    """Return the best items of a falling and a rising list, in falling order."""
     x = tl.maximum(best, other)  # rises at most once, so halves can be exchanged one after the other
     for stage in tl.static_range(STAGES):
         pairs = tl.reshape(x, (2**stage, 2, PLACES // 2 ** (stage + 1)))

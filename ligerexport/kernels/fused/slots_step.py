@@ -1,4 +1,4 @@
-"""The slots of one KV head for one token: attention over them, and the new token replaces the one it displaces.
+"""The slots of one KV head for one token: attention over them, and the replacement of a token by the new one.
 
 This is part of the kernel in `mixer_step.py`. The slots are an unordered set here.
 """

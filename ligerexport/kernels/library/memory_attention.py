@@ -14,7 +14,7 @@ from ligerexport.model.state import SLOTS, MixerSpec, MixerState
 
 
 class Evicted(NamedTuple):
-    """The tokens that the memory evicted, and the normaliser of the softmax over the others.
+    """The tokens that the memory evicted, and the normaliser of the softmax over the remaining tokens.
 
     Attributes:
         key: `[B, T, H_kv, d_k]`, key of the token that each step evicts.

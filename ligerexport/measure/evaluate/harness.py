@@ -20,7 +20,7 @@ from ligerexport.text.tokenizer import TextModel
 MAX_GEN_TOKENS = 256
 """Number of tokens of an answer if a task does not set it."""
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens")
-"""Names under which tasks set it."""
+"""Names under which tasks set that number."""
 
 Scored = tuple[float, bool]
 """Log probability of a continuation in nats, and whether greedy decoding writes it."""
