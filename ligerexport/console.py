@@ -51,7 +51,7 @@ def say(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Print one line that the user should read, although the work goes on."""
+    """Print one line that the user should read, although the work continues."""
     err.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: JSON of any content, dataclasses whose types are checked, hashes, escaping links.
+"""Files that others wrote: JSON of any content, dataclasses with checked types, hashes, links out of a directory.
 
 The code that reads such a file decides what it must contain.
 """

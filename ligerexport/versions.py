@@ -1,7 +1,7 @@
 """The releases of dependencies that this version was tried with, and the warning about any other.
 
 `pyproject.toml` has the releases that may be installed, and `TRIED` those that were tried: a test compares both. A
-release that is known to break is outside the bounds of `pyproject.toml`; an untried one gets a warning.
+release that is known to break is outside the bounds of `pyproject.toml`; an untried release gets a warning.
 """
 
 from __future__ import annotations

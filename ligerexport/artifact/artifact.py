@@ -335,7 +335,7 @@ def open_artifact(path: Path | str, *, hashes: bool = True, data: bool = True, r
     """Check an artifact before any engine reads it.
 
     Args:
-        hashes: Whether to read every file and compare its sha256; sizes are compared in any case.
+        hashes: Whether to read every file and compare its sha256; sizes are always compared.
         data: Whether to hash the weights too; otherwise `check_data` must do so before anything is computed with them.
         runtime: Whether the installed runtimes must fit.
 

@@ -57,7 +57,7 @@ class LigerLayer(CacheLayerMixin):
         self.state, self.seen, self.is_initialized = None, 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: a state cannot be rolled back. Copy the cache before instead."""
+        """Refuse, because a state cannot be rolled back; copy the cache beforehand instead."""
         raise NotImplementedError("a recurrent state cannot be cropped; go back to a copy.deepcopy of the cache")
 
     def _map(self, change: Any) -> None:

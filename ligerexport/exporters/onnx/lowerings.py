@@ -299,7 +299,7 @@ def unsqueeze(g: Builder, x: ir.Value, axis: int) -> ir.Value:
 
 
 def reach(g: Builder, key: ir.Value, total: ir.Value) -> ir.Value:
-    """Return keys s as decayed at times t, `[B, H, T, S, d_k]`, and undecayed where s > t; `total` sums the decay."""
+    """Return each key s decayed until time t, `[B, H, T, S, d_k]`, undecayed if s > t; `total` is the sum of decays."""
     between = g.op("Sub", unsqueeze(g, total, 3), unsqueeze(g, total, 2))
     return g.op("Mul", g.op("Exp", g.op("Clip", between, None, g.floats(0))), unsqueeze(g, key, 2))
 

@@ -40,7 +40,7 @@ def replay(
     start: int = 0,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> None:
-    """Compare a call with torch chunk by chunk, and go on from torch's state after each near tie.
+    """Compare a call with torch chunk by chunk, and continue from torch's state after each near tie.
 
     Args:
         check: Compares states and logits.

@@ -1,6 +1,6 @@
 """Gated linear attention on the GPU: launches and gradients of the kernels beside this file.
 
-Forward is three launches, or one where a sequence is a single segment; only the segments' states are kept for the
+Forward is five launches, or three if each sequence is a single segment; only the segments' states are kept for the
 backward pass.
 """
 
