@@ -86,7 +86,7 @@ class Opened(ABC):
 
     @abstractmethod
     def read(self, ids: Tensor, state: Any, last: int, *, keep: bool = True) -> tuple[Tensor, Any]:
-        """Read tokens; return their logits and the state after them. A call without a state invalidates that state.
+        """Read tokens; return their logits and the new state, which is valid until the next call with `state=None`.
 
         Args:
             ids: Token ids `[B, T]`.

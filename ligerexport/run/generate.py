@@ -225,10 +225,10 @@ def _stops(stop: Sequence[str]) -> list[str]:
 
 
 def check_text(text: str, what: str = "the prompt") -> None:
-    """Refuse unpaired surrogates, which stand for bytes that are not UTF-8 in Python.
+    """Refuse unpaired surrogates, by which Python represents bytes that are not UTF-8.
 
     Raises:
-        UsageError: The text has one.
+        UsageError: The text has an unpaired surrogate.
     """
     try:
         text.encode()

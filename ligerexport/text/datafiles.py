@@ -269,7 +269,7 @@ def _whole(value: Any, where: str) -> Any:
     """Return a value after checking its texts for unpaired surrogates.
 
     Raises:
-        DataError: There is one, as programs that cut text at a fixed length leave it.
+        DataError: A text has one, as programs that cut text at a fixed length leave it.
     """
     try:
         json.dumps(value, ensure_ascii=False).encode()

@@ -133,7 +133,7 @@ class Verification(Comparison):
         """Feed the prompt (the first `prompt` answers) in torch's pieces, then single steps, then the prompt at once.
 
         Raises:
-            Mismatch: Something differs by more than the tolerance.
+            Mismatch: A result differs by more than the tolerance.
         """
         past, start = None, 0
         for i, answer in enumerate(answers):
