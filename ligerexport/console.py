@@ -1,6 +1,6 @@
 """How the commands print: data goes to stdout, everything else to stderr.
 
-rich handles colour, width and `NO_COLOR`. This module does not depend on models. Long work takes `progress` as an
+rich handles colour, width and `NO_COLOR`. Long work takes `progress` as an
 argument, so that library code stays silent by default.
 """
 

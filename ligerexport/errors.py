@@ -66,7 +66,7 @@ class ArtifactError(LigerError):
 
 
 class VerificationError(LigerError):
-    """A built graph does not compute the same as the torch model."""
+    """A conversion or a built graph differs from its model."""
 
     exit_code = 3
 

@@ -1,7 +1,4 @@
-"""Files that others wrote: JSON of any content, dataclasses with checked types, hashes, links out of a directory.
-
-The code that reads such a file decides what it must contain.
-"""
+"""Files that others wrote: JSON of any content, dataclasses with checked types, hashes, links out of a directory."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How many threads compute, and how they wait for each other, for torch, its kernels and ONNX Runtime.
 
 torch takes one thread for each CPU, whatever the quota of a container is, and lets all of them spin at the end of
-every loop until the last one arrives. If another process takes a core for a moment, that wait is several times as long
-as the work itself.
+every loop until the last one arrives. If another process takes a core, that wait takes several times as long as the
+work.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The artifact: a directory with a graph, its weights, a tokenizer, and a manifest that describes them.
 
-This file has the manifest, the writer, which leaves a whole artifact or none, and the checks before an engine reads
-one.
+This file has the manifest, the writer, and the checks before an engine reads an artifact.
 """
 
 from __future__ import annotations

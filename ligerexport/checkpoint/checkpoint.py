@@ -1,7 +1,7 @@
 """Check that a checkpoint directory is complete, from `config.json` and the headers of its safetensors files.
 
 A damaged or incomplete checkpoint is reported here in one line, before anything is loaded. The only weights that are
-read are an output projection and an embedding, to see whether the two are equal.
+read are an output projection and an embedding, to compare them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Compare a conversion with its source: both read a short text, and every layer must give the same output.
 
 transformers loads the source by itself, with its own configuration class, ties, choice of files, dequantisation and
-attention. None of this package's code for reading checkpoints is used for it, so an error in that code shows as a layer
-that differs.
+attention. This uses none of our code for reading checkpoints, so an error in that code shows as a layer that
+differs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The actions of a page: let both models answer a question, stop them, measure them. Nothing here knows Gradio."""
+"""The actions of a page: let both models answer a question, stop them, measure them."""
 
 from __future__ import annotations
 

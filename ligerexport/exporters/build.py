@@ -1,6 +1,6 @@
 """From a converted checkpoint to a verified artifact: spec, graph, weights, comparison, manifest, rename.
 
-An artifact is not written if it does not compute the same as the torch model.
+An artifact that differs from the torch model is not written.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The settings of a conversion: gate, window, sinks, scored slots and mix. `PRESETS` has named settings.
 
-There is no arithmetic here: `ligerexport.model.state` lists the tensors that a configuration needs, and
+`ligerexport.model.state` lists the tensors that a configuration needs, and
 `ligerexport.kernels` computes with them.
 """
 

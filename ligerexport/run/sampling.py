@@ -1,7 +1,4 @@
-"""Choose the next token: penalties, temperature, cut-offs, and the settings that a model's makers recommend for chat.
-
-Nothing here knows models or text; `generate.py` has both.
-"""
+"""Choose the next token: penalties, temperature, cut-offs, and the settings that a model's makers recommend for chat."""
 
 from __future__ import annotations
 

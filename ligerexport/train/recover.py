@@ -1,6 +1,6 @@
 """`recover`: train a converted checkpoint on text and write the recovered one.
 
-This module has the order of the work. Torch is imported only when there is something to train.
+Torch is imported only when there is something to train.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A thin layer over onnx_ir that makes writing a graph read like arithmetic. No operator is chosen here."""
+"""A thin layer over onnx_ir that makes writing a graph read like arithmetic."""
 
 from __future__ import annotations
 

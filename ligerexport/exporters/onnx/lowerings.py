@@ -1,7 +1,7 @@
 """How each piece of the model is written: with standard operators, or with ONNX Runtime's where these are faster.
 
 `Portable` uses standard operators of opset 21 without control flow. `Ort` replaces some pieces by contrib operators
-and `Native` a layer's memory by an operator of this project. `mixer.py` and `graph.py` combine the pieces.
+and `Native` a layer's memory by an operator of this project.
 """
 
 from __future__ import annotations

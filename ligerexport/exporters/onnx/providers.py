@@ -1,7 +1,7 @@
 """Which nodes of a graph an execution provider runs, by its own operator list; the others run on the CPU.
 
 The lists in `providers.json` are taken from ONNX Runtime's documentation and kernel registrations at one commit (1.24),
-for the operators that graphs here have. They give first opset, last opset, and the types of the first inputs.
+for the operators of our graphs. They give first opset, last opset, and the types of the first inputs.
 """
 
 from __future__ import annotations

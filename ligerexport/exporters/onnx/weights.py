@@ -1,7 +1,7 @@
 """The data file of a graph: which tensors hold the weights, where they are, and how they are written and read.
 
 Weights keep their names and the checkpoint's orientation `[out, in]`, except quantised weights that a lowering wants
-transposed. Maps of one input are adjacent; a tied embedding is stored once. No code here depends on an operator.
+transposed. Maps of one input are adjacent; a tied embedding is stored once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run a graph of the lowering `plugin` without TensorRT: onnx's evaluator in numpy, and our torch op for the mixers.
 
-It is slow, and used only for comparisons. It reads the attributes of nodes and their inputs by order, so it is a second
-reader of the contract in `node.py`.
+It is slow, and used only for comparisons. It reads nodes by the contract in `node.py`,
+as the plugin does.
 """
 
 from __future__ import annotations

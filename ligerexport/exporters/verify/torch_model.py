@@ -1,7 +1,7 @@
 """The torch model of a checkpoint in fp32, of which at most one layer is in memory.
 
-All pieces of a text go through a layer before the next layer is read, so one pass over the weights is enough,
-however large the model. A piece sees earlier pieces through the cache, as usual. The embedding has only the rows of the
+All pieces of a text go through a layer before the next layer is read, so one pass over the weights is enough.
+A piece sees earlier pieces through the cache, as usual. The embedding has only the rows of the
 text's tokens, and the output is multiplied some rows at a time.
 """
 

@@ -1,4 +1,4 @@
-"""Read the machine: memory of this process, energy, bandwidth, names. Nothing here knows a model."""
+"""Read the machine: memory of this process, energy, bandwidth, names."""
 
 from __future__ import annotations
 
