@@ -1,4 +1,4 @@
-"""Choose the next token: penalties, temperature, cut-offs, and the settings that a model's makers recommend for chat."""
+"""Choose the next token: penalties, temperature, cut-offs, and the settings that a model recommends for chat."""
 
 from __future__ import annotations
 
