@@ -40,7 +40,7 @@ def evaluate(expression: str, axes: Mapping[str, int]) -> int:
     An axis may be a stride, `query_stride_1`.
 
     Raises:
-        LigerError: The expression has another form, or an axis is missing.
+        LigerError: The expression has a different form, or an axis is missing.
     """
 
     def value(node: ast.expr) -> int:

@@ -97,8 +97,8 @@ def load(
         threads: Number of threads per operator; None takes the physical cores that this process may use.
         chunk: Number of prompt tokens per call; None takes the fastest measured one.
         prepack: Whether the runtime may copy the weights into its fastest layout. If not, they stay mapped from the
-            file, which loads sooner and needs less memory, but more time per token. Quantised weights are copied in
-            any case if the runtime's products need that.
+            file, which loads sooner and needs less memory, but makes each token slower. Quantised weights are always
+            copied if the runtime's products need that.
         hashes: Whether to check the sha256 of every file first; weights are hashed while the engine loads them.
         scoring: Whether calls compute the logits of all their tokens, for `Session.every`, instead of the last logits.
         device: `cpu`, or `cuda` with the package onnxruntime-gpu; the state stays on it between calls.

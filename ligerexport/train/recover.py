@@ -96,7 +96,7 @@ class RecoverPlan:
         resumes: Whether to continue from a saved state.
 
     Raises:
-        UsageError: A setting makes no sense for this model, or a place is in use.
+        UsageError: A setting makes no sense for this model, or a path is in use.
         CheckpointError: A checkpoint is incomplete or damaged.
     """
 

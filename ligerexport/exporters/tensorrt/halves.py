@@ -1,4 +1,4 @@
-"""The pass that lets products of a portable graph run in fp16 or bf16 if their weights are stored so."""
+"""The pass that lets products of a portable graph run in fp16 or bf16 if their weights have that type."""
 
 from __future__ import annotations
 
