@@ -34,11 +34,12 @@ class Asking:
         int | None, typer.Option("--top-k", help="Sample from this many most likely tokens; 0 takes all.")
     ] = None
     top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Then from the likeliest ones whose probabilities add up to this.")
+        float | None,
+        typer.Option("--top-p", help="Sample from the most likely tokens whose probabilities add up to this."),
     ] = None
     min_p: Annotated[
         float | None,
-        typer.Option("--min-p", help="Then from those with at least this share of the likeliest one's probability."),
+        typer.Option("--min-p", help="Sample from tokens with at least this share of the highest probability."),
     ] = None
     repetition_penalty: Annotated[
         float | None,
