@@ -3,48 +3,22 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from test_cli import Cli, cli  # noqa: F401
 from test_evaluate import _one_thread, artifact, liger, teacher, text, windows  # noqa: F401
 
 import ligerexport as lx
-from ligerexport.cli import main
 from ligerexport.errors import MissingDependency
 from ligerexport.measure.evaluate.estimate import Estimate
 from ligerexport.measure.evaluate.report import Report
 
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
-    def call(*arguments: object) -> Result:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
-        assert isinstance(caught.value.code, int)
-        return Result(caught.value.code, captured.out, captured.err)
-
-    before = signal.getsignal(signal.SIGTERM)
-    yield call
-    signal.signal(signal.SIGTERM, before)
-
-
 SMALL = ("--length", 128, "--windows", 2, "--trials", 2)
 
 
-def test_the_verb_end_to_end(
-    cli: Callable[..., Result], liger: Path, teacher: Path, text: Path, tmp_path: Path
-) -> None:
+def test_the_verb_end_to_end(cli: Cli, liger: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "report"
     command = ["eval", liger, "--against", teacher, "--text", text, *SMALL, "-o", output]
     result = cli(*command, "--controls", "window,no-recurrence,random-judge", "--json")
@@ -72,9 +46,7 @@ def test_the_verb_end_to_end(
     assert again.code == 0 and again.err == "" and again.out == (output / "report.md").read_text()
 
 
-def test_the_verb_measures_an_artifact_as_its_checkpoint(
-    cli: Callable[..., Result], liger: Path, artifact: Path, text: Path
-) -> None:
+def test_the_verb_measures_an_artifact_as_its_checkpoint(cli: Cli, liger: Path, artifact: Path, text: Path) -> None:
     rows = []
     for model in (liger, artifact):
         result = cli("eval", model, "--text", text, *SMALL, "--json", "-q")
@@ -103,14 +75,12 @@ def test_the_seed_decides(artifact: Path, text: Path) -> None:
         (("--parts", "agreement", "--text", "x"), "agreement needs a teacher", "--against"),
     ],
 )
-def test_bad_inputs(
-    cli: Callable[..., Result], liger: Path, arguments: tuple[str, ...], message: str, hint: str
-) -> None:
+def test_bad_inputs(cli: Cli, liger: Path, arguments: tuple[str, ...], message: str, hint: str) -> None:
     result = cli("eval", liger, *arguments)
     assert result.code == 2 and message in result.err and hint in result.err
 
 
-def test_short_text_and_dry_run(cli: Callable[..., Result], liger: Path, text: Path, tmp_path: Path) -> None:
+def test_short_text_and_dry_run(cli: Cli, liger: Path, text: Path, tmp_path: Path) -> None:
     result = cli("eval", liger, "--text", text)
     assert result.code == 2 and "one window has 8,192" in result.err and "--length" in result.err
     output = tmp_path / "report"
