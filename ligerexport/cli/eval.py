@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ligerexport.cli import options
+from ligerexport.cli.bench import counts
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import card, data, format_bytes, progress
 from ligerexport.errors import UsageError
@@ -52,6 +53,10 @@ def eval_(
         int, typer.Option(help="Largest number of tokens of a written answer to a question; 0 writes none.")
     ] = 32,
     limit: Annotated[int | None, typer.Option(help="Largest number of questions per task.")] = None,
+    task_lengths: Annotated[
+        str | None,
+        typer.Option(metavar="N,...", help="Tokens in the prompts of tasks that make their own. [default: 4096]"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed for everything that is random.")] = 0,
     batch: Annotated[int, typer.Option(help="Number of sequences at a time on a GPU.")] = 8,
     device: Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")] = "auto",
@@ -70,11 +75,12 @@ def eval_(
     """
     from ligerexport.measure.evaluate.evaluate import EvaluatePlan
 
+    others = {} if task_lengths is None else {"task_lengths": counts(task_lengths, "--task-lengths")}
     plan = EvaluatePlan(
         model, against=against, text=text or [], parts=split(parts), tasks=split(tasks), task_data=task_data,
         questions=questions, output=output, force=force, controls=split(controls), length=length, windows=windows,
         trials=trials, half=half, answer_tokens=answer_tokens, limit=limit, seed=seed, batch=batch, device=device,
-        dtype=dtype,
+        dtype=dtype, **others,
     )  # fmt: skip
     options.announce("eval", model=model, against=against, text=text, questions=questions, task_data=task_data,
                      output=output, threads=threads, **vars(plan.settings))  # fmt: skip

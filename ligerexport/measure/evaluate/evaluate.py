@@ -333,7 +333,7 @@ def _run_tasks(
         with progress(f"tasks of the {name}", None, "steps") as advance:
             scores = run_tasks(
                 model, model.text, settings.tasks, max_length=length, limit=settings.limit, seed=settings.seed,
-                data=data, advance=advance,
+                data=data, lengths=settings.task_lengths, advance=advance,
             )  # fmt: skip
         tables[name]["tasks"] = scores
 
