@@ -106,14 +106,14 @@ def run_tasks(
                     scores |= _scores(name, found)
                     if not makes:
                         break
-            except ImportError as error:
-                raise MissingDependency(f"a library for the task {name} ({error.name})", extra="eval") from error
-            except (OSError, ValueError, RuntimeError) as error:
+            except (ImportError, OSError, ValueError, RuntimeError) as error:
                 if isinstance(error, LigerError):
                     raise
                 raise LigerError(
                     f"task {name} could not run: {str(error).strip().partition(chr(10))[0]}",
-                    hint="its data may be missing: see the guide on evaluation for --task-data",
+                    hint=None
+                    if isinstance(error, ImportError)  # whose message says what to install
+                    else "its data may be missing: see the guide on evaluation for --task-data",
                 ) from error
     return scores
 
