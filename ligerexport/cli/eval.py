@@ -26,10 +26,10 @@ def eval_(
         typer.Option(metavar="PATH", help="Held-out plain text: a file, or a directory of .txt; may be repeated."),
     ] = None,
     questions: Annotated[
-        Path | None, typer.Option(help="File of rows with passage, question, answer, and perhaps title, to ask.")
+        Path | None, typer.Option(help="Rows with a passage, a question about it, the answer and, if you like, a title.")
     ] = None,
     half: Annotated[
-        str | None, typer.Option(metavar="HALF", help=f"Half of the passages to ask about: {', '.join(HALVES)}.")
+        str | None, typer.Option(metavar="HALF", help=f"Ask only about passages of one half: {' or '.join(HALVES)}.")
     ] = None,
     parts: Annotated[
         str | None,
@@ -55,7 +55,7 @@ def eval_(
     limit: Annotated[int | None, typer.Option(help="Largest number of questions per task.")] = None,
     task_lengths: Annotated[
         str | None,
-        typer.Option(metavar="N,...", help="Tokens in the prompts of tasks that make their own. [default: 4096]"),
+        typer.Option(metavar="N,...", help="Tokens in prompts that a task makes itself, as RULER's do. Default: 4096."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed for everything that is random.")] = 0,
     batch: Annotated[int, typer.Option(help="Number of sequences at a time on a GPU.")] = 8,
@@ -120,6 +120,7 @@ def _say_plan(plan: dict[str, Any], json: bool) -> None:
     card("would measure", [
         ("models", ", ".join(plan["rows"])),
         ("text", f"{plan['text_files']} files, {format_bytes(plan['text_bytes'])}"),
+        *([("questions", f"{plan['questions']:,}")] if plan["questions"] else []),
         ("tokens to read", f"about {plan['tokens_each']:,} by each model, without tasks"),
         *(("missing", f"pip install 'ligerexport[{extra}]'") for extra in plan["missing_extras"]),
     ])  # fmt: skip
