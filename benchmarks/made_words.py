@@ -34,9 +34,9 @@ TRADES = (
     "astronomer|librarian|shipbuilder|economist|cellist|gardener|harbour master|glassblower|cook"
 ).split("|")
 THINGS = (
-    "lantern|ledger|copper kettle|violin|umbrella|compass|toolbox|wool coat|telescope|bicycle|typewriter|rowing boat|"
+    "lantern|ledger|copper kettle|violin|umbrella|anchor|hammer|wool coat|telescope|bicycle|typewriter|rowing boat|"
     "iron gate|oak table|parcel|camera|chessboard|globe|sewing machine|barometer|suitcase|ladder|clay pot|silver coin|"
-    "map|notebook|water pump|bell|lamp|mirror|stove|sledge|wheelbarrow|piano|kite|drum|basket of plums|blue scarf"
+    "map|notebook|water pump|bell|lamp|mirror|stove|sledge|wheelbarrow|piano|kite|drum|basket|blue ribbon"
 ).split("|")
 GOODS = (
     "wheat|copper|timber|salt|wool|olive oil|cement|paper|coal|rice|tea|glass|leather|cotton|sugar|bricks|slate|wine|"
@@ -100,12 +100,18 @@ def count(rng: Rng) -> str:
     return f"{number:,}" if kind < 0.6 else str(number)
 
 
+def ordinal(number: int) -> str:
+    """Return a number of an order, such as 22nd."""
+    end = "th" if 10 < number % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{end}"
+
+
 def date(rng: Rng) -> str:
     """Return a day in one of several formats."""
     year, month, day = rng.randrange(1480, 2031), rng.randrange(12), rng.randrange(1, 29)
     return rng.choice((
         f"{day} {MONTHS[month]} {year}", f"{MONTHS[month]} {day}, {year}", f"{MONTHS[month]} {year}",
-        f"{year}-{month + 1:02}-{day:02}", f"{day}/{month + 1}/{year}", f"the {day}th of {MONTHS[month]} {year}",
+        f"{year}-{month + 1:02}-{day:02}", f"{day}/{month + 1}/{year}", f"the {ordinal(day)} of {MONTHS[month]} {year}",
     ))  # fmt: skip
 
 
@@ -145,8 +151,8 @@ PARTS: dict[str, Callable[[Rng], str]] = {
     "thing": _one(*THINGS), "goods": _one(*GOODS), "animal": _one(*ANIMALS), "building": _one(*BUILDINGS),
     "adj": _one(*ADJECTIVES), "field": _one(*FIELDS), "month": _one(*MONTHS), "day": _one(*DAYS), "unit": _one(*UNITS),
     "few": _one(*NUMBERS), "year": lambda rng: str(rng.randrange(1480, 2031)),
-    "n": lambda rng: str(rng.randrange(2, 100)), "pct": lambda rng: f"{rng.randrange(1, 990) / 10:.1f}%",
-    "nn": lambda rng: str(rng.randrange(100, 10_000)),
+    "nth": lambda rng: ordinal(rng.randrange(2, 31)), "n": lambda rng: str(rng.randrange(2, 100)),
+    "pct": lambda rng: f"{rng.randrange(1, 990) / 10:.1f}%", "nn": lambda rng: str(rng.randrange(100, 10_000)),
     "dec": lambda rng: f"{rng.randrange(1, 9999) / 100:.2f}",
     "tel": lambda rng: f"{rng.randrange(100, 999)} {rng.randrange(10, 99)} {rng.randrange(100, 9999)}",
 }  # fmt: skip
