@@ -22,7 +22,7 @@ from ligerexport.checkpoint.loading import load_transformer as load_transformer
 from ligerexport.checkpoint.scores import DATA, WINDOWS, Fitting, find_scores, packaged, write_weights
 from ligerexport.checkpoint.seal import write_seal
 from ligerexport.checkpoint.sizes import describe_sizes, equal_sizes, fitted_sizes
-from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source, resolve
+from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source, fetched, resolve
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError, close_matches, quoted
 from ligerexport.model.config import DEFAULT_PRESET, MEMORY, LigerConfig, get_preset, read_memory
@@ -132,7 +132,7 @@ class ConvertPlan:
         output, self.fitting = Path(output), fitting or Fitting()
         self.liger = liger = _choose_conversion(model, preset, memory, adapter, changes)
         self.sized = preset == SIZED
-        _check_size_options(self.fitting, preset, memory, changes)
+        _check_size_options(self.fitting, preset, memory, adapter, changes)
         self.texts = _check_score_options(liger, self.fitting)
         if output.resolve() == Path(model).expanduser().resolve():
             raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
@@ -150,10 +150,10 @@ class ConvertPlan:
             UsageError: There is no such model.
         """
         path, name = Path(self.model).expanduser(), str(self.model)
+        if self.sized and (place := path if name and path.is_dir() else fetched(name)):
+            return self._describe_sizes(check_checkpoint(place))
         if name and path.is_dir():
             check_loadable(path)
-            if self.sized:
-                return self._describe_sizes(check_checkpoint(path))
             facts = describe_checkpoint(path, self.liger) | {"path": str(self.output), "from": str(path)}
         elif name in BUILTIN_MODELS:
             facts = {"path": str(self.output), "from": BUILTIN_MODELS[name].doc, "peak_memory_bytes": None}
@@ -164,6 +164,7 @@ class ConvertPlan:
         return facts | ({} if self.sized else describe_fit(path, self.texts, self.fitting.windows))
 
     def _describe_sizes(self, info: CheckpointInfo) -> dict[str, Any]:
+        check_loadable(info.path)
         liger = LigerConfig.from_dict(converted_config(dict(info.config), self.liger)["liger"])
         if self.fitting.fit:
             facts = describe_sizes(info, liger, self.fitting.state_bytes)
@@ -228,8 +229,9 @@ def _choose_conversion(
 
 
 def _check_size_options(
-    fitting: Fitting, preset: str | None, memory: str | Path | None, changes: Mapping[str, Any]
-) -> None:
+    fitting: Fitting, preset: str | None, memory: str | Path | None, adapter: str | Path | None,
+    changes: Mapping[str, Any],
+) -> None:  # fmt: skip
     """Check the options of the preset whose sizes are chosen for a number of bytes."""
     options = {"--state-bytes": fitting.state_bytes is not None, "--no-fit": not fitting.fit}
     asked = [option for option, given in options.items() if given]
@@ -237,10 +239,14 @@ def _check_size_options(
         if asked:
             raise UsageError(f"{asked[0]} is for sizes that are chosen for you", hint=f"--preset {SIZED}")
         return
-    sizes = {"memory": memory} | {name: changes.get(name) for name in MEMORY} | {"scores": fitting.scores}
+    sizes = (
+        {"memory": memory, "adapter": adapter}
+        | {name: changes.get(name) for name in MEMORY}
+        | {"scores": fitting.scores}
+    )
     if given := [name.replace("_", "-") for name, value in sizes.items() if value is not None]:
         raise UsageError(
-            f"--{given[0]} with the preset {SIZED}, which chooses it",
+            f"--{given[0]} with the preset {SIZED}, which chooses sizes and scores",
             hint="say how large the state may be: --state-bytes",
         )
     if fitting.calibrate and not fitting.fit:
