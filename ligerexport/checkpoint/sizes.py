@@ -33,12 +33,12 @@ class Heads(NamedTuple):
 
     Attributes:
         layers: Their layers.
-        count: Number of heads.
+        number: Number of heads.
         width: Width of key and value together.
     """
 
     layers: tuple[int, ...]
-    count: int
+    number: int
     width: int
 
 
@@ -59,12 +59,12 @@ def equal_sizes(config: Mapping[str, Any], liger: LigerConfig, state_bytes: int 
         UsageError: The bytes are too few for a window.
     """
     heads = converted_heads(config, liger)
-    total = state_bytes or usual_bytes(heads.count, heads.width)
-    window = total // max(1, heads.count) // head_bytes(0, 1, 0, heads.width) - liger.sinks
+    total = state_bytes or usual_bytes(heads.number, heads.width)
+    window = total // max(1, heads.number) // head_bytes(0, 1, 0, heads.width) - liger.sinks
     if window < 1:
-        needed = heads.count * head_bytes(liger.sinks, 1, 0, heads.width)
+        needed = heads.number * head_bytes(liger.sinks, 1, 0, heads.width)
         raise UsageError(
-            f"{total:,} bytes of state are too few for {heads.count} KV heads", hint=f"--state-bytes {needed}"
+            f"{total:,} bytes of state are too few for {heads.number} KV heads", hint=f"--state-bytes {needed}"
         )
     trained = config.get("max_position_embeddings") or window
     return replace(liger, window=min(window, trained), slots=())
@@ -108,7 +108,7 @@ def fitted_sizes(
             f"the fit of this model needs {format_bytes(needed)} of memory, and {format_bytes(there)} are {where}",
             hint="give all heads the same memory, which needs no fit: --no-fit",
         )
-    say(f"fitting {format_bytes(facts['state_bytes'])} of state for {heads.count} KV heads: the Transformer reads "
+    say(f"fitting {format_bytes(facts['state_bytes'])} of state for {heads.number} KV heads: the Transformer reads "
         f"{facts['fit']}, in about {_duration(facts['fit_seconds'])}; --no-fit goes without")  # fmt: skip
     gpu = torch.cuda.is_available()
     with progress(f"loading {source.name}", info.bytes) as advance:
@@ -139,7 +139,7 @@ def describe_sizes(info: CheckpointInfo, liger: LigerConfig, state_bytes: int | 
     kept *= 3 * info.config["intermediate_size"] + 14 * hidden
     tflop = 2e-12 * weights * effort.passes
     return {
-        "state_bytes": state_bytes or usual_bytes(heads.count, heads.width),
+        "state_bytes": state_bytes or usual_bytes(heads.number, heads.width),
         "fit": f"{effort.texts} texts with {effort.read:,} tokens",
         "fit_tflop": round(tflop, 1),
         "fit_seconds": round(tflop / _tflops()),
