@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS = 256
-"""Rows of a text that are looked at, evenly spread, since a sum over rows is estimated well by some of them."""
+"""Rows of a text that are looked at in each head: those with the largest gradients, which have most of the sum."""
 _BLOCK = 64  # rows in memory at a time, so that they fit a CPU's cache
 _PART = 512  # tokens whose logits are in memory at a time
 
@@ -103,11 +103,11 @@ def _layer_costs(seen: Seen, gradient: Tensor, score: tuple[Tensor, Tensor], sin
     length, kv_heads = len(gradient), len(seen.key)
     scores = functional.linear(seen.entering.float(), *score).T
     costs = torch.zeros(kv_heads, len(OPTIONS), dtype=torch.float64, device=gradient.device)
-    looked_at = torch.arange(0, length, max(1, length // ROWS), device=gradient.device)
+    steep = gradient.float().unflatten(1, (kv_heads, -1)).square().sum((2, 3))  # [T, H_kv]
     for head in range(kv_heads):
         key, value = seen.key[head].float(), seen.value[head].float()
         order = sinks + scores[head, sinks:].argsort(descending=True, stable=True)
-        for rows in looked_at.split(_BLOCK):
+        for rows in steep[:, head].topk(min(ROWS, length)).indices.sort().values.split(_BLOCK):
             count = int(rows[-1]) + 1
             query, slope = (
                 x.float().unflatten(0, (kv_heads, -1))[head]

@@ -71,7 +71,7 @@ class Effort:
 
 FULL = Effort(repeated=48, tokens=1600, prose=12, prose_tokens=2400, asked=4, asked_tokens=1200)
 """For a GPU."""
-SHORT = Effort(repeated=16, tokens=900, prose=2, prose_tokens=1600, asked=2, asked_tokens=1100)
+SHORT = Effort(repeated=14, tokens=900, prose=3, prose_tokens=1600, asked=3, asked_tokens=1100)
 """For a CPU: minutes for a model of 135M parameters."""
 
 
