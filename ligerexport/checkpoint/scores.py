@@ -159,7 +159,7 @@ def write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, prog
         for file, name in places.items():
             _link(file, stage / name)
             advance(file.stat().st_size)
-    if scores is not None:
+    if scores is not None and new:
         write_scores(stage / names[-1], scores)
     if count > 1:
         tensors = {tensor: name for file, name in places.items() for tensor in sorted(held[file])}
