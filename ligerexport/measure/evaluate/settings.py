@@ -14,6 +14,9 @@ PARTS = {
     "nll": "negative log likelihood of held-out text in nats per token, by position",
     "agreement": "share of equal first choices and KL(teacher || model) in nats per token, by position",
     "recall": "one key stated once or twice, several keys, associations, copies of a span: by distance",
+    "reading": "answers to questions about a passage among others: by distance",
+    "formats": "a key said once in one of many formats: by distance",
+    "chats": "answers to questions about the first turn of a chat: by distance",
     "tasks": "tasks of lm-eval",
 }
 
@@ -29,6 +32,9 @@ TASKS = {
 """Tasks with their usual number of examples in the prompt; any other task of lm-eval runs without examples."""
 
 DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
+
+HALVES = ("dev", "test")
+"""Halves of the passages of questions."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
