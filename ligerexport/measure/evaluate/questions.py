@@ -11,7 +11,7 @@ from ligerexport.measure.evaluate.settings import HALVES
 from ligerexport.reading import as_path
 from ligerexport.text.datafiles import read_rows
 
-ROW = 'write rows such as {"passage": "...", "question": "...", "answer": "...", "title": "..."}, of which title is optional'
+ROW = 'write rows such as {"passage": "...", "question": "...", "answer": "..."}; a title may be added'
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,14 @@ def read_questions(file: Path, half: str | None = None) -> list[Question]:
     """
     found: dict[Question, None] = {}
     for where, row in read_rows(file):
-        texts = {name: row.get(name) if isinstance(row, dict) else None for name in Question.__dataclass_fields__}
-        texts["title"] = texts["title"] or ""
-        for name, value in texts.items():
+        texts: dict[str, str] = {}
+        for name in Question.__dataclass_fields__:
+            value = row.get(name) if isinstance(row, dict) else None
+            value = "" if value is None and name == "title" else value
             if not isinstance(value, str) or not (value.strip() or name == "title"):
                 raise UsageError(f"{where} has no text in '{name}'", hint=ROW)
-        found[Question(**{name: value.strip() for name, value in texts.items()})] = None
+            texts[name] = value.strip()
+        found[Question(**texts)] = None
     chosen = [question for question in found if half in (None, question.half)]
     if not chosen:
         raise UsageError(f"{file} has no questions" + (f" in the half '{half}'" if found else ""), hint=ROW)

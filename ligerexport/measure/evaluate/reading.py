@@ -151,11 +151,11 @@ def _of(*lists: str) -> Callable[[random.Random], str]:
     return lambda rng: "".join(f" {rng.choice(words.split())}" for words in lists)
 
 
-_WORDS = "copper lantern walrus meadow violin pepper anchor thunder saddle cotton marble falcon ribbon ginger pillow comet"
+_WORDS = "copper lantern walrus meadow violin pepper anchor thunder saddle cotton marble falcon ribbon ginger comet"
 _DAYS, _YEARS = " ".join(map(str, range(1, 29))), " ".join(map(str, range(1871, 2019)))
 _MONTHS = "January February March April May June July August September October November December"
 _FIRST = "Ingrid Tomas Yuki Amara Leopold Soraya Anton Beatrix Hassan Mirela Rupert Zofia Kofi Elena Viktor Odette"
-_LAST = "Vasquez Lindholm Okafor Brandt Nakamura Fischer Moreau Kowalski Hughes Ferrari Novak Jansen Silva Haddad Burke Ross"
+_LAST = "Vasquez Lindholm Okafor Brandt Nakamura Fischer Moreau Kowalski Hughes Ferrari Novak Jansen Silva Burke Ross"
 THINGS = ("mill", "harbour", "chapel", "orchard", "quarry", "lighthouse", "bakery", "stable", "tannery", "brewery",
           "cellar", "tower", "ferry", "foundry", "dairy", "kiln")  # fmt: skip
 
@@ -163,8 +163,8 @@ FORMATS = {
     "digits": Format("The meter in the {} reads", ".", "The meter in the {} reads", _drawn(" 9 9 9 9 9")),
     "words": Format("Tonight's watchword at the {} is", ".", "What is tonight's watchword at the {}? It is",
                     _of(_WORDS, _WORDS, _WORDS)),
-    "name": Format("The last tenant of the {} was", ", to nobody's surprise.", "Who was the last tenant of the {}? It was",
-                   _of(_FIRST, _LAST)),
+    "name": Format("The last tenant of the {} was", ", to nobody's surprise.",
+                   "Who was the last tenant of the {}? It was", _of(_FIRST, _LAST)),
     "date": Format("The lease on the {} ends on", ".", "When does the lease on the {} end? It ends on",
                    _of(_DAYS, _MONTHS, _YEARS)),
     "code": Format("Booking reference, {}:", "", "Booking reference, {}:", _drawn(" AA9-99AA")),

@@ -145,8 +145,8 @@ def copy_prompts(prose: Sequence[int], distance: int, trials: int, *, seed: int 
     """Yield prose that ends with a repeated span of `LEAD` tokens, `distance` tokens after the span's first end."""
     rng = _generator(seed, f"copy {distance}")
     for _ in range(trials):
-        stretch = stretch(rng, prose, 2 * LEAD + distance)
-        ids = (*stretch, *stretch[LEAD : 2 * LEAD])
+        context = stretch(rng, prose, 2 * LEAD + distance)
+        ids = (*context, *context[LEAD : 2 * LEAD])
         yield Prompt(ids, tuple(range(len(ids) - LEAD + CUE, len(ids))))
 
 
