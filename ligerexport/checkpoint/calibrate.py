@@ -105,8 +105,8 @@ def score_shapes(config: Mapping[str, Any], liger: LigerConfig) -> dict[str, tup
     """
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     shapes: dict[str, tuple[int, ...]] = {}
-    for layer in range(config["num_hidden_layers"]) if liger.foresees else ():
-        if layer not in liger.unchanged:
+    for layer in range(config["num_hidden_layers"]):
+        if layer not in liger.unchanged and liger.for_layer(layer).foresees:
             weight, bias = score_names(layer)
             shapes |= {weight: (heads, config["hidden_size"]), bias: (heads,)}
     return shapes

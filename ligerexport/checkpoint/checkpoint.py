@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ligerexport.checkpoint.seal import check_seal
 from ligerexport.dtypes import BY_SAFETENSORS
 from ligerexport.errors import CheckpointError, quoted
+from ligerexport.model.config import LigerConfig
 from ligerexport.model.families import FAMILIES, PREFIX
 from ligerexport.reading import leads_away, read_json
 
@@ -381,14 +382,14 @@ def _adapter(path: Path) -> Path | None:
 
 def _check_scores(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the maps of `learned` pools, after checking that no layer lacks its map."""
-    liger = config.get("liger") or {}
+    if not config.get("liger"):
+        return {}
+    liger = LigerConfig.from_dict(config["liger"])
     shapes: dict[str, tuple[int, ...]] = {}
-    if not any(name == "learned" for name, _ in liger.get("slots", ())):
-        return shapes
     heads: int = config.get("num_key_value_heads") or config["num_attention_heads"]
     hint = "convert again, with --calibrate TEXT or the file of its scores: --scores FILE"
-    unchanged = {*liger.get("keep_softmax", ()), *(liger.get("keep_window") or ())}
-    for layer in (x for x in range(config.get("num_hidden_layers", 0)) if x not in unchanged):
+    converted = (layer for layer in range(config.get("num_hidden_layers", 0)) if layer not in liger.unchanged)
+    for layer in (layer for layer in converted if liger.for_layer(layer).foresees):
         for kind, shape in {"weight": (heads, config["hidden_size"]), "bias": (heads,)}.items():
             name = f"model.layers.{layer}.self_attn.score_proj.{kind}"
             if name not in tensors:

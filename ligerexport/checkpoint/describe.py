@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ligerexport.checkpoint.checkpoint import check_checkpoint
@@ -25,7 +26,7 @@ def describe_checkpoint(path: Path, config: LigerConfig) -> dict[str, Any]:
         "path": str(path),
         "weight_bytes": info.bytes,
         "layers": f"{len(converted)} of {len(specs)} converted",
-        "exact_slots": round(sum(spec.config.num_slots for spec in converted) / max(1, len(converted))),
+        "exact_slots": round(mean(n for spec in converted for n in spec.slots_per_head)) if converted else 0,
         "state_bytes": state,
         "kv_cache_larger_from": state // saved + 1 if saved else None,
         "scores_explain": (info.config.get("liger_scores") or {}).get("explained"),

@@ -111,7 +111,7 @@ def text_for(model: PreTrainedModel) -> Tensor:
     for mixer in _mixers(model):
         if mixer.layer_idx not in unchanged:
             window = attention[mixer.layer_idx].window or LONGEST
-            length = min(length, mixer.spec.config.num_slots, mixer.spec.max_distance, window)
+            length = min(length, *mixer.spec.slots_per_head, mixer.spec.max_distance, window)
     return torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
 
 
@@ -218,11 +218,13 @@ def _mixers(model: nn.Module) -> list[LigerMixer]:
 
 @contextmanager
 def softmax_alone(model: nn.Module) -> Iterator[None]:
-    """Turn off the recurrences of a model's mixers, except those over evicted tokens, which have none to read."""
+    """Turn off the rounding of slots and the recurrences, except those over evicted tokens, which have none to read."""
     specs = {mixer: mixer.spec for mixer in _mixers(model)}
     for mixer, spec in specs.items():
-        if not spec.config.evicts:
-            mixer.spec = replace(spec, config=replace(spec.config, attention_weight=1.0, recurrence_weight=0.0))
+        config = replace(spec.config, state_dtype="activation")
+        if not config.evicts:
+            config = replace(config, attention_weight=1.0, recurrence_weight=0.0)
+        mixer.spec = replace(spec, config=config)
     try:
         yield
     finally:

@@ -152,8 +152,9 @@ def _scores(
 def _kept(left: Tensor, scores: Tensor | None, born: Tensor, pools: tuple[Pool, ...]) -> Tensor:
     """Return a mask `[B, H_kv, T, C]` of the tokens that left the window and hold a slot for each query.
 
-    The older token wins a tie. Pools that age use positions `born` `[B, H_kv, C]` relative to the block, which do not
-    round as large positions would.
+    A token's rank does not depend on the query, so candidates are sorted once; each query keeps the first of those
+    that have left. The older token wins a tie. Pools that age use positions `born` `[B, H_kv, C]` relative to the
+    block, which do not round as large positions would.
     """
     kept = torch.zeros_like(left)
     for i, pool in enumerate(pools):
@@ -161,8 +162,9 @@ def _kept(left: Tensor, scores: Tensor | None, born: Tensor, pools: tuple[Pool, 
         rank = scores[:, :, i]
         if pool.horizon:
             rank = rank.clamp_min(FAINTEST).log() + born / pool.horizon
-        order = rank[:, :, None].where(left, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-        best = order[..., : pool.size]
-        won = torch.zeros_like(left).scatter(-1, best, True) & left
+        order = rank.sort(dim=-1, descending=True, stable=True).indices[:, :, None].expand_as(left)
+        ranked = left.gather(-1, order)
+        best = ranked & (ranked.cumsum(dim=-1, dtype=torch.int32) <= pool.size)
+        won = torch.zeros_like(left).scatter(-1, order, best)
         kept, left = kept | won, left & ~won
     return kept

@@ -15,6 +15,7 @@ from ligerexport.kernels.library.linear_attention import linear_attention
 from ligerexport.kernels.library.memory_attention import BLOCK, memory_attention
 from ligerexport.kernels.library.recall_error import recall_error
 from ligerexport.kernels.memory_attention import rotary_table
+from ligerexport.kernels.ragged import ragged_mixer
 from ligerexport.model.gates import OPEN, get_gate
 from ligerexport.model.state import MixerSpec, MixerState
 
@@ -54,6 +55,8 @@ def liger_mixer(
     config, arrival, present = spec.config, score, {}
     if config.foresees and score is None:
         raise ValueError("a pool ranks by a learned score, but no score was given")
+    if config.ragged:
+        return ragged_mixer(liger_mixer, query, key, value, position, state, spec, rotary, score)
     if config.judged:
         arrival, present["judge_state"] = recall_error(key.detach(), value.detach(), position, state["judge_state"])
     mixed, slots, evicted = memory_attention(query, key, value, arrival, position, state, spec, rotary)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,12 +46,12 @@ def liger_mixer_reference(
 ) -> tuple[Tensor, MixerState]:
     """Mix tokens one after the other; arguments and results are those of `ligerexport.kernels.ops.liger_mixer`."""
     batch, length, _, _ = query.shape
-    group = spec.q_heads // spec.kv_heads
+    layer, group = spec, spec.q_heads // spec.kv_heads
     output = query.new_zeros(batch, length, spec.q_heads, spec.d_v)
     present = {name: tensor.clone() for name, tensor in state.items()}
     for b in range(batch):
-        for h in range(spec.kv_heads):
-            slots = _load_slots(state, b, h)
+        for h, spec in enumerate(layer.heads):
+            slots = _load_slots(state, b, h, layer, query.dtype)
             recurrent = state["recurrent_state"][b, h] if spec.config.recurrent else None
             keys = state["recurrent_key"][b, h] if spec.config.keyed else None
             mass = state["recurrent_mass"][b, h] if spec.config.evicts else None
@@ -59,7 +60,8 @@ def liger_mixer_reference(
                 now = int(position[b]) + t
                 if now < 0:  # padding on the left
                     continue
-                q, k, v = query[b, t, h * group : (h + 1) * group], key[b, t, h], value[b, t, h]
+                q = query[b, t, h * group : (h + 1) * group]
+                k, v = _round(key[b, t, h], layer), _round(value[b, t, h], layer)
                 arrival = 0.0 if judge is None else _judge(k, v, judge)
                 if spec.config.foresees:
                     assert score is not None
@@ -79,7 +81,7 @@ def liger_mixer_reference(
                         recurred, recurrent, keys = _recur_by_keys(q, k, v, recurrent, keys, spec)
                     mixed = mixed + spec.config.recurrence_weight * recurred
                 output[b, t, h * group : (h + 1) * group] = mixed
-            _store_slots(present, b, h, slots)
+            _store_slots(present, b, h, slots, layer)
             if recurrent is not None:
                 present["recurrent_state"][b, h] = recurrent.detach()
             if keys is not None:
@@ -225,29 +227,63 @@ def _score(logits: Tensor, now: int, slots: list[Slot], spec: MixerSpec) -> None
                     s.scores[i] = max(s.scores[i], received.max().item())
 
 
-def _load_slots(state: MixerState, b: int, h: int) -> list[Slot]:
+def _codes(x: Tensor, spec: MixerSpec) -> tuple[Tensor, float]:
+    """Return codes of a vector `[d]` in the type of the state and their scale, which is rounded to fp16."""
+    if spec.config.state_dtype != "int8":
+        return x, 1.0
+    scale = max(x.abs().max().item() / 127, 2.0**-14)  # the smallest normal number of fp16
+    scale = torch.tensor(scale, dtype=torch.float16).item()
+    return (x / scale).round().clamp(-127, 127), scale
+
+
+def _round(x: Tensor, spec: MixerSpec) -> Tensor:
+    """Return a vector `[d]` as the state gives it back, with the gradient of the given one."""
+    if spec.config.state_dtype == "activation":
+        return x
+    codes, scale = _codes(x.detach(), spec)
+    rounded = codes.half().to(x.dtype) if spec.config.state_dtype == "float16" else codes * scale
+    return rounded + (x - x.detach())
+
+
+def _rows(name: str, h: int, spec: MixerSpec) -> tuple[Any, ...]:
+    """Return the index of the slots of one head in a tensor of the state without its batch axis."""
+    if not spec.config.ragged:
+        return (h,)
+    counts = [head.config.num_slots for head in spec.heads]
+    if name == "slot_score":
+        counts = [n if head.config.slots else 0 for n, head in zip(counts, spec.heads, strict=True)]
+    rows = slice(sum(counts[:h]), sum(counts[: h + 1]))
+    return (slice(None), rows) if name == "slot_score" else (rows,)
+
+
+def _load_slots(state: MixerState, b: int, h: int, spec: MixerSpec, dtype: torch.dtype) -> list[Slot]:
     """Read the filled slots of one head."""
-    scores = state.get("slot_score")
+    head = {name: x[b][_rows(name, h, spec)] for name, x in state.items() if name.startswith("slot_")}
+    for name in ("slot_key", "slot_value"):
+        if spec.config.ragged:
+            head[name] = head[name].to(dtype)
+        if f"{name}_scale" in head:
+            head[name] = head[name] * head[f"{name}_scale"].to(dtype)[:, None]
+    scores = head.get("slot_score") if spec.heads[h].config.slots else None
     return [
-        Slot(
-            state["slot_key"][b, h, n],
-            state["slot_value"][b, h, n],
-            int(p),
-            [] if scores is None else scores[b, h, :, n].tolist(),
-        )
-        for n, p in enumerate(state["slot_position"][b, h].tolist())
+        Slot(head["slot_key"][n], head["slot_value"][n], int(p), [] if scores is None else scores[:, n].tolist())
+        for n, p in enumerate(head["slot_position"].tolist())
         if p >= 0
     ]
 
 
-def _store_slots(present: MixerState, b: int, h: int, slots: list[Slot]) -> None:
+def _store_slots(present: MixerState, b: int, h: int, slots: list[Slot], spec: MixerSpec) -> None:
     """Write the slots of one head in the order of their positions, empty slots first."""
     slots.sort(key=lambda s: s.position)
-    empty = present["slot_position"].shape[-1] - len(slots)
-    present["slot_position"][b, h] = -1
+    head = {name: x[b][_rows(name, h, spec)] for name, x in present.items() if name.startswith("slot_")}
+    empty = len(head["slot_position"]) - len(slots)
+    head["slot_position"].fill_(-1)
     for n, s in enumerate(slots, start=empty):
-        present["slot_key"][b, h, n] = s.key.detach()
-        present["slot_value"][b, h, n] = s.value.detach()
-        present["slot_position"][b, h, n] = s.position
-        if "slot_score" in present:
-            present["slot_score"][b, h, :, n] = torch.tensor(s.scores, dtype=present["slot_score"].dtype)
+        for name, vector in (("slot_key", s.key), ("slot_value", s.value)):
+            codes, scale = _codes(vector.detach(), spec)
+            head[name][n] = codes
+            if f"{name}_scale" in head:
+                head[f"{name}_scale"][n] = scale
+        head["slot_position"][n] = s.position
+        if s.scores:
+            head["slot_score"][:, n] = torch.tensor(s.scores, dtype=head["slot_score"].dtype)

@@ -76,8 +76,8 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
     """Return what the op needs to know about each layer of a converted checkpoint; None for a layer kept as softmax.
 
     Raises:
-        UsageError: `keep_softmax` or `layer_memory` names a layer that does not exist, or `keep_window` one without a
-            window.
+        UsageError: `keep_softmax` or `layer_memory` names a layer that does not exist, `keep_window` one without a
+            window, or `heads` has another number of layers or heads.
         CheckpointError: The family or its rotary embedding is not supported, or the configuration describes no model.
     """
     liger = LigerConfig.from_dict(config.liger)
@@ -88,11 +88,13 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
         )
     layers, width = config.num_hidden_layers, head_dim(config)
     sized = [layer for layer, _, _ in liger.layer_memory]
+    if liger.heads and len(liger.heads) != layers:
+        raise UsageError(f"heads has sizes for {len(liger.heads)} layers", hint=f"the model has {layers}")
     for name, named in (("keep_softmax", liger.keep_softmax), ("layer_memory", sized)):
         if not set(named) <= set(range(layers)):
             raise UsageError(f"{name} {list(named)}", hint=f"layers are 0 to {layers - 1}")
     spec = MixerSpec(
-        config=liger.for_layer(-1),
+        config=LigerConfig(),
         q_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         d_k=width,

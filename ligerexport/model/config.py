@@ -25,6 +25,9 @@ Slots = tuple[tuple[str, int], ...]
 MEMORY = ("window", "slots", "layer_memory")
 """Fields of `LigerConfig` that `allocate` chooses."""
 
+STATE_DTYPES = ("activation", "float16", "int8")
+"""Types in which the keys and values of slots may be kept; `activation` is the type of the model's activations."""
+
 
 def _pools(slots: Slots) -> Slots:
     return tuple((str(name), _whole("slots", count)) for name, count in slots)
@@ -58,6 +61,11 @@ class LigerConfig:
             softmax over these tokens. Its weight is 1, and it has no gate.
         recurrence_distance: Distance in tokens at which `evicted` reads its tokens.
         layer_memory: Layers whose memory has another size: (layer, window, slots), with pools of the same scores.
+        heads: Sizes of the memory of each KV head, which then replace `window` and the counts of `slots`: a string for
+            each layer, with a word for each head, such as `16 256+64`. A word has the window and, for a head with
+            scored slots, the slots of each pool. Empty for a layer that is not converted, or if all heads are equal.
+        state_dtype: Type of the keys and values of slots, from `STATE_DTYPES`. `int8` adds two scales for each token
+            and head.
         keep_softmax: Layers that stay as they are, with a growing key-value cache.
         keep_window: Layers that keep the checkpoint's own sliding window, which bounds their memory already. None
             takes the layers that the family keeps.
@@ -77,6 +85,8 @@ class LigerConfig:
     recurrence: Literal["parallel", "evicted"] = "parallel"
     recurrence_distance: int = 512
     layer_memory: tuple[tuple[int, int, Slots], ...] = ()
+    heads: tuple[str, ...] = ()
+    state_dtype: Literal["activation", "float16", "int8"] = "activation"
     keep_softmax: tuple[int, ...] = ()
     keep_window: tuple[int, ...] | None = None
     max_distance: int | None = None
@@ -115,6 +125,7 @@ class LigerConfig:
                 f"mix weights {self.attention_weight} and {self.recurrence_weight}", hint="both must be at least 0"
             )
         look_up("recurrence", self.recurrence, dict.fromkeys(RECURRENCES))
+        look_up("state_dtype", self.state_dtype, dict.fromkeys(STATE_DTYPES))
         if self.evicts and self.attention_weight != 1:
             raise UsageError(
                 f"attention weight {self.attention_weight:g} with a recurrence over evicted tokens",
@@ -132,6 +143,28 @@ class LigerConfig:
                 hint="give at least the window, or leave it out for the checkpoint's trained length",
             )
         self._check_layers()
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        layers: Any = self.heads
+        if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, str) for layer in layers):
+            raise UsageError(f"heads {layers!r:.60}", hint="a list with one string for each layer was expected")
+        object.__setattr__(self, "heads", tuple(layers))
+        if self.heads and self.layer_memory:
+            raise UsageError("both heads and layer_memory", hint="sizes for each KV head replace those for layers")
+        for word in {word for layer in self.heads for word in layer.split()}:
+            numbers = word.split("+")
+            if not all(number.isdecimal() and 0 < int(number) < 1 << 31 for number in numbers):
+                raise UsageError(f"a KV head has the memory '{word:.60}'", hint="write WINDOW or WINDOW+SLOTS")
+            if len(numbers) not in (1, 1 + len(self.slots)):
+                raise UsageError(
+                    f"a KV head has the memory '{word:.60}', but there are {len(self.slots)} pools",
+                    hint="give a head slots in every pool or in none",
+                )
+            if self.judged and len(numbers) == 1:
+                raise UsageError(
+                    f"a KV head has the memory '{word:.60}' without slots", hint="novelty needs slots in every head"
+                )
 
     def _check_layers(self) -> None:
         layers = [layer for layer, _, _ in self.layer_memory]
@@ -149,7 +182,21 @@ class LigerConfig:
         """Return the configuration of one converted layer."""
         sizes = {at: (window, slots) for at, window, slots in self.layer_memory}
         window, slots = sizes.get(layer, (self.window, self.slots))
-        return replace(self, window=window, slots=slots, layer_memory=(), keep_softmax=(), keep_window=None)
+        heads = (self.heads[layer],) if self.heads else ()
+        if heads and "+" not in heads[0]:
+            slots = ()
+        alone: dict[str, Any] = {"layer_memory": (), "keep_softmax": (), "keep_window": None}
+        return replace(self, window=window, slots=slots, heads=heads, **alone)
+
+    def for_heads(self) -> tuple[LigerConfig, ...]:
+        """Return the memory of each KV head of the only layer in `heads`, in the type of the activations."""
+        made = []
+        for word in self.heads[0].split():
+            window, *counts = map(int, word.split("+"))
+            names = [name for name, _ in self.slots] if counts else []
+            slots = tuple(zip(names, counts, strict=True))
+            made.append(replace(self, window=window, slots=slots, heads=(), state_dtype="activation"))
+        return tuple(made)
 
     def in_all_layers(self, change: Callable[[LigerConfig], LigerConfig]) -> LigerConfig:
         """Return this configuration with `change` applied to the windows and pools of every layer."""
@@ -166,6 +213,16 @@ class LigerConfig:
     def num_slots(self) -> int:
         """N, the number of all exact slots per KV head."""
         return self.window + self.kept
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the slots of all KV heads of a layer lie on one axis of the state."""
+        return bool(self.heads) or self.state_dtype != "activation"
+
+    @property
+    def scaled(self) -> bool:
+        """Whether keys and values of slots are codes with a scale for each token and head."""
+        return self.state_dtype == "int8"
 
     @property
     def unchanged(self) -> frozenset[int]:
@@ -199,8 +256,8 @@ class LigerConfig:
 
     @property
     def fuses(self) -> bool:
-        """Whether fused kernels can compute a whole step; they support every recurrence except one with keyed rows."""
-        return not self.keyed
+        """Whether one fused kernel can compute a whole step; it supports neither keyed rows nor ragged slots."""
+        return not self.keyed and not self.ragged
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -211,7 +268,10 @@ class LigerConfig:
             "keep_softmax": list(self.keep_softmax),
             "keep_window": None if self.keep_window is None else list(self.keep_window),
         }
-        return asdict(self) | lists
+        if self.ragged:  # other conversions stay readable by older versions
+            lists["heads"] = list(self.heads)
+        plain = asdict(self) | lists
+        return plain if self.ragged else {k: v for k, v in plain.items() if k not in ("heads", "state_dtype")}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LigerConfig:
@@ -264,6 +324,11 @@ PRESETS: dict[str, Preset] = {
         _LEARNED,
         "the same with a score that foresees what will be asked for; needs --calibrate or scores that come with "
         "the model",
+    ),
+    "recall": Preset(
+        replace(_LEARNED, window=256, slots=(("learned", 384),), state_dtype="int8"),
+        "a window and slots of its own size for each KV head, in 8 bits, so that a question about a long text can be "
+        "answered; `convert` fits sizes and score",
     ),
     "evicted": Preset(
         replace(_LEARNED, recurrence_weight=1.0, recurrence="evicted"),

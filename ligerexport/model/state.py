@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ligerexport.dtypes import DTYPES
+from ligerexport.errors import UsageError
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.scores import Pool, pack
 
@@ -36,7 +37,7 @@ class _Row(NamedTuple):
     Attributes:
         name: Name in `past.LAYER.NAME` and `present.LAYER.NAME`.
         axes: Axes after `B, H_kv`.
-        dtype: Type, as in `TensorSpec`.
+        dtype: Type, as in `TensorSpec`, or `stored` for that of keys and values in the state.
         needs: Attribute of `LigerConfig` that is true if the tensor exists; empty if it always does.
     """
 
@@ -65,6 +66,21 @@ plugin accept and return them in any order, so states are sorted before they are
 recurrence, `recurrent_key` holds the keys of its rows if the gate is keyed, and `recurrent_mass` is the sum of the
 features of evicted tokens, the first of which counts them. `judge_state` is the linear state without decay that judges
 novelty; its last column is the sum of the keys' features.
+"""
+
+RAGGED = (
+    _Row("slot_key", ("slots", "d_k"), "stored"),
+    _Row("slot_value", ("slots", "d_v"), "stored"),
+    _Row("slot_key_scale", ("slots",), "float16", "scaled"),
+    _Row("slot_value_scale", ("slots",), "float16", "scaled"),
+    _Row("slot_position", ("slots",), "int32", fill=-1),
+    _Row("slot_score", ("pools", "scored slots"), "float32", "slots"),
+    *(row for row in TENSORS if not row.name.startswith("slot_")),
+)
+"""The same for a layer whose KV heads have memories of their own sizes, or whose slots are kept in a smaller type.
+
+The slots of all heads lie on one axis, head after head, so `slot_*` have no axis `H_kv`. `slot_score` has the slots of
+those heads only that keep tokens by a score. A key or value in `int8` is its code times its scale.
 """
 
 SLOTS = tuple(row.name for row in TENSORS if row.name.startswith("slot_"))
@@ -96,7 +112,7 @@ class TensorSpec:
     Attributes:
         name: Name in `past.LAYER.NAME` and `present.LAYER.NAME`.
         shape: Sizes after `B`.
-        dtype: `float32`, `int64`, or `activation` for the dtype of the model's activations.
+        dtype: Name of a type in `DTYPES`, or `activation` for the dtype of the model's activations.
         fill: Initial value of every element.
     """
 
@@ -136,6 +152,10 @@ class MixerSpec:
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.config.heads and (words := len(self.config.heads[0].split())) != self.kv_heads:
+            raise UsageError(
+                f"a layer has sizes for {words} KV heads: '{self.config.heads[0]:.60}'", hint=f"give {self.kv_heads}"
+            )
         # written once, so that a compiler that traces the model reads a constant
         object.__setattr__(self, "text", json.dumps({**vars(self), "config": self.config.to_dict()}))
 
@@ -151,21 +171,52 @@ class MixerSpec:
         """The pools of slots in plain values."""
         return pack(self.config.slots, self.config.window)
 
+    @cached_property
+    def heads(self) -> tuple[MixerSpec, ...]:
+        """The layer of each KV head alone, with its group of query heads and slots in the type of the activations."""
+        plain = replace(self.config, state_dtype="activation")
+        configs = self.config.for_heads() if self.config.heads else (plain,) * self.kv_heads
+        return tuple(replace(self, config=c, q_heads=self.q_heads // self.kv_heads, kv_heads=1) for c in configs)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[tuple[int, ...], MixerSpec], ...]:
+        """KV heads whose memories have the same sizes, and the layer of each group, for a ragged layer."""
+        groups: dict[MixerSpec, list[int]] = {}
+        for head, spec in enumerate(self.heads):
+            groups.setdefault(spec, []).append(head)
+        return tuple(
+            (tuple(heads), replace(spec, q_heads=spec.q_heads * len(heads), kv_heads=len(heads)))
+            for spec, heads in groups.items()
+        )
+
+    @property
+    def slots_per_head(self) -> tuple[int, ...]:
+        """Number of all exact slots of each KV head."""
+        return tuple(spec.config.num_slots for spec in self.heads)
+
     def state(self) -> tuple[TensorSpec, ...]:
-        """Return the rows of `TENSORS` that this layer has, in order."""
+        """Return the rows of `TENSORS` or, for a ragged layer, of `RAGGED` that this layer has, in order."""
         c = self.config
         sizes = {"slots": c.num_slots, "pools": len(c.slots), "d_k": self.d_k, "d_v": self.d_v, "d_v + 1": self.d_v + 1}
-        return tuple(
-            TensorSpec(row.name, (self.kv_heads, *(sizes[axis] for axis in row.axes)), row.dtype, row.fill)
-            for row in TENSORS
-            if not row.needs or getattr(c, row.needs)
-        )
+        if c.ragged:
+            sizes["slots"] = sum(self.slots_per_head)
+            sizes["scored slots"] = sum(spec.config.num_slots for spec in self.heads if spec.config.slots)
+        found = []
+        for row in RAGGED if c.ragged else TENSORS:
+            if not row.needs or getattr(c, row.needs):
+                heads = () if c.ragged and row.name.startswith("slot_") else (self.kv_heads,)
+                dtype = c.state_dtype if row.dtype == "stored" else row.dtype
+                found.append(TensorSpec(row.name, (*heads, *(sizes[axis] for axis in row.axes)), dtype, row.fill))
+        return tuple(found)
 
     def initial_state(self, batch: int, dtype: torch.dtype, device: torch.device | str | None = None) -> MixerState:
         """Return the state of `batch` sequences that have seen nothing."""
         import torch
 
-        types = {"activation": dtype, "float32": torch.promote_types(dtype, torch.float32), "int64": torch.int64}
+        types = {"activation": dtype, "float32": torch.promote_types(dtype, torch.float32)}
         return {
-            t.name: torch.full((batch, *t.shape), t.fill, dtype=types[t.dtype], device=device) for t in self.state()
+            t.name: torch.full(
+                (batch, *t.shape), t.fill, dtype=types.get(t.dtype) or DTYPES[t.dtype].torch, device=device
+            )
+            for t in self.state()
         }

@@ -40,12 +40,12 @@ def mixer_step(
         Output `[B, H_q, d_v]` in the dtype of `query`; zero for a sequence that is skipped or padding.
 
     Raises:
-        ValueError: A pool needs a `score` that is missing, or the gate is keyed.
+        ValueError: A pool needs a `score` that is missing, the gate is keyed, or the slots are ragged.
     """
     if spec.config.foresees and score is None:
         raise ValueError("a pool ranks by a learned score, but no score was given")
     if not spec.config.fuses:
-        raise ValueError("a recurrence with keyed rows has no fused step; use liger_mixer")
+        raise ValueError("a recurrence with keyed rows and ragged slots have no fused step; use liger_mixer")
     pools = {name: state.get(name) for name in FUSED}
     return _mixer_step(query, key, value, position, **pools, rotary=rotary, index=index, score=score, spec=spec.text)
 
