@@ -79,6 +79,8 @@ def ours(args: argparse.Namespace) -> None:
         name, _, path = model.rpartition("=")
         opened = open_model(path, scoring=True, device=args.device, dtype=args.dtype, batch=args.batch)
         for part, items in parts.items():
+            if part.startswith("floor"):
+                continue
             found = {i: [round(x, 5) for x in scored] for i, scored in enumerate(_scored(opened, items))}
             rows.append({"peer": name or path, "kind": "ours", **_size(opened), "part": part, "found": found})
             print(f"{name or path}, {part}: {Estimate.of([loss for loss, _ in found.values()]).mean:.3f}", flush=True)
@@ -138,10 +140,10 @@ def table(args: argparse.Namespace) -> None:
 
 
 def _estimate(part: str, parts: dict[str, dict[str, Any]], plain: dict[str, dict[str, Any]] | None = None) -> Estimate:
-    """Return the loss above the Transformer's, or its own, or the share of a key's tokens above those guessed."""
+    """Return the loss above the Transformer's, or its own, or the share of a key's tokens that it cannot guess."""
     found = parts[part]
     if part.startswith("keys"):
-        guessed = parts[part.replace("keys", "floor")]
+        guessed = (plain or parts)[part.replace("keys", "floor")]
         share = Estimate.closed([1 - x[1] for x in found.values()], [1 - guessed[i][1] for i in found])
         return share or Estimate.of([x[1] for x in found.values()])
     base = plain[part] if plain else {}

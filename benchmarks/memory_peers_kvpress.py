@@ -119,6 +119,7 @@ def measure(args: argparse.Namespace, share: int) -> list[dict[str, Any]]:
     """Measure every n-th batch, from number `share` on, until the time is up."""
     end = time.monotonic() + 60 * args.minutes
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     reader = Reader(args.model, args.device, args.dtype)
     sizes = [(1e6 * mb, bits) for mb in args.megabytes for bits in (16, 8)]
     budgets = [Budget(int(total), bits, int(total / reader.token_bytes(bits))) for total, bits in sizes]
@@ -129,11 +130,12 @@ def measure(args: argparse.Namespace, share: int) -> list[dict[str, Any]]:
         if time.monotonic() > end:
             break
         items, begun = [parts[part][i] for i in numbers], time.monotonic()
-        found = (
-            [prose(reader, items, budgets, args.kinds)]
-            if "ids" in items[0]
-            else [KINDS[kind](reader, items, budgets) for kind in args.kinds]
-        )
+        if part.startswith("prose"):
+            found = [prose(reader, items, budgets, args.kinds)]
+        elif part.startswith("floor"):  # what is guessed without any memory of it
+            found = [after_prompt(reader, items, [])]
+        else:
+            found = [KINDS[kind](reader, items, budgets) for kind in args.kinds]
         for peer, kind, budget, i, scored in (one for some in found for one in some):
             row = {"peer": peer, "kind": kind, **vars(budget), "part": part, "found": {}}
             found_here = rows.setdefault((peer, kind, budget, part), row)["found"]
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tf32", action="store_true", help="multiply in TensorFloat-32")
     parser.add_argument("--megabytes", type=float, nargs="*", default=[2, 4, 8, 24])
     parser.add_argument("--tokens", type=int, nargs="*", default=[], help="further budgets, in tokens for each head")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))

@@ -85,7 +85,7 @@ PRESSES: dict[str, Callable[[], ScorerPress]] = {
 }
 SHARED = ("SnapKV", "expected attention")
 """Scores with which the heads of a layer also share a budget, as AdaKV does."""
-STREAMS = ("SnapKV", "TOVA", "expected attention", "KeyDiff", "H2O")
+STREAMS = ("SnapKV", "expected attention", "KeyDiff", "H2O")
 
 
 @dataclass
@@ -123,7 +123,8 @@ class Reader:
 
     Attributes:
         stored: What each layer kept of what was read before.
-        new: Keys and values of the current call and the attention that all tokens got, by layer.
+        new: Keys and values of the current call, by layer.
+        watched: Whether `new` gets the attention that all tokens get, too.
         window: Number of tokens that each token sees, sinks included; None is all.
         bits: Number of bits of keys and values that are written.
     """
@@ -140,7 +141,7 @@ class Reader:
         self.stored: dict[int, Stored] = {}
         self.new: dict[int, Stored] = {}
         self.window: int | None = None
-        self.bits, self.visit = 16, None
+        self.bits, self.visit, self.watched = 16, None, False
         for layer in self.model.model.layers:
             layer.self_attn.rotary_emb = self.model.model.rotary_emb
             layer.self_attn.register_forward_hook(self._visit, with_kwargs=True)
@@ -195,7 +196,15 @@ class Reader:
             recent = torch.ones_like(seen).triu(total - length - (self.window - SINKS) + 1)
             recent[:, :SINKS] = True
             seen &= recent
-        out, received = torch.empty_like(q), torch.empty(rows, kv, total, device=q.device)
+        self.new[module.layer_idx] = Stored(key, value, key.new_zeros(rows, kv, total, dtype=torch.float32))
+        if not self.watched and not (past and past.kept is not None):
+            keys, values = (
+                (torch.cat([past.keys, key], 2), torch.cat([past.values, value], 2)) if past else (key, value)
+            )
+            keys, values = (x.repeat_interleave(heads // kv, 1) for x in (keys, values))
+            mixed = torch.nn.functional.scaled_dot_product_attention(query, keys, values, seen, scale=scaling)
+            return mixed.transpose(1, 2), None
+        out, received = torch.empty_like(q), self.new[module.layer_idx].received
         step = max(1, min(kv, LARGEST // (rows * heads // kv * length * total)))
         for part in range(0, kv, step):
             h = slice(part, part + step)
@@ -209,7 +218,6 @@ class Reader:
             weights = weights.softmax(-1)
             received[:, h] = weights.sum(-2).mean(2)
             out[:, h] = torch.einsum("rkgts,rksd->rkgtd", weights.to(value.dtype), values)
-        self.new[module.layer_idx] = Stored(key, value, received)
         return out.permute(0, 3, 1, 2, 4).reshape(rows, length, heads, width), None
 
 
@@ -233,20 +241,25 @@ class Prompt:
     def __init__(self, reader: Reader, context: list[int]) -> None:
         self.reader, self.length = reader, len(context)
         self.presses = {name: make() for name, make in PRESSES.items()}
-        self.scores: dict[str, list[Tensor]] = {name: [] for name in (*PRESSES, "H2O")}
+        found: dict[str, list[Tensor]] = {name: [] for name in (*PRESSES, "H2O")}
         self.presses["expected attention"].position = len(context)
-        reader.stored, reader.bits = {}, 16
+        reader.stored, reader.bits, reader.watched = {}, 16, True
         ids = torch.tensor([context], device=reader.device)
-        reader.read(ids, visit=self._score)
-        self.read = dict(reader.new)
-        self.zip = self._zip(ids)
 
-    def _score(self, layer: int, module: Any, hidden: Tensor, kwargs: Any) -> None:
-        new = self.reader.new[layer]
-        for name, press in self.presses.items():
-            self.scores[name].append(press.score(module, hidden, new.keys, new.values, None, kwargs)[0].float())
-        rows = torch.arange(self.length, 0, -1, device=new.received.device)  # that could see a token
-        self.scores["H2O"].append(new.received[0] / rows)
+        def visit(layer: int, module: Any, hidden: Tensor, kwargs: Any) -> None:
+            new = reader.new[layer]
+            for name, press in self.presses.items():
+                found[name].append(press.score(module, hidden, new.keys, new.values, None, kwargs)[0].float())
+            rows = torch.arange(self.length, 0, -1, device=ids.device)  # that could see a token
+            found["H2O"].append(new.received[0] / rows)
+
+        reader.read(ids, visit=visit)
+        self.read, reader.watched = dict(reader.new), False
+        self.scores = {name: torch.stack(layers) for name, layers in found.items()}
+        self.scores["KVzip"] = self._zip(ids)
+        recent = torch.arange(self.length, device=ids.device).float()
+        recent[:SINKS] = torch.inf
+        self.scores["window"] = recent.expand_as(self.scores["KVzip"])
 
     def _zip(self, ids: Tensor) -> Tensor:
         """Return KVzip's scores, from reading the context again; it has no frame of a chat here."""
@@ -257,20 +270,16 @@ class Prompt:
             reader.model.model(input_ids=ids, past_key_values=DynamicCache())
         return press.found
 
-    def kept(self, peer: str, budget: Budget) -> list[Tensor]:
-        """Return what each layer keeps, `[H_kv, T]`."""
-        count, name = budget.tokens, peer.removeprefix("AdaKV, ")
+    def kept(self, peer: str, budget: Budget) -> Tensor:
+        """Return what each layer keeps, `[layers, H_kv, T]`."""
+        count, scores = budget.tokens, self.scores.get(peer.removeprefix("AdaKV, "), self.scores["window"])
         if count >= self.length or peer == "Transformer":
-            return [torch.ones_like(self.zip[0], dtype=torch.bool)] * self.reader.layers
-        if peer == "KVzip":
-            return list(best(self.zip.flatten(), count * self.zip[..., 0].numel()).view_as(self.zip))
-        if peer == "window":
-            recent = torch.arange(self.length, device=self.zip.device).float().expand_as(self.zip[0]).clone()
-            recent[:, :SINKS] = torch.inf
-            return [best(recent, count)] * self.reader.layers
-        if name == peer:
-            return [best(scores, count) for scores in self.scores[name]]
-        return [self._adaptive(i, scores, count) for i, scores in enumerate(self.scores[name])]
+            return torch.ones_like(scores, dtype=torch.bool)
+        if peer == "KVzip":  # all heads of all layers share
+            return best(scores.flatten(), count * scores[..., 0].numel()).view_as(scores)
+        if peer in self.scores:
+            return best(scores, count)
+        return torch.stack([self._adaptive(layer, of_layer, count) for layer, of_layer in enumerate(scores)])
 
     def _adaptive(self, layer: int, scores: Tensor, count: int) -> Tensor:
         press = AdaKVPress(Given(1 - (count + 0.5) / self.length, scores))
@@ -283,11 +292,9 @@ class Prompt:
 
     def ask(self, prompt: Item, rows: list[tuple[str, Budget]], bits: int) -> list[Scored]:
         """Read question and answer with each row's peer and budget."""
-        kept = [self.kept(*row) for row in rows]
+        kept = torch.stack([self.kept(*row) for row in rows], 1)
         self.reader.stored = {
-            i: Stored(
-                rounded(read.keys, bits), rounded(read.values, bits), read.received, torch.stack([k[i] for k in kept])
-            )
+            i: Stored(rounded(read.keys, bits), rounded(read.values, bits), read.received, kept[i])
             for i, read in self.read.items()
         }
         return self.reader.ask(self.length, [prompt] * len(rows))
@@ -298,7 +305,7 @@ class Stream:
 
     def __init__(self, reader: Reader, peer: str, budget: Budget) -> None:
         self.reader, self.budget = reader, budget
-        self.press = PRESSES[peer]() if peer in PRESSES else None
+        self.press = PRESSES[peer]() if peer in PRESSES else None  # of H2O
         reader.stored, reader.bits = {}, budget.bits
 
     def read(self, ids: Tensor) -> Iterator[Tensor]:
@@ -311,7 +318,10 @@ class Stream:
         for start, end in [(0, first), *((i, i + CHUNK) for i in range(first, length, CHUNK))]:
             if isinstance(self.press, StreamedExpectedAttention):
                 self.press.position = end
-            yield self.reader.read(ids[:, start:end], start, self._store)
+            self.reader.watched = self.press is None
+            hidden = self.reader.read(ids[:, start:end], start, self._store)
+            self.reader.watched = False
+            yield hidden
 
     def _store(self, layer: int, module: Any, hidden: Tensor, kwargs: Any) -> None:
         new, past = self.reader.new[layer], self.reader.stored.get(layer)
