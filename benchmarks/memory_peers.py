@@ -3,7 +3,8 @@
     python benchmarks/memory_peers.py prompts MODEL --questions rows.json --text prose.txt -o prompts.json
     python benchmarks/memory_peers_kvpress.py MODEL prompts.json -o kvpress.json      (in an environment of its own)
     python benchmarks/memory_peers.py ours prompts.json recall=liger ... -o ours.json
-    python benchmarks/memory_peers.py table kvpress.json ours.json -o benchmarks/results/memory_peers.json
+    python benchmarks/memory_peers.py table kvpress.json ours.json --prompts prompts.json \
+        -o benchmarks/results/memory_peers.json
 
 The prompts are those of `eval --parts reading,keys`. `memory_peers_kvpress.py` says what the peers are and how their
 bytes are counted. A converted model reads context, question and answer in one pass through its state, which is counted
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ligerexport.measure.evaluate.answers import f1
 from ligerexport.measure.evaluate.estimate import Estimate
 
 DISTANCES = (1000, 3000, 7000)
@@ -25,13 +27,6 @@ KEY_DISTANCES = (1024, 4096)
 PROSE_LENGTH = 8192
 PROSE_FROM = 2048
 """Position from which the loss of prose counts; the same as in `memory_peers_kvpress.py`."""
-KINDS = {
-    "prompt": "grows with the prompt",
-    "stream": "constant, and a chunk",
-    "exact": "constant",
-    "ours": "constant",
-}
-"""Memory that each kind of row needs while it reads."""
 Rows = list[dict[str, Any]]
 
 
@@ -72,6 +67,8 @@ def equalled(made: list[Any]) -> list[Any]:
 
 def ours(args: argparse.Namespace) -> None:
     """Measure converted checkpoints, or a Transformer."""
+    from ligerexport.measure.evaluate.answers import write
+    from ligerexport.measure.evaluate.reading import ReadingPrompt
     from ligerexport.measure.opened import open_model
 
     parts, rows = json.loads(args.prompts.read_text())["parts"], []
@@ -82,8 +79,11 @@ def ours(args: argparse.Namespace) -> None:
             if part.startswith("floor"):
                 continue
             found = {i: [round(x, 5) for x in scored] for i, scored in enumerate(_scored(opened, items))}
+            if args.write and part.startswith("reading"):
+                for i, text in enumerate(write(opened, [ReadingPrompt(**item) for item in items], args.write)):
+                    found[i].append(text)
             rows.append({"peer": name or path, "kind": "ours", **_size(opened), "part": part, "found": found})
-            print(f"{name or path}, {part}: {Estimate.of([loss for loss, _ in found.values()]).mean:.3f}", flush=True)
+            print(f"{name or path}, {part}: {Estimate.of([x[0] for x in found.values()]).mean:.3f}", flush=True)
     args.output.write_text(json.dumps({"command": "python " + " ".join(sys.argv), "rows": rows}) + "\n")
 
 
@@ -122,50 +122,41 @@ def _scored(opened: Any, items: Rows) -> list[tuple[float, float]]:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Write the estimates of all rows: losses above the Transformer's on the same prompts, and the recall of keys."""
+    """Write estimates for all rows: losses above the Transformer's on the same prompts, F1, and the recall of keys."""
     given = [json.loads(path.read_text()) for path in args.measured]
+    parts = json.loads(args.prompts.read_text())["parts"]
     measured: dict[Any, dict[str, dict[str, Any]]] = {}
     for row in (row for file in given for row in file["rows"]):
         name = tuple(row[key] for key in ("peer", "kind", "nbytes", "bits", "tokens"))
         measured.setdefault(name, {})[row["part"]] = row["found"]
-    plain = measured.pop(("Transformer", "prompt", 0, 16, 0))
+    plain = measured[("Transformer", "prompt", 0, 16, 0)]
     rows = []
-    for name, parts in sorted(measured.items(), key=lambda pair: pair[0][2:]):
-        columns = {part: vars(_estimate(part, parts, plain)) for part in parts if not part.startswith("floor")}
+    for name, found in sorted(measured.items(), key=lambda pair: pair[0][2:]):
+        columns = _columns(parts, found, plain)
         rows.append(dict(zip(("peer", "kind", "nbytes", "bits", "tokens"), name, strict=True)) | {"columns": columns})
-    teacher = {part: vars(_estimate(part, plain)) for part in plain if not part.startswith("floor")}
-    result = {"files": [{key: x for key, x in file.items() if key != "rows"} for file in given], "rows": rows}
-    args.output.write_text(json.dumps(result | {"Transformer": teacher}, indent=1) + "\n")
-    print(markdown(result | {"Transformer": teacher}))
+    files = [{key: x for key, x in file.items() if key != "rows"} for file in given]
+    args.output.write_text(json.dumps({"files": files, "rows": rows}, indent=1) + "\n")
+    for row in rows:
+        cells = [f"{column} {x['mean']:.3f} ± {x['stderr'] or 0:.3f}" for column, x in row["columns"].items()]
+        print(f"{row['peer']}, {row['kind']}, {row['nbytes'] / 1e6:g} MB, {row['bits']} bits, {row['tokens']}:", *cells)
 
 
-def _estimate(part: str, parts: dict[str, dict[str, Any]], plain: dict[str, dict[str, Any]] | None = None) -> Estimate:
-    """Return the loss above the Transformer's, or its own, or the share of a key's tokens that it cannot guess."""
-    found = parts[part]
-    if part.startswith("keys"):
-        guessed = (plain or parts)[part.replace("keys", "floor")]
-        share = Estimate.closed([1 - x[1] for x in found.values()], [1 - guessed[i][1] for i in found])
-        return share or Estimate.of([x[1] for x in found.values()])
-    base = plain[part] if plain else {}
-    return Estimate.of([loss - (base[i][0] if plain else 0) for i, (loss, _) in found.items()])
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """Return rows of Markdown; `report.py` writes them into documents."""
-    columns = list(result["Transformer"])
-    lines = [["", "memory while it reads", "bytes", "bits", "tokens a head", *columns], ["---"] * (len(columns) + 5)]
-    cells = [f"{result['Transformer'][column]['mean']:.3f}" for column in columns]
-    lines.append(["Transformer", "grows with the prompt", "", "", "", *cells])
-    for row in result["rows"]:
-        cells = []
-        for column in columns:
-            found = row["columns"].get(column)
-            shown = "" if found is None else f"{found['mean']:{'.2f' if column.startswith('keys') else '+.3f'}}"
-            error = found and found["stderr"]
-            cells.append(shown if error is None or not shown else f"{shown} ± {error:.3f}")
-        size = f"{row['nbytes'] / 1e6:.1f} MB", str(row["bits"]), f"{row['tokens']:,}"
-        lines.append([row["peer"], KINDS[row["kind"]], *size, *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _columns(
+    parts: dict[str, Rows], found: dict[str, dict[str, Any]], plain: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return estimates by column: a part, `nll PART` and `F1 PART`."""
+    columns = {}
+    for part, items in parts.items():
+        scored = found.get(part, {})
+        if part.startswith("keys") and scored:  # the share that the Transformer cannot guess without the statement
+            guessed = plain[part.replace("keys", "floor")]
+            columns[part] = Estimate.closed([1 - x[1] for x in scored.values()], [1 - guessed[i][1] for i in scored])
+        elif scored and not part.startswith("floor"):
+            columns[part] = Estimate.of([x[0] - plain[part][i][0] for i, x in scored.items()])
+            columns[f"nll {part}"] = Estimate.of([x[0] for x in scored.values()])
+            if all(len(x) > 2 for x in scored.values()):
+                columns[f"F1 {part}"] = Estimate.of([f1(x[2], items[int(i)]["gold"]) for i, x in scored.items()])
+    return {column: vars(x) for column, x in columns.items() if x is not None}
 
 
 def main() -> None:
@@ -188,9 +179,11 @@ def main() -> None:
     step.add_argument("--device", default="auto")
     step.add_argument("--dtype", default="float32")
     step.add_argument("--batch", type=int, default=4)
+    step.add_argument("--write", type=int, default=0, help="tokens of a written answer; 0 writes none")
     step.set_defaults(run=ours)
     step = steps.add_parser("table", help="write the results")
     step.add_argument("measured", type=Path, nargs="+")
+    step.add_argument("--prompts", type=Path, required=True)
     step.set_defaults(run=table)
     for step in steps.choices.values():
         step.add_argument("-o", "--output", type=Path, required=True)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import sys
 import time
@@ -36,6 +37,7 @@ from typing import Any
 
 import torch
 from peer_caches import CHUNK, PRESSES, SHARED, STREAMS, Budget, Item, Prompt, Reader, Scored, Stream
+from transformers.utils.logging import disable_progress_bar
 
 PROSE_FROM = 2048
 """Position from which the loss of prose counts."""
@@ -69,15 +71,15 @@ def in_stream(reader: Reader, prompts: list[Item], budgets: list[Budget]) -> Fou
 
 
 def exact_window(reader: Reader, prompts: list[Item], budgets: list[Budget]) -> Found:
-    """Read context, question and answer with a window in which every token sees as many as the budget holds."""
-    for i, prompt in enumerate(prompts):
-        before = [*prompt["context"], *prompt["question"]]
-        ids = torch.tensor([before + prompt["answer"]], device=reader.device)
-        for budget in budgets:
-            reader.stored, reader.bits, reader.window = {}, budget.bits, budget.tokens
-            hidden = reader.read(ids)[0]
-            reader.window = None
-            yield "window", "exact", budget, i, reader.score(hidden[len(before) - 1 :], prompt["answer"])
+    """Ask with a window in which every token, of context, question and answer, sees as many as the budget holds."""
+    ids = torch.tensor([prompt["context"] for prompt in prompts], device=reader.device)
+    for budget in budgets:
+        reader.stored, reader.bits, reader.window = {}, budget.bits, budget.tokens
+        reader.read(ids)
+        reader.stored, reader.bits = {i: new.recent(budget.tokens) for i, new in reader.new.items()}, 16
+        for i, scored in enumerate(reader.ask(ids.shape[1], prompts)):
+            yield "window", "exact", budget, i, scored
+        reader.window = None
 
 
 def prose(reader: Reader, texts: list[Item], budgets: list[Budget], kinds: list[str]) -> Found:
@@ -120,6 +122,8 @@ def measure(args: argparse.Namespace, share: int) -> list[dict[str, Any]]:
     end = time.monotonic() + 60 * args.minutes
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    logging.getLogger("kvpress").setLevel(logging.ERROR)
+    disable_progress_bar()
     reader = Reader(args.model, args.device, args.dtype)
     sizes = [(1e6 * mb, bits) for mb in args.megabytes for bits in (16, 8)]
     budgets = [Budget(int(total), bits, int(total / reader.token_bytes(bits))) for total, bits in sizes]
@@ -129,6 +133,7 @@ def measure(args: argparse.Namespace, share: int) -> list[dict[str, Any]]:
     for part, numbers in units(parts, args.batch)[share :: args.workers]:
         if time.monotonic() > end:
             break
+        reader.writes = args.write if part.startswith("reading") else 0
         items, begun = [parts[part][i] for i in numbers], time.monotonic()
         if part.startswith("prose"):
             found = [prose(reader, items, budgets, args.kinds)]
@@ -139,7 +144,7 @@ def measure(args: argparse.Namespace, share: int) -> list[dict[str, Any]]:
         for peer, kind, budget, i, scored in (one for some in found for one in some):
             row = {"peer": peer, "kind": kind, **vars(budget), "part": part, "found": {}}
             found_here = rows.setdefault((peer, kind, budget, part), row)["found"]
-            found_here[numbers[i]] = [round(x, 5) for x in scored]
+            found_here[numbers[i]] = scored
         print(f"{part}: {len(items)} in {time.monotonic() - begun:.1f} s", flush=True)
     return list(rows.values())
 
@@ -157,6 +162,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[], help="further budgets, in tokens for each head")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--batch", type=int, default=16, help="prompts that a stream reads together")
+    parser.add_argument("--write", type=int, default=0, help="tokens of a written answer; 0 writes none")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=60, help="time after which no further batch is begun")

@@ -109,11 +109,18 @@ class Stored:
         wide = index[..., None].expand(*index.shape, self.keys.shape[-1])
         return Stored(self.keys.gather(2, wide), self.values.gather(2, wide), self.received.gather(2, index))
 
+    def recent(self, count: int) -> Stored:
+        """Return the first tokens and the most recent ones, `count` in all."""
+        length = self.keys.shape[2]
+        index = torch.arange(min(count, length), device=self.keys.device)
+        index[SINKS:] += length - len(index)
+        return self.take(index.expand(*self.keys.shape[:2], -1))
+
 
 Item = dict[str, Any]
 """A prompt: token ids of context, question and answer."""
-Scored = tuple[float, float]
-"""Mean loss of an answer's tokens, and the share of them that is the greedy choice."""
+Scored = list[Any]
+"""Mean loss of an answer's tokens, the share of them that is the greedy choice, and what the model writes, if asked."""
 Visit = Callable[[int, Any, Tensor, Any], None]
 """Called after the attention of a layer, with its number, module, input and named arguments."""
 
@@ -127,6 +134,7 @@ class Reader:
         watched: Whether `new` gets the attention that all tokens get, too.
         window: Number of tokens that each token sees, sinks included; None is all.
         bits: Number of bits of keys and values that are written.
+        writes: Number of tokens that the model writes as its own answer.
     """
 
     def __init__(self, directory: str, device: str, dtype: str) -> None:
@@ -141,7 +149,9 @@ class Reader:
         self.stored: dict[int, Stored] = {}
         self.new: dict[int, Stored] = {}
         self.window: int | None = None
-        self.bits, self.visit, self.watched = 16, None, False
+        self.bits, self.visit, self.watched, self.writes = 16, None, False, 0
+        ends = self.model.generation_config.eos_token_id
+        self.ends = ends if isinstance(ends, list) else [ends]
         for layer in self.model.model.layers:
             layer.self_attn.rotary_emb = self.model.model.rotary_emb
             layer.self_attn.register_forward_hook(self._visit, with_kwargs=True)
@@ -159,15 +169,29 @@ class Reader:
 
     def ask(self, start: int, prompts: list[Item]) -> list[Scored]:
         """Read question and answer of each row, after a context of `start` tokens."""
-        rows = [[*prompt["question"], *prompt["answer"]] for prompt in prompts]
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=self.device)
-        for row, found in zip(ids, rows, strict=True):  # what is padded stands behind, where nothing sees it
-            row[: len(found)] = torch.tensor(found)
-        hidden = self.read(ids, start)
-        return [
+        hidden = self._rows(start, [[*prompt["question"], *prompt["answer"]] for prompt in prompts])
+        scored = [
             self.score(one[len(prompt["question"]) - 1 :], prompt["answer"])
             for one, prompt in zip(hidden, prompts, strict=True)
         ]
+        rows = [list(prompt["question"]) for prompt in prompts]
+        for _ in range(self.writes):
+            hidden = self._rows(start, rows)
+            last = torch.stack([one[len(row) - 1] for one, row in zip(hidden, rows, strict=True)])
+            for row, token in zip(rows, self.model.lm_head(last).argmax(-1).tolist(), strict=True):
+                row.append(token)
+        for one, row, prompt in zip(scored, rows, prompts, strict=True):
+            written = row[len(prompt["question"]) :]
+            ends = [i for i, token in enumerate(written) if token in self.ends]
+            text = self.tokenizer.decode(written[: ends[0]] if ends else written)
+            one += [text.partition("\n")[0].strip()] if self.writes else []
+        return scored
+
+    def _rows(self, start: int, rows: list[list[int]]) -> Tensor:
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=self.device)
+        for padded, row in zip(ids, rows, strict=True):  # behind the row, where nothing sees it
+            padded[: len(row)] = torch.tensor(row)
+        return self.read(ids, start)
 
     def score(self, hidden: Tensor, targets: list[int]) -> Scored:
         """Return loss and share of right tokens of `n` targets, from the `[>= n, D]` before them."""
@@ -176,7 +200,7 @@ class Reader:
             logits = self.model.lm_head(part).float()
             losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
             right.append(logits.argmax(-1) == wanted)
-        return torch.cat(losses).mean().item(), torch.cat(right).float().mean().item()
+        return [round(torch.cat(x).float().mean().item(), 5) for x in (losses, right)]
 
     def _visit(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if self.visit is not None:

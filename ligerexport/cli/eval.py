@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ligerexport.cli import options
+from ligerexport.cli.bench import counts
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import card, data, format_bytes, progress
 from ligerexport.errors import UsageError
@@ -25,10 +26,10 @@ def eval_(
         typer.Option(metavar="PATH", help="Held-out plain text: a file, or a directory of .txt; may be repeated."),
     ] = None,
     questions: Annotated[
-        Path | None, typer.Option(help="File of rows with passage, question, answer, and perhaps title, to ask.")
+        Path | None, typer.Option(help="Rows with a passage, a question about it, the answer and, if you like, a title.")
     ] = None,
     half: Annotated[
-        str | None, typer.Option(metavar="HALF", help=f"Half of the passages to ask about: {', '.join(HALVES)}.")
+        str | None, typer.Option(metavar="HALF", help=f"Ask only about passages of one half: {' or '.join(HALVES)}.")
     ] = None,
     parts: Annotated[
         str | None,
@@ -52,6 +53,10 @@ def eval_(
         int, typer.Option(help="Largest number of tokens of a written answer to a question; 0 writes none.")
     ] = 32,
     limit: Annotated[int | None, typer.Option(help="Largest number of questions per task.")] = None,
+    task_lengths: Annotated[
+        str | None,
+        typer.Option(metavar="N,...", help="Tokens in prompts that a task makes itself, as RULER's do. Default: 4096."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed for everything that is random.")] = 0,
     batch: Annotated[int, typer.Option(help="Number of sequences at a time on a GPU.")] = 8,
     device: Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")] = "auto",
@@ -70,11 +75,12 @@ def eval_(
     """
     from ligerexport.measure.evaluate.evaluate import EvaluatePlan
 
+    others = {} if task_lengths is None else {"task_lengths": counts(task_lengths, "--task-lengths")}
     plan = EvaluatePlan(
         model, against=against, text=text or [], parts=split(parts), tasks=split(tasks), task_data=task_data,
         questions=questions, output=output, force=force, controls=split(controls), length=length, windows=windows,
         trials=trials, half=half, answer_tokens=answer_tokens, limit=limit, seed=seed, batch=batch, device=device,
-        dtype=dtype,
+        dtype=dtype, **others,
     )  # fmt: skip
     options.announce("eval", model=model, against=against, text=text, questions=questions, task_data=task_data,
                      output=output, threads=threads, **vars(plan.settings))  # fmt: skip
@@ -114,6 +120,7 @@ def _say_plan(plan: dict[str, Any], json: bool) -> None:
     card("would measure", [
         ("models", ", ".join(plan["rows"])),
         ("text", f"{plan['text_files']} files, {format_bytes(plan['text_bytes'])}"),
+        *([("questions", f"{plan['questions']:,}")] if plan["questions"] else []),
         ("tokens to read", f"about {plan['tokens_each']:,} by each model, without tasks"),
         *(("missing", f"pip install 'ligerexport[{extra}]'") for extra in plan["missing_extras"]),
     ])  # fmt: skip

@@ -142,6 +142,7 @@ class EvaluatePlan:
             "model": str(self.model),
             "rows": [*([TEACHER] if self.against else []), MODEL, *self.settings.controls],
             "text_files": len(self.files),
+            "questions": len(self.questions),
             "text_bytes": sum(file.stat().st_size for file in self.files),
             "tokens_each": tokens_to_read(self.settings),
             "missing_extras": [extra for module, extra in wanted.items() if not find_spec(module)],
@@ -333,7 +334,7 @@ def _run_tasks(
         with progress(f"tasks of the {name}", None, "steps") as advance:
             scores = run_tasks(
                 model, model.text, settings.tasks, max_length=length, limit=settings.limit, seed=settings.seed,
-                data=data, advance=advance,
+                data=data, lengths=settings.task_lengths, advance=advance,
             )  # fmt: skip
         tables[name]["tasks"] = scores
 

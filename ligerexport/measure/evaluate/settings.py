@@ -46,6 +46,9 @@ KEY_DISTANCES = (0, 1024, 4096)
 HALVES = ("dev", "test")
 """Halves of the passages of questions."""
 
+TASK_LENGTHS = (4096,)
+"""Numbers of tokens of the prompts that a task makes itself."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -73,6 +76,7 @@ class Settings:
         half: Row of `HALVES`, the half of the questions' passages that is used; None takes all.
         answer_tokens: Largest number of tokens of an answer that a model writes; at 0 it writes none.
         limit: Largest number of questions per task; None takes all.
+        task_lengths: Numbers of tokens of the prompts that a task makes itself, such as those of RULER.
         seed: Seed for everything that is random.
         batch: Number of sequences at a time on a GPU; a CPU takes one.
         device: Row of `DEVICES`.
@@ -91,6 +95,7 @@ class Settings:
     half: str | None = None
     answer_tokens: int = 32
     limit: int | None = None
+    task_lengths: tuple[int, ...] = TASK_LENGTHS
     seed: int = 0
     batch: int = 8
     device: str = "auto"
@@ -114,6 +119,8 @@ class Settings:
             raise UsageError(f"length {self.length}", hint="a window has at least 2 tokens")
         if self.answer_tokens < 0:
             raise UsageError(f"answer_tokens {self.answer_tokens}", hint="give 0 or more")
+        if not self.task_lengths or min(self.task_lengths) < 1:
+            raise UsageError(f"task_lengths {self.task_lengths}", hint="give lengths in tokens, such as 1024,4096")
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"limit {self.limit}", hint="give at least 1, or leave it out for all questions")
 
