@@ -48,7 +48,7 @@ Found = Iterator[tuple[str, str, Budget, int, Scored]]
 
 def after_prompt(reader: Reader, prompts: list[Item], budgets: list[Budget]) -> Found:
     """Ask with what peers keep of a context that was read with full attention."""
-    peers = ["window", *PRESSES, "H2O", *(f"AdaKV, {name}" for name in SHARED), "KVzip"]
+    peers = ["StreamingLLM", *PRESSES, "H2O", *(f"AdaKV, {name}" for name in SHARED), "KVzip"]
     for i, prompt in enumerate(prompts):
         read = Prompt(reader, prompt["context"])
         for bits in (16, 8):
@@ -78,7 +78,7 @@ def exact_window(reader: Reader, prompts: list[Item], budgets: list[Budget]) -> 
         reader.read(ids)
         reader.stored, reader.bits = {i: new.recent(budget.tokens) for i, new in reader.new.items()}, 16
         for i, scored in enumerate(reader.ask(ids.shape[1], prompts)):
-            yield "window", "exact", budget, i, scored
+            yield "window with sinks", "exact", budget, i, scored
         reader.window = None
 
 
@@ -88,7 +88,7 @@ def prose(reader: Reader, texts: list[Item], budgets: list[Budget], kinds: list[
     runs = [("Transformer", "prompt", Budget(0, 16, 0))]
     for budget in budgets:
         runs += [(peer, "stream", budget) for peer in STREAMS if "stream" in kinds]
-        runs += [("window", "exact", budget)] if "exact" in kinds else []
+        runs += [("window with sinks", "exact", budget)] if "exact" in kinds else []
     for peer, kind, budget in runs:
         reader.stored, reader.bits = {}, budget.bits
         reader.window = budget.tokens if kind == "exact" else None

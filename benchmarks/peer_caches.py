@@ -283,7 +283,7 @@ class Prompt:
         self.scores["KVzip"] = self._zip(ids)
         recent = torch.arange(self.length, device=ids.device).float()
         recent[:SINKS] = torch.inf
-        self.scores["window"] = recent.expand_as(self.scores["KVzip"])
+        self.scores["StreamingLLM"] = recent.expand_as(self.scores["KVzip"])
 
     def _zip(self, ids: Tensor) -> Tensor:
         """Return KVzip's scores, from reading the context again; it has no frame of a chat here."""
@@ -296,7 +296,7 @@ class Prompt:
 
     def kept(self, peer: str, budget: Budget) -> Tensor:
         """Return what each layer keeps, `[layers, H_kv, T]`."""
-        count, scores = budget.tokens, self.scores.get(peer.removeprefix("AdaKV, "), self.scores["window"])
+        count, scores = budget.tokens, self.scores.get(peer.removeprefix("AdaKV, "), self.scores["StreamingLLM"])
         if count >= self.length or peer == "Transformer":
             return torch.ones_like(scores, dtype=torch.bool)
         if peer == "KVzip":  # all heads of all layers share

@@ -1,0 +1,77 @@
+"""The tables of peers of the bounded memory, from `results/memory_peers.json`, for `report.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+Table = tuple[list[str], list[list[object]]]
+NEEDS = {"prompt": "grows with the prompt", "stream": "constant, and a chunk", "exact": "constant", "ours": "constant"}
+"""Memory that each kind of row needs while it reads."""
+MEGABYTES = (2, 4, 8, 24)
+
+
+def _rows() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((RESULTS / "memory_peers.json").read_text())["rows"]
+    return found
+
+
+def _fits(row: dict[str, Any], megabytes: float) -> bool:
+    """Return whether a row belongs to a budget, of which a fitted memory may leave a tenth unused."""
+    return (0.9 if row["kind"] == "ours" else 1) * megabytes * 1e6 <= row["nbytes"] <= megabytes * 1e6
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    plain = next(row for row in rows if row["peer"] == "Transformer" and row["bits"] == 16)
+    return [column for column in plain["columns"] if not column.startswith("nll")]
+
+
+def _cell(row: dict[str, Any] | None, column: str) -> str:
+    found = row and row["columns"].get(column)
+    if not found:
+        return ""
+    shown = f"{found['mean']:{'+.3f' if column.split()[0] in ('reading', 'prose') else '.2f'}}"
+    return shown if found["stderr"] is None else f"{shown} ± {found['stderr']:.2f}"
+
+
+def at_8_mb() -> Table:
+    """All peers with 8 MB, and the Transformer's own figures."""
+    rows = _rows()
+    columns, plain = _columns(rows), next(row for row in rows if row["peer"] == "Transformer" and row["bits"] == 16)
+    own = (plain["columns"].get(f"nll {column}", plain["columns"][column])["mean"] for column in columns)
+    lines: list[list[object]] = [["Transformer", NEEDS["prompt"], "", "", *(f"{mean:.3f}" for mean in own)]]
+    chosen = [row for row in rows if _fits(row, 8) and row["peer"] != "Transformer"]
+    for row in sorted(chosen, key=lambda row: row["columns"][columns[0]]["mean"]):
+        cells = [_cell(row, column) for column in columns]
+        lines.append([row["peer"], NEEDS[row["kind"]], row["bits"], f"{row['tokens']:,}", *cells])
+    return ["", "memory while it reads", "bits", "tokens a head", *columns], lines
+
+
+def by_bytes(column: str = "reading 3000") -> Table:
+    """One column of the peers in 8 bits, by bytes."""
+    found: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
+    for row in _rows():
+        for megabytes in MEGABYTES:
+            if row["bits"] == 8 and _fits(row, megabytes):
+                found.setdefault((row["peer"], row["kind"]), {})[megabytes] = row
+    lines: list[list[object]] = [
+        [peer, NEEDS[kind], *(_cell(of_bytes.get(megabytes), column) for megabytes in MEGABYTES)]
+        for (peer, kind), of_bytes in found.items()
+    ]
+    return [column, "memory while it reads", *(f"{megabytes} MB" for megabytes in MEGABYTES)], lines
+
+
+def at_equal_tokens() -> Table:
+    """Our memory, and the peers that keep as many tokens a head in 16 bits."""
+    rows = _rows()
+    columns = _columns(rows)
+    lines: list[list[object]] = []
+    for own in (row for row in rows if row["kind"] == "ours" and row["tokens"]):
+        same = [row for row in rows if row["tokens"] == own["tokens"] and row["kind"] != "ours"]
+        for row in [own, *same] if same else []:
+            cells = [_cell(row, column) for column in columns]
+            size = f"{row['tokens']:,}", f"{row['nbytes'] / 1e6:.1f} MB"
+            lines.append([row["peer"], NEEDS[row["kind"]], *size, *cells])
+    return ["", "memory while it reads", "tokens a head", "bytes", *columns], lines
