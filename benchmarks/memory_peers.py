@@ -3,7 +3,7 @@
     python benchmarks/memory_peers.py prompts MODEL --questions rows.json --text prose.txt -o prompts.json
     python benchmarks/memory_peers_kvpress.py MODEL prompts.json -o kvpress.json      (in an environment of its own)
     python benchmarks/memory_peers.py ours prompts.json recall=liger ... -o ours.json
-    python benchmarks/memory_peers.py table kvpress.json ours.json --prompts prompts.json \
+    python benchmarks/memory_peers.py table kvpress.*.json ours.json --prompts prompts.json \
         -o benchmarks/results/memory_peers.json
 
 The prompts are those of `eval --parts reading,keys`. `memory_peers_kvpress.py` says what the peers are and how their
@@ -128,7 +128,7 @@ def table(args: argparse.Namespace) -> None:
     measured: dict[Any, dict[str, dict[str, Any]]] = {}
     for row in (row for file in given for row in file["rows"]):
         name = tuple(row[key] for key in ("peer", "kind", "nbytes", "bits", "tokens"))
-        measured.setdefault(name, {})[row["part"]] = row["found"]
+        measured.setdefault(name, {}).setdefault(row["part"], {}).update(row["found"])
     plain = measured[("Transformer", "prompt", 0, 16, 0)]
     rows = []
     for name, found in sorted(measured.items(), key=lambda pair: pair[0][2:]):

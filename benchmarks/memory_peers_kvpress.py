@@ -1,6 +1,6 @@
 """Measure how well a Transformer reads with the bounded caches of other methods, whose scores come from kvpress.
 
-    python benchmarks/memory_peers_kvpress.py MODEL prompts.json -o kvpress.json
+    python benchmarks/memory_peers_kvpress.py MODEL prompts.json -o kvpress.json      writes kvpress.0.json and so on
 
 kvpress 0.5.5 needs transformers below 5.3, so this script has an environment of its own and imports nothing of
 ligerexport. `memory_peers.py` writes the prompts and reads the results.
@@ -117,8 +117,8 @@ def units(parts: dict[str, list[Item]], batch: int) -> list[tuple[str, list[int]
 
 
 @torch.no_grad()
-def measure(args: argparse.Namespace, share: int) -> list[dict[str, Any]]:
-    """Measure every n-th batch, from number `share` on, until the time is up."""
+def measure(args: argparse.Namespace, share: int) -> None:
+    """Measure every n-th batch, from number `share` on, until the time is up; write what was found after each."""
     end = time.monotonic() + 60 * args.minutes
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
@@ -128,6 +128,9 @@ def measure(args: argparse.Namespace, share: int) -> list[dict[str, Any]]:
     sizes = [(1e6 * mb, bits) for mb in args.megabytes for bits in (16, 8)]
     budgets = [Budget(int(total), bits, int(total / reader.token_bytes(bits))) for total, bits in sizes]
     budgets += [Budget(count * reader.token_bytes(16), 16, count) for count in args.tokens]
+    result: dict[str, Any] = {"command": "python " + " ".join(sys.argv), "chunk": CHUNK}
+    result |= {name: version(name) for name in ("torch", "transformers", "kvpress")}
+    result["device"] = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     parts = json.loads(args.prompts.read_text())["parts"]
     rows: dict[Any, dict[str, Any]] = {}
     for part, numbers in units(parts, args.batch)[share :: args.workers]:
@@ -143,14 +146,13 @@ def measure(args: argparse.Namespace, share: int) -> list[dict[str, Any]]:
             found = [KINDS[kind](reader, items, budgets) for kind in args.kinds]
         for peer, kind, budget, i, scored in (one for some in found for one in some):
             row = {"peer": peer, "kind": kind, **vars(budget), "part": part, "found": {}}
-            found_here = rows.setdefault((peer, kind, budget, part), row)["found"]
-            found_here[numbers[i]] = scored
+            rows.setdefault((peer, kind, budget, part), row)["found"][numbers[i]] = scored
+        args.output.with_suffix(f".{share}.json").write_text(json.dumps(result | {"rows": list(rows.values())}) + "\n")
         print(f"{part}: {len(items)} in {time.monotonic() - begun:.1f} s", flush=True)
-    return list(rows.values())
 
 
 def main() -> None:
-    """Measure in several processes and write."""
+    """Measure in several processes, each of which writes a file of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("prompts", type=Path)
@@ -168,15 +170,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="time after which no further batch is begun")
     args = parser.parse_args()
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-        shares = list(pool.map(measure, [args] * args.workers, range(args.workers)))
-    rows: dict[Any, dict[str, Any]] = {}
-    for row in (row for share in shares for row in share):
-        key = tuple(row[name] for name in ("peer", "kind", "nbytes", "bits", "tokens", "part"))
-        rows.setdefault(key, row)["found"].update(row["found"])
-    result = {"command": "python " + " ".join(sys.argv), "chunk": CHUNK, "rows": list(rows.values())}
-    result |= {name: version(name) for name in ("torch", "transformers", "kvpress")}
-    result["device"] = torch.cuda.get_device_name() if args.device == "cuda" else args.device
-    args.output.write_text(json.dumps(result) + "\n")
+        list(pool.map(measure, [args] * args.workers, range(args.workers)))
 
 
 if __name__ == "__main__":

@@ -149,13 +149,13 @@ class Reader:
         self.stored: dict[int, Stored] = {}
         self.new: dict[int, Stored] = {}
         self.window: int | None = None
-        self.bits, self.visit, self.watched, self.writes = 16, None, False, 0
+        self.visit: Visit | None = None
+        self.bits, self.watched, self.writes = 16, False, 0
         ends = self.model.generation_config.eos_token_id
         self.ends = ends if isinstance(ends, list) else [ends]
         for layer in self.model.model.layers:
             layer.self_attn.rotary_emb = self.model.model.rotary_emb
             layer.self_attn.register_forward_hook(self._visit, with_kwargs=True)
-        self.visit: Visit | None
 
     def token_bytes(self, bits: int) -> int:
         """Return the bytes of a token's keys and values in all heads."""
