@@ -134,6 +134,7 @@ class Reader:
         watched: Whether `new` gets the attention that all tokens get, too.
         window: Number of tokens that each token sees, sinks included; None is all.
         bits: Number of bits of keys and values that are written.
+        visit: What is called after the attention of each layer.
         writes: Number of tokens that the model writes as its own answer.
     """
 
@@ -249,7 +250,7 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     """Round to integers of 8 bits with one scale for each token and head."""
     if bits == 16:
         return x
-    scale = (x.abs().amax(-1, keepdim=True).clamp_min(1e-8) / 127).half().to(x.dtype)
+    scale = (x.abs().amax(-1, keepdim=True) / 127).half().clamp_min(1e-7).to(x.dtype)
     return (x / scale).round().clamp(-127, 127) * scale
 
 
