@@ -1,8 +1,12 @@
-"""The tables of peers of the bounded memory, from `results/memory_peers.json`, for `report.py`."""
+"""The tables of peers of the bounded memory, from `results/memory_peers.json`, for `report.py`.
+
+python benchmarks/report_memory.py            draws docs/images/memory_bytes.svg
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +79,45 @@ def at_equal_tokens() -> Table:
             size = f"{row['tokens']:,}", f"{row['nbytes'] / 1e6:.1f} MB"
             lines.append([row["peer"], NEEDS[row["kind"]], *size, *cells])
     return ["", "memory while it reads", "tokens a head", "bytes", *columns], lines
+
+
+def _lines(column: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """Return megabytes and nats of ours, and of the best peer at 8 MB for each other kind of memory, in 8 bits."""
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in _rows():
+        if row["nbytes"] and row["bits"] == 8 and column in row["columns"]:
+            name = re.sub(r" [\d.]+ MB$", "", row["peer"])
+            point = row["nbytes"] / 1e6, row["columns"][column]["mean"]
+            lines.setdefault((row["kind"], name), []).append(point)
+    best = {
+        kind: min((line for line in lines if line[0] == kind), key=lambda line: dict(lines[line]).get(8, 1e9))
+        for kind in {kind for kind, _ in lines}
+    }
+    return {line: sorted(points) for line, points in lines.items() if line[0] == "ours" or line in best.values()}
+
+
+def plot(file: Path) -> None:
+    """Draw the loss of answers and of prose above the Transformer's against bytes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "memory"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    panels = {"reading 3000": "answers among 3,000 tokens", "prose 8192": "prose of 8,192 tokens"}
+    for axis, (column, title) in zip(axes, panels.items(), strict=True):
+        for marker, ((kind, peer), points) in zip("os^vDP*X", _lines(column).items(), strict=False):
+            style = {"ours": "C0-", "exact": "C1--", "stream": "C2--", "prompt": "C7:"}[kind]
+            label = f"ligerexport, {peer}" if kind == "ours" else f"{peer}; memory {NEEDS[kind]}"
+            axis.plot(*zip(*points, strict=True), style, marker=marker, label=label)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(title=title, xlabel="megabytes", ylabel="nats above the Transformer", xscale="log")
+        axis.set_xticks(MEGABYTES, [str(megabytes) for megabytes in MEGABYTES])
+        axis.minorticks_off()
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(file, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    plot(RESULTS.parent.parent / "docs" / "images" / "memory_bytes.svg")
