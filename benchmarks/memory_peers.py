@@ -167,7 +167,7 @@ def main() -> None:
     step.add_argument("model")
     step.add_argument("--questions", type=Path, required=True)
     step.add_argument("--text", type=Path, required=True)
-    step.add_argument("--half", default="test", help="dev or test")
+    step.add_argument("--half", help="dev or test; all questions if it is left out")
     step.add_argument("--counts", type=int, nargs=len(DISTANCES), default=[200, 150, 60], help="questions by distance")
     step.add_argument("--keys", type=int, default=64, help="keys by distance")
     step.add_argument("--windows", type=int, default=4, help="texts of prose")
