@@ -21,7 +21,7 @@ from pathlib import Path
 
 from made_forms import FRAMES, make
 
-SIZES = {"made": 80_000, "prose": 50_000, "model": 60_000}
+SIZES = {"made": 200_000, "prose": 100_000, "model": 60_000}
 """Bytes of each file."""
 LAST_YEAR = 1940
 WORDS = (40, 260)

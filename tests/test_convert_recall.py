@@ -63,7 +63,7 @@ def test_every_family_gets_sizes_within_the_bytes(tmp_path: Path, family: str) -
     assert model(torch.randint(0, toy.VOCAB, (1, 300))).logits.isfinite().all()
 
 
-def test_a_fit_can_be_repeated_and_changed_by_text(tmp_path: Path) -> None:
+def test_a_fit_can_be_repeated_used_again_and_changed_by_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, text = readable_teacher(tmp_path / "teacher"), tmp_path / "own.txt"
     text.write_text("xyz " * 3000)
     found = [
@@ -72,8 +72,14 @@ def test_a_fit_can_be_repeated_and_changed_by_text(tmp_path: Path) -> None:
     ]
     first, second, third = (config["liger_scores"]["sha256"] for config in found)
     assert first == second != third and found[0]["liger"] == found[1]["liger"]
-    again = check_checkpoint(convert(tmp_path / "first", tmp_path / "again", preset="recall")).config
-    assert again["liger"] == found[0]["liger"] and again["liger_scores"]["sha256"] == first
+    shard = tmp_path / "first" / "model-00002-of-00002.safetensors"
+    monkeypatch.setattr(sizes, "_fit", None)  # an earlier fit is used
+    for source, scores in ((tmp_path / "first", None), (teacher, shard)):
+        again = check_checkpoint(convert(source, tmp_path / "again", preset="recall", scores=scores, force=True)).config
+        assert again["liger"] == found[0]["liger"] and again["liger_scores"]["sha256"] == first
+        less = convert(source, tmp_path / "less", preset="recall", scores=scores, state_bytes=9 * KB, force=True)
+        config = LigerConfig.from_dict(check_checkpoint(less).config["liger"])
+        assert describe_checkpoint(less, config)["state_bytes"] <= 9 * KB
 
 
 def test_without_a_fit_every_head_has_the_same_window(tmp_path: Path) -> None:
@@ -95,8 +101,9 @@ def test_without_a_fit_every_head_has_the_same_window(tmp_path: Path) -> None:
         ({"state_bytes": KB, "preset": "memory"}, "--state-bytes is for sizes", "--preset recall"),
         ({"fit": False, "preset": None}, "--no-fit is for sizes", "--preset recall"),
         ({"window": 9}, "--window with the preset recall", "--state-bytes"),
-        ({"scores": "a"}, "--scores with the preset recall", "--state-bytes"),
-        ({"calibrate": ["a.txt"], "fit": False}, "both --calibrate and --no-fit", "fit on your text"),
+        ({"scores": "a", "fit": False}, "both --scores and --no-fit", "use a fit"),
+        ({"scores": "teacher/model.safetensors"}, "score_proj.weight is missing", "another model"),
+        ({"calibrate": ["a.txt"], "fit": False}, "both --calibrate and --no-fit", "use a fit"),
     ],
 )
 def test_sizes_that_cannot_be_had(
@@ -104,7 +111,7 @@ def test_sizes_that_cannot_be_had(
 ) -> None:
     readable_teacher(tmp_path / "teacher")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=message) as error:
+    with pytest.raises(LigerError, match=message) as error:
         convert("teacher", "liger", **{"preset": "recall"} | settings)  # type: ignore[arg-type]
     assert hint in str(error.value.hint) and not (tmp_path / "liger").exists()
 

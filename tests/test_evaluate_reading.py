@@ -43,6 +43,12 @@ TEMPLATE = (
 )
 
 
+RAGGED = LigerConfig(
+    window=8, sinks=4, slots=(("learned", 12),), attention_weight=1.0, recurrence_weight=0.0,
+    heads=("8+40 20", "", "9 64"), keep_softmax=(1,), state_dtype="int8",
+)  # fmt: skip
+
+
 def passage(number: int) -> str:
     rng = random.Random(number)
     return f"Passage {number} says " + " ".join(str(rng.randrange(1000, 9999)) for _ in range(30)) + "."
@@ -271,7 +277,9 @@ def test_an_oracle_that_copies_recalls_keys_and_guesses_without_them(tokenizer: 
 
 
 @pytest.mark.parametrize(
-    "config", [MIXED, SIZED, LigerConfig(window=20, keep_softmax=(1,))], ids=["mixed", "sized", "hybrid"]
+    "config",
+    [MIXED, SIZED, LigerConfig(window=20, keep_softmax=(1,)), RAGGED],
+    ids=["mixed", "sized", "hybrid", "ragged"],
 )
 def test_an_equal_window_has_the_bytes_of_the_state(tmp_path: Path, config: LigerConfig) -> None:
     model = load_model(make_checkpoint(tmp_path / "liger", config)).eval()
@@ -279,7 +287,7 @@ def test_an_equal_window_has_the_bytes_of_the_state(tmp_path: Path, config: Lige
     liger_config = LigerConfig.from_dict(control.config.liger)
     assert liger_config == equal_window(model.config, 4)
     assert not liger_config.recurrent and not liger_config.slots and liger_config.sinks == 4
-    assert liger_config.keep_softmax == config.keep_softmax
+    assert liger_config.keep_softmax == config.keep_softmax and liger_config.state_dtype == config.state_dtype
 
     def nbytes(made: Any) -> int:
         return sum(t.nbytes(4) for spec in layer_specs(made.config) if spec for t in spec.state())
@@ -289,6 +297,19 @@ def test_an_equal_window_has_the_bytes_of_the_state(tmp_path: Path, config: Lige
     control.config.liger["window"] -= 1
     assert nbytes(control) <= nbytes(model) < longer
     assert control(torch.randint(0, 131, (1, 90))).logits.isfinite().all()
+
+
+def test_controls_of_heads_with_sizes_of_their_own(tmp_path: Path) -> None:
+    model = load_model(make_checkpoint(tmp_path / "liger", RAGGED)).eval()
+    ids = torch.randint(0, 131, (1, 150))
+    judged = make_control("random-judge", model)
+    assert [layer.self_attn.spec.config.heads for layer in judged.model.layers if layer.self_attn.layer_idx != 1] == [
+        ("8+40 20",),
+        ("9 64",),
+    ]
+    assert (judged(ids).logits - model(ids).logits).abs().max() > 0.01
+    with pytest.raises(UsageError, match="no window has as many slots"):
+        make_control("window", model)
 
 
 SMALL = ("--trials", 4, "--length", 256, "--answer-tokens", 3)

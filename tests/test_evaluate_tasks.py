@@ -90,6 +90,7 @@ MADE = """
 from pathlib import Path
 import datasets
 def rows(tokenizer, max_seq_lengths, **others):
+    print("noise")
     assert (Path(tokenizer) / "tokenizer.json").is_file()
     made = [{"question": "x" * length, "length": length} for length in max_seq_lengths for _ in range(3)]
     return {"test": datasets.Dataset.from_list(made)}
@@ -216,10 +217,13 @@ def test_tasks_run_without_a_network_on_checkpoint_and_artifact(
     assert limited.rows["model"]["tasks"]["local_choice acc"].count == 2
 
 
-def test_a_task_that_makes_its_prompts_runs_at_every_length(liger: Path, data: Path) -> None:
+def test_a_task_that_makes_its_prompts_runs_at_every_length(
+    liger: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = lx.evaluate(liger, tasks=["local_making", "local_choice"], task_data=data, limit=2, task_lengths=(8, 16))
     scores = report.rows["model"]["tasks"]
     assert set(scores) == {"local_making 8", "local_making 16", "local_choice acc", "local_choice acc_norm"}
+    assert capsys.readouterr().out == ""  # stdout is for the report
     for length in (8, 16):  # the limit holds for each length
         assert (scores[f"local_making {length}"].mean, scores[f"local_making {length}"].count) == (length, 2)
 

@@ -194,7 +194,7 @@ class ConvertPlan:
                 config["tie_word_embeddings"] = info.tied
             found = None
             if self.sized and self.fitting.fit:
-                liger, found = fitted_sizes(source, info, liger, self.fitting.state_bytes, self.texts, progress)
+                liger, found = fitted_sizes(source, info, liger, self.fitting, self.texts, progress)
             elif self.sized:
                 liger = equal_sizes(info.config, liger, self.fitting.state_bytes)
             elif liger.foresees:
@@ -239,18 +239,15 @@ def _check_size_options(
         if asked:
             raise UsageError(f"{asked[0]} is for sizes that are chosen for you", hint=f"--preset {SIZED}")
         return
-    sizes = (
-        {"memory": memory, "adapter": adapter}
-        | {name: changes.get(name) for name in MEMORY}
-        | {"scores": fitting.scores}
-    )
+    sizes = {"memory": memory, "adapter": adapter} | {name: changes.get(name) for name in MEMORY}
     if given := [name.replace("_", "-") for name, value in sizes.items() if value is not None]:
         raise UsageError(
             f"--{given[0]} with the preset {SIZED}, which chooses sizes and scores",
             hint="say how large the state may be: --state-bytes",
         )
-    if fitting.calibrate and not fitting.fit:
-        raise UsageError("both --calibrate and --no-fit", hint="fit on your text, or go without a fit")
+    if not fitting.fit and (fitting.calibrate or fitting.scores):
+        option = "--calibrate" if fitting.calibrate else "--scores"
+        raise UsageError(f"both {option} and --no-fit", hint="use a fit, or go without one")
 
 
 def _check_score_options(liger: LigerConfig, fitting: Fitting) -> list[Path]:

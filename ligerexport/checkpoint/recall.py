@@ -1,8 +1,8 @@
-"""The fit of `recall`: a score and a size of memory for each KV head, from a Transformer that reads and repeats texts.
+"""The fit of `recall`: a score and the cost of sizes of memory for each KV head, from texts that a Transformer repeats.
 
 First a linear map of what enters the attention of a layer is fitted to the largest attention that a token gets while
 the text is repeated: the score of slots. Then the cost of every size is measured in each head, on prose and on
-repetitions, and the bytes are shared out.
+repetitions. `ligerexport.checkpoint.sizes` shares out bytes by it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ligerexport.checkpoint.calibrate import FIRST, Fit, Sums, score_names
+from ligerexport.checkpoint.calibrate import FIRST, Costs, Fit, Sums, score_names
 from ligerexport.checkpoint.costs import text_costs, weigh
 from ligerexport.checkpoint.passages import Reader, Reading
-from ligerexport.checkpoint.shares import OPTIONS, head_bytes, share_out, words
 from ligerexport.checkpoint.watch import attention, watched
 from ligerexport.console import ProgressFactory, silent
-from ligerexport.model.families import head_dim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +67,7 @@ class Effort:
         return 2 * self.repeated * self.tokens + 3 * (self.read - 2 * self.repeated * self.tokens)
 
 
-FULL = Effort(repeated=48, tokens=1600, prose=12, prose_tokens=2400, asked=4, asked_tokens=1200)
+FULL = Effort(repeated=48, tokens=1600, prose=9, prose_tokens=4800, asked=3, asked_tokens=2600)
 """For a GPU."""
 SHORT = Effort(repeated=14, tokens=900, prose=3, prose_tokens=1600, asked=3, asked_tokens=1100)
 """For a CPU: minutes for a model of 135M parameters."""
@@ -80,12 +78,12 @@ class Sized(NamedTuple):
 
     Attributes:
         fit: The scores.
-        heads: Sizes of the memory of each KV head, as in `LigerConfig.heads`.
+        costs: Cost of every size in each KV head, to three digits.
         tokens: Number of tokens that were read.
     """
 
     fit: Fit
-    heads: tuple[str, ...]
+    costs: Costs
     tokens: int
 
 
@@ -93,25 +91,20 @@ def fit_memory(
     model: PreTrainedModel,
     reader: Reader,
     layers: Collection[int],
-    total: int,
     *,
     sinks: int,
     effort: Effort,
     progress: ProgressFactory | None = None,
 ) -> Sized:
-    """Fit scores, measure costs, and share out bytes.
+    """Fit scores and measure what sizes of memory cost.
 
     Args:
         model: The untouched Transformer, of a family in `FAMILIES`, in evaluation mode.
         reader: Source of texts.
         layers: Layers that are converted.
-        total: Bytes of state of these layers.
         sinks: Number of first tokens that every memory has.
         effort: How much is read.
         progress: Reports the texts; silent by default.
-
-    Raises:
-        UsageError: The smallest memories already take more than `total`.
     """
     model.requires_grad_(False)
     progress = progress or silent
@@ -140,7 +133,9 @@ def fit_memory(
                 tokens += len(reading.ids)
                 advance(1)
             found.append((share, costs))
-    return Sized(fit, _sizes(model.config, weigh(found), total, sinks), tokens)
+    weighed = {layer: cost.tolist() for layer, cost in weigh(found).items()}
+    rounded = {layer: [[float(f"{x:.3g}") for x in head] for head in heads] for layer, heads in weighed.items()}
+    return Sized(fit, rounded, tokens)
 
 
 @torch.no_grad()
@@ -176,12 +171,3 @@ def _solve(sums: dict[int, Sums]) -> Fit:
         tensors |= dict(zip(score_names(layer), (weight, bias), strict=True))
         explained.append(share)
     return Fit(tensors, explained)
-
-
-def _sizes(config: Any, costs: dict[int, Tensor], total: int, sinks: int) -> tuple[str, ...]:
-    """Share out the bytes, and return the sizes of the heads of every layer."""
-    width = 2 * head_dim(config)
-    nbytes = [head_bytes(sinks, window, slots, width) for window, slots in OPTIONS]
-    chosen = iter(share_out([head for cost in costs.values() for head in cost.tolist()], nbytes, total))
-    heads = {layer: words([OPTIONS[next(chosen)] for _ in cost]) for layer, cost in costs.items()}
-    return tuple(heads.get(layer, "") for layer in range(config.num_hidden_layers))

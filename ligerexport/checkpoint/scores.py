@@ -54,6 +54,11 @@ def packaged_scores(source: Source) -> Path | None:
     return packaged(source, DATA / "scores" / f"{source.name}.safetensors")
 
 
+def packaged_fit(source: Source) -> Path | None:
+    """Return the scores and costs for `recall` that ship for a built-in model; None if there are none."""
+    return packaged(source, DATA / "scores" / f"{source.name}.recall.safetensors")
+
+
 def packaged(source: Source, path: Path) -> Path | None:
     """Return a file or directory that ships with the package, if it exists and the model is the built-in one."""
     builtin = BUILTIN_MODELS.get(source.name)
@@ -154,7 +159,7 @@ def write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, prog
         for file, name in places.items():
             _link(file, stage / name)
             advance(file.stat().st_size)
-    if scores is not None:
+    if scores is not None and new:
         write_scores(stage / names[-1], scores)
     if count > 1:
         tensors = {tensor: name for file, name in places.items() for tensor in sorted(held[file])}

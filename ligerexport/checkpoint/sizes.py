@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ligerexport.checkpoint.checkpoint import CheckpointInfo
 from ligerexport.checkpoint.loading import load_transformer
 from ligerexport.checkpoint.passages import Reader, builtin_texts, passages
-from ligerexport.checkpoint.shares import head_bytes, usual_bytes
+from ligerexport.checkpoint.scores import Fitting, packaged_fit
+from ligerexport.checkpoint.shares import OPTIONS, head_bytes, share_out, usual_bytes, words
 from ligerexport.checkpoint.sources import Source
 from ligerexport.console import ProgressFactory, format_bytes, say
-from ligerexport.errors import LigerError, UsageError
+from ligerexport.errors import CheckpointError, LigerError, UsageError
 from ligerexport.model.config import LigerConfig
 from ligerexport.text.corpus import read_texts
 from ligerexport.text.tokenizer import TextModel
 
 if TYPE_CHECKING:
-    from ligerexport.checkpoint.calibrate import Scores
+    from ligerexport.checkpoint.calibrate import Costs, Scores
     from ligerexport.checkpoint.recall import Effort
 
 _SEED = 0
@@ -74,17 +75,17 @@ def fitted_sizes(
     source: Source,
     info: CheckpointInfo,
     liger: LigerConfig,
-    state_bytes: int | None,
+    fitting: Fitting,
     texts: Sequence[Path],
     progress: ProgressFactory,
 ) -> tuple[LigerConfig, Scores]:
-    """Return a conversion with sizes for each head, and its scores, from a fit to a checkpoint.
+    """Return a conversion with sizes for each head, and its scores, from a fit to a checkpoint or from an earlier one.
 
     Args:
         source: The checkpoint.
         info: Its weights, in a form that can be loaded.
         liger: The conversion.
-        state_bytes: Bytes of state of the converted layers; None takes `usual_bytes`.
+        fitting: Bytes to share out, and a file of an earlier fit.
         texts: Files with further text for the fit. Half of what is read comes from them.
         progress: Reports the phases.
 
@@ -92,12 +93,66 @@ def fitted_sizes(
         UsageError: The bytes are too few, or the model's texts are too short for a fit.
         LigerError: The device has too little memory for a fit.
     """
+    from ligerexport.checkpoint.calibrate import digest, score_shapes
+
+    heads = converted_heads(info.config, liger)
+    total = fitting.state_bytes or usual_bytes(heads.number, heads.width)
+    found = None if texts else _earlier_fit(source, info, liger, fitting)
+    if found is None:
+        found = _fit(source, info, liger, total, texts, progress)
+    sized = replace(liger, heads=_words(found.costs or {}, heads, total, liger.sinks, info.config["num_hidden_layers"]))
+    tensors = {name: found.tensors[name] for name in score_shapes(info.config, sized)}
+    return sized, found._replace(tensors=tensors, facts=found.facts | {"bytes": total, "sha256": digest(tensors)})
+
+
+def _earlier_fit(source: Source, info: CheckpointInfo, liger: LigerConfig, fitting: Fitting) -> Scores | None:
+    """Return what an earlier fit found: that of a file, of the source, or the one that ships with a built-in model."""
+    from ligerexport.checkpoint.calibrate import read_scores, score_shapes
+
+    shapes, packaged = score_shapes(info.config, liger), packaged_fit(source)
+    if fitting.scores is not None:
+        found = read_scores(Path(fitting.scores), shapes, "file")
+        if not found.costs:
+            raise UsageError(f"{fitting.scores} holds no costs of sizes", hint="it is not from a fit of recall")
+        return found
+    held = {tensor.file for name, tensor in info.tensors.items() if name in shapes}
+    if len(held) == 1 and all(name in info.tensors for name in shapes):  # the source was converted before
+        found = read_scores(held.pop(), shapes, "source")
+        if found.costs:
+            return found
+    return None if packaged is None else read_scores(packaged, shapes, "package")
+
+
+def _words(costs: Costs, heads: Heads, total: int, sinks: int, layers: int) -> tuple[str, ...]:
+    """Share out bytes, and return the sizes of the heads of every layer.
+
+    Raises:
+        CheckpointError: The costs belong to another model, or to other sizes.
+    """
+    rows = [head for layer in heads.layers for head in costs.get(layer, ())]
+    if len(rows) != heads.number or any(len(row) != len(OPTIONS) for row in rows):
+        raise CheckpointError("the costs of sizes were measured for another model", hint="fit again: --calibrate TEXT")
+    nbytes = [head_bytes(sinks, window, slots, heads.width) for window, slots in OPTIONS]
+    chosen = iter(share_out(rows, nbytes, total))
+    found = {layer: words([OPTIONS[next(chosen)] for _ in costs[layer]]) for layer in heads.layers}
+    return tuple(found.get(layer, "") for layer in range(layers))
+
+
+def _fit(
+    source: Source,
+    info: CheckpointInfo,
+    liger: LigerConfig,
+    total: int,
+    texts: Sequence[Path],
+    progress: ProgressFactory,
+) -> Scores:
+    """Fit scores, and measure what sizes cost."""
     import torch
 
-    from ligerexport.checkpoint.calibrate import Scores, digest, score_shapes
+    from ligerexport.checkpoint.calibrate import Scores
     from ligerexport.checkpoint.recall import fit_memory
 
-    facts = describe_sizes(info, liger, state_bytes)
+    facts = describe_sizes(info, liger, total)
     heads, effort = converted_heads(info.config, liger), _effort()
     given = [passages(read_texts(texts))] if texts else []
     longest = info.config.get("max_position_embeddings") or 2 * effort.tokens
@@ -117,15 +172,10 @@ def fitted_sizes(
             model.to(torch.bfloat16)
         model.to("cuda" if gpu else "cpu")
         advance(info.bytes)
-    found = fit_memory(
-        model, reader, heads.layers, facts["state_bytes"], sinks=liger.sinks, effort=effort, progress=progress
-    )
-    sized = replace(liger, heads=found.heads)
-    tensors = {name: found.fit.tensors[name] for name in score_shapes(info.config, sized)}
+    found = fit_memory(model, reader, heads.layers, sinks=liger.sinks, effort=effort, progress=progress)
     explained = round(math.fsum(found.fit.explained) / max(1, len(found.fit.explained)), 4)
-    record = {"from": "fit", "bytes": facts["state_bytes"], "texts": effort.texts, "tokens": found.tokens,
-              "seed": _SEED, "explained": explained, "sha256": digest(tensors)}  # fmt: skip
-    return sized, Scores(tensors, record)
+    record = {"from": "fit", "texts": effort.texts, "tokens": found.tokens, "seed": _SEED, "explained": explained}
+    return Scores(found.fit.tensors, record, found.costs)
 
 
 def describe_sizes(info: CheckpointInfo, liger: LigerConfig, state_bytes: int | None) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def eval_(
         typer.Option(metavar="PATH", help="Held-out plain text: a file, or a directory of .txt; may be repeated."),
     ] = None,
     questions: Annotated[
-        Path | None, typer.Option(help="Rows with a passage, a question about it, the answer and, if you like, a title.")
+        Path | None,
+        typer.Option(help="Rows with a passage, a question about it, the answer and, if you like, a title."),
     ] = None,
     half: Annotated[
         str | None, typer.Option(metavar="HALF", help=f"Ask only about passages of one half: {' or '.join(HALVES)}.")

@@ -56,7 +56,8 @@ def liger_mixer(
     if config.foresees and score is None:
         raise ValueError("a pool ranks by a learned score, but no score was given")
     if config.ragged:
-        return ragged_mixer(liger_mixer, query, key, value, position, state, spec, rotary, score)
+        with torch.autocast(query.device.type, enabled=False):  # it would change the types of codes and scales
+            return ragged_mixer(liger_mixer, query, key, value, position, state, spec, rotary, score)
     if config.judged:
         arrival, present["judge_state"] = recall_error(key.detach(), value.detach(), position, state["judge_state"])
     mixed, slots, evicted = memory_attention(query, key, value, arrival, position, state, spec, rotary)

@@ -24,7 +24,7 @@ Samples = dict[str, dict[str, list[float]]]
 def score(
     scorer: Opened, prompts: Sequence[ReadingPrompt], advance: Advance = lambda amount: None
 ) -> list[tuple[float, float]]:
-    """Return, for each prompt, the NLL of the answer in nats per token and the share of its tokens that come first.
+    """Return, for each prompt, the NLL of the answer in nats per token and its share of first choices.
 
     The right answer is fed, so a wrong token does not affect the next.
     """

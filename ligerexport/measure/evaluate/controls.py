@@ -38,6 +38,8 @@ def control_config(name: str, config: LigerConfig) -> LigerConfig:
         if not config.recurrent:
             raise UsageError("this conversion has no recurrence to leave out", hint="leave no-recurrence out")
         return replace(config, recurrence_weight=0.0)
+    if name == "window" and config.heads:
+        raise UsageError("KV heads have sizes of their own, so no window has as many slots", hint="take equal-window")
     return config.in_all_layers({"window": _window, "random-judge": _random}[name])
 
 
@@ -91,7 +93,7 @@ def make_control(name: str, model: PreTrainedModel, seed: int = 0) -> PreTrained
     config = control_config(name, LigerConfig.from_dict(model.config.liger))
     if name != "random-judge":
         return convert_in_memory(model, config)
-    bare = replace(config, slots=(), layer_memory=())  # scored slots would need weights
+    bare = replace(config, slots=(), layer_memory=(), heads=())  # scored slots would need weights
     control = convert_in_memory(model, bare)
     for i, layer in enumerate(control.model.layers):
         if i not in config.unchanged:
@@ -108,7 +110,7 @@ class RandomJudge(LigerMixer):
 
     def __init__(self, mixer: LigerMixer, config: LigerConfig, seed: int):
         super().__init__(mixer, replace(mixer.spec, config=config), mixer.inv_freq)
-        del self.score_proj
+        self._modules.pop("score_proj", None)  # a layer whose heads have no scored slots has none
         self.seed = seed
 
     def learned_score(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:

@@ -161,11 +161,11 @@ THINGS = ("mill", "harbour", "chapel", "orchard", "quarry", "lighthouse", "baker
 
 FORMATS = {
     "digits": Format("The meter in the {} reads", ".", "The meter in the {} reads", _drawn(" 9 9 9 9 9")),
-    "words": Format("Tonight's watchword at the {} is", ".", "What is tonight's watchword at the {}? It is",
+    "words": Format("Tonight's watchword at the {} is", ".", "Tonight's watchword at the {} is",
                     _of(_WORDS, _WORDS, _WORDS)),
     "name": Format("The last tenant of the {} was", ", to nobody's surprise.",
-                   "Who was the last tenant of the {}? It was", _of(_FIRST, _LAST)),
-    "date": Format("The lease on the {} ends on", ".", "When does the lease on the {} end? It ends on",
+                   "The last tenant of the {} was", _of(_FIRST, _LAST)),
+    "date": Format("The lease on the {} ends on", ".", "Nobody will stay, because the lease on the {} ends on",
                    _of(_DAYS, _MONTHS, _YEARS)),
     "code": Format("Booking reference, {}:", "", "Booking reference, {}:", _drawn(" AA9-99AA")),
     "json": Format('{{"sensor": "{}", "serial": "', '", "active": true}', '{{"sensor": "{}", "serial": "',

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model = HarnessLM(scorer, text, max_length, advance)
     scores: dict[str, Estimate] = {}
-    with no_bars(), _offline(data):
+    with no_bars(), _offline(data), redirect_stdout(sys.stderr):  # some tasks print while they make their prompts
         for name in names:
             try:
                 for length in lengths:
