@@ -183,8 +183,6 @@ class LigerConfig:
         sizes = {at: (window, slots) for at, window, slots in self.layer_memory}
         window, slots = sizes.get(layer, (self.window, self.slots))
         heads = (self.heads[layer],) if self.heads else ()
-        if heads and "+" not in heads[0]:
-            slots = ()
         alone: dict[str, Any] = {"layer_memory": (), "keep_softmax": (), "keep_window": None}
         return replace(self, window=window, slots=slots, heads=heads, **alone)
 

@@ -203,7 +203,7 @@ class MixerSpec:
             sizes["scored slots"] = sum(spec.config.num_slots for spec in self.heads if spec.config.slots)
         found = []
         for row in RAGGED if c.ragged else TENSORS:
-            if not row.needs or getattr(c, row.needs):
+            if (not row.needs or getattr(c, row.needs)) and all(sizes[axis] for axis in row.axes):
                 heads = () if c.ragged and row.name.startswith("slot_") else (self.kv_heads,)
                 dtype = c.state_dtype if row.dtype == "stored" else row.dtype
                 found.append(TensorSpec(row.name, (*heads, *(sizes[axis] for axis in row.axes)), dtype, row.fill))
