@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ligerexport.checkpoint.calibrate import FIRST, _Sums, _watched, drills, fit_scores, score_names
+from ligerexport.checkpoint.calibrate import FIRST, Sums, drills, fit_scores, score_names
+from ligerexport.checkpoint.watch import watched
 from ligerexport.errors import UsageError
 from ligerexport.model.families import FAMILIES, get_family
 from ligerexport.text.tokenizer import TextModel
@@ -72,13 +73,13 @@ def test_the_fit_is_least_squares_on_the_attention_of_the_transformer(family: st
 
 def test_attention_of_another_kind_is_refused() -> None:
     model, ids = transformer("llama"), torch.zeros(1, 8, dtype=torch.long)
-    with _watched(model, 4, lambda *seen: None), pytest.raises(TypeError, match="is_causal"):
+    with watched(model, lambda *given: given[4]), pytest.raises(TypeError, match="is_causal"):
         model.model(ids, use_cache=False, is_causal=False)
 
 
 def test_a_linear_rule_is_found_and_explains_everything() -> None:
     x, weight, bias = torch.randn(500, 9).double() + 3, torch.randn(9, 2).double(), torch.randn(2).double()
-    sums = _Sums()
+    sums = Sums()
     for part in x.split(200):
         sums.add(part, part @ weight + bias)
     found, offset, explained = sums.solve(1e-12)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ligerexport.checkpoint.checkpoint import read_header
+from ligerexport.checkpoint.watch import attention, watched
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError
 from ligerexport.model.config import LigerConfig
@@ -34,8 +34,6 @@ SHORTEST = 512
 FIRST = 8
 """Tokens at the start that a fit leaves out: sinks are always kept, and would dominate the squared error."""
 
-_QUERIES = 128  # in memory at a time, so that the attention weights of all heads fit a CPU's cache
-_NAME = "ligerexport_foresight"
 _METADATA = "liger_scores"
 
 # Statement, question and answer. None may resemble what `ligerexport.evaluate` asks for.
@@ -147,15 +145,30 @@ def fit_scores(
             hint="give the conversion a smaller --window",
         )
     decoder: Any = model.model
-    sums = [_Sums() for _ in decoder.layers]
+    sums = [Sums() for _ in decoder.layers]
 
-    def seen(layer: int, hidden: Tensor, peak: Tensor) -> None:
+    def attend(
+        layer: int, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, sliding_window: int | None
+    ) -> Tensor:
+        peak = key.new_zeros(key.shape[:3], dtype=torch.float32)
+        place = torch.arange(length, device=key.device)
+
+        def seen(first: int, weights: Tensor) -> None:
+            rows, last = weights.shape[-2:]
+            far = max(0, first - window)  # first key that is near
+            distance = place[first : first + rows, None] - place[far:last]
+            weights[..., far:].masked_fill_(distance <= window, 0.0)
+            peak[..., :last] = torch.maximum(peak[..., :last], weights.amax((2, 3)))
+
+        output = attention(query, key, value, sliding_window, seen)
         part = slice(FIRST, end)
-        sums[layer].add(hidden[:, part].flatten(0, 1).double(), (peak + floor).log()[:, part].flatten(0, 1).double())
+        target = (peak.transpose(1, 2) + floor).log()
+        sums[layer].add(hidden[:, part].flatten(0, 1).double(), target[:, part].flatten(0, 1).double())
+        return output
 
     with (
         torch.no_grad(),
-        _watched(model, window, seen),
+        watched(model, attend),
         (progress or silent)("fitting the scores", count, "steps") as advance,
     ):
         for ids in windows.split(batch):
@@ -170,7 +183,7 @@ def fit_scores(
     return Fit(tensors, explained)
 
 
-class _Sums:
+class Sums:
     """The normal equations of one layer."""
 
     def __init__(self) -> None:
@@ -197,84 +210,6 @@ class _Sums:
         error = variance - 2 * (weight * xy).sum(0) + (weight * (xx @ weight)).sum(0)
         share = torch.where(variance > 1e-12, 1 - error / variance.clamp_min(1e-12), 0.0)
         return weight.T.float().contiguous().cpu(), (y - x @ weight).float().cpu(), share.mean().item()
-
-
-@contextmanager
-def _watched(model: PreTrainedModel, window: int, seen: Any) -> Iterator[None]:
-    """Replace the model's attention by one that reports, for each layer, its input and what is attended to later.
-
-    It is registered as an attention function of transformers, so it gets queries and keys as every family makes them.
-    """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    from ligerexport.layers.mixer import IGNORED
-
-    entering: dict[int, Tensor] = {}
-
-    def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entering[module.layer_idx] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float,
-        sliding_window: int | None = None, dropout: float = 0.0, **others: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
-        ignored = IGNORED | {"position_ids"}  # queries and keys are rotated already
-        unknown = [name for name, value in others.items() if value is not None and name not in ignored]
-        if dropout or unknown:
-            raise TypeError(f"the attention of the fit does not support {unknown[0] if unknown else 'dropout'}")
-        output, peak = _attend(query * scaling, key, value, window, sliding_window)
-        seen(module.layer_idx, entering.pop(module.layer_idx), peak)
-        return output, None
-
-    before = model.config._attn_implementation
-    decoder: Any = model.model
-    hooks = [layer.self_attn.register_forward_pre_hook(enter, with_kwargs=True) for layer in decoder.layers]
-    ALL_ATTENTION_FUNCTIONS[_NAME] = attend
-    model.config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
-        del ALL_ATTENTION_FUNCTIONS[_NAME]
-        for hook in hooks:
-            hook.remove()
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, window: int, sliding_window: int | None
-) -> tuple[Tensor, Tensor]:
-    """Compute causal attention, one block of queries at a time.
-
-    Args:
-        query: `[B, H_q, T, d]`, scaled, rotated.
-        key: `[B, H_kv, T, d]`, rotated.
-        value: `[B, H_kv, T, d]`.
-        window: Largest distance in tokens at which attention does not count.
-        sliding_window: Tokens that a query of this layer sees, its own included; None for all.
-
-    Returns:
-        Output `[B, T, H_q, d]`, and the largest weight that each token gets from beyond the window, `[B, T, H_kv]`.
-    """
-    batch, kv_heads, length, _ = key.shape
-    dtype = value.dtype
-    query, key, value = query.float().unflatten(1, (kv_heads, -1)), key.float(), value.float()
-    output = torch.empty_like(query)
-    peak = key.new_zeros(batch, kv_heads, length)
-    place = torch.arange(length, device=key.device)
-    for first in range(0, length, _QUERIES):
-        last, far = min(first + _QUERIES, length), max(0, first - window)
-        block = query[:, :, :, first:last]
-        # rows: the queries of all heads of a group; columns: keys
-        logits = (block.flatten(2, 3) @ key[:, :, :last].mT).unflatten(2, block.shape[2:4])
-        distance = place[first:last, None] - place[:last]
-        logits[..., first:].masked_fill_(distance[:, first:] < 0, -torch.inf)
-        if sliding_window is not None:
-            logits.masked_fill_(distance >= sliding_window, -torch.inf)
-        weights = logits.softmax(-1)
-        output[:, :, :, first:last] = (weights.flatten(2, 3) @ value[:, :, :last]).unflatten(2, block.shape[2:4])
-        weights[..., far:].masked_fill_(distance[:, far:] <= window, 0.0)  # `far`: first key that is near
-        peak[..., :last] = torch.maximum(peak[..., :last], weights.amax((2, 3)))
-    return output.flatten(1, 2).transpose(1, 2).to(dtype).contiguous(), peak.transpose(1, 2)
 
 
 def drills(text: TextModel, ids: Sequence[int], count: int, length: int = LENGTH, seed: int = 0) -> Tensor:
