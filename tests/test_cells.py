@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from ligerexport.errors import UsageError
+from ligerexport.checkpoint.cells import cluster
+from ligerexport.checkpoint.checkpoint import check_checkpoint
+from ligerexport.checkpoint.convert import convert, convert_in_memory, load_model, load_transformer
+from ligerexport.checkpoint.fitted import is_fitted
+from ligerexport.errors import CheckpointError, UsageError
+from ligerexport.exporters.onnx.spec import read_spec
+from ligerexport.kernels.cells import choose_cells
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.kernels.ops import BLOCK, liger_mixer
 from ligerexport.kernels.reference import liger_mixer_reference
+from ligerexport.layers.mixer import LigerCache
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.state import CELLS, MixerSpec, MixerState, fade
+from tests import toy
+from tests.checkpoints import make_transformer
 from tests.tolerances import OP_FP64
 
 CELLED = LigerConfig(
@@ -148,6 +158,63 @@ def test_halved_sums_are_read_the_same() -> None:
     assert 0 < faded["cell_count"].max() < 1
     found, _ = liger_mixer(*token, position, faded, louder, *more)
     assert (found - expected).abs().max() <= OP_FP64
+
+
+def test_the_fit_finds_planted_clusters_in_what_queries_see() -> None:
+    generator = torch.Generator().manual_seed(0)
+    planted = torch.randint(4, (2, 400), generator=generator)
+    seen = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64) * 4
+    noise = torch.randn(2, 400, 8, generator=generator, dtype=torch.float64)
+    keys = torch.cat([seen[torch.arange(2)[:, None], planted] + noise[..., :3] * 0.1, noise[..., 3:] * 50], dim=-1)
+    queries = torch.randn(2, 900, 8, generator=generator, dtype=torch.float64)
+    queries[..., 3:] = 0  # these channels turn fast
+    weight, bias = cluster(keys, queries.mT @ queries, 4)
+    assert weight.dtype == bias.dtype == torch.float32 and weight[..., 3:].abs().max() < 1e-3 * weight.abs().max()
+    found = choose_cells(keys[None], torch.cat([weight, bias[..., None]], dim=-1))[0].argmax(dim=-1)
+    for head in range(2):
+        pairs = set(zip(planted[head].tolist(), found[head].tolist(), strict=True))
+        assert len(pairs) == 4 == len({cell for _, cell in pairs})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_conversion_fits_cells_and_is_no_graph_yet(tmp_path: Path, family: str) -> None:
+    teacher = make_transformer(tmp_path / "teacher", family, vocab_size=toy.VOCAB, max_position_embeddings=512)
+    toy.tokenizer().save(str(teacher / "tokenizer.json"))
+    text = tmp_path / "a.txt"
+    text.write_text("".join(f"on day {i} the sea was calm and {i * i} gulls came by. " for i in range(200)))
+    liger = convert(
+        teacher, tmp_path / "liger", preset="evicted", window=12, slots=(("recent_use", 4), ("learned", 4)),
+        recurrence="cells", cells=3, calibrate=[text], windows=2,
+    )  # fmt: skip
+    info = check_checkpoint(liger)
+    fitted = {name: tensor for name, tensor in info.tensors.items() if is_fitted(name)}
+    layers = 1 if family == "gemma3_text" else 3  # the others keep their own window
+    assert len(fitted) == 4 * layers and {tensor.dtype for tensor in fitted.values()} == {"F32"}
+    model = load_model(liger, torch.bfloat16)
+    mixer = next(layer.self_attn for layer in model.model.layers if layer.self_attn.spec.config.celled)
+    assert mixer.cell_proj["weight"].dtype == torch.float32 and mixer.cell_proj["weight"].std() > 0
+
+    model, ids = load_model(liger, torch.float64), torch.randint(toy.VOCAB, (1, 90))
+    with torch.no_grad():
+        expected, cache = model(ids, use_cache=False).logits, LigerCache(model.config)
+        parts = [model(piece, cache=cache, use_cache=True).logits for piece in ids.split([60, *[1] * 30], dim=1)]
+        assert (torch.cat(parts, dim=1) - expected).abs().max() <= 1e-4  # norms compute in fp32
+        bounds = torch.tensor([0, 40, 90])
+        packed = model(ids, use_cache=False, position_ids=torch.arange(90)[None], cu_seq_lens_q=bounds,
+                       cu_seq_lens_k=bounds, max_length_q=50, max_length_k=50).logits  # fmt: skip
+        assert (packed[:, 40:] - model(ids[:, 40:], use_cache=False).logits).abs().max() <= 1e-4
+    counts = torch.stack([layer.state["cell_count"] for layer in cache.layers if "cell_count" in layer.state])
+    assert (counts.sum(dim=-1) == 90 - 24).all() and (counts > 0).sum(dim=-1).max() > 1
+    with pytest.raises(CheckpointError, match="cells, which no target supports yet"):
+        read_spec(liger)
+
+    plain = convert(liger, tmp_path / "plain", preset="sinks")  # leaves out what was fitted
+    assert not any(is_fitted(name) for name in check_checkpoint(plain).tensors)
+    with pytest.raises(UsageError, match="router of cells of plain has to be fitted first"):
+        convert(plain, tmp_path / "other", preset="sinks", recurrence="cells", recurrence_weight=1.0)
+    softmax = load_transformer(teacher, check_checkpoint(teacher).config, torch.float32)
+    with pytest.raises(UsageError, match=r"needs model\.layers\.\d\.self_attn\.cell_proj"):
+        convert_in_memory(softmax, replace(WINDOW, keep_window=mixer.spec.config.keep_window))
 
 
 def test_only_conversions_with_cells_write_their_number() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ligerexport.checkpoint.adapter import RECOVERY, read_record, write_recovered
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, check_checkpoint, copy_companions
 from ligerexport.checkpoint.describe import describe_checkpoint, describe_fit
+from ligerexport.checkpoint.fitted import is_fitted
 from ligerexport.checkpoint.loading import check_finite, check_loadable, write_plain
 from ligerexport.checkpoint.loading import load_model as load_model
 from ligerexport.checkpoint.loading import load_transformer as load_transformer
@@ -176,7 +177,7 @@ class ConvertPlan:
                     advance(info.bytes)
                 config["tie_word_embeddings"] = info.tied
             found = None
-            if liger.foresees:
+            if liger.foresees or liger.celled:
                 found = find_scores(source, info, liger, self.texts, self.scores, self.windows, progress)
                 config["liger_scores"] = found.facts
             (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -209,10 +210,10 @@ def _check_score_options(
     liger: LigerConfig, calibrate: Sequence[str | Path] | None, scores: str | Path | None, windows: int
 ) -> list[Path]:
     """Check where the learned scores come from, and return the text files to fit them on."""
-    if (calibrate or scores) and not liger.foresees:
+    if (calibrate or scores) and not (liger.foresees or liger.celled):
         raise UsageError(
-            f"{'--calibrate' if calibrate else '--scores'} is for a learned score, which no pool uses",
-            hint="--preset foresight, or --slots learned=COUNT",
+            f"{'--calibrate' if calibrate else '--scores'} is for a learned score or cells, which are not used",
+            hint="--preset foresight, --slots learned=COUNT, or --recurrence cells --recurrence-weight 1",
         )
     if calibrate and scores:
         raise UsageError("both --calibrate and --scores", hint="fit a score, or give one from an earlier fit")
@@ -302,10 +303,11 @@ def convert_in_memory(
     Args:
         model: A Transformer of a family in `FAMILIES`, or a converted model.
         liger: The conversion, which replaces one that `model` already has.
-        scores: Learned scores by their names in a checkpoint, for a `learned` pool; None takes the model's own.
+        scores: Results of a fit by their names in a checkpoint, for a `learned` pool or cells; None takes the model's
+            own.
 
     Raises:
-        UsageError: A setting makes no sense for this model, or it has no learned scores.
+        UsageError: A setting makes no sense for this model, or it lacks what a fit adds.
         CheckpointError: The family or its rotary embedding is not supported.
     """
     import torch
@@ -320,9 +322,9 @@ def convert_in_memory(
         converted = model_class(config)
     weights = model.state_dict() | {name: tensor.to(model.device) for name, tensor in (scores or {}).items()}
     wanted = converted.state_dict()
-    if missing := [name for name in wanted if ".score_proj." in name and name not in weights]:
-        raise UsageError(f"a learned pool needs {missing[0]}", hint="pass scores=, such as the tensors of a fit")
-    weights = {name: tensor for name, tensor in weights.items() if name in wanted or ".score_proj." not in name}
+    if missing := [name for name in wanted if is_fitted(name) and name not in weights]:
+        raise UsageError(f"this conversion needs {missing[0]}", hint="pass scores=, such as the tensors of a fit")
+    weights = {name: tensor for name, tensor in weights.items() if name in wanted or not is_fitted(name)}
     converted.load_state_dict(weights, assign=True, strict=True)
     for name, module in model.named_modules():  # buffers that no file has, such as rotary frequencies
         for buffer in module._non_persistent_buffers_set:

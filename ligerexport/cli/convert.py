@@ -47,6 +47,9 @@ def convert(
     recurrence_distance: Annotated[
         int | None, typer.Option(help="Rotary distance in tokens at which evicted tokens are read.")
     ] = None,
+    cells: Annotated[
+        int | None, typer.Option(help="Number of clusters of evicted tokens for each KV head, for --recurrence cells.")
+    ] = None,
     layer_memory: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,7 +66,7 @@ def convert(
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="TEXT", help="Fit the learned score on .txt files or directories of them; may be repeated."
+            metavar="TEXT", help="Fit the learned score or cells on .txt files or directories of them; may be repeated."
         ),
     ] = None,
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="Learned scores from an earlier fit.")] = None,
@@ -88,7 +91,7 @@ def convert(
     changes: dict[str, Any] = {
         "gate": gate, "sinks": sinks, "window": window, "slots": pools,
         "attention_weight": attention_weight, "recurrence_weight": recurrence_weight,
-        "recurrence": recurrence, "recurrence_distance": recurrence_distance,
+        "recurrence": recurrence, "recurrence_distance": recurrence_distance, "cells": cells,
         "layer_memory": parse_layer_memory(layer_memory),
         "keep_softmax": parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
