@@ -103,6 +103,8 @@ def convert(
 
     path = plan.run(progress)
     following = f"ligerexport build {quoted(path)} --target onnx"
+    if plan.liger.celled:  # no target has cells yet
+        following = f"ligerexport eval {quoted(path)}"
     options.finish_made(json, "converted", describe_checkpoint(path, plan.liger), following)
 
 
