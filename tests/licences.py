@@ -58,6 +58,9 @@ def text() -> str:
         "# Licences of what this package uses", "",
         "All of constraints.txt, by `python tests/licences.py > docs/reference/licences.md`. The package itself is",
         "Apache-2.0. None of these are part of it: `pip` installs them, and most belong to extras.", "",
+        "Its texts for fitting a memory (`ligerexport/data/calibration`) are presidents' messages of 1790 to 1940, in",
+        "the public domain, documents that `benchmarks/calibration_text.py` generates, and what SmolLM2-135M-Instruct",
+        "(Apache-2.0) wrote.", "",
         "| package | version | licence |", "|---|---|---|",
         *(f"| `{name}` | {version} | {licence or 'not said'} |" for name, version, licence in rows),
     ]  # fmt: skip

@@ -210,6 +210,8 @@ def test_a_conversion_fits_cells_and_is_no_graph_yet(tmp_path: Path, family: str
 
     plain = convert(liger, tmp_path / "plain", preset="sinks")  # leaves out what was fitted
     assert not any(is_fitted(name) for name in check_checkpoint(plain).tensors)
+    with pytest.raises(UsageError, match="cells with the preset recall"):
+        convert(plain, tmp_path / "other", preset="recall", recurrence="cells", recurrence_weight=1.0)
     with pytest.raises(UsageError, match="router of cells of plain has to be fitted first"):
         convert(plain, tmp_path / "other", preset="sinks", recurrence="cells", recurrence_weight=1.0)
     softmax = load_transformer(teacher, check_checkpoint(teacher).config, torch.float32)

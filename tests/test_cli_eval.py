@@ -69,8 +69,8 @@ def test_the_seed_decides(artifact: Path, text: Path) -> None:
     [
         ((), "no text for nll, recall", "--text"),
         (("--text", "/absent"), "no file or directory /absent", "--text"),
-        (("--parts", "nll,recal", "--text", "x"), "unknown part 'recal'", "did you mean recall?"),
-        (("--controls", "windw", "--text", "x"), "unknown control 'windw'", "did you mean window?"),
+        (("--parts", "nll,recal", "--text", "x"), "unknown part 'recal'", "did you mean recall or reading?"),
+        (("--controls", "windw", "--text", "x"), "unknown control 'windw'", "did you mean window or equal-window?"),
         (("--parts", "nll,,recall"), "an empty name", "NAME,NAME"),
         (("--parts", "agreement", "--text", "x"), "agreement needs a teacher", "--against"),
     ],

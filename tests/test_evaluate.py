@@ -126,7 +126,7 @@ def test_chunks_ends_and_greedy_choices_agree(kind: str, request: pytest.Fixture
     for last in (1, 40, 130):
         assert (scorer.forced(ids, last) - whole[:, -last:]).abs().max() < MODEL_FP32
     line = ids[0].tolist()
-    for _, token in zip(range(4), scorer.greedy(ids[0].tolist()), strict=False):
+    for _, (token,) in zip(range(4), scorer.greedy(ids.tolist()), strict=False):
         assert token == int(scorer.forced(torch.tensor([line]), 1)[0, -1].argmax())
         line.append(token)
 

@@ -74,7 +74,37 @@ metric_list:
 
 SAMPLING = WRITING.replace("do_sample: false", "do_sample: true, temperature: 1.0").replace("_writing", "_sampling")
 ABSENT = CHOICE.replace("local_questions", "nowhere/such_data").replace("local_choice", "local_absent")
-TASKS = {"choice": CHOICE, "rolling": ROLLING, "writing": WRITING, "sampling": SAMPLING, "absent": ABSENT}
+MAKING = """
+task: local_making
+custom_dataset: !function made.rows
+output_type: generate_until
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: ""
+process_results: !function made.results
+generation_kwargs: {until: [], max_gen_toks: 2, do_sample: false}
+metric_list:
+  - {metric: "4096", aggregation: mean, higher_is_better: true}
+"""
+MADE = """
+from pathlib import Path
+import datasets
+def rows(tokenizer, max_seq_lengths, **others):
+    print("noise")
+    assert (Path(tokenizer) / "tokenizer.json").is_file()
+    made = [{"question": "x" * length, "length": length} for length in max_seq_lengths for _ in range(3)]
+    return {"test": datasets.Dataset.from_list(made)}
+def results(row, answers):
+    return {"4096": -1.0, str(row["length"]): float(row["length"])}
+"""
+TASKS = {
+    "choice": CHOICE,
+    "rolling": ROLLING,
+    "writing": WRITING,
+    "sampling": SAMPLING,
+    "absent": ABSENT,
+    "making": MAKING,
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -94,6 +124,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "local_questions" / "test.jsonl").write_text(lines)
     for name, content in TASKS.items():
         (path / f"{name}.yaml").write_text(content)
+    (path / "made.py").write_text(MADE)
     return path
 
 
@@ -184,6 +215,17 @@ def test_tasks_run_without_a_network_on_checkpoint_and_artifact(
     assert accuracy.stderr == pytest.approx((p * (1 - p) / (n - 1)) ** 0.5)
     limited = lx.evaluate(liger, tasks=["local_choice"], task_data=data, limit=2)
     assert limited.rows["model"]["tasks"]["local_choice acc"].count == 2
+
+
+def test_a_task_that_makes_its_prompts_runs_at_every_length(
+    liger: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = lx.evaluate(liger, tasks=["local_making", "local_choice"], task_data=data, limit=2, task_lengths=(8, 16))
+    scores = report.rows["model"]["tasks"]
+    assert set(scores) == {"local_making 8", "local_making 16", "local_choice acc", "local_choice acc_norm"}
+    assert capsys.readouterr().out == ""  # stdout is for the report
+    for length in (8, 16):  # the limit holds for each length
+        assert (scores[f"local_making {length}"].mean, scores[f"local_making {length}"].count) == (length, 2)
 
 
 @pytest.mark.slow  # lm-eval reads thousands of files

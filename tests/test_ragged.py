@@ -15,6 +15,7 @@ from torch import Tensor
 from ligerexport.checkpoint.convert import convert, load_model
 from ligerexport.errors import CheckpointError, UsageError
 from ligerexport.exporters.onnx.spec import read_spec
+from ligerexport.kernels.library import memory_attention as library
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.kernels.ops import BLOCK, liger_mixer
 from ligerexport.kernels.ragged import store
@@ -23,8 +24,9 @@ from ligerexport.layers.mixer import LigerCache, LigerLayer
 from ligerexport.model.config import STATE_DTYPES, LigerConfig
 from ligerexport.model.state import MixerSpec, MixerState
 from tests.checkpoints import make_checkpoint, make_transformer
-from tests.tolerances import OP_FP64
+from tests.tolerances import FUSED_BF16, FUSED_FP32, OP_FP64
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SOFTMAX = LigerConfig(window=8, sinks=2, slots=(("learned", 5),), attention_weight=1.0, recurrence_weight=0.0)
 TWO_POOLS = (("recent_use", 3), ("novelty", 2))
 CONFIGS = {
@@ -114,6 +116,55 @@ def test_gradients_equal_those_of_the_loop(state_dtype: str) -> None:
         gradients.append([x.grad for x in leaves])
     for found, expected in zip(*gradients, strict=True):
         assert found.abs().max() > 0 and (found - expected).abs().max() <= 100 * OP_FP64
+
+
+def fused_against_plain(
+    spec: MixerSpec, length: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, float]:
+    """Return relative root mean square errors of the Triton kernels against plain torch in fp64."""
+    torch.manual_seed(0)
+    widths = ((spec.q_heads, spec.d_k), (spec.kv_heads, spec.d_k), (spec.kv_heads, spec.d_v))
+    inputs = [torch.randn(2, length, heads, d, device=device).to(dtype) for heads, d in widths]
+    position = torch.tensor([0, -3], device=device)
+    score = torch.randn(2, length, spec.kv_heads, device=device)
+    upward = torch.randn(2, length, spec.q_heads, spec.d_v, device=device)
+    inv_freq = 10000.0 ** (-torch.arange(spec.d_k // 2, device=device) / (spec.d_k // 2))
+    results = []
+    for kernels, kind in ((True, dtype), (False, torch.float64)):
+        monkeypatch.setattr(library, "fused", lambda x, kernels=kernels: kernels)
+        table = rotary_table(
+            inv_freq, spec.max_distance, BLOCK, torch.float64 if kind == torch.float64 else torch.float32
+        )
+        leaves = [x.to(kind).detach().requires_grad_() for x in inputs]
+        state, outputs = spec.initial_state(2, kind, device), []
+        for first, last in pairwise([0, length - length // 3, length - 1, length]):
+            pieces = [x[:, first:last] for x in leaves]
+            output, state = liger_mixer(*pieces, position + first, state, spec, table, score[:, first:last])
+            outputs.append(output)
+        mixed = torch.cat(outputs, dim=1)[:, 3:]  # padding may be anything
+        (mixed * upward[:, 3:]).sum().backward()
+        results.append({"output": mixed.detach(), **dict(zip("qkv", (x.grad for x in leaves), strict=True))})
+        results[-1] |= {"positions": state["slot_position"]}
+    found, expected = results
+    assert torch.equal(found.pop("positions"), expected.pop("positions"))
+    return {name: ((found[name].double() - x).norm() / x.norm()).item() for name, x in expected.items()}
+
+
+def test_fused_kernels_equal_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    config = replace(SOFTMAX, heads=("8+5 20+12",), state_dtype="int8")
+    spec = MixerSpec(config, q_heads=2, kv_heads=2, d_k=32, d_v=32, scale=32**-0.5, max_distance=200)
+    errors = fused_against_plain(spec, 72, torch.float32, DEVICE, monkeypatch)
+    assert max(errors.values()) <= FUSED_FP32, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_kernels_at_full_size(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(SOFTMAX, sinks=4, heads=("16 256+384 1024+2048",), state_dtype="int8")
+    spec = MixerSpec(config, q_heads=9, kv_heads=3, d_k=64, d_v=64, scale=0.125, max_distance=8192)
+    errors = fused_against_plain(spec, 4500, dtype, "cuda", monkeypatch)
+    assert max(errors.values()) <= (FUSED_FP32 if dtype == torch.float32 else FUSED_BF16), errors
 
 
 def test_equal_sizes_in_words_equal_one_size() -> None:

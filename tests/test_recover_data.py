@@ -17,7 +17,8 @@ from ligerexport.errors import LigerError, UsageError
 from ligerexport.text.tokenizer import TextModel
 from ligerexport.train.data import Documents, tokenize
 from ligerexport.train.packing import IGNORE, Rows, pack
-from ligerexport.train.records import DataError, Record, as_record, read_records
+from ligerexport.train.records import DataError, Record, as_record, read_records, reasoning_share
+from ligerexport.train.recover import warn_of_reasoning
 
 CHAT = (("user", "hi"), ("assistant", "you"), ("user", "and"), ("assistant", "me"))
 MESSAGES = [{"role": role, "content": content} for role, content in CHAT]
@@ -100,6 +101,10 @@ def test_an_absent_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
         ("[" * 100_000, "is not JSON"),
         ('{"prompt": "a", "response": null}', "has nothing as 'response'"),
         ('{"text": 3}', "has int as 'text'"),
+        ('{"text": "abc", "learn": [[1, 4]]}', "has [1, 4] in 'learn', in a text of 3 characters"),
+        ('{"text": "abc", "learn": [[1, 2], [0, 1]]}', "has [0, 1] in 'learn'"),
+        ('{"text": "abc", "learn": [["a", "b"]]}', "has ['a', 'b'] in 'learn'"),
+        ('{"text": "abc", "learn": 2}', "has 2 in 'learn'"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -259,6 +264,29 @@ def test_without_a_template_pairs_are_read_plainly(tmp_path: Path) -> None:
         documents(text, Record("x", CHAT))
 
 
+def test_marked_answers_of_a_text(text: TextModel) -> None:
+    record = as_record({"text": "who? me. and? you!", "learn": [[4, 7], [13, 17], [17, 18]]}, "x")
+    found = documents(text, record)
+    assert text.decode(found.ids[found.answers].tolist()) == " me you!" and found.ids[0] == toy.BOS
+    assert found.ids.tolist() == documents(text, as_record({"text": "who? me. and? you!"}, "x")).ids.tolist()
+    assert not documents(text, Record("x", text="nothing to learn", learned=())).answers[:-1].any()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [("<think>2 and 2 is 4</think> 4", 1), ("Let's think step by step. It is 4.", 1), ("Step by step, they left.", 0)],
+)
+def test_chains_of_thought_are_noticed(content: str, found: int, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = [Record("x", text="I think so.")] * 27
+    marked = [Record("x", (("user", "2 + 2?"), ("assistant", content))), Record("x", text=content)]
+    assert reasoning_share(plain + marked * 3) == found * 6 / 33
+    warn_of_reasoning(plain + marked * 3)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: 18% of the records hold chains of thought") if found else not said
+    warn_of_reasoning(plain + marked)
+    assert not capsys.readouterr().err
+
+
 def test_records_are_encoded_in_blocks_that_do_not_show(text: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = (Record("x", CHAT), Record("y", text="plain " * 30), Record("z", CHAT[:1]), Record("e"))
     records = [*kinds, Record("l", (("user", "hi"), ("assistant", "y" * 100)))] * 5
@@ -328,6 +356,10 @@ def test_a_batch_keeps_documents_apart(text: TextModel) -> None:
     assert (batch.targets[0, [first - 1, total - 1]] == IGNORE).all() and (batch.targets[0, total:] == IGNORE).all()
     answers = batch.count(answers=True, after=0)
     assert int(answers.counted.sum()) == 2 * (docs.answers.sum() - docs.answers[docs.bounds[:-1]].sum())
+    heavy = batch.count(answers=False, after=0, weight=4.0)
+    assert heavy.weights[heavy.counted & heavy.answers].unique().tolist() == [4.0]
+    assert heavy.weights[heavy.counted & ~heavy.answers].unique().tolist() == [1.0]
+    assert not heavy.weights[~heavy.counted].any()
     late = batch.count(answers=False, after=3)
     assert int(late.counted.sum()) == 2 * sum(max(0, int(n) - 1 - 3) for n in docs.lengths)
     assert late.places.tolist() == late.counted.flatten().nonzero().flatten().tolist()

@@ -33,8 +33,9 @@ def close(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_next_token_loss(chunk: int) -> None:
     hidden, head, targets = torch.randn(20, 8, requires_grad=True), nn.Linear(8, 31), torch.randint(0, 31, (20,))
-    expected = -head(hidden).log_softmax(-1)[torch.arange(20), targets].sum()
-    found = next_token_loss(hidden, head, targets, chunk)
+    weights = torch.rand(20)
+    expected = -(head(hidden).log_softmax(-1)[torch.arange(20), targets] * weights).sum()
+    found = next_token_loss(hidden, head, targets, weights, chunk)
     close(found, expected)
     close(torch.autograd.grad(found, hidden)[0], torch.autograd.grad(expected, hidden)[0])
 
@@ -44,16 +45,17 @@ def test_divergence(chunk: int) -> None:
     hidden, head = torch.randn(20, 8, requires_grad=True), nn.Linear(8, 31)
     teacher, teacher_head = torch.randn(20, 6), nn.Linear(6, 31)
     p, q = teacher_head(teacher).softmax(-1).detach(), head(hidden).softmax(-1)
-    expected = (p * (p / q).log()).sum()
-    found = divergence(hidden, head, teacher, teacher_head, chunk)
+    weights = torch.rand(20)
+    expected = ((p * (p / q).log()).sum(-1) * weights).sum()
+    found = divergence(hidden, head, teacher, teacher_head, weights, chunk)
     close(found, expected)
     close(torch.autograd.grad(found, hidden)[0], torch.autograd.grad(expected, hidden)[0])
-    assert divergence(hidden, head, hidden.detach(), head).abs() < 1e-5
+    assert divergence(hidden, head, hidden.detach(), head, torch.ones(20)).abs() < 1e-5
 
 
 def test_nothing_counted_is_zero_with_a_gradient() -> None:
     hidden = torch.randn(0, 8, requires_grad=True)
-    loss = next_token_loss(hidden, nn.Linear(8, 31), torch.zeros(0, dtype=torch.long))
+    loss = next_token_loss(hidden, nn.Linear(8, 31), torch.zeros(0, dtype=torch.long), torch.ones(0))
     loss.backward()
     assert loss == 0 and hidden.grad is not None
 
@@ -146,6 +148,14 @@ def test_follow_and_next_token_are_plain_losses_of_logits(models: tuple[Any, Any
         close(PHASES["next_token"](student, None, batch), likelihood)
 
 
+def test_answers_weigh_more(models: tuple[Any, Any]) -> None:
+    student, teacher = models
+    every, answers, heavy = (
+        PHASES["follow"](student, teacher, make_batch(**phase)) for phase in ({}, {"answers": True}, {"weight": 4.0})
+    )
+    close(heavy, every + 3 * answers)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_window_over_everything_has_nothing_to_learn(tmp_path: Path, family: str) -> None:
     config = LigerConfig(window=64, attention_weight=1.0, recurrence_weight=0.0)
@@ -179,6 +189,8 @@ def test_recipes_name_phases_and_share_all_steps(recipe: str) -> None:
 def test_shares_are_checked() -> None:
     with pytest.raises(UsageError, match=r"sum to 0\.9"):
         Recipe((Phase("align", 0.4), Phase("follow", 0.5)), "")
+    with pytest.raises(UsageError, match="weight 0"):
+        Phase("follow", weight=0.0)
     with pytest.raises(UsageError, match="share 0"):
         Phase("align", 0.0)
 

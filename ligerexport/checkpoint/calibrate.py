@@ -35,7 +35,10 @@ SHORTEST = 512
 FIRST = 8
 """Tokens at the start that a fit leaves out: sinks are always kept, and would dominate the squared error."""
 
-_METADATA = "liger_scores"
+_METADATA, _COSTS = "liger_scores", "liger_costs"
+
+Costs = dict[int, list[list[float]]]
+"""Costs `[H_kv][options]` by layer, in the order of `ligerexport.checkpoint.shares.OPTIONS`."""
 
 # Statement, question and answer. None may resemble what `ligerexport.evaluate` asks for.
 _FACTS = (
@@ -84,10 +87,12 @@ class Scores(NamedTuple):
     Attributes:
         tensors: Weights and biases, by their names in a checkpoint.
         facts: `from`, `windows`, `tokens`, `seed`, `explained` and `sha256`; None for each that is not known.
+        costs: What each size of memory costs in each KV head, from a fit of `recall`; None after another fit.
     """
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+    costs: Costs | None = None
 
 
 def fit_scores(
@@ -265,7 +270,10 @@ def write_scores(file: Path, scores: Scores) -> None:
     """Write scores as a safetensors file that `read_scores` reads."""
     from safetensors.torch import save_file
 
-    save_file(scores.tensors, file, metadata={"format": "pt", _METADATA: json.dumps(scores.facts)})
+    metadata = {"format": "pt", _METADATA: json.dumps(scores.facts)}
+    if scores.costs:
+        metadata[_COSTS] = json.dumps(scores.costs)
+    save_file(scores.tensors, file, metadata=metadata)
     file.chmod(0o644)  # safetensors writes 0600
 
 
@@ -292,11 +300,12 @@ def read_scores(file: Path, shapes: Mapping[str, tuple[int, ...]], origin: str) 
                 hint="these scores are another model's; fit new ones: --calibrate TEXT",
             )
     with safe_open(file, "pt") as content:
-        said = json.loads((content.metadata() or {}).get(_METADATA, "{}"))
+        metadata = content.metadata() or {}
+    said, costs = (json.loads(metadata.get(name, "{}")) for name in (_METADATA, _COSTS))
     tensors = load_scores((file,), shapes)
     keys = ("windows", "tokens", "seed", "explained")
     facts = {"from": origin} | {key: said.get(key) for key in keys} | {"sha256": digest(tensors)}
-    return Scores(tensors, facts)
+    return Scores(tensors, facts, {int(layer): heads for layer, heads in costs.items()} or None)
 
 
 def load_scores(files: Iterable[Path], names: Iterable[str]) -> dict[str, Tensor]:

@@ -20,12 +20,13 @@ from ligerexport.checkpoint.fitted import is_fitted
 from ligerexport.checkpoint.loading import check_finite, check_loadable, write_plain
 from ligerexport.checkpoint.loading import load_model as load_model
 from ligerexport.checkpoint.loading import load_transformer as load_transformer
-from ligerexport.checkpoint.scores import DATA, find_scores, packaged, write_weights
+from ligerexport.checkpoint.scores import DATA, WINDOWS, Fitting, find_scores, packaged, write_weights
 from ligerexport.checkpoint.seal import write_seal
-from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source, resolve
+from ligerexport.checkpoint.sizes import describe_sizes, equal_sizes, fitted_sizes
+from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source, fetched, resolve
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError, close_matches, quoted
-from ligerexport.model.config import DEFAULT_PRESET, LigerConfig, get_preset, read_memory
+from ligerexport.model.config import DEFAULT_PRESET, MEMORY, LigerConfig, get_preset, read_memory
 from ligerexport.model.families import PREFIX, described, get_family, harmless
 from ligerexport.reading import as_path
 from ligerexport.staging import check_destination, staged_directory
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-WINDOWS = 64
-"""Default number of windows of text that a learned score is fitted on."""
+SIZED = "recall"
+"""The preset whose sizes are chosen for a number of bytes."""
 
 SHIPPED = "shipped"
 """Name of the adapter that ships with a built-in model."""
@@ -51,6 +52,8 @@ def convert(
     calibrate: Sequence[str | Path] | None = None,
     scores: str | Path | None = None,
     windows: int = WINDOWS,
+    state_bytes: int | None = None,
+    fit: bool = True,
     adapter: str | Path | None = None,
     force: bool = False,
     progress: ProgressFactory | None = None,
@@ -75,7 +78,10 @@ def convert(
         memory: File with windows and pools of all layers, from `allocate`.
         calibrate: Text files, or directories of them, to fit the learned score on; the Transformer reads them.
         scores: Safetensors file of scores from an earlier fit.
-        windows: Number of windows of text that a fit reads.
+        windows: Number of windows of text that a fit of the presets `foresight` and `evicted` reads.
+        state_bytes: Bytes of state of the converted layers, which the preset `recall` shares out over KV heads; None
+            takes 654 tokens for each head, which are 8 MB for SmolLM2-135M.
+        fit: Whether `recall` fits scores and sizes. Without a fit, every head has a window of the same size.
         adapter: LoRA that `recover` trained on exactly this conversion, to merge into its weights: a directory, or
             `shipped` for the one that ships with a built-in model.
         force: Whether an older converted checkpoint in `output` may be replaced.
@@ -94,7 +100,7 @@ def convert(
     """
 
     return ConvertPlan(
-        model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores, windows=windows,
+        model, output, Fitting(calibrate, scores, windows, state_bytes, fit), preset=preset, memory=memory,
         adapter=adapter, force=force, **changes,
     ).run(progress)  # fmt: skip
 
@@ -103,7 +109,8 @@ class ConvertPlan:
     """A conversion whose arguments, those of `convert`, are checked. Nothing is fetched and no checkpoint is read.
 
     Attributes:
-        liger: The conversion that was chosen.
+        liger: The conversion that was chosen; `run` adds the sizes that it chooses.
+        sized: Whether sizes are chosen for a number of bytes.
         texts: Files to fit a learned score on.
 
     Raises:
@@ -115,27 +122,26 @@ class ConvertPlan:
         self,
         model: str | Path,
         output: str | Path,
+        fitting: Fitting | None = None,
         *,
         preset: str | None = None,
         memory: str | Path | None = None,
-        calibrate: Sequence[str | Path] | None = None,
-        scores: str | Path | None = None,
-        windows: int = WINDOWS,
         adapter: str | Path | None = None,
         force: bool = False,
         **changes: Any,
     ) -> None:
-        output = Path(output)
+        output, self.fitting = Path(output), fitting or Fitting()
         self.liger = liger = _choose_conversion(model, preset, memory, adapter, changes)
-        self.texts = _check_score_options(liger, calibrate, scores, windows)
+        self.sized = preset == SIZED
+        _check_size_options(self.fitting, preset, memory, adapter, changes)
+        self.texts = _check_score_options(liger, self.fitting)
         if output.resolve() == Path(model).expanduser().resolve():
             raise UsageError(f"{output} is the model itself", hint="choose another place with -o")
         config = output / "config.json"
         if config.is_file() and '"liger"' not in config.read_text():  # it may be the only copy
             raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
         check_destination(output, force=force, marker="config.json")
-        self.model, self.output, self.windows, self.adapter, self.force = model, output, windows, adapter, force
-        self.scores = None if scores is None else Path(scores)
+        self.model, self.output, self.adapter, self.force = model, output, adapter, force
 
     def describe(self) -> dict[str, Any]:
         """Return facts about what `run` would write and need, without fetching anything.
@@ -145,6 +151,8 @@ class ConvertPlan:
             UsageError: There is no such model.
         """
         path, name = Path(self.model).expanduser(), str(self.model)
+        if self.sized and (place := path if name and path.is_dir() else fetched(name)):
+            return self._describe_sizes(check_checkpoint(place))
         if name and path.is_dir():
             check_loadable(path)
             facts = describe_checkpoint(path, self.liger) | {"path": str(self.output), "from": str(path)}
@@ -154,7 +162,16 @@ class ConvertPlan:
             facts = {"path": str(self.output), "from": f"{name} on the hub"}
         else:
             raise UsageError(f"no model '{name}'", hint=close_matches(name, BUILTIN_MODELS))
-        return facts | describe_fit(path, self.texts, self.windows)
+        return facts | ({} if self.sized else describe_fit(path, self.texts, self.fitting.windows))
+
+    def _describe_sizes(self, info: CheckpointInfo) -> dict[str, Any]:
+        check_loadable(info.path)
+        liger = LigerConfig.from_dict(converted_config(dict(info.config), self.liger)["liger"])
+        if self.fitting.fit:
+            facts = describe_sizes(info, liger, self.fitting.state_bytes)
+        else:
+            facts = describe_checkpoint(info.path, equal_sizes(info.config, liger, self.fitting.state_bytes))
+        return facts | {"path": str(self.output), "from": str(info.path)}
 
     def run(self, progress: ProgressFactory | None = None) -> Path:
         """Convert, and return `output`. Errors as for `convert`."""
@@ -177,8 +194,14 @@ class ConvertPlan:
                     advance(info.bytes)
                 config["tie_word_embeddings"] = info.tied
             found = None
-            if liger.foresees or liger.celled:
-                found = find_scores(source, info, liger, self.texts, self.scores, self.windows, progress)
+            if self.sized and self.fitting.fit:
+                liger, found = fitted_sizes(source, info, liger, self.fitting, self.texts, progress)
+            elif self.sized:
+                liger = equal_sizes(info.config, liger, self.fitting.state_bytes)
+            elif liger.foresees or liger.celled:
+                found = find_scores(source, info, liger, self.texts, self.fitting, progress)
+            self.liger, config["liger"] = liger, liger.to_dict()
+            if found is not None:
                 config["liger_scores"] = found.facts
             (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             copy_companions(source.path, stage)
@@ -206,10 +229,33 @@ def _choose_conversion(
     return LigerConfig.from_dict(read_record(place)["liger"])
 
 
-def _check_score_options(
-    liger: LigerConfig, calibrate: Sequence[str | Path] | None, scores: str | Path | None, windows: int
-) -> list[Path]:
+def _check_size_options(
+    fitting: Fitting, preset: str | None, memory: str | Path | None, adapter: str | Path | None,
+    changes: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Check the options of the preset whose sizes are chosen for a number of bytes."""
+    options = {"--state-bytes": fitting.state_bytes is not None, "--no-fit": not fitting.fit}
+    asked = [option for option, given in options.items() if given]
+    if preset != SIZED:
+        if asked:
+            raise UsageError(f"{asked[0]} is for sizes that are chosen for you", hint=f"--preset {SIZED}")
+        return
+    sizes = {"memory": memory, "adapter": adapter} | {name: changes.get(name) for name in MEMORY}
+    if given := [name.replace("_", "-") for name, value in sizes.items() if value is not None]:
+        raise UsageError(
+            f"--{given[0]} with the preset {SIZED}, which chooses sizes and scores",
+            hint="say how large the state may be: --state-bytes",
+        )
+    if not fitting.fit and (fitting.calibrate or fitting.scores):
+        option = "--calibrate" if fitting.calibrate else "--scores"
+        raise UsageError(f"both {option} and --no-fit", hint="use a fit, or go without one")
+    if changes.get("recurrence") == "cells":
+        raise UsageError(f"cells with the preset {SIZED}, which does not fit them", hint="--preset evicted")
+
+
+def _check_score_options(liger: LigerConfig, fitting: Fitting) -> list[Path]:
     """Check where the learned scores come from, and return the text files to fit them on."""
+    calibrate, scores = fitting.calibrate, fitting.scores
     if (calibrate or scores) and not (liger.foresees or liger.celled):
         raise UsageError(
             f"{'--calibrate' if calibrate else '--scores'} is for a learned score or cells, which are not used",
@@ -217,8 +263,8 @@ def _check_score_options(
         )
     if calibrate and scores:
         raise UsageError("both --calibrate and --scores", hint="fit a score, or give one from an earlier fit")
-    if windows < 1:
-        raise UsageError(f"{windows} windows", hint="a fit reads at least one; 64 is a good number")
+    if fitting.windows < 1:
+        raise UsageError(f"{fitting.windows} windows", hint="a fit reads at least one; 64 is a good number")
     if scores is not None and not Path(scores).is_file():
         raise UsageError(f"no file {scores}", hint="give a safetensors file, or text to fit on: --calibrate TEXT")
     return text_files(calibrate or (), "--calibrate")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from ligerexport.checkpoint.checkpoint import check_checkpoint
 from ligerexport.model.config import LigerConfig
+from ligerexport.model.state import MixerSpec
 
 
 def describe_checkpoint(path: Path, config: LigerConfig) -> dict[str, Any]:
@@ -26,11 +28,22 @@ def describe_checkpoint(path: Path, config: LigerConfig) -> dict[str, Any]:
         "path": str(path),
         "weight_bytes": info.bytes,
         "layers": f"{len(converted)} of {len(specs)} converted",
+        "heads": _describe_heads(converted) if config.heads else None,
         "exact_slots": round(mean(n for spec in converted for n in spec.slots_per_head)) if converted else 0,
         "state_bytes": state,
         "kv_cache_larger_from": state // saved + 1 if saved else None,
         "scores_explain": (info.config.get("liger_scores") or {}).get("explained"),
     }
+
+
+def _describe_heads(specs: Sequence[MixerSpec]) -> str:
+    """Return the sizes of the KV heads of converted layers, in words."""
+    heads = [head.config for spec in specs for head in spec.heads]
+    scored = [sum(count for _, count in head.slots) for head in heads]
+    return (
+        f"window of {mean(head.window for head in heads):.0f} and {mean(scored):.0f} scored slots on average, "
+        f"slots in {sum(map(bool, scored))} of {len(heads)} KV heads"
+    )
 
 
 def describe_fit(path: Path, texts: list[Path], windows: int) -> dict[str, Any]:

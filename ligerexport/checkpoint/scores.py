@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,11 +27,37 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parents[1] / "data"
 """Directory of files that ship with the package."""
+WINDOWS = 64
+"""Default number of windows of text that a learned score is fitted on."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Where learned scores and sizes of memories come from.
+
+    Attributes:
+        calibrate: Text files, or directories of them, to fit on.
+        scores: File of scores from an earlier fit.
+        windows: Number of windows of text that a fit of scores alone reads.
+        state_bytes: Bytes that the preset `recall` shares out; None takes its default.
+        fit: Whether `recall` fits scores and sizes.
+    """
+
+    calibrate: Sequence[str | Path] | None = None
+    scores: str | Path | None = None
+    windows: int = WINDOWS
+    state_bytes: int | None = None
+    fit: bool = True
 
 
 def packaged_scores(source: Source) -> Path | None:
     """Return the scores that ship with this package for a built-in model; None if there are none."""
     return packaged(source, DATA / "scores" / f"{source.name}.safetensors")
+
+
+def packaged_fit(source: Source) -> Path | None:
+    """Return the scores and costs for `recall` that ship for a built-in model; None if there are none."""
+    return packaged(source, DATA / "scores" / f"{source.name}.recall.safetensors")
 
 
 def packaged(source: Source, path: Path) -> Path | None:
@@ -46,8 +73,7 @@ def find_scores(
     info: CheckpointInfo,
     liger: LigerConfig,
     texts: Sequence[Path],
-    file: Path | None,
-    windows: int,
+    fitting: Fitting,
     progress: ProgressFactory,
 ) -> Scores:
     """Return the learned scores of a conversion, from the first source that has them.
@@ -60,9 +86,9 @@ def find_scores(
 
     shapes = score_shapes(info.config, liger)
     if texts:
-        return _fit(source, info, liger, texts, windows, progress)
-    if file is not None:
-        return read_scores(file, shapes, "file")
+        return _fit(source, info, liger, texts, fitting.windows, progress)
+    if fitting.scores is not None:
+        return read_scores(Path(fitting.scores), shapes, "file")
     if all(name in info.tensors for name in shapes):  # the source was converted before
         tensors = load_scores(info.files, shapes)
         return Scores(tensors, dict(info.config.get("liger_scores") or {}) | {"sha256": digest(tensors)})
@@ -139,7 +165,7 @@ def write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, prog
         for file, name in places.items():
             _link(file, stage / name)
             advance(file.stat().st_size)
-    if scores is not None:
+    if scores is not None and new:
         write_scores(stage / names[-1], scores)
     if count > 1:
         tensors = {tensor: name for file, name in places.items() for tensor in sorted(held[file])}

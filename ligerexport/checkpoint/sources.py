@@ -175,6 +175,12 @@ def _from_builtin(name: str, progress: ProgressFactory) -> Source:
     return Source(directory, name, builtin.requirement, builtin.license, stamp["sha256"])
 
 
+def fetched(name: str) -> Path | None:
+    """Return the directory of a built-in model, without a check of its files; None if it is not in the cache."""
+    directory = cache_dir() / "models" / name
+    return directory if name in BUILTIN_MODELS and (directory / _STAMP).is_file() else None
+
+
 class _locked(FileLock):
     """A file lock that reports when it waits for another process."""
 

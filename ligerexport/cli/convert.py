@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ligerexport.checkpoint.convert import SHIPPED, WINDOWS, ConvertPlan
+from ligerexport.checkpoint.convert import SHIPPED, SIZED, ConvertPlan
 from ligerexport.checkpoint.describe import describe_checkpoint
+from ligerexport.checkpoint.scores import WINDOWS, Fitting
 from ligerexport.cli import options
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
-from ligerexport.console import progress
+from ligerexport.console import format_bytes, progress
 from ligerexport.errors import UsageError, quoted
 from ligerexport.model.config import DEFAULT_PRESET, PRESETS, RECURRENCES, Slots
 from ligerexport.model.gates import GATES
@@ -70,7 +72,21 @@ def convert(
         ),
     ] = None,
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="Learned scores from an earlier fit.")] = None,
-    windows: Annotated[int, typer.Option(help="Number of windows of 2,048 tokens that a fit reads.")] = WINDOWS,
+    windows: Annotated[
+        int, typer.Option(help=f"Number of windows of 2,048 tokens that a fit reads; not for {SIZED}.")
+    ] = WINDOWS,
+    state_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help=f"Size of the state of the preset {SIZED}, such as 8MB or 24MiB, shared out over KV heads. "
+            "Default: 654 tokens a head; 8 MB for SmolLM2-135M.",
+        ),
+    ] = None,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit/--no-fit", help=f"Fit the sizes and the score of {SIZED}, or give all heads one window."),
+    ] = True,
     adapter: Annotated[
         str | None,
         typer.Option(
@@ -82,7 +98,7 @@ def convert(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Make a Transformer recurrent. This takes seconds, or minutes with --calibrate.
+    """Make a Transformer recurrent. This takes seconds, or minutes with a fit.
 
     A gated recurrence and a bounded exact memory replace its attention. Without --adapter no weight changes.
     """
@@ -95,17 +111,46 @@ def convert(
         "layer_memory": parse_layer_memory(layer_memory),
         "keep_softmax": parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
-    plan = ConvertPlan(model, output, preset=preset, memory=memory, calibrate=calibrate, scores=scores,
-                        windows=windows, adapter=adapter, force=force, **changes)  # fmt: skip
+    fitting = Fitting(calibrate, scores, windows, parse_bytes(state_bytes), fit)
+    plan = ConvertPlan(model, output, fitting, preset=preset, memory=memory, adapter=adapter, force=force, **changes)
     options.announce("convert", model=model, output=output, preset=preset, threads=threads, **vars(plan.liger))
     if dry_run:
         return options.finish_made(json, f"would write {output}", plan.describe(), None)
 
     path = plan.run(progress)
-    following = f"ligerexport build {quoted(path)} --target onnx"
-    if plan.liger.celled:  # no target has cells yet
+    facts, following = describe_checkpoint(path, plan.liger), f"ligerexport build {quoted(path)} --target onnx"
+    if plan.sized or plan.liger.celled:  # no target has this memory yet
         following = f"ligerexport eval {quoted(path)}"
-    options.finish_made(json, "converted", describe_checkpoint(path, plan.liger), following)
+    if plan.sized:
+        facts["more"] = f"keep more: --state-bytes {format_bytes(2 * facts['state_bytes']).replace(' ', '')}"
+        if fit:
+            facts["more"] += "; fit on your text too: --calibrate TEXT"
+    options.finish_made(json, "converted", facts, following)
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """Read `8MB`, `24MiB` or `8000000`.
+
+    Raises:
+        UsageError: The text does not have this form.
+    """
+    if text is None:
+        return None
+    number = text.strip().lower()
+    name = next((unit for unit in _UNITS if number.endswith(unit)), "")
+    try:
+        count = float(number.removesuffix(name)) * _UNITS.get(name, 1)
+    except ValueError:
+        count = 0.0
+    if not 1 <= count < inf:
+        raise UsageError(f"--state-bytes {text}", hint="write a size such as 8MB, 24MiB or 8000000")
+    return round(count)
+
+
+_UNITS = {
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9,
+    "k": 10**3, "m": 10**6, "g": 10**9, "b": 1,
+}  # fmt: skip
 
 
 def parse_layer_memory(texts: Sequence[str] | None) -> tuple[tuple[int, int, Slots], ...] | None:

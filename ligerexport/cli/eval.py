@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from ligerexport.cli import options
+from ligerexport.cli.bench import counts
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import card, data, format_bytes, progress
 from ligerexport.errors import UsageError
-from ligerexport.measure.evaluate.settings import CONTROLS, DEVICES, DTYPES, PARTS, TASKS
+from ligerexport.measure.evaluate.settings import CONTROLS, DEVICES, DTYPES, HALVES, PARTS, TASKS
 
 
 @verb(computes=True)
@@ -23,6 +24,13 @@ def eval_(
     text: Annotated[
         list[Path] | None,
         typer.Option(metavar="PATH", help="Held-out plain text: a file, or a directory of .txt; may be repeated."),
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="Rows with a passage, a question about it, the answer and, if you like, a title."),
+    ] = None,
+    half: Annotated[
+        str | None, typer.Option(metavar="HALF", help=f"Ask only about passages of one half: {' or '.join(HALVES)}.")
     ] = None,
     parts: Annotated[
         str | None,
@@ -37,10 +45,19 @@ def eval_(
     controls: Annotated[
         str | None, typer.Option(metavar="CONTROL,...", help=f"Controls to compare with: {', '.join(CONTROLS)}.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens in a window of text, and the largest distance of recall.")] = 8192,
+    length: Annotated[
+        int, typer.Option(help="Tokens in a window of text, and the largest distance of recall and reading.")
+    ] = 8192,
     windows: Annotated[int, typer.Option(help="Largest number of windows of text.")] = 16,
-    trials: Annotated[int, typer.Option(help="Number of prompts for each distance of recall.")] = 64,
+    trials: Annotated[int, typer.Option(help="Number of prompts for each distance of recall and reading.")] = 64,
+    answer_tokens: Annotated[
+        int, typer.Option(help="Largest number of tokens of a written answer to a question; 0 writes none.")
+    ] = 32,
     limit: Annotated[int | None, typer.Option(help="Largest number of questions per task.")] = None,
+    task_lengths: Annotated[
+        str | None,
+        typer.Option(metavar="N,...", help="Tokens in prompts that a task makes itself, as RULER's do. Default: 4096."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed for everything that is random.")] = 0,
     batch: Annotated[int, typer.Option(help="Number of sequences at a time on a GPU.")] = 8,
     device: Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")] = "auto",
@@ -53,19 +70,21 @@ def eval_(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Measure a model: loss by position, recall, tasks.
+    """Measure a model: loss by position, recall, reading, tasks.
 
     Checkpoints and artifacts are measured in the same way. The tables have standard errors.
     """
     from ligerexport.measure.evaluate.evaluate import EvaluatePlan
 
+    others = {} if task_lengths is None else {"task_lengths": counts(task_lengths, "--task-lengths")}
     plan = EvaluatePlan(
         model, against=against, text=text or [], parts=split(parts), tasks=split(tasks), task_data=task_data,
-        output=output, force=force, controls=split(controls), length=length, windows=windows, trials=trials,
-        limit=limit, seed=seed, batch=batch, device=device, dtype=dtype,
+        questions=questions, output=output, force=force, controls=split(controls), length=length, windows=windows,
+        trials=trials, half=half, answer_tokens=answer_tokens, limit=limit, seed=seed, batch=batch, device=device,
+        dtype=dtype, **others,
     )  # fmt: skip
-    options.announce("eval", model=model, against=against, text=text, task_data=task_data, output=output,
-                     threads=threads, **vars(plan.settings))  # fmt: skip
+    options.announce("eval", model=model, against=against, text=text, questions=questions, task_data=task_data,
+                     output=output, threads=threads, **vars(plan.settings))  # fmt: skip
     if dry_run:
         return _say_plan(plan.describe(), json)
     report = plan.run(progress)
@@ -102,6 +121,7 @@ def _say_plan(plan: dict[str, Any], json: bool) -> None:
     card("would measure", [
         ("models", ", ".join(plan["rows"])),
         ("text", f"{plan['text_files']} files, {format_bytes(plan['text_bytes'])}"),
+        *([("questions", f"{plan['questions']:,}")] if plan["questions"] else []),
         ("tokens to read", f"about {plan['tokens_each']:,} by each model, without tasks"),
         *(("missing", f"pip install 'ligerexport[{extra}]'") for extra in plan["missing_extras"]),
     ])  # fmt: skip

@@ -109,17 +109,17 @@ class Opened(ABC):
             _, state = self.read(part, state, 1)
         return self.read(ids[:, head:], state, last, keep=head > 0)[0].float()
 
-    def greedy(self, ids: Sequence[int]) -> Iterator[int]:
-        """Read one prompt and yield greedily decoded tokens without end."""
+    def greedy(self, ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Read prompts `[B, T]` and yield the greedily decoded tokens `[B]` of each step without end."""
         import torch
 
-        state, parts = None, torch.tensor([list(ids)]).split(CHUNK, dim=1)
+        state, parts = None, torch.tensor(ids).split(CHUNK, dim=1)
         while True:
             for part in parts:
                 logits, state = self.read(part, state, 1)
-            token = logits[:, -1].argmax(dim=-1, keepdim=True)
-            yield int(token)
-            parts = (token,)
+            tokens = logits[:, -1].argmax(dim=-1, keepdim=True)
+            yield tokens[:, 0].tolist()
+            parts = (tokens,)
 
     @abstractmethod
     def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:

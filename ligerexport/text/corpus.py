@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,21 +49,26 @@ def end_of_text(text: TextModel) -> list[int]:
 def read_tokens(files: Iterable[Path], text: TextModel) -> list[int]:
     """Return the tokens of all texts, each followed by the model's end-of-text token, if it has one.
 
-    A file is one text, or rows with the column `text`.
+    Raises:
+        DataError, UsageError: As for `read_texts`.
+    """
+    end = end_of_text(text)
+    return [token for content in read_texts(files) for token in [*text.encode(content, special=False), *end]]
+
+
+def read_texts(files: Iterable[Path]) -> Iterator[str]:
+    """Yield all texts. A file is one text, or rows with the column `text`.
 
     Raises:
         DataError: A file is damaged, or is not text.
         UsageError: The rows have no text.
     """
-    end = end_of_text(text)
-    ids: list[int] = []
     for file in files:
         for where, row in read_rows(file):
             content = row.get("text") if isinstance(row, dict) else None
             if not isinstance(content, str):
                 raise UsageError(f"{where} has no column 'text'", hint="give plain text, or rows that have a text")
-            ids += [*text.encode(content, special=False), *end]
-    return ids
+            yield content
 
 
 def cut_windows(ids: Sequence[int], length: int, count: int, prefix: Sequence[int] = ()) -> Tensor:

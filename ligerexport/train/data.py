@@ -12,6 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -42,7 +43,8 @@ class Documents:
 
     Attributes:
         ids: Token ids `[total]` int32.
-        answers: Whether each token is to be learned, `[total]` bool: the answers of chats, everything in plain text.
+        answers: Whether each token is to be learned, `[total]` bool: the answers of chats, and everything in plain text
+            whose answers are not marked.
         bounds: Offsets at which the documents begin and end, `[N + 1]` int64.
         counts: Number of records read, and of samples cut or dropped, by reason.
     """
@@ -187,7 +189,7 @@ def _pieces(
 def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
     """Split a record into segments that are read or trained on, with a remark if some are left out."""
     if not record.turns:
-        return ([_Segment(record.text, answer=True, special=True)], "") if record.text.strip() else ([], "empty")
+        return (_marked(record), "") if record.text.strip() else ([], "empty")
     roles = [role for role, _ in record.turns]
     asked = roles.index("user") if "user" in roles else len(roles)  # an answer without a question is read, not learned
     said = [role == "assistant" and bool(content.strip()) for role, content in record.turns]
@@ -223,6 +225,15 @@ def _segments(record: Record, text: TextModel) -> tuple[list[_Segment], str]:
         ]
         done = whole
     return segments, ""
+
+
+def _marked(record: Record) -> list[_Segment]:
+    """Split a text where its answers begin and end; without marks all of it is one answer."""
+    if record.learned is None:
+        return [_Segment(record.text, answer=True, special=True)]
+    cuts = [0, *(at for span in record.learned for at in span), len(record.text)]
+    parts = [(record.text[begin:end], i % 2 == 1) for i, (begin, end) in enumerate(pairwise(cuts)) if begin < end]
+    return [_Segment(part, answer, special=i == 0) for i, (part, answer) in enumerate(parts)]
 
 
 def _left_out(messages: list[dict[str, str]], text: TextModel) -> bool:

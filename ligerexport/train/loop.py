@@ -1,6 +1,6 @@
 """The training loop: batches in a fixed order, the loss of the phase, AdamW on LoRA, states to resume from.
 
-Each process takes its share of a batch's rows, and losses are divided by the number of counted positions in the whole
+Each process takes its share of a batch's rows, and losses are divided by the weight of all counted positions in the
 batch. The result does not depend on the number of processes or on the size of micro-batches.
 """
 
@@ -143,8 +143,8 @@ class Trainer:
         chosen = self.rows.at(step * config.rows, config.rows)
         size = self.micro_rows
         batches = [self.rows.collate(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-        batches = [batch.count(answers=phase.answers, after=phase.after) for batch in batches]
-        count = max(1, sum(len(batch.places) for batch in batches if batch.places is not None))
+        batches = [batch.count(answers=phase.answers, after=phase.after, weight=phase.weight) for batch in batches]
+        count = max(1.0, sum(float(batch.weights.sum()) for batch in batches if batch.weights is not None))
         lengths = self.rows.documents.lengths
         tokens = int(sum(lengths[document] for row in chosen for document in self.rows.rows[row]))
 

@@ -18,44 +18,48 @@ Head = Callable[[Tensor], Tensor]
 """Function from hidden states `[t, hidden]` to logits `[t, V]`."""
 
 
-def next_token_loss(hidden: Tensor, head: Head, targets: Tensor, chunk: int = LOGIT_CHUNK) -> Tensor:
-    """Return the sum of the negative log likelihoods of the targets, in nats.
+def next_token_loss(hidden: Tensor, head: Head, targets: Tensor, weights: Tensor, chunk: int = LOGIT_CHUNK) -> Tensor:
+    """Return the weighted sum of the negative log likelihoods of the targets, in nats.
 
     Args:
         hidden: Hidden states `[T, hidden]`.
         head: The output projection.
         targets: Token ids `[T]`.
+        weights: Weight of each position `[T]`.
         chunk: Number of positions at a time.
     """
 
-    def part(hidden: Tensor, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    def part(hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return (functional.cross_entropy(head(hidden).float(), targets, reduction="none") * weights).sum()
 
-    return _sum_chunks(part, chunk, hidden, targets)
+    return _sum_chunks(part, chunk, hidden, targets, weights)
 
 
-def divergence(hidden: Tensor, head: Head, teacher: Tensor, teacher_head: Head, chunk: int = LOGIT_CHUNK) -> Tensor:
-    """Return the sum of KL(teacher || student) over the full vocabulary, in nats, computed in fp32.
+def divergence(
+    hidden: Tensor, head: Head, teacher: Tensor, teacher_head: Head, weights: Tensor, chunk: int = LOGIT_CHUNK
+) -> Tensor:
+    """Return the weighted sum of KL(teacher || student) over the full vocabulary, in nats, computed in fp32.
 
     Args:
         hidden: The student's hidden states `[T, hidden]`.
         head: The student's output projection.
         teacher: The teacher's hidden states `[T, hidden']`, which get no gradient.
         teacher_head: The teacher's output projection.
+        weights: Weight of each position `[T]`.
         chunk: Number of positions at a time.
     """
 
-    def part(hidden: Tensor, teacher: Tensor) -> Tensor:
+    def part(hidden: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
         with torch.no_grad():
             expected = functional.log_softmax(teacher_head(teacher).float(), dim=-1)
         found = functional.log_softmax(head(hidden).float(), dim=-1)
-        return functional.kl_div(found, expected, reduction="sum", log_target=True)
+        return (functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1) * weights).sum()
 
-    return _sum_chunks(part, chunk, hidden, teacher)
+    return _sum_chunks(part, chunk, hidden, teacher, weights)
 
 
-def relative_error(output: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    """Return the sum over rows of the relative squared error times the number of counted positions.
+def relative_error(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum over rows of the weighted relative squared error times the sum of the row's weights.
 
     A row is never split between processes or micro-batches, so the sums add up. The error is relative to the whole row,
     so a token with an output near zero weighs no more than others.
@@ -63,13 +67,13 @@ def relative_error(output: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     Args:
         output: Output `[R, L, hidden]`.
         target: Expected output `[R, L, hidden]`.
-        counted: Whether each position counts, `[R, L]` bool.
+        weights: How much each position counts, `[R, L]`.
     """
-    kept = counted[..., None]
+    kept = weights[..., None]
     target = target.float()
     error = (output.float() - target).square().mul(kept).sum(dim=(1, 2))
     scale = target.square().mul(kept).sum(dim=(1, 2))
-    return (error / scale.clamp_min(torch.finfo(torch.float32).tiny) * counted.sum(dim=1)).sum()
+    return (error / scale.clamp_min(torch.finfo(torch.float32).tiny) * weights.sum(dim=1)).sum()
 
 
 def _sum_chunks(part: Callable[..., Tensor], chunk: int, *tensors: Tensor) -> Tensor:

@@ -109,6 +109,7 @@ class Batch:
         cu_seq_lens_q: Offsets in the `R L` tokens at which documents begin and end, `[N + 1]` int32.
         max_length_q: Number of tokens in the longest document.
         counted: Whether the phase counts each position, `[R, L]` bool; set by `count`.
+        weights: How much the phase counts each position, `[R, L]` fp32; set by `count`.
         places: Indices of the counted positions in the `R L` tokens; found on the CPU, so that no GPU is waited for.
     """
 
@@ -119,14 +120,16 @@ class Batch:
     cu_seq_lens_q: Tensor
     max_length_q: int
     counted: Tensor | None = None
+    weights: Tensor | None = None
     places: Tensor | None = None
 
-    def count(self, *, answers: bool, after: int) -> Batch:
-        """Return the batch with its counted positions set; see `Phase`."""
+    def count(self, *, answers: bool, after: int, weight: float = 1.0) -> Batch:
+        """Return the batch with its counted positions and their weights set; see `Phase`."""
         counted = (self.targets != IGNORE) & (self.position_ids >= after)
         if answers:
             counted &= self.answers
-        return replace(self, counted=counted, places=counted.flatten().nonzero()[:, 0])
+        weights = counted * (1.0 + (weight - 1.0) * self.answers)
+        return replace(self, counted=counted, weights=weights, places=counted.flatten().nonzero()[:, 0])
 
     def inputs(self) -> dict[str, Any]:
         """Return the arguments of a transformers model."""

@@ -25,15 +25,14 @@ PhaseFunction = Callable[[Any, Any, Batch], Tensor]
 
 def next_token(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """Predict the next token; needs no teacher."""
-    assert batch.places is not None
-    return next_token_loss(_hidden(student, batch), output_head(student), batch.targets.flatten()[batch.places])
+    return next_token_loss(_hidden(student, batch), output_head(student), _at(batch, batch.targets), _weights(batch))
 
 
 def follow(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """Predict what the teacher predicts: KL(teacher || student)."""
     with torch.no_grad():
         expected = _hidden(teacher, batch)
-    return divergence(_hidden(student, batch), output_head(student), expected, output_head(teacher))
+    return divergence(_hidden(student, batch), output_head(student), expected, output_head(teacher), _weights(batch))
 
 
 def align(student: Any, teacher: Any, batch: Batch) -> Tensor:
@@ -42,11 +41,11 @@ def align(student: Any, teacher: Any, batch: Batch) -> Tensor:
     The loss is the mean over converted layers of the relative squared error. Layers are independent: the teacher runs
     once, and gradients stay within a layer.
     """
-    assert batch.counted is not None
-    counted, losses = batch.counted, []
+    assert batch.weights is not None
+    weights, losses = batch.weights, []
 
     def error(mixer: LigerMixer, target: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        return relative_error(mixer(**kwargs)[0], target, counted)
+        return relative_error(mixer(**kwargs)[0], target, weights)
 
     def compare(mixer: LigerMixer, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         with torch.enable_grad():
@@ -73,8 +72,19 @@ def align(student: Any, teacher: Any, batch: Batch) -> Tensor:
 
 def _hidden(model: Any, batch: Batch) -> Tensor:
     """Return the hidden states of the counted positions, `[T, hidden]`."""
+    return _at(batch, model.model(**batch.inputs()).last_hidden_state)
+
+
+def _weights(batch: Batch) -> Tensor:
+    """Return how much each counted position counts, `[T]`."""
+    assert batch.weights is not None
+    return _at(batch, batch.weights)
+
+
+def _at(batch: Batch, x: Tensor) -> Tensor:
+    """Return what stands at the counted positions of `[R, L, ...]`, `[T, ...]`."""
     assert batch.places is not None
-    return model.model(**batch.inputs()).last_hidden_state.flatten(0, 1).index_select(0, batch.places)
+    return x.flatten(0, 1).index_select(0, batch.places)
 
 
 PHASES: dict[str, PhaseFunction] = {"next_token": next_token, "follow": follow, "align": align}

@@ -20,6 +20,7 @@ class Phase:
         loss: Row of `PHASES`.
         share: Share of all steps, between 0 and 1.
         answers: Whether only the tokens of answers count, instead of all tokens.
+        weight: Weight of the tokens of answers where all tokens count; the others have 1.
         after: First position of a document that counts: earlier positions have nothing beyond the window to learn from.
 
     Raises:
@@ -29,6 +30,7 @@ class Phase:
     loss: str
     share: float = 1.0
     answers: bool = True
+    weight: float = 1.0
     after: int = 0
 
     @property
@@ -37,9 +39,9 @@ class Phase:
         return f"{self.loss}-answers" if self.answers else self.loss
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1 or self.after < 0:
-            raise UsageError(f"phase {self.loss}: share {self.share}, after {self.after}",
-                             hint="give a share above 0 and at most 1, and a position of at least 0")  # fmt: skip
+        if not (0 < self.share <= 1 and self.weight > 0 and self.after >= 0):
+            raise UsageError(f"phase {self.loss}: share {self.share}, weight {self.weight}, after {self.after}",
+                             hint="give a share up to 1, a weight above 0, a position of at least 0")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,13 @@ RECIPES: dict[str, Recipe] = {
             Phase("next_token", share=0.50),
         ),
         "align, follow, then next-token prediction on the answers",
+    ),
+    "recall": Recipe(
+        (
+            Phase("align", share=0.2, answers=False),
+            Phase("follow", share=0.8, answers=False, weight=4.0),
+        ),
+        "align, then follow the Transformer's predictions, those of answers with four times the weight",
     ),
     "paper": Recipe(
         (Phase("next_token"),),

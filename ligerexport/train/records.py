@@ -21,6 +21,7 @@ FORMS = (
     '{"prompt": "...", "completion": "..."}',
     '{"instruction": "...", "input": "...", "output": "..."}',
     '{"text": "..."}',
+    '{"text": "...", "learn": [[begin, end], ...]}',
 )
 """Accepted forms of a line in a JSONL file and of a row in a table or data set."""
 
@@ -29,6 +30,11 @@ _ROLES |= {"developer": "system", "function": "tool"}
 _ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 _PAIRS = (("prompt", "response", ""), ("prompt", "completion", ""), ("instruction", "output", "input"))
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_REASONING = re.compile(
+    r"<(think|thinking|reasoning)>|<\|begin_of_thought\|>|think(ing)? step[ -]by[ -]step", re.IGNORECASE
+)
+_LOOKED_AT = 1000
+"""Number of records in which chains of thought are looked for."""
 _UNREAD = ("tool_calls", "function_call")
 
 
@@ -40,12 +46,14 @@ class Record:
         where: File and line, for messages.
         turns: Role and content of each turn; empty for a text.
         text: The text; empty for a conversation.
+        learned: Characters at which the answers in a text begin and end; None if all of it is to be learned.
         alone: Whether the turns are one prompt and its answer, which need no chat template.
     """
 
     where: str
     turns: tuple[tuple[str, str], ...] = ()
     text: str = ""
+    learned: tuple[tuple[int, int], ...] | None = None
     alone: bool = False
 
 
@@ -65,6 +73,13 @@ def read_records(sources: Sequence[str | Path]) -> list[Record]:
         names = ", ".join(map(str, sources)) or "no source"
         raise DataError(f"nothing to learn from in {names}", hint="give --data files that hold text or chats")
     return records
+
+
+def reasoning_share(records: Sequence[Record]) -> float:
+    """Return the share of records with the usual marks of a chain of thought; reasoning without marks is not found."""
+    some = records[:: -(-len(records) // _LOOKED_AT)]
+    marked = (any(map(_REASONING.search, (record.text, *(content for _, content in record.turns)))) for record in some)
+    return sum(marked) / len(some)
 
 
 def _read(source: str | Path) -> Iterator[Record]:
@@ -116,7 +131,8 @@ def as_record(row: Any, where: str) -> Record:
         if row.get(prompt) is not None and answer in row:
             return _pair(where, row, prompt, answer, more)
     if "text" in row:
-        return Record(where, text=_text(row, "text", where))
+        text = _text(row, "text", where)
+        return Record(where, text=text, learned=_spans(row.get("learn"), len(text), where))
     raise _unexpected(where, f"has the keys {', '.join(map(str, row)) or '(none)'}")
 
 
@@ -156,6 +172,21 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
         raise DataError(f"{where} has {'nothing' if value is None else type(value).__name__} as '{key}', "
                         "expected a text", hint="leave such rows out")  # fmt: skip
     return value
+
+
+def _spans(spans: Any, size: int, where: str) -> tuple[tuple[int, int], ...] | None:
+    """Return where answers begin and end in a text of `size` characters."""
+    if spans is None:
+        return None
+    found: list[tuple[int, int]] = []
+    for span in spans if isinstance(spans, Sequence) else [spans]:
+        begin, end = span if isinstance(span, Sequence) and len(span) == 2 else (None, None)
+        after = found[-1][1] if found else 0
+        if not (isinstance(begin, int) and isinstance(end, int) and after <= begin < end <= size):
+            raise DataError(f"{where} has {span!r} in 'learn', in a text of {size} characters",
+                            hint="give begin and end of each answer, in order: [[10, 14], [52, 60]]")  # fmt: skip
+        found.append((begin, end))
+    return tuple(found)
 
 
 def _content(turn: Mapping[str, Any], key: str, where: str) -> str:

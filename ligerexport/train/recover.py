@@ -22,7 +22,7 @@ from ligerexport.text.tokenizer import TextModel
 from ligerexport.train.config import RecoverConfig, given
 from ligerexport.train.estimate import Estimate, estimate
 from ligerexport.train.model import load_student, load_teacher, target_shapes, teacher_config
-from ligerexport.train.records import read_records
+from ligerexport.train.records import Record, read_records, reasoning_share
 from ligerexport.train.report import phase_table, write_report
 from ligerexport.train.state import load_state, state_directory
 from ligerexport.versions import versions
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _MANY_TIMES = 10
 """Number of times that the same data may be read without a warning."""
+_MUCH_REASONING = 0.1
+"""Share of records with chains of thought from which on there is a warning."""
 _WARM = 5.0
 """Duration of a step in seconds above which one-time work hardly matters."""
 
@@ -214,10 +216,19 @@ def read_documents(
     """Return the documents that a run reads: all of them, or the first that are enough."""
     from ligerexport.train.data import tokenize
 
+    records = read_records(list(data))
+    warn_of_reasoning(records)
     return tokenize(
-        read_records(list(data)), TextModel(info.path), length=config.length, vocab_size=info.config["vocab_size"],
+        records, TextModel(info.path), length=config.length, vocab_size=info.config["vocab_size"],
         overlong=config.overlong, wanted=config.num_steps * config.batch_tokens, seed=config.seed, progress=progress,
     )  # fmt: skip
+
+
+def warn_of_reasoning(records: Sequence[Record]) -> None:
+    """Warn where the data look like chains of thought (QK-Restore, arXiv 2606.11052)."""
+    if (share := reasoning_share(records)) >= _MUCH_REASONING:
+        warn(f"{share:.0%} of the records hold chains of thought (such as <think>), and training on these can destroy "
+             "recall of earlier text; mix in other data, and compare `ligerexport eval` before and after")  # fmt: skip
 
 
 def warn_of_repeats(documents: Documents, config: RecoverConfig) -> None:

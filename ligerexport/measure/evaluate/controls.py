@@ -10,22 +10,24 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ligerexport.checkpoint.convert import convert_in_memory
 from ligerexport.errors import UsageError, look_up
-from ligerexport.layers.mixer import LigerMixer
+from ligerexport.layers.mixer import LigerMixer, layer_specs
 from ligerexport.measure.evaluate.settings import CONTROLS
 from ligerexport.model.config import LigerConfig
 
 SINKS = 4
+_OF_MODEL = ("keep_softmax", "keep_window", "max_distance", "state_dtype")
+"""Settings of a conversion that `equal-window` shares."""
 
 
 def control_config(name: str, config: LigerConfig) -> LigerConfig:
     """Return the conversion with which a control is compared to `config`.
 
     Args:
-        name: Row of `CONTROLS`.
+        name: Row of `CONTROLS`, except `equal-window`, which depends on the model's sizes: see `equal_window`.
         config: The conversion under test.
 
     Raises:
@@ -36,7 +38,9 @@ def control_config(name: str, config: LigerConfig) -> LigerConfig:
         if not config.recurrent:
             raise UsageError("this conversion has no recurrence to leave out", hint="leave no-recurrence out")
         return replace(config, recurrence_weight=0.0)
-    return config.in_all_layers(_window if name == "window" else _random)
+    if name == "window" and config.heads:
+        raise UsageError("KV heads have sizes of their own, so no window has as many slots", hint="take equal-window")
+    return config.in_all_layers({"window": _window, "random-judge": _random}[name])
 
 
 def _window(config: LigerConfig) -> LigerConfig:
@@ -52,12 +56,44 @@ def _random(config: LigerConfig) -> LigerConfig:
     return replace(config, slots=(("learned", sum(count for _, count in config.slots)),))
 
 
+def equal_window(config: PreTrainedConfig, width: int) -> LigerConfig:
+    """Return the longest window, the same in every layer and head, whose state is no larger than a conversion's.
+
+    Layers that the conversion does not change stay as they are.
+
+    Args:
+        config: Configuration of the converted model.
+        width: Bytes of a number in the model's activations.
+
+    Raises:
+        UsageError: The state is too small for `SINKS` sinks and a window.
+    """
+    liger = LigerConfig.from_dict(config.liger)
+    shared = {name: value for name, value in vars(liger).items() if name in _OF_MODEL}
+    least = LigerConfig(window=1, sinks=SINKS, attention_weight=1.0, recurrence_weight=0.0, **shared)
+    specs = [spec for layer, spec in enumerate(layer_specs(config)) if spec and layer not in liger.unchanged]
+
+    def nbytes(window: int | None = None) -> int:
+        sizes = specs
+        if window is not None:
+            sizes = [replace(spec, config=replace(least.for_layer(0), window=window)) for spec in specs]
+        return sum(tensor.nbytes(width) for spec in sizes for tensor in spec.state())
+
+    smallest = nbytes(1)
+    window = 1 + (nbytes() - smallest) // (nbytes(2) - smallest) if specs else 0
+    if window < 1:
+        raise UsageError("this state is too small for sinks and a window", hint="leave equal-window out")
+    return replace(least, window=min(window, least.max_distance or window))
+
+
 def make_control(name: str, model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Return a control of a converted model; it shares the model's weights."""
+    if name == "equal-window":
+        return convert_in_memory(model, equal_window(model.config, model.dtype.itemsize))
     config = control_config(name, LigerConfig.from_dict(model.config.liger))
     if name != "random-judge":
         return convert_in_memory(model, config)
-    bare = replace(config, slots=(), layer_memory=())  # scored slots would need weights
+    bare = replace(config, slots=(), layer_memory=(), heads=())  # scored slots would need weights
     control = convert_in_memory(model, bare)
     for i, layer in enumerate(control.model.layers):
         if i not in config.unchanged:
@@ -74,7 +110,7 @@ class RandomJudge(LigerMixer):
 
     def __init__(self, mixer: LigerMixer, config: LigerConfig, seed: int):
         super().__init__(mixer, replace(mixer.spec, config=config), mixer.inv_freq)
-        del self.score_proj
+        self._modules.pop("score_proj", None)  # a layer whose heads have no scored slots has none
         self.seed = seed
 
     def learned_score(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:

@@ -31,6 +31,19 @@ class Estimate:
         variance = sum((x - mean) ** 2 for x in samples) / (count - 1)
         return cls(mean, sqrt(variance / count), count)
 
+    @classmethod
+    def closed(cls, gaps: Sequence[float], whole: Sequence[float]) -> Estimate | None:
+        """Return the share of a gap that is closed, 1 - mean(gaps) / mean(whole); None if there is no gap.
+
+        The standard error is that of a ratio of paired samples to first order.
+        """
+        count, total = len(whole), sum(whole)
+        if total <= 0:
+            return None
+        share = sum(gaps) / total
+        rest = cls.of([gap - share * one for gap, one in zip(gaps, whole, strict=True)])
+        return cls(1 - share, rest.stderr and rest.stderr * count / total, count)
+
 
 Table = dict[str, dict[str, Estimate]]
 """Estimates by measurement, then by column (bin of positions, distance, metric of a task)."""

@@ -17,14 +17,24 @@ from ligerexport.artifact.artifact import is_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError
 from ligerexport.measure.evaluate.estimate import Table
+from ligerexport.measure.evaluate.questions import Question, questions_file, read_questions
 from ligerexport.measure.evaluate.report import REPORT, Report
-from ligerexport.measure.evaluate.settings import KEYS, PAIR_LENGTHS, PAIRS, Settings, choose_parts
+from ligerexport.measure.evaluate.settings import (
+    KEY_DISTANCES,
+    KEYS,
+    PAIR_LENGTHS,
+    PAIRS,
+    QUESTION_PARTS,
+    READING_DISTANCES,
+    Settings,
+    choose_parts,
+)
 from ligerexport.measure.opened import Opened, TorchModel, check_same_tokenizer, open_model
 from ligerexport.staging import check_destination
 from ligerexport.text.corpus import cut_windows, read_tokens, text_files
 from ligerexport.versions import versions
 
-TEACHER, MODEL = "teacher", "model"
+TEACHER, MODEL, EQUAL_WINDOW = "teacher", "model", "equal-window"
 
 
 def evaluate(
@@ -35,21 +45,23 @@ def evaluate(
     parts: Sequence[str] | None = None,
     tasks: Sequence[str] | None = None,
     task_data: str | Path | None = None,
+    questions: str | Path | None = None,
     output: str | Path | None = None,
     force: bool = False,
     progress: ProgressFactory | None = None,
     **settings: Any,
 ) -> Report:
-    """Measure a model: held-out loss by position, agreement with its teacher, recall, tasks, controls.
+    """Measure a model: held-out loss by position, agreement with its teacher, recall, reading, tasks, controls.
 
     Args:
         model: A converted checkpoint, a Transformer (directory, hub id or built-in model), or a built artifact.
         against: The Transformer to compare with, which is measured too.
         text: Plain text that no model was trained on: files, or directories with `.txt` files.
         parts: Rows of `PARTS`; None takes those that the inputs allow: `nll` and `recall` with text, `agreement` with a
-            teacher, `tasks` with names of tasks.
+            teacher, `reading` with questions, `tasks` with names of tasks.
         tasks: Names of lm-eval's tasks.
         task_data: Directory with the tasks' data sets, for machines without a network.
+        questions: File with rows that have a passage, a question about it, the answer and, if they like, a title.
         output: Directory for `report.json`, `report.md` and plots; None writes nothing.
         force: Whether an older report in `output` may be replaced.
         progress: Opens a phase of long work; see `ligerexport.console.progress`.
@@ -66,8 +78,8 @@ def evaluate(
         MissingDependency: lm-eval, a runtime or a device is not available.
     """
     plan = EvaluatePlan(
-        model, against=against, text=text, parts=parts, tasks=tasks, task_data=task_data, output=output, force=force,
-        **settings,
+        model, against=against, text=text, parts=parts, tasks=tasks, task_data=task_data, questions=questions,
+        output=output, force=force, **settings,
     )  # fmt: skip
     report = plan.run(progress)
     plan.save(report)
@@ -79,6 +91,7 @@ class EvaluatePlan:
 
     Attributes:
         files: The files of the held-out text.
+        questions: The questions about passages.
         settings: The settings.
 
     Raises:
@@ -95,19 +108,26 @@ class EvaluatePlan:
         parts: Sequence[str] | None = None,
         tasks: Sequence[str] | None = None,
         task_data: str | Path | None = None,
+        questions: str | Path | None = None,
         output: str | Path | None = None,
         force: bool = False,
         **settings: Any,
     ) -> None:
-        chosen, names = choose_parts(parts, tasks, text=bool(text), teacher=against is not None)
+        chosen, names = choose_parts(
+            parts, tasks, text=bool(text), teacher=against is not None, questions=questions is not None
+        )
         controls = tuple(settings.pop("controls", None) or ())
         self.settings = Settings(parts=chosen, tasks=names, controls=controls, **settings)
         self.files = text_files(text) if self.settings.needs_text else []
+        self.questions: list[Question] = []
+        if questions is not None and self.settings.needs_questions:
+            self.questions = read_questions(questions_file(questions), self.settings.half)
         if output is not None:
             check_destination(output, force=force, marker=REPORT)
         if controls and is_artifact(model):
             raise _no_controls(str(model))
         self.model, self.against, self.text, self.output, self.force = model, against, text, output, force
+        self.asked = questions
         self.task_data = None if task_data is None else Path(task_data).expanduser().resolve()
 
     def describe(self) -> dict[str, Any]:
@@ -122,6 +142,7 @@ class EvaluatePlan:
             "model": str(self.model),
             "rows": [*([TEACHER] if self.against else []), MODEL, *self.settings.controls],
             "text_files": len(self.files),
+            "questions": len(self.questions),
             "text_bytes": sum(file.stat().st_size for file in self.files),
             "tokens_each": tokens_to_read(self.settings),
             "missing_extras": [extra for module, extra in wanted.items() if not find_spec(module)],
@@ -138,6 +159,9 @@ class EvaluatePlan:
         models = _open(self.model, self.against, settings, progress)
         tables: dict[str, Table] = {name: {} for name in models}
         ids = read_tokens(self.files, models[MODEL].text)
+        left_out = _ask(models, self.questions, settings, tables, progress)
+        if "formats" in settings.parts:
+            _ask_keys(models, ids, settings, tables, progress)
         if {"nll", "agreement"} & set(settings.parts):
             _read_by_position(models, ids, settings, tables, progress)
         if "recall" in settings.parts:
@@ -148,6 +172,7 @@ class EvaluatePlan:
             "model": str(self.model),
             "against": None if self.against is None else str(self.against),
             "text": list(map(str, self.text)),
+            "questions": None if self.asked is None else str(self.asked),
         }
         return Report(
             asked | asdict(settings),
@@ -155,7 +180,7 @@ class EvaluatePlan:
             {name: model.sequence_bytes for name, model in models.items()},
             _environment(models[MODEL])
             | {"text_tokens": len(ids), "seconds": round(time.perf_counter() - start, 1)}
-            | _left_out(settings, tables[MODEL]),
+            | _left_out(settings, tables[MODEL], left_out),
         )
 
     def save(self, report: Report) -> None:
@@ -170,6 +195,11 @@ def tokens_to_read(settings: Settings) -> int:
     if "recall" in settings.parts:
         pairs = sum(n for n in PAIR_LENGTHS if n <= max(settings.distances)) * len(PAIRS)
         total += settings.trials * (sum(settings.distances) * (3 + len(KEYS)) + pairs)
+    if "formats" in settings.parts:
+        total += 2 * settings.trials * sum(settings.fitting(KEY_DISTANCES))
+    for part in QUESTION_PARTS & set(settings.parts):
+        passes = 2 if settings.answer_tokens and part == "reading" else 1
+        total += passes * settings.trials * sum(settings.fitting(READING_DISTANCES))
     return total
 
 
@@ -237,6 +267,59 @@ def _recall(
             )  # fmt: skip
 
 
+def _ask(
+    models: dict[str, Opened],
+    questions: list[Question],
+    settings: Settings,
+    tables: dict[str, Table],
+    progress: ProgressFactory,
+) -> list[str]:
+    """Ask about passages and about the first turn of chats; return what could not be asked, and why."""
+    from ligerexport.measure.evaluate.answers import ask, summarise
+    from ligerexport.measure.evaluate.reading import chat_prompts, reading_prompts
+
+    text, left_out = models[MODEL].text, []
+    for part, make in (("reading", reading_prompts), ("chats", chat_prompts)):
+        if part not in settings.parts:
+            continue
+        if part == "chats" and not text.chat_template:
+            left_out.append("chats: the model has no chat template")
+            continue
+        distances = settings.fitting(READING_DISTANCES)
+        prompts = {str(d): make(text, questions, d, settings.trials, settings.seed) for d in distances}
+        tokens = settings.answer_tokens if part == "reading" else 0
+        total = sum(len(p.context) + len(p.question) for asked in prompts.values() for p in asked) * (1 + bool(tokens))
+        samples = {}
+        for name, model in models.items():
+            with progress(f"{part} of the {name}", total, "steps") as advance:
+                samples[name] = ask(model, part, prompts, tokens, advance)
+        present = {key: key if key in models else None for key in (TEACHER, EQUAL_WINDOW)}
+        found = summarise(samples, part, teacher=present[TEACHER], control=present[EQUAL_WINDOW])
+        for name, table in found.items():
+            tables[name] |= table
+    return left_out
+
+
+def _ask_keys(
+    models: dict[str, Opened], ids: list[int], settings: Settings, tables: dict[str, Table], progress: ProgressFactory
+) -> None:
+    from ligerexport.measure.evaluate.answers import ask_keys
+    from ligerexport.measure.evaluate.reading import key_prompts
+
+    text, trials, seed = models[MODEL].text, settings.trials, settings.seed
+    prompts = {
+        str(d): (
+            key_prompts(text, ids, d, trials, seed),
+            key_prompts(text, ids, d, trials, seed, said=False),
+        )
+        for d in settings.fitting(KEY_DISTANCES)
+    }
+    total = sum(len(p.context) + len(p.question) for pair in prompts.values() for asked in pair for p in asked)
+    for name, model in models.items():
+        with progress(f"keys of the {name}", total, "steps") as advance:
+            tables[name] |= ask_keys(model, prompts, advance)
+
+
 def _run_tasks(
     models: dict[str, Opened],
     settings: Settings,
@@ -251,16 +334,16 @@ def _run_tasks(
         with progress(f"tasks of the {name}", None, "steps") as advance:
             scores = run_tasks(
                 model, model.text, settings.tasks, max_length=length, limit=settings.limit, seed=settings.seed,
-                data=data, advance=advance,
+                data=data, lengths=settings.task_lengths, advance=advance,
             )  # fmt: skip
         tables[name]["tasks"] = scores
 
 
-def _left_out(settings: Settings, table: Table) -> dict[str, str]:
-    """Return the measurement that could not be made, and why."""
-    if "recall" not in settings.parts or any(name.startswith("pairs") for name in table):
-        return {}
-    return {"left_out": "pairs of words: the vocabulary has too few words, or the length is too small"}
+def _left_out(settings: Settings, table: Table, others: list[str]) -> dict[str, str]:
+    """Return the measurements that could not be made, and why."""
+    if "recall" in settings.parts and not any(name.startswith("pairs") for name in table):
+        others = ["pairs of words: the vocabulary has too few words, or the length is too small", *others]
+    return {"left_out": "; ".join(others)} if others else {}
 
 
 def _environment(model: Opened) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class HarnessLM(TemplateLM):
         count = next((int(settings[name]) for name in LIMITS if settings.get(name)), MAX_GEN_TOKENS)
         prompt = self.tok_encode(context)[-max(1, self.max_length - count) :]
         answer: list[int] = []
-        for token in islice(self.scorer.greedy(prompt), count):
+        for (token,) in islice(self.scorer.greedy([prompt]), count):
             if token in self.text.eos_ids:
                 break
             answer.append(token)

@@ -101,7 +101,7 @@ def passkey_prompts(
     rng = _generator(seed, f"{said} {distance}")
     for _ in range(trials):
         key = random_key(rng)
-        context, depth = _stretch(rng, prose, distance), _depth(rng, distance)
+        context, depth = stretch(rng, prose, distance), _depth(rng, distance)
         needle = tokenizer.encode(said.format(key=key))
         yield _asked(tokenizer, [*context[:depth], *needle, *context[depth:]], QUESTION, key)
 
@@ -114,7 +114,7 @@ def named_prompts(
     for _ in range(trials):
         names = rng.sample(NAMES, keys)
         values = [random_key(rng) for _ in names]
-        context = list(_stretch(rng, prose, distance))
+        context = list(stretch(rng, prose, distance))
         depths = sorted((_depth(rng, distance) for _ in names), reverse=True)
         for name, key, depth in zip(names, values, depths, strict=True):  # from the end, so that depths stay valid
             context[depth:depth] = tokenizer.encode(NAMED.format(name=name, key=key))
@@ -132,7 +132,7 @@ def pair_prompts(
     """
     rng = _generator(seed, f"pairs {pairs} {length}")
     for _ in range(trials):
-        context = _stretch(rng, prose, length - 2 * pairs)
+        context = stretch(rng, prose, length - 2 * pairs)
         drawn = rng.sample(_without(words, set(context)), 2 * pairs)
         given = list(zip(drawn[::2], drawn[1::2], strict=True))
         questions = rng.sample(given, pairs)
@@ -145,8 +145,8 @@ def copy_prompts(prose: Sequence[int], distance: int, trials: int, *, seed: int 
     """Yield prose that ends with a repeated span of `LEAD` tokens, `distance` tokens after the span's first end."""
     rng = _generator(seed, f"copy {distance}")
     for _ in range(trials):
-        stretch = _stretch(rng, prose, 2 * LEAD + distance)
-        ids = (*stretch, *stretch[LEAD : 2 * LEAD])
+        context = stretch(rng, prose, 2 * LEAD + distance)
+        ids = (*context, *context[LEAD : 2 * LEAD])
         yield Prompt(ids, tuple(range(len(ids) - LEAD + CUE, len(ids))))
 
 
@@ -242,7 +242,12 @@ def _generator(seed: int, what: str) -> random.Random:
     return random.Random(what if seed == 0 else f"{seed} {what}")
 
 
-def _stretch(rng: random.Random, prose: Sequence[int], length: int) -> Sequence[int]:
+def stretch(rng: random.Random, prose: Sequence[int], length: int) -> Sequence[int]:
+    """Return `length` tokens of prose from a random place.
+
+    Raises:
+        UsageError: The prose is too short.
+    """
     if len(prose) <= length:
         raise UsageError(
             f"the text has {len(prose):,} tokens, recall over {length:,} tokens needs more",

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ligerexport.console import format_bytes
 from ligerexport.measure.evaluate.estimate import Estimate, Table
+from ligerexport.measure.evaluate.settings import KEY_DISTANCES
 from ligerexport.staging import staged_directory
 
 REPORT = "report.json"
@@ -27,6 +29,17 @@ TITLES = {
     "pairs_32": "32 associated pairs of words",
     "copy": "Second occurrence of a span: share of tokens that are the first choice, by tokens in between",
     "copy_nll": "Second occurrence of a span: nats per token, by tokens in between",
+    "reading_nll": "Question about a paragraph: NLL of the answer, nats per token, by tokens among which it stands",
+    "reading_above": "The same above the teacher",
+    "reading_closed": "The same: share of the gap between an equal window (0) and the teacher (1) that is closed",
+    "reading_exact": "Written answers to these questions: exact match",
+    "reading_f1": "Written answers to these questions: F1 of words",
+    "formats": "Key said once in one of many formats: share recalled beyond guessing, by tokens of prose after it",
+    **{f"formats_{d}": f"Share of the key's tokens recalled after {d:,} tokens, by format" for d in KEY_DISTANCES},
+    **{f"formats_floor_{d}": f"The same after {d:,} tokens if the key was never said" for d in KEY_DISTANCES},
+    "chats_nll": "Last turn about the first: NLL of the answer, nats per token, by tokens of turns in between",
+    "chats_above": "The same above the teacher",
+    "chats_closed": "The same: share of the gap between an equal window (0) and the teacher (1) that is closed",
     "tasks": "Tasks",
 }
 """Title of each measurement, in the order of the tables."""
@@ -63,7 +76,10 @@ class Report:
         return cls(data["settings"], rows, data["state_bytes"], data["environment"])
 
     def markdown(self) -> str:
-        """Return a table per measurement: a row per model, a column per bin or distance, standard errors in ()."""
+        """Return a table per measurement: a row per model, a column per bin or distance, standard errors in ().
+
+        Each row has the size of one sequence's state.
+        """
         parts = ["# Evaluation", ""]
         parts += [f"- {name}: {_plain(value)}" for name, value in self.settings.items() if value not in (None, [], ())]
         parts += [f"- {name}: {_plain(value)}" for name, value in self.environment.items()]
@@ -71,8 +87,18 @@ class Report:
         for key, title in TITLES.items():
             rows = {name: table[key] for name, table in self.rows.items() if table.get(key)}
             if rows:
-                parts += ["", f"## {title}", "", *_table(rows)]
+                parts += ["", f"## {title}", "", *self._table(rows)]
         return "\n".join(parts) + "\n"
+
+    def _table(self, rows: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        counts = sorted({value.count for row in rows.values() for value in row.values()})
+        lines = [f"| | state | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+        for name, row in rows.items():
+            size = self.state_bytes.get(name)
+            cells = [name, "grows" if size is None else format_bytes(size), *(_cell(row.get(c)) for c in columns)]
+            lines.append(f"| {' | '.join(cells)} |")
+        return [*lines, "", f"n = {', '.join(map(str, counts))}; standard errors in brackets."]
 
     def save(self, output: Path | str, *, force: bool = False) -> Path:
         """Write `report.json`, `report.md` and, with matplotlib, plots; the directory is written atomically.
@@ -89,15 +115,6 @@ class Report:
 
 def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _table(rows: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    counts = sorted({value.count for row in rows.values() for value in row.values()})
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        lines.append(f"| {name} | {' | '.join(_cell(row.get(column)) for column in columns)} |")
-    return [*lines, "", f"n = {', '.join(map(str, counts))}; standard errors in brackets."]
 
 
 def _cell(value: Estimate | None) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 from ligerexport.checkpoint.sources import no_bars
 from ligerexport.errors import LigerError, MissingDependency, UsageError, close_matches
 from ligerexport.measure.evaluate.estimate import Estimate
-from ligerexport.measure.evaluate.settings import TASKS
+from ligerexport.measure.evaluate.settings import TASK_LENGTHS, TASKS
 from ligerexport.measure.opened import Opened
 from ligerexport.text.tokenizer import TextModel
 
+_ABSENT = -1
+"""Value that RULER's metrics have for a length that was not measured."""
 BOOTSTRAP = 1000
 """Number of bootstrap resamples for the standard error of a perplexity; for shares it has a formula."""
 
@@ -53,7 +56,8 @@ def check_tasks(names: Sequence[str], data: Path | None = None) -> Any:
 def _manager(data: Path | None, defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=None if data is None else str(data), include_defaults=defaults)
+    metadata: dict[str, Any] = {"max_seq_lengths": list(TASK_LENGTHS)}  # `_load` changes it for each load
+    return TaskManager(None, None if data is None else str(data), defaults, metadata)
 
 
 def run_tasks(
@@ -65,6 +69,7 @@ def run_tasks(
     limit: int | None = None,
     seed: int = 0,
     data: Path | None = None,
+    lengths: Sequence[int] = TASK_LENGTHS,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> dict[str, Estimate]:
     """Run tasks and return every metric that has a number, as `TASK METRIC`.
@@ -75,6 +80,7 @@ def run_tasks(
         limit: Number of questions to take from the beginning of each task; None takes all.
         seed: Seed for the choice of examples in the prompt.
         data: Directory with the data sets under their names on the hub, to run without a network.
+        lengths: Lengths in tokens at which tasks that make their own prompts, such as those of RULER, are run.
         advance: Called with the number of requests that are done.
 
     Raises:
@@ -90,24 +96,42 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model = HarnessLM(scorer, text, max_length, advance)
     scores: dict[str, Estimate] = {}
-    with no_bars(), _offline(data):
+    with no_bars(), _offline(data), redirect_stdout(sys.stderr):  # some tasks print while they make their prompts
         for name in names:
             try:
-                loaded = manager.load([name])
-                for task in loaded["tasks"].values():
-                    if task.get_config("num_fewshot") is None or name in TASKS:
-                        task.set_config(key="num_fewshot", value=TASKS.get(name, 0))
-                    task.set_fewshot_seed(seed=seed)
-                found = evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
-            except (OSError, ValueError, RuntimeError) as error:
+                for length in lengths:
+                    loaded, makes = _load(manager, name, directory=scorer.path, length=length, seed=seed)
+                    found = evaluate(
+                        lm=model, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
+                    )
+                    scores |= _scores(name, found)
+                    if not makes:
+                        break
+            except (ImportError, OSError, ValueError, RuntimeError) as error:
                 if isinstance(error, LigerError):
                     raise
                 raise LigerError(
                     f"task {name} could not run: {str(error).strip().partition(chr(10))[0]}",
-                    hint="its data may be missing: see the guide on evaluation for --task-data",
+                    hint=None
+                    if isinstance(error, ImportError)  # whose message says what to install
+                    else "its data may be missing: see the guide on evaluation for --task-data",
                 ) from error
-            scores |= _scores(name, found)
     return scores
+
+
+def _load(manager: Any, name: str, *, directory: Path, length: int, seed: int) -> tuple[Any, bool]:
+    """Return a task or a group of tasks, and whether it makes its own prompts, which have at most `length` tokens.
+
+    Args:
+        directory: Directory with the tokenizer that counts them.
+    """
+    manager.metadata.update(tokenizer=str(directory), max_seq_lengths=[length])
+    loaded = manager.load([name])
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None or name in TASKS:
+            task.set_config(key="num_fewshot", value=TASKS.get(name, 0))
+        task.set_fewshot_seed(seed=seed)
+    return loaded, any(task.get_config("custom_dataset") is not None for task in loaded["tasks"].values())
 
 
 def _scores(name: str, found: Any) -> dict[str, Estimate]:
@@ -119,7 +143,8 @@ def _scores(name: str, found: Any) -> dict[str, Estimate]:
     scores = {}
     for key, value in measured.items():
         metric, found_filter, filtered = key.partition(",")
-        if not found_filter or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+        number = isinstance(value, (int, float)) and not (metric.isdigit() and value == _ABSENT)
+        if not found_filter or metric.endswith("_stderr") or not number:
             continue
         stderr = measured.get(f"{metric}_stderr,{filtered}")
         label = f"{name} {metric}" if filtered == "none" else f"{name} {metric} {filtered}"
