@@ -243,6 +243,8 @@ def test_a_model_steps_as_it_reads_and_is_no_graph_yet(tmp_path: Path, family: s
         cache = LigerCache(model.config)
         parts = [model(piece, cache=cache, use_cache=True).logits for piece in ids.split([33, *[1] * 27], dim=1)]
     assert (torch.cat(parts, dim=1) - expected).abs().max() <= 1e-4  # norms compute in fp32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.float()(ids).logits.isfinite().all()
     layer = next(layer for layer in cache.layers if isinstance(layer, LigerLayer) and "slot_key_scale" in layer.state)
     assert layer.state["slot_key"].dtype == torch.int8
     with pytest.raises(CheckpointError, match="no target supports yet"):

@@ -61,7 +61,8 @@ def liger_mixer(
     if config.celled and router is None:
         raise ValueError("cells need a router, but none was given")
     if config.ragged:
-        return ragged_mixer(liger_mixer, query, key, value, position, state, spec, rotary, score, router)
+        with torch.autocast(query.device.type, enabled=False):  # it would change the types of codes and scales
+            return ragged_mixer(liger_mixer, query, key, value, position, state, spec, rotary, score, router)
     if config.judged:
         arrival, present["judge_state"] = recall_error(key.detach(), value.detach(), position, state["judge_state"])
     mixed, slots, evicted = memory_attention(query, key, value, arrival, position, state, spec, rotary)
