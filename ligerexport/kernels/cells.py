@@ -62,7 +62,8 @@ def read_cells(
         for start in range(0, query.shape[1], BLOCK):
             q, softmax, log = (x[:, :, :, start : start + BLOCK] for x in (phi, near, normaliser))
             c, k, v = (x[:, :, None, start : start + BLOCK] for x in (chosen, key, value))
-            counts = count[:, :, None, None] + c.cumsum(dim=3)  # [B, H_kv, 1, t, M]
+            until = c.new_ones(c.shape[3], c.shape[3]).tril()
+            counts = count[:, :, None, None] + until @ c  # [B, H_kv, 1, t, M]
             sizes = counts.where(counts > 0, 1.0)
             logits = (q @ keys[:, :, None].mT + (q @ k.mT).tril() @ c) / sizes
             logits = logits + (spec.config.recurrence_weight * sizes).log() - log
