@@ -75,6 +75,15 @@ def test_blocks_equal_the_loop(name: str) -> None:
     assert (held.sum(dim=1) + lost.sum(dim=1)).tolist() == [2 * 70] * 2
 
 
+@pytest.mark.parametrize("config", [WINDOW, replace(WINDOW, recurrence="evicted", cells=8)], ids=lambda c: c.recurrence)
+def test_a_layer_without_rotary_embedding_equals_the_loop(config: LigerConfig) -> None:
+    spec, inputs, state, (_, score, router) = make(config, 30)
+    still = rotary_table(FREQUENCY * 0, 40, BLOCK, torch.float64)
+    expected, _ = liger_mixer_reference(*inputs, state, spec, still, score, router)
+    found, _ = liger_mixer(*inputs, state, spec, still, score, router)
+    assert (found - expected).abs().max() <= OP_FP64
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_any_cut_and_padding_give_the_same(name: str) -> None:
     spec, (*tensors, position), start, (table, score, router) = make(CONFIGS[name], 150)
