@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from ligerexport.checkpoint.convert import converted_config
+from ligerexport.checkpoint.fitted import is_fitted
 from ligerexport.layers.mixer import model_classes
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.families import get_family
@@ -57,7 +58,7 @@ def make_checkpoint(
     model = model_class(config_class.from_dict(converted_config(config.to_dict(), liger))).to(dtype)
     disturb(model)
     for name, parameter in model.named_parameters():
-        if "score_proj" in name:
+        if is_fitted(name):
             parameter.data = parameter.float()
     model.save_pretrained(path, max_shard_size=shard)
     return path

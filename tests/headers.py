@@ -14,7 +14,7 @@ from ligerexport.exporters.tensorrt.node import OPERANDS
 from ligerexport.model.state import FUSED, TENSORS
 
 TYPES = {"activation": "kActivation", "float32": "kFloat", "int64": "kInteger"}
-ATTRIBUTES = {"slots": "pools"}
+ATTRIBUTES = {"slots": "pools", "linear": "recurrent", "expands": "evicts"}
 """Attributes of a `LigerMixer` node whose names differ from those in `LigerConfig`."""
 
 

@@ -128,6 +128,8 @@ def fused_against_plain(
     position = torch.tensor([0, -3], device=device)
     score = torch.randn(2, length, spec.kv_heads, device=device)
     upward = torch.randn(2, length, spec.q_heads, spec.d_v, device=device)
+    cells = spec.kv_heads, spec.config.cells, spec.d_k + 1
+    router = torch.randn(cells, device=device) if spec.config.celled else None
     inv_freq = 10000.0 ** (-torch.arange(spec.d_k // 2, device=device) / (spec.d_k // 2))
     results = []
     for kernels, kind in ((True, dtype), (False, torch.float64)):
@@ -139,7 +141,7 @@ def fused_against_plain(
         state, outputs = spec.initial_state(2, kind, device), []
         for first, last in pairwise([0, length - length // 3, length - 1, length]):
             pieces = [x[:, first:last] for x in leaves]
-            output, state = liger_mixer(*pieces, position + first, state, spec, table, score[:, first:last])
+            output, state = liger_mixer(*pieces, position + first, state, spec, table, score[:, first:last], router)
             outputs.append(output)
         mixed = torch.cat(outputs, dim=1)[:, 3:]  # padding may be anything
         (mixed * upward[:, 3:]).sum().backward()
@@ -150,9 +152,10 @@ def fused_against_plain(
     return {name: ((found[name].double() - x).norm() / x.norm()).item() for name, x in expected.items()}
 
 
-def test_fused_kernels_equal_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changes", [{"state_dtype": "int8"}, {"recurrence": "cells", "recurrence_weight": 1.0}])
+def test_fused_kernels_equal_plain_torch(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    config = replace(SOFTMAX, heads=("8+5 20+12",), state_dtype="int8")
+    config = replace(SOFTMAX, heads=("8+5 20+12",), **changes)  # type: ignore[arg-type]
     spec = MixerSpec(config, q_heads=2, kv_heads=2, d_k=32, d_v=32, scale=32**-0.5, max_distance=200)
     errors = fused_against_plain(spec, 72, torch.float32, DEVICE, monkeypatch)
     assert max(errors.values()) <= FUSED_FP32, errors

@@ -64,7 +64,9 @@ def model_id(info: CheckpointInfo) -> str:
     default = LigerConfig().to_dict()
     facts = {
         "model_type": info.config["model_type"],
-        "liger": {k: v for k, v in LigerConfig.from_dict(info.config["liger"]).to_dict().items() if v != default.get(k)},
+        "liger": {
+            k: v for k, v in LigerConfig.from_dict(info.config["liger"]).to_dict().items() if v != default.get(k)
+        },
         "scores": (info.config.get("liger_scores") or {}).get("sha256"),
         "layers": {name: list(tensor.shape) for name, tensor in info.tensors.items() if ".layers." in name},
     }

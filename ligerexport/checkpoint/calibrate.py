@@ -18,10 +18,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ligerexport.checkpoint.checkpoint import read_header
+from ligerexport.checkpoint.fitted import score_names as score_names
+from ligerexport.checkpoint.fitted import score_shapes as score_shapes
 from ligerexport.checkpoint.watch import attention, watched
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError
-from ligerexport.model.config import LigerConfig
 from ligerexport.text.tokenizer import TextModel
 
 if TYPE_CHECKING:
@@ -92,27 +93,6 @@ class Scores(NamedTuple):
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
     costs: Costs | None = None
-
-
-def score_names(layer: int) -> tuple[str, str]:
-    """Return the names of a layer's weight and bias in a checkpoint."""
-    return f"model.layers.{layer}.self_attn.score_proj.weight", f"model.layers.{layer}.self_attn.score_proj.bias"
-
-
-def score_shapes(config: Mapping[str, Any], liger: LigerConfig) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor that a conversion's `learned` pool needs; empty without such a pool.
-
-    Args:
-        config: config.json of the model.
-        liger: The conversion.
-    """
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in range(config["num_hidden_layers"]):
-        if layer not in liger.unchanged and liger.for_layer(layer).foresees:
-            weight, bias = score_names(layer)
-            shapes |= {weight: (heads, config["hidden_size"]), bias: (heads,)}
-    return shapes
 
 
 def fit_scores(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from ligerexport.checkpoint.fitted import score_shapes
 from ligerexport.checkpoint.seal import check_seal
 from ligerexport.dtypes import BY_SAFETENSORS
 from ligerexport.errors import CheckpointError, quoted
@@ -381,24 +382,16 @@ def _adapter(path: Path) -> Path | None:
 
 
 def _check_scores(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the maps of `learned` pools, after checking that no layer lacks its map."""
+    """Return the shapes of the weights that come from a fit, after checking that no layer lacks them."""
     if not config.get("liger"):
         return {}
-    liger = LigerConfig.from_dict(config["liger"])
-    shapes: dict[str, tuple[int, ...]] = {}
-    heads: int = config.get("num_key_value_heads") or config["num_attention_heads"]
+    shapes = score_shapes(config, LigerConfig.from_dict(config["liger"]))
     hint = "convert again, with --calibrate TEXT or the file of its scores: --scores FILE"
-    converted = (layer for layer in range(config.get("num_hidden_layers", 0)) if layer not in liger.unchanged)
-    for layer in (layer for layer in converted if liger.for_layer(layer).foresees):
-        for kind, shape in {"weight": (heads, config["hidden_size"]), "bias": (heads,)}.items():
-            name = f"model.layers.{layer}.self_attn.score_proj.{kind}"
-            if name not in tensors:
-                raise CheckpointError(f"{name} is missing, which the learned score needs", hint=hint)
-            if tensors[name].shape != shape:
-                raise CheckpointError(
-                    f"{name} is {list(tensors[name].shape)}, config.json says {list(shape)}", hint=hint
-                )
-            shapes[name] = shape
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise CheckpointError(f"{name} is missing, which this conversion needs", hint=hint)
+        if tensors[name].shape != shape:
+            raise CheckpointError(f"{name} is {list(tensors[name].shape)}, config.json says {list(shape)}", hint=hint)
     return shapes
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ligerexport.checkpoint.adapter import RECOVERY, read_record, write_recovered
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, check_checkpoint, copy_companions
 from ligerexport.checkpoint.describe import describe_checkpoint, describe_fit
+from ligerexport.checkpoint.fitted import is_fitted
 from ligerexport.checkpoint.loading import check_finite, check_loadable, write_plain
 from ligerexport.checkpoint.loading import load_model as load_model
 from ligerexport.checkpoint.loading import load_transformer as load_transformer
@@ -197,7 +198,7 @@ class ConvertPlan:
                 liger, found = fitted_sizes(source, info, liger, self.fitting, self.texts, progress)
             elif self.sized:
                 liger = equal_sizes(info.config, liger, self.fitting.state_bytes)
-            elif liger.foresees:
+            elif liger.foresees or liger.celled:
                 found = find_scores(source, info, liger, self.texts, self.fitting, progress)
             self.liger, config["liger"] = liger, liger.to_dict()
             if found is not None:
@@ -248,15 +249,17 @@ def _check_size_options(
     if not fitting.fit and (fitting.calibrate or fitting.scores):
         option = "--calibrate" if fitting.calibrate else "--scores"
         raise UsageError(f"both {option} and --no-fit", hint="use a fit, or go without one")
+    if changes.get("recurrence") == "cells":
+        raise UsageError(f"cells with the preset {SIZED}, which does not fit them", hint="--preset evicted")
 
 
 def _check_score_options(liger: LigerConfig, fitting: Fitting) -> list[Path]:
     """Check where the learned scores come from, and return the text files to fit them on."""
     calibrate, scores = fitting.calibrate, fitting.scores
-    if (calibrate or scores) and not liger.foresees:
+    if (calibrate or scores) and not (liger.foresees or liger.celled):
         raise UsageError(
-            f"{'--calibrate' if calibrate else '--scores'} is for a learned score, which no pool uses",
-            hint="--preset foresight, or --slots learned=COUNT",
+            f"{'--calibrate' if calibrate else '--scores'} is for a learned score or cells, which are not used",
+            hint="--preset foresight, --slots learned=COUNT, or --recurrence cells --recurrence-weight 1",
         )
     if calibrate and scores:
         raise UsageError("both --calibrate and --scores", hint="fit a score, or give one from an earlier fit")
@@ -346,10 +349,11 @@ def convert_in_memory(
     Args:
         model: A Transformer of a family in `FAMILIES`, or a converted model.
         liger: The conversion, which replaces one that `model` already has.
-        scores: Learned scores by their names in a checkpoint, for a `learned` pool; None takes the model's own.
+        scores: Results of a fit by their names in a checkpoint, for a `learned` pool or cells; None takes the model's
+            own.
 
     Raises:
-        UsageError: A setting makes no sense for this model, or it has no learned scores.
+        UsageError: A setting makes no sense for this model, or it lacks what a fit adds.
         CheckpointError: The family or its rotary embedding is not supported.
     """
     import torch
@@ -364,9 +368,9 @@ def convert_in_memory(
         converted = model_class(config)
     weights = model.state_dict() | {name: tensor.to(model.device) for name, tensor in (scores or {}).items()}
     wanted = converted.state_dict()
-    if missing := [name for name in wanted if ".score_proj." in name and name not in weights]:
-        raise UsageError(f"a learned pool needs {missing[0]}", hint="pass scores=, such as the tensors of a fit")
-    weights = {name: tensor for name, tensor in weights.items() if name in wanted or ".score_proj." not in name}
+    if missing := [name for name in wanted if is_fitted(name) and name not in weights]:
+        raise UsageError(f"this conversion needs {missing[0]}", hint="pass scores=, such as the tensors of a fit")
+    weights = {name: tensor for name, tensor in weights.items() if name in wanted or not is_fitted(name)}
     converted.load_state_dict(weights, assign=True, strict=True)
     for name, module in model.named_modules():  # buffers that no file has, such as rotary frequencies
         for buffer in module._non_persistent_buffers_set:

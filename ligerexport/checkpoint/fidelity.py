@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, check_checkpoint
+from ligerexport.checkpoint.fitted import is_fitted
 from ligerexport.checkpoint.loading import NO_WRAPPERS, dequantising, load_model, merged
 from ligerexport.checkpoint.sources import no_bars
 from ligerexport.console import ProgressFactory, silent
@@ -92,7 +93,7 @@ def compare(expected: list[Tensor], found: list[Tensor], message: str) -> None:
 
 def stored_dtype(info: CheckpointInfo) -> torch.dtype:
     """Return a dtype that represents a checkpoint's weights without rounding."""
-    first, *others = {tensor.dtype for name, tensor in info.tensors.items() if ".score_proj." not in name}
+    first, *others = {tensor.dtype for name, tensor in info.tensors.items() if not is_fitted(name)}
     return torch.float32 if others or first not in BY_SAFETENSORS else BY_SAFETENSORS[first].torch
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import safe_open
 
 from ligerexport.checkpoint.checkpoint import WRAPPERS, CheckpointInfo, check_checkpoint, not_finite, read_header
+from ligerexport.checkpoint.fitted import FITTED
 from ligerexport.checkpoint.sources import no_bars
 from ligerexport.console import say
 from ligerexport.dtypes import BY_SAFETENSORS
@@ -70,7 +71,7 @@ def load_transformer(
     loaded: Any = read_config(family.plain(config) | {"tie_word_embeddings": info.tied})
     loaded._attn_implementation = "sdpa"
     base = family.attribute("ForCausalLM")
-    aside = {"_keys_to_ignore_on_load_unexpected": [r"\.score_proj\."], "__module__": base.__module__}
+    aside = {"_keys_to_ignore_on_load_unexpected": [rf"\.{part}\." for part in FITTED], "__module__": base.__module__}
     return _load(type(base.__name__, (base,), aside), info, loaded, dtype).eval()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ligerexport.checkpoint.checkpoint import INDEX, SINGLE, CheckpointInfo
+from ligerexport.checkpoint.fitted import is_fitted
 from ligerexport.checkpoint.loading import load_transformer
 from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source
 from ligerexport.console import ProgressFactory
@@ -91,10 +92,10 @@ def find_scores(
     if all(name in info.tensors for name in shapes):  # the source was converted before
         tensors = load_scores(info.files, shapes)
         return Scores(tensors, dict(info.config.get("liger_scores") or {}) | {"sha256": digest(tensors)})
-    if (packaged := packaged_scores(source)) is not None:
+    if (packaged := packaged_scores(source)) is not None and not liger.celled:
         return read_scores(packaged, shapes, "package")
     raise UsageError(
-        f"the learned score of {source.name} has to be fitted first",
+        f"{'the router of cells' if liger.celled else 'the learned score'} of {source.name} has to be fitted first",
         hint="give some plain text: --calibrate FILE_OR_DIRECTORY, or scores from an earlier fit: --scores FILE",
     )
 
@@ -110,6 +111,7 @@ def _fit(
     import torch
 
     from ligerexport.checkpoint.calibrate import Scores, digest, drills, fit_scores, score_shapes, window_length
+    from ligerexport.checkpoint.cells import fit_cells
 
     seed, text = 0, TextModel(source.path)
     rows = drills(text, read_tokens(texts, text), windows, window_length(info.config), seed)
@@ -118,12 +120,16 @@ def _fit(
         model = load_transformer(info.path, info.config, "auto" if gpu else torch.float32)
         model.to("cuda" if gpu else "cpu")  # type: ignore[arg-type]
         advance(info.bytes)
-    fit = fit_scores(model, rows, liger.window, batch=4 if gpu else 1, progress=progress)
-    needed = score_shapes(info.config, liger)
-    shares = [share for layer, share in enumerate(fit.explained) if layer not in liger.unchanged]
-    tensors = {name: fit.tensors[name] for name in needed}
+    batch, tensors, explained = 4 if gpu else 1, {}, None
+    if liger.foresees:
+        fit = fit_scores(model, rows, liger.window, batch=batch, progress=progress)
+        shares = [share for layer, share in enumerate(fit.explained) if layer not in liger.unchanged]
+        explained, tensors = round(sum(shares) / max(1, len(shares)), 4), dict(fit.tensors)
+    if liger.celled:
+        tensors |= fit_cells(model, rows, liger, batch=batch, progress=progress)
+    tensors = {name: tensors[name] for name in score_shapes(info.config, liger)}
     facts = {"from": "fit", "windows": windows, "tokens": rows.numel(), "seed": seed,
-             "explained": round(sum(shares) / max(1, len(shares)), 4), "sha256": digest(tensors)}  # fmt: skip
+             "explained": explained, "sha256": digest(tensors)}  # fmt: skip
     return Scores(tensors, facts)
 
 
@@ -135,7 +141,7 @@ def write_weights(stage: Path, info: CheckpointInfo, scores: Scores | None, prog
     """
     from ligerexport.checkpoint.calibrate import digest, load_scores, write_scores
 
-    old = {name for name in info.tensors if ".score_proj." in name}
+    old = {name for name in info.tensors if is_fitted(name)}
     new: Mapping[str, Tensor] = {} if scores is None else scores.tensors
     if old == set(new) and digest(load_scores(info.files, old)) == digest(new):
         if info.index is not None:

@@ -49,6 +49,9 @@ def convert(
     recurrence_distance: Annotated[
         int | None, typer.Option(help="Rotary distance in tokens at which evicted tokens are read.")
     ] = None,
+    cells: Annotated[
+        int | None, typer.Option(help="Number of clusters of evicted tokens for each KV head, for --recurrence cells.")
+    ] = None,
     layer_memory: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,7 +68,7 @@ def convert(
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="TEXT", help="Fit the learned score on .txt files or directories of them; may be repeated."
+            metavar="TEXT", help="Fit the learned score or cells on .txt files or directories of them; may be repeated."
         ),
     ] = None,
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="Learned scores from an earlier fit.")] = None,
@@ -104,7 +107,7 @@ def convert(
     changes: dict[str, Any] = {
         "gate": gate, "sinks": sinks, "window": window, "slots": pools,
         "attention_weight": attention_weight, "recurrence_weight": recurrence_weight,
-        "recurrence": recurrence, "recurrence_distance": recurrence_distance,
+        "recurrence": recurrence, "recurrence_distance": recurrence_distance, "cells": cells,
         "layer_memory": parse_layer_memory(layer_memory),
         "keep_softmax": parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
@@ -116,8 +119,9 @@ def convert(
 
     path = plan.run(progress)
     facts, following = describe_checkpoint(path, plan.liger), f"ligerexport build {quoted(path)} --target onnx"
-    if plan.sized:  # no target has this memory yet
+    if plan.sized or plan.liger.celled:  # no target has this memory yet
         following = f"ligerexport eval {quoted(path)}"
+    if plan.sized:
         facts["more"] = f"keep more: --state-bytes {format_bytes(2 * facts['state_bytes']).replace(' ', '')}"
         if fit:
             facts["more"] += "; fit on your text too: --calibrate TEXT"

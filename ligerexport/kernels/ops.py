@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ligerexport.kernels.cells import read_cells
 from ligerexport.kernels.evicted import evicted_recurrence
 from ligerexport.kernels.keyed import keyed_recurrence
 from ligerexport.kernels.library.linear_attention import linear_attention
@@ -31,10 +32,11 @@ def liger_mixer(
     spec: MixerSpec,
     rotary: Tensor,
     score: Tensor | None = None,
+    router: Tensor | None = None,
 ) -> tuple[Tensor, MixerState]:
     """Mix softmax over the bounded exact memory with the recurrence.
 
-    Differentiable in query, key and value, not in state and score.
+    Differentiable in query, key and value, not in state, score and router.
 
     Args:
         query: `[B, T, H_q, d_k]`, projected and normed as in the family, before rotary embedding.
@@ -44,23 +46,30 @@ def liger_mixer(
         state: State from the last call, or `spec.initial_state`.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
         score: `[B, T, H_kv]` fp32, the learned score of each token; needed if `spec.config.foresees`.
+        router: `[H_kv, M, d_k + 1]` fp32, which chooses the cell of an evicted token; needed if `spec.config.celled`.
 
     Returns:
         Output `[B, T, H_q, d_v]` in the dtype of `query`, and the new state. Sums and states are fp32, or fp64 for
         fp64.
 
     Raises:
-        ValueError: A pool needs a `score` that is missing.
+        ValueError: A pool needs a `score` that is missing, or cells need a `router`.
     """
     config, arrival, present = spec.config, score, {}
     if config.foresees and score is None:
         raise ValueError("a pool ranks by a learned score, but no score was given")
+    if config.celled and router is None:
+        raise ValueError("cells need a router, but none was given")
     if config.ragged:
         with torch.autocast(query.device.type, enabled=False):  # it would change the types of codes and scales
-            return ragged_mixer(liger_mixer, query, key, value, position, state, spec, rotary, score)
+            return ragged_mixer(liger_mixer, query, key, value, position, state, spec, rotary, score, router)
     if config.judged:
         arrival, present["judge_state"] = recall_error(key.detach(), value.detach(), position, state["judge_state"])
     mixed, slots, evicted = memory_attention(query, key, value, arrival, position, state, spec, rotary)
+    if evicted is not None and config.celled:
+        assert router is not None
+        mixed, cells = read_cells(query, evicted, mixed, state, spec, rotary, router)
+        return mixed.to(query.dtype), slots | present | cells
     if evicted is not None:
         mixed, present["recurrent_state"], present["recurrent_mass"] = evicted_recurrence(
             query, evicted.key, evicted.value, evicted.lost, mixed, evicted.normaliser, state["recurrent_state"],

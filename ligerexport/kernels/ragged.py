@@ -64,6 +64,7 @@ def ragged_mixer(
     spec: MixerSpec,
     rotary: Tensor,
     score: Tensor | None,
+    router: Tensor | None,
 ) -> tuple[Tensor, MixerState]:
     """Run `mixer` for each group of heads; further arguments and the results are those of the mixer.
 
@@ -78,8 +79,9 @@ def ragged_mixer(
         past = axis.past(heads, group, query.dtype)
         learned = _pick(score, heads, 2) if score is not None and group.config.foresees else None
         mixed, present = mixer(
-            _pick(query, lanes, 2), _pick(key, heads, 2), _pick(value, heads, 2), position, past, group, rotary, learned
-        )
+            _pick(query, lanes, 2), _pick(key, heads, 2), _pick(value, heads, 2), position, past, group, rotary,
+            learned, None if router is None else _pick(router, heads, 0),
+        )  # fmt: skip
         axis.put(heads, past, present, now, {"slot_key": new_key, "slot_value": new_value})
         outputs.append(mixed)
         order += lanes

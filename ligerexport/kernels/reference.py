@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ligerexport.model.gates import get_gate
 from ligerexport.model.scores import FAINTEST, Pool
-from ligerexport.model.state import MixerSpec, MixerState
+from ligerexport.model.state import CELLS, MixerSpec, MixerState
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: torch.softmax(x, dim=-1),
@@ -43,6 +43,7 @@ def liger_mixer_reference(
     spec: MixerSpec,
     rotary: Tensor,
     score: Tensor | None = None,
+    router: Tensor | None = None,
 ) -> tuple[Tensor, MixerState]:
     """Mix tokens one after the other; arguments and results are those of `ligerexport.kernels.ops.liger_mixer`."""
     batch, length, _, _ = query.shape
@@ -52,9 +53,10 @@ def liger_mixer_reference(
     for b in range(batch):
         for h, spec in enumerate(layer.heads):
             slots = _load_slots(state, b, h, layer, query.dtype)
-            recurrent = state["recurrent_state"][b, h] if spec.config.recurrent else None
+            recurrent = state["recurrent_state"][b, h] if spec.config.linear else None
             keys = state["recurrent_key"][b, h] if spec.config.keyed else None
-            mass = state["recurrent_mass"][b, h] if spec.config.evicts else None
+            mass = state["recurrent_mass"][b, h] if spec.config.expands else None
+            cells = [state[name][b, h] for name in CELLS if name in state]
             judge = present["judge_state"][b, h] if spec.config.judged else None
             for t in range(length):
                 now = int(position[b]) + t
@@ -67,7 +69,12 @@ def liger_mixer_reference(
                     assert score is not None
                     arrival = score[b, t, h].item()
                 mixed, normaliser, evicted = _attend(q, k, v, now, slots, arrival, spec, rotary)
-                if mass is not None:
+                if cells:
+                    assert router is not None
+                    for slot in evicted:
+                        cells = _to_cell(slot, cells, router[h])
+                    mixed = _read_cells(q, cells, mixed, normaliser, spec, rotary)
+                elif mass is not None:
                     assert recurrent is not None
                     for slot in evicted:
                         recurrent, mass = _evict(slot, recurrent, mass, spec, rotary)
@@ -82,12 +89,10 @@ def liger_mixer_reference(
                     mixed = mixed + spec.config.recurrence_weight * recurred
                 output[b, t, h * group : (h + 1) * group] = mixed
             _store_slots(present, b, h, slots, layer)
-            if recurrent is not None:
-                present["recurrent_state"][b, h] = recurrent.detach()
-            if keys is not None:
-                present["recurrent_key"][b, h] = keys.detach()
-            if mass is not None:
-                present["recurrent_mass"][b, h] = mass.detach()
+            after = {"recurrent_state": recurrent, "recurrent_key": keys, "recurrent_mass": mass}
+            for name, x in (after | dict(zip(CELLS, cells, strict=False))).items():
+                if x is not None:
+                    present[name][b, h] = x.detach()
     return output, present
 
 
@@ -113,9 +118,8 @@ def _slow(spec: MixerSpec, rotary: Tensor) -> tuple[int, Tensor]:
     distance = min(spec.config.recurrence_distance, spec.max_distance)
     cos, sin = rotary[:, spec.max_distance - 1].double()
     slow = torch.atan2(-sin, cos) * distance <= math.pi / 2
-    slow = torch.cat([slow, slow, slow.new_ones(spec.d_k - 2 * len(slow))])
-    slow[0] = False  # it holds the count of evicted tokens
-    return distance, slow
+    slow[0] = False  # its first channel holds the count of evicted tokens
+    return distance, torch.cat([slow, slow, slow.new_ones(spec.d_k - 2 * len(slow))])
 
 
 def _evict(slot: Slot, recurrent: Tensor, mass: Tensor, spec: MixerSpec, rotary: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,15 +136,40 @@ def _expand(
     count = mass[0]
     if count == 0:
         return mixed
-    distance, slow = _slow(spec, rotary)
-    back = rotary.clone()
-    back[1] *= -1  # the table reaches further back than ahead
-    phi = spec.scale * _rotate(q, -distance, spec, back) * slow
+    phi = _far_query(q, spec, rotary)
     mean = phi @ mass / count  # [G], the mean logit
     deviation = phi @ recurrent - mean[:, None] * recurrent[0]  # deviation of the logits from their mean, times values
     answer = (recurrent[0] + deviation) / count
     share = torch.sigmoid(mean + torch.log(spec.config.recurrence_weight * count) - normaliser)
     return (1 - share)[:, None] * mixed + share[:, None] * answer
+
+
+def _far_query(q: Tensor, spec: MixerSpec, rotary: Tensor) -> Tensor:
+    """Return the queries `[G, d_k]` that give the logits of evicted tokens; fast channels are 0."""
+    distance, slow = _slow(spec, rotary)
+    back = rotary.clone()
+    back[1] *= -1  # the table reaches further back than ahead
+    return spec.scale * _rotate(q, -distance, spec, back) * slow
+
+
+def _to_cell(slot: Slot, cells: list[Tensor], router: Tensor) -> list[Tensor]:
+    """Add one token to the count, the key and the value of the cell that the router chooses by its key."""
+    logits = router[:, :-1].double() @ slot.key.double() + router[:, -1].double()
+    chosen = torch.zeros_like(cells[0])
+    chosen[logits.argmax()] = 1
+    return [cells[0] + chosen, cells[1] + torch.outer(chosen, slot.key), cells[2] + torch.outer(chosen, slot.value)]
+
+
+def _read_cells(
+    q: Tensor, cells: list[Tensor], mixed: Tensor, normaliser: Tensor, spec: MixerSpec, rotary: Tensor
+) -> Tensor:
+    """Share the softmax's denominator with the cells: each is read as its number of tokens at their mean."""
+    there = cells[0] > 0
+    count, keys, values = (x[there] for x in cells)
+    logits = _far_query(q, spec, rotary) @ (keys / count[:, None]).T
+    logits = logits + torch.log(spec.config.recurrence_weight * count)
+    weights = torch.softmax(torch.cat([normaliser[:, None], logits], dim=1), dim=1)
+    return weights[:, :1] * mixed + weights[:, 1:] @ (values / count[:, None])
 
 
 def _attend(

@@ -133,7 +133,8 @@ def _shared_table(inv_freq: tuple[float, ...], max_distance: int, device: torch.
 class LigerMixer(nn.Module):
     """An attention module of the family whose softmax over all tokens is replaced by `liger_mixer`.
 
-    Parameters keep their names, so checkpoints load as before. `score_proj` exists for a pool kept by `learned`.
+    Parameters keep their names, so checkpoints load as before. `score_proj` exists for a pool kept by `learned`,
+    `cell_proj` for cells.
     """
 
     q_proj: nn.Linear
@@ -144,6 +145,7 @@ class LigerMixer(nn.Module):
     q_norm: nn.Module
     k_norm: nn.Module
     score_proj: nn.Linear
+    cell_proj: nn.ParameterDict
 
     def __init__(self, attention: nn.Module, spec: MixerSpec, inv_freq: tuple[float, ...]):
         super().__init__()
@@ -154,6 +156,9 @@ class LigerMixer(nn.Module):
         self.inv_freq = inv_freq
         if spec.config.foresees and not hasattr(self, "score_proj"):
             self.score_proj = nn.Linear(self.o_proj.out_features, spec.kv_heads)
+        if spec.config.celled and not hasattr(self, "cell_proj"):
+            rows = spec.kv_heads, spec.config.cells
+            self.cell_proj = nn.ParameterDict({"weight": torch.randn(*rows, spec.d_k), "bias": torch.zeros(rows)})
 
     def forward(
         self,
@@ -187,16 +192,7 @@ class LigerMixer(nn.Module):
         cache = _one_cache(cache, past_key_values)
         batch, length, _ = hidden_states.shape
         spec = self.spec
-        if hasattr(self, "qkv_proj"):
-            widths = [spec.q_heads * spec.d_k, spec.kv_heads * spec.d_k, spec.kv_heads * spec.d_v]
-            query, key, value = self.qkv_proj(hidden_states).split(widths, dim=-1)
-        else:
-            query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if hasattr(self, "q_norm"):
-            query, key = _normed(self.q_norm, query), _normed(self.k_norm, key)
-        query = query.unflatten(-1, (spec.q_heads, spec.d_k))
-        key = key.unflatten(-1, (spec.kv_heads, spec.d_k))
-        value = value.unflatten(-1, (spec.kv_heads, spec.d_v))
+        query, key, value = self.project(hidden_states)
         score = self.learned_score(hidden_states, position_ids) if spec.config.foresees else None
         if cu_seq_lens_q is not None:
             if cache is not None or max_length_q is None:
@@ -216,10 +212,24 @@ class LigerMixer(nn.Module):
             q, k, v, now = query[:, 0], key[:, 0], value[:, 0], None if score is None else score[:, 0]
             output = mixer_step(q, k, v, position, state, spec, rotary, score=now)[:, None]  # in the cache, in place
         else:
-            output, state = liger_mixer(query, key, value, position, state, spec, rotary, score)
+            output, state = liger_mixer(query, key, value, position, state, spec, rotary, score, self._router())
         if layer is not None:
             layer.advance(state, length)
         return self.o_proj(output.flatten(2)), None
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value `[B, T, H, d]` of `[B, T, hidden]`, before rotary embedding."""
+        spec = self.spec
+        if hasattr(self, "qkv_proj"):
+            widths = [spec.q_heads * spec.d_k, spec.kv_heads * spec.d_k, spec.kv_heads * spec.d_v]
+            query, key, value = self.qkv_proj(hidden_states).split(widths, dim=-1)
+        else:
+            query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if hasattr(self, "q_norm"):
+            query, key = _normed(self.q_norm, query), _normed(self.k_norm, key)
+        query = query.unflatten(-1, (spec.q_heads, spec.d_k))
+        key = key.unflatten(-1, (spec.kv_heads, spec.d_k))
+        return query, key, value.unflatten(-1, (spec.kv_heads, spec.d_v))
 
     def learned_score(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
         """Return the score of each token for a `learned` pool, `[B, T, H_kv]` fp32, without a gradient.
@@ -233,6 +243,12 @@ class LigerMixer(nn.Module):
         with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
             weight, bias = self.score_proj.weight.to(dtype), self.score_proj.bias.to(dtype)
             return nn.functional.linear(hidden_states.to(dtype), weight, bias)
+
+    def _router(self) -> Tensor | None:
+        """Return the map that chooses the cell of a key, `[H_kv, M, d_k + 1]`; None without cells."""
+        if not self.spec.config.celled:
+            return None
+        return torch.cat([self.cell_proj["weight"], self.cell_proj["bias"][..., None]], dim=-1).detach()
 
     def _mix_packed(
         self, query: Tensor, key: Tensor, value: Tensor, score: Tensor | None, bounds: Tensor, longest: int
@@ -253,7 +269,7 @@ class LigerMixer(nn.Module):
         position = ends - bounds[:-1] - longest
         query, key, value = unpack(query), unpack(key), unpack(value)
         score = None if score is None else unpack(score)
-        output, _ = liger_mixer(query, key, value, position, state, spec, rotary, score)
+        output, _ = liger_mixer(query, key, value, position, state, spec, rotary, score, self._router())
         return output.flatten(0, 1).index_select(0, place).unflatten(0, shape[:2])
 
 
@@ -376,8 +392,9 @@ class _LigerModel:
         self.register_forward_pre_hook(_under_one_name, with_kwargs=True)  # type: ignore[attr-defined]
         self.model.register_forward_pre_hook(_prepared, with_kwargs=True)  # type: ignore[attr-defined]
         self.model.register_forward_hook(_check_state, with_kwargs=True)  # type: ignore[attr-defined]
-        if LigerConfig.from_dict(config.liger).foresees:
-            self._keep_in_fp32_modules_strict = {"score_proj"}  # as in the file, whatever type the model is loaded in
+        liger = LigerConfig.from_dict(config.liger)
+        if liger.foresees or liger.celled:  # as in the file, whatever type the model is loaded in
+            self._keep_in_fp32_modules_strict = {"score_proj", "cell_proj"}
 
     # that of Phi3 drops the cache when its rotary embedding changes, which it never does here
     prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation

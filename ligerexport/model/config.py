@@ -17,7 +17,7 @@ from ligerexport.errors import UsageError, close_matches, look_up
 from ligerexport.model.gates import get_gate
 from ligerexport.model.scores import get_score
 
-RECURRENCES = ("parallel", "evicted")
+RECURRENCES = ("parallel", "evicted", "cells")
 
 Slots = tuple[tuple[str, int], ...]
 """Pools of exact slots: (score, count), in order."""
@@ -58,8 +58,10 @@ class LigerConfig:
         recurrence_weight: Weight of the recurrence; at 0 it is neither computed nor kept.
         recurrence: `parallel` reads every token through the gate and is added to the softmax, as in the paper.
             `evicted` reads the evicted tokens and shares the softmax's denominator: it stands for the part of the
-            softmax over these tokens. Its weight is 1, and it has no gate.
-        recurrence_distance: Distance in tokens at which `evicted` reads its tokens.
+            softmax over these tokens. Its weight is 1, and it has no gate. `cells` does the same from the means of
+            clusters of these tokens.
+        recurrence_distance: Distance in tokens at which `evicted` and `cells` read their tokens.
+        cells: Number of clusters per KV head, for `cells`.
         layer_memory: Layers whose memory has another size: (layer, window, slots), with pools of the same scores.
         heads: Sizes of the memory of each KV head, which then replace `window` and the counts of `slots`: a string for
             each layer, with a word for each head, such as `16 256+64`. A word has the window and, for a head with
@@ -82,8 +84,9 @@ class LigerConfig:
     slots: Slots = ()
     attention_weight: float = 0.5
     recurrence_weight: float = 0.5
-    recurrence: Literal["parallel", "evicted"] = "parallel"
+    recurrence: Literal["parallel", "evicted", "cells"] = "parallel"
     recurrence_distance: int = 512
+    cells: int = 8
     layer_memory: tuple[tuple[int, int, Slots], ...] = ()
     heads: tuple[str, ...] = ()
     state_dtype: Literal["activation", "float16", "int8"] = "activation"
@@ -92,7 +95,7 @@ class LigerConfig:
     max_distance: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("window", "sinks", "recurrence_distance"):
+        for name in ("window", "sinks", "recurrence_distance", "cells"):
             _whole(name, getattr(self, name))
         object.__setattr__(self, "slots", _pools(self.slots))
         memory = sorted(
@@ -124,8 +127,18 @@ class LigerConfig:
             raise UsageError(
                 f"mix weights {self.attention_weight} and {self.recurrence_weight}", hint="both must be at least 0"
             )
-        look_up("recurrence", self.recurrence, dict.fromkeys(RECURRENCES))
         look_up("state_dtype", self.state_dtype, dict.fromkeys(STATE_DTYPES))
+        if self.max_distance is not None and _whole("max_distance", self.max_distance) < self.window:
+            raise UsageError(
+                f"max_distance {self.max_distance} is smaller than the window {self.window}",
+                hint="give at least the window, or leave it out for the checkpoint's trained length",
+            )
+        self._check_recurrence()
+        self._check_layers()
+        self._check_heads()
+
+    def _check_recurrence(self) -> None:
+        look_up("recurrence", self.recurrence, dict.fromkeys(RECURRENCES))
         if self.evicts and self.attention_weight != 1:
             raise UsageError(
                 f"attention weight {self.attention_weight:g} with a recurrence over evicted tokens",
@@ -137,13 +150,12 @@ class LigerConfig:
             )
         if self.recurrence_distance < 1:
             raise UsageError(f"recurrence distance {self.recurrence_distance}", hint="give at least one token")
-        if self.max_distance is not None and _whole("max_distance", self.max_distance) < self.window:
+        if self.cells < 1:
+            raise UsageError(f"{self.cells} cells", hint="give at least one, or another recurrence")
+        if self.cells != LigerConfig.cells and self.recurrence != "cells":
             raise UsageError(
-                f"max_distance {self.max_distance} is smaller than the window {self.window}",
-                hint="give at least the window, or leave it out for the checkpoint's trained length",
+                f"{self.cells} cells, but the recurrence is '{self.recurrence}'", hint="add --recurrence cells"
             )
-        self._check_layers()
-        self._check_heads()
 
     def _check_heads(self) -> None:
         layers: Any = self.heads
@@ -245,7 +257,22 @@ class LigerConfig:
     @property
     def evicts(self) -> bool:
         """Whether evicted tokens go to the recurrence."""
-        return self.recurrent and self.recurrence == "evicted"
+        return self.recurrent and self.recurrence != "parallel"
+
+    @property
+    def celled(self) -> bool:
+        """Whether evicted tokens go to cells."""
+        return self.recurrent and self.recurrence == "cells"
+
+    @property
+    def linear(self) -> bool:
+        """Whether the recurrence is linear attention, whose state is a matrix."""
+        return self.recurrent and not self.celled
+
+    @property
+    def expands(self) -> bool:
+        """Whether evicted tokens go to linear attention, which expands the softmax around their mean logit."""
+        return self.evicts and self.linear
 
     @property
     def keyed(self) -> bool:
@@ -254,8 +281,8 @@ class LigerConfig:
 
     @property
     def fuses(self) -> bool:
-        """Whether one fused kernel can compute a whole step; it supports neither keyed rows nor ragged slots."""
-        return not self.keyed and not self.ragged
+        """Whether one fused kernel can compute a whole step; it supports no keyed rows, cells or ragged slots."""
+        return not self.keyed and not self.celled and not self.ragged
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -266,10 +293,13 @@ class LigerConfig:
             "keep_softmax": list(self.keep_softmax),
             "keep_window": None if self.keep_window is None else list(self.keep_window),
         }
-        if self.ragged:  # other conversions stay readable by older versions
+        new = set() if self.recurrence == "cells" else {"cells"}
+        if self.ragged:
             lists["heads"] = list(self.heads)
-        plain = asdict(self) | lists
-        return plain if self.ragged else {k: v for k, v in plain.items() if k not in ("heads", "state_dtype")}
+        else:
+            new |= {"heads", "state_dtype"}
+        # conversions that need none of these stay readable by older versions
+        return {name: value for name, value in (asdict(self) | lists).items() if name not in new}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LigerConfig:

@@ -53,10 +53,13 @@ TENSORS = (
     _Row("slot_value", ("slots", "d_v"), "activation"),
     _Row("slot_position", ("slots",), "int64", fill=-1),
     _Row("slot_score", ("pools", "slots"), "float32", "slots"),
-    _Row("recurrent_state", ("d_k", "d_v"), "float32", "recurrent"),
+    _Row("recurrent_state", ("d_k", "d_v"), "float32", "linear"),
     _Row("recurrent_key", ("d_k", "d_k"), "float32", "keyed"),
-    _Row("recurrent_mass", ("d_k",), "float32", "evicts"),
+    _Row("recurrent_mass", ("d_k",), "float32", "expands"),
     _Row("judge_state", ("d_k", "d_v + 1"), "float32", "judged"),
+    _Row("cell_count", ("cells",), "float32", "celled"),
+    _Row("cell_key", ("cells", "d_k"), "float32", "celled"),
+    _Row("cell_value", ("cells", "d_v"), "float32", "celled"),
 )
 """All tensors that a layer can carry from one call to the next, in the order in which they are passed.
 
@@ -65,7 +68,8 @@ are in the order of their positions, and empty ones may be anywhere between them
 plugin accept and return them in any order, so states are sorted before they are compared. `recurrent_state` is the
 recurrence, `recurrent_key` holds the keys of its rows if the gate is keyed, and `recurrent_mass` is the sum of the
 features of evicted tokens, the first of which counts them. `judge_state` is the linear state without decay that judges
-novelty; its last column is the sum of the keys' features.
+novelty; its last column is the sum of the keys' features. `cell_*` are the number of evicted tokens in each cell and
+the sums of their keys, before rotary embedding, and of their values.
 """
 
 RAGGED = (
@@ -85,10 +89,12 @@ those heads only that keep tokens by a score. A key or value in `int8` is its co
 
 SLOTS = tuple(row.name for row in TENSORS if row.name.startswith("slot_"))
 """Tensors of the exact memory."""
-FUSED = tuple(row.name for row in TENSORS if row.needs != "keyed")
-"""Tensors that a layer without keyed rows can carry; fused kernels and C++ support no others."""
+FUSED = tuple(row.name for row in TENSORS if row.needs not in ("keyed", "celled"))
+"""Tensors that a layer without keyed rows or cells can carry; fused kernels and C++ support no others."""
 EVICTED = tuple(name for name in FUSED if name.startswith("recurrent_"))
-"""Tensors of the recurrence over evicted tokens."""
+"""Tensors of the linear attention over evicted tokens."""
+CELLS = tuple(row.name for row in TENSORS if row.needs == "celled")
+"""Tensors of the cells of evicted tokens."""
 
 
 def fade(state: dict[str, Array], times: int) -> dict[str, Array]:
@@ -101,7 +107,7 @@ def fade(state: dict[str, Array], times: int) -> dict[str, Array]:
         times: Number of halvings.
     """
     sums = {name.replace("recurrent_mass", "recurrent_state") for name in state if name.endswith("recurrent_mass")}
-    sums |= {name for name in state if name.endswith(("recurrent_mass", "judge_state"))}
+    sums |= {name for name in state if name.endswith(("recurrent_mass", "judge_state", *CELLS))}
     return {name: tensor * 0.5**times if name in sums else tensor for name, tensor in state.items()}
 
 
@@ -197,7 +203,8 @@ class MixerSpec:
     def state(self) -> tuple[TensorSpec, ...]:
         """Return the rows of `TENSORS` or, for a ragged layer, of `RAGGED` that this layer has, in order."""
         c = self.config
-        sizes = {"slots": c.num_slots, "pools": len(c.slots), "d_k": self.d_k, "d_v": self.d_v, "d_v + 1": self.d_v + 1}
+        sizes = {"slots": c.num_slots, "pools": len(c.slots), "cells": c.cells}
+        sizes |= {"d_k": self.d_k, "d_v": self.d_v, "d_v + 1": self.d_v + 1}
         if c.ragged:
             sizes["slots"] = sum(self.slots_per_head)
             sizes["scored slots"] = sum(spec.config.num_slots for spec in self.heads if spec.config.slots)

@@ -87,6 +87,11 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
             "this memory has sizes for each KV head or a small type of its slots, which no target supports yet",
             hint="it runs in torch; convert with another preset to build it, such as --preset memory",
         )
+    if any(mixer is not None and mixer.config.celled for mixer in mixers):
+        raise CheckpointError(
+            "evicted tokens go to cells, which no target supports yet",
+            hint="it runs in torch; convert with --recurrence evicted to build it",
+        )
     spec = ModelSpec(
         path=info.path,
         family=family.model_type,
