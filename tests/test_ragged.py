@@ -226,7 +226,7 @@ def test_only_ragged_conversions_write_new_settings() -> None:
     assert not {"heads", "state_dtype"} & SOFTMAX.to_dict().keys()
     ragged = replace(SOFTMAX, heads=("8+5 3", "", "4 4"), state_dtype="int8", keep_softmax=(1,))
     assert LigerConfig.from_dict(ragged.to_dict()) == ragged
-    assert ragged.for_layer(2).slots == () and ragged.for_layer(0).foresees
+    assert ragged.for_layer(2).heads == ("4 4",) and ragged.for_layer(0).heads == ("8+5 3",)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
@@ -252,11 +252,13 @@ def test_a_model_steps_as_it_reads_and_is_no_graph_yet(tmp_path: Path, family: s
 
 
 def test_a_conversion_with_sizes_computes_what_the_transformer_computes(tmp_path: Path) -> None:
-    source = make_transformer(tmp_path / "source")
-    converted = make_checkpoint(tmp_path / "converted", replace(SOFTMAX, heads=("6+9 20", "20 20", "3 12+8")))
-    weights = load_file(converted / "model.safetensors")
+    sizes = ("6+9 20", "20 20", "3 12+8")
+    weights = load_file(make_checkpoint(tmp_path / "first", replace(SOFTMAX, heads=sizes)) / "model.safetensors")
     scores = tmp_path / "scores.safetensors"
     save_file({name: x for name, x in weights.items() if "score_proj" in name}, scores)
-    liger = convert(source, tmp_path / "liger", preset="recall", scores=scores, heads=("6+9 20", "20 20", "3 12+8"))
+    settings = {"heads": sizes, "state_dtype": "int8", "slots": (("learned", 5),)}
+    liger = convert(
+        make_transformer(tmp_path / "source"), tmp_path / "liger", preset="foresight", scores=scores, **settings
+    )
     assert json.loads((liger / "config.json").read_text())["liger"]["state_dtype"] == "int8"
-    assert not any("layers.1.self_attn.score_proj" in name for name in load_model(liger).state_dict())
+    assert [tensor.name for tensor in load_model(liger).model.layers[1].self_attn.spec.state()][-1] == "slot_position"
