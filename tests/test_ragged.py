@@ -15,12 +15,14 @@ from torch import Tensor
 from ligerexport.checkpoint.convert import convert, load_model
 from ligerexport.errors import CheckpointError, UsageError
 from ligerexport.exporters.onnx.spec import read_spec
+from ligerexport.kernels import ragged
 from ligerexport.kernels.library import memory_attention as library
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.kernels.ops import BLOCK, liger_mixer
 from ligerexport.kernels.ragged import store
 from ligerexport.kernels.reference import liger_mixer_reference
 from ligerexport.layers.mixer import LigerCache, LigerLayer
+from ligerexport.model import state as model_state
 from ligerexport.model.config import STATE_DTYPES, LigerConfig
 from ligerexport.model.state import MixerSpec, MixerState
 from tests.checkpoints import make_checkpoint, make_transformer
@@ -133,7 +135,8 @@ def fused_against_plain(
     inv_freq = 10000.0 ** (-torch.arange(spec.d_k // 2, device=device) / (spec.d_k // 2))
     results = []
     for kernels, kind in ((True, dtype), (False, torch.float64)):
-        monkeypatch.setattr(library, "fused", lambda x, kernels=kernels: kernels)
+        for module in (library, ragged):
+            monkeypatch.setattr(module, "fused", lambda x, kernels=kernels: kernels)
         table = rotary_table(
             inv_freq, spec.max_distance, BLOCK, torch.float64 if kind == torch.float64 else torch.float32
         )
@@ -155,9 +158,10 @@ def fused_against_plain(
 @pytest.mark.parametrize("changes", [{"state_dtype": "int8"}, {"recurrence": "cells", "recurrence_weight": 1.0}])
 def test_fused_kernels_equal_plain_torch(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    config = replace(SOFTMAX, heads=("8+5 20+12",), **changes)  # type: ignore[arg-type]
-    spec = MixerSpec(config, q_heads=2, kv_heads=2, d_k=32, d_v=32, scale=32**-0.5, max_distance=200)
-    errors = fused_against_plain(spec, 72, torch.float32, DEVICE, monkeypatch)
+    config = replace(SOFTMAX, heads=("8+5 20+12 30",), **changes)  # type: ignore[arg-type]
+    spec = MixerSpec(config, q_heads=6, kv_heads=3, d_k=32, d_v=32, scale=32**-0.5, max_distance=100)
+    monkeypatch.setattr(model_state, "_room", lambda count, least: 2 * count)  # a short text shall fill it
+    errors = fused_against_plain(spec, 200, torch.float32, DEVICE, monkeypatch)
     assert max(errors.values()) <= FUSED_FP32, errors
 
 

@@ -1,19 +1,22 @@
 """Ragged slots: KV heads with memories of their own sizes on one axis of the state, in 8 or 16 bits if wanted.
 
-Heads of equal sizes form a group, for which the operator of equal heads does the work. Keys and values are rounded to
-the type of the state when they arrive, before anything reads them, and their codes are never computed again. So a
-prompt can be cut anywhere.
+Heads of equal sizes form a group, for which the operator of equal heads does the work. The Triton kernels read the
+sizes of each head and take all heads at once, with scratch memory for the largest; the state itself has no padding.
+Keys and values are rounded to the type of the state when they arrive, before anything reads them, and their codes are
+never computed again. So a prompt can be cut anywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ligerexport.kernels.library.dispatch import fused
 from ligerexport.model.state import MixerSpec, MixerState
 
 MOST = 127
@@ -70,23 +73,93 @@ def ragged_mixer(
 
     Gradients pass through the rounding of keys and values unchanged.
     """
-    size, now = spec.q_heads // spec.kv_heads, position[:, None] + torch.arange(key.shape[1], device=key.device)
     key, new_key = _rounded(key, spec)
     value, new_value = _rounded(value, spec)
-    axis, outputs, order = _Axis(spec, state), [], []
-    for heads, group in spec.groups:
-        lanes = [head * size + lane for head in heads for lane in range(size)]
-        past = axis.past(heads, group, query.dtype)
-        learned = _pick(score, heads, 2) if score is not None and group.config.foresees else None
+    now = position[:, None] + torch.arange(key.shape[1], device=key.device)
+    plan = _plan(spec, fused(query) and spec.roomy is not None, query.device)
+    outputs, parts = [], []
+    for group in plan.groups:
+        past = _read(state, group, spec, query.dtype)
+        learned = _pick(score, group.heads, 2) if score is not None and group.spec.config.foresees else None
         mixed, present = mixer(
-            _pick(query, lanes, 2), _pick(key, heads, 2), _pick(value, heads, 2), position, past, group, rotary,
-            learned, None if router is None else _pick(router, heads, 0),
+            _pick(query, group.lanes, 2), _pick(key, group.heads, 2), _pick(value, group.heads, 2), position, past,
+            group.spec, rotary, learned, None if router is None else _pick(router, group.heads, 0),
         )  # fmt: skip
-        axis.put(heads, past, present, now, {"slot_key": new_key, "slot_value": new_value})
+        new = {"slot_key": new_key, "slot_value": new_value}
+        parts.append(_written(state, group, past, present, now, new))
         outputs.append(mixed)
-        order += lanes
-    back = sorted(range(spec.q_heads), key=order.__getitem__)
-    return _pick(torch.cat(outputs, dim=2), back, 2), axis.present()
+    return _pick(torch.cat(outputs, dim=2), plan.lanes, 2), _joined(state, parts, plan)
+
+
+class _Group(NamedTuple):
+    """KV heads that one call of the mixer computes.
+
+    Attributes:
+        heads: The heads.
+        lanes: Their query heads.
+        spec: The layer as the mixer sees it.
+        slots: `[heads * N]`, the slot on the axis for each slot of the mixer's state, -1 for none.
+        scored: The same on the axis of scores; empty if the group keeps no scores.
+    """
+
+    heads: tuple[int, ...]
+    lanes: tuple[int, ...]
+    spec: MixerSpec
+    slots: Tensor
+    scored: Tensor
+
+
+class _Plan(NamedTuple):
+    """How a layer is computed.
+
+    Attributes:
+        groups: The groups.
+        lanes: The place of each query head in the outputs of all groups.
+        heads: The place of each KV head in all groups.
+        slots: The place of each slot of the axis in the slots of all groups.
+        scored: The same for scores.
+    """
+
+    groups: tuple[_Group, ...]
+    lanes: tuple[int, ...]
+    heads: tuple[int, ...]
+    slots: Tensor
+    scored: Tensor
+
+
+@lru_cache(maxsize=512)
+def _plan(spec: MixerSpec, roomy: bool, device: torch.device) -> _Plan:
+    """Return the groups of a layer: all heads with room for the largest one, or heads of equal sizes."""
+    size = spec.q_heads // spec.kv_heads
+    counts = spec.slots_per_head
+    scored = [n if head.config.slots else 0 for n, head in zip(counts, spec.heads, strict=True)]
+    split = ((tuple(range(spec.kv_heads)), spec.roomy),) if roomy and spec.roomy else spec.groups
+    groups = []
+    for heads, group in split:
+        lanes = tuple(head * size + lane for head in heads for lane in range(size))
+        slots = _places(counts, heads, group.config.num_slots)
+        scores = _places(scored, heads, group.config.num_slots) if group.config.slots else []
+        groups.append(_Group(heads, lanes, group, _index(slots, device), _index(scores, device)))
+    order = [head for group in groups for head in group.heads]
+
+    def back(name: str) -> Tensor:
+        places = [place for group in groups for place in getattr(group, name).tolist()]
+        where = {place: i for i, place in enumerate(places) if place >= 0}
+        return _index([where[place] for place in range(len(where))], device)
+
+    lanes = tuple(order.index(head) * size + lane for head in range(spec.kv_heads) for lane in range(size))
+    heads = tuple(order.index(head) for head in range(spec.kv_heads))
+    return _Plan(tuple(groups), lanes, heads, back("slots"), back("scored"))
+
+
+def _index(places: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(places, dtype=torch.long, device=device)
+
+
+def _places(counts: Sequence[int], heads: Sequence[int], room: int) -> list[int]:
+    """Return the slots of some heads on the axis, each head filled up with -1 in front."""
+    starts = [0, *accumulate(counts)]
+    return [i for h in heads for i in (*[-1] * (room - counts[h]), *range(starts[h], starts[h] + counts[h]))]
 
 
 def _rounded(x: Tensor, spec: MixerSpec) -> tuple[Tensor, Stored]:
@@ -104,6 +177,63 @@ def _pick(x: Tensor, index: Sequence[int], dim: int) -> Tensor:
     return x.index_select(dim, torch.tensor(index, device=x.device))
 
 
+def _rows(state: MixerState, name: str, group: _Group) -> Tensor:
+    """Return a tensor of the state for the heads of a group, `[B, heads, ...]`; empty slots may hold anything."""
+    if name == "slot_score":
+        picked = state[name].index_select(2, group.scored.clamp_min(0))
+        return picked.unflatten(2, (len(group.heads), -1)).transpose(1, 2)
+    if name.startswith("slot_"):
+        return state[name].index_select(1, group.slots.clamp_min(0)).unflatten(1, (len(group.heads), -1))
+    return _pick(state[name], group.heads, 1)
+
+
+def _stored(state: MixerState, name: str, group: _Group) -> Stored:
+    scale = f"{name}_scale"
+    return Stored(_rows(state, name, group), _rows(state, scale, group) if scale in state else None)
+
+
+def _read(state: MixerState, group: _Group, spec: MixerSpec, dtype: torch.dtype) -> MixerState:
+    """Return the state of a group, as the mixer has it."""
+    past = {}
+    for name in (tensor.name for tensor in group.spec.state()):
+        if name in ("slot_key", "slot_value"):
+            stored = _stored(state, name, group)
+            past[name] = stored.codes if spec.config.state_dtype == "activation" else stored.read(dtype)
+        else:
+            past[name] = _rows(state, name, group)
+    empty = (group.slots < 0).view(len(group.heads), -1)
+    past["slot_position"] = past["slot_position"].long().masked_fill(empty, -1)
+    return past
+
+
+def _written(
+    state: MixerState, group: _Group, past: MixerState, present: MixerState, now: Tensor, new: dict[str, Stored]
+) -> MixerState:
+    """Return the state of a group after a call, `[B, heads, ...]`, with codes in place of the mixer's vectors.
+
+    Args:
+        state: The state before the call.
+        group: The group.
+        past: What `_read` returned.
+        present: The mixer's state after the call.
+        now: `[B, T]`, positions of the new tokens.
+        new: New keys and values, `[B, T, H_kv, ...]`.
+    """
+    held = present["slot_position"]
+    written = present | {"slot_position": held.int()}
+    if new["slot_key"].codes.dtype == present["slot_key"].dtype:
+        return written
+    positions = torch.cat([past["slot_position"], now[:, None].expand(-1, len(group.heads), -1)], dim=2)
+    positions, order = positions.clamp_min(-1).sort(dim=-1)
+    source = order.gather(2, torch.searchsorted(positions, held))
+    for name, arrived in new.items():
+        for part, old, x in zip(("", "_scale"), _stored(state, name, group), arrived, strict=True):
+            if old is not None and x is not None:
+                both = torch.cat([old, _pick(x, group.heads, 2).transpose(1, 2)], dim=2)
+                written[name + part] = _take(both, source, held >= 0)
+    return written
+
+
 def _take(x: Tensor, index: Tensor, filled: Tensor) -> Tensor:
     """Gather rows `index` `[B, H, N]` of `x` `[B, H, C]` or `[B, H, C, d]`; 0 where nothing is filled."""
     if x.ndim == 4:
@@ -111,72 +241,15 @@ def _take(x: Tensor, index: Tensor, filled: Tensor) -> Tensor:
     return torch.where(filled, x.gather(2, index), 0)
 
 
-class _Axis:
-    """The state of a ragged layer, by heads: the state before a call, and the parts of the one after it."""
-
-    def __init__(self, spec: MixerSpec, state: MixerState) -> None:
-        self.state, self.plain = state, spec.config.state_dtype == "activation"
-        self.counts = spec.slots_per_head
-        self.scored = tuple(n if head.config.slots else 0 for n, head in zip(self.counts, spec.heads, strict=True))
-        self.parts: dict[str, dict[int, Tensor]] = {name: {} for name in state}
-
-    def _rows(self, name: str, heads: Sequence[int]) -> Tensor:
-        """Return a tensor of some heads of equal sizes, `[B, heads, ...]`."""
-        x = self.state[name]
-        if not name.startswith("slot_"):
-            return _pick(x, heads, 1)
-        dim, counts = (2, self.scored) if name == "slot_score" else (1, self.counts)
-        starts = [0, *accumulate(counts)]
-        return torch.stack([x.narrow(dim, starts[head], counts[head]) for head in heads], dim=1)
-
-    def _stored(self, name: str, heads: Sequence[int]) -> Stored:
-        scale = f"{name}_scale"
-        return Stored(self._rows(name, heads), self._rows(scale, heads) if scale in self.state else None)
-
-    def past(self, heads: Sequence[int], group: MixerSpec, dtype: torch.dtype) -> MixerState:
-        """Return the state of a group, as the mixer of equal heads has it."""
-        past = {}
-        for tensor in group.state():
-            if tensor.name in ("slot_key", "slot_value"):
-                stored = self._stored(tensor.name, heads)
-                past[tensor.name] = stored.codes if self.plain else stored.read(dtype)
-            else:
-                past[tensor.name] = self._rows(tensor.name, heads)
-        return past | {"slot_position": past["slot_position"].long()}
-
-    def put(
-        self, heads: Sequence[int], past: MixerState, present: MixerState, now: Tensor, new: dict[str, Stored]
-    ) -> None:
-        """Take over the state of a group after a call.
-
-        Args:
-            heads: The group's heads.
-            past: What `past` returned.
-            present: The state after the call.
-            now: `[B, T]`, positions of the new tokens.
-            new: New keys and values, `[B, T, H_kv, ...]`.
-        """
-        found = dict(present) | {"slot_position": present["slot_position"].int()}
-        if not self.plain:
-            held = present["slot_position"]
-            positions = torch.cat([past["slot_position"], now[:, None].expand(-1, len(heads), -1)], dim=2)
-            positions, order = positions.clamp_min(-1).sort(dim=-1)
-            source = order.gather(2, torch.searchsorted(positions, held))
-            for name, arrived in new.items():
-                for part, old, x in zip(("", "_scale"), self._stored(name, heads), arrived, strict=True):
-                    if old is not None and x is not None:
-                        both = torch.cat([old, _pick(x, heads, 2).transpose(1, 2)], dim=2)
-                        found[name + part] = _take(both, source, held >= 0)
-        for name, x in found.items():
-            self.parts[name] |= dict(zip(heads, x.unbind(1), strict=True))
-
-    def present(self) -> MixerState:
-        """Return the state after the call."""
-        made = {}
-        for name, parts in self.parts.items():
-            heads = [parts[head] for head in sorted(parts)]
-            if name.startswith("slot_"):
-                made[name] = torch.cat(heads, dim=2 if name == "slot_score" else 1)
-            else:
-                made[name] = torch.stack(heads, dim=1)
-        return made
+def _joined(state: MixerState, parts: Sequence[MixerState], plan: _Plan) -> MixerState:
+    """Return the state of all heads from those of the groups."""
+    made = {}
+    for name in state:
+        found = [part[name] for part in parts if name in part]
+        if name == "slot_score":
+            made[name] = torch.cat([x.transpose(1, 2).flatten(2) for x in found], dim=2).index_select(2, plan.scored)
+        elif name.startswith("slot_"):
+            made[name] = torch.cat([x.flatten(1, 2) for x in found], dim=1).index_select(1, plan.slots)
+        else:
+            made[name] = _pick(torch.cat(found, dim=1), plan.heads, 1)
+    return made

@@ -132,6 +132,13 @@ class TensorSpec:
         return prod(self.shape) * (activation_bytes if self.dtype == "activation" else DTYPES[self.dtype].nbytes)
 
 
+def _room(count: int, least: int) -> int:
+    """Return the smallest of `least`, 4 `least`, 16 `least`, ... that is at least `count`."""
+    while least < count:
+        least *= 4
+    return least
+
+
 @dataclass(frozen=True)
 class MixerSpec:
     """The parts of a layer that the op needs.
@@ -145,6 +152,8 @@ class MixerSpec:
         scale: Softmax scale of the slots, usually d_k ** -0.5; it contains the square of YaRN's factor on cosine and
             sine.
         max_distance: Largest rotary distance in tokens.
+        sizes: Window and scored slots of each KV head, for kernels that read them; `config` then has room for the
+            largest. Empty if all heads have the sizes in `config`.
         text: The layer as JSON, for operators whose arguments are tensors and plain values.
     """
 
@@ -155,6 +164,7 @@ class MixerSpec:
     d_v: int
     scale: float
     max_distance: int
+    sizes: tuple[tuple[int, int], ...] = ()
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -170,7 +180,8 @@ class MixerSpec:
     def from_text(cls, text: str) -> MixerSpec:
         """Read `text`."""
         fields = json.loads(text)
-        return cls(**fields | {"config": LigerConfig.from_dict(fields["config"])})
+        sizes = tuple((window, slots) for window, slots in fields["sizes"])
+        return cls(**fields | {"config": LigerConfig.from_dict(fields["config"]), "sizes": sizes})
 
     @property
     def pools(self) -> tuple[Pool, ...]:
@@ -194,6 +205,22 @@ class MixerSpec:
             (tuple(heads), replace(spec, q_heads=spec.q_heads * len(heads), kv_heads=len(heads)))
             for spec, heads in groups.items()
         )
+
+    @cached_property
+    def roomy(self) -> MixerSpec | None:
+        """All KV heads with room for the largest one, for kernels that read the sizes of each head.
+
+        Rooms come in few sizes, so that few kernels are compiled. None if the kernels do not support the memory: they
+        rank by one score that is known on arrival, and keep no evicted tokens.
+        """
+        pools, c = self.pools, self.config
+        if not c.heads or c.evicts or len(pools) != 1 or not pools[0].on_arrival:
+            return None
+        sizes = tuple((head.config.window, sum(n for _, n in head.config.slots)) for head in self.heads)
+        window, count = (max(column) for column in zip(*sizes, strict=True))
+        slots = ((c.slots[0][0], _room(count, 128)),) if count else ()
+        config = replace(c, window=_room(window, 256), slots=slots, heads=(), state_dtype="activation")
+        return replace(self, config=config, sizes=sizes)
 
     @property
     def slots_per_head(self) -> tuple[int, ...]:

@@ -10,18 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ligerexport.kernels.fused.candidates import BLOCK, Candidates, angles, turn
+from ligerexport.kernels.fused.candidates import BLOCK, Candidates, angles, kept_of, turn, window_of
 from ligerexport.kernels.fused.launch import launch
 from ligerexport.kernels.fused.numbers import LOG2E
 
 
 @triton.jit
-def listed(p_row, i, t0, SLOTS: tl.constexpr, WINDOW: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr):
+def listed(p_row, i, t0, window, kept, SLOTS: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr):
     """Return the candidates at places `i` of a block's list, old ones from its row of the table; -1 for none."""
-    near = SLOTS + t0 - WINDOW + 1 + i - KEPT
-    c = tl.where(i < KEPT + WINDOW - 1 + BLOCK, near, -1)
+    near = SLOTS + t0 - window + 1 + i - kept
+    c = tl.where(i < kept + window - 1 + BLOCK, near, -1)
     if KEPT > 0:
-        c = tl.where(i < KEPT, tl.load(p_row + i, mask=i < KEPT, other=-1), c)
+        c = tl.where(i < kept, tl.load(p_row + i, mask=i < kept, other=-1), c)
     return c
 
 
@@ -40,12 +40,12 @@ def far_logits(
 
 @triton.jit
 def _attend_kernel(
-    p_query, p_key, p_value, p_death, p_time, p_table, p_position, p_angles, p_output, p_lse,
+    p_query, p_key, p_value, p_death, p_time, p_table, p_position, p_sizes, p_angles, p_output, p_lse,
     output_b, output_t, output_h, length, blocks, plane, reach, cap, scale,
     H_KV: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, WINDOW: tl.constexpr,
     KEPT: tl.constexpr, WIDTH_K: tl.constexpr, D_V: tl.constexpr, WIDTH_V: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, FAR: tl.constexpr, WITH_OUTPUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SINKS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Attend with one head for queries of one block.
 
@@ -76,8 +76,10 @@ def _attend_kernel(
     best = tl.full((QUERIES,), -1e30, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     acc = tl.zeros((QUERIES, WIDTH_V), tl.float32)
-    for start in range(0, KEPT + WINDOW - 1 + BLOCK, KEYS):
-        c = listed(p_table, start + tl.arange(0, KEYS), t0, SLOTS, WINDOW, KEPT, BLOCK)
+    window = window_of(p_sizes, h, WINDOW, RAGGED)
+    kept = kept_of(p_sizes, h, SINKS, KEPT, RAGGED)
+    for start in range(0, kept + window - 1 + BLOCK, KEYS):
+        c = listed(p_table, start + tl.arange(0, KEYS), t0, window, kept, SLOTS, KEPT, BLOCK)
         m_c = (c >= 0) & (c < count)
         death = tl.load(p_death + c, mask=m_c, other=-1)
         b_k = tl.load(p_key + c[:, None] * WIDTH_K + i_k[None, :], mask=m_c[:, None], other=0.0)
@@ -163,14 +165,15 @@ def attend(
     for far, cap in far_launches(found, table.shape[3]):
         launch(
             (found.call, far, with_output), _attend_kernel, (query_programs(found, tile), kv_heads, batch),
-            found.query, found.key, found.value, death, found.time, table, found.position, found.angles,
+            found.query, found.key, found.value, death, found.time, table, found.position, found.sizes, found.angles,
             lse if output is None else output, lse, *((0, 0, 0) if output is None else output.stride()[:3]), length,
             found.blocks, found.angles.stride(0), found.reach, cap, found.spec.scale,
             constants=lambda: {
                 "H_KV": kv_heads, "GROUP": group, "SLOTS": config.num_slots, "WINDOW": config.window,
                 "KEPT": table.shape[3], "WIDTH_K": width_k, "D_V": d_v, "WIDTH_V": found.value.shape[3],
                 "R": found.angles.shape[2], "BLOCK": BLOCK, "FAR": far, "WITH_OUTPUT": with_output,
-                "PRECISION": found.precision, **tile, "num_stages": 1 if far else tile["num_stages"],
+                "PRECISION": found.precision, "SINKS": config.sinks, "RAGGED": found.ragged, **tile,
+                "num_stages": 1 if far else tile["num_stages"],
             },
         )  # fmt: skip
     return output, lse

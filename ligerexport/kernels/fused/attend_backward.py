@@ -16,7 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ligerexport.kernels.fused.attend import far_launches, far_logits, listed, query_programs
-from ligerexport.kernels.fused.candidates import BLOCK, Candidates, angles, channels, turn
+from ligerexport.kernels.fused.candidates import (
+    BLOCK,
+    Candidates,
+    angles,
+    channels,
+    kept_of,
+    turn,
+    window_of,
+)
 from ligerexport.kernels.fused.launch import launch, layout, same
 from ligerexport.kernels.fused.numbers import LOG2E
 
@@ -39,12 +47,12 @@ def _store_turned_back(
 
 @triton.jit
 def _query_kernel(
-    p_query, p_key, p_value, p_death, p_time, p_table, p_position, p_angles, p_output, p_gradient, p_lse, p_delta,
-    p_query_gradient, gradient_b, gradient_t, gradient_h, length, blocks, plane, reach, cap, scale,
+    p_query, p_key, p_value, p_death, p_time, p_table, p_position, p_sizes, p_angles, p_output, p_gradient, p_lse,
+    p_delta, p_query_gradient, gradient_b, gradient_t, gradient_h, length, blocks, plane, reach, cap, scale,
     H_KV: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, WINDOW: tl.constexpr,
     KEPT: tl.constexpr, D_K: tl.constexpr, WIDTH_K: tl.constexpr, D_V: tl.constexpr, WIDTH_V: tl.constexpr,
     R: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, FAR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SINKS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient of queries of one block for one head, and output times gradient for the keys."""
     part, head = tl.program_id(0) // GROUP, tl.program_id(0) % GROUP
@@ -77,8 +85,10 @@ def _query_kernel(
     lse = tl.load(p_lse + lane, mask=m_t, other=0.0)
 
     acc = tl.zeros((QUERIES, WIDTH_K), tl.float32)
-    for start in range(0, KEPT + WINDOW - 1 + BLOCK, KEYS):
-        c = listed(p_table, start + tl.arange(0, KEYS), t0, SLOTS, WINDOW, KEPT, BLOCK)
+    window = window_of(p_sizes, h, WINDOW, RAGGED)
+    kept = kept_of(p_sizes, h, SINKS, KEPT, RAGGED)
+    for start in range(0, kept + window - 1 + BLOCK, KEYS):
+        c = listed(p_table, start + tl.arange(0, KEYS), t0, window, kept, SLOTS, KEPT, BLOCK)
         m_c = (c >= 0) & (c < count)
         death = tl.load(p_death + c, mask=m_c, other=-1)
         b_k = tl.load(p_key + c[:, None] * WIDTH_K + i_k[None, :], mask=m_c[:, None], other=0.0)
@@ -255,7 +265,9 @@ def _near_kernel(
                 b_dv += tl.load(p_part_v + row * WIDTH_V + i_v[None, :], mask=(place >= 0)[:, None], other=0.0)
     b_k = tl.load(p_key + lane[:, None] * WIDTH_K + i_k[None, :], mask=m_c[:, None], other=0.0)
     b_v = tl.load(p_value + lane[:, None] * WIDTH_V + i_v[None, :], mask=m_c[:, None], other=0.0)
-    for step in range(0, (tl.minimum(block + back + 1, blocks) - block) * tiles * GROUP):
+    last = tl.minimum(block + back + 1, blocks)
+    last = tl.minimum(last, (tl.max(death) - 1) // BLOCK + 1)  # no query sees a key after its death
+    for step in range(0, (last - block) * tiles * GROUP):
         t0 = block * BLOCK + step // GROUP * QUERIES
         b_dk, b_dv = _gather(
             b_k, b_v, token, death, b_dk, b_dv, t0, step % GROUP, b, bh, p_query, p_gradient, p_lse,
@@ -312,10 +324,11 @@ def attend_backward(
     for far, cap in far_launches(found, config.kept):
         launch(
             (call, far), _query_kernel, (query_programs(found, tile["query"]), kv_heads, batch),
-            found.query, found.key, found.value, death, found.time, table, found.position, found.angles, output,
-            gradient, lse, delta, grad_q, *gradient.stride()[:3], length, blocks, *turns, cap, spec.scale,
+            found.query, found.key, found.value, death, found.time, table, found.position, found.sizes, found.angles,
+            output, gradient, lse, delta, grad_q, *gradient.stride()[:3], length, blocks, *turns, cap, spec.scale,
             constants=lambda: {
-                "WINDOW": config.window, "KEPT": config.kept, "D_K": spec.d_k, "FAR": far, **shape, **tile["query"],
+                "WINDOW": config.window, "KEPT": config.kept, "D_K": spec.d_k, "FAR": far, "SINKS": config.sinks,
+                "RAGGED": found.ragged, **shape, **tile["query"],
             },
         )  # fmt: skip
 

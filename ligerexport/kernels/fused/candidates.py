@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -46,6 +47,7 @@ class Candidates:
         score: `[B, H_kv, P, C]`; attention received in this call is not in it yet.
         source: `[B, H_kv, N]` int32, the slot of the state from which a carried candidate came.
         position: `[B]` int64.
+        sizes: `[H_kv, 2]` int32, window and scored slots of each head; unused if all heads have those of the layer.
         angles: `[2, rows, R]`, cosine and sine from offset `-reach` to at least 0.
         reach: Largest offset in `angles`.
     """
@@ -60,6 +62,7 @@ class Candidates:
     score: Tensor
     source: Tensor
     position: Tensor
+    sizes: Tensor
     angles: Tensor
     reach: int
 
@@ -77,6 +80,11 @@ class Candidates:
     def blocks(self) -> int:
         """Blocks of queries."""
         return triton.cdiv(self.length, BLOCK)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads have sizes of their own."""
+        return bool(self.spec.sizes)
 
     @property
     def precision(self) -> str:
@@ -126,21 +134,48 @@ def _load_turned(p_row, m_row, cos, sin, ROWS: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _leave(time, position, WINDOW: tl.constexpr, SINKS: tl.constexpr):
+def window_of(p_sizes, h, WINDOW: tl.constexpr, RAGGED: tl.constexpr):
+    """Return the window of a head."""
+    if RAGGED:
+        return tl.load(p_sizes + 2 * h)
+    else:
+        return WINDOW
+
+
+@triton.jit
+def pool_of(p_sizes, h, SIZE: tl.constexpr, RAGGED: tl.constexpr):
+    """Return the scored slots of a head in its only pool."""
+    if RAGGED:
+        return tl.load(p_sizes + 2 * h + 1)
+    else:
+        return SIZE
+
+
+@triton.jit
+def kept_of(p_sizes, h, SINKS: tl.constexpr, KEPT: tl.constexpr, RAGGED: tl.constexpr):
+    """Return the sinks and scored slots of a head."""
+    if RAGGED:
+        return SINKS + tl.load(p_sizes + 2 * h + 1)
+    else:
+        return KEPT
+
+
+@triton.jit
+def _leave(time, position, window, SINKS: tl.constexpr):
     """Return when candidates leave the window."""
     sink = time + position < SINKS
-    return tl.where(time == EMPTY, EMPTY, tl.where(sink, NEVER, time + WINDOW)).to(tl.int32)
+    return tl.where(time == EMPTY, EMPTY, tl.where(sink, NEVER, time + window)).to(tl.int32)
 
 
 @triton.jit
 def _tokens_kernel(
-    p_query, p_key, p_value, p_arrival, p_position, p_angles,
+    p_query, p_key, p_value, p_arrival, p_position, p_sizes, p_angles,
     p_turned_query, p_turned_key, p_copied_value, p_time, p_leave, p_score,
     query_b, query_t, query_h, key_b, key_t, key_h, value_b, value_t, value_h, arrival_b, arrival_t, arrival_h,
     length, plane, reach,
     H_KV: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     POOLS: tl.constexpr, ARRIVAL_POOL: tl.constexpr, D_K: tl.constexpr, WIDTH_K: tl.constexpr, D_V: tl.constexpr,
-    WIDTH_V: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH_V: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Rotate queries and keys of `ROWS` new tokens for one KV head's group, and copy their values and scores.
 
@@ -169,7 +204,7 @@ def _tokens_kernel(
     position = tl.load(p_position + b)
     time = tl.where(t + position >= 0, t, EMPTY)
     tl.store(p_time + lane, time, mask=m_t)
-    tl.store(p_leave + lane, _leave(time, position, WINDOW, SINKS), mask=m_t)
+    tl.store(p_leave + lane, _leave(time, position, window_of(p_sizes, h, WINDOW, RAGGED), SINKS), mask=m_t)
     if ARRIVAL_POOL >= 0:
         b_score = tl.load(p_arrival + b * arrival_b + t * arrival_t + h * arrival_h, mask=m_t, other=0.0)
         row = (bh * POOLS + ARRIVAL_POOL) * (SLOTS + length) + SLOTS + t
@@ -178,31 +213,33 @@ def _tokens_kernel(
 
 @triton.jit
 def _slots_kernel(
-    p_slot_key, p_slot_value, p_slot_position, p_slot_score, p_position, p_angles,
+    p_slot_key, p_slot_value, p_slot_position, p_slot_score, p_position, p_sizes, p_angles,
     p_turned_key, p_copied_value, p_time, p_leave, p_score, p_source,
     count, plane, reach, cap,
-    H_KV: tl.constexpr, SLOTS: tl.constexpr, SLOTS_PADDED: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    H_KV: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     POOLS: tl.constexpr, D_K: tl.constexpr, WIDTH_K: tl.constexpr, D_V: tl.constexpr, WIDTH_V: tl.constexpr,
-    R: tl.constexpr, ROWS: tl.constexpr,
+    R: tl.constexpr, ROWS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Put carried slots in the order of their positions, empty ones first, and rotate their keys."""
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    other = tl.arange(0, SLOTS_PADDED)
     m_n = n < SLOTS
     bh = b * H_KV + h
     b_position = tl.load(p_slot_position + bh * SLOTS + n, mask=m_n, other=0)
-    b_other = tl.load(p_slot_position + bh * SLOTS + other, mask=other < SLOTS, other=0)
-    before = (b_other[None, :] < b_position[:, None]) | (
-        (b_other[None, :] == b_position[:, None]) & (other[None, :] < n[:, None])
-    )
-    place = tl.sum((before & (other < SLOTS)[None, :]).to(tl.int32), axis=1)
+    place = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, SLOTS, COLUMNS):
+        other = start + tl.arange(0, COLUMNS)
+        b_other = tl.load(p_slot_position + bh * SLOTS + other, mask=other < SLOTS, other=0)
+        before = (b_other[None, :] < b_position[:, None]) | (
+            (b_other[None, :] == b_position[:, None]) & (other[None, :] < n[:, None])
+        )
+        place += tl.sum((before & (other < SLOTS)[None, :]).to(tl.int32), axis=1)
 
     position = tl.load(p_position + b)
     time = tl.where(b_position < 0, EMPTY, tl.maximum(b_position - position, EMPTY + 1)).to(tl.int32)
     lane = bh * count + place
     tl.store(p_time + lane, time, mask=m_n)
-    tl.store(p_leave + lane, _leave(time, position, WINDOW, SINKS), mask=m_n)
+    tl.store(p_leave + lane, _leave(time, position, window_of(p_sizes, h, WINDOW, RAGGED), SINKS), mask=m_n)
     tl.store(p_source + bh * SLOTS + place, n, mask=m_n)
     for pool in tl.static_range(POOLS):
         b_score = tl.load(p_slot_score + (bh * POOLS + pool) * SLOTS + n, mask=m_n, other=0.0)
@@ -251,6 +288,7 @@ def gather_candidates(
         score=torch.empty(batch, kv_heads, pools, slots + length, dtype=torch.float32, device=query.device),
         source=torch.empty(batch, kv_heads, slots, dtype=torch.int32, device=query.device),
         position=position,
+        sizes=sizes_on(spec.sizes, query.device) if spec.sizes else position,
         angles=table,
         reach=reach,
     )
@@ -260,13 +298,13 @@ def gather_candidates(
     ]
     constants = {
         "H_KV": kv_heads, "SLOTS": slots, "WINDOW": config.window, "SINKS": config.sinks, "POOLS": pools, "D_K": d_k,
-        "WIDTH_K": width_k, "D_V": d_v, "WIDTH_V": width_v, "R": table.shape[2],
+        "WIDTH_K": width_k, "D_V": d_v, "WIDTH_V": width_v, "R": table.shape[2], "RAGGED": found.ragged,
     }  # fmt: skip
     rows = 32 if max(width_k, width_v) <= 128 else 16
     launch(
         call, _tokens_kernel, (triton.cdiv(length, rows), kv_heads, batch),
-        query, key, value, position if arrival is None else arrival, position, table, found.query, found.key,
-        found.value, found.time, found.leave, found.score, *strides, length, table.stride(0), reach,
+        query, key, value, position if arrival is None else arrival, position, found.sizes, table, found.query,
+        found.key, found.value, found.time, found.leave, found.score, *strides, length, table.stride(0), reach,
         constants=lambda: constants | {
             "GROUP": q_heads // kv_heads, "ARRIVAL_POOL": arrives, "ROWS": rows, "num_warps": 4,
         },
@@ -274,11 +312,19 @@ def gather_candidates(
     launch(
         call, _slots_kernel, (triton.cdiv(slots, 16), kv_heads, batch),
         state["slot_key"], state["slot_value"], state["slot_position"], state.get("slot_score", found.score), position,
-        table, found.key, found.value, found.time, found.leave, found.score, found.source, found.count,
+        found.sizes, table, found.key, found.value, found.time, found.leave, found.score, found.source, found.count,
         table.stride(0), reach, spec.max_distance,
-        constants=lambda: constants | {"SLOTS_PADDED": triton.next_power_of_2(slots), "ROWS": 16, "num_warps": 4},
+        constants=lambda: constants | {
+            "COLUMNS": min(512, triton.next_power_of_2(slots)), "ROWS": 16, "num_warps": 4,
+        },
     )  # fmt: skip
     return found
+
+
+@lru_cache(maxsize=256)
+def sizes_on(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Return the sizes of heads as a tensor."""
+    return torch.tensor(sizes, dtype=torch.int32, device=device)
 
 
 def _reach(rotary: Tensor, cap: int, length: int) -> tuple[Tensor, int]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ligerexport.kernels.fused.candidates import BLOCK, EMPTY, NEVER, Candidates
+from ligerexport.kernels.fused.candidates import BLOCK, EMPTY, NEVER, Candidates, pool_of, window_of
 from ligerexport.kernels.fused.launch import launch
 from ligerexport.kernels.fused.numbers import FAINTEST
 from ligerexport.model.state import SLOTS, MixerState
@@ -43,9 +43,9 @@ def _order(score, time, item, enters, HORIZON: tl.constexpr):
 
 @triton.jit
 def _enter_kernel(
-    p_time, p_leave, p_score, p_position, p_death, p_key, p_sorted, count, events, blocks,
+    p_time, p_leave, p_score, p_position, p_sizes, p_death, p_key, p_sorted, count, events, blocks,
     H_KV: tl.constexpr, SINKS: tl.constexpr, POOLS: tl.constexpr, HORIZON: tl.constexpr, LISTED: tl.constexpr,
-    EVENTS: tl.constexpr,
+    EVENTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Enter every token that leaves the window within the call into the first pool."""
     block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -56,6 +56,8 @@ def _enter_kernel(
     score = tl.load(p_score + bh * POOLS * count + c, mask=c < count, other=0.0)
     position = time + tl.load(p_position + b)
     enters = (c < events) & (time != EMPTY) & (position >= SINKS)
+    if RAGGED:  # a head without slots drops a token that leaves at once
+        enters &= (c < count - window_of(p_sizes, h, 0, True)) & (pool_of(p_sizes, h, 0, True) > 0)
     tl.store(p_death + bh * count + c, tl.where(enters, NEVER, leave), mask=c < count)
     key = _order(score, time, c, enters, HORIZON)
     tl.store(p_key + bh * events + c, key, mask=c < events)
@@ -95,7 +97,7 @@ def _leaders_kernel(p_sorted, p_leaders, blocks, LISTED: tl.constexpr, PLACES: t
 
 
 @triton.jit
-def _least(item, better_before, since, held, key, e, SIZE: tl.constexpr):
+def _least(item, better_before, since, held, key, e, size):
     """Return the least of the items that are in the pool just before each event of a block.
 
     Args:
@@ -105,37 +107,37 @@ def _least(item, better_before, since, held, key, e, SIZE: tl.constexpr):
         held: `[ROWS]`, whether the item exists.
         key: `[EVENTS]`, the items of the events.
         e: `[EVENTS]`, the numbers of the events.
-        SIZE: Slots of the pool.
+        size: Slots of the pool.
     """
     better = (key[None, :] > item[:, None]).to(tl.int32)
     better_so_far = better_before[:, None] + tl.cumsum(better, axis=1) - better
-    kept = held[:, None] & (since[:, None] < e[None, :]) & (better_so_far < SIZE)
+    kept = held[:, None] & (since[:, None] < e[None, :]) & (better_so_far < size)
     return tl.min(tl.where(kept, item[:, None], NEVER_DROPPED), axis=0)
 
 
 @triton.jit
 def _drop_kernel(
-    p_key, p_leaders, p_next_key, p_next_sorted, p_score, p_time, p_leave, p_death, count, events, blocks,
+    p_key, p_leaders, p_next_key, p_next_sorted, p_score, p_time, p_leave, p_death, p_sizes, count, events, blocks,
     H_KV: tl.constexpr, POOLS: tl.constexpr, NEXT: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr,
-    HORIZON: tl.constexpr, LISTED: tl.constexpr, EVENTS: tl.constexpr, ROWS: tl.constexpr,
+    HORIZON: tl.constexpr, LISTED: tl.constexpr, EVENTS: tl.constexpr, ROWS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Find the item that a pool drops at each event of a block; pass it to pool `NEXT`, or evict it after the last."""
     block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    bh = b * H_KV + h
+    bh, size = b * H_KV + h, pool_of(p_sizes, h, SIZE, RAGGED)
     e = tl.arange(0, EVENTS)
     s = block * EVENTS + e
     key = tl.load(p_key + bh * events + s, mask=s < events, other=NOTHING)
     p_leaders += (bh * blocks + block) * PLACES
-    threshold = tl.load(p_leaders + SIZE - 1)
+    threshold = tl.load(p_leaders + tl.maximum(size, 1) - 1)
     least = tl.zeros((EVENTS,), tl.int64) + threshold
     if tl.max((key > threshold).to(tl.int32)) > 0:
         least = tl.full((EVENTS,), NEVER_DROPPED, tl.int64)
-        for start in range(0, SIZE, ROWS):
+        for start in range(0, size, ROWS):
             place = start + tl.arange(0, ROWS)
-            item = tl.load(p_leaders + place, mask=place < SIZE, other=NOTHING)
-            least = tl.minimum(least, _least(item, place, place * 0 - 1, place < SIZE, key, e, SIZE))
+            item = tl.load(p_leaders + place, mask=place < size, other=NOTHING)
+            least = tl.minimum(least, _least(item, place, place * 0 - 1, place < size, key, e, size))
         i = tl.arange(0, PLACES)
-        leaders = tl.load(p_leaders + i, mask=i < SIZE, other=NOTHING)
+        leaders = tl.load(p_leaders + i, mask=i < size, other=NOTHING)
         for start in range(0, EVENTS, ROWS):
             since = start + tl.arange(0, ROWS)
             m_item = block * EVENTS + since < events
@@ -143,7 +145,7 @@ def _drop_kernel(
             enters = item > threshold
             if tl.max(enters.to(tl.int32)) > 0:  # few do
                 better_before = tl.sum((leaders[None, :] > item[:, None]).to(tl.int32), axis=1)
-                least = tl.minimum(least, _least(item, better_before, since, enters, key, e, SIZE))
+                least = tl.minimum(least, _least(item, better_before, since, enters, key, e, size))
 
     # An event without an item drops nothing, and neither does a pool with an empty slot.
     dropped = tl.minimum(key, least)
@@ -162,9 +164,9 @@ def _drop_kernel(
 
 @triton.jit
 def _table_kernel(
-    p_death, p_table, p_position, count, length, blocks,
+    p_death, p_table, p_position, p_sizes, count, length, blocks,
     H_KV: tl.constexpr, SLOTS: tl.constexpr, SINKS: tl.constexpr, ONLY_SINKS: tl.constexpr, WINDOW: tl.constexpr,
-    KEPT: tl.constexpr, KEPT_PADDED: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    KEPT: tl.constexpr, KEPT_PADDED: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """List the candidates older than the first window of each block that its first query sees, -1 after the last.
 
@@ -172,7 +174,7 @@ def _table_kernel(
     """
     block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     t = tl.where(block < blocks, block * BLOCK, length - 1)
-    old = SLOTS + t - WINDOW + 1
+    old = SLOTS + t - window_of(p_sizes, bh % H_KV, WINDOW, RAGGED) + 1
     if ONLY_SINKS:
         old = tl.minimum(old, SLOTS + tl.maximum(SINKS - tl.load(p_position + bh // H_KV), 0).to(tl.int32))
     p_row = p_table + (bh * (blocks + 1) + block) * KEPT
@@ -189,24 +191,26 @@ def _table_kernel(
 
 @triton.jit
 def _present_kernel(
-    p_key, p_value, p_slot_key, p_slot_value, p_time, p_source, p_score, p_table, p_position,
+    p_key, p_value, p_slot_key, p_slot_value, p_time, p_source, p_score, p_table, p_position, p_sizes,
     p_new_key, p_new_value, p_new_position, p_new_score,
     key_b, key_t, key_h, value_b, value_t, value_h, length, blocks,
     H_KV: tl.constexpr, SLOTS: tl.constexpr, KEPT: tl.constexpr, KEPT_PADDED: tl.constexpr, POOLS: tl.constexpr,
     D_K: tl.constexpr, WIDTH_K: tl.constexpr, D_V: tl.constexpr, WIDTH_V: tl.constexpr, ROWS: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Write the slots after the last token: those in the table's last row, aligned to the right, then the window."""
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     bh = b * H_KV + h
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_n = n < SLOTS
+    near = SLOTS - window_of(p_sizes, h, SLOTS - KEPT, RAGGED)
     c = tl.where(m_n, length + n, -1)
     if KEPT > 0:
         p_row = p_table + (bh * (blocks + 1) + blocks) * KEPT
         i = tl.arange(0, KEPT_PADDED)
         filled = tl.sum((tl.load(p_row + i, mask=i < KEPT, other=-1) >= 0).to(tl.int32))
-        j = n - (KEPT - filled)
-        c = tl.where(n < KEPT, tl.load(p_row + j, mask=(n < KEPT) & (j >= 0), other=-1), c)
+        j = n - (near - filled)
+        c = tl.where(n < near, tl.load(p_row + j, mask=(n < near) & (j >= 0), other=-1), c)
     count = SLOTS + length
     time = tl.load(p_time + bh * count + c, mask=c >= 0, other=EMPTY)
     full = time != EMPTY
@@ -239,7 +243,7 @@ def deaths(found: Candidates) -> Tensor:
     if not pools:
         return found.leave
     batch, kv_heads, count = found.time.shape
-    events = found.length + found.spec.config.kept
+    events = count - min((window for window, _ in found.spec.sizes), default=found.spec.config.window)
     blocks = triton.cdiv(events, EVENTS)
     death = torch.empty_like(found.time, memory_format=torch.contiguous_format)
     places = [max(2, triton.next_power_of_2(pool.size)) for pool in pools]
@@ -250,10 +254,10 @@ def deaths(found: Candidates) -> Tensor:
 
     key = torch.empty(batch, kv_heads, events, dtype=torch.int64, device=death.device)
     best = lists(listed[0])
-    common = {"H_KV": kv_heads, "POOLS": len(pools), "EVENTS": EVENTS, "num_warps": 4}
+    common = {"H_KV": kv_heads, "POOLS": len(pools), "EVENTS": EVENTS, "RAGGED": found.ragged, "num_warps": 4}
     launch(
         found.call, _enter_kernel, (triton.cdiv(count, EVENTS), kv_heads, batch),
-        found.time, found.leave, found.score, found.position, death, key, best, count, events, blocks,
+        found.time, found.leave, found.score, found.position, found.sizes, death, key, best, count, events, blocks,
         constants=lambda: common | {
             "SINKS": found.spec.config.sinks, "HORIZON": pools[0].horizon, "LISTED": listed[0],
         },
@@ -271,7 +275,8 @@ def deaths(found: Candidates) -> Tensor:
         next_key, next_best = (key, best) if last else (torch.empty_like(key), lists(listed[after]))
         launch(
             (found.call, i), _drop_kernel, (blocks, kv_heads, batch),
-            key, leaders, next_key, next_best, found.score, found.time, found.leave, death, count, events, blocks,
+            key, leaders, next_key, next_best, found.score, found.time, found.leave, death, found.sizes, count, events,
+            blocks,
             constants=lambda: common | {
                 "SIZE": pool.size, "PLACES": places[i], "NEXT": i + 1, "HORIZON": pools[after].horizon,
                 "LISTED": listed[after], "ROWS": 16,
@@ -302,11 +307,11 @@ def old_table(found: Candidates, death: Tensor, only_sinks: bool = False) -> Ten
     if kept:
         launch(
             (found.call, only_sinks), _table_kernel, (found.blocks + 1, batch * kv_heads, 1),
-            death, table, found.position, count, found.length, found.blocks,
+            death, table, found.position, found.sizes, count, found.length, found.blocks,
             constants=lambda: {
                 "H_KV": kv_heads, "SLOTS": config.num_slots, "SINKS": config.sinks, "ONLY_SINKS": only_sinks,
                 "WINDOW": config.window, "KEPT": kept, "KEPT_PADDED": triton.next_power_of_2(kept), "BLOCK": BLOCK,
-                "COLUMNS": 1024, "num_warps": 4,
+                "COLUMNS": 1024, "RAGGED": found.ragged, "num_warps": 4,
             },
         )  # fmt: skip
     return table
@@ -322,12 +327,13 @@ def present_slots(found: Candidates, table: Tensor, key: Tensor, value: Tensor, 
     launch(
         found.call, _present_kernel, (triton.cdiv(config.num_slots, 16), kv_heads, batch),
         key, value, state["slot_key"], state["slot_value"], found.time, found.source, found.score, table,
-        found.position, present["slot_key"], present["slot_value"], present["slot_position"],
+        found.position, found.sizes, present["slot_key"], present["slot_value"], present["slot_position"],
         present.get("slot_score", found.score), *key.stride()[:3], *value.stride()[:3], length, found.blocks,
         constants=lambda: {
             "H_KV": kv_heads, "SLOTS": config.num_slots, "KEPT": config.kept,
             "KEPT_PADDED": triton.next_power_of_2(max(config.kept, 1)), "POOLS": len(config.slots), "D_K": d_k,
-            "WIDTH_K": found.key.shape[3], "D_V": d_v, "WIDTH_V": found.value.shape[3], "ROWS": 16, "num_warps": 4,
+            "WIDTH_K": found.key.shape[3], "D_V": d_v, "WIDTH_V": found.value.shape[3], "ROWS": 16,
+            "RAGGED": found.ragged, "num_warps": 4,
         },
     )  # fmt: skip
     return present
