@@ -43,7 +43,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    result = {"command": "python " + " ".join(sys.argv), "presets": {preset: count(preset) for preset in PRESETS}}
+    result = {
+        "command": "python " + " ".join(sys.argv),
+        "presets": {preset: count(preset) for preset in PRESETS if not PRESETS[preset].config.ragged},
+    }
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 

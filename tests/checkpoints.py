@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from ligerexport.checkpoint.convert import converted_config
 from ligerexport.checkpoint.fitted import is_fitted
 from ligerexport.layers.mixer import model_classes
-from ligerexport.model.config import LigerConfig
+from ligerexport.model.config import PRESETS, LigerConfig
 from ligerexport.model.families import get_family
 
 SIZES: dict[str, Any] = {
@@ -34,6 +34,9 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layer_interval": 2},
 }  # fmt: skip
 """Settings that some families need in addition to `SIZES`."""
+
+BUILT = [name for name, preset in PRESETS.items() if not preset.config.ragged]
+"""Presets that targets can build."""
 
 MEMORY = LigerConfig(
     window=12, sinks=2, slots=(("recent_use", 3), ("peak_effect", 4), ("novelty", 5)),

@@ -10,7 +10,7 @@ import json
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -48,8 +48,7 @@ class Operator:
 
 def spec_fields(spec: MixerSpec | LinearSpec) -> dict[str, Any]:
     """Return the fields of a layer or a product as plain data."""
-    given = {x.name: getattr(spec, x.name) for x in fields(spec) if x.init}
-    return given | ({"config": spec.config.to_dict()} if isinstance(spec, MixerSpec) else {})
+    return spec.to_dict() if isinstance(spec, MixerSpec) else asdict(spec)
 
 
 def layer_digest(layer: Mapping[str, Any]) -> str:

@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ligerexport.dtypes import DTYPES
 from ligerexport.errors import UsageError
@@ -173,15 +173,22 @@ class MixerSpec:
                 f"a layer has sizes for {words} KV heads: '{self.config.heads[0]:.60}'", hint=f"give {self.kv_heads}"
             )
         # written once, so that a compiler that traces the model reads a constant
-        object.__setattr__(self, "text", json.dumps({**vars(self), "config": self.config.to_dict()}))
+        object.__setattr__(self, "text", json.dumps(self.to_dict()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, without `sizes` if there are none."""
+        given = {x.name: getattr(self, x.name) for x in fields(self) if x.init}
+        if not self.sizes:
+            del given["sizes"]
+        return given | {"config": self.config.to_dict()}
 
     @classmethod
     @lru_cache(maxsize=256)
     def from_text(cls, text: str) -> MixerSpec:
         """Read `text`."""
-        fields = json.loads(text)
-        sizes = tuple((window, slots) for window, slots in fields["sizes"])
-        return cls(**fields | {"config": LigerConfig.from_dict(fields["config"]), "sizes": sizes})
+        data = json.loads(text)
+        sizes = tuple((window, slots) for window, slots in data.get("sizes", ()))
+        return cls(**data | {"config": LigerConfig.from_dict(data["config"]), "sizes": sizes})
 
     @property
     def pools(self) -> tuple[Pool, ...]:
