@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from checkpoints import MEMORY, make_checkpoint
+from checkpoints import BUILT, MEMORY, make_checkpoint
 from typer.testing import CliRunner
 
 import ligerexport as lx

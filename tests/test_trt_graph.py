@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from checkpoints import FORESIGHT, MEMORY, make_checkpoint
+from checkpoints import BUILT, FORESIGHT, MEMORY, make_checkpoint
 
 from ligerexport.artifact.artifact import Artifact, Source
 from ligerexport.checkpoint.convert import load_model
