@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from checkpoints import FORESIGHT, MEMORY, make_checkpoint
+from checkpoints import BUILT, FORESIGHT, MEMORY, make_checkpoint
 from torch import Tensor
 
 import ligerexport as lx
@@ -336,7 +336,7 @@ def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str, changes: d
         assert consumers[0].name in seen, value.name
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", BUILT)
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
     """Every layer has the same number of nodes, no loop, and nothing that the preset does not use."""
