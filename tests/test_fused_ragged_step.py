@@ -39,7 +39,7 @@ def make_spec(config: LigerConfig, heads: tuple[int, int] = (6, 3), d_k: int = 2
 
 
 def make_inputs(spec: MixerSpec, batch: int, length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Return query, key, value `[B, T, H, d]` in fp32, rounded to `dtype`, and scores `[B, T, H_kv]`, some of them equal."""
+    """Return query, key, value `[B, T, H, d]` in fp32, rounded to `dtype`, and scores `[B, T, H_kv]` with ties."""
     widths = ((spec.q_heads, spec.d_k), (spec.kv_heads, spec.d_k), (spec.kv_heads, spec.d_v))
     heads = [(torch.randn(batch, length, h, d) * 2).to(dtype).float() for h, d in widths]
     return [*heads, torch.randint(-8, 8, (batch, length, spec.kv_heads)).float()]
@@ -118,8 +118,24 @@ def check(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_steps_equal_plain_torch(name: str) -> None:
     """While some heads have empty slots and others must give up tokens, and beyond the rotary cap on a GPU."""
-    spec, position = make_spec(CONFIGS[name]), torch.tensor([0])
-    check(spec, prefilled(spec, position, 10), position + 10, 400 if GPU else 8, torch.float32, block=16)
+    spec, position, steps = make_spec(CONFIGS[name]), torch.tensor([12]), 400 if GPU else 6
+    check(spec, prefilled(spec, position - 12, 12), position, steps, torch.float32, block=16)
+
+
+def test_prompts_go_on_from_the_slots_of_steps() -> None:
+    spec, position = make_spec(CONFIGS["int8"]), torch.tensor([30])
+    *heads, score = make_inputs(spec, 1, 25)
+    state = prefilled(spec, position - 30, 30)
+    expected, expected_state = liger_mixer(*heads, position, state, spec, make_rotary(spec), score)
+    state = to_device(state, spec)
+    heads, score, rotary = [x.to(DEVICE) for x in heads], score.to(DEVICE), make_rotary(spec).to(DEVICE)
+    for t in range(3):
+        step = tuple(x[:, t] for x in heads)
+        ragged_step(step, position.to(DEVICE) + t, state, spec, rotary, block=16, score=score[:, t])
+    rest = [x[:, 3:] for x in (*heads, score)]
+    found, state = liger_mixer(*rest[:3], position.to(DEVICE) + 3, state, spec, rotary, rest[3])
+    assert error(found, expected[:, 3:]) <= FUSED_FP32
+    assert_same(state, expected_state, spec)
 
 
 def test_rows_of_the_pools() -> None:
@@ -196,7 +212,7 @@ def test_the_operator_takes_ragged_slots() -> None:
         torch.ops.ligerexport.mixer_step.default, (q, k, v, position, *tensors, rotary, None, score, spec.text)
     )
     for change in ({"slots": (("novelty", 5),)}, {"recurrence_weight": 0.1}, {"slots": (("use", 5),)}):
-        other: Any = replace(spec, config=replace(spec.config, **change))
+        other: Any = replace(spec, config=replace(CONFIGS["equal heads"], **change))
         assert not other.splits
         with pytest.raises(ValueError, match="no fused step"):
             mixer_step(q, k, v, position, state, other, rotary, score=score)
@@ -207,7 +223,7 @@ def test_a_model_steps_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     steps = []
     monkeypatch.setattr(mixer, "fused", lambda x: True)
     monkeypatch.setattr(mixer, "mixer_step", lambda *args, **more: steps.append(1) or mixer_step(*args, **more))
-    config = replace(SOFTMAX, heads=("6+9 20", "20 3", "3 12+8"), state_dtype="int8")
+    config = replace(SOFTMAX, heads=("6+9 20", "20 3", "3 12+8"))
     model = load_model(make_checkpoint(tmp_path / "model", config), torch.float32).to(DEVICE)
     ids = torch.randint(131, (2, 60), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     with torch.no_grad():

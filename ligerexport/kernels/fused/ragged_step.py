@@ -62,7 +62,9 @@ def _plan(text: str, block: int, device: torch.device) -> _Plan:
     spec = MixerSpec.from_text(text)
     pools = [sum(count for _, count in head.config.slots) for head in spec.heads]
     ends = list(accumulate(spec.slots_per_head))
-    tiles, heads, scored = [], [], 0
+    tiles: list[tuple[int, ...]] = []
+    heads: list[tuple[int, ...]] = []
+    scored = 0
     for head, (slots, end, pool) in enumerate(zip(spec.slots_per_head, ends, pools, strict=True)):
         start, first, shift = end - slots, len(tiles), scored - (end - slots)
         for at in range(start, end, block):
@@ -137,8 +139,8 @@ def ragged_step(
         len(plan.tiles), plan.slots, plan.scored,
         constants=lambda: shape | {
             "H": spec.kv_heads, "G_PAD": lanes, "DK_PAD": triton.next_power_of_2(spec.d_k), "DV_PAD": d_v,
-            "T_PAD": triton.next_power_of_2(plan.most), "COLUMNS": columns, "BLOCK_T": max(1, 4096 // (lanes * columns)),
-            "num_warps": 4,
+            "T_PAD": triton.next_power_of_2(plan.most), "COLUMNS": columns,
+            "BLOCK_T": max(1, 4096 // (lanes * columns)), "num_warps": 4,
         },
     )  # fmt: skip
     return out
@@ -332,8 +334,8 @@ def _heads_kernel(
         tl.store(p_slot_key + place * D_K + o_k, k.to(p_slot_key.dtype.element_ty), mask=m_k)
         tl.store(p_slot_position + place, now)
         if p_key_scale is not None:
-            tl.store(p_key_scale + place, key_scale.to(tl.float16))
-            tl.store(p_value_scale + place, value_scale.to(tl.float16))
+            tl.store(p_key_scale + place, key_scale)
+            tl.store(p_value_scale + place, value_scale)
         if p_slot_score is not None:
             place += row * (scored - slots) + shift
             tl.store(p_slot_score + place, tl.load(p_score + b * H + h), mask=pool > 0)
@@ -347,11 +349,11 @@ def _scale(x):
 
 
 @triton.jit
-def _codes(x, scale, KIND: tl.constexpr):
-    """Return a vector as the state keeps it, in fp32: rounded to `KIND`."""
-    if KIND == tl.int8:
+def _codes(x, scale, kind: tl.constexpr):
+    """Return a vector rounded to the type of the state, in fp32."""
+    if kind == tl.int8:
         codes = (tl.div_rn(x, scale) + ROUNDER) - ROUNDER
         return tl.minimum(tl.maximum(codes, -LARGEST_CODE), LARGEST_CODE)
-    if KIND == tl.float16:
+    if kind == tl.float16:
         x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
-    return x.to(KIND).to(tl.float32)
+    return x.to(kind).to(tl.float32)

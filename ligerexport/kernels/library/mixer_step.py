@@ -43,8 +43,8 @@ def mixer_step(
         Output `[B, H_q, d_v]` in the dtype of `query`; zero for a sequence that is skipped or padding.
 
     Raises:
-        ValueError: A pool needs a `score` that is missing, the gate is keyed, or the slots are ragged and the memory has
-            more than one learned score.
+        ValueError: A pool needs a `score` that is missing, or no kernel computes a step of this memory: it has keyed
+            rows or cells, or ragged slots with more than one learned score.
     """
     if spec.config.foresees and score is None:
         raise ValueError("a pool ranks by a learned score, but no score was given")
@@ -72,9 +72,10 @@ def _mixer_step(
     if not fused(query):
         return _plain(heads, position, pools, layer, rotary, index, score)
     if layer.splits:
-        from ligerexport.kernels.fused.ragged_step import ragged_step as kernel
-    else:
-        from ligerexport.kernels.fused.mixer_step import mixer_step as kernel
+        from ligerexport.kernels.fused.ragged_step import ragged_step
+
+        return ragged_step(heads, position, pools, layer, rotary, index, score=score)
+    from ligerexport.kernels.fused.mixer_step import mixer_step as kernel
 
     return kernel(heads, position, pools, layer, rotary, index, score=score)
 
