@@ -35,7 +35,7 @@ NONE = tl.constexpr(2**63 - 1)
 FIELDS = tl.constexpr(8)
 """Numbers in a row of the tables and in what a tile reports."""
 MANY = 1024
-"""Number of tiles of 64 slots from which on larger ones fill a GPU too."""
+"""From this number of tiles of 64 slots on, larger tiles fill a GPU too."""
 
 
 class _Plan(NamedTuple):
@@ -126,8 +126,8 @@ def ragged_step(
         constants=lambda: shape | {
             "DV_PAD": d_v, "R": rotated, "R_PAD": padded(rotated), "BLOCK_R": min(32, padded(rotated)),
             "REST_PAD": padded(spec.d_k - 2 * rotated) if spec.d_k > 2 * rotated else 0, "CAP": spec.max_distance,
-            "TABLE": rotary.shape[1] * rotated, "SINKS": spec.config.sinks, "N": block, "COLUMNS": min(64, d_v),
-            "PRECISION": _precision(query.dtype), "num_warps": _warps(block, spec), "num_stages": 1,
+            "TABLE": rotary.shape[1] * rotated, "SINKS": spec.config.sinks, "G_PAD": padded(group), "N": block,
+            "COLUMNS": min(64, d_v), "PRECISION": _precision(query.dtype), "num_warps": _warps(block, spec),
         },
     )  # fmt: skip
     columns = min(32, d_v) if few else d_v
@@ -162,10 +162,9 @@ def _tiles_kernel(
     p_slot_score, p_tiles, p_sums, p_found, s_query_b, s_query_h, scale2, slots, scored,
     G: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, WIDTH: tl.constexpr, DV_PAD: tl.constexpr, R: tl.constexpr,
     R_PAD: tl.constexpr, BLOCK_R: tl.constexpr, REST_PAD: tl.constexpr, CAP: tl.constexpr, TABLE: tl.constexpr,
-    SINKS: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, G_PAD: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend over one tile of one sequence, without its worst slot."""
-    G_PAD: tl.constexpr = 16  # the smallest number of rows of a matrix product
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     now = tl.load(p_position + b).to(tl.int32)
     row = b
