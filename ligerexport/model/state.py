@@ -231,10 +231,7 @@ class MixerSpec:
 
     @property
     def splits(self) -> bool:
-        """Whether fused kernels can compute a step over ragged slots: they rank by one score that comes with the token.
-
-        There may be no pool, but no recurrence and no judge.
-        """
+        """Whether fused kernels can compute a step over ragged slots: with one learned score or none, no recurrence."""
         c = self.config
         return c.ragged and not c.recurrent and not c.judged and all(pool.on_arrival for pool in self.pools)
 

@@ -44,13 +44,14 @@ def mixer_step(
 
     Raises:
         ValueError: A pool needs a `score` that is missing, or no kernel computes a step of this memory: it has keyed
-            rows or cells, or ragged slots with more than one learned score.
+            rows or cells, or ragged slots with a recurrence or other scores than a learned one.
     """
     if spec.config.foresees and score is None:
         raise ValueError("a pool ranks by a learned score, but no score was given")
     if not spec.config.fuses and not spec.splits:
         raise ValueError(
-            "keyed rows, cells, and ragged slots with more than one learned score have no fused step; use liger_mixer"
+            "keyed rows, cells, and ragged slots with a recurrence or other scores than a learned one have no fused "
+            "step; use liger_mixer"
         )
     pools = {name: state.get(name) for name in CHANGED}
     return _mixer_step(query, key, value, position, **pools, rotary=rotary, index=index, score=score, spec=spec.text)
