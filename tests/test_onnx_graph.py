@@ -22,16 +22,19 @@ from torch import Tensor
 
 import ligerexport as lx
 from ligerexport.checkpoint.convert import load_model
+from ligerexport.dtypes import DTYPES
 from ligerexport.errors import CheckpointError, LigerError
 from ligerexport.exporters.onnx.builder import CONTRIB, Builder, graph_input
+from ligerexport.exporters.onnx.candidates import candidates
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.graph import LOWERINGS, build_graph, state_tensors, write_graph
-from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
+from ligerexport.exporters.onnx.mixer import mixer, rotary_tables
 from ligerexport.exporters.onnx.native import DOMAIN, register
+from ligerexport.exporters.onnx.packed import Heads, slot_positions
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.targets import TARGETS
-from ligerexport.exporters.verify.compare import sort_slots, state_error
+from ligerexport.exporters.verify.compare import by_head, state_error
 from ligerexport.kernels.ops import liger_mixer, rotary_table
 from ligerexport.layers.mixer import LigerCache
 from ligerexport.model.config import PRESETS, LigerConfig
@@ -68,11 +71,13 @@ def mixer_graph(spec: MixerSpec, lowering: str, inv_freq: Tensor = INV_FREQ) -> 
     widths = {"q": spec.q_heads * spec.d_k, "k": spec.kv_heads * spec.d_k, "v": spec.kv_heads * spec.d_v}
     projected = tuple(graph_input(name, "FLOAT", ("BT", width)) for name, width in widths.items())
     score = graph_input("score", "FLOAT", ("BT", spec.kv_heads)) if spec.config.foresees else None
-    types = {t.name: "INT64" if t.dtype == "int64" else "FLOAT" for t in spec.state()}
+    types = {t.name: ir.DataType(DTYPES[t.dtype].onnx).name if t.dtype in DTYPES else "FLOAT" for t in spec.state()}
     past = {t.name: graph_input(f"past.{t.name}", types[t.name], ("B", *t.shape)) for t in spec.state()}
     frame = Frame(g, ids, position)
-    tables = rotary_tables(lower, inv_freq, spec, CHUNK)
-    seen = None if lower.native else candidates(frame, spec, tables.rows, [past["slot_position"]])[0]
+    groups = [group for _, group in spec.groups]
+    tables = rotary_tables(lower, inv_freq, max(groups, key=lambda group: group.config.num_slots), CHUNK)
+    positions = [] if lower.native else slot_positions(Heads(lower, spec), past["slot_position"])
+    seen = [candidates(frame, group, tables.rows, [x])[0] for group, x in zip(groups, positions, strict=False)]
     output, present = mixer(lower, frame, spec, tables, projected, past, seen, score)  # type: ignore[arg-type]
     outputs = [g.output(output, "output", "FLOAT", ("BT", spec.q_heads * spec.d_v))]
     outputs += [g.output(present[t.name], f"present.{t.name}", types[t.name], ("B", *t.shape)) for t in spec.state()]
@@ -131,11 +136,14 @@ def projections(length: int, outliers: bool) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def compare_states(expected: dict[str, Any], found: dict[str, np.ndarray], tolerance: float) -> None:
-    ours, theirs = (sort_slots({k: np.asarray(v) for k, v in state.items()}) for state in (expected, found))
-    np.testing.assert_array_equal(ours["slot_position"], theirs["slot_position"])
-    for name, tensor in ours.items():
-        assert state_error(tensor, theirs[name]) < tolerance, name
+def compare_states(
+    expected: dict[str, Any], found: dict[str, np.ndarray], tolerance: float, mixer: MixerSpec
+) -> None:
+    sides = (by_head({k: np.asarray(v) for k, v in state.items()}, mixer) for state in (expected, found))
+    for (head, ours), (_, theirs) in zip(*sides, strict=True):
+        np.testing.assert_array_equal(ours["slot_position"], theirs["slot_position"])
+        for name, tensor in ours.items():
+            assert state_error(tensor, theirs[name]) < tolerance, name + head
 
 
 @pytest.mark.parametrize("outliers", [False, True], ids=["plain", "outliers"])
@@ -157,7 +165,7 @@ def test_mixer_is_the_torch_op(lowering: str, name: str, outliers: bool, cuts: t
     expected, state = liger_mixer(query, key, value, position, start_state, spec, table, foreseen(value))
     real = position[:, None] + torch.arange(start) >= 0
     assert (torch.cat(found, dim=1) - expected)[real].abs().max() < OUTPUT
-    compare_states(state, session.state, STATE)
+    compare_states(state, session.state, STATE, spec)
 
 
 @pytest.mark.parametrize("inv_freq", [INV_FREQ[:6], torch.zeros(8)], ids=["some", "all"])
@@ -173,7 +181,7 @@ def test_evicted_tokens_where_channels_are_not_rotated(lowering: str, inv_freq: 
     expected, state = liger_mixer(query, key, value, position, start, spec, table, foreseen(value))
     real = position[:, None] + torch.arange(90) >= 0
     assert (found - expected)[real].abs().max() < OUTPUT
-    compare_states(state, session.state, STATE)
+    compare_states(state, session.state, STATE, spec)
 
 
 def test_function_body_is_the_kernel() -> None:
@@ -190,7 +198,7 @@ def test_function_body_is_the_kernel() -> None:
             for s in sessions
         ]
         assert (outputs[0] - outputs[1]).abs().max() < OUTPUT
-    compare_states(sessions[0].state, sessions[1].state, STATE)
+    compare_states(sessions[0].state, sessions[1].state, STATE, spec)
 
 
 class GraphSession:

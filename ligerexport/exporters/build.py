@@ -140,6 +140,7 @@ class BuildPlan:
         check_destination(self.output, force=force, marker=MANIFEST)
         self.info = check_checkpoint(model, tokenizer=False)
         self.spec = read_spec(self.info)
+        _check_memory(self.spec, settings.target, lowering)
         self.backend.check_model(self.spec)
         max_chunk = self.backend.choose_chunk(self.spec, settings.max_chunk)
         if settings.genai:
@@ -224,6 +225,18 @@ def _resolve(settings: BuildSettings) -> tuple[str, str]:
         raise UsageError(f"max_chunk {settings.max_chunk}", hint="a call takes at least one token")
     _check_installed()
     return lowering, weights
+
+
+def _check_memory(spec: ModelSpec, target: str, lowering: str) -> None:
+    """Check that a lowering supports the memory of every layer."""
+    ragged = any(mixer is not None and mixer.config.ragged for mixer in spec.mixers)
+    supported = get_target(target).ragged
+    if ragged and lowering not in supported:
+        raise CheckpointError(
+            "this memory has sizes for each KV head or a small type of its slots, which "
+            f"the lowering {lowering} of {target} does not support",
+            hint=f"build with --lowering {supported[0]}" if supported else "build for --target onnx",
+        )
 
 
 def make_manifest(

@@ -18,11 +18,11 @@ from ligerexport.dtypes import BY_ONNX
 from ligerexport.errors import ArtifactError
 
 STANDARD = {
-    "Add", "And", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Cos", "CumSum", "DequantizeLinear",
+    "Abs", "Add", "And", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Cos", "CumSum", "DequantizeLinear",
     "Div", "Exp", "Expand", "Flatten", "Gather", "GatherElements", "Gelu", "Gemm", "Greater",
     "GreaterOrEqual", "Less", "LessOrEqual", "Log", "MatMul", "Max", "Mod", "Mul", "Neg", "Not", "Pad", "Pow",
-    "Range", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "ScatterElements", "Shape", "Sigmoid",
-    "Sin", "Slice", "Softmax", "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Tanh",
+    "Range", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "Round", "ScatterElements", "Shape",
+    "Sigmoid", "Sin", "Slice", "Softmax", "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Tanh",
     "Tile", "TopK", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
 EARLIER = {"GatherND", "Min", "SimplifiedLayerNormalization"}

@@ -82,11 +82,6 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
     if activation not in ACTIVATIONS:
         raise CheckpointError(f"activation '{activation}' in config.json", hint=f"supported: {', '.join(ACTIVATIONS)}")
     mixers = tuple(layer_specs(config))
-    if any(mixer is not None and mixer.config.ragged for mixer in mixers):
-        raise CheckpointError(
-            "this memory has sizes for each KV head or a small type of its slots, which no target supports yet",
-            hint="it runs in torch; convert with another preset to build it, such as --preset memory",
-        )
     if any(mixer is not None and mixer.config.celled for mixer in mixers):
         raise CheckpointError(
             "evicted tokens go to cells, which no target supports yet",

@@ -15,6 +15,7 @@ from ligerexport.exporters.targets import precision_of
 from ligerexport.exporters.tensorrt.evaluation import PluginSession
 from ligerexport.exporters.verify.torch_model import Answer, State
 from ligerexport.model.scores import FAINTEST, get_score
+from ligerexport.model.state import MixerSpec
 
 Engine: TypeAlias = OnnxSession | PluginSession
 
@@ -98,17 +99,16 @@ class Comparison:
         result = self.result
         for layer, mixer in enumerate(self.spec.mixers):
             found, expected = (of_layer(state, layer) for state in (snapshot.tensors, answer.state))
-            if mixer is not None:
-                found, expected = sort_slots(found), sort_slots(expected)
-                if not np.array_equal(found["slot_position"], expected["slot_position"]):
-                    if not is_near_tie(expected, found, mixer.config.slots, self.tolerance.tie):
-                        raise Mismatch(layer, "slot_position: other tokens keep a slot")
+            for (where, theirs), (_, ours) in zip(by_head(found, mixer), by_head(expected, mixer), strict=True):
+                if mixer is not None and not np.array_equal(theirs["slot_position"], ours["slot_position"]):
+                    if not is_near_tie(ours, theirs, mixer.config.slots, self.tolerance.tie):
+                        raise Mismatch(layer, f"slot_position{where}: other tokens keep a slot")
                     return False
-            for name, tensor in expected.items():
-                error = state_error(tensor, found[name])
-                if not error <= self.tolerance.state:
-                    raise Mismatch(layer, f"{name} is off by {error:.1e} of its size")
-                result.max_state_error = max(result.max_state_error, error)
+                for name, tensor in ours.items():
+                    error = state_error(tensor, theirs[name])
+                    if not error <= self.tolerance.state:
+                        raise Mismatch(layer, f"{name}{where} is off by {error:.1e} of its size")
+                    result.max_state_error = max(result.max_state_error, error)
         error = float(np.abs(logits - answer.logits).max())
         if not error <= self.tolerance.logits:
             raise Mismatch(None, f"logits are off by {error:.1e}")
@@ -125,6 +125,33 @@ class Comparison:
 def of_layer(state: State, layer: int) -> State:
     prefix = f"past.{layer}."
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def by_head(state: State, mixer: MixerSpec | None) -> list[tuple[str, State]]:
+    """Return a layer's state in a form that can be compared, with slots sorted by position and as vectors.
+
+    Each KV head of a ragged layer becomes a state of its own, in the form of `TENSORS` of `model/state.py`, with words
+    that name the head in messages.
+    """
+    if mixer is None:
+        return [("", state)]
+    if not mixer.config.ragged:
+        return [("", sort_slots(state))]
+    counts = mixer.slots_per_head
+    scored = [n if head.config.slots else 0 for n, head in zip(counts, mixer.heads, strict=True)]
+    found = []
+    for h in range(mixer.kv_heads):
+        slots, scores = (slice(sum(sizes[:h]), sum(sizes[: h + 1])) for sizes in (counts, scored))
+        head = {name: x[:, h : h + 1] for name, x in state.items() if not name.startswith("slot_")}
+        head["slot_position"] = state["slot_position"][:, None, slots]
+        for name in {"slot_key", "slot_value"} & state.keys():
+            scale = state.get(f"{name}_scale")
+            factor = 1.0 if scale is None else scale[:, slots, None].astype(np.float32)
+            head[name] = (state[name][:, slots].astype(np.float32) * factor)[:, None]
+        if scored[h]:
+            head["slot_score"] = state["slot_score"][:, None, :, scores]
+        found.append((f" of head {h}", sort_slots(head)))
+    return found
 
 
 def sort_slots(state: State) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from ligerexport.exporters.onnx.session import EXACT, FOLDER
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.variants import exact_products
 from ligerexport.exporters.tensorrt.evaluation import evaluator
-from ligerexport.exporters.verify.compare import Mismatch, is_near_tie, of_layer, sort_slots, state_error, tolerance_of
+from ligerexport.exporters.verify.compare import Mismatch, by_head, is_near_tie, of_layer, state_error, tolerance_of
 from ligerexport.exporters.verify.ties import narrow
 from ligerexport.exporters.verify.torch_model import Answer, Reference, State
 
@@ -87,13 +87,15 @@ def _first_layer(spec: ModelSpec, expected: State, found: State) -> _Difference 
     """Return the first layer that differs after one call, or in which scores tied."""
     before = APART / GROWTH
     for layer, mixer in enumerate(spec.mixers):
-        ours, theirs = of_layer(expected, layer), of_layer(found, layer)
-        if mixer is not None:
-            ours, theirs = sort_slots(ours), sort_slots(theirs)
-            if not np.array_equal(ours["slot_position"], theirs["slot_position"]):
+        sides = of_layer(expected, layer), of_layer(found, layer)
+        streams = [side.pop("hidden") for side in sides]
+        errors = dict[str, float]()
+        for (where, ours), (_, theirs) in zip(*(by_head(side, mixer) for side in sides), strict=True):
+            if mixer is not None and not np.array_equal(ours["slot_position"], theirs["slot_position"]):
                 tied = is_near_tie(ours, theirs, mixer.config.slots, tolerance_of("float32").tie)
-                return _Difference(layer, "its slot_position", tied)
-        errors = dict(_errors(ours, theirs))
+                return _Difference(layer, f"its slot_position{where}", tied)
+            errors |= {f"its {name}{where}": state_error(tensor, theirs[name]) for name, tensor in ours.items()}
+        errors["its output"] = _apart(*streams)
         for what, error in errors.items():
             if not error <= GROWTH * before:
                 return _Difference(layer, f"{what}, by {error:.1e} of its size")
@@ -101,15 +103,11 @@ def _first_layer(spec: ModelSpec, expected: State, found: State) -> _Difference 
     return None
 
 
-def _errors(ours: State, theirs: State) -> Iterator[tuple[str, float]]:
-    """Yield the errors of a layer's tensors, in the order in which the layer computes them."""
-    for name, tensor in ours.items():
-        if name != "hidden":
-            yield f"its {name}", state_error(tensor, theirs[name])
-    rows = min(len(ours["hidden"]), len(theirs["hidden"]))  # the graph has only one row of the last layer
-    tensor, other = ours["hidden"][-rows:], theirs["hidden"][-rows:]
-    apart = np.linalg.norm(tensor - other, axis=-1) / np.linalg.norm(tensor, axis=-1)
-    yield "its output", float(apart.max())
+def _apart(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Return the largest distance of two residual streams `[T, D]`, relative to torch's."""
+    rows = min(len(ours), len(theirs))  # the graph has only one row of the last layer
+    tensor, other = ours[-rows:], theirs[-rows:]
+    return float((np.linalg.norm(tensor - other, axis=-1) / np.linalg.norm(tensor, axis=-1)).max())
 
 
 class _Graph:
@@ -129,7 +127,7 @@ class _Graph:
             t.past: np.full(
                 [letters[n] if isinstance(n, str) else n for n in t.shape],
                 t.fill,
-                t.dtype if "int" in t.dtype else np.float32,
+                np.float32 if t.dtype == "bfloat16" else t.dtype,
             )
             for t in self._manifest.state
         }
