@@ -238,7 +238,7 @@ def _check_claims(manifest: Manifest) -> None:
         raise ValueError("the state differs from the graph's outputs")
     if len({x.past for x in state} | {x.present for x in state} | {*ids, "logits"}) != 2 * len(state) + 3:
         raise ValueError("two tensors have the same name")
-    types = {row.name for row in BY_KERNEL.values()}
+    types = {row.name for row in BY_KERNEL.values()} | {"int8"}
     for tensor in state:
         sizes = ["P" if tensor.grows and axis == 2 else 1 for axis in range(len(tensor.shape))]
         fits = (

@@ -13,9 +13,9 @@ from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.targets import precision_of
 from ligerexport.exporters.tensorrt.evaluation import PluginSession
+from ligerexport.exporters.verify.slots import by_head, encode, of_layer, unscaled
 from ligerexport.exporters.verify.torch_model import Answer, State
 from ligerexport.model.scores import FAINTEST, get_score
-from ligerexport.model.state import MixerSpec
 
 Engine: TypeAlias = OnnxSession | PluginSession
 
@@ -99,6 +99,8 @@ class Comparison:
         result = self.result
         for layer, mixer in enumerate(self.spec.mixers):
             found, expected = (of_layer(state, layer) for state in (snapshot.tensors, answer.state))
+            if name := unscaled(found):
+                raise Mismatch(layer, f"{name} is not the largest element divided by the largest code")
             for (where, theirs), (_, ours) in zip(by_head(found, mixer), by_head(expected, mixer), strict=True):
                 if mixer is not None and not np.array_equal(theirs["slot_position"], ours["slot_position"]):
                     if not is_near_tie(ours, theirs, mixer.config.slots, self.tolerance.tie):
@@ -119,53 +121,7 @@ class Comparison:
         """Go on from torch's state after a near tie, as soon as there is a complete state."""
         self.adrift = not answer.whole
         if answer.whole:
-            session.restore(replace(snapshot, tensors=snapshot.tensors | answer.state))
-
-
-def of_layer(state: State, layer: int) -> State:
-    prefix = f"past.{layer}."
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def by_head(state: State, mixer: MixerSpec | None) -> list[tuple[str, State]]:
-    """Return a layer's state in a form that can be compared, with slots sorted by position and as vectors.
-
-    Each KV head of a ragged layer becomes a state of its own, in the form of `TENSORS` of `model/state.py`, with words
-    that name the head in messages.
-    """
-    if mixer is None:
-        return [("", state)]
-    if not mixer.config.ragged:
-        return [("", sort_slots(state))]
-    counts = mixer.slots_per_head
-    scored = [n if head.config.slots else 0 for n, head in zip(counts, mixer.heads, strict=True)]
-    found = []
-    for h in range(mixer.kv_heads):
-        slots, scores = (slice(sum(sizes[:h]), sum(sizes[: h + 1])) for sizes in (counts, scored))
-        head = {name: x[:, h : h + 1] for name, x in state.items() if not name.startswith("slot_")}
-        head["slot_position"] = state["slot_position"][:, None, slots]
-        for name in {"slot_key", "slot_value"} & state.keys():
-            scale = state.get(f"{name}_scale")
-            factor = 1.0 if scale is None else scale[:, slots, None].astype(np.float32)
-            head[name] = (state[name][:, slots].astype(np.float32) * factor)[:, None]
-        if scored[h]:
-            head["slot_score"] = state["slot_score"][:, None, :, scores]
-        found.append((f" of head {h}", sort_slots(head)))
-    return found
-
-
-def sort_slots(state: State) -> State:
-    """Return a mixer's state with slots sorted by position (see `TENSORS` of `model/state.py`), empty slots zero."""
-    position = state["slot_position"]
-    order = position.argsort(axis=-1, kind="stable")
-    position = np.take_along_axis(position, order, -1)
-    full = position >= 0
-    result = dict(state) | {"slot_position": position}
-    for name in {"slot_key", "slot_value"} & state.keys():
-        result[name] = np.take_along_axis(state[name], order[..., None], 2) * full[..., None]
-    if "slot_score" in state:
-        result["slot_score"] = np.take_along_axis(state["slot_score"], order[:, :, None], 3) * full[:, :, None]
-    return result
+            session.restore(replace(snapshot, tensors=encode(answer.state, snapshot.tensors)))
 
 
 def state_error(expected: np.ndarray, found: np.ndarray) -> float:

@@ -13,9 +13,10 @@ from ligerexport.artifact.artifact import Artifact
 from ligerexport.exporters.onnx.native import register
 from ligerexport.exporters.onnx.session import EXACT, FOLDER
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.onnx.variants import exact_products
+from ligerexport.exporters.onnx.variants import exact_graph
 from ligerexport.exporters.tensorrt.evaluation import evaluator
-from ligerexport.exporters.verify.compare import Mismatch, by_head, is_near_tie, of_layer, state_error, tolerance_of
+from ligerexport.exporters.verify.compare import Mismatch, is_near_tie, state_error, tolerance_of
+from ligerexport.exporters.verify.slots import by_head, encode, of_layer
 from ligerexport.exporters.verify.ties import narrow
 from ligerexport.exporters.verify.torch_model import Answer, Reference, State
 
@@ -60,7 +61,9 @@ def first_difference(
                     return Mismatch(difference.layer, difference.what)
             ids = _ids(answers)
             found, past = graph.run(state, position, ids), answers[-1].after()
-            state = {name: answers[-1].state.get(name, found[name]) for name in state}
+            like = {name: found[name] for name in state}
+            expected = {name: x for name, x in answers[-1].state.items() if name in state}
+            state = encode(expected, like)
             position += len(ids)
             calls = [call[len(ids) :], *calls] if len(ids) < len(call) else calls
     return None
@@ -127,7 +130,7 @@ class _Graph:
             t.past: np.full(
                 [letters[n] if isinstance(n, str) else n for n in t.shape],
                 t.fill,
-                np.float32 if t.dtype == "bfloat16" else t.dtype,
+                t.dtype if t.dtype in ("int64", "int32") else np.float32,
             )
             for t in self._manifest.state
         }
@@ -150,7 +153,7 @@ def _variant(artifact: Artifact, outputs: list[str]) -> Run:
     options.enable_mem_reuse = False  # planning reuse is quadratic in the nodes
     if artifact.manifest.lowering == "native":
         register(options)
-    variant = exact_products(artifact.graph, outputs)
+    variant = exact_graph(artifact.graph, outputs)
     session = onnxruntime.InferenceSession(variant, options, providers=["CPUExecutionProvider"])
     wanted = {entry.name for entry in session.get_inputs()}
 
