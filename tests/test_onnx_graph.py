@@ -34,7 +34,8 @@ from ligerexport.exporters.onnx.packed import Heads, slot_positions
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.targets import TARGETS
-from ligerexport.exporters.verify.compare import by_head, state_error
+from ligerexport.exporters.verify.compare import state_error
+from ligerexport.exporters.verify.slots import by_head
 from ligerexport.kernels.ops import liger_mixer, rotary_table
 from ligerexport.layers.mixer import LigerCache
 from ligerexport.model.config import PRESETS, LigerConfig
@@ -136,9 +137,7 @@ def projections(length: int, outliers: bool) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def compare_states(
-    expected: dict[str, Any], found: dict[str, np.ndarray], tolerance: float, mixer: MixerSpec
-) -> None:
+def compare_states(expected: dict[str, Any], found: dict[str, np.ndarray], tolerance: float, mixer: MixerSpec) -> None:
     sides = (by_head({k: np.asarray(v) for k, v in state.items()}, mixer) for state in (expected, found))
     for (head, ours), (_, theirs) in zip(*sides, strict=True):
         np.testing.assert_array_equal(ours["slot_position"], theirs["slot_position"])
@@ -249,7 +248,7 @@ def check_model(spec: ModelSpec, directory: Path, lowering: str) -> None:
     for layer, mixer_spec_ in enumerate(spec.mixers):
         if mixer_spec_ is not None:
             state = {t.name: session.state[f"past.{layer}.{t.name}"] for t in mixer_spec_.state()}
-            compare_states(cache.layers[layer].state, state, 2 * STATE)
+            compare_states(cache.layers[layer].state, state, 2 * STATE, mixer_spec_)
 
 
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ligerexport import __version__
 from ligerexport.artifact.artifact import (
+    FORMAT_VERSION,
     MANIFEST,
     Artifact,
     ArtifactWriter,
@@ -229,9 +230,8 @@ def _resolve(settings: BuildSettings) -> tuple[str, str]:
 
 def _check_memory(spec: ModelSpec, target: str, lowering: str) -> None:
     """Check that a lowering supports the memory of every layer."""
-    ragged = any(mixer is not None and mixer.config.ragged for mixer in spec.mixers)
     supported = get_target(target).ragged
-    if ragged and lowering not in supported:
+    if spec.ragged and lowering not in supported:
         raise CheckpointError(
             "this memory has sizes for each KV head or a small type of its slots, which "
             f"the lowering {lowering} of {target} does not support",
@@ -286,6 +286,7 @@ def make_manifest(
         requires=dict(requires),
         verification=verification,
         recovery=recovery,
+        format_version=FORMAT_VERSION if spec.ragged else 1,
     )  # fmt: skip
 
 

@@ -148,12 +148,12 @@ class Pool:
             if x.scale is not None:
                 scale = self._g.reshape(x.scale, 0, -1)
                 self._parts[f"{name}_scale"] = self._g.concat(past[f"{name}_scale"], scale, axis=1)
+        kind, parts = heads.spec.config.state_dtype, self._parts
+        self._vectors = {name: read(frame.g, Codes(parts[name], parts.get(f"{name}_scale")), kind) for name in new}
 
     def read(self, name: str, group: tuple[int, ...]) -> ir.Value:
         """Return the candidates of a group, `[B, H, C, d]` fp32."""
-        g, index = self._g, self._index(group)
-        picked = {key: g.op("Gather", x, index, axis=1) for key, x in self._parts.items() if key.startswith(name)}
-        return read(g, Codes(picked[name], picked.get(f"{name}_scale")), self._spec.config.state_dtype)
+        return self._g.op("Gather", self._vectors[name], self._index(group), axis=1)
 
     def place(self, group: tuple[int, ...], chosen: ir.Value) -> ir.Value:
         """Return the places of chosen candidates `[B, H, N]` of a group on the axis."""

@@ -60,6 +60,11 @@ class ModelSpec:
     weights: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
 
+    @property
+    def ragged(self) -> bool:
+        """Whether a layer has sizes for each KV head or a small type of its slots."""
+        return any(mixer is not None and mixer.config.ragged for mixer in self.mixers)
+
 
 def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
     """Read a converted checkpoint.

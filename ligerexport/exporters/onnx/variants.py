@@ -16,7 +16,6 @@ from ligerexport.artifact.artifact import Manifest
 from ligerexport.dtypes import DTYPES
 from ligerexport.exporters.onnx.lowerings import FP32_ACTIVATIONS
 
-
 ROUNDED = (ir.DataType.INT8, ir.DataType.FLOAT16)
 """Types of keys and values in the state that take fewer bits than fp32."""
 
