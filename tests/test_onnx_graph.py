@@ -30,7 +30,7 @@ from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.graph import LOWERINGS, build_graph, state_tensors, write_graph
 from ligerexport.exporters.onnx.mixer import mixer, rotary_tables
 from ligerexport.exporters.onnx.native import DOMAIN, register
-from ligerexport.exporters.onnx.packed import Heads, slot_positions
+from ligerexport.exporters.onnx.packed import Heads
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.targets import TARGETS
@@ -77,7 +77,7 @@ def mixer_graph(spec: MixerSpec, lowering: str, inv_freq: Tensor = INV_FREQ) -> 
     frame = Frame(g, ids, position)
     groups = [group for _, group in spec.groups]
     tables = rotary_tables(lower, inv_freq, max(groups, key=lambda group: group.config.num_slots), CHUNK)
-    positions = [] if lower.native else slot_positions(Heads(lower, spec), past["slot_position"])
+    positions = [] if lower.native else Heads(lower, spec).positions(past["slot_position"])
     seen = [candidates(frame, group, tables.rows, [x])[0] for group, x in zip(groups, positions, strict=False)]
     output, present = mixer(lower, frame, spec, tables, projected, past, seen, score)  # type: ignore[arg-type]
     outputs = [g.output(output, "output", "FLOAT", ("BT", spec.q_heads * spec.d_v))]
@@ -321,9 +321,12 @@ def proto(spec: ModelSpec, lowering: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"gate": "gsa"}, {"attention_weight": 1.0, "recurrence": "evicted"}], ids=["", "gsa", "evicted"]
+    ("changes", "lowering"),
+    [
+        *product(({}, {"gate": "gsa"}, {"attention_weight": 1.0, "recurrence": "evicted"}), TARGETS["onnx"].lowerings),
+        *product(({"heads": ("8+2+2 4+1+2", "", "8+2+2 8+2+2"), "state_dtype": "int8"},), TARGETS["onnx"].ragged),
+    ],
 )
-@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str, changes: dict[str, Any]) -> None:
     """Every past has one consumer, and its present is computed from the output of that consumer."""
     liger = LigerConfig(window=8, sinks=1, slots=(("use", 2), ("novelty", 2)), keep_softmax=(1,), **changes)
@@ -343,8 +346,14 @@ def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str, changes: d
         assert consumers[0].name in seen, value.name
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
+@pytest.mark.parametrize(
+    ("lowering", "preset"),
+    [
+        (lowering, preset)
+        for lowering, preset in product(TARGETS["onnx"].lowerings, PRESETS)
+        if lowering in TARGETS["onnx"].ragged or not PRESETS[preset].config.ragged
+    ],
+)
 def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
     """Every layer has the same number of nodes, no loop, and nothing that the preset does not use."""
     config = PRESETS[preset].config

@@ -145,7 +145,7 @@ class BuildPlan:
         self.backend.check_model(self.spec)
         max_chunk = self.backend.choose_chunk(self.spec, settings.max_chunk)
         if settings.genai:
-            check_genai(self.info.path, settings.target, lowering)
+            check_genai(self.info.path, settings.target, lowering, ragged=self.spec.ragged)
         self.force, self.settings = force, replace(settings, lowering=lowering, weights=weights, max_chunk=max_chunk)
         self.storage = weight_storage(weights, settings.block, lowering)
 

@@ -20,7 +20,7 @@ from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.linear import HEAD, Weights
 from ligerexport.exporters.onnx.lowerings import Native, Ort, Portable
 from ligerexport.exporters.onnx.mixer import RotaryTables, mixer, rotary_tables
-from ligerexport.exporters.onnx.packed import Heads, slot_positions
+from ligerexport.exporters.onnx.packed import Heads
 from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
 from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, JOINT, WeightStorage, align, data_layout
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision
@@ -260,14 +260,14 @@ def _shared(
         alike.setdefault(turns, []).append(i)
     tables: dict[int, RotaryTables] = {}
     for count, ((inv_freq, *_), layers) in enumerate(alike.items()):
-        groups = (group for i in layers for _, group in mixers[i].groups)
-        largest = max(groups, key=lambda group: group.config.num_slots)
+        each = (group for i in layers for _, group in mixers[i].groups)
+        largest = max(each, key=lambda group: group.config.num_slots)
         name = f"rotary.{count}" if count else "rotary"
         tables |= dict.fromkeys(layers, rotary_tables(lower, torch.tensor(inv_freq), largest, max_chunk, name))
     groups: dict[MixerSpec, list[tuple[tuple[int, tuple[int, ...]], ir.Value]]] = {}
     for i, layer in mixers.items() if not lower.native else ():
-        positions = slot_positions(Heads(lower, layer), past[f"past.{i}.slot_position"])
-        for (heads, group), position in zip(layer.groups, positions, strict=True):
+        by_group = Heads(lower, layer).positions(past[f"past.{i}.slot_position"])
+        for (heads, group), position in zip(layer.groups, by_group, strict=True):
             groups.setdefault(group, []).append(((i, heads), position))
     seen: dict[tuple[int, tuple[int, ...]], Candidates] = {}
     for group, members in groups.items():

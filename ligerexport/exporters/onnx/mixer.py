@@ -167,8 +167,7 @@ def _by_group(
     for i, (group, layer) in enumerate(spec.groups):
         own = {name: x[i] for name, x in carried.items()}
         if layer.config.slots:
-            rows = g.reshape(next(scores), 0, 0, len(group), -1)
-            own["slot_score"] = g.transpose(rows, 0, 2, 1, 3)
+            own["slot_score"] = g.transpose(g.reshape(next(scores), 0, 0, len(group), -1), 0, 2, 1, 3)
         slots = Slots(lower, frame, layer, tables, seen[i])
         key, value = pool.read("slot_key", group), pool.read("slot_value", group)
         mixed, kept, order = slots.attend(queries[i], key, value, arrivals[i], own)

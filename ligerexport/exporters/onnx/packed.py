@@ -85,6 +85,14 @@ class Heads:
         whole, order = self._concat(parts, axis), self._order(self._widths(widths))
         return self._pick(whole, np.argsort(order), axis)
 
+    def positions(self, past: ir.Value) -> list[ir.Value]:
+        """Return the positions of each group's slots, `[B, H, N]` int64, from `slot_position` of the state."""
+        g, spec = self._g, self.spec
+        if not spec.config.ragged:
+            return [past]
+        parts = self.split(g.op("Cast", past, to=ir.DataType.INT64), 1, spec.slots_per_head)
+        return [g.reshape(x, 0, len(group), -1) for x, group in zip(parts, self._groups, strict=True)]
+
     def _widths(self, widths: Sequence[int] | int) -> Sequence[int]:
         return [widths] * self.spec.kv_heads if isinstance(widths, int) else widths
 
@@ -117,15 +125,6 @@ def places(widths: Sequence[int], heads: Sequence[int]) -> np.ndarray:
     """Return the places of some heads of equal widths on an axis that all heads share, `[heads, width]`."""
     starts = [0, *accumulate(widths)]
     return np.array([range(starts[h], starts[h + 1]) for h in heads], np.int64)
-
-
-def slot_positions(heads: Heads, past: ir.Value) -> list[ir.Value]:
-    """Return the positions of each group's slots, `[B, H, N]` int64, from `slot_position` of a layer's state."""
-    g, spec = heads._g, heads.spec
-    if not spec.config.ragged:
-        return [past]
-    parts = heads.split(g.op("Cast", past, to=ir.DataType.INT64), 1, spec.slots_per_head)
-    return [g.reshape(x, 0, len(group), -1) for x, (group, _) in zip(parts, spec.groups, strict=True)]
 
 
 class Pool:

@@ -37,8 +37,8 @@ def exact_graph(graph: Path, outputs: Iterable[str] = ()) -> bytes:
     for node in model.graph:
         if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", FP32_ACTIVATIONS)
-        if node.op_type == "Round":
-            node.outputs[0].replace_all_uses_with(node.inputs[0])
+        if node.op_type == "Round" and (unrounded := node.inputs[0]) is not None:
+            node.outputs[0].replace_all_uses_with(unrounded)
         if node.op_type == "Cast" and node.attributes["to"].as_int() in ROUNDED:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
     for value in (*model.graph.inputs, *model.graph.outputs):
