@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from checkpoints import make_checkpoint
@@ -21,6 +22,7 @@ from ligerexport.errors import CheckpointError, UsageError, VerificationError
 from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx import packed
 from ligerexport.exporters.onnx.graph import build_graph, nodes_by_layer
+from ligerexport.exporters.onnx.lowerings import Portable
 from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.kernels.ops import liger_mixer, rotary_table
 from ligerexport.model.config import LigerConfig
@@ -37,13 +39,29 @@ KEPT = replace(SIZES, heads=("", SIZES.heads[0], ""))
     [(*case, lowering) for case in CASES for lowering in ("ort", "portable")[: 1 + (case[1] == "int8")]],
 )
 def test_mixer_is_the_torch_op(name: str, kind: str, lowering: str) -> None:
-    """Cut anywhere, one sequence with padding on its left, d_k != d_v, two query heads per key head."""
-    config = replace(CONFIGS[name], state_dtype=kind).for_layer(0)
-    spec = MixerSpec(config, q_heads=8, kv_heads=4, d_k=16, d_v=24, scale=0.25, max_distance=40)
+    check_mixer(replace(CONFIGS[name], state_dtype=kind), 4, lowering)
+
+
+def test_many_sizes() -> None:
+    """More groups than a node of `portable` may have inputs or outputs."""
+    heads = tuple(f"{size}+{size % 3}" if size % 3 else f"{size}" for size in range(1, 18))
+    model = check_mixer(replace(SOFTMAX, heads=(" ".join(heads),), state_dtype="int8"), 17, "portable")
+    assert max(len(node.input) + len(node.output) for node in model.graph.node) == Portable.max_tensors
+
+
+def check_mixer(config: LigerConfig, kv_heads: int, lowering: str) -> onnx.ModelProto:
+    """Compare the graph of a layer with torch; return it.
+
+    The prompt is cut, one sequence has padding on its left, d_k != d_v, and there are two query heads per key head.
+    """
+    spec = MixerSpec(
+        config.for_layer(0), q_heads=2 * kv_heads, kv_heads=kv_heads, d_k=16, d_v=24, scale=0.25, max_distance=40
+    )
     generator = torch.Generator().manual_seed(3)
-    query, key = (torch.randn(2, 90, heads, 16, generator=generator) * 1.5 for heads in (8, 4))
-    value = torch.randn(2, 90, 4, 24, generator=generator)
-    session, position, found = MixerSession(graph_of(spec, lowering), spec, 2), torch.tensor([0, -9]), []
+    query, key = (torch.randn(2, 90, heads, 16, generator=generator) * 1.5 for heads in (2 * kv_heads, kv_heads))
+    value = torch.randn(2, 90, kv_heads, 24, generator=generator)
+    model, position, found = graph_of(spec, lowering), torch.tensor([0, -9]), []
+    session = MixerSession(model, spec, 2)
     for part in torch.arange(90).split([40, 1, 1, 7, 41]):
         found.append(session.run(query[:, part], key[:, part], value[:, part], position + part[0]))
     start, table = spec.initial_state(2, torch.float32), rotary_table(INV_FREQ, 40, CHUNK)
@@ -51,6 +69,7 @@ def test_mixer_is_the_torch_op(name: str, kind: str, lowering: str) -> None:
     real = position[:, None] + torch.arange(90) >= 0
     assert (torch.cat(found, dim=1) - expected)[real].abs().max() < OUTPUT
     compare_states(state, session.state, STATE, spec)
+    return model
 
 
 @pytest.mark.parametrize("lowering", ["ort", "portable"])

@@ -140,9 +140,10 @@ class Pool:
     def __init__(self, frame: Frame, heads: Heads, past: dict[str, ir.Value], new: dict[str, Codes]) -> None:
         self._g, self._frame, self._heads, self._spec = frame.g, frame, heads, heads.spec
         self._slots = heads.spec.slots_per_head
+        self._width = {"slot_key": [heads.spec.d_k], "slot_value": [heads.spec.d_v]}
         self._parts = {}
         for name, x in new.items():
-            codes = self._g.reshape(x.codes, 0, -1, heads.spec.d_k if name == "slot_key" else heads.spec.d_v)
+            codes = self._g.reshape(x.codes, 0, -1, *self._width[name])
             self._parts[name] = self._g.concat(past[name], codes, axis=1)
             if x.scale is not None:
                 scale = self._g.reshape(x.scale, 0, -1)
@@ -171,9 +172,8 @@ class Pool:
 
         row = self._heads.join([g.reshape(x, 0, -1) for x in chosen], 1, self._slots)
         row = g.op("Add", row, g.once(("pool", total, spec.kv_heads), base))
-        flat = {name: (-1,) if name.endswith("scale") else (-1, spec.d_k if name == "slot_key" else spec.d_v)
-                for name in self._parts}  # fmt: skip
-        return {name: g.op("Gather", g.reshape(x, *flat[name]), row) for name, x in self._parts.items()}
+        rows = {name: g.reshape(x, -1, *self._width.get(name, ())) for name, x in self._parts.items()}
+        return {name: g.op("Gather", x, row) for name, x in rows.items()}
 
     def _index(self, group: tuple[int, ...]) -> ir.Value:
         """Return the places of a group's candidates, `[H, C]` int64."""
