@@ -74,15 +74,19 @@ def rotary(spec: MixerSpec) -> Tensor:
 
 def filled(spec: MixerSpec, batch: int, seen: int) -> MixerState:
     """Return the state of sequences that have seen `seen` tokens, with random contents."""
-    config, state = spec.config, spec.initial_state(batch, DTYPE, DEVICE)
-    kept = sum(count for _, count in config.slots)
-    scored = torch.randperm(seen - config.window - config.sinks)[:kept] + config.sinks
-    state["slot_position"][:] = torch.cat(
-        [torch.arange(config.sinks), scored, torch.arange(seen - config.window, seen)]
-    ).to(DEVICE)
+    state, positions = spec.initial_state(batch, DTYPE, DEVICE), []
+    for config in (head.config for head in spec.heads):
+        kept = sum(count for _, count in config.slots)
+        scored = torch.randperm(seen - config.window - config.sinks)[:kept] + config.sinks
+        positions += [torch.arange(config.sinks), scored, torch.arange(seen - config.window, seen)]
+    state["slot_position"][:] = torch.cat(positions).view(state["slot_position"].shape[1:]).to(DEVICE)
     for name, x in state.items():
         if name in ("slot_score", "judge_state"):
             x.uniform_()
+        elif name.endswith("_scale"):
+            x.uniform_(0.01, 0.03)
+        elif x.dtype == torch.int8:
+            x.random_(-127, 128)
         elif name != "slot_position":
             x.normal_()
     return state

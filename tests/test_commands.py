@@ -78,6 +78,9 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     learned = make_checkpoint(place / "learned", PRESETS["foresight"].config, **sizes)
     tensors = load_file(learned / "model.safetensors")
     save_file({name: x for name, x in tensors.items() if "score" in name}, place / "scores.safetensors")
+    shutil.copy(place / "scores.safetensors", place / "liger" / "model-00002-of-00002.safetensors")
+    rows = [{"passage": words[i : i + 200], "question": "word?", "answer": "word1"} for i in range(40)]
+    (place / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     library = place / "build" / "trt" / "plugin" / "libligerexport_trt.so"
     library.parent.mkdir(parents=True)
     library.write_bytes(b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,10 @@ def test_the_command_says_what_it_will_do_and_did(tmp_path: Path, capfd: pytest.
     assert "fitting 40 kB of state for 6 KV heads" in said and "--no-fit goes without" in said
     assert "slots in" in str(facts["heads"]) and "--state-bytes" in str(facts["more"])
     assert facts["layers"] == "3 of 3 converted" and "ligerexport eval" in said
+    with pytest.raises(SystemExit):
+        main(["inspect", str(liger)])
+    told = capfd.readouterr().out
+    assert "window+slots of each KV head" in told and re.search(r"slot_key +\[\d+ to \d+, 16\] +int8 +3 ", told)
     plan, _ = command("--no-fit", "--force", "--dry-run")
     assert (
         plan["exact_slots"] == sizes.equal_sizes(check_checkpoint(teacher).config, get_preset("recall"), None).num_slots

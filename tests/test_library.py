@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ligerexport.kernels.library.linear_attention import linear_attention
-from ligerexport.kernels.library.mixer_step import mixer_step
+from ligerexport.kernels.library.mixer_step import CHANGED, mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.model.config import PRESETS, LigerConfig
 from ligerexport.model.scores import SCORES
-from ligerexport.model.state import FUSED, MixerSpec, MixerState
+from ligerexport.model.state import MixerSpec, MixerState
 from tests.tolerances import FUSED_FP32, OP_FP32
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -85,7 +85,7 @@ def test_operators_are_registered_as_they_behave(name: str, device: str) -> None
     if not layer.spec.config.fuses:
         return
     one = [x[:, 0].detach() for x in (q, k, v)]
-    tensors = [state[n].clone() if n in state else None for n in FUSED]
+    tensors = [state[n].clone() if n in state else None for n in CHANGED]
     torch.library.opcheck(
         OPS.mixer_step.default, (*one, position, *tensors, layer.rotary, None, foreseen(one[2]), text)
     )

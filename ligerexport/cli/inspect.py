@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,18 +35,19 @@ def inspect(
     facts = _artifact(path) if (path / MANIFEST).is_file() else _checkpoint(path)
     if json:
         return options.finish_json(True, facts)
-    state, memories = facts.pop("state"), (facts["liger"] or {}).pop("layer_memory", ())
+    liger = facts["liger"] or {}
+    state, memories, heads = facts.pop("state"), liger.pop("layer_memory", ()), liger.pop("heads", ())
     rows = [(key.replace("_", " "), _plain(key, value)) for key, value in facts.items() if value not in (None, {})]
     options.print_table(("", ""), rows)
     if memories:
         data_table()
         options.print_table(("layers with their own memory", "window", "slots"), _group_memories(memories))
+    if heads:
+        data_table()
+        options.print_table(("layer", "window+slots of each KV head"), [(str(i), x) for i, x in enumerate(heads) if x])
     if state:
         data_table()
-        options.print_table(("state", "shape", "type", "layers", "bytes per sequence"), [
-            (s["name"], str(s["shape"]), s["dtype"], str(s["layers"]),
-             format_bytes(s["bytes"]) if s["bytes"] is not None else "grows") for s in state
-        ])  # fmt: skip
+        options.print_table(("state", "shape", "type", "layers", "bytes per sequence"), _of_all_layers(state))
 
 
 def _group_memories(memories: Iterable[tuple[int, int, Any]]) -> list[tuple[str, str, str]]:
@@ -55,6 +56,21 @@ def _group_memories(memories: Iterable[tuple[int, int, Any]]) -> list[tuple[str,
     for layer, window, slots in memories:
         rows.setdefault((window, options.plain(slots)), []).append(str(layer))
     return [(", ".join(layers), str(window), slots) for (window, slots), layers in rows.items()]
+
+
+def _of_all_layers(state: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str, str]]:
+    """Return one row for each name, type and number of axes, with the sizes of an axis from and to if layers differ."""
+    rows: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
+    for row in state:
+        rows.setdefault((row["name"], row["dtype"], len(row["shape"])), []).append(row)
+    found = []
+    for (name, dtype, _), parts in rows.items():
+        axes = [list(dict.fromkeys(axis)) for axis in zip(*(part["shape"] for part in parts), strict=True)]
+        shape = ", ".join(str(axis[0]) if len(axis) == 1 else f"{min(axis)} to {max(axis)}" for axis in axes)
+        total = None if any(part["bytes"] is None for part in parts) else sum(part["bytes"] for part in parts)
+        layers = str(sum(part["layers"] for part in parts))
+        found.append((name, f"[{shape}]", dtype, layers, "grows" if total is None else format_bytes(total)))
+    return found
 
 
 def _plain(key: str, value: Any) -> str:

@@ -206,9 +206,9 @@ class LigerMixer(nn.Module):
             state = spec.initial_state(batch, hidden_states.dtype, hidden_states.device)
         position = position_ids[:, 0].expand(batch)
         rotary = _shared_table(self.inv_freq, spec.max_distance, hidden_states.device)
-        one_launch = layer is not None and fused(query) and spec.config.fuses
-        one_launch = one_launch and spec.config.num_slots * spec.d_k <= ONE_LAUNCH
-        if length == 1 and one_launch and not torch.is_grad_enabled():
+        one_token = length == 1 and layer is not None and fused(query) and not torch.is_grad_enabled()
+        one_launch = spec.config.fuses and spec.config.num_slots * spec.d_k <= ONE_LAUNCH
+        if one_token and (one_launch or spec.splits):
             q, k, v, now = query[:, 0], key[:, 0], value[:, 0], None if score is None else score[:, 0]
             output = mixer_step(q, k, v, position, state, spec, rotary, score=now)[:, None]  # in the cache, in place
         else:

@@ -230,6 +230,12 @@ class MixerSpec:
         return replace(self, config=config, sizes=sizes)
 
     @property
+    def splits(self) -> bool:
+        """Whether fused kernels can compute a step over ragged slots: with one learned score or none, no recurrence."""
+        c = self.config
+        return c.ragged and not c.recurrent and not c.judged and all(pool.on_arrival for pool in self.pools)
+
+    @property
     def slots_per_head(self) -> tuple[int, ...]:
         """Number of all exact slots of each KV head."""
         return tuple(spec.config.num_slots for spec in self.heads)

@@ -28,7 +28,7 @@ def row(tile, i):
 
 
 @triton.jit
-def _dot(a, b, c, PRECISION: tl.constexpr):
+def dot(a, b, c, PRECISION: tl.constexpr):
     """Return a @ b + c; the interpreter has no bf16 product."""
     if PRECISION == "ieee":
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -69,7 +69,7 @@ def _loser(keys, candidate, POOLS: tl.constexpr):
 
 
 @triton.jit
-def _logits(
+def slot_logits(
     p_query, s_query_h, p_rotary, b_first, b_second, b_rest, o_e, distance,
     G: tl.constexpr, G_PAD: tl.constexpr, D_K: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
     BLOCK_R: tl.constexpr, REST_PAD: tl.constexpr, CAP: tl.constexpr, TABLE: tl.constexpr, N_PAD: tl.constexpr,
@@ -89,12 +89,12 @@ def _logits(
         first, second = b_first[i].to(tl.float32), b_second[i].to(tl.float32)
         q_first = tl.load(p_q + i * BLOCK_R, mask=m_g[:, None] & m_r, other=0.0)
         q_second = tl.load(p_q + R + i * BLOCK_R, mask=m_g[:, None] & m_r, other=0.0)
-        logits = _dot(q_first.to(tl.float32), tl.trans(first * cos - second * sin), logits, PRECISION)
-        logits = _dot(q_second.to(tl.float32), tl.trans(second * cos + first * sin), logits, PRECISION)
+        logits = dot(q_first.to(tl.float32), tl.trans(first * cos - second * sin), logits, PRECISION)
+        logits = dot(q_second.to(tl.float32), tl.trans(second * cos + first * sin), logits, PRECISION)
     if REST_PAD > 0:
         p_rest = p_query + o_g[:, None] * s_query_h + o_e[None, :]
         q_rest = tl.load(p_rest, mask=m_g[:, None] & (o_e < D_K)[None, :], other=0.0)
-        logits = _dot(q_rest, tl.trans(b_rest), logits, PRECISION)
+        logits = dot(q_rest, tl.trans(b_rest), logits, PRECISION)
     return logits
 
 
@@ -125,9 +125,9 @@ def _mix(
         if BY_VALUES:
             square += tl.sum(values.to(tl.float32) * values.to(tl.float32), axis=1)
         mixed = weight_now[:, None] * tl.load(p_value + o_c + j * TILE, mask=m_c, other=0.0).to(tl.float32)[None, :]
-        mixed = _dot(coarse, values, mixed, PRECISION)
+        mixed = dot(coarse, values, mixed, PRECISION)
         if dtype != tl.float32:  # the rounding error of the weight
-            mixed = _dot((weight - coarse.to(tl.float32)).to(dtype), values, mixed, PRECISION)
+            mixed = dot((weight - coarse.to(tl.float32)).to(dtype), values, mixed, PRECISION)
         mixed = tl.where(now >= 0, mixed, 0.0).to(p_mixed.dtype.element_ty)
         tl.store(p_mixed + o_g[:, None] * D_V + (o_c + j * TILE)[None, :], mixed, mask=m_g[:, None] & m_c[None, :])
     return square
@@ -223,7 +223,7 @@ def attend_slots(
     b_q = tl.load(p_query + o_g[:, None] * s_query_h + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
 
     distance = now - position
-    logits = _logits(
+    logits = slot_logits(
         p_query, s_query_h, p_rotary, b_first, b_second, b_rest, o_e, distance,
         G, G_PAD, D_K, R, R_PAD, BLOCK_R, REST_PAD, CAP, TABLE, N_PAD, PRECISION,
     )  # fmt: skip

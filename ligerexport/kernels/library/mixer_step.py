@@ -1,4 +1,4 @@
-"""`torch.ops.ligerexport.mixer_step`: one token of every sequence, in place, in one launch on CUDA."""
+"""`torch.ops.ligerexport.mixer_step`: one token of every sequence, in place, in one or two launches on CUDA."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor
 from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.ops import liger_mixer
 from ligerexport.model.state import FUSED, MixerSpec, MixerState
+
+CHANGED = (*FUSED, "slot_key_scale", "slot_value_scale")
+"""Tensors of a state that a step changes, in the order of the operator's arguments."""
 
 
 def mixer_step(
@@ -40,27 +43,39 @@ def mixer_step(
         Output `[B, H_q, d_v]` in the dtype of `query`; zero for a sequence that is skipped or padding.
 
     Raises:
-        ValueError: A pool needs a `score` that is missing, the gate is keyed, or the slots are ragged.
+        ValueError: A pool needs a `score` that is missing, or no kernel computes a step of this memory: it has keyed
+            rows or cells, or ragged slots with a recurrence or other scores than a learned one.
     """
     if spec.config.foresees and score is None:
         raise ValueError("a pool ranks by a learned score, but no score was given")
-    if not spec.config.fuses:
-        raise ValueError("a recurrence with keyed rows and ragged slots have no fused step; use liger_mixer")
-    pools = {name: state.get(name) for name in FUSED}
+    if not spec.config.fuses and not spec.splits:
+        raise ValueError(
+            "keyed rows, cells, and ragged slots with a recurrence or other scores than a learned one have no fused "
+            "step; use liger_mixer"
+        )
+    pools = {name: state.get(name) for name in CHANGED}
     return _mixer_step(query, key, value, position, **pools, rotary=rotary, index=index, score=score, spec=spec.text)
 
 
-@torch.library.custom_op("ligerexport::mixer_step", mutates_args=FUSED)
+@torch.library.custom_op("ligerexport::mixer_step", mutates_args=CHANGED)
 def _mixer_step(
     query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
     slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_mass: Tensor | None,
-    judge_state: Tensor | None, rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
+    judge_state: Tensor | None, slot_key_scale: Tensor | None, slot_value_scale: Tensor | None, rotary: Tensor,
+    index: Tensor | None, score: Tensor | None, spec: str,
 ) -> Tensor:  # fmt: skip
-    tensors = (slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_mass, judge_state)
-    pools = {name: tensor for name, tensor in zip(FUSED, tensors, strict=True) if tensor is not None}
+    tensors = (
+        slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_mass, judge_state, slot_key_scale,
+        slot_value_scale,
+    )  # fmt: skip
+    pools = {name: tensor for name, tensor in zip(CHANGED, tensors, strict=True) if tensor is not None}
     heads, layer = (query, key, value), MixerSpec.from_text(spec)
     if not fused(query):
         return _plain(heads, position, pools, layer, rotary, index, score)
+    if layer.splits:
+        from ligerexport.kernels.fused.ragged_step import ragged_step
+
+        return ragged_step(heads, position, pools, layer, rotary, index, score=score)
     from ligerexport.kernels.fused.mixer_step import mixer_step as kernel
 
     return kernel(heads, position, pools, layer, rotary, index, score=score)
