@@ -24,6 +24,7 @@ from ligerexport.exporters.onnx import packed
 from ligerexport.exporters.onnx.graph import build_graph, nodes_by_layer
 from ligerexport.exporters.onnx.lowerings import Portable
 from ligerexport.exporters.onnx.spec import read_spec
+from ligerexport.exporters.targets import TARGETS
 from ligerexport.kernels.ops import liger_mixer, rotary_table
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.state import MixerSpec
@@ -36,7 +37,7 @@ KEPT = replace(SIZES, heads=("", SIZES.heads[0], ""))
 
 @pytest.mark.parametrize(
     ("name", "kind", "lowering"),
-    [(*case, lowering) for case in CASES for lowering in ("ort", "portable")[: 1 + (case[1] == "int8")]],
+    [(*case, lowering) for case in CASES for lowering in ("ort", "native", "portable")[: 2 + (case[1] == "int8")]],
 )
 def test_mixer_is_the_torch_op(name: str, kind: str, lowering: str) -> None:
     check_mixer(replace(CONFIGS[name], state_dtype=kind), 4, lowering)
@@ -72,7 +73,7 @@ def check_mixer(config: LigerConfig, kv_heads: int, lowering: str) -> onnx.Model
     return model
 
 
-@pytest.mark.parametrize("lowering", ["ort", "portable"])
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 @pytest.mark.parametrize(("family", "liger"), [("llama", SIZES), ("gemma3_text", KEPT)])
 def test_model_is_the_torch_model(tmp_path: Path, family: str, liger: LigerConfig, lowering: str) -> None:
     """Two sequences, without rounding, which small errors would decide; layers with a sliding window are kept."""
@@ -87,6 +88,9 @@ def test_model_is_the_torch_model(tmp_path: Path, family: str, liger: LigerConfi
         ("portable", "int4", "llama", SIZES),
         ("ort", "int4", "gemma3_text", KEPT),
         ("portable", "fp32", "llama", replace(SOFTMAX, state_dtype="float16")),
+        ("native", "fp32", "llama", SIZES),
+        ("native", "int4", "gemma3_text", KEPT),
+        ("native", "fp32", "llama", replace(SOFTMAX, state_dtype="float16")),
     ],
 )
 def test_artifact_is_verified_and_runs(
@@ -155,7 +159,7 @@ def test_nodes_depend_on_groups(tmp_path: Path) -> None:
     assert one < other < 3 * one and one < three < 3 * one
 
 
-@pytest.mark.parametrize(("target", "lowering"), [("onnx", "native"), ("trt", "plugin"), ("trt-rtx", "portable")])
+@pytest.mark.parametrize(("target", "lowering"), [("trt", "plugin"), ("trt-rtx", "portable")])
 def test_other_targets_refuse(tmp_path: Path, target: str, lowering: str) -> None:
     path = make_checkpoint(tmp_path / "model", SIZES, **HEADS)
     options = {"engine": False} if target == "trt" else {}

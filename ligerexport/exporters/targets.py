@@ -53,7 +53,7 @@ TARGETS: dict[str, Target] = {
         doc="a step graph for ONNX Runtime, weights in fp32 to int4",
         onnxruntime=True,
         run='ligerexport run %s "Once upon a time"',
-        ragged=("ort", "portable"),
+        ragged=("ort", "portable", "native"),
     ),
     "trt": Target(
         backend="ligerexport.exporters.tensorrt.backend:TensorRT",

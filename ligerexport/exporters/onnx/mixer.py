@@ -103,8 +103,10 @@ def mixer(
     """
     g, config, heads = lower.g, spec.config, spec.kv_heads
     keys, values = frame.per_token(projected[1], heads, spec.d_k), frame.per_token(projected[2], heads, spec.d_v)
-    new = {"slot_key": store(g, keys, config.state_dtype), "slot_value": store(g, values, config.state_dtype)}
-    if config.state_dtype != "activation":
+    new: dict[str, Codes] = {}
+    if not lower.native or config.judged or (config.recurrent and not config.evicts):  # `native` rounds by itself
+        new = {"slot_key": store(g, keys, config.state_dtype), "slot_value": store(g, values, config.state_dtype)}
+    if new and config.state_dtype != "activation":
         keys, values = (read(g, x, config.state_dtype) for x in new.values())
         projected = projected[0], g.reshape(keys, -1, heads * spec.d_k), g.reshape(values, -1, heads * spec.d_v)
 

@@ -32,7 +32,9 @@ OPERATORS = {
         "FusedMatMul", "GatherBlockQuantized", "LinearAttention", "MatMulNBits", "QuickGelu", "RotaryEmbedding",
         "SkipSimplifiedLayerNormalization",
     },
-    "ligerexport": {"BlockLinear", "BoundedMemory", "GatedUnit"},
+    "ligerexport": {
+        "BlockLinear", "BoundedMemory", "GatedUnit", "RaggedMemory", "RaggedMemoryFloat16", "RaggedMemoryInt8",
+    },
 }  # fmt: skip
 """Operators of every lowering, by domain; those of `EARLIER` are only in graphs that earlier versions wrote."""
 SIZED = {"ConstantOfShape", "Expand", "Pad", "Range", "Tile"}

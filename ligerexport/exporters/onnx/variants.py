@@ -15,6 +15,7 @@ import onnx_ir as ir
 from ligerexport.artifact.artifact import Manifest
 from ligerexport.dtypes import DTYPES
 from ligerexport.exporters.onnx.lowerings import FP32_ACTIVATIONS
+from ligerexport.exporters.onnx.native import EXACT_OPERATORS
 
 ROUNDED = (ir.DataType.INT8, ir.DataType.FLOAT16)
 """Types of keys and values in the state that take fewer bits than fp32."""
@@ -35,6 +36,7 @@ def exact_graph(graph: Path, outputs: Iterable[str] = ()) -> bytes:
         values[name].type = ir.TensorType(ir.DataType.FLOAT)
         model.graph.outputs.append(values[name])
     for node in model.graph:
+        node.op_type = EXACT_OPERATORS.get(node.op_type, node.op_type)
         if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", FP32_ACTIVATIONS)
         if node.op_type == "Round" and (unrounded := node.inputs[0]) is not None:
