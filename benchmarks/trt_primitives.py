@@ -24,8 +24,9 @@ from onnx import helper, numpy_helper
 
 import ligerexport as lx
 from ligerexport.exporters.onnx import graph as onnx_graph
+from ligerexport.exporters.onnx.candidates import candidates
 from ligerexport.exporters.onnx.frame import Frame
-from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
+from ligerexport.exporters.onnx.mixer import mixer, rotary_tables
 from ligerexport.exporters.tensorrt.lowering import Plugin
 from ligerexport.model.state import MixerSpec
 from ligerexport.reading import sha256
@@ -48,7 +49,7 @@ def primitive_mixer(
     (seen,) = candidates(frame, spec, tables.rows, [past["slot_position"]])
     halves = {name: x.dtype for name, x in past.items() if x.dtype == ir.DataType.FLOAT16}
     wide = past | {name: lower.g.op("Cast", past[name], to=ir.DataType.FLOAT) for name in halves}
-    mixed, present = mixer(lower, frame, spec, tables, projected, wide, seen, score)
+    mixed, present = mixer(lower, frame, spec, tables, projected, wide, [seen], score)
     return mixed, present | {name: lower.g.op("Cast", present[name], to=dtype) for name, dtype in halves.items()}
 
 

@@ -28,7 +28,7 @@ def _enumeration(name: str, constants: Sequence[str]) -> str:
 
 def native() -> str:
     """Return `operands.h` of the operator `BoundedMemory`."""
-    outputs = [_constant(name, "kNew" if name in FUSED else "k") for name in OUTPUTS]
+    outputs = [_constant(name, "k" if name == "mixed" else "kNew") for name in OUTPUTS]
     return f"""// Inputs and outputs of `BoundedMemory`, in order. Written from node.py by tests/headers.py.
 #pragma once
 

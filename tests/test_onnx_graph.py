@@ -17,21 +17,25 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from checkpoints import BUILT, FORESIGHT, MEMORY, make_checkpoint
+from checkpoints import FORESIGHT, MEMORY, make_checkpoint
 from torch import Tensor
 
 import ligerexport as lx
 from ligerexport.checkpoint.convert import load_model
+from ligerexport.dtypes import DTYPES
 from ligerexport.errors import CheckpointError, LigerError
 from ligerexport.exporters.onnx.builder import CONTRIB, Builder, graph_input
+from ligerexport.exporters.onnx.candidates import candidates
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.graph import LOWERINGS, build_graph, state_tensors, write_graph
-from ligerexport.exporters.onnx.mixer import candidates, mixer, rotary_tables
+from ligerexport.exporters.onnx.mixer import mixer, rotary_tables
 from ligerexport.exporters.onnx.native import DOMAIN, register
+from ligerexport.exporters.onnx.packed import Heads
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.targets import TARGETS
-from ligerexport.exporters.verify.compare import sort_slots, state_error
+from ligerexport.exporters.verify.compare import state_error
+from ligerexport.exporters.verify.slots import by_head
 from ligerexport.kernels.ops import liger_mixer, rotary_table
 from ligerexport.layers.mixer import LigerCache
 from ligerexport.model.config import PRESETS, LigerConfig
@@ -68,11 +72,13 @@ def mixer_graph(spec: MixerSpec, lowering: str, inv_freq: Tensor = INV_FREQ) -> 
     widths = {"q": spec.q_heads * spec.d_k, "k": spec.kv_heads * spec.d_k, "v": spec.kv_heads * spec.d_v}
     projected = tuple(graph_input(name, "FLOAT", ("BT", width)) for name, width in widths.items())
     score = graph_input("score", "FLOAT", ("BT", spec.kv_heads)) if spec.config.foresees else None
-    types = {t.name: "INT64" if t.dtype == "int64" else "FLOAT" for t in spec.state()}
+    types = {t.name: ir.DataType(DTYPES[t.dtype].onnx).name if t.dtype in DTYPES else "FLOAT" for t in spec.state()}
     past = {t.name: graph_input(f"past.{t.name}", types[t.name], ("B", *t.shape)) for t in spec.state()}
     frame = Frame(g, ids, position)
-    tables = rotary_tables(lower, inv_freq, spec, CHUNK)
-    seen = None if lower.native else candidates(frame, spec, tables.rows, [past["slot_position"]])[0]
+    groups = [group for _, group in spec.groups]
+    tables = rotary_tables(lower, inv_freq, max(groups, key=lambda group: group.config.num_slots), CHUNK)
+    positions = [] if lower.native else Heads(lower, spec).positions(past["slot_position"])
+    seen = [candidates(frame, group, tables.rows, [x])[0] for group, x in zip(groups, positions, strict=False)]
     output, present = mixer(lower, frame, spec, tables, projected, past, seen, score)  # type: ignore[arg-type]
     outputs = [g.output(output, "output", "FLOAT", ("BT", spec.q_heads * spec.d_v))]
     outputs += [g.output(present[t.name], f"present.{t.name}", types[t.name], ("B", *t.shape)) for t in spec.state()]
@@ -131,11 +137,12 @@ def projections(length: int, outliers: bool) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def compare_states(expected: dict[str, Any], found: dict[str, np.ndarray], tolerance: float) -> None:
-    ours, theirs = (sort_slots({k: np.asarray(v) for k, v in state.items()}) for state in (expected, found))
-    np.testing.assert_array_equal(ours["slot_position"], theirs["slot_position"])
-    for name, tensor in ours.items():
-        assert state_error(tensor, theirs[name]) < tolerance, name
+def compare_states(expected: dict[str, Any], found: dict[str, np.ndarray], tolerance: float, mixer: MixerSpec) -> None:
+    sides = (by_head({k: np.asarray(v) for k, v in state.items()}, mixer) for state in (expected, found))
+    for (head, ours), (_, theirs) in zip(*sides, strict=True):
+        np.testing.assert_array_equal(ours["slot_position"], theirs["slot_position"])
+        for name, tensor in ours.items():
+            assert state_error(tensor, theirs[name]) < tolerance, name + head
 
 
 @pytest.mark.parametrize("outliers", [False, True], ids=["plain", "outliers"])
@@ -157,7 +164,7 @@ def test_mixer_is_the_torch_op(lowering: str, name: str, outliers: bool, cuts: t
     expected, state = liger_mixer(query, key, value, position, start_state, spec, table, foreseen(value))
     real = position[:, None] + torch.arange(start) >= 0
     assert (torch.cat(found, dim=1) - expected)[real].abs().max() < OUTPUT
-    compare_states(state, session.state, STATE)
+    compare_states(state, session.state, STATE, spec)
 
 
 @pytest.mark.parametrize("inv_freq", [INV_FREQ[:6], torch.zeros(8)], ids=["some", "all"])
@@ -173,7 +180,7 @@ def test_evicted_tokens_where_channels_are_not_rotated(lowering: str, inv_freq: 
     expected, state = liger_mixer(query, key, value, position, start, spec, table, foreseen(value))
     real = position[:, None] + torch.arange(90) >= 0
     assert (found - expected)[real].abs().max() < OUTPUT
-    compare_states(state, session.state, STATE)
+    compare_states(state, session.state, STATE, spec)
 
 
 def test_function_body_is_the_kernel() -> None:
@@ -190,7 +197,7 @@ def test_function_body_is_the_kernel() -> None:
             for s in sessions
         ]
         assert (outputs[0] - outputs[1]).abs().max() < OUTPUT
-    compare_states(sessions[0].state, sessions[1].state, STATE)
+    compare_states(sessions[0].state, sessions[1].state, STATE, spec)
 
 
 class GraphSession:
@@ -241,7 +248,7 @@ def check_model(spec: ModelSpec, directory: Path, lowering: str) -> None:
     for layer, mixer_spec_ in enumerate(spec.mixers):
         if mixer_spec_ is not None:
             state = {t.name: session.state[f"past.{layer}.{t.name}"] for t in mixer_spec_.state()}
-            compare_states(cache.layers[layer].state, state, 2 * STATE)
+            compare_states(cache.layers[layer].state, state, 2 * STATE, mixer_spec_)
 
 
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
@@ -314,9 +321,12 @@ def proto(spec: ModelSpec, lowering: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"gate": "gsa"}, {"attention_weight": 1.0, "recurrence": "evicted"}], ids=["", "gsa", "evicted"]
+    ("changes", "lowering"),
+    [
+        *product(({}, {"gate": "gsa"}, {"attention_weight": 1.0, "recurrence": "evicted"}), TARGETS["onnx"].lowerings),
+        *product(({"heads": ("8+2+2 4+1+2", "", "8+2+2 8+2+2"), "state_dtype": "int8"},), TARGETS["onnx"].ragged),
+    ],
 )
-@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str, changes: dict[str, Any]) -> None:
     """Every past has one consumer, and its present is computed from the output of that consumer."""
     liger = LigerConfig(window=8, sinks=1, slots=(("use", 2), ("novelty", 2)), keep_softmax=(1,), **changes)
@@ -336,8 +346,14 @@ def test_state_may_be_updated_in_place(tmp_path: Path, lowering: str, changes: d
         assert consumers[0].name in seen, value.name
 
 
-@pytest.mark.parametrize("preset", BUILT)
-@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
+@pytest.mark.parametrize(
+    ("lowering", "preset"),
+    [
+        (lowering, preset)
+        for lowering, preset in product(TARGETS["onnx"].lowerings, PRESETS)
+        if lowering in TARGETS["onnx"].ragged or not PRESETS[preset].config.ragged
+    ],
+)
 def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
     """Every layer has the same number of nodes, no loop, and nothing that the preset does not use."""
     config = PRESETS[preset].config
@@ -353,7 +369,7 @@ def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
     assert not kinds.keys() & {"If", "Loop", "Scan"}
     within = config.evicts and lowering == "native"  # our own operator has the recurrence too
     recurrences = 5 * (config.recurrent - within + config.judged)
-    assert kinds["BoundedMemory"] == (5 if lowering == "native" else 0)
+    assert kinds["BoundedMemory"] + kinds["RaggedMemoryInt8"] == (5 if lowering == "native" else 0)
     assert kinds["LinearAttention"] == (0 if lowering == "portable" else recurrences)
     assert kinds["CumSum"] == (recurrences if lowering == "portable" else 0) + 5 * (config.evicts - within)
     names = {value.name.split(".")[2] for value in graphs[2].input if value.name.startswith("past.")}

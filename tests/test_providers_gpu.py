@@ -15,7 +15,8 @@ import ligerexport as lx
 from ligerexport.artifact.artifact import open_artifact
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.exporters.onnx.session import OnnxSession
-from ligerexport.exporters.verify.compare import sort_slots, state_error
+from ligerexport.exporters.verify.compare import state_error
+from ligerexport.exporters.verify.slots import sort_slots
 from ligerexport.model.config import PRESETS, LigerConfig
 
 CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()

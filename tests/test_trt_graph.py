@@ -23,7 +23,8 @@ from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.tensorrt.evaluation import PluginSession
 from ligerexport.exporters.tensorrt.node import CONTRACT, products, read_linear
-from ligerexport.exporters.verify.compare import sort_slots, state_error
+from ligerexport.exporters.verify.compare import state_error
+from ligerexport.exporters.verify.slots import sort_slots
 from ligerexport.kernels.plans import layer_digest, spec_fields
 from ligerexport.layers.mixer import LigerCache
 from ligerexport.model.config import PRESETS, LigerConfig

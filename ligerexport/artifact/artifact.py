@@ -20,7 +20,8 @@ from ligerexport.reading import from_plain, leads_away, read_json, sha256
 from ligerexport.staging import staged_directory
 from ligerexport.versions import installed_version
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Newest format that is read. Format 2 has states with one axis for the slots of all KV heads, or of a smaller type."""
 MANIFEST = "manifest.json"
 
 RUNTIMES = ("onnxruntime",)
@@ -144,7 +145,7 @@ class Manifest:
         device: The GPUs that the artifact was built for: compute capabilities, largest number of sequences, plugin's
             names of kernels, plugin and engine. None for the CPU.
         files: Every other file of the artifact; filled when it is written.
-        format_version: Version of this structure.
+        format_version: Version of this structure, the oldest that has all that the artifact needs.
     """
 
     ligerexport: str
@@ -165,7 +166,7 @@ class Manifest:
     quality: dict[str, Any] | None = None
     device: dict[str, Any] | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
     @property
     def growth(self) -> int:
@@ -238,7 +239,7 @@ def _check_claims(manifest: Manifest) -> None:
         raise ValueError("the state differs from the graph's outputs")
     if len({x.past for x in state} | {x.present for x in state} | {*ids, "logits"}) != 2 * len(state) + 3:
         raise ValueError("two tensors have the same name")
-    types = {row.name for row in BY_KERNEL.values()}
+    types = {row.name for row in BY_KERNEL.values()} | {"int8"}
     for tensor in state:
         sizes = ["P" if tensor.grows and axis == 2 else 1 for axis in range(len(tensor.shape))]
         fits = (

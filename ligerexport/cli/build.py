@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ligerexport.artifact.artifact import open_artifact
+from ligerexport.artifact.artifact import Manifest, open_artifact
 from ligerexport.checkpoint.describe import describe_checkpoint
 from ligerexport.cli import options
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
@@ -91,7 +91,7 @@ def build(
         "state_bytes": manifest.bytes.state_per_sequence,
         "kv_cache_larger_from": manifest.crossover,
         "verified": _verdict(manifest.verification),
-        "quality": _cost(manifest.precision, manifest.quality),
+        "quality": _cost(manifest),
         "chat": _chat(path),
         "device": manifest.device and "  ".join(f"{key}={options.plain(x)}" for key, x in manifest.device.items()),
     }
@@ -99,12 +99,14 @@ def build(
     options.finish_made(json, "built and verified", facts, run % quoted(path) if run else None)
 
 
-def _cost(precision: str, quality: dict[str, Any] | None) -> str | None:
+def _cost(manifest: Manifest) -> str | None:
     """Return the cost of a precision on the built-in text."""
+    quality, what, state = manifest.quality, manifest.precision, manifest.liger.get("state_dtype", "activation")
     if quality is None:
         return None
+    what += "" if state == "activation" else f" and a state in {state}"
     change = quality["nll"] - quality["nll_float32"]
-    return f"{change:+.3f} nats per token with {precision} (KL {quality['kl']:.3f}, {quality['tokens']} tokens)"
+    return f"{change:+.3f} nats per token with {what} (KL {quality['kl']:.3f}, {quality['tokens']} tokens)"
 
 
 def _chat(path: Path) -> str | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ligerexport import __version__
 from ligerexport.artifact.artifact import (
+    FORMAT_VERSION,
     MANIFEST,
     Artifact,
     ArtifactWriter,
@@ -140,10 +141,11 @@ class BuildPlan:
         check_destination(self.output, force=force, marker=MANIFEST)
         self.info = check_checkpoint(model, tokenizer=False)
         self.spec = read_spec(self.info)
+        _check_memory(self.spec, settings.target, lowering)
         self.backend.check_model(self.spec)
         max_chunk = self.backend.choose_chunk(self.spec, settings.max_chunk)
         if settings.genai:
-            check_genai(self.info.path, settings.target, lowering)
+            check_genai(self.info.path, settings.target, lowering, ragged=self.spec.ragged)
         self.force, self.settings = force, replace(settings, lowering=lowering, weights=weights, max_chunk=max_chunk)
         self.storage = weight_storage(weights, settings.block, lowering)
 
@@ -226,6 +228,17 @@ def _resolve(settings: BuildSettings) -> tuple[str, str]:
     return lowering, weights
 
 
+def _check_memory(spec: ModelSpec, target: str, lowering: str) -> None:
+    """Check that a lowering supports the memory of every layer."""
+    supported = get_target(target).ragged
+    if spec.ragged and lowering not in supported:
+        raise CheckpointError(
+            "this memory has sizes for each KV head or a small type of its slots, which "
+            f"the lowering {lowering} of {target} does not support",
+            hint=f"build with --lowering {supported[0]}" if supported else "build for --target onnx",
+        )
+
+
 def make_manifest(
     spec: ModelSpec,
     source: Any,
@@ -273,6 +286,7 @@ def make_manifest(
         requires=dict(requires),
         verification=verification,
         recovery=recovery,
+        format_version=FORMAT_VERSION if spec.ragged else 1,
     )  # fmt: skip
 
 

@@ -247,7 +247,7 @@ class BatchSession(ABC):
             if (
                 short
                 or abs(seen).max() > _LONGEST
-                or (given.dtype.kind == "i" and not ((given >= -1) & (given <= _LONGEST)).all())
+                or (tensor.dtype in ("int64", "int32") and not ((given >= -1) & (given <= _LONGEST)).all())
             ):
                 raise UsageError(f"{tensor.past} of this state cannot be the one after {seen.max()} tokens",
                                  hint="the file is damaged: read the prompt again")  # fmt: skip

@@ -27,6 +27,7 @@ class Target:
         sms: Compute capabilities that it can be built for; empty if it does not need a GPU.
         chunk: Default number of prompt tokens per call.
         run: Command that runs an artifact, with %s for its path; empty if there is none.
+        ragged: Lowerings that support memories with sizes for each KV head or a small type of their slots.
     """
 
     backend: str
@@ -39,6 +40,7 @@ class Target:
     sms: tuple[int, ...] = ()
     chunk: int = 128
     run: str = ""
+    ragged: tuple[str, ...] = ()
 
 
 TARGETS: dict[str, Target] = {
@@ -51,6 +53,7 @@ TARGETS: dict[str, Target] = {
         doc="a step graph for ONNX Runtime, weights in fp32 to int4",
         onnxruntime=True,
         run='ligerexport run %s "Once upon a time"',
+        ragged=("ort", "portable", "native"),
     ),
     "trt": Target(
         backend="ligerexport.exporters.tensorrt.backend:TensorRT",

@@ -10,7 +10,7 @@ new signal, or a new field of `Pool`, is written once in each dialect:
 - Triton, whole prompts: `kernels/fused/slot_scores.py` (attention received), `kernels/fused/candidates.py` (scores
   on arrival) and `_order` in `kernels/fused/slots.py` (the ranking)
 - Triton, one token: `kernels/fused/slots_step.py`; `ragged_step.py` beside it knows scores on arrival only
-- ONNX: `candidates`, `Slots._scores` and `Slots._keep` in `exporters/onnx/mixer.py`
+- ONNX: `candidates` in `exporters/onnx/candidates.py`, `Slots._scores` and `Slots._keep` in `exporters/onnx/mixer.py`
 - C++ of the lowering `native`: `exporters/onnx/native/node.py` (attributes), `ort_operator.cc` and `bounded_memory.h`
 - verification: `get_ranks` in `exporters/verify/compare.py`
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 import ligerexport as lx
-from ligerexport.exporters.verify.compare import is_near_tie, of_layer, sort_slots, state_error, tolerance_of
+from ligerexport.exporters.verify.compare import is_near_tie, state_error, tolerance_of
+from ligerexport.exporters.verify.slots import of_layer, sort_slots
 from ligerexport.kernels.evicted import slow_rotation
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.layers.mixer import LigerCache, LigerMixer

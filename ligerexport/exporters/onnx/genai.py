@@ -34,16 +34,22 @@ LENGTH = 1 << 15
 """Number of tokens that a generator allocates for by default."""
 
 
-def check_genai(checkpoint: Path, target: str, lowering: str) -> None:
+def check_genai(checkpoint: Path, target: str, lowering: str, ragged: bool = False) -> None:
     """Check that onnxruntime-genai can run what will be built.
 
     Raises:
-        UsageError: The target is not for ONNX Runtime, the lowering is `native`, or the model names no end-of-text id.
+        UsageError: The target is not for ONNX Runtime, the lowering is `native`, the memory is `ragged`, or the model
+            names no end-of-text id.
     """
     if not get_target(target).onnxruntime:
         raise UsageError(f"onnxruntime-genai with the target {target}", hint="--target onnx")
     if lowering == "native":
         raise UsageError("onnxruntime-genai does not have the operator of the lowering native", hint="--lowering ort")
+    if ragged:
+        raise UsageError(
+            "onnxruntime-genai carries no state with sizes for each KV head or in a small type",
+            hint="build without --genai, or convert with another preset, such as --preset memory",
+        )
     if not _ends(checkpoint):
         raise UsageError(
             f"{checkpoint} has no eos_token_id", hint="onnxruntime-genai needs it; see generation_config.json"

@@ -15,10 +15,12 @@ from ligerexport.artifact.artifact import Manifest, StateTensor
 from ligerexport.dtypes import DTYPES
 from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import Builder, graph_input
+from ligerexport.exporters.onnx.candidates import Candidates, candidates
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.linear import HEAD, Weights
 from ligerexport.exporters.onnx.lowerings import Native, Ort, Portable
-from ligerexport.exporters.onnx.mixer import Candidates, RotaryTables, candidates, mixer, rotary_tables
+from ligerexport.exporters.onnx.mixer import RotaryTables, mixer, rotary_tables
+from ligerexport.exporters.onnx.packed import Heads
 from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
 from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, JOINT, WeightStorage, align, data_layout
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision
@@ -26,6 +28,7 @@ from ligerexport.exporters.tensorrt.fuse import fuse_for_plugin
 from ligerexport.exporters.tensorrt.lowering import Plugin
 from ligerexport.exporters.tensorrt.node import plugin_mixer
 from ligerexport.model.families import Norms, get_family
+from ligerexport.model.state import MixerSpec
 
 LOWERINGS: dict[str, type[Portable]] = {"ort": Ort, "portable": Portable, "native": Native, "plugin": Plugin}
 """The lowerings that a graph can be written in."""
@@ -56,10 +59,9 @@ def state_tensors(spec: ModelSpec, lowering: str = "ort", storage: WeightStorage
                 StateTensor(f"{past}.{x}", f"{present}.{x}", growing, "float32", grows=True) for x in ("key", "value")
             ]
         else:
-            tensors += [
-                StateTensor(f"{past}.{x.name}", f"{present}.{x.name}", ("B", *x.shape), types[x.dtype], x.fill)
-                for x in layer_spec.state()
-            ]
+            for x in layer_spec.state():
+                dtype = types.get(x.dtype, x.dtype)
+                tensors.append(StateTensor(f"{past}.{x.name}", f"{present}.{x.name}", ("B", *x.shape), dtype, x.fill))
     return tuple(tensors)
 
 
@@ -229,7 +231,8 @@ def _mixers(
             return softmax_attention(lower, frame, spec, projected, own, softmax)
         if lower.plugin:
             return plugin_mixer(frame, layer, softmax.inv_freq, projected, own, score)
-        return mixer(lower, frame, layer, tables[i], projected, own, seen.get(i), score)
+        own_seen = [seen[i, heads] for heads, _ in layer.groups if not lower.native]
+        return mixer(lower, frame, layer, tables[i], projected, own, own_seen, score)
 
     return mix
 
@@ -242,11 +245,11 @@ def nodes_by_layer(graph: ir.Graph) -> list[int]:
 
 def _shared(
     lower: Portable, frame: Frame, spec: ModelSpec, past: dict[str, ir.Value], max_chunk: int
-) -> tuple[dict[int, RotaryTables], dict[int, Candidates]]:
+) -> tuple[dict[int, RotaryTables], dict[tuple[int, tuple[int, ...]], Candidates]]:
     """Write what layers share before the first one runs: tables for equal rotary settings, candidates of equal mixers.
 
     Returns:
-        Tables and candidates by layer; the lowering `native` has no candidates.
+        Tables by layer, and candidates by layer and group of KV heads; the lowering `native` has no candidates.
     """
     import torch
 
@@ -257,16 +260,22 @@ def _shared(
         alike.setdefault(turns, []).append(i)
     tables: dict[int, RotaryTables] = {}
     for count, ((inv_freq, *_), layers) in enumerate(alike.items()):
-        largest = max((mixers[i] for i in layers), key=lambda layer: layer.config.num_slots)
+        each = (group for i in layers for _, group in mixers[i].groups)
+        largest = max(each, key=lambda group: group.config.num_slots)
         name = f"rotary.{count}" if count else "rotary"
         tables |= dict.fromkeys(layers, rotary_tables(lower, torch.tensor(inv_freq), largest, max_chunk, name))
-    seen: dict[int, Candidates] = {}
-    for mixer_spec in () if lower.native else dict.fromkeys(mixers.values()):
-        equal = [i for i, layer in mixers.items() if layer == mixer_spec]
-        width = (lower.max_tensors or len(equal) + 1) - 1
-        for layers in (equal[start : start + width] for start in range(0, len(equal), width)):
-            positions = [past[f"past.{i}.slot_position"] for i in layers]
-            seen |= zip(layers, candidates(frame, mixer_spec, tables[layers[0]].rows, positions), strict=True)
+    groups: dict[MixerSpec, list[tuple[tuple[int, tuple[int, ...]], ir.Value]]] = {}
+    for i, layer in mixers.items() if not lower.native else ():
+        by_group = Heads(lower, layer).positions(past[f"past.{i}.slot_position"])
+        for (heads, group), position in zip(layer.groups, by_group, strict=True):
+            groups.setdefault(group, []).append(((i, heads), position))
+    seen: dict[tuple[int, tuple[int, ...]], Candidates] = {}
+    for group, members in groups.items():
+        width = (lower.max_tensors or len(members) + 1) - 1
+        for start in range(0, len(members), width):
+            owners, positions = zip(*members[start : start + width], strict=True)
+            rows = tables[owners[0][0]].rows
+            seen |= zip(owners, candidates(frame, group, rows, list(positions)), strict=True)
     return tables, seen
 
 

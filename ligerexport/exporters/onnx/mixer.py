@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from ligerexport.exporters.onnx.builder import Builder
+from ligerexport.exporters.onnx.candidates import Candidates, split
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable, Table
 from ligerexport.exporters.onnx.native.node import bounded_memory, turn_table
+from ligerexport.exporters.onnx.packed import Codes, Heads, Pool, read, store
 from ligerexport.exporters.onnx.recurrence import gated_recurrence
 from ligerexport.kernels.evicted import slow_rotation
 from ligerexport.kernels.memory_attention import MASKED, rotary_table, rotate
 from ligerexport.model.scores import FAINTEST
-from ligerexport.model.state import MixerSpec
+from ligerexport.model.state import EVICTED, MixerSpec
 
-NEVER = 1e30  # larger than the position of any query
 TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -78,93 +79,6 @@ def rotary_tables(
     return RotaryTables(table("keys", rotary), table("near", near), table("far", far), rotary.shape[1], **maps)
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The candidates of one layer and what follows from their positions: C = N slots, oldest first, then T new tokens.
-
-    Attributes:
-        position: `[B, H, 1, C]` int64, -1 for an empty slot.
-        row: Row of each candidate in the table of keys, `[B * H, C]` int64.
-        always: Whether a query sees a candidate in its window or as a sink, `[B, H, 1, T, C]`.
-        local: fp32 0 where `always`, otherwise `MASKED`.
-        rank: fp32 to add to a rank before the best are taken: 0 for a token that left the window and is no sink, minus
-            infinity where `always`, otherwise `MASKED`.
-        within: Whether the distance is at most the largest rotary distance, `[B, H, 1, T, C]`.
-        carried: Whether a slot held a candidate before the chunk, `[B, H, 1, 1, C]`; None without eviction.
-        counts: Per pool that ranks by attention received: 1 where attention counts, otherwise 0; None for other pools.
-        ages: Per pool that ages: position divided by horizon, `[B, H, 1, C]` fp32, counted from before the chunk,
-            because the positions of a long text would round; None for other pools.
-    """
-
-    position: ir.Value
-    row: ir.Value
-    always: ir.Value
-    local: ir.Value | None
-    rank: ir.Value | None
-    within: ir.Value
-    carried: ir.Value | None
-    counts: tuple[ir.Value | None, ...]
-    ages: tuple[ir.Value | None, ...]
-
-
-def candidates(frame: Frame, spec: MixerSpec, rows: int, past: list[ir.Value]) -> list[Candidates]:
-    """Compare positions at once for all layers with equal mixers, from their `slot_position` `[B, H, N]`.
-
-    Returns one result per layer. Positions are known before the first layer runs, and one large comparison is cheaper
-    than many small ones.
-    """
-    g, config, cap, layers = frame.g, spec.config, spec.max_distance, len(past)
-
-    def by_layer(x: ir.Value) -> list[Any]:
-        return split(g, x, layers, axis=0)
-
-    base = g.op("Tile", frame.position, g.const([layers])) if layers > 1 else frame.position  # [L * B]
-    base = g.op("Unsqueeze", base, g.const([1, 2]))
-    now = g.op("Expand", g.op("Add", base, frame.steps()), g.const([1, spec.kv_heads, 1]))
-    position = g.concat(g.concat(*past, axis=0) if layers > 1 else past[0], now, axis=2)  # [L * B, H, C]
-    # rows of the table are distances: exact in fp32 wherever it matters, for texts of any length
-    row = g.op("Sub", position, g.op("Sub", base, g.const(cap)))
-    table_row = g.op("Flatten", g.op("Clip", row, g.const(0), g.const(rows - 1)), axis=2)
-    row, position = (g.op("Unsqueeze", x, g.const([2, 3])) for x in (row, position))
-    birth = g.op("Cast", row, to=ir.DataType.FLOAT)
-    born = g.op("Where", g.op("Less", position, g.const(0)), g.floats(NEVER), birth)
-    stays = born
-    if config.sinks:
-        stays = g.op("Where", g.op("Less", position, g.const(config.sinks)), g.floats(NEVER), birth)
-    leaving = frame.row(cap - config.window + 1)
-    near = g.op("LessOrEqual", leaving, stays)
-    always = g.op("And", g.op("GreaterOrEqual", frame.row(cap), born), near)
-    within = g.op("LessOrEqual", frame.row(0), birth)
-    none: list[Any] = [None] * layers
-    carried = by_layer(g.op("Less", born, g.floats(cap))) if config.evicts else none
-    columns = g.op("Squeeze", position, g.const([2]))
-    local = rank = none
-    if config.slots:
-        bias = g.op("Where", always, g.floats(0), g.floats(MASKED))
-        local = by_layer(bias) if any(not pool.on_arrival for pool in spec.pools) else none
-        outside = g.op("Where", always, g.floats(-np.inf), g.floats(MASKED))
-        rank = by_layer(g.op("Where", near, outside, g.floats(0)))
-    counts, ages = [], []
-    for pool in spec.pools:
-        counted = aged = none
-        if not pool.on_arrival:
-            first = frame.row(cap - pool.first_distance)
-            counted = g.op("And", g.op("LessOrEqual", leaving, born), g.op("GreaterOrEqual", first, born))
-            counted = by_layer(g.op("Cast", counted, to=ir.DataType.FLOAT))
-        if pool.horizon:
-            aged = by_layer(g.op("Div", g.op("Squeeze", birth, g.const([2])), g.floats(pool.horizon)))
-        counts.append(counted)
-        ages.append(aged)
-    fields = [by_layer(columns), by_layer(table_row), by_layer(always), local, rank, by_layer(within), carried]
-    pools = [[tuple(values[i] for values in x) for i in range(layers)] for x in (counts, ages)]
-    return [Candidates(*(x[i] for x in (*fields, *pools))) for i in range(layers)]
-
-
-def split(g: Builder, x: ir.Value, parts: int, axis: int) -> list[ir.Value]:
-    """Split one axis into equal parts."""
-    return list(g.op("Split", x, outputs=parts, axis=axis, num_outputs=parts)) if parts > 1 else [x]
-
-
 def mixer(
     lower: Portable,
     frame: Frame,
@@ -172,7 +86,7 @@ def mixer(
     tables: RotaryTables,
     projected: tuple[ir.Value, ir.Value, ir.Value],
     past: dict[str, ir.Value],
-    seen: Candidates | None,
+    seen: list[Candidates],
     score: ir.Value | None = None,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """Write one mixer.
@@ -181,7 +95,7 @@ def mixer(
         tables: Tables from `rotary_tables`.
         projected: Query, key, value `[B * T, H * d]`, before rotary embedding.
         past: State by the names of `MixerSpec.state`; `candidates` reads the positions, except in `native`.
-        seen: Candidates from `candidates`; the lowering `native` does not need them.
+        seen: Candidates from `candidates` of each group of heads; the lowering `native` does not need them.
         score: `[B * T, H]` fp32, needed where `spec.config.foresees`.
 
     Returns:
@@ -189,6 +103,12 @@ def mixer(
     """
     g, config, heads = lower.g, spec.config, spec.kv_heads
     keys, values = frame.per_token(projected[1], heads, spec.d_k), frame.per_token(projected[2], heads, spec.d_v)
+    new: dict[str, Codes] = {}
+    if not lower.native or config.judged or (config.recurrent and not config.evicts):  # `native` rounds by itself
+        new = {"slot_key": store(g, keys, config.state_dtype), "slot_value": store(g, values, config.state_dtype)}
+    if new and config.state_dtype != "activation":
+        keys, values = (read(g, x, config.state_dtype) for x in new.values())
+        projected = projected[0], g.reshape(keys, -1, heads * spec.d_k), g.reshape(values, -1, heads * spec.d_v)
 
     present: dict[str, ir.Value] = {}
     arrival = features = None
@@ -203,9 +123,19 @@ def mixer(
         assert tables.keys is not None
         mixed, kept = bounded_memory(frame, spec, tables.keys, tables.turn, projected, arrival, score, past)
     else:
-        assert seen is not None
         query = g.transpose(frame.per_token(projected[0], spec.q_heads, spec.d_k), 0, 2, 1, 3)
-        mixed, kept = Slots(lower, frame, spec, tables, seen).attend(query, keys, values, arrival, past)
+        if config.ragged:
+            mixed, kept = _by_group(lower, frame, spec, tables, seen, query, new, arrival, past)
+        else:
+            key, value = (
+                g.concat(past[name], g.transpose(x, 0, 2, 1, 3), axis=2)
+                for name, x in (("slot_key", keys), ("slot_value", values))
+            )
+            slots = Slots(lower, frame, spec, tables, seen[0])
+            mixed, kept, order = slots.attend(query, key, value, arrival, past)
+            row = g.op("Add", order, frame.row_base(heads, config.num_slots))
+            kept["slot_key"] = g.op("Gather", g.reshape(key, -1, spec.d_k), row)
+            kept["slot_value"] = g.op("Gather", g.reshape(value, -1, spec.d_v), row)
     if config.evicts:
         return mixed, kept | present
     mixed = _scaled(g, mixed, config.attention_weight)
@@ -214,6 +144,46 @@ def mixer(
         present |= recurrent
         mixed = g.op("Add", mixed, _scaled(g, recurred, config.recurrence_weight))
     return mixed, kept | present
+
+
+def _by_group(
+    lower: Portable,
+    frame: Frame,
+    spec: MixerSpec,
+    tables: RotaryTables,
+    seen: list[Candidates],
+    query: ir.Value,
+    new: dict[str, Codes],
+    arrival: ir.Value | None,
+    past: dict[str, ir.Value],
+) -> tuple[ir.Value, dict[str, ir.Value]]:
+    """Do what `Slots.attend` does for a ragged layer, group by group; `new` has codes of keys and values."""
+    g, heads, lanes = lower.g, Heads(lower, spec), spec.q_heads // spec.kv_heads
+    pool = Pool(frame, heads, past, new)
+    queries = heads.split(query, 1, lanes)
+    arrivals = heads.split(arrival, 1) if arrival is not None else [None] * len(queries)
+    scored = [n if head.config.slots else 0 for n, head in zip(spec.slots_per_head, spec.heads, strict=True)]
+    scores = iter(heads.split(past["slot_score"], 2, scored) if any(scored) else ())
+    carried = {name: heads.split(past[name], 1) for name in EVICTED if spec.config.evicts and name in past}
+    outputs, chosen, parts = [], [], dict[str, list[ir.Value]]()
+    for i, (group, layer) in enumerate(spec.groups):
+        own = {name: x[i] for name, x in carried.items()}
+        if layer.config.slots:
+            own["slot_score"] = g.transpose(g.reshape(next(scores), 0, 0, len(group), -1), 0, 2, 1, 3)
+        slots = Slots(lower, frame, layer, tables, seen[i])
+        key, value = pool.read("slot_key", group), pool.read("slot_value", group)
+        mixed, kept, order = slots.attend(queries[i], key, value, arrivals[i], own)
+        outputs.append(mixed)
+        chosen.append(pool.place(group, order))
+        for name, x in kept.items():
+            parts.setdefault(name, []).append(x)
+    present = pool.keep(chosen) | {name: heads.join(parts[name], 1) for name in carried}
+    position = heads.join([g.reshape(x, 0, -1) for x in parts["slot_position"]], 1, spec.slots_per_head)
+    present["slot_position"] = g.op("Cast", position, to=ir.DataType.INT32)
+    if any(scored):
+        rows = [g.reshape(g.transpose(x, 0, 2, 1, 3), 0, 0, -1) for x in parts["slot_score"]]
+        present["slot_score"] = heads.join(rows, 2, scored)
+    return heads.join(outputs, 1, lanes * spec.d_v), present
 
 
 def _scaled(g: Builder, x: ir.Value, weight: float) -> ir.Value:
@@ -249,12 +219,15 @@ class Slots:
         self.g = lower.g
 
     def attend(
-        self, query: ir.Value, keys: ir.Value, values: ir.Value, arrival: ir.Value | None, past: dict[str, ir.Value]
-    ) -> tuple[ir.Value, dict[str, ir.Value]]:
-        """Return the output `[B * T, H_q * d_v]` and the slots after the last token."""
+        self, query: ir.Value, key: ir.Value, value: ir.Value, arrival: ir.Value | None, past: dict[str, ir.Value]
+    ) -> tuple[ir.Value, dict[str, ir.Value], ir.Value]:
+        """Attend from queries `[B, H_q, T, d_k]` to candidates `[B, H, C, d]`.
+
+        Returns:
+            The output `[B * T, H_q * d_v]`, the state after the last token without keys and values, and the candidates
+            in its slots `[B, H, N]`, in the order that `TENSORS` of `model/state.py` asks for.
+        """
         g, spec = self.g, self.spec
-        key = g.concat(past["slot_key"], g.transpose(keys, 0, 2, 1, 3), axis=2)  # [B, H, C, d_k]
-        value = g.concat(past["slot_value"], g.transpose(values, 0, 2, 1, 3), axis=2)
         logits = self._logits(query, key)
         visible, scores = self.seen.always, []
         if spec.config.slots:
@@ -273,7 +246,8 @@ class Slots:
         if evicted is not None:
             answer = g.op("Mul", g.transpose(share, 0, 3, 1, 2, 4), evicted[1])
             mixed = g.op("Add", mixed, g.reshape(answer, -1, spec.q_heads * spec.d_v))
-        return mixed, self._survivors(visible, key, value, scores) | present
+        kept, order = self._survivors(visible, scores)
+        return mixed, kept | present, order
 
     def _candidates_and_one(self) -> ir.Value:
         g, slots = self.g, self.spec.config.num_slots
@@ -391,22 +365,14 @@ class Slots:
             visible = g.op("ScatterElements", visible, best, won, axis=-1)
         return visible
 
-    def _survivors(
-        self, visible: ir.Value, key: ir.Value, value: ir.Value, scores: list[ir.Value]
-    ) -> dict[str, ir.Value]:
-        """Return the slots that the last query sees, in the order that `TENSORS` of `model/state.py` asks for."""
-        g, spec = self.g, self.spec
-        slots = spec.config.num_slots
+    def _survivors(self, visible: ir.Value, scores: list[ir.Value]) -> tuple[dict[str, ir.Value], ir.Value]:
+        """Return positions and scores of the slots that the last query sees, and their candidates."""
+        g, slots = self.g, self.spec.config.num_slots
         last = g.op("Gather", visible, g.const(-1), axis=3)  # [B, H, 1, C]
         rank = g.op("Where", last, *self.frame.columns(slots))
         _, order = g.op("TopK", rank, g.const([slots]), outputs=2, axis=-1, largest=0)
-        row = g.op("Add", g.reshape(order, 0, 0, -1), self.frame.row_base(spec.kv_heads, slots))
         position = g.op("Where", last, self.seen.position, g.const(-1))
-        present = {
-            "slot_key": g.op("Gather", g.reshape(key, -1, spec.d_k), row),
-            "slot_value": g.op("Gather", g.reshape(value, -1, spec.d_v), row),
-            "slot_position": g.op("Squeeze", g.op("GatherElements", position, order, axis=3), g.const([2])),
-        }
+        present = {"slot_position": g.op("Squeeze", g.op("GatherElements", position, order, axis=3), g.const([2]))}
         if scores:
             present["slot_score"] = self._join([g.op("GatherElements", score, order, axis=3) for score in scores])
-        return present
+        return present, g.reshape(order, 0, 0, -1)

@@ -18,11 +18,11 @@ from ligerexport.dtypes import BY_ONNX
 from ligerexport.errors import ArtifactError
 
 STANDARD = {
-    "Add", "And", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Cos", "CumSum", "DequantizeLinear",
+    "Abs", "Add", "And", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Cos", "CumSum", "DequantizeLinear",
     "Div", "Exp", "Expand", "Flatten", "Gather", "GatherElements", "Gelu", "Gemm", "Greater",
     "GreaterOrEqual", "Less", "LessOrEqual", "Log", "MatMul", "Max", "Mod", "Mul", "Neg", "Not", "Pad", "Pow",
-    "Range", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "ScatterElements", "Shape", "Sigmoid",
-    "Sin", "Slice", "Softmax", "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Tanh",
+    "Range", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "Round", "ScatterElements", "Shape",
+    "Sigmoid", "Sin", "Slice", "Softmax", "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Tanh",
     "Tile", "TopK", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
 EARLIER = {"GatherND", "Min", "SimplifiedLayerNormalization"}
@@ -32,7 +32,9 @@ OPERATORS = {
         "FusedMatMul", "GatherBlockQuantized", "LinearAttention", "MatMulNBits", "QuickGelu", "RotaryEmbedding",
         "SkipSimplifiedLayerNormalization",
     },
-    "ligerexport": {"BlockLinear", "BoundedMemory", "GatedUnit"},
+    "ligerexport": {
+        "BlockLinear", "BoundedMemory", "GatedUnit", "RaggedMemory", "RaggedMemoryFloat16", "RaggedMemoryInt8",
+    },
 }  # fmt: skip
 """Operators of every lowering, by domain; those of `EARLIER` are only in graphs that earlier versions wrote."""
 SIZED = {"ConstantOfShape", "Expand", "Pad", "Range", "Tile"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,8 +50,8 @@ class OnnxSession(BatchSession):
     Args:
         artifact: Artifact from `open_artifact`, or an unfinished artifact under verification.
         batch, threads, chunk, prepack, scoring: As for `ligerexport.run.runtime.load`.
-        exact: Whether products with quantised weights leave activations in fp32. This is slower, and serves to compare
-            a graph with arithmetic on the same weights. It excludes `scoring`.
+        exact: Whether activations stay in fp32, also in products with quantised weights and in the state. This is
+            slower, and serves to compare a graph with arithmetic on the same weights. It excludes `scoring`.
         device: Row of `PROVIDERS`.
 
     Raises:
@@ -84,6 +85,10 @@ class OnnxSession(BatchSession):
             raise UsageError("the lowering native runs on the CPU", hint="ligerexport build --lowering ort")
         check_graph(artifact)
         graph = _variant(artifact, scoring) if scoring or exact else None
+        if exact:
+            from ligerexport.exporters.onnx.variants import exact_manifest
+
+            self.artifact = replace(artifact, manifest=exact_manifest(manifest))
         self._scoring = scoring and graph is not None
         self._device = device
         self._session = _open(artifact, self.threads, prepack, graph, exact, device)
@@ -245,10 +250,10 @@ def _first_line(error: Exception) -> str:
 
 def _variant(artifact: Artifact, scoring: bool) -> bytes | None:
     try:
-        from ligerexport.exporters.onnx.variants import every_token, exact_products
+        from ligerexport.exporters.onnx.variants import every_token, exact_graph
     except ImportError as error:
         raise MissingDependency(error.name or "onnx-ir", extra="onnx") from error
-    return every_token(artifact.graph) if scoring else exact_products(artifact.graph)
+    return every_token(artifact.graph) if scoring else exact_graph(artifact.graph)
 
 
 def optimisation(manifest: Manifest, device: str = "cpu") -> str:

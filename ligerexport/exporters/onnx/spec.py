@@ -60,6 +60,11 @@ class ModelSpec:
     weights: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
 
+    @property
+    def ragged(self) -> bool:
+        """Whether a layer has sizes for each KV head or a small type of its slots."""
+        return any(mixer is not None and mixer.config.ragged for mixer in self.mixers)
+
 
 def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
     """Read a converted checkpoint.
@@ -82,11 +87,6 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
     if activation not in ACTIVATIONS:
         raise CheckpointError(f"activation '{activation}' in config.json", hint=f"supported: {', '.join(ACTIVATIONS)}")
     mixers = tuple(layer_specs(config))
-    if any(mixer is not None and mixer.config.ragged for mixer in mixers):
-        raise CheckpointError(
-            "this memory has sizes for each KV head or a small type of its slots, which no target supports yet",
-            hint="it runs in torch; convert with another preset to build it, such as --preset memory",
-        )
     if any(mixer is not None and mixer.config.celled for mixer in mixers):
         raise CheckpointError(
             "evicted tokens go to cells, which no target supports yet",

@@ -13,6 +13,7 @@ from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.targets import precision_of
 from ligerexport.exporters.tensorrt.evaluation import PluginSession
+from ligerexport.exporters.verify.slots import by_head, encode, of_layer, unscaled
 from ligerexport.exporters.verify.torch_model import Answer, State
 from ligerexport.model.scores import FAINTEST, get_score
 
@@ -98,17 +99,18 @@ class Comparison:
         result = self.result
         for layer, mixer in enumerate(self.spec.mixers):
             found, expected = (of_layer(state, layer) for state in (snapshot.tensors, answer.state))
-            if mixer is not None:
-                found, expected = sort_slots(found), sort_slots(expected)
-                if not np.array_equal(found["slot_position"], expected["slot_position"]):
-                    if not is_near_tie(expected, found, mixer.config.slots, self.tolerance.tie):
-                        raise Mismatch(layer, "slot_position: other tokens keep a slot")
+            if name := unscaled(found):
+                raise Mismatch(layer, f"{name} is not the largest element divided by the largest code")
+            for (where, theirs), (_, ours) in zip(by_head(found, mixer), by_head(expected, mixer), strict=True):
+                if mixer is not None and not np.array_equal(theirs["slot_position"], ours["slot_position"]):
+                    if not is_near_tie(ours, theirs, mixer.config.slots, self.tolerance.tie):
+                        raise Mismatch(layer, f"slot_position{where}: other tokens keep a slot")
                     return False
-            for name, tensor in expected.items():
-                error = state_error(tensor, found[name])
-                if not error <= self.tolerance.state:
-                    raise Mismatch(layer, f"{name} is off by {error:.1e} of its size")
-                result.max_state_error = max(result.max_state_error, error)
+                for name, tensor in ours.items():
+                    error = state_error(tensor, theirs[name])
+                    if not error <= self.tolerance.state:
+                        raise Mismatch(layer, f"{name}{where} is off by {error:.1e} of its size")
+                    result.max_state_error = max(result.max_state_error, error)
         error = float(np.abs(logits - answer.logits).max())
         if not error <= self.tolerance.logits:
             raise Mismatch(None, f"logits are off by {error:.1e}")
@@ -119,26 +121,7 @@ class Comparison:
         """Go on from torch's state after a near tie, as soon as there is a complete state."""
         self.adrift = not answer.whole
         if answer.whole:
-            session.restore(replace(snapshot, tensors=snapshot.tensors | answer.state))
-
-
-def of_layer(state: State, layer: int) -> State:
-    prefix = f"past.{layer}."
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def sort_slots(state: State) -> State:
-    """Return a mixer's state with slots sorted by position (see `TENSORS` of `model/state.py`), empty slots zero."""
-    position = state["slot_position"]
-    order = position.argsort(axis=-1, kind="stable")
-    position = np.take_along_axis(position, order, -1)
-    full = position >= 0
-    result = dict(state) | {"slot_position": position}
-    for name in {"slot_key", "slot_value"} & state.keys():
-        result[name] = np.take_along_axis(state[name], order[..., None], 2) * full[..., None]
-    if "slot_score" in state:
-        result["slot_score"] = np.take_along_axis(state["slot_score"], order[:, :, None], 3) * full[:, :, None]
-    return result
+            session.restore(replace(snapshot, tensors=encode(answer.state, snapshot.tensors)))
 
 
 def state_error(expected: np.ndarray, found: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -13,9 +13,10 @@ from ligerexport.artifact.artifact import Artifact
 from ligerexport.exporters.onnx.native import register
 from ligerexport.exporters.onnx.session import EXACT, FOLDER
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.onnx.variants import exact_products
+from ligerexport.exporters.onnx.variants import exact_graph
 from ligerexport.exporters.tensorrt.evaluation import evaluator
-from ligerexport.exporters.verify.compare import Mismatch, is_near_tie, of_layer, sort_slots, state_error, tolerance_of
+from ligerexport.exporters.verify.compare import Mismatch, is_near_tie, state_error, tolerance_of
+from ligerexport.exporters.verify.slots import by_head, encode, of_layer
 from ligerexport.exporters.verify.ties import narrow
 from ligerexport.exporters.verify.torch_model import Answer, Reference, State
 
@@ -60,7 +61,9 @@ def first_difference(
                     return Mismatch(difference.layer, difference.what)
             ids = _ids(answers)
             found, past = graph.run(state, position, ids), answers[-1].after()
-            state = {name: answers[-1].state.get(name, found[name]) for name in state}
+            like = {name: found[name] for name in state}
+            expected = {name: x for name, x in answers[-1].state.items() if name in state}
+            state = encode(expected, like)
             position += len(ids)
             calls = [call[len(ids) :], *calls] if len(ids) < len(call) else calls
     return None
@@ -87,13 +90,15 @@ def _first_layer(spec: ModelSpec, expected: State, found: State) -> _Difference 
     """Return the first layer that differs after one call, or in which scores tied."""
     before = APART / GROWTH
     for layer, mixer in enumerate(spec.mixers):
-        ours, theirs = of_layer(expected, layer), of_layer(found, layer)
-        if mixer is not None:
-            ours, theirs = sort_slots(ours), sort_slots(theirs)
-            if not np.array_equal(ours["slot_position"], theirs["slot_position"]):
+        sides = of_layer(expected, layer), of_layer(found, layer)
+        streams = [side.pop("hidden") for side in sides]
+        errors = dict[str, float]()
+        for (where, ours), (_, theirs) in zip(*(by_head(side, mixer) for side in sides), strict=True):
+            if mixer is not None and not np.array_equal(ours["slot_position"], theirs["slot_position"]):
                 tied = is_near_tie(ours, theirs, mixer.config.slots, tolerance_of("float32").tie)
-                return _Difference(layer, "its slot_position", tied)
-        errors = dict(_errors(ours, theirs))
+                return _Difference(layer, f"its slot_position{where}", tied)
+            errors |= {f"its {name}{where}": state_error(tensor, theirs[name]) for name, tensor in ours.items()}
+        errors["its output"] = _apart(*streams)
         for what, error in errors.items():
             if not error <= GROWTH * before:
                 return _Difference(layer, f"{what}, by {error:.1e} of its size")
@@ -101,15 +106,11 @@ def _first_layer(spec: ModelSpec, expected: State, found: State) -> _Difference 
     return None
 
 
-def _errors(ours: State, theirs: State) -> Iterator[tuple[str, float]]:
-    """Yield the errors of a layer's tensors, in the order in which the layer computes them."""
-    for name, tensor in ours.items():
-        if name != "hidden":
-            yield f"its {name}", state_error(tensor, theirs[name])
-    rows = min(len(ours["hidden"]), len(theirs["hidden"]))  # the graph has only one row of the last layer
-    tensor, other = ours["hidden"][-rows:], theirs["hidden"][-rows:]
-    apart = np.linalg.norm(tensor - other, axis=-1) / np.linalg.norm(tensor, axis=-1)
-    yield "its output", float(apart.max())
+def _apart(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Return the largest distance of two residual streams `[T, D]`, relative to torch's."""
+    rows = min(len(ours), len(theirs))  # the graph has only one row of the last layer
+    tensor, other = ours[-rows:], theirs[-rows:]
+    return float((np.linalg.norm(tensor - other, axis=-1) / np.linalg.norm(tensor, axis=-1)).max())
 
 
 class _Graph:
@@ -129,7 +130,7 @@ class _Graph:
             t.past: np.full(
                 [letters[n] if isinstance(n, str) else n for n in t.shape],
                 t.fill,
-                t.dtype if "int" in t.dtype else np.float32,
+                t.dtype if t.dtype in ("int64", "int32") else np.float32,
             )
             for t in self._manifest.state
         }
@@ -152,7 +153,7 @@ def _variant(artifact: Artifact, outputs: list[str]) -> Run:
     options.enable_mem_reuse = False  # planning reuse is quadratic in the nodes
     if artifact.manifest.lowering == "native":
         register(options)
-    variant = exact_products(artifact.graph, outputs)
+    variant = exact_graph(artifact.graph, outputs)
     session = onnxruntime.InferenceSession(variant, options, providers=["CPUExecutionProvider"])
     wanted = {entry.name for entry in session.get_inputs()}
 

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from ligerexport.artifact.snapshot import Snapshot
-from ligerexport.exporters.verify.compare import Comparison, Engine, Mismatch, get_ranks, of_layer
+from ligerexport.exporters.verify.compare import Comparison, Engine, Mismatch, get_ranks
+from ligerexport.exporters.verify.slots import by_head, of_layer, places
 from ligerexport.exporters.verify.torch_model import Answer, Reference, State
 from ligerexport.layers.mixer import LigerCache
+from ligerexport.model.config import LigerConfig
 from ligerexport.model.scores import get_score
 
 OFTEN = 8
@@ -169,7 +171,7 @@ class _Tie:
     gap: float
     step: int
     layer: int
-    row: tuple[int, ...]
+    row: tuple[int, int]
     pool: int
     position: int
 
@@ -181,17 +183,24 @@ def _ties(check: Comparison, states: list[State], last: int | None = None) -> li
         if mixer is None or not mixer.config.slots:
             continue
         for step, (old, new) in enumerate(pairwise(of_layer(state, layer) for state in states)):
-            for row in np.ndindex(old["slot_position"].shape[:2]):
-                was, now = old["slot_position"][row], new["slot_position"][row]
-                left = was < now.max() - mixer.config.window + 1
-                lost = left & (was >= 0) & ~np.isin(was, now)
-                held = left & (was >= mixer.config.sinks) & ~lost
-                ranks = get_ranks(old["slot_score"][row], was, mixer.config.slots)
-                for pool, rank in enumerate(ranks):
-                    gaps = rank[held, None] - rank[lost]
-                    for i, loser in zip(*np.nonzero(np.abs(gaps) <= check.tolerance.tie), strict=True):
-                        found.append(_Tie(abs(gaps[i, loser]), step, layer, row, pool, int(was[lost][loser])))
+            for head, sides in enumerate(zip(by_head(old, mixer), by_head(new, mixer), strict=True)):
+                before, after = (state for _, state in sides)
+                for b, h in np.ndindex(before["slot_position"].shape[:2]) if "slot_score" in before else ():
+                    was, now = before["slot_position"][b, h], after["slot_position"][b, h]
+                    scores, row = before["slot_score"][b, h], (b, head + h)
+                    lost, held = _competing(was, now, mixer.heads[row[1]].config)
+                    for pool, rank in enumerate(get_ranks(scores, was, mixer.config.slots)):
+                        gaps = rank[held, None] - rank[lost]
+                        for i, loser in zip(*np.nonzero(np.abs(gaps) <= check.tolerance.tie), strict=True):
+                            found.append(_Tie(abs(gaps[i, loser]), step, layer, row, pool, int(was[lost][loser])))
     return sorted(found)
+
+
+def _competing(was: np.ndarray, now: np.ndarray, config: LigerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return which tokens of a head lost their slot between two states, and which kept it by their rank."""
+    left = was < now.max() - config.window + 1
+    lost = left & (was >= 0) & ~np.isin(was, now)
+    return lost, left & (was >= config.sinks) & ~lost
 
 
 @torch.inference_mode()
@@ -205,8 +214,11 @@ def _otherwise(check: Comparison, torch_model: Reference, past: Any, ids: np.nda
         torch_model.answers([ids[: tie.step]], cache, whole=())
     state, mixer = cache.layers[tie.layer].state, check.spec.mixers[tie.layer]
     assert mixer is not None
-    scores = state["slot_score"][tie.row][tie.pool]
-    lift, chosen = tie.gap + NUDGE, state["slot_position"][tie.row] == tie.position
+    slots, scored = places(mixer, tie.row[1])
+    packed = state["slot_position"].ndim == 2
+    scores = state["slot_score"][tie.row[0], tie.pool, scored] if packed else state["slot_score"][tie.row][tie.pool]
+    position = state["slot_position"][tie.row[0], slots] if packed else state["slot_position"][tie.row]
+    lift, chosen = tie.gap + NUDGE, position == tie.position
     if get_score(mixer.config.slots[tie.pool][0]).signal == "learned":  # already a logarithm
         scores[chosen] += lift
     else:

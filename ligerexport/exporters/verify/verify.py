@@ -25,6 +25,7 @@ from ligerexport.exporters.tensorrt.evaluation import PluginSession
 from ligerexport.exporters.verify.compare import Comparison, Engine, Mismatch, Tolerance, tolerance_of
 from ligerexport.exporters.verify.locate import first_difference
 from ligerexport.exporters.verify.precision import cost_of_precision
+from ligerexport.exporters.verify.slots import is_rounded, unrounded
 from ligerexport.exporters.verify.text import PROMPT
 from ligerexport.exporters.verify.ties import replay
 from ligerexport.exporters.verify.torch_model import Answer, Reference, check_reading
@@ -59,7 +60,7 @@ def verify_artifact(
     """
     check_reading(spec, progress)
     tolerance, ids = tolerance_of(storage.precision.dtype), prompt_ids(spec)
-    reference = Reference(spec, artifact, storage, tolerance.weights)
+    reference = Reference(unrounded(spec), artifact, storage, tolerance.weights)
     cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, len(ids)), PIECES - 1, replace=False))
     pieces = [*np.split(ids, cuts), *ids[:STEPS, None]]
     whole = {i for i in range(len(pieces)) if i < PIECES or (len(pieces) - 1 - i) % WHOLE == 0}
@@ -97,7 +98,7 @@ def _open(spec: ModelSpec, artifact: Artifact) -> Engine:
         return PluginSession(artifact, spec, wide=True)
     from ligerexport.exporters.onnx.session import OnnxSession
 
-    exact = artifact.manifest.block is not None
+    exact = artifact.manifest.block is not None or is_rounded(spec)
     return OnnxSession(artifact, chunk=artifact.manifest.graph.max_chunk, prepack=False, exact=exact)
 
 

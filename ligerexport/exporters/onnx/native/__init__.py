@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 DOMAIN = "ligerexport"
 """Domain of the operators."""
+RAGGED_OPERATORS = {"activation": "RaggedMemory", "float16": "RaggedMemoryFloat16", "int8": "RaggedMemoryInt8"}
+"""Operators of a ragged layer by the type of its slots, with the operands of `BoundedMemory`."""
+EXACT_OPERATORS = {"RaggedMemoryFloat16": "RaggedMemory", "RaggedMemoryInt8": "RaggedMemoryExact"}
+"""What computes the same without rounding, with slots in fp32."""
 
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")

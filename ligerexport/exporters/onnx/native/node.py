@@ -11,17 +11,19 @@ import torch
 from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Table
-from ligerexport.exporters.onnx.native import DOMAIN
+from ligerexport.exporters.onnx.native import DOMAIN, RAGGED_OPERATORS
 from ligerexport.kernels.evicted import slow_rotation
 from ligerexport.model.scores import Pool
-from ligerexport.model.state import EVICTED, SLOTS, MixerSpec
+from ligerexport.model.state import EVICTED, RAGGED, SLOTS, MixerSpec
 
+SCALES = tuple(row.name for row in RAGGED if row.needs == "scaled")
+"""Scales of keys and values that are codes."""
 INPUTS = (
     "query", "key", "value", "position", "cos", "sin", *SLOTS, "arrival", "turn", *EVICTED,
-    "hidden", "score_weight", "score_bias",
+    "hidden", "score_weight", "score_bias", *SCALES,
 )  # fmt: skip
 """Inputs of the operator, in order."""
-OUTPUTS = ("mixed", *SLOTS, *EVICTED)
+OUTPUTS = ("mixed", *SLOTS, *EVICTED, *SCALES)
 """Outputs of the operator, in order: the mixed heads, then the new state."""
 
 
@@ -58,18 +60,19 @@ def bounded_memory(
     config, g = spec.config, frame.g
     attributes: dict[str, int | float] = {
         "q_heads": spec.q_heads, "kv_heads": spec.kv_heads, "d_k": spec.d_k, "d_v": spec.d_v, "scale": spec.scale,
-        "slots": config.num_slots, "window": config.window, "sinks": config.sinks, "max_distance": spec.max_distance,
+        "sinks": config.sinks, "max_distance": spec.max_distance,
         "evicts": int(config.evicts), "recurrence_weight": float(config.recurrence_weight),
         "pools": len(config.slots),
-    }  # fmt: skip
+    } | _sizes(spec)  # fmt: skip
     for i, pool in enumerate(spec.pools):
         attributes |= {f"pool{i}_{name}": value for name, value in _pool(pool).items()}
-    names = OUTPUTS if config.evicts else OUTPUTS[: -len(EVICTED)]
+    own = {name for name in OUTPUTS if name in past and (config.evicts or name not in EVICTED)}
+    names = OUTPUTS[: 1 + max(map(OUTPUTS.index, own))]
     given = dict(zip(INPUTS, projected, strict=False))
     if (whole := g.whole(*projected)) is not None:
         given = {"query": whole}
     given |= {"position": frame.position, "cos": keys.cos, "sin": keys.sin}
-    given |= {name: past[name] for name in names if name in past}
+    given |= {name: past[name] for name in own}
     made = learned.producer() if learned is not None else None
     if made is not None and made.op_type == "Gemm":
         given |= {name: x for name, x in zip(("hidden", "score_weight", "score_bias"), made.inputs, strict=False) if x}
@@ -77,15 +80,27 @@ def bounded_memory(
         given["arrival"] = arrival
     if turn is not None:
         given["turn"] = turn
-    mixed, *present = g.op("BoundedMemory", *map(given.get, INPUTS), outputs=len(names), domain=DOMAIN, **attributes)
-    return mixed, {name: new for name, new in zip(names[1:], present, strict=True) if name in past}
+    kind = RAGGED_OPERATORS[config.state_dtype] if config.ragged else "BoundedMemory"
+    inputs = INPUTS if config.scaled else INPUTS[: -len(SCALES)]  # older libraries know no scales
+    mixed, *present = g.op(kind, *map(given.get, inputs), outputs=len(names), domain=DOMAIN, **attributes)
+    return mixed, {name: new for name, new in zip(names[1:], present, strict=True) if name in own}
+
+
+def _sizes(spec: MixerSpec) -> dict[str, int]:
+    """Return the sizes of the memory of all KV heads, or of each one of a ragged layer."""
+    config, sizes = spec.config, {}
+    for h, head in enumerate(spec.heads if config.ragged else (spec,)):
+        prefix, pools = f"head{h}_" if config.ragged else "", head.pools or (None,) * len(config.slots)
+        sizes[f"{prefix}window"] = head.config.window
+        for i, pool in enumerate(pools):
+            sizes[f"{prefix}pool{i}_count"] = pool.size if pool else 0
+            sizes[f"{prefix}pool{i}_first_distance"] = pool.first_distance if pool and not pool.on_arrival else 0
+    return sizes if config.ragged else sizes | {"slots": config.num_slots}
 
 
 def _pool(pool: Pool) -> dict[str, int | float]:
-    """Return the attributes of a pool, without the prefix that numbers it."""
-    received = not pool.on_arrival
+    """Return the attributes of a pool, without its sizes and the prefix that numbers it."""
     return {
-        "count": pool.size, "received": int(received), "maximum": int(not pool.summed),
-        "by_value": int(pool.by_value), "horizon": float(pool.horizon),
-        "first_distance": pool.first_distance if received else 0,
+        "received": int(not pool.on_arrival), "maximum": int(not pool.summed), "by_value": int(pool.by_value),
+        "horizon": float(pool.horizon),
     }  # fmt: skip

@@ -23,6 +23,8 @@ enum Input : size_t {
   kHidden,
   kScoreWeight,
   kScoreBias,
+  kSlotKeyScale,
+  kSlotValueScale,
   kInputs,
 };
 
@@ -34,6 +36,8 @@ enum Output : size_t {
   kNewSlotScore,
   kNewRecurrentState,
   kNewRecurrentMass,
+  kNewSlotKeyScale,
+  kNewSlotValueScale,
   kOutputs,
 };
 

@@ -22,7 +22,7 @@ struct OrtApiBase {
   const char* (*GetVersionString)();
 };
 
-enum OrtElementType { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt64 = 7 };
+enum OrtElementType { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 enum OrtCharacteristic { kRequired = 0, kOptional = 1 };
 
 struct OrtCustomOp {  // as of version 17 of the interface

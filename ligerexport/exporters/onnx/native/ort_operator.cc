@@ -6,11 +6,16 @@
 // learned scores that the operator computes itself instead of taking them as scores on arrival, the layer's input
 // `[B T, D]`, weight `[H, D]` and bias `[H]`. Outputs: the mixed heads `[B T, H_q d_v]`, then the new state.
 //
+// `RaggedMemory` has the same operands for a layer in which each key head has sizes of its own: the slots of all heads lie
+// on one axis, head after head. `RaggedMemoryFloat16` has slots in fp16, `RaggedMemoryInt8` codes with scales in fp16, and
+// `RaggedMemoryExact` the same codes and scales in fp32 without rounding, for comparisons.
+//
 // `BlockLinear`, over `block_linear.h`. Inputs: `[B T, K]`, codes, scales and zero points as `MatMulNBits` has them, and a
 // bias `[N]`. Output: `[B T, N]`.
 //
 // `GatedUnit`, over `gated_unit.h`. Inputs: gate and up `[B T, I]`, or both side by side as the first. Output: `[B T, I]`.
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -113,36 +118,73 @@ struct Access {
   }
 };
 
-struct BoundedMemory : Access {
-  static constexpr const char* kName = "BoundedMemory";
+// Names of ragged operators and numbers of element types in ONNX Runtime's interface.
+template <typename T>
+constexpr const char* kRaggedName = "RaggedMemory";
+template <>
+constexpr const char* kRaggedName<liger::Half> = "RaggedMemoryFloat16";
+template <>
+constexpr const char* kRaggedName<int8_t> = "RaggedMemoryInt8";
+template <>
+constexpr const char* kRaggedName<liger::Exact> = "RaggedMemoryExact";
+template <typename T>
+constexpr OrtElementType kType = kFloat;
+template <>
+constexpr OrtElementType kType<liger::Half> = kFloat16;
+template <>
+constexpr OrtElementType kType<int8_t> = kInt8;
+
+template <typename T, bool kRagged>
+struct Memory : Access {
+  static constexpr const char* kName = kRagged ? kRaggedName<T> : "BoundedMemory";
+  using Scale = liger::Scale<T>;
   static constexpr size_t kInputCount = kInputs, kOutputCount = kOutputs;
   liger::Layer layer;
 
-  BoundedMemory(const OrtApi* table, const OrtKernelInfo* info) : Access{table} {
-    const auto integer = [&](const std::string& name) { return Integer(info, name); };
+  Memory(const OrtApi* table, const OrtKernelInfo* info) : Access{table} {
     const auto size = [&](const std::string& name, int64_t least = 1) { return Size(info, name, least); };
-    layer = {size("q_heads"), size("kv_heads"), size("d_k"), size("d_v"), size("slots"),
-             size("window"), size("sinks", 0), size("max_distance", 0), integer("evicts"), Real(info, "scale"),
-             Real(info, "recurrence_weight"), {}};
+    layer = {size("q_heads"), size("kv_heads"), size("d_k"), size("d_v"), size("sinks", 0), size("max_distance", 0),
+             Integer(info, "evicts"), Real(info, "scale"), Real(info, "recurrence_weight"), {}, {}, 0, 0, 0};
     need(layer.q_heads % layer.kv_heads == 0, "query heads are no multiple of key heads");
-    int64_t kept = layer.window + layer.sinks;
-    for (int64_t i = 0, pools = size("pools", 0); i < pools; ++i) {
-      need(pools <= 16, "there are too many pools");
-      const std::string pool = "pool" + std::to_string(i) + "_";
-      layer.pools.push_back({integer(pool + "count"), integer(pool + "received"), integer(pool + "maximum"),
-                             integer(pool + "by_value"), integer(pool + "first_distance"), Real(info, pool + "horizon")});
-      kept += size(pool + "count");
+    need(layer.kv_heads <= 4096, "there are too many heads");
+    const int64_t pools = size("pools", 0);
+    need(pools <= 16, "there are too many pools");
+    for (int64_t i = 0; i < pools; ++i) {
+      const auto integer = [&](const char* name) { return Integer(info, Pool(i) + name); };
+      layer.pools.push_back({integer("_received"), integer("_maximum"), integer("_by_value"),
+                             Real(info, Pool(i) + "_horizon")});
     }
-    need(kept <= layer.slots, "there are fewer slots than are kept");
+    for (int64_t h = 0; h < layer.kv_heads; ++h) {
+      const std::string head = kRagged ? "head" + std::to_string(h) + "_" : "";
+      liger::Size memory{size(head + "window"), 0, layer.slots, 0, {}, {}};
+      int64_t kept = memory.window + layer.sinks;
+      for (int64_t i = 0; i < pools; ++i) {
+        memory.counts.push_back(size(head + Pool(i) + "_count", kRagged ? 0 : 1));
+        memory.first_distances.push_back(Integer(info, head + Pool(i) + "_first_distance"));
+        kept += memory.counts.back();
+      }
+      if (kept == memory.window + layer.sinks) memory.counts.clear();
+      need(std::count(memory.counts.begin(), memory.counts.end(), 0) == 0, "a head has slots in some pools only");
+      memory.slots = kRagged ? kept : size("slots");
+      need(kept <= memory.slots && kept < kMost, "there are fewer slots than are kept");
+      // scores are [pools, slots] for the slots of all heads, or for those of each head
+      memory.score = kRagged ? layer.score_pool : layer.scores;
+      const int64_t scored = memory.counts.empty() ? 0 : memory.slots;
+      layer.score_pool = kRagged ? layer.score_pool + scored : scored;
+      layer.scores += scored * pools, layer.slots += memory.slots;
+      layer.heads.push_back(memory);
+    }
   }
 
+  static std::string Pool(int64_t i) { return "pool" + std::to_string(i); }
+
   // Checks the inputs of a call against the layer.
-  void Check(OrtKernelContext* context, const liger::Call& call, int64_t tokens) const {
+  void Check(OrtKernelContext* context, const liger::Call<T>& call, int64_t tokens) const {
     const auto holds = [&](size_t input, int64_t count, const char* what) {
       Holds(Value(context, input), count, what, Optional(input, false));
     };
     const liger::Layer& l = layer;
-    const int64_t heads = call.batch * l.kv_heads, slots = heads * l.slots, pools = l.pools.size();
+    const int64_t heads = call.batch * l.kv_heads, slots = call.batch * l.slots;
     need(call.batch > 0 && tokens % call.batch == 0, "the tokens are not of the sequences");
     const bool whole = Value(context, kKey) == nullptr;
     need(whole == (Value(context, kValue) == nullptr), "key and value come together");
@@ -156,8 +198,12 @@ struct BoundedMemory : Access {
     holds(kSlotKey, slots * l.d_k, "the slots' keys are of another size");
     holds(kSlotValue, slots * l.d_v, "the slots' values are of another size");
     holds(kSlotPosition, slots, "the slots' positions are of another size");
-    need((Value(context, kSlotScore) != nullptr) == (pools > 0), "scores and pools come together");
-    holds(kSlotScore, slots * pools, "the slots' scores are of another size");
+    need((Value(context, kSlotScore) != nullptr) == (l.scores > 0), "scores and pools come together");
+    holds(kSlotScore, call.batch * l.scores, "the slots' scores are of another size");
+    for (size_t scale : {kSlotKeyScale, kSlotValueScale}) {
+      need((Value(context, scale) != nullptr) == liger::kScaled<T>, "scales and codes come together");
+      holds(scale, slots, "the slots' scales are of another size");
+    }
     bool arrives = false;
     for (const liger::Pool& pool : l.pools) arrives = arrives || !pool.received;
     need(!arrives || call.arrival != nullptr || call.hidden != nullptr, "scores on arrival are missing");
@@ -175,15 +221,15 @@ struct BoundedMemory : Access {
     holds(kRecurrentMass, heads * l.d_k, "the mass is of another size");
   }
 
-  template <typename T>
-  T* Renewed(OrtKernelContext* context, size_t input, size_t output) const {
+  template <typename X>
+  X* Renewed(OrtKernelContext* context, size_t input, size_t output) const {
     const OrtValue* past = Value(context, input);
-    return past == nullptr ? nullptr : Allocate<T>(context, output, Shape(past));
+    return past == nullptr ? nullptr : Allocate<X>(context, output, Shape(past));
   }
 
   void Compute(OrtKernelContext* context) const {
     const auto input = [&](size_t index) { return Data<const float>(Value(context, index)); };
-    liger::Call call{};
+    liger::Call<T> call{};
     const auto positions = Shape(Value(context, kPosition)), query = Shape(Value(context, kQuery));
     const auto table = Shape(Value(context, kCos));
     need(positions.size() == 1 && query.size() == 2 && table.size() == 2, "a tensor has another rank");
@@ -202,19 +248,25 @@ struct BoundedMemory : Access {
     call.hidden = input(kHidden), call.score_weight = input(kScoreWeight), call.score_bias = input(kScoreBias);
     if (call.hidden != nullptr) call.width = Shape(Value(context, kHidden)).at(1);
     call.position = Data<const int64_t>(Value(context, kPosition));
-    call.past_key = input(kSlotKey), call.past_value = input(kSlotValue), call.past_score = input(kSlotScore);
-    call.past_position = Data<const int64_t>(Value(context, kSlotPosition));
+    call.past_key = Data<const T>(Value(context, kSlotKey)), call.past_value = Data<const T>(Value(context, kSlotValue));
+    call.past_key_scale = Data<const Scale>(Value(context, kSlotKeyScale));
+    call.past_value_scale = Data<const Scale>(Value(context, kSlotValueScale));
+    call.past_position = {Data<void>(Value(context, kSlotPosition)), kRagged};
+    call.past_score = input(kSlotScore);
     call.past_state = input(kRecurrentState), call.past_mass = input(kRecurrentMass);
     Check(context, call, tokens);
     call.mixed = Allocate<float>(context, kMixed, {tokens, layer.q_heads * layer.d_v});
-    call.new_key = Renewed<float>(context, kSlotKey, kNewSlotKey);
-    call.new_value = Renewed<float>(context, kSlotValue, kNewSlotValue);
-    call.new_position = Renewed<int64_t>(context, kSlotPosition, kNewSlotPosition);
+    call.new_key = Renewed<T>(context, kSlotKey, kNewSlotKey);
+    call.new_value = Renewed<T>(context, kSlotValue, kNewSlotValue);
+    call.new_key_scale = Renewed<Scale>(context, kSlotKeyScale, kNewSlotKeyScale);
+    call.new_value_scale = Renewed<Scale>(context, kSlotValueScale, kNewSlotValueScale);
+    call.new_position = {Renewed<void>(context, kSlotPosition, kNewSlotPosition), kRagged};
     call.new_score = Renewed<float>(context, kSlotScore, kNewSlotScore);
     call.new_state = Renewed<float>(context, kRecurrentState, kNewRecurrentState);
     call.new_mass = Renewed<float>(context, kRecurrentMass, kNewRecurrentMass);
-    need(call.mixed && call.new_key && call.new_value && call.new_position, "an output is missing");
-    need(!call.past_score == !call.new_score && !call.past_state == !call.new_state && !call.past_mass == !call.new_mass,
+    need(call.mixed && call.new_key && call.new_value && call.new_position.data, "an output is missing");
+    need(!call.past_score == !call.new_score && !call.past_state == !call.new_state && !call.past_mass == !call.new_mass &&
+             !call.past_key_scale == !call.new_key_scale && !call.past_value_scale == !call.new_value_scale,
          "a state that goes in comes out");
     std::atomic<bool> damaged{false};
     call.damaged = &damaged;
@@ -223,7 +275,10 @@ struct BoundedMemory : Access {
   }
 
   static OrtElementType Type(size_t i, bool output) {
-    return (output ? i == kNewSlotPosition : i == kPosition || i == kSlotPosition) ? kInt64 : kFloat;
+    if (output ? i == kNewSlotPosition : i == kSlotPosition) return kRagged ? kInt32 : kInt64;
+    if (output ? i == kNewSlotKey || i == kNewSlotValue : i == kSlotKey || i == kSlotValue) return kType<T>;
+    if (output ? i >= kNewSlotKeyScale : i >= kSlotKeyScale) return kType<Scale>;
+    return !output && i == kPosition ? kInt64 : kFloat;
   }
   static bool Optional(size_t i, bool output) {
     return output ? i >= kNewSlotScore : i == kKey || i == kValue || i >= kSlotScore;
@@ -344,8 +399,10 @@ OrtCustomOp make_operator() {
 extern "C" {
 
 OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  static const OrtCustomOp operators[] = {make_operator<BoundedMemory>(), make_operator<BlockLinear>(),
-                                            make_operator<GatedUnit>()};
+  static const OrtCustomOp operators[] = {
+      make_operator<Memory<float, false>>(),  make_operator<Memory<float, true>>(),
+      make_operator<Memory<liger::Half, true>>(), make_operator<Memory<int8_t, true>>(),
+      make_operator<Memory<liger::Exact, true>>(), make_operator<BlockLinear>(), make_operator<GatedUnit>()};
   const OrtApi* api = base->GetApi(ort::kTableVersion);
   OrtCustomOpDomain* domain = nullptr;  // lives as long as the process: sessions refer to it
   if (OrtStatus* bad = ort::call(api, ort::kCreateCustomOpDomain, kDomain, &domain)) return bad;

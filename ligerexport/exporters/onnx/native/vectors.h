@@ -1,19 +1,56 @@
 // Arithmetic on eight numbers at a time.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+
+#ifdef __SSE3__
+#include <immintrin.h>
+#endif
 
 namespace liger {
 
 using Vector = float __attribute__((vector_size(32), aligned(4), may_alias));  // GCC and Clang, any processor
 using Integers = int32_t __attribute__((vector_size(32)));
+using Quarters = float __attribute__((vector_size(16)));
 constexpr int kVector = 8;
 
 inline const Vector& at(const float* x, int64_t i) { return *reinterpret_cast<const Vector*>(x + i * kVector); }
 inline Vector& at(float* x, int64_t i) { return *reinterpret_cast<Vector*>(x + i * kVector); }
 
-inline float total(Vector x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+inline Quarters halved(Vector x) {
+  Quarters half[2];
+  std::memcpy(half, &x, sizeof(x));
+  return half[0] + half[1];
+}
+
+inline float total(Vector x) {
+  const Quarters y = halved(x);
+  return (y[0] + y[1]) + (y[2] + y[3]);
+}
+
+// Writes the totals of four vectors.
+inline void totals(float* to, const Vector* x) {
+#ifdef __SSE3__
+  const __m128 low = _mm_hadd_ps(halved(x[0]), halved(x[1])), high = _mm_hadd_ps(halved(x[2]), halved(x[3]));
+  _mm_storeu_ps(to, _mm_hadd_ps(low, high));
+#else
+  for (int i = 0; i < 4; ++i) to[i] = total(x[i]);
+#endif
+}
+
+// Returns the largest number that is not NaN, or minus infinity.
+inline float largest(const float* x, int64_t n) {
+  Vector most = Vector{} - HUGE_VALF;
+  int64_t i = 0;
+  for (; i + kVector <= n; i += kVector) most = at(x + i, 0) > most ? at(x + i, 0) : most;
+  float top = most[0];
+  for (int k = 1; k < kVector; ++k) top = std::max(top, most[k]);
+  for (; i < n; ++i) top = std::max(top, x[i]);
+  return top;
+}
 
 // Returns e^x to about one unit in the last place; below -87 the smallest normal number, above 88 a number near the
 // largest. n is the nearest integer to x / ln 2; the rest, at most half of ln 2, goes through a polynomial (Cephes).
