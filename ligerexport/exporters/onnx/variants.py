@@ -35,13 +35,14 @@ def exact_graph(graph: Path, outputs: Iterable[str] = ()) -> bytes:
     for name in outputs:
         values[name].type = ir.TensorType(ir.DataType.FLOAT)
         model.graph.outputs.append(values[name])
+    small = any(value.dtype in ROUNDED for value in model.graph.inputs)
     for node in model.graph:
         node.op_type = EXACT_OPERATORS.get(node.op_type, node.op_type)
         if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", FP32_ACTIVATIONS)
-        if node.op_type == "Round" and (unrounded := node.inputs[0]) is not None:
+        if small and node.op_type == "Round" and (unrounded := node.inputs[0]) is not None:
             node.outputs[0].replace_all_uses_with(unrounded)
-        if node.op_type == "Cast" and node.attributes["to"].as_int() in ROUNDED:
+        if small and node.op_type == "Cast" and node.attributes["to"].as_int() in ROUNDED:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.dtype in ROUNDED:

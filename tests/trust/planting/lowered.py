@@ -178,7 +178,7 @@ def compiled(old: str, new: str) -> Iterator[None]:
     """Compile the library of the lowering `native` from changed sources."""
     with tempfile.TemporaryDirectory() as place:
         copy = shutil.copytree(Path(native.__file__).parent, Path(place, "native"))
-        source = copy / "bounded_memory.h"
+        source = copy / "head.h"
         text = source.read_text()
         assert text.count(old) == 1, old
         source.write_text(text.replace(old, new))
@@ -198,7 +198,7 @@ def compiled_rotary_of_keys_one_token_off(site: Site) -> Any:
 
 @fault("code", 0, **in_native)
 def compiled_slot_not_overwritten(site: Site) -> Any:
-    line = "Copy(c_.new_key + (at_ + i) * l_.d_k"
+    line = "std::copy_n(&w_.key[t * l_.d_k], l_.d_k, c_.new_key"
     return compiled(line, f"if (i != 3) {line}")
 
 
