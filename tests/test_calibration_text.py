@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ligerexport.measure.evaluate.reading import FORMATS
+
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "ligerexport" / "data" / "calibration").glob("*.txt"))
 
@@ -44,6 +46,9 @@ def test_shipped_text_has_no_format_of_the_measured_keys() -> None:
     for said, _ in keys:
         pattern = re.escape(said.format(n="NAME", d="DIGITS")).replace("NAME", r"\w+").replace("DIGITS", r"\d+")
         assert not re.search(rf"^{pattern}$", text, re.MULTILINE), said
+    for form in FORMATS.values():
+        pattern = re.escape(form.said.format("NAME")).replace("NAME", r"\w+") + ".{1,40}?" + re.escape(form.end)
+        assert not re.search(pattern, text), form.said
     assert "pass key" not in text
     assert not any(name in text for name in names)
 

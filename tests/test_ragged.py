@@ -196,6 +196,11 @@ def test_eight_bits_err_by_half_a_step_and_keep_their_codes(dtype: torch.dtype) 
     assert torch.equal(again.codes, stored.codes) and torch.equal(again.scale, stored.scale)
 
 
+def test_sixteen_bits_hold_every_number_as_a_finite_one() -> None:
+    stored = store(torch.tensor([1.0, -1e6, 1e6], dtype=torch.bfloat16), "float16")
+    assert stored.read(torch.float32).tolist() == [1.0, -65504.0, 65504.0]
+
+
 def test_the_state_has_no_padding() -> None:
     config = replace(SOFTMAX, heads=("3 8+5 1+12 20",), state_dtype="int8")
     spec = MixerSpec(config, q_heads=8, kv_heads=4, d_k=64, d_v=64, scale=0.125, max_distance=40)

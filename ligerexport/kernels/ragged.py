@@ -49,9 +49,9 @@ def store(x: Tensor, dtype: str) -> Stored:
     if dtype == "activation":
         return Stored(x, None)
     largest = torch.finfo(torch.float16).max
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     if dtype == "float16":
         return Stored(x.clamp(-largest, largest).half(), None)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
     most = x.new_full((), MOST)  # on CUDA, x / MOST would multiply by a rounded 1 / MOST
     scale = (x.abs().amax(dim=-1) / most).clamp(torch.finfo(torch.float16).tiny, largest).half()
     codes = (x / scale[..., None].to(x.dtype)).round().clamp(-MOST, MOST)
