@@ -122,18 +122,28 @@ def _scored(opened: Any, items: Rows) -> list[tuple[float, float]]:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Write estimates for all rows: losses above the Transformer's on the same prompts, F1, and the recall of keys."""
+    """Write estimates for all rows: losses above the Transformer's on the same prompts, F1, and the recall of keys.
+
+    `columns` has all prompts that a row answered, `common` those that every row answered.
+    """
     given = [json.loads(path.read_text()) for path in args.measured]
     parts = json.loads(args.prompts.read_text())["parts"]
     measured: dict[Any, dict[str, dict[str, Any]]] = {}
     for row in (row for file in given for row in file["rows"]):
         name = tuple(row[key] for key in ("peer", "kind", "nbytes", "bits", "tokens"))
         measured.setdefault(name, {}).setdefault(row["part"], {}).update(row["found"])
-    plain = measured[("Transformer", "prompt", 0, 16, 0)]
+    plain: dict[str, dict[str, Any]] = {}
+    for name in (("Transformer", "prompt", 0, 16, 0), ("Transformer", "ours", 0, 32, 0)):
+        for part, found in measured.get(name, {}).items():
+            plain.setdefault(part, {}).update(found)
+    asked = {
+        part: set.intersection(*(set(found[part]) for found in measured.values() if part in found)) for part in plain
+    }
     rows = []
     for name, found in sorted(measured.items(), key=lambda pair: pair[0][2:]):
-        columns = _columns(parts, found, plain)
-        rows.append(dict(zip(("peer", "kind", "nbytes", "bits", "tokens"), name, strict=True)) | {"columns": columns})
+        common = {part: {i: x for i, x in scored.items() if i in asked[part]} for part, scored in found.items()}
+        row = dict(zip(("peer", "kind", "nbytes", "bits", "tokens"), name, strict=True))
+        rows.append(row | {"columns": _columns(parts, found, plain), "common": _columns(parts, common, plain)})
     files = [{key: x for key, x in file.items() if key != "rows"} for file in given]
     args.output.write_text(json.dumps({"files": files, "rows": rows}, indent=1) + "\n")
     for row in rows:
@@ -149,8 +159,9 @@ def _columns(
     for part, items in parts.items():
         scored = found.get(part, {})
         if part.startswith("keys") and scored:  # the share that the Transformer cannot guess without the statement
-            guessed = plain[part.replace("keys", "floor")]
-            columns[part] = Estimate.closed([1 - x[1] for x in scored.values()], [1 - guessed[i][1] for i in scored])
+            floor = plain[part.replace("keys", "floor")]
+            pairs = [(1 - x[1], 1 - floor[i][1]) for i, x in scored.items() if i in floor]
+            columns[part] = Estimate.closed(*map(list, zip(*pairs, strict=True)))
         elif scored and not part.startswith("floor"):
             columns[part] = Estimate.of([x[0] - plain[part][i][0] for i, x in scored.items()])
             columns[f"nll {part}"] = Estimate.of([x[0] for x in scored.values()])

@@ -133,7 +133,14 @@ def measure(args: argparse.Namespace, share: int) -> None:
     result["device"] = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     parts = json.loads(args.prompts.read_text())["parts"]
     rows: dict[Any, dict[str, Any]] = {}
-    for part, numbers in units(parts, args.batch)[share :: args.workers]:
+    asked = {
+        (row["part"], int(i))
+        for path in args.skip
+        for row in json.loads(path.read_text())["rows"]
+        for i in row["found"]
+    }
+    left = [(part, numbers) for part, numbers in units(parts, args.batch) if (part, numbers[0]) not in asked]
+    for part, numbers in left[share :: args.workers]:
         if time.monotonic() > end:
             break
         reader.writes = args.write if part.startswith("reading") else 0
@@ -164,6 +171,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[], help="further budgets, in tokens for each head")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--batch", type=int, default=16, help="prompts that a stream reads together")
+    parser.add_argument("--skip", type=Path, nargs="*", default=[], help="earlier results; their prompts are left out")
     parser.add_argument("--write", type=int, default=0, help="tokens of a written answer; 0 writes none")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
     parser.add_argument("--threads", type=int, default=1)

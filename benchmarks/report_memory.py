@@ -22,44 +22,73 @@ def _rows() -> list[dict[str, Any]]:
     return found
 
 
+def _name(row: dict[str, Any]) -> str:
+    return re.sub(r" [\d.]+ MB", "", row["peer"])
+
+
 def _fits(row: dict[str, Any], megabytes: float) -> bool:
-    """Return whether a row belongs to a budget, of which a fitted memory may leave a tenth unused."""
-    return (0.9 if row["kind"] == "ours" else 1) * megabytes * 1e6 <= row["nbytes"] <= megabytes * 1e6
+    """Return whether a row belongs to a budget, of which a memory may leave a tenth unused."""
+    return 0.9 * megabytes * 1e6 <= row["nbytes"] <= megabytes * 1e6
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    plain = next(row for row in rows if row["peer"] == "Transformer" and row["bits"] == 16)
+    plain = next(row for row in rows if row["peer"] == "Transformer" and row["kind"] == "ours")
     return [column for column in plain["columns"] if not column.startswith("nll")]
 
 
-def _cell(row: dict[str, Any] | None, column: str) -> str:
-    found = row and row["columns"].get(column)
+def _cell(row: dict[str, Any] | None, column: str, prompts: str = "common") -> str:
+    found = row and row[prompts].get(column)
     if not found:
         return ""
     shown = f"{found['mean']:{'+.3f' if column.split()[0] in ('reading', 'prose') else '.2f'}}"
     return shown if found["stderr"] is None else f"{shown} ± {found['stderr']:.2f}"
 
 
+def ours() -> Table:
+    """Converted models on all prompts, and the Transformer's own figures."""
+    rows = [row for row in _rows() if row["kind"] == "ours"]
+    columns = _columns(rows)
+    lines: list[list[object]] = []
+    for row in sorted(rows, key=lambda row: row["nbytes"]):
+        if row["nbytes"]:
+            cells = [_cell(row, column, "columns") for column in columns]
+            lines.append([row["peer"], f"{row['nbytes'] / 1e6:.1f} MB", *cells])
+        else:
+            own = (row["columns"].get(f"nll {column}", row["columns"][column])["mean"] for column in columns)
+            lines.append([row["peer"], "grows", *(f"{mean:.3f}" for mean in own)])
+    return ["", "state", *columns], lines
+
+
+def qwen() -> Table:
+    """Reading of a model that can answer, by tokens of distance."""
+    rows = json.loads((RESULTS / "recall_qwen.json").read_text())["rows"]
+    lines: list[list[object]] = []
+    for name, row in rows.items():
+        for title, key, sign in (("F1", "reading_f1", ""), ("NLL above the Transformer", "reading_above", "+")):
+            if found := row.get(key):
+                cells = [f"{x['mean']:{sign}.2f} ± {x['stderr']:.2f}" for x in found.values()]
+                lines.append([{"teacher": "Transformer", "model": "recall"}.get(name, name), title, *cells])
+    return ["", "", "no distance", "among 1,000", "among 3,000"], lines
+
+
 def at_8_mb() -> Table:
-    """All peers with 8 MB, and the Transformer's own figures."""
-    rows = _rows()
-    columns, plain = _columns(rows), next(row for row in rows if row["peer"] == "Transformer" and row["bits"] == 16)
-    own = (plain["columns"].get(f"nll {column}", plain["columns"][column])["mean"] for column in columns)
-    lines: list[list[object]] = [["Transformer", NEEDS["prompt"], "", "", *(f"{mean:.3f}" for mean in own)]]
-    chosen = [row for row in rows if _fits(row, 8) and row["peer"] != "Transformer"]
-    for row in sorted(chosen, key=lambda row: row["columns"][columns[0]]["mean"]):
+    """All peers with 8 MB."""
+    rows = [row for row in _rows() if _fits(row, 8) and "reading 1000" in row["common"]]
+    columns = [column for column in _columns(_rows()) if column != "reading 7000"]
+    lines: list[list[object]] = []
+    for row in sorted(rows, key=lambda row: row["common"][columns[0]]["mean"]):
         cells = [_cell(row, column) for column in columns]
         lines.append([row["peer"], NEEDS[row["kind"]], row["bits"], f"{row['tokens']:,}", *cells])
     return ["", "memory while it reads", "bits", "tokens a head", *columns], lines
 
 
-def by_bytes(column: str = "reading 3000") -> Table:
+def by_bytes(column: str = "reading 1000") -> Table:
     """One column of the peers in 8 bits, by bytes."""
     found: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
     for row in _rows():
         for megabytes in MEGABYTES:
             if row["bits"] == 8 and _fits(row, megabytes):
-                found.setdefault((row["peer"], row["kind"]), {})[megabytes] = row
+                found.setdefault((_name(row), row["kind"]), {})[megabytes] = row
     lines: list[list[object]] = [
         [peer, NEEDS[kind], *(_cell(of_bytes.get(megabytes), column) for megabytes in MEGABYTES)]
         for (peer, kind), of_bytes in found.items()
@@ -68,12 +97,12 @@ def by_bytes(column: str = "reading 3000") -> Table:
 
 
 def at_equal_tokens() -> Table:
-    """Our memory, and the peers that keep as many tokens a head in 16 bits."""
-    rows = _rows()
-    columns = _columns(rows)
+    """Our memory, and the peers that keep about as many tokens a head in 16 bits."""
+    rows = [row for row in _rows() if row["tokens"] and "reading 1000" in row["common"]]
+    columns = [column for column in _columns(_rows()) if not column.startswith(("prose", "reading 7000"))]
     lines: list[list[object]] = []
-    for own in (row for row in rows if row["kind"] == "ours" and row["tokens"]):
-        same = [row for row in rows if row["tokens"] == own["tokens"] and row["kind"] != "ours"]
+    for own in (row for row in rows if row["peer"] == "recall 8 MB"):
+        same = [row for row in rows if abs(row["tokens"] / own["tokens"] - 1) < 0.02 and row["kind"] != "ours"]
         for row in [own, *same] if same else []:
             cells = [_cell(row, column) for column in columns]
             size = f"{row['tokens']:,}", f"{row['nbytes'] / 1e6:.1f} MB"
@@ -81,41 +110,48 @@ def at_equal_tokens() -> Table:
     return ["", "memory while it reads", "tokens a head", "bytes", *columns], lines
 
 
-def _lines(column: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """Return megabytes and nats of ours, and of the best peer at 8 MB for each other kind of memory, in 8 bits."""
-    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for row in _rows():
-        if row["nbytes"] and row["bits"] == 8 and column in row["columns"]:
-            name = re.sub(r" [\d.]+ MB$", "", row["peer"])
-            point = row["nbytes"] / 1e6, row["columns"][column]["mean"]
-            lines.setdefault((row["kind"], name), []).append(point)
-    best = {
-        kind: min((line for line in lines if line[0] == kind), key=lambda line: dict(lines[line]).get(8, 1e9))
-        for kind in {kind for kind, _ in lines}
-    }
-    return {line: sorted(points) for line, points in lines.items() if line[0] == "ours" or line in best.values()}
+DRAWN = {
+    ("ours", "recall"): ("C0o-", "recall"),
+    ("ours", "recall, 3M tokens"): ("C0*", "recall, trained"),
+    ("ours", "equal window, 3M tokens"): ("C1*", "window of equal bytes, trained"),
+    ("exact", "window with sinks"): ("C1s-", "window with sinks"),
+    ("stream", "KeyDiff"): ("C2^-", "KeyDiff in a stream"),
+    ("stream", "expected attention"): ("C3v-", "expected attention in a stream"),
+    ("prompt", "KVzip"): ("C7D:", "KVzip, which first keeps everything"),
+}
+"""Style and label of what is drawn: ours, and of each kind of peer the best in one of the panels."""
+
+
+def _points(kind: str, name: str, column: str) -> list[tuple[float, float]]:
+    """Return megabytes and figures of a row in 8 bits for each budget."""
+    rows = [row for row in _rows() if (row["kind"], _name(row), row["bits"]) == (kind, name, 8)]
+    return sorted((row["nbytes"] / 1e6, row["common"][column]["mean"]) for row in rows if column in row["common"])
 
 
 def plot(file: Path) -> None:
-    """Draw the loss of answers and of prose above the Transformer's against bytes."""
+    """Draw answers, keys and prose against bytes."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "memory"
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    panels = {"reading 3000": "answers among 3,000 tokens", "prose 8192": "prose of 8,192 tokens"}
-    for axis, (column, title) in zip(axes, panels.items(), strict=True):
-        for marker, ((kind, peer), points) in zip("os^vDP*X", _lines(column).items(), strict=False):
-            style = {"ours": "C0-", "exact": "C1--", "stream": "C2--", "prompt": "C7:"}[kind]
-            label = f"ligerexport, {peer}" if kind == "ours" else f"{peer}; memory {NEEDS[kind]}"
-            axis.plot(*zip(*points, strict=True), style, marker=marker, label=label)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(title=title, xlabel="megabytes", ylabel="nats above the Transformer", xscale="log")
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 4), layout="constrained")
+    above = "nats above the Transformer"
+    panels = {
+        "reading 1000": ("answers among 1,000 tokens", above),
+        "keys 4096": ("keys said 4,096 tokens ago", "share of what the Transformer recalls"),
+        "prose 8192": ("prose of 8,192 tokens", above),
+    }
+    for axis, (column, (title, unit)) in zip(axes, panels.items(), strict=True):
+        for (kind, name), (style, label) in DRAWN.items():
+            if points := _points(kind, name, column):
+                axis.plot(*zip(*points, strict=True), style, label=label, markersize=10 if "*" in style else 5)
+        axis.axhline(1 if column.startswith("keys") else 0, color="black", linewidth=0.8)
+        axis.set(title=title, xlabel="megabytes of state", ylabel=unit, xscale="log")
         axis.set_xticks(MEGABYTES, [str(megabytes) for megabytes in MEGABYTES])
         axis.minorticks_off()
-        axis.legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file, metadata={"Date": None})
 
 

@@ -240,7 +240,7 @@ def test_a_control_shares_weights_and_computes_its_configuration(liger: Path, tm
 
 
 def test_a_window_that_holds_everything_is_the_teacher(teacher: Path) -> None:
-    scorer = open_model(teacher, scoring=True)
+    scorer = open_model(teacher, scoring=True, dtype="float32")
     everything = LigerConfig(window=64, attention_weight=1.0, recurrence_weight=0.0)
     converted = TorchModel(convert_in_memory(scorer.model, everything))  # type: ignore[attr-defined]
     ids = torch.randint(0, toy.BYTES, (2, 60))

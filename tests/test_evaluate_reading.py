@@ -206,7 +206,7 @@ def test_padded_batches_have_the_loss_of_single_prompts(liger: Path) -> None:
     for prompt, (loss, share) in zip(prompts, score(scorer, prompts), strict=True):
         line = torch.tensor([[*prompt.context, *prompt.question, *prompt.answer]])
         target = line[0, -len(prompt.answer) :]
-        logits = scorer.model(line).logits[0, -len(target) - 1 : -1]
+        logits = scorer.model(line.to(scorer.device)).logits[0, -len(target) - 1 : -1].cpu()
         assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, target).item(), abs=MODEL_FP32)
         assert share == pytest.approx((logits.argmax(-1) == target).double().mean().item())
     together = write(scorer, prompts, 6)

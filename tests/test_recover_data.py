@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.text.tokenizer import TextModel
 from ligerexport.train.data import Documents, tokenize
-from ligerexport.train.packing import IGNORE, Rows, pack
+from ligerexport.train.packing import ALIGNED, IGNORE, Rows, pack
 from ligerexport.train.records import DataError, Record, as_record, read_records, reasoning_share
 from ligerexport.train.recover import warn_of_reasoning
 
@@ -348,9 +348,9 @@ def test_a_batch_keeps_documents_apart(text: TextModel) -> None:
     total = len(docs.ids)
     assert batch.input_ids[0, :total].tolist() == docs.ids.tolist()
     first = int(docs.lengths[0])
-    assert batch.cu_seq_lens_q.tolist() == [0, first, total, 40, 40 + first, 40 + total, 80]
-    assert batch.max_length_q == max(*docs.lengths, 40 - total)
-    expected = [*range(first), *range(total - first), *range(40 - total)]
+    assert batch.cu_seq_lens_q.tolist() == [0, first, 40, 40 + first, 80]
+    assert batch.max_length_q % ALIGNED == 0 and 0 <= batch.max_length_q - (40 - first) < ALIGNED
+    expected = [*range(first), *range(40 - first)]
     assert batch.position_ids[1].tolist() == expected
     assert (batch.targets[0, : first - 1] == batch.input_ids[0, 1:first]).all()
     assert (batch.targets[0, [first - 1, total - 1]] == IGNORE).all() and (batch.targets[0, total:] == IGNORE).all()

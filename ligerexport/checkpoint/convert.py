@@ -83,7 +83,7 @@ def convert(
             takes 654 tokens for each head, which are 8 MB for SmolLM2-135M.
         fit: Whether `recall` fits scores and sizes. Without a fit, every head has a window of the same size.
         adapter: LoRA that `recover` trained on exactly this conversion, to merge into its weights: a directory, or
-            `shipped` for the one that ships with a built-in model.
+            `shipped` for the one that ships with a built-in model, of which the preset `recall` has its own.
         force: Whether an older converted checkpoint in `output` may be replaced.
         progress: Reports downloads, copies and the fit; silent by default.
         **changes: Fields of `LigerConfig` that differ from the preset; None leaves the preset's value.
@@ -132,7 +132,7 @@ class ConvertPlan:
     ) -> None:
         output, self.fitting = Path(output), fitting or Fitting()
         self.liger = liger = _choose_conversion(model, preset, memory, adapter, changes)
-        self.sized = preset == SIZED
+        self.sized = preset == SIZED and adapter is None
         _check_size_options(self.fitting, preset, memory, adapter, changes)
         self.texts = _check_score_options(liger, self.fitting)
         if output.resolve() == Path(model).expanduser().resolve():
@@ -142,6 +142,7 @@ class ConvertPlan:
             raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
         check_destination(output, force=force, marker="config.json")
         self.model, self.output, self.adapter, self.force = model, output, adapter, force
+        self.preset = preset
 
     def describe(self) -> dict[str, Any]:
         """Return facts about what `run` would write and need, without fetching anything.
@@ -185,7 +186,7 @@ class ConvertPlan:
         liger = LigerConfig.from_dict(config["liger"])
         config["liger_source"] = {"model": source.name, "revision": source.revision, "license": source.license}
         config["liger_source"] |= _made_plain(info)
-        lora = None if self.adapter is None else _find_adapter(source, self.adapter)
+        lora = None if self.adapter is None else _find_adapter(source, self.adapter, self.preset)
         with staged_directory(self.output, force=self.force, marker="config.json") as stage:
             aside = stage / "plain"
             if not info.plain:
@@ -221,12 +222,18 @@ def _choose_conversion(
     """Return the conversion that the options ask for."""
     if memory is not None:
         return read_memory(memory, preset, **changes)
-    if adapter is None or preset is not None or any(value is not None for value in changes.values()):
+    ships = adapter == SHIPPED and preset == SIZED
+    if adapter is None or (preset and not ships) or any(value is not None for value in changes.values()):
         return get_preset(preset or DEFAULT_PRESET, **changes)
     if adapter == SHIPPED and model not in BUILTIN_MODELS:
         raise _none_ships(Path(model).name)
-    place = DATA / "adapters" / str(model) if adapter == SHIPPED else as_path(adapter)
+    place = _shipped(str(model), preset) if adapter == SHIPPED else as_path(adapter)
     return LigerConfig.from_dict(read_record(place)["liger"])
+
+
+def _shipped(model: str, preset: str | None) -> Path:
+    """Return where the adapter of a built-in model is: the one of the preset with its own sizes, or the usual one."""
+    return DATA / "adapters" / (f"{model}.{SIZED}" if preset == SIZED else model)
 
 
 def _check_size_options(
@@ -240,7 +247,10 @@ def _check_size_options(
         if asked:
             raise UsageError(f"{asked[0]} is for sizes that are chosen for you", hint=f"--preset {SIZED}")
         return
-    sizes = {"memory": memory, "adapter": adapter} | {name: changes.get(name) for name in MEMORY}
+    if adapter == SHIPPED and asked:
+        raise UsageError(f"{asked[0]} with the adapter that ships, which has sizes of its own", hint="leave one out")
+    sizes = {"memory": memory, "adapter": None if adapter == SHIPPED else adapter}
+    sizes |= {name: changes.get(name) for name in MEMORY}
     if given := [name.replace("_", "-") for name, value in sizes.items() if value is not None]:
         raise UsageError(
             f"--{given[0]} with the preset {SIZED}, which chooses sizes and scores",
@@ -270,10 +280,10 @@ def _check_score_options(liger: LigerConfig, fitting: Fitting) -> list[Path]:
     return text_files(calibrate or (), "--calibrate")
 
 
-def _find_adapter(source: Source, adapter: str | Path) -> Path:
+def _find_adapter(source: Source, adapter: str | Path, preset: str | None) -> Path:
     if adapter != SHIPPED:
         return as_path(adapter)
-    found = packaged(source, DATA / "adapters" / source.name)
+    found = packaged(source, _shipped(source.name, preset))
     if found is None:
         raise _none_ships(source.name)
     return found

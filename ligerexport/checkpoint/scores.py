@@ -92,8 +92,9 @@ def find_scores(
     if all(name in info.tensors for name in shapes):  # the source was converted before
         tensors = load_scores(info.files, shapes)
         return Scores(tensors, dict(info.config.get("liger_scores") or {}) | {"sha256": digest(tensors)})
-    if (packaged := packaged_scores(source)) is not None and not liger.celled:
-        return read_scores(packaged, shapes, "package")
+    found = packaged_fit(source) if liger.ragged else packaged_scores(source)
+    if found is not None and not liger.celled:
+        return read_scores(found, shapes, "package")
     raise UsageError(
         f"{'the router of cells' if liger.celled else 'the learned score'} of {source.name} has to be fitted first",
         hint="give some plain text: --calibrate FILE_OR_DIRECTORY, or scores from an earlier fit: --scores FILE",

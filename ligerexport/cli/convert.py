@@ -119,7 +119,7 @@ def convert(
 
     path = plan.run(progress)
     facts, following = describe_checkpoint(path, plan.liger), f"ligerexport build {quoted(path)} --target onnx"
-    if plan.sized or plan.liger.celled:  # no target has this memory yet
+    if plan.liger.celled:  # no target has this memory yet
         following = f"ligerexport eval {quoted(path)}"
     if plan.sized:
         facts["more"] = f"keep more: --state-bytes {format_bytes(2 * facts['state_bytes']).replace(' ', '')}"

@@ -30,7 +30,8 @@ def eval_(
         typer.Option(help="Rows with a passage, a question about it, the answer and, if you like, a title."),
     ] = None,
     half: Annotated[
-        str | None, typer.Option(metavar="HALF", help=f"Ask only about passages of one half: {' or '.join(HALVES)}.")
+        str | None,
+        typer.Option("--half", metavar="HALF", help=f"Ask only about passages of one half: {' or '.join(HALVES)}."),
     ] = None,
     parts: Annotated[
         str | None,

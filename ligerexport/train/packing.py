@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 IGNORE = -100
 """Target of a position that predicts nothing, as in transformers."""
 
+ALIGNED = 16
+"""What divides the largest length, so that Triton kernels are compiled once and not for each length."""
+
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     """Put documents into rows of `capacity` tokens, longest first, each into the row with the least room left.
@@ -71,7 +74,7 @@ class Rows:
         return found
 
     def collate(self, rows: Sequence[int]) -> Batch:
-        """Return a batch of rows, on the CPU. The rest of a row is one more document, which is not trained on."""
+        """Return a batch of rows, on the CPU. The rest of a row prolongs its last document and is not trained on."""
         import torch
 
         shape = (len(rows), self.length)
@@ -89,12 +92,12 @@ class Rows:
                 answers[i, place : place + size - 1] = data.answers[begin + 1 : end]
                 place += size
                 bounds.append(i * self.length + place)
-            if place < self.length:
-                position[i, place:] = np.arange(self.length - place)
-                bounds.append((i + 1) * self.length)
+            position[i, place:] = np.arange(size, size + self.length - place)
+            bounds[-1] = (i + 1) * self.length
         made = [torch.from_numpy(x) for x in (ids, position, targets, answers)]
         ends = torch.tensor(bounds, dtype=torch.int32)
-        return Batch(made[0], made[1], made[2], made[3], ends, int(np.diff(bounds).max()))
+        longest = -(-int(np.diff(bounds).max()) // ALIGNED) * ALIGNED
+        return Batch(made[0], made[1], made[2], made[3], ends, longest)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Batch:
         targets: The next token of the same document, or `IGNORE`, `[R, L]`.
         answers: Whether the target is part of an answer, `[R, L]` bool.
         cu_seq_lens_q: Offsets in the `R L` tokens at which documents begin and end, `[N + 1]` int32.
-        max_length_q: Number of tokens in the longest document.
+        max_length_q: Number of tokens in the longest document, or up to 15 more.
         counted: Whether the phase counts each position, `[R, L]` bool; set by `count`.
         weights: How much the phase counts each position, `[R, L]` fp32; set by `count`.
         places: Indices of the counted positions in the `R L` tokens; found on the CPU, so that no GPU is waited for.
