@@ -22,7 +22,7 @@ from ligerexport.exporters.onnx.graph import GRAPH_FILE, nodes_by_layer, weight_
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.tensorrt.evaluation import PluginSession
-from ligerexport.exporters.tensorrt.node import CONTRACT, products, read_linear
+from ligerexport.exporters.tensorrt.node import EQUAL, products, read_linear
 from ligerexport.exporters.verify.compare import state_error
 from ligerexport.exporters.verify.slots import sort_slots
 from ligerexport.kernels.plans import layer_digest, spec_fields
@@ -127,7 +127,7 @@ def test_nodes(tmp_path: Path, preset: str, weights: str) -> None:
         config = layer.config
         found: dict[str, Any] = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
         assert found == {
-            "plugin_namespace": b"ligerexport", "plugin_version": b"1", "contract": CONTRACT,
+            "plugin_namespace": b"ligerexport", "plugin_version": b"1", "contract": EQUAL,
             "layer_spec": layer_digest(spec_fields(layer)).encode(), "q_heads": 4, "kv_heads": 2, "d_k": 16, "d_v": 16,
             "slots": config.num_slots, "pools": len(config.slots), "max_distance": 64, "joint": 1,
             "foresees": int(config.foresees), "judged": int(config.judged), "recurrent": int(config.recurrent),
@@ -167,7 +167,7 @@ def test_products(tmp_path: Path, family: str) -> None:
         if "activation" in values:
             values["activation"] = values["activation"].decode()
         product = read_linear(values)
-        assert values["layer_spec"] == layer_digest(spec_fields(product)).encode() and values["contract"] == CONTRACT
+        assert values["layer_spec"] == layer_digest(spec_fields(product)).encode() and values["contract"] == EQUAL
         n, k = product.outputs, product.inputs
         height = n if product.activation is None else 2 * n
         rest: list[list[int] | None] = [[k]] if product.epsilon is not None else []
