@@ -212,11 +212,16 @@ def _step(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]
 
 
 def _prefill_sizes(longest: int) -> Iterator[tuple[int, int]]:
-    """Yield batches and tokens, at least two tokens, because torch drops the stride of an axis of size one."""
+    """Yield batches and tokens, with every remainder of tokens divided by 128, by which no tile of tokens is larger.
+
+    There are at least two tokens, because torch drops the stride of an axis of size one.
+    """
     chance = random.Random(0)
-    for i in range(96):
-        span = 300 if i % 2 else 1 << chance.randrange(1, 17)
-        yield (1, 2, 3, 5, 8, 61, 500)[i % 7], chance.randint(2, min(max(span, 2), longest))
+    for rest in range(128):
+        least, most = rest < 2, (longest - rest) // 128
+        if least <= most:
+            span = 2 if rest % 2 else 1 << chance.randrange(10)
+            yield (1, 2, 3, 5, 8, 61, 500)[rest % 7], 128 * chance.randint(least, min(most, max(span, least))) + rest
     yield from ((batch, longest) for batch in (1, 3))
 
 

@@ -217,8 +217,8 @@ class TensorRTRTX(_ForGpus):
 def _missing(layer: MixerSpec) -> str | None:
     """Return what the kernels of the plugin lack for a layer."""
     config = layer.config
-    if config.celled or config.keyed:
-        return "cells" if config.celled else "a recurrence with keyed rows"
+    if config.keyed:
+        return "a recurrence with keyed rows"
     if config.ragged and not layer.splits:
         kept = "sizes for each KV head" if config.heads else f"slots in {config.state_dtype}"
         return f"{kept} together with a recurrence or with scores that are not learned"
