@@ -374,9 +374,13 @@ def rtx() -> Any:
         pytest.skip(error.message)
 
 
-def test_rtx_engine(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["memory", "recall"])
+def test_rtx_engine(checkpoint: Path, tmp_path: Path, preset: str) -> None:
     """A real engine for two kinds of GPU, on a machine with or without a GPU."""
     rtx()
+    if preset == "recall":
+        liger = replace(RECALL, state_dtype="int8", heads=("12+9 3",))
+        checkpoint = make_checkpoint(tmp_path / "model", liger, num_hidden_layers=1)
     path = lx.build(checkpoint, tmp_path / "a", target="trt-rtx", sms=(89, 120), max_batch=2, max_chunk=16)
     manifest = open_artifact(path).manifest
     assert manifest.graph.file == "model.engine" and manifest.precision == "float16"

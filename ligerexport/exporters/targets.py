@@ -75,6 +75,7 @@ TARGETS: dict[str, Target] = {
         weights=("fp16", "bf16", "fp32"),
         doc="an engine for TensorRT-RTX on GeForce and RTX GPUs, built without a GPU",
         sms=(80, 86, 89, 120, 121),
+        ragged=("portable",),
     ),
 }
 
