@@ -79,40 +79,6 @@ def test_trt_without_tensorrt(
     assert VARIABLE in str(caught.value.hint)
 
 
-RECALL = LigerConfig(window=8, sinks=2, slots=(("learned", 5),), attention_weight=1.0, recurrence_weight=0.0)
-
-
-@pytest.mark.parametrize(
-    ("kind", "heads"), [("int8", ("12+9 3", "30 4")), ("float16", ()), ("activation", ("12+9 3", "30 4"))]
-)
-def test_recall_is_verified(tmp_path: Path, packed: list[dict[str, Any]], kind: str, heads: tuple[str, ...]) -> None:
-    liger = replace(RECALL, state_dtype=kind, heads=heads)
-    checkpoint = make_checkpoint(tmp_path / "model", liger, num_hidden_layers=2)
-    path = lx.build(checkpoint, tmp_path / "a", target="trt", engine=False, sms=(90,), max_batch=2)
-    manifest = open_artifact(path).manifest
-    assert manifest.verification["passed"] and manifest.format_version == 2
-    assert manifest.device is not None and manifest.device["contract"] == 3
-    assert len(packed[0]["specs"]) == len(heads or (1,))
-    stored = "float16" if kind == "activation" else kind
-    assert [x.dtype for x in manifest.state if x.past.startswith("past.0.slot_")] == [
-        stored, stored, *(["float16"] * 2 if kind == "int8" else []), "int32", "float32",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"recurrence": "evicted", "recurrence_weight": 1.0, "state_dtype": "int8"}, "slots in int8 together with"),
-        ({"slots": (("recent_use", 5),), "heads": ("9+5 4", "4+3 8+1")}, "sizes for each KV head together with"),
-    ],
-)
-def test_memories_without_kernels_are_refused(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
-    checkpoint = make_checkpoint(tmp_path / "model", replace(RECALL, **changes), num_hidden_layers=2)
-    with pytest.raises(UsageError, match=what):
-        lx.build(checkpoint, tmp_path / "a", target="trt", engine=False, sms=(90,))
-    assert not (tmp_path / "a").exists()
-
-
 def test_the_pack_has_what_nodes_ask_for(checkpoint: Path, tmp_path: Path) -> None:
     """Kernels are compiled in a process without Triton's interpreter."""
     code = "import sys, ligerexport as lx; lx.build(*sys.argv[1:], target='trt', engine=False, sms=(90,), verify=False)"
@@ -374,13 +340,9 @@ def rtx() -> Any:
         pytest.skip(error.message)
 
 
-@pytest.mark.parametrize("preset", ["memory", "recall"])
-def test_rtx_engine(checkpoint: Path, tmp_path: Path, preset: str) -> None:
+def test_rtx_engine(checkpoint: Path, tmp_path: Path) -> None:
     """A real engine for two kinds of GPU, on a machine with or without a GPU."""
     rtx()
-    if preset == "recall":
-        liger = replace(RECALL, state_dtype="int8", heads=("12+9 3",))
-        checkpoint = make_checkpoint(tmp_path / "model", liger, num_hidden_layers=1)
     path = lx.build(checkpoint, tmp_path / "a", target="trt-rtx", sms=(89, 120), max_batch=2, max_chunk=16)
     manifest = open_artifact(path).manifest
     assert manifest.graph.file == "model.engine" and manifest.precision == "float16"

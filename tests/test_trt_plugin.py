@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -28,7 +29,7 @@ from test_aot import choose, table
 from trt_harness import ENVIRONMENT, PLUGIN, ROOT, compile_harness, cuda_headers
 
 from ligerexport.errors import UsageError
-from ligerexport.exporters.tensorrt.node import EQUAL, RAGGED, ragged_attributes
+from ligerexport.exporters.tensorrt.node import EQUAL, RAGGED, mixer_attributes
 from ligerexport.exporters.tensorrt.pack import write_pack
 from ligerexport.kernels.launches import evaluate
 from ligerexport.kernels.linear import LinearSpec
@@ -53,6 +54,7 @@ PRODUCTS = {
     "last": (LinearSpec(96, 64, bias=True, residual=True, wide=True), "fp16"),
     "wide": (LinearSpec(40, 64, 1e-5, bias=True, wide=True), "fp32"),
 }
+NUMBERS = re.findall(r'\{"(\w+)", &MixerAttributes', (PLUGIN / "mixer.cc").read_text())  # in the order of an engine
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4, "i8": 1, "i32": 4, "i64": 8}
 MIXED, WORKSPACE, ALLOCATED = 64 << 32, 65 << 32, 66 << 32
 
@@ -110,15 +112,8 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 
 def attributes(spec: MixerSpec, joint: bool = False) -> list[str]:
     """Return a node's attributes in the form of an engine."""
-    c = spec.config
-    numbers = {
-        "contract": EQUAL, "q_heads": spec.q_heads, "kv_heads": spec.kv_heads, "d_k": spec.d_k, "d_v": spec.d_v,
-        "slots": c.num_slots, "pools": len(c.slots), "max_distance": spec.max_distance, "joint": int(joint),
-        "foresees": int(c.foresees), "judged": int(c.judged), "recurrent": int(c.recurrent), "evicts": int(c.evicts),
-        "ragged": 0, "scored": 0, "halved": 0, "scaled": 0,
-    }  # fmt: skip
-    numbers |= ragged_attributes(spec) if c.ragged else {}
-    return [layer_digest(spec_fields(spec)), *map(str, numbers.values())]
+    numbers = mixer_attributes(spec, joint)
+    return [layer_digest(spec_fields(spec)), *(str(numbers.get(name, 0)) for name in NUMBERS)]
 
 
 def run(harness: Path, *words: object) -> str:
@@ -273,13 +268,12 @@ def check_copies(text: str, plan: dict[str, Any], axes: dict[str, int], memory: 
 def check_tables(text: str, plan: dict[str, Any], axes: dict[str, int], memory: Memory) -> None:
     """Each table and constant is uploaded once, and nothing else."""
     uploads = [[int(x) for x in line.split()[1:]] for line in text.splitlines() if line.startswith("upload ")]
-    expected = {
-        memory.known[name]: [*map(int, buffer["fill"].split())]
-        if buffer["role"] == "constant"
-        else torch.tensor(table(name, axes)).flatten().tolist()
-        for name, buffer in plan["buffers"].items()
-        if buffer["role"] in ("table", "constant")
-    }
+    expected = {}
+    for name, buffer in plan["buffers"].items():
+        if buffer["role"] == "constant":
+            expected[memory.known[name]] = [int(word) for word in buffer["fill"].split()]
+        elif buffer["role"] == "table":
+            expected[memory.known[name]] = torch.tensor(table(name, axes)).flatten().tolist()
     assert {address: rows for address, *rows in uploads} == expected and len(uploads) == len(expected)
 
 

@@ -58,30 +58,28 @@ def plugin_mixer(
         assert score is not None
         given["score"] = score
     tensors = [given[name] for name in OPERANDS if name in given]
-    attributes: dict[str, Any] = NAMED | {
-        "q_heads": spec.q_heads, "kv_heads": spec.kv_heads, "d_k": spec.d_k, "d_v": spec.d_v,
-        "slots": config.num_slots, "pools": len(config.slots), "max_distance": spec.max_distance,
-        "joint": int(joint is not None), "foresees": int(config.foresees), "judged": int(config.judged),
-        "recurrent": int(config.recurrent), "evicts": int(config.evicts),
-    }  # fmt: skip
-    if config.ragged:
-        attributes |= ragged_attributes(spec)
     mixed, *present = g.op(
-        MIXER, *tensors, *past.values(), outputs=1 + len(past), layer_spec=layer_digest(spec_fields(spec)), **attributes
-    )
+        MIXER, *tensors, *past.values(), outputs=1 + len(past), layer_spec=layer_digest(spec_fields(spec)),
+        **NAMED | mixer_attributes(spec, joint is not None),
+    )  # fmt: skip
     return mixed, dict(zip(past, present, strict=True))
 
 
-def ragged_attributes(spec: MixerSpec) -> dict[str, int]:
-    """Return the attributes of a node with ragged slots that differ from those with equal heads, or that only it has.
-
-    `slots` and `scored` are the sizes of the axes of slots and of scores.
-    """
-    sizes, kind = {x.name: x.shape for x in spec.state()}, spec.config.state_dtype
-    scored = sizes.get("slot_score", (0, 0))
-    return {
-        "contract": RAGGED, "slots": sum(spec.slots_per_head), "pools": scored[0], "ragged": 1, "scored": scored[1],
-        "halved": int(kind == "float16"), "scaled": int(kind == "int8"),
+def mixer_attributes(spec: MixerSpec, joint: bool) -> dict[str, int]:
+    """Return the numbers of a mixer; with ragged slots, `slots` and `scored` are the sizes of the axes of both."""
+    config = spec.config
+    made = {
+        "contract": EQUAL, "q_heads": spec.q_heads, "kv_heads": spec.kv_heads, "d_k": spec.d_k, "d_v": spec.d_v,
+        "slots": config.num_slots, "pools": len(config.slots), "max_distance": spec.max_distance, "joint": int(joint),
+        "foresees": int(config.foresees), "judged": int(config.judged), "recurrent": int(config.recurrent),
+        "evicts": int(config.evicts),
+    }  # fmt: skip
+    if not config.ragged:
+        return made
+    pools, scored = next((x.shape for x in spec.state() if x.name == "slot_score"), (0, 0))
+    return made | {
+        "contract": RAGGED, "slots": sum(spec.slots_per_head), "pools": pools, "ragged": 1, "scored": scored,
+        "halved": int(config.state_dtype == "float16"), "scaled": int(config.scaled),
     }  # fmt: skip
 
 
