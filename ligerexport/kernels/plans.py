@@ -320,16 +320,10 @@ def _ragged_prefill_axes(spec: MixerSpec, dtype: torch.dtype) -> dict[str, str]:
     return _memory_attention_axes(wide, dtype) | {"events": f"tokens + {events}"}
 
 
-def _tiles_of(spec: MixerSpec, recording: Recording) -> Tensor:
+def _division(spec: MixerSpec, recording: Recording) -> Any:
     from ligerexport.kernels.fused.ragged_step import plan_on
 
-    return plan_on(spec.text, recording.launches[0].constants["N"], torch.device("cpu")).tiles
-
-
-def _heads_of(spec: MixerSpec, recording: Recording) -> Tensor:
-    from ligerexport.kernels.fused.ragged_step import plan_on
-
-    return plan_on(spec.text, recording.launches[0].constants["N"], torch.device("cpu")).heads
+    return plan_on(spec.text, recording.launches[0].constants["N"], torch.device("cpu"))
 
 
 def _places_of(spec: MixerSpec, recording: Recording) -> Tensor:
@@ -396,7 +390,10 @@ OPERATORS: dict[str, Operator] = {
 """Operators that can be compiled: a whole step of one token; for chunks the recurrence, the memory's softmax, and the
 whole mixer."""
 RAGGED_OPERATORS: dict[str, Operator] = {
-    "step": replace(OPERATORS["step"], tables={"tiles": _tiles_of, "heads": _heads_of}),
+    "step": replace(
+        OPERATORS["step"],
+        tables={"tiles": lambda *of: _division(*of).tiles, "heads": lambda *of: _division(*of).heads},
+    ),
     "prefill": replace(
         OPERATORS["prefill"], derived=_ragged_prefill_axes, tables={"places": _places_of, "sizes": _sizes_of}, by=""
     ),
