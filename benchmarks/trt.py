@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 from build import SHAPES
+from trt_session import by_head, slots_per_head
 
 SOURCES = Path(__file__).resolve().parent.parent / "ligerexport" / "exporters" / "tensorrt"
 CORE = ("pack.cc", "plan.cc", "node.cc", "mixer.cc", "linear.cc", "face.cc")
@@ -182,7 +183,7 @@ def compare(made: dict[str, Any], work: Path, expected: dict[str, Any], torch_fi
     """Compare the tokens that the engine generated, and logits and state after it was given torch's tokens."""
     generated = np.array(made["generated"]["tokens"])  # [tokens, B]
     batch, vocabulary = generated.shape[1], expected["vocabulary"]
-    wanted = np.load(torch_file)
+    wanted = dict(np.load(torch_file))
     logits = np.fromfile(work / "logits", np.float32).reshape(-1, batch, vocabulary)
     found = {x["name"]: x for x in made["state"]}
     data, start = np.fromfile(work / "state", np.uint8), 0
@@ -219,12 +220,13 @@ def errors(found: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def state_errors(found: dict[str, np.ndarray], wanted: Any) -> dict[str, float]:
+def state_errors(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, float]:
     """Return the largest error of each kind of state, relative to the largest element; slots by their position.
 
     `slots_alike` is the share of slots that hold the same token; only those count for the errors of keys and values.
     """
     layers: dict[str, dict[str, np.ndarray]] = {}
+    found, wanted = by_head(found, wanted), by_head(wanted, wanted)
     for name, tensor in found.items():
         _, layer, kind = name.split(".")
         layers.setdefault(layer, {})[kind] = tensor
@@ -270,9 +272,11 @@ def reference(given: argparse.Namespace) -> int:
     import torch
 
     from ligerexport.checkpoint.convert import load_model
+    from ligerexport.layers.mixer import layer_specs
 
     ids = [int(x) for x in (Path(given.ids[1:]).read_text() if given.ids[0] == "@" else given.ids).split(",")]
     model = load_model(given.checkpoint, dtype=torch.float32).eval().to(given.device)
+    sizes = slots_per_head(layer_specs(model.config))
 
     def follow(tokens: list[int] | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         fed, cache, answers = torch.tensor([ids], device=given.device), None, []
@@ -288,6 +292,7 @@ def reference(given: argparse.Namespace) -> int:
         }
 
     logits, state = follow(None)
+    state |= sizes
     np.savez(given.output.with_suffix(".npz"), logits=logits, **state)
     tokens = logits.argmax(-1).tolist()
     described: dict[str, Any] = {"ids": ids, "tokens": tokens, "vocabulary": logits.shape[1]}

@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,9 @@ def reference(given: argparse.Namespace) -> int:
     from ligerexport.exporters.onnx.spec import read_spec
     from ligerexport.exporters.verify.verify import prompt_ids
 
-    ids = np.resize(prompt_ids(read_spec(check_checkpoint(given.checkpoint, tokenizer=False))), PROMPT + STEPS)
-    made: dict[str, np.ndarray] = {"ids": ids}
+    spec = read_spec(check_checkpoint(given.checkpoint, tokenizer=False))
+    ids = np.resize(prompt_ids(spec), PROMPT + STEPS)
+    made: dict[str, np.ndarray] = {"ids": ids} | slots_per_head(spec.mixers)
     half: dict[str, dict[str, np.ndarray]] = {}
     with torch.inference_mode():
         for dtype in (torch.float16, torch.float32):
@@ -61,7 +62,7 @@ def reference(given: argparse.Namespace) -> int:
         made["prompt"], made["steps"] = first.logits[0, -1].numpy(), second.logits[0, EVERY - 1 :: EVERY].numpy()
         rows = [model(torch.from_numpy(sequence(ids, row)[None])).logits[0, -1].numpy() for row in range(len(ROWS))]
     for when, tensors in kept.items():
-        made |= {f"{when}.{name}": x for name, x in tensors.items()}
+        made |= {f"{when}.{name}": x for name, x in by_head(tensors, made).items()}
         errors = compare_state(half[when], made, when)["errors"]
         made |= {f"half.{when}.{kind}": np.array(x) for kind, x in errors.items()}
     np.savez(given.output, rows=np.stack(rows), **made)
@@ -73,6 +74,34 @@ def states(cache: Any) -> dict[str, np.ndarray]:
     return {
         f"past.{i}.{name}": x.numpy().copy() for i, layer in enumerate(cache.layers) for name, x in layer.state.items()
     }
+
+
+def slots_per_head(mixers: Iterable[Any]) -> dict[str, np.ndarray]:
+    """Return the number of slots of each KV head of ragged layers, by `sizes.LAYER`."""
+    ragged = ((i, mixer) for i, mixer in enumerate(mixers) if mixer is not None and mixer.config.ragged)
+    return {f"sizes.{i}": np.array(mixer.slots_per_head) for i, mixer in ragged}
+
+
+def by_head(state: dict[str, np.ndarray], sizes: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a state in which each KV head of a ragged layer is a layer with equal heads, `LAYERhHEAD`.
+
+    Args:
+        state: Tensors by name; four codes of 8 bits may be one integer.
+        sizes: What `slots_per_head` returned, and anything else.
+    """
+    made = {}
+    for name, tensor in state.items():
+        base, _, kind = name.rpartition(".")
+        counts = sizes.get(f"sizes.{base.rpartition('.')[2]}")
+        if counts is None:
+            made[name] = tensor
+        elif kind in ("slot_key", "slot_value", "slot_position"):
+            x = tensor
+            if (scale := state.get(f"{name}_scale")) is not None:
+                x = wide(x.view(np.int8)) * wide(scale)[..., None]
+            for h, part in enumerate(np.split(x, np.cumsum(counts)[:-1], axis=1)):
+                made[f"{base}h{h}.{kind}"] = part[:, None]
+    return made
 
 
 def sequence(ids: np.ndarray, row: int) -> np.ndarray:
@@ -125,6 +154,7 @@ def against_torch(session: Any, expected: dict[str, np.ndarray]) -> dict[str, An
 def compare_state(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], when: str) -> dict[str, Any]:
     """Compare the tokens in slots, the slots of equal tokens, and tensors without slots."""
     alike, of, errors = 0, 0, {}
+    found = by_head(found, expected)
     for name, tensor in found.items():
         wanted, base = expected[f"{when}.{name}"], name.rpartition(".")[0]
         kind = name.rpartition(".")[2]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from ligerexport.exporters.onnx.native.node import INPUTS, OUTPUTS
 from ligerexport.exporters.tensorrt.node import OPERANDS
-from ligerexport.model.state import FUSED, TENSORS
+from ligerexport.model.state import RAGGED
 
-TYPES = {"activation": "kActivation", "float32": "kFloat", "int64": "kInteger"}
+TYPES = {"stored": "kStored", "float32": "kFloat", "float16": "kHalf", "int32": "kInteger"}
 ATTRIBUTES = {"slots": "pools", "linear": "recurrent", "expands": "evicts"}
 """Attributes of a `LigerMixer` node whose names differ from those in `LigerConfig`."""
 
@@ -47,8 +47,8 @@ namespace liger::operands {{
 def plugin() -> str:
     """Return `operands.h` of the node `LigerMixer`."""
     rows = []
-    for row in TENSORS:
-        if row.name in FUSED:
+    for row in RAGGED:  # rows of equal heads are the same without scales, with activations in slots
+        if row.needs not in ("keyed", "celled"):
             needs = f"&MixerAttributes::{ATTRIBUTES.get(row.needs, row.needs)}" if row.needs else "nullptr"
             rows.append(f'    {{"{row.name}", Type::{TYPES[row.dtype]}, {needs}}},')
     names = ", ".join(f'"{name}"' for name in OPERANDS)

@@ -41,6 +41,9 @@ SMOLLM2 = MixerSpec(PRESETS["liger"].config, 9, 3, 64, 64, 64**-0.5, 8192)
 MEMORY = replace(SMOLLM2, config=RECURRENT, max_distance=300)
 PLAIN = replace(MEMORY, config=replace(RECURRENT, slots=(("recent_use", 12),)))
 FORESIGHT = replace(MEMORY, config=replace(RECURRENT, slots=(("recent_use", 6), ("learned", 6))))
+RECALL = replace(
+    SMOLLM2, config=replace(PRESETS["recall"].config, heads=("12+6 3 70+20",), attention_weight=0.5), max_distance=300
+)
 SIZES = {"i32": 4, "i64": 8, "fp32": 4}
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
 
@@ -54,8 +57,8 @@ from ligerexport.model.state import MixerSpec
 def spec(data):
     return MixerSpec(**(data | {{"config": LigerConfig.from_dict(data["config"])}}))
 
-TINY, SMOLLM2, MEMORY, FORESIGHT = (
-    spec(data) for data in {[spec_fields(x) for x in (TINY, SMOLLM2, MEMORY, FORESIGHT)]!r}
+TINY, SMOLLM2, MEMORY, FORESIGHT, RECALL = (
+    spec(data) for data in {[spec_fields(x) for x in (TINY, SMOLLM2, MEMORY, FORESIGHT, RECALL)]!r}
 )
 """
 
@@ -177,13 +180,15 @@ def test_plans_hold_for_other_sizes() -> None:
     """Sizes that no expression was derived from; also the memory's attention, which has plans but no kernels here."""
     output = python("""
 cases = []
+def rows(spec):
+    return plans.RAGGED_OPERATORS if spec.config.ragged else plans.OPERATORS
 made = {(spec, name): list(plans.make_plans(name, spec, "bf16", 90, 9))
-        for spec in (SMOLLM2, MEMORY, FORESIGHT) for name in plans.OPERATORS
+        for spec in (SMOLLM2, MEMORY, FORESIGHT, RECALL) for name in rows(spec)
         if name != "prefill" or not spec.config.judged}
 sizes = [(1, 11), (3, 77), (4, 10), (9, 61), (17, 128), (40, 700), (2, 6001), (1, 12345), (300, 1234)]
 plans._prefill_sizes = lambda longest: [(b, t) for b, t in sizes if t <= longest]
 for (spec, name), found in made.items():
-    row = plans.OPERATORS[name]
+    row = rows(spec)[name]
     for call in row.calls(spec, plans.torch.bfloat16, 9):
         recorded = record(call, tuple(row.tables))
         cases.append({
@@ -196,10 +201,13 @@ for (spec, name), found in made.items():
         })
 print(json.dumps(cases))
 """)
-    checked, scored = set(), set()
+    checked, scored, constants = set(), set(), {}
     for case in json.loads(output):
         plan, axes = choose(case["plans"], case["axes"])
         checked.add((plan["operator"], len(plan["launches"])))
+        for name, buffer in plan["buffers"].items():
+            if buffer["role"] == "constant":
+                constants[plan["operator"], name] = buffer["fill"].split()
         if ["learned", 6] in plan["spec"]["config"]["slots"]:
             given = {name for name, buffer in plan["buffers"].items() if buffer["role"] in ("input", "state")}
             scored |= {(plan["operator"], name) for name in given & {"score", "arrival", "judge_state"}}
@@ -213,6 +221,15 @@ print(json.dumps(cases))
     assert {name for name, _ in checked} == {"step", "linear_attention", "memory_attention", "prefill"}
     assert scored == {("step", "score"), ("memory_attention", "arrival"), ("prefill", "score")}
     assert {count for name, count in checked if name == "linear_attention"} == {3, 5}
+    assert constants["prefill", "sizes"] == ["12", "6", "3", "0", "70", "20"]
+    places = constants["prefill", "places"]  # first slot, slots, first score, whether it keeps scores
+    assert [places[8 * h : 8 * h + 4] for h in range(3)] == [
+        ["0", "22", "0", "1"], ["22", "7", "22", "0"], ["29", "94", "22", "1"]
+    ]  # fmt: skip
+    assert [constants["step", "heads"][i : i + 3] for i in (0, 8, 16)] == [
+        ["0", "1", "21"], ["1", "1", "28"], ["2", "2", "122"]
+    ]  # fmt: skip
+    assert len(constants["step", "tiles"]) == 4 * 8
 
 
 def table(name: str, axes: dict[str, int]) -> list[Any]:

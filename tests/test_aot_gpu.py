@@ -13,7 +13,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from test_aot import MEMORY, PLAIN, TYPES, choose, read, table
+from test_aot import MEMORY, PLAIN, RECALL, TYPES, choose, read, table
+from test_fused_ragged_step import assert_same
 
 from ligerexport.kernels import aot
 from ligerexport.kernels.launches import evaluate
@@ -66,6 +67,8 @@ class Driver:
             made = torch.tensor(table(name, axes), dtype=torch.int32, device="cuda")
             assert list(made.shape) == shape
             return made
+        if buffer["role"] == "constant":
+            return torch.tensor([int(x) for x in buffer["fill"].split()], dtype=torch.int32, device="cuda")
         kept = self.persistent.get(name)
         if buffer["role"] == "persistent" and kept is not None and list(kept.shape) == shape:
             return kept
@@ -102,6 +105,15 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
     operators = ("step", "linear_attention", "memory_attention", "prefill")
     aot.compile_kernels([MEMORY, PLAIN], "bf16", [sm], place / "cubins", operators=operators, max_batch=8, jobs=1)
     torch.zeros(1, device="cuda")  # makes the context
+    return Driver(place / "cubins", sm)
+
+
+@pytest.fixture(scope="module")
+def ragged_driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
+    major, minor = torch.cuda.get_device_capability()
+    sm, place = 10 * major + minor, tmp_path_factory.mktemp("ragged")
+    aot.compile_kernels([RECALL], "bf16", [sm], place / "cubins", operators=("step", "prefill"), max_batch=8, jobs=1)
+    torch.zeros(1, device="cuda")
     return Driver(place / "cubins", sm)
 
 
@@ -203,3 +215,37 @@ def test_prefill_on_a_gpu(driver: Driver, batch: int, tokens: int) -> None:
         for name, x in state.items():
             assert error(outputs[f"present_{name}"], x) < FUSED_BF16, name
         past, position = state, position + tokens
+
+
+@pytest.mark.gpu
+def test_ragged_slots_on_a_gpu(ragged_driver: Driver) -> None:
+    """Prompts and steps in turns; codes and scales are those of torch, bit for bit."""
+    from ligerexport.kernels.ops import liger_mixer
+
+    expected_state = RECALL.initial_state(3, torch.bfloat16, "cuda")
+    state = {name: x.clone() for name, x in expected_state.items()}
+    position = torch.tensor([0, -7, 0], device="cuda")
+    for tokens in (50, 1, 1, 90, 1, 1, 1, 33):
+        tensors = projections(3, tokens)
+        score = torch.randn(3, tokens, RECALL.kv_heads, device="cuda")
+        expected, expected_state = liger_mixer(
+            *tensors.values(), position, expected_state, RECALL, rotary(), score
+        )  # fmt: skip
+        output = torch.full_like(expected, float("nan"))
+        given = {"position": position.int(), "rotary": rotary()}
+        if tokens == 1:
+            tensors = {name: x[:, 0] for name, x in tensors.items()}
+            output = output[:, 0]
+            given |= {**tensors, **state, "score": score[:, 0], "output": output}
+            ragged_driver.run("step", axes_of(tensors, batch=3), given, RECALL)
+        else:
+            present = {name: torch.empty_like(x) for name, x in state.items()}
+            given |= {**tensors, "score": score, "output": output}
+            given |= {f"{when}_{name}": x for when, side in (("past", state), ("present", present))
+                      for name, x in side.items()}  # fmt: skip
+            ragged_driver.run("prefill", axes_of(tensors, batch=3, tokens=tokens), given, RECALL)
+            state = present
+        real = position[:, None] + torch.arange(tokens, device="cuda") >= 0
+        assert error(output.view_as(expected)[real], expected[real]) < FUSED_BF16, tokens
+        position = position + tokens
+        assert_same(state, expected_state, RECALL)

@@ -17,14 +17,15 @@ from checkpoints import BUILT, FORESIGHT, MEMORY, make_checkpoint
 
 from ligerexport.artifact.artifact import Artifact, Source
 from ligerexport.checkpoint.convert import load_model
+from ligerexport.dtypes import DTYPES
 from ligerexport.exporters.build import make_manifest
 from ligerexport.exporters.onnx.graph import GRAPH_FILE, nodes_by_layer, weight_storage, write_graph
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.tensorrt.evaluation import PluginSession
-from ligerexport.exporters.tensorrt.node import CONTRACT, products, read_linear
+from ligerexport.exporters.tensorrt.node import EQUAL, products, read_linear
 from ligerexport.exporters.verify.compare import state_error
-from ligerexport.exporters.verify.slots import sort_slots
+from ligerexport.exporters.verify.slots import by_head
 from ligerexport.kernels.plans import layer_digest, spec_fields
 from ligerexport.layers.mixer import LigerCache
 from ligerexport.model.config import PRESETS, LigerConfig
@@ -35,6 +36,10 @@ LOGITS = {"fp32": 2e-4, "fp16": 2e-2, "bf16": 2e-1}
 STATE = {"fp32": 5e-5, "fp16": 2e-2, "bf16": 8e-2}
 CUTS = (40, 1, 1, 17, 1)
 KINDS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+RECALL = LigerConfig(
+    window=8, sinks=2, slots=(("learned", 5),), attention_weight=0.9, recurrence_weight=0.0, state_dtype="int8",
+    heads=("12+8 3", "6+20 6+20", "2 4"),
+)  # fmt: skip
 IN_8_5 = {
     "Add", "Cast", "Concat", "Div", "Gather", "LigerLinear", "LigerMixer", "Mul", "ReduceMean", "Reshape", "Shape",
     "Slice", "Split", "Sqrt", "Tanh",
@@ -68,11 +73,12 @@ def compare(spec: ModelSpec, artifact: Artifact, weights: str) -> None:
         np.testing.assert_allclose(found, expected.float().numpy(), atol=LOGITS[weights] * expected.abs().max().item())
     for i, layer in enumerate(cache.layers):
         tensors = session.snapshot().tensors
-        theirs = sort_slots({name: tensors[f"past.{i}.{name}"].astype(np.float64) for name in layer.state})
-        ours = sort_slots({name: x.numpy().astype(np.float64) for name, x in layer.state.items()})
-        assert np.array_equal(ours["slot_position"], theirs["slot_position"])
-        for name, tensor in ours.items():
-            assert state_error(tensor, theirs[name]) < STATE[weights], (i, name)
+        found = {name: tensors[f"past.{i}.{name}"].astype(np.float64) for name in layer.state}
+        wanted = {name: x.numpy().astype(np.float64) for name, x in layer.state.items()}
+        for (_, ours), (_, theirs) in zip(*(by_head(x, spec.mixers[i]) for x in (wanted, found)), strict=True):
+            assert np.array_equal(ours["slot_position"], theirs["slot_position"])
+            for name, tensor in ours.items():
+                assert state_error(tensor, theirs[name]) < STATE[weights], (i, name)
 
 
 @pytest.mark.parametrize("weights", LOGITS)
@@ -84,6 +90,31 @@ def test_presets(tmp_path: Path, preset: str, weights: str) -> None:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
 def test_families(tmp_path: Path, family: str) -> None:
     compare(*write(tmp_path, MEMORY, "fp32", family), "fp32")
+
+
+def test_ragged_slots(tmp_path: Path) -> None:
+    """Four codes of a key or value are one integer of the graph, and codes in the manifest and in snapshots."""
+    spec, artifact = write(tmp_path, RECALL, "fp32")
+    compare(spec, artifact, "fp32")
+    model = onnx.load(artifact.directory / GRAPH_FILE)
+    onnx.checker.check_model(onnx.shape_inference.infer_shapes(model), full_check=False)
+    sizes = {x.name: [y.dim_param or y.dim_value for y in x.type.tensor_type.shape.dim] for x in model.graph.input}
+    types = {x.name: x.type.tensor_type.elem_type for x in model.graph.input}
+    assert sizes["past.0.slot_key"] == ["B", 27, 4] and types["past.0.slot_key"] == onnx.TensorProto.INT32
+    assert sizes["past.0.slot_key_scale"] == ["B", 27] and types["past.0.slot_key_scale"] == onnx.TensorProto.FLOAT16
+    told = {x.past: (x.dtype, x.shape) for x in artifact.manifest.state}
+    assert told["past.0.slot_key"] == ("int8", ("B", 27, 16)) and artifact.manifest.format_version == 2
+    listed = [(x.name, DTYPES[x.dtype].onnx, list(x.shape)) for x in artifact.manifest.graph.inputs]
+    assert listed == [(name, types[name], sizes[name]) for name in sizes]
+    nodes = [node for node in model.graph.node if node.op_type == "LigerMixer"]
+    found = [{x.name: onnx.helper.get_attribute_value(x) for x in node.attribute} for node in nodes]
+    names = ("contract", "slots", "pools", "ragged", "scored", "halved", "scaled")
+    assert [tuple(x[name] for name in names) for x in found] == [
+        (3, 27, 1, 1, 22, 0, 1), (3, 56, 1, 1, 56, 0, 1), (3, 10, 0, 1, 0, 0, 1)
+    ]  # fmt: skip
+    assert [list(node.output) for node in nodes] == [
+        [node.output[0], *(x.replace("past", "present") for x in node.input if x.startswith("past"))] for node in nodes
+    ]
 
 
 def test_batch_and_padding(tmp_path: Path) -> None:
@@ -127,7 +158,7 @@ def test_nodes(tmp_path: Path, preset: str, weights: str) -> None:
         config = layer.config
         found: dict[str, Any] = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
         assert found == {
-            "plugin_namespace": b"ligerexport", "plugin_version": b"1", "contract": CONTRACT,
+            "plugin_namespace": b"ligerexport", "plugin_version": b"1", "contract": EQUAL,
             "layer_spec": layer_digest(spec_fields(layer)).encode(), "q_heads": 4, "kv_heads": 2, "d_k": 16, "d_v": 16,
             "slots": config.num_slots, "pools": len(config.slots), "max_distance": 64, "joint": 1,
             "foresees": int(config.foresees), "judged": int(config.judged), "recurrent": int(config.recurrent),
@@ -167,7 +198,7 @@ def test_products(tmp_path: Path, family: str) -> None:
         if "activation" in values:
             values["activation"] = values["activation"].decode()
         product = read_linear(values)
-        assert values["layer_spec"] == layer_digest(spec_fields(product)).encode() and values["contract"] == CONTRACT
+        assert values["layer_spec"] == layer_digest(spec_fields(product)).encode() and values["contract"] == EQUAL
         n, k = product.outputs, product.inputs
         height = n if product.activation is None else 2 * n
         rest: list[list[int] | None] = [[k]] if product.epsilon is not None else []

@@ -69,16 +69,16 @@ def runner(library: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return library
 
 
-def make_artifact(destination: Path, **changes: Any) -> Path:
+def make_artifact(destination: Path, state: tuple[StateTensor, ...] = STATE, **changes: Any) -> Path:
     inputs = (TensorInfo("input_ids", "int32", ("B", "T")), TensorInfo("position", "int32", ("B",)))
-    inputs += tuple(TensorInfo(x.past, x.dtype, x.shape) for x in STATE)
+    inputs += tuple(x.bound(x.past, "plugin") for x in state)
     outputs = (TensorInfo("logits", "float32", ("B", toy.VOCAB)),)
-    outputs += tuple(TensorInfo(x.present, x.dtype, x.shape) for x in STATE)
+    outputs += tuple(x.bound(x.present, "plugin") for x in state)
     device = {"sms": [90], "max_batch": MOST, "contract": 1, "kernels": "kernels.liger"}
     manifest = toy.manifest(**{
-        "target": "trt", "lowering": "plugin", "precision": "float16", "state": STATE, "device": device,
+        "target": "trt", "lowering": "plugin", "precision": "float16", "state": state, "device": device,
         "graph": Graph("model.onnx", CHUNK, inputs, outputs), "requires": {},
-        "bytes": ByteCounts(16576, 28, 128),
+        "bytes": ByteCounts(16576, sum(x.nbytes for x in state), 128),
     } | changes)  # fmt: skip
     with ArtifactWriter(destination) as writer:
         toy.write_files(writer.directory)
@@ -161,6 +161,25 @@ def test_an_engine_of_other_profiles(artifact: Path) -> None:
     with pytest.raises(ArtifactError, match="built by another version") as caught:
         lx.load(artifact, batch=2)
     assert "--build" in str(caught.value.hint)
+
+
+def test_codes_are_integers_of_the_engine(tmp_path: Path) -> None:
+    """A state of format 2: the engine has four codes as one integer, snapshots have codes."""
+    codes = (
+        StateTensor("past.1.slot_key", "present.1.slot_key", ("B", 6, 8), "int8"),
+        StateTensor("past.1.slot_key_scale", "present.1.slot_key_scale", ("B", 6), "float16"),
+    )
+    session = lx.load(make_artifact(tmp_path / "a", (*STATE, *codes), format_version=2), batch=2)
+    session.prefill(np.stack([IDS[:5], IDS[5:10]]))
+    kept = session.snapshot(1)
+    assert not kept.tensors["past.1.slot_key"].any() and kept.tensors["past.1.slot_key_scale"].dtype == np.float16
+    kept.tensors["past.1.slot_key"][:] = written = np.arange(-24, 24, dtype=np.int8).reshape(1, 6, 8)
+    kept.save(tmp_path / "state")
+    session.restore(Snapshot.load(tmp_path / "state"), 0)
+    found = session.snapshot()
+    np.testing.assert_array_equal(found.tensors["past.1.slot_key"], [*written, *np.zeros_like(written)])
+    np.testing.assert_array_equal(session.step([int(IDS[10]), int(IDS[10])]), [expected(IDS[5:11])[0]] * 2)
+    assert session.state_bytes == 2 * (28 + 48 + 12)
 
 
 @pytest.mark.parametrize("graph", [True, False])

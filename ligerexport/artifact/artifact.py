@@ -62,6 +62,16 @@ class StateTensor:
         """Bytes of one sequence, or of one of its tokens if the tensor grows."""
         return DTYPES[self.dtype].nbytes * prod(size for size in self.shape if isinstance(size, int))
 
+    def bound(self, name: str, lowering: str) -> TensorInfo:
+        """Return the graph's input or output `name` for it: for the TensorRT plugin, four codes are one int32.
+
+        TensorRT before 10 takes int8 for a quantised type with a range of its own.
+        """
+        *axes, width = self.shape
+        if lowering == "plugin" and self.dtype == "int8" and isinstance(width, int):
+            return TensorInfo(name, "int32", (*axes, width // 4))
+        return TensorInfo(name, self.dtype, self.shape)
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -231,15 +241,17 @@ def _check_claims(manifest: Manifest) -> None:
     if tuple(x.name for x in graph.inputs[:2]) != ids or graph.outputs[:1] != (logits,):
         raise ValueError(f"inputs do not begin with {' and '.join(ids)}, or outputs with logits")
     state = manifest.state
-    if [(x.past, x.dtype, x.shape) for x in state] != [(x.name, x.dtype, x.shape) for x in graph.inputs[2:]]:
+    inputs = [x.bound(x.past, manifest.lowering) for x in state]
+    outputs = [x.bound(x.present, manifest.lowering) for x in state]
+    if inputs != list(graph.inputs[2:]):
         raise ValueError("the state differs from the graph's inputs")
-    if [(x.present, x.dtype, len(x.shape)) for x in state] != [
+    if [(x.name, x.dtype, len(x.shape)) for x in outputs] != [
         (x.name, x.dtype, len(x.shape)) for x in graph.outputs[1:]
     ]:
         raise ValueError("the state differs from the graph's outputs")
     if len({x.past for x in state} | {x.present for x in state} | {*ids, "logits"}) != 2 * len(state) + 3:
         raise ValueError("two tensors have the same name")
-    types = {row.name for row in BY_KERNEL.values()} | {"int8"}
+    types = {row.name for row in BY_KERNEL.values()}
     for tensor in state:
         sizes = ["P" if tensor.grows and axis == 2 else 1 for axis in range(len(tensor.shape))]
         fits = (

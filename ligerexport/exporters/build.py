@@ -259,9 +259,9 @@ def make_manifest(
     tensors = onnx_graph.state_tensors(spec, lowering, storage)
     integer = LOWERINGS[lowering].integer
     ids = TensorInfo("input_ids", integer, ("B", "T")), TensorInfo("position", integer, ("B",))
-    inputs = (*ids, *(TensorInfo(t.past, t.dtype, t.shape) for t in tensors))
+    inputs = (*ids, *(t.bound(t.past, lowering) for t in tensors))
     logits = TensorInfo("logits", "float32", ("B", spec.vocab_size))
-    outputs = (logits, *(TensorInfo(t.present, t.dtype, t.shape) for t in tensors))
+    outputs = (logits, *(t.bound(t.present, lowering) for t in tensors))
     return Manifest(
         ligerexport=__version__,
         target=target,

@@ -65,6 +65,7 @@ TARGETS: dict[str, Target] = {
         sms=(80, 86, 87, 89, 90, 100, 120),
         chunk=1024,
         run="liger-run %s --ids 1,2,3",
+        ragged=("plugin",),
     ),
     "trt-rtx": Target(
         backend="ligerexport.exporters.tensorrt.backend:TensorRTRTX",
@@ -74,6 +75,7 @@ TARGETS: dict[str, Target] = {
         weights=("fp16", "bf16", "fp32"),
         doc="an engine for TensorRT-RTX on GeForce and RTX GPUs, built without a GPU",
         sms=(80, 86, 89, 120, 121),
+        ragged=("portable",),
     ),
 }
 

@@ -138,9 +138,10 @@ def _plan(
     wanted: list[tuple[str, MixerSpec | LinearSpec, str]] = [("linear", spec, kind) for spec, kind in products]
     for spec in specs:
         config = spec.config
-        if not config.fuses:
+        if not (config.fuses or spec.splits):
             raise UsageError(
-                "no kernel is compiled ahead of time for a recurrence with keyed rows",
+                "no kernel is compiled ahead of time for keyed rows, cells, or ragged slots with a recurrence or other "
+                "scores than a learned one",
                 hint="convert with --recurrence-weight 0, or with another gate",
             )
         absent = "linear_attention" if config.evicts or not config.recurrent else ""

@@ -89,10 +89,11 @@ class Buffer:
 
     Attributes:
         role: `input`, `output`, `state` (read and written), `scratch` (for one call), `persistent` (kept from call to
-            call; calls that share it must not overlap) or `table` (made by the host from the axes).
+            call; calls that share it must not overlap), `table` (made by the host from the axes) or `constant`.
         type: Type of an element, such as `bf16`.
         shape: Sizes as expressions. Strides that are not axes follow from the shape; the last is always 1.
-        fill: Content before the launch: "" for anything, "zero" before each call, "zero once", or a table's content.
+        fill: Content before the launch: "" for anything, "zero" before each call, "zero once", a table's content in
+            words, or the integers of a constant with blanks between.
     """
 
     role: str

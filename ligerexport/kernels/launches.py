@@ -181,7 +181,8 @@ def record(call: Call, tables: Sequence[str] = ()) -> Recording:
     """Return the launches of a call.
 
     Args:
-        tables: Parameters of kernels for which the host makes tables; the caller of a kernel must make them too.
+        tables: Parameters of kernels, without `p_`, for which the host makes tables; the caller of a kernel must make
+            them too.
 
     Raises:
         LigerError: A kernel reads data that torch computed in between.
@@ -215,11 +216,12 @@ def record(call: Call, tables: Sequence[str] = ()) -> Recording:
             elif not isinstance(x, Tensor):
                 arguments[parameter.name] = x
             else:
-                if parameter.name in tables:  # equal tables may share a storage
-                    name, memory = parameter.name, Memory(x, "table", "table")
+                name = parameter.name.removeprefix("p_")
+                if name in tables:  # equal tables may share a storage
+                    memory = Memory(x, "table", "table")
                 else:
                     if _storage(x) not in named:
-                        name = _new_name(parameter.name.removeprefix("p_"), {*made.buffers, *call.tensors, *outputs})
+                        name = _new_name(name, {*made.buffers, *call.tensors, *outputs})
                         named[_storage(x)] = name, _scratch(x, name, creations)
                     name, memory = named[_storage(x)]
                 made.buffers[name] = memory

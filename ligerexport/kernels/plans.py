@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ligerexport.dtypes import DTYPES
 from ligerexport.errors import LigerError, look_up
 from ligerexport.kernels.fused.segments import segment_length
 from ligerexport.kernels.launch_manifest import ALIGNMENT, Argument, Buffer, Kernel, Launch, Plan, Value
@@ -34,14 +35,15 @@ class Operator:
     Attributes:
         calls: Returns calls of many sizes, from a layer, a dtype and the largest batch.
         derived: Returns further axes as name and expression, from a layer and a dtype.
-        tables: Content of the host's tables, by the kernel's parameter.
+        tables: Content of the host's tables, by the kernel's parameter: words for one that depends on the axes, or a
+            function that returns the integers of one that depends on the layer and on what is recorded.
         by: Axis whose value decides the launches; "" if they are always the same.
         limits: Returns the largest value of axes that have a limit, from a layer and the largest batch.
     """
 
     calls: Callable[[Any, torch.dtype, int], Iterator[Call]]
     derived: Callable[[Any, torch.dtype], dict[str, str]] = lambda spec, dtype: {}
-    tables: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, str | Callable[[MixerSpec, Recording], Tensor]] = field(default_factory=dict)
     by: str = ""
     limits: Callable[[Any, int], dict[str, int]] = lambda spec, max_batch: {}
 
@@ -68,7 +70,9 @@ def make_plans(
         UsageError: There is no such operator or dtype.
         LigerError: A launch cannot be written as a plan.
     """
-    row = PRODUCT if isinstance(spec, LinearSpec) else look_up("operator", name, OPERATORS)
+    ragged = isinstance(spec, MixerSpec) and spec.config.ragged
+    rows = RAGGED_OPERATORS if ragged else OPERATORS
+    row = PRODUCT if isinstance(spec, LinearSpec) else look_up("operator", name, rows)
     activation = look_up("dtype", dtype, {text: x for x, text in TYPES.items() if x.is_floating_point})
     groups: dict[Any, list[Recording]] = {}
     with targeting(sm):
@@ -93,11 +97,13 @@ def make_plans(
         ranges = {axis: (1, limit) for axis, limit in limits.items()}
         if row.by:
             ranges[row.by] = span[0], limits.get(row.by) if span == max(spans) else span[1]
-        plan, kernels = _make_plan(name, row, group)
+        plan, kernels = _make_plan(name, spec, row, group)
         yield replace(plan, spec=spec_fields(spec), dtype=dtype, sms=(sm,), ranges=ranges, derived=derived), kernels
 
 
-def _make_plan(name: str, row: Operator, group: list[Recording]) -> tuple[Plan, dict[str, tuple[Kernel, Recorded]]]:
+def _make_plan(
+    name: str, spec: Any, row: Operator, group: list[Recording]
+) -> tuple[Plan, dict[str, tuple[Kernel, Recorded]]]:
     """Return launches and buffers of calls that differ only in sizes."""
     found = Expressions([x.axes for x in group])
     kernels: dict[str, tuple[Kernel, Recorded]] = {}
@@ -133,8 +139,14 @@ def _make_plan(name: str, row: Operator, group: list[Recording]) -> tuple[Plan, 
     for buffer, memory in group[0].buffers.items():
         sizes = zip(*(x.buffers[buffer].shape() for x in group), strict=True)
         shape = tuple(found.find(axis, f"the size of '{buffer}' in '{name}'") for axis in sizes)
-        fill = row.tables[buffer] if memory.role == "table" else memory.fill
-        buffers[buffer] = Buffer(memory.role, TYPES[memory.tensor.dtype], shape, fill)
+        role, fill = memory.role, memory.fill
+        if role == "table":
+            content = row.tables[buffer]
+            if isinstance(content, str):
+                fill = content
+            else:
+                role, fill = "constant", " ".join(map(str, content(spec, group[0]).flatten().tolist()))
+        buffers[buffer] = Buffer(role, TYPES[memory.tensor.dtype], shape, fill)
     text = json.dumps([asdict(x) for x in launches])
     axes = tuple(axis for axis in group[0].axes if "_stride_" not in axis or axis in text)
     return Plan(name, {}, "", (), axes, {}, {}, buffers, tuple(launches)), kernels
@@ -172,9 +184,9 @@ class _Inputs:
 
     def add_state(self, batch: int, prefix: str = "", part: str = "") -> MixerState:
         """Make the tensors of the state whose names begin with `part`; int64 becomes int32, which every caller has."""
-        types = {"float32": torch.float32, "int64": torch.int32, "activation": self.dtype}
+        types = {"int64": torch.int32, "activation": self.dtype}
         return {
-            x.name: self.add(prefix + x.name, batch, *x.shape, dtype=types[x.dtype])
+            x.name: self.add(prefix + x.name, batch, *x.shape, dtype=types.get(x.dtype) or DTYPES[x.dtype].torch)
             for x in self.spec.state() if x.name.startswith(part)
         }  # fmt: skip
 
@@ -186,23 +198,30 @@ class _Inputs:
 
 def _step(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]:
     from ligerexport.kernels.fused.mixer_step import mixer_step
+    from ligerexport.kernels.fused.ragged_step import ragged_step
 
+    operator = ragged_step if spec.config.ragged else mixer_step
     for seed in range(2 * max_batch):
         batch, x = 1 + seed // 2, _Inputs(spec, dtype, seed)
         query, key, value = x.add_heads(batch)
         position, state, rotary = x.add("position", batch, dtype=torch.int32), x.add_state(batch), x.add_rotary()
         output = x.add("output", batch, spec.q_heads, spec.d_v)
         score = x.add("score", batch, spec.kv_heads, dtype=torch.float32) if spec.config.foresees else None
-        run = partial(mixer_step, (query, key, value), position, state, spec, rotary, out=output, score=score)
+        run = partial(operator, (query, key, value), position, state, spec, rotary, out=output, score=score)
         yield Call({"batch": batch} | x.axes, x.tensors, run, {"output": "output"} | dict.fromkeys(state, "state"))
 
 
 def _prefill_sizes(longest: int) -> Iterator[tuple[int, int]]:
-    """Yield batches and tokens, at least two tokens, because torch drops the stride of an axis of size one."""
+    """Yield batches and tokens, with every remainder of tokens divided by 128, by which no tile of tokens is larger.
+
+    There are at least two tokens, because torch drops the stride of an axis of size one.
+    """
     chance = random.Random(0)
-    for i in range(96):
-        span = 300 if i % 2 else 1 << chance.randrange(1, 17)
-        yield (1, 2, 3, 5, 8, 61, 500)[i % 7], chance.randint(2, min(max(span, 2), longest))
+    for rest in range(128):
+        least, most = rest < 2, (longest - rest) // 128
+        if least <= most:
+            span = 2 if rest % 2 else 1 << chance.randrange(10)
+            yield (1, 2, 3, 5, 8, 61, 500)[rest % 7], 128 * chance.randint(least, min(most, max(span, least))) + rest
     yield from ((batch, longest) for batch in (1, 3))
 
 
@@ -277,9 +296,12 @@ def _memory_attention_axes(spec: MixerSpec, dtype: torch.dtype) -> dict[str, str
 
 def _prefill(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]:
     from ligerexport.kernels.fused.prefill import prefill
+    from ligerexport.kernels.fused.ragged_prefill import ragged_prefill
+
+    operator = ragged_prefill if spec.config.ragged else prefill
 
     def run(*args: Any) -> dict[str, Tensor]:
-        output, present = prefill(*args)
+        output, present = operator(*args)
         return {"output": output} | {f"present_{name}": x for name, x in present.items()}
 
     return _chunks(spec, dtype, run, "score" if spec.config.foresees else None)
@@ -288,6 +310,32 @@ def _prefill(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Ca
 def _prefill_axes(spec: MixerSpec, dtype: torch.dtype) -> dict[str, str]:
     linear = _linear_attention_axes(spec, dtype) if spec.config.recurrent else {"pieces": "cdiv(tokens, tokens)"}
     return linear | _memory_attention_axes(spec, dtype) | (_judge_axes(spec) if spec.config.judged else {})
+
+
+def _ragged_prefill_axes(spec: MixerSpec, dtype: torch.dtype) -> dict[str, str]:
+    from ligerexport.kernels.fused.ragged_prefill import roomy
+
+    wide = roomy(spec)
+    events = wide.config.num_slots - min(window for window, _ in wide.sizes)
+    return _memory_attention_axes(wide, dtype) | {"events": f"tokens + {events}"}
+
+
+def _division(spec: MixerSpec, recording: Recording) -> Any:
+    from ligerexport.kernels.fused.ragged_step import plan_on
+
+    return plan_on(spec.text, recording.launches[0].constants["N"], torch.device("cpu"))
+
+
+def _places_of(spec: MixerSpec, recording: Recording) -> Tensor:
+    from ligerexport.kernels.fused.ragged_prefill import places_on
+
+    return places_on(spec.text, torch.device("cpu"))
+
+
+def _sizes_of(spec: MixerSpec, recording: Recording) -> Tensor:
+    from ligerexport.kernels.fused.ragged_prefill import roomy
+
+    return torch.tensor(roomy(spec).sizes)
 
 
 def _judge_axes(spec: MixerSpec) -> dict[str, str]:
@@ -341,5 +389,15 @@ OPERATORS: dict[str, Operator] = {
 }  # fmt: skip
 """Operators that can be compiled: a whole step of one token; for chunks the recurrence, the memory's softmax, and the
 whole mixer."""
+RAGGED_OPERATORS: dict[str, Operator] = {
+    "step": replace(
+        OPERATORS["step"],
+        tables={"tiles": lambda *of: _division(*of).tiles, "heads": lambda *of: _division(*of).heads},
+    ),
+    "prefill": replace(
+        OPERATORS["prefill"], derived=_ragged_prefill_axes, tables={"places": _places_of, "sizes": _sizes_of}, by=""
+    ),
+}
+"""The same for layers with ragged slots and a fused step."""
 PRODUCT = Operator(_linear, by="rows")
 """The operator of a `LinearSpec`."""

@@ -117,7 +117,7 @@ void* at(size_t index) { return reinterpret_cast<void*>(index << 32); }
 
 liger::Call make_call(const liger::Mixer& mixer, const std::string& dtype, int64_t batch, int64_t tokens) {
   const liger::MixerAttributes& a = mixer.attributes();
-  const int64_t all = batch * tokens, slots = batch * a.kv_heads * a.slots;
+  const int64_t all = batch * tokens, slots = batch * a.slots * (a.ragged ? 1 : a.kv_heads), codes = a.scaled ? 4 : 1;
   liger::Call call{};
   call.dtype = dtype, call.workspace = at(65);
   const auto add = [&](int64_t rows, int64_t elements) {
@@ -132,8 +132,10 @@ liger::Call make_call(const liger::Mixer& mixer, const std::string& dtype, int64
   add(2, 2 * (a.max_distance + 64) * (a.d_k / 2));
   if (a.foresees) add(all, all * a.kv_heads);
   call.outputs = {at(64)};
-  for (int64_t elements : {slots * a.d_k, slots * a.d_v, slots}) add_state(elements);
-  if (a.pools) add_state(slots * a.pools);
+  for (int64_t elements : {slots * a.d_k / codes, slots * a.d_v / codes}) add_state(elements);
+  if (a.scaled) add_state(slots), add_state(slots);
+  add_state(slots);
+  if (a.pools) add_state((a.ragged ? batch * a.scored : slots) * a.pools);
   if (a.recurrent) add_state(batch * a.kv_heads * a.d_k * a.d_v);
   if (a.evicts) add_state(batch * a.kv_heads * a.d_k);
   if (a.judged) add_state(batch * a.kv_heads * a.d_k * (a.d_v + 1));

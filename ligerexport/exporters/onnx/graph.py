@@ -94,7 +94,9 @@ def build_graph(
     integer = _onnx(lower.integer)
     input_ids, position = graph_input("input_ids", integer, ("B", "T")), graph_input("position", integer, ("B",))
     state = state_tensors(spec, lowering, storage)
-    past = {t.past: graph_input(t.past, _onnx(t.dtype), t.shape) for t in state}
+    given = [t.bound(t.past, lowering) for t in state]
+    made = [t.bound(t.present, lowering) for t in state]
+    past = {t.name: graph_input(t.name, _onnx(t.dtype), t.shape) for t in given}
     blocks = _Blocks(g, lower, spec, Weights(g, lower, spec, storage))
     frame = Frame(g, input_ids, position)
     mixers = _mixers(lower, frame, spec, past, max_chunk)
@@ -114,7 +116,7 @@ def build_graph(
     logits = blocks.logits(frame, x, residual)
 
     named = [g.output(logits, "logits", "FLOAT", ("B", spec.vocab_size))]
-    named += [g.output(outputs[t.present], t.present, _onnx(t.dtype), t.shape) for t in state]
+    named += [g.output(outputs[t.name], t.name, _onnx(t.dtype), t.shape) for t in made]
     graph = ir.Graph(
         [input_ids, position, *past.values()], named, nodes=g.nodes, initializers=list(g.initializers.values()),
         opset_imports={"": lower.opset} | dict.fromkeys(lower.domains, 1), name="ligerexport",

@@ -30,6 +30,7 @@ from ligerexport.versions import installed_version
 if TYPE_CHECKING:
     from ligerexport.exporters.onnx.spec import ModelSpec
     from ligerexport.exporters.tensorrt.session import TensorRTSession
+    from ligerexport.model.state import MixerSpec
 
 ENGINE_FILE = "model.engine"
 PLUGIN_FILE = "libligerexport_trt.so"
@@ -102,11 +103,12 @@ class TensorRT(_ForGpus):
     def check_model(self, spec: ModelSpec) -> None:
         """Refuse layers that the plugin has no kernels for."""
         super().check_model(spec)
-        if not all(layer is None or layer.config.fuses for layer in spec.mixers):
-            raise UsageError(
-                "no kernel of the plugin has a recurrence with keyed rows",
-                hint="convert with another gate, or build with --target trt-rtx or --target onnx",
-            )
+        for layer in spec.mixers:
+            if layer is not None and (what := _missing(layer)):
+                raise UsageError(
+                    f"no kernel of the plugin has {what}",
+                    hint="convert in another way, or build with --target trt-rtx or --target onnx",
+                )
         if any(2 * len(softmax.inv_freq) != spec.head_dim for softmax in spec.attention):
             raise UsageError(
                 f"heads of {spec.head_dim} channels are only partly rotated, the plugin's kernels rotate all",
@@ -127,7 +129,7 @@ class TensorRT(_ForGpus):
         """Add the kernels, and the plugin and an engine if they were asked for."""
         import onnx_ir as ir
 
-        from ligerexport.exporters.tensorrt.node import CONTRACT, products
+        from ligerexport.exporters.tensorrt.node import EQUAL, RAGGED, products
         from ligerexport.exporters.tensorrt.pack import PACK, write_pack
 
         asked, layers = plan.settings, [layer for layer in dict.fromkeys(plan.spec.mixers) if layer is not None]
@@ -135,7 +137,8 @@ class TensorRT(_ForGpus):
             write_pack(layers, directory / PACK, products=products(ir.load(directory / manifest.graph.file).graph),
                        sms=plan.sms, dtype=DTYPES[plan.storage.precision.dtype].kernel,
                        max_batch=asked.max_batch)  # fmt: skip
-        device: dict[str, Any] = {"sms": list(plan.sms), "max_batch": asked.max_batch, "contract": CONTRACT,
+        contract = RAGGED if plan.spec.ragged else EQUAL
+        device: dict[str, Any] = {"sms": list(plan.sms), "max_batch": asked.max_batch, "contract": contract,
                                   "kernels": PACK}  # fmt: skip
         if asked.plugin is not None:
             shutil.copyfile(asked.plugin, directory / PLUGIN_FILE)
@@ -209,6 +212,19 @@ class TensorRTRTX(_ForGpus):
         """Check TensorRT-RTX, driver and GPU."""
         found = [x for x in (machine.python_module(rtx=True),) if x]
         return [_check_library("TensorRT-RTX", "rtx", found), *self._examine_gpu()]
+
+
+def _missing(layer: MixerSpec) -> str | None:
+    """Return what the kernels of the plugin lack for a layer."""
+    config = layer.config
+    if config.keyed:
+        return "a recurrence with keyed rows"
+    if config.ragged and not layer.splits:
+        kept = "sizes for each KV head" if config.heads else f"slots in {config.state_dtype}"
+        return f"{kept} together with a recurrence or with scores that are not learned"
+    if config.scaled and layer.d_k % 4:
+        return f"slots in int8 for heads of {layer.d_k} channels, which are no multiple of 4"
+    return None
 
 
 def _check_library(name: str, extra: str, found: list[str], more: str = "") -> Check:

@@ -7,6 +7,7 @@ as the plugin does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -16,11 +17,12 @@ from onnx.reference.op_run import OpRun
 
 from ligerexport.artifact.artifact import Artifact
 from ligerexport.artifact.snapshot import Snapshot
-from ligerexport.dtypes import HALVES
+from ligerexport.dtypes import DTYPES, HALVES
 from ligerexport.errors import ArtifactError
 from ligerexport.exporters.onnx.native import DOMAIN
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.exporters.tensorrt.node import CONTRACT, LINEAR, MIXER, read_linear
+from ligerexport.exporters.tensorrt.node import CONTRACTS, LINEAR, MIXER, read_linear
+from ligerexport.kernels.ragged import MOST
 from ligerexport.model.state import MixerSpec
 
 if TYPE_CHECKING:
@@ -37,13 +39,12 @@ class PluginSession:
         spec: The checkpoint that it was built from.
         batch: B, number of sequences.
         wide: Whether fp16 and bf16 are computed in fp32, with the weights as stored, to compare with fp32 arithmetic.
+            Keys and values are then not rounded to a smaller type of the state either.
     """
 
     def __init__(self, artifact: Artifact, spec: ModelSpec, *, batch: int = 1, wide: bool = False) -> None:
         self.artifact, self.batch, self.chunk = artifact, batch, artifact.manifest.graph.max_chunk
-        self._evaluator = evaluator(artifact, spec, wide=wide)
-        inputs = zip(self._evaluator.input_names, self._evaluator.input_types, strict=True)
-        self._types = {name: _numpy(kind.tensor_type.elem_type) for name, kind in inputs}
+        self._evaluator, self._wide = evaluator(artifact, spec, wide=wide), wide
         self.reset()
 
     def reset(self) -> None:
@@ -52,7 +53,8 @@ class PluginSession:
         self._state = {}
         for t in self.artifact.manifest.state:
             sizes = [self.batch if size == "B" else int(size) for size in t.shape]
-            self._state[t.past] = np.full(sizes, t.fill, self._types[t.past])
+            row = DTYPES["float32" if self._wide and DTYPES[t.dtype].bits < 32 else t.dtype]
+            self._state[t.past] = np.full(sizes, t.fill, _numpy(row.onnx))
 
     def prefill(self, ids: Sequence[int] | np.ndarray, padding: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
         """Advance by a prompt `[T]` or `[B, T]`, in chunks; return logits `[B, V]`."""
@@ -61,9 +63,11 @@ class PluginSession:
             self._position -= np.asarray(padding, np.int32)
         for start in range(0, array.shape[1], self.chunk):
             part = array[:, start : start + self.chunk]
-            feeds = {"input_ids": part, "position": self._position} | self._state
+            feeds = {name: x.view(np.int32) if x.dtype == np.int8 else x for name, x in self._state.items()}
+            feeds |= {"input_ids": part, "position": self._position}
             logits, *present = cast("list[np.ndarray]", self._evaluator.run(None, feeds))
-            self._state = dict(zip(self._state, present, strict=True))
+            for (name, past), x in zip(list(self._state.items()), present, strict=True):
+                self._state[name] = x.view(np.int8) if past.dtype == np.int8 else x
             self._position = self._position + np.int32(part.shape[1])
         return logits
 
@@ -86,7 +90,7 @@ def evaluator(artifact: Artifact, spec: ModelSpec, *, wide: bool = False) -> Ref
     model = onnx.load(artifact.graph)
     if wide and artifact.manifest.precision in _HALVES.values():  # in other artifacts a half is an error
         _widen(model)
-    return ReferenceEvaluator(model, new_ops=[_mixer_op(spec), LigerLinear])
+    return ReferenceEvaluator(model, new_ops=[_mixer_op(spec, wide), LigerLinear])
 
 
 def _widen(model: onnx.ModelProto) -> None:
@@ -108,7 +112,7 @@ def _numpy(kind: int) -> np.dtype:
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
 
 
-def _mixer_op(spec: ModelSpec) -> type[OpRun]:
+def _mixer_op(spec: ModelSpec, wide: bool) -> type[OpRun]:
     """Return the operator for the layers of a model, which finds a layer by its digest, as the plugin finds kernels."""
     from ligerexport.kernels.plans import layer_digest, spec_fields
 
@@ -119,7 +123,9 @@ def _mixer_op(spec: ModelSpec) -> type[OpRun]:
 
         def _run(self, *tensors: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
             _check(MIXER, attributes)
-            return run_mixer(layers[attributes["layer_spec"]], tensors)
+            layer = layers[attributes["layer_spec"]]
+            rounds = layer.config.state_dtype != "activation"
+            return (run_unrounded if wide and rounds else run_mixer)(layer, tensors)
 
     assert LigerMixer.__name__ == MIXER
     return LigerMixer
@@ -136,8 +142,8 @@ class LigerLinear(OpRun):
 
 
 def _check(kind: str, attributes: dict[str, Any]) -> None:
-    if attributes["contract"] != CONTRACT:
-        raise ArtifactError(f"contract {attributes['contract']} of a {kind}, {CONTRACT} was expected")
+    if attributes["contract"] not in CONTRACTS:
+        raise ArtifactError(f"contract {attributes['contract']} of a {kind}, one of {CONTRACTS} was expected")
 
 
 def run_linear(
@@ -169,14 +175,34 @@ def run_mixer(spec: MixerSpec, tensors: Sequence[np.ndarray]) -> tuple[np.ndarra
     position, rotary, *rest = given[1 if joint else 3 :]
     sizes = len(position), len(given[0]) // len(position)
     score = rest.pop(0).unflatten(0, sizes) if spec.config.foresees else None
-    state = {t.name: x.long() if t.dtype == "int64" else x for t, x in zip(spec.state(), rest, strict=True)}
+    views = {"int64": lambda x: x.long(), "int8": lambda x: x.view(torch.int8)}
+    state = {t.name: views.get(t.dtype, lambda x: x)(x) for t, x in zip(spec.state(), rest, strict=True)}
     query, key, value = (x.unflatten(0, sizes).unflatten(2, y) for x, y in zip(projected, heads, strict=True))
     with torch.inference_mode():
         mixed, present = liger_mixer(query, key, value, position.long(), state, spec, rotary, score)
     outputs = mixed.flatten(2).flatten(0, 1), *(present[t.name] for t in spec.state())
     types = tensors[0].dtype, *(x.dtype for x in tensors[len(tensors) - len(rest) :])
     found = (x.float() if x.is_floating_point() else x for x in outputs)  # numpy has no bf16
-    return tuple(x.numpy().astype(t) for x, t in zip(found, types, strict=True))
+    return tuple(
+        x.numpy().view(t) if x.dtype == torch.int8 else x.numpy().astype(t) for x, t in zip(found, types, strict=True)
+    )
+
+
+def run_unrounded(spec: MixerSpec, tensors: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Do what `run_mixer` does for a state that is rounded, without rounding: codes and scales are fp32."""
+    names, config = [t.name for t in spec.state()], spec.config
+    given, state = tensors[: -len(names)], dict(zip(names, tensors[-len(names) :], strict=True))
+    sizes = "+".join(str(n) for n in (config.window, *(n for _, n in config.slots)))
+    plain = replace(config, state_dtype="activation", heads=config.heads or (" ".join([sizes] * spec.kv_heads),))
+    scales = {name: f"{name}_scale" for name in ("slot_key", "slot_value") if f"{name}_scale" in state}
+    state |= {name: state[name] * state[scale][..., None] for name, scale in scales.items()}
+    kept = [x for name, x in state.items() if name not in scales.values()]
+    mixed, *present = run_mixer(replace(spec, config=plain), [*given, *kept])
+    made = dict(zip((name for name in names if name not in scales.values()), present, strict=True))
+    for name, scale in scales.items():
+        made[scale] = np.maximum(np.abs(made[name]).max(axis=-1) / MOST, np.finfo(np.float16).tiny).astype(np.float32)
+        made[name] = made[name] / made[scale][..., None]
+    return mixed, *(made[name] for name in names)
 
 
 def _torch(x: np.ndarray) -> Any:

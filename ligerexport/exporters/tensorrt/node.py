@@ -20,13 +20,13 @@ from ligerexport.model.state import MixerSpec
 if TYPE_CHECKING:
     from ligerexport.kernels.linear import LinearSpec
 
-CONTRACT = 2
-"""Version of the nodes' attributes, inputs and outputs; the plugin refuses any other version."""
+CONTRACTS = EQUAL, RAGGED = 2, 3
+"""Versions of the nodes' attributes, inputs and outputs that the plugin takes: 3 has mixers with ragged slots."""
 MIXER, LINEAR = "LigerMixer", "LigerLinear"
 OPERANDS = ("query", "key", "value", "position", "rotary", "score")
 """Inputs of a mixer before its state, in order. A joint node has key and value in the query, and only a layer with
 learned scores has a score. `tests/headers.py` writes the header `operands.h` of the C++ from them."""
-NAMED: dict[str, Any] = {"domain": DOMAIN, "plugin_namespace": DOMAIN, "plugin_version": "1", "contract": CONTRACT}
+NAMED: dict[str, Any] = {"domain": DOMAIN, "plugin_namespace": DOMAIN, "plugin_version": "1", "contract": EQUAL}
 
 
 def plugin_mixer(
@@ -59,13 +59,28 @@ def plugin_mixer(
         given["score"] = score
     tensors = [given[name] for name in OPERANDS if name in given]
     mixed, *present = g.op(
-        MIXER, *tensors, *past.values(), outputs=1 + len(past), **NAMED, layer_spec=layer_digest(spec_fields(spec)),
-        q_heads=spec.q_heads, kv_heads=spec.kv_heads, d_k=spec.d_k, d_v=spec.d_v, slots=config.num_slots,
-        pools=len(config.slots), max_distance=spec.max_distance, joint=int(joint is not None),
-        foresees=int(config.foresees), judged=int(config.judged), recurrent=int(config.recurrent),
-        evicts=int(config.evicts),
+        MIXER, *tensors, *past.values(), outputs=1 + len(past), layer_spec=layer_digest(spec_fields(spec)),
+        **NAMED | mixer_attributes(spec, joint is not None),
     )  # fmt: skip
     return mixed, dict(zip(past, present, strict=True))
+
+
+def mixer_attributes(spec: MixerSpec, joint: bool) -> dict[str, int]:
+    """Return the numbers of a mixer; with ragged slots, `slots` and `scored` are the sizes of the axes of both."""
+    config = spec.config
+    made = {
+        "contract": EQUAL, "q_heads": spec.q_heads, "kv_heads": spec.kv_heads, "d_k": spec.d_k, "d_v": spec.d_v,
+        "slots": config.num_slots, "pools": len(config.slots), "max_distance": spec.max_distance, "joint": int(joint),
+        "foresees": int(config.foresees), "judged": int(config.judged), "recurrent": int(config.recurrent),
+        "evicts": int(config.evicts),
+    }  # fmt: skip
+    if not config.ragged:
+        return made
+    pools, scored = next((x.shape for x in spec.state() if x.name == "slot_score"), (0, 0))
+    return made | {
+        "contract": RAGGED, "slots": sum(spec.slots_per_head), "pools": pools, "ragged": 1, "scored": scored,
+        "halved": int(config.state_dtype == "float16"), "scaled": int(config.scaled),
+    }  # fmt: skip
 
 
 def plugin_linear(g: Builder, spec: LinearSpec, inputs: Sequence[ir.Value]) -> Any:

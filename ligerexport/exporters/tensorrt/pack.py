@@ -28,7 +28,7 @@ OPERATORS = ("step", "prefill")  # the two operators of a mixer
 PTX = 1 << 16
 """Added to a compute capability: also store text for it and all later ones, which the driver compiles."""
 TYPES = ("*", "i32", "i64", "fp32")
-ROLES = ("input", "output", "state", "scratch", "persistent", "table")
+ROLES = ("input", "output", "state", "scratch", "persistent", "table", "constant")
 TABLES = ("segments", "chunks", "offsets")
 OPERATIONS = (ast.Add, ast.Sub, ast.Mult)
 
@@ -113,7 +113,10 @@ def _buffer(name: str, buffer: Buffer, axes: dict[str, int]) -> bytes:
     zero = buffer.fill.startswith("zero")
     table = 1 + TABLES.index(name) if buffer.role == "table" else 0
     head = struct.pack("<BBBB", ROLES.index(buffer.role), BY_KERNEL[buffer.type].nbytes, zero, table)
-    return _text(name) + head + _list(_expression(x, axes) for x in buffer.shape)
+    body = _text(name) + head + _list(_expression(x, axes) for x in buffer.shape)
+    if buffer.role != "constant":
+        return body
+    return body + _list(struct.pack("<i", int(word)) for word in buffer.fill.split())
 
 
 def _launch(launch: Launch, kernels: dict[str, int], buffers: dict[str, int], axes: dict[str, int]) -> bytes:

@@ -111,7 +111,7 @@ class TensorRTSession(BatchSession):
         self._step_ids = np.zeros((batch, 1), np.int64)
         described = json.loads(self._library.liger_session_describe(made))
         found = [(x["past"], x["dtype"], tuple(x["shape"])) for x in described["state"]]
-        if found != [(x.past, x.dtype, self._shape(x)) for x in self.artifact.manifest.state]:
+        if found != [(x.name, x.dtype, (batch, *x.shape[1:])) for x in self.artifact.manifest.graph.inputs[2:]]:
             raise ArtifactError(f"the state of {self.engine['engine']} does not match its manifest", hint="build again")
         self._begin()
 

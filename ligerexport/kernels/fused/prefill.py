@@ -48,13 +48,18 @@ def prefill(
         past = state["recurrent_state"]
         recurred, final, _ = linear_attention.forward(query, real_key, real_value, None, past, None, config.gate, 1.0)
         present = present | {"recurrent_state": final}
-    output = query.new_empty(attended.output.shape)
-    width = spec.q_heads * spec.d_v
+    return blend_outputs(attended.output, recurred, spec), present
+
+
+def blend_outputs(attended: Tensor, recurred: Tensor, spec: MixerSpec) -> Tensor:
+    """Return the weighted sum of two outputs `[B, T, H_q, d_v]`, or of the first one if there is no recurrence."""
+    batch, tokens = attended.shape[:2]
+    output, config, width = attended.new_empty(attended.shape), spec.config, spec.q_heads * spec.d_v
     blend[tokens, batch](
-        attended.output, recurred, output, config.attention_weight, config.recurrence_weight, tokens,
+        attended, recurred, output, config.attention_weight, config.recurrence_weight, tokens,
         RECURRENT=config.recurrent, WIDTH=width, BLOCK=min(1024, triton.next_power_of_2(width)), num_warps=4,
     )  # fmt: skip
-    return output, present
+    return output
 
 
 @triton.jit

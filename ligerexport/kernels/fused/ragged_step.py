@@ -57,7 +57,7 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def _plan(text: str, block: int, device: torch.device) -> _Plan:
+def plan_on(text: str, block: int, device: torch.device) -> _Plan:
     """Return how the layer `MixerSpec.text` is divided into tiles of at most `block` slots."""
     spec = MixerSpec.from_text(text)
     pools = [sum(count for _, count in head.config.slots) for head in spec.heads]
@@ -110,7 +110,7 @@ def ragged_step(
     batch, group, rotated = query.shape[0], spec.q_heads // spec.kv_heads, rotary.shape[-1]
     out = query.new_empty(batch, spec.q_heads, spec.d_v) if out is None else out
     block = block or choose_block(spec, batch, query.element_size())
-    plan = _plan(spec.text, block, query.device)
+    plan = plan_on(spec.text, block, query.device)
     # per tile: the weighted sum of values `[G, d_v]`, and largest logit, sum of weights and logit left out, each `[G]`
     width = triton.cdiv(group * (spec.d_v + 3), 32) * 32
     sums = torch.empty(batch * len(plan.tiles), width, dtype=torch.float32, device=query.device)
@@ -276,9 +276,9 @@ def _heads_kernel(
     v = tl.load(p_value + o_c, mask=m_c, other=0.0).to(tl.float32)
     key_scale, value_scale = 1.0, 1.0
     if p_key_scale is not None:
-        key_scale = _scale(k)
-        value_scale = _scale(tl.load(p_value + o_v, mask=o_v < D_V, other=0.0).to(tl.float32))
-    k, v = _codes(k, key_scale, p_slot_key.dtype.element_ty), _codes(v, value_scale, p_slot_value.dtype.element_ty)
+        key_scale = code_scale(k)
+        value_scale = code_scale(tl.load(p_value + o_v, mask=o_v < D_V, other=0.0).to(tl.float32))
+    k, v = to_codes(k, key_scale, p_slot_key.dtype.element_ty), to_codes(v, value_scale, p_slot_value.dtype.element_ty)
 
     # Who loses its place, if there are too many; the new token takes that place or an empty one.
     unit = b * tiles + first
@@ -341,15 +341,15 @@ def _heads_kernel(
 
 
 @triton.jit
-def _scale(x):
-    """Return the scale that gives a vector codes of 8 bits, as `ligerexport.kernels.ragged.store` rounds it."""
-    scale = tl.div_rn(tl.max(tl.abs(x), axis=0), LARGEST_CODE)
+def code_scale(x):
+    """Return the scales that give vectors codes of 8 bits, as `ligerexport.kernels.ragged.store` rounds it."""
+    scale = tl.div_rn(tl.max(tl.abs(x), axis=-1), LARGEST_CODE)
     return tl.minimum(tl.maximum(scale, SMALLEST), LARGEST).to(tl.float16).to(tl.float32)
 
 
 @triton.jit
-def _codes(x, scale, kind: tl.constexpr):
-    """Return a vector rounded to the type of the state, in fp32."""
+def to_codes(x, scale, kind: tl.constexpr):
+    """Return vectors rounded to the type of the state, in fp32."""
     if kind == tl.int8:
         codes = (tl.div_rn(x, scale) + ROUNDER) - ROUNDER
         return tl.minimum(tl.maximum(codes, -LARGEST_CODE), LARGEST_CODE)

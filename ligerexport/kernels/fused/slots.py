@@ -190,6 +190,23 @@ def _table_kernel(
 
 
 @triton.jit
+def present_candidates(
+    p_table, p_sizes, h, bh, n, m_n, length, blocks,
+    SLOTS: tl.constexpr, KEPT: tl.constexpr, KEPT_PADDED: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Return the candidates in slots `n` after the last token, -1 for none: the table's last row, then the window."""
+    near = SLOTS - window_of(p_sizes, h, SLOTS - KEPT, RAGGED)
+    c = tl.where(m_n, length + n, -1)
+    if KEPT > 0:
+        p_row = p_table + (bh * (blocks + 1) + blocks) * KEPT
+        i = tl.arange(0, KEPT_PADDED)
+        filled = tl.sum((tl.load(p_row + i, mask=i < KEPT, other=-1) >= 0).to(tl.int32))
+        j = n - (near - filled)
+        c = tl.where(n < near, tl.load(p_row + j, mask=(n < near) & (j >= 0), other=-1), c)
+    return c
+
+
+@triton.jit
 def _present_kernel(
     p_key, p_value, p_slot_key, p_slot_value, p_time, p_source, p_score, p_table, p_position, p_sizes,
     p_new_key, p_new_value, p_new_position, p_new_score,
@@ -203,14 +220,7 @@ def _present_kernel(
     bh = b * H_KV + h
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_n = n < SLOTS
-    near = SLOTS - window_of(p_sizes, h, SLOTS - KEPT, RAGGED)
-    c = tl.where(m_n, length + n, -1)
-    if KEPT > 0:
-        p_row = p_table + (bh * (blocks + 1) + blocks) * KEPT
-        i = tl.arange(0, KEPT_PADDED)
-        filled = tl.sum((tl.load(p_row + i, mask=i < KEPT, other=-1) >= 0).to(tl.int32))
-        j = n - (near - filled)
-        c = tl.where(n < near, tl.load(p_row + j, mask=(n < near) & (j >= 0), other=-1), c)
+    c = present_candidates(p_table, p_sizes, h, bh, n, m_n, length, blocks, SLOTS, KEPT, KEPT_PADDED, RAGGED)
     count = SLOTS + length
     time = tl.load(p_time + bh * count + c, mask=c >= 0, other=EMPTY)
     full = time != EMPTY

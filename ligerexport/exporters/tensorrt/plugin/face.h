@@ -53,6 +53,7 @@ bool fits(const N& node, int position, At&& at) {
   const int inputs = node.Inputs();
   switch (position < inputs ? node.InputType(position) : node.OutputType(position - inputs)) {
     case Type::kFloat: return tensor.type == nvinfer1::DataType::kFLOAT;
+    case Type::kHalf: return tensor.type == nvinfer1::DataType::kHALF;
     case Type::kInteger: return tensor.type == nvinfer1::DataType::kINT32;
     default: break;
   }
@@ -97,6 +98,7 @@ template <typename N>
 nvinfer1::DataType output_type(const N& node, int index, const nvinfer1::DataType* inputs) {
   switch (node.OutputType(index)) {
     case Type::kFloat: return nvinfer1::DataType::kFLOAT;
+    case Type::kHalf: return nvinfer1::DataType::kHALF;
     case Type::kInteger: return nvinfer1::DataType::kINT32;
     default: return inputs[node.Typed()];
   }

@@ -19,7 +19,9 @@ const Integers<MixerAttributes>& MixerAttributes::Integers() {
       {"pools", &MixerAttributes::pools},         {"max_distance", &MixerAttributes::max_distance},
       {"joint", &MixerAttributes::joint},         {"foresees", &MixerAttributes::foresees},
       {"judged", &MixerAttributes::judged},       {"recurrent", &MixerAttributes::recurrent},
-      {"evicts", &MixerAttributes::evicts},
+      {"evicts", &MixerAttributes::evicts},       {"ragged", &MixerAttributes::ragged},
+      {"scored", &MixerAttributes::scored},       {"halved", &MixerAttributes::halved},
+      {"scaled", &MixerAttributes::scaled},
   };
   return fields;
 }
@@ -27,14 +29,17 @@ const Integers<MixerAttributes>& MixerAttributes::Integers() {
 void MixerAttributes::Check() const {
   check_contract(Mixer::kName, contract);
   const bool sound = q_heads > 0 && kv_heads > 0 && q_heads % kv_heads == 0 && d_k > 0 && d_v > 0 && slots >= 0 &&
-                     pools >= 0 && max_distance > 0 && !layer_spec.empty();
+                     pools >= 0 && max_distance > 0 && !layer_spec.empty() && (!scaled || (d_k % 4 == 0 && d_v % 4 == 0));
   if (!sound) throw Error("a LigerMixer node has no valid attributes: " + text_of(*this));
 }
 
 Mixer::Mixer(Attributes attributes) : Layer(attributes.layer_spec), attributes_(std::move(attributes)) {
   attributes_.Check();
   for (const StateRow& row : kState)
-    if (row.needs == nullptr || attributes_.*row.needs) state_.push_back({row.name, row.type});
+    if (row.needs == nullptr || attributes_.*row.needs) {
+      const Type stored = attributes_.scaled ? Type::kInteger : attributes_.halved ? Type::kHalf : Type::kActivation;
+      state_.push_back({row.name, row.type == Type::kStored ? stored : row.type});
+    }
 }
 
 Type Mixer::InputType(int index) const {

@@ -24,9 +24,9 @@ std::string beside_this_library() {
 }  // namespace
 
 void check_contract(const char* kind, int32_t contract) {
-  if (contract != kContract)
+  if (contract < kOldestContract || contract > kContract)
     throw Error("the graph was made for contract " + std::to_string(contract) + " of " + kind + ", this library has " +
-                std::to_string(kContract) + "; use the library of the ligerexport that wrote the artifact");
+                std::to_string(kOldestContract) + " to " + std::to_string(kContract) + "; use the library of the ligerexport that wrote the artifact");
 }
 
 uint32_t compute_capability() {

@@ -12,9 +12,11 @@ namespace liger {
 
 constexpr char kVersion[] = "1";
 constexpr char kNamespace[] = "ligerexport";
-constexpr int32_t kContract = 2;
+// Nodes of equal KV heads are those of contract 2; ragged ones came with 3.
+constexpr int32_t kOldestContract = 2, kContract = 3;
 
-enum class Type { kActivation, kFloat, kInteger };
+// `kStored` is the type of keys and values in the state, which `MixerAttributes` gives.
+enum class Type { kActivation, kFloat, kHalf, kInteger, kStored };
 
 // Data of one call; inputs and outputs are in the order of the node.
 struct Call {
@@ -28,7 +30,7 @@ struct Call {
 };
 
 inline int64_t width(Type type, const std::string& dtype) {
-  return type == Type::kActivation && dtype != "fp32" ? 2 : 4;
+  return type == Type::kHalf || (type == Type::kActivation && dtype != "fp32") ? 2 : 4;
 }
 
 inline CUdeviceptr address(const void* pointer) { return reinterpret_cast<CUdeviceptr>(pointer); }
@@ -56,7 +58,7 @@ A parse(const std::string& text) {
   return made;
 }
 
-// Throws if a node has another contract than this library.
+// Throws if a node has a contract that this library does not know.
 void check_contract(const char* kind, int32_t contract);
 
 // The kernels of this process, read at first use.

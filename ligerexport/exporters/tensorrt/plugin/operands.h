@@ -15,8 +15,10 @@ struct StateRow {
 };
 
 constexpr StateRow kState[] = {
-    {"slot_key", Type::kActivation, nullptr},
-    {"slot_value", Type::kActivation, nullptr},
+    {"slot_key", Type::kStored, nullptr},
+    {"slot_value", Type::kStored, nullptr},
+    {"slot_key_scale", Type::kHalf, &MixerAttributes::scaled},
+    {"slot_value_scale", Type::kHalf, &MixerAttributes::scaled},
     {"slot_position", Type::kInteger, nullptr},
     {"slot_score", Type::kFloat, &MixerAttributes::pools},
     {"recurrent_state", Type::kFloat, &MixerAttributes::recurrent},

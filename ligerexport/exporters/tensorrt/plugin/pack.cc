@@ -122,6 +122,7 @@ Buffer buffer(Reader& in, size_t axes) {
   made.table = in.Kind(Buffer::kTables);
   if ((made.role == Buffer::kTable) != (made.table != Buffer::kNone)) damaged("a table is not known");
   made.shape = in.List([&] { return expression(in, axes); });
+  if (made.role == Buffer::kConstant) made.content = in.List([&] { return in.Get<int32_t>(); });
   return made;
 }
 

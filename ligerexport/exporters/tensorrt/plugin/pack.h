@@ -48,7 +48,7 @@ struct Kernel {
 };
 
 struct Buffer {
-  enum Role : uint8_t { kInput, kOutput, kState, kScratch, kPersistent, kTable, kRoles };
+  enum Role : uint8_t { kInput, kOutput, kState, kScratch, kPersistent, kTable, kConstant, kRoles };
   enum Table : uint8_t { kNone, kSegments, kChunks, kOffsets, kTables };
   std::string name;
   Role role;
@@ -56,6 +56,7 @@ struct Buffer {
   bool zero;      // before each call, or once for persistent buffers
   Table table;
   std::vector<Expression> shape;
+  std::vector<int32_t> content;  // of a constant
 
   int64_t Bytes(const std::vector<int64_t>& axes) const;
 };

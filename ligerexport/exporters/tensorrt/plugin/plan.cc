@@ -134,16 +134,24 @@ CUdeviceptr Memory::Table(const Buffer& buffer, const Plan& plan, const std::vec
   const Cut cut = {plan.Value("batch", axes), plan.Value("tokens", axes), plan.Value("segment", axes),
                    plan.Value("chunk", axes)};
   CUdeviceptr& address = tables_[{buffer.table, cut.batch, cut.tokens, cut.segment, cut.chunk}];
-  if (address == 0) {
-    const std::vector<int32_t> rows = table_rows(buffer.table, cut);
-    const size_t bytes = rows.size() * sizeof(int32_t);
-    if (static_cast<int64_t>(bytes) != buffer.Bytes(axes)) throw Error("a table has another size than its plan says");
-    const CUdeviceptr made = Allocate(bytes, stream);
-    check(cuMemcpyHtoDAsync(made, rows.data(), bytes, stream), "cuMemcpyHtoDAsync");
-    check(cuStreamSynchronize(stream), "cuStreamSynchronize");
-    address = made;
-  }
+  if (address == 0) address = Upload(buffer, table_rows(buffer.table, cut), axes, stream);
   return address;
+}
+
+CUdeviceptr Memory::Constant(const Buffer& buffer, const std::vector<int64_t>& axes, CUstream stream) {
+  CUdeviceptr& address = constants_[&buffer];
+  if (address == 0) address = Upload(buffer, buffer.content, axes, stream);
+  return address;
+}
+
+CUdeviceptr Memory::Upload(const Buffer& buffer, const std::vector<int32_t>& rows, const std::vector<int64_t>& axes,
+                           CUstream stream) {
+  const size_t bytes = rows.size() * sizeof(int32_t);
+  if (static_cast<int64_t>(bytes) != buffer.Bytes(axes)) throw Error("a table has another size than its plan says");
+  const CUdeviceptr made = Allocate(bytes, stream);
+  check(cuMemcpyHtoDAsync(made, rows.data(), bytes, stream), "cuMemcpyHtoDAsync");
+  check(cuStreamSynchronize(stream), "cuStreamSynchronize");
+  return made;
 }
 
 size_t workspace_bytes(const Plan& plan, const std::vector<int64_t>& axes) {
@@ -170,6 +178,8 @@ void run(const Pack& pack, const Plan& plan, const std::vector<int64_t>& axes, u
       addresses.push_back(memory.Kept(x.name, bytes, stream));
     } else if (x.role == Buffer::kTable) {
       addresses.push_back(memory.Table(x, plan, axes, stream));
+    } else if (x.role == Buffer::kConstant) {
+      addresses.push_back(memory.Constant(x, axes, stream));
     } else {
       const auto found = places.find(x.name);
       if (found == places.end()) throw Error("the kernels need '" + x.name + "', which this layer does not have");

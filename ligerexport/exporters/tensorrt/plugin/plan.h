@@ -28,12 +28,18 @@ class Memory {
   // The table of a plan at these axes.
   CUdeviceptr Table(const Buffer& buffer, const Plan& plan, const std::vector<int64_t>& axes, CUstream stream);
 
+  // The content of a constant.
+  CUdeviceptr Constant(const Buffer& buffer, const std::vector<int64_t>& axes, CUstream stream);
+
  private:
   CUdeviceptr Allocate(size_t bytes, CUstream stream);
+  CUdeviceptr Upload(const Buffer& buffer, const std::vector<int32_t>& rows, const std::vector<int64_t>& axes,
+                     CUstream stream);
 
   std::vector<CUdeviceptr> all_;
   std::map<std::string, std::pair<CUdeviceptr, size_t>> kept_;
   std::map<std::vector<int64_t>, CUdeviceptr> tables_;
+  std::map<const Buffer*, CUdeviceptr> constants_;
 };
 
 struct Place {

@@ -131,8 +131,9 @@ Engine::Engine(const Options& options)
   std::ifstream text(options.artifact / "manifest.json");
   if (!text) throw error(options.artifact.string() + " is not an artifact: there is no manifest.json");
   manifest_ = nlohmann::json::parse(text);
-  if (manifest_.at("format_version") != 1 || manifest_.at("lowering") != "plugin")
-    throw error("this program reads artifacts of format 1 with the lowering plugin");
+  const int format = manifest_.at("format_version");  // 2 has states with one axis for the slots of all KV heads
+  if (format < 1 || format > 2 || manifest_.at("lowering") != "plugin")
+    throw error("this program reads artifacts of formats 1 and 2 with the lowering plugin");
   chunk_ = manifest_.at("graph").at("max_chunk");
   if (const int most = manifest_.at("device").at("max_batch"); options.batch < 1 || options.batch > most)
     throw error("batch " + std::to_string(options.batch), "this artifact has kernels for 1 to " + std::to_string(most) +
@@ -235,8 +236,11 @@ void Engine::Build(const Options& options) {
 #if NV_TENSORRT_MAJOR < 10
   config->setTacticSources(0);  // the plugin computes all products
   config->setPreviewFeature(nvinfer1::PreviewFeature::kFASTER_DYNAMIC_SHAPES_0805, true);
+  bool halves = false;  // also in an fp32 graph, if its state has them
+  for (int i = 0; i < network->getNbInputs(); ++i)
+    halves = halves || network->getInput(i)->getType() == nvinfer1::DataType::kHALF;
   const std::string precision = here_["precision"];
-  if (precision == "fp16" || precision == "float16") {
+  if (halves || precision == "fp16" || precision == "float16") {
     config->setFlag(nvinfer1::BuilderFlag::kFP16);
     config->setFlag(nvinfer1::BuilderFlag::kPREFER_PRECISION_CONSTRAINTS);
     keep_floats(*network);
