@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -72,16 +73,23 @@ def _packages() -> list[Check]:
     try:
         wanted = [Requirement(line) for line in metadata.requires(PACKAGE) or ()]
     except metadata.PackageNotFoundError:
-        return [Check(PACKAGE, "runs from a checkout without being installed", False, True, "pip install -e '.[onnx]'")]
+        return [Check(PACKAGE, "runs from a checkout without being installed", False, True, "pip install -e .")]
     base = [requirement for requirement in wanted if requirement.marker is None or requirement.marker.evaluate()]
     runtimes = [Requirement(f"{name}{version}") for t in TARGETS.values() for name, version in t.requires.items()]
-    checks = [_package(requirement) for requirement in base + runtimes]
-    for extra in sorted({*(metadata.metadata(PACKAGE).get_all("Provides-Extra") or ())} - {"all", "dev"}):
-        rows = [r for r in wanted if r.marker and not r.marker.evaluate() and r.marker.evaluate({"extra": extra})]
-        missing = [r.name for r in rows if not _satisfied(r)]
+    checks = [_package(requirement) for requirement in dict.fromkeys(base + runtimes)]
+    for extra in sorted({*(metadata.metadata(PACKAGE).get_all("Provides-Extra") or ())} - {"all", "dev", "onnx"}):
+        missing = [row.name for row in _extra(wanted, extra) if not _satisfied(row)]
         found = f"missing: {', '.join(missing)}" if missing else "installed"
         checks.append(Check(f"extra {extra}", found, not missing, False, f"pip install '{PACKAGE}[{extra}]'"))
     return checks
+
+
+def _extra(wanted: Sequence[Requirement], extra: str) -> list[Requirement]:
+    """Return what an extra requires, with what the extras of this package that it names require."""
+    rows = [r for r in wanted if r.marker and not r.marker.evaluate() and r.marker.evaluate({"extra": extra})]
+    named = [name for row in rows if row.name == PACKAGE for name in sorted(row.extras)]
+    own = [row for row in rows if row.name != PACKAGE]
+    return [*own, *(requirement for name in named for requirement in _extra(wanted, name))]
 
 
 def _satisfied(requirement: Requirement) -> bool:
