@@ -18,6 +18,7 @@ from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
 from ligerexport.errors import LigerError, MissingDependency
 from ligerexport.exporters.backend import Check
+from ligerexport.exporters.onnx.native import check_ready, find
 from ligerexport.exporters.targets import TARGETS, get_backend
 from ligerexport.staging import CACHE_HINT, cache_dir
 from ligerexport.versions import TRIED, installed_version, untried
@@ -55,7 +56,7 @@ def examine(target: str | None = None, plugin: Path | None = None) -> list[Check
         target: Row of `TARGETS`; None checks only the requirements of all targets.
         plugin: Library of the TensorRT plugin, which is checked too.
     """
-    checks = [_python(), *_packages(), _releases(), *_machine(), *_cache()]
+    checks = [_python(), *_packages(), _releases(), *_machine(), _operator(), *_cache()]
     return checks + (get_backend(target).examine(plugin) if target else [])
 
 
@@ -124,6 +125,16 @@ def _machine() -> list[Check]:
         Check("cores", f"{default_threads()} to use, {os.cpu_count()} in total"),
         Check("memory", f"{memory / 1e9:.1f} GB" if memory else "unknown"),
     ]
+
+
+def _operator() -> Check:
+    """Say which library the lowering native would load, without compiling one."""
+    try:
+        path = find()
+        check_ready()
+    except LigerError as error:
+        return Check("operator of native", error.message, False, False, error.hint)
+    return Check("operator of native", str(path) if path else "compiled when it is first needed")
 
 
 def _cache() -> list[Check]:
