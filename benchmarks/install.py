@@ -52,7 +52,9 @@ def times(wheel: Path, artifact: Path, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
         programs = Path(place, "bin")
-        subprocess.run([programs / "python", "-m", "pip", "install", "--quiet", str(wheel)], check=True)
+        install = [programs / "python", "-m", "pip", "install", "--quiet", wheel.resolve()]
+        without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # of this checkout
+        subprocess.run(install, cwd=place, env=without, check=True)
         environment = {"PATH": str(programs), "LIGEREXPORT_CACHE": str(Path(place, "cache"))}
 
         def seconds(*command: object) -> float:
