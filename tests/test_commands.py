@@ -26,6 +26,7 @@ LONG = {"recover", "allocate", "eval"}
 NOT_HERE = {
     "--adapter shipped": "make quickstart runs it: it is of the built-in model",
     "--target trt-rtx": "tests/test_trt.py builds such an engine",
+    "native --target": "tests/test_native_library.py runs it: it takes a minute and a cross compiler",
     "--tasks": "the data of lm-eval's tasks is on a hub",
     "demo": "tests of the page and of bench run them",
     "bench": "tests of the page and of bench run them",

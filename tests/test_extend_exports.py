@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_target(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = Target(f"{__name__}:Numbered", ("portable",), "onnx", {}, ("fp32", "int8"), "for tests", chunk=32)
+    row = Target(f"{__name__}:Numbered", ("portable",), {}, ("fp32", "int8"), "for tests", chunk=32)
     monkeypatch.setitem(TARGETS, "numbered", row)
     plan = BuildPlan(checkpoint, tmp_path / "a", BuildSettings("numbered", weights="int8"))
     assert plan.describe()["layers"] == 2 and plan.settings.max_chunk == 32 and not (tmp_path / "a").exists()

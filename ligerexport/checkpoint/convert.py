@@ -31,6 +31,7 @@ from ligerexport.model.families import PREFIX, described, get_family, harmless
 from ligerexport.reading import as_path
 from ligerexport.staging import check_destination, staged_directory
 from ligerexport.text.corpus import text_files
+from ligerexport.versions import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,6 +131,7 @@ class ConvertPlan:
         force: bool = False,
         **changes: Any,
     ) -> None:
+        require("builtin" if str(model) in BUILTIN_MODELS and not fetched(str(model)) else "build")
         output, self.fitting = Path(output), fitting or Fitting()
         self.liger = liger = _choose_conversion(model, preset, memory, adapter, changes)
         self.sized = preset == SIZED and adapter is None

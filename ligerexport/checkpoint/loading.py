@@ -23,6 +23,7 @@ from ligerexport.console import say
 from ligerexport.dtypes import BY_SAFETENSORS
 from ligerexport.errors import CheckpointError, LigerError, MissingDependency, quoted
 from ligerexport.model.families import FAMILIES, PREFIX, get_family
+from ligerexport.versions import require
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,9 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrained
 
     Raises:
         CheckpointError: The checkpoint is incomplete, damaged or not converted.
+        MissingDependency: The extra `build` is not installed.
     """
+    require("build")
     import torch
     from transformers import AutoModelForCausalLM
 

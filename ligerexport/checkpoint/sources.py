@@ -28,6 +28,7 @@ from ligerexport.console import ProgressFactory, say, silent, warn
 from ligerexport.errors import LigerError, MissingDependency, SourceError, close_matches, quoted
 from ligerexport.reading import sha256
 from ligerexport.staging import CACHE_HINT, cache_dir
+from ligerexport.versions import require
 
 _BLOCK = 1 << 20
 _STAMP = "ligerexport-source.json"
@@ -249,8 +250,7 @@ def _make(name: str, builtin: BuiltinModel, directory: Path, progress: ProgressF
 
 
 def _require_builtin_extra() -> None:
-    if missing := [module for module in ("gguf", "accelerate") if find_spec(module) is None]:
-        raise MissingDependency(" and ".join(missing), extra="builtin")
+    require("builtin")
     if find_spec("pip") is None:
         raise MissingDependency("pip", hint=f"{sys.executable} -m ensurepip")
 

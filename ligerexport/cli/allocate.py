@@ -12,6 +12,7 @@ from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import card, progress
 from ligerexport.errors import LigerError, quoted
 from ligerexport.measure.evaluate.settings import DEVICES, DTYPES
+from ligerexport.versions import require
 
 
 @verb(computes=True)
@@ -49,6 +50,7 @@ def allocate(
 
     The model is measured with smaller and larger memories in one layer at a time. Nothing is trained.
     """
+    require("build")
     from ligerexport.train.allocate import AllocatePlan
 
     settings: dict[str, Any] = {

@@ -26,6 +26,7 @@ from ligerexport.cli.doctor import doctor
 from ligerexport.cli.eval import eval_
 from ligerexport.cli.inspect import inspect
 from ligerexport.cli.list import list_
+from ligerexport.cli.native import native
 from ligerexport.cli.recover import recover
 from ligerexport.cli.run import run
 from ligerexport.console import data, print_error, say
@@ -51,7 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_VERBS = (convert, allocate, recover, eval_, build, run, chat, bench, demo, inspect, doctor, list_)
+_VERBS = (convert, allocate, recover, eval_, build, run, chat, bench, demo, inspect, native, doctor, list_)
 for _verb in _VERBS:
     app.command(_verb.__name__.rstrip("_"))(_verb)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,7 @@ from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
 from ligerexport.errors import LigerError, MissingDependency
 from ligerexport.exporters.backend import Check
+from ligerexport.exporters.onnx.native import check_ready, find
 from ligerexport.exporters.targets import TARGETS, get_backend
 from ligerexport.staging import CACHE_HINT, cache_dir
 from ligerexport.versions import TRIED, installed_version, untried
@@ -54,7 +56,7 @@ def examine(target: str | None = None, plugin: Path | None = None) -> list[Check
         target: Row of `TARGETS`; None checks only the requirements of all targets.
         plugin: Library of the TensorRT plugin, which is checked too.
     """
-    checks = [_python(), *_packages(), _releases(), *_machine(), *_cache()]
+    checks = [_python(), *_packages(), _releases(), *_machine(), _operator(), *_cache()]
     return checks + (get_backend(target).examine(plugin) if target else [])
 
 
@@ -72,16 +74,23 @@ def _packages() -> list[Check]:
     try:
         wanted = [Requirement(line) for line in metadata.requires(PACKAGE) or ()]
     except metadata.PackageNotFoundError:
-        return [Check(PACKAGE, "runs from a checkout without being installed", False, True, "pip install -e '.[onnx]'")]
+        return [Check(PACKAGE, "runs from a checkout without being installed", False, True, "pip install -e .")]
     base = [requirement for requirement in wanted if requirement.marker is None or requirement.marker.evaluate()]
     runtimes = [Requirement(f"{name}{version}") for t in TARGETS.values() for name, version in t.requires.items()]
-    checks = [_package(requirement) for requirement in base + runtimes]
-    for extra in sorted({*(metadata.metadata(PACKAGE).get_all("Provides-Extra") or ())} - {"all", "dev"}):
-        rows = [r for r in wanted if r.marker and not r.marker.evaluate() and r.marker.evaluate({"extra": extra})]
-        missing = [r.name for r in rows if not _satisfied(r)]
+    checks = [_package(requirement) for requirement in dict.fromkeys(base + runtimes)]
+    for extra in sorted({*(metadata.metadata(PACKAGE).get_all("Provides-Extra") or ())} - {"all", "dev", "onnx"}):
+        missing = [row.name for row in _extra(wanted, extra) if not _satisfied(row)]
         found = f"missing: {', '.join(missing)}" if missing else "installed"
         checks.append(Check(f"extra {extra}", found, not missing, False, f"pip install '{PACKAGE}[{extra}]'"))
     return checks
+
+
+def _extra(wanted: Sequence[Requirement], extra: str) -> list[Requirement]:
+    """Return what an extra requires, with what the extras of this package that it names require."""
+    rows = [r for r in wanted if r.marker and not r.marker.evaluate() and r.marker.evaluate({"extra": extra})]
+    named = [name for row in rows if row.name == PACKAGE for name in sorted(row.extras)]
+    own = [row for row in rows if row.name != PACKAGE]
+    return [*own, *(requirement for name in named for requirement in _extra(wanted, name))]
 
 
 def _satisfied(requirement: Requirement) -> bool:
@@ -116,6 +125,16 @@ def _machine() -> list[Check]:
         Check("cores", f"{default_threads()} to use, {os.cpu_count()} in total"),
         Check("memory", f"{memory / 1e9:.1f} GB" if memory else "unknown"),
     ]
+
+
+def _operator() -> Check:
+    """Say which library the lowering native would load, without compiling one."""
+    try:
+        path = find()
+        check_ready()
+    except LigerError as error:
+        return Check("operator of native", error.message, False, False, error.hint)
+    return Check("operator of native", str(path) if path else "compiled when it is first needed")
 
 
 def _cache() -> list[Check]:

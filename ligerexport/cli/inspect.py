@@ -14,8 +14,9 @@ from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
 from ligerexport.console import data_table, format_bytes
 from ligerexport.dtypes import DTYPES
-from ligerexport.errors import MissingDependency, UsageError
+from ligerexport.errors import UsageError
 from ligerexport.exporters.targets import get_target
+from ligerexport.versions import require
 
 REASONS = 5
 """Largest number of reasons that the table of providers shows; `--json` has all."""
@@ -114,13 +115,12 @@ def _providers(path: Path, json: bool) -> None:
     if not get_target(artifact.manifest.target).onnxruntime:
         raise UsageError(f"--providers with an artifact of the target {artifact.manifest.target}",
                          hint="only artifacts for ONNX Runtime have execution providers")  # fmt: skip
-    try:
-        import onnx_ir as ir
+    require("build")
+    import onnx_ir as ir
 
-        from ligerexport.exporters.onnx.providers import operators, place
-        from ligerexport.exporters.onnx.screen import check_graph
-    except ImportError as error:
-        raise MissingDependency(error.name or "onnx-ir", extra="onnx") from error
+    from ligerexport.exporters.onnx.providers import operators, place
+    from ligerexport.exporters.onnx.screen import check_graph
+
     check_graph(artifact)
     graph = ir.load(artifact.graph).graph
     rows = {name: vars(place(graph, name)) for name in operators()}
@@ -155,6 +155,7 @@ def _group(tensors: Iterable[tuple[str, Sequence[int | str], str]]) -> list[dict
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
+    require("build")
     info = check_checkpoint(path)
     config = info.config
     facts: dict[str, Any] = {

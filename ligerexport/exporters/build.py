@@ -27,14 +27,14 @@ from ligerexport.artifact.artifact import (
     TensorInfo,
 )
 from ligerexport.console import ProgressFactory, silent
-from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
+from ligerexport.errors import CheckpointError, UsageError, close_matches
 from ligerexport.exporters.backend import BuildSettings
 from ligerexport.exporters.onnx.native import check_ready
 from ligerexport.exporters.targets import BLOCK, get_backend, get_precision, get_target
 from ligerexport.reading import from_plain, sha256
 from ligerexport.staging import check_destination
 from ligerexport.text.tokenizer import TextModel
-from ligerexport.versions import warn_if_untried
+from ligerexport.versions import require, warn_if_untried
 
 if TYPE_CHECKING:
     from ligerexport.checkpoint.checkpoint import CheckpointInfo
@@ -94,7 +94,7 @@ def build(
         CheckpointError: The checkpoint is incomplete, damaged or not converted.
         VerificationError: The graph differs from the torch model; nothing was written.
         ArtifactError: The tokenizer cannot be read.
-        MissingDependency: The extra of the target is not installed.
+        MissingDependency: The extra `build` or that of the target is not installed.
     """
     settings = BuildSettings(target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify)
     return BuildPlan(model, output, settings, force=force).run(progress)
@@ -224,7 +224,9 @@ def _resolve(settings: BuildSettings) -> tuple[str, str]:
         raise UsageError(f"weights in {weights} for {settings.target}", hint=close_matches(weights, row.weights))
     if settings.max_chunk is not None and settings.max_chunk < 1:
         raise UsageError(f"max_chunk {settings.max_chunk}", hint="a call takes at least one token")
-    _check_installed()
+    require("build")
+    warn_if_untried("onnx")
+    warn_if_untried("onnx-ir")
     return lowering, weights
 
 
@@ -301,13 +303,3 @@ def _source(info: CheckpointInfo, advance: Any) -> Any:
         return from_plain(Source, origin | {"files": hashes})
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"config.json has liger_source {origin!r:.60}", hint="convert the model again") from error
-
-
-def _check_installed() -> None:
-    try:
-        import onnx_ir  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise MissingDependency(error.name or "onnx", extra="onnx") from error
-    warn_if_untried("onnx")
-    warn_if_untried("onnx-ir")

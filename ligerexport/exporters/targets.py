@@ -19,7 +19,6 @@ class Target:
     Attributes:
         backend: Its `ligerexport.exporters.backend.Backend` as `module:class`, imported on demand.
         lowerings: Ways to write the mixer, the default first.
-        extra: Extra of this package that installs what building and running need.
         requires: Distribution and version specifier of each runtime.
         weights: Precisions of weights, the default first.
         doc: One line for tables.
@@ -32,7 +31,6 @@ class Target:
 
     backend: str
     lowerings: tuple[str, ...]
-    extra: str
     requires: dict[str, str]
     weights: tuple[str, ...]
     doc: str
@@ -47,7 +45,6 @@ TARGETS: dict[str, Target] = {
     "onnx": Target(
         backend="ligerexport.exporters.onnx.backend:OnnxRuntime",
         lowerings=("ort", "portable", "native"),
-        extra="onnx",
         requires={"onnxruntime": ">=1.29"},  # the first with correct shapes for LinearAttention with fewer KV heads
         weights=("fp32", "fp16", "int8", "int4"),
         doc="a step graph for ONNX Runtime, weights in fp32 to int4",
@@ -58,7 +55,6 @@ TARGETS: dict[str, Target] = {
     "trt": Target(
         backend="ligerexport.exporters.tensorrt.backend:TensorRT",
         lowerings=("plugin",),
-        extra="trt",
         requires={},
         weights=("fp16", "bf16", "fp32"),
         doc="TensorRT 8.5 and later: a graph for our plugin, its kernels, and an engine where TensorRT is installed",
@@ -70,7 +66,6 @@ TARGETS: dict[str, Target] = {
     "trt-rtx": Target(
         backend="ligerexport.exporters.tensorrt.backend:TensorRTRTX",
         lowerings=("portable",),
-        extra="rtx",
         requires={},
         weights=("fp16", "bf16", "fp32"),
         doc="an engine for TensorRT-RTX on GeForce and RTX GPUs, built without a GPU",

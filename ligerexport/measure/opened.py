@@ -22,6 +22,7 @@ from ligerexport.exporters.targets import get_target
 from ligerexport.run.runtime import Session
 from ligerexport.text.tokenizer import TextModel
 from ligerexport.threads import default_threads
+from ligerexport.versions import require
 
 if TYPE_CHECKING:
     import torch
@@ -166,11 +167,8 @@ def open_model(
     """
     if is_artifact(model):
         return _open_artifact(Path(model).expanduser(), scoring, batch, threads, device)
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise MissingDependency(error.name or "torch", hint="pip install torch transformers") from error
+    require("build")
+    import torch
 
     from ligerexport.checkpoint.checkpoint import check_checkpoint
     from ligerexport.checkpoint.loading import load_any

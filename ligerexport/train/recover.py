@@ -25,7 +25,7 @@ from ligerexport.train.model import load_student, load_teacher, target_shapes, t
 from ligerexport.train.records import Record, read_records, reasoning_share
 from ligerexport.train.report import phase_table, write_report
 from ligerexport.train.state import load_state, state_directory
-from ligerexport.versions import versions
+from ligerexport.versions import require, versions
 
 if TYPE_CHECKING:
     from ligerexport.train.data import Documents
@@ -116,6 +116,7 @@ class RecoverPlan:
         tensorboard: str | Path | None = None,
         **settings: Any,
     ) -> None:
+        require("recover")
         self.config, output = RecoverConfig(**given(settings)), Path(output)
         if resume not in ("auto", "never"):
             raise UsageError(f"resume '{resume}'", hint="choose from auto, never")
@@ -141,7 +142,6 @@ class RecoverPlan:
     def run(self, progress: ProgressFactory | None = None, on_step: OnStep | None = None) -> Path:
         """Train, write the result and return its directory. See `recover` for arguments and errors."""
         info, config, documents = self.info, self.config, self._read(progress)
-        _require("accelerate", "peft")
         writer = _writer(self.tensorboard)
 
         from ligerexport.train.distributed import Group
@@ -262,7 +262,6 @@ def measure_seconds(
         against: As for `recover`.
         processes: Number of processes that share the rows; only this one measures.
     """
-    _require("accelerate", "peft")
     import torch
 
     from ligerexport.train.distributed import Group
@@ -323,13 +322,6 @@ def _trainer(
     teacher = place(load_teacher(info, against, dtype), group) if config.row.needs_teacher else None
     rows = Rows(documents, pack(documents.lengths, config.length), config.length, config.seed)
     return Trainer(place(student, group), teacher, rows, config, group, states, run), lora
-
-
-def _require(*modules: str) -> None:
-    from importlib.util import find_spec
-
-    if missing := [name for name in modules if find_spec(name) is None]:
-        raise MissingDependency(" and ".join(missing), extra="recover")
 
 
 def _writer(directory: str | Path | None) -> Any:

@@ -21,7 +21,7 @@ from ligerexport.exporters.onnx.native import register
 from ligerexport.exporters.onnx.screen import check_graph
 from ligerexport.exporters.session import BatchSession, choose_chunk
 from ligerexport.threads import default_threads
-from ligerexport.versions import warn_if_untried
+from ligerexport.versions import require, warn_if_untried
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -249,10 +249,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _variant(artifact: Artifact, scoring: bool) -> bytes | None:
-    try:
-        from ligerexport.exporters.onnx.variants import every_token, exact_graph
-    except ImportError as error:
-        raise MissingDependency(error.name or "onnx-ir", extra="onnx") from error
+    require("build")
+    from ligerexport.exporters.onnx.variants import every_token, exact_graph
+
     return every_token(artifact.graph) if scoring else exact_graph(artifact.graph)
 
 
@@ -278,7 +277,7 @@ def _open(
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingDependency("onnxruntime", extra="onnx") from error
+        raise MissingDependency("onnxruntime", hint="pip install onnxruntime") from error
     warn_if_untried("onnxruntime")
     wanted = [row if isinstance(row, str) else row[0] for row in PROVIDERS[device]]
     missing = MissingDependency(wanted[0], hint="pip install 'onnxruntime-gpu[cuda,cudnn]', in place of onnxruntime")

@@ -25,7 +25,7 @@ from ligerexport.measure.bench import machine
 from ligerexport.measure.bench.settings import Settings
 from ligerexport.measure.bench.worker import Worker
 from ligerexport.threads import default_threads
-from ligerexport.versions import versions
+from ligerexport.versions import require, versions
 
 _BUSY = 0.1
 """Largest share of the cores that other processes may use without a warning."""
@@ -54,6 +54,8 @@ def bench(
         `crossover`, the context from which the first model is faster or smaller; `warnings`, sentences about
         disturbances of the measurement.
     """
+    if checkpoint or not (is_artifact(model) and is_artifact(against)):
+        require("build")
     settings, progress = settings or Settings(), progress or silent
     threads = settings.threads or default_threads()
     settings = replace(settings, threads=threads)

@@ -69,7 +69,9 @@ class Worker:
                              hint="there may be too little memory; try a shorter context")  # fmt: skip
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise LigerError(answer["error"], hint=answer["hint"])
+            error = LigerError(answer["error"], hint=answer["hint"])
+            error.exit_code = answer["exit_code"]
+            raise error
         return answer
 
     @property
@@ -161,7 +163,8 @@ def serve(options: dict[str, Any], requests: IO[str], answers: IO[str]) -> None:
 
 def _explain(error: BaseException) -> dict[str, Any]:
     first = str(error).partition("\n")[0] or type(error).__name__
-    return {"error": first, "hint": getattr(error, "hint", None)}
+    code = getattr(error, "exit_code", LigerError.exit_code)
+    return {"error": first, "hint": getattr(error, "hint", None), "exit_code": code}
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from ligerexport.measure.evaluate.settings import (
 from ligerexport.measure.opened import Opened, TorchModel, check_same_tokenizer, open_model
 from ligerexport.staging import check_destination
 from ligerexport.text.corpus import cut_windows, read_tokens, text_files
-from ligerexport.versions import versions
+from ligerexport.versions import require, versions
 
 TEACHER, MODEL, EQUAL_WINDOW = "teacher", "model", "equal-window"
 
@@ -113,6 +113,7 @@ class EvaluatePlan:
         force: bool = False,
         **settings: Any,
     ) -> None:
+        require("build")
         chosen, names = choose_parts(
             parts, tasks, text=bool(text), teacher=against is not None, questions=questions is not None
         )
