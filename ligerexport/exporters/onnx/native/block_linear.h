@@ -109,9 +109,7 @@ inline __attribute__((always_inline)) void block_values(
   }
   scale = _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), which);
   if constexpr (kBits == 4) {
-    int32_t packed;
-    std::memcpy(&packed, zeros, sizeof(packed));
-    const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(packed), _mm256_slli_epi32(which, 2));
+    const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(load_from<int32_t>(zeros)), _mm256_slli_epi32(which, 2));
     zero = _mm256_cvtepi32_ps(_mm256_and_si256(nibbles, _mm256_set1_epi32(15)));
   } else {
     const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
@@ -181,15 +179,13 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
       continue;
     }
     for (int u = 0; u < left; u += kStep, from += kUnit) {
-      uint8_t end[kUnit] = {};
-      if (u + kStep > left && row + 1 == m.rows) {  // the second unit does not exist
-        std::copy_n(from, kUnit / 2, end);
-        from = end;
-      }
-      step(u, from);
+      const bool single = u + kStep > left && row + 1 == m.rows;  // the second unit does not exist
+      uint8_t last[kUnit] = {};
+      if (single) std::copy_n(from, kUnit / 2, last);
+      step(u, single ? last : from);
     }
   }
-  for (int t = 0; t < T; ++t) out[t * m.rows] = total(Vector(_mm256_add_ps(sums[t], other)));
+  for (int t = 0; t < T; ++t) out[t * m.rows] = total(_mm256_add_ps(sums[t], other));
 }
 
 #else
@@ -223,26 +219,23 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
 
 #ifdef __AVX2__
 
-using Lanes = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-using Words = int32_t __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));  // four codes of each row
+using Lanes = float __attribute__((vector_size(4 * kLanes)));
+using Words = int32_t __attribute__((vector_size(4 * kLanes)));  // four codes of each row
 
 // Sums of a unit's products in each row of a tile; all rows use the same four inputs at a time.
-inline Words unit_products(const Words* codes, const int8_t* x) {
-  const auto four = [x](int i) {
-    int32_t some;
-    std::memcpy(&some, x + 4 * i, sizeof(some));
-    return some;
-  };
+inline Words unit_products(const int32_t* codes, const int8_t* x) {
+  const auto four = [x](int i) { return load_from<int32_t>(x + 4 * i); };
+  const auto word = [codes](int i) { return load_from<Words>(codes + i * kLanes); };
 #if defined(__AVX512VNNI__)
   __m512i sums = _mm512_setzero_si512();
-  for (int i = 0; i < kUnit / 4; ++i) sums = _mm512_dpbusd_epi32(sums, __m512i(codes[i]), _mm512_set1_epi32(four(i)));
+  for (int i = 0; i < kUnit / 4; ++i) sums = _mm512_dpbusd_epi32(sums, __m512i(word(i)), _mm512_set1_epi32(four(i)));
 #elif defined(__AVXVNNI__)
   __m256i sums = _mm256_setzero_si256();
-  for (int i = 0; i < kUnit / 4; ++i) sums = _mm256_dpbusd_avx_epi32(sums, __m256i(codes[i]), _mm256_set1_epi32(four(i)));
+  for (int i = 0; i < kUnit / 4; ++i) sums = _mm256_dpbusd_avx_epi32(sums, __m256i(word(i)), _mm256_set1_epi32(four(i)));
 #else
   __m256i sums = _mm256_setzero_si256();  // 16 bits hold 8 sums of two products of at most 15 * 127
   for (int i = 0; i < kUnit / 4; ++i)
-    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(__m256i(codes[i]), _mm256_set1_epi32(four(i))));
+    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(__m256i(word(i)), _mm256_set1_epi32(four(i))));
   sums = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
 #endif
   return Words(sums);
@@ -259,22 +252,19 @@ struct Tile {
     codes.resize(units * (kUnit / 4) * kLanes);
     scale.assign(m.blocks * kLanes, 0.0f);
     zero.assign(m.blocks * kLanes, 0.0f);
-    auto* words = reinterpret_cast<Words*>(codes.data());
+    int32_t* words = codes.data();
+    const auto put_words = [&](int i, Words word) { std::memcpy(words + i * kLanes, &word, sizeof(word)); };
     const uint8_t* from[kLanes];
     for (int64_t r = 0; r < kLanes; ++r) from[r] = m.codes + (row + std::min(r, rows - 1)) * m.code_row;
-    for (int64_t u = 0; u < units; ++u, words += kUnit / 4)
+    for (int64_t u = 0; u < units; ++u, words += kUnit / 4 * kLanes)
       for (int i = 0; i < kUnit * kBits / 32; ++i) {
         Words word;
-        for (int r = 0; r < kLanes; ++r, from[r - 1] += 4) {
-          int32_t four;
-          std::memcpy(&four, from[r], sizeof(four));
-          word[r] = four;
-        }
+        for (int r = 0; r < kLanes; ++r, from[r - 1] += 4) word[r] = load_from<int32_t>(from[r]);
         if constexpr (kBits == 8) {
-          words[i] = word;
+          put_words(i, word);
         } else {
-          words[i] = word & 0x0f0f0f0f;
-          words[i + 4] = word >> 4 & 0x0f0f0f0f;
+          put_words(i, word & 0x0f0f0f0f);
+          put_words(i + 4, word >> 4 & 0x0f0f0f0f);
         }
       }
     for (int64_t r = 0; r < rows; ++r) {
@@ -296,7 +286,7 @@ struct Tile {
     for (int64_t b = 0, u = 0; u < units; ++b) {
       const Lanes factor = lanes(scale, b), offset = lanes(zero, b);
       for (const int64_t end = u + of_block; u < end; ++u) {
-        const auto* words = reinterpret_cast<const Words*>(&codes[u * (kUnit / 4) * kLanes]);
+        const int32_t* words = &codes[u * (kUnit / 4) * kLanes];
         for (int t = 0; t < T; ++t) {
           const int64_t at = (token + t) * stride + u;
           Words products = unit_products(words, &in.narrow[at * kBytes]);
@@ -309,9 +299,7 @@ struct Tile {
       for (int64_t r = 0; r < rows; ++r) out[t * m.rows + r] = sums[t][r];
   }
 
-  static const Lanes& lanes(const std::vector<float>& from, int64_t i) {
-    return *reinterpret_cast<const Lanes*>(&from[i * kLanes]);
-  }
+  static Lanes lanes(const std::vector<float>& from, int64_t i) { return load_from<Lanes>(&from[i * kLanes]); }
 };
 
 template <int kBits>

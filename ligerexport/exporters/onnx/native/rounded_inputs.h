@@ -42,6 +42,16 @@ constexpr bool kFourProducts = true;  // one instruction adds four products of u
 constexpr bool kFourProducts = false;
 #endif
 
+#if defined(__AVX512VNNI__)
+constexpr const char* kLevel = "avx512vnni";
+#elif defined(__AVXVNNI__)
+constexpr const char* kLevel = "avxvnni";
+#elif defined(__AVX2__)
+constexpr const char* kLevel = "avx2";
+#else
+constexpr const char* kLevel = "plain";
+#endif
+
 struct BlockMatrix {
   int64_t rows, width, bits, block, blocks, code_row, zero_row;
   const uint8_t* codes;       // [rows, blocks, block * bits / 8], the first of two codes in the low half of a byte
