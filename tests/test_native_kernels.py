@@ -58,3 +58,13 @@ def test_levels_of_x86(compiler: str, level: str, march: str, flags: tuple[str, 
 def test_this_processor(compiler: str, tmp_path: Path) -> None:
     arm = platform.machine() in ("arm64", "aarch64")
     check(found(*COMPILERS[compiler]), ("-mcpu=native" if arm else "-march=native",), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("processor", "level"), [("cortex-a72", "neon"), ("cortex-a76", "dotprod"), ("neoverse-v1", "i8mm")]
+)
+def test_levels_of_arm(processor: str, level: str, tmp_path: Path) -> None:
+    """Neoverse V1 has SVE, which compilers use for what is not written with intrinsics."""
+    compiler, emulator = found("aarch64-linux-gnu-g++"), found("qemu-aarch64", "qemu-aarch64-static")
+
+    assert check(compiler, (f"-mcpu={processor}", "-static"), tmp_path, emulator, "-cpu", processor) == level

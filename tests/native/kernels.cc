@@ -56,7 +56,7 @@ void products(int64_t rows, int64_t width, int64_t bits, int64_t block) {
   m.codes = codes.first, m.zero_point = zeros.first, m.scale = scale.first;
   const float most = bits == 4 ? 127 : 32639;
   std::vector<float> row(m.blocks * block);
-  for (int64_t tokens : {1, 2, 3, 5, 8, 15}) {
+  for (int64_t tokens : {1, 3, 5, 15}) {
     Data<float> x(tokens * width), out(tokens * rows);
     for (int64_t i = 0; i < tokens * width; ++i) x[i] = i / width == 1 ? (i % 2 ? -1.0f : 1.0f) : normal();
     std::vector<double> rounded(tokens * width);
@@ -97,7 +97,7 @@ float plain(int8_t x) { return x; }
 // Causal attention over `length` tokens in three calls.
 template <typename T>
 void memory(int64_t d, int64_t group) {
-  constexpr int64_t kLength = 70, kHeads = 2, kDistance = 100;
+  constexpr int64_t kLength = 45, kHeads = 2, kDistance = 100;
   const int64_t heads = kHeads * group, half = d / 4;
   liger::Layer layer{heads, kHeads, d, d, 4, kDistance, 0, 0.125f, 1.0f, {}, {}, 0, 0, 0};
   for (int64_t h = 0; h < kHeads; ++h) {
@@ -119,7 +119,7 @@ void memory(int64_t d, int64_t group) {
   for (int64_t i = 0; i < layer.slots; ++i) positions[i] = -1;
   std::atomic<bool> damaged{false};
   int64_t start = 0;
-  for (int64_t length : {40, 1, 29}) {
+  for (int64_t length : {30, 1, 14}) {
     liger::Call<T> call{};
     call.batch = 1, call.length = length, call.half = half, call.query_row = heads * d;
     call.key_row = call.value_row = kHeads * d;
@@ -138,11 +138,12 @@ void memory(int64_t d, int64_t group) {
     const liger::Scale<T> scale = liger::store(codes.data(), from, d);
     for (int64_t i = 0; i < d; ++i) to[i] = plain(codes[i]) * (liger::kScaled<T> ? liger::widen(scale) : 1.0f);
   };
-  const auto turn = [&](double* to, const double* from, double angle_of) {
+  const auto turn = [&](double* to, const double* from, int64_t offset) {
     std::copy_n(from, d, to);
+    const float *real = &cos[(offset + kDistance) * half], *imaginary = &sin[(offset + kDistance) * half];
     for (int64_t c = 0; c < half; ++c) {
-      const double angle = angle_of / (1.0 + 7 * c), a = from[c], b = from[half + c];
-      to[c] = a * std::cos(angle) - b * std::sin(angle), to[half + c] = b * std::cos(angle) + a * std::sin(angle);
+      const double a = from[c], b = from[half + c];
+      to[c] = a * real[c] - b * imaginary[c], to[half + c] = b * real[c] + a * imaginary[c];
     }
   };
   std::vector<double> k(d), v(d), q(d), turned(d), sum(d);
@@ -181,8 +182,8 @@ void gates() {
 int main() {
   for (int64_t bits : {4, 8})
     for (int64_t block : {32, 64, 128})
-      for (int64_t width : {20, 40, 96, 160, 256, 576})
-        for (int64_t rows : {1, 6, 19}) products(rows, width, bits, block);
+      for (int64_t width : {20, 96, 160, 576})
+        for (int64_t rows : {1, 19}) products(rows, width, bits, block);
   for (int64_t d : {20, 64, 128})
     for (int64_t group : {1, 2, 3, 4}) memory<float>(d, group), memory<liger::Half>(d, group), memory<int8_t>(d, group);
   gates();

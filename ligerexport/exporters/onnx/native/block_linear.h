@@ -14,8 +14,10 @@
 
 #include "rounded_inputs.h"
 
-#ifdef __AVX2__
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include "block_rows_neon.h"
 #endif
 
 namespace liger {
@@ -188,7 +190,7 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
   for (int t = 0; t < T; ++t) out[t * m.rows] = total(_mm256_add_ps(sums[t], other));
 }
 
-#else
+#elif !defined(__ARM_NEON)
 
 template <int kBits, int T>
 void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, int64_t token, float* out) {
@@ -217,21 +219,30 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
 
 #endif
 
-#ifdef __AVX2__
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+#define LIGER_TILES
 
 using Lanes = float __attribute__((vector_size(4 * kLanes)));
 using Words = int32_t __attribute__((vector_size(4 * kLanes)));  // four codes of each row
 
 // Sums of a unit's products in each row of a tile; all rows use the same four inputs at a time.
-inline Words unit_products(const int32_t* codes, const int8_t* x) {
-  const auto four = [x](int i) { return load_from<int32_t>(x + 4 * i); };
-  const auto word = [codes](int i) { return load_from<Words>(codes + i * kLanes); };
+template <int kBits>
+inline Words tile_products(const int32_t* codes, const int8_t* x) {
+  [[maybe_unused]] const auto four = [x](int i) { return load_from<int32_t>(x + 4 * i); };
+  [[maybe_unused]] const auto word = [codes](int i) { return load_from<Words>(codes + i * kLanes); };
 #if defined(__AVX512VNNI__)
   __m512i sums = _mm512_setzero_si512();
   for (int i = 0; i < kUnit / 4; ++i) sums = _mm512_dpbusd_epi32(sums, __m512i(word(i)), _mm512_set1_epi32(four(i)));
 #elif defined(__AVXVNNI__)
   __m256i sums = _mm256_setzero_si256();
   for (int i = 0; i < kUnit / 4; ++i) sums = _mm256_dpbusd_avx_epi32(sums, __m256i(word(i)), _mm256_set1_epi32(four(i)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  int32x4_t sums = vdupq_n_s32(0);
+  const int8x16_t low = vld1q_s8(x), high = vld1q_s8(x + 16);
+  const auto add = [&](auto i) {
+    sums = add_lane_products<kBits, i & 3>(sums, load_from<uint8x16_t>(codes + i * kLanes), i < 4 ? low : high);
+  };
+  each_of(add, std::make_integer_sequence<int, kUnit / 4>{});
 #else
   __m256i sums = _mm256_setzero_si256();  // 16 bits hold 8 sums of two products of at most 15 * 127
   for (int i = 0; i < kUnit / 4; ++i)
@@ -261,7 +272,7 @@ struct Tile {
         Words word;
         for (int r = 0; r < kLanes; ++r, from[r - 1] += 4) word[r] = load_from<int32_t>(from[r]);
         if constexpr (kBits == 8) {
-          put_words(i, word);
+          put_words(i, word ^ static_cast<int32_t>(kCentre<8> * 0x01010101u));
         } else {
           put_words(i, word & 0x0f0f0f0f);
           put_words(i + 4, word >> 4 & 0x0f0f0f0f);
@@ -272,7 +283,7 @@ struct Tile {
       for (int64_t b = 0; b < m.blocks; ++b) {
         const int point = kBits == 8 ? zeros[b] : zeros[b / 2] >> b % 2 * 4 & 15;
         scale[b * kLanes + r] = m.scale[(row + r) * m.blocks + b];
-        zero[b * kLanes + r] = scale[b * kLanes + r] * static_cast<float>(point);
+        zero[b * kLanes + r] = scale[b * kLanes + r] * static_cast<float>(point - kCentre<kBits>);
       }
     }
   }
@@ -289,8 +300,8 @@ struct Tile {
         const int32_t* words = &codes[u * (kUnit / 4) * kLanes];
         for (int t = 0; t < T; ++t) {
           const int64_t at = (token + t) * stride + u;
-          Words products = unit_products(words, &in.narrow[at * kBytes]);
-          if constexpr (kBits == 8) products = products * 256 + unit_products(words, &in.narrow[at * kBytes + kUnit]);
+          Words products = tile_products<kBits>(words, &in.narrow[at * kBytes]);
+          if constexpr (kBits == 8) products = products * 256 + tile_products<kBits>(words, &in.narrow[at * kBytes + kUnit]);
           sums[t] += __builtin_convertvector(products, Lanes) * (factor * in.scale[at]) - offset * in.sum[at];
         }
       }
@@ -319,11 +330,16 @@ void multiply_tiles(const BlockMatrix& m, const RoundedInputs& in, int64_t token
 // Multiplies rows `begin` to `end` with all tokens.
 template <int kBits>
 void multiply_rows(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens, int64_t begin, int64_t end, float* out) {
-#ifdef __AVX2__
+#ifdef LIGER_TILES
   if constexpr (kTiles<kBits>)
     if (in.tiled) return multiply_tiles<kBits>(m, in, tokens, begin, end, out);
 #endif
   for (int64_t first = begin; first < end; first += kRows)
+#ifdef __ARM_NEON
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t row = first, last = std::min(first + kRows, end); row < last; row += 4)
+        multiply_some<kBits>(m, row, std::min<int64_t>(4, last - row), in, t, out + t * m.rows + row);
+#else
     for (int64_t t = 0; t < tokens; t += kTile)
       for (int64_t row = first; row < std::min(first + kRows, end); ++row) {
         if (t + kTile <= tokens)
@@ -331,6 +347,7 @@ void multiply_rows(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens
         else
           for (int64_t i = t; i < tokens; ++i) multiply_row<kBits, 1>(m, row, in, i, out + i * m.rows + row);
       }
+#endif
 }
 
 // Writes the numbers of a row, `blocks * block`, from its codes.
