@@ -6,8 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __SSE3__
+#if defined(__SSE3__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace liger {
@@ -45,9 +47,11 @@ inline float total(Vector x) {
 
 // Writes the totals of four vectors.
 inline void totals(float* to, const Vector* x) {
-#ifdef __SSE3__
+#if defined(__SSE3__)
   const __m128 low = _mm_hadd_ps(halved(x[0]), halved(x[1])), high = _mm_hadd_ps(halved(x[2]), halved(x[3]));
   _mm_storeu_ps(to, _mm_hadd_ps(low, high));
+#elif defined(__ARM_NEON)
+  vst1q_f32(to, vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])));
 #else
   for (int i = 0; i < 4; ++i) to[i] = total(x[i]);
 #endif
