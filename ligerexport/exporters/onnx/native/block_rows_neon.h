@@ -147,7 +147,7 @@ float32x4_t multiply_four(const BlockMatrix& m, int64_t row, const RoundedInputs
   float32x4_t result = vdupq_n_f32(0);
   Products<kBits> products;
   uint32x4_t points;
-  const auto add = [&](int64_t b, float32x4_t scale) __attribute__((always_inline)) {  // sums stay in registers
+  const auto add = [&](int64_t b, float32x4_t scale) __attribute__((always_inline)) {
     const int32x4_t code = vreinterpretq_s32_u32(vandq_u32(points, vdupq_n_u32((1 << kBits) - 1)));
     const float32x4_t point = vcvtq_f32_s32(vsubq_s32(code, vdupq_n_s32(kCentre<kBits>)));
     points = vshrq_n_u32(points, kBits);
