@@ -3,10 +3,11 @@
     python benchmarks/arm.py --native ARTIFACT --ort ARTIFACT --runtime DIRECTORY -o FILE
 
 Both artifacts are of one checkpoint with the same weights; without them, only cycles are found. `DIRECTORY` has
-`libonnxruntime.so` for aarch64, as the package `onnxruntime-node` has it. A whole process runs in QEMU's emulator of a
-Cortex-A76, which logs each block that it executes; Debian has what this needs as `qemu-user`, `g++-aarch64-linux-gnu` and
-`llvm`. A count hardly differs from run to run, so one run is enough. Cycles are those that `llvm-mca` finds on a Neoverse
-N1, which is close to a Cortex-A76, for the compiled loop over the blocks of four rows.
+`libonnxruntime.so` for aarch64, as the package `onnxruntime-node` has it. A whole process runs in QEMU's emulator
+of a Cortex-A76, which logs each block that it executes; Debian has what this needs as `qemu-user`,
+`g++-aarch64-linux-gnu` and `llvm`. A count hardly differs from run to run, so one run is enough. Cycles are those
+that `llvm-mca` finds on a Neoverse N1, which is close to a Cortex-A76, for the compiled loop over the blocks of
+four rows.
 """
 
 from __future__ import annotations
