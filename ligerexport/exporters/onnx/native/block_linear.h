@@ -14,8 +14,10 @@
 
 #include "rounded_inputs.h"
 
-#ifdef __AVX2__
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include "block_rows_neon.h"
 #endif
 
 namespace liger {
@@ -109,9 +111,7 @@ inline __attribute__((always_inline)) void block_values(
   }
   scale = _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), which);
   if constexpr (kBits == 4) {
-    int32_t packed;
-    std::memcpy(&packed, zeros, sizeof(packed));
-    const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(packed), _mm256_slli_epi32(which, 2));
+    const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(load_from<int32_t>(zeros)), _mm256_slli_epi32(which, 2));
     zero = _mm256_cvtepi32_ps(_mm256_and_si256(nibbles, _mm256_set1_epi32(15)));
   } else {
     const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
@@ -181,18 +181,16 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
       continue;
     }
     for (int u = 0; u < left; u += kStep, from += kUnit) {
-      uint8_t end[kUnit] = {};
-      if (u + kStep > left && row + 1 == m.rows) {  // the second unit does not exist
-        std::copy_n(from, kUnit / 2, end);
-        from = end;
-      }
-      step(u, from);
+      const bool single = u + kStep > left && row + 1 == m.rows;  // the second unit does not exist
+      uint8_t last[kUnit] = {};
+      if (single) std::copy_n(from, kUnit / 2, last);
+      step(u, single ? last : from);
     }
   }
-  for (int t = 0; t < T; ++t) out[t * m.rows] = total(Vector(_mm256_add_ps(sums[t], other)));
+  for (int t = 0; t < T; ++t) out[t * m.rows] = total(_mm256_add_ps(sums[t], other));
 }
 
-#else
+#elif !defined(__ARM_NEON)
 
 template <int kBits, int T>
 void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, int64_t token, float* out) {
@@ -221,28 +219,34 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
 
 #endif
 
-#ifdef __AVX2__
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+#define LIGER_TILES
 
-using Lanes = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-using Words = int32_t __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));  // four codes of each row
+using Lanes = float __attribute__((vector_size(4 * kLanes)));
+using Words = int32_t __attribute__((vector_size(4 * kLanes)));  // four codes of each row
 
 // Sums of a unit's products in each row of a tile; all rows use the same four inputs at a time.
-inline Words unit_products(const Words* codes, const int8_t* x) {
-  const auto four = [x](int i) {
-    int32_t some;
-    std::memcpy(&some, x + 4 * i, sizeof(some));
-    return some;
-  };
+template <int kBits>
+inline Words tile_products(const int32_t* codes, const int8_t* x) {
+  [[maybe_unused]] const auto four = [x](int i) { return load_from<int32_t>(x + 4 * i); };
+  [[maybe_unused]] const auto word = [codes](int i) { return load_from<Words>(codes + i * kLanes); };
 #if defined(__AVX512VNNI__)
   __m512i sums = _mm512_setzero_si512();
-  for (int i = 0; i < kUnit / 4; ++i) sums = _mm512_dpbusd_epi32(sums, __m512i(codes[i]), _mm512_set1_epi32(four(i)));
+  for (int i = 0; i < kUnit / 4; ++i) sums = _mm512_dpbusd_epi32(sums, __m512i(word(i)), _mm512_set1_epi32(four(i)));
 #elif defined(__AVXVNNI__)
   __m256i sums = _mm256_setzero_si256();
-  for (int i = 0; i < kUnit / 4; ++i) sums = _mm256_dpbusd_avx_epi32(sums, __m256i(codes[i]), _mm256_set1_epi32(four(i)));
+  for (int i = 0; i < kUnit / 4; ++i) sums = _mm256_dpbusd_avx_epi32(sums, __m256i(word(i)), _mm256_set1_epi32(four(i)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  int32x4_t sums = vdupq_n_s32(0);
+  const int8x16_t low = vld1q_s8(x), high = vld1q_s8(x + 16);
+  const auto add = [&](auto i) {
+    sums = add_lane_products<kBits, i & 3>(sums, load_from<uint8x16_t>(codes + i * kLanes), i < 4 ? low : high);
+  };
+  each_of(add, std::make_integer_sequence<int, kUnit / 4>{});
 #else
   __m256i sums = _mm256_setzero_si256();  // 16 bits hold 8 sums of two products of at most 15 * 127
   for (int i = 0; i < kUnit / 4; ++i)
-    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(__m256i(codes[i]), _mm256_set1_epi32(four(i))));
+    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(__m256i(word(i)), _mm256_set1_epi32(four(i))));
   sums = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
 #endif
   return Words(sums);
@@ -259,22 +263,19 @@ struct Tile {
     codes.resize(units * (kUnit / 4) * kLanes);
     scale.assign(m.blocks * kLanes, 0.0f);
     zero.assign(m.blocks * kLanes, 0.0f);
-    auto* words = reinterpret_cast<Words*>(codes.data());
+    int32_t* words = codes.data();
+    const auto put_words = [&](int i, Words word) { std::memcpy(words + i * kLanes, &word, sizeof(word)); };
     const uint8_t* from[kLanes];
     for (int64_t r = 0; r < kLanes; ++r) from[r] = m.codes + (row + std::min(r, rows - 1)) * m.code_row;
-    for (int64_t u = 0; u < units; ++u, words += kUnit / 4)
+    for (int64_t u = 0; u < units; ++u, words += kUnit / 4 * kLanes)
       for (int i = 0; i < kUnit * kBits / 32; ++i) {
         Words word;
-        for (int r = 0; r < kLanes; ++r, from[r - 1] += 4) {
-          int32_t four;
-          std::memcpy(&four, from[r], sizeof(four));
-          word[r] = four;
-        }
+        for (int r = 0; r < kLanes; ++r, from[r - 1] += 4) word[r] = load_from<int32_t>(from[r]);
         if constexpr (kBits == 8) {
-          words[i] = word;
+          put_words(i, word ^ static_cast<int32_t>(kCentre<8> * 0x01010101u));
         } else {
-          words[i] = word & 0x0f0f0f0f;
-          words[i + 4] = word >> 4 & 0x0f0f0f0f;
+          put_words(i, word & 0x0f0f0f0f);
+          put_words(i + 4, word >> 4 & 0x0f0f0f0f);
         }
       }
     for (int64_t r = 0; r < rows; ++r) {
@@ -282,7 +283,7 @@ struct Tile {
       for (int64_t b = 0; b < m.blocks; ++b) {
         const int point = kBits == 8 ? zeros[b] : zeros[b / 2] >> b % 2 * 4 & 15;
         scale[b * kLanes + r] = m.scale[(row + r) * m.blocks + b];
-        zero[b * kLanes + r] = scale[b * kLanes + r] * static_cast<float>(point);
+        zero[b * kLanes + r] = scale[b * kLanes + r] * static_cast<float>(point - kCentre<kBits>);
       }
     }
   }
@@ -296,11 +297,11 @@ struct Tile {
     for (int64_t b = 0, u = 0; u < units; ++b) {
       const Lanes factor = lanes(scale, b), offset = lanes(zero, b);
       for (const int64_t end = u + of_block; u < end; ++u) {
-        const auto* words = reinterpret_cast<const Words*>(&codes[u * (kUnit / 4) * kLanes]);
+        const int32_t* words = &codes[u * (kUnit / 4) * kLanes];
         for (int t = 0; t < T; ++t) {
           const int64_t at = (token + t) * stride + u;
-          Words products = unit_products(words, &in.narrow[at * kBytes]);
-          if constexpr (kBits == 8) products = products * 256 + unit_products(words, &in.narrow[at * kBytes + kUnit]);
+          Words products = tile_products<kBits>(words, &in.narrow[at * kBytes]);
+          if constexpr (kBits == 8) products = products * 256 + tile_products<kBits>(words, &in.narrow[at * kBytes + kUnit]);
           sums[t] += __builtin_convertvector(products, Lanes) * (factor * in.scale[at]) - offset * in.sum[at];
         }
       }
@@ -309,9 +310,7 @@ struct Tile {
       for (int64_t r = 0; r < rows; ++r) out[t * m.rows + r] = sums[t][r];
   }
 
-  static const Lanes& lanes(const std::vector<float>& from, int64_t i) {
-    return *reinterpret_cast<const Lanes*>(&from[i * kLanes]);
-  }
+  static Lanes lanes(const std::vector<float>& from, int64_t i) { return load_from<Lanes>(&from[i * kLanes]); }
 };
 
 template <int kBits>
@@ -331,11 +330,16 @@ void multiply_tiles(const BlockMatrix& m, const RoundedInputs& in, int64_t token
 // Multiplies rows `begin` to `end` with all tokens.
 template <int kBits>
 void multiply_rows(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens, int64_t begin, int64_t end, float* out) {
-#ifdef __AVX2__
+#ifdef LIGER_TILES
   if constexpr (kTiles<kBits>)
     if (in.tiled) return multiply_tiles<kBits>(m, in, tokens, begin, end, out);
 #endif
   for (int64_t first = begin; first < end; first += kRows)
+#ifdef __ARM_NEON
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t row = first, last = std::min(first + kRows, end); row < last; row += 4)
+        multiply_some<kBits>(m, row, std::min<int64_t>(4, last - row), in, t, out + t * m.rows + row);
+#else
     for (int64_t t = 0; t < tokens; t += kTile)
       for (int64_t row = first; row < std::min(first + kRows, end); ++row) {
         if (t + kTile <= tokens)
@@ -343,6 +347,7 @@ void multiply_rows(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens
         else
           for (int64_t i = t; i < tokens; ++i) multiply_row<kBits, 1>(m, row, in, i, out + i * m.rows + row);
       }
+#endif
 }
 
 // Writes the numbers of a row, `blocks * block`, from its codes.

@@ -17,7 +17,7 @@ T gated(Activation kind, T gate, T up, Exp exp) {
 inline void gated_unit(Activation kind, float* to, const float* gate, const float* up, int64_t width) {
   int64_t i = 0;
   for (; i + kVector <= width; i += kVector)
-    at(to + i, 0) = gated(kind, Vector(at(gate + i, 0)), Vector(at(up + i, 0)), exponential);
+    put(to + i, gated(kind, at(gate + i, 0), at(up + i, 0), exponential));
   for (; i < width; ++i) to[i] = gated(kind, gate[i], up[i], [](float x) { return std::exp(x); });
 }
 

@@ -27,19 +27,48 @@ constexpr int64_t kGroup = 16;  // units of a row that are processed together
 template <int kBits>
 constexpr int64_t kRun = 16 / kBits;  // units of a row in one register
 #else
-#ifdef __AVX2__
+#if defined(__AVX2__)
 constexpr int kLanes = 8;
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int kLanes = 4;
 #else
 constexpr int kLanes = 0;
 #endif
 constexpr int64_t kGroup = 8;
 template <int kBits>
+#ifdef __ARM_NEON
+constexpr int64_t kRun = kBits == 4 || kLanes > 0 ? 1 : 0;
+#else
 constexpr int64_t kRun = kBits == 4 ? 2 : 0;  // 0: inputs are of 16 bits
 #endif
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr bool kFourProducts = true;  // one instruction adds four products of unsigned and signed bytes
+#endif
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr bool kFourProducts = true;  // one instruction adds four products of bytes
 #else
 constexpr bool kFourProducts = false;
+#endif
+
+template <int kBits>
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int kCentre = kBits == 8 ? 128 : 0;  // what is subtracted from codes, for products of signed bytes only
+#else
+constexpr int kCentre = 0;
+#endif
+
+#if defined(__AVX512VNNI__)
+constexpr const char* kLevel = "avx512vnni";
+#elif defined(__AVXVNNI__)
+constexpr const char* kLevel = "avxvnni";
+#elif defined(__AVX2__)
+constexpr const char* kLevel = "avx2";
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr const char* kLevel = "i8mm";
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr const char* kLevel = "dotprod";
+#elif defined(__ARM_NEON)
+constexpr const char* kLevel = "neon";
+#else
+constexpr const char* kLevel = "plain";
 #endif
 
 struct BlockMatrix {

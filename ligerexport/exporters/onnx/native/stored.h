@@ -118,7 +118,7 @@ Scale<T> store(T* to, const float* x, int64_t n) {
 template <typename T>
 void read(float* to, const T* x, int64_t n) {
   int64_t i = 0;
-  for (; i + kVector <= n; i += kVector) at(to + i, 0) = load(x + i);
+  for (; i + kVector <= n; i += kVector) put(to + i, load(x + i));
   for (; i < n; ++i) to[i] = widen(x[i]);
 }
 
@@ -128,8 +128,8 @@ void rotate(float* to, const T* x, const float* cos, const float* sin, float sig
   int64_t i = 0;
   for (; i + kVector <= half; i += kVector) {
     const Vector a = load(x + i), b = load(x + half + i), c = at(cos + i, 0), s = sign * at(sin + i, 0);
-    at(to + i, 0) = a * c - b * s;
-    at(to + half + i, 0) = b * c + a * s;
+    put(to + i, a * c - b * s);
+    put(to + half + i, b * c + a * s);
   }
   for (; i < half; ++i) {
     const float a = widen(x[i]), b = widen(x[half + i]), s = sign * sin[i];

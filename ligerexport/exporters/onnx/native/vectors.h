@@ -1,4 +1,4 @@
-// Arithmetic on eight numbers at a time.
+// Arithmetic on several numbers at a time: eight if the processor has registers for them, else four.
 #pragma once
 
 #include <algorithm>
@@ -6,24 +6,38 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __SSE3__
+#if defined(__SSE3__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace liger {
 
-using Vector = float __attribute__((vector_size(32), aligned(4), may_alias));  // GCC and Clang, any processor
-using Integers = int32_t __attribute__((vector_size(32)));
-using Quarters = float __attribute__((vector_size(16)));
+#ifdef __AVX__
 constexpr int kVector = 8;
+#else
+constexpr int kVector = 4;  // a compiler for SVE splits longer vectors into single numbers
+#endif
+using Vector = float __attribute__((vector_size(4 * kVector)));  // GCC and Clang, any processor
+using Integers = int32_t __attribute__((vector_size(4 * kVector)));
+using Quarters = float __attribute__((vector_size(16)));
 
-inline const Vector& at(const float* x, int64_t i) { return *reinterpret_cast<const Vector*>(x + i * kVector); }
-inline Vector& at(float* x, int64_t i) { return *reinterpret_cast<Vector*>(x + i * kVector); }
+// Reads a vector from any address. A pointer to vectors would claim an alignment that tensors do not have.
+template <typename V>
+V load_from(const void* x) {
+  V y;
+  std::memcpy(&y, x, sizeof(y));
+  return y;
+}
+
+inline Vector at(const float* x, int64_t i) { return load_from<Vector>(x + i * kVector); }
+inline void put(float* x, Vector y) { std::memcpy(x, &y, sizeof(y)); }
 
 inline Quarters halved(Vector x) {
-  Quarters half[2];
+  Quarters half[kVector / 4];
   std::memcpy(half, &x, sizeof(x));
-  return half[0] + half[1];
+  return kVector == 4 ? half[0] : half[0] + half[kVector / 4 - 1];
 }
 
 inline float total(Vector x) {
@@ -33,9 +47,11 @@ inline float total(Vector x) {
 
 // Writes the totals of four vectors.
 inline void totals(float* to, const Vector* x) {
-#ifdef __SSE3__
+#if defined(__SSE3__)
   const __m128 low = _mm_hadd_ps(halved(x[0]), halved(x[1])), high = _mm_hadd_ps(halved(x[2]), halved(x[3]));
   _mm_storeu_ps(to, _mm_hadd_ps(low, high));
+#elif defined(__ARM_NEON)
+  vst1q_f32(to, vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])));
 #else
   for (int i = 0; i < 4; ++i) to[i] = total(x[i]);
 #endif
@@ -67,7 +83,7 @@ inline Vector exponential(Vector x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
-  return p * reinterpret_cast<const Vector&>(power);
+  return p * load_from<Vector>(&power);
 }
 
 // Replaces each x by e^(x - top) and returns the sum.
@@ -76,7 +92,7 @@ inline float exponentials(float* x, int64_t n, float top) {
   int64_t i = 0;
   for (; i + kVector <= n; i += kVector) {
     const Vector e = exponential(at(x + i, 0) - top);
-    at(x + i, 0) = e;
+    put(x + i, e);
     sums += e;
   }
   float sum = total(sums);
