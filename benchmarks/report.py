@@ -403,7 +403,10 @@ for prefix, made in {
     "trust_": (
         report_trust.promises, report_trust.faults, report_trust.hostile, report_trust.drift, report_trust.concurrency,
     ),
-    "memory_": (report_memory.ours, report_memory.qwen, report_memory.at_8_mb, report_memory.by_bytes, report_memory.at_equal_tokens),
+    "memory_": (
+        report_memory.ours, report_memory.qwen, report_memory.at_8_mb, report_memory.by_bytes,
+        report_memory.at_equal_tokens,
+    ),
 }.items():  # fmt: skip
     for make in made:
         TABLES[prefix + make.__name__] = lambda make=make: table(*make())

@@ -34,8 +34,6 @@ NONE = tl.constexpr(2**63 - 1)
 """Stands for no slot, and ranks above all slots."""
 FIELDS = tl.constexpr(8)
 """Numbers in a row of the tables and in what a tile reports."""
-MANY = 1024
-"""From this number of tiles of 64 slots on, larger tiles fill a GPU too."""
 
 
 class _Plan(NamedTuple):
@@ -80,9 +78,9 @@ def plan_on(text: str, block: int, device: torch.device) -> _Plan:
 
 
 def choose_block(spec: MixerSpec, batch: int, itemsize: int) -> int:
-    """Return the number of slots in a tile for activations of `itemsize` bytes; a small batch needs more programs."""
-    most = (1 << 15) // (max(padded(spec.d_k), padded(spec.d_v)) * itemsize)
-    return min(most, 64 if batch * sum(spec.slots_per_head) < 64 * MANY else 128)
+    """Return the number of slots in a tile for activations of `itemsize` bytes, by measurements on an H200."""
+    width = max(padded(spec.d_k), padded(spec.d_v))
+    return min((1 << 15) // (width * itemsize), 64 if batch == 1 and width > 64 else 32)
 
 
 def ragged_step(
