@@ -185,11 +185,17 @@ class Manifest:
         meaning: list[Any] = [self.source.files, self.liger, asdict(self.model)]
         if self.precision != "float32":  # rounding changes the weights
             meaning += [self.precision, self.block]
-        return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(meaning)
+
+    @property
+    def identity(self) -> str:
+        """Digests of the weights before rounding and of the conversion, which all that may exchange states share."""
+        exchanged = {name: x for name, x in self.liger.items() if name != "state_dtype" and (x or name != "heads")}
+        return f"{_digest(self.source.files)}-{_digest([exchanged, asdict(self.model)])}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON, the format version first."""
-        return {"format_version": self.format_version} | asdict(self)
+        """Return plain data for JSON, the format version first; `identity` is for readers in other languages."""
+        return {"format_version": self.format_version, "identity": self.identity} | asdict(self)
 
     @classmethod
     def from_dict(cls, data: Any) -> Manifest:
@@ -213,6 +219,10 @@ class Manifest:
                 f"{MANIFEST} is damaged: {error} where format {FORMAT_VERSION} was expected", hint=_REBUILD
             ) from error
         return manifest
+
+
+def _digest(meaning: Any) -> str:
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
 
 
 _REBUILD = "copy the artifact again, or rebuild it with: ligerexport build MODEL --target onnx -o DIRECTORY --force"

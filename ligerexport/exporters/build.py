@@ -9,7 +9,6 @@ import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from ligerexport.artifact.artifact import (
     ByteCounts,
     Graph,
     Manifest,
-    ModelShape,
     Source,
     TensorInfo,
 )
@@ -199,7 +197,7 @@ class BuildPlan:
             if (info.path / name).is_file():
                 shutil.copyfile(info.path / name, directory / name)
         with progress("hashing the source", info.bytes) as advance:
-            source = _source(info, advance)
+            source = source_of(info, advance)
         recovery = info.config.get("liger_recovery")
         if not isinstance(recovery, dict | None):
             raise CheckpointError(f"config.json has liger_recovery {recovery!r:.60}", hint="convert the model again")
@@ -254,7 +252,7 @@ def make_manifest(
     """Return the manifest of an artifact, without its files."""
     from ligerexport.exporters.onnx import graph as onnx_graph
     from ligerexport.exporters.onnx.graph import LOWERINGS
-    from ligerexport.exporters.onnx.weights import weight_bytes, weight_names
+    from ligerexport.exporters.onnx.weights import weight_bytes
 
     tensors = onnx_graph.state_tensors(spec, lowering, storage)
     integer = LOWERINGS[lowering].integer
@@ -271,17 +269,13 @@ def make_manifest(
         source=source,
         family=spec.family,
         liger=spec.liger.to_dict(),
-        model=ModelShape(
-            layers=len(spec.mixers), hidden_size=spec.hidden_size, vocab_size=spec.vocab_size, q_heads=spec.q_heads,
-            kv_heads=spec.kv_heads, d_k=spec.head_dim, d_v=spec.head_dim, trained_length=spec.trained_length,
-            parameters=sum(prod(spec.weights[name].shape) for name in weight_names(spec)),
-        ),
+        model=spec.shape,
         graph=Graph(onnx_graph.GRAPH_FILE, max_chunk, inputs, outputs),
         state=tensors,
         bytes=ByteCounts(
             weights=weight_bytes(spec, storage),
             state_per_sequence=sum(t.nbytes for t in tensors if not t.grows),
-            kv_per_token=len(spec.mixers) * 2 * spec.kv_heads * spec.head_dim * 4,
+            kv_per_token=spec.kv_per_token,
         ),
         requires=dict(requires),
         verification=verification,
@@ -290,7 +284,7 @@ def make_manifest(
     )  # fmt: skip
 
 
-def _source(info: CheckpointInfo, advance: Any) -> Any:
+def source_of(info: CheckpointInfo, advance: Any) -> Source:
     """Return where the weights come from; links to the original files have the originals' hashes."""
     hashes = {}
     for file in info.files:

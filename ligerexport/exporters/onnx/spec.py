@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from ligerexport.artifact.artifact import ModelShape
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint, check_plain
 from ligerexport.errors import CheckpointError, quoted
 from ligerexport.model.config import LigerConfig
@@ -59,6 +61,26 @@ class ModelSpec:
     tied: bool
     weights: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
+
+    @property
+    def used(self) -> list[str]:
+        """Names of the weights that the graph uses, in the order of the file."""
+        unused = {"lm_head.weight"} if self.tied else set()
+        return [name for name in self.weights if not name.endswith("rotary_emb.inv_freq") and name not in unused]
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the model."""
+        return ModelShape(
+            layers=len(self.mixers), hidden_size=self.hidden_size, vocab_size=self.vocab_size, q_heads=self.q_heads,
+            kv_heads=self.kv_heads, d_k=self.head_dim, d_v=self.head_dim, trained_length=self.trained_length,
+            parameters=sum(prod(self.weights[name].shape) for name in self.used),
+        )  # fmt: skip
+
+    @property
+    def kv_per_token(self) -> int:
+        """Bytes of one token in the Transformer's KV cache, in fp32."""
+        return len(self.mixers) * 2 * self.kv_heads * self.head_dim * 4
 
     @property
     def ragged(self) -> bool:
