@@ -18,7 +18,8 @@ from test_ragged_graph import HEADS, SIZES
 import ligerexport as lx
 from ligerexport.artifact.snapshot import Snapshot, digest
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.exporters.targets import TARGETS
+from ligerexport.exporters.onnx.spec import read_spec
+from ligerexport.exporters.targets import STATES, TARGETS
 from ligerexport.model.config import LigerConfig
 from ligerexport.run.runtime import Session
 
@@ -189,3 +190,50 @@ def test_formats(ragged: Path, tmp_path: Path) -> None:
     for identity, what in ((conversion, "another conversion of this model"), ("0-0", "another model")):
         with pytest.raises(UsageError, match=f"belongs to {what}$"):
             session.restore(replace(state, model="other", identity=identity))
+
+
+@pytest.mark.parametrize("preset", ["equal", "ragged"])
+def test_types_of_the_state(tmp_path: Path, preset: str) -> None:
+    """One checkpoint is built with each type; every artifact reads the states of the others."""
+    model, sessions = make_checkpoint(tmp_path / "model", MEMORIES[preset], **HEADS), {}
+    for kind, lowering in (("fp32", "ort"), ("fp16", "native"), ("int8", "portable")):
+        path = lx.build(
+            model, tmp_path / kind, state=kind, lowering=lowering, weights="int8" if kind == "int8" else None
+        )
+        sessions[kind] = lx.load(path)
+        manifest = sessions[kind].artifact.manifest
+        assert manifest.liger.get("state_dtype", "activation") == STATES[kind]
+        assert manifest.slots == tuple(mixer.slots_per_head for mixer in read_spec(model).mixers if mixer is not None)
+        assert manifest.format_version == 2 or (preset, kind) == ("equal", "fp32")
+        if kind == "int8":
+            assert manifest.quality is not None
+            assert manifest.quality["nll_state"] != manifest.quality["nll_float32"]
+    sizes = {kind: session.artifact.manifest.bytes.state_per_sequence for kind, session in sessions.items()}
+    assert sizes["int8"] < sizes["fp16"] < sizes["fp32"]
+    assert len({session.artifact.manifest.fingerprint for session in sessions.values()}) == 3
+    ids: list[int] = [5]
+    sessions["fp32"].prefill(PROMPT)
+    exact = sessions["fp32"].snapshot()
+    expected = greedy(sessions["fp32"], ids)
+    for kind in ("fp16", "int8"):
+        sessions[kind].restore(exact)
+        back = sessions[kind].snapshot()
+        sessions["fp32"].restore(back)
+        for name, x in sessions["fp32"].snapshot().tensors.items():
+            kept = exact.tensors[name]
+            if name.endswith(("slot_key", "slot_value")):
+                bound = abs(kept).max(-1, keepdims=True) / 254 * 1.01 if kind == "int8" else abs(kept) / 2048
+                assert (abs(x - kept) <= bound + 1e-7).all(), name
+            else:
+                np.testing.assert_array_equal(x, kept)
+        assert abs(loss(greedy(sessions["fp32"], ids), ids) - loss(expected, ids)) < 0.1
+        sessions[kind].restore(sessions["fp32"].snapshot())
+        sessions[kind].restore(back)  # codes are kept as they are
+        for name, x in back.tensors.items():
+            np.testing.assert_array_equal(x, sessions[kind].snapshot().tensors[name])
+
+
+def test_an_unknown_type(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", MEMORY)
+    with pytest.raises(UsageError, match="unknown type of the state 'int4'"):
+        lx.build(model, tmp_path / "engine", state="int4")

@@ -145,6 +145,8 @@ class Manifest:
         device: The GPUs that the artifact was built for: compute capabilities, largest number of sequences, plugin's
             names of kernels, plugin and engine. None for the CPU.
         files: Every other file of the artifact; filled when it is written.
+        slots: Number of slots of each KV head in each layer; empty for a layer kept as softmax, and in artifacts of
+            older versions.
         format_version: Version of this structure, the oldest that has all that the artifact needs.
     """
 
@@ -166,6 +168,7 @@ class Manifest:
     quality: dict[str, Any] | None = None
     device: dict[str, Any] | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
+    slots: tuple[tuple[int, ...], ...] = ()
     format_version: int = 1
 
     @property

@@ -25,10 +25,10 @@ from ligerexport.artifact.artifact import (
     TensorInfo,
 )
 from ligerexport.console import ProgressFactory, silent
-from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches
+from ligerexport.errors import CheckpointError, MissingDependency, UsageError, close_matches, look_up
 from ligerexport.exporters.backend import BuildSettings
 from ligerexport.exporters.onnx.native import check_ready
-from ligerexport.exporters.targets import BLOCK, get_backend, get_precision, get_target
+from ligerexport.exporters.targets import BLOCK, STATES, get_backend, get_precision, get_target
 from ligerexport.reading import from_plain, sha256
 from ligerexport.staging import check_destination
 from ligerexport.text.tokenizer import TextModel
@@ -54,6 +54,7 @@ def build(
     lowering: str | None = None,
     max_chunk: int | None = None,
     weights: str | None = None,
+    state: str | None = None,
     block: int = BLOCK,
     sms: Sequence[int] | None = None,
     max_batch: int = 8,
@@ -73,6 +74,7 @@ def build(
         lowering: How the mixer is written; None takes the target's default.
         max_chunk: Largest number of tokens per call; None takes 128, for `trt` up to 1,024 if positions reach that far.
         weights: Row of `WEIGHTS`; None takes the target's default. On GPUs, products also run in this type.
+        state: Row of `STATES`, the type in which slots are kept; None takes that of the conversion.
         block: Number of elements of a row that share a scale, for int8 and int4.
         sms: Compute capabilities of GPUs, 87 for 8.7; None takes all that the target can be built for.
         max_batch: Largest number of sequences on a GPU.
@@ -94,7 +96,9 @@ def build(
         ArtifactError: The tokenizer cannot be read.
         MissingDependency: The extra of the target is not installed.
     """
-    settings = BuildSettings(target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify)
+    settings = BuildSettings(
+        target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify, state
+    )
     return BuildPlan(model, output, settings, force=force).run(progress)
 
 
@@ -138,7 +142,7 @@ class BuildPlan:
         self.output = Path(model) / settings.target if output is None else Path(output)
         check_destination(self.output, force=force, marker=MANIFEST)
         self.info = check_checkpoint(model, tokenizer=False)
-        self.spec = read_spec(self.info)
+        self.spec = read_spec(self.info, settings.state and look_up("type of the state", settings.state, STATES))
         _check_memory(self.spec, settings.target, lowering)
         self.backend.check_model(self.spec)
         max_chunk = self.backend.choose_chunk(self.spec, settings.max_chunk)
@@ -280,6 +284,7 @@ def make_manifest(
         requires=dict(requires),
         verification=verification,
         recovery=recovery,
+        slots=tuple(() if mixer is None else mixer.slots_per_head for mixer in spec.mixers),
         format_version=FORMAT_VERSION if spec.ragged else 1,
     )  # fmt: skip
 

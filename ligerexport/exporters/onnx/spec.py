@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,12 @@ class ModelSpec:
         return any(mixer is not None and mixer.config.ragged for mixer in self.mixers)
 
 
-def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
+def read_spec(checkpoint: str | Path | CheckpointInfo, state: str | None = None) -> ModelSpec:
     """Read a converted checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
+        state: Row of `STATE_DTYPES` that replaces the conversion's type of slots.
 
     Raises:
         CheckpointError: The checkpoint is incomplete, not converted, or not supported by the graph.
@@ -103,7 +107,10 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
             hint=f"ligerexport convert {quoted(info.path)} -o {quoted(info.path.resolve().name + '-liger')}",
         )
     check_plain(info)
-    config: Any = read_config(info.config)
+    content = dict(info.config)
+    if state is not None:
+        content["liger"] = replace(LigerConfig.from_dict(content["liger"]), state_dtype=state).to_dict()  # type: ignore[arg-type]
+    config: Any = read_config(content)
     family = get_family(config.model_type)
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in ACTIVATIONS:
@@ -132,12 +139,12 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
         trained_length=config.max_position_embeddings,
         tied=info.tied,
         weights=info.tensors,
-        config=info.config,
+        config=content,
     )
-    state = sum(tensor.nbytes() for mixer in mixers if mixer is not None for tensor in mixer.state())
-    if state > max(1 << 30, 4 * info.bytes):
+    size = sum(tensor.nbytes() for mixer in mixers if mixer is not None for tensor in mixer.state())
+    if size > max(1 << 30, 4 * info.bytes):
         raise CheckpointError(
-            f"the state of a sequence takes {state:,} bytes, the weights {info.bytes:,}",
+            f"the state of a sequence takes {size:,} bytes, the weights {info.bytes:,}",
             hint="convert the model with a smaller window or fewer slots",
         )
     return spec
