@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 
 import ligerexport as lx
 from ligerexport.artifact.artifact import ArtifactWriter
+from ligerexport.exporters.targets import STATES
 from ligerexport.text.tokenizer import TextModel
 from tests.checkpoints import FORESIGHT, make_checkpoint
 from tests.test_text import MAKERS, cuts, spellings
@@ -38,8 +39,8 @@ PROMPT = "Ünïcode, 12345 numbers,   spaces\n\tand more than one chunk of 🙂 
 TOKENS = 24
 REAL = ROOT / "build" / "smollm2-fp32"
 
-App = Callable[[Path, str, int], list[int]]
-"""Function from an artifact, a prompt and a number of tokens to an app's ids."""
+App = Callable[..., list[int]]
+"""Function from an artifact, a prompt, a number of tokens and maybe a saved state to an app's ids."""
 
 
 def run(*command: str | Path, **options: Any) -> str:
@@ -48,8 +49,15 @@ def run(*command: str | Path, **options: Any) -> str:
     return done.stdout
 
 
-def expected(artifact: Path, prompt: str, tokens: int) -> list[int]:
-    return [chunk.token for chunk in lx.generate(lx.load(artifact), prompt, max_new_tokens=tokens)]
+def expected(artifact: Path, prompt: str, tokens: int, state: Path | None = None) -> list[int]:
+    session = lx.load(artifact)
+    if state is not None:
+        session.restore(lx.Snapshot.load(state))
+    return [chunk.token for chunk in lx.generate(session, prompt, max_new_tokens=tokens, fresh=state is None)]
+
+
+def options(prompt: str, tokens: int, state: Path | None = None) -> list[str | Path]:
+    return [prompt, "--tokens", str(tokens), "--ids", *(["--state", state] if state else [])]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +67,13 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     checkpoint = make_checkpoint(root / "checkpoint", FORESIGHT, vocab_size=VOCAB, eos_token_id=EOS)
     tokenizer().save(str(checkpoint / "tokenizer.json"))
     made = {"toy": build(root / "toy")}
+    made["checkpoint"] = checkpoint
     for lowering in ("ort", "portable"):
         made[lowering] = lx.build(checkpoint, root / lowering, lowering=lowering)
+    for state in STATES:
+        made[state] = lx.build(
+            checkpoint, root / state, lowering="native" if state == "fp32" else "portable", state=state
+        )
     return made
 
 
@@ -117,11 +130,11 @@ def app(request: pytest.FixtureRequest) -> App:
         return python
     if request.param == "cpp":
         program = request.getfixturevalue("liger_run")
-        return lambda *words: ids(run(program, words[0], words[1], "--tokens", str(words[2]), "--ids"))
+        return lambda artifact, *words: ids(run(program, artifact, *options(*words)))
     needs_packages(request.param)
     if request.param == "node":
         script = EXAMPLES / "node" / "run.mjs"
-        return lambda *words: ids(run("node", script, words[0], words[1], "--tokens", str(words[2]), "--ids"))
+        return lambda artifact, *words: ids(run("node", script, artifact, *options(*words)))
     chromium = request.getfixturevalue("browser")
     return lambda *words: Page(chromium, words[0]).write(*words[1:])
 
@@ -130,11 +143,11 @@ def ids(text: str) -> list[int]:
     return [int(word) for word in text.split()]
 
 
-def python(artifact: Path, prompt: str, tokens: int) -> list[int]:
+def python(artifact: Path, *words: Any) -> list[int]:
     """Run examples/python, and make sure that it does not load torch."""
     code = "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__'); assert 'torch' not in sys.modules"
-    words = [str(EXAMPLES / "python" / "run.py"), str(artifact), prompt, "--tokens", str(tokens), "--ids"]
-    return ids(run(sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]; {code}", *words, cwd=ROOT))
+    given = [EXAMPLES / "python" / "run.py", artifact, *options(*words)]
+    return ids(run(sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]; {code}", *given, cwd=ROOT))
 
 
 class Page:
@@ -161,7 +174,8 @@ class Page:
     def wait(self) -> None:
         self.page.wait_for_selector("#write:enabled")
 
-    def start(self, prompt: str, tokens: int) -> None:
+    def start(self, prompt: str, tokens: int, state: Path | None = None) -> None:
+        self.page.set_input_files("#state", [state] if state else [])
         self.page.fill("#prompt", prompt)
         self.page.fill("#tokens", str(tokens))
         self.page.click("#write")
@@ -169,8 +183,8 @@ class Page:
     def ids(self) -> list[int]:
         return ids(self.page.get_attribute("#text", "data-ids") or "")
 
-    def write(self, prompt: str, tokens: int) -> list[int]:
-        self.start(prompt, tokens)
+    def write(self, prompt: str, tokens: int, state: Path | None = None) -> list[int]:
+        self.start(prompt, tokens, state)
         self.wait()
         assert self.complaints == []
         assert all(url.startswith((self.home, f"blob:{self.home}")) for url in self.requests)
@@ -182,6 +196,55 @@ class Page:
 def test_every_app_gives_the_same_tokens(app: App, artifacts: dict[str, Path], kind: str) -> None:
     artifact = artifacts[kind]
     assert app(artifact, PROMPT, TOKENS) == expected(artifact, PROMPT, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [
+        ("checkpoint", "ort"),
+        ("fp32", "portable"),
+        ("int8", "portable"),
+        ("int8", "int8"),
+        ("fp16", "fp16"),
+        ("toy", "toy"),
+    ],
+)
+def test_every_app_continues_a_state(
+    app: App, artifacts: dict[str, Path], tmp_path: Path, writer: str, reader: str
+) -> None:
+    """What torch and other artifacts have read: slots in any order, in the same type or one that is widened."""
+    session = lx.load(artifacts[writer])
+    session.prefill(TextModel(artifacts["toy"]).encode(PROMPT))
+    for token in range(60, 90):
+        session.step(token)
+    session.snapshot().save(tmp_path / "state")
+    found = app(artifacts[reader], "and more", TOKENS, tmp_path / "state")
+    assert found == expected(artifacts[reader], "and more", TOKENS, tmp_path / "state")
+    assert found != expected(artifacts[reader], "and more", TOKENS)
+
+
+@pytest.mark.parametrize("program", ["cpp", "node"])
+def test_an_app_refuses_a_state(
+    program: str, request: pytest.FixtureRequest, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    session, state = lx.load(artifacts["ort"]), tmp_path / "state"
+    session.step(5)
+    session.snapshot().save(state)
+    whole = state.read_bytes()
+    if program == "node":
+        needs_packages("node")
+    command = ["node", EXAMPLES / "node" / "run.mjs"] if program == "node" else [request.getfixturevalue("liger_run")]
+    for artifact, content, message in (
+        ("toy", whole, "this state belongs to another model"),
+        ("int8", whole, "this state has no past.0.slot_key that fits this artifact"),
+        ("ort", whole[:-1] + bytes([whole[-1] ^ 1]), "this state was changed after it was written"),
+        ("ort", whole[:-1], "this file is not a saved state"),
+        ("ort", whole.replace(b'snapshot":"2"', b'snapshot":"3"'), "a saved state of format 2 was expected"),
+        ("ort", b"text", "this file is not a saved state"),
+    ):
+        state.write_bytes(content)
+        done = subprocess.run([*command, artifacts[artifact], *options("a", 2, state)], capture_output=True, text=True)
+        assert done.returncode and message in done.stderr, message
 
 
 @pytest.mark.parametrize("app", ["python", "cpp", "node"], indirect=True)
