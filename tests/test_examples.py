@@ -24,7 +24,6 @@ from transformers import AutoTokenizer
 
 import ligerexport as lx
 from ligerexport.artifact.artifact import ArtifactWriter
-from ligerexport.exporters.targets import STATES
 from ligerexport.text.tokenizer import TextModel
 from tests.checkpoints import FORESIGHT, make_checkpoint
 from tests.test_text import MAKERS, cuts, spellings
@@ -67,13 +66,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     checkpoint = make_checkpoint(root / "checkpoint", FORESIGHT, vocab_size=VOCAB, eos_token_id=EOS)
     tokenizer().save(str(checkpoint / "tokenizer.json"))
     made = {"toy": build(root / "toy")}
-    made["checkpoint"] = checkpoint
     for lowering in ("ort", "portable"):
         made[lowering] = lx.build(checkpoint, root / lowering, lowering=lowering)
-    for state in STATES:
-        made[state] = lx.build(
-            checkpoint, root / state, lowering="native" if state == "fp32" else "portable", state=state
-        )
     return made
 
 
@@ -196,55 +190,6 @@ class Page:
 def test_every_app_gives_the_same_tokens(app: App, artifacts: dict[str, Path], kind: str) -> None:
     artifact = artifacts[kind]
     assert app(artifact, PROMPT, TOKENS) == expected(artifact, PROMPT, TOKENS)
-
-
-@pytest.mark.parametrize(
-    ("writer", "reader"),
-    [
-        ("checkpoint", "ort"),
-        ("fp32", "portable"),
-        ("int8", "portable"),
-        ("int8", "int8"),
-        ("fp16", "fp16"),
-        ("toy", "toy"),
-    ],
-)
-def test_every_app_continues_a_state(
-    app: App, artifacts: dict[str, Path], tmp_path: Path, writer: str, reader: str
-) -> None:
-    """What torch and other artifacts have read: slots in any order, in the same type or one that is widened."""
-    session = lx.load(artifacts[writer])
-    session.prefill(TextModel(artifacts["toy"]).encode(PROMPT))
-    for token in range(60, 90):
-        session.step(token)
-    session.snapshot().save(tmp_path / "state")
-    found = app(artifacts[reader], "and more", TOKENS, tmp_path / "state")
-    assert found == expected(artifacts[reader], "and more", TOKENS, tmp_path / "state")
-    assert found != expected(artifacts[reader], "and more", TOKENS)
-
-
-@pytest.mark.parametrize("program", ["cpp", "node"])
-def test_an_app_refuses_a_state(
-    program: str, request: pytest.FixtureRequest, artifacts: dict[str, Path], tmp_path: Path
-) -> None:
-    session, state = lx.load(artifacts["ort"]), tmp_path / "state"
-    session.step(5)
-    session.snapshot().save(state)
-    whole = state.read_bytes()
-    if program == "node":
-        needs_packages("node")
-    command = ["node", EXAMPLES / "node" / "run.mjs"] if program == "node" else [request.getfixturevalue("liger_run")]
-    for artifact, content, message in (
-        ("toy", whole, "this state belongs to another model"),
-        ("int8", whole, "this state has no past.0.slot_key that fits this artifact"),
-        ("ort", whole[:-1] + bytes([whole[-1] ^ 1]), "this state was changed after it was written"),
-        ("ort", whole[:-1], "this file is not a saved state"),
-        ("ort", whole.replace(b'snapshot":"2"', b'snapshot":"3"'), "a saved state of format 2 was expected"),
-        ("ort", b"text", "this file is not a saved state"),
-    ):
-        state.write_bytes(content)
-        done = subprocess.run([*command, artifacts[artifact], *options("a", 2, state)], capture_output=True, text=True)
-        assert done.returncode and message in done.stderr, message
 
 
 @pytest.mark.parametrize("app", ["python", "cpp", "node"], indirect=True)
