@@ -153,30 +153,31 @@ class BatchSession(ABC):
         """Advance by one token.
 
         Args:
-            ids: An id for one sequence, or `[B]`; `IDLE` skips a row that has seen nothing.
+            ids: An id for one sequence, or `[B]`; a row whose id is `IDLE` waits. The state of a row that waits in the
+                middle of its sequence is copied before and after the step.
 
         Returns:
             The same as `prefill`; the logits of an idle row mean nothing.
 
         Raises:
-            UsageError: An id is outside the vocabulary, or a row is idle in the middle of its sequence.
+            UsageError: An id is outside the vocabulary, or all rows wait.
         """
         with self._alone():
             row = self._step_ids[:, 0]
             row[:] = ids
             idle = row == IDLE
-            if idle.any() and not idle.all():
-                if (seen := self._position * idle).max() > 0:
-                    raise UsageError(
-                        f"row {seen.argmax()} has seen {seen.max()} tokens and gets no token now",
-                        hint="keep session.snapshot(row) if it goes on later, then session.reset(row)",
-                    )
+            if not idle.all():
                 row[idle] = 0
             self._check_vocabulary(int(row.min()), int(row.max()))
             self._check_whole()
             with self._change():
-                self._position[idle] = np.minimum(self._position[idle], -1)  # padding leaves no trace
-                return self._advance_for_ever(self._step_ids)
+                waiting = {i: self._copy(i) for i in np.flatnonzero(idle & (self._position > 0)).tolist()}
+                begun = idle & (self._position <= 0)
+                self._position[begun] = np.minimum(self._position[begun], -1)  # padding leaves no trace
+                logits = self._advance_for_ever(self._step_ids)
+                for i, copied in waiting.items():
+                    self._replace(copied, i)
+                return logits
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
         """Advance by a prompt as `prefill` does, and yield the logits after each token.

@@ -23,7 +23,7 @@ class Session(Protocol):
 
     Calls append: a prompt that is cut into pieces anywhere gives the same logits. Only one thread may use a session at
     a time, and sessions of one artifact do not share state. The sequences are independent rows: between two calls, a
-    row may be saved, replaced or reset, and a row in its initial state may stay in it.
+    row may be saved, replaced or reset, and a row may wait while others step.
 
     Attributes:
         artifact: The artifact that it runs.
@@ -50,7 +50,7 @@ class Session(Protocol):
         ...
 
     def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Advance by one token; return logits as `prefill` does. The id -1 keeps a row in its initial state."""
+        """Advance by one token; return logits as `prefill` does. A row whose id is -1 waits."""
         ...
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
