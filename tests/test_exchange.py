@@ -237,3 +237,26 @@ def test_an_unknown_type(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", MEMORY)
     with pytest.raises(UsageError, match="unknown type of the state 'int4'"):
         lx.build(model, tmp_path / "engine", state="int4")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_gpu_reads_and_a_cpu_goes_on(tmp_path: Path, name: str) -> None:
+    """The fused step leaves slots in any order; the state also goes back to the GPU."""
+    go_on(make_checkpoint(tmp_path / "model", MEMORIES[name], **HEADS), tmp_path, "cuda")
+
+
+def go_on(model: Path, place: Path, device: str) -> None:
+    """Read a prompt and some steps on a device, and continue there and with an artifact."""
+    reader, artifact = lx.load(model, device=device), lx.load(lx.build(model, place / "ort", verify=False))
+    reader.prefill(PROMPT)
+    for token in range(3, 60):
+        reader.step(token)
+    reader.snapshot().save(place / "state")
+    ids: list[int] = [5]
+    expected = loss(greedy(reader, ids), ids)
+    artifact.restore(Snapshot.load(place / "state"))
+    artifact.snapshot().save(place / "back")
+    assert abs(loss(greedy(artifact, ids), ids) - expected) < 0.02
+    reader.restore(Snapshot.load(place / "back"))
+    assert abs(loss(greedy(reader, ids), ids) - expected) < 0.02
