@@ -81,6 +81,19 @@ def test_chat_samples_as_recommended_and_run_is_greedy(told: Any, artifact: Path
     assert "temperature=40" in said and "generation_config.json" in said
 
 
+@pytest.mark.parametrize("built", [()], indirect=True)
+def test_a_state_goes_from_torch_to_an_artifact(told: Any, built: tuple[Path, Path], tmp_path: Path) -> None:
+    """What follows a prompt that torch has read is what follows it where it was read."""
+    checkpoint, artifact = built
+    whole = told("run", artifact, "the sea and the sky", "-n", 9, "--json")[0]
+    told("run", checkpoint, "the sea", "-n", 1, "--save-state", tmp_path / "state")
+    words = "run", artifact, " and the sky", "-n", 9, "--json", "--state", tmp_path / "state"
+    assert told(*words, "--save-state", tmp_path / "next")[0]["text"] == whole["text"]
+    assert lx.Snapshot.load(tmp_path / "next").position.tolist() == [whole["prompt_tokens"]]
+    other = ligerexport("run", build(tmp_path / "other"), "hi", "--state", tmp_path / "state")
+    assert "this state belongs to another model" in error(other, 2)
+
+
 @pytest.mark.parametrize(
     "settings", [{"min_p": 0.5}, {"repetition_penalty": 3.0}, {"presence_penalty": 99.0}, {"frequency_penalty": 99.0}]
 )

@@ -38,8 +38,8 @@ PROMPT = "Ünïcode, 12345 numbers,   spaces\n\tand more than one chunk of 🙂 
 TOKENS = 24
 REAL = ROOT / "build" / "smollm2-fp32"
 
-App = Callable[[Path, str, int], list[int]]
-"""Function from an artifact, a prompt and a number of tokens to an app's ids."""
+App = Callable[..., list[int]]
+"""Function from an artifact, a prompt, a number of tokens and maybe a saved state to an app's ids."""
 
 
 def run(*command: str | Path, **options: Any) -> str:
@@ -48,8 +48,15 @@ def run(*command: str | Path, **options: Any) -> str:
     return done.stdout
 
 
-def expected(artifact: Path, prompt: str, tokens: int) -> list[int]:
-    return [chunk.token for chunk in lx.generate(lx.load(artifact), prompt, max_new_tokens=tokens)]
+def expected(artifact: Path, prompt: str, tokens: int, state: Path | None = None) -> list[int]:
+    session = lx.load(artifact)
+    if state is not None:
+        session.restore(lx.Snapshot.load(state))
+    return [chunk.token for chunk in lx.generate(session, prompt, max_new_tokens=tokens, fresh=state is None)]
+
+
+def options(prompt: str, tokens: int, state: Path | None = None) -> list[str | Path]:
+    return [prompt, "--tokens", str(tokens), "--ids", *(["--state", state] if state else [])]
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +124,11 @@ def app(request: pytest.FixtureRequest) -> App:
         return python
     if request.param == "cpp":
         program = request.getfixturevalue("liger_run")
-        return lambda *words: ids(run(program, words[0], words[1], "--tokens", str(words[2]), "--ids"))
+        return lambda artifact, *words: ids(run(program, artifact, *options(*words)))
     needs_packages(request.param)
     if request.param == "node":
         script = EXAMPLES / "node" / "run.mjs"
-        return lambda *words: ids(run("node", script, words[0], words[1], "--tokens", str(words[2]), "--ids"))
+        return lambda artifact, *words: ids(run("node", script, artifact, *options(*words)))
     chromium = request.getfixturevalue("browser")
     return lambda *words: Page(chromium, words[0]).write(*words[1:])
 
@@ -130,11 +137,11 @@ def ids(text: str) -> list[int]:
     return [int(word) for word in text.split()]
 
 
-def python(artifact: Path, prompt: str, tokens: int) -> list[int]:
+def python(artifact: Path, *words: Any) -> list[int]:
     """Run examples/python, and make sure that it does not load torch."""
     code = "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__'); assert 'torch' not in sys.modules"
-    words = [str(EXAMPLES / "python" / "run.py"), str(artifact), prompt, "--tokens", str(tokens), "--ids"]
-    return ids(run(sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]; {code}", *words, cwd=ROOT))
+    given = [EXAMPLES / "python" / "run.py", artifact, *options(*words)]
+    return ids(run(sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]; {code}", *given, cwd=ROOT))
 
 
 class Page:
@@ -161,7 +168,8 @@ class Page:
     def wait(self) -> None:
         self.page.wait_for_selector("#write:enabled")
 
-    def start(self, prompt: str, tokens: int) -> None:
+    def start(self, prompt: str, tokens: int, state: Path | None = None) -> None:
+        self.page.set_input_files("#state", [state] if state else [])
         self.page.fill("#prompt", prompt)
         self.page.fill("#tokens", str(tokens))
         self.page.click("#write")
@@ -169,8 +177,8 @@ class Page:
     def ids(self) -> list[int]:
         return ids(self.page.get_attribute("#text", "data-ids") or "")
 
-    def write(self, prompt: str, tokens: int) -> list[int]:
-        self.start(prompt, tokens)
+    def write(self, prompt: str, tokens: int, state: Path | None = None) -> list[int]:
+        self.start(prompt, tokens, state)
         self.wait()
         assert self.complaints == []
         assert all(url.startswith((self.home, f"blob:{self.home}")) for url in self.requests)

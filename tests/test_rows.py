@@ -72,17 +72,33 @@ def test_a_row_that_waits_has_seen_nothing(built: tuple[Path, Path]) -> None:
     np.testing.assert_array_equal(session.position, [74, 24])
 
 
-def test_a_row_does_not_wait_in_the_middle(built: tuple[Path, Path]) -> None:
-    session = lx.load(built[1], batch=2)
-    session.step([3, 4])
-    before = session.snapshot()
-    with pytest.raises(UsageError, match="row 1 has seen 1 tokens and gets no token now"):
-        session.step([3, -1])
-    for name, tensor in session.snapshot().tensors.items():
-        np.testing.assert_array_equal(tensor, before.tensors[name])
-    assert session.position.tolist() == [1, 1]
+def test_rows_wait_in_the_middle(built: tuple[Path, Path]) -> None:
+    """Three rows get tokens in turns of random lengths; each has the logits of a session that runs alone."""
+    session, turns = lx.load(built[1], batch=3), np.random.default_rng(3)
+    expected = [[x.copy() for x in map(lx.load(built[1]).step, IDS[row, :40])] for row in range(3)]
+    seen = np.zeros(3, np.int64)
+    while (seen < 40).any():
+        active = (turns.random(3) < 0.6) & (seen < 40)
+        if not active.any():
+            continue
+        before = session.snapshot()
+        logits = session.step(np.where(active, IDS[range(3), seen], -1))
+        after = session.snapshot()
+        for row in range(3):
+            if active[row]:
+                np.testing.assert_allclose(logits[row], expected[row][seen[row]][0], atol=CLOSE)
+            elif seen[row]:
+                kept, found = before.sequence(row).tensors, after.sequence(row).tensors
+                for name in kept:
+                    grown = [
+                        x[:, :, -seen[row] :] if name.endswith((".key", ".value")) else x
+                        for x in (kept[name], found[name])
+                    ]
+                    np.testing.assert_array_equal(*grown)
+        seen += active
+        assert session.position.tolist() == [x if x else min(p, 0) for x, p in zip(seen, session.position, strict=True)]
     with pytest.raises(UsageError, match="token id -1"):
-        session.step([-1, -1])
+        session.step([-1, -1, -1])
 
 
 def test_a_new_row_may_be_padded_beside_older_ones(built: tuple[Path, Path]) -> None:

@@ -150,7 +150,7 @@ def test_settings_that_make_no_sense(artifact: Path, settings: dict[str, int]) -
 
 def test_a_state_of_another_model_is_refused(artifact: Path, tmp_path: Path) -> None:
     other = lx.load(toy.build(tmp_path / "other", liger={"gate": "gla", "window": 3}))
-    with pytest.raises(UsageError, match="another model"):
+    with pytest.raises(UsageError, match="another conversion of this model"):
         lx.load(artifact).restore(other.snapshot())
     with pytest.raises(UsageError, match=r"past\.0"):
         lx.load(artifact, batch=2).restore(lx.load(artifact).snapshot())

@@ -217,8 +217,12 @@ def test_rows_at_different_positions(artifact: Path) -> None:
         assert found.position.tolist() == [len(rows[b]) + 11]
         for name, x in expected([*rows[b], *IDS[:11]])[1].items():
             np.testing.assert_array_equal(found.tensors[name][0], x)
-    with pytest.raises(UsageError, match="row 1 has seen"):
-        session.step([3, -1, 4])
+    waiting = session.snapshot(1)
+    session.step([3, -1, 4])
+    kept = session.snapshot(1)
+    assert kept.position.tolist() == waiting.position.tolist()
+    for name, x in waiting.tensors.items():
+        np.testing.assert_array_equal(kept.tensors[name], x)
 
 
 def test_padding(artifact: Path) -> None:

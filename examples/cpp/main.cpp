@@ -15,7 +15,7 @@
 namespace {
 
 constexpr char kUsage[] =
-    "usage: liger-run ARTIFACT PROMPT [--tokens N] [--threads N] [--ids] [--library FILE]\n"
+    "usage: liger-run ARTIFACT PROMPT [--tokens N] [--threads N] [--ids] [--library FILE] [--state FILE]\n"
     "       liger-run ARTIFACT --encode     the ids of each line of stdin, a JSON string\n";
 
 nlohmann::json read(const std::filesystem::path& file) {
@@ -56,11 +56,12 @@ void encode_lines(const Tokenizer& tokenizer) {
 }
 
 void write(const std::filesystem::path& artifact, const std::string& prompt, int tokens, int threads, bool as_ids,
-           const std::string& library, const Tokenizer& tokenizer) {
+           const std::string& library, const std::string& state, const Tokenizer& tokenizer) {
   disable_telemetry();
   const auto stop = ends(artifact, tokenizer);
   Session session(artifact, threads, library);
-  const auto ids = tokenizer.encode(prompt);
+  if (!state.empty()) session.restore(state);
+  const auto ids = tokenizer.encode(prompt, state.empty());
   const auto has_text = [&](int64_t id) { return !tokenizer.bytes(id).empty(); };
   bool begins = tokenizer.strips_space() && std::none_of(ids.begin(), ids.end(), has_text);
   int64_t token = session.advance(ids);
@@ -87,7 +88,7 @@ void write(const std::filesystem::path& artifact, const std::string& prompt, int
 
 int main(int argc, char** argv) try {
   std::vector<std::string> places;
-  std::string library;
+  std::string library, state;
   int tokens = 64, threads = 0;
   bool as_ids = false, encode = false;
   for (int i = 1; i < argc; ++i) {
@@ -96,6 +97,7 @@ int main(int argc, char** argv) try {
     if (word == "--tokens" && more) tokens = std::stoi(argv[++i]);
     else if (word == "--threads" && more) threads = std::stoi(argv[++i]);
     else if (word == "--library" && more) library = argv[++i];
+    else if (word == "--state" && more) state = argv[++i];
     else if (word == "--ids") as_ids = true;
     else if (word == "--encode") encode = true;
     else places.push_back(word);
@@ -107,7 +109,7 @@ int main(int argc, char** argv) try {
   const std::filesystem::path artifact = places[0];
   const Tokenizer tokenizer(artifact / "tokenizer.json");
   if (encode) encode_lines(tokenizer);
-  else write(artifact, places[1], tokens, threads, as_ids, library, tokenizer);
+  else write(artifact, places[1], tokens, threads, as_ids, library, state, tokenizer);
   return 0;
 } catch (const std::exception& error) {
   std::cerr << "error: " << error.what() << "\n";

@@ -1,24 +1,17 @@
 #include "session.h"
 
 #include <algorithm>
+#include <cstring>
 #include <fstream>
 #include <functional>
-#include <nlohmann/json.hpp>
 #include <numeric>
 #include <stdexcept>
+
+#include "state.h"
 
 namespace {
 
 constexpr size_t kChunk = 64;  // prompt tokens per call; more are not faster
-
-template <typename Element>
-Ort::Value filled(const std::vector<int64_t>& shape, Element value) {
-  Ort::AllocatorWithDefaultOptions allocator;
-  Ort::Value tensor = Ort::Value::CreateTensor<Element>(allocator, shape.data(), shape.size());
-  size_t count = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
-  std::fill_n(tensor.GetTensorMutableData<Element>(), count, value);
-  return tensor;
-}
 
 template <typename Element>
 Ort::Value view(const Ort::MemoryInfo& memory, Element* data, const std::vector<int64_t>& shape) {
@@ -26,14 +19,49 @@ Ort::Value view(const Ort::MemoryInfo& memory, Element* data, const std::vector<
   return Ort::Value::CreateTensor<Element>(memory, data, count, shape.data(), shape.size());
 }
 
+ONNXTensorElementDataType code_of(const std::string& type) {
+  if (type == "float32") return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  if (type == "float16") return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+  if (type == "int64") return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+  if (type == "int32") return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+  if (type == "int8") return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+  throw std::runtime_error("state of type " + type + ", which this program does not know");
+}
+
+size_t bytes_of(const Ort::Value& tensor) {
+  const auto info = tensor.GetTensorTypeAndShapeInfo();
+  for (const char* type : {"float32", "float16", "int64", "int32", "int8"})
+    if (code_of(type) == info.GetElementType()) return info.GetElementCount() * width_of(type);
+  return 0;
+}
+
+Ort::Value made_of(const std::vector<int64_t>& shape, const std::string& type) {
+  Ort::AllocatorWithDefaultOptions allocator;
+  return Ort::Value::CreateTensor(allocator, shape.data(), shape.size(), code_of(type));
+}
+
+// A tensor before the first token: floating-point numbers start at 0, and the positions of slots at -1.
+Ort::Value filled(const std::vector<int64_t>& shape, const std::string& type, double fill) {
+  Ort::Value tensor = made_of(shape, type);
+  std::memset(tensor.GetTensorMutableRawData(), fill == -1 ? 0xff : 0, bytes_of(tensor));
+  return tensor;
+}
+
+// Another tensor on the same memory.
+Ort::Value alias(const Ort::MemoryInfo& memory, Ort::Value& tensor, const std::vector<int64_t>& shape) {
+  return Ort::Value::CreateTensor(memory, tensor.GetTensorMutableRawData(), bytes_of(tensor), shape.data(),
+                                  shape.size(), tensor.GetTensorTypeAndShapeInfo().GetElementType());
+}
+
 }  // namespace
 
 Session::Session(const std::filesystem::path& artifact, int threads, const std::string& library) {
   std::ifstream file(artifact / "manifest.json");
   if (!file) throw std::runtime_error(artifact.string() + " is not an artifact: there is no manifest.json");
-  const auto manifest = nlohmann::json::parse(file);
-  if (manifest["format_version"] != 1 || manifest["target"] != "onnx")
-    throw std::runtime_error("this program reads artifacts of format 1 for the target onnx");
+  manifest_ = nlohmann::json::parse(file);
+  const auto& manifest = manifest_;
+  if (manifest["format_version"] > 2 || manifest["target"] != "onnx")
+    throw std::runtime_error("this program reads artifacts of format 1 or 2 for the target onnx");
   if (manifest["lowering"] == "native" && library.empty())
     throw std::runtime_error("the lowering native needs --library, or build the artifact with --lowering ort");
 
@@ -57,18 +85,10 @@ Session::Session(const std::filesystem::path& artifact, int threads, const std::
     std::vector<int64_t> shape;  // for one sequence (B), before it has grown (P)
     for (const auto& size : tensor["shape"])
       shape.push_back(size.is_number() ? size.get<int64_t>() : size == "B" ? 1 : 0);
-    const std::string type = tensor["dtype"];
     const bool grows = tensor["grows"];
+    given_.push_back(filled(shape, tensor["dtype"], tensor["fill"]));
     Ort::Value present{nullptr};  // none for a growing tensor, which ONNX Runtime allocates
-    if (type == "float32") {
-      given_.push_back(filled(shape, tensor["fill"].get<float>()));
-      if (!grows) present = view(memory_, given_.back().GetTensorMutableData<float>(), shape);
-    } else if (type == "int64") {
-      given_.push_back(filled(shape, tensor["fill"].get<int64_t>()));
-      if (!grows) present = view(memory_, given_.back().GetTensorMutableData<int64_t>(), shape);
-    } else {
-      throw std::runtime_error("state of type " + type + "; float32 and int64 were expected");
-    }
+    if (!grows) present = alias(memory_, given_.back(), shape);
     made_.push_back(std::move(present));
     inputs_.push_back(tensor["past"]);
     outputs_.push_back(tensor["present"]);
@@ -99,9 +119,16 @@ void Session::run(const int64_t* ids, int64_t count) {
 
 size_t Session::state_bytes() const {
   size_t total = 0;
-  for (size_t i = 2; i < given_.size(); ++i) {
-    const auto info = given_[i].GetTensorTypeAndShapeInfo();
-    total += info.GetElementCount() * (info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 ? 8 : 4);
-  }
+  for (size_t i = 2; i < given_.size(); ++i) total += bytes_of(given_[i]);
   return total;
+}
+
+void Session::restore(const std::filesystem::path& file) {
+  const State state = read_state(file, manifest_);
+  position_ = state.position;
+  for (size_t i = 0; i < grows_.size(); ++i) {
+    const Tensor& tensor = state.tensors.at(inputs_[2 + i]);
+    if (grows_[i]) given_[2 + i] = made_of(tensor.shape, tensor.type);
+    std::memcpy(given_[2 + i].GetTensorMutableRawData(), tensor.data.data(), tensor.data.size());
+  }
 }

@@ -4,6 +4,7 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
@@ -15,11 +16,15 @@ class Session {
   // Advance by any number of tokens and return the most likely next one.
   int64_t advance(const std::vector<int64_t>& ids);
 
+  // Continue from a state that any runtime of the same model has saved.
+  void restore(const std::filesystem::path& file);
+
   size_t state_bytes() const;
 
  private:
   void run(const int64_t* ids, int64_t count);
 
+  nlohmann::json manifest_;
   Ort::Env env_{ORT_LOGGING_LEVEL_ERROR, "liger"};
   Ort::Session session_{nullptr};
   Ort::MemoryInfo memory_ = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);

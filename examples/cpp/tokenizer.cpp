@@ -200,8 +200,9 @@ void Tokenizer::add_split(const std::string& pattern, bool gaps) {
   if (U_FAILURE(status)) refuse("pattern " + pattern);
 }
 
-std::vector<int64_t> Tokenizer::encode(const std::string& text) const {
-  std::vector<int64_t> ids = before_;
+std::vector<int64_t> Tokenizer::encode(const std::string& text, bool special) const {
+  std::vector<int64_t> ids;
+  if (special) ids = before_;
   size_t start = 0;
   for (size_t at = 0; at < text.size();) {
     const auto token = std::find_if(added_.begin(), added_.end(), [&](const Added& added) {
@@ -216,7 +217,7 @@ std::vector<int64_t> Tokenizer::encode(const std::string& text) const {
     start = at += token->text.size();
   }
   encode_text(text.substr(start), start == 0, ids);
-  ids.insert(ids.end(), after_.begin(), after_.end());
+  if (special) ids.insert(ids.end(), after_.begin(), after_.end());
   return ids;
 }
 

@@ -18,8 +18,8 @@ class Tokenizer {
  public:
   explicit Tokenizer(const std::filesystem::path& file);
 
-  // Ids of a text, including those of the post-processor, such as BOS.
-  std::vector<int64_t> encode(const std::string& text) const;
+  // Ids of a text, with those of the post-processor, such as BOS, unless it continues another.
+  std::vector<int64_t> encode(const std::string& text, bool special = true) const;
 
   // Bytes of a token, which may be part of a character. A special token has none.
   const std::string& bytes(int64_t id) const;

@@ -1,4 +1,4 @@
-// node run.mjs ARTIFACT "Once upon a time" [--tokens N] [--ids]
+// node run.mjs ARTIFACT "Once upon a time" [--tokens N] [--ids] [--state FILE]
 
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -11,10 +11,10 @@ const ort = await import("onnxruntime-node");
 
 const { positionals, values } = parseArgs({
   allowPositionals: true,
-  options: { tokens: { type: "string", default: "64" }, ids: { type: "boolean" } },
+  options: { tokens: { type: "string", default: "64" }, ids: { type: "boolean" }, state: { type: "string" } },
 });
 const [artifact, prompt] = positionals;
-if (positionals.length !== 2) throw new Error('usage: node run.mjs ARTIFACT "PROMPT" [--tokens N] [--ids]');
+if (positionals.length !== 2) throw new Error('usage: node run.mjs ARTIFACT "PROMPT" [--tokens N] [--ids] [--state FILE]');
 
 const json = (name) => {
   const file = join(artifact, name);
@@ -25,6 +25,7 @@ const settings = { ...json("special_tokens_map.json"), ...json("tokenizer_config
 const tokenizer = new Tokenizer(json("tokenizer.json"), settings);
 const ends = endIds(tokenizer, settings, json("generation_config.json"), json("config.json"));
 const session = new Session(ort, manifest, await ort.InferenceSession.create(join(artifact, manifest.graph.file)), true);
-for await (const { token, text } of generate(session, tokenizer, ends, prompt, Number(values.tokens)))
+const state = values.state && new Uint8Array(readFileSync(values.state)).buffer;
+for await (const { token, text } of generate(session, tokenizer, ends, prompt, Number(values.tokens), state))
   process.stdout.write(values.ids ? `${token} ` : text);
 process.stdout.write("\n");

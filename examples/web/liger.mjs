@@ -1,5 +1,7 @@
 // One sequence on an artifact, in Node and in browsers: `ort` is onnxruntime-node or onnxruntime-web.
 
+import { ARRAYS, readState } from "./state.mjs";
+
 const CHUNK = 64; // prompt tokens per call; more are not faster
 const CONTEXT = 8; // earlier tokens on which a text may depend: more than the bytes of a character
 
@@ -11,20 +13,19 @@ export class Session {
    * @param inPlace Whether this ONNX Runtime writes outputs into given tensors; onnxruntime-node does.
    */
   constructor(ort, manifest, session, inPlace = false) {
-    if (manifest.format_version !== 1 || manifest.target !== "onnx")
-      throw new Error("artifacts of format 1 for the target onnx were expected");
+    if (manifest.format_version > 2 || manifest.target !== "onnx")
+      throw new Error("artifacts of format 1 or 2 for the target onnx were expected");
     Object.assign(this, { ort, manifest, session, inPlace });
     this.chunk = Math.min(CHUNK, manifest.graph.max_chunk);
     this.reset();
   }
 
   reset() {
-    const arrays = { float32: Float32Array, int64: BigInt64Array };
     this.position = 0;
     this.state = new Map();
     for (const { past, shape, dtype, fill } of this.manifest.state) {
       const sizes = shape.map((size) => ({ B: 1, P: 0 })[size] ?? size);
-      const array = new arrays[dtype](sizes.reduce((a, b) => a * b, 1));
+      const array = new ARRAYS[dtype](sizes.reduce((a, b) => a * b, 1));
       array.fill(dtype === "int64" ? BigInt(fill) : fill);
       this.state.set(past, new this.ort.Tensor(dtype, array, sizes));
     }
@@ -32,8 +33,15 @@ export class Session {
 
   get stateBytes() {
     let total = 0;
-    for (const tensor of this.state.values()) total += tensor.size * (tensor.type === "int64" ? 8 : 4);
+    for (const tensor of this.state.values()) total += tensor.size * ARRAYS[tensor.type].BYTES_PER_ELEMENT;
     return total;
+  }
+
+  /** Continue from the bytes of a state that any runtime of the same model has saved. */
+  async restore(file) {
+    const { position, state } = await readState(file, this.manifest);
+    this.position = position;
+    for (const [past, { dtype, data, sizes }] of state) this.state.set(past, new this.ort.Tensor(dtype, data, sizes));
   }
 
   /** Advance by any number of tokens and return the most likely next one. */
@@ -122,11 +130,16 @@ export class Detokenizer {
   }
 }
 
-/** Stream `{ token, text }` of the most likely continuation; text comes once its last character is complete. */
-export async function* generate(session, tokenizer, ends, prompt, tokens) {
-  const ids = tokenizer.encode(prompt).ids;
+/**
+ * Stream `{ token, text }` of the most likely continuation; text comes once its last character is complete.
+ *
+ * @param state Bytes of a saved state that the prompt continues, if any.
+ */
+export async function* generate(session, tokenizer, ends, prompt, tokens, state) {
+  const ids = tokenizer.encode(prompt, { add_special_tokens: !state }).ids;
   const detokenizer = new Detokenizer(tokenizer, ids);
   session.reset();
+  if (state) await session.restore(state);
   let token = await session.advance(ids);
   for (let count = 1; ; count++) {
     const last = count >= tokens || ends.has(token);

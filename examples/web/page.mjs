@@ -27,12 +27,13 @@ worker.onmessage = ({ data }) => {
   if (ready || done || error) busy(false);
 };
 
-document.querySelector("form").onsubmit = (event) => {
+document.querySelector("form").onsubmit = async (event) => {
   event.preventDefault();
   ids = [];
   at("text").replaceChildren();
   busy(true);
-  worker.postMessage({ prompt: at("prompt").value, tokens: Number(at("tokens").value) });
+  const state = await at("state").files[0]?.arrayBuffer();
+  worker.postMessage({ prompt: at("prompt").value, tokens: Number(at("tokens").value), state });
 };
 at("stop").onclick = () => worker.postMessage({ stop: true });
 

@@ -1,4 +1,4 @@
-// The model, in its own thread. Incoming messages: { backend } first, then { prompt, tokens } or { stop }.
+// The model, in its own thread. Incoming messages: { backend } first, then { prompt, tokens, state } or { stop }.
 
 import { Tokenizer } from "./node_modules/@huggingface/tokenizers/dist/tokenizers.min.mjs";
 import { endIds, generate, Session } from "./liger.mjs";
@@ -52,9 +52,9 @@ const breathe = () =>
     port2.postMessage(0);
   });
 
-async function write({ prompt, tokens }) {
+async function write({ prompt, tokens, state }) {
   stopped = false;
-  for await (const piece of generate(model.session, model.tokenizer, model.ends, prompt, tokens)) {
+  for await (const piece of generate(model.session, model.tokenizer, model.ends, prompt, tokens, state)) {
     postMessage({ ...piece, stateBytes: model.session.stateBytes });
     await breathe();
     if (stopped) break;

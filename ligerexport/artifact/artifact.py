@@ -155,6 +155,8 @@ class Manifest:
         device: The GPUs that the artifact was built for: compute capabilities, largest number of sequences, plugin's
             names of kernels, plugin and engine. None for the CPU.
         files: Every other file of the artifact; filled when it is written.
+        slots: Number of slots of each KV head in each layer; empty for a layer kept as softmax, and in artifacts of
+            older versions.
         format_version: Version of this structure, the oldest that has all that the artifact needs.
     """
 
@@ -176,6 +178,7 @@ class Manifest:
     quality: dict[str, Any] | None = None
     device: dict[str, Any] | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
+    slots: tuple[tuple[int, ...], ...] = ()
     format_version: int = 1
 
     @property
@@ -195,11 +198,17 @@ class Manifest:
         meaning: list[Any] = [self.source.files, self.liger, asdict(self.model)]
         if self.precision != "float32":  # rounding changes the weights
             meaning += [self.precision, self.block]
-        return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(meaning)
+
+    @property
+    def identity(self) -> str:
+        """Digests of the weights before rounding and of the conversion, which all that may exchange states share."""
+        exchanged = {name: x for name, x in self.liger.items() if name != "state_dtype" and (x or name != "heads")}
+        return f"{_digest(self.source.files)}-{_digest([exchanged, asdict(self.model)])}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON, the format version first."""
-        return {"format_version": self.format_version} | asdict(self)
+        """Return plain data for JSON, the format version first; `identity` is for readers in other languages."""
+        return {"format_version": self.format_version, "identity": self.identity} | asdict(self)
 
     @classmethod
     def from_dict(cls, data: Any) -> Manifest:
@@ -223,6 +232,10 @@ class Manifest:
                 f"{MANIFEST} is damaged: {error} where format {FORMAT_VERSION} was expected", hint=_REBUILD
             ) from error
         return manifest
+
+
+def _digest(meaning: Any) -> str:
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
 
 
 _REBUILD = "copy the artifact again, or rebuild it with: ligerexport build MODEL --target onnx -o DIRECTORY --force"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.staging import staged_file
 
-_FORMAT = "1"
+_FORMAT = "2"
+"""Format that is written. Format 1, which is also read, has neither `identity` nor a hash."""
 _HINT = "give a file that /save, --prompt-cache or Snapshot.save wrote; this one was left as it is"
 
 
@@ -20,16 +22,18 @@ class Snapshot:
     """Everything that a session knows about the tokens it has seen, the same for every target and lowering.
 
     Attributes:
-        model: `Manifest.fingerprint` of the model whose state this is.
+        model: `Manifest.fingerprint` of the model, with the precision of its weights, whose state this is.
         position: Number of tokens seen, `[B]` int64; negative inside padding on the left.
         tensors: State by the names of the graph's `past.*` inputs, batch axis first.
         ids: Tokens of one sequence that led to the state, `[T]` int64; None if they are not kept with it.
+        identity: `Manifest.identity` of the model in any precision; None if an older version wrote the state.
     """
 
     model: str
     position: np.ndarray
     tensors: dict[str, np.ndarray]
     ids: np.ndarray | None = None
+    identity: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +49,7 @@ class Snapshot:
         if not 0 <= row < len(self.position):
             raise UsageError(f"row {row}", hint=f"this state has {len(self.position)} sequences")
         tensors = {name: tensor[row : row + 1].copy() for name, tensor in self.tensors.items()}
-        return Snapshot(self.model, self.position[row : row + 1].copy(), tensors)
+        return Snapshot(self.model, self.position[row : row + 1].copy(), tensors, identity=self.identity)
 
     @classmethod
     def stack(cls, snapshots: Sequence[Snapshot]) -> Snapshot:
@@ -56,22 +60,26 @@ class Snapshot:
         """
         if len({snapshot.model for snapshot in snapshots}) != 1:
             raise UsageError("states of one model were expected", hint="stack snapshots of sessions of one artifact")
-        names = snapshots[0].tensors
+        first, names = snapshots[0], snapshots[0].tensors
         tensors = {name: _stacked([snapshot.tensors[name] for snapshot in snapshots]) for name in names}
-        return cls(snapshots[0].model, np.concatenate([snapshot.position for snapshot in snapshots]), tensors)
+        position = np.concatenate([snapshot.position for snapshot in snapshots])
+        return cls(first.model, position, tensors, identity=first.identity)
 
     def save(self, path: Path | str) -> None:
-        """Write the state to one file (safetensors), whole or not at all.
+        """Write the state to one file (safetensors) that every runtime reads, whole or not at all.
 
         Raises:
             LigerError: The disk is full, or the file cannot be written.
         """
         from safetensors.numpy import save
 
-        header = {"ligerexport.snapshot": _FORMAT, "model": self.model}
         ids = {} if self.ids is None else {"ids": self.ids}
+        tensors = {"position": self.position, **ids, **{name: widened(x) for name, x in self.tensors.items()}}
+        header = {"ligerexport.snapshot": _FORMAT, "model": self.model, "sha256": digest(tensors)}
+        if self.identity is not None:
+            header["identity"] = self.identity
         with staged_file(path) as file:
-            file.write_bytes(save({"position": self.position, **ids, **self.tensors}, metadata=header))
+            file.write_bytes(save(tensors, metadata=header))
 
     @classmethod
     def load(cls, path: Path | str) -> Snapshot:
@@ -85,16 +93,35 @@ class Snapshot:
         try:
             with safe_open(str(path), framework="numpy") as file:
                 header = file.metadata() or {}
-                if header.get("ligerexport.snapshot") != _FORMAT or "model" not in header:
+                version = header.get("ligerexport.snapshot", "")
+                if version.isdecimal() and int(version) > int(_FORMAT):
+                    raise ValueError(f"its format {version:.9} is newer than this program reads ({_FORMAT})")
+                if version not in ("1", _FORMAT) or "model" not in header:
                     raise ValueError("it is not a saved state")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+            if version != "1" and header.get("sha256") != digest(tensors):
+                raise ValueError("it was changed after it was written")
             position, ids = tensors.pop("position"), tensors.pop("ids", None)
             for name, array in (("position", position), ("ids", ids)):
                 if array is not None and (array.ndim != 1 or array.dtype != np.int64):
                     raise ValueError(f"its {name} are {list(array.shape)} of {array.dtype}")
         except Exception as error:  # safetensors raises several kinds for damaged files
             raise LigerError(f"cannot read a state from {path}: {error}", hint=_HINT) from error
-        return cls(header["model"], position, tensors, ids)
+        return cls(header["model"], position, tensors, ids, header.get("identity"))
+
+
+def digest(tensors: dict[str, np.ndarray]) -> str:
+    """Return the sha256 of all names and their bytes, in the order of the names, in hex."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
+
+
+def widened(x: np.ndarray) -> np.ndarray:
+    """Return fp32 for bits of bfloat16, which few readers know."""
+    return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x
 
 
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:

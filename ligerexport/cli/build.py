@@ -15,9 +15,9 @@ from ligerexport.console import progress
 from ligerexport.errors import UsageError, quoted
 from ligerexport.exporters.backend import BuildSettings
 from ligerexport.exporters.build import BuildPlan
-from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_target
+from ligerexport.exporters.targets import BLOCK, STATES, WEIGHTS, get_target
 
-_ANNOUNCED = ("target", "lowering", "max_chunk", "weights")
+_ANNOUNCED = ("target", "lowering", "max_chunk", "weights", "state")
 _FOR_GPUS = ("sms", "max_batch", "plugin", "engine")
 """Settings that `--verbose` prints, of every build and of builds for GPUs."""
 
@@ -47,6 +47,10 @@ def build(
             "on GPUs fp16."
         ),
     ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(help=f"Type in which slots are kept: {', '.join(STATES)}; default: that of the conversion."),
+    ] = None,
     block: Annotated[int, typer.Option(help="Number of weights that share a scale, for int8 and int4.")] = BLOCK,
     sm: Annotated[
         str | None,
@@ -70,7 +74,7 @@ def build(
     The artifact is compared with the torch model on real prompts and written only if it passes.
     """
     settings = BuildSettings(
-        target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai
+        target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai, state=state
     )
     plan = BuildPlan(model, output, settings, force=force)
     names = _ANNOUNCED + (_FOR_GPUS if plan.sms else ())
@@ -105,8 +109,9 @@ def _cost(manifest: Manifest) -> str | None:
     if quality is None:
         return None
     what += "" if state == "activation" else f" and a state in {state}"
-    change = quality["nll"] - quality["nll_float32"]
-    return f"{change:+.3f} nats per token with {what} (KL {quality['kl']:.3f}, {quality['tokens']} tokens)"
+    change, before = quality["nll"] - quality["nll_float32"], quality["nll_float32"]
+    alone = f", {quality['nll_state'] - before:+.3f} from the state" if "nll_state" in quality else ""
+    return f"{change:+.3f} nats per token with {what} (KL {quality['kl']:.3f}, {quality['tokens']} tokens{alone})"
 
 
 def _chat(path: Path) -> str | None:

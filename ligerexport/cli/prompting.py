@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ligerexport.run.prompt_cache import PromptCache
     from ligerexport.run.runtime import Session
 
-Artifact = Annotated[Path, typer.Argument(help="Directory that build wrote.")]
+Artifact = Annotated[Path, typer.Argument(help="Directory that build wrote, or convert, which runs in torch.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Largest number of tokens to write.")]
 
 
@@ -65,6 +65,7 @@ class Asking:
     prompt_cache: Annotated[
         Path | None, typer.Option("--prompt-cache", help="File that keeps the state after the beginning of the prompt.")
     ] = None
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu"
     threads: Threads = None
     no_hash: Annotated[bool, typer.Option("--no-hash", help="Do not check the files' sha256 first.")] = False
 
@@ -89,7 +90,7 @@ class Asking:
         from ligerexport.run.prompt_cache import PromptCache
         from ligerexport.run.runtime import load
 
-        session = load(artifact, threads=self.threads, prepack=many, hashes=not self.no_hash)
+        session = load(artifact, threads=self.threads, prepack=many, hashes=not self.no_hash, device=self.device)
         return session, PromptCache(self.prompt_cache) if self.prompt_cache else None
 
 

@@ -27,6 +27,12 @@ def run(
     file: Annotated[Path | None, typer.Option("--file", help="Read the prompt from this file.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     max_new_tokens: MaxNewTokens = 128,
+    state: Annotated[
+        Path | None, typer.Option("--state", help="Continue from this saved state of any runtime of the same model.")
+    ] = None,
+    save_state: Annotated[
+        Path | None, typer.Option("--save-state", help="Write the state after the prompt to this file.")
+    ] = None,
     *,
     asking: Asking,
     json: Json = False,
@@ -34,22 +40,32 @@ def run(
     """Continue a prompt. The text streams to stdout.
 
     Each token is the most likely one. With --chat, tokens are sampled as set in the model's generation_config.json. A
-    prompt that is too long for a command line can come from a file or a pipe.
+    prompt that is too long for a command line can come from a file or a pipe. A state that one runtime saved can be
+    continued by every other: a checkpoint on a GPU reads a long text, and an artifact on a small device goes on.
     """
-    from ligerexport.run.generate import generate, text_model
+    from ligerexport.artifact.snapshot import Snapshot
+    from ligerexport.run.generate import Chunk, generate, text_model
 
     data("", end="")  # fails at once if stdout is closed
     prompt = _prompt(prompt, file)
     sampling, origin = asking.sampling(artifact, chat)
     options.announce("run", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed,
-                     stop=asking.stop, prompt_cache=asking.prompt_cache)  # fmt: skip
+                     stop=asking.stop, prompt_cache=asking.prompt_cache, state=state,
+                     save_state=save_state)  # fmt: skip
     long = len(prompt) > 4 * _LONG_PROMPT
     session, cache = asking.open(artifact, many=long)
+    if state is not None:
+        session.restore(Snapshot.load(state))
     chunks = generate(
         session, prompt, chat=chat, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed, stop=asking.stop or (),
-        special_content=asking.special_content, prompt_cache=cache, progress=progress if long else silent,
+        special_content=asking.special_content, prompt_cache=cache, fresh=state is None,
+        progress=progress if long else silent,
     )  # fmt: skip
-    pieces = [show(chunk, json) for chunk in chunks]
+    pieces = list[Chunk]()
+    for chunk in chunks:
+        if save_state is not None and not pieces:  # before the session reads what was written
+            session.snapshot().save(save_state)
+        pieces.append(show(chunk, json))
     if not json:
         data("")
     summary = pieces[-1].summary

@@ -32,6 +32,7 @@ class BuildSettings:
     engine: bool = True
     genai: bool = False
     verify: bool = True
+    state: str | None = None
 
 
 @dataclass(frozen=True)

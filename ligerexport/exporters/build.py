@@ -9,7 +9,6 @@ import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +21,14 @@ from ligerexport.artifact.artifact import (
     ByteCounts,
     Graph,
     Manifest,
-    ModelShape,
     Source,
     TensorInfo,
 )
 from ligerexport.console import ProgressFactory, silent
-from ligerexport.errors import CheckpointError, UsageError, close_matches
+from ligerexport.errors import CheckpointError, UsageError, close_matches, look_up
 from ligerexport.exporters.backend import BuildSettings
 from ligerexport.exporters.onnx.native import check_ready
-from ligerexport.exporters.targets import BLOCK, get_backend, get_precision, get_target
+from ligerexport.exporters.targets import BLOCK, STATES, get_backend, get_precision, get_target
 from ligerexport.reading import from_plain, sha256
 from ligerexport.staging import check_destination
 from ligerexport.text.tokenizer import TextModel
@@ -56,6 +54,7 @@ def build(
     lowering: str | None = None,
     max_chunk: int | None = None,
     weights: str | None = None,
+    state: str | None = None,
     block: int = BLOCK,
     sms: Sequence[int] | None = None,
     max_batch: int = 8,
@@ -75,6 +74,7 @@ def build(
         lowering: How the mixer is written; None takes the target's default.
         max_chunk: Largest number of tokens per call; None takes 128, for `trt` up to 1,024 if positions reach that far.
         weights: Row of `WEIGHTS`; None takes the target's default. On GPUs, products also run in this type.
+        state: Row of `STATES`, the type in which slots are kept; None takes that of the conversion.
         block: Number of elements of a row that share a scale, for int8 and int4.
         sms: Compute capabilities of GPUs, 87 for 8.7; None takes all that the target can be built for.
         max_batch: Largest number of sequences on a GPU.
@@ -96,7 +96,9 @@ def build(
         ArtifactError: The tokenizer cannot be read.
         MissingDependency: The extra `build` or that of the target is not installed.
     """
-    settings = BuildSettings(target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify)
+    settings = BuildSettings(
+        target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify, state
+    )
     return BuildPlan(model, output, settings, force=force).run(progress)
 
 
@@ -140,7 +142,7 @@ class BuildPlan:
         self.output = Path(model) / settings.target if output is None else Path(output)
         check_destination(self.output, force=force, marker=MANIFEST)
         self.info = check_checkpoint(model, tokenizer=False)
-        self.spec = read_spec(self.info)
+        self.spec = read_spec(self.info, settings.state and look_up("type of the state", settings.state, STATES))
         _check_memory(self.spec, settings.target, lowering)
         self.backend.check_model(self.spec)
         max_chunk = self.backend.choose_chunk(self.spec, settings.max_chunk)
@@ -199,7 +201,7 @@ class BuildPlan:
             if (info.path / name).is_file():
                 shutil.copyfile(info.path / name, directory / name)
         with progress("hashing the source", info.bytes) as advance:
-            source = _source(info, advance)
+            source = source_of(info, advance)
         recovery = info.config.get("liger_recovery")
         if not isinstance(recovery, dict | None):
             raise CheckpointError(f"config.json has liger_recovery {recovery!r:.60}", hint="convert the model again")
@@ -256,7 +258,7 @@ def make_manifest(
     """Return the manifest of an artifact, without its files."""
     from ligerexport.exporters.onnx import graph as onnx_graph
     from ligerexport.exporters.onnx.graph import LOWERINGS
-    from ligerexport.exporters.onnx.weights import weight_bytes, weight_names
+    from ligerexport.exporters.onnx.weights import weight_bytes
 
     tensors = onnx_graph.state_tensors(spec, lowering, storage)
     integer = LOWERINGS[lowering].integer
@@ -273,26 +275,23 @@ def make_manifest(
         source=source,
         family=spec.family,
         liger=spec.liger.to_dict(),
-        model=ModelShape(
-            layers=len(spec.mixers), hidden_size=spec.hidden_size, vocab_size=spec.vocab_size, q_heads=spec.q_heads,
-            kv_heads=spec.kv_heads, d_k=spec.head_dim, d_v=spec.head_dim, trained_length=spec.trained_length,
-            parameters=sum(prod(spec.weights[name].shape) for name in weight_names(spec)),
-        ),
+        model=spec.shape,
         graph=Graph(onnx_graph.GRAPH_FILE, max_chunk, inputs, outputs),
         state=tensors,
         bytes=ByteCounts(
             weights=weight_bytes(spec, storage),
             state_per_sequence=sum(t.nbytes for t in tensors if not t.grows),
-            kv_per_token=len(spec.mixers) * 2 * spec.kv_heads * spec.head_dim * 4,
+            kv_per_token=spec.kv_per_token,
         ),
         requires=dict(requires),
         verification=verification,
         recovery=recovery,
+        slots=tuple(() if mixer is None else mixer.slots_per_head for mixer in spec.mixers),
         format_version=FORMAT_VERSION if spec.ragged else 1,
     )  # fmt: skip
 
 
-def _source(info: CheckpointInfo, advance: Any) -> Any:
+def source_of(info: CheckpointInfo, advance: Any) -> Source:
     """Return where the weights come from; links to the original files have the originals' hashes."""
     hashes = {}
     for file in info.files:

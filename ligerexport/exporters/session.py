@@ -14,15 +14,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from ligerexport.artifact.artifact import Artifact, StateTensor
+from ligerexport.artifact.artifact import Artifact, Manifest, StateTensor
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError, UsageError
+from ligerexport.exporters.exchange import adapt
+from ligerexport.exporters.exchange import dtype_of as dtype_of
 from ligerexport.model.state import FADE, fade
 
 _LONGEST = 1 << 48
 """Largest number of tokens that a sequence may have."""
 IDLE = -1
 """Stands for an id: this row gets no token."""
+
+_READ = "the file is damaged: read the prompt again"
 
 PATIENCE = 120.0
 """Seconds that the end of the process waits for a running call, which may take long on a busy machine."""
@@ -149,30 +153,31 @@ class BatchSession(ABC):
         """Advance by one token.
 
         Args:
-            ids: An id for one sequence, or `[B]`; `IDLE` skips a row that has seen nothing.
+            ids: An id for one sequence, or `[B]`; a row whose id is `IDLE` waits. The state of a row that waits in the
+                middle of its sequence is copied before and after the step.
 
         Returns:
             The same as `prefill`; the logits of an idle row mean nothing.
 
         Raises:
-            UsageError: An id is outside the vocabulary, or a row is idle in the middle of its sequence.
+            UsageError: An id is outside the vocabulary, or all rows wait.
         """
         with self._alone():
             row = self._step_ids[:, 0]
             row[:] = ids
             idle = row == IDLE
-            if idle.any() and not idle.all():
-                if (seen := self._position * idle).max() > 0:
-                    raise UsageError(
-                        f"row {seen.argmax()} has seen {seen.max()} tokens and gets no token now",
-                        hint="keep session.snapshot(row) if it goes on later, then session.reset(row)",
-                    )
+            if not idle.all():
                 row[idle] = 0
             self._check_vocabulary(int(row.min()), int(row.max()))
             self._check_whole()
             with self._change():
-                self._position[idle] = np.minimum(self._position[idle], -1)  # padding leaves no trace
-                return self._advance_for_ever(self._step_ids)
+                waiting = {i: self._copy(i) for i in np.flatnonzero(idle & (self._position > 0)).tolist()}
+                begun = idle & (self._position <= 0)
+                self._position[begun] = np.minimum(self._position[begun], -1)  # padding leaves no trace
+                logits = self._advance_for_ever(self._step_ids)
+                for i, copied in waiting.items():
+                    self._replace(copied, i)
+                return logits
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
         """Advance by a prompt as `prefill` does, and yield the logits after each token.
@@ -195,17 +200,20 @@ class BatchSession(ABC):
         self._rows(row)
         with self._alone():
             self._check_whole()
-            return self._copy(row)
+            copied = self._copy(row)
+        return replace(copied, identity=self.artifact.manifest.identity)
 
     def restore(self, snapshot: Snapshot, row: int | None = None) -> None:
-        """Set the state from a snapshot of this or another session of the same model, for all rows or for one.
+        """Set the state from a snapshot of a session of the same model, for all rows or for one.
+
+        The session may be of another target, lowering or precision; `adapt` says how types are converted.
 
         Raises:
-            UsageError: The snapshot is of another model, precision or batch.
+            UsageError: The snapshot is of another model, conversion or batch.
         """
-        self._check_snapshot(snapshot, row)
+        fitting = self._fit(snapshot, row)
         with self._renew(row):
-            self._replace(snapshot, row)
+            self._replace(fitting, row)
 
     @contextmanager
     def _renew(self, row: int | None) -> Iterator[None]:
@@ -220,37 +228,39 @@ class BatchSession(ABC):
             raise UsageError(f"row {row}", hint=f"this session runs {self.batch} sequences, 0 to {self.batch - 1}")
         return slice(None) if row is None else slice(row, row + 1)
 
-    def _check_snapshot(self, snapshot: Snapshot, row: int | None) -> None:
-        """Check that a state fits this session, or one of its rows.
+    def _fit(self, snapshot: Snapshot, row: int | None) -> Snapshot:
+        """Return a state in the form of this session, or of one of its rows.
 
         Raises:
             UsageError: The snapshot is of another model or batch, or no session can have been in its state.
         """
         self._rows(row)
-        batch = self.batch if row is None else 1
-        if snapshot.model != self.artifact.manifest.fingerprint:
-            raise UsageError("this state belongs to another model", hint="load the artifact that it was saved with")
-        for tensor in self.artifact.manifest.state:
-            given = snapshot.tensors.get(tensor.past)
+        batch, manifest = self.batch if row is None else 1, self.artifact.manifest
+        _check_origin(snapshot, manifest)
+        tensors = adapt(snapshot.tensors, manifest)
+        for tensor in manifest.state:
+            given = tensors.get(tensor.past)
             shape = self._shape(tensor, batch, None if given is None or given.ndim < 3 else given.shape[2])
             if given is None or given.shape != shape or given.dtype != dtype_of(tensor):
                 raise UsageError(
                     f"this state has no {tensor.past} {list(shape)} of {tensor.dtype}",
                     hint=f"{batch} sequences were expected; see Snapshot.stack and Snapshot.sequence",
                 )
+        if unknown := tensors.keys() - {tensor.past for tensor in manifest.state}:
+            raise UsageError(f"this state has a tensor {min(unknown)!r:.60}, which the model does not have", hint=_READ)
         seen = snapshot.position
         if seen.shape != (batch,) or seen.dtype.kind != "i":
             raise UsageError(f"this state has seen {seen!r:.60} tokens", hint=f"{batch} numbers were expected")
-        for tensor in self.artifact.manifest.state:
-            given = snapshot.tensors[tensor.past]
+        for tensor in manifest.state:
+            given = tensors[tensor.past]
             short = tensor.grows and given.shape[2] < seen.max()
             if (
                 short
                 or abs(seen).max() > _LONGEST
                 or (tensor.dtype in ("int64", "int32") and not ((given >= -1) & (given <= _LONGEST)).all())
             ):
-                raise UsageError(f"{tensor.past} of this state cannot be the one after {seen.max()} tokens",
-                                 hint="the file is damaged: read the prompt again")  # fmt: skip
+                raise UsageError(f"{tensor.past} of this state cannot be the one after {seen.max()} tokens", hint=_READ)
+        return replace(snapshot, tensors=tensors)
 
     def _shape(self, tensor: StateTensor, batch: int | None = None, grown: int | None = None) -> tuple[int, ...]:
         letters = {"B": batch or self.batch, "P": grown or 0}
@@ -286,9 +296,24 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_inherit)
 
 
-def dtype_of(tensor: StateTensor) -> np.dtype:
-    """Return numpy's type of a state tensor; numpy has no bfloat16, so its bits are kept as uint16."""
-    return np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
+def _check_origin(snapshot: Snapshot, manifest: Manifest) -> None:
+    """Check that a state belongs to a model.
+
+    Raises:
+        UsageError: It does not.
+    """
+    if manifest.fingerprint == snapshot.model or manifest.identity == snapshot.identity:
+        return
+    if snapshot.identity is None:
+        raise UsageError(
+            "this state belongs to another model, or to other weights of this one",
+            hint="load the artifact that it was saved with",
+        )
+    (weights, _), (ours, _) = (x.partition("-")[::2] for x in (snapshot.identity, manifest.identity))
+    what = "another conversion of this model" if weights == ours else "another model"
+    raise UsageError(
+        f"this state belongs to {what}", hint="states fit what was built from the same converted checkpoint"
+    )
 
 
 def choose_chunk(chunk: int | None, default: int, limit: int) -> int:

@@ -119,6 +119,8 @@ WEIGHTS: dict[str, Precision] = {
     "int8": Precision("int8", 8, 0.05, "less than a third of the file, nothing lost that can be measured"),
     "int4": Precision("int4", 4, 0.5, "4 bits where they cost least and 8 elsewhere; loses a little", mixed=True),
 }
+STATES = {"fp32": "activation", "fp16": "float16", "int8": "int8"}
+"""Types of the keys and values of slots by their names in options, as `LigerConfig.state_dtype` has them."""
 BLOCK = 32
 """Default number of elements of a row that share a scale and a zero point."""
 BLOCKS = (16, 32, 64, 128, 256)

@@ -17,10 +17,7 @@ import torch
 from torch import Tensor
 
 from ligerexport.kernels.library.dispatch import fused
-from ligerexport.model.state import MixerSpec, MixerState
-
-MOST = 127
-"""Largest code of 8 bits; codes are symmetric around 0."""
+from ligerexport.model.state import MOST, MixerSpec, MixerState
 
 Mixer = Callable[..., tuple[Tensor, MixerState]]
 """An operator of equal heads with the arguments and results of `ligerexport.kernels.ops.liger_mixer`."""

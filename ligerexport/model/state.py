@@ -87,6 +87,9 @@ The slots of all heads lie on one axis, head after head, so `slot_*` have no axi
 those heads only that keep tokens by a score. A key or value in `int8` is its code times its scale.
 """
 
+MOST = 127
+"""Largest code of a key or value in 8 bits; codes are symmetric around 0."""
+
 SLOTS = tuple(row.name for row in TENSORS if row.name.startswith("slot_"))
 """Tensors of the exact memory."""
 FUSED = tuple(row.name for row in TENSORS if row.needs not in ("keyed", "celled"))

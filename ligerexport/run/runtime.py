@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ligerexport.artifact.artifact import Artifact, check_data, open_artifact
+from ligerexport.artifact.artifact import Artifact, check_data, is_artifact, open_artifact
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import ArtifactError, close_matches
 from ligerexport.exporters.backend import SessionSettings
@@ -23,7 +23,7 @@ class Session(Protocol):
 
     Calls append: a prompt that is cut into pieces anywhere gives the same logits. Only one thread may use a session at
     a time, and sessions of one artifact do not share state. The sequences are independent rows: between two calls, a
-    row may be saved, replaced or reset, and a row in its initial state may stay in it.
+    row may be saved, replaced or reset, and a row may wait while others step.
 
     Attributes:
         artifact: The artifact that it runs.
@@ -50,7 +50,7 @@ class Session(Protocol):
         ...
 
     def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Advance by one token; return logits as `prefill` does. The id -1 keeps a row in its initial state."""
+        """Advance by one token; return logits as `prefill` does. A row whose id is -1 waits."""
         ...
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
@@ -66,7 +66,7 @@ class Session(Protocol):
         ...
 
     def restore(self, snapshot: Snapshot, row: int | None = None) -> None:
-        """Restore a state from a session of the same model, or one sequence's state into a row."""
+        """Restore a state from a session of the same model, of any target, or one sequence's state into a row."""
         ...
 
     def sibling(self, batch: int = 1) -> Session:
@@ -85,14 +85,17 @@ def load(
     scoring: bool = False,
     device: str = "cpu",
 ) -> Session:
-    """Open an artifact for running.
+    """Open an artifact, or a converted checkpoint with torch, for running.
 
     An artifact of the target `trt` runs on its GPU and supports only the options `batch`, `chunk` and `hashes`. It
     needs `libliger_run.so` from LIGEREXPORT_TRT_RUNNER or the loader's path, and the plugin's library from
     LIGEREXPORT_TRT_PLUGIN or the same directory. Code in an artifact runs only if one of these variables names it.
 
+    A converted checkpoint supports only `batch`, `chunk` and `device`. Its weights are hashed, because the hashes say
+    which artifacts may read its states.
+
     Args:
-        path: Directory that `build` wrote.
+        path: Directory that `build` or `convert` wrote.
         batch: Number of sequences that advance together.
         threads: Number of threads per operator; None takes the physical cores that this process may use.
         chunk: Number of prompt tokens per call; None takes the fastest measured one.
@@ -107,7 +110,12 @@ def load(
         ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
         MissingDependency: The artifact's runtime is not installed.
         LigerError: The engine does not run on this machine's GPU.
+        CheckpointError: The checkpoint is damaged, not converted, or keeps layers as softmax.
     """
+    if not is_artifact(path) and any(Path(path).glob("*.safetensors")):
+        from ligerexport.exporters.torch_session import TorchSession
+
+        return TorchSession(path, batch=batch, chunk=chunk, device=device)
     artifact = open_artifact(path, hashes=hashes, data=False)
     with ThreadPoolExecutor(1) as pool:  # hashing and the engine both release the interpreter's lock
         checked = pool.submit(check_data, artifact) if hashes else None

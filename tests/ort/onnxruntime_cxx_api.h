@@ -18,7 +18,13 @@ extern "C" const OrtApiBase* OrtGetApiBase();
 enum OrtLoggingLevel { ORT_LOGGING_LEVEL_ERROR = 3 };
 enum OrtAllocatorType { OrtDeviceAllocator = 0 };
 enum OrtMemType { OrtMemTypeDefault = 0 };
-enum ONNXTensorElementDataType { ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT = 1, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 = 7 };
+enum ONNXTensorElementDataType {
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT = 1,
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 = 3,
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 = 6,
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 = 7,
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 = 10
+};
 
 namespace Ort {
 
@@ -106,23 +112,25 @@ struct TensorTypeAndShapeInfo : Handle<99> {
 struct Value : Handle<96> {
   using Handle::Handle;
   template <typename T>
-  static constexpr int kType = sizeof(T) == 8 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  static constexpr ONNXTensorElementDataType kType = sizeof(T) == 8 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 
-  template <typename T>
-  static Value CreateTensor(void* allocator, const int64_t* shape, size_t rank) {
+  static Value CreateTensor(void* allocator, const int64_t* shape, size_t rank, ONNXTensorElementDataType type) {
     Value value(nullptr);
-    ThrowOnError(entry(48, allocator, shape, rank, kType<T>, &value.p_));
+    ThrowOnError(entry(48, allocator, shape, rank, int{type}, &value.p_));
+    return value;
+  }
+  static Value CreateTensor(void* memory, void* data, size_t bytes, const int64_t* shape, size_t rank,
+                            ONNXTensorElementDataType type) {
+    Value value(nullptr);
+    ThrowOnError(entry(49, memory, data, bytes, shape, rank, int{type}, &value.p_));
     return value;
   }
   template <typename T>
   static Value CreateTensor(void* memory, T* data, size_t count, const int64_t* shape, size_t rank) {
-    Value value(nullptr);
-    ThrowOnError(entry(49, memory, static_cast<void*>(data), count * sizeof(T), shape, rank, kType<T>, &value.p_));
-    return value;
+    return CreateTensor(memory, data, count * sizeof(T), shape, rank, kType<T>);
   }
-  template <typename T>
-  T* GetTensorMutableData() {
-    T* data = nullptr;
+  void* GetTensorMutableRawData() {
+    void* data = nullptr;
     ThrowOnError(entry(51, p_, &data));
     return data;
   }

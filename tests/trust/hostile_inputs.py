@@ -29,6 +29,7 @@ from hostile_templates import template
 from safetensors.numpy import load, save
 
 import ligerexport as lx
+from ligerexport.artifact.snapshot import digest
 from ligerexport.cli.inspect import inspect
 from ligerexport.model.config import read_memory
 from ligerexport.run.generate import Conversation
@@ -240,9 +241,12 @@ def _cache(place: Path, rng: random.Random) -> None:
     with safe_open(file, "numpy") as opened:
         header = opened.metadata()
     if rng.random() < 0.1:
-        header = rng.choice(({}, None, {"ligerexport.snapshot": "1"}, header | {"model": "x"}, header | {"model": ""}))
+        header = rng.choice(({}, None, {"ligerexport.snapshot": "2"}, header | {"model": "x"}, header | {"model": ""}))
     tensors = mutate_tensors(load(file.read_bytes()), rng)
-    file.write_bytes(save({name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata=header))
+    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    if header and rng.random() < 0.9:
+        header = header | {"sha256": digest(tensors)}
+    file.write_bytes(save(tensors, metadata=header))
 
 
 def _links(folder: str, place: Path, rng: random.Random) -> None:

@@ -16,8 +16,7 @@ import onnx_ir as ir
 from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable
-from ligerexport.kernels.ragged import MOST
-from ligerexport.model.state import MixerSpec
+from ligerexport.model.state import MOST, MixerSpec
 
 HALF = np.finfo(np.float16)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from ligerexport.artifact.artifact import ModelShape
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, TensorInfo, check_checkpoint, check_plain
 from ligerexport.errors import CheckpointError, quoted
 from ligerexport.model.config import LigerConfig
@@ -61,13 +63,37 @@ class ModelSpec:
     config: Mapping[str, Any]
 
     @property
+    def used(self) -> list[str]:
+        """Names of the weights that the graph uses, in the order of the file."""
+        unused = {"lm_head.weight"} if self.tied else set()
+        return [name for name in self.weights if not name.endswith("rotary_emb.inv_freq") and name not in unused]
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the model."""
+        return ModelShape(
+            layers=len(self.mixers), hidden_size=self.hidden_size, vocab_size=self.vocab_size, q_heads=self.q_heads,
+            kv_heads=self.kv_heads, d_k=self.head_dim, d_v=self.head_dim, trained_length=self.trained_length,
+            parameters=sum(prod(self.weights[name].shape) for name in self.used),
+        )  # fmt: skip
+
+    @property
+    def kv_per_token(self) -> int:
+        """Bytes of one token in the Transformer's KV cache, in fp32."""
+        return len(self.mixers) * 2 * self.kv_heads * self.head_dim * 4
+
+    @property
     def ragged(self) -> bool:
         """Whether a layer has sizes for each KV head or a small type of its slots."""
         return any(mixer is not None and mixer.config.ragged for mixer in self.mixers)
 
 
-def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
+def read_spec(checkpoint: str | Path | CheckpointInfo, state: str | None = None) -> ModelSpec:
     """Read a converted checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
+        state: Row of `STATE_DTYPES` that replaces the conversion's type of slots.
 
     Raises:
         CheckpointError: The checkpoint is incomplete, not converted, or not supported by the graph.
@@ -81,7 +107,10 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
             hint=f"ligerexport convert {quoted(info.path)} -o {quoted(info.path.resolve().name + '-liger')}",
         )
     check_plain(info)
-    config: Any = read_config(info.config)
+    content = dict(info.config)
+    if state is not None:
+        content["liger"] = replace(LigerConfig.from_dict(content["liger"]), state_dtype=state).to_dict()  # type: ignore[arg-type]
+    config: Any = read_config(content)
     family = get_family(config.model_type)
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in ACTIVATIONS:
@@ -110,12 +139,12 @@ def read_spec(checkpoint: str | Path | CheckpointInfo) -> ModelSpec:
         trained_length=config.max_position_embeddings,
         tied=info.tied,
         weights=info.tensors,
-        config=info.config,
+        config=content,
     )
-    state = sum(tensor.nbytes() for mixer in mixers if mixer is not None for tensor in mixer.state())
-    if state > max(1 << 30, 4 * info.bytes):
+    size = sum(tensor.nbytes() for mixer in mixers if mixer is not None for tensor in mixer.state())
+    if size > max(1 << 30, 4 * info.bytes):
         raise CheckpointError(
-            f"the state of a sequence takes {state:,} bytes, the weights {info.bytes:,}",
+            f"the state of a sequence takes {size:,} bytes, the weights {info.bytes:,}",
             hint="convert the model with a smaller window or fewer slots",
         )
     return spec

@@ -106,7 +106,7 @@ def data_layout(spec: ModelSpec, storage: WeightStorage = FP32) -> dict[str, Par
     stored one after the other, maps of one input are adjacent and also appear as one tensor, by its name in `JOINT`.
     """
     groups: dict[str, list[str]] = {}
-    for name in weight_names(spec):
+    for name in spec.used:
         place = re.search(r"(self_attn|mlp)\.\w+_proj", name)
         kind = place[0] if place and not storage.transposed else ""
         groups.setdefault(name.replace(kind, _JOINT_OF.get(kind, kind)), []).append(name)
@@ -138,12 +138,6 @@ def align(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
-def weight_names(spec: ModelSpec) -> list[str]:
-    """Return the names of the weights that the graph uses, in the order of the file."""
-    unused = {"lm_head.weight"} if spec.tied else set()
-    return [name for name in spec.weights if not name.endswith("rotary_emb.inv_freq") and name not in unused]
-
-
 def _parts(spec: ModelSpec, name: str, storage: WeightStorage) -> dict[str, tuple[ir.DataType, tuple[int, ...]]]:
     bits, shape = storage.bits(spec, name), spec.weights[name].shape
     if bits == 32:
@@ -166,9 +160,7 @@ def _parts(spec: ModelSpec, name: str, storage: WeightStorage) -> dict[str, tupl
 def weight_bytes(spec: ModelSpec, storage: WeightStorage = FP32) -> int:
     """Return the bytes of all weights of the graph, including scales and zero points."""
     layout = data_layout(spec, storage)
-    return sum(
-        layout[key].nbytes for name in weight_names(spec) for key in (name + s for s in SUFFIXES) if key in layout
-    )
+    return sum(layout[key].nbytes for name in spec.used for key in (name + s for s in SUFFIXES) if key in layout)
 
 
 def write_weights(
@@ -180,7 +172,7 @@ def write_weights(
     """Stream the weights from the shards into `DATA_FILE`, some rows at a time; transposed weights are read whole."""
     layout = data_layout(spec, storage)
     with (directory / DATA_FILE).open("wb") as data:
-        for name in weight_names(spec):
+        for name in spec.used:
             part = layout[name]
             if f"{name}_scale" not in layout:
                 data.seek(part.offset)

@@ -25,7 +25,8 @@ def cost_of_precision(
         ids: The text `[T]`.
 
     Returns:
-        NLL in nats per token of both, and the divergence of the artifact's predictions; None if nothing is rounded.
+        NLL in nats per token of both, and the divergence of the artifact's predictions; None if nothing is rounded. If
+        the state is rounded too, `nll_state` is the loss with weights in fp32, so that it shows what the state costs.
 
     Raises:
         VerificationError: The logits are not finite.
@@ -50,7 +51,16 @@ def cost_of_precision(
             f"logits with {artifact.manifest.precision} weights are not finite", hint="build with --weights fp32"
         )
     nll_fp32, nll, divergence = (totals / done).tolist()
-    return {"text": "built-in", "tokens": done, "nll_float32": nll_fp32, "nll": nll, "kl": divergence}
+    cost = {"text": "built-in", "tokens": done, "nll_float32": nll_fp32, "nll": nll, "kl": divergence}
+    if is_rounded(spec):
+        alone = nll if artifact.manifest.precision == "float32" else _loss(Reference(spec).every(ids[:-1]), ids)
+        cost["nll_state"] = alone
+    return cost
+
+
+def _loss(logits: np.ndarray, ids: np.ndarray) -> float:
+    """Return the mean NLL of the tokens after the first, from the logits `[T - 1, V]` before each."""
+    return float(-np.take_along_axis(_log_softmax(logits), ids[1:, None], 1).mean())
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

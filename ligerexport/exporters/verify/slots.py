@@ -11,8 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from ligerexport.exporters.onnx.spec import ModelSpec
-from ligerexport.kernels.ragged import MOST
-from ligerexport.model.state import MixerSpec
+from ligerexport.model.state import MOST, MixerSpec
 
 State = dict[str, np.ndarray]
 

@@ -18,14 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ligerexport.kernels import ragged
 from ligerexport.kernels.fused.launch import launch, layout, same
 from ligerexport.kernels.fused.numbers import LOG2E
 from ligerexport.kernels.fused.slots_step import dot, slot_logits
 from ligerexport.kernels.tuning import padded
-from ligerexport.model.state import MixerSpec, MixerState
+from ligerexport.model.state import MOST, MixerSpec, MixerState
 
-LARGEST_CODE = tl.constexpr(float(ragged.MOST))
+LARGEST_CODE = tl.constexpr(float(MOST))
 SMALLEST = tl.constexpr(torch.finfo(torch.float16).tiny)
 LARGEST = tl.constexpr(torch.finfo(torch.float16).max)
 ROUNDER = tl.constexpr(1.5 * 2**23)
