@@ -3,12 +3,18 @@
     python benchmarks/decode.py ARTIFACT MODEL -o benchmarks/results/decode.json
     python benchmarks/decode.py ARTIFACT Q4.gguf --engines ligerexport llama.cpp --also "llama.cpp Q8_0=Q8.gguf" \
         "onnxruntime-genai int4=DIRECTORY" "transformers sdpa=MODEL" -o benchmarks/results/peers.json
+    python benchmarks/decode.py MEMORY Q4.gguf --engines ligerexport --also "ligerexport recall, 8 MB=RECALL" \
+        --clock cpu --threads 1 -o benchmarks/results/recall_decode.json
 
 Every engine at every context has its own process. They are timed in turns, a block of tokens each, so that all see
 the same machine. The Transformer's cache is filled with random keys and values of the right shape (its time does not
 depend on their values, and a prompt of 32,768 tokens takes hours on two cores). The artifact, llama.cpp (package
 llama-cpp-python) and onnxruntime-genai (a directory of its builder) read real tokens, one engine at a time, and the
 table includes their time for that. An engine whose process fails, such as beyond its trained length, is left out.
+
+`against_first` and `growth` divide each block by that of the first engine at the same context, and by that of the same
+engine at the first context, in the same turn: their medians and quartiles. On a machine that other programs share,
+`--clock cpu` with one thread counts only the time that a worker itself ran.
 """
 
 from __future__ import annotations
@@ -29,8 +35,12 @@ from ligerexport.measure.bench.machine import cpu_name, memory
 
 CONTEXTS = (128, 1024, 8192, 32768)
 ENGINES = ("ligerexport", "transformers eager", "transformers sdpa", "llama.cpp", "onnxruntime-genai")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 ROOM = 192
 """Tokens that peers can store beyond the context; 8,000 plus these fit a model trained on 8,192 tokens."""
+
+
+CLOCK = CLOCKS[os.environ.get("DECODE_CLOCK", "wall")]
 
 
 def prompt(tokens: int) -> list[int]:
@@ -47,9 +57,9 @@ class Artifact:
         self.session = lx.load(path, threads=threads)
         self.session.prefill(prompt(32))  # the first call allocates
         self.session.reset()
-        begin = time.perf_counter()
+        begin = CLOCK()
         self.session.prefill(prompt(context))
-        self.read = time.perf_counter() - begin
+        self.read = CLOCK() - begin
 
     def step(self) -> None:
         """Decode one token."""
@@ -90,9 +100,9 @@ class Llama:
         self.model = Model(path, n_ctx=context + ROOM, n_threads=threads, n_threads_batch=threads, verbose=False)
         self.model.eval(prompt(32))
         self.model.reset()
-        begin = time.perf_counter()
+        begin = CLOCK()
         self.model.eval(prompt(context))
-        self.read = time.perf_counter() - begin
+        self.read = CLOCK() - begin
 
     def step(self) -> None:
         """Decode one token; the cache grows by it."""
@@ -113,10 +123,10 @@ class GenAI:
         warm = og.Generator(model, parameters)
         warm.append_tokens(prompt(32))
         self.generator = og.Generator(model, parameters)
-        begin = time.perf_counter()
+        begin = CLOCK()
         self.generator.append_tokens(prompt(context))
         self.generator.get_logits()
-        self.read = time.perf_counter() - begin
+        self.read = CLOCK() - begin
 
     def step(self) -> None:
         """Decode one token; the cache grows by it."""
@@ -140,9 +150,9 @@ def work(engine: str, path: str, context: int, threads: int) -> None:
     for line in sys.stdin:
         times = []
         for _ in range(int(line)):
-            begin = time.perf_counter()
+            begin = CLOCK()
             runner.step()
-            times.append((time.perf_counter() - begin) * 1e3)
+            times.append((CLOCK() - begin) * 1e3)
         print(json.dumps({"ms": times, **memory()}), flush=True)
 
 
@@ -170,6 +180,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=8, help="tokens per block")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS)
     parser.add_argument("--engines", nargs="*", choices=ENGINES, default=ENGINES[:3])
     parser.add_argument(
@@ -198,12 +209,18 @@ def time_in_turns(
     return samples, last
 
 
+def ratios(blocks: list[float], others: list[float] | None) -> list[float] | None:
+    """Return the first quartile, median and third quartile of the blocks of two workers divided turn by turn."""
+    return others and statistics.quantiles([a / b for a, b in zip(blocks, others, strict=True)], n=4)
+
+
 def main() -> None:
     """Measure and write the table."""
     if sys.argv[1:2] == ["--work"]:
         engine, path, context, threads = sys.argv[2:]
         return work(engine, path, int(context), int(threads))
     args = parse_arguments()
+    os.environ["DECODE_CLOCK"] = args.clock  # of the workers
     paths = {engine: args.artifact if engine == "ligerexport" else args.model for engine in args.engines}
     paths |= dict(engine.split("=", 1) for engine in args.also)
     workers, seconds = {}, {}
@@ -224,6 +241,8 @@ def main() -> None:
         row |= {"ms_low": min(medians), "ms_high": max(medians), "rss": last[engine, context]["rss"]}
         read = seconds[engine, context]
         row |= {"peak": last[engine, context]["peak"], "prefill_tokens_per_s": read and context / read}
+        row["against_first"] = ratios(medians, samples.get((next(iter(paths)), context)))
+        row["growth"] = ratios(medians, samples.get((engine, args.contexts[0])))
         rows.append(row)
     optional = {"llama.cpp": "llama-cpp-python", "onnxruntime-genai": "onnxruntime-genai"}
     packages = [
@@ -237,6 +256,7 @@ def main() -> None:
         "command": "python " + " ".join(sys.argv),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads},
         "versions": versions | {"python": platform.python_version()},
+        "clock": args.clock,
         "blocks": args.rounds,
         "tokens_a_block": args.tokens,
         "rows": rows,
@@ -244,7 +264,8 @@ def main() -> None:
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
         time_ms = "{ms_per_token:8.2f} ms ({ms_low:.2f} to {ms_high:.2f})".format(**row)
-        print(f"{row['engine']:20s} {row['context']:6d} {time_ms} {row['rss'] / 1e6:8.0f} MB")
+        compared = " ".join(f"{name} {row[name][1]:.2f}" for name in ("against_first", "growth") if row[name])
+        print(f"{row['engine']:20s} {row['context']:6d} {time_ms} {row['rss'] / 1e6:8.0f} MB {compared}")
     print(json.dumps(result))
 
 

@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     result = {
         "command": "python " + " ".join(sys.argv),
-        "presets": {preset: count(preset) for preset in PRESETS if not PRESETS[preset].config.ragged},
+        "presets": {preset: count(preset) for preset in PRESETS},
     }
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -16,9 +16,10 @@ from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.exporters.targets import TARGETS, WEIGHTS
 from ligerexport.exporters.verify.compare import tolerance_of
+from ligerexport.exporters.verify.slots import unrounded
 from ligerexport.exporters.verify.torch_model import Answer, Reference
 from ligerexport.exporters.verify.verify import Verification
-from ligerexport.model.config import LigerConfig
+from ligerexport.model.config import STATE_DTYPES, LigerConfig
 from ligerexport.model.families import FAMILIES
 from ligerexport.model.gates import GATES
 
@@ -68,5 +69,26 @@ def test_logits_and_state(place: Path, family: str, gate: str, weights: str, low
     session = OnnxSession(artifact, chunk=64, threads=1, exact=artifact.manifest.block is not None)
     comparison = Verification(read_spec(checkpoint(place, family, gate)), tolerance_of(WEIGHTS[weights].dtype))
     comparison.run(session, answers(place, family, gate, weights), str, prompt=len(CUTS))
+    assert comparison.result.passed and comparison.result.near_ties == 0
+    assert comparison.result.checks == len(PIECES) + 1 and comparison.result.max_state_error > 0
+
+
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
+@pytest.mark.parametrize("number", range(len(FAMILIES)), ids=list(FAMILIES))
+def test_sizes_for_each_head(tmp_path: Path, number: int, lowering: str) -> None:
+    """Gates and types of the state take turns: every lowering has each of them with several families."""
+    family, at = list(FAMILIES)[number], number + TARGETS["onnx"].lowerings.index(lowering)
+    gate, dtype = list(GATES)[number % len(GATES)], STATE_DTYPES[at % len(STATE_DTYPES)]
+    sizes = ("", "6+9 14+3") if family == "gemma3_text" else ("12+9 5", "6+9 14+3")
+    liger = LigerConfig(gate=gate, sinks=2, slots=(("peak_effect", 4),), heads=sizes, state_dtype=dtype)
+    swapped = {"layer_types": SIZES["gemma3_text"]["layer_types"][::-1]} if family == "gemma3_text" else {}
+    spec = read_spec(make_checkpoint(tmp_path / "model", liger, family, num_hidden_layers=2, **swapped))
+    artifact = open_artifact(build(spec.path, tmp_path / "engine", lowering=lowering, verify=False), hashes=False)
+    tolerance = tolerance_of(WEIGHTS["fp32"].dtype)
+    storage = weight_storage("fp32", lowering=lowering)
+    reference = Reference(unrounded(spec), artifact, storage, tolerance.weights)
+    comparison = Verification(spec, tolerance)
+    comparison.run(OnnxSession(artifact, chunk=64, threads=1, exact=dtype != "activation"),
+                   reference.answers(PIECES, whole=WHOLE), str, prompt=len(CUTS))  # fmt: skip
     assert comparison.result.passed and comparison.result.near_ties == 0
     assert comparison.result.checks == len(PIECES) + 1 and comparison.result.max_state_error > 0

@@ -19,6 +19,7 @@ from ligerexport.artifact.artifact import MANIFEST
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.checkpoint.adapter import RECORD, read_record
 from ligerexport.errors import ArtifactError, CheckpointError, LigerError, UsageError
+from ligerexport.exporters.targets import TARGETS
 from ligerexport.run.prompt_cache import PromptCache
 from ligerexport.run.runtime import Session
 
@@ -45,6 +46,12 @@ def greedy(session: Session, logits: np.ndarray, count: int) -> list[int]:
         tokens.append(int(logits.argmax()))
         logits = session.step(tokens[-1])
     return tokens
+
+
+def test_there_is_one_of_each_lowering() -> None:
+    """In the format of manifests that artifacts had before any memory had sizes for each KV head."""
+    manifests = [json.loads(zipfile.ZipFile(path).read(f"engine/{MANIFEST}")) for path in DATA.glob("*.zip")]
+    assert {row["lowering"] for row in manifests if row["format_version"] == 1} == set(TARGETS["onnx"].lowerings)
 
 
 def test_artifact_and_state(old: Path, said: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
 from ligerexport.console import data_table, format_bytes
 from ligerexport.dtypes import DTYPES
-from ligerexport.errors import UsageError
+from ligerexport.errors import ArtifactError, UsageError
 from ligerexport.exporters.targets import get_target
+from ligerexport.model.config import LigerConfig
 from ligerexport.versions import require
 
 REASONS = 5
@@ -86,6 +87,22 @@ def _plain(key: str, value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def _conversion(liger: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a conversion if they are such.
+
+    Raises:
+        ArtifactError: A value is of the wrong type.
+        UsageError: A setting is unknown, or a value is out of range.
+    """
+    try:
+        LigerConfig.from_dict(liger)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"{MANIFEST} is damaged: {error} where the settings of a conversion were expected", hint="build it again"
+        ) from error
+    return liger
+
+
 def _artifact(path: Path) -> dict[str, Any]:
     manifest = open_artifact(path, runtime=False).manifest
     return {
@@ -93,7 +110,7 @@ def _artifact(path: Path) -> dict[str, Any]:
         "target": f"{manifest.target}, {manifest.lowering} lowering, {manifest.precision}",
         "source": {k: v for k, v in vars(manifest.source).items() if v and k != "files"},
         "family": manifest.family,
-        "liger": manifest.liger,
+        "liger": _conversion(manifest.liger),
         "model": vars(manifest.model),
         "weight_bytes": manifest.bytes.weights,
         "state_bytes": manifest.bytes.state_per_sequence,

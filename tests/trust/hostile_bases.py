@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,12 @@ def make_bases(place: Path) -> None:
     memory.rename(place / "source")
     lx.convert(place / "source", place / "liger", **LIGER)
     write_tokenizer(make_checkpoint(place / "evicted", PRESETS["evicted"].config, shard="50KB", **sizes))
+    recall = replace(PRESETS["recall"].config, heads=("12+9 5", "4 7+6"))
+    write_tokenizer(make_checkpoint(place / "sized", recall, shard="50KB", **sizes))
     lx.build(place / "liger", place / "ort", max_chunk=16)
     lx.build(place / "liger", place / "portable", lowering="portable", weights="int8", max_chunk=16)
     lx.build(place / "evicted", place / "native", lowering="native", weights="int4", max_chunk=16)
+    lx.build(place / "sized", place / "recall", lowering="native", weights="int4", max_chunk=16)
     info = check_checkpoint(place / "liger")
     adapter = place / "adapter"
     adapter.mkdir()
@@ -56,7 +60,7 @@ def make_bases(place: Path) -> None:
         f"{name}.lora_B.weight": np.ones((size, 2), np.float32),
     }
     (adapter / ADAPTER).write_bytes(save(lora))
-    for name in ("ort", "native"):
+    for name in ("ort", "native", "recall"):
         session = lx.load(place / name, threads=1)
         for _ in lx.generate(session, IDS, max_new_tokens=1, prompt_cache=place / f"{name}.cache"):
             pass

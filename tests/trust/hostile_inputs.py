@@ -337,7 +337,7 @@ def _target(place: Path, rng: random.Random) -> None:
         _file("artifact/manifest.json", mutate_json, seal=False)(place, rng)
 
 
-_ARTIFACTS = tuple({name: "artifact"} for name in ("ort", "native", "portable"))
+_ARTIFACTS = tuple({name: "artifact"} for name in ("ort", "native", "portable", "recall"))
 _SOURCE, _LIGER = {"source": "source"}, {"liger": "liger"}
 _CONFIG = partial(mutate_json, keys=CONFIG_KEYS)
 _SETTINGS = {
@@ -378,7 +378,7 @@ KINDS: dict[str, Kind] = {
     ),
     "links": Kind(_ARTIFACTS[:1], partial(_links, "artifact"), partial(use, chat=True), 400),
     "state": Kind(
-        ({"ort": "artifact", "ort.cache": "cache"}, {"native": "artifact", "native.cache": "cache"}),
+        tuple({name: "artifact", f"{name}.cache": "cache"} for name in ("ort", "native", "recall")),
         _cache,
         resume,
         2500,

@@ -45,6 +45,9 @@ CONFIGS = {
     "memory": MEMORY,
     "foresight": FORESIGHT,
     "evicted": replace(FORESIGHT, recurrence_weight=1.0, recurrence="evicted", recurrence_distance=40),
+    "recall": replace(
+        FORESIGHT, slots=(("learned", 9),), heads=("12+9 5+6", "6+13 14+5", "20 4+9"), state_dtype="int8"
+    ),
 }
 """The presets, with sizes that a text of 400 tokens fills many times."""
 

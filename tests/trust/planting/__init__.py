@@ -1,6 +1,14 @@
 """Faults to plant in an artifact while it is built; `planted.py` plants them."""
 
-from planting import described, edited, lowered, stored, understood, written  # noqa: F401  (each registers its faults)
+from planting import (  # noqa: F401  (each registers its faults)
+    described,
+    edited,
+    lowered,
+    ragged,
+    stored,
+    understood,
+    written,
+)
 from planting.table import AT, FAULTS, Fault, Site
 
 __all__ = ["AT", "FAULTS", "Fault", "Site"]

@@ -22,11 +22,14 @@ def instead(model: ir.Model, value: ir.Value, change: Change) -> None:
     result.type, result.shape = value.type, value.shape
     if value.producer() is not None:
         result.name, value.name = value.name, f"{value.name}.sound"
+        value.type = None  # verification may read it in fp32
     for user, index in readers:
         user.replace_input_with(index, result)
     for i, output in enumerate(model.graph.outputs):
         if output is value:
             model.graph.outputs[i] = result
+    if result not in model.graph.outputs:
+        result.type = None
     for made in g.initializers.values():
         model.graph.register_initializer(made)
     made_by = value.producer()

@@ -87,30 +87,23 @@ class Head {
   // the sum of the exponentials, and the weighted sum of values.
   void Part(int64_t part, float* partial, Space& w) const {
     const int64_t begin = candidates_ * part / parts(), end = candidates_ * (part + 1) / parts();
+    if (c_.length > 1) return Together(begin, end, partial, w);
     const int64_t row = l_.d_v + 2, room = kPart;
-    const bool once = c_.length == 1;
-    w.rotated.resize((once ? kTogether : end - begin) * l_.d_k);
-    for (int64_t i = begin; !once && i < end; ++i)
-      if (w_.time[i] >= 0) Rotate(i, &w.rotated[(i - begin) * l_.d_k]);
-    for (int64_t t = 0; t < c_.length; ++t, partial += group_ * row) {
-      const int64_t now = start_ + t;
-      w.seen.clear();
-      for (int64_t i = begin; now >= 0 && i < std::min(end, n_ + t + 1); ++i)
-        if (w_.time[i] >= 0 && t < w_.gone[i]) w.seen.push_back(i);
-      const int64_t count = w.seen.size();
-      Logits(t, room, w, [&](int64_t i, int k) {
-        float* key = &w.rotated[(once ? k : i - begin) * l_.d_k];
-        if (once) Rotate(i, key);
-        return key;
-      });
-      for (int64_t g = 0; g < group_; ++g) {
-        float *weight = &w.weight[g * room], *to = partial + g * row;
-        to[0] = largest(weight, count);
-        to[1] = exponentials(weight, count, to[0]);
-        ScaleValues(weight, w.seen);
-      }
-      Mix(partial + 2, row, room, w);
+    w.seen.clear(), w.rotated.resize(kTogether * l_.d_k);
+    for (int64_t i = begin; start_ >= 0 && i < end; ++i)
+      if (w_.time[i] >= 0 && w_.gone[i] > 0) w.seen.push_back(i);
+    const int64_t count = w.seen.size();
+    Logits(0, room, w, [&](int64_t i, int k) {
+      Rotate(i, &w.rotated[k * l_.d_k]);
+      return &w.rotated[k * l_.d_k];
+    });
+    for (int64_t g = 0; g < group_; ++g) {
+      float *weight = &w.weight[g * room], *to = partial + g * row;
+      to[0] = largest(weight, count);
+      to[1] = exponentials(weight, count, to[0]);
+      ScaleValues(weight, w.seen);
     }
+    Mix(partial + 2, row, room, w);
   }
 
   // Combines the parts in their order, so that the result does not depend on the threads, and writes the new state.
@@ -154,6 +147,45 @@ class Head {
     w.values.clear();
     for (int64_t i : w.seen) w.values.push_back(Value(i));
     mix(to, row, w.values, w.weight.data(), room, group_, l_.d_v);
+  }
+
+  // Does the same for many tokens.
+  void Together(int64_t begin, int64_t end, float* partial, Space& w) const {
+    w.seen.clear(), w.left.clear();  // those within the largest distance at some token, and those beyond it
+    const auto beyond = [&](int64_t i) { return std::max<int64_t>(w_.time[i] + l_.max_distance + 1 - start_, 0); };
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t since = std::max<int64_t>(i - n_, 0), until = w_.time[i] < 0 ? 0 : w_.gone[i];
+      if (since < std::min(until, beyond(i))) w.seen.push_back(i);
+      if (std::max(since, beyond(i)) < until) w.left.push_back(i);
+    }
+    Dense& d = w.dense;
+    d.tokens = c_.length, d.group = group_, d.d_k = l_.d_k, d.d_v = l_.d_v;
+    d.Reset(w.left.size(), w.seen.size());
+    for (int64_t t = 0; t < c_.length; ++t) {
+      const int64_t row = (l_.max_distance + t) * c_.half;
+      for (int64_t g = 0; g < group_; ++g) {
+        const int64_t to = (t * group_ + g) * l_.d_k;
+        std::copy_n(Query(t, g), l_.d_k, &d.plain[to]);
+        rotate(&d.turned[to], Query(t, g), c_.cos + row, c_.sin + row, 1.0f, c_.half, l_.d_k);
+      }
+    }
+    w.rotated.resize(l_.d_k);
+    const auto set = [&](int64_t column, int64_t i, int64_t since, int64_t until) {
+      d.Set(column, since, until, w.rotated.data(), l_.scale * KeyScale(i));
+      const float scale = ValueScale(i);
+      d.SetValue(column, [&](int64_t v) { return scale * widen(Value(i)[v]); });
+    };
+    for (size_t j = 0; j < w.left.size(); ++j) {
+      const int64_t i = w.left[j];
+      rotate(w.rotated.data(), Key(i), c_.cos, c_.sin, 1.0f, c_.half, l_.d_k);
+      set(j, i, std::max(i - n_, beyond(i)), w_.gone[i]);
+    }
+    for (size_t j = 0; j < w.seen.size(); ++j) {
+      const int64_t i = w.seen[j];
+      Rotate(i, w.rotated.data());
+      set(d.far + j, i, i - n_, std::min(w_.gone[i], beyond(i)));
+    }
+    d.Attend(partial);
   }
 
   // Returns a row in fp32, without its scale.

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "dense.h"
 #include "stored.h"
 
 namespace liger {
@@ -76,6 +77,7 @@ struct Workspace {
   std::vector<int64_t> seen;
   std::vector<const T*> values;
   std::vector<float> turned, far, weight, received, plain;
+  Dense dense;
 };
 
 }  // namespace liger
