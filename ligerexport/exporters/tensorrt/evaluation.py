@@ -22,7 +22,7 @@ from ligerexport.errors import ArtifactError
 from ligerexport.exporters.onnx.native import DOMAIN
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.tensorrt.node import CONTRACTS, LINEAR, MIXER, read_linear
-from ligerexport.kernels.ragged import MOST
+from ligerexport.model.state import MOST
 from ligerexport.model.state import MixerSpec
 
 if TYPE_CHECKING:
