@@ -22,8 +22,7 @@ from ligerexport.errors import ArtifactError
 from ligerexport.exporters.onnx.native import DOMAIN
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.tensorrt.node import CONTRACTS, LINEAR, MIXER, read_linear
-from ligerexport.model.state import MOST
-from ligerexport.model.state import MixerSpec
+from ligerexport.model.state import MOST, MixerSpec
 
 if TYPE_CHECKING:
     from ligerexport.kernels.linear import LinearSpec
