@@ -18,7 +18,7 @@ from test_onnx_graph import mixer_graph as graph_of
 from test_ragged import CASES, CONFIGS, SOFTMAX
 
 from ligerexport.artifact.snapshot import Snapshot
-from ligerexport.errors import CheckpointError, UsageError, VerificationError
+from ligerexport.errors import UsageError, VerificationError
 from ligerexport.exporters.build import build
 from ligerexport.exporters.onnx import packed
 from ligerexport.exporters.onnx.graph import build_graph, nodes_by_layer
@@ -159,11 +159,7 @@ def test_nodes_depend_on_groups(tmp_path: Path) -> None:
     assert one < other < 3 * one and one < three < 3 * one
 
 
-@pytest.mark.parametrize(("target", "lowering"), [("trt", "plugin"), ("trt-rtx", "portable")])
-def test_other_targets_refuse(tmp_path: Path, target: str, lowering: str) -> None:
+def test_onnxruntime_genai_refuses(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model", SIZES, **HEADS)
-    options = {"engine": False} if target == "trt" else {}
-    with pytest.raises(CheckpointError, match=f"the lowering {lowering} of {target} does not support"):
-        build(path, tmp_path / "engine", target=target, lowering=lowering, **options)
     with pytest.raises(UsageError, match="onnxruntime-genai carries no state"):
         build(path, tmp_path / "engine", lowering="ort", genai=True)

@@ -25,7 +25,7 @@ void multiply_panels(float* to, int64_t to_row, const float* a, const float* b, 
 #pragma GCC unroll 6
       for (int m = 0; m < M; ++m) low[m] += a[m * depth + k] * x, high[m] += a[m * depth + k] * y;
     }
-    for (int m = 0; m < M; ++m) at(to + m * to_row + j, 0) = low[m], at(to + m * to_row + j, 1) = high[m];
+    for (int m = 0; m < M; ++m) put(to + m * to_row + j, low[m]), put(to + m * to_row + j + kVector, high[m]);
   }
 }
 
