@@ -27,6 +27,7 @@ NOT_HERE = {
     "--adapter shipped": "make quickstart runs it: it is of the built-in model",
     "--target trt-rtx": "tests/test_trt.py builds such an engine",
     "native --target": "tests/test_native_library.py runs it: it takes a minute and a cross compiler",
+    "book.": "tests/test_exchange.py continues a state of torch in artifacts",
     "--tasks": "the data of lm-eval's tasks is on a hub",
     "demo": "tests of the page and of bench run them",
     "bench": "tests of the page and of bench run them",
@@ -52,7 +53,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("sandbox")
     sizes = {
         "vocab_size": toy.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192,
     }  # fmt: skip
     torch.manual_seed(0)  # a module's fixture comes before the seeds of its tests
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(place / "MODEL")
@@ -73,6 +74,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chat = [{"role": "user", "content": words[:200]}, {"role": "assistant", "content": words[:300]}]
     (place / "question.txt").write_text(words[:200])
     (place / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 300)
+    shutil.copy(place / "chats.jsonl", place / "recall.jsonl")
     config = LigerConfig.from_dict(json.loads((place / "liger" / "config.json").read_text())["liger"])
     fields = config.to_dict()
     (place / "memory.json").write_text(json.dumps({name: fields[name] for name in MEMORY}))

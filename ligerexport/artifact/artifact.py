@@ -408,22 +408,15 @@ def _suggest(directory: Path) -> str:
 
 def _check_file(directory: Path, name: str, entry: FileInfo, hashes: bool) -> None:
     """Check that a file is in the directory and matches the manifest."""
-    parts = PurePosixPath(name)
-    if (
-        parts.is_absolute()
-        or ".." in parts.parts
-        or not re.fullmatch(r"[\w. +@-]{1,200}(/[\w. +@-]{1,200}){0,9}", name)
-    ):
-        raise ArtifactError(
-            f"{MANIFEST} names '{name}', which is outside the artifact", hint="do not use this artifact"
-        )
+    if ".." in PurePosixPath(name).parts or not re.fullmatch(r"[\w. +@-]{1,200}(/[\w. +@-]{1,200}){0,9}", name):
+        outside = f"{MANIFEST} names '{name}', which is outside the artifact"
+        raise ArtifactError(outside, hint="do not use this artifact")
     file = directory / name
     if not file.is_file():
         raise ArtifactError(f"{file} is missing", hint=_REBUILD)
     if leads_away(file, directory):
         raise _link(file, directory)
-    size = file.stat().st_size
-    if size != entry.bytes:
+    if (size := file.stat().st_size) != entry.bytes:
         raise ArtifactError(f"{file} has {size} bytes where {entry.bytes} were written", hint=_REBUILD)
     if hashes:
         _check_hash(file, entry)
@@ -451,8 +444,7 @@ def _check_runtime(name: str, specifier: str) -> None:
     except InvalidSpecifier as error:
         raise ArtifactError(f"{MANIFEST} is damaged: it requires {name} '{specifier}'", hint=_REBUILD) from error
     command = f"pip install '{name}{specifier}'"
-    version = installed_version(name)
-    if version is None:
+    if (version := installed_version(name)) is None:
         raise MissingDependency(name, hint=command)
     if not wanted.contains(version, prereleases=True):
         raise ArtifactError(f"this artifact was built for {name} {specifier}, found {version}", hint=command)
