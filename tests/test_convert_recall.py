@@ -141,7 +141,7 @@ def test_the_command_says_what_it_will_do_and_did(tmp_path: Path, capfd: pytest.
     facts, said = command("--state-bytes", "40kB")
     assert "fitting 40 kB of state for 6 KV heads" in said and "--no-fit goes without" in said
     assert "slots in" in str(facts["heads"]) and "--state-bytes" in str(facts["more"])
-    assert facts["layers"] == "3 of 3 converted" and "ligerexport eval" in said
+    assert facts["layers"] == "3 of 3 converted" and "ligerexport build" in said
     with pytest.raises(SystemExit):
         main(["inspect", str(liger)])
     told = capfd.readouterr().out
