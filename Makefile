@@ -63,9 +63,9 @@ build/smollm2-liger/config.json: $(READY) $(SOURCES)
 build/smollm2-onnx/manifest.json: build/smollm2-liger/config.json
 	$(BIN)/ligerexport build build/smollm2-liger --weights int4 --lowering $(LOWERING) -o build/smollm2-onnx --force
 
-# ONNX Runtime alone runs this one, and fp32 gives every program the same tokens.
+# ONNX Runtime alone runs this one, and fp32 without rounded slots gives every program the same tokens.
 build/smollm2-fp32/manifest.json: build/smollm2-liger/config.json
-	$(BIN)/ligerexport build build/smollm2-liger -o build/smollm2-fp32 --force
+	$(BIN)/ligerexport build build/smollm2-liger --state fp32 -o build/smollm2-fp32 --force
 
 examples: build/smollm2-fp32/manifest.json ## Build what the examples run; fetches packages with npm.
 	npm install --no-audit --no-fund --ignore-scripts --prefix examples/node
