@@ -237,7 +237,7 @@ def cost() -> str:
     prose = [f"{found['nll prose 8192']['mean']:.3f}" for found in (ours, theirs)]
     keys, far = ours["keys 4096"], ours["reading 7000"]
     return (
-        "With 8 MB of state it predicts prose almost as well as the Transformer (a loss of "
+        "In fp32, with 8 MB of state, it predicts prose almost as well as the Transformer (a loss of "
         f"{prose[0]} against {prose[1]} nats per token),\nanswers questions about a passage among 1,000 or 3,000 "
         f"tokens as well, and recalls {keys['mean']:.0%} of the keys that\nthe Transformer recalls from 4,096 tokens "
         f"ago. Among 7,000 tokens its answers lose {far['mean']:.2f} ± {far['stderr']:.2f} nats per token\n"
