@@ -23,7 +23,16 @@ from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.layers.cache import LigerLayer as LigerLayer
 from ligerexport.model.config import LigerConfig
-from ligerexport.model.families import FAMILIES, PREFIX, Family, described, get_family, harmless, head_dim
+from ligerexport.model.families import (
+    FAMILIES,
+    PREFIX,
+    Family,
+    described,
+    get_family,
+    harmless,
+    head_dim,
+    longest_distance,
+)
 from ligerexport.model.state import MixerSpec
 from ligerexport.versions import TRIED, warn_if_untried
 
@@ -77,15 +86,11 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
 
     Raises:
         UsageError: `keep_softmax` or `layer_memory` names a layer that does not exist, `keep_window` one without a
-            window, or `heads` has another number of layers or heads.
+            window, or `heads` has another number of layers or heads; or the rotary embedding is for shorter distances.
         CheckpointError: The family or its rotary embedding is not supported, or the configuration describes no model.
     """
     liger = LigerConfig.from_dict(config.liger)
-    if max(config.max_position_embeddings, liger.max_distance or 0) > LONGEST:
-        raise UsageError(
-            f"a rotary distance of {liger.max_distance or config.max_position_embeddings} tokens",
-            hint=f"{LONGEST} are the most that a table is made for: --max-distance",
-        )
+    distance = _distance(config, liger)
     layers, width = config.num_hidden_layers, head_dim(config)
     sized = [layer for layer, _, _ in liger.layer_memory]
     if liger.heads and len(liger.heads) != layers:
@@ -100,7 +105,7 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
         d_k=width,
         d_v=width,
         scale=1.0,
-        max_distance=liger.max_distance or config.max_position_embeddings,
+        max_distance=distance,
     )
     family = get_family(config.model_type)
     attention = family.attention(config)
@@ -121,6 +126,28 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
         else:
             specs.append(replace(spec, config=liger.for_layer(layer), scale=softmax.scale))
     return specs
+
+
+def _distance(config: Any, liger: LigerConfig) -> int:
+    """Return the largest rotary distance in tokens."""
+    end = longest_distance(config)
+    distance = liger.max_distance or end or config.max_position_embeddings
+    if max(distance, config.max_position_embeddings) > LONGEST:
+        raise UsageError(
+            f"a rotary distance of {distance} tokens",
+            hint=f"{LONGEST} are the most that a table is made for: --max-distance",
+        )
+    if end is not None and distance > end:
+        raise UsageError(
+            f"a rotary distance of {distance} tokens, beyond which this model changes its frequencies at {end}",
+            hint=f"--max-distance {end}, or leave it out",
+        )
+    if end is not None and liger.keep_softmax:
+        raise UsageError(
+            "layers that keep softmax, with a rotary embedding that changes with the length of the text",
+            hint="convert every layer: --keep-softmax none",
+        )
+    return distance
 
 
 @lru_cache(maxsize=8)
