@@ -31,7 +31,7 @@ from ligerexport.model.families import (
     get_family,
     harmless,
     head_dim,
-    longest_distance,
+    rotary_distance,
 )
 from ligerexport.model.state import MixerSpec
 from ligerexport.versions import TRIED, warn_if_untried
@@ -90,7 +90,12 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
         CheckpointError: The family or its rotary embedding is not supported, or the configuration describes no model.
     """
     liger = LigerConfig.from_dict(config.liger)
-    distance = _distance(config, liger)
+    distance = rotary_distance(config, liger.max_distance, bool(liger.keep_softmax))
+    if max(config.max_position_embeddings, distance) > LONGEST:
+        raise UsageError(
+            f"a rotary distance of {liger.max_distance or config.max_position_embeddings} tokens",
+            hint=f"{LONGEST} are the most that a table is made for: --max-distance",
+        )
     layers, width = config.num_hidden_layers, head_dim(config)
     sized = [layer for layer, _, _ in liger.layer_memory]
     if liger.heads and len(liger.heads) != layers:
@@ -126,28 +131,6 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
         else:
             specs.append(replace(spec, config=liger.for_layer(layer), scale=softmax.scale))
     return specs
-
-
-def _distance(config: Any, liger: LigerConfig) -> int:
-    """Return the largest rotary distance in tokens."""
-    end = longest_distance(config)
-    distance = liger.max_distance or end or config.max_position_embeddings
-    if max(distance, config.max_position_embeddings) > LONGEST:
-        raise UsageError(
-            f"a rotary distance of {distance} tokens",
-            hint=f"{LONGEST} are the most that a table is made for: --max-distance",
-        )
-    if end is not None and distance > end:
-        raise UsageError(
-            f"a rotary distance of {distance} tokens, beyond which this model changes its frequencies at {end}",
-            hint=f"--max-distance {end}, or leave it out",
-        )
-    if end is not None and liger.keep_softmax:
-        raise UsageError(
-            "layers that keep softmax, with a rotary embedding that changes with the length of the text",
-            hint="convert every layer: --keep-softmax none",
-        )
-    return distance
 
 
 @lru_cache(maxsize=8)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ligerexport.errors import CheckpointError, LigerError, close_matches
+from ligerexport.errors import CheckpointError, LigerError, UsageError, close_matches
 
 if TYPE_CHECKING:
     import torch
@@ -219,19 +219,34 @@ def _check_rotary(config: Any) -> None:
             )
 
 
-def longest_distance(config: Any) -> int | None:
-    """Return the rotary distance in tokens up to which a model has the frequencies for short texts; None for any.
+def rotary_distance(config: Any, wanted: int | None, keeps_softmax: bool) -> int:
+    """Return the largest rotary distance of a converted model in tokens.
 
-    Of `longrope` these are the short factors, up to the length before the context was extended, and of `dynamic` the
-    frequencies at the trained length.
+    A rotary embedding of `BOUNDED_ROPE` keeps its frequencies for short texts: of `longrope` the short factors, for
+    distances up to the length before the context was extended, and of `dynamic` those of the trained length.
+
+    Args:
+        wanted: The distance that a user asks for; None for the largest that the frequencies are for.
+        keeps_softmax: Whether some layers keep softmax, in which distances have no bound.
+
+    Raises:
+        UsageError: The frequencies are for shorter distances.
     """
     length = config.max_position_embeddings
-    ends = [
-        min(length, row.get("original_max_position_embeddings") or length)
-        for row in _rotary_rows(config)
-        if row["rope_type"] in BOUNDED_ROPE
-    ]
-    return min(ends, default=None)
+    rows = [row for row in _rotary_rows(config) if row["rope_type"] in BOUNDED_ROPE]
+    end = min((row.get("original_max_position_embeddings") or length for row in rows), default=length)
+    end = min(end, length)
+    if rows and (wanted or 0) > end:
+        raise UsageError(
+            f"a rotary distance of {wanted} tokens, while this model changes its frequencies beyond {end}",
+            hint=f"--max-distance {end}, or leave it out",
+        )
+    if rows and keeps_softmax:
+        raise UsageError(
+            "layers that keep softmax, with a rotary embedding that changes with the length of the text",
+            hint="convert every layer: --keep-softmax none",
+        )
+    return wanted or end
 
 
 def _rotary(config: Any, embedding: Any, layer_type: str | None) -> tuple[tuple[float, ...], float]:
