@@ -144,6 +144,21 @@ def test_counts_that_the_file_cannot_hold(file: Path, count: int) -> None:
             read_header(file)
 
 
+def test_damaged_headers(file: Path) -> None:
+    data, rng = file.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(data)
+        for place in rng.integers(8, 1500, 3):
+            damaged[place] = rng.integers(256)
+        file.write_bytes(damaged)
+        try:
+            read_header(file)
+        except SourceError:
+            refused += 1
+    assert refused > 20
+
+
 def test_one_of_several_parts(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "x-00001-of-00002.gguf", "llama")
     writer.add_uint16("split.count", 2)

@@ -6,6 +6,7 @@ from typing import Any
 
 from ligerexport.artifact.artifact import Manifest
 from ligerexport.console import format_bytes
+from ligerexport.errors import quoted
 
 
 def model_card(manifest: Manifest, repository: str) -> str:
@@ -53,8 +54,8 @@ with the text.
 
 ```
 pip install 'ligerexport[hub]'
-ligerexport pull {repository} -o {name}
-ligerexport run {name} "Once upon a time"
+ligerexport pull {quoted(repository)} -o {quoted(name)}
+ligerexport run {quoted(name)} "Once upon a time"
 ```
 
 | what | value |

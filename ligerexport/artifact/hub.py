@@ -17,7 +17,7 @@ from pathlib import Path
 from ligerexport.artifact.artifact import MANIFEST, Manifest, open_artifact
 from ligerexport.artifact.card import model_card
 from ligerexport.console import ProgressFactory, err, silent
-from ligerexport.errors import ArtifactError, SourceError, UsageError, first_line
+from ligerexport.errors import ArtifactError, SourceError, UsageError, first_line, quoted
 from ligerexport.reading import read_json
 from ligerexport.staging import staged_directory
 from ligerexport.versions import require
@@ -129,7 +129,7 @@ def pull(
         if not (place / MANIFEST).is_file():
             raise ArtifactError(
                 f"{repository} holds no artifact: there is no {MANIFEST}",
-                hint=f"if it holds a model: ligerexport convert {name} -o liger",
+                hint=f"if it holds a model: ligerexport convert {quoted(name)} -o liger",
             )
         manifest = Manifest.from_dict(read_json(place / MANIFEST, ArtifactError, "ask for it to be built again"))
         # the commit that the manifest came from, in case a newer one was published in between

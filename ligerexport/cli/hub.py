@@ -52,4 +52,4 @@ def push(
     """
     options.announce("push", artifact=artifact, name=name, private=private)
     commit = hub.push(artifact, name, private=private, progress=progress)
-    options.finish_made(json, "published", {"commit": commit}, f"ligerexport pull {name}")
+    options.finish_made(json, "published", {"commit": commit}, f"ligerexport pull {quoted(name)}")
