@@ -44,6 +44,8 @@ COPIED = (
     "chat_template.jinja", "LICENSE",
 )  # fmt: skip
 """Files of the checkpoint that are copied into the artifact."""
+MAX_LORA = 256
+"""Largest rank of adapters."""
 
 
 def build(
@@ -61,6 +63,7 @@ def build(
     plugin: Path | str | None = None,
     engine: bool = True,
     genai: bool = False,
+    lora: int = 0,
     force: bool = False,
     verify: bool = True,
     progress: ProgressFactory | None = None,
@@ -82,6 +85,7 @@ def build(
         engine: Whether `trt` also builds the engine, which needs TensorRT and this machine's GPU. Without it,
             the device makes the engine from the artifact.
         genai: Whether to add a second graph and the configuration for onnxruntime-genai.
+        lora: Largest rank of the adapters that sessions may use; 0 for none. Only for ONNX Runtime.
         force: Whether an older artifact at `output` may be replaced.
         verify: Whether to compare logits and state with the torch model first. The manifest records if this is skipped.
         progress: Opens a phase of long work; see `ligerexport.console.progress`.
@@ -97,7 +101,7 @@ def build(
         MissingDependency: The extra `build` or that of the target is not installed.
     """
     settings = BuildSettings(
-        target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify, state
+        target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify, state, lora
     )
     return BuildPlan(model, output, settings, force=force).run(progress)
 
@@ -144,6 +148,7 @@ class BuildPlan:
         self.info = check_checkpoint(model, tokenizer=False)
         self.spec = read_spec(self.info, settings.state and look_up("type of the state", settings.state, STATES))
         _check_memory(self.spec, settings.target, lowering)
+        _check_lora(settings)
         self.backend.check_model(self.spec)
         max_chunk = self.backend.choose_chunk(self.spec, settings.max_chunk)
         if settings.genai:
@@ -195,8 +200,9 @@ class BuildPlan:
         with progress("writing weights", weight_bytes(spec, storage)) as advance:
             write_weights(spec, directory, storage, advance)
         onnx_graph.write_graph(
-            spec, directory, lowering=settings.lowering, max_chunk=settings.max_chunk, storage=storage
-        )
+            spec, directory, lowering=settings.lowering, max_chunk=settings.max_chunk, storage=storage,
+            lora=settings.lora,
+        )  # fmt: skip
         for name in COPIED:
             if (info.path / name).is_file():
                 shutil.copyfile(info.path / name, directory / name)
@@ -208,7 +214,7 @@ class BuildPlan:
         skipped: dict[str, Any] = {"passed": False, "skipped": True}
         return make_manifest(
             spec, source, settings.target, settings.lowering, settings.max_chunk, get_target(settings.target).requires,
-            skipped, recovery=recovery, storage=storage,
+            skipped, recovery=recovery, storage=storage, lora=settings.lora,
         )  # fmt: skip
 
 
@@ -243,6 +249,14 @@ def _check_memory(spec: ModelSpec, target: str, lowering: str) -> None:
         )
 
 
+def _check_lora(settings: BuildSettings) -> None:
+    if settings.lora < 0 or settings.lora > MAX_LORA:
+        raise UsageError(f"adapters of rank {settings.lora}", hint=f"--lora takes a rank from 1 to {MAX_LORA}")
+    if settings.lora and (settings.target != "onnx" or settings.genai):
+        what = "onnxruntime-genai" if settings.genai else f"the target {settings.target}"
+        raise UsageError(f"adapters at run time with {what}", hint="build for --target onnx, without --genai")
+
+
 def make_manifest(
     spec: ModelSpec,
     source: Any,
@@ -254,16 +268,19 @@ def make_manifest(
     *,
     storage: WeightStorage,
     recovery: dict[str, Any] | None = None,
+    lora: int = 0,
 ) -> Manifest:
     """Return the manifest of an artifact, without its files."""
     from ligerexport.exporters.onnx import graph as onnx_graph
     from ligerexport.exporters.onnx.graph import LOWERINGS
-    from ligerexport.exporters.onnx.weights import weight_bytes
+    from ligerexport.exporters.onnx.lora import adapter_inputs
+    from ligerexport.exporters.onnx.weights import data_layout, weight_bytes
 
     tensors = onnx_graph.state_tensors(spec, lowering, storage)
     integer = LOWERINGS[lowering].integer
     ids = TensorInfo("input_ids", integer, ("B", "T")), TensorInfo("position", integer, ("B",))
-    inputs = (*ids, *(t.bound(t.past, lowering) for t in tensors))
+    adapters = adapter_inputs(spec, data_layout(spec, storage), lora)
+    inputs = (*ids, *(t.bound(t.past, lowering) for t in tensors), *adapters)
     logits = TensorInfo("logits", "float32", ("B", spec.vocab_size))
     outputs = (logits, *(t.bound(t.present, lowering) for t in tensors))
     return Manifest(
@@ -287,7 +304,8 @@ def make_manifest(
         verification=verification,
         recovery=recovery,
         slots=tuple(() if mixer is None else mixer.slots_per_head for mixer in spec.mixers),
-        format_version=FORMAT_VERSION if spec.ragged else 1,
+        lora=lora,
+        format_version=FORMAT_VERSION if lora else 2 if spec.ragged else 1,
     )  # fmt: skip
 
 
