@@ -150,7 +150,7 @@ class ConvertPlan:
         check_destination(output, force=force, marker="config.json")
         self.model, self.output, self.adapter, self.force = model, output, adapter, force
         self.preset, self.merge = preset, merge
-        if merge is not None and (Path(merge) / RECORD).is_file():
+        if merge is not None and (Path(merge).expanduser() / RECORD).is_file():
             raise UsageError(f"{merge} was trained by recover on a converted model", hint=f"--adapter {quoted(merge)}")
 
     def describe(self) -> dict[str, Any]:
