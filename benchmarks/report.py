@@ -211,7 +211,7 @@ def _recovered(wanted: Callable[[str, Any], bool]) -> str:
 
 
 def kept() -> str:
-    """The shipped adapter: its model, the Transformer and the control."""
+    """The adapter of `evicted`: its model, the Transformer and the control."""
     rows = result("recovery")["rows"]
     names = {
         "the Transformer": "teacher",
