@@ -406,7 +406,7 @@ for prefix, made in {
     ),
     "memory_": (
         report_memory.ours, report_memory.qwen, report_memory.at_8_mb, report_memory.by_bytes,
-        report_memory.at_equal_tokens,
+        report_memory.at_equal_tokens, report_memory.snapshots,
     ),
 }.items():  # fmt: skip
     for make in made:
