@@ -85,7 +85,7 @@ def test_unsupported_checkpoints(tmp_path: Path, change: dict[str, object], mess
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"max_distance": 100}, "changes its frequencies beyond 64"),
+    [({"max_distance": 100, "window": 16}, "changes its frequencies beyond 64"),
      ({"keep_softmax": (1,)}, "layers that keep softmax, with a rotary")],
 )  # fmt: skip
 def test_rotary_embeddings_that_change_with_the_length(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
