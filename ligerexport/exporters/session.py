@@ -17,7 +17,7 @@ import numpy as np
 from ligerexport.artifact.artifact import Artifact, Manifest, StateTensor
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.exporters.exchange import adapt
+from ligerexport.exporters.exchange import adapt, held_positions
 from ligerexport.exporters.exchange import dtype_of as dtype_of
 from ligerexport.model.state import FADE, fade
 
@@ -115,6 +115,24 @@ class BatchSession(ABC):
     @abstractmethod
     def _replace(self, snapshot: Snapshot, row: int | None) -> None:
         """Do what `restore` does with a state that fits."""
+
+    @property
+    def forgotten(self) -> np.ndarray | None:
+        """Share of the attention of the last token that fell on forgotten tokens, `[B, layers]` fp32.
+
+        It is a view that the next call overwrites, and None if the session does not know it.
+        """
+        return None
+
+    def held(self, row: int = 0) -> list[list[np.ndarray]]:
+        """Return the positions of the tokens that a sequence holds exactly, in order, for each layer and KV head.
+
+        A layer that is kept as softmax holds all tokens.
+
+        Args:
+            row: The sequence.
+        """
+        return held_positions(self.artifact.manifest, self.snapshot(row))
 
     @property
     def position(self) -> np.ndarray:

@@ -83,6 +83,11 @@ class ModelSpec:
         return len(self.mixers) * 2 * self.kv_heads * self.head_dim * 4
 
     @property
+    def evicts(self) -> bool:
+        """Whether layers keep what they evict, so that the share of attention on forgotten tokens is known."""
+        return any(mixer is not None and mixer.config.evicts for mixer in self.mixers)
+
+    @property
     def ragged(self) -> bool:
         """Whether a layer has sizes for each KV head or a small type of its slots."""
         return any(mixer is not None and mixer.config.ragged for mixer in self.mixers)
