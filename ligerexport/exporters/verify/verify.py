@@ -163,7 +163,7 @@ class Verification(Comparison):
         if not self.adrift:
             agreed = False
             try:
-                agreed = self.agrees(after, answer, logits)
+                agreed = self.agrees(after, answer, logits, last.state if last else None, start)
             except Mismatch:
                 if before is None or self._reference is None:
                     raise
