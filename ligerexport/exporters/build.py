@@ -240,6 +240,11 @@ def _resolve(settings: BuildSettings) -> tuple[str, str]:
 
 def _check_memory(spec: ModelSpec, target: str, lowering: str) -> None:
     """Check that a lowering supports the memory of every layer."""
+    if any(mixer is not None and mixer.config.celled for mixer in spec.mixers):
+        raise CheckpointError(
+            "evicted tokens go to cells, which no target supports yet",
+            hint="it runs in torch; convert with --recurrence evicted to build it",
+        )
     supported = get_target(target).ragged
     if spec.ragged and lowering not in supported:
         raise CheckpointError(

@@ -168,5 +168,5 @@ def _manifest(spec: ModelSpec, source: Any, dtype: str) -> Manifest:
         ligerexport=__version__, target="torch", lowering="torch", precision=dtype, source=source, family=spec.family,
         liger=spec.liger.to_dict(), model=spec.shape, graph=Graph("", CHUNK, (), ()), state=tuple(state),
         bytes=ByteCounts(weights, sum(tensor.nbytes for tensor in state), spec.kv_per_token), requires={},
-        verification={},
+        verification={}, slots=tuple(mixer.slots_per_head for mixer in spec.mixers if mixer is not None),
     )  # fmt: skip

@@ -121,11 +121,6 @@ def read_spec(checkpoint: str | Path | CheckpointInfo, state: str | None = None)
     if activation not in ACTIVATIONS:
         raise CheckpointError(f"activation '{activation}' in config.json", hint=f"supported: {', '.join(ACTIVATIONS)}")
     mixers = tuple(layer_specs(config))
-    if any(mixer is not None and mixer.config.celled for mixer in mixers):
-        raise CheckpointError(
-            "evicted tokens go to cells, which no target supports yet",
-            hint="it runs in torch; convert with --recurrence evicted to build it",
-        )
     spec = ModelSpec(
         path=info.path,
         family=family.model_type,
