@@ -202,6 +202,11 @@ class Manifest:
         return self.bytes.state_per_sequence // saved + 1 if saved > 0 else None
 
     @property
+    def meters(self) -> bool:
+        """Whether the graph has the output `METER`, after the state."""
+        return len(self.graph.outputs) > 1 + len(self.state)
+
+    @property
     def fingerprint(self) -> str:
         """Digest of everything that gives a state its meaning: weights and conversion, but not target or lowering."""
         meaning: list[Any] = [self.source.files, self.liger, asdict(self.model)]

@@ -1,4 +1,4 @@
-"""What a manifest claims about its graph and state, before anything is allocated for them."""
+"""The claims of a manifest that can be checked before any other file is read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from ligerexport.dtypes import BY_KERNEL
 if TYPE_CHECKING:
     from ligerexport.artifact.artifact import Manifest
 
+METER = "forgotten"
+"""Output of a graph that was built with a meter, `[B, layers]`: the share of the last token's attention that fell on
+forgotten tokens."""
+
 
 def check_claims(manifest: Manifest) -> None:
     """Check that a manifest is consistent, and that a session takes no more memory than the files can account for.
@@ -17,14 +21,11 @@ def check_claims(manifest: Manifest) -> None:
     Raises:
         ValueError: A check fails.
     """
-    graph, ids = manifest.graph, ("input_ids", "position")
-    logits = [("logits", "float32", ("B", manifest.model.vocab_size))]
-    if not 1 <= graph.max_chunk <= 1 << 16 or not 1 <= manifest.model.vocab_size < 1 << 31:
-        raise ValueError(f"calls of {graph.max_chunk} tokens with a vocabulary of {manifest.model.vocab_size}")
-    if (
-        tuple(x.name for x in graph.inputs[:2]) != ids
-        or [(x.name, x.dtype, x.shape) for x in graph.outputs[:1]] != logits
-    ):
+    graph, ids, vocabulary = manifest.graph, ("input_ids", "position"), manifest.model.vocab_size
+    if not 1 <= graph.max_chunk <= 1 << 16 or not 1 <= vocabulary < 1 << 31:
+        raise ValueError(f"calls of {graph.max_chunk} tokens with a vocabulary of {vocabulary}")
+    first = [(x.name, x.dtype, x.shape) for x in graph.outputs[:1]]
+    if tuple(x.name for x in graph.inputs[:2]) != ids or first != [("logits", "float32", ("B", vocabulary))]:
         raise ValueError(f"inputs do not begin with {' and '.join(ids)}, or outputs with logits")
     state = manifest.state
     inputs = [x.bound(x.past, manifest.lowering) for x in state]
@@ -37,12 +38,14 @@ def check_claims(manifest: Manifest) -> None:
     ):
         raise ValueError("inputs for adapters are not matrices for each sequence")
     if [(x.name, x.dtype, len(x.shape)) for x in outputs] != [
-        (x.name, x.dtype, len(x.shape)) for x in graph.outputs[1:]
+        (x.name, x.dtype, len(x.shape)) for x in graph.outputs[1 : 1 + len(state)]
     ]:
         raise ValueError("the state differs from the graph's outputs")
-    if len({x.past for x in state} | {x.present for x in state} | {x.name for x in adapters} | {*ids, "logits"}) != (
-        2 * len(state) + len(adapters) + 3
-    ):
+    measured = [(x.name, x.dtype, x.shape) for x in graph.outputs[1 + len(state) :]]
+    if measured not in ([], [(METER, "float32", ("B", manifest.model.layers))]):
+        raise ValueError(f"the graph has the outputs {measured} after the state")
+    names = [x.past for x in state] + [x.present for x in state] + [x.name for x in adapters] + [*ids, "logits", METER]
+    if len(set(names)) != len(names):
         raise ValueError("two tensors have the same name")
     types = {row.name for row in BY_KERNEL.values()}
     for tensor in state:
@@ -58,5 +61,5 @@ def check_claims(manifest: Manifest) -> None:
     if held != manifest.bytes.state_per_sequence:
         raise ValueError(f"a state of {manifest.bytes.state_per_sequence} bytes has tensors of {held}")
     delivered = sum(entry.bytes for entry in manifest.files.values())
-    if held + taken + 4 * manifest.model.vocab_size > max(1 << 30, 4 * delivered):
+    if held + taken + 4 * vocabulary > max(1 << 30, 4 * delivered):
         raise ValueError(f"a state of {held} bytes for a model of {delivered}")

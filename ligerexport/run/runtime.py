@@ -76,6 +76,19 @@ class Session(Protocol):
         """
         ...
 
+    @property
+    def forgotten(self) -> np.ndarray | None:
+        """Share of the last token's attention on forgotten tokens, `[B, layers]`, at least; None if it is unknown.
+
+        It is known of models that keep what they evict, such as those of the preset `evicted`, if they were built with
+        `meter=True`, or loaded with it in torch.
+        """
+        ...
+
+    def held(self, row: int = 0) -> list[list[np.ndarray]]:
+        """Return the positions of the tokens in the slots of a sequence, in order, for each layer and KV head."""
+        ...
+
     def sibling(self, batch: int = 1) -> Session:
         """Return a session of new sequences on the same loaded weights."""
         ...
@@ -92,6 +105,7 @@ def load(
     scoring: bool = False,
     device: str = "cpu",
     adapters: Mapping[str, Path | str] | None = None,
+    meter: bool = False,
 ) -> Session:
     """Open an artifact, or a converted checkpoint with torch, for running.
 
@@ -99,8 +113,8 @@ def load(
     needs `libliger_run.so` from LIGEREXPORT_TRT_RUNNER or the loader's path, and the plugin's library from
     LIGEREXPORT_TRT_PLUGIN or the same directory. Code in an artifact runs only if one of these variables names it.
 
-    A converted checkpoint supports only `batch`, `chunk` and `device`. Its weights are hashed, because the hashes say
-    which artifacts may read its states.
+    A converted checkpoint supports only `batch`, `chunk`, `device` and `meter`. Its weights are hashed, because the
+    hashes say which artifacts may read its states.
 
     Args:
         path: Directory that `build` or `convert` wrote.
@@ -115,6 +129,7 @@ def load(
         device: `cpu`, or `cuda` with the package onnxruntime-gpu; the state stays on it between calls.
         adapters: Directories of PEFT adapters by a name of your choice, for `Session.use`; the artifact was built with
             `lora`. A session begins without one.
+        meter: Whether a converted checkpoint computes `Session.forgotten`. An artifact does if it was built with it.
 
     Raises:
         ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
@@ -127,7 +142,7 @@ def load(
 
         if adapters:
             raise UsageError("adapters with a checkpoint", hint="merge one: ligerexport convert MODEL --merge ADAPTER")
-        return TorchSession(path, batch=batch, chunk=chunk, device=device)
+        return TorchSession(path, batch=batch, chunk=chunk, device=device, meter=meter)
     artifact = open_artifact(path, hashes=hashes, data=False)
     if adapters and not artifact.manifest.lora:
         raise UsageError(f"{path} takes no adapters", hint="build it with --lora R for adapters up to rank R")
