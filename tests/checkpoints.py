@@ -38,6 +38,8 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
 
 EVERY_GATE = [*GATES, "hgrn2:0.3", "gsa:4"]
 """All gates, also with the number that some of them take."""
+SOME_GATES = ["gla", "hgrn2", "gsa:4", "mlstm"]
+"""One gate of each kind of state, and of each way to fill it."""
 BUILT = [name for name, preset in PRESETS.items() if not preset.config.ragged]
 """Presets that targets can build."""
 
