@@ -20,7 +20,7 @@ from ligerexport.checkpoint.convert import converted_config
 from ligerexport.layers.mixer import model_classes
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.families import get_family
-from ligerexport.model.gates import GATES
+from ligerexport.model.gates import GATES, get_gate
 
 VOCABULARY, OUTLIER, SLACK = 131, 100.0, 1e-3
 KEYS = ("open", "signs")
@@ -66,7 +66,8 @@ def drive(place: Path, gate: str, keys: str, tokens: int) -> dict[str, Any]:
 
     for end in np.unique(np.geomspace(100, tokens, 9).astype(int)).tolist():
         found = largest(random.integers(0, VOCABULARY, end - seen))
-        bound = (max(value, 1.0) if gate == "mlstm" else value) * (1 if gate in ("hgrn2", "gsa") else end) * (1 + SLACK)
+        largest_value = max(value, 1.0) if get_gate(gate).normalised else value
+        bound = largest_value * (end if get_gate(gate).key_map == "softmax" else 1) * (1 + SLACK)
         if found > bound:
             raise ValueError(f"{gate}, {keys}: {found} after {end} tokens, at most {bound} was expected")
         rows.append({"tokens": end, "largest": found, "bound": bound})
