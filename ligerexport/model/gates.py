@@ -15,6 +15,7 @@ no C++ code has a map or a decay. A recurrence with another update is new arithm
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -60,12 +61,12 @@ class Gate:
         number: Name of the field that a number after the name sets: `hgrn2:0.5` has a `floor` of 0.5, and `gsa:16` has
             16 `rows`.
         floor: Least share of a channel that is kept at each token: alpha = floor + (1 - floor) sigmoid(x). The feature
-            of the key is then 1 - alpha. Below 1; 0 is no bound.
+            of the key is then 1 - alpha. 0 is no bound.
         rows: Number of rows of the state of a keyed gate, which must divide the number of key channels. The gate of a
             row reads the mean of its share of neighbouring channels. 0 gives every channel a row.
 
     Raises:
-        UsageError: A map or the decay is not in its table, or a number is out of range.
+        UsageError: A map or the decay is not in its table.
     """
 
     query_map: FeatureMap
@@ -83,11 +84,6 @@ class Gate:
         for name in (self.query_map, self.key_map):
             look_up("feature map", name, FEATURE_MAPS)
         look_up("decay", self.decay, DECAYS)
-        if not 0 <= self.floor < 1 or self.rows < 0:
-            raise UsageError(
-                f"a gate with a floor of {self.floor:g} and {self.rows} rows",
-                hint="a floor is at least 0 and below 1, and rows are at least 1",
-            )
 
     @property
     def open_key(self) -> float:
@@ -100,6 +96,8 @@ class Gate:
         return self.decay, self.decay_divisor, self.floor
 
 
+_NUMBERS = {"": "no number", "floor": "a floor of at least 0 and less than 1", "rows": "a number of rows, at least 1"}
+"""What may stand after the name of a gate and a colon, by `Gate.number`."""
 _LIGER = "Liger, arXiv 2503.01496, Table 1"
 
 GATES: dict[str, Gate] = {
@@ -132,9 +130,12 @@ def get_gate(name: str) -> Gate:
     gate = look_up("gate", stem, GATES)
     if not colon:
         return gate
-    if not gate.number:
-        raise UsageError(f"gate '{name:.60}'", hint=f"'{stem}' takes no number")
     try:
-        return replace(gate, rows=int(number)) if gate.number == "rows" else replace(gate, floor=float(number))
+        value = float(number)
     except ValueError:
-        raise UsageError(f"gate '{name:.60}'", hint=f"a number was expected after '{stem}:'") from None
+        value = math.nan
+    if gate.number == "floor" and 0 <= value < 1:
+        return replace(gate, floor=value)
+    if gate.number == "rows" and value >= 1 and value.is_integer():
+        return replace(gate, rows=int(value))
+    raise UsageError(f"gate '{name:.60}'", hint=f"'{stem}' takes {_NUMBERS[gate.number]}")
