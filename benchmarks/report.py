@@ -391,9 +391,10 @@ def loading() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "nll": nll, "recall": recall, "stream": stream, "decode": decode, "flat": flat, "build": build, "sweep": sweep,
-    "evicted": evicted, "budgets": budgets, "recovered": recovered, "paper": paper, "gates": gates,
-    "tasks": tasks, "layers": layers, "quantised": quantised, "native": native, "kept": kept, "cost": cost, "shares": shares, "mmlu": mmlu,
-    "prompt_cache": prompt_cache, "loading": loading, "nodes": nodes, "bench": bench, "peers_more": peers,
+    "evicted": evicted, "budgets": budgets, "recovered": recovered, "paper": paper, "gates": gates, "tasks": tasks,
+    "layers": layers, "quantised": quantised, "native": native, "kept": kept, "cost": cost, "shares": shares,
+    "mmlu": mmlu, "prompt_cache": prompt_cache, "loading": loading, "nodes": nodes, "bench": bench,
+    "peers_more": peers,
     "build_8b": build_8b, "peers_qwen": lambda: peers("peers_qwen"),
     "peers": lambda: peers(engines=("ligerexport", "llama.cpp")),
 }  # fmt: skip
