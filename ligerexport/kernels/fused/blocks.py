@@ -127,16 +127,18 @@ def decay_to_key(x, gradient, K: tl.constexpr, DECAY: tl.constexpr):
     """Return the gradient of raw keys through their decay, from that of the decay in nats, both `[C, BK]` fp32."""
     if DECAY[0] == "minus_exp":
         share = tl.exp2(x * LOG2E) / DECAY[1]
-        return tl.where(share < STRONGEST, -share * gradient, 0.0)
-    y = decaying(x, K, DECAY)
-    closed = 1.0 / (1.0 + tl.exp2(y * LOG2E))
-    if DECAY[2] > 0.0:
-        return gradient * closed * (1.0 - closed) * (1.0 - DECAY[2]) / (1.0 - (1.0 - DECAY[2]) * closed)
-    gradient = gradient * closed / DECAY[1]
-    if DECAY[0] == "logsigmoid":
-        return gradient
-    gradient = tl.sum(gradient, axis=1)[:, None] * (1.0 / K) + tl.zeros_like(x)
-    return -gradient if DECAY[0] == "head_minus_softplus" else gradient
+        gradient = tl.where(share < STRONGEST, -share * gradient, 0.0)
+    else:
+        closed = 1.0 / (1.0 + tl.exp2(decaying(x, K, DECAY) * LOG2E))
+        if DECAY[2] > 0.0:
+            gradient = gradient * closed * (1.0 - closed) * (1.0 - DECAY[2]) / (1.0 - (1.0 - DECAY[2]) * closed)
+        else:
+            gradient = gradient * closed / DECAY[1]
+    if DECAY[0] == "head_logsigmoid" or DECAY[0] == "head_minus_softplus":
+        gradient = tl.sum(gradient, axis=1)[:, None] * (1.0 / K) + tl.zeros_like(x)
+    if DECAY[0] == "head_minus_softplus":
+        gradient = -gradient
+    return gradient
 
 
 @triton.jit
@@ -185,11 +187,12 @@ def load_key(
     """Load raw keys `[C, BK]` and return their features and decay in bits, fp32; MAP "none" takes decay from `g`."""
     x = load_block(k, rows, channels, stride_k, m_rows, K, BK).to(tl.float32)
     if MAP == "none":
-        return x, decay_given(load_block(g, rows, channels, stride_g, m_rows, K, BK), m_rows)
-    key = features(x, m_rows, channels, K, MAP)
-    if DECAY[2] > 0.0:
-        key = key * (1.0 - DECAY[2])
-    return key, decay_of_key(x, m_rows, K, DECAY)
+        key, d = x, decay_given(load_block(g, rows, channels, stride_g, m_rows, K, BK), m_rows)
+    else:
+        key, d = features(x, m_rows, channels, K, MAP), decay_of_key(x, m_rows, K, DECAY)
+        if DECAY[2] > 0.0:
+            key = key * (1.0 - DECAY[2])
+    return key, d
 
 
 @triton.jit

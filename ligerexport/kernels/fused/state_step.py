@@ -32,11 +32,13 @@ def _decay_of_key(key, D_K: tl.constexpr, DECAY: tl.constexpr):
     if DECAY[0] == "head_minus_softplus":
         key = -key
     if DECAY[0] == "minus_exp":
-        return tl.exp2(-tl.minimum(tl.exp2(key * LOG2E) * (1.0 / DECAY[1]), STRONGEST) * LOG2E)
-    if DECAY[2] > 0.0:
-        return DECAY[2] + (1.0 - DECAY[2]) * _sigmoid(key)
-    exponent = tl.minimum(key, 0.0) * LOG2E
-    return tl.exp2((exponent - tl.log2(1.0 + tl.exp2(-tl.abs(key) * LOG2E))) * (1.0 / DECAY[1]))
+        kept = tl.exp2(-tl.minimum(tl.exp2(key * LOG2E) * (1.0 / DECAY[1]), STRONGEST) * LOG2E)
+    elif DECAY[2] > 0.0:
+        kept = DECAY[2] + (1.0 - DECAY[2]) * _sigmoid(key)
+    else:
+        exponent = tl.minimum(key, 0.0) * LOG2E
+        kept = tl.exp2((exponent - tl.log2(1.0 + tl.exp2(-tl.abs(key) * LOG2E))) * (1.0 / DECAY[1]))
+    return kept
 
 
 @triton.jit
