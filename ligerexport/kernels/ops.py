@@ -79,8 +79,8 @@ def liger_mixer(
         return mixed.to(query.dtype), slots | present
     mixed = config.attention_weight * mixed
     if config.recurrent:
-        gate, padding = get_gate(config.gate), (position[:, None] + torch.arange(key.shape[1], device=key.device) < 0)
-        padding = padding[..., None, None]
+        gate = get_gate(config.gate)
+        padding = (position[:, None] + torch.arange(key.shape[1], device=key.device) < 0)[..., None, None]
         if config.keyed:
             recurred, present["recurrent_key"], present["recurrent_state"] = keyed_recurrence(
                 query, key, value, padding, state["recurrent_key"], state["recurrent_state"], gate

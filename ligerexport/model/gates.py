@@ -37,7 +37,7 @@ FEATURE_MAPS: dict[str, str] = {
 """Formula of each feature map."""
 DECAYS: dict[str, str] = {
     "logsigmoid": "logsigmoid(x), for each key channel",
-    "minus_exp": "-exp(x), for each key channel",
+    "minus_exp": "-exp(x), for each key channel; after the division at least -STRONGEST",
     "head_logsigmoid": "logsigmoid(x), where x is the mean of a key's channels",
     "head_minus_softplus": "-softplus(x), where x is the mean of a key's channels",
 }
