@@ -34,7 +34,7 @@ ROOMS = (
     ("exporters",),
     ("run",),
     ("measure",),
-    ("demo", "train"),
+    ("demo", "serve", "train"),
     ("cli",),
     ("__main__",),
 )
