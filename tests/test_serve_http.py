@@ -36,10 +36,10 @@ pytestmark = pytest.mark.parametrize("built", [()], indirect=True, ids=["recurre
 @pytest.fixture(scope="module")
 def artifact(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a chat template, whose random weights make every token about as likely as the others."""
-    place = tmp_path_factory.mktemp("serve")
-    shutil.copytree(built[0], place / "liger")
-    (place / "liger" / "tokenizer_config.json").write_text(json.dumps({"chat_template": toy.TEMPLATE}))
-    return lx.build(place / "liger", place / "toy", max_chunk=16)
+    place = tmp_path_factory.mktemp("serve") / "toy"
+    shutil.copytree(built[1], place)
+    (place / "chat_template.jinja").write_text(toy.TEMPLATE)
+    return place
 
 
 @pytest.fixture(scope="module")
