@@ -20,7 +20,7 @@ from ligerexport.serve.engine import Engine, Ticket
 from ligerexport.serve.errors import ApiError
 from ligerexport.serve.metrics import Metrics
 from ligerexport.serve.request import Constraint, Event, Finish, Request, Settings
-from ligerexport.serve.schemas import MOST_ANSWERS, Chosen, Sampled
+from ligerexport.serve.schemas import Chosen, Sampled
 from ligerexport.text.tokenizer import Detokenizer, TextModel
 
 CONTEXT = 64
@@ -211,15 +211,12 @@ def start(asked: Asked, owner: str, client: str) -> list[Answer]:
         client: Who takes turns with others for a place.
 
     Raises:
-        ApiError: A prompt is empty, or there are too many answers.
+        ApiError: A prompt is empty.
         QueueFull, Draining: The engine takes no more requests.
         UsageError: A stop string has text before a special token.
     """
     if not asked.prompts or not all(asked.prompts):
         raise ApiError(400, "Invalid prompt: it has no tokens.", param="prompt", code="invalid_value")
-    if len(asked.prompts) * asked.count > MOST_ANSWERS:
-        raise ApiError(400, f"Invalid 'n': {len(asked.prompts)} prompts with {asked.count} answers each are more than "
-                       f"{MOST_ANSWERS} answers.", param="n", code="invalid_value")  # fmt: skip
     model, answers = asked.model, list[Answer]()
     until = None if model.deadline is None else time.monotonic() + model.deadline
     try:

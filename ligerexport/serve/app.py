@@ -48,7 +48,7 @@ class Access:
     keys: Keys | None = None
     hosts: Sequence[str] | None = None
     origins: Sequence[str] = ()
-    most: int = 64 << 20
+    most: int = 16 << 20
 
 
 class Failure(BaseModel):

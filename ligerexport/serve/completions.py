@@ -10,7 +10,7 @@ from ligerexport.run.generate import check_text
 from ligerexport.serve.answers import Asked, Collected, Piece, Served, biases, given, strings, usage
 from ligerexport.serve.errors import ApiError
 from ligerexport.serve.request import Event, Finish
-from ligerexport.serve.schemas import CompletionRequest
+from ligerexport.serve.schemas import MOST_ANSWERS, CompletionRequest
 from ligerexport.serve.shape import Pieces, counted, new_id, token_text
 
 DEFAULT_TOKENS = 16
@@ -22,6 +22,10 @@ def _prompts(model: Served, body: CompletionRequest) -> tuple[list[list[int]], l
     given: Any = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if given and isinstance(given[0], int):
         given = [given]
+    count = body.n or 1
+    if len(given) * count > MOST_ANSWERS:
+        raise ApiError(400, f"Invalid 'n': {len(given)} prompts with {count} answers each are more than {MOST_ANSWERS} "
+                       "answers.", param="n", code="invalid_value")  # fmt: skip
     most = max(model.text.vocabulary.values())
     ids, texts = [], []
     for prompt in given:

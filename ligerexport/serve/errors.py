@@ -88,6 +88,8 @@ def _invalid(errors: Sequence[Any]) -> ApiError:
     found = max(errors, key=lambda error: len(error["loc"]))
     kind, limits, value = found["type"], found.get("ctx", {}), found.get("input")
     param = _path(found["loc"]) or None
+    if kind == "value_error":
+        return ApiError(400, f"{found['msg']}.", param=param, code="invalid_value")
     if kind == "json_invalid" or param is None:
         return ApiError(400, "We could not parse the JSON body of your request. The API expects a JSON object with the "
                         "header 'Content-Type: application/json'.")  # fmt: skip

@@ -6,21 +6,35 @@ without an effect here, such as `user`, are accepted.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Row = TypeVar("Row")
+Rows = Annotated[list[Row], Field(fail_fast=True)]
+"""A list of which only the first wrong element is reported: a hostile one may have millions."""
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
 MOST_ANSWERS = 128
 """Largest number of answers to one request."""
+MOST_FIELDS = 1024
+"""Largest number of fields in an object."""
 
 
 class Body(BaseModel):
     """An object whose fields are all known."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _are_few(cls, values: Any) -> Any:
+        """Refuse many fields at once, before each gets an error of its own."""
+        for found in (values, values.get("logit_bias")) if isinstance(values, dict) else ():
+            if isinstance(found, dict) and len(found) > MOST_FIELDS:
+                raise ValueError(f"an object has more than {MOST_FIELDS} fields")
+        return values
 
 
 class Part(BaseModel):
@@ -38,7 +52,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: str | Rows[Part] | None = None
 
     @property
     def text(self) -> str:
@@ -77,23 +91,23 @@ class Chosen(Sampled):
 
     n: int | None = Field(None, ge=1, le=MOST_ANSWERS)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Bias] | None = Field(None, max_length=1024)
+    logit_bias: dict[str, Bias] | None = None
     stream_options: StreamOptions | None = None
 
 
 class ChatRequest(Chosen):
     """Body of `/v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Rows[Message] = Field(min_length=1)
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Rows[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
@@ -103,7 +117,7 @@ class ChatRequest(Chosen):
 class CompletionRequest(Chosen):
     """Body of `/v1/completions`."""
 
-    prompt: str | list[Token] | Annotated[list[str], Field(min_length=1)] | list[list[Token]]
+    prompt: str | Rows[Token] | Annotated[Rows[str], Field(min_length=1)] | Rows[Rows[Token]]
     best_of: int | None = Field(None, ge=1, le=MOST_ANSWERS)
     echo: bool | None = None
     max_tokens: int | None = Field(None, ge=0, le=1 << 31)
@@ -120,15 +134,15 @@ class Item(Message):
 class ResponseRequest(Sampled):
     """Body of `/v1/responses`, as far as it is about text."""
 
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[Rows[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     text: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Rows[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     previous_response_id: str | None = None
-    include: list[str] | None = None
+    include: Rows[str] | None = None
     reasoning: dict[str, Any] | None = None
     stream_options: StreamOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
@@ -139,7 +153,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Rows[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool = True
 
 
