@@ -59,9 +59,8 @@ def serving(artifact: Path, access: Access | None = None, **settings: Any) -> It
                                "threads": 1, "longest": 256, "deadline": None}  # fmt: skip
     model = open_model("toy", artifact, **options | settings)
     listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(make_app([model], access or Access(), patience=5), log_config=None, access_log=False)
-    )
+    app = make_app([model], access or Access(), patience=5)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

@@ -21,7 +21,9 @@ import ligerexport as lx
 from ligerexport.cli import main
 from ligerexport.run.generate import text_model
 from ligerexport.serve.app import Access
+from ligerexport.serve.chat import _separators, encode
 from ligerexport.serve.gate import LOOPBACK, Keys
+from ligerexport.serve.schemas import Message
 
 openai = pytest.importorskip("openai")
 schemathesis = pytest.importorskip("schemathesis")
@@ -71,6 +73,14 @@ def letter(text: str) -> int:
     return toy.tokenizer().token_to_id(text)
 
 
+def begun(client: Any, asked: dict[str, Any]) -> Any:
+    """Return a stream whose first token has come."""
+    stream = client.chat.completions.create(**asked, stream=True)
+    while not next(stream).choices[0].delta.content:
+        pass
+    return stream
+
+
 def test_chat_writes_what_generate_writes(artifact: Path, client: Any) -> None:
     expected = written(artifact, messages=HELLO, max_new_tokens=40)
     asked = ASK | {"max_tokens": 40}
@@ -82,6 +92,18 @@ def test_chat_writes_what_generate_writes(artifact: Path, client: Any) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected
     assert chunks[-1].usage.total_tokens == prompt + 40 and not chunks[-1].choices
     assert chunks[-2].choices[0].finish_reason == "length" and len({chunk.id for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("said", ["and\n", " <user> no turn </s>", "\U000f0000</s>\U000f0001", "é" * 20_000])
+def test_turns_that_were_encoded_before_give_the_same_ids(artifact: Path, said: str) -> None:
+    text, messages = text_model(artifact), list[Message]()
+    for number in range(4):
+        messages += [Message(role="user", content=f"{said}{number}"), Message(role="assistant", content=said)]
+        ids, beginning = encode(text, [Message(role="system", content="Be brief."), *messages[:-1]])
+        turns = [{"role": message.role, "content": message.text} for message in messages[:-1]]
+        assert ids == text.encode_chat([{"role": "system", "content": "Be brief."}, *turns])
+        assert beginning >= len(text.encode("Be brief.", special=False))
+    assert _separators(text) == ("</s>",)
 
 
 def test_several_answers_have_seeds_of_their_own(client: Any) -> None:
@@ -258,8 +280,7 @@ def test_states_are_listed_pinned_named_and_deleted(server: Address) -> None:
 
 def test_an_answer_ends_when_its_client_leaves(client: Any, server: Address) -> None:
     endless = ASK | {"max_tokens": 1 << 30}
-    stream = client.chat.completions.create(**endless, stream=True)
-    next(iter(stream))
+    stream = begun(client, endless)
     assert server.engine.stats()["running"] == 1
     stream.close()
     with socket.create_connection(("127.0.0.1", server.port)) as waiting:  # for a whole answer
@@ -275,11 +296,9 @@ def test_an_answer_ends_when_its_client_leaves(client: Any, server: Address) -> 
 def test_a_full_queue_says_when_to_come_back(artifact: Path) -> None:
     with serving(artifact, max_batch=1, queue=1) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
-        running = client.chat.completions.create(**ASK | {"max_tokens": 1 << 30}, stream=True)
-        next(iter(running))
-        statuses = [server.ask("/v1/chat/completions", ASK | {"n": 4})]
+        running = begun(client, ASK | {"max_tokens": 1 << 30})
+        status, content, headers = server.ask("/v1/chat/completions", ASK | {"n": 4})
         running.close()
-        status, content, headers = statuses[0]
         assert status == 429 and int(headers["retry-after"]) >= 1 and content["error"]["code"] == "rate_limit_exceeded"
 
 

@@ -117,7 +117,7 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     for words, code, said in (
         ([tmp_path / "nothing"], 1, "nothing"),
         ([artifact, f"toy={artifact}"], 2, "two artifacts are named toy"),
-        ([artifact, "--memory", "much"], 2, "--memory much"),
+        ([artifact, "--memory", "much"], 2, "'much' is no size"),
         ([artifact, "--host", "192.0.2.1"], 2, "cannot serve on 192.0.2.1"),
         ([artifact, "--api-key-file", tmp_path / "empty"], 2, "has no API key"),
         ([artifact, "--max-batch", 0], 2, "--max-batch"),

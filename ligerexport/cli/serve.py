@@ -114,5 +114,5 @@ def _bytes(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
     if not found:
-        raise UsageError(f"--memory {text}", hint="give a number of bytes, such as 500MB or 4GB")
+        raise UsageError(f"{text!r} is no size of a memory", hint="give a number of bytes, such as 500MB or 4GB")
     return int(float(found[1]) * _UNITS[found[2]])

@@ -16,8 +16,9 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from ligerexport.run.generate import StopStrings
-from ligerexport.serve.engine import Engine, Ticket
+from ligerexport.serve.engine import Engine
 from ligerexport.serve.errors import ApiError
+from ligerexport.serve.job import Ticket
 from ligerexport.serve.metrics import Metrics
 from ligerexport.serve.request import Constraint, Event, Finish, Request, Settings
 from ligerexport.serve.schemas import Chosen, Sampled

@@ -210,7 +210,7 @@ def _add_states(app: FastAPI, served: Models) -> None:
         """Return a state and its model."""
         for candidate in served.all.values() if model is None else [served.find(model)]:
             for info in candidate.engine.states(owner):
-                if info.id == state:
+                if state in (info.id, info.name):
                     return candidate, {"object": "state", "model": candidate.name, **asdict(info)}
         raise ApiError(404, f"There is no state '{state[:100]}'.", param="id", code="state_not_found")
 
@@ -218,19 +218,19 @@ def _add_states(app: FastAPI, served: Models) -> None:
     async def change_state(state: str, body: StateChange, request: Request) -> dict[str, Any]:
         """Pin a state, so that it is never evicted, or give it a name."""
         owner = request.state.owner
-        found, _ = one(state, body.model, owner)
+        found, facts = one(state, body.model, owner)
         if body.pinned is not None:
-            found.engine.pin(owner, state, body.pinned)
+            found.engine.pin(owner, facts["id"], body.pinned)
         if body.name is not None:
-            found.engine.name(owner, state, body.name)
-        return one(state, found.name, owner)[1]
+            found.engine.name(owner, facts["id"], body.name)
+        return one(facts["id"], found.name, owner)[1]
 
     @app.delete("/v1/states/{state}")
     async def delete_state(state: str, request: Request, model: str | None = Query(None)) -> dict[str, Any]:
         """Forget a state."""
-        found, _ = one(state, model, request.state.owner)
-        found.engine.delete(request.state.owner, state)
-        return {"id": state, "object": "state", "deleted": True}
+        found, facts = one(state, model, request.state.owner)
+        found.engine.delete(request.state.owner, facts["id"])
+        return {"id": facts["id"], "object": "state", "deleted": True}
 
 
 def _add_facts(app: FastAPI, metrics: Metrics, ready: Callable[[], bool]) -> None:

@@ -15,7 +15,11 @@ from ligerexport.serve.errors import ApiError
 from ligerexport.serve.request import Event, Finish
 from ligerexport.serve.schemas import ChatRequest, Message
 from ligerexport.serve.shape import Pieces, chat_logprobs, counted, new_id
+from ligerexport.text.marks import is_marked
 from ligerexport.text.tokenizer import TextModel
+
+SHORT = 1 << 14
+"""Largest number of characters in a part of a conversation whose ids are kept for the next request."""
 
 
 def turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -27,12 +31,28 @@ def turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def encode(text: TextModel, messages: Sequence[Message]) -> tuple[list[int], int]:
-    """Return the ids of a conversation, and how many of them belong to its beginning, the system messages."""
+    """Return the ids of a conversation, and how many of them belong to its beginning, the system messages.
+
+    They are those of `TextModel.encode_chat`. Turns that an earlier request had are not encoded again.
+    """
     said = turns(messages)
-    ids = text.encode_chat(said)
+    rendered = text.render(said, marked=True)
+    end = "" if is_marked(rendered) else max(_separators(text), key=rendered.count, default="")
+    *past, last = rendered.split(end) if end else [rendered]
+    ids = [token for turn in past for token in _kept(_turn, turn)(text, turn + end)] + text.encode_rendered(last)
     system = tuple(turn["content"] for turn in takewhile(lambda turn: turn["role"] == "system", said))
-    other = _with_system(text, system)
+    other = _kept(_with_system, "".join(system))(text, system)
     return ids, next((at for at, pair in enumerate(zip(ids, other, strict=False)) if pair[0] != pair[1]), 0)
+
+
+def _kept(function: Any, content: str) -> Any:
+    """Return a function that keeps its results, or, for a long content, the same function without that."""
+    return function if len(content) <= SHORT else function.__wrapped__
+
+
+@lru_cache(maxsize=1024)
+def _turn(text: TextModel, rendered: str) -> list[int]:
+    return text.encode_rendered(rendered)
 
 
 @lru_cache(maxsize=64)
@@ -40,6 +60,19 @@ def _with_system(text: TextModel, system: tuple[str, ...]) -> list[int]:
     """Return the ids of a conversation that has the same system messages and begins in another way after them."""
     said = [{"role": "system", "content": content} for content in system]
     return text.encode_chat([*said, {"role": "user", "content": "\x1f"}])
+
+
+@lru_cache(maxsize=8)
+def _separators(text: TextModel) -> tuple[str, ...]:
+    """Return the special tokens that end turns and whose neighbours do not change each other's ids."""
+
+    def apart(end: str, before: str, after: str) -> bool:
+        whole = text.encode_rendered(before + end + after)
+        return whole == text.encode_rendered(before + end) + text.encode_rendered(after)
+
+    ends = (token for token, index in text.special_ids.items() if index in text.turn_ends)
+    pairs = [(before, after) for before in ("", "a", "a ") for after in ("", "b", " b", "\nb", "\n\n b")]
+    return tuple(end for end in ends if all(apart(end, *pair) for pair in pairs))
 
 
 class Chat:
