@@ -356,3 +356,23 @@ def test_openapi_is_kept(server: Address) -> None:
 
         check()
     assert asked > 40
+
+
+def test_lm_eval_scores_what_the_model_scores(artifact: Path, server: Address) -> None:
+    """Its model `local-completions` sends ids, and reads `echo` with log probabilities."""
+    pytest.importorskip("tenacity")
+    api = pytest.importorskip("lm_eval.models.openai_completions")
+    from lm_eval.api.instance import Instance
+
+    model = api.LocalCompletionsAPI(
+        base_url=f"{server.url}/v1/completions", model="toy", tokenizer=str(artifact), tokenizer_backend="huggingface"
+    )
+    pairs = [("Once upon", " a time"), ("The sky is", " blue"), ("x", "y")]
+    asked = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    found = model.loglikelihood(asked, disable_tqdm=True)
+    for (score, greedy), (context, continuation) in zip(found, pairs, strict=True):
+        start = model.tok_encode(context)
+        ids = model.tok_encode(context + continuation)
+        rows = logprobs(artifact, ids)
+        expected = sum(rows[place - 1, ids[place]] for place in range(len(start), len(ids)))
+        assert score == pytest.approx(expected, abs=1e-3) and not greedy
