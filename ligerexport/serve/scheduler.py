@@ -262,7 +262,7 @@ class Scheduler:
         owner, ids = job.request.owner, job.prompt[: job.at]
         pin = job.request.pin and job.at == job.last
         if pin or self._states.wants(owner, ids):
-            self._states.insert(owner, ids, snapshot, pin=pin)
+            self._states.insert(owner, ids, snapshot, pin=pin, write=job.at < job.last)
         return snapshot
 
     def _join(self, job: Job, snapshot: Snapshot | None, at: int) -> None:
