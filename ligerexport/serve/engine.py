@@ -205,11 +205,14 @@ class Engine:
         with self._changed:
             if not scheduler.jobs and not self._waiting:
                 self._idle.set()
-            while not (self._poked or scheduler.busy or self._closing):
+            while not (self._poked or scheduler.busy or self._admits() or self._closing):
                 self._changed.wait(_LOOK if scheduler.jobs else None)
                 self._poked = self._poked or bool(scheduler.jobs)
             self._poked = False
             for job in self._waiting.sweep():
                 job.finish(job.overdue() or "cancelled")
-            while self._waiting and len(scheduler.jobs) < scheduler.places:
+            while self._admits():
                 scheduler.admit(self._waiting.take(scheduler.jobs))
+
+    def _admits(self) -> bool:
+        return len(self._waiting) > 0 and len(self._scheduler.jobs) < self._scheduler.places

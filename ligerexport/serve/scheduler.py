@@ -40,17 +40,25 @@ _log = logging.getLogger(__name__)
 class Pace:
     """Chooses how many tokens of a prompt to read between two steps, from the times of earlier ones.
 
+    A piece takes a time of its own and a time per token. Both were measured before the first prompt, and are multiplied
+    by how much slower pieces have been lately, for instance because other processes compute too.
+
     Args:
         chunk: Number of tokens per call of the engine.
+        least: Seconds of a piece of `_LEAST` tokens.
+        whole: Seconds of a piece of `chunk` tokens.
     """
 
-    def __init__(self, chunk: int) -> None:
+    def __init__(self, chunk: int, least: float, whole: float) -> None:
         self.chunk = chunk
-        self._token = self._step = 0.0
+        self._token = max(whole - least, 0.1 * whole) / max(1, chunk - _LEAST)
+        self._call = max(0.0, whole - chunk * self._token)
+        self._slower, self._step = 1.0, 0.0
 
     def read(self, tokens: int, seconds: float) -> None:
         """Record the time of a piece."""
-        self._token = _follow(self._token, seconds / tokens)
+        calls = -(-tokens // self.chunk)
+        self._slower = _follow(self._slower, seconds / (calls * self._call + tokens * self._token))
 
     def stepped(self, seconds: float) -> None:
         """Record the time of a step."""
@@ -58,10 +66,11 @@ class Pace:
 
     def piece(self, running: bool) -> int:
         """Return how many tokens to read; without running jobs, at least a whole call."""
-        left = STALL * _SHARE - (self._step if running else 0.0)
-        tokens = int(left / self._token) if self._token else self.chunk
-        tokens = max(tokens, _LEAST if running else self.chunk)
-        return min(tokens // self.chunk, _MOST) * self.chunk or tokens
+        left = (STALL * _SHARE - (self._step if running else 0.0)) / self._slower
+        calls = int(left / (self._call + self.chunk * self._token))
+        if calls >= 1 or not running:
+            return min(max(calls, 1), _MOST) * self.chunk
+        return min(max(int((left - self._call) / self._token), _LEAST), self.chunk)
 
 
 def _follow(old: float, new: float) -> float:
@@ -91,8 +100,7 @@ class Scheduler:
         self._turn = self._spare = 0
         self.counts: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.pace = Pace(session.chunk)
-        self._measure()
+        self.pace = self._measure()
 
     @property
     def jobs(self) -> list[Job]:
@@ -109,14 +117,16 @@ class Scheduler:
         """Whether a turn would do anything."""
         return any(job is not None for job in self._rows) or any(self._ready(job) for job in self._reading)
 
-    def _measure(self) -> None:
-        """Read a piece before the first prompt comes, because the first call of a session is slower."""
+    def _measure(self) -> Pace:
+        """Time pieces of two lengths, the second time that a session reads them."""
         reader = self._root.sibling()
-        for size in (_LEAST, reader.chunk):
+        seconds = {}
+        for size in (_LEAST, reader.chunk) * 2:
             clock = time.perf_counter()
-            reader.prefill(np.zeros(min(size, reader.chunk), np.int64))
-            self.pace.read(min(size, reader.chunk), time.perf_counter() - clock)
+            reader.prefill(np.zeros(size, np.int64))
+            seconds[size] = time.perf_counter() - clock
         self._readers.append(reader)
+        return Pace(reader.chunk, seconds[_LEAST], seconds[reader.chunk])
 
     def admit(self, job: Job) -> None:
         """Give a job a place."""
@@ -262,7 +272,7 @@ class Scheduler:
         owner, ids = job.request.owner, job.prompt[: job.at]
         pin = job.request.pin and job.at == job.last
         if pin or self._states.wants(owner, ids):
-            self._states.insert(owner, ids, snapshot, pin=pin)
+            self._states.insert(owner, ids, snapshot, pin=pin, write=job.at < job.last)
         return snapshot
 
     def _join(self, job: Job, snapshot: Snapshot | None, at: int) -> None:

@@ -50,6 +50,7 @@ class Held:
         dropped: Whether the memory gives it up once it is written; it counts as written already.
         pinned, name: See `StateInfo`.
         stamp: Value of the cache's clock at its last use.
+        used: Number of that use.
     """
 
     owner: str
@@ -63,6 +64,7 @@ class Held:
     pinned: bool = False
     name: str = ""
     stamp: float = 0.0
+    used: int = 0
 
     @property
     def ids(self) -> np.ndarray:
@@ -74,12 +76,12 @@ class Held:
         return np.concatenate(edges[::-1])
 
     @property
-    def priority(self) -> float:
-        """When it goes: the smallest first."""
+    def priority(self) -> tuple[float, int]:
+        """When it goes: the smallest first, and of equal ones the one that was used longest ago."""
         before = next((node.length for node in self.node.above()), 0)
         branches = len(self.node.children)
         share = 1.0 if branches == 0 else max(INSIDE, branches - 1.0)
-        return self.stamp + share * (self.node.length - before)
+        return self.stamp + share * (self.node.length - before), self.used
 
 
 class States:
@@ -102,7 +104,7 @@ class States:
         self._lock = threading.RLock()
         self._trees: dict[str, Tree] = {}
         self._held: dict[tuple[str, str], Held] = {}
-        self._clock = 0.0
+        self._clock, self._uses = 0.0, 0
         self._in_memory = self._on_disk = self._being_written = 0
         self._writes: set[Future[int]] = set()
         for owner, found in self._store.scan() if self._store else ():
@@ -127,7 +129,7 @@ class States:
                 if pinned is not None and (best is None or pinned.node.length > best.node.length):
                     best = pinned
             if best is not None:
-                best.stamp = self._clock
+                self._use(best)
             return best, known
 
     def fetch(self, held: Held) -> Future[Snapshot]:
@@ -172,7 +174,7 @@ class States:
             if held.snapshot is None:
                 held.snapshot = snapshot
                 self._in_memory += held.nbytes
-            held.stamp = self._clock
+            self._use(held)
             if pin and not held.pinned:
                 with suppress(LigerError):  # the request itself can go on
                     self._set(held, held.name, True)
@@ -227,11 +229,10 @@ class States:
                 self._write(held)
 
     def flush(self) -> None:
-        """Write what the next turns of chats need, and all that is pinned or named, and wait until it is written."""
+        """Write all states for which the disk has room, and wait until they are written."""
         with self._lock:
-            for held in list(self._held.values()):
-                if not held.node.children or held.pinned or held.name:
-                    self._write(held, always=True)
+            for held in sorted(self._held.values(), key=lambda held: held.priority, reverse=True):
+                self._write(held, always=True)
         while writes := set(self._writes):
             for write in writes:
                 write.exception()
@@ -252,9 +253,13 @@ class States:
     def _tree(self, key: str) -> Tree:
         return self._trees.setdefault(key, Tree())
 
+    def _use(self, held: Held) -> None:
+        self._uses += 1
+        held.stamp, held.used = self._clock, self._uses
+
     def _add(self, key: str, ids: np.ndarray, nbytes: int) -> Held:
         node = self._tree(key).insert(ids)
-        held = node.held = Held(key, digest(ids), node, nbytes, stamp=self._clock)
+        held = node.held = Held(key, digest(ids), node, nbytes)
         self._held[key, held.id] = held
         return held
 
@@ -279,7 +284,7 @@ class States:
             victim = min(loose, key=lambda held: held.priority, default=None)
             if victim is None:
                 return
-            self._clock = max(self._clock, victim.priority)
+            self._clock = max(self._clock, victim.priority[0])
             if not victim.written:
                 self._write(victim)
             if victim.writing:
@@ -316,7 +321,7 @@ class States:
             victim = min(others, key=lambda other: other.priority, default=None)
             if victim is None or (victim.priority > held.priority and not held.pinned):
                 return False
-            self._clock = max(self._clock, victim.priority)
+            self._clock = max(self._clock, victim.priority[0])
             if victim.snapshot is None:
                 self.forget(victim)
             else:
