@@ -318,7 +318,14 @@ def test_facts_for_those_who_watch(server: Address) -> None:
     server.ask("/v1/chat/completions", ASK)
     page = server.ask("/metrics")[1].decode()
     assert 'ligerexport_requests_total{path="/v1/chat/completions",status="200"}' in page
-    assert 'ligerexport_first_token_seconds_count{model="toy"}' in page and "ligerexport_running" in page
+    assert (
+        'ligerexport_first_token_seconds_count{model="toy"}' in page and 'ligerexport_running{model="toy"} 0.0' in page
+    )
+    assert "# TYPE ligerexport_cached_total counter" in page
+    before, server.engine._failed = server.engine._failed, "lightning"
+    status, content, _ = server.ask("/health")
+    server.engine._failed = before
+    assert status == 503 and "lightning" not in content["error"]["message"] and server.ask("/health")[0] == 200
     _, html, headers = server.ask("/")
     assert b"<script>" in html and "default-src 'none'" in headers["content-security-policy"]
 

@@ -127,7 +127,7 @@ def make_app(models: Sequence[Served], access: Access = Access(), *, patience: f
     _add_texts(app, served, metrics)
     _add_models(app, served)
     _add_states(app, served)
-    _add_facts(app, metrics, lambda: ready[0])
+    _add_facts(app, served, metrics, lambda: ready[0])
     return app
 
 
@@ -233,7 +233,7 @@ def _add_states(app: FastAPI, served: Models) -> None:
         return {"id": facts["id"], "object": "state", "deleted": True}
 
 
-def _add_facts(app: FastAPI, metrics: Metrics, ready: Callable[[], bool]) -> None:
+def _add_facts(app: FastAPI, served: Models, metrics: Metrics, ready: Callable[[], bool]) -> None:
     """Add the page, and the endpoints for those who watch over a server."""
     page = PAGE.read_text(encoding="utf-8")
     hashes = {
@@ -251,7 +251,9 @@ def _add_facts(app: FastAPI, metrics: Metrics, ready: Callable[[], bool]) -> Non
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """Say that the process is alive."""
+        """Say that the models run; if not, the server must be started again."""
+        if any(model.engine.failed for model in served.all.values()):
+            raise ApiError(503, "A model has failed.", code="service_unavailable", kind="server_error")
         return {"status": "ok"}
 
     @app.get("/ready")

@@ -88,6 +88,11 @@ class Engine:
         """
         return text_model(self.directory)
 
+    @property
+    def failed(self) -> str:
+        """Why it takes no more requests; empty text while it works."""
+        return self._failed
+
     def submit(self, request: Request) -> Ticket:
         """Accept a request; its events come through the ticket.
 

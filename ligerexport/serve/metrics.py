@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
     from ligerexport.serve.answers import Piece
     from ligerexport.serve.engine import Engine
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_NOW = ("running", "reading", "waiting", "states")
+"""Beginnings of the names of an engine's figures that go up and down; the others only grow."""
 
 
 class Metrics:
@@ -35,13 +37,12 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """Yield what each engine counts."""
-        families: dict[str, GaugeMetricFamily] = {}
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for model, engine in self._engines.items():
             for name, value in engine.stats().items():
-                said = name.replace("_", " ").capitalize()
-                family = families.setdefault(
-                    name, GaugeMetricFamily(f"ligerexport_{name}", f"{said}, by model.", labels=["model"])
-                )
+                kind = GaugeMetricFamily if name.startswith(_NOW) else CounterMetricFamily
+                said = f"{name.replace('_', ' ').capitalize()}, as the engine of a model counts."
+                family = families.setdefault(name, kind(f"ligerexport_{name}", said, labels=["model"]))
                 family.add_metric([model], value)
         yield from families.values()
 
