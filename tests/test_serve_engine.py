@@ -156,7 +156,8 @@ def test_owners_do_not_share_states(start: Callable[..., Engine]) -> None:
         ((_, finish),) = answers(engine, ask(prompt, owner=owner))
         cached.append(finish.cached_tokens)
     assert cached == [0, 0, 59, 0, 0]
-    answers(engine, ask(SYSTEM, pin=True, max_tokens=0))
+    for pin in (False, True):  # also if it was read before
+        answers(engine, ask(SYSTEM, pin=pin, max_tokens=0))
     ((_, finish),) = answers(engine, ask(prompt, owner="four"))
     assert finish.cached_tokens == 49
     assert [info.tokens for info in engine.states("") if info.pinned] == [49]
@@ -310,10 +311,12 @@ def test_bias_and_stop_tokens(start: Callable[..., Engine]) -> None:
     assert (events, finish.reason, finish.completion_tokens) == ([], "stop", 0)
 
 
-@pytest.mark.parametrize(
-    "request_", [ask([]), ask([toy.VOCAB]), ask([1], max_tokens=-1), ask([1], logit_bias={-1: 1.0}),
-                 ask([1], settings=Settings(temperature=-1.0)), ask([1], logprobs=-1)],
-)  # fmt: skip
-def test_what_makes_no_sense_is_refused(start: Callable[..., Engine], request_: Request) -> None:
-    with pytest.raises(UsageError):
-        start().submit(request_)
+def test_what_makes_no_sense_is_refused(start: Callable[..., Engine]) -> None:
+    engine, cold = start(), Settings(temperature=-1.0)
+    wrong: tuple[dict[str, Any], ...] = (
+        {"prompt": []}, {"prompt": [toy.VOCAB]}, {"max_tokens": -1}, {"logit_bias": {-1: 1.0}}, {"settings": cold},
+        {"logprobs": -1},
+    )  # fmt: skip
+    for settings in wrong:
+        with pytest.raises(UsageError):
+            engine.submit(ask(**({"prompt": [1]} | settings)))

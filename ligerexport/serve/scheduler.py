@@ -1,8 +1,8 @@
 """Continuous batching: every turn reads a piece of one prompt, and feeds one token to every row of the batch.
 
 A prompt is read by a session of its own, so that a piece touches no other row. It moves to a row of the batch when all
-but its last token are read, and a step feeds that one. Batches have 1, 2, 4, ... rows, because rows without a job cost
-time.
+but its last token are read, and a step feeds that one. Batches have 1, 2, 3, 4, 6, 8, 12, ... rows: a row without a job
+costs time, and so do jobs that move to a batch of another size.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError
+from ligerexport.run.prompt_cache import shared
 from ligerexport.run.runtime import Session
 from ligerexport.serve.job import Job
 from ligerexport.serve.request import Reason
 from ligerexport.serve.states import WORTH, States
-from ligerexport.serve.tree import shared
 
 STALL = 0.15
 """Longest time in seconds between two tokens of a running job while prompts are read."""
@@ -31,7 +31,7 @@ _LEAST = 8
 _MOST = 16
 """Largest piece, in calls of the engine."""
 _SPARE = 32
-"""Number of steps with at most half of the rows before the batch gets smaller."""
+"""Number of steps with too many rows before the batch gets smaller."""
 _IDLE = -1
 
 _log = logging.getLogger(__name__)
@@ -268,27 +268,34 @@ class Scheduler:
                 self._join(job, snapshot, job.at)
 
     def _keep(self, job: Job, snapshot: Snapshot) -> Snapshot:
-        """Keep a state of a prompt."""
+        """Keep a state of a prompt if it is worth its bytes."""
         owner, ids = job.request.owner, job.prompt[: job.at]
-        pin = job.request.pin and job.at == job.last
-        if pin or self._states.wants(owner, ids):
-            self._states.insert(owner, ids, snapshot, pin=pin, write=job.at < job.last)
+        if self._states.wants(owner, ids):
+            self._states.insert(owner, ids, snapshot, write=job.at < job.last)
         return snapshot
 
     def _join(self, job: Job, snapshot: Snapshot | None, at: int) -> None:
         """Give a job whose prompt is read a row, or end it if that was all."""
+        if job.request.pin and snapshot is not None:
+            self._states.insert(job.request.owner, job.prompt[:at], snapshot, pin=True)
         if job.request.max_tokens == 0 and not job.request.prompt_logprobs:
             job.at = at
             self._reading.remove(job)
             job.finish("length")
             return
         if None not in self._rows:
-            self._resize(min(2 * len(self._rows), self.places))
+            self._resize(self._fitting(len(self._rows) + 1))
         row = self._rows.index(None)
         if snapshot is not None:
             self._batch.restore(snapshot, row)
         self._reading.remove(job)
         self._rows[row], job.row, job.at = job, row, at
+
+    def _fitting(self, jobs: int) -> int:
+        """Return the smallest size of a batch for a number of jobs."""
+        power = 1 << (jobs - 1).bit_length()
+        size = power * 3 // 4 if jobs <= power * 3 // 4 else power
+        return min(size, self.places)
 
     @property
     def _batch(self) -> Session:
@@ -336,16 +343,14 @@ class Scheduler:
         self._narrow()
 
     def _narrow(self) -> None:
-        """Make the batch smaller after enough steps in which most rows had no job."""
-        running, size = len(self.running), len(self._rows)
-        self._spare = self._spare + 1 if 2 * running <= size else 0
-        if running and size > 1 and self._spare >= _SPARE:
-            self._resize(1 << (running - 1).bit_length())
+        """Make the batch smaller after enough steps in which that was possible."""
+        size = self._fitting(max(1, len(self.running)))
+        self._spare = self._spare + 1 if size < len(self._rows) else 0
+        if self._spare >= _SPARE:
+            self._resize(size)
 
     def _end(self, job: Job, reason: Reason) -> None:
         """End a job and keep its state."""
-        job.finish(reason)
-        self.counts["ended"] += 1
         session: Session | None = job.reader if job.row is None else self._batch
         if session is not None and job.at > job.cached and not job.request.prompt_logprobs:
             owner, ids = job.request.owner, np.array(job.tokens[: job.at], np.int64)
@@ -353,11 +358,13 @@ class Scheduler:
                 self._states.insert(owner, ids, session.snapshot(job.row or 0), write=True)
         if job.row is not None:
             self._vacate(job.row)
-            return
-        self._reading.remove(job)
-        if job.reader is not None:
-            self._readers.append(job.reader)
-            job.reader = None
+        else:
+            self._reading.remove(job)
+            if job.reader is not None:
+                self._readers.append(job.reader)
+                job.reader = None
+        self.counts["ended"] += 1
+        job.finish(reason)
 
     def _vacate(self, row: int) -> None:
         self._rows[row] = None

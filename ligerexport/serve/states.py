@@ -100,7 +100,8 @@ class States:
     def __init__(self, model: str, memory: int, directory: Path | None, disk: int) -> None:
         self.memory, self.disk = memory, disk
         self._store = None if directory is None else Store(directory, model)
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="states")
+        self._readers = ThreadPoolExecutor(2, thread_name_prefix="read-states")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write-states")
         self._lock = threading.RLock()
         self._trees: dict[str, Tree] = {}
         self._held: dict[tuple[str, str], Held] = {}
@@ -138,7 +139,7 @@ class States:
             snapshot, owner, ids = held.snapshot, held.owner, held.ids
         if snapshot is None:
             assert self._store is not None
-            return self._pool.submit(self._store.read, owner, ids)
+            return self._readers.submit(self._store.read, owner, ids)
         ready: Future[Snapshot] = Future()
         ready.set_result(snapshot)
         return ready
@@ -239,7 +240,8 @@ class States:
 
     def close(self) -> None:
         """Finish what is being written, and end the threads."""
-        self._pool.shutdown()
+        self._readers.shutdown()
+        self._writer.shutdown()
 
     def stats(self) -> dict[str, float]:
         """Return how many states there are and their bytes."""
@@ -310,7 +312,7 @@ class States:
             return
         held.writing = True
         self._being_written += held.nbytes
-        write = self._pool.submit(self._store.write, held.owner, held.ids, held.snapshot)
+        write = self._writer.submit(self._store.write, held.owner, held.ids, held.snapshot)
         self._writes.add(write)
         write.add_done_callback(self._wrote(held, held.nbytes))
 

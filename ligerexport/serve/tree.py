@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ligerexport.run.prompt_cache import shared
+
 
 class Node:
     """The end of a prefix.
@@ -92,10 +94,3 @@ def _split(node: Node, at: int) -> Node:
     node.edge, node.parent = node.edge[at:].copy(), upper
     upper.children[int(node.edge[0])] = node
     return upper
-
-
-def shared(one: np.ndarray, other: np.ndarray) -> int:
-    """Return the length of the common beginning of two lists of tokens."""
-    length = min(len(one), len(other))
-    differ = np.flatnonzero(one[:length] != other[:length])
-    return int(differ[0]) if len(differ) else length
