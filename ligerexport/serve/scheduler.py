@@ -16,7 +16,7 @@ import numpy as np
 
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError
-from ligerexport.run.prompt_cache import shared
+from ligerexport.run.prompt_cache import common_length
 from ligerexport.run.runtime import Session
 from ligerexport.serve.job import Job
 from ligerexport.serve.request import Reason
@@ -188,7 +188,7 @@ class Scheduler:
         cached = held.node.length if held else 0
         for other in self._reading[: self._reading.index(job)]:
             if other.request.owner == owner and not other.request.prompt_logprobs:
-                common = min(shared(other.prompt, job.prompt), last, other.last)
+                common = min(common_length(other.prompt, job.prompt), last, other.last)
                 if common >= cached + WORTH and other.at < common:
                     other.stops = sorted({*other.stops, common}, reverse=True)
                     job.behind = other, common
