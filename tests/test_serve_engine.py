@@ -138,11 +138,11 @@ def test_damaged_files_are_not_used(built: tuple[Path, Path], start: Callable[..
 def test_a_full_disk_costs_only_the_cache(
     start: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     engine = start(state_dir=tmp_path, memory=40_000)
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
     for prompt in PROMPTS:
         assert len(tokens(engine, ask(prompt))[0]) == 20
     asyncio.run(engine.drain(60))
