@@ -30,6 +30,7 @@ from ligerexport.cli.list import list_
 from ligerexport.cli.native import native
 from ligerexport.cli.recover import recover
 from ligerexport.cli.run import run
+from ligerexport.cli.serve import serve
 from ligerexport.console import data, print_error, say
 from ligerexport.errors import LigerError, UsageError, close_matches
 
@@ -53,7 +54,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_VERBS = (convert, allocate, recover, eval_, build, run, chat, bench, demo, pull, push, inspect, native, doctor, list_)
+_VERBS = (
+    convert, allocate, recover, eval_, build, run, chat, serve, bench, demo, pull, push, inspect, native, doctor, list_,
+)  # fmt: skip
 for _verb in _VERBS:
     app.command(_verb.__name__.rstrip("_"))(_verb)
 
