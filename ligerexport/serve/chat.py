@@ -8,7 +8,6 @@ from functools import lru_cache, partial
 from itertools import takewhile
 from typing import Any
 
-from ligerexport.run.generate import check_text
 from ligerexport.serve.answers import Asked, Collected, Served, biases, given, strings, usage
 from ligerexport.serve.constraints import constraint_of
 from ligerexport.serve.errors import ApiError
@@ -24,8 +23,6 @@ SHORT = 1 << 14
 
 def turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Return messages as chat templates take them."""
-    for number, message in enumerate(messages):
-        check_text(message.text, f"messages[{number}].content")
     roles = {"developer": "system", "function": "tool"}
     return [{"role": roles.get(message.role, message.role), "content": message.text} for message in messages]
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from ligerexport.run.generate import check_text
 from ligerexport.serve.answers import Asked, Collected, Piece, Served, biases, given, strings, usage
 from ligerexport.serve.errors import ApiError
 from ligerexport.serve.request import Event, Finish
@@ -30,7 +29,6 @@ def _prompts(model: Served, body: CompletionRequest) -> tuple[list[list[int]], l
     ids, texts = [], []
     for prompt in given:
         if isinstance(prompt, str):
-            check_text(prompt)
             ids.append(model.text.encode(prompt))
             texts.append(prompt)
         else:

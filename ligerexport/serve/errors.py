@@ -100,6 +100,8 @@ def _invalid(errors: Sequence[Any]) -> ApiError:
         said, code = f"Missing required parameter: '{param}'.", "missing_required_parameter"
     elif kind == "extra_forbidden":
         said, code = f"Unknown parameter: '{param}'.", "unknown_parameter"
+    elif kind == "string_unicode":
+        said, code = f"Invalid '{param}': the text has half of a surrogate pair.", "invalid_value"
     elif kind.removesuffix("_type") in EXPECTED:
         got = JSON_TYPES.get(type(value), "something else")
         said = f"Invalid type for '{param}': expected {EXPECTED[kind.removesuffix('_type')]}, but got {got} instead."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 Row = TypeVar("Row")
 Rows = Annotated[list[Row], Field(fail_fast=True)]
@@ -20,12 +20,14 @@ MOST_ANSWERS = 128
 """Largest number of answers to one request."""
 MOST_FIELDS = 1024
 """Largest number of fields in an object."""
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, str_max_length=1 << 30)
+"""Values are not converted. With a limit, pydantic also looks at every text, and refuses unpaired surrogates."""
 
 
 class Body(BaseModel):
     """An object whose fields are all known."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = STRICT | ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
@@ -40,7 +42,7 @@ class Body(BaseModel):
 class Part(BaseModel):
     """A part of a message's content; only text is supported."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = STRICT
 
     type: Literal["text", "input_text", "output_text"]
     text: str
@@ -49,7 +51,7 @@ class Part(BaseModel):
 class Message(BaseModel):
     """A turn. Clients echo what they got, so unknown fields are ignored here."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = STRICT
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Rows[Part] | None = None
@@ -78,7 +80,7 @@ class Sampled(Body):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=1e-6, le=1e6)
     pin: bool | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, JsonValue] | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
