@@ -253,8 +253,8 @@ def test_paths_methods_and_hosts(artifact: Path, server: Address) -> None:
         connection.close()
 
 
-def test_keys(artifact: Path, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("# ours\n\nsecret-one\nsecret-two\n")
+def test_keys(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys").write_text("# ours\n\nsecret-one\nsecret-two\n", encoding="utf-8-sig")
     body = ASK | {"pin": True}
     with serving(artifact, Access(keys=Keys(tmp_path / "keys"))) as server:
         for wrong in ({}, {"Authorization": "Bearer nothing"}, {"Authorization": "Basic secret-one"}):
@@ -266,6 +266,10 @@ def test_keys(artifact: Path, tmp_path: Path) -> None:
         assert server.ask("/v1/states", headers=one)[1]["data"] and not server.ask("/v1/states", headers=two)[1]["data"]
         state = server.ask("/v1/states", headers=one)[1]["data"][0]["id"]
         assert server.ask(f"/v1/states/{state}", method="DELETE", headers=two)[0] == 404
+        monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+        with pytest.raises(SystemExit) as done:
+            main(["chat", "--server", server.url, "-n", "4", "--api-key-file", str(tmp_path / "keys")])
+        assert done.value.code == 0
 
 
 def test_states_are_listed_pinned_named_and_deleted(server: Address) -> None:

@@ -114,14 +114,20 @@ def test_malformed_requests_leave_nothing_behind(start: Callable[..., Process]) 
 def test_what_cannot_be_served_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = toy.build(tmp_path / "toy")
     (tmp_path / "empty").write_text("# none\n")
+    (tmp_path / "utf16").write_text("secret\n", encoding="utf-16")
     for words, code, said in (
         ([tmp_path / "nothing"], 1, "nothing"),
         ([artifact, f"toy={artifact}"], 2, "two artifacts are named toy"),
         ([artifact, "--memory", "much"], 2, "'much' is no size"),
         ([artifact, "--host", "192.0.2.1"], 2, "cannot serve on 192.0.2.1"),
         ([artifact, "--api-key-file", tmp_path / "empty"], 2, "has no API key"),
+        ([artifact, "--api-key-file", tmp_path / "utf16"], 2, "is not UTF-8"),
         ([artifact, "--max-batch", 0], 2, "--max-batch"),
+        ([artifact, "--deadline", "nan"], 2, "--deadline"),
+        ([artifact, "--drain", "inf"], 2, "--drain"),
+        ([f"..={artifact}"], 2, "no name"),
+        ([artifact, "--port", 99_999], 2, "port 99999"),
     ):
         with pytest.raises(SystemExit) as done:
-            main(["serve", *map(str, words), "--port", "0"])
+            main(["serve", "--port", "0", *map(str, words)])
         assert done.value.code == code and said in capsys.readouterr().err

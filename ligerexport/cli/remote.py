@@ -16,6 +16,7 @@ import typer
 
 from ligerexport.cli.prompting import Asking
 from ligerexport.errors import LigerError, UsageError
+from ligerexport.serve.keys import read_keys
 
 if TYPE_CHECKING:
     from ligerexport.run.generate import Chunk, Finish
@@ -31,7 +32,7 @@ class Server:
     server: Annotated[str | None, typer.Option("--server", metavar="URL", help="Chat with a server instead.")] = None
     model: Annotated[str | None, typer.Option("--model", help="Its model; default: the first one.")] = None
     api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="File whose first line is the key for the server.")
+        Path | None, typer.Option("--api-key-file", help="File whose first key is sent to the server.")
     ] = None
 
     def connect(self, asking: Asking, system: str | None, max_new_tokens: int) -> RemoteConversation:
@@ -43,7 +44,7 @@ class Server:
         """
         if asking.prompt_cache or asking.special_content:
             raise UsageError("--prompt-cache and --special-content need an artifact", hint="leave them out")
-        key = self.api_key_file.read_text(encoding="utf-8").split("\n")[0].strip() if self.api_key_file else None
+        key = read_keys(self.api_key_file)[0] if self.api_key_file else None
         settings, _ = asking.sampling(Path(), False)
         fields = settings | {"seed": asking.seed, "stop": asking.stop, "max_tokens": max_new_tokens}
         return RemoteConversation(str(self.server), key, self.model, system, fields)

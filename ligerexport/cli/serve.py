@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated
@@ -60,10 +61,12 @@ def serve(
     except ImportError as error:
         raise MissingDependency(error.name or "fastapi", extra="serve") from error
     named, budget = _names(artifacts), _bytes(memory)
-    if min(max_batch, queue, max_new_tokens) < 1 or drain < 0 or (deadline is not None and deadline <= 0):
+    if min(max_batch, queue, max_new_tokens) < 1 or not (deadline is None or deadline > 0):
         raise UsageError(
             "--max-batch, --queue, --max-new-tokens and --deadline must be positive", hint="give at least 1"
         )
+    if not 0 <= drain < math.inf:
+        raise UsageError(f"--drain {drain}", hint="give a number of seconds, such as 30")
     access = Access(Keys(api_key_file) if api_key_file else None, LOOPBACK if host in LOOPBACK else None, cors or ())
     options.announce("serve", artifacts=artifacts, host=host, port=port, max_batch=max_batch, queue=queue,
                      memory=memory, state_dir=state_dir, max_new_tokens=max_new_tokens, deadline=deadline, drain=drain,
@@ -93,13 +96,15 @@ def _names(artifacts: list[str]) -> dict[str, Path]:
     """Return each artifact by its name, which is that of its directory if none is given.
 
     Raises:
-        UsageError: Two have the same name.
+        UsageError: Two have the same name, or one has a name that cannot be that of a directory for its states.
     """
     found: dict[str, Path] = {}
     for text in artifacts:
         name, separator, place = text.partition("=")
         if not separator or "/" in name or Path(text).exists():
             name, place = Path(text).resolve().name, text
+        if name in ("", ".", ".."):
+            raise UsageError(f"{text!r} has no name before the =", hint="give one: chat=DIRECTORY")
         if name in found:
             raise UsageError(f"two artifacts are named {name}", hint="give them names: chat=DIRECTORY code=DIRECTORY")
         found[name] = options.path(place)

@@ -12,8 +12,8 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from ligerexport.errors import UsageError
 from ligerexport.serve.errors import ApiError
+from ligerexport.serve.keys import read_keys
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN = ("/", "/health", "/ready", "/openapi.json")
@@ -24,17 +24,11 @@ class Keys:
     """The keys that clients may use. Only their hashes are kept.
 
     Args:
-        file: A text with one key in each line; empty lines and lines that begin with # do not count.
-
-    Raises:
-        UsageError: The file has no key.
+        file: See `read_keys`, also for errors.
     """
 
     def __init__(self, file: Path) -> None:
-        lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
-        self._owners = {self.digest(line) for line in lines if line and not line.startswith("#")}
-        if not self._owners:
-            raise UsageError(f"{file} has no API key", hint="write one key in each line")
+        self._owners = {self.digest(key) for key in read_keys(file)}
 
     @staticmethod
     def digest(key: str) -> str:

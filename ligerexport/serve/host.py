@@ -20,8 +20,10 @@ def listen(host: str, port: int) -> socket.socket:
         port: Port; 0 takes a free one.
 
     Raises:
-        UsageError: The port is in use, or the address is not this machine's.
+        UsageError: The port is in use or out of range, or the address is not this machine's.
     """
+    if not 0 <= port <= 65535:  # the system would take the port modulo 65536
+        raise UsageError(f"port {port}", hint="give 1 to 65535, or 0 for a free one")
     listener = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -31,7 +33,7 @@ def listen(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(2048)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         if listener is not None:
             listener.close()
         raise UsageError(f"cannot serve on {host}, port {port}: {error}", hint="choose another: --port 0") from error
