@@ -34,6 +34,8 @@ CONFIGS = {
     "memory": PRESETS["memory"].config,
     "every score": EVERY_SCORE,
     "foresight": FORESIGHT,
+    "memories": replace(EVERY_SCORE, memories=3, gate="hgrn2"),
+    "mom": replace(PRESETS["mom"].config, window=20),
     "window of one": replace(SMALL, window=1, sinks=0),
     **{gate: replace(SMALL, gate=gate) for gate in GATES},
     **{name: replace(SMALL, slots=((name, 5),), recurrence_weight=0.0) for name in SCORES},
@@ -80,6 +82,8 @@ CASES = [(name, length) for name in CONFIGS for length in (7, 65)] + [
     ("evicted", 1),
     ("gsa", 150),
     ("gsa", 1),
+    ("mom", 150),
+    ("mom", 1),
 ]
 
 
@@ -93,7 +97,7 @@ def test_chunked_equals_the_loop(name: str, length: int) -> None:
     assert_states_equal(found_state, expected_state, OP_FP64)
 
 
-@pytest.mark.parametrize("name", ["liger", "memory", "every score", "foresight", "evicted", "gsa"])
+@pytest.mark.parametrize("name", ["liger", "memory", "every score", "foresight", "evicted", "gsa", "mom"])
 def test_any_cut_gives_the_same(name: str) -> None:
     spec, (q, k, v, position), state, table = make(CONFIGS[name], 150)
     expected, expected_state = liger_mixer(q, k, v, position, state, spec, table, foreseen(v))
@@ -106,7 +110,7 @@ def test_any_cut_gives_the_same(name: str) -> None:
     assert_states_equal(state, expected_state, OP_FP64)
 
 
-@pytest.mark.parametrize("name", ["every score", "foresight", "evicted", "gsa"])
+@pytest.mark.parametrize("name", ["every score", "foresight", "evicted", "gsa", "mom"])
 @pytest.mark.parametrize("padding", [20, 2 * BLOCK])
 def test_padding_on_the_left_changes_nothing(padding: int, name: str) -> None:
     spec, (q, k, v, _), state, table = make(CONFIGS[name], 70 + padding, position=(0, 0))
@@ -135,7 +139,7 @@ def test_strong_gates_stay_exact(gate: str) -> None:
         assert difference.abs().max() <= OP_FP32 * expected_state[name].abs().max()
 
 
-@pytest.mark.parametrize("name", ["liger", "every score", "foresight", "evicted", "gsa"])
+@pytest.mark.parametrize("name", ["liger", "every score", "foresight", "evicted", "gsa", "mom"])
 def test_gradients_equal_those_of_the_loop(name: str) -> None:
     spec, inputs, state, table = make(CONFIGS[name], 40, position=(0,))
     weight = torch.randn(1, 40, 6, 12, dtype=torch.float64)

@@ -53,7 +53,8 @@ def liger_mixer_reference(
     for b in range(batch):
         for h, spec in enumerate(layer.heads):
             slots = _load_slots(state, b, h, layer, query.dtype)
-            recurrent = state["recurrent_state"][b, h] if spec.config.linear else None
+            states = "memory_state" if spec.config.routed else "recurrent_state"
+            recurrent = state[states][b, h] if states in state else None
             keys = state["recurrent_key"][b, h] if spec.config.keyed else None
             mass = state["recurrent_mass"][b, h] if spec.config.expands else None
             cells = [state[name][b, h] for name in CELLS if name in state]
@@ -89,7 +90,7 @@ def liger_mixer_reference(
                     mixed = mixed + spec.config.recurrence_weight * recurred
                 output[b, t, h * group : (h + 1) * group] = mixed
             _store_slots(present, b, h, slots, layer)
-            after = {"recurrent_state": recurrent, "recurrent_key": keys, "recurrent_mass": mass}
+            after = {states: recurrent, "recurrent_key": keys, "recurrent_mass": mass}
             for name, x in (after | dict(zip(CELLS, cells, strict=False))).items():
                 if x is not None:
                     present[name][b, h] = x.detach()
@@ -97,11 +98,26 @@ def liger_mixer_reference(
 
 
 def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
-    """Update `[d_k, d_v]` and read it: paper, equation 7; ONNX LinearAttention, `gated`."""
+    """Update `[d_k, d_v]` and read it: paper, equation 7; ONNX LinearAttention, `gated`; or do it in memories."""
+    if recurrent.ndim == 3:
+        return _recur_in_memories(q, k, v, recurrent, spec)
     gate = get_gate(spec.config.gate)
     decay = torch.nn.functional.logsigmoid(k) / gate.decay_divisor
     recurrent = decay.exp()[:, None] * recurrent + torch.outer(FEATURE_MAPS[gate.key_map](k), v)
     return FEATURE_MAPS[gate.query_map](q) @ recurrent, recurrent
+
+
+def _recur_in_memories(q: Tensor, k: Tensor, v: Tensor, memories: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
+    """Update the chosen of `[M + 1, d_k, d_v]` and the last one, and read these: MoM, equations 3 to 8."""
+    count = spec.config.memories
+    logits = torch.stack([k[m::count].sum() / math.sqrt(spec.d_k / count) for m in range(count)])
+    chosen = logits.argsort(descending=True)[: spec.config.active].tolist()
+    weights = [*torch.softmax(logits[chosen], dim=0), 1.0]
+    output, present = q.new_zeros(q.shape[0], spec.d_v), list(memories)
+    for weight, m in zip(weights, [*chosen, count], strict=True):
+        recurred, present[m] = _recur(q, k, v, memories[m], spec)
+        output = output + weight * recurred
+    return output, torch.stack(present)
 
 
 def _recur_by_keys(

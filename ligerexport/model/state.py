@@ -54,6 +54,7 @@ TENSORS = (
     _Row("slot_position", ("slots",), "int64", fill=-1),
     _Row("slot_score", ("pools", "slots"), "float32", "slots"),
     _Row("recurrent_state", ("d_k", "d_v"), "float32", "linear"),
+    _Row("memory_state", ("memories", "d_k", "d_v"), "float32", "routed"),
     _Row("recurrent_key", ("d_k", "d_k"), "float32", "keyed"),
     _Row("recurrent_mass", ("d_k",), "float32", "expands"),
     _Row("judge_state", ("d_k", "d_v + 1"), "float32", "judged"),
@@ -66,10 +67,11 @@ TENSORS = (
 `slot_*` hold keys before rotary embedding, values, positions (-1 is an empty slot) and one score per pool. Filled slots
 are in the order of their positions, and empty ones may be anywhere between them. Only the fused step and the TensorRT
 plugin accept and return them in any order, so states are sorted before they are compared. `recurrent_state` is the
-recurrence, `recurrent_key` holds the keys of its rows if the gate is keyed, and `recurrent_mass` is the sum of the
-features of evicted tokens, the first of which counts them. `judge_state` is the linear state without decay that judges
-novelty; its last column is the sum of the keys' features. `cell_*` are the number of evicted tokens in each cell and
-the sums of their keys, before rotary embedding, and of their values.
+recurrence, and `memory_state` is the same for each memory, the shared one last. `recurrent_key` holds the keys of the
+rows of `recurrent_state` if the gate is keyed, and `recurrent_mass` is the sum of the features of evicted tokens, the
+first of which counts them. `judge_state` is the linear state without decay that judges novelty; its last column is the
+sum of the keys' features. `cell_*` are the number of evicted tokens in each cell and the sums of their keys, before
+rotary embedding, and of their values.
 """
 
 RAGGED = (
@@ -92,8 +94,8 @@ MOST = 127
 
 SLOTS = tuple(row.name for row in TENSORS if row.name.startswith("slot_"))
 """Tensors of the exact memory."""
-FUSED = tuple(row.name for row in TENSORS if row.needs not in ("keyed", "celled"))
-"""Tensors that a layer without keyed rows or cells can carry; fused kernels and C++ support no others."""
+FUSED = tuple(row.name for row in TENSORS if row.needs not in ("keyed", "celled", "routed"))
+"""Tensors that a layer without keyed rows, cells or memories can carry; fused kernels and C++ support no others."""
 EVICTED = tuple(name for name in FUSED if name.startswith("recurrent_"))
 """Tensors of the linear attention over evicted tokens."""
 CELLS = tuple(row.name for row in TENSORS if row.needs == "celled")
@@ -171,6 +173,8 @@ class MixerSpec:
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.config.memories > self.d_k:
+            raise UsageError(f"{self.config.memories} memories", hint=f"a key has {self.d_k} channels to choose by")
         if self.config.heads and (words := len(self.config.heads[0].split())) != self.kv_heads:
             raise UsageError(
                 f"a layer has sizes for {words} KV heads: '{self.config.heads[0]:.60}'", hint=f"give {self.kv_heads}"
@@ -246,7 +250,7 @@ class MixerSpec:
     def state(self) -> tuple[TensorSpec, ...]:
         """Return the rows of `TENSORS` or, for a ragged layer, of `RAGGED` that this layer has, in order."""
         c = self.config
-        sizes = {"slots": c.num_slots, "pools": len(c.slots), "cells": c.cells}
+        sizes = {"slots": c.num_slots, "pools": len(c.slots), "cells": c.cells, "memories": c.memories + 1}
         sizes |= {"d_k": self.d_k, "d_v": self.d_v, "d_v + 1": self.d_v + 1}
         if c.ragged:
             sizes["slots"] = sum(self.slots_per_head)

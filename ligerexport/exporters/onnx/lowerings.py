@@ -87,7 +87,7 @@ class Portable:
         """Return the last token's row `[B, width]` of `[B * T, width]`."""
         return self.g.op("Gather", frame.per_token(x, width), self.g.const(-1), axis=1)
 
-    def functions(self, kv_heads: int, d_k: int) -> list[ir.Function]:
+    def functions(self, d_k: int) -> list[ir.Function]:
         """Return the model-local functions that the graph needs."""
         return []
 
@@ -195,9 +195,9 @@ class Ort(Portable):
     max_tensors = None
     transposed = False
 
-    def functions(self, kv_heads: int, d_k: int) -> list[ir.Function]:
-        """Return the body of `LinearAttention`, for these head counts only, for runtimes that have no kernel for it."""
-        return [linear_attention_function(kv_heads, d_k)]
+    def functions(self, d_k: int) -> list[ir.Function]:
+        """Return the body of `LinearAttention`, for this width only, for runtimes that have no kernel for it."""
+        return [linear_attention_function(d_k)]
 
     def add_norm(self, x: ir.Value, residual: ir.Value, weight: ir.Value, eps: float) -> tuple[ir.Value, ir.Value]:
         name = "SkipSimplifiedLayerNormalization"
@@ -266,9 +266,16 @@ def rotate(g: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, half: int, d_k
 
 
 def pairwise_linear_attention(
-    g: Builder, query: ir.Value, key: ir.Value, value: ir.Value, state: ir.Value, decay: ir.Value, heads: int, d_k: int
+    g: Builder,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    state: ir.Value,
+    decay: ir.Value,
+    heads: int | ir.Value,
+    d_k: int,
 ) -> tuple[ir.Value, ir.Value]:
-    """Write gated linear attention over T tokens at once, for packed tensors; `heads` is H_kv.
+    """Write gated linear attention over T tokens at once, for packed tensors; `heads` is H_kv, a number or `[1]`.
 
     The decay between two tokens comes from the difference of their sums, which is at most 0, so no gate overflows.
     State and values are joined first, so that the state has one consumer and may be updated in place.
@@ -288,7 +295,7 @@ def pairwise_linear_attention(
     return output, advance(g, k, v, total, g.slice(memory, 0, d_k, 2))
 
 
-def split_heads(g: Builder, x: ir.Value, heads: int) -> ir.Value:
+def split_heads(g: Builder, x: ir.Value, heads: int | ir.Value) -> ir.Value:
     """Return `[B, H, T, d]` of packed `[B, T, H * d]`."""
     return g.transpose(g.reshape(x, 0, 0, heads, -1), 0, 2, 1, 3)
 
@@ -319,12 +326,13 @@ def causal(g: Builder, key: ir.Value) -> ir.Value:
     return g.op("Cast", seen, to=ir.DataType.FLOAT)
 
 
-def linear_attention_function(kv_heads: int, d_k: int) -> ir.Function:
-    """Return `com.microsoft::LinearAttention` as a model-local function, valid for these heads and the gated rule."""
+def linear_attention_function(d_k: int) -> ir.Function:
+    """Return `com.microsoft::LinearAttention` as a model-local function, valid for this width and the gated rule."""
     g = Builder(function=True)
     inputs = [ir.Value(name=name) for name in ("query", "key", "value", "past_state", "decay")]
     query, key, value, past, decay = inputs
-    output, state = pairwise_linear_attention(g, query, key, value, past, decay, kv_heads, d_k)
+    heads = g.op("Shape", past, start=1, end=2)
+    output, state = pairwise_linear_attention(g, query, key, value, past, decay, heads, d_k)
     output.name, state.name = "output", "present_state"
     graph = ir.Graph(inputs, [output, state], nodes=g.nodes, opset_imports={"": OPSET})
     attributes = [
