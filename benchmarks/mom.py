@@ -5,8 +5,11 @@
 Each row is converted, recovered by the paper's recipe and evaluated as in `recovery.py`, in a process of its own.
 `gla` is the preset `liger`, with one state of `[d_k, d_v]` per KV head. `mom` has the shared state and 4 memories. `one
 state` has as many numbers in its state as `mom`, without a router: every token changes and reads all of it. Its further
-rows come from fixed random rotations of key and query, so it needs no weights either. `mom` also has the share of
-tokens that each memory of a head takes, from the most used one to the least, as means over heads and layers.
+rows come from fixed random rotations of key and query, so it needs no weights either.
+
+`key_nll` is the NLL of the digits of a key that was said once, which shows more than the share of right digits. `mom`
+also has the share of tokens that each memory of a head takes, from the most used one to the least, as means over heads
+and layers.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +37,18 @@ from ligerexport.console import say
 from ligerexport.kernels import ops
 from ligerexport.kernels.library.linear_attention import linear_attention
 from ligerexport.kernels.memories import choose
+from ligerexport.measure.evaluate.recall import ONCE, PlainTokenizer, answer_all, passkey_prompts
+from ligerexport.measure.opened import TorchModel
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.gates import OPEN
+from ligerexport.text.corpus import read_tokens, text_files
 from ligerexport.text.tokenizer import TextModel
 from ligerexport.train import loop
 
 ROWS = {"gla": Row("liger", {}, "paper"), "mom": Row("mom", {}, "paper"), "one state": Row("mom", {}, "paper")}
 
 
+@cache
 def turns(count: int, width: int) -> Tensor:
     """Return the identity and fixed random rotations, `[count, width, width]`."""
     random = torch.randn(count - 1, width, width, generator=torch.Generator().manual_seed(0))
@@ -87,12 +96,20 @@ def used(model: Path, files: list[Path], length: int) -> list[float]:
     return torch.cat(shares).mean(dim=0).tolist()
 
 
+def key_nll(model: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the NLL of keys by the number of tokens after them, in nats per token."""
+    text, device = TextModel(model), "cuda" if torch.cuda.is_available() else "cpu"
+    opened, prose = TorchModel(load_model(model).to(device).eval(), batch=args.batch), read_tokens(args.texts, text)
+    prompts = {d: passkey_prompts(PlainTokenizer(text), prose, ONCE, d, 2 * args.trials) for d in (128, 512, 1024)}
+    return {str(distance): asdict(answer_all(opened, made)[1]) for distance, made in prompts.items()}
+
+
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return the tables of a row, and the cost of training."""
     routed = name != "one state"
     with nullcontext() if routed else without_router(), tempfile.TemporaryDirectory() as place:
         model, found = trained(name, ROWS[name], args, Path(place))
-        found |= judge(model, args)
+        found |= judge(model, args) | {"key_nll": key_nll(model, args)}
         if routed and found["preset"] == "mom":
             found["used"] = used(model, args.heldout_chats, args.length)
     return found
@@ -115,6 +132,7 @@ def main() -> None:
     parser.add_argument("--row", choices=ROWS, help="only this row, in this process")
     parser.set_defaults(tasks=None, task_data=None, limit=None, calibrate=None, adapters=None)
     args = parser.parse_args()
+    args.texts = text_files(args.text)
     if args.row:
         args.output.write_text(json.dumps(measure(args.row, args)))
         return
@@ -133,7 +151,7 @@ def main() -> None:
               "seconds": time.perf_counter() - start, "rows": rows}  # fmt: skip
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     for name, row in rows.items():
-        say(f"{name}: {json.dumps(row['tables'])[:400]}")
+        say(f"{name}: {json.dumps(row['tables'])[:400]} {json.dumps(row['key_nll'])}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

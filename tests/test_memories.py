@@ -47,7 +47,9 @@ def test_all_the_way(tmp_path: Path, gate: str) -> None:
     for lowering in ("ort", "portable", "native"):
         sessions.append(lx.load(build(model, tmp_path / lowering, lowering=lowering, max_chunk=32)))
         assert sessions[-1].artifact.manifest.verification["passed"]
-        assert [t.shape for t in sessions[-1].artifact.manifest.state if "memory" in t.past] == [("B", 2, 5, 16, 16)] * 3
+        assert [t.shape for t in sessions[-1].artifact.manifest.state if "memory" in t.past] == [
+            ("B", 2, 5, 16, 16)
+        ] * 3
     sessions[0].prefill(ids)
     expected, start = [sessions[0].step(int(i)) for i in ids[:12]], 0
     sessions[0].reset()
@@ -71,7 +73,7 @@ def test_choices_that_tie_are_no_error(tmp_path: Path, monkeypatch: pytest.Monke
         return chosen, torch.nn.functional.pad(weights, (0, 1), value=1.0)
 
     monkeypatch.setattr(memories, "choose", otherwise)
-    with pytest.raises(VerificationError, match="layer . is the first that differs"):
+    with pytest.raises(VerificationError, match=r"layer \d is the first that differs"):
         build(model, tmp_path / "strict")
     loose = replace(compare.tolerance_of("float32"), tie=3e-2)
     for module in (verify, locate):
@@ -103,5 +105,5 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], nam
 
 
 def test_more_memories_than_channels_are_refused() -> None:
-    with pytest.raises(UsageError, match="a key has 8 channels|9 memories"):
+    with pytest.raises(UsageError, match="9 memories"):
         MixerSpec(replace(MOM, memories=9), q_heads=2, kv_heads=1, d_k=8, d_v=8, scale=1.0, max_distance=20)

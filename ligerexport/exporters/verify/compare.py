@@ -175,12 +175,10 @@ def is_other_memory(expected: State, found: State, mixer: MixerSpec, tolerance: 
     states, others = expected["memory_state"], found["memory_state"]
     axes = tuple(range(2, states.ndim))
     off = np.abs(states - others).max(axis=axes) > tolerance.state * np.maximum(1.0, np.abs(states).max(axis=axes))
-    logits = route(torch.from_numpy(expected["slot_key"][:, :, -1]), mixer.config.memories).sort(descending=True).values
-    logits = logits.numpy()  # [B, H, M]
-    last = mixer.config.active - 1
-    if last + 1 == mixer.config.memories:
-        return False
-    near = logits[..., last] - logits[..., last + 1] <= tolerance.tie * np.maximum(1.0, np.abs(logits).max(axis=-1))
+    logits = route(torch.from_numpy(expected["slot_key"][:, :, -1]), mixer.config.memories)
+    ranked = np.append(np.sort(logits.numpy())[..., ::-1], np.full((*logits.shape[:2], 1), -np.inf), axis=-1)
+    gap = ranked[..., mixer.config.active - 1] - ranked[..., mixer.config.active]
+    near = gap <= tolerance.tie * np.maximum(1.0, np.abs(ranked[..., 0]))
     return bool(off.any() and near[off].all())
 
 
