@@ -37,6 +37,8 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
 
 BUILT = [name for name, preset in PRESETS.items() if not preset.config.ragged]
 """Presets that targets can build."""
+FUSED = [name for name in BUILT if PRESETS[name].config.fuses]
+"""Presets of which fused kernels, and so the TensorRT plugin, compute a whole step."""
 
 MEMORY = LigerConfig(
     window=12, sinks=2, slots=(("recent_use", 3), ("peak_effect", 4), ("novelty", 5)),

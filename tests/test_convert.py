@@ -118,7 +118,7 @@ def test_settings_that_make_no_sense(tmp_path: Path, changes: dict[str, object],
 
 def test_unknown_preset_and_setting() -> None:
     with pytest.raises(UsageError, match="unknown preset") as error:
-        get_preset("memry")
+        get_preset("memorry")
     assert "memory" in str(error.value.hint)
     with pytest.raises(UsageError, match="unknown setting"):
         LigerConfig.from_dict({"windw": 3})
