@@ -128,7 +128,7 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
 def _shared_table(inv_freq: tuple[float, ...], max_distance: int, device: torch.device) -> Tensor:
     """Return one rotary table for all layers of a model."""
     with torch.inference_mode(False):  # a table made in inference mode could not be used in training later
-        return rotary_table(torch.tensor(inv_freq), max_distance, BLOCK).to(device)
+        return rotary_table(torch.tensor(inv_freq), max_distance, BLOCK, turns=True).to(device)
 
 
 class LigerMixer(nn.Module):
