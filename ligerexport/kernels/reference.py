@@ -15,13 +15,15 @@ from torch import Tensor
 
 from ligerexport.model.gates import get_gate
 from ligerexport.model.scores import FAINTEST, Pool
-from ligerexport.model.state import CELLS, MixerSpec, MixerState
+from ligerexport.model.state import CELLS, FORGOTTEN, MixerSpec, MixerState
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: torch.softmax(x, dim=-1),
     "one_minus_sigmoid": lambda x: 1 - torch.sigmoid(x),
 }
 """Functions from raw projections `[..., d_k]` to features of the recurrence."""
+STATES = "recurrent_state", "memory_state"
+"""Tensors of the state of the recurrence, of which a layer has one or none."""
 
 
 @dataclass
@@ -53,12 +55,12 @@ def liger_mixer_reference(
     for b in range(batch):
         for h, spec in enumerate(layer.heads):
             slots = _load_slots(state, b, h, layer, query.dtype)
-            states = "memory_state" if spec.config.routed else "recurrent_state"
-            recurrent = state[states][b, h] if states in state else None
+            recurrent = next((state[name][b, h] for name in STATES if name in state), None)
             keys = state["recurrent_key"][b, h] if spec.config.keyed else None
             mass = state["recurrent_mass"][b, h] if spec.config.expands else None
             cells = [state[name][b, h] for name in CELLS if name in state]
             judge = present["judge_state"][b, h] if spec.config.judged else None
+            share = state[FORGOTTEN][b, h] if FORGOTTEN in state else None
             for t in range(length):
                 now = int(position[b]) + t
                 if now < 0:  # padding on the left
@@ -74,12 +76,12 @@ def liger_mixer_reference(
                     assert router is not None
                     for slot in evicted:
                         cells = _to_cell(slot, cells, router[h])
-                    mixed = _read_cells(q, cells, mixed, normaliser, spec, rotary)
+                    mixed, share = _read_cells(q, cells, mixed, normaliser, spec, rotary)
                 elif mass is not None:
                     assert recurrent is not None
                     for slot in evicted:
                         recurrent, mass = _evict(slot, recurrent, mass, spec, rotary)
-                    mixed = _expand(q, recurrent, mass, mixed, normaliser, spec, rotary)
+                    mixed, share = _expand(q, recurrent, mass, mixed, normaliser, spec, rotary)
                 else:
                     mixed = spec.config.attention_weight * mixed
                 if recurrent is not None and mass is None:
@@ -90,9 +92,9 @@ def liger_mixer_reference(
                     mixed = mixed + spec.config.recurrence_weight * recurred
                 output[b, t, h * group : (h + 1) * group] = mixed
             _store_slots(present, b, h, slots, layer)
-            after = {states: recurrent, "recurrent_key": keys, "recurrent_mass": mass}
+            after = dict.fromkeys(STATES, recurrent) | {"recurrent_key": keys, "recurrent_mass": mass, FORGOTTEN: share}
             for name, x in (after | dict(zip(CELLS, cells, strict=False))).items():
-                if x is not None:
+                if x is not None and name in state:
                     present[name][b, h] = x.detach()
     return output, present
 
@@ -147,17 +149,21 @@ def _evict(slot: Slot, recurrent: Tensor, mass: Tensor, spec: MixerSpec, rotary:
 
 def _expand(
     q: Tensor, recurrent: Tensor, mass: Tensor, mixed: Tensor, normaliser: Tensor, spec: MixerSpec, rotary: Tensor
-) -> Tensor:
-    """Share the softmax's denominator with the first-order expansion around the mean logit of the evicted tokens."""
+) -> tuple[Tensor, Tensor]:
+    """Share the softmax's denominator with the first-order expansion around the mean logit of the evicted tokens.
+
+    Returns:
+        Output `[G, d_v]` and the share of the evicted tokens `[G]`; the next function returns the same.
+    """
     count = mass[0]
     if count == 0:
-        return mixed
+        return mixed, torch.zeros_like(normaliser)
     phi = _far_query(q, spec, rotary)
     mean = phi @ mass / count  # [G], the mean logit
     deviation = phi @ recurrent - mean[:, None] * recurrent[0]  # deviation of the logits from their mean, times values
     answer = (recurrent[0] + deviation) / count
     share = torch.sigmoid(mean + torch.log(spec.config.recurrence_weight * count) - normaliser)
-    return (1 - share)[:, None] * mixed + share[:, None] * answer
+    return (1 - share)[:, None] * mixed + share[:, None] * answer, share
 
 
 def _far_query(q: Tensor, spec: MixerSpec, rotary: Tensor) -> Tensor:
@@ -178,14 +184,14 @@ def _to_cell(slot: Slot, cells: list[Tensor], router: Tensor) -> list[Tensor]:
 
 def _read_cells(
     q: Tensor, cells: list[Tensor], mixed: Tensor, normaliser: Tensor, spec: MixerSpec, rotary: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Share the softmax's denominator with the cells: each is read as its number of tokens at their mean."""
     there = cells[0] > 0
     count, keys, values = (x[there] for x in cells)
     logits = _far_query(q, spec, rotary) @ (keys / count[:, None]).T
     logits = logits + torch.log(spec.config.recurrence_weight * count)
     weights = torch.softmax(torch.cat([normaliser[:, None], logits], dim=1), dim=1)
-    return weights[:, :1] * mixed + weights[:, 1:] @ (values / count[:, None])
+    return weights[:, :1] * mixed + weights[:, 1:] @ (values / count[:, None]), weights[:, 1:].sum(dim=1)
 
 
 def _attend(

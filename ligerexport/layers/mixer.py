@@ -25,7 +25,7 @@ from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.layers.cache import LigerLayer as LigerLayer
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.families import FAMILIES, PREFIX, Family, described, get_family, harmless, head_dim
-from ligerexport.model.state import MixerSpec
+from ligerexport.model.state import FORGOTTEN, MixerSpec
 from ligerexport.versions import TRIED, warn_if_untried
 
 warn_if_untried("torch")
@@ -214,6 +214,7 @@ class LigerMixer(nn.Module):
         position = position_ids[:, 0].expand(batch)
         rotary = _shared_table(self.inv_freq, spec.max_distance, hidden_states.device)
         one_token = length == 1 and layer is not None and fused(query) and not torch.is_grad_enabled()
+        one_token = one_token and FORGOTTEN not in state
         one_launch = spec.config.fuses and spec.config.num_slots * spec.d_k <= ONE_LAUNCH
         if one_token and (one_launch or spec.splits):
             q, k, v, now = query[:, 0], key[:, 0], value[:, 0], None if score is None else score[:, 0]

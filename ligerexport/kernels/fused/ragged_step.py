@@ -200,7 +200,8 @@ def _tiles_kernel(
     # The queries, with a column for each head.
     kind: tl.constexpr = tl.float16 if CODED else tl.float32
     p_q, m_q = p_query + b * s_query_b + (h * G + o_g)[None, :] * s_query_h, m_g[None, :]
-    q_first, q_second, q_rest, o_e, per_token = tl.tuple([]), tl.tuple([]), None, None, tl.tuple([])
+    q_first, q_second, per_token = tl.tuple([]), tl.tuple([]), tl.tuple([])
+    q_rest, o_e = o_r, o_r  # others below, if some channels are not rotated
     p_turns = p_rotary + TABLE - R + o_r[None, :]  # the last row
     for i in tl.static_range(R_PAD // BLOCK_R):
         o_q = (o_r + i * BLOCK_R)[:, None]
