@@ -40,7 +40,7 @@ from ligerexport.kernels.memories import choose
 from ligerexport.measure.evaluate.recall import ONCE, PlainTokenizer, answer_all, passkey_prompts
 from ligerexport.measure.opened import TorchModel
 from ligerexport.model.config import LigerConfig
-from ligerexport.model.gates import OPEN
+from ligerexport.model.gates import get_gate
 from ligerexport.text.corpus import read_tokens, text_files
 from ligerexport.text.tokenizer import TextModel
 from ligerexport.train import loop
@@ -64,7 +64,7 @@ def one_state(
     still = padding[..., None]
     read, state = linear_attention(
         torch.einsum("bthgc,mcd->bthmgd", query.unflatten(2, (heads, -1)), turn).flatten(2, 4),
-        torch.where(still, OPEN, torch.einsum("bthc,mcd->bthmd", key, turn)).flatten(2, 3),
+        torch.where(still, get_gate(config.gate).open_key, torch.einsum("bthc,mcd->bthmd", key, turn)).flatten(2, 3),
         torch.where(still, 0.0, value[:, :, :, None].expand(-1, -1, -1, count, -1)).flatten(2, 3),
         gate=config.gate, initial_state=state.flatten(1, 2),
     )  # fmt: skip

@@ -37,7 +37,7 @@ def test_a_memory_that_is_not_chosen_rests() -> None:
     assert changed.tolist() == [[False, True, True, False, True], [True, False, False, True, True]]
 
 
-@pytest.mark.parametrize("gate", ["gla", "hgrn2"])
+@pytest.mark.parametrize("gate", ["mamba2", "hgrn2:0.3"])
 def test_all_the_way(tmp_path: Path, gate: str) -> None:
     """Convert, build in every lowering, and hand one state on from each runtime to the next."""
     model = lx.convert(make_transformer(tmp_path / "source"), tmp_path / "liger", preset="mom", window=12, gate=gate)
@@ -96,7 +96,8 @@ def test_only_conversions_with_memories_write_their_number() -> None:
         ({"active": 0}, "0 active of 4 memories"),
         ({"memories": 2.0}, "memories 2.0"),
         ({"recurrence": "evicted", "attention_weight": 1.0}, "4 memories, but the recurrence is 'evicted'"),
-        ({"gate": "gsa"}, "4 memories with the gate 'gsa'"),
+        ({"gate": "gsa"}, "4 memories with the gate 'gsa', whose rows have keys"),
+        ({"gate": "mlstm"}, "4 memories with the gate 'mlstm', which has a normaliser"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], named: str) -> None:

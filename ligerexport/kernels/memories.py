@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ligerexport.kernels.library.linear_attention import linear_attention
 from ligerexport.model.config import LigerConfig
-from ligerexport.model.gates import OPEN
+from ligerexport.model.gates import get_gate
 
 
 def route(key: Tensor, memories: int) -> Tensor:
@@ -64,7 +64,7 @@ def routed_recurrence(
     still = (padding | ~chosen)[..., None]  # [B, T, H_kv, M + 1, 1]
     read, state = linear_attention(
         query.unflatten(2, (heads, 1, -1)).expand(-1, -1, -1, count, -1, -1).flatten(2, 4),
-        torch.where(still, OPEN, key[:, :, :, None]).flatten(2, 3),
+        torch.where(still, get_gate(config.gate).open_key, key[:, :, :, None]).flatten(2, 3),
         torch.where(still, 0.0, value[:, :, :, None]).flatten(2, 3),
         gate=config.gate, initial_state=state.flatten(1, 2),
     )  # fmt: skip

@@ -90,7 +90,7 @@ class Portable:
         """Return the last token's row `[B, width]` of `[B * T, width]`."""
         return self.g.op("Gather", frame.per_token(x, width), self.g.const(-1), axis=1)
 
-    def functions(self, d_k: int) -> list[ir.Function]:
+    def functions(self) -> list[ir.Function]:
         """Return the model-local functions that the graph needs."""
         return []
 
@@ -198,9 +198,9 @@ class Ort(Portable):
     max_tensors = None
     transposed = False
 
-    def functions(self, d_k: int) -> list[ir.Function]:
-        """Return the body of `LinearAttention`, for this width only, for runtimes that have no kernel for it."""
-        return [linear_attention_function(d_k)]
+    def functions(self) -> list[ir.Function]:
+        """Return the body of `LinearAttention`, for runtimes that have no kernel for it."""
+        return [linear_attention_function()]
 
     def add_norm(self, x: ir.Value, residual: ir.Value, weight: ir.Value, eps: float) -> tuple[ir.Value, ir.Value]:
         name = "SkipSimplifiedLayerNormalization"
@@ -276,12 +276,14 @@ def pairwise_linear_attention(
     state: ir.Value,
     decay: ir.Value,
     heads: int | ir.Value,
-    d_k: int,
+    d_k: int | ir.Value,
 ) -> tuple[ir.Value, ir.Value]:
-    """Write gated linear attention over T tokens at once, for packed tensors; `heads` is H_kv, a number or `[1]`.
+    """Write gated linear attention over T tokens at once, for packed tensors.
 
-    The decay between two tokens comes from the difference of their sums, which is at most 0, so no gate overflows.
-    State and values are joined first, so that the state has one consumer and may be updated in place.
+    `heads` is H_kv. It and `d_k` are numbers or values `[1]`. `decay` is `[B, T, H_kv * d_k]`, or `[B, T, H_kv]` if it
+    is the same for all channels. The decay between two tokens comes from the difference of their sums, which is at most
+    0, so no gate overflows. State and values are joined first, so that the state has one consumer and may be updated in
+    place.
     """
     q = g.transpose(g.reshape(query, 0, 0, heads, -1, d_k), 0, 2, 1, 3, 4)  # [B, H, T, G, d_k]
     k, v, gate = (split_heads(g, x, heads) for x in (key, value, decay))
@@ -291,11 +293,12 @@ def pairwise_linear_attention(
     weights = g.op("Mul", pairs, causal(g, k))
     carried = g.op("Mul", q, unsqueeze(g, g.op("Exp", total), 3))
     rows = g.op("Concat", carried, weights, axis=-1)  # [B, H, T, G, d_k + T]
-    width = g.op("Concat", g.const([0, 0, -1]), g.op("Shape", memory, start=2, end=3), axis=0)
-    read = g.op("MatMul", g.op("Reshape", rows, width), memory)
+    width = g.const([d_k]) if isinstance(d_k, int) else d_k
+    flat = g.op("Concat", g.const([0, 0, -1]), g.op("Shape", memory, start=2, end=3), axis=0)
+    read = g.op("MatMul", g.op("Reshape", rows, flat), memory)
     groups = g.op("Concat", g.op("Shape", q, end=4), g.const([-1]), axis=0)
     output = g.reshape(g.transpose(g.op("Reshape", read, groups), 0, 2, 1, 3, 4), 0, 0, -1)
-    return output, advance(g, k, v, total, g.slice(memory, 0, d_k, 2))
+    return output, advance(g, k, v, total, g.op("Slice", memory, g.const([0]), width, g.const([2])))
 
 
 def split_heads(g: Builder, x: ir.Value, heads: int | ir.Value) -> ir.Value:
@@ -329,12 +332,12 @@ def causal(g: Builder, key: ir.Value) -> ir.Value:
     return g.op("Cast", seen, to=ir.DataType.FLOAT)
 
 
-def linear_attention_function(d_k: int) -> ir.Function:
-    """Return `com.microsoft::LinearAttention` as a model-local function, valid for this width and the gated rule."""
+def linear_attention_function() -> ir.Function:
+    """Return `com.microsoft::LinearAttention` as a model-local function, valid for the gated rule."""
     g = Builder(function=True)
     inputs = [ir.Value(name=name) for name in ("query", "key", "value", "past_state", "decay")]
     query, key, value, past, decay = inputs
-    heads = g.op("Shape", past, start=1, end=2)
+    heads, d_k = (g.op("Shape", past, start=axis, end=axis + 1) for axis in (1, 2))
     output, state = pairwise_linear_attention(g, query, key, value, past, decay, heads, d_k)
     output.name, state.name = "output", "present_state"
     graph = ir.Graph(inputs, [output, state], nodes=g.nodes, opset_imports={"": OPSET})
