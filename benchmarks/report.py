@@ -396,7 +396,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mmlu": mmlu, "prompt_cache": prompt_cache, "loading": loading, "nodes": nodes, "bench": bench,
     "peers_more": peers,
     "build_8b": build_8b, "peers_qwen": lambda: peers("peers_qwen"),
-    "peers": lambda: peers(engines=("ligerexport", "llama.cpp")),
+    "peers": lambda: peers("peers_recall", ("ligerexport", "llama.cpp")),
 }  # fmt: skip
 for prefix, made in {
     "": (
