@@ -58,7 +58,7 @@ demo: build/smollm2-onnx/manifest.json ## Show it beside the original model on a
 
 # The verbs write a whole directory or nothing, so one file of it stands for all.
 build/smollm2-liger/config.json: $(READY) $(SOURCES)
-	$(BIN)/ligerexport convert smollm2-135m --preset recall --adapter shipped -o build/smollm2-liger --force
+	$(BIN)/ligerexport convert smollm2-135m --adapter shipped -o build/smollm2-liger --force
 
 build/smollm2-onnx/manifest.json: build/smollm2-liger/config.json
 	$(BIN)/ligerexport build build/smollm2-liger --weights int4 --lowering $(LOWERING) -o build/smollm2-onnx --force

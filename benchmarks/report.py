@@ -212,7 +212,7 @@ def _recovered(wanted: Callable[[str, Any], bool]) -> str:
 
 
 def kept() -> str:
-    """The shipped adapter: its model, the Transformer and the control."""
+    """The adapter of `evicted`: its model, the Transformer and the control."""
     rows = result("recovery")["rows"]
     names = {
         "the Transformer": "teacher",
@@ -408,7 +408,7 @@ for prefix, made in {
     "edge_": (report_edge.goals, report_edge.memory, report_edge.packages),
     "memory_": (
         report_memory.ours, report_memory.qwen, report_memory.at_8_mb, report_memory.by_bytes,
-        report_memory.at_equal_tokens,
+        report_memory.at_equal_tokens, report_memory.snapshots,
     ),
 }.items():  # fmt: skip
     for make in made:

@@ -122,6 +122,18 @@ DRAWN = {
 """Style and label of what is drawn: ours, and of each kind of peer the best in one of the panels."""
 
 
+def snapshots() -> Table:
+    """Times and bytes of a state in a file."""
+    rows: list[list[object]] = []
+    for row in json.loads((RESULTS / "snapshots.json").read_text())["rows"]:
+        times = [
+            "{median:.1f} ms ({low:.1f}-{high:.1f})".format(**{key: 1e3 * x for key, x in row[name].items()})
+            for name in ("write", "write_cpu", "read", "read_cpu")
+        ]
+        rows.append([row["artifact"], f"{row['file_bytes'] / 1e6:.2f} MB", *times])
+    return ["preset", "file", "write", "of the processor", "read", "of the processor"], rows
+
+
 def _points(kind: str, name: str, column: str) -> list[tuple[float, float]]:
     """Return megabytes and figures of a row in 8 bits for each budget."""
     rows = [row for row in _rows() if (row["kind"], _name(row), row["bits"]) == (kind, name, 8)]

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ligerexport as lx
+from ligerexport.checkpoint import recall
+from ligerexport.checkpoint.recall import Effort
 from ligerexport.cli import main
 from ligerexport.model.config import MEMORY, PRESETS, LigerConfig
 
@@ -60,7 +62,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = toy.tokenizer()
     tokenizer.save(str(place / "MODEL" / "tokenizer.json"))
     (place / "MODEL" / "chat_template.jinja").write_text(toy.TEMPLATE)
-    lx.convert(place / "MODEL", place / "liger", max_distance=256)
+    lx.convert(place / "MODEL", place / "liger", preset="memory", max_distance=256)
     for name in ("recovered", "shared"):
         shutil.copytree(place / "liger", place / name)
     lx.build(place / "liger", place / "engine")
@@ -101,6 +103,7 @@ def test_command(
     shutil.copytree(sandbox, place)
     monkeypatch.chdir(place)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr(recall, "SHORT", Effort(1, 100, 1, 100, 1, 100))
     words = shlex.split(re.sub(r'"\$\(cat [^)]*\)([^"]*)"', r'"words \1"', command))[1:]
     words = ["MODEL" if word == "smollm2-135m" else word for word in words]
     if words[0] in LONG or {"--calibrate", "recall", "trt"} & set(words):

@@ -29,7 +29,7 @@ from tests.test_model import make_teacher
 
 def test_weights_are_the_same_files(tmp_path: Path) -> None:
     teacher = make_teacher(tmp_path / "teacher", shard="40KB")
-    output = convert(teacher, tmp_path / "liger")
+    output = convert(teacher, tmp_path / "liger", preset="memory")
     for file in teacher.glob("*.safetensors*"):
         assert (output / file.name).read_bytes() == file.read_bytes()
     shard = next(teacher.glob("*.safetensors"))
@@ -43,7 +43,7 @@ def test_weights_are_the_same_files(tmp_path: Path) -> None:
 
 
 def test_a_converted_checkpoint_converts_to_another_preset(tmp_path: Path) -> None:
-    first = convert(make_teacher(tmp_path / "teacher"), tmp_path / "memory")
+    first = convert(make_teacher(tmp_path / "teacher"), tmp_path / "memory", preset="memory")
     second = convert(first, tmp_path / "sinks", preset="sinks")
     assert load_model(second).config.liger["slots"] == []
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from ligerexport.checkpoint import passages, recall, sizes
 from ligerexport.checkpoint.calibrate import digest, load_scores, score_shapes
 from ligerexport.checkpoint.checkpoint import check_checkpoint
-from ligerexport.checkpoint.convert import convert, load_model
+from ligerexport.checkpoint.convert import ConvertPlan, convert, load_model
 from ligerexport.checkpoint.describe import describe_checkpoint
 from ligerexport.checkpoint.recall import Effort
+from ligerexport.checkpoint.shares import OPTIONS
 from ligerexport.cli import main
 from ligerexport.cli.convert import parse_bytes
 from ligerexport.errors import LigerError, UsageError
@@ -22,6 +24,7 @@ from ligerexport.model.config import LigerConfig, get_preset
 from ligerexport.model.families import FAMILIES
 from tests import toy
 from tests.test_convert import readable_teacher
+from tests.test_model import make_teacher
 
 EFFORT = Effort(repeated=2, tokens=150, prose=1, prose_tokens=300, asked=1, asked_tokens=150)
 KB = 1000
@@ -43,7 +46,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gets_sizes_within_the_bytes(tmp_path: Path, family: str) -> None:
     teacher = readable_teacher(tmp_path / "teacher", family=family)
-    liger = convert(teacher, tmp_path / "liger", preset="recall", state_bytes=40 * KB, keep_softmax=(2,))
+    liger = convert(teacher, tmp_path / "liger", state_bytes=40 * KB, keep_softmax=(2,))
     info = check_checkpoint(liger)
     config, facts = LigerConfig.from_dict(info.config["liger"]), info.config["liger_scores"]
     assert [len(layer.split()) for layer in config.heads] == [0 if i in config.unchanged else 2 for i in range(3)]
@@ -100,7 +103,7 @@ def test_without_a_fit_every_head_has_the_same_window(tmp_path: Path) -> None:
         ({"state_bytes": KB}, "1,000 bytes of state, but the smallest memory", "--state-bytes 4800"),
         ({"state_bytes": KB, "fit": False}, "1,000 bytes of state are too few", "--state-bytes 1200"),
         ({"state_bytes": KB, "preset": "memory"}, "--state-bytes is for sizes", "--preset recall"),
-        ({"fit": False, "preset": None}, "--no-fit is for sizes", "--preset recall"),
+        ({"fit": False, "preset": None, "gate": "gsa"}, "--no-fit is for sizes", "--preset recall"),
         ({"window": 9}, "--window with the preset recall", "--state-bytes"),
         ({"scores": "a", "fit": False}, "both --scores and --no-fit", "use a fit"),
         ({"scores": "teacher/model.safetensors"}, "score_proj.weight is missing", "another model"),
@@ -122,7 +125,58 @@ def test_too_little_memory_for_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sizes, "_room", lambda: (1000, "free on the GPU"))
     with pytest.raises(LigerError, match=r"needs .* of memory, and 1 kB are free on the GPU") as error:
         convert(teacher, tmp_path / "liger", preset="recall")
-    assert "--no-fit" in str(error.value.hint)
+    assert "--no-fit" in str(error.value.hint) and "--preset memory" in str(error.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("length", "tokenizer", "message"),
+    [(64, toy.tokenizer(), "texts of 64 tokens, too few"), (512, Tokenizer(models.BPE()), "makes no tokens of a text")],
+)
+def test_where_no_fit_is_possible_the_default_says_so(
+    tmp_path: Path, length: int, tokenizer: Tokenizer, message: str
+) -> None:
+    teacher = make_teacher(tmp_path / "teacher", vocab_size=toy.VOCAB, max_position_embeddings=length)
+    tokenizer.save(str(teacher / "tokenizer.json"))
+    with pytest.raises(UsageError, match=message) as error:
+        convert(teacher, tmp_path / "liger")
+    assert "--no-fit" in str(error.value.hint) and "--preset memory" in str(error.value.hint)
+    assert not (tmp_path / "liger").exists()
+    convert(teacher, tmp_path / "liger", preset="memory")
+
+
+@pytest.mark.parametrize(
+    ("settings", "preset"),
+    [
+        ({}, "recall"),
+        ({"sinks": 2, "keep_softmax": (1,), "max_distance": 300}, "recall"),
+        ({"gate": "hgrn2", "recurrence_weight": 0.5}, "memory"),
+        ({"window": 9}, "memory"),
+        ({"slots": ()}, "memory"),
+        ({"preset": "sinks"}, "sinks"),
+    ],
+)
+def test_the_preset_that_is_meant(tmp_path: Path, settings: dict[str, object], preset: str) -> None:
+    plan = ConvertPlan(readable_teacher(tmp_path / "teacher"), tmp_path / "liger", **settings)  # type: ignore[arg-type]
+    assert plan.liger == get_preset(preset, **{key: value for key, value in settings.items() if key != "preset"})
+    assert (plan.preset, plan.sized) == (preset, preset == "recall")
+
+
+def test_adapters_that_ship(tmp_path: Path) -> None:
+    def liger(preset: str | None) -> LigerConfig:
+        return ConvertPlan("smollm2-135m", tmp_path / "liger", preset=preset, adapter="shipped").liger
+
+    assert liger(None) == liger("recall") and len(liger(None).heads) == 30
+    assert liger("evicted").evicts and liger("evicted").layer_memory
+    with pytest.raises(UsageError, match="no adapter ships for smollm2-135m with the preset memory") as error:
+        liger("memory")
+    assert "recover" in str(error.value.hint)
+
+
+def test_no_window_reaches_beyond_the_largest_distance() -> None:
+    costs, heads = {0: [[-float(window) for window, _ in OPTIONS]]}, sizes.Heads((0,), 1, 32)
+    for distance, window in ((None, "1024"), (256, "256")):
+        liger = get_preset("recall", max_distance=distance)
+        assert sizes._words(costs, heads, 1000 * KB, liger, 1) == (window,)
 
 
 def test_the_command_says_what_it_will_do_and_did(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ def test_no_false_alarm(tmp_path: Path, case: int) -> None:
 @pytest.mark.parametrize("rope", ROPES)
 def test_no_false_alarm_of_scaled_rotary_embeddings(tmp_path: Path, rope: str, tied: bool) -> None:
     sizes = {"rope_parameters": ROPES[rope], "tie_word_embeddings": tied, "attention_bias": True, "mlp_bias": True}
-    convert(make_transformer(tmp_path / "source", **sizes), tmp_path / "liger")
+    convert(make_transformer(tmp_path / "source", **sizes), tmp_path / "liger", preset="memory")
 
 
 def test_no_false_alarm_of_a_converted_checkpoint(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_no_false_alarm_of_a_tokenizer_without_tokens(tmp_path: Path) -> None:
 def test_no_false_alarm_of_windows_that_are_not_kept(tmp_path: Path) -> None:
     """The memory reaches further back than the Transformer's windows, so the text is as short as these."""
     source = make_transformer(tmp_path / "source", "gemma3_text")
-    liger = convert(source, tmp_path / "liger", keep_window=())
+    liger = convert(source, tmp_path / "liger", preset="memory", keep_window=())
     assert len(fidelity.text_for(load_model(liger))) == 24
 
 
@@ -92,7 +92,7 @@ def test_a_head_that_is_neither_stored_nor_said_to_be_tied_is_the_embedding(tmp_
     config = json.loads((source / "config.json").read_text())
     del config["tie_word_embeddings"]
     (source / "config.json").write_text(json.dumps(config))
-    model = load_model(convert(source, tmp_path / "liger"))
+    model = load_model(convert(source, tmp_path / "liger", preset="memory"))
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
@@ -107,7 +107,7 @@ def test_a_conversion_that_differs_is_not_written(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(fidelity, "load_model", other)
     with pytest.raises(VerificationError, match="layer 2 is the first that differs") as error:
-        convert(source, tmp_path / "liger")
+        convert(source, tmp_path / "liger", preset="memory")
     assert error.value.hint and [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -191,8 +191,8 @@ def test_what_is_missing_extra_or_misshapen_is_named_in_every_verb(
     change, message = FAULTS[fault]
     source, liger = damaged(sound, tmp_path, change)
     verbs: list[Callable[[], object]] = [
-        lambda: convert(source, tmp_path / "out"),
-        lambda: convert(liger, tmp_path / "out"),
+        lambda: convert(source, tmp_path / "out", preset="memory"),
+        lambda: convert(liger, tmp_path / "out", preset="memory"),
         lambda: open_model(source, scoring=True),
         lambda: open_model(liger, scoring=True),
         lambda: load_model(liger),
@@ -245,7 +245,7 @@ def test_a_weight_that_is_not_finite_is_named(
 
     source, liger = damaged(sound, tmp_path, plant)
     verbs: list[Callable[[], object]] = [
-        lambda: convert(source, tmp_path / "out"), lambda: open_model(source, scoring=True),
+        lambda: convert(source, tmp_path / "out", preset="memory"), lambda: open_model(source, scoring=True),
         lambda: load_model(liger), lambda: lx.build(liger),
     ]  # fmt: skip
     for verb in verbs:

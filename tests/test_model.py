@@ -172,7 +172,7 @@ def test_layers_kept_as_softmax(tmp_path: Path, family: str) -> None:
         pieces = [hybrid(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in [(0, 50), (50, 90)]]
         assert (torch.cat(pieces, dim=1) - hybrid(ids).logits).abs().max() <= MODEL_FP32
         assert (hybrid(ids).logits - teacher(ids).logits).abs().max() > MODEL_FP32
-        kept = convert(path, tmp_path / "kept", keep_softmax=(0, 1, 2))
+        kept = convert(path, tmp_path / "kept", preset="memory", keep_softmax=(0, 1, 2))
         assert (load_model(kept)(ids).logits - teacher(ids).logits).abs().max() <= MODEL_FP32
 
 

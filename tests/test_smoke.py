@@ -45,7 +45,7 @@ def liger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy.tokenizer().save(str(place / "source" / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": toy.TEMPLATE}
     (place / "source" / "tokenizer_config.json").write_text(json.dumps(settings))
-    ligerexport("convert", place / "source", "-o", place / "liger", "--keep-softmax", 1)
+    ligerexport("convert", place / "source", "-o", place / "liger", "--preset", "memory", "--keep-softmax", 1)
     return place / "liger"
 
 

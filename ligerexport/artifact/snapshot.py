@@ -71,7 +71,7 @@ class Snapshot:
         Raises:
             LigerError: The disk is full, or the file cannot be written.
         """
-        from safetensors.numpy import save
+        from safetensors.numpy import save_file
 
         ids = {} if self.ids is None else {"ids": self.ids}
         tensors = {"position": self.position, **ids, **{name: widened(x) for name, x in self.tensors.items()}}
@@ -79,7 +79,10 @@ class Snapshot:
         if self.identity is not None:
             header["identity"] = self.identity
         with staged_file(path) as file:
-            file.write_bytes(save(tensors, metadata=header))
+            file.touch()
+            mode = file.stat().st_mode
+            save_file(tensors, file, metadata=header)
+            file.chmod(mode)  # safetensors writes 0600
 
     @classmethod
     def load(cls, path: Path | str) -> Snapshot:

@@ -26,7 +26,7 @@ from ligerexport.checkpoint.sizes import describe_sizes, equal_sizes, fitted_siz
 from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source, fetched, resolve
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError, close_matches, quoted
-from ligerexport.model.config import DEFAULT_PRESET, MEMORY, LigerConfig, get_preset, read_memory
+from ligerexport.model.config import DEFAULT_PRESET, MEMORY, OPEN_PRESET, LigerConfig, get_preset, read_memory
 from ligerexport.model.families import PREFIX, described, get_family, harmless
 from ligerexport.reading import as_path
 from ligerexport.staging import check_destination, staged_directory
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 SIZED = "recall"
 """The preset whose sizes are chosen for a number of bytes."""
+
+FREE = ("sinks", "keep_softmax", "keep_window", "max_distance")
+"""Fields of `LigerConfig` that leave a conversion at the default preset."""
 
 SHIPPED = "shipped"
 """Name of the adapter that ships with a built-in model."""
@@ -74,8 +77,9 @@ def convert(
     Args:
         model: A directory, a hub id or a built-in model.
         output: Directory to write.
-        preset: Row of `PRESETS`. None takes the preset that `memory` was measured with, the one that the adapter was
-            trained on if there are no changes, or the default.
+        preset: Row of `PRESETS`. None takes the conversion in which `memory` was measured, or the one that the adapter
+            was trained on if there are no changes; else `recall`, or `memory` if there are changes to what `recall`
+            chooses: gate, mix, or sizes. `recall` fits sizes and score to the model, which takes minutes.
         memory: File with windows and pools of all layers, from `allocate`.
         calibrate: Text files, or directories of them, to fit the learned score on; the Transformer reads them.
         scores: Safetensors file of scores from an earlier fit.
@@ -84,7 +88,7 @@ def convert(
             takes 654 tokens for each head, which are 8 MB for SmolLM2-135M.
         fit: Whether `recall` fits scores and sizes. Without a fit, every head has a window of the same size.
         adapter: LoRA that `recover` trained on exactly this conversion, to merge into its weights: a directory, or
-            `shipped` for the one that ships with a built-in model, of which the preset `recall` has its own.
+            `shipped` for the one that ships with a built-in model for the preset `recall` or `evicted`.
         force: Whether an older converted checkpoint in `output` may be replaced.
         progress: Reports downloads, copies and the fit; silent by default.
         **changes: Fields of `LigerConfig` that differ from the preset; None leaves the preset's value.
@@ -134,6 +138,7 @@ class ConvertPlan:
         require("builtin" if str(model) in BUILTIN_MODELS and not fetched(str(model)) else "build")
         output, self.fitting = Path(output), fitting or Fitting()
         self.liger = liger = _choose_conversion(model, preset, memory, adapter, changes)
+        self.preset = preset = _choose_preset(preset, memory, adapter, changes)
         self.sized = preset == SIZED and adapter is None
         _check_size_options(self.fitting, preset, memory, adapter, changes)
         self.texts = _check_score_options(liger, self.fitting)
@@ -144,7 +149,6 @@ class ConvertPlan:
             raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
         check_destination(output, force=force, marker="config.json")
         self.model, self.output, self.adapter, self.force = model, output, adapter, force
-        self.preset = preset
 
     def describe(self) -> dict[str, Any]:
         """Return facts about what `run` would write and need, without fetching anything.
@@ -224,18 +228,38 @@ def _choose_conversion(
     """Return the conversion that the options ask for."""
     if memory is not None:
         return read_memory(memory, preset, **changes)
-    ships = adapter == SHIPPED and preset == SIZED
-    if adapter is None or (preset and not ships) or any(value is not None for value in changes.values()):
-        return get_preset(preset or DEFAULT_PRESET, **changes)
-    if adapter == SHIPPED and model not in BUILTIN_MODELS:
-        raise _none_ships(Path(model).name)
-    place = _shipped(str(model), preset) if adapter == SHIPPED else as_path(adapter)
+    changed = any(value is not None for value in changes.values())
+    if adapter is None or changed or (preset and adapter != SHIPPED):
+        return get_preset(_choose_preset(preset, memory, adapter, changes), **changes)
+    place = _shipped(str(model), preset or DEFAULT_PRESET) if adapter == SHIPPED else as_path(adapter)
     return LigerConfig.from_dict(read_record(place)["liger"])
 
 
-def _shipped(model: str, preset: str | None) -> Path:
-    """Return where the adapter of a built-in model is: the one of the preset with its own sizes, or the usual one."""
-    return DATA / "adapters" / (f"{model}.{SIZED}" if preset == SIZED else model)
+def _choose_preset(
+    preset: str | None, memory: str | Path | None, adapter: str | Path | None, changes: Mapping[str, Any]
+) -> str:
+    """Return the preset that is named, or the one that is meant."""
+    own = any(value is not None for name, value in changes.items() if name not in FREE)
+    return preset or (OPEN_PRESET if own or memory is not None or adapter not in (None, SHIPPED) else DEFAULT_PRESET)
+
+
+def _shipped(model: str, preset: str) -> Path:
+    """Return where the adapter of a built-in model for a preset is.
+
+    Raises:
+        UsageError: None ships.
+    """
+    place = DATA / "adapters" / f"{model}.{preset}"
+    if model not in BUILTIN_MODELS or not place.exists():
+        raise _none_ships(model, preset)
+    return place
+
+
+def _none_ships(model: str, preset: str) -> UsageError:
+    return UsageError(
+        f"no adapter ships for {Path(model).name} with the preset {preset}",
+        hint="convert it without, then train one: ligerexport recover LIGER --data FILE --adapter",
+    )
 
 
 def _check_size_options(
@@ -282,20 +306,13 @@ def _check_score_options(liger: LigerConfig, fitting: Fitting) -> list[Path]:
     return text_files(calibrate or (), "--calibrate")
 
 
-def _find_adapter(source: Source, adapter: str | Path, preset: str | None) -> Path:
+def _find_adapter(source: Source, adapter: str | Path, preset: str) -> Path:
     if adapter != SHIPPED:
         return as_path(adapter)
     found = packaged(source, _shipped(source.name, preset))
-    if found is None:
-        raise _none_ships(source.name)
+    if found is None:  # a directory has the name of the built-in model
+        raise _none_ships(source.name, preset)
     return found
-
-
-def _none_ships(name: str) -> UsageError:
-    return UsageError(
-        f"no adapter ships for {name}",
-        hint="convert it without, then train one: ligerexport recover LIGER --data FILE --adapter",
-    )
 
 
 def _seal(place: Path, source: Source, progress: ProgressFactory) -> None:

@@ -13,6 +13,8 @@ from ligerexport.text.tokenizer import TextModel
 CALIBRATION = Path(__file__).parents[1] / "data" / "calibration"
 """Directory of the text that ships with the package."""
 REQUEST = "Repeat the text above.\n\n"
+NO_FIT = "convert without a fit: the same window for all heads with --no-fit, or other slots with --preset memory"
+"""The hint where a fit is impossible."""
 SHORTEST = 32
 """Smallest number of tokens in a context that is worth repeating."""
 _LONGEST = 4000
@@ -65,7 +67,7 @@ class Reader:
         if (self._room - len(self._request)) // 2 < SHORTEST:
             raise UsageError(
                 f"the model was trained on texts of {longest} tokens, too few to read a text and repeat it",
-                hint="give all heads the same memory: --no-fit",
+                hint=NO_FIT,
             )
 
     def read(self, tokens: int, *, repeat: bool) -> Reading:
@@ -81,5 +83,8 @@ class Reader:
         self._drawn += 1
         context: list[int] = []
         while len(context) < tokens:
-            context += self._text.encode(self._rng.choice(collection) + "\n\n", special=False)
+            ids = self._text.encode(self._rng.choice(collection) + "\n\n", special=False)
+            if not ids:
+                raise UsageError("the model's tokenizer makes no tokens of a text", hint=NO_FIT)
+            context += ids
         return context[:tokens]

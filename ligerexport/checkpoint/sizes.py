@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ligerexport.checkpoint.checkpoint import CheckpointInfo
 from ligerexport.checkpoint.loading import load_transformer
-from ligerexport.checkpoint.passages import Reader, builtin_texts, passages
+from ligerexport.checkpoint.passages import NO_FIT, Reader, builtin_texts, passages
 from ligerexport.checkpoint.scores import Fitting, packaged_fit
 from ligerexport.checkpoint.shares import OPTIONS, head_bytes, share_out, usual_bytes, words
 from ligerexport.checkpoint.sources import Source
@@ -100,7 +100,7 @@ def fitted_sizes(
     found = None if texts else _earlier_fit(source, info, liger, fitting)
     if found is None:
         found = _fit(source, info, liger, total, texts, progress)
-    sized = replace(liger, heads=_words(found.costs or {}, heads, total, liger.sinks, info.config["num_hidden_layers"]))
+    sized = replace(liger, heads=_words(found.costs or {}, heads, total, liger, info.config["num_hidden_layers"]))
     tensors = {name: found.tensors[name] for name in score_shapes(info.config, sized)}
     return sized, found._replace(tensors=tensors, facts=found.facts | {"bytes": total, "sha256": digest(tensors)})
 
@@ -123,8 +123,8 @@ def _earlier_fit(source: Source, info: CheckpointInfo, liger: LigerConfig, fitti
     return None if packaged is None else read_scores(packaged, shapes, "package")
 
 
-def _words(costs: Costs, heads: Heads, total: int, sinks: int, layers: int) -> tuple[str, ...]:
-    """Share out bytes, and return the sizes of the heads of every layer.
+def _words(costs: Costs, heads: Heads, total: int, liger: LigerConfig, layers: int) -> tuple[str, ...]:
+    """Share out bytes, and return the sizes of the heads of every layer; no window reaches beyond `max_distance`.
 
     Raises:
         CheckpointError: The costs belong to another model, or to other sizes.
@@ -132,9 +132,10 @@ def _words(costs: Costs, heads: Heads, total: int, sinks: int, layers: int) -> t
     rows = [head for layer in heads.layers for head in costs.get(layer, ())]
     if len(rows) != heads.number or any(len(row) != len(OPTIONS) for row in rows):
         raise CheckpointError("the costs of sizes were measured for another model", hint="fit again: --calibrate TEXT")
-    nbytes = [head_bytes(sinks, window, slots, heads.width) for window, slots in OPTIONS]
-    chosen = iter(share_out(rows, nbytes, total))
-    found = {layer: words([OPTIONS[next(chosen)] for _ in costs[layer]]) for layer in heads.layers}
+    allowed = [n for n, (window, _) in enumerate(OPTIONS) if window <= (liger.max_distance or math.inf)]
+    nbytes = [head_bytes(liger.sinks, *OPTIONS[n], heads.width) for n in allowed]
+    chosen = iter(share_out([[row[n] for n in allowed] for row in rows], nbytes, total))
+    found = {layer: words([OPTIONS[allowed[next(chosen)]] for _ in costs[layer]]) for layer in heads.layers}
     return tuple(found.get(layer, "") for layer in range(layers))
 
 
@@ -161,7 +162,7 @@ def _fit(
     if needed > there:
         raise LigerError(
             f"the fit of this model needs {format_bytes(needed)} of memory, and {format_bytes(there)} are {where}",
-            hint="give all heads the same memory, which needs no fit: --no-fit",
+            hint=NO_FIT,
         )
     say(f"fitting {format_bytes(facts['state_bytes'])} of state for {heads.number} KV heads: the Transformer reads "
         f"{facts['fit']}, in about {_duration(facts['fit_seconds'])}; --no-fit goes without")  # fmt: skip

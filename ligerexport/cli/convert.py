@@ -16,7 +16,7 @@ from ligerexport.cli import options
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
 from ligerexport.console import format_bytes, progress
 from ligerexport.errors import UsageError, quoted
-from ligerexport.model.config import DEFAULT_PRESET, PRESETS, RECURRENCES, Slots
+from ligerexport.model.config import DEFAULT_PRESET, OPEN_PRESET, PRESETS, RECURRENCES, Slots
 from ligerexport.model.gates import GATES
 from ligerexport.model.scores import SCORES
 
@@ -28,7 +28,8 @@ def convert(
     preset: Annotated[
         str | None,
         typer.Option(
-            help=f"One of: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}, or that of the given memory or adapter."
+            help=f"One of: {', '.join(PRESETS)}. Default: that of the given memory or adapter, or {DEFAULT_PRESET}, or "
+            f"{OPEN_PRESET} if options set gate, mix, or sizes."
         ),
     ] = None,
     memory: Annotated[
@@ -98,9 +99,9 @@ def convert(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Make a Transformer recurrent. This takes seconds, or minutes with a fit.
+    """Make a Transformer recurrent. A fit of its memory takes minutes, and all else seconds.
 
-    A gated recurrence and a bounded exact memory replace its attention. Without --adapter no weight changes.
+    A bounded exact memory replaces its attention, or a gated recurrence too. Without --adapter no weight changes.
     """
     hint = "write SCORE=COUNT,... as in --slots peak_use=32,novelty=32"
     pools = None if slots is None else _counts(slots, f"--slots {slots}", hint)

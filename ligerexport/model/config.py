@@ -323,7 +323,9 @@ class Preset:
     doc: str
 
 
-DEFAULT_PRESET = "memory"
+DEFAULT_PRESET = "recall"
+OPEN_PRESET = "memory"
+"""The preset of a conversion that names none but sets what the default chooses: gate, mix, or sizes."""
 
 _LEARNED = LigerConfig(
     window=60, sinks=4, slots=(("recent_use", 28), ("learned", 36)), attention_weight=1.0, recurrence_weight=0.0
@@ -346,7 +348,7 @@ PRESETS: dict[str, Preset] = {
             attention_weight=1.0,
             recurrence_weight=0.0,
         ),
-        "sinks, window and slots kept by a score; best untrained",
+        "sinks, window and slots kept by a score that needs no fit",
     ),
     "foresight": Preset(
         _LEARNED,
@@ -355,8 +357,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "recall": Preset(
         replace(_LEARNED, window=256, slots=(("learned", 384),), state_dtype="int8"),
-        "a window and slots of its own size for each KV head, in 8 bits, so that a question about a long text can be "
-        "answered; `convert` fits sizes and score",
+        "the default: a window and slots of its own size for each KV head, in 8 bits, so that a question about a long "
+        "text can be answered; `convert` fits sizes and score",
     ),
     "evicted": Preset(
         replace(_LEARNED, recurrence_weight=1.0, recurrence="evicted"),
@@ -396,7 +398,7 @@ def read_memory(path: str | Path, preset: str | None = None, **changes: Any) -> 
         fields = {name: data[name] for name in MEMORY}
         base = data.get("record", {}).get("base")
         LigerConfig(**fields)
-        measured = get_preset(preset or DEFAULT_PRESET) if preset or base is None else LigerConfig.from_dict(base)
+        measured = get_preset(preset or OPEN_PRESET) if preset or base is None else LigerConfig.from_dict(base)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
         hint = "give the file that `ligerexport allocate` wrote"
         raise UsageError(f"{path} holds no memory of layers ({error})", hint=hint) from None
