@@ -150,7 +150,7 @@ def test_nodes(tmp_path: Path, preset: str, weights: str) -> None:
         assert given[1] == "position" and given[3 + layer.config.foresees :] == [f"past.{i}.{x}" for x in names]
         assert list(node.output)[1:] == [f"present.{i}.{x}" for x in names]
         table = next(x for x in model.graph.initializer if x.name == given[2])
-        assert list(table.dims) == [2, layer.max_distance + 64, layer.d_k // 2]
+        assert list(table.dims) == [2, layer.max_distance + 64 + 1, layer.d_k // 2]  # the last row: turns
         types = {name: info[f"past.{i}.{name}"].elem_type for name in names}
         assert types.pop("slot_key") == types.pop("slot_value") == half
         assert types.pop("slot_position") == onnx.TensorProto.INT32

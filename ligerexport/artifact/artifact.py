@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-from ligerexport.dtypes import BY_KERNEL, DTYPES
+from ligerexport.artifact.claims import check_claims
+from ligerexport.dtypes import DTYPES
 from ligerexport.errors import ArtifactError, MissingDependency, quoted
 from ligerexport.reading import from_plain, leads_away, read_json, sha256
 from ligerexport.staging import staged_directory
@@ -193,6 +194,11 @@ class Manifest:
         return self.bytes.state_per_sequence // saved + 1 if saved > 0 else None
 
     @property
+    def meters(self) -> bool:
+        """Whether the graph has the output `METER`, after the state."""
+        return len(self.graph.outputs) > 1 + len(self.state)
+
+    @property
     def fingerprint(self) -> str:
         """Digest of everything that gives a state its meaning: weights and conversion, but not target or lowering."""
         meaning: list[Any] = [self.source.files, self.liger, asdict(self.model)]
@@ -226,7 +232,7 @@ class Manifest:
             )
         try:
             manifest = from_plain(cls, {"format_version": None} | data)
-            _check_claims(manifest)
+            check_claims(manifest)
         except (ValueError, TypeError) as error:
             raise ArtifactError(
                 f"{MANIFEST} is damaged: {error} where format {FORMAT_VERSION} was expected", hint=_REBUILD
@@ -239,46 +245,6 @@ def _digest(meaning: Any) -> str:
 
 
 _REBUILD = "copy the artifact again, or rebuild it with: ligerexport build MODEL --target onnx -o DIRECTORY --force"
-
-
-def _check_claims(manifest: Manifest) -> None:
-    """Check that a manifest is consistent, and that a session takes no more memory than the files can account for.
-
-    Raises:
-        ValueError: A check fails.
-    """
-    graph, ids = manifest.graph, ("input_ids", "position")
-    logits = TensorInfo("logits", "float32", ("B", manifest.model.vocab_size))
-    if not 1 <= graph.max_chunk <= 1 << 16 or not 1 <= manifest.model.vocab_size < 1 << 31:
-        raise ValueError(f"calls of {graph.max_chunk} tokens with a vocabulary of {manifest.model.vocab_size}")
-    if tuple(x.name for x in graph.inputs[:2]) != ids or graph.outputs[:1] != (logits,):
-        raise ValueError(f"inputs do not begin with {' and '.join(ids)}, or outputs with logits")
-    state = manifest.state
-    inputs = [x.bound(x.past, manifest.lowering) for x in state]
-    outputs = [x.bound(x.present, manifest.lowering) for x in state]
-    if inputs != list(graph.inputs[2:]):
-        raise ValueError("the state differs from the graph's inputs")
-    if [(x.name, x.dtype, len(x.shape)) for x in outputs] != [
-        (x.name, x.dtype, len(x.shape)) for x in graph.outputs[1:]
-    ]:
-        raise ValueError("the state differs from the graph's outputs")
-    if len({x.past for x in state} | {x.present for x in state} | {*ids, "logits"}) != 2 * len(state) + 3:
-        raise ValueError("two tensors have the same name")
-    types = {row.name for row in BY_KERNEL.values()}
-    for tensor in state:
-        sizes = ["P" if tensor.grows and axis == 2 else 1 for axis in range(len(tensor.shape))]
-        fits = (
-            x > 0 if isinstance(x, int) and size == 1 else x == size
-            for x, size in zip(tensor.shape[1:], sizes[1:], strict=True)
-        )
-        if tensor.dtype not in types or tensor.shape[:1] != ("B",) or not all(fits):
-            raise ValueError(f"the state {tensor.past} is {list(tensor.shape)} of {tensor.dtype}")
-    held = sum(x.nbytes for x in state if not x.grows)
-    if held != manifest.bytes.state_per_sequence:
-        raise ValueError(f"a state of {manifest.bytes.state_per_sequence} bytes has tensors of {held}")
-    delivered = sum(entry.bytes for entry in manifest.files.values())
-    if held + 4 * manifest.model.vocab_size > max(1 << 30, 4 * delivered):
-        raise ValueError(f"a state of {held} bytes for a model of {delivered}")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class BuildSettings:
     genai: bool = False
     verify: bool = True
     state: str | None = None
+    meter: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from ligerexport.artifact.artifact import (
     Source,
     TensorInfo,
 )
+from ligerexport.artifact.claims import METER
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError, close_matches, look_up
 from ligerexport.exporters.backend import BuildSettings
@@ -65,6 +66,7 @@ def build(
     genai: bool = False,
     force: bool = False,
     verify: bool = True,
+    meter: bool = False,
     progress: ProgressFactory | None = None,
 ) -> Path:
     """Export a converted checkpoint.
@@ -86,6 +88,7 @@ def build(
         genai: Whether to add a second graph and the configuration for onnxruntime-genai.
         force: Whether an older artifact at `output` may be replaced.
         verify: Whether to compare logits and state with the torch model first. The manifest records if this is skipped.
+        meter: Whether the graph also returns `Session.forgotten`.
         progress: Opens a phase of long work; see `ligerexport.console.progress`.
 
     Returns:
@@ -99,7 +102,7 @@ def build(
         MissingDependency: The extra `build` or that of the target is not installed.
     """
     settings = BuildSettings(
-        target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify, state
+        target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify, state, meter
     )
     return BuildPlan(model, output, settings, force=force).run(progress)
 
@@ -146,6 +149,8 @@ class BuildPlan:
         self.info = check_checkpoint(model, tokenizer=False)
         self.spec = read_spec(self.info, settings.state and look_up("type of the state", settings.state, STATES))
         _check_memory(self.spec, settings.target, lowering)
+        if settings.meter:
+            _check_meter(self.spec, lowering, settings.genai)
         self.backend.check_model(self.spec)
         max_chunk = self.backend.choose_chunk(self.spec, settings.max_chunk)
         if settings.genai:
@@ -200,8 +205,9 @@ class BuildPlan:
         with progress("writing weights", weight_bytes(spec, storage)) as advance:
             write_weights(spec, directory, storage, advance)
         onnx_graph.write_graph(
-            spec, directory, lowering=settings.lowering, max_chunk=settings.max_chunk, storage=storage
-        )
+            spec, directory, lowering=settings.lowering, max_chunk=settings.max_chunk, storage=storage,
+            meter=settings.meter,
+        )  # fmt: skip
         for name in COPIED:
             if (info.path / name).is_file():
                 shutil.copyfile(info.path / name, directory / name)
@@ -213,7 +219,7 @@ class BuildPlan:
         skipped: dict[str, Any] = {"passed": False, "skipped": True}
         return make_manifest(
             spec, source, settings.target, settings.lowering, settings.max_chunk, get_target(settings.target).requires,
-            skipped, recovery=recovery, storage=storage,
+            skipped, recovery=recovery, storage=storage, meter=settings.meter,
         )  # fmt: skip
 
 
@@ -239,12 +245,33 @@ def _resolve(settings: BuildSettings) -> tuple[str, str]:
 
 def _check_memory(spec: ModelSpec, target: str, lowering: str) -> None:
     """Check that a lowering supports the memory of every layer."""
+    if any(mixer is not None and mixer.config.celled for mixer in spec.mixers):
+        raise CheckpointError(
+            "evicted tokens go to cells, which no target supports yet",
+            hint="it runs in torch; convert with --recurrence evicted to build it",
+        )
     supported = get_target(target).ragged
     if spec.ragged and lowering not in supported:
         raise CheckpointError(
             "this memory has sizes for each KV head or a small type of its slots, which "
             f"the lowering {lowering} of {target} does not support",
             hint=f"build with --lowering {supported[0]}" if supported else "build for --target onnx",
+        )
+
+
+def _check_meter(spec: ModelSpec, lowering: str, genai: bool) -> None:
+    """Check that a graph can return the share of attention on forgotten tokens.
+
+    Raises:
+        UsageError: The lowering or onnxruntime-genai does not support it, or the model does not know the share.
+    """
+    if lowering == "plugin" or genai:
+        what = "onnxruntime-genai" if genai else "the TensorRT plugin"
+        raise UsageError(f"a meter with {what}", hint="it goes with the lowerings ort, portable and native")
+    if not spec.evicts:
+        raise UsageError(
+            "a meter, but nothing keeps what this model forgets, so the share of attention on it is unknown",
+            hint="convert with --preset evicted, or leave --meter out",
         )
 
 
@@ -259,6 +286,7 @@ def make_manifest(
     *,
     storage: WeightStorage,
     recovery: dict[str, Any] | None = None,
+    meter: bool = False,
 ) -> Manifest:
     """Return the manifest of an artifact, without its files."""
     from ligerexport.exporters.onnx import graph as onnx_graph
@@ -270,7 +298,8 @@ def make_manifest(
     ids = TensorInfo("input_ids", integer, ("B", "T")), TensorInfo("position", integer, ("B",))
     inputs = (*ids, *(t.bound(t.past, lowering) for t in tensors))
     logits = TensorInfo("logits", "float32", ("B", spec.vocab_size))
-    outputs = (logits, *(t.bound(t.present, lowering) for t in tensors))
+    measured = [TensorInfo(METER, "float32", ("B", len(spec.mixers)))] if meter else []
+    outputs = (logits, *(t.bound(t.present, lowering) for t in tensors), *measured)
     return Manifest(
         ligerexport=__version__,
         target=target,

@@ -18,7 +18,7 @@ from ligerexport.kernels.library.recall_error import recall_error
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.kernels.ragged import ragged_mixer
 from ligerexport.model.gates import OPEN, get_gate
-from ligerexport.model.state import MixerSpec, MixerState
+from ligerexport.model.state import FORGOTTEN, MixerSpec, MixerState
 
 __all__ = ["BLOCK", "liger_mixer", "rotary_table"]
 
@@ -43,7 +43,7 @@ def liger_mixer(
         key: `[B, T, H_kv, d_k]`, projected and normed in the same way.
         value: `[B, T, H_kv, d_v]`.
         position: `[B]` int64, number of tokens that each sequence has seen; negative inside padding on the left.
-        state: State from the last call, or `spec.initial_state`.
+        state: State from the last call, or `spec.initial_state`; `FORGOTTEN` in it asks for that measurement.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
         score: `[B, T, H_kv]` fp32, the learned score of each token; needed if `spec.config.foresees`.
         router: `[H_kv, M, d_k + 1]` fp32, which chooses the cell of an evicted token; needed if `spec.config.celled`.
@@ -68,14 +68,14 @@ def liger_mixer(
     mixed, slots, evicted = memory_attention(query, key, value, arrival, position, state, spec, rotary)
     if evicted is not None and config.celled:
         assert router is not None
-        mixed, cells = read_cells(query, evicted, mixed, state, spec, rotary, router)
-        return mixed.to(query.dtype), slots | present | cells
+        mixed, cells, share = read_cells(query, evicted, mixed, state, spec, rotary, router)
+        return mixed.to(query.dtype), slots | present | cells | _measured(state, share)
     if evicted is not None:
-        mixed, present["recurrent_state"], present["recurrent_mass"] = evicted_recurrence(
+        mixed, present["recurrent_state"], present["recurrent_mass"], share = evicted_recurrence(
             query, evicted.key, evicted.value, evicted.lost, mixed, evicted.normaliser, state["recurrent_state"],
             state["recurrent_mass"], spec, rotary,
         )  # fmt: skip
-        return mixed.to(query.dtype), slots | present
+        return mixed.to(query.dtype), slots | present | _measured(state, share)
     mixed = config.attention_weight * mixed
     if config.recurrent:
         padding = (position[:, None] + torch.arange(key.shape[1], device=key.device) < 0)[..., None, None]
@@ -90,3 +90,8 @@ def liger_mixer(
             )  # fmt: skip
         mixed = mixed + config.recurrence_weight * recurred
     return mixed.to(query.dtype), slots | present
+
+
+def _measured(state: MixerState, share: Tensor) -> MixerState:
+    """Return the share of the last token, from that of each token `[B, T, H_q]`, if the state asks for it."""
+    return {FORGOTTEN: share[:, -1].detach().view_as(state[FORGOTTEN])} if FORGOTTEN in state else {}

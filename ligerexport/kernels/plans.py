@@ -193,7 +193,7 @@ class _Inputs:
     def add_rotary(self) -> Tensor:
         """Make the table of `rotary_table` for fully rotated heads."""
         spec = self.spec
-        return self.add("rotary", 2, spec.max_distance + BLOCK, spec.d_k // 2, dtype=torch.float32)
+        return self.add("rotary", 2, spec.max_distance + BLOCK + 1, spec.d_k // 2, dtype=torch.float32)
 
 
 def _step(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]:
@@ -323,7 +323,7 @@ def _ragged_prefill_axes(spec: MixerSpec, dtype: torch.dtype) -> dict[str, str]:
 def _division(spec: MixerSpec, recording: Recording) -> Any:
     from ligerexport.kernels.fused.ragged_step import plan_on
 
-    return plan_on(spec.text, recording.launches[0].constants["N"], torch.device("cpu"))
+    return plan_on(spec.text, recording.launches[0].constants["TILE"], torch.device("cpu"))
 
 
 def _places_of(spec: MixerSpec, recording: Recording) -> Tensor:

@@ -98,6 +98,9 @@ EVICTED = tuple(name for name in FUSED if name.startswith("recurrent_"))
 """Tensors of the linear attention over evicted tokens."""
 CELLS = tuple(row.name for row in TENSORS if row.needs == "celled")
 """Tensors of the cells of evicted tokens."""
+FORGOTTEN = "forgotten"
+"""Key that asks for a measurement. If the state of a layer that evicts has it, the state after a call has the share of
+the last token's attention that fell on evicted tokens, `[B, H_kv, G]` fp32. No later call reads it."""
 
 
 def fade(state: dict[str, Array], times: int) -> dict[str, Array]:
@@ -259,14 +262,19 @@ class MixerSpec:
                 found.append(TensorSpec(row.name, (*heads, *(sizes[axis] for axis in row.axes)), dtype, row.fill))
         return tuple(found)
 
-    def initial_state(self, batch: int, dtype: torch.dtype, device: torch.device | str | None = None) -> MixerState:
-        """Return the state of `batch` sequences that have seen nothing."""
+    def initial_state(
+        self, batch: int, dtype: torch.dtype, device: torch.device | str | None = None, *, meter: bool = False
+    ) -> MixerState:
+        """Return the state of `batch` sequences that have seen nothing; `meter` asks for `FORGOTTEN` if it is known."""
         import torch
 
         types = {"activation": dtype, "float32": torch.promote_types(dtype, torch.float32)}
-        return {
+        state = {
             t.name: torch.full(
                 (batch, *t.shape), t.fill, dtype=types.get(t.dtype) or DTYPES[t.dtype].torch, device=device
             )
             for t in self.state()
         }
+        if meter and self.config.evicts:
+            state[FORGOTTEN] = torch.zeros(batch, self.kv_heads, self.q_heads // self.kv_heads, device=device)
+        return state

@@ -34,6 +34,7 @@ class Summary:
         state_bytes: Bytes of the session's state at the end.
         finish: Reason for the end: an end-of-text id, a stop string, or `max_new_tokens`.
         cached_tokens: Number of `prompt_tokens` that came from a prompt cache.
+        forgotten: Mean of the chunks' `forgotten`.
     """
 
     prompt_tokens: int
@@ -43,6 +44,7 @@ class Summary:
     state_bytes: int
     finish: Finish
     cached_tokens: int = 0
+    forgotten: float | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -60,6 +62,8 @@ class Chunk:
         seconds: Time in seconds, which is the TTFT for the first token.
         finish: Reason for the end, on the last chunk.
         summary: The summary, on the last chunk.
+        forgotten: Smallest share of the attention from which the token was predicted that fell on forgotten tokens, as
+            the mean of all layers; None if it is unknown or was not asked for.
     """
 
     text: str
@@ -67,6 +71,7 @@ class Chunk:
     seconds: float
     finish: Finish | None = None
     summary: Summary | None = None
+    forgotten: float | None = None
 
 
 class StopStrings:
@@ -136,6 +141,7 @@ def generate(
     stop: Sequence[str] = (),
     fresh: bool = True,
     prompt_cache: PromptCache | Path | str | None = None,
+    report_forgetting: bool = False,
     progress: ProgressFactory = silent,
 ) -> Generator[Chunk]:
     """Continue a prompt, one token after the other.
@@ -160,6 +166,7 @@ def generate(
         stop: Text or special token that ends the generation and is not part of it, or several.
         fresh: Whether to reset the session first; if not, the prompt continues the session's text.
         prompt_cache: File that keeps the state after the beginning of the prompt for later calls.
+        report_forgetting: Whether chunks have `forgotten`, which is None if `session.forgotten` is.
         progress: Reports the prefill of long prompts.
 
     Returns:
@@ -205,7 +212,8 @@ def generate(
     cache = PromptCache(prompt_cache) if isinstance(prompt_cache, str | Path) else prompt_cache
     stops = StopStrings(_stops(stop), text.special_ids if text else None)
     ends = eos_ids(session.artifact.directory) if text is None else text.eos_ids if messages is None else text.turn_ends
-    return _stream(session, ids, text, sampler, max_new_tokens, ends, stops, cache, progress)
+    meter = session if report_forgetting else None
+    return _stream(session, ids, text, sampler, max_new_tokens, ends, stops, cache, progress, meter)
 
 
 def _check(session: Session, ids: Sequence[int], max_new_tokens: int) -> None:
@@ -270,6 +278,7 @@ def _stream(
     stops: StopStrings,
     cache: PromptCache | None,
     progress: ProgressFactory,
+    meter: Session | None = None,
 ) -> Generator[Chunk]:
     clock = time.perf_counter()
     sampler.read(ids)
@@ -287,6 +296,7 @@ def _stream(
                 cache.save(session, prompt[:start])
     detokenizer = Detokenizer(text, ids) if text else None
     ttft = decode = 0.0
+    shares = list[float]()
     for count in range(1, max_new_tokens + 1):
         token, out = sampler(logits[0]), ""
         finish: Finish | None = None
@@ -302,8 +312,11 @@ def _stream(
             out += rest + stops.flush()
         seconds = time.perf_counter() - clock
         ttft, decode = (seconds, 0.0) if count == 1 else (ttft, decode + seconds)
-        summary = Summary(len(ids), count, ttft, decode, session.state_bytes, finish, cached) if finish else None
-        yield Chunk(out, token, seconds, finish, summary)
+        share = None if meter is None or meter.forgotten is None else float(meter.forgotten[0].mean())
+        shares += [] if share is None else [share]
+        mean = sum(shares) / len(shares) if shares else None
+        summary = Summary(len(ids), count, ttft, decode, session.state_bytes, finish, cached, mean) if finish else None
+        yield Chunk(out, token, seconds, finish, summary, share)
         if finish:
             return
         clock = time.perf_counter()

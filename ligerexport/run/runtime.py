@@ -69,6 +69,19 @@ class Session(Protocol):
         """Restore a state from a session of the same model, of any target, or one sequence's state into a row."""
         ...
 
+    @property
+    def forgotten(self) -> np.ndarray | None:
+        """Share of the last token's attention on forgotten tokens, `[B, layers]`, at least; None if it is unknown.
+
+        It is known of models that keep what they evict, such as those of the preset `evicted`, if they were built with
+        `meter=True`, or loaded with it in torch.
+        """
+        ...
+
+    def held(self, row: int = 0) -> list[list[np.ndarray]]:
+        """Return the positions of the tokens in the slots of a sequence, in order, for each layer and KV head."""
+        ...
+
     def sibling(self, batch: int = 1) -> Session:
         """Return a session of new sequences on the same loaded weights."""
         ...
@@ -84,6 +97,7 @@ def load(
     hashes: bool = True,
     scoring: bool = False,
     device: str = "cpu",
+    meter: bool = False,
 ) -> Session:
     """Open an artifact, or a converted checkpoint with torch, for running.
 
@@ -91,8 +105,8 @@ def load(
     needs `libliger_run.so` from LIGEREXPORT_TRT_RUNNER or the loader's path, and the plugin's library from
     LIGEREXPORT_TRT_PLUGIN or the same directory. Code in an artifact runs only if one of these variables names it.
 
-    A converted checkpoint supports only `batch`, `chunk` and `device`. Its weights are hashed, because the hashes say
-    which artifacts may read its states.
+    A converted checkpoint supports only `batch`, `chunk`, `device` and `meter`. Its weights are hashed, because the
+    hashes say which artifacts may read its states.
 
     Args:
         path: Directory that `build` or `convert` wrote.
@@ -105,6 +119,7 @@ def load(
         hashes: Whether to check the sha256 of every file first; weights are hashed while the engine loads them.
         scoring: Whether calls compute the logits of all their tokens, for `Session.every`, instead of the last logits.
         device: `cpu`, or `cuda` with the package onnxruntime-gpu; the state stays on it between calls.
+        meter: Whether a converted checkpoint computes `Session.forgotten`. An artifact does if it was built with it.
 
     Raises:
         ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
@@ -115,7 +130,7 @@ def load(
     if not is_artifact(path) and any(Path(path).glob("*.safetensors")):
         from ligerexport.exporters.torch_session import TorchSession
 
-        return TorchSession(path, batch=batch, chunk=chunk, device=device)
+        return TorchSession(path, batch=batch, chunk=chunk, device=device, meter=meter)
     artifact = open_artifact(path, hashes=hashes, data=False)
     with ThreadPoolExecutor(1) as pool:  # hashing and the engine both release the interpreter's lock
         checked = pool.submit(check_data, artifact) if hashes else None

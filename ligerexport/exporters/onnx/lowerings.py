@@ -68,6 +68,9 @@ class Portable:
         opset: Version of the standard operators.
         ir_version: Version of the file format.
         domains: Domains of the other operators.
+
+    Args:
+        meter: Whether layers that evict also return the share of attention that fell on what they forgot.
     """
 
     native = False
@@ -80,8 +83,8 @@ class Portable:
     ir_version = IR_VERSION
     domains: tuple[str, ...] = (CONTRIB,)
 
-    def __init__(self, g: Builder) -> None:
-        self.g = g
+    def __init__(self, g: Builder, meter: bool = False) -> None:
+        self.g, self.meter = g, meter
 
     def last(self, frame: Frame, x: ir.Value, width: int) -> ir.Value:
         """Return the last token's row `[B, width]` of `[B * T, width]`."""

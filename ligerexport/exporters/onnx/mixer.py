@@ -23,7 +23,7 @@ from ligerexport.exporters.onnx.recurrence import gated_recurrence
 from ligerexport.kernels.evicted import slow_rotation
 from ligerexport.kernels.memory_attention import MASKED, rotary_table, rotate
 from ligerexport.model.scores import FAINTEST
-from ligerexport.model.state import EVICTED, MixerSpec
+from ligerexport.model.state import EVICTED, FORGOTTEN, MixerSpec
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -99,7 +99,7 @@ def mixer(
         score: `[B * T, H]` fp32, needed where `spec.config.foresees`.
 
     Returns:
-        Output `[B * T, H_q * d_v]` and the new state.
+        Output `[B * T, H_q * d_v]` and the new state, with `FORGOTTEN` `[B, H_q]` if `lower.meter` asks for it.
     """
     g, config, heads = lower.g, spec.config, spec.kv_heads
     keys, values = frame.per_token(projected[1], heads, spec.d_k), frame.per_token(projected[2], heads, spec.d_v)
@@ -121,7 +121,9 @@ def mixer(
         arrival, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
     if lower.native:
         assert tables.keys is not None
-        mixed, kept = bounded_memory(frame, spec, tables.keys, tables.turn, projected, arrival, score, past)
+        mixed, kept = bounded_memory(
+            frame, spec, tables.keys, tables.turn, projected, arrival, score, past, lower.meter and config.evicts
+        )
     else:
         query = g.transpose(frame.per_token(projected[0], spec.q_heads, spec.d_k), 0, 2, 1, 3)
         if config.ragged:
@@ -178,6 +180,8 @@ def _by_group(
         for name, x in kept.items():
             parts.setdefault(name, []).append(x)
     present = pool.keep(chosen) | {name: heads.join(parts[name], 1) for name in carried}
+    if FORGOTTEN in parts:
+        present[FORGOTTEN] = heads.join(parts[FORGOTTEN], 1, lanes)
     position = heads.join([g.reshape(x, 0, -1) for x in parts["slot_position"]], 1, spec.slots_per_head)
     present["slot_position"] = g.op("Cast", position, to=ir.DataType.INT32)
     if any(scored):
@@ -244,6 +248,8 @@ class Slots:
         mixed = g.transpose(g.op("Reshape", mixed, self._heads_by_tokens()), 0, 2, 1, 3)
         mixed = g.reshape(mixed, -1, spec.q_heads * spec.d_v)
         if evicted is not None:
+            if self.lower.meter:
+                present[FORGOTTEN] = g.reshape(g.op("Gather", share, g.const(-1), axis=3), 0, -1)  # [B, H_q]
             answer = g.op("Mul", g.transpose(share, 0, 3, 1, 2, 4), evicted[1])
             mixed = g.op("Add", mixed, g.reshape(answer, -1, spec.q_heads * spec.d_v))
         kept, order = self._survivors(visible, scores)

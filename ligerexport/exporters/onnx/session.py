@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ligerexport.artifact.artifact import Artifact, Manifest, StateTensor
+from ligerexport.artifact.claims import METER
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.dtypes import HALVES
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError, close_matches
@@ -103,6 +104,7 @@ class OnnxSession(BatchSession):
         self._position = np.zeros(self.batch, np.int64)
         self._logits = np.zeros((self.batch, manifest.model.vocab_size), np.float32)
         self._step_ids = np.zeros((self.batch, 1), np.int64)
+        self._forgotten = np.zeros((self.batch, manifest.model.layers), np.float32) if manifest.meters else None
         self._step, self._chunk = self._bind(), self._bind()
         self._step.bind_ortvalue_input("input_ids", _value(self._step_ids))
         self._begin()
@@ -119,6 +121,10 @@ class OnnxSession(BatchSession):
         other.batch = batch
         other._allocate()
         return other
+
+    @property
+    def forgotten(self) -> np.ndarray | None:
+        return self._forgotten
 
     @property
     def state_bytes(self) -> int:
@@ -203,6 +209,8 @@ class OnnxSession(BatchSession):
         binding = self._session.io_binding()
         binding.bind_ortvalue_input("position", _value(self._position))
         binding.bind_ortvalue_output("logits", _value(self._logits))
+        if self._forgotten is not None:
+            binding.bind_ortvalue_output(METER, _value(self._forgotten))
         for tensor, value in self._values.items():
             binding.bind_ortvalue_input(tensor.past, value)
             binding.bind_ortvalue_output(tensor.present, value)
@@ -229,7 +237,8 @@ class OnnxSession(BatchSession):
             ) from error
         if self._growing:
             # a binding answers in the order in which outputs were bound
-            names = ["logits", *(tensor.present for tensor in (*self._fixed, *self._growing))]
+            names = ["logits", *([METER] if self._forgotten is not None else ())]
+            names += [tensor.present for tensor in (*self._fixed, *self._growing)]
             values = dict(zip(names, binding.get_outputs(), strict=True))
             self._growing = {tensor: values[tensor.present] for tensor in self._growing}
         if self._scoring:
