@@ -41,7 +41,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed\nhint: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch scikit-build-core
-	$(PIP) --no-build-isolation -e '.[builtin,recover,eval,demo,rtx,dev]'
+	$(PIP) --no-build-isolation -e '.[builtin,recover,eval,demo,serve,rtx,dev]'
 	@touch $@
 
 quickstart: run ## Convert, build, verify and run a real model.

@@ -299,6 +299,18 @@ for preset in ("sinks", "memory"):
     assert python(code).split() == ["1", "0"] * 2
 
 
+def test_every_decay_compiles() -> None:
+    """Interpreted kernels accept more than the compiler; the wider state of `mlstm` has plans too."""
+    code = """
+for gate in ("mlstm", "rwkv6"):
+    layer = dataclasses.replace(TINY, config=dataclasses.replace(TINY.config, gate=gate))
+    for job in aot._plan([layer], "bf16", [90], ["step", "prefill"], 1)[2].values():
+        if "DECAY" in job.constants and job.kernel.name != "strong_pairs":
+            print(job.kernel.name, aot._compile(job).failure)
+"""
+    assert python(code).split() == ["_mixer_step_kernel", "prepare"] * 2
+
+
 def test_unknown_names_are_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="keyed rows"):
         aot._plan([replace(TINY, config=replace(PRESETS["liger"].config, gate="gsa"))], "bf16", [90], ["step"], 1)

@@ -82,7 +82,7 @@ def test_help_loads_what_writes_it_and_nothing_else() -> None:
     assert loaded <= {"ligerexport", "typer", "click", "rich", "shellingham", "pygments", "markdown_it", "mdurl",
                       "typing_extensions", "annotated_doc", "filelock", "safetensors"}  # fmt: skip
     for verb in ("convert", "allocate", "recover", "eval", "build", "run", "chat", "bench", "demo", "inspect", "doctor",
-                 "list"):  # fmt: skip
+                 "list", "serve"):  # fmt: skip
         assert f"\n  {verb} " in done.stdout
 
 

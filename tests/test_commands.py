@@ -33,6 +33,8 @@ NOT_HERE = {
     "--tasks": "the data of lm-eval's tasks is on a hub",
     "demo": "tests of the page and of bench run them",
     "bench": "tests of the page and of bench run them",
+    "ligerexport serve": "tests/test_serve_process.py runs it",
+    "--server": "tests/test_serve_http.py runs it",
 }
 
 

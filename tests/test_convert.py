@@ -95,6 +95,11 @@ def test_an_unknown_family_names_the_close_one(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"gate": "glaa"}, "unknown gate"),
+        ({"gate": "gla:3"}, "gate 'gla:3'"),
+        ({"gate": "gsa:x"}, "gate 'gsa:x'"),
+        ({"gate": "gsa:2.5"}, "gate 'gsa:2.5'"),
+        ({"preset": "liger", "gate": "gsa:5"}, "16 key channels"),
+        ({"gate": "hgrn2:1"}, "gate 'hgrn2:1'"),
         ({"preset": "evicted", "gate": "gsa"}, "gate 'gsa'"),
         ({"slots": (("peak", 3),)}, "unknown score"),
         ({"slots": (("use", 0),)}, "0 slots"),

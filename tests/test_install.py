@@ -104,6 +104,7 @@ def test_what_is_missing_is_named_with_its_command(installed: Installed, built: 
         ("build", "allocate", liger, "--data", liger, "--text", liger, "-o", "a"),
         ("recover", "recover", liger, "--data", liger, "-o", "a"),
         ("demo", "demo", artifact, "--against", artifact),
+        ("serve", "serve", artifact),
     ):
         error = installed.run(*arguments, code=4)[1]
         assert error.splitlines()[-1] == f"hint: pip install 'ligerexport[{extra}]'", error

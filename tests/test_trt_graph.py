@@ -92,6 +92,10 @@ def test_families(tmp_path: Path, family: str) -> None:
     compare(*write(tmp_path, MEMORY, "fp32", family), "fp32")
 
 
+def test_gate_with_a_wider_state(tmp_path: Path) -> None:
+    compare(*write(tmp_path, LigerConfig(gate="mlstm", window=8), "fp32"), "fp32")
+
+
 def test_ragged_slots(tmp_path: Path) -> None:
     """Four codes of a key or value are one integer of the graph, and codes in the manifest and in snapshots."""
     spec, artifact = write(tmp_path, RECALL, "fp32")

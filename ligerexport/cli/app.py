@@ -29,6 +29,7 @@ from ligerexport.cli.list import list_
 from ligerexport.cli.native import native
 from ligerexport.cli.recover import recover
 from ligerexport.cli.run import run
+from ligerexport.cli.serve import serve
 from ligerexport.console import data, print_error, say
 from ligerexport.errors import LigerError, UsageError, close_matches
 
@@ -52,7 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_VERBS = (convert, allocate, recover, eval_, build, run, chat, bench, demo, inspect, native, doctor, list_)
+_VERBS = (convert, allocate, recover, eval_, build, run, chat, serve, bench, demo, inspect, native, doctor, list_)
 for _verb in _VERBS:
     app.command(_verb.__name__.rstrip("_"))(_verb)
 

@@ -13,7 +13,8 @@ import typer
 
 from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
-from ligerexport.cli.prompting import Artifact, Asking, MaxNewTokens, cached, open_stdin, show
+from ligerexport.cli.prompting import Asking, MaxNewTokens, cached, open_stdin, show
+from ligerexport.cli.remote import RemoteConversation, Server
 from ligerexport.console import card, data, err, format_bytes, print_error, say
 from ligerexport.errors import LigerError, UsageError, close_matches
 
@@ -33,11 +34,14 @@ _ENDINGS = {"eos": "complete", "length": "length limit", "stop": "stop text"}
 
 @verb()
 def chat(
-    artifact: Artifact,
+    artifact: Annotated[
+        Path | None, typer.Argument(help="Directory that build wrote, or convert, which runs in torch.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
     max_new_tokens: MaxNewTokens = 512,
     *,
     asking: Asking,
+    server: Server,
     json: Json = False,
 ) -> None:
     """Chat with a model whose only memory is its constant state.
@@ -46,20 +50,16 @@ def chat(
     at a moderate temperature without any. Ctrl-C stops an answer. The commands are /reset, /save FILE, /load FILE,
     /help and /exit. Lines may come from a pipe.
     """
-    from ligerexport.run.generate import Conversation
-    from ligerexport.run.sampling import Sampler
-
+    if (artifact is None) == (server.server is None):
+        raise UsageError("expected either an artifact or --server", hint="ligerexport chat ARTIFACT")
     data("", end="")  # fails at once if stdout is closed
     stdin = open_stdin()
-    sampling, origin = asking.sampling(artifact, True)
-    sampler = Sampler(**sampling, seed=asking.seed)
-    options.announce("chat", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed,
-                     stop=asking.stop, prompt_cache=asking.prompt_cache)  # fmt: skip
-    session, cache = asking.open(artifact, many=True)  # a conversation has many tokens
-    talk = Conversation(
-        session, sampler, system=system, max_new_tokens=max_new_tokens, stop=asking.stop or (), prompt_cache=cache,
-        special_content=asking.special_content,
-    )  # fmt: skip
+    talk: Conversation | RemoteConversation
+    notes: Callable[[], list[tuple[str, str]]] = list
+    if artifact is None:
+        talk = server.connect(asking, system, max_new_tokens)
+    else:
+        talk, notes = _open(artifact, asking, system, max_new_tokens)
     say("Ctrl-C stops an answer, /help lists the commands")
     turns: list[dict[str, Any]] = []
     for line in _lines(stdin):
@@ -71,18 +71,34 @@ def chat(
                 turns.append({"user": line} | _answer(talk, line, json))
         except LigerError as error:
             print_error(error)
-    options.finish_json(
-        json, {"turns": turns, "position": int(session.position[0]), "state_bytes": session.state_bytes}
-    )
+    options.finish_json(json, {"turns": turns, "position": talk.position, "state_bytes": talk.state_bytes})
     card(
         f"{len(turns)} turn{'' if len(turns) == 1 else 's'}",
-        [
-            ("tokens seen", f"{int(session.position[0]):,}"),
-            ("state", format_bytes(session.state_bytes)),
-            *([("prompt cache", cached(cache))] if cache and cache.note else []),
-            ("sampling", origin or ""),
-        ],
+        [("tokens seen", f"{talk.position:,}"), ("state", format_bytes(talk.state_bytes)), *notes()],
     )
+
+
+def _open(
+    artifact: Path, asking: Asking, system: str | None, max_new_tokens: int
+) -> tuple[Conversation, Callable[[], list[tuple[str, str]]]]:
+    """Open an artifact; return the conversation, and a function that returns the last rows of the card."""
+    from ligerexport.run.generate import Conversation
+    from ligerexport.run.sampling import Sampler
+
+    sampling, origin = asking.sampling(artifact, True)
+    sampler = Sampler(**sampling, seed=asking.seed)
+    options.announce("chat", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed,
+                     stop=asking.stop, prompt_cache=asking.prompt_cache)  # fmt: skip
+    session, cache = asking.open(artifact, many=True)  # a conversation has many tokens
+    talk = Conversation(
+        session, sampler, system=system, max_new_tokens=max_new_tokens, stop=asking.stop or (), prompt_cache=cache,
+        special_content=asking.special_content,
+    )  # fmt: skip
+
+    def notes() -> list[tuple[str, str]]:
+        return [*([("prompt cache", cached(cache))] if cache and cache.note else []), ("sampling", origin or "")]
+
+    return talk, notes
 
 
 def _lines(stdin: TextIO) -> Iterator[str]:
@@ -112,7 +128,7 @@ def _lines(stdin: TextIO) -> Iterator[str]:
             say("\n/exit or Ctrl-C again leaves")
 
 
-def _answer(talk: Conversation, line: str, json: bool) -> dict[str, Any]:
+def _answer(talk: Conversation | RemoteConversation, line: str, json: bool) -> dict[str, Any]:
     """Stream one answer; Ctrl-C ends it after the token that is being computed."""
     pieces: list[Chunk] = []
     stream = talk.say(line)
@@ -148,7 +164,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _command(talk: Conversation, line: str) -> bool:
+def _command(talk: Conversation | RemoteConversation, line: str) -> bool:
     """Run a command that begins with a slash; return whether the chat continues."""
     name, _, argument = line.partition(" ")
     argument = os.path.expanduser(argument.strip())
@@ -165,7 +181,7 @@ def _command(talk: Conversation, line: str) -> bool:
             say(f"saved to {argument}: {Path(argument).stat().st_size:,} bytes")
         case "/load":
             talk.load(argument)
-            say(f"after {int(talk.session.position[0]):,} tokens")
+            say(f"after {talk.position:,} tokens")
         case "/help":
             for command, what in _COMMANDS.items():
                 say(f"{command:8} {what}")

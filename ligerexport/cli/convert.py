@@ -35,7 +35,9 @@ def convert(
     memory: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Windows and pools of all layers, as `allocate` writes them.")
     ] = None,
-    gate: Annotated[str | None, typer.Option(help=f"One of: {', '.join(GATES)}.")] = None,
+    gate: Annotated[
+        str | None, typer.Option(help=f"One of: {', '.join(GATES)}; two take a number: hgrn2:0.5, gsa:16.")
+    ] = None,
     sinks: Annotated[int | None, typer.Option(help="Number of first tokens that are always kept.")] = None,
     window: Annotated[int | None, typer.Option(help="Number of most recent tokens that are kept.")] = None,
     slots: Annotated[

@@ -15,9 +15,10 @@ from ligerexport.kernels.keyed import keyed_recurrence
 from ligerexport.kernels.library.linear_attention import linear_attention
 from ligerexport.kernels.library.memory_attention import BLOCK, memory_attention
 from ligerexport.kernels.library.recall_error import recall_error
+from ligerexport.kernels.linear_attention import weighted_mean
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.kernels.ragged import ragged_mixer
-from ligerexport.model.gates import OPEN, get_gate
+from ligerexport.model.gates import get_gate
 from ligerexport.model.state import FORGOTTEN, MixerSpec, MixerState
 
 __all__ = ["BLOCK", "liger_mixer", "rotary_table"]
@@ -78,16 +79,22 @@ def liger_mixer(
         return mixed.to(query.dtype), slots | present | _measured(state, share)
     mixed = config.attention_weight * mixed
     if config.recurrent:
+        gate = get_gate(config.gate)
         padding = (position[:, None] + torch.arange(key.shape[1], device=key.device) < 0)[..., None, None]
         if config.keyed:
             recurred, present["recurrent_key"], present["recurrent_state"] = keyed_recurrence(
-                query, key, value, padding, state["recurrent_key"], state["recurrent_state"], get_gate(config.gate)
+                query, key, value, padding, state["recurrent_key"], state["recurrent_state"], gate
             )
         else:
+            real_key, real_value = key.masked_fill(padding, gate.open_key), value.masked_fill(padding, 0.0)
+            if gate.normalised:  # a sum of weights needs more than bf16
+                weight = (~padding).to(torch.promote_types(value.dtype, torch.float32)).expand(*value.shape[:3], 1)
+                real_value = torch.cat([real_value.to(weight.dtype), weight], dim=-1)
             recurred, present["recurrent_state"] = linear_attention(
-                query, key.masked_fill(padding, OPEN), value.masked_fill(padding, 0.0), gate=config.gate,
-                initial_state=state["recurrent_state"],
-            )  # fmt: skip
+                query, real_key, real_value, gate=config.gate, initial_state=state["recurrent_state"]
+            )
+            if gate.normalised:
+                recurred = weighted_mean(recurred)
         mixed = mixed + config.recurrence_weight * recurred
     return mixed.to(query.dtype), slots | present
 

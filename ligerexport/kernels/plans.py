@@ -232,6 +232,7 @@ def _linear_attention(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> It
         output, present, _ = forward(query, key, value, None, past, None, spec.config.gate, 1.0)
         return {"output": output, "present_recurrent_state": present}
 
+    spec = replace(spec, d_v=spec.columns)
     for seed, (batch, tokens) in enumerate(_prefill_sizes(1 << 16)):
         x = _Inputs(spec, dtype, seed)
         query, key, value = x.add_heads(batch, tokens)
@@ -241,7 +242,7 @@ def _linear_attention(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> It
 
 def _linear_attention_axes(spec: MixerSpec, dtype: torch.dtype) -> dict[str, str]:
     def segment(tokens: int) -> int:
-        return segment_length(tokens, spec.kv_heads, spec.d_k, spec.d_v, dtype.itemsize)
+        return segment_length(tokens, spec.kv_heads, spec.d_k, spec.columns, dtype.itemsize)
 
     first = record(next(_linear_attention(spec, dtype, 1)), tuple(LINEAR_ATTENTION_TABLES))
     return {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ligerexport.model.gates import get_gate
+from ligerexport.model.gates import STRONGEST, get_gate
 from ligerexport.model.scores import FAINTEST, Pool
 from ligerexport.model.state import CELLS, FORGOTTEN, MixerSpec, MixerState
 
@@ -22,6 +22,13 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "one_minus_sigmoid": lambda x: 1 - torch.sigmoid(x),
 }
 """Functions from raw projections `[..., d_k]` to features of the recurrence."""
+DECAYS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "logsigmoid": lambda k, divisor: torch.sigmoid(k).pow(1 / divisor),
+    "minus_exp": lambda k, divisor: torch.exp(-k.clamp_max(math.log(STRONGEST * divisor)).exp() / divisor),
+    "head_logsigmoid": lambda k, divisor: torch.sigmoid(k.mean()).pow(1 / divisor),
+    "head_minus_softplus": lambda k, divisor: (1 + k.mean().exp()).pow(-1 / divisor),
+}
+"""Functions from a raw key `[d_k]` and a divisor to the share alpha = exp(g) that is kept of each row of the state."""
 
 
 @dataclass
@@ -98,18 +105,27 @@ def liger_mixer_reference(
 
 
 def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
-    """Update `[d_k, d_v]` and read it: paper, equation 7; ONNX LinearAttention, `gated`."""
+    """Update `[d_k, d_v]` and read it: paper, equation 7; ONNX LinearAttention, `gated`.
+
+    A normalised state has one more column, for a value that is always 1.
+    """
     gate = get_gate(spec.config.gate)
-    decay = torch.nn.functional.logsigmoid(k) / gate.decay_divisor
-    recurrent = decay.exp()[:, None] * recurrent + torch.outer(FEATURE_MAPS[gate.key_map](k), v)
-    return FEATURE_MAPS[gate.query_map](q) @ recurrent, recurrent
+    kept, write = DECAYS[gate.decay](k, gate.decay_divisor), FEATURE_MAPS[gate.key_map](k)
+    if gate.floor:
+        kept, write = gate.floor + (1 - gate.floor) * kept, (1 - gate.floor) * write
+    if gate.normalised:
+        v = torch.cat([v, v.new_ones(1)])
+    recurrent = kept.expand(len(k))[:, None] * recurrent + torch.outer(write, v)
+    read = FEATURE_MAPS[gate.query_map](q) @ recurrent
+    return read[:, :-1] / read[:, -1:] if gate.normalised else read, recurrent
 
 
 def _recur_by_keys(
     q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, keys: Tensor, spec: MixerSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Update `[d_k, d_v]` and the keys of its rows `[d_k, d_k]` and read it by softmax: gated slot attention."""
-    kept = (torch.nn.functional.logsigmoid(k) / get_gate(spec.config.gate).decay_divisor).exp()[:, None]
+    """Update M rows `[M, d_v]` and their keys `[M, d_k]` and read them by softmax: gated slot attention."""
+    gate = get_gate(spec.config.gate)
+    kept = DECAYS[gate.decay](k.unflatten(0, (len(keys), -1)).mean(-1), gate.decay_divisor)[:, None]
     recurrent, keys = kept * recurrent + (1 - kept) * v, kept * keys + (1 - kept) * k
     return torch.softmax(q @ keys.T, dim=-1) @ recurrent, recurrent, keys
 

@@ -362,6 +362,16 @@ class Conversation:
         self._max_new_tokens, self._stop, self._cache = max_new_tokens, _stops(stop), prompt_cache
         self._unseen: list[int] = []  # sampled and shown, but not yet fed to the session
 
+    @property
+    def position(self) -> int:
+        """Number of tokens seen."""
+        return int(self.session.position[0])
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state."""
+        return self.session.state_bytes
+
     def say(self, text: str) -> Generator[Chunk]:
         """Stream the model's answer. Closing the stream ends the answer; the conversation can continue."""
         check_text(text)

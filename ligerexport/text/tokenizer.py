@@ -35,6 +35,11 @@ _LONGEST = 4
 """Number of bytes of the longest character."""
 _CONTEXT = 8
 """Number of earlier tokens on which a text may depend: more than the bytes of a character."""
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
+"""Byte of each character in the tokens of a byte-level vocabulary, as GPT-2 defined it."""
 _UNCLEAN = re.compile(r" [ ']*(?:n ?'? ?|[vr])?\Z")
 """End of a text that may be the beginning of a replaced part."""
 
@@ -184,7 +189,7 @@ class TextModel:
     @cached_property
     def byte_ids(self) -> frozenset[int]:
         """Ids of byte tokens, if the decoder joins bytes; an invalid byte invalidates its neighbours."""
-        if "ByteFallback" not in str(self._tokenizer.decoder):
+        if "ByteFallback" not in self._decoder:
             return frozenset()
         tokens = (f"<0x{byte:02X}>" for byte in range(256))
         return frozenset(self.vocabulary[token] for token in tokens if token in self.vocabulary)
@@ -210,6 +215,19 @@ class TextModel:
     def has_text(self, token: int) -> bool:
         """Return whether an id has text: its token is not special."""
         return token not in self._silent and self._tokenizer.id_to_token(token) is not None
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of UTF-8 that a token stands for; a special token stands for its name."""
+        name = self._tokenizer.id_to_token(token) or ""
+        if token in self.byte_ids:
+            return bytes([int(name[3:5], 16)])
+        if token not in self._added and "ByteLevel" in self._decoder:
+            return bytes(_BYTES[character] for character in name)
+        return name.replace("▁", " ").encode()
+
+    @cached_property
+    def _decoder(self) -> str:
+        return str(self._tokenizer.decoder)
 
     @cached_property
     def _silent(self) -> frozenset[int]:

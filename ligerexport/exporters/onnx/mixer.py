@@ -19,13 +19,11 @@ from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable, Table
 from ligerexport.exporters.onnx.native.node import bounded_memory, turn_table
 from ligerexport.exporters.onnx.packed import Codes, Heads, Pool, read, store
-from ligerexport.exporters.onnx.recurrence import gated_recurrence
+from ligerexport.exporters.onnx.recurrence import gated_recurrence, weighted_mean
 from ligerexport.kernels.evicted import slow_rotation
 from ligerexport.kernels.memory_attention import MASKED, rotary_table, rotate
 from ligerexport.model.scores import FAINTEST
 from ligerexport.model.state import EVICTED, FORGOTTEN, MixerSpec
-
-TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -209,9 +207,7 @@ def _judge(
     still = frame.filled(0.0, -1, heads * spec.d_k)
     recalled, state = lower.linear_attention(query, key, extended, state, still, (heads, heads), spec.d_k)
     recalled = g.reshape(g.slice(recalled, 0, -1, 1), 0, 0, heads, spec.d_v + 1)
-    total, weight = g.op("Split", recalled, g.const([spec.d_v, 1]), outputs=2, axis=-1)
-    answer = g.op("Div", total, g.op("Clip", weight, g.floats(TINY)))
-    error = g.op("ReduceL2", g.op("Sub", values, answer), g.const([3]))
+    error = g.op("ReduceL2", g.op("Sub", values, weighted_mean(g, recalled, spec.d_v)), g.const([3]))
     return g.transpose(error, 0, 2, 3, 1), state
 
 

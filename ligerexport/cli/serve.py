@@ -1,0 +1,118 @@
+"""`serve`: an OpenAI-compatible server for artifacts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ligerexport.cli import options
+from ligerexport.cli.options import Json, Threads, verb
+from ligerexport.console import card, format_bytes, progress, warn
+from ligerexport.errors import MissingDependency, UsageError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@verb()
+def serve(
+    artifacts: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]ARTIFACT...", help="Directories that build wrote, with their names.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; other machines can reach any but 127.0.0.1.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8080,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with one key in each line; clients need one of them.", show_default=False)
+    ] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option("--cors", metavar="ORIGIN", help="Origin whose pages may use this server.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Largest number of answers that are written at the same time.")] = 16,
+    queue: Annotated[int, typer.Option(help="Largest number of requests that wait; others get the status 429.")] = 256,
+    memory: Annotated[str, typer.Option(help="Memory for states between requests, such as 4GB.")] = "4GB",
+    state_dir: Annotated[
+        Path | None, typer.Option(help="Directory for states that the memory cannot hold.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="Largest answer to a request that names no limit.")
+    ] = 4096,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds after which an answer is cut off.", show_default=False)
+    ] = None,
+    drain: Annotated[float, typer.Option(help="Seconds that answers may take to finish when the server stops.")] = 30,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Serve artifacts to clients of OpenAI's API.
+
+    A page for chats is at the server's root. SIGTERM or Ctrl-C finishes the answers that were begun, and ends.
+    """
+    try:
+        from ligerexport.serve.app import Access, make_app
+        from ligerexport.serve.gate import LOOPBACK, Keys
+        from ligerexport.serve.host import listen, run
+        from ligerexport.serve.models import open_model
+    except ImportError as error:
+        raise MissingDependency(error.name or "fastapi", extra="serve") from error
+    named, budget = _names(artifacts), _bytes(memory)
+    if min(max_batch, queue, max_new_tokens) < 1 or drain < 0 or (deadline is not None and deadline <= 0):
+        raise UsageError(
+            "--max-batch, --queue, --max-new-tokens and --deadline must be positive", hint="give at least 1"
+        )
+    access = Access(Keys(api_key_file) if api_key_file else None, LOOPBACK if host in LOOPBACK else None, cors or ())
+    options.announce("serve", artifacts=artifacts, host=host, port=port, max_batch=max_batch, queue=queue,
+                     memory=memory, state_dir=state_dir, max_new_tokens=max_new_tokens, deadline=deadline, drain=drain,
+                     device=device, threads=threads)  # fmt: skip
+    with listen(host, port) as listener:  # a port in use is found before anything is loaded
+        models = []
+        with progress("loading", len(named), "steps") as advance:
+            for name, artifact in named.items():
+                models.append(open_model(
+                    name, artifact, max_batch=max_batch, memory=budget // len(named), queue=queue, device=device,
+                    state_dir=state_dir / name if state_dir else None, threads=threads,
+                    longest=max_new_tokens, deadline=deadline,
+                ))  # fmt: skip
+                advance(1)
+        if host not in LOOPBACK and api_key_file is None:
+            warn(f"anyone who can reach {host} can use this server: --api-key-file FILE asks for a key")
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listener.getsockname()[1]}"
+        options.finish_json(json, {"address": address, "models": list(named)})
+        states = f"{format_bytes(budget)} in memory" + (f", more in {state_dir}" if state_dir else "")
+        card("serving", [("models", ", ".join(named)), ("page", address), ("API", f"{address}/v1"),
+                         ("states", states), ("stop", "Ctrl-C")])  # fmt: skip
+        run(make_app(models, access, patience=drain), listener, drain)
+
+
+def _names(artifacts: list[str]) -> dict[str, Path]:
+    """Return each artifact by its name, which is that of its directory if none is given.
+
+    Raises:
+        UsageError: Two have the same name.
+    """
+    found: dict[str, Path] = {}
+    for text in artifacts:
+        name, separator, place = text.partition("=")
+        if not separator or "/" in name or Path(text).exists():
+            name, place = Path(text).resolve().name, text
+        if name in found:
+            raise UsageError(f"two artifacts are named {name}", hint="give them names: chat=DIRECTORY code=DIRECTORY")
+        found[name] = options.path(place)
+    return found
+
+
+def _bytes(text: str) -> int:
+    """Return a number of bytes that is written like 4GB.
+
+    Raises:
+        UsageError: It is written in another way.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if not found:
+        raise UsageError(f"{text!r} is no size of a memory", hint="give a number of bytes, such as 500MB or 4GB")
+    return int(float(found[1]) * _UNITS[found[2]])

@@ -1,0 +1,139 @@
+"""States on a disk: one file for each, which any process with the same model and owner may read again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.errors import LigerError
+from ligerexport.staging import remove_leftovers, staged_file
+
+_SUFFIX = ".state"
+_HINT = "choose another --state-dir"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A state on the disk: its tokens `[T]`, its file's size in bytes, and what users said about it."""
+
+    ids: np.ndarray
+    nbytes: int
+    name: str
+    pinned: bool
+
+
+def digest(ids: np.ndarray) -> str:
+    """Return the name of a prefix `[T]` int64."""
+    return hashlib.blake2b(np.ascontiguousarray(ids, np.int64).data, digest_size=16).hexdigest()
+
+
+def owner_key(owner: str) -> str:
+    """Return an owner's name of any characters as a name of a directory."""
+    return hashlib.blake2b(owner.encode(), digest_size=16).hexdigest() if owner else "all"
+
+
+class Store:
+    """The files of one model's states, `MODEL/OWNER/DIGEST.state`, with a `.json` beside those that a user marked.
+
+    Args:
+        directory: Directory of the states of all models.
+        model: `Manifest.fingerprint`.
+
+    Raises:
+        LigerError: The directory cannot be written.
+    """
+
+    def __init__(self, directory: Path, model: str) -> None:
+        self.directory = directory / model
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise LigerError(f"cannot write {self.directory}: {error.strerror}", hint=_HINT) from error
+
+    def scan(self) -> Iterator[tuple[str, Stored]]:
+        """Yield each owner's key and state, the latest first. Files that are no state of this model are removed."""
+        files = sorted(self.directory.glob(f"*/*{_SUFFIX}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        for file in files:
+            remove_leftovers(file)
+            try:
+                ids = _read_ids(file)
+            except Exception:  # safetensors raises several kinds for damaged files
+                file.unlink(missing_ok=True)
+                continue
+            said = _read_marks(file.with_suffix(".json"))
+            yield file.parent.name, Stored(ids, file.stat().st_size, said[0], said[1])
+
+    def write(self, owner: str, ids: np.ndarray, snapshot: Snapshot) -> int:
+        """Write a state whole or not at all; return the file's size in bytes.
+
+        Raises:
+            LigerError: The disk is full, or the file cannot be written.
+        """
+        file = self._file(owner, digest(ids))
+        replace(snapshot, ids=ids).save(file)
+        return file.stat().st_size
+
+    def read(self, owner: str, ids: np.ndarray) -> Snapshot:
+        """Return the state of a prefix.
+
+        Raises:
+            LigerError: The file is damaged, is of another prefix, or is gone.
+        """
+        file = self._file(owner, digest(ids))
+        snapshot = Snapshot.load(file)
+        if snapshot.ids is None or not np.array_equal(snapshot.ids, ids) or snapshot.position.tolist() != [len(ids)]:
+            raise LigerError(f"{file} is the state of other tokens")
+        return replace(snapshot, ids=None)
+
+    def mark(self, owner: str, state: str, name: str, pinned: bool) -> None:
+        """Write what a user said about a state.
+
+        Raises:
+            LigerError: The disk is full, or the file cannot be written.
+        """
+        file = self._file(owner, state).with_suffix(".json")
+        if name or pinned:
+            with staged_file(file, hint=_HINT) as stage:
+                stage.write_text(json.dumps({"name": name, "pinned": pinned}), encoding="utf-8")
+        else:
+            file.unlink(missing_ok=True)
+
+    def remove(self, owner: str, state: str) -> None:
+        """Remove a state's files, if they exist."""
+        file = self._file(owner, state)
+        for path in (file, file.with_suffix(".json")):
+            with suppress(OSError):
+                path.unlink()
+
+    def _file(self, owner: str, state: str) -> Path:
+        return self.directory / owner / f"{state}{_SUFFIX}"
+
+
+def _read_ids(file: Path) -> np.ndarray:
+    """Return the tokens of a state without reading the state itself.
+
+    Raises:
+        ValueError: The file has another name than its tokens.
+    """
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="numpy") as opened:
+        ids: np.ndarray = opened.get_tensor("ids")
+    if ids.ndim != 1 or ids.dtype != np.int64 or digest(ids) != file.stem:
+        raise ValueError(f"{file} is the state of other tokens")
+    return ids
+
+
+def _read_marks(file: Path) -> tuple[str, bool]:
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        return str(said["name"]), bool(said["pinned"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "", False
