@@ -21,8 +21,9 @@ from ligerexport.reading import from_plain, leads_away, read_json, sha256
 from ligerexport.staging import staged_directory
 from ligerexport.versions import installed_version
 
-FORMAT_VERSION = 2
-"""Newest format that is read. Format 2 has states with one axis for the slots of all KV heads, or of a smaller type."""
+FORMAT_VERSION = 3
+"""Newest format that is read. Format 2 has states with one axis for the slots of all KV heads, or of a smaller type;
+format 3 has graphs that take adapters."""
 MANIFEST = "manifest.json"
 
 RUNTIMES = ("onnxruntime",)
@@ -36,6 +37,11 @@ class TensorInfo:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The axes that are sizes."""
+        return tuple(axis for axis in self.shape if isinstance(axis, int))
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,7 @@ class Manifest:
         files: Every other file of the artifact; filled when it is written.
         slots: Number of slots of each KV head in each layer; empty for a layer kept as softmax, and in artifacts of
             older versions.
+        lora: Largest rank of the adapters that the graph takes after its state, for each sequence; 0 for none.
         format_version: Version of this structure, the oldest that has all that the artifact needs.
     """
 
@@ -180,6 +187,7 @@ class Manifest:
     device: dict[str, Any] | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
     slots: tuple[tuple[int, ...], ...] = ()
+    lora: int = 0
     format_version: int = 1
 
     @property

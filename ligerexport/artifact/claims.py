@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from ligerexport.dtypes import BY_KERNEL
@@ -29,8 +30,13 @@ def check_claims(manifest: Manifest) -> None:
     state = manifest.state
     inputs = [x.bound(x.past, manifest.lowering) for x in state]
     outputs = [x.bound(x.present, manifest.lowering) for x in state]
-    if inputs != list(graph.inputs[2:]):
+    if inputs != list(graph.inputs[2 : 2 + len(state)]):
         raise ValueError("the state differs from the graph's inputs")
+    adapters = graph.inputs[2 + len(state) :]
+    if bool(adapters) != (manifest.lora > 0) or any(
+        x.dtype != "float32" or x.shape != ("B", *x.sizes) or len(x.sizes) != 2 or min(x.sizes) < 1 for x in adapters
+    ):
+        raise ValueError("inputs for adapters are not matrices for each sequence")
     if [(x.name, x.dtype, len(x.shape)) for x in outputs] != [
         (x.name, x.dtype, len(x.shape)) for x in graph.outputs[1 : 1 + len(state)]
     ]:
@@ -38,7 +44,8 @@ def check_claims(manifest: Manifest) -> None:
     measured = [(x.name, x.dtype, x.shape) for x in graph.outputs[1 + len(state) :]]
     if measured not in ([], [(METER, "float32", ("B", manifest.model.layers))]):
         raise ValueError(f"the graph has the outputs {measured} after the state")
-    if len({x.past for x in state} | {x.present for x in state} | {*ids, "logits", METER}) != 2 * len(state) + 4:
+    names = [x.past for x in state] + [x.present for x in state] + [x.name for x in adapters] + [*ids, "logits", METER]
+    if len(set(names)) != len(names):
         raise ValueError("two tensors have the same name")
     types = {row.name for row in BY_KERNEL.values()}
     for tensor in state:
@@ -49,9 +56,10 @@ def check_claims(manifest: Manifest) -> None:
         )
         if tensor.dtype not in types or tensor.shape[:1] != ("B",) or not all(fits):
             raise ValueError(f"the state {tensor.past} is {list(tensor.shape)} of {tensor.dtype}")
+    taken = sum(4 * prod(x.sizes) for x in adapters)
     held = sum(x.nbytes for x in state if not x.grows)
     if held != manifest.bytes.state_per_sequence:
         raise ValueError(f"a state of {manifest.bytes.state_per_sequence} bytes has tensors of {held}")
     delivered = sum(entry.bytes for entry in manifest.files.values())
-    if held + 4 * vocabulary > max(1 << 30, 4 * delivered):
+    if held + taken + 4 * vocabulary > max(1 << 30, 4 * delivered):
         raise ValueError(f"a state of {held} bytes for a model of {delivered}")

@@ -63,6 +63,9 @@ def build(
     engine: Annotated[
         bool, typer.Option("--engine/--no-engine", help="With trt, build the engine here or on the device.")
     ] = True,
+    lora: Annotated[
+        int, typer.Option(metavar="R", help="Let sessions use LoRA adapters up to this rank, chosen for each sequence.")
+    ] = 0,
     genai: Annotated[bool, typer.Option("--genai", help="Add the files that onnxruntime-genai needs.")] = False,
     meter: Annotated[
         bool, typer.Option("--meter", help="Let the graph also return the share of attention on forgotten tokens.")
@@ -78,7 +81,7 @@ def build(
     """
     settings = BuildSettings(
         target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai,
-        state=state, meter=meter,
+        state=state, meter=meter, lora=lora,
     )  # fmt: skip
     plan = BuildPlan(model, output, settings, force=force)
     names = _ANNOUNCED + (_FOR_GPUS if plan.sms else ())

@@ -44,6 +44,7 @@ class BatchSession(ABC):
     artifact: Artifact
     batch: int
     chunk: int
+    adapters: tuple[str | None, ...] = ()
     _position: np.ndarray
     _step_ids: np.ndarray
     _longest: int
@@ -55,6 +56,11 @@ class BatchSession(ABC):
         self._process = self._process or os.getpid()  # a sibling shares the weights that its original loaded
         self._busy, self._torn = threading.RLock(), False
         _sessions.add(self)
+
+    def use(self, adapters: str | Sequence[str | None] | None) -> None:
+        """See `ligerexport.run.runtime.Session`."""
+        if adapters is not None:
+            raise UsageError("this session takes no adapters", hint="build for ONNX Runtime with --lora R")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

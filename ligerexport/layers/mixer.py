@@ -23,7 +23,16 @@ from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.layers.cache import LigerLayer as LigerLayer
 from ligerexport.model.config import LigerConfig
-from ligerexport.model.families import FAMILIES, PREFIX, Family, described, get_family, harmless, head_dim
+from ligerexport.model.families import (
+    FAMILIES,
+    PREFIX,
+    Family,
+    described,
+    get_family,
+    harmless,
+    head_dim,
+    rotary_distance,
+)
 from ligerexport.model.state import FORGOTTEN, MixerSpec
 from ligerexport.versions import TRIED, warn_if_untried
 
@@ -77,11 +86,12 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
 
     Raises:
         UsageError: `keep_softmax` or `layer_memory` names a layer that does not exist, `keep_window` one without a
-            window, or `heads` has another number of layers or heads.
+            window, or `heads` has another number of layers or heads; or the rotary embedding is for shorter distances.
         CheckpointError: The family or its rotary embedding is not supported, or the configuration describes no model.
     """
     liger = LigerConfig.from_dict(config.liger)
-    if max(config.max_position_embeddings, liger.max_distance or 0) > LONGEST:
+    distance = rotary_distance(config, liger.max_distance, bool(liger.keep_softmax))
+    if max(config.max_position_embeddings, distance) > LONGEST:
         raise UsageError(
             f"a rotary distance of {liger.max_distance or config.max_position_embeddings} tokens",
             hint=f"{LONGEST} are the most that a table is made for: --max-distance",
@@ -100,7 +110,7 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
         d_k=width,
         d_v=width,
         scale=1.0,
-        max_distance=liger.max_distance or config.max_position_embeddings,
+        max_distance=distance,
     )
     family = get_family(config.model_type)
     attention = family.attention(config)

@@ -209,6 +209,10 @@ def generate(
         session.reset()
     elif prompt_cache is not None:
         raise UsageError("prompt_cache with fresh=False", hint="a cache is for the beginning of a text; leave one out")
+    if prompt_cache is not None and any(getattr(session, "adapters", ())):
+        raise UsageError(
+            "prompt_cache with an adapter", hint="its states are those of the model without one; leave it out"
+        )
     cache = PromptCache(prompt_cache) if isinstance(prompt_cache, str | Path) else prompt_cache
     stops = StopStrings(_stops(stop), text.special_ids if text else None)
     ends = eos_ids(session.artifact.directory) if text is None else text.eos_ids if messages is None else text.turn_ends

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,7 @@ import numpy as np
 
 from ligerexport.artifact.artifact import Artifact, check_data, is_artifact, open_artifact
 from ligerexport.artifact.snapshot import Snapshot
-from ligerexport.errors import ArtifactError, close_matches
+from ligerexport.errors import ArtifactError, UsageError, close_matches
 from ligerexport.exporters.backend import SessionSettings
 from ligerexport.exporters.targets import TARGETS, get_backend
 
@@ -69,6 +69,13 @@ class Session(Protocol):
         """Restore a state from a session of the same model, of any target, or one sequence's state into a row."""
         ...
 
+    def use(self, adapters: str | Sequence[str | None] | None) -> None:
+        """Continue with an adapter that `load` got, by its name, or without one; a sequence names one for each row.
+
+        A state that was read with one adapter is not what another one would have made of the text: reset the row first.
+        """
+        ...
+
     @property
     def forgotten(self) -> np.ndarray | None:
         """Share of the last token's attention on forgotten tokens, `[B, layers]`, at least; None if it is unknown.
@@ -97,6 +104,7 @@ def load(
     hashes: bool = True,
     scoring: bool = False,
     device: str = "cpu",
+    adapters: Mapping[str, Path | str] | None = None,
     meter: bool = False,
 ) -> Session:
     """Open an artifact, or a converted checkpoint with torch, for running.
@@ -119,6 +127,8 @@ def load(
         hashes: Whether to check the sha256 of every file first; weights are hashed while the engine loads them.
         scoring: Whether calls compute the logits of all their tokens, for `Session.every`, instead of the last logits.
         device: `cpu`, or `cuda` with the package onnxruntime-gpu; the state stays on it between calls.
+        adapters: Directories of PEFT adapters by a name of your choice, for `Session.use`; the artifact was built with
+            `lora`. A session begins without one.
         meter: Whether a converted checkpoint computes `Session.forgotten`. An artifact does if it was built with it.
 
     Raises:
@@ -130,8 +140,12 @@ def load(
     if not is_artifact(path) and any(Path(path).glob("*.safetensors")):
         from ligerexport.exporters.torch_session import TorchSession
 
+        if adapters:
+            raise UsageError("adapters with a checkpoint", hint="merge one: ligerexport convert MODEL --merge ADAPTER")
         return TorchSession(path, batch=batch, chunk=chunk, device=device, meter=meter)
     artifact = open_artifact(path, hashes=hashes, data=False)
+    if adapters and not artifact.manifest.lora:
+        raise UsageError(f"{path} takes no adapters", hint="build it with --lora R for adapters up to rank R")
     with ThreadPoolExecutor(1) as pool:  # hashing and the engine both release the interpreter's lock
         checked = pool.submit(check_data, artifact) if hashes else None
         try:
@@ -140,7 +154,7 @@ def load(
                     f"no runtime here for target '{artifact.manifest.target}'",
                     hint=close_matches(artifact.manifest.target, TARGETS),
                 )
-            settings = SessionSettings(batch, threads, chunk, prepack, scoring, device)
+            settings = SessionSettings(batch, threads, chunk, prepack, scoring, device, adapters)
             session: Session = get_backend(artifact.manifest.target).open_session(artifact, settings)
             return session
         finally:  # before anything runs, and before errors of the engine about changed weights

@@ -233,6 +233,7 @@ class Scheduler:
         job.cached = cached
         if cached < job.last and not job.request.prompt_logprobs:
             job.reader, job.at = self._reader(snapshot), cached
+            job.stops = [at for at in job.stops if at > cached]  # others may have added some meanwhile
         else:
             self._join(job, snapshot, cached)
         self.counts["cached"] += cached
@@ -286,7 +287,9 @@ class Scheduler:
         if None not in self._rows:
             self._resize(self._fitting(len(self._rows) + 1))
         row = self._rows.index(None)
-        if snapshot is not None:
+        if snapshot is None:
+            self._batch.reset(row)
+        else:
             self._batch.restore(snapshot, row)
         self._reading.remove(job)
         self._rows[row], job.row, job.at = job, row, at

@@ -19,6 +19,7 @@ from ligerexport.exporters.onnx.builder import Builder, graph_input
 from ligerexport.exporters.onnx.candidates import Candidates, candidates
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.linear import HEAD, Weights
+from ligerexport.exporters.onnx.lora import adapter_inputs
 from ligerexport.exporters.onnx.lowerings import Native, Ort, Portable
 from ligerexport.exporters.onnx.mixer import RotaryTables, mixer, rotary_tables
 from ligerexport.exporters.onnx.packed import Heads, concat
@@ -78,7 +79,13 @@ def storage_of(manifest: Manifest) -> WeightStorage:
 
 
 def build_graph(
-    spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128, storage: WeightStorage = FP32, meter: bool = False
+    spec: ModelSpec,
+    *,
+    lowering: str = "ort",
+    max_chunk: int = 128,
+    storage: WeightStorage = FP32,
+    meter: bool = False,
+    lora: int = 0,
 ) -> ir.Model:
     """Write the step graph of a model; weights refer to `DATA_FILE`, laid out by `data_layout`.
 
@@ -89,6 +96,7 @@ def build_graph(
         lowering: Row of `LOWERINGS`.
         max_chunk: Largest number of tokens per call.
         storage: How weights are stored, from `weight_storage` for this lowering.
+        lora: Largest rank of adapters that the graph takes; 0 for none.
         meter: Whether the output `METER` follows the state.
     """
     g = Builder()
@@ -99,7 +107,9 @@ def build_graph(
     given = [t.bound(t.past, lowering) for t in state]
     made = [t.bound(t.present, lowering) for t in state]
     past = {t.name: graph_input(t.name, _onnx(t.dtype), t.shape) for t in given}
-    blocks = _Blocks(g, lower, spec, Weights(g, lower, spec, storage))
+    taken = adapter_inputs(spec, data_layout(spec, storage), lora)
+    adapters = {x.name: graph_input(x.name, "FLOAT", x.shape) for x in taken}
+    blocks = _Blocks(g, lower, spec, Weights(g, lower, spec, storage, adapters, input_ids))
     frame = Frame(g, input_ids, position)
     mixers = _mixers(lower, frame, spec, past, max_chunk)
     outputs: dict[str, ir.Value] = {}
@@ -125,7 +135,8 @@ def build_graph(
         share = concat(g, lower.max_tensors, means, axis=1)
         named.append(g.output(share, METER, "FLOAT", ("B", len(means))))
     graph = ir.Graph(
-        [input_ids, position, *past.values()], named, nodes=g.nodes, initializers=list(g.initializers.values()),
+        [input_ids, position, *past.values(), *adapters.values()], named, nodes=g.nodes,
+        initializers=list(g.initializers.values()),
         opset_imports={"": lower.opset} | dict.fromkeys(lower.domains, 1), name="ligerexport",
     )  # fmt: skip
     linear_states = any(layer is not None and (layer.config.recurrent or layer.config.judged) for layer in spec.mixers)
@@ -295,10 +306,11 @@ def write_graph(
     lowering: str = "ort",
     max_chunk: int = 128,
     storage: WeightStorage = FP32,
+    lora: int = 0,
     meter: bool = False,
 ) -> None:
     """Write the graph, and append its large constants to the weights in `DATA_FILE`."""
-    model = build_graph(spec, lowering=lowering, max_chunk=max_chunk, storage=storage, meter=meter)
+    model = build_graph(spec, lowering=lowering, max_chunk=max_chunk, storage=storage, lora=lora, meter=meter)
     end = max(align(part.offset + part.nbytes) for part in data_layout(spec, storage).values())
     with (directory / DATA_FILE).open("r+b") as data:
         for name, value in model.graph.initializers.items():
