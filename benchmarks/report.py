@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import report_edge
 import report_kernels
 import report_memory
 import report_trt
@@ -410,6 +411,7 @@ for prefix, made in {
     "trust_": (
         report_trust.promises, report_trust.faults, report_trust.hostile, report_trust.drift, report_trust.concurrency,
     ),
+    "edge_": (report_edge.goals, report_edge.memory, report_edge.packages),
     "memory_": (
         report_memory.ours, report_memory.qwen, report_memory.at_8_mb, report_memory.by_bytes,
         report_memory.at_equal_tokens, report_memory.snapshots,
