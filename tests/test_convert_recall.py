@@ -115,6 +115,7 @@ def test_sizes_that_cannot_be_had(
 ) -> None:
     readable_teacher(tmp_path / "teacher")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ligerexport.checkpoint.recall.fit_memory", None)  # it is refused before a fit
     with pytest.raises(LigerError, match=message) as error:
         convert("teacher", "liger", **{"preset": "recall"} | settings)  # type: ignore[arg-type]
     assert hint in str(error.value.hint) and not (tmp_path / "liger").exists()

@@ -132,11 +132,16 @@ def _words(costs: Costs, heads: Heads, total: int, liger: LigerConfig, layers: i
     rows = [head for layer in heads.layers for head in costs.get(layer, ())]
     if len(rows) != heads.number or any(len(row) != len(OPTIONS) for row in rows):
         raise CheckpointError("the costs of sizes were measured for another model", hint="fit again: --calibrate TEXT")
-    allowed = [n for n, (window, _) in enumerate(OPTIONS) if window <= (liger.max_distance or math.inf)]
-    nbytes = [head_bytes(liger.sinks, *OPTIONS[n], heads.width) for n in allowed]
+    allowed, nbytes = _options(heads, liger)
     chosen = iter(share_out([[row[n] for n in allowed] for row in rows], nbytes, total))
     found = {layer: words([OPTIONS[allowed[next(chosen)]] for _ in costs[layer]]) for layer in heads.layers}
     return tuple(found.get(layer, "") for layer in range(layers))
+
+
+def _options(heads: Heads, liger: LigerConfig) -> tuple[list[int], list[int]]:
+    """Return which options have a window that the conversion allows, and the bytes of each."""
+    allowed = [n for n, (window, _) in enumerate(OPTIONS) if window <= (liger.max_distance or math.inf)]
+    return allowed, [head_bytes(liger.sinks, *OPTIONS[n], heads.width) for n in allowed]
 
 
 def _fit(
@@ -180,8 +185,14 @@ def _fit(
 
 
 def describe_sizes(info: CheckpointInfo, liger: LigerConfig, state_bytes: int | None) -> dict[str, Any]:
-    """Return what a fit of sizes shares out, reads and needs."""
+    """Return what a fit of sizes shares out, reads and needs.
+
+    Raises:
+        UsageError: The bytes are too few, which would otherwise be found after the fit.
+    """
     heads, effort = converted_heads(info.config, liger), _effort()
+    total, (_, nbytes) = state_bytes or usual_bytes(heads.number, heads.width), _options(heads, liger)
+    share_out([[0.0] * len(nbytes)] * heads.number, nbytes, total)
     weights = sum(math.prod(tensor.shape) for tensor in info.tensors.values())
     layers, hidden = info.config["num_hidden_layers"], info.config["hidden_size"]
     squares = 8 * len(heads.layers) * hidden**2
@@ -190,7 +201,7 @@ def describe_sizes(info: CheckpointInfo, liger: LigerConfig, state_bytes: int | 
     kept *= 3 * info.config["intermediate_size"] + 14 * hidden
     tflop = 2e-12 * weights * effort.passes
     return {
-        "state_bytes": state_bytes or usual_bytes(heads.number, heads.width),
+        "state_bytes": total,
         "fit": f"{effort.texts} texts with {effort.read:,} tokens",
         "fit_tflop": round(tflop, 1),
         "fit_seconds": round(tflop / _tflops()),
