@@ -69,7 +69,7 @@ def layer(config: LigerConfig, q_heads: int = 32, kv_heads: int = 8, d: int = 12
 def rotary(spec: MixerSpec) -> Tensor:
     """Return the rotary table of Llama 3."""
     pairs = torch.arange(spec.d_k // 2, device=DEVICE) / (spec.d_k // 2)
-    return rotary_table(5e5**-pairs, spec.max_distance, BLOCK)
+    return rotary_table(5e5**-pairs, spec.max_distance, BLOCK, turns=True)
 
 
 def filled(spec: MixerSpec, batch: int, seen: int) -> MixerState:

@@ -1,6 +1,6 @@
 """One token of layers whose KV heads have memories of their own sizes, against equal heads and the floor of memory.
 
-python benchmarks/ragged_step.py -o benchmarks/results/ragged_step.json [--blocks 32 64 128]
+python benchmarks/ragged_step.py -o benchmarks/results/ragged_step.json [--blocks 64 128 256]
 
 Every step of a CUDA graph takes another state, so that the cache does not hold it. `floor` is the time in which the
 bytes of the state are read at the bandwidth of a copy.
@@ -70,7 +70,7 @@ def measure(name: str, batch: int, blocks: list[int], rate: float) -> dict[str, 
     states = [filled(specs[i % len(specs)], batch, SEEN) for i in range(_copies(size, len(specs)))]
     row: dict[str, Any] = {"shape": name, "batch": batch, "bytes": size, "floor": size / rate * 1e6}
     row |= {"slots": sum(sum(spec.slots_per_head) for spec in specs) / len(specs), "sizes": sizes}
-    row["errors"], row["chosen"] = [check(spec) for spec in specs], choose_block(specs[0], batch, 2)
+    row["errors"], row["chosen"] = [check(spec) for spec in specs], choose_block(specs[0], batch)
     for block in blocks:
 
         def call(i: int, block: int = block) -> None:
@@ -102,7 +102,7 @@ def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--blocks", type=int, nargs="*", default=[32, 64, 128], help="slots in a tile")
+    parser.add_argument("--blocks", type=int, nargs="*", default=[64, 128, 256], help="slots in a tile")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256], help="numbers of sequences")
     args = parser.parse_args()
     source = torch.empty(1 << 28, dtype=DTYPE, device=DEVICE)

@@ -5,7 +5,12 @@
 
 MODEL is the Transformer. Recovery trains on `--chats` (see `ligerexport recover`), and scores are fitted on
 `--calibrate`. Loss and recall are measured on `--text`, and loss in windows of 2,048 tokens on `--heldout-chats`; no
-row was trained on these two. Rows that end in `untrained` are only converted; `window` has
+row was trained on these two. With `--jobs`, rows run side by side, and the paper's gates are compared by
+
+    python benchmarks/recovery.py smollm2-135m --chats chats.jsonl --text heldout/ --heldout-chats heldout.jsonl \
+        --length 4096 --trials 8 --tokens 1000000 --jobs 9 --only gates -o benchmarks/results/gates.json
+
+Rows that end in `untrained` are only converted; `window` has
 the same number of exact slots as the default and the same training, so it is the control for all others.
 """
 
@@ -14,10 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +39,7 @@ from ligerexport.checkpoint.sources import resolve
 from ligerexport.console import progress, say
 from ligerexport.kernels import ops
 from ligerexport.model.config import get_preset
-from ligerexport.model.gates import get_gate
+from ligerexport.model.gates import OPEN, get_gate
 from ligerexport.text.tokenizer import TextModel
 from ligerexport.train.records import read_records
 
@@ -98,7 +105,10 @@ ROWS: dict[str, Row] = {
     "liger, untrained": Row("liger"),
     "liger, paper": Row("liger", {}, "paper"),
     "liger with hgrn2, paper": Row("liger", {"gate": "hgrn2"}, "paper"),
-    "liger with gsa, paper": Row("liger", {"gate": "gsa"}, "paper"),
+    **{
+        f"liger with {gate}, paper": Row("liger", {"gate": gate}, "paper")
+        for gate in ("gsa", "gsa:16", "hgrn2:0.5", "mamba2", "gated_retention", "mlstm", "rwkv6")
+    },
     "liger without window, paper": Row(
         "liger", {"window": 1, "attention_weight": 0.0, "recurrence_weight": 1.0}, "paper"
     ),
@@ -138,6 +148,12 @@ ROWS: dict[str, Row] = {
 }
 
 
+GROUPS = {
+    "gates": ("liger with rwkv6, paper", "liger with gsa, paper", "liger with gsa:16, paper",
+              "liger with hgrn2:0.5, paper", "liger with mamba2, paper", "liger with gated_retention, paper",
+              "liger with mlstm, paper", "liger, paper", "liger without recurrence, paper"),
+}  # fmt: skip
+"""Names for several rows, the slowest first."""
 CHAT_LENGTH = 2048
 
 
@@ -176,7 +192,7 @@ def random_gate(seed: int = 0) -> Iterator[None]:
         projection = torch.randn(width, width, generator=torch.Generator().manual_seed(seed)) / width**0.5
         wide = key.float()
         decay = torch.nn.functional.logsigmoid(wide @ projection.to(key.device)) / get_gate(gate).decay_divisor
-        decay = decay.masked_fill(wide >= ops.OPEN, 0.0)
+        decay = decay.masked_fill(wide >= OPEN, 0.0)
         features = (x.float().softmax(dim=-1).to(value.dtype) for x in (query, key))
         return inner(*features, value, decay, initial_state=initial_state)
 
@@ -215,6 +231,32 @@ def _measure(name: str, row: Row, args: argparse.Namespace, place: Path) -> dict
     return found | judge(model, args, row.controls)
 
 
+def run_beside(names: list[str], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield rows as they end; each runs in a process of its own. A row that fails is left out."""
+    resolve(args.model)  # into the cache, before all of them look for it there
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(args.jobs) as pool:
+
+        def run(name: str) -> dict[str, Any]:
+            output = Path(place, re.sub(r"\W+", "-", name) + ".json")
+            own = ["--jobs", "1", "-o", str(output), "--only", name]
+            subprocess.run([sys.executable, *sys.argv, *own], check=True, stdout=subprocess.DEVNULL)
+            return json.loads(output.read_text())["rows"][name]
+
+        running = {pool.submit(run, name): name for name in names}
+        for done in as_completed(running):
+            if done.exception():
+                say(f"{running[done]}: {done.exception()}")
+            else:
+                yield running[done], done.result()
+
+
+def run_here(names: list[str], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield rows in order."""
+    for name in names:
+        with tempfile.TemporaryDirectory() as place:
+            yield name, judge(args.model, args) if name == "teacher" else measure(name, ROWS[name], args, Path(place))
+
+
 def main() -> None:
     """Run the rows and write their results; results of earlier runs are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -230,7 +272,8 @@ def main() -> None:
     parser.add_argument(
         "--adapters", type=Path, help="directory to keep trained adapters in and reuse them from; none by default"
     )
-    parser.add_argument("--only", nargs="*", help="rows to measure; all by default")
+    parser.add_argument("--only", nargs="*", help=f"rows to measure, or {', '.join(GROUPS)}; all by default")
+    parser.add_argument("--jobs", type=int, default=1, help="number of rows to measure at the same time")
     parser.add_argument("--tokens", type=int, default=3_000_000)
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--length", type=int, default=8192)
@@ -240,9 +283,8 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {"rows": {}}
     result["command"] = "python " + " ".join(sys.argv)
-    for name in args.only or ["teacher", *ROWS]:
-        with tempfile.TemporaryDirectory() as place:
-            found = judge(args.model, args) if name == "teacher" else measure(name, ROWS[name], args, Path(place))
+    names = [row for name in args.only or ["teacher", *ROWS] for row in GROUPS.get(name, (name,))]
+    for name, found in (run_beside if args.jobs > 1 else run_here)(names, args):
         result["rows"][name] = found
         args.output.write_text(json.dumps(result, indent=1) + "\n")
         say(f"{name}: {json.dumps(found['tables'])[:400]}")

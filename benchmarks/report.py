@@ -192,9 +192,14 @@ def paper() -> str:
     return _recovered(lambda name, row: row.get("recipe") == "paper")
 
 
-def _recovered(wanted: Callable[[str, Any], bool]) -> str:
+def gates() -> str:
+    """The paper's gates, trained side by side."""
+    return _recovered(lambda name, row: True, "gates")
+
+
+def _recovered(wanted: Callable[[str, Any], bool], source: str = "recovery") -> str:
     rows = []
-    for name, row in result("recovery")["rows"].items():
+    for name, row in result(source)["rows"].items():
         for model, found in row["tables"].items() if wanted(name, row) else ():
             title = name if model == "model" else f"{name}: {model}"
             chats = row["chats"][model]["nll"]["mean"]
@@ -386,9 +391,10 @@ def loading() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "nll": nll, "recall": recall, "stream": stream, "decode": decode, "flat": flat, "build": build, "sweep": sweep,
-    "evicted": evicted, "budgets": budgets, "recovered": recovered, "paper": paper, "tasks": tasks, "layers": layers,
-    "quantised": quantised, "native": native, "kept": kept, "cost": cost, "shares": shares, "mmlu": mmlu,
-    "prompt_cache": prompt_cache, "loading": loading, "nodes": nodes, "bench": bench, "peers_more": peers,
+    "evicted": evicted, "budgets": budgets, "recovered": recovered, "paper": paper, "gates": gates, "tasks": tasks,
+    "layers": layers, "quantised": quantised, "native": native, "kept": kept, "cost": cost, "shares": shares,
+    "mmlu": mmlu, "prompt_cache": prompt_cache, "loading": loading, "nodes": nodes, "bench": bench,
+    "peers_more": peers,
     "build_8b": build_8b, "peers_qwen": lambda: peers("peers_qwen"),
     "peers": lambda: peers(engines=("ligerexport", "llama.cpp")),
 }  # fmt: skip

@@ -19,7 +19,7 @@ def promises() -> Table:
     """What was tried, and how often it went wrong."""
     faults, hostile, planted, sound = map(_result, ("faults", "hostile", "planted", "sound"))
     steps, whole, cycles = (_result("endurance")[part] for part in ("steps", "whole", "cycles"))
-    gates = _result("endurance")["gates"]
+    gates, recall = _result("endurance")["gates"], _result("endurance")["recall"]["lowerings"]
     concurrency = _result("concurrency")
     sessions = max(row["sessions"] for row in concurrency["rows"])
     rows, real = planted["rows"], _result("planted_real")
@@ -36,6 +36,8 @@ def promises() -> Table:
         ["steps of one session", f"{steps['steps']:,}", f"memory changed by {100 * steps['rss_change']:.1f} %"],
         ["steps of the whole model in int4", f"{whole['steps']:,}",
          f"memory without mapped weights changed by {100 * whole['private_change']:.1f} %"],
+        ["steps with the preset `recall`", ", ".join(f"{x['steps']:,} in `{name}`" for name, x in recall.items()),
+         f"memory without mapped weights changed by {100 * max(x['private_change'] for x in recall.values()):.1f} %"],
         ["tokens through gates that stay open", f"{gates[0]['rows'][-1]['tokens']:,}",
          f"state at most {max(x['largest'] / x['bound'] for gate in gates for x in gate['rows']):.2f} of its bound"],
         ["snapshots taken and restored", f"{cycles['cycles']:,}",

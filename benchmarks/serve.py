@@ -5,7 +5,8 @@
 `stall` streams some answers while another client sends a long prompt, and takes the times between tokens. `turn` asks a
 chat with a long history again, with its state in memory, on the disk, and after a restart; the time ends with the first
 token. `chats` opens many chats that share beginnings, asks some of them again, and compares some answers with
-`lx.generate`. `speed` compares one client with `lx.generate`, and many clients with one.
+`lx.generate`; `gaps` are how much the logits of two tokens differ where the answers part. `speed` compares one client
+with `lx.generate`, and many clients with one.
 """
 
 from __future__ import annotations
@@ -137,17 +138,21 @@ def measure_chats(open_engine: Callable[..., Engine], vocabulary: int, args: arg
     stats = engine.stats()
     again = [p + a.tokens + [50] for p, a in zip(prompts, answers, strict=True)][:: max(1, args.chats // 100)]
     kept = sum(a.finish.cached_tokens == len(p) - 2 for p, a in zip(again, asyncio.run(run(again)), strict=True))
-    session, same = lx.load(args.artifact, threads=args.threads), 0
+    session, gaps = lx.load(args.artifact, threads=args.threads), []
     checked = range(0, args.chats, max(1, args.chats // args.checked))
     for i in checked:
         alone = [chunk.token for chunk in lx.generate(session, prompts[i], max_new_tokens=24)]
-        same += alone == answers[i].tokens
+        if alone != (found := answers[i].tokens[: len(alone)]):  # which ends with the text, and the engine's does not
+            at = next(at for at, pair in enumerate(zip(alone, found, strict=True)) if pair[0] != pair[1])
+            session.reset()
+            logits = session.prefill(prompts[i] + alone[:at])[0]
+            gaps.append(float(logits[alone[at]] - logits[found[at]]))
     state = max(info.bytes for info in engine.states())
     engine.close()
     return {
         "chats": args.chats, "tokens": args.tokens, "state_bytes": state, "states": stats["states"],
         "bytes": stats["states_memory_bytes"], "asked_again": len(again), "from_last_state": kept,
-        "compared": len(checked), "same": same,
+        "compared": len(checked), "same": len(checked) - len(gaps), "gaps": gaps,
     }  # fmt: skip
 
 

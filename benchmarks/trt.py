@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,9 @@ def shape(given: argparse.Namespace) -> int:
     import ligerexport as lx
     from ligerexport.model.config import get_preset
 
-    make_checkpoint(given.checkpoint, given.shape, given.layers, get_preset(given.preset))
+    liger, layers = get_preset(given.preset), given.layers or SHAPES[given.shape]["num_hidden_layers"]
+    liger = replace(liger, heads=(given.heads,) * layers) if given.heads else liger
+    make_checkpoint(given.checkpoint, given.shape, given.layers, liger)
     lx.build(given.checkpoint, given.output, target="trt", engine=False, sms=(90,), max_batch=16,
              max_chunk=given.max_chunk, verify=False)  # fmt: skip
     return 0
@@ -313,6 +316,7 @@ def main() -> int:
     zero.add_argument("shape", choices=SHAPES)
     zero.add_argument("--layers", type=int)
     zero.add_argument("--preset", default="foresight")
+    zero.add_argument("--heads", help="sizes of the memories of a layer's KV heads, as in `LigerConfig.heads`")
     zero.add_argument("--max-chunk", type=int, default=1024)
     zero.add_argument("--checkpoint", type=Path, required=True)
     zero.add_argument("-o", "--output", type=Path, required=True)

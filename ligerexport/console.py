@@ -126,6 +126,23 @@ def print_error(error: LigerError) -> None:
 
 
 @contextmanager
+def no_bars() -> Iterator[None]:
+    """Silence every tqdm bar, including those of libraries that have no option for it."""
+    from tqdm.std import tqdm
+
+    plain = tqdm.__init__
+
+    def silent_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs | {"disable": True})
+
+    setattr(tqdm, "__init__", silent_init)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(tqdm, "__init__", plain)  # noqa: B010
+
+
+@contextmanager
 def progress(description: str, total: float | None = None, unit: Unit = "bytes") -> Iterator[Advance]:
     """Show one long phase: a bar on a terminal, and one line at the end elsewhere.
 

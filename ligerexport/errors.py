@@ -30,6 +30,12 @@ def quoted(word: object) -> str:
     return subprocess.list2cmdline([str(word)]) if os.name == "nt" else shlex.quote(str(word))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says, without the path of an `OSError`."""
+    text = getattr(error, "strerror", None) or str(error)
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
+
+
 class LigerError(Exception):
     """Base of all errors that carry a message for the user.
 

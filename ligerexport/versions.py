@@ -29,6 +29,7 @@ TRIED: dict[str, tuple[str, str]] = {
 EXTRAS: dict[str, tuple[str, ...]] = {
     "build": ("torch", "transformers", "onnx", "onnx_ir"),
     "builtin": ("torch", "transformers", "gguf", "accelerate"),
+    "hub": ("huggingface_hub",),
     "recover": ("torch", "transformers", "peft", "accelerate"),
 }
 """Modules that a whole command needs, by the extra that installs them. Others are checked where they are used."""

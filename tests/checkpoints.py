@@ -15,6 +15,7 @@ from ligerexport.checkpoint.fitted import is_fitted
 from ligerexport.layers.mixer import model_classes
 from ligerexport.model.config import PRESETS, LigerConfig
 from ligerexport.model.families import get_family
+from ligerexport.model.gates import GATES
 
 SIZES: dict[str, Any] = {
     "vocab_size": 131, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -35,6 +36,10 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Settings that some families need in addition to `SIZES`."""
 
+EVERY_GATE = [*GATES, "hgrn2:0.3", "gsa:4"]
+"""All gates, also with the number that some of them take."""
+SOME_GATES = ["gla", "hgrn2", "gsa:4", "mlstm"]
+"""One gate of each kind of state, and of each way to fill it."""
 BUILT = [name for name, preset in PRESETS.items() if not preset.config.ragged]
 """Presets that targets can build."""
 

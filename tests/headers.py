@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ligerexport.exporters.onnx.native.node import INPUTS, OUTPUTS
 from ligerexport.exporters.tensorrt.node import OPERANDS
-from ligerexport.model.state import RAGGED
+from ligerexport.model.state import FORGOTTEN, RAGGED
 
 TYPES = {"stored": "kStored", "float32": "kFloat", "float16": "kHalf", "int32": "kInteger"}
 ATTRIBUTES = {"slots": "pools", "linear": "recurrent", "expands": "evicts"}
@@ -28,7 +28,7 @@ def _enumeration(name: str, constants: Sequence[str]) -> str:
 
 def native() -> str:
     """Return `operands.h` of the operator `BoundedMemory`."""
-    outputs = [_constant(name, "k" if name == "mixed" else "kNew") for name in OUTPUTS]
+    outputs = [_constant(name, "k" if name in ("mixed", FORGOTTEN) else "kNew") for name in OUTPUTS]
     return f"""// Inputs and outputs of `BoundedMemory`, in order. Written from node.py by tests/headers.py.
 #pragma once
 

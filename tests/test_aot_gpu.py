@@ -131,7 +131,7 @@ def axes_of(tensors: dict[str, Tensor], **sizes: int) -> dict[str, int]:
 
 def rotary() -> Tensor:
     frequency = 10.0 ** (-torch.arange(MEMORY.d_k // 2, device="cuda") / 8)
-    return rotary_table(frequency, MEMORY.max_distance, BLOCK)
+    return rotary_table(frequency, MEMORY.max_distance, BLOCK, turns=True)
 
 
 @pytest.mark.gpu

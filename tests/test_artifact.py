@@ -240,7 +240,7 @@ def _set(**changes: object) -> Edit:
         (lambda a: (a / MANIFEST).unlink(), "is not an artifact", "ligerexport build"),
         (lambda a: (a / MANIFEST).write_text("{"), "is not JSON", "build"),
         (lambda a: (a / MANIFEST).write_text("[]"), "holds no JSON object", "build"),
-        (_set(format_version=3), "format 3 is newer", "pip install --upgrade"),
+        (_set(format_version=4), "format 4 is newer", "pip install --upgrade"),
         (_set(format_version="x"), "is damaged", "build"),
         (_set(state=[{"past": "x"}]), "is damaged", "build"),
         (_set(model=None), "is damaged", "build"),

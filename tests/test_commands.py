@@ -29,6 +29,8 @@ NOT_HERE = {
     "--adapter shipped": "make quickstart runs it: it is of the built-in model",
     "--target trt-rtx": "tests/test_trt.py builds such an engine",
     "native --target": "tests/test_native_library.py runs it: it takes a minute and a cross compiler",
+    ".gguf": "tests/test_gguf.py converts such files",
+    "owner/": "tests/test_hub.py runs a hub",
     "book.": "tests/test_exchange.py continues a state of torch in artifacts",
     "--tasks": "the data of lm-eval's tasks is on a hub",
     "demo": "tests of the page and of bench run them",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,11 +64,11 @@ def test_a_source_is_never_replaced(tmp_path: Path) -> None:
     [
         ({"model_type": "lama"}, "unknown family 'lama'"),
         ({"model_type": None}, "model_type"),
-        ({"model_type": "phi3", "rope_parameters": {
-            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
-        }}, "'longrope' changes with the length"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}}, "'proportional' is not"),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "changes with the length"),
+        ({"model_type": "phi3", "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 7, "long_factor": [2.0] * 8,
+        }}, "short_factor"),
     ],
 )  # fmt: skip
 def test_unsupported_checkpoints(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -80,6 +81,17 @@ def test_unsupported_checkpoints(tmp_path: Path, change: dict[str, object], mess
         convert(teacher, tmp_path / "liger")
     assert error.value.hint
     assert not (tmp_path / "liger").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"max_distance": 100, "window": 16}, "changes its frequencies beyond 64"),
+     ({"keep_softmax": (1,)}, "layers that keep softmax, with a rotary")],
+)  # fmt: skip
+def test_rotary_embeddings_that_change_with_the_length(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UsageError, match=message):
+        convert(make_teacher(tmp_path / "teacher", rope_parameters=rope), tmp_path / "liger", **changes)
 
 
 def test_an_unknown_family_names_the_close_one(tmp_path: Path) -> None:
@@ -95,6 +107,11 @@ def test_an_unknown_family_names_the_close_one(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"gate": "glaa"}, "unknown gate"),
+        ({"gate": "gla:3"}, "gate 'gla:3'"),
+        ({"gate": "gsa:x"}, "gate 'gsa:x'"),
+        ({"gate": "gsa:2.5"}, "gate 'gsa:2.5'"),
+        ({"preset": "liger", "gate": "gsa:5"}, "16 key channels"),
+        ({"gate": "hgrn2:1"}, "gate 'hgrn2:1'"),
         ({"preset": "evicted", "gate": "gsa"}, "gate 'gsa'"),
         ({"slots": (("peak", 3),)}, "unknown score"),
         ({"slots": (("use", 0),)}, "0 slots"),

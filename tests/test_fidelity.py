@@ -29,6 +29,11 @@ ROPES: dict[str, dict[str, Any]] = {
         "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
     },
     "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0],
+        "long_factor": [9.0] * 8, "original_max_position_embeddings": 32,
+    },
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "memory": {"preset": "memory", "window": 12},

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from ligerexport.kernels.fused import linear_attention as fused
 from ligerexport.kernels.fused import recall_error as fused_recall_error
-from ligerexport.kernels.linear_attention import FEATURE_MAPS
+from ligerexport.kernels.linear_attention import apply_gate
 from ligerexport.kernels.linear_attention import recall_error as plain_recall_error
 from ligerexport.model.gates import get_gate
 from tests.tolerances import FUSED_BF16, FUSED_FP32
@@ -76,9 +76,7 @@ def loop(
             states.append(final)
         return torch.cat(outputs, dim=1), torch.cat(states)
     if gate is not None:
-        row = get_gate(gate)
-        g = torch.nn.functional.logsigmoid(k) / row.decay_divisor
-        q, k = FEATURE_MAPS[row.query_map](q), FEATURE_MAPS[row.key_map](k)
+        q, k, g = apply_gate(q, k, get_gate(gate))
     assert g is not None
     if state is None:
         state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3])
@@ -113,6 +111,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 CASES = [
     *(Case(length, gate, heads=2, d_k=40, d_v=24) for gate in (None, "gla", "hgrn2") for length in (1, 7, 65)),
+    *(Case(50, gate, heads=2, d_k=40, d_v=25) for gate in ("hgrn2:0.3", "mamba2", "gated_retention")),
+    Case(20, "rwkv6", strong=True),
     Case(63, initial=False),
     Case(64, "gla", batch=2, group=3),
     Case(150, batch=2, group=2),
@@ -125,7 +125,7 @@ CASES = [
 if DEVICE == "cuda":
     wide = [
         Case(length, gate, 2, 2, group, d_k, d_v, strong, dtype=dtype)
-        for gate in (None, "gla", "hgrn2")
+        for gate in (None, "gla", "hgrn2", "hgrn2:0.3", "mamba2", "rwkv6")
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
         for length, group, d_k, d_v, strong in (
             (1000, 1, 128, 128, False), (777, 4, 64, 64, False), (300, 8, 128, 64, True), (200, 3, 100, 60, True),

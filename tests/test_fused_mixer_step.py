@@ -14,10 +14,10 @@ from ligerexport.kernels.fused.mixer_step import Tiling, mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.kernels.reference import liger_mixer_reference
 from ligerexport.model.config import PRESETS, LigerConfig
-from ligerexport.model.gates import GATES
+from ligerexport.model.gates import get_gate
 from ligerexport.model.scores import SCORES
 from ligerexport.model.state import MixerSpec, MixerState
-from tests.checkpoints import BUILT
+from tests.checkpoints import BUILT, EVERY_GATE
 from tests.tolerances import FUSED_BF16, FUSED_FP32
 
 GPU = torch.cuda.is_available()
@@ -29,7 +29,7 @@ SMALL = LigerConfig(window=8, sinks=2, attention_weight=0.7, recurrence_weight=0
 EVERY_SCORE = replace(SMALL, slots=tuple((name, 2 + i % 2) for i, name in enumerate(SCORES) if name != "learned"))
 MEMORY = replace(PRESETS["memory"].config, window=14, slots=(("recent_use", 4), ("peak_effect", 3), ("novelty", 3)))
 FORESIGHT = replace(MEMORY, slots=(("recent_use", 4), ("learned", 6)))
-FUSED_GATES = [name for name, gate in GATES.items() if not gate.keyed]
+FUSED_GATES = [name for name in EVERY_GATE if not get_gate(name).keyed]
 CONFIGS = {
     "liger": replace(PRESETS["liger"].config, window=16),
     "sinks": replace(PRESETS["sinks"].config, window=12),

@@ -20,6 +20,7 @@ SMALL = LigerConfig(window=8, sinks=2)
 CONFIGS = {
     "recurrent": replace(PRESETS["liger"].config, window=8),
     "weighted": replace(SMALL, slots=(("recent_use", 5),), recurrence_weight=0.3, attention_weight=0.6),
+    **{gate: replace(SMALL, gate=gate) for gate in ("mamba2", "mlstm")},
     "sinks": SMALL,
     "foresight": replace(SMALL, slots=(("recent_use", 3), ("learned", 4))),
     "judged": replace(SMALL, slots=(("novelty", 3), ("recent_use", 4))),

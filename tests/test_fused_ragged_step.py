@@ -48,7 +48,7 @@ def make_inputs(spec: MixerSpec, batch: int, length: int, dtype: torch.dtype = t
 def make_rotary(spec: MixerSpec) -> Tensor:
     """Return the table for heads of which a quarter is not rotated."""
     rotated = spec.d_k * 3 // 8
-    return rotary_table(100.0 ** (-torch.arange(rotated) / rotated), spec.max_distance, BLOCK)
+    return rotary_table(100.0 ** (-torch.arange(rotated) / rotated), spec.max_distance, BLOCK, turns=True)
 
 
 def prefilled(spec: MixerSpec, position: Tensor, length: int) -> MixerState:
@@ -188,7 +188,7 @@ def test_full_size(heads: tuple[int, int], d: int, dtype: torch.dtype) -> None:
     _, state = liger_mixer(*(x.to(dtype) for x in prompt), position, start, spec, rotary, score)
     state, position = {name: x.cpu() for name, x in state.items()}, position.cpu() + 4500
     results = []
-    for block in (32, 64, 128, 64):
+    for block in (32, 64, 256, 64):
         torch.manual_seed(1)
         results.append(check(spec, state, position, 60, dtype, block))
     after = results[1]
@@ -233,8 +233,13 @@ def test_a_model_steps_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (torch.cat(parts, dim=1) - expected).abs().max() <= MODEL_FP32
 
 
-def test_tiles_are_small_but_for_one_sequence_of_wide_heads() -> None:
+def test_tiles_grow_with_the_work() -> None:
     spec = make_spec(replace(SOFTMAX, heads=("16 256+384 1024+2048",), state_dtype="int8"), d_k=128, d_v=128)
-    narrow, wide = replace(spec, d_k=64, d_v=64), replace(spec, d_k=256)
-    assert [choose_block(spec, batch, 2) for batch in (1, 2, 64)] == [64, 32, 32]
-    assert [choose_block(narrow, 1, 2), choose_block(wide, 1, 4)] == [32, 32]
+    assert [choose_block(spec, batch) for batch in (1, 20, 21, 42)] == [64, 64, 128, 256]
+
+
+def test_a_table_without_turns_is_refused() -> None:
+    spec, position = make_spec(CONFIGS["int8"]), torch.tensor([3])
+    heads = tuple(x[:, 0] for x in make_inputs(spec, 1, 1)[:3])
+    with pytest.raises(ValueError, match="the last of turns"):
+        ragged_step(heads, position, spec.initial_state(1, torch.float32), spec, make_rotary(spec)[:, :-1])

@@ -26,7 +26,8 @@ CONFIGS = {
     "sinks": PRESETS["sinks"].config,
     "all": EVERYTHING,
     "foresight": replace(EVERYTHING, slots=(("recent_use", 3), ("learned", 4))),
-    "gsa": LigerConfig(window=8, sinks=2, gate="gsa"),
+    "gsa": LigerConfig(window=8, sinks=2, gate="gsa:4"),
+    "mlstm": LigerConfig(window=8, sinks=2, gate="mlstm"),
     "evicted": replace(
         EVERYTHING, attention_weight=1.0, recurrence_weight=1.0, recurrence="evicted", recurrence_distance=6
     ),

@@ -14,9 +14,9 @@ from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.kernels.ops import BLOCK, liger_mixer
 from ligerexport.kernels.reference import liger_mixer_reference
 from ligerexport.model.config import PRESETS, LigerConfig
-from ligerexport.model.gates import GATES
 from ligerexport.model.scores import SCORES
 from ligerexport.model.state import MixerSpec, MixerState
+from tests.checkpoints import EVERY_GATE
 from tests.tolerances import OP_FP32, OP_FP64
 
 SMALL = LigerConfig(window=8, sinks=2, attention_weight=0.7, recurrence_weight=0.3)
@@ -35,7 +35,7 @@ CONFIGS = {
     "every score": EVERY_SCORE,
     "foresight": FORESIGHT,
     "window of one": replace(SMALL, window=1, sinks=0),
-    **{gate: replace(SMALL, gate=gate) for gate in GATES},
+    **{gate: replace(SMALL, gate=gate) for gate in EVERY_GATE},
     **{name: replace(SMALL, slots=((name, 5),), recurrence_weight=0.0) for name in SCORES},
 }
 CAP = 40
@@ -93,7 +93,7 @@ def test_chunked_equals_the_loop(name: str, length: int) -> None:
     assert_states_equal(found_state, expected_state, OP_FP64)
 
 
-@pytest.mark.parametrize("name", ["liger", "memory", "every score", "foresight", "evicted", "gsa"])
+@pytest.mark.parametrize("name", ["liger", "memory", "every score", "foresight", "evicted", "gsa:4", "mlstm"])
 def test_any_cut_gives_the_same(name: str) -> None:
     spec, (q, k, v, position), state, table = make(CONFIGS[name], 150)
     expected, expected_state = liger_mixer(q, k, v, position, state, spec, table, foreseen(v))
@@ -106,7 +106,9 @@ def test_any_cut_gives_the_same(name: str) -> None:
     assert_states_equal(state, expected_state, OP_FP64)
 
 
-@pytest.mark.parametrize("name", ["every score", "foresight", "evicted", "gsa"])
+@pytest.mark.parametrize(
+    "name", ["every score", "foresight", "evicted", "gsa:4", "hgrn2:0.3", "mamba2", "mlstm", "rwkv6"]
+)
 @pytest.mark.parametrize("padding", [20, 2 * BLOCK])
 def test_padding_on_the_left_changes_nothing(padding: int, name: str) -> None:
     spec, (q, k, v, _), state, table = make(CONFIGS[name], 70 + padding, position=(0, 0))
@@ -121,7 +123,7 @@ def test_padding_on_the_left_changes_nothing(padding: int, name: str) -> None:
     assert_states_equal(padded_state, alone_state, OP_FP64)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", EVERY_GATE)
 def test_strong_gates_stay_exact(gate: str) -> None:
     spec, inputs, state, table = make(replace(SMALL, gate=gate), 130, torch.float32)
     inputs[1][..., 3], inputs[1][..., 5] = -100.0, 100.0
@@ -135,7 +137,7 @@ def test_strong_gates_stay_exact(gate: str) -> None:
         assert difference.abs().max() <= OP_FP32 * expected_state[name].abs().max()
 
 
-@pytest.mark.parametrize("name", ["liger", "every score", "foresight", "evicted", "gsa"])
+@pytest.mark.parametrize("name", ["liger", "every score", "foresight", "evicted", *EVERY_GATE[1:]])
 def test_gradients_equal_those_of_the_loop(name: str) -> None:
     spec, inputs, state, table = make(CONFIGS[name], 40, position=(0,))
     weight = torch.randn(1, 40, 6, 12, dtype=torch.float64)

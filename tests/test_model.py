@@ -19,8 +19,7 @@ from ligerexport.layers import mixer
 from ligerexport.layers.mixer import CACHE, LigerCache, LigerMixer, _shared_table, layer_specs
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.families import FAMILIES, get_family, output_head
-from ligerexport.model.gates import GATES
-from tests.checkpoints import FORESIGHT, MEMORY, OF_FAMILY, SIZES, make_checkpoint
+from tests.checkpoints import FORESIGHT, MEMORY, OF_FAMILY, SIZES, SOME_GATES, make_checkpoint
 from tests.tolerances import MODEL_FP32
 
 EVERYTHING = LigerConfig(window=200, attention_weight=1.0, recurrence_weight=0.0, max_distance=200)
@@ -86,7 +85,7 @@ def test_shards_of_bf16_with_either_head(tmp_path: Path, tied: bool) -> None:
         assert (model(ids).logits - teacher(ids).logits).abs().max() <= MODEL_FP32
 
 
-@pytest.mark.parametrize("config", [MEMORY, *(LigerConfig(window=9, gate=gate) for gate in GATES)], ids=str)
+@pytest.mark.parametrize("config", [MEMORY, *(LigerConfig(window=9, gate=gate) for gate in SOME_GATES)], ids=str)
 def test_prefill_equals_steps_equals_any_cut(tmp_path: Path, config: LigerConfig) -> None:
     model = converted(make_teacher(tmp_path / "teacher"), config)
     ids = torch.randint(0, SIZES["vocab_size"], (2, 100))

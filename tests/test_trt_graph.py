@@ -92,6 +92,10 @@ def test_families(tmp_path: Path, family: str) -> None:
     compare(*write(tmp_path, MEMORY, "fp32", family), "fp32")
 
 
+def test_gate_with_a_wider_state(tmp_path: Path) -> None:
+    compare(*write(tmp_path, LigerConfig(gate="mlstm", window=8), "fp32"), "fp32")
+
+
 def test_ragged_slots(tmp_path: Path) -> None:
     """Four codes of a key or value are one integer of the graph, and codes in the manifest and in snapshots."""
     spec, artifact = write(tmp_path, RECALL, "fp32")
@@ -150,7 +154,7 @@ def test_nodes(tmp_path: Path, preset: str, weights: str) -> None:
         assert given[1] == "position" and given[3 + layer.config.foresees :] == [f"past.{i}.{x}" for x in names]
         assert list(node.output)[1:] == [f"present.{i}.{x}" for x in names]
         table = next(x for x in model.graph.initializer if x.name == given[2])
-        assert list(table.dims) == [2, layer.max_distance + 64, layer.d_k // 2]
+        assert list(table.dims) == [2, layer.max_distance + 64 + 1, layer.d_k // 2]  # the last row: turns
         types = {name: info[f"past.{i}.{name}"].elem_type for name in names}
         assert types.pop("slot_key") == types.pop("slot_value") == half
         assert types.pop("slot_position") == onnx.TensorProto.INT32

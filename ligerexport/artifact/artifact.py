@@ -14,14 +14,16 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-from ligerexport.dtypes import BY_KERNEL, DTYPES
+from ligerexport.artifact.claims import check_claims
+from ligerexport.dtypes import DTYPES
 from ligerexport.errors import ArtifactError, MissingDependency, quoted
 from ligerexport.reading import from_plain, leads_away, read_json, sha256
 from ligerexport.staging import staged_directory
 from ligerexport.versions import installed_version
 
-FORMAT_VERSION = 2
-"""Newest format that is read. Format 2 has states with one axis for the slots of all KV heads, or of a smaller type."""
+FORMAT_VERSION = 3
+"""Newest format that is read. Format 2 has states with one axis for the slots of all KV heads, or of a smaller type;
+format 3 has graphs that take adapters."""
 MANIFEST = "manifest.json"
 
 RUNTIMES = ("onnxruntime",)
@@ -35,6 +37,11 @@ class TensorInfo:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The axes that are sizes."""
+        return tuple(axis for axis in self.shape if isinstance(axis, int))
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,7 @@ class Manifest:
         files: Every other file of the artifact; filled when it is written.
         slots: Number of slots of each KV head in each layer; empty for a layer kept as softmax, and in artifacts of
             older versions.
+        lora: Largest rank of the adapters that the graph takes after its state, for each sequence; 0 for none.
         format_version: Version of this structure, the oldest that has all that the artifact needs.
     """
 
@@ -179,6 +187,7 @@ class Manifest:
     device: dict[str, Any] | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
     slots: tuple[tuple[int, ...], ...] = ()
+    lora: int = 0
     format_version: int = 1
 
     @property
@@ -191,6 +200,11 @@ class Manifest:
         """Tokens of context from which the Transformer's KV cache is larger than the state; None if it never is."""
         saved = self.bytes.kv_per_token - self.growth
         return self.bytes.state_per_sequence // saved + 1 if saved > 0 else None
+
+    @property
+    def meters(self) -> bool:
+        """Whether the graph has the output `METER`, after the state."""
+        return len(self.graph.outputs) > 1 + len(self.state)
 
     @property
     def fingerprint(self) -> str:
@@ -226,7 +240,7 @@ class Manifest:
             )
         try:
             manifest = from_plain(cls, {"format_version": None} | data)
-            _check_claims(manifest)
+            check_claims(manifest)
         except (ValueError, TypeError) as error:
             raise ArtifactError(
                 f"{MANIFEST} is damaged: {error} where format {FORMAT_VERSION} was expected", hint=_REBUILD
@@ -239,46 +253,6 @@ def _digest(meaning: Any) -> str:
 
 
 _REBUILD = "copy the artifact again, or rebuild it with: ligerexport build MODEL --target onnx -o DIRECTORY --force"
-
-
-def _check_claims(manifest: Manifest) -> None:
-    """Check that a manifest is consistent, and that a session takes no more memory than the files can account for.
-
-    Raises:
-        ValueError: A check fails.
-    """
-    graph, ids = manifest.graph, ("input_ids", "position")
-    logits = TensorInfo("logits", "float32", ("B", manifest.model.vocab_size))
-    if not 1 <= graph.max_chunk <= 1 << 16 or not 1 <= manifest.model.vocab_size < 1 << 31:
-        raise ValueError(f"calls of {graph.max_chunk} tokens with a vocabulary of {manifest.model.vocab_size}")
-    if tuple(x.name for x in graph.inputs[:2]) != ids or graph.outputs[:1] != (logits,):
-        raise ValueError(f"inputs do not begin with {' and '.join(ids)}, or outputs with logits")
-    state = manifest.state
-    inputs = [x.bound(x.past, manifest.lowering) for x in state]
-    outputs = [x.bound(x.present, manifest.lowering) for x in state]
-    if inputs != list(graph.inputs[2:]):
-        raise ValueError("the state differs from the graph's inputs")
-    if [(x.name, x.dtype, len(x.shape)) for x in outputs] != [
-        (x.name, x.dtype, len(x.shape)) for x in graph.outputs[1:]
-    ]:
-        raise ValueError("the state differs from the graph's outputs")
-    if len({x.past for x in state} | {x.present for x in state} | {*ids, "logits"}) != 2 * len(state) + 3:
-        raise ValueError("two tensors have the same name")
-    types = {row.name for row in BY_KERNEL.values()}
-    for tensor in state:
-        sizes = ["P" if tensor.grows and axis == 2 else 1 for axis in range(len(tensor.shape))]
-        fits = (
-            x > 0 if isinstance(x, int) and size == 1 else x == size
-            for x, size in zip(tensor.shape[1:], sizes[1:], strict=True)
-        )
-        if tensor.dtype not in types or tensor.shape[:1] != ("B",) or not all(fits):
-            raise ValueError(f"the state {tensor.past} is {list(tensor.shape)} of {tensor.dtype}")
-    held = sum(x.nbytes for x in state if not x.grows)
-    if held != manifest.bytes.state_per_sequence:
-        raise ValueError(f"a state of {manifest.bytes.state_per_sequence} bytes has tensors of {held}")
-    delivered = sum(entry.bytes for entry in manifest.files.values())
-    if held + 4 * manifest.model.vocab_size > max(1 << 30, 4 * delivered):
-        raise ValueError(f"a state of {held} bytes for a model of {delivered}")
 
 
 @dataclass(frozen=True)

@@ -409,14 +409,13 @@ def _other_weights(path: Path) -> CheckpointError | None:
             hint=f"if you trust them, convert them: python -c {quoted(code)}",
         )
     if (path / ADAPTER).is_file():
-        hint = "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(...)"
+        hint = f"merge it into its model: ligerexport convert MODEL --merge {quoted(path)} -o liger"
         if (path / "recovery.json").is_file():
             hint = f"merge it into its converted model: ligerexport convert MODEL --adapter {quoted(path)} -o DIRECTORY"
         return CheckpointError(f"{path} is a LoRA adapter, expected a whole model", hint=hint)
-    if any(path.glob("*.gguf")):
+    if files := sorted(path.glob("*.gguf")):
         return CheckpointError(
-            f"{path} has GGUF weights only, expected safetensors",
-            hint="load it with transformers (gguf_file=...) and save it with save_pretrained",
+            f"{path} has GGUF weights only, expected safetensors", hint=f"give the file itself: {quoted(files[0])}"
         )
     return None
 

@@ -13,17 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ligerexport.checkpoint.adapter import RECOVERY, read_record, write_recovered
+from ligerexport.checkpoint.adapter import RECORD, RECOVERY, read_record, write_recovered
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, check_checkpoint, copy_companions
 from ligerexport.checkpoint.describe import describe_checkpoint, describe_fit
 from ligerexport.checkpoint.fitted import is_fitted
+from ligerexport.checkpoint.gguf import read_header
 from ligerexport.checkpoint.loading import check_finite, check_loadable, write_plain
 from ligerexport.checkpoint.loading import load_model as load_model
 from ligerexport.checkpoint.loading import load_transformer as load_transformer
 from ligerexport.checkpoint.scores import DATA, WINDOWS, Fitting, find_scores, packaged, write_weights
 from ligerexport.checkpoint.seal import write_seal
 from ligerexport.checkpoint.sizes import describe_sizes, equal_sizes, fitted_sizes
-from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source, fetched, resolve
+from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source, fetched, find_adapter, is_gguf, resolve
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError, close_matches, quoted
 from ligerexport.model.config import DEFAULT_PRESET, MEMORY, OPEN_PRESET, LigerConfig, get_preset, read_memory
@@ -59,6 +60,7 @@ def convert(
     state_bytes: int | None = None,
     fit: bool = True,
     adapter: str | Path | None = None,
+    merge: str | Path | None = None,
     force: bool = False,
     progress: ProgressFactory | None = None,
     **changes: Any,
@@ -75,7 +77,7 @@ def convert(
     a fit on text, a file, the source, the scores that ship with a built-in model.
 
     Args:
-        model: A directory, a hub id or a built-in model.
+        model: A directory, a GGUF file, a hub id or a built-in model.
         output: Directory to write.
         preset: Row of `PRESETS`. None takes the conversion in which `memory` was measured, or the one that the adapter
             was trained on if there are no changes; else `recall`, or `memory` if there are changes to what `recall`
@@ -89,6 +91,7 @@ def convert(
         fit: Whether `recall` fits scores and sizes. Without a fit, every head has a window of the same size.
         adapter: LoRA that `recover` trained on exactly this conversion, to merge into its weights: a directory, or
             `shipped` for the one that ships with a built-in model for the preset `recall` or `evicted`.
+        merge: PEFT adapter of the Transformer to merge into its weights before the conversion: a directory or a hub id.
         force: Whether an older converted checkpoint in `output` may be replaced.
         progress: Reports downloads, copies and the fit; silent by default.
         **changes: Fields of `LigerConfig` that differ from the preset; None leaves the preset's value.
@@ -106,7 +109,7 @@ def convert(
 
     return ConvertPlan(
         model, output, Fitting(calibrate, scores, windows, state_bytes, fit), preset=preset, memory=memory,
-        adapter=adapter, force=force, **changes,
+        adapter=adapter, merge=merge, force=force, **changes,
     ).run(progress)  # fmt: skip
 
 
@@ -132,10 +135,12 @@ class ConvertPlan:
         preset: str | None = None,
         memory: str | Path | None = None,
         adapter: str | Path | None = None,
+        merge: str | Path | None = None,
         force: bool = False,
         **changes: Any,
     ) -> None:
-        require("builtin" if str(model) in BUILTIN_MODELS and not fetched(str(model)) else "build")
+        packed = is_gguf(Path(model).expanduser()) or (str(model) in BUILTIN_MODELS and not fetched(str(model)))
+        require("builtin" if packed else "build")
         output, self.fitting = Path(output), fitting or Fitting()
         self.liger = liger = _choose_conversion(model, preset, memory, adapter, changes)
         self.preset = preset = _choose_preset(preset, memory, adapter, changes)
@@ -149,6 +154,9 @@ class ConvertPlan:
             raise UsageError(f"{output} holds a checkpoint that is not converted", hint="choose another place with -o")
         check_destination(output, force=force, marker="config.json")
         self.model, self.output, self.adapter, self.force = model, output, adapter, force
+        self.merge = merge
+        if merge is not None and (Path(merge).expanduser() / RECORD).is_file():
+            raise UsageError(f"{merge} was trained by recover on a converted model", hint=f"--adapter {quoted(merge)}")
 
     def describe(self) -> dict[str, Any]:
         """Return facts about what `run` would write and need, without fetching anything.
@@ -165,6 +173,9 @@ class ConvertPlan:
             facts = describe_checkpoint(path, self.liger) | {"path": str(self.output), "from": str(path)}
         elif name in BUILTIN_MODELS:
             facts = {"path": str(self.output), "from": BUILTIN_MODELS[name].doc, "peak_memory_bytes": None}
+        elif is_gguf(path):
+            read_header(path)
+            facts = {"path": str(self.output), "from": str(path)}
         elif "/" in name:
             facts = {"path": str(self.output), "from": f"{name} on the hub"}
         else:
@@ -186,12 +197,12 @@ class ConvertPlan:
 
         progress = progress or silent
         source = resolve(self.model, progress=progress)
-        info = original = check_checkpoint(source.path)
+        info = original = self._with_adapter(check_checkpoint(source.path), progress)
         _check_not_recovered(info, source)
         config = converted_config(dict(info.config), self.liger)
         liger = LigerConfig.from_dict(config["liger"])
         config["liger_source"] = {"model": source.name, "revision": source.revision, "license": source.license}
-        config["liger_source"] |= _made_plain(info)
+        config["liger_source"] |= _made_plain(info) | ({} if self.merge is None else {"adapter": str(self.merge)})
         lora = None if self.adapter is None else _find_adapter(source, self.adapter, self.preset)
         with staged_directory(self.output, force=self.force, marker="config.json") as stage:
             aside = stage / "plain"
@@ -219,6 +230,15 @@ class ConvertPlan:
             if lora is not None:
                 write_recovered(stage, check_checkpoint(stage), lora, progress)
         return self.output
+
+    def _with_adapter(self, info: CheckpointInfo, progress: ProgressFactory) -> CheckpointInfo:
+        """Return the checkpoint with the adapter that the user named."""
+        if self.merge is None:
+            return info
+        if info.adapter is not None or "liger" in info.config:
+            what = f"has an adapter, {info.adapter.name}" if info.adapter else "is converted"
+            raise UsageError(f"--merge with {info.path}, which {what}", hint="give a Transformer without one")
+        return replace(info, adapter=find_adapter(self.merge, progress))
 
 
 def _choose_conversion(

@@ -24,8 +24,7 @@ from transformers.utils import logging
 from ligerexport.checkpoint.checkpoint import CheckpointInfo, check_checkpoint
 from ligerexport.checkpoint.fitted import is_fitted
 from ligerexport.checkpoint.loading import NO_WRAPPERS, dequantising, load_model, merged
-from ligerexport.checkpoint.sources import no_bars
-from ligerexport.console import ProgressFactory, silent
+from ligerexport.console import ProgressFactory, no_bars, silent
 from ligerexport.dtypes import BY_SAFETENSORS
 from ligerexport.errors import CheckpointError, VerificationError
 from ligerexport.layers.mixer import LigerMixer

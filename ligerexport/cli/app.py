@@ -24,6 +24,7 @@ from ligerexport.cli.convert import convert
 from ligerexport.cli.demo import demo
 from ligerexport.cli.doctor import doctor
 from ligerexport.cli.eval import eval_
+from ligerexport.cli.hub import pull, push
 from ligerexport.cli.inspect import inspect
 from ligerexport.cli.list import list_
 from ligerexport.cli.native import native
@@ -53,7 +54,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_VERBS = (convert, allocate, recover, eval_, build, run, chat, serve, bench, demo, inspect, native, doctor, list_)
+_VERBS = (
+    convert, allocate, recover, eval_, build, run, chat, serve, bench, demo, pull, push, inspect, native, doctor, list_,
+)  # fmt: skip
 for _verb in _VERBS:
     app.command(_verb.__name__.rstrip("_"))(_verb)
 

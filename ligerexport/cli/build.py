@@ -63,7 +63,13 @@ def build(
     engine: Annotated[
         bool, typer.Option("--engine/--no-engine", help="With trt, build the engine here or on the device.")
     ] = True,
+    lora: Annotated[
+        int, typer.Option(metavar="R", help="Let sessions use LoRA adapters up to this rank, chosen for each sequence.")
+    ] = 0,
     genai: Annotated[bool, typer.Option("--genai", help="Add the files that onnxruntime-genai needs.")] = False,
+    meter: Annotated[
+        bool, typer.Option("--meter", help="Let the graph also return the share of attention on forgotten tokens.")
+    ] = False,
     threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -74,8 +80,9 @@ def build(
     The artifact is compared with the torch model on real prompts and written only if it passes.
     """
     settings = BuildSettings(
-        target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai, state=state
-    )
+        target, lowering, max_chunk, weights, block, parse_sms(sm), max_batch, plugin, engine, genai,
+        state=state, meter=meter, lora=lora,
+    )  # fmt: skip
     plan = BuildPlan(model, output, settings, force=force)
     names = _ANNOUNCED + (_FOR_GPUS if plan.sms else ())
     chosen = {name: getattr(plan.settings, name) for name in names}

@@ -23,7 +23,9 @@ from ligerexport.model.scores import SCORES
 
 @verb(computes=True)
 def convert(
-    model: Annotated[str, typer.Argument(help="A directory, a hub id, or a built-in model such as smollm2-135m.")],
+    model: Annotated[
+        str, typer.Argument(help="A directory, a GGUF file, a hub id, or a built-in model such as smollm2-135m.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     preset: Annotated[
         str | None,
@@ -35,7 +37,9 @@ def convert(
     memory: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Windows and pools of all layers, as `allocate` writes them.")
     ] = None,
-    gate: Annotated[str | None, typer.Option(help=f"One of: {', '.join(GATES)}.")] = None,
+    gate: Annotated[
+        str | None, typer.Option(help=f"One of: {', '.join(GATES)}; two take a number: hgrn2:0.5, gsa:16.")
+    ] = None,
     sinks: Annotated[int | None, typer.Option(help="Number of first tokens that are always kept.")] = None,
     window: Annotated[int | None, typer.Option(help="Number of most recent tokens that are kept.")] = None,
     slots: Annotated[
@@ -94,6 +98,10 @@ def convert(
             metavar="DIR", help=f"Adapter of `recover --adapter` to merge; {SHIPPED} is the one of a built-in model."
         ),
     ] = None,
+    merge: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="PEFT adapter to merge into the model first: a directory or a hub id."),
+    ] = None,
     threads: Threads = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -113,7 +121,8 @@ def convert(
         "keep_softmax": parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
     fitting = Fitting(calibrate, scores, windows, parse_bytes(state_bytes), fit)
-    plan = ConvertPlan(model, output, fitting, preset=preset, memory=memory, adapter=adapter, force=force, **changes)
+    given: dict[str, Any] = {"preset": preset, "memory": memory, "adapter": adapter, "merge": merge}
+    plan = ConvertPlan(model, output, fitting, **given, force=force, **changes)
     options.announce("convert", model=model, output=output, preset=preset, threads=threads, **vars(plan.liger))
     if dry_run:
         return options.finish_made(json, f"would write {output}", plan.describe(), None)

@@ -117,6 +117,7 @@ def _artifact(path: Path) -> dict[str, Any]:
         "state_bytes_per_token": manifest.growth or None,
         "kv_cache_larger_from": manifest.crossover,
         "max_chunk": manifest.graph.max_chunk,
+        "adapters": f"up to rank {manifest.lora}" if manifest.lora else None,
         "requires": manifest.requires,
         "device": manifest.device,
         "verification": manifest.verification,

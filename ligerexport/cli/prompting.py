@@ -80,17 +80,20 @@ class Asking:
         origin = f"{origin}, and your options" if given else origin
         return recommended | given, describe(recommended | given, origin)
 
-    def open(self, artifact: Path, *, many: bool) -> tuple[Session, PromptCache | None]:
+    def open(self, artifact: Path, *, many: bool, meter: bool = False) -> tuple[Session, PromptCache | None]:
         """Open the artifact and the prompt cache.
 
         Args:
             many: Whether many tokens will be read or written. Only then does copying the weights into their fastest
                 layout save time.
+            meter: Whether a converted checkpoint computes `Session.forgotten`.
         """
         from ligerexport.run.prompt_cache import PromptCache
         from ligerexport.run.runtime import load
 
-        session = load(artifact, threads=self.threads, prepack=many, hashes=not self.no_hash, device=self.device)
+        session = load(
+            artifact, threads=self.threads, prepack=many, hashes=not self.no_hash, device=self.device, meter=meter
+        )
         return session, PromptCache(self.prompt_cache) if self.prompt_cache else None
 
 

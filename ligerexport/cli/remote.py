@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -76,7 +77,12 @@ class RemoteConversation:
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[dict[str, str]] = []
         with self._ask("models") as answer:
-            known = {row["id"]: row for row in json.load(answer)["data"]}
+            try:
+                known = {row["id"]: row for row in json.load(answer)["data"]}
+            except (ValueError, KeyError, TypeError):
+                raise LigerError(
+                    f"{self._base}models is no list of models", hint="give a server's own address"
+                ) from None
         self._model = next(iter(known), "") if model is None else model
         if self._model not in known:
             raise UsageError(f"{server} has no model '{self._model}'", hint=f"choose from {', '.join(known)}")
@@ -116,7 +122,7 @@ class RemoteConversation:
             self._turns += [asked, {"role": "assistant", "content": ""}]
             for event in _events(answer):
                 if "error" in event:
-                    raise LigerError(f"the server ended the answer: {event['error'].get('message')}")
+                    raise LigerError(f"the server ended the answer: {event['error'].get('message')}", hint="ask again")
                 choice: dict[str, Any] = next(iter(event.get("choices") or ()), {})
                 finish = choice.get("finish_reason") or finish
                 if piece := choice.get("delta", {}).get("content"):
@@ -146,7 +152,14 @@ class RemoteConversation:
 
 
 def _events(answer: Any) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a stream of server-sent events."""
-    for line in answer:
-        if line.startswith(b"data: {"):
-            yield json.loads(line[6:])
+    """Yield the objects of a stream of server-sent events.
+
+    Raises:
+        LigerError: The connection ended within it.
+    """
+    try:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise LigerError(f"the server ended the answer: {error or type(error).__name__}", hint="ask again") from None

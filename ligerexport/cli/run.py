@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from ligerexport.artifact.artifact import Manifest
 from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
 from ligerexport.cli.prompting import Artifact, Asking, MaxNewTokens, cached, open_stdin, show
 from ligerexport.console import card, data, format_bytes, progress, silent, warn
 from ligerexport.errors import UsageError, quoted
+from ligerexport.model.config import LigerConfig
 from ligerexport.reading import read_json
 
 _LONG_PROMPT = 2048
@@ -41,6 +43,13 @@ def run(
     grammar: Annotated[
         Path | None, typer.Option("--grammar", help="File with a grammar that the text follows, as Lark or GBNF.")
     ] = None,
+    forgetting: Annotated[
+        bool,
+        typer.Option(
+            "--forgetting",
+            help="Say which share of the attention fell on forgotten tokens; an artifact needs build --meter.",
+        ),
+    ] = False,
     *,
     asking: Asking,
     json: Json = False,
@@ -63,13 +72,13 @@ def run(
     schema = None if json_schema is None else read_json(json_schema, UsageError, "give a file with one JSON object")
     rules = None if grammar is None else grammar.read_text(encoding="utf-8")
     long = len(prompt) > 4 * _LONG_PROMPT
-    session, cache = asking.open(artifact, many=long)
+    session, cache = asking.open(artifact, many=long, meter=forgetting)
     if state is not None:
         session.restore(Snapshot.load(state))
     chunks = generate(
         session, prompt, chat=chat, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed, stop=asking.stop or (),
         json_schema=schema, regex=regex, grammar=rules, special_content=asking.special_content, prompt_cache=cache,
-        fresh=state is None, progress=progress if long else silent,
+        fresh=state is None, report_forgetting=forgetting, progress=progress if long else silent,
     )  # fmt: skip
     pieces = list[Chunk]()
     for chunk in chunks:
@@ -88,7 +97,7 @@ def run(
         "cached_tokens": summary.cached_tokens,
         "new_tokens": summary.new_tokens, "finish": summary.finish, "ttft_seconds": summary.ttft,
         "tokens_per_second": speed, "state_bytes": summary.state_bytes, "kv_cache_larger_from": manifest.crossover,
-    })  # fmt: skip
+    } | ({"forgotten": summary.forgotten} if forgetting else {}))  # fmt: skip
     card(
         f"{summary.new_tokens} tokens after {summary.prompt_tokens}",
         [
@@ -98,6 +107,7 @@ def run(
             ("state", f"{format_bytes(summary.state_bytes)}, at any length" if not manifest.growth
              else f"{format_bytes(summary.state_bytes)}, {format_bytes(manifest.growth)} more per token"),
             options.crossover_row(manifest.crossover),
+            *([("forgotten", _forgotten(summary.forgotten, manifest))] if forgetting else []),
             *([("sampling", origin)] if origin else []),
         ],
         next_command=f"ligerexport chat {quoted(artifact)}",
@@ -105,6 +115,14 @@ def run(
     if summary.finish == "eos" and not text.strip():
         asked = chat or not text_model(artifact).chat_template
         warn("the model ended the text at once" + ("" if asked else "; --chat sends the prompt as a question"))
+
+
+def _forgotten(share: float | None, manifest: Manifest) -> str:
+    """Return a message about the share of the attention that fell on forgotten tokens."""
+    if share is not None:
+        return f"at least {share:.1%} of the attention fell on forgotten tokens"
+    evicts = LigerConfig.from_dict(manifest.liger).evicts
+    return "unknown, since " + ("it was built without --meter" if evicts else "nothing keeps what this model forgets")
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

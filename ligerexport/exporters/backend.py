@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ class BuildSettings:
     genai: bool = False
     verify: bool = True
     state: str | None = None
+    meter: bool = False
+    lora: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class SessionSettings:
     prepack: bool = True
     scoring: bool = False
     device: str = "cpu"
+    adapters: Mapping[str, Path | str] | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ligerexport.artifact.artifact import (
     Source,
     TensorInfo,
 )
+from ligerexport.artifact.claims import METER
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import CheckpointError, UsageError, close_matches, look_up
 from ligerexport.exporters.backend import BuildSettings
@@ -44,6 +45,8 @@ COPIED = (
     "chat_template.jinja", "LICENSE",
 )  # fmt: skip
 """Files of the checkpoint that are copied into the artifact."""
+MAX_LORA = 256
+"""Largest rank of adapters."""
 
 
 def build(
@@ -61,8 +64,10 @@ def build(
     plugin: Path | str | None = None,
     engine: bool = True,
     genai: bool = False,
+    lora: int = 0,
     force: bool = False,
     verify: bool = True,
+    meter: bool = False,
     progress: ProgressFactory | None = None,
 ) -> Path:
     """Export a converted checkpoint.
@@ -82,8 +87,10 @@ def build(
         engine: Whether `trt` also builds the engine, which needs TensorRT and this machine's GPU. Without it,
             the device makes the engine from the artifact.
         genai: Whether to add a second graph and the configuration for onnxruntime-genai.
+        lora: Largest rank of the adapters that sessions may use; 0 for none. Only for ONNX Runtime.
         force: Whether an older artifact at `output` may be replaced.
         verify: Whether to compare logits and state with the torch model first. The manifest records if this is skipped.
+        meter: Whether the graph also returns `Session.forgotten`.
         progress: Opens a phase of long work; see `ligerexport.console.progress`.
 
     Returns:
@@ -97,7 +104,7 @@ def build(
         MissingDependency: The extra `build` or that of the target is not installed.
     """
     settings = BuildSettings(
-        target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify, state
+        target, lowering, max_chunk, weights, block, sms, max_batch, plugin, engine, genai, verify, state, meter, lora
     )
     return BuildPlan(model, output, settings, force=force).run(progress)
 
@@ -144,6 +151,9 @@ class BuildPlan:
         self.info = check_checkpoint(model, tokenizer=False)
         self.spec = read_spec(self.info, settings.state and look_up("type of the state", settings.state, STATES))
         _check_memory(self.spec, settings.target, lowering)
+        _check_lora(settings)
+        if settings.meter:
+            _check_meter(self.spec, lowering, settings.genai)
         self.backend.check_model(self.spec)
         max_chunk = self.backend.choose_chunk(self.spec, settings.max_chunk)
         if settings.genai:
@@ -195,8 +205,10 @@ class BuildPlan:
         with progress("writing weights", weight_bytes(spec, storage)) as advance:
             write_weights(spec, directory, storage, advance)
         onnx_graph.write_graph(
-            spec, directory, lowering=settings.lowering, max_chunk=settings.max_chunk, storage=storage
-        )
+            spec, directory, lowering=settings.lowering, max_chunk=settings.max_chunk, storage=storage,
+            lora=settings.lora,
+            meter=settings.meter,
+        )  # fmt: skip
         for name in COPIED:
             if (info.path / name).is_file():
                 shutil.copyfile(info.path / name, directory / name)
@@ -206,10 +218,11 @@ class BuildPlan:
         if not isinstance(recovery, dict | None):
             raise CheckpointError(f"config.json has liger_recovery {recovery!r:.60}", hint="convert the model again")
         skipped: dict[str, Any] = {"passed": False, "skipped": True}
-        return make_manifest(
+        manifest = make_manifest(
             spec, source, settings.target, settings.lowering, settings.max_chunk, get_target(settings.target).requires,
-            skipped, recovery=recovery, storage=storage,
+            skipped, recovery=recovery, storage=storage, meter=settings.meter,
         )  # fmt: skip
+        return _taking_adapters(manifest, spec, storage, settings.lora) if settings.lora else manifest
 
 
 def _resolve(settings: BuildSettings) -> tuple[str, str]:
@@ -234,6 +247,11 @@ def _resolve(settings: BuildSettings) -> tuple[str, str]:
 
 def _check_memory(spec: ModelSpec, target: str, lowering: str) -> None:
     """Check that a lowering supports the memory of every layer."""
+    if any(mixer is not None and mixer.config.celled for mixer in spec.mixers):
+        raise CheckpointError(
+            "evicted tokens go to cells, which no target supports yet",
+            hint="it runs in torch; convert with --recurrence evicted to build it",
+        )
     supported = get_target(target).ragged
     if spec.ragged and lowering not in supported:
         raise CheckpointError(
@@ -241,6 +259,40 @@ def _check_memory(spec: ModelSpec, target: str, lowering: str) -> None:
             f"the lowering {lowering} of {target} does not support",
             hint=f"build with --lowering {supported[0]}" if supported else "build for --target onnx",
         )
+
+
+def _check_lora(settings: BuildSettings) -> None:
+    if settings.lora < 0 or settings.lora > MAX_LORA:
+        raise UsageError(f"adapters of rank {settings.lora}", hint=f"--lora takes a rank from 1 to {MAX_LORA}")
+    if settings.lora and (settings.target != "onnx" or settings.genai):
+        what = "onnxruntime-genai" if settings.genai else f"the target {settings.target}"
+        raise UsageError(f"adapters at run time with {what}", hint="build for --target onnx, without --genai")
+
+
+def _check_meter(spec: ModelSpec, lowering: str, genai: bool) -> None:
+    """Check that a graph can return the share of attention on forgotten tokens.
+
+    Raises:
+        UsageError: The lowering or onnxruntime-genai does not support it, or the model does not know the share.
+    """
+    if lowering == "plugin" or genai:
+        what = "onnxruntime-genai" if genai else "the TensorRT plugin"
+        raise UsageError(f"a meter with {what}", hint="it goes with the lowerings ort, portable and native")
+    if not spec.evicts:
+        raise UsageError(
+            "a meter, but nothing keeps what this model forgets, so the share of attention on it is unknown",
+            hint="convert with --preset evicted, or leave --meter out",
+        )
+
+
+def _taking_adapters(manifest: Manifest, spec: ModelSpec, storage: WeightStorage, rank: int) -> Manifest:
+    """Return the manifest of a graph that takes adapters up to a rank."""
+    from ligerexport.exporters.onnx.lora import adapter_inputs
+    from ligerexport.exporters.onnx.weights import data_layout
+
+    inputs = (*manifest.graph.inputs, *adapter_inputs(spec, data_layout(spec, storage), rank))
+    graph = replace(manifest.graph, inputs=inputs)
+    return replace(manifest, graph=graph, lora=rank, format_version=FORMAT_VERSION)
 
 
 def make_manifest(
@@ -254,6 +306,7 @@ def make_manifest(
     *,
     storage: WeightStorage,
     recovery: dict[str, Any] | None = None,
+    meter: bool = False,
 ) -> Manifest:
     """Return the manifest of an artifact, without its files."""
     from ligerexport.exporters.onnx import graph as onnx_graph
@@ -265,7 +318,8 @@ def make_manifest(
     ids = TensorInfo("input_ids", integer, ("B", "T")), TensorInfo("position", integer, ("B",))
     inputs = (*ids, *(t.bound(t.past, lowering) for t in tensors))
     logits = TensorInfo("logits", "float32", ("B", spec.vocab_size))
-    outputs = (logits, *(t.bound(t.present, lowering) for t in tensors))
+    measured = [TensorInfo(METER, "float32", ("B", len(spec.mixers)))] if meter else []
+    outputs = (logits, *(t.bound(t.present, lowering) for t in tensors), *measured)
     return Manifest(
         ligerexport=__version__,
         target=target,
@@ -287,7 +341,7 @@ def make_manifest(
         verification=verification,
         recovery=recovery,
         slots=tuple(() if mixer is None else mixer.slots_per_head for mixer in spec.mixers),
-        format_version=FORMAT_VERSION if spec.ragged else 1,
+        format_version=2 if spec.ragged else 1,
     )  # fmt: skip
 
 

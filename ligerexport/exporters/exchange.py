@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ligerexport.artifact.artifact import Manifest, StateTensor
-from ligerexport.artifact.snapshot import widened
+from ligerexport.artifact.snapshot import Snapshot, widened
 from ligerexport.errors import UsageError
 from ligerexport.model.state import MOST
 
@@ -60,6 +60,20 @@ def adapt(tensors: Mapping[str, np.ndarray], manifest: Manifest) -> State:
             name = f"{prefix}.{kind}".removeprefix(".")
             made[name] = _cast(array, dtype_of(targets[kind])) if kind in targets else array
     return made
+
+
+def held_positions(manifest: Manifest, snapshot: Snapshot) -> list[list[np.ndarray]]:
+    """Return the positions that a state of one sequence holds, in order, by layer and KV head; see `Session.held`."""
+    described, found = {tensor.past: tensor for tensor in manifest.state}, []
+    for layer in range(manifest.model.layers):
+        name = f"past.{layer}.slot_position"
+        if name in described:
+            sizes = _heads(manifest, f"past.{layer}", described[name]).sizes
+            heads = np.split(snapshot.tensors[name].astype(np.int64).ravel(), np.cumsum(sizes)[:-1])
+        else:  # kept as softmax
+            heads = [np.arange(snapshot.position[0])] * manifest.model.kv_heads
+        found.append([np.sort(head[head >= 0]) for head in heads])
+    return found
 
 
 class Heads(NamedTuple):

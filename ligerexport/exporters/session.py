@@ -17,12 +17,14 @@ import numpy as np
 from ligerexport.artifact.artifact import Artifact, Manifest, StateTensor
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.exporters.exchange import adapt
+from ligerexport.exporters.exchange import adapt, held_positions
 from ligerexport.exporters.exchange import dtype_of as dtype_of
 from ligerexport.model.state import FADE, fade
 
 _LONGEST = 1 << 48
 """Largest number of tokens that a sequence may have."""
+NARROW = (1 << 31) - 1
+"""The same if its state has positions in int32."""
 IDLE = -1
 """Stands for an id: this row gets no token."""
 
@@ -42,14 +44,23 @@ class BatchSession(ABC):
     artifact: Artifact
     batch: int
     chunk: int
+    adapters: tuple[str | None, ...] = ()
     _position: np.ndarray
     _step_ids: np.ndarray
+    _longest: int
     _process: int | None = None
 
     def _begin(self) -> None:
+        narrow = any(tensor.dtype == "int32" for tensor in self.artifact.manifest.state)
+        self._longest = NARROW if narrow else _LONGEST
         self._process = self._process or os.getpid()  # a sibling shares the weights that its original loaded
         self._busy, self._torn = threading.RLock(), False
         _sessions.add(self)
+
+    def use(self, adapters: str | Sequence[str | None] | None) -> None:
+        """See `ligerexport.run.runtime.Session`."""
+        if adapters is not None:
+            raise UsageError("this session takes no adapters", hint="build for ONNX Runtime with --lora R")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -117,6 +128,24 @@ class BatchSession(ABC):
         """Do what `restore` does with a state that fits."""
 
     @property
+    def forgotten(self) -> np.ndarray | None:
+        """Share of the attention of the last token that fell on forgotten tokens, `[B, layers]` fp32.
+
+        It is a view that the next call overwrites, and None if the session does not know it.
+        """
+        return None
+
+    def held(self, row: int = 0) -> list[list[np.ndarray]]:
+        """Return the positions of the tokens that a sequence holds exactly, in order, for each layer and KV head.
+
+        A layer that is kept as softmax holds all tokens.
+
+        Args:
+            row: The sequence.
+        """
+        return held_positions(self.artifact.manifest, self.snapshot(row))
+
+    @property
     def position(self) -> np.ndarray:
         """Number of tokens seen, `[B]` int64."""
         return self._position.astype(np.int64)
@@ -141,6 +170,7 @@ class BatchSession(ABC):
             raise UsageError(f"ids {list(array.shape)} of {array.dtype}, integers [{self.batch}, T] were expected")
         self._check_vocabulary(int(array.min()), int(array.max()))
         with self._alone():
+            self._check_length(array.shape[1])
             padded = np.asarray(0 if padding is None else padding, self._position.dtype)
             if (self._position.astype(bool) & (padded != 0)).any():
                 raise UsageError("padding after the first token", hint="pad rows that have seen nothing only")
@@ -169,6 +199,7 @@ class BatchSession(ABC):
             if not idle.all():
                 row[idle] = 0
             self._check_vocabulary(int(row.min()), int(row.max()))
+            self._check_length(1)
             self._check_whole()
             with self._change():
                 waiting = {i: self._copy(i) for i in np.flatnonzero(idle & (self._position > 0)).tolist()}
@@ -256,8 +287,8 @@ class BatchSession(ABC):
             short = tensor.grows and given.shape[2] < seen.max()
             if (
                 short
-                or abs(seen).max() > _LONGEST
-                or (tensor.dtype in ("int64", "int32") and not ((given >= -1) & (given <= _LONGEST)).all())
+                or abs(seen).max() > self._longest
+                or (tensor.dtype in ("int64", "int32") and not ((given >= -1) & (given <= self._longest)).all())
             ):
                 raise UsageError(f"{tensor.past} of this state cannot be the one after {seen.max()} tokens", hint=_READ)
         return replace(snapshot, tensors=tensors)
@@ -265,6 +296,18 @@ class BatchSession(ABC):
     def _shape(self, tensor: StateTensor, batch: int | None = None, grown: int | None = None) -> tuple[int, ...]:
         letters = {"B": batch or self.batch, "P": grown or 0}
         return tuple(letters[size] if isinstance(size, str) else size for size in tensor.shape)
+
+    def _check_length(self, tokens: int) -> None:
+        """Check that every sequence may have this many more tokens.
+
+        Raises:
+            LigerError: It may not.
+        """
+        if (seen := int(self._position.max())) + tokens > self._longest:
+            raise LigerError(
+                f"a sequence of {seen:,} tokens cannot have {tokens:,} more: its state counts up to {self._longest:,}",
+                hint="reset the row, and read the part of the text that matters again",
+            )
 
     def _check_vocabulary(self, low: int, high: int) -> None:
         size = self.artifact.manifest.model.vocab_size

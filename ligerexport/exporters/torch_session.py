@@ -21,6 +21,7 @@ from ligerexport.exporters.build import source_of
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.session import BatchSession, choose_chunk
 from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer
+from ligerexport.model.state import FORGOTTEN
 
 CHUNK = 1024
 """Largest number of prompt tokens per call."""
@@ -36,6 +37,7 @@ class TorchSession(BatchSession):
         batch: B, number of sequences that advance together.
         chunk: Number of prompt tokens per call; None takes `CHUNK`.
         device: `cpu` or `cuda`.
+        meter: Whether to compute `forgotten`, which on a GPU takes the slower kernels.
 
     Raises:
         CheckpointError: The checkpoint is incomplete, not converted, or keeps layers as softmax.
@@ -43,7 +45,9 @@ class TorchSession(BatchSession):
         UsageError: `batch` or `chunk` is out of range.
     """
 
-    def __init__(self, path: Path | str, *, batch: int = 1, chunk: int | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, path: Path | str, *, batch: int = 1, chunk: int | None = None, device: str = "cpu", meter: bool = False
+    ) -> None:
         if device not in ("cpu", "cuda"):
             raise UsageError(f"device '{device}'", hint="choose from cpu, cuda")
         if device == "cuda" and not torch.cuda.is_available():
@@ -61,6 +65,7 @@ class TorchSession(BatchSession):
         self.chunk = choose_chunk(chunk, CHUNK, CHUNK)
         self._model: Any = load_model(path, DTYPES[dtype].torch).eval().to(device)  # type: ignore[arg-type]
         self._mixers = [mixer for mixer in spec.mixers if mixer is not None]
+        self._meters = meter and spec.evicts
         self._allocate(batch)
 
     def _allocate(self, batch: int) -> None:
@@ -71,7 +76,8 @@ class TorchSession(BatchSession):
         self._step_ids = np.zeros((batch, 1), np.int64)
         self._cache: Any = LigerCache(self._model.config)
         for layer, mixer in zip(cast(list[LigerLayer], self._cache.layers), self._mixers, strict=True):
-            layer.advance(mixer.initial_state(batch, self._model.dtype, self._model.device), 0)
+            state = mixer.initial_state(batch, self._model.dtype, self._model.device, meter=self._meters)
+            layer.advance(state, 0)
         self._begin()
 
     def sibling(self, batch: int = 1) -> TorchSession:
@@ -83,6 +89,16 @@ class TorchSession(BatchSession):
         other = copy.copy(self)
         other._allocate(batch)
         return other
+
+    @property
+    def forgotten(self) -> np.ndarray | None:
+        if not self._meters:
+            return None
+        states = [layer.state for layer in self._cache.layers]
+        none = torch.zeros(self.batch)
+        shares = [state[FORGOTTEN].mean(dim=(1, 2)).cpu() if FORGOTTEN in state else none for state in states]
+        found: np.ndarray = torch.stack(shares, dim=1).numpy()
+        return found
 
     @property
     def state_bytes(self) -> int:
@@ -152,5 +168,5 @@ def _manifest(spec: ModelSpec, source: Any, dtype: str) -> Manifest:
         ligerexport=__version__, target="torch", lowering="torch", precision=dtype, source=source, family=spec.family,
         liger=spec.liger.to_dict(), model=spec.shape, graph=Graph("", CHUNK, (), ()), state=tuple(state),
         bytes=ByteCounts(weights, sum(tensor.nbytes for tensor in state), spec.kv_per_token), requires={},
-        verification={},
+        verification={}, slots=tuple(mixer.slots_per_head for mixer in spec.mixers if mixer is not None),
     )  # fmt: skip

@@ -28,7 +28,7 @@ def read_cells(
     spec: MixerSpec,
     rotary: Tensor,
     router: Tensor,
-) -> tuple[Tensor, MixerState]:
+) -> tuple[Tensor, MixerState, Tensor]:
     """Add evicted tokens to their cells, and the cells to a softmax, a block of tokens at a time.
 
     Differentiable in query, evicted keys and values, and `mixed`; not through the choice of cells.
@@ -43,7 +43,8 @@ def read_cells(
         router: `[H_kv, M, d_k + 1]`; a token goes to the cell with the largest product with its key, followed by 1.
 
     Returns:
-        Output `[B, T, H_q, d_v]` and the state after the last token; all in at least fp32.
+        Output `[B, T, H_q, d_v]`, the state after the last token, and the share of the attention that fell on cells
+        `[B, T, H_q]`; all in at least fp32.
     """
     dtype, heads = torch.promote_types(query.dtype, torch.float32), spec.kv_heads
 
@@ -58,7 +59,7 @@ def read_cells(
         key, value = (x.transpose(1, 2).to(dtype).where(lost, 0.0) for x in (evicted.key, evicted.value))
         chosen = choose_cells(key.detach(), router).to(dtype) * lost
         count, keys, values = (state[name] for name in CELLS)
-        outputs = []
+        outputs, shares = [], []
         for start in range(0, query.shape[1], BLOCK):
             q, softmax, log = (x[:, :, :, start : start + BLOCK] for x in (phi, near, normaliser))
             c, k, v = (x[:, :, None, start : start + BLOCK] for x in (chosen, key, value))
@@ -69,11 +70,13 @@ def read_cells(
             logits = logits + (spec.config.recurrence_weight * sizes).log() - log
             weights = torch.nn.functional.pad(logits.masked_fill(counts == 0, -torch.inf), (1, 0)).softmax(dim=-1)
             means = weights[..., 1:] / sizes
+            shares.append(1 - weights[..., :1])
             outputs.append(weights[..., :1] * softmax + means @ values[:, :, None] + (means @ c.mT).tril() @ v)
             c, k, v = c[:, :, 0], k[:, :, 0], v[:, :, 0]
             count, keys, values = count + c.sum(dim=2), keys + c.mT @ k, values + c.mT @ v
-        output = torch.cat(outputs, dim=3).movedim(3, 1).flatten(2, 3)
-    return output, {name: x.detach() for name, x in zip(CELLS, (count, keys, values), strict=True)}
+        output, share = (torch.cat(x, dim=3).movedim(3, 1).flatten(2, 3) for x in (outputs, shares))
+    present = {name: x.detach() for name, x in zip(CELLS, (count, keys, values), strict=True)}
+    return output, present, share[..., 0]
 
 
 def choose_cells(key: Tensor, router: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def evicted_recurrence(
     mass: Tensor,
     spec: MixerSpec,
     rotary: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Add the evicted tokens to a softmax.
 
     Args:
@@ -64,7 +64,8 @@ def evicted_recurrence(
         rotary: `rotary_table(inv_freq, spec.max_distance, ahead)`.
 
     Returns:
-        Output `[B, T, H_q, d_v]`, new state and new mass; all in at least fp32.
+        Output `[B, T, H_q, d_v]`, new state, new mass, and the share of the attention that fell on evicted tokens
+        `[B, T, H_q]`; all in at least fp32.
     """
     dtype, heads = torch.promote_types(query.dtype, torch.float32), lost_key.shape[2]
     with torch.autocast(query.device.type, enabled=False):  # sums over thousands of tokens need more than bf16
@@ -87,9 +88,10 @@ def evicted_recurrence(
         there = (count > 0).expand_as(mean)
         logit = mean + torch.where(there, count * spec.config.recurrence_weight, 1.0).log()
         logit = torch.where(there, logit - normaliser.unflatten(2, (heads, -1)), -torch.inf)
-        share = torch.sigmoid(logit).flatten(2, 3)[..., None]
+        share = torch.sigmoid(logit).flatten(2, 3)
         count = count.expand_as(mean).flatten(2, 3)[..., None]
-        return mixed.to(dtype) + share * (read / count.clamp_min(1) - mixed), state, sums[:, -1].detach()
+        output = mixed.to(dtype) + share[..., None] * (read / count.clamp_min(1) - mixed)
+        return output, state, sums[:, -1].detach(), share
 
 
 def _both_halves(x: Tensor, width: int) -> Tensor:

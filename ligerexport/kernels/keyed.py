@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ligerexport.kernels.library.linear_attention import linear_attention
 from ligerexport.kernels.library.row_logits import row_logits
+from ligerexport.kernels.linear_attention import DECAYS
 from ligerexport.model.gates import Gate
 
 
@@ -23,11 +24,12 @@ def keyed_recurrence(
 
     Args:
         query: `[B, T, H_q, d_k]` as projected.
-        key: `[B, T, H_kv, d_k]` as projected; the gate of the d_k rows is computed from it too.
+        key: `[B, T, H_kv, d_k]` as projected. The gate of each of the M rows is computed from the mean of d_k / M
+            neighbouring channels of it.
         value: `[B, T, H_kv, d_v]`.
         padding: `[B, T, 1, 1]`, tokens that change nothing.
-        keys: K before the first token, `[B, H_kv, d_k, d_k]`.
-        state: V before the first token, `[B, H_kv, d_k, d_v]`.
+        keys: K before the first token, `[B, H_kv, M, d_k]`.
+        state: V before the first token, `[B, H_kv, M, d_v]`.
         gate: The row of `GATES`.
 
     Returns:
@@ -36,8 +38,8 @@ def keyed_recurrence(
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):  # sums over thousands of tokens need more than bf16
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        decay = torch.nn.functional.logsigmoid(key) / gate.decay_divisor
-        decay = decay.masked_fill(padding, 0.0)
+        pooled = key.unflatten(-1, (keys.shape[2], -1)).mean(-1)
+        decay = DECAYS[gate.decay](pooled, gate.decay_divisor).masked_fill(padding, 0.0)
         write = -torch.expm1(decay)  # 1 - exp(g) would lose what a nearly open gate admits
         logits, keys = row_logits(query, key, write, decay, keys)
         output, state = linear_attention(logits.softmax(dim=-1), write, value, decay, initial_state=state)

@@ -1,14 +1,19 @@
 """Gated linear attention in plain torch, chunked: the recurrence of the mixer and the judge of novelty.
 
-The result is exact under strong gates: every exponent is at most zero. `FEATURE_MAPS` has the gates' feature maps.
+The result is exact under strong gates: every exponent is at most zero. `FEATURE_MAPS` and `DECAYS` have the functions
+of the gates.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ligerexport.model.gates import STRONGEST, Gate
 
 CHUNK = 32
 """Tokens per chunk; the pairwise decay of a chunk takes CHUNK * CHUNK * d_k floats per head."""
@@ -19,6 +24,28 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "one_minus_sigmoid": lambda x: torch.sigmoid(-x),
 }
 """Functions from raw projections `[..., d_k]` to features of the recurrence."""
+DECAYS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "logsigmoid": lambda x, divisor: logsigmoid(x) / divisor,
+    "minus_exp": lambda x, divisor: -torch.exp(x.clamp_max(math.log(STRONGEST * divisor))) / divisor,
+    "head_logsigmoid": lambda x, divisor: logsigmoid(x.mean(-1, keepdim=True)) / divisor,
+    "head_minus_softplus": lambda x, divisor: logsigmoid(-x.mean(-1, keepdim=True)) / divisor,
+}
+"""Functions from raw keys `[..., d_k]` and a divisor to the decay `[..., d_k]` or `[..., 1]` in nats per token."""
+
+
+def apply_gate(query: Tensor, key: Tensor, gate: Gate) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the features of queries and keys, and the decay in nats, all `[..., d_k]`, from raw projections."""
+    query, write = FEATURE_MAPS[gate.query_map](query), FEATURE_MAPS[gate.key_map](key)
+    if gate.floor:
+        write = (1 - gate.floor) * write
+        return query, write, torch.log1p(-write)
+    return query, write, DECAYS[gate.decay](key, gate.decay_divisor).expand_as(key)
+
+
+def weighted_mean(read: Tensor) -> Tensor:
+    """Divide `[..., d + 1]` by its last column, the sum of weights; 0 if there are none."""
+    weight = read[..., -1:]
+    return read[..., :-1] / torch.where(weight > 0, weight, 1.0)
 
 
 def gated_linear_attention(
@@ -100,6 +127,4 @@ def recall_error(key: Tensor, value: Tensor, state: Tensor) -> tuple[Tensor, Ten
     extended = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
     earlier = (key @ key.transpose(-1, -2)).tril(-1)
     recalled = key @ state + earlier @ extended
-    weight = recalled[..., -1:]
-    answer = recalled[..., :-1] / torch.where(weight > 0, weight, 1.0)
-    return (value - answer).norm(dim=-1), state + key.transpose(-1, -2) @ extended
+    return (value - weighted_mean(recalled)).norm(dim=-1), state + key.transpose(-1, -2) @ extended

@@ -16,7 +16,9 @@ MASKED = -1e30
 """Logit of a slot that a query does not see; finite, so that a query without any slot gives finite numbers."""
 
 
-def rotary_table(inv_freq: Tensor, max_distance: int, ahead: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def rotary_table(
+    inv_freq: Tensor, max_distance: int, ahead: int, dtype: torch.dtype = torch.float32, turns: bool = False
+) -> Tensor:
     """Tabulate rotary embedding for offsets from `-max_distance` to `ahead - 1` tokens.
 
     Args:
@@ -24,13 +26,20 @@ def rotary_table(inv_freq: Tensor, max_distance: int, ahead: int, dtype: torch.d
         max_distance: Largest distance in tokens.
         ahead: Longest block of tokens, at least 1.
         dtype: Type of the table, which is computed in fp64.
+        turns: Whether a last row says which part of a turn one token back is, from 0 to 1, as the sum of a multiple of
+            2^-16 and a rest below it.
 
     Returns:
-        `[2, max_distance + ahead, R]`, cosine and sine.
+        `[2, max_distance + ahead + turns, R]`, cosine and sine.
     """
     offset = torch.arange(-max_distance, ahead, dtype=torch.float64, device=inv_freq.device)
     angle = offset[:, None] * inv_freq.double()
-    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
+    table = torch.stack([angle.cos(), angle.sin()])
+    if turns:
+        part = (inv_freq.double() / (-2 * torch.pi)).remainder(1)
+        coarse = (part * 2**16).floor() / 2**16
+        table = torch.cat([table, torch.stack([coarse, part - coarse])[:, None]], dim=1)
+    return table.to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ class _Inputs:
     def add_rotary(self) -> Tensor:
         """Make the table of `rotary_table` for fully rotated heads."""
         spec = self.spec
-        return self.add("rotary", 2, spec.max_distance + BLOCK, spec.d_k // 2, dtype=torch.float32)
+        return self.add("rotary", 2, spec.max_distance + BLOCK + 1, spec.d_k // 2, dtype=torch.float32)
 
 
 def _step(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Call]:
@@ -232,6 +232,7 @@ def _linear_attention(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> It
         output, present, _ = forward(query, key, value, None, past, None, spec.config.gate, 1.0)
         return {"output": output, "present_recurrent_state": present}
 
+    spec = replace(spec, d_v=spec.columns)
     for seed, (batch, tokens) in enumerate(_prefill_sizes(1 << 16)):
         x = _Inputs(spec, dtype, seed)
         query, key, value = x.add_heads(batch, tokens)
@@ -241,7 +242,7 @@ def _linear_attention(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> It
 
 def _linear_attention_axes(spec: MixerSpec, dtype: torch.dtype) -> dict[str, str]:
     def segment(tokens: int) -> int:
-        return segment_length(tokens, spec.kv_heads, spec.d_k, spec.d_v, dtype.itemsize)
+        return segment_length(tokens, spec.kv_heads, spec.d_k, spec.columns, dtype.itemsize)
 
     first = record(next(_linear_attention(spec, dtype, 1)), tuple(LINEAR_ATTENTION_TABLES))
     return {
@@ -323,7 +324,7 @@ def _ragged_prefill_axes(spec: MixerSpec, dtype: torch.dtype) -> dict[str, str]:
 def _division(spec: MixerSpec, recording: Recording) -> Any:
     from ligerexport.kernels.fused.ragged_step import plan_on
 
-    return plan_on(spec.text, recording.launches[0].constants["N"], torch.device("cpu"))
+    return plan_on(spec.text, recording.launches[0].constants["TILE"], torch.device("cpu"))
 
 
 def _places_of(spec: MixerSpec, recording: Recording) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ligerexport.kernels.library.dispatch import fused
-from ligerexport.model.state import MOST, MixerSpec, MixerState
+from ligerexport.model.state import FORGOTTEN, MOST, MixerSpec, MixerState
 
 Mixer = Callable[..., tuple[Tensor, MixerState]]
 """An operator of equal heads with the arguments and results of `ligerexport.kernels.ops.liger_mixer`."""
@@ -201,7 +201,7 @@ def _read(state: MixerState, group: _Group, spec: MixerSpec, dtype: torch.dtype)
             past[name] = _rows(state, name, group)
     empty = (group.slots < 0).view(len(group.heads), -1)
     past["slot_position"] = past["slot_position"].long().masked_fill(empty, -1)
-    return past
+    return past | ({FORGOTTEN: _rows(state, FORGOTTEN, group)} if FORGOTTEN in state else {})
 
 
 def _written(

@@ -13,15 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ligerexport.model.gates import get_gate
+from ligerexport.model.gates import STRONGEST, get_gate
 from ligerexport.model.scores import FAINTEST, Pool
-from ligerexport.model.state import CELLS, MixerSpec, MixerState
+from ligerexport.model.state import CELLS, FORGOTTEN, MixerSpec, MixerState
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: torch.softmax(x, dim=-1),
     "one_minus_sigmoid": lambda x: 1 - torch.sigmoid(x),
 }
 """Functions from raw projections `[..., d_k]` to features of the recurrence."""
+DECAYS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "logsigmoid": lambda k, divisor: torch.sigmoid(k).pow(1 / divisor),
+    "minus_exp": lambda k, divisor: torch.exp(-k.clamp_max(math.log(STRONGEST * divisor)).exp() / divisor),
+    "head_logsigmoid": lambda k, divisor: torch.sigmoid(k.mean()).pow(1 / divisor),
+    "head_minus_softplus": lambda k, divisor: (1 + k.mean().exp()).pow(-1 / divisor),
+}
+"""Functions from a raw key `[d_k]` and a divisor to the share alpha = exp(g) that is kept of each row of the state."""
 
 
 @dataclass
@@ -58,6 +65,7 @@ def liger_mixer_reference(
             mass = state["recurrent_mass"][b, h] if spec.config.expands else None
             cells = [state[name][b, h] for name in CELLS if name in state]
             judge = present["judge_state"][b, h] if spec.config.judged else None
+            share = state[FORGOTTEN][b, h] if FORGOTTEN in state else None
             for t in range(length):
                 now = int(position[b]) + t
                 if now < 0:  # padding on the left
@@ -73,12 +81,12 @@ def liger_mixer_reference(
                     assert router is not None
                     for slot in evicted:
                         cells = _to_cell(slot, cells, router[h])
-                    mixed = _read_cells(q, cells, mixed, normaliser, spec, rotary)
+                    mixed, share = _read_cells(q, cells, mixed, normaliser, spec, rotary)
                 elif mass is not None:
                     assert recurrent is not None
                     for slot in evicted:
                         recurrent, mass = _evict(slot, recurrent, mass, spec, rotary)
-                    mixed = _expand(q, recurrent, mass, mixed, normaliser, spec, rotary)
+                    mixed, share = _expand(q, recurrent, mass, mixed, normaliser, spec, rotary)
                 else:
                     mixed = spec.config.attention_weight * mixed
                 if recurrent is not None and mass is None:
@@ -89,26 +97,35 @@ def liger_mixer_reference(
                     mixed = mixed + spec.config.recurrence_weight * recurred
                 output[b, t, h * group : (h + 1) * group] = mixed
             _store_slots(present, b, h, slots, layer)
-            after = {"recurrent_state": recurrent, "recurrent_key": keys, "recurrent_mass": mass}
+            after = {"recurrent_state": recurrent, "recurrent_key": keys, "recurrent_mass": mass, FORGOTTEN: share}
             for name, x in (after | dict(zip(CELLS, cells, strict=False))).items():
-                if x is not None:
+                if x is not None and name in state:
                     present[name][b, h] = x.detach()
     return output, present
 
 
 def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
-    """Update `[d_k, d_v]` and read it: paper, equation 7; ONNX LinearAttention, `gated`."""
+    """Update `[d_k, d_v]` and read it: paper, equation 7; ONNX LinearAttention, `gated`.
+
+    A normalised state has one more column, for a value that is always 1.
+    """
     gate = get_gate(spec.config.gate)
-    decay = torch.nn.functional.logsigmoid(k) / gate.decay_divisor
-    recurrent = decay.exp()[:, None] * recurrent + torch.outer(FEATURE_MAPS[gate.key_map](k), v)
-    return FEATURE_MAPS[gate.query_map](q) @ recurrent, recurrent
+    kept, write = DECAYS[gate.decay](k, gate.decay_divisor), FEATURE_MAPS[gate.key_map](k)
+    if gate.floor:
+        kept, write = gate.floor + (1 - gate.floor) * kept, (1 - gate.floor) * write
+    if gate.normalised:
+        v = torch.cat([v, v.new_ones(1)])
+    recurrent = kept.expand(len(k))[:, None] * recurrent + torch.outer(write, v)
+    read = FEATURE_MAPS[gate.query_map](q) @ recurrent
+    return read[:, :-1] / read[:, -1:] if gate.normalised else read, recurrent
 
 
 def _recur_by_keys(
     q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, keys: Tensor, spec: MixerSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Update `[d_k, d_v]` and the keys of its rows `[d_k, d_k]` and read it by softmax: gated slot attention."""
-    kept = (torch.nn.functional.logsigmoid(k) / get_gate(spec.config.gate).decay_divisor).exp()[:, None]
+    """Update M rows `[M, d_v]` and their keys `[M, d_k]` and read them by softmax: gated slot attention."""
+    gate = get_gate(spec.config.gate)
+    kept = DECAYS[gate.decay](k.unflatten(0, (len(keys), -1)).mean(-1), gate.decay_divisor)[:, None]
     recurrent, keys = kept * recurrent + (1 - kept) * v, kept * keys + (1 - kept) * k
     return torch.softmax(q @ keys.T, dim=-1) @ recurrent, recurrent, keys
 
@@ -131,17 +148,21 @@ def _evict(slot: Slot, recurrent: Tensor, mass: Tensor, spec: MixerSpec, rotary:
 
 def _expand(
     q: Tensor, recurrent: Tensor, mass: Tensor, mixed: Tensor, normaliser: Tensor, spec: MixerSpec, rotary: Tensor
-) -> Tensor:
-    """Share the softmax's denominator with the first-order expansion around the mean logit of the evicted tokens."""
+) -> tuple[Tensor, Tensor]:
+    """Share the softmax's denominator with the first-order expansion around the mean logit of the evicted tokens.
+
+    Returns:
+        Output `[G, d_v]` and the share of the evicted tokens `[G]`; the next function returns the same.
+    """
     count = mass[0]
     if count == 0:
-        return mixed
+        return mixed, torch.zeros_like(normaliser)
     phi = _far_query(q, spec, rotary)
     mean = phi @ mass / count  # [G], the mean logit
     deviation = phi @ recurrent - mean[:, None] * recurrent[0]  # deviation of the logits from their mean, times values
     answer = (recurrent[0] + deviation) / count
     share = torch.sigmoid(mean + torch.log(spec.config.recurrence_weight * count) - normaliser)
-    return (1 - share)[:, None] * mixed + share[:, None] * answer
+    return (1 - share)[:, None] * mixed + share[:, None] * answer, share
 
 
 def _far_query(q: Tensor, spec: MixerSpec, rotary: Tensor) -> Tensor:
@@ -162,14 +183,14 @@ def _to_cell(slot: Slot, cells: list[Tensor], router: Tensor) -> list[Tensor]:
 
 def _read_cells(
     q: Tensor, cells: list[Tensor], mixed: Tensor, normaliser: Tensor, spec: MixerSpec, rotary: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Share the softmax's denominator with the cells: each is read as its number of tokens at their mean."""
     there = cells[0] > 0
     count, keys, values = (x[there] for x in cells)
     logits = _far_query(q, spec, rotary) @ (keys / count[:, None]).T
     logits = logits + torch.log(spec.config.recurrence_weight * count)
     weights = torch.softmax(torch.cat([normaliser[:, None], logits], dim=1), dim=1)
-    return weights[:, :1] * mixed + weights[:, 1:] @ (values / count[:, None])
+    return weights[:, :1] * mixed + weights[:, 1:] @ (values / count[:, None]), weights[:, 1:].sum(dim=1)
 
 
 def _attend(

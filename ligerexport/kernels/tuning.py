@@ -97,6 +97,10 @@ REGISTER_OPERANDS: dict[str, dict[tuple[int, int], Tile]] = {
 }
 
 
+WIDEST = 256
+"""Largest padded width in `KERNELS`."""
+
+
 def get_tile(kernel: str, width: int, itemsize: int) -> Tile:
     """Return the row of `KERNELS` for heads padded to `width` channels and activations of `itemsize` bytes."""
     rows = KERNELS[kernel]

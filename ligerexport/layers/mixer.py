@@ -23,8 +23,17 @@ from ligerexport.kernels.library.mixer_step import mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.layers.cache import LigerLayer as LigerLayer
 from ligerexport.model.config import LigerConfig
-from ligerexport.model.families import FAMILIES, PREFIX, Family, described, get_family, harmless, head_dim
-from ligerexport.model.state import MixerSpec
+from ligerexport.model.families import (
+    FAMILIES,
+    PREFIX,
+    Family,
+    described,
+    get_family,
+    harmless,
+    head_dim,
+    rotary_distance,
+)
+from ligerexport.model.state import FORGOTTEN, MixerSpec
 from ligerexport.versions import TRIED, warn_if_untried
 
 warn_if_untried("torch")
@@ -77,11 +86,12 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
 
     Raises:
         UsageError: `keep_softmax` or `layer_memory` names a layer that does not exist, `keep_window` one without a
-            window, or `heads` has another number of layers or heads.
+            window, or `heads` has another number of layers or heads; or the rotary embedding is for shorter distances.
         CheckpointError: The family or its rotary embedding is not supported, or the configuration describes no model.
     """
     liger = LigerConfig.from_dict(config.liger)
-    if max(config.max_position_embeddings, liger.max_distance or 0) > LONGEST:
+    distance = rotary_distance(config, liger.max_distance, bool(liger.keep_softmax))
+    if max(config.max_position_embeddings, distance) > LONGEST:
         raise UsageError(
             f"a rotary distance of {liger.max_distance or config.max_position_embeddings} tokens",
             hint=f"{LONGEST} are the most that a table is made for: --max-distance",
@@ -100,7 +110,7 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
         d_k=width,
         d_v=width,
         scale=1.0,
-        max_distance=liger.max_distance or config.max_position_embeddings,
+        max_distance=distance,
     )
     family = get_family(config.model_type)
     attention = family.attention(config)
@@ -127,7 +137,7 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
 def _shared_table(inv_freq: tuple[float, ...], max_distance: int, device: torch.device) -> Tensor:
     """Return one rotary table for all layers of a model."""
     with torch.inference_mode(False):  # a table made in inference mode could not be used in training later
-        return rotary_table(torch.tensor(inv_freq), max_distance, BLOCK).to(device)
+        return rotary_table(torch.tensor(inv_freq), max_distance, BLOCK, turns=True).to(device)
 
 
 class LigerMixer(nn.Module):
@@ -207,6 +217,7 @@ class LigerMixer(nn.Module):
         position = position_ids[:, 0].expand(batch)
         rotary = _shared_table(self.inv_freq, spec.max_distance, hidden_states.device)
         one_token = length == 1 and layer is not None and fused(query) and not torch.is_grad_enabled()
+        one_token = one_token and FORGOTTEN not in state
         one_launch = spec.config.fuses and spec.config.num_slots * spec.d_k <= ONE_LAUNCH
         if one_token and (one_launch or spec.splits):
             q, k, v, now = query[:, 0], key[:, 0], value[:, 0], None if score is None else score[:, 0]

@@ -49,7 +49,7 @@ class LigerConfig:
     """How the attention of a checkpoint becomes a recurrence and a bounded exact memory.
 
     Attributes:
-        gate: Row of `GATES`.
+        gate: Row of `GATES`, with a number after a colon if it takes one.
         window: Number of most recent tokens that are kept exactly, including the current one.
         sinks: Number of first tokens of a sequence that are kept exactly forever.
         slots: Pools of further exact slots per KV head: (score, count), in order. Tokens that one pool drops compete
@@ -278,6 +278,11 @@ class LigerConfig:
     def keyed(self) -> bool:
         """Whether the rows of the recurrent state have keys, which are a second recurrence."""
         return self.recurrent and not self.evicts and get_gate(self.gate).keyed
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the recurrence is a mean, for which the state has the sum of the weights as its last column."""
+        return self.recurrent and not self.evicts and get_gate(self.gate).normalised
 
     @property
     def fuses(self) -> bool:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ligerexport.errors import CheckpointError, LigerError, close_matches
+from ligerexport.errors import CheckpointError, LigerError, UsageError, close_matches
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,8 @@ PREFIX = "liger_"
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length of the text."""
+BOUNDED_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings with other frequencies for long texts; a memory of bounded distance uses those for short ones."""
 
 
 class Norms(NamedTuple):
@@ -123,7 +125,7 @@ class Family:
         """Return the softmax of each layer.
 
         Raises:
-            CheckpointError: The rotary frequencies depend on the length of the text, or a setting is refused.
+            CheckpointError: The type of rotary embedding is unknown, or a setting is refused.
         """
         for setting in self.refused:
             if getattr(config, setting, None):
@@ -131,7 +133,7 @@ class Family:
                     f"{setting} {getattr(config, setting)} in config.json is not supported",
                     hint=f"models of the family {self.model_type} without it are",
                 )
-        _check_rotary(config.rope_parameters)
+        _check_rotary(config)
         width, types = head_dim(config), getattr(config, "layer_types", None)
         scale, embedding = self.scaling(config).softmax, self.attribute("RotaryEmbedding")(config)
         layers = []
@@ -202,14 +204,49 @@ _NOT_TAKEN = {
 }  # fmt: skip
 
 
-def _check_rotary(parameters: Mapping[str, Any]) -> None:
-    """Refuse frequencies that depend on the length of the text. Some models have parameters for each type of layer."""
-    for row in [parameters] if "rope_type" in parameters else parameters.values():
-        if row["rope_type"] not in STATIC_ROPE:
+def _rotary_rows(config: Any) -> list[Mapping[str, Any]]:
+    """Return the parameters of rotary embedding: one row, or one for each type of layer."""
+    found = config.rope_parameters
+    return [found] if "rope_type" in found else list(found.values())
+
+
+def _check_rotary(config: Any) -> None:
+    for row in _rotary_rows(config):
+        if row["rope_type"] not in STATIC_ROPE + BOUNDED_ROPE:
             raise CheckpointError(
-                f"rotary embedding of type '{row['rope_type']}' changes with the length of the text",
-                hint=f"supported: {', '.join(STATIC_ROPE)}",
+                f"rotary embedding of type '{row['rope_type']}' is not supported",
+                hint=f"supported: {', '.join(STATIC_ROPE + BOUNDED_ROPE)}",
             )
+
+
+def rotary_distance(config: Any, wanted: int | None, keeps_softmax: bool) -> int:
+    """Return the largest rotary distance of a converted model in tokens.
+
+    A rotary embedding of `BOUNDED_ROPE` keeps its frequencies for short texts: of `longrope` the short factors, for
+    distances up to the length before the context was extended, and of `dynamic` those of the trained length.
+
+    Args:
+        wanted: The distance that a user asks for; None for the largest that the frequencies are for.
+        keeps_softmax: Whether some layers keep softmax, in which distances have no bound.
+
+    Raises:
+        UsageError: The frequencies are for shorter distances.
+    """
+    length = config.max_position_embeddings
+    rows = [row for row in _rotary_rows(config) if row["rope_type"] in BOUNDED_ROPE]
+    end = min((row.get("original_max_position_embeddings") or length for row in rows), default=length)
+    end = min(end, length)
+    if rows and (wanted or 0) > end:
+        raise UsageError(
+            f"a rotary distance of {wanted} tokens, while this model changes its frequencies beyond {end}",
+            hint=f"--max-distance {end}, or leave it out",
+        )
+    if rows and keeps_softmax:
+        raise UsageError(
+            "layers that keep softmax, with a rotary embedding that changes with the length of the text",
+            hint="convert every layer: --keep-softmax none",
+        )
+    return wanted or end
 
 
 def _rotary(config: Any, embedding: Any, layer_type: str | None) -> tuple[tuple[float, ...], float]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from ligerexport.dtypes import DTYPES
 from ligerexport.errors import UsageError
 from ligerexport.model.config import LigerConfig
+from ligerexport.model.gates import get_gate
 from ligerexport.model.scores import Pool, pack
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ TENSORS = (
     _Row("slot_value", ("slots", "d_v"), "activation"),
     _Row("slot_position", ("slots",), "int64", fill=-1),
     _Row("slot_score", ("pools", "slots"), "float32", "slots"),
-    _Row("recurrent_state", ("d_k", "d_v"), "float32", "linear"),
-    _Row("recurrent_key", ("d_k", "d_k"), "float32", "keyed"),
+    _Row("recurrent_state", ("rows", "columns"), "float32", "linear"),
+    _Row("recurrent_key", ("rows", "d_k"), "float32", "keyed"),
     _Row("recurrent_mass", ("d_k",), "float32", "expands"),
     _Row("judge_state", ("d_k", "d_v + 1"), "float32", "judged"),
     _Row("cell_count", ("cells",), "float32", "celled"),
@@ -66,10 +67,11 @@ TENSORS = (
 `slot_*` hold keys before rotary embedding, values, positions (-1 is an empty slot) and one score per pool. Filled slots
 are in the order of their positions, and empty ones may be anywhere between them. Only the fused step and the TensorRT
 plugin accept and return them in any order, so states are sorted before they are compared. `recurrent_state` is the
-recurrence, `recurrent_key` holds the keys of its rows if the gate is keyed, and `recurrent_mass` is the sum of the
-features of evicted tokens, the first of which counts them. `judge_state` is the linear state without decay that judges
-novelty; its last column is the sum of the keys' features. `cell_*` are the number of evicted tokens in each cell and
-the sums of their keys, before rotary embedding, and of their values.
+recurrence. It has a row for each key channel, or fewer if the gate is keyed, and a last column with the sum of the
+keys' features if the gate is normalised. `recurrent_key` holds the keys of the rows of a keyed gate, and
+`recurrent_mass` is the sum of the features of evicted tokens, the first of which counts them. `judge_state` is the
+linear state without decay that judges novelty; its last column is the sum of the keys' features. `cell_*` are
+the number of evicted tokens in each cell and the sums of their keys, before rotary embedding, and of their values.
 """
 
 RAGGED = (
@@ -98,6 +100,9 @@ EVICTED = tuple(name for name in FUSED if name.startswith("recurrent_"))
 """Tensors of the linear attention over evicted tokens."""
 CELLS = tuple(row.name for row in TENSORS if row.needs == "celled")
 """Tensors of the cells of evicted tokens."""
+FORGOTTEN = "forgotten"
+"""Key that asks for a measurement. If the state of a layer that evicts has it, the state after a call has the share of
+the last token's attention that fell on evicted tokens, `[B, H_kv, G]` fp32. No later call reads it."""
 
 
 def fade(state: dict[str, Array], times: int) -> dict[str, Array]:
@@ -175,6 +180,10 @@ class MixerSpec:
             raise UsageError(
                 f"a layer has sizes for {words} KV heads: '{self.config.heads[0]:.60}'", hint=f"give {self.kv_heads}"
             )
+        if self.config.keyed and self.d_k % self.rows:
+            raise UsageError(
+                f"gate '{self.config.gate}' for {self.d_k} key channels", hint=f"give a divisor of {self.d_k}"
+            )
         # written once, so that a compiler that traces the model reads a constant
         object.__setattr__(self, "text", json.dumps(self.to_dict()))
 
@@ -192,6 +201,16 @@ class MixerSpec:
         data = json.loads(text)
         sizes = tuple((window, slots) for window, slots in data.get("sizes", ()))
         return cls(**data | {"config": LigerConfig.from_dict(data["config"]), "sizes": sizes})
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the recurrent state."""
+        return (self.config.keyed and get_gate(self.config.gate).rows) or self.d_k
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of the recurrent state."""
+        return self.d_v + self.config.normalised
 
     @property
     def pools(self) -> tuple[Pool, ...]:
@@ -247,7 +266,7 @@ class MixerSpec:
         """Return the rows of `TENSORS` or, for a ragged layer, of `RAGGED` that this layer has, in order."""
         c = self.config
         sizes = {"slots": c.num_slots, "pools": len(c.slots), "cells": c.cells}
-        sizes |= {"d_k": self.d_k, "d_v": self.d_v, "d_v + 1": self.d_v + 1}
+        sizes |= {"d_k": self.d_k, "d_v": self.d_v, "d_v + 1": self.d_v + 1, "rows": self.rows, "columns": self.columns}
         if c.ragged:
             sizes["slots"] = sum(self.slots_per_head)
             sizes["scored slots"] = sum(spec.config.num_slots for spec in self.heads if spec.config.slots)
@@ -259,14 +278,19 @@ class MixerSpec:
                 found.append(TensorSpec(row.name, (*heads, *(sizes[axis] for axis in row.axes)), dtype, row.fill))
         return tuple(found)
 
-    def initial_state(self, batch: int, dtype: torch.dtype, device: torch.device | str | None = None) -> MixerState:
-        """Return the state of `batch` sequences that have seen nothing."""
+    def initial_state(
+        self, batch: int, dtype: torch.dtype, device: torch.device | str | None = None, *, meter: bool = False
+    ) -> MixerState:
+        """Return the state of `batch` sequences that have seen nothing; `meter` asks for `FORGOTTEN` if it is known."""
         import torch
 
         types = {"activation": dtype, "float32": torch.promote_types(dtype, torch.float32)}
-        return {
+        state = {
             t.name: torch.full(
                 (batch, *t.shape), t.fill, dtype=types.get(t.dtype) or DTYPES[t.dtype].torch, device=device
             )
             for t in self.state()
         }
+        if meter and self.config.evicts:
+            state[FORGOTTEN] = torch.zeros(batch, self.kv_heads, self.q_heads // self.kv_heads, device=device)
+        return state

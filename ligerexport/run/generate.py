@@ -13,7 +13,7 @@ import numpy as np
 
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError
-from ligerexport.run.grammar import Constraint, Grammar, lark
+from ligerexport.run.grammar import Constrained, Grammar, lark
 from ligerexport.run.prompt_cache import PromptCache
 from ligerexport.run.runtime import Session, Snapshot
 from ligerexport.run.sampling import Sampler
@@ -34,6 +34,7 @@ class Summary:
         state_bytes: Bytes of the session's state at the end.
         finish: Reason for the end: an end-of-text id or that of a grammar, a stop string, or `max_new_tokens`.
         cached_tokens: Number of `prompt_tokens` that came from a prompt cache.
+        forgotten: Mean of the chunks' `forgotten`.
     """
 
     prompt_tokens: int
@@ -43,6 +44,7 @@ class Summary:
     state_bytes: int
     finish: Finish
     cached_tokens: int = 0
+    forgotten: float | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -60,6 +62,8 @@ class Chunk:
         seconds: Time in seconds, which is the TTFT for the first token.
         finish: Reason for the end, on the last chunk.
         summary: The summary, on the last chunk.
+        forgotten: Smallest share of the attention from which the token was predicted that fell on forgotten tokens, as
+            the mean of all layers; None if it is unknown or was not asked for.
     """
 
     text: str
@@ -67,6 +71,7 @@ class Chunk:
     seconds: float
     finish: Finish | None = None
     summary: Summary | None = None
+    forgotten: float | None = None
 
 
 class StopStrings:
@@ -139,6 +144,7 @@ def generate(
     grammar: str | None = None,
     fresh: bool = True,
     prompt_cache: PromptCache | Path | str | None = None,
+    report_forgetting: bool = False,
     progress: ProgressFactory = silent,
 ) -> Generator[Chunk]:
     """Continue a prompt, one token after the other.
@@ -166,6 +172,7 @@ def generate(
         grammar: Grammar that the text follows, in the form of Lark or of llama.cpp (GBNF), instead of a schema.
         fresh: Whether to reset the session first; if not, the prompt continues the session's text.
         prompt_cache: File that keeps the state after the beginning of the prompt for later calls.
+        report_forgetting: Whether chunks have `forgotten`, which is None if `session.forgotten` is.
         progress: Reports the prefill of long prompts.
 
     Returns:
@@ -209,14 +216,20 @@ def generate(
         session.reset()
     elif prompt_cache is not None:
         raise UsageError("prompt_cache with fresh=False", hint="a cache is for the beginning of a text; leave one out")
+    if prompt_cache is not None and any(getattr(session, "adapters", ())):
+        raise UsageError(
+            "prompt_cache with an adapter", hint="its states are those of the model without one; leave it out"
+        )
     cache = PromptCache(prompt_cache) if isinstance(prompt_cache, str | Path) else prompt_cache
     stops = StopStrings(_stops(stop), text.special_ids if text else None)
     ends = eos_ids(session.artifact.directory) if text is None else text.eos_ids if messages is None else text.turn_ends
-    constraint = None
+    choose: Sampler | Constrained = sampler
     if (source := lark(json_schema, regex, grammar)) is not None:
         text = text or text_model(session.artifact.directory)
-        constraint = Grammar(text, session.artifact.manifest.model.vocab_size, ends, source).begin()
-    return _stream(session, ids, text, sampler, max_new_tokens, ends, stops, cache, progress, constraint)
+        rules = Grammar(text, session.artifact.manifest.model.vocab_size, ends, source)
+        choose = Constrained(sampler, rules.begin())
+    meter = session if report_forgetting else None
+    return _stream(session, ids, text, choose, max_new_tokens, ends, stops, cache, progress, meter)
 
 
 def _check(session: Session, ids: Sequence[int], max_new_tokens: int) -> None:
@@ -273,13 +286,13 @@ def _stream(
     session: Session,
     ids: Sequence[int],
     text: TextModel | None,
-    sampler: Sampler,
+    sampler: Sampler | Constrained,
     max_new_tokens: int,
     ends: Set[int],
     stops: StopStrings,
     cache: PromptCache | None,
     progress: ProgressFactory,
-    constraint: Constraint | None = None,
+    meter: Session | None = None,
 ) -> Generator[Chunk]:
     clock = time.perf_counter()
     sampler.read(ids)
@@ -297,9 +310,9 @@ def _stream(
                 cache.save(session, prompt[:start])
     detokenizer = Detokenizer(text, ids) if text else None
     ttft = decode = 0.0
+    shares = list[float]()
     for count in range(1, max_new_tokens + 1):
-        allowed = logits[0] if constraint is None else np.where(constraint.mask(), logits[0], np.float32(-np.inf))
-        token, out = sampler(allowed), ""
+        token, out = sampler(logits[0]), ""
         finish: Finish | None = None
         if token in ends:
             finish = "eos"
@@ -307,15 +320,18 @@ def _stream(
             finish = "stop"
         else:
             out, stopped = stops.push(detokenizer.push(token) if detokenizer else "")
-            complete = constraint is not None and not constraint.accept(token)
+            complete = isinstance(sampler, Constrained) and sampler.complete
             finish = "stop" if stopped else "eos" if complete else "length" if count == max_new_tokens else None
         if finish in ("eos", "length") or token in stops.ids:
             rest, stopped = stops.push(detokenizer.flush() if detokenizer else "")
             out += rest + stops.flush()
         seconds = time.perf_counter() - clock
         ttft, decode = (seconds, 0.0) if count == 1 else (ttft, decode + seconds)
-        summary = Summary(len(ids), count, ttft, decode, session.state_bytes, finish, cached) if finish else None
-        yield Chunk(out, token, seconds, finish, summary)
+        share = None if meter is None or meter.forgotten is None else float(meter.forgotten[0].mean())
+        shares += [] if share is None else [share]
+        mean = sum(shares) / len(shares) if shares else None
+        summary = Summary(len(ids), count, ttft, decode, session.state_bytes, finish, cached, mean) if finish else None
+        yield Chunk(out, token, seconds, finish, summary, share)
         if finish:
             return
         clock = time.perf_counter()

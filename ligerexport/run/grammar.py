@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ligerexport.errors import LigerError, MissingDependency, UsageError
+from ligerexport.run.sampling import Sampler
 from ligerexport.text.tokenizer import TextModel
 
 if TYPE_CHECKING:
@@ -125,6 +126,29 @@ class Constraint:
     def accept(self, token: int) -> bool:
         """Record a token; return False if the text is complete with it and nothing can follow."""
         return self._matcher.consume_token(token) and not self._matcher.is_stopped()
+
+
+class Constrained:
+    """A sampler of tokens that a grammar allows.
+
+    Args:
+        sampler: Chooses among the tokens.
+        constraint: Says which may follow.
+
+    Attributes:
+        complete: Whether the text is complete with the last token.
+    """
+
+    def __init__(self, sampler: Sampler, constraint: Constraint) -> None:
+        self._sampler, self._constraint = sampler, constraint
+        self.read = sampler.read
+        self.complete = False
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """Return the id of the next token for logits `[V]`."""
+        token = self._sampler(np.where(self._constraint.mask(), logits, np.float32(-np.inf)))
+        self.complete = not self._constraint.accept(token)
+        return token
 
 
 class _Vocabulary:

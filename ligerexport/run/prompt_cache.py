@@ -52,7 +52,7 @@ class PromptCache:
             kept, known = found
             if kept.model != session.artifact.manifest.fingerprint:
                 self.note = "made again: it was for another model"
-            elif (shared := shared(known, ids[:last])) < len(known):
+            elif (shared := common_length(known, ids[:last])) < len(known):
                 self.note = f"made again: the prompt differs from it after {shared} tokens"
             else:
                 session.restore(kept)
@@ -79,7 +79,7 @@ class PromptCache:
         return kept, kept.ids
 
 
-def shared(one: np.ndarray, other: np.ndarray) -> int:
+def common_length(one: np.ndarray, other: np.ndarray) -> int:
     """Return the length of the common beginning of two prompts in tokens."""
     length = min(len(one), len(other))
     differ = np.flatnonzero(one[:length] != other[:length])

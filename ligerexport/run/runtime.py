@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,7 @@ import numpy as np
 
 from ligerexport.artifact.artifact import Artifact, check_data, is_artifact, open_artifact
 from ligerexport.artifact.snapshot import Snapshot
-from ligerexport.errors import ArtifactError, close_matches
+from ligerexport.errors import ArtifactError, UsageError, close_matches
 from ligerexport.exporters.backend import SessionSettings
 from ligerexport.exporters.targets import TARGETS, get_backend
 
@@ -69,6 +69,26 @@ class Session(Protocol):
         """Restore a state from a session of the same model, of any target, or one sequence's state into a row."""
         ...
 
+    def use(self, adapters: str | Sequence[str | None] | None) -> None:
+        """Continue with an adapter that `load` got, by its name, or without one; a sequence names one for each row.
+
+        A state that was read with one adapter is not what another one would have made of the text: reset the row first.
+        """
+        ...
+
+    @property
+    def forgotten(self) -> np.ndarray | None:
+        """Share of the last token's attention on forgotten tokens, `[B, layers]`, at least; None if it is unknown.
+
+        It is known of models that keep what they evict, such as those of the preset `evicted`, if they were built with
+        `meter=True`, or loaded with it in torch.
+        """
+        ...
+
+    def held(self, row: int = 0) -> list[list[np.ndarray]]:
+        """Return the positions of the tokens in the slots of a sequence, in order, for each layer and KV head."""
+        ...
+
     def sibling(self, batch: int = 1) -> Session:
         """Return a session of new sequences on the same loaded weights."""
         ...
@@ -84,6 +104,8 @@ def load(
     hashes: bool = True,
     scoring: bool = False,
     device: str = "cpu",
+    adapters: Mapping[str, Path | str] | None = None,
+    meter: bool = False,
 ) -> Session:
     """Open an artifact, or a converted checkpoint with torch, for running.
 
@@ -91,8 +113,8 @@ def load(
     needs `libliger_run.so` from LIGEREXPORT_TRT_RUNNER or the loader's path, and the plugin's library from
     LIGEREXPORT_TRT_PLUGIN or the same directory. Code in an artifact runs only if one of these variables names it.
 
-    A converted checkpoint supports only `batch`, `chunk` and `device`. Its weights are hashed, because the hashes say
-    which artifacts may read its states.
+    A converted checkpoint supports only `batch`, `chunk`, `device` and `meter`. Its weights are hashed, because the
+    hashes say which artifacts may read its states.
 
     Args:
         path: Directory that `build` or `convert` wrote.
@@ -105,6 +127,9 @@ def load(
         hashes: Whether to check the sha256 of every file first; weights are hashed while the engine loads them.
         scoring: Whether calls compute the logits of all their tokens, for `Session.every`, instead of the last logits.
         device: `cpu`, or `cuda` with the package onnxruntime-gpu; the state stays on it between calls.
+        adapters: Directories of PEFT adapters by a name of your choice, for `Session.use`; the artifact was built with
+            `lora`. A session begins without one.
+        meter: Whether a converted checkpoint computes `Session.forgotten`. An artifact does if it was built with it.
 
     Raises:
         ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
@@ -115,8 +140,12 @@ def load(
     if not is_artifact(path) and any(Path(path).glob("*.safetensors")):
         from ligerexport.exporters.torch_session import TorchSession
 
-        return TorchSession(path, batch=batch, chunk=chunk, device=device)
+        if adapters:
+            raise UsageError("adapters with a checkpoint", hint="merge one: ligerexport convert MODEL --merge ADAPTER")
+        return TorchSession(path, batch=batch, chunk=chunk, device=device, meter=meter)
     artifact = open_artifact(path, hashes=hashes, data=False)
+    if adapters and not artifact.manifest.lora:
+        raise UsageError(f"{path} takes no adapters", hint="build it with --lora R for adapters up to rank R")
     with ThreadPoolExecutor(1) as pool:  # hashing and the engine both release the interpreter's lock
         checked = pool.submit(check_data, artifact) if hashes else None
         try:
@@ -125,7 +154,7 @@ def load(
                     f"no runtime here for target '{artifact.manifest.target}'",
                     hint=close_matches(artifact.manifest.target, TARGETS),
                 )
-            settings = SessionSettings(batch, threads, chunk, prepack, scoring, device)
+            settings = SessionSettings(batch, threads, chunk, prepack, scoring, device, adapters)
             session: Session = get_backend(artifact.manifest.target).open_session(artifact, settings)
             return session
         finally:  # before anything runs, and before errors of the engine about changed weights

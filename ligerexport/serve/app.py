@@ -196,10 +196,10 @@ def _add_models(app: FastAPI, served: Models) -> None:
 
 
 def _add_states(app: FastAPI, served: Models) -> None:
-    """Add the endpoints for the states that are kept between requests."""
+    """Add the endpoints for the states that are kept between requests. They run in threads, since disks are slow."""
 
     @app.get("/v1/states")
-    async def list_states(request: Request, model: str | None = Query(None)) -> dict[str, Any]:
+    def list_states(request: Request, model: str | None = Query(None)) -> dict[str, Any]:
         """List the client's states of one model, or of all."""
         models = served.all.values() if model is None else [served.find(model)]
         rows = [{"object": "state", "model": one.name, **asdict(info)}
@@ -215,7 +215,7 @@ def _add_states(app: FastAPI, served: Models) -> None:
         raise ApiError(404, f"There is no state '{state[:100]}'.", param="id", code="state_not_found")
 
     @app.post("/v1/states/{state}")
-    async def change_state(state: str, body: StateChange, request: Request) -> dict[str, Any]:
+    def change_state(state: str, body: StateChange, request: Request) -> dict[str, Any]:
         """Pin a state, so that it is never evicted, or give it a name."""
         owner = request.state.owner
         found, facts = one(state, body.model, owner)
@@ -226,7 +226,7 @@ def _add_states(app: FastAPI, served: Models) -> None:
         return one(facts["id"], found.name, owner)[1]
 
     @app.delete("/v1/states/{state}")
-    async def delete_state(state: str, request: Request, model: str | None = Query(None)) -> dict[str, Any]:
+    def delete_state(state: str, request: Request, model: str | None = Query(None)) -> dict[str, Any]:
         """Forget a state."""
         found, facts = one(state, model, request.state.owner)
         found.engine.delete(request.state.owner, facts["id"])

@@ -16,7 +16,7 @@ import numpy as np
 
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError
-from ligerexport.run.prompt_cache import shared
+from ligerexport.run.prompt_cache import common_length
 from ligerexport.run.runtime import Session
 from ligerexport.serve.job import Job
 from ligerexport.serve.request import Reason
@@ -188,7 +188,7 @@ class Scheduler:
         cached = held.node.length if held else 0
         for other in self._reading[: self._reading.index(job)]:
             if other.request.owner == owner and not other.request.prompt_logprobs:
-                common = min(shared(other.prompt, job.prompt), last, other.last)
+                common = min(common_length(other.prompt, job.prompt), last, other.last)
                 if common >= cached + WORTH and other.at < common:
                     other.stops = sorted({*other.stops, common}, reverse=True)
                     job.behind = other, common
@@ -233,6 +233,7 @@ class Scheduler:
         job.cached = cached
         if cached < job.last and not job.request.prompt_logprobs:
             job.reader, job.at = self._reader(snapshot), cached
+            job.stops = [at for at in job.stops if at > cached]  # others may have added some meanwhile
         else:
             self._join(job, snapshot, cached)
         self.counts["cached"] += cached
@@ -286,7 +287,9 @@ class Scheduler:
         if None not in self._rows:
             self._resize(self._fitting(len(self._rows) + 1))
         row = self._rows.index(None)
-        if snapshot is not None:
+        if snapshot is None:
+            self._batch.reset(row)
+        else:
             self._batch.restore(snapshot, row)
         self._reading.remove(job)
         self._rows[row], job.row, job.at = job, row, at

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ligerexport.run.prompt_cache import shared
+from ligerexport.run.prompt_cache import common_length
 
 
 class Node:
@@ -53,7 +53,7 @@ class Tree:
         found: list[Node] = []
         node, known = self.root, 0
         while known < limit and (child := node.children.get(int(ids[known]))) is not None:
-            same = shared(child.edge, ids[known:limit])
+            same = common_length(child.edge, ids[known:limit])
             known += same
             if same < len(child.edge):
                 break
@@ -69,7 +69,7 @@ class Tree:
             child = node.children.get(int(ids[at]))
             if child is None:
                 child = node.children[int(ids[at])] = Node(ids[at:].copy(), node)
-            elif (same := shared(child.edge, ids[at:])) < len(child.edge):
+            elif (same := common_length(child.edge, ids[at:])) < len(child.edge):
                 child = _split(child, same)
             node, at = child, child.length
         return node

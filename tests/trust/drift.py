@@ -9,10 +9,11 @@ import torch
 
 import ligerexport as lx
 from ligerexport.exporters.verify.compare import is_near_tie, state_error, tolerance_of
-from ligerexport.exporters.verify.slots import of_layer, sort_slots
+from ligerexport.exporters.verify.slots import by_head, of_layer
 from ligerexport.kernels.evicted import slow_rotation
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.layers.mixer import LigerCache, LigerMixer
+from ligerexport.model.state import CELLS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,16 +64,25 @@ def exact(reference: Exact, steps: Pieces, pieces: Pieces, clock: Clock) -> None
         pieces.write({"logits": logits, **reference.state()})
 
 
-def sums(state: Arrays, mixer: LigerMixer) -> tuple[np.ndarray, np.ndarray]:
-    """Return mass `[H, d_k]` and state `[H, d_k, d_v]` of a layer in fp64 as if all held tokens were evicted too."""
-    spec = mixer.spec
-    _, slow = slow_rotation(rotary_table(torch.tensor(mixer.inv_freq), spec.max_distance, 1), spec)
-    there = (state["slot_position"][0] >= 0)[..., None]
-    features = state["slot_key"][0].astype(np.float64) * np.concatenate([slow, slow])
-    features[..., 0] = 1
-    features *= there
-    held = np.einsum("hnk,hnv->hkv", features, np.where(there, state["slot_value"][0], 0.0))
-    return features.sum(axis=1) + state["recurrent_mass"][0], held + state["recurrent_state"][0]
+def sums(state: Arrays, mixer: LigerMixer) -> list[np.ndarray]:
+    """Return sums over all tokens in fp64, as if all held tokens were evicted too; none if evicted tokens are dropped.
+
+    Args:
+        state: State of a layer or of one of its KV heads, from `by_head`.
+        mixer: The layer.
+    """
+    key, value = (state[name].astype(np.float64) for name in ("slot_key", "slot_value"))  # 0 in empty slots
+    there = (state["slot_position"] >= 0).astype(np.float64)
+    if "cell_count" in state:
+        held = [there.sum(axis=2), key.sum(axis=2), value.sum(axis=2)]
+        return [x + state[name].sum(axis=2) for x, name in zip(held, CELLS, strict=True)]
+    if "recurrent_mass" not in state:
+        return []
+    _, slow = slow_rotation(rotary_table(torch.tensor(mixer.inv_freq), mixer.spec.max_distance, 1), mixer.spec)
+    features = key * np.concatenate([slow, slow])
+    features[..., 0] = there
+    products = np.einsum("bhnk,bhnv->bhkv", features, value)
+    return [features.sum(axis=2) + state["recurrent_mass"], products + state["recurrent_state"]]
 
 
 def compare(found: Arrays, expected: Arrays, mixers: list[LigerMixer]) -> dict[str, Any]:
@@ -83,15 +93,20 @@ def compare(found: Arrays, expected: Arrays, mixers: list[LigerMixer]) -> dict[s
     """
     rows: dict[str, Any] = {"sums": [], "same": []}
     for i, mixer in enumerate(mixers):
-        ours, truth = of_layer(found, i), of_layer(expected, i)
-        pairs = zip(sums(ours, mixer), sums(truth, mixer), strict=True)
-        rows["sums"].append(max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs))
-        ours, truth = sort_slots(ours), sort_slots(truth)
-        same = np.array_equal(ours["slot_position"], truth["slot_position"])
-        if not (same or i or is_near_tie(truth, ours, mixer.spec.config.slots, tolerance_of("float32").tie)):
-            raise ValueError(f"after {found['position']} tokens the first layer holds others, and it is no near tie")
+        pools, same, apart = mixer.spec.config.slots, True, list[float]()
+        heads = list(zip(*(by_head(of_layer(side, i), mixer.spec) for side in (found, expected)), strict=True))
+        for (_, ours), (_, truth) in heads:
+            pairs = zip(sums(ours, mixer), sums(truth, mixer), strict=True)
+            apart += [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs]
+            if not np.array_equal(ours["slot_position"], truth["slot_position"]):
+                same = False
+                if not i and not is_near_tie(truth, ours, pools, tolerance_of("float32").tie):
+                    seen = found["position"]
+                    raise ValueError(f"after {seen} tokens the first layer holds others, and it is no near tie")
+        rows["sums"] += [max(apart)] if apart else []
         rows["same"].append(same)
         if all(rows["same"]):
-            rows["state"] = max(rows.get("state", 0.0), *(state_error(truth[name], ours[name]) for name in truth))
+            errors = [state_error(truth[name], ours[name]) for (_, ours), (_, truth) in heads for name in truth]
+            rows["state"] = max(rows.get("state", 0.0), *errors)
     rows["logits"] = float(np.abs(found["logits"] - expected["logits"]).max())
     return rows

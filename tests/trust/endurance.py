@@ -29,7 +29,9 @@ from typing import Any
 import numpy as np
 
 import ligerexport as lx
+from ligerexport.artifact.artifact import Manifest, open_artifact
 from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.exporters.exchange import held_positions
 from ligerexport.measure.bench.machine import cpu_name, memory
 from ligerexport.run.runtime import Session
 from ligerexport.run.sampling import Sampler
@@ -92,7 +94,9 @@ def cut(
 
     config = json.loads((checkpoint / "config.json").read_text())
     config |= {"num_hidden_layers": layers, "vocab_size": vocabulary, "intermediate_size": channels}
-    config["liger"]["layer_memory"] = [row for row in config["liger"]["layer_memory"] if row[0] < layers]
+    liger = config["liger"]
+    liger["layer_memory"] = [row for row in liger["layer_memory"] if row[0] < layers]
+    liger |= {"heads": liger["heads"][:layers]} if "heads" in liger else {}
     rows = {"embed_tokens": vocabulary, "lm_head": vocabulary, "gate_proj": channels, "up_proj": channels}
     weights = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
@@ -144,8 +148,28 @@ def _of_layer(piece: Arrays, layer: int) -> Arrays:
     return {name.removeprefix(prefix): array for name, array in piece.items() if name.startswith(prefix)}
 
 
-def summary(pieces: Pieces, length: int) -> dict[str, Any]:
-    """Return the results of a run of steps: memory, time, norms, and that every token is held or counted.
+def count_tokens(piece: Arrays, manifest: Manifest) -> None:
+    """Check that each KV head holds or has counted every token, or holds as many as it has slots.
+
+    Raises:
+        ValueError: A token was lost or counted twice.
+    """
+    state = {name: array for name, array in piece.items() if name.startswith("past.")}
+    for layer, heads in enumerate(held_positions(manifest, Snapshot("", piece["position"], state))):
+        own, expected = _of_layer(piece, layer), np.full(len(heads), piece["position"][0])
+        seen = np.array([np.unique(head).size for head in heads], np.float64)
+        if "recurrent_mass" in own:
+            seen += own["recurrent_mass"][0, :, 0]
+        elif "cell_count" in own:
+            seen += own["cell_count"][0].sum(axis=1)
+        else:
+            expected = np.minimum(expected, manifest.slots[layer])
+        if not (seen == expected).all():
+            raise ValueError(f"layer {layer} has seen {seen.tolist()} of {expected.tolist()} tokens")
+
+
+def summary(pieces: Pieces, length: int, manifest: Manifest) -> dict[str, Any]:
+    """Return the results of a run of steps: memory, time, norms, and that no token is lost.
 
     Raises:
         ValueError: A number is not finite, or a token was lost or counted twice.
@@ -155,23 +179,19 @@ def summary(pieces: Pieces, length: int) -> dict[str, Any]:
         return {"steps": 0}
     for i in range(len(pieces)):
         piece = pieces.read(i)
-        norms, layers = {}, len([name for name in piece if name.endswith("slot_position")])
+        norms: dict[str, float] = {}
+        count_tokens(piece, manifest)
         for name in (name for name in piece if name.startswith("past.") or name == "logits"):
             if not np.isfinite(piece[name]).all():
                 raise ValueError(f"{name} is not finite after {piece['position']} tokens")
             if piece[name].dtype.kind == "f":
                 kind = name.rpartition(".")[2]
                 norms[kind] = max(norms.get(kind, 0.0), float(np.linalg.norm(piece[name])))
-        for layer in range(layers):
-            state = _of_layer(piece, layer)
-            seen = state["recurrent_mass"][..., 0] + (state["slot_position"] >= 0).sum(axis=-1)
-            if not (seen == piece["position"][0]).all():
-                raise ValueError(f"layer {layer} has seen {seen.tolist()} of {piece['position']} tokens")
         ms = [round(float(x), 4) for x in piece["ms"]]
         rows.append({"steps": (i + 1) * length, "ms": ms[0], "ms_99": ms[1], **_then(piece), "norms": norms})
         text.append(piece["tokens"])
     tokens, counts = np.unique(np.concatenate(text), return_counts=True)
-    return {"steps": len(pieces) * length, "layers": layers, "distinct_tokens": len(tokens),
+    return {"steps": len(pieces) * length, "layers": manifest.model.layers, "distinct_tokens": len(tokens),
             "most_frequent": round(float(counts.max() / counts.sum()), 4), **_memory(rows), "rows": rows}  # fmt: skip
 
 
@@ -324,11 +344,14 @@ def main() -> None:
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": 1, "load": os.getloadavg()[0]},
         "versions": {name: version(name) for name in ("onnxruntime", "torch")} | {"python": platform.python_version()},
         "cut": {"layers": LAYERS, "vocabulary": VOCABULARY, "channels_of_mlps": CHANNELS},
-        "steps": summary(steps, PIECE), "drift": drift(checkpoint, steps, truth), "whole": summary(whole, WHOLE_PIECE),
+        "steps": summary(steps, PIECE, open_artifact(artifact, hashes=False).manifest),
+        "drift": drift(checkpoint, steps, truth),
+        "whole": summary(whole, WHOLE_PIECE, open_artifact(args.whole, hashes=False).manifest),
         "cycles": {"cycles": len(rows) * CYCLE_PIECE, "ms": [float(row["ms"]) for row in rows], **_memory(trips)},
         "gates": json.loads(open_gates.read_text()) if open_gates.exists() else [],
     }  # fmt: skip
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    kept = json.loads(args.output.read_text()) if args.output.is_file() else {}  # of endurance_recall.py
+    args.output.write_text(json.dumps(kept | result, indent=1) + "\n")
     if args.plot:
         plot(result, args.plot)
     sys.exit(f"{len(steps)} of {STEPS // PIECE} pieces stepped, {len(truth)} read in fp64: run it again" if late else 0)

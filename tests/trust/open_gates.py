@@ -1,9 +1,10 @@
 """Gates that never close: the recurrences of a tiny model whose keys are all 100, or 100 and -100 by chance.
 
-`endurance.py` runs it. The decay is then 1 in fp32, and no input is ever forgotten. With v the
-largest value of the vocabulary, the state of `hgrn2` and `gsa` is a mean of values, at most v. A column of the state
-of `gla` grows by at most v per token over all its rows, because its keys' features add up to 1: at most v T. In fp32
-growth also ends by itself: above 2^25 v an added v is less than half a unit in the last place.
+`endurance.py` runs it. The decay is then 1 in fp32 where the sign of the key opens the gate, and no input is ever
+forgotten. With v the largest value of the vocabulary, the state of `hgrn2` and `gsa` is a mean of values, at most v. A
+column of the state of the other gates grows by at most v per token over all its rows, because their keys' features add
+up to 1: at most v T, and T for the sum of weights. In fp32 growth also ends by itself: above 2^25 v an added v is less
+than half a unit in the last place.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ligerexport.checkpoint.convert import converted_config
 from ligerexport.layers.mixer import model_classes
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.families import get_family
-from ligerexport.model.gates import GATES
+from ligerexport.model.gates import GATES, get_gate
 
 VOCABULARY, OUTLIER, SLACK = 131, 100.0, 1e-3
 KEYS = ("open", "signs")
@@ -65,7 +66,8 @@ def drive(place: Path, gate: str, keys: str, tokens: int) -> dict[str, Any]:
 
     for end in np.unique(np.geomspace(100, tokens, 9).astype(int)).tolist():
         found = largest(random.integers(0, VOCABULARY, end - seen))
-        bound = value * (end if gate == "gla" else 1) * (1 + SLACK)
+        largest_value = max(value, 1.0) if get_gate(gate).normalised else value
+        bound = largest_value * (end if get_gate(gate).key_map == "softmax" else 1) * (1 + SLACK)
         if found > bound:
             raise ValueError(f"{gate}, {keys}: {found} after {end} tokens, at most {bound} was expected")
         rows.append({"tokens": end, "largest": found, "bound": bound})

@@ -14,14 +14,15 @@ from ligerexport.errors import LigerError
 from ligerexport.exporters.targets import TARGETS
 from ligerexport.kernels.ops import liger_mixer, rotary_table
 from ligerexport.kernels.reference import liger_mixer_reference
-from ligerexport.model.gates import GATES
 from ligerexport.model.state import FADE, MixerSpec
-from tests.checkpoints import FORESIGHT, SIZES, make_checkpoint
+from tests.checkpoints import FORESIGHT, SIZES, SOME_GATES, make_checkpoint
 from tests.tolerances import DRIFT_FP32, MODEL_FP32, OP_FP32
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
 EVICTED = replace(FORESIGHT, recurrence="evicted", recurrence_weight=1.0)
+RECALL = replace(FORESIGHT, slots=(("learned", 9),), heads=("12+9 5+6", "6+13 14", "20 4+9"), state_dtype="int8")
+CELLS = replace(EVICTED, recurrence="cells", cells=3)
 LATE = 2**40
 """More tokens than any test reads; int32 and fp32 cannot count them."""
 IDS = np.random.default_rng(5).integers(0, SIZES["vocab_size"], 300)
@@ -32,6 +33,16 @@ def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     place = tmp_path_factory.mktemp("evicted")
     checkpoint = make_checkpoint(place / "liger", EVICTED)
     return lx.load(lx.build(checkpoint, place / "engine", lowering=request.param, verify=False))
+
+
+@pytest.fixture(scope="module", params=["native", "ort", "portable", "torch", "cells"])
+def ragged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> lx.Session:
+    """A session whose slots lie on one axis, or whose evicted tokens go to cells, which only torch runs."""
+    place, lowering = tmp_path_factory.mktemp("ragged"), request.param
+    checkpoint = make_checkpoint(place / "liger", CELLS if lowering == "cells" else RECALL)
+    if lowering in ("torch", "cells"):
+        return lx.load(checkpoint)
+    return lx.load(lx.build(checkpoint, place / "engine", lowering=lowering, verify=False))
 
 
 def later(snapshot: lx.Snapshot, tokens: int) -> lx.Snapshot:
@@ -45,6 +56,26 @@ def later(snapshot: lx.Snapshot, tokens: int) -> lx.Snapshot:
 
 @pytest.mark.parametrize("step", [True, False], ids=["step", "prefill"])
 def test_a_long_text_is_read_like_a_short_one(session: lx.Session, step: bool) -> None:
+    check_long_text(session, step, LATE)
+
+
+@pytest.mark.parametrize("step", [True, False], ids=["step", "prefill"])
+def test_a_long_text_of_other_memories(ragged: lx.Session, step: bool) -> None:
+    """A state with positions in int32 is read up to its last one, and then refuses more."""
+    narrow = any(tensor.dtype == "int32" for tensor in ragged.artifact.manifest.state)
+    check_long_text(ragged, step, 2**31 - 1 - len(IDS) if narrow else LATE)
+    if narrow:
+        position = ragged.position.tolist()
+        for more in (lambda: ragged.step(1), lambda: ragged.prefill([1, 2])):
+            with pytest.raises(LigerError, match="counts up to 2,147,483,647"):
+                more()
+        assert ragged.position.tolist() == position and len(ragged.held()) == 3
+        ragged.reset()
+        ragged.step(1)
+
+
+def check_long_text(session: lx.Session, step: bool, late: int) -> None:
+    """Check that a session reads the same text after `late` more tokens in the same way."""
     session.reset()
     session.prefill(IDS[:150])  # beyond the largest rotary distance of the sinks
     snapshot = session.snapshot()
@@ -53,8 +84,8 @@ def test_a_long_text_is_read_like_a_short_one(session: lx.Session, step: bool) -
         return np.stack([session.step(int(x))[0].copy() for x in IDS[150:]]) if step else session.prefill(IDS[150:])
 
     expected = rest().copy()
-    state = later(session.snapshot(), LATE)
-    session.restore(later(snapshot, LATE))
+    state = later(session.snapshot(), late)
+    session.restore(later(snapshot, late))
     np.testing.assert_allclose(rest(), expected, atol=MODEL_FP32)
     found = session.snapshot()
     assert found.position.tolist() == state.position.tolist()
@@ -143,32 +174,38 @@ def test_a_state_that_no_text_leaves_does_no_harm(session: lx.Session, harm: str
     np.testing.assert_array_equal(session.prefill(IDS[:100]), expected)
 
 
-def test_the_harness_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", [EVICTED, RECALL, CELLS], ids=["evicted", "recall", "cells"])
+def test_the_harness_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: lx.LigerConfig) -> None:
     """It continues after a stop, is as near to fp64 as an unbroken run, and notices a lost token."""
     from drift import Exact, compare, exact
     from endurance import Clock, OutOfTime, Pieces, cut, cycles, step, summary
 
-    checkpoint = cut(make_checkpoint(tmp_path / "liger", EVICTED), tmp_path / "cut", 2, 100, 32)
-    session = lx.load(lx.build(checkpoint, tmp_path / "engine", lowering="native"), threads=1)
+    checkpoint = cut(make_checkpoint(tmp_path / "liger", config), tmp_path / "cut", 2, 100, 32)
+    engine = checkpoint if config.celled else lx.build(checkpoint, tmp_path / "engine", lowering="native", verify=False)
+    session = lx.load(engine, threads=1)
+    manifest = session.artifact.manifest
     steps, again, truth, trips = (Pieces(tmp_path / name) for name in ("steps", "again", "exact", "trips"))
-    step(session, steps, 1000, 250, 4.0, Clock(600))
+    step(session, steps, 400, 100, 4.0, Clock(600))
     with pytest.raises(OutOfTime):
-        step(session, again, 1000, 250, 4.0, Clock(-1))
-    for end in (500, 1000):
-        step(session.sibling(), again, end, 250, 4.0, Clock(600))
+        step(session, again, 400, 100, 4.0, Clock(-1))
+    for end in (200, 400):
+        step(session.sibling(), again, end, 100, 4.0, Clock(600))
     exact(Exact(checkpoint), steps, truth, Clock(600))
-    found = summary(steps, 250)
-    assert found["steps"] == 1000 and found["distinct_tokens"] > 50 and found["processes"] == 1
+    found = summary(steps, 100, manifest)
+    assert found["steps"] == 400 and found["distinct_tokens"] > 50 and found["processes"] == 1
     for i in range(4):
         np.testing.assert_array_equal(steps.read(i)["logits"], again.read(i)["logits"])
         row = compare(steps.read(i), truth.read(i), Exact(checkpoint).mixers)
-        assert max(row["sums"]) < DRIFT_FP32
+        assert len(row["sums"]) == 2 * config.evicts and max(row["sums"], default=0) < DRIFT_FP32
         assert row["logits"] < MODEL_FP32 or not all(row["same"])
     lost = steps.read(3)
-    lost["past.0.recurrent_mass"][..., 0] -= 1
+    count = {"evicted": "recurrent_mass", "cells": "cell_count"}.get(config.recurrence, "slot_position")
+    lost[f"past.0.{count}"][..., 0] -= 1
+    if config.state_dtype == "int8":
+        lost["past.0.slot_position"][..., 0] = -1
     steps.write(lost)
     with pytest.raises(ValueError, match="layer 0 has seen"):
-        summary(steps, 250)
+        summary(steps, 100, manifest)
     lost["past.0.slot_position"] -= 1
     with pytest.raises(ValueError, match="no near tie"):
         compare(lost, truth.read(3), Exact(checkpoint).mixers)
@@ -176,7 +213,7 @@ def test_the_harness_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(trips) == 2
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", SOME_GATES)
 @pytest.mark.parametrize("keys", ["open", "signs"])
 def test_gates_that_never_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: str, keys: str) -> None:
     from open_gates import drive

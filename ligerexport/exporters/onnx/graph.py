@@ -12,15 +12,17 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ligerexport.artifact.artifact import Manifest, StateTensor
+from ligerexport.artifact.claims import METER
 from ligerexport.dtypes import DTYPES
 from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import Builder, graph_input
 from ligerexport.exporters.onnx.candidates import Candidates, candidates
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.linear import HEAD, Weights
+from ligerexport.exporters.onnx.lora import adapter_inputs
 from ligerexport.exporters.onnx.lowerings import Native, Ort, Portable
 from ligerexport.exporters.onnx.mixer import RotaryTables, mixer, rotary_tables
-from ligerexport.exporters.onnx.packed import Heads
+from ligerexport.exporters.onnx.packed import Heads, concat
 from ligerexport.exporters.onnx.spec import ACTIVATIONS, ModelSpec
 from ligerexport.exporters.onnx.weights import DATA_FILE, FP32, JOINT, WeightStorage, align, data_layout
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, get_precision
@@ -28,7 +30,7 @@ from ligerexport.exporters.tensorrt.fuse import fuse_for_plugin
 from ligerexport.exporters.tensorrt.lowering import Plugin
 from ligerexport.exporters.tensorrt.node import plugin_mixer
 from ligerexport.model.families import Norms, get_family
-from ligerexport.model.state import MixerSpec
+from ligerexport.model.state import FORGOTTEN, MixerSpec
 
 LOWERINGS: dict[str, type[Portable]] = {"ort": Ort, "portable": Portable, "native": Native, "plugin": Plugin}
 """The lowerings that a graph can be written in."""
@@ -77,7 +79,13 @@ def storage_of(manifest: Manifest) -> WeightStorage:
 
 
 def build_graph(
-    spec: ModelSpec, *, lowering: str = "ort", max_chunk: int = 128, storage: WeightStorage = FP32
+    spec: ModelSpec,
+    *,
+    lowering: str = "ort",
+    max_chunk: int = 128,
+    storage: WeightStorage = FP32,
+    meter: bool = False,
+    lora: int = 0,
 ) -> ir.Model:
     """Write the step graph of a model; weights refer to `DATA_FILE`, laid out by `data_layout`.
 
@@ -88,16 +96,20 @@ def build_graph(
         lowering: Row of `LOWERINGS`.
         max_chunk: Largest number of tokens per call.
         storage: How weights are stored, from `weight_storage` for this lowering.
+        lora: Largest rank of adapters that the graph takes; 0 for none.
+        meter: Whether the output `METER` follows the state.
     """
     g = Builder()
-    lower = LOWERINGS[lowering](g)
+    lower = LOWERINGS[lowering](g, meter)
     integer = _onnx(lower.integer)
     input_ids, position = graph_input("input_ids", integer, ("B", "T")), graph_input("position", integer, ("B",))
     state = state_tensors(spec, lowering, storage)
     given = [t.bound(t.past, lowering) for t in state]
     made = [t.bound(t.present, lowering) for t in state]
     past = {t.name: graph_input(t.name, _onnx(t.dtype), t.shape) for t in given}
-    blocks = _Blocks(g, lower, spec, Weights(g, lower, spec, storage))
+    taken = adapter_inputs(spec, data_layout(spec, storage), lora)
+    adapters = {x.name: graph_input(x.name, "FLOAT", x.shape) for x in taken}
+    blocks = _Blocks(g, lower, spec, Weights(g, lower, spec, storage, adapters, input_ids))
     frame = Frame(g, input_ids, position)
     mixers = _mixers(lower, frame, spec, past, max_chunk)
     outputs: dict[str, ir.Value] = {}
@@ -117,12 +129,18 @@ def build_graph(
 
     named = [g.output(logits, "logits", "FLOAT", ("B", spec.vocab_size))]
     named += [g.output(outputs[t.name], t.name, _onnx(t.dtype), t.shape) for t in made]
+    if meter:
+        shares = [outputs.get(f"present.{i}.{FORGOTTEN}") for i in range(len(spec.mixers))]
+        means = [frame.filled(0.0, 1) if x is None else g.op("ReduceMean", x, g.const([1])) for x in shares]
+        share = concat(g, lower.max_tensors, means, axis=1)
+        named.append(g.output(share, METER, "FLOAT", ("B", len(means))))
     graph = ir.Graph(
-        [input_ids, position, *past.values()], named, nodes=g.nodes, initializers=list(g.initializers.values()),
+        [input_ids, position, *past.values(), *adapters.values()], named, nodes=g.nodes,
+        initializers=list(g.initializers.values()),
         opset_imports={"": lower.opset} | dict.fromkeys(lower.domains, 1), name="ligerexport",
     )  # fmt: skip
     linear_states = any(layer is not None and (layer.config.recurrent or layer.config.judged) for layer in spec.mixers)
-    functions = lower.functions(spec.kv_heads, spec.head_dim) if linear_states else []
+    functions = lower.functions(spec.kv_heads) if linear_states else []
     model = ir.Model(graph, ir_version=lower.ir_version, producer_name="ligerexport", functions=functions)
     if lower.plugin:
         fuse_for_plugin(model, storage.activation)
@@ -282,10 +300,17 @@ def _shared(
 
 
 def write_graph(
-    spec: ModelSpec, directory: Path, *, lowering: str = "ort", max_chunk: int = 128, storage: WeightStorage = FP32
+    spec: ModelSpec,
+    directory: Path,
+    *,
+    lowering: str = "ort",
+    max_chunk: int = 128,
+    storage: WeightStorage = FP32,
+    lora: int = 0,
+    meter: bool = False,
 ) -> None:
     """Write the graph, and append its large constants to the weights in `DATA_FILE`."""
-    model = build_graph(spec, lowering=lowering, max_chunk=max_chunk, storage=storage)
+    model = build_graph(spec, lowering=lowering, max_chunk=max_chunk, storage=storage, lora=lora, meter=meter)
     end = max(align(part.offset + part.nbytes) for part in data_layout(spec, storage).values())
     with (directory / DATA_FILE).open("r+b") as data:
         for name, value in model.graph.initializers.items():

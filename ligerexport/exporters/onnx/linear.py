@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from ligerexport.exporters.onnx.builder import Builder
@@ -19,10 +21,16 @@ class Weights:
     Args:
         lower: Lowering of the graph.
         storage: How weights are stored.
+        adapters: Inputs from `adapter_inputs`, by their names.
+        input_ids: `[B, T]`, whose axes the tokens of a product with an adapter have.
     """
 
-    def __init__(self, g: Builder, lower: Portable, spec: ModelSpec, storage: WeightStorage) -> None:
+    def __init__(
+        self, g: Builder, lower: Portable, spec: ModelSpec, storage: WeightStorage,
+        adapters: Mapping[str, ir.Value] | None = None, input_ids: ir.Value | None = None,
+    ) -> None:  # fmt: skip
         self.g, self.lower, self.spec, self.storage = g, lower, spec, storage
+        self._adapters, self._ids = adapters or {}, input_ids
         self._layout = data_layout(spec, storage)
 
     def vector(self, name: str) -> ir.Value:
@@ -31,6 +39,16 @@ class Weights:
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         """Return `x @ weight^T + bias` of a linear map, or of several by their joint name; x is `[tokens, in]` fp32."""
+        product = self._product(x, name)
+        if f"lora.{name}.a" not in self._adapters:
+            return product
+        a, b = (self._adapters[f"lora.{name}.{half}"] for half in "ab")
+        g, ids = self.g, self._ids
+        shape = g.once(("lora", "shape"), lambda: g.op("Concat", g.op("Shape", ids), g.const([-1]), axis=0))
+        added = g.op("MatMul", g.op("MatMul", g.op("Reshape", x, shape), a), b)  # by sequence, [B, T, out]
+        return g.op("Add", product, g.op("Reshape", added, g.op("Shape", product)))
+
+    def _product(self, x: ir.Value, name: str) -> ir.Value:
         g, lower, weight = self.g, self.lower, f"{name}.weight"
         bias = self.vector(f"{name}.bias") if f"{name}.bias" in self._layout else None
         stored = f"{EMBEDDING}.weight" if name == HEAD and self.spec.tied else weight

@@ -19,13 +19,11 @@ from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable, Table
 from ligerexport.exporters.onnx.native.node import bounded_memory, turn_table
 from ligerexport.exporters.onnx.packed import Codes, Heads, Pool, read, store
-from ligerexport.exporters.onnx.recurrence import gated_recurrence
+from ligerexport.exporters.onnx.recurrence import gated_recurrence, weighted_mean
 from ligerexport.kernels.evicted import slow_rotation
 from ligerexport.kernels.memory_attention import MASKED, rotary_table, rotate
 from ligerexport.model.scores import FAINTEST
-from ligerexport.model.state import EVICTED, MixerSpec
-
-TINY = float(np.finfo(np.float32).tiny)
+from ligerexport.model.state import EVICTED, FORGOTTEN, MixerSpec
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def mixer(
         score: `[B * T, H]` fp32, needed where `spec.config.foresees`.
 
     Returns:
-        Output `[B * T, H_q * d_v]` and the new state.
+        Output `[B * T, H_q * d_v]` and the new state, with `FORGOTTEN` `[B, H_q]` if `lower.meter` asks for it.
     """
     g, config, heads = lower.g, spec.config, spec.kv_heads
     keys, values = frame.per_token(projected[1], heads, spec.d_k), frame.per_token(projected[2], heads, spec.d_v)
@@ -121,7 +119,9 @@ def mixer(
         arrival, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
     if lower.native:
         assert tables.keys is not None
-        mixed, kept = bounded_memory(frame, spec, tables.keys, tables.turn, projected, arrival, score, past)
+        mixed, kept = bounded_memory(
+            frame, spec, tables.keys, tables.turn, projected, arrival, score, past, lower.meter and config.evicts
+        )
     else:
         query = g.transpose(frame.per_token(projected[0], spec.q_heads, spec.d_k), 0, 2, 1, 3)
         if config.ragged:
@@ -178,6 +178,8 @@ def _by_group(
         for name, x in kept.items():
             parts.setdefault(name, []).append(x)
     present = pool.keep(chosen) | {name: heads.join(parts[name], 1) for name in carried}
+    if FORGOTTEN in parts:
+        present[FORGOTTEN] = heads.join(parts[FORGOTTEN], 1, lanes)
     position = heads.join([g.reshape(x, 0, -1) for x in parts["slot_position"]], 1, spec.slots_per_head)
     present["slot_position"] = g.op("Cast", position, to=ir.DataType.INT32)
     if any(scored):
@@ -205,9 +207,7 @@ def _judge(
     still = frame.filled(0.0, -1, heads * spec.d_k)
     recalled, state = lower.linear_attention(query, key, extended, state, still, (heads, heads), spec.d_k)
     recalled = g.reshape(g.slice(recalled, 0, -1, 1), 0, 0, heads, spec.d_v + 1)
-    total, weight = g.op("Split", recalled, g.const([spec.d_v, 1]), outputs=2, axis=-1)
-    answer = g.op("Div", total, g.op("Clip", weight, g.floats(TINY)))
-    error = g.op("ReduceL2", g.op("Sub", values, answer), g.const([3]))
+    error = g.op("ReduceL2", g.op("Sub", values, weighted_mean(g, recalled, spec.d_v)), g.const([3]))
     return g.transpose(error, 0, 2, 3, 1), state
 
 
@@ -244,6 +244,8 @@ class Slots:
         mixed = g.transpose(g.op("Reshape", mixed, self._heads_by_tokens()), 0, 2, 1, 3)
         mixed = g.reshape(mixed, -1, spec.q_heads * spec.d_v)
         if evicted is not None:
+            if self.lower.meter:
+                present[FORGOTTEN] = g.reshape(g.op("Gather", share, g.const(-1), axis=3), 0, -1)  # [B, H_q]
             answer = g.op("Mul", g.transpose(share, 0, 3, 1, 2, 4), evicted[1])
             mixed = g.op("Add", mixed, g.reshape(answer, -1, spec.q_heads * spec.d_v))
         kept, order = self._survivors(visible, scores)

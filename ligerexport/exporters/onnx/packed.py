@@ -81,7 +81,7 @@ class Heads:
 
     def join(self, parts: Sequence[ir.Value], axis: int, widths: Sequence[int] | int = 1) -> ir.Value:
         """Undo `split`."""
-        whole, order = self._concat(parts, axis), self._order(self._widths(widths))
+        whole, order = concat(self._g, self._most, parts, axis), self._order(self._widths(widths))
         return self._pick(whole, np.argsort(order), axis)
 
     def positions(self, past: ir.Value) -> list[ir.Value]:
@@ -111,13 +111,15 @@ class Heads:
             return [*self._split(first, axis, sizes[:most]), *self._split(rest, axis, sizes[most:])]
         return list(g.op("Split", x, g.const(sizes), outputs=len(sizes), axis=axis))
 
-    def _concat(self, parts: Sequence[ir.Value], axis: int) -> ir.Value:
-        most = len(parts) if self._most is None else self._most - 1
-        if len(parts) == 1:
-            return parts[0]
-        if len(parts) > most:
-            return self._concat([self._concat(parts[:most], axis), *parts[most:]], axis)
-        return self._g.concat(*parts, axis=axis)
+
+def concat(g: Builder, most: int | None, parts: Sequence[ir.Value], axis: int) -> ir.Value:
+    """Concatenate any number of tensors by nodes of at most `most` inputs and outputs."""
+    count = len(parts) if most is None else most - 1
+    if len(parts) == 1:
+        return parts[0]
+    if len(parts) > count:
+        return concat(g, most, [concat(g, most, parts[:count], axis), *parts[count:]], axis)
+    return g.concat(*parts, axis=axis)
 
 
 def places(widths: Sequence[int], heads: Sequence[int]) -> np.ndarray:

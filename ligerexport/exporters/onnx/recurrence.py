@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -10,14 +11,33 @@ import onnx_ir as ir
 from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.frame import Frame
 from ligerexport.exporters.onnx.lowerings import Portable, advance, causal, reach, split_heads, unsqueeze
-from ligerexport.model.gates import get_gate
+from ligerexport.model.gates import STRONGEST, get_gate
 from ligerexport.model.state import MixerSpec
 
+TINY = float(np.finfo(np.float32).tiny)
 FEATURE_MAPS: dict[str, Callable[[Builder, ir.Value], ir.Value]] = {
     "softmax": lambda g, x: g.op("Softmax", x, axis=-1),
     "one_minus_sigmoid": lambda g, x: g.op("Sigmoid", g.op("Neg", x)),
 }
 """Functions that write nodes from raw projections `[..., d_k]` to features of the recurrence."""
+DECAYS: dict[str, Callable[[Builder, ir.Value, float], ir.Value]] = {
+    "logsigmoid": lambda g, x, divisor: g.op("Softplus", g.op("Neg", x)),
+    "minus_exp": lambda g, x, divisor: g.op("Exp", g.op("Clip", x, None, g.floats(math.log(STRONGEST * divisor)))),
+    "head_logsigmoid": lambda g, x, divisor: g.op("Softplus", g.op("Neg", _mean(g, x))),
+    "head_minus_softplus": lambda g, x, divisor: g.op("Softplus", _mean(g, x)),
+}
+"""Functions that write nodes from raw keys `[B, T, H, d_k]` to the decay times minus its divisor, `[B, T, H, d_k]` or
+`[B, T, H]`. The divisor is an argument too, for a limit of the decay."""
+
+
+def _mean(g: Builder, x: ir.Value) -> ir.Value:
+    return g.op("ReduceMean", x, g.const([-1]), keepdims=0)
+
+
+def weighted_mean(g: Builder, x: ir.Value, width: int) -> ir.Value:
+    """Divide the last axis, of `width` and one more, by the sum of weights in its last column; 0 if there are none."""
+    total, weight = g.op("Split", x, g.const([width, 1]), outputs=2, axis=-1)
+    return g.op("Div", total, g.op("Clip", weight, g.floats(TINY)))
 
 
 def gated_recurrence(
@@ -38,10 +58,18 @@ def gated_recurrence(
     Returns:
         Output `[B * T, H_q * d_v]` and the new state.
     """
-    g, gate, heads = lower.g, get_gate(spec.config.gate), spec.kv_heads
+    g, gate, heads, present = lower.g, get_gate(spec.config.gate), spec.kv_heads, dict[str, ir.Value]()
     key, value = (frame.per_token(x, -1) for x in projected[1:])
-    decay = g.op("Mul", g.op("Softplus", g.op("Neg", key)), frame.real(-1 / gate.decay_divisor))
-    present = {}
+    if gate.normalised:  # a value that is always 1, for the sum of the weights
+        beside = g.op("Pad", g.reshape(value, 0, 0, heads, -1), g.const([0, 0, 0, 0, 0, 0, 0, 1]), g.floats(1))
+        value = g.reshape(beside, 0, 0, -1)
+    if not gate.floor:
+        raw = key  # functions of single channels need no axis of heads
+        if gate.decay.startswith("head_"):
+            raw = g.reshape(key, 0, 0, heads, -1)
+        elif spec.rows < spec.d_k:
+            raw = _mean(g, g.reshape(key, 0, 0, heads * spec.rows, -1))
+        decay = g.op("Mul", DECAYS[gate.decay](g, raw, gate.decay_divisor), frame.real(-1 / gate.decay_divisor))
     if gate.keyed:
         # 1 - exp(g) without cancellation: ONNX has no expm1
         k = g.op("Mul", g.op("Tanh", g.op("Mul", decay, g.floats(-0.5))), g.op("Add", g.op("Exp", decay), g.floats(1)))
@@ -56,10 +84,14 @@ def gated_recurrence(
             k = g.reshape(features, 0, 0, -1)
         else:
             k = FEATURE_MAPS[gate.key_map](g, frame.per_token(projected[1], heads, spec.d_k))
-            k = g.op("Mul", g.reshape(k, 0, 0, -1), frame.real())
+            k = g.op("Mul", g.reshape(k, 0, 0, -1), frame.real(1 - gate.floor))
+    if gate.floor:
+        decay = g.op("Log", g.op("Sub", g.floats(1), k))
     read, present["recurrent_state"] = lower.linear_attention(
-        g.reshape(q, 0, 0, -1), k, value, past["recurrent_state"], decay, (spec.q_heads, heads), spec.d_k
+        g.reshape(q, 0, 0, -1), k, value, past["recurrent_state"], decay, (spec.q_heads, heads), spec.rows
     )
+    if gate.normalised:
+        read = weighted_mean(g, g.reshape(read, 0, 0, spec.q_heads, -1), spec.d_v)
     return g.reshape(read, -1, spec.q_heads * spec.d_v), present
 
 
@@ -79,7 +111,7 @@ def _row_logits(
     one number per row. State and keys are joined first, so that the state has one consumer and may be updated in place.
 
     Args:
-        spec: The layer; its number of rows M is the number of key channels.
+        spec: The layer; M is its number of rows.
         query: `[B * T, H_q * d_k]`.
         key: `[B, H, T, d_k]`.
         write: `[B, H, T, M]`.
@@ -89,7 +121,7 @@ def _row_logits(
     Returns:
         Output `[B, T, H, G, M]` and the new state.
     """
-    g, rows, group = lower.g, spec.d_k, spec.q_heads // spec.kv_heads
+    g, rows, group = lower.g, spec.rows, spec.q_heads // spec.kv_heads
     q = g.transpose(frame.per_token(query, spec.kv_heads, group, spec.d_k), 0, 2, 1, 3, 4)  # [B, H, T, G, d_k]
     memory = g.concat(state, key, axis=2)  # [B, H, M + T, d_k]
     products = lower.scores(g.reshape(q, 0, 0, -1, spec.d_k), memory, 1.0)

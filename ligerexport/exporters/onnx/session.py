@@ -7,16 +7,19 @@ On a device the state stays there between calls; only ids, positions and logits 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ligerexport.artifact.artifact import Artifact, Manifest, StateTensor
+from ligerexport.artifact.claims import METER
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.dtypes import HALVES
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError, close_matches
+from ligerexport.exporters.onnx.lora import adapters_of, read_adapter
 from ligerexport.exporters.onnx.native import register
 from ligerexport.exporters.onnx.screen import check_graph
 from ligerexport.exporters.session import BatchSession, choose_chunk
@@ -53,6 +56,7 @@ class OnnxSession(BatchSession):
         exact: Whether activations stay in fp32, also in products with quantised weights and in the state. This is
             slower, and serves to compare a graph with arithmetic on the same weights. It excludes `scoring`.
         device: Row of `PROVIDERS`.
+        adapters: Directories of PEFT adapters, by the names that `use` takes.
 
     Raises:
         ArtifactError: ONNX Runtime does not load the graph, or it does not match the manifest.
@@ -71,6 +75,7 @@ class OnnxSession(BatchSession):
         scoring: bool = False,
         exact: bool = False,
         device: str = "cpu",
+        adapters: Mapping[str, Path | str] | None = None,
     ) -> None:
         manifest = artifact.manifest
         self.artifact = artifact
@@ -83,6 +88,7 @@ class OnnxSession(BatchSession):
             raise UsageError(f"device '{device}'", hint=close_matches(device, PROVIDERS))
         if device != "cpu" and manifest.lowering == "native":
             raise UsageError("the lowering native runs on the CPU", hint="ligerexport build --lowering ort")
+        self._known = {name: read_adapter(place, manifest) for name, place in (adapters or {}).items()}
         check_graph(artifact)
         graph = _variant(artifact, scoring) if scoring or exact else None
         if exact:
@@ -100,9 +106,13 @@ class OnnxSession(BatchSession):
         self._fixed = {t: np.full(self._shape(t), t.fill, t.dtype) for t in manifest.state if not t.grows}
         self._values = {t: _value(array, self._device) for t, array in self._fixed.items()}
         self._growing = {t: self._empty(t) for t in manifest.state if t.grows}
+        zeros = {x.name: np.zeros((self.batch, *x.sizes), np.float32) for x in adapters_of(manifest)}
+        self._lora = {name: (array, _value(array, self._device)) for name, array in zeros.items()}
+        self.adapters = (None,) * self.batch
         self._position = np.zeros(self.batch, np.int64)
         self._logits = np.zeros((self.batch, manifest.model.vocab_size), np.float32)
         self._step_ids = np.zeros((self.batch, 1), np.int64)
+        self._forgotten = np.zeros((self.batch, manifest.model.layers), np.float32) if manifest.meters else None
         self._step, self._chunk = self._bind(), self._bind()
         self._step.bind_ortvalue_input("input_ids", _value(self._step_ids))
         self._begin()
@@ -121,10 +131,32 @@ class OnnxSession(BatchSession):
         return other
 
     @property
+    def forgotten(self) -> np.ndarray | None:
+        return self._forgotten
+
+    @property
     def state_bytes(self) -> int:
         """Current size of the state of all sequences, in bytes."""
         fixed = sum(array.nbytes for array in self._fixed.values())
         return fixed + sum(value.tensor_size_in_bytes() for value in self._growing.values())
+
+    def use(self, adapters: str | Sequence[str | None] | None) -> None:
+        rows = [adapters] * self.batch if isinstance(adapters, str | None) else list(adapters)
+        if len(rows) != self.batch:
+            raise UsageError(f"{len(rows)} adapters for {self.batch} sequences", hint="name one for each, or None")
+        for name in rows:
+            if name is not None and name not in self._known:
+                raise UsageError(f"no adapter '{name}' was loaded", hint=close_matches(name, self._known))
+        with self._alone():
+            for row, (old, new) in enumerate(zip(self.adapters, rows, strict=True)):
+                if old != new:
+                    chosen = {} if new is None else self._known[new]
+                    for name, (array, _) in self._lora.items():
+                        array[row] = chosen.get(name, 0)
+            if self._device != "cpu":
+                for array, value in self._lora.values():
+                    value.update_inplace(array)
+            self.adapters = tuple(rows)
 
     def _advance(self, ids: np.ndarray) -> np.ndarray:
         if ids is self._step_ids:
@@ -203,6 +235,10 @@ class OnnxSession(BatchSession):
         binding = self._session.io_binding()
         binding.bind_ortvalue_input("position", _value(self._position))
         binding.bind_ortvalue_output("logits", _value(self._logits))
+        for name, (_, value) in self._lora.items():
+            binding.bind_ortvalue_input(name, value)
+        if self._forgotten is not None:
+            binding.bind_ortvalue_output(METER, _value(self._forgotten))
         for tensor, value in self._values.items():
             binding.bind_ortvalue_input(tensor.past, value)
             binding.bind_ortvalue_output(tensor.present, value)
@@ -229,7 +265,8 @@ class OnnxSession(BatchSession):
             ) from error
         if self._growing:
             # a binding answers in the order in which outputs were bound
-            names = ["logits", *(tensor.present for tensor in (*self._fixed, *self._growing))]
+            names = ["logits", *([METER] if self._forgotten is not None else ())]
+            names += [tensor.present for tensor in (*self._fixed, *self._growing)]
             values = dict(zip(names, binding.get_outputs(), strict=True))
             self._growing = {tensor: values[tensor.present] for tensor in self._growing}
         if self._scoring:

@@ -83,6 +83,11 @@ class ModelSpec:
         return len(self.mixers) * 2 * self.kv_heads * self.head_dim * 4
 
     @property
+    def evicts(self) -> bool:
+        """Whether layers keep what they evict, so that the share of attention on forgotten tokens is known."""
+        return any(mixer is not None and mixer.config.evicts for mixer in self.mixers)
+
+    @property
     def ragged(self) -> bool:
         """Whether a layer has sizes for each KV head or a small type of its slots."""
         return any(mixer is not None and mixer.config.ragged for mixer in self.mixers)
@@ -116,11 +121,6 @@ def read_spec(checkpoint: str | Path | CheckpointInfo, state: str | None = None)
     if activation not in ACTIVATIONS:
         raise CheckpointError(f"activation '{activation}' in config.json", hint=f"supported: {', '.join(ACTIVATIONS)}")
     mixers = tuple(layer_specs(config))
-    if any(mixer is not None and mixer.config.celled for mixer in mixers):
-        raise CheckpointError(
-            "evicted tokens go to cells, which no target supports yet",
-            hint="it runs in torch; convert with --recurrence evicted to build it",
-        )
     spec = ModelSpec(
         path=info.path,
         family=family.model_type,

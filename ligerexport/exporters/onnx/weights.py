@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from ligerexport.checkpoint.checkpoint import not_finite
 from ligerexport.dtypes import DTYPES
+from ligerexport.exporters.onnx.lora import JOINT as JOINT
 from ligerexport.exporters.onnx.quantise import Blocks, dequantise, pack, quantise, requantise, unpack
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, Precision
@@ -29,8 +30,6 @@ ALIGNMENT = 4096
 SUFFIXES = ("", "_scale", "_zero_point")
 """Suffixes of the names of the three tensors of a quantised matrix."""
 _MLP = re.compile(r"layers\.(\d+)\.mlp\.(\w+)_proj")
-JOINT = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
-"""Maps of one input, by their joint name."""
 _JOINT_OF = {f"{n.partition('.')[0]}.{kind}_proj": n for n, kinds in JOINT.items() for kind in kinds}
 _KINDS = [kind for kinds in JOINT.values() for kind in kinds]
 SLAB = 1 << 24

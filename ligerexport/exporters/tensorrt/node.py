@@ -133,6 +133,7 @@ def _rotary(g: Builder, inv_freq: tuple[float, ...], max_distance: int) -> ir.Va
 
     def make() -> ir.Value:
         name = f"rotary.{sum(x.startswith('rotary.') for x in g.initializers)}"
-        return g.initializer(ir.tensor(rotary_table(torch.tensor(inv_freq), max_distance, BLOCK).numpy(), name=name))
+        table = rotary_table(torch.tensor(inv_freq), max_distance, BLOCK, turns=True)
+        return g.initializer(ir.tensor(table.numpy(), name=name))
 
     return g.once(("rotary", inv_freq, max_distance), make)

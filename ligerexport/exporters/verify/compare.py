@@ -90,8 +90,16 @@ class Comparison:
         self.result = Result(tolerance=asdict(tolerance))
         self.adrift = False
 
-    def agrees(self, snapshot: Snapshot, answer: Answer, logits: np.ndarray) -> bool:
+    def agrees(
+        self, snapshot: Snapshot, answer: Answer, logits: np.ndarray, before: State | None = None, start: int = 0
+    ) -> bool:
         """Compare state and logits after a call; return False if the first difference is a near tie.
+
+        Args:
+            snapshot: The state after the call.
+            answer: Torch's state and logits after the call.
+            logits: Logits after the call `[V]`.
+            before: State before the call, after `start` tokens, with at least the positions of slots.
 
         Raises:
             Mismatch: The first difference is no near tie.
@@ -101,8 +109,12 @@ class Comparison:
             found, expected = (of_layer(state, layer) for state in (snapshot.tensors, answer.state))
             if name := unscaled(found):
                 raise Mismatch(layer, f"{name} is not the largest element divided by the largest code")
-            for (where, theirs), (_, ours) in zip(by_head(found, mixer), by_head(expected, mixer), strict=True):
+            sides = zip(by_head(found, mixer), by_head(expected, mixer), strict=True)
+            for head, ((where, theirs), (_, ours)) in enumerate(sides):
                 if mixer is not None and not np.array_equal(theirs["slot_position"], ours["slot_position"]):
+                    then = before and by_head(of_layer(before, layer), mixer)[head][1]
+                    if then and came_back(then, theirs, start):
+                        raise Mismatch(layer, f"slot_position{where}: a token that had lost its slot is back")
                     if not is_near_tie(ours, theirs, mixer.config.slots, self.tolerance.tie):
                         raise Mismatch(layer, f"slot_position{where}: other tokens keep a slot")
                     return False
@@ -154,6 +166,18 @@ def is_near_tie(expected: State, found: State, pools: tuple[tuple[str, int], ...
         if not near.any(axis=0).any(axis=1).all():
             return False
     return True
+
+
+def came_back(before: State, found: State, start: int) -> bool:
+    """Return whether a mixer holds a token after a call that it no longer held before the call, after `start` tokens.
+
+    No tied scores explain this. Both states are sorted.
+    """
+    for index in np.ndindex(found["slot_position"].shape[:2]):
+        now, then = found["slot_position"][index], before["slot_position"][index]
+        if not np.isin(now[now < start], [-1, *then]).all():
+            return True
+    return False
 
 
 def get_ranks(scores: np.ndarray, positions: np.ndarray, pools: tuple[tuple[str, int], ...]) -> np.ndarray:

@@ -15,7 +15,7 @@ from ligerexport.exporters.onnx.session import EXACT, FOLDER
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.variants import exact_graph
 from ligerexport.exporters.tensorrt.evaluation import evaluator
-from ligerexport.exporters.verify.compare import Mismatch, is_near_tie, state_error, tolerance_of
+from ligerexport.exporters.verify.compare import Mismatch, came_back, is_near_tie, state_error, tolerance_of
 from ligerexport.exporters.verify.slots import by_head, encode, of_layer, unscaled
 from ligerexport.exporters.verify.ties import narrow
 from ligerexport.exporters.verify.torch_model import Answer, Reference, State
@@ -83,19 +83,24 @@ def _compare(spec: ModelSpec, graph: _Graph, state: State, position: int, answer
     """Make one call with the tokens of torch's answers; compare the final state and the whole residual stream."""
     found, streams = graph.run(state, position, _ids(answers)), [f"past.{i}.hidden" for i in range(len(spec.mixers))]
     hidden = {name: np.concatenate([answer.state[name] for answer in answers]) for name in streams}
-    return _first_layer(spec, answers[-1].state | hidden, found)
+    return _first_layer(spec, answers[-1].state | hidden, found, state, position)
 
 
-def _first_layer(spec: ModelSpec, expected: State, found: State) -> _Difference | None:
-    """Return the first layer that differs after one call, or in which scores tied."""
+def _first_layer(spec: ModelSpec, expected: State, found: State, state: State, position: int) -> _Difference | None:
+    """Return the first layer that differs after one call, or in which scores tied.
+
+    The call began in `state`, after `position` tokens.
+    """
     before = APART / GROWTH
     for layer, mixer in enumerate(spec.mixers):
         sides = of_layer(expected, layer), of_layer(found, layer)
         streams = [side.pop("hidden") for side in sides]
         errors = dict[str, float]()
-        for (where, ours), (_, theirs) in zip(*(by_head(side, mixer) for side in sides), strict=True):
+        heads = (by_head(side, mixer) for side in (*sides, of_layer(state, layer)))
+        for (where, ours), (_, theirs), (_, then) in zip(*heads, strict=True):
             if mixer is not None and not np.array_equal(ours["slot_position"], theirs["slot_position"]):
                 tied = is_near_tie(ours, theirs, mixer.config.slots, tolerance_of("float32").tie)
+                tied = tied and not came_back(then, theirs, position)
                 return _Difference(layer, f"its slot_position{where}", tied)
             errors |= {f"its {name}{where}": state_error(tensor, theirs[name]) for name, tensor in ours.items()}
         if (scale := unscaled(sides[1])) is not None:

@@ -148,7 +148,7 @@ def _first_tie(
     answers = narrow(torch_model, past, ids, differs)
     after, logits = call(answers)
     try:
-        check.agrees(after, answers[-1], logits)
+        check.agrees(after, answers[-1], logits, before.tensors, start)
     except Mismatch as mismatch:
         ids = np.concatenate([answer.ids for answer in answers])
         steps = torch_model.answers(np.split(ids, len(ids)), copy.deepcopy(past), whole={len(ids) - 1})

@@ -30,6 +30,7 @@ from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightStorage, stored_slabs, weight_slabs
 from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer, read_config
 from ligerexport.model.families import output_head
+from ligerexport.model.state import FORGOTTEN
 
 State = dict[str, np.ndarray]
 
@@ -43,6 +44,8 @@ UNKNOWN = 1 << 32
 class Answer:
     """The torch model's result of one call: its tokens, logits `[V]`, and the state by `past.*` names.
 
+    `forgotten` `[layers]` is the same as in `Session`, for an artifact that returns it.
+
     `whole` is whether the state is complete. Otherwise it has only positions and scores of slots, and no cache. The
     cache holds torch's own state, to continue from.
     """
@@ -52,6 +55,7 @@ class Answer:
     state: State
     whole: bool
     cache: LigerCache | None = None
+    forgotten: np.ndarray | None = None
 
     def after(self) -> LigerCache:
         """Return the cache after a whole answer; copy it before you continue from it."""
@@ -81,6 +85,7 @@ class Reference:
     ) -> None:
         self._spec, self._form, self._tolerance = spec, storage, tolerance
         self._stored = None if artifact is None else artifact.directory
+        self._meters = artifact is not None and artifact.manifest.meters
         with weightless():  # what the model computes of its configuration is real
             self._model = AutoModelForCausalLM.from_config(read_config(spec.config), dtype=torch.float32).eval()
         self._read: set[str] = set()
@@ -89,7 +94,11 @@ class Reference:
 
     def new_cache(self) -> LigerCache:
         """Return a cache that has seen nothing."""
-        return LigerCache(self._model.config)
+        cache = LigerCache(self._model.config)
+        for layer, entry in zip(self._model.model.layers, cache.layers, strict=True):
+            if self._meters and isinstance(entry, LigerLayer):
+                entry.advance(layer.self_attn.spec.initial_state(1, torch.float32, meter=True), 0)
+        return cache
 
     def answers(
         self,
@@ -111,6 +120,7 @@ class Reference:
         """
         states: list[State] = [{} for _ in pieces]
         caches = [self.new_cache() if whole is None or i in whole else None for i in range(len(pieces))]
+        shares = np.zeros((len(pieces), len(self._spec.mixers)), np.float32)
 
         def keep(layer: int, piece: int, entry: Any, stream: Tensor) -> None:
             states[piece] |= {
@@ -118,12 +128,17 @@ class Reference:
             }
             if (copied := caches[piece]) is not None:
                 copied.layers[layer] = copy.copy(entry)  # a call makes new tensors and leaves these as they are
+            if self._meters and FORGOTTEN in (entry.state or {}):
+                shares[piece, layer] = float(entry.state[FORGOTTEN].mean())
             if hidden:
                 states[piece][f"past.{layer}.hidden"] = stream[0].numpy()
 
         streams = self._streams(pieces, cache, keep, advance)
         logits = self._logits(torch.cat([stream[:, -1] for stream in streams]))
-        return [Answer(ids, logits[i], states[i], caches[i] is not None, caches[i]) for i, ids in enumerate(pieces)]
+        return [
+            Answer(ids, logits[i], states[i], caches[i] is not None, caches[i], shares[i] if self._meters else None)
+            for i, ids in enumerate(pieces)
+        ]
 
     def every(self, ids: np.ndarray) -> np.ndarray:
         """Return the logits after each token of a text `[T]`, `[T, V]`."""
@@ -329,5 +344,5 @@ def _count(entry: Any, tokens: int) -> None:
 def _layer_state(entry: Any, whole: bool) -> State:
     """Return a layer's state by the graph's names; without the keys of a softmax layer, because they are rotated."""
     tensors: dict[str, Tensor] = getattr(entry, "state", None) or {"value": entry.values}
-    names = tensors if whole else {"slot_position", "slot_score"} & tensors.keys()
+    names = tensors.keys() - {FORGOTTEN} if whole else {"slot_position", "slot_score"} & tensors.keys()
     return {name: tensors[name].numpy() for name in names}

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from ligerexport.artifact.artifact import Artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import LigerError, VerificationError
+from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightStorage
 from ligerexport.exporters.tensorrt.evaluation import PluginSession
@@ -29,7 +30,6 @@ from ligerexport.exporters.verify.slots import is_rounded, unrounded
 from ligerexport.exporters.verify.text import PROMPT
 from ligerexport.exporters.verify.ties import replay
 from ligerexport.exporters.verify.torch_model import Answer, Reference, check_reading
-from ligerexport.layers.mixer import LigerCache
 
 PIECES = 6
 """Number of pieces that the prompt is cut into, at random places."""
@@ -96,8 +96,6 @@ def _compare(
 def _open(spec: ModelSpec, artifact: Artifact) -> Engine:
     if artifact.manifest.lowering == "plugin":
         return PluginSession(artifact, spec, wide=True)
-    from ligerexport.exporters.onnx.session import OnnxSession
-
     exact = artifact.manifest.block is not None or is_rounded(spec)
     return OnnxSession(artifact, chunk=artifact.manifest.graph.max_chunk, prepack=False, exact=exact)
 
@@ -136,10 +134,10 @@ class Verification(Comparison):
         Raises:
             Mismatch: A result differs by more than the tolerance.
         """
-        past, start = None, 0
+        last, start = None, 0
         for i, answer in enumerate(answers):
-            choice = self._call(session, answer, past, start)
-            past, start = answer.cache, start + len(answer.ids)
+            choice = self._call(session, answer, last, start)
+            last, start = answer, start + len(answer.ids)
             if choice is not None and i >= prompt - 1:
                 self._check_choice(answer.logits, choice)
             advance(1)
@@ -151,12 +149,10 @@ class Verification(Comparison):
             raise Mismatch(None, f"{self.result.near_ties} of {self.result.checks} comparisons ended in tied scores")
         self.result.passed = True
 
-    def _call(
-        self, session: Engine, answer: Answer, past: LigerCache | None = None, start: int = 0
-    ) -> np.ndarray | None:
+    def _call(self, session: Engine, answer: Answer, last: Answer | None = None, start: int = 0) -> np.ndarray | None:
         """Feed and compare one call after `start` tokens; return its logits, or None after a near tie.
 
-        `past` is torch's state before the call, None if nothing was seen.
+        `last` is torch's answer to the call before, None if nothing was seen.
         """
         self.result.checks += 1
         self.result.tokens += len(answer.ids)
@@ -165,19 +161,32 @@ class Verification(Comparison):
         logits = (session.step(int(answer.ids[0])) if single else session.prefill(answer.ids))[0]
         after = session.snapshot()
         if not self.adrift:
+            agreed = False
             try:
-                if self.agrees(after, answer, logits):
-                    return logits
+                agreed = self.agrees(after, answer, logits, last.state if last else None, start)
             except Mismatch:
                 if before is None or self._reference is None:
                     raise
                 session.restore(before)
-                past = past or self._reference.new_cache()
+                past = (last and last.cache) or self._reference.new_cache()
                 with self._progress(f"tied scores after {start} tokens", len(answer.ids), "steps") as advance:
                     replay(self, session, self._reference, past, answer.ids, start, advance)
+            if agreed:
+                self._check_forgotten(session, answer)
+                return logits
             self.result.near_ties += 1
         self.resume(session, after, answer)
         return None
+
+    def _check_forgotten(self, session: Engine, answer: Answer) -> None:
+        """Compare the share of attention on forgotten tokens, if the graph returns it."""
+        if answer.forgotten is None:
+            return
+        assert isinstance(session, OnnxSession) and session.forgotten is not None
+        errors = np.abs(session.forgotten[0] - answer.forgotten)
+        if not (errors <= self.tolerance.state).all():
+            layer = int(errors.argmax())
+            raise Mismatch(layer, f"the share of attention on forgotten tokens is off by {errors[layer]:.1e}")
 
     def _check_choice(self, expected: np.ndarray, found: np.ndarray) -> None:
         """Compare the greedy choice, unless two logits are closer than the tolerance."""

@@ -1,6 +1,7 @@
 """Helpers of the linear-attention kernels for a block of tokens: feature maps, decay, and sums over tokens.
 
-Decay is in bits (log base 2) inside the kernels, since the hardware's exponential is `exp2`.
+Decay is in bits (log base 2) inside the kernels, since the hardware's exponential is `exp2`. DECAY is
+`Gate.kernel_decay`: the name of the decay, its divisor, and the floor.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ligerexport.kernels.fused.numbers import LOG2E
+from ligerexport.kernels.fused.numbers import LOG2E, STRONGEST
 
 FAINTEST_DECAY = tl.constexpr(-256.0)
 """Bits of decay per token beyond which fp32 forgets everything anyway; keeps sums finite for a decay of -inf."""
@@ -89,18 +90,55 @@ def features_gradient(feature, gradient, MAP: tl.constexpr):
 
 
 @triton.jit
-def decay_of_key(x, m_rows, DIVISOR: tl.constexpr):
-    """Return `logsigmoid(x) / DIVISOR` in bits, `[C, BK]`; zero in rows outside `m_rows`."""
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    # 1 + e would lose what a nearly open gate forgets; the series does not
-    log = tl.where(e < 1e-3, e * (1.0 - 0.5 * e) * LOG2E, tl.log2(1.0 + e))
-    return tl.where(m_rows[:, None], (tl.minimum(x, 0.0) * LOG2E - log) / DIVISOR, 0.0)
+def log_of_sum(e):
+    """Return log2(1 + e) for |e| < 1; where 1 + e would lose what a nearly open gate forgets, the series does not."""
+    return tl.where(tl.abs(e) < 1e-3, e * (1.0 - 0.5 * e) * LOG2E, tl.log2(1.0 + e))
 
 
 @triton.jit
-def decay_to_key(x, gradient, DIVISOR: tl.constexpr):
+def decaying(x, K: tl.constexpr, DECAY: tl.constexpr):
+    """Return what the logistic function of a decay is taken of: raw keys `[C, BK]`, or their mean in each channel."""
+    if DECAY[0] == "head_logsigmoid" or DECAY[0] == "head_minus_softplus":
+        x = tl.sum(x, axis=1)[:, None] * (1.0 / K) + tl.zeros_like(x)
+    if DECAY[0] == "head_minus_softplus":
+        x = -x
+    return x
+
+
+@triton.jit
+def decay_of_key(x, m_rows, K: tl.constexpr, DECAY: tl.constexpr):
+    """Return the decay of raw keys `[C, BK]` fp32 in bits; zero in rows outside `m_rows`."""
+    x = decaying(x, K, DECAY)
+    if DECAY[0] == "minus_exp":
+        bits = -tl.minimum(tl.exp2(x * LOG2E) / DECAY[1], STRONGEST) * LOG2E
+    elif DECAY[2] > 0.0:  # 1 minus the feature of the key
+        bits = log_of_sum((DECAY[2] - 1.0) / (1.0 + tl.exp2(x * LOG2E)))
+    else:
+        tl.static_assert(
+            DECAY[0] == "logsigmoid" or DECAY[0] == "head_logsigmoid" or DECAY[0] == "head_minus_softplus",
+            "no such decay in this kernel",
+        )
+        bits = (tl.minimum(x, 0.0) * LOG2E - log_of_sum(tl.exp2(-tl.abs(x) * LOG2E))) / DECAY[1]
+    return tl.where(m_rows[:, None], bits, 0.0)
+
+
+@triton.jit
+def decay_to_key(x, gradient, K: tl.constexpr, DECAY: tl.constexpr):
     """Return the gradient of raw keys through their decay, from that of the decay in nats, both `[C, BK]` fp32."""
-    return gradient / (DIVISOR * (1.0 + tl.exp2(x * LOG2E)))
+    if DECAY[0] == "minus_exp":
+        share = tl.exp2(x * LOG2E) / DECAY[1]
+        gradient = tl.where(share < STRONGEST, -share * gradient, 0.0)
+    else:
+        closed = 1.0 / (1.0 + tl.exp2(decaying(x, K, DECAY) * LOG2E))
+        if DECAY[2] > 0.0:
+            gradient = gradient * closed * (1.0 - closed) * (1.0 - DECAY[2]) / (1.0 - (1.0 - DECAY[2]) * closed)
+        else:
+            gradient = gradient * closed / DECAY[1]
+    if DECAY[0] == "head_logsigmoid" or DECAY[0] == "head_minus_softplus":
+        gradient = tl.sum(gradient, axis=1)[:, None] * (1.0 / K) + tl.zeros_like(x)
+    if DECAY[0] == "head_minus_softplus":
+        gradient = -gradient
+    return gradient
 
 
 @triton.jit
@@ -144,13 +182,17 @@ def around_middle(d, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def load_key(
     k, g, rows, channels, stride_k, stride_g, m_rows,
-    K: tl.constexpr, BK: tl.constexpr, MAP: tl.constexpr, DIVISOR: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, MAP: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """Load raw keys `[C, BK]` and return their features and decay in bits, fp32; MAP "none" takes decay from `g`."""
     x = load_block(k, rows, channels, stride_k, m_rows, K, BK).to(tl.float32)
     if MAP == "none":
-        return x, decay_given(load_block(g, rows, channels, stride_g, m_rows, K, BK), m_rows)
-    return features(x, m_rows, channels, K, MAP), decay_of_key(x, m_rows, DIVISOR)
+        key, d = x, decay_given(load_block(g, rows, channels, stride_g, m_rows, K, BK), m_rows)
+    else:
+        key, d = features(x, m_rows, channels, K, MAP), decay_of_key(x, m_rows, K, DECAY)
+        if DECAY[2] > 0.0:
+            key = key * (1.0 - DECAY[2])
+    return key, d
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from ligerexport.kernels.fused import linear_attention_forward as forward_kernel
 from ligerexport.kernels.fused import strong_channels
 from ligerexport.kernels.fused.launch import launch, layout
 from ligerexport.kernels.fused.segments import Segments, cut, cut_batch, segment_length
-from ligerexport.kernels.tuning import Tile, get_tile, padded, target
+from ligerexport.kernels.tuning import WIDEST, Tile, get_tile, padded, target
 from ligerexport.model.gates import get_gate
 
 SCANNED = 1024
@@ -43,14 +43,15 @@ class _Call:
     sequences: int
     query_map: str
     key_map: str
-    divisor: float
+    decay: tuple[str, float, float]
     itemsize: int
     operand: tl.dtype
     precision: str
     saved: torch.dtype
 
     def tile(self, kernel: str) -> Tile:
-        return get_tile(kernel, max(padded(self.d_k), padded(self.d_v)), self.itemsize)
+        # value channels are divided into blocks, so more of them than any row of the table need no other tile
+        return get_tile(kernel, max(padded(self.d_k), min(padded(self.d_v), WIDEST)), self.itemsize)
 
     @cached_property
     def chunk(self) -> int:
@@ -78,12 +79,8 @@ class _Call:
         return min(self.tile(kernel).block_v, padded(self.d_v))
 
     def block_k(self, kernel: str) -> int:
-        # a softmax needs all channels of a head in one program
-        return (
-            padded(self.d_k)
-            if self.query_map == "softmax"
-            else min(self.tile(self.mapped(kernel)).block_k, padded(self.d_k))
-        )
+        # maps and decays may need all channels of a head in one program
+        return padded(self.d_k) if self.query_map != "none" else min(self.tile(kernel).block_k, padded(self.d_k))
 
     def mapped(self, kernel: str) -> str:
         """Return the name of a kernel's tile, which differs if the kernel also computes feature maps."""
@@ -104,7 +101,7 @@ class _Call:
 
     def maps(self) -> dict[str, Any]:
         """Return the arguments of all kernels that read raw projections."""
-        return {"QUERY_MAP": self.query_map, "KEY_MAP": self.key_map, "DIVISOR": self.divisor}
+        return {"QUERY_MAP": self.query_map, "KEY_MAP": self.key_map, "DECAY": self.decay}
 
     def elementwise(self, kernel: str) -> dict[str, Any]:
         """Return the arguments of `prepare` or `finish_gradient`."""
@@ -135,7 +132,7 @@ def _call(layouts: Any, sequences: int, packed: bool, gate: str | None, target: 
         sequences=sequences,
         query_map="none" if row is None else row.query_map,
         key_map="none" if row is None else row.key_map,
-        divisor=1.0 if row is None else row.decay_divisor,
+        decay=("given", 1.0, 0.0) if row is None else row.kernel_decay,
         itemsize=dtype.itemsize,
         operand=tl.float32 if exact or INTERPRETED else tl.bfloat16,  # the interpreter has no bf16 product
         precision="tf32x3" if exact else "tf32",
@@ -250,7 +247,7 @@ def forward(
     """
     batch, length = query.shape[:2]
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    output = query.new_empty(batch, length, query.shape[2], value.shape[3])
+    output = value.new_empty(batch, length, query.shape[2], value.shape[3])
     q, k, v = _flat(query), _flat(key), _flat(value)
     g = k if decay is None else _flat(decay)
     call = _call(layout(q, k, v, g, initial_state), sequences, cu_seqlens is not None, gate, target())

@@ -143,7 +143,7 @@ def finish_gradient(
     stride_q, stride_qh, stride_k, stride_kh, stride_g, stride_gh, stride_dg, stride_dgh,
     stride_dq, stride_dqh, stride_dk, stride_dkh,
     HEADS, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DIVISOR: tl.constexpr, STAGES: tl.constexpr,
+    QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DECAY: tl.constexpr, STAGES: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Turn gradients of scaled queries and keys into those of raw ones. Grid: (KV heads, chunks, K blocks)."""
@@ -156,19 +156,22 @@ def finish_gradient(
     PK: tl.constexpr = K if K % BK == 0 else 0
     m_rows = token < length
     p_k, p_g = k + first * stride_k + head * stride_kh, g + first * stride_g + head * stride_gh
-    key, d = load_key(p_k, p_g, token, channels, stride_k, stride_g, m_rows, K, PK, KEY_MAP, DIVISOR)
+    key, d = load_key(p_k, p_g, token, channels, stride_k, stride_g, m_rows, K, PK, KEY_MAP, DECAY)
     r, before, after = around_middle(d, OPERAND, PRECISION)
     q_factor, k_factor, _, _, _ = around_reference(r, before, after)
     if tl.load(flags + chunk * HEADS + head) > 0:  # `strong_gradient` has applied them
         q_factor, k_factor = tl.zeros_like(r) + 1.0, tl.zeros_like(r) + 1.0
     p_scaled = scaled_dk + (first * HEADS + head) * K
     gradient = load_block(p_scaled, token, channels, HEADS * K, m_rows, K, PK).to(tl.float32)
-    gradient = features_gradient(key, gradient * k_factor, KEY_MAP)
+    gradient = gradient * k_factor
+    if KEY_MAP != "none" and DECAY[2] > 0.0:  # the features are 1 - floor times those of the map
+        key, gradient = key * (1.0 / (1.0 - DECAY[2])), gradient * (1.0 - DECAY[2])
+    gradient = features_gradient(key, gradient, KEY_MAP)
     if KEY_MAP != "none":
         p_decay = decay_gradient + first * stride_dg + head * stride_dgh
         decay = load_block(p_decay, token, channels, stride_dg, m_rows, K, PK).to(tl.float32)
         x = load_block(p_k, token, channels, stride_k, m_rows, K, PK).to(tl.float32)
-        gradient += decay_to_key(x, decay, DIVISOR)
+        gradient += decay_to_key(x, decay, K, DECAY)
     store_block(dk + first * stride_dk + head * stride_dkh, gradient, token, channels, stride_dk, m_rows, K, PK)
     for j in tl.range(0, GROUP, num_stages=STAGES):
         h = head * GROUP + j

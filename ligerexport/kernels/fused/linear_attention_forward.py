@@ -43,7 +43,7 @@ def prepare(
     q, k, g, scaled_q, scaled_k, factors, flags, chunks, scale,
     stride_q, stride_qh, stride_k, stride_kh, stride_g, stride_gh,
     HEADS, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DIVISOR: tl.constexpr, STAGES: tl.constexpr,
+    QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DECAY: tl.constexpr, STAGES: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write scaled features of queries and keys, and the state's factors. Grid: (KV heads, chunks, K blocks)."""
@@ -58,7 +58,7 @@ def prepare(
     PK: tl.constexpr = K if K % BK == 0 else 0
     m_rows = token < length
     p_k, p_g = k + first * stride_k + head * stride_kh, g + first * stride_g + head * stride_gh
-    key, d = load_key(p_k, p_g, token, channels, stride_k, stride_g, m_rows, K, PK, KEY_MAP, DIVISOR)
+    key, d = load_key(p_k, p_g, token, channels, stride_k, stride_g, m_rows, K, PK, KEY_MAP, DECAY)
     r, before, after = around_middle(d, OPERAND, PRECISION)
     q_factor, k_factor, strong, enter, leave = around_reference(r, before, after)
     stride = HEADS * K

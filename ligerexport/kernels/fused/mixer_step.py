@@ -87,7 +87,7 @@ def mixer_step(
     lost = query.new_empty(units, (group + 1) * (spec.d_v + 1) + spec.d_k, dtype=torch.float32) if evicts else None
     roles = 1 + triton.cdiv(spec.d_v, tiling.block_v) * (recurrent is not None)
     roles += triton.cdiv(spec.d_v, tiling.block_judge) * config.judged
-    left = triton.cdiv((2 * spec.q_heads // spec.kv_heads + 1) * spec.d_v + 2, 32) * 32
+    left = triton.cdiv((2 * group + 1) * spec.d_v + group + 2, 32) * 32
     scratch, count = (_scratch(query.device, units * left), _count(query.device, units)) if roles > 1 else (None, None)
     precision = "tf32x3" if query.dtype == torch.float32 else "tf32"
     _mixer_step_kernel[(units * roles,)](
@@ -102,7 +102,7 @@ def mixer_step(
         REST_PAD=_padded(spec.d_k - 2 * rotated), CAP=spec.max_distance, TABLE=rotary.shape[1] * rotated,
         N=config.num_slots, N_PAD=_padded(config.num_slots), WINDOW=config.window, SINKS=config.sinks,
         POOLS=pools, P_PAD=triton.next_power_of_2(max(len(pools), 1)), BY_VALUE=any(pool.by_value for pool in pools),
-        QUERY_MAP=gate.query_map, KEY_MAP=gate.key_map, DIVISOR=gate.decay_divisor,
+        QUERY_MAP=gate.query_map, KEY_MAP=gate.key_map, DECAY=gate.kernel_decay, NORMALISED=config.normalised,
         PRECISION="ieee" if triton.knobs.runtime.interpret else precision,
         TILE=min(triton.next_power_of_2(spec.d_v), 65536 // (_padded(config.num_slots) * query.element_size())),
         BLOCK_V=tiling.block_v, BLOCK_JUDGE=tiling.block_judge, SCRATCH=left, OVERLAP=overlaps(),
@@ -140,8 +140,9 @@ def _mixer_step_kernel(
     DV_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, BLOCK_R: tl.constexpr, REST_PAD: tl.constexpr,
     CAP: tl.constexpr, TABLE: tl.constexpr, N: tl.constexpr, N_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, POOLS: tl.constexpr, P_PAD: tl.constexpr, BY_VALUE: tl.constexpr,
-    QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DIVISOR: tl.constexpr, PRECISION: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_JUDGE: tl.constexpr, SCRATCH: tl.constexpr, OVERLAP: tl.constexpr,
+    QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DECAY: tl.constexpr, NORMALISED: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_JUDGE: tl.constexpr,
+    SCRATCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     RECURRENT: tl.constexpr = 0 if p_recurrent is None else (D_V + BLOCK_V - 1) // BLOCK_V
     JUDGES: tl.constexpr = 0 if p_judge is None else (D_V + BLOCK_JUDGE - 1) // BLOCK_JUDGE
@@ -164,12 +165,12 @@ def _mixer_step_kernel(
     head = row * H + h
     p_now = p_position + b
 
-    # The programs of a head write for the last one: attention and the recurrence's answer, both `[G, d_v]`; the judge's
-    # answer, `[d_v]`, and its mass; the new token's slot.
+    # The programs of a head write for the last one: attention and the recurrence's answer, both `[G, d_v]`, and the
+    # answer's sums of weights, `[G]`; the judge's answer, `[d_v]`, and its mass; the new token's slot.
     p_mixed, p_read, p_recalled, p_place = p_output, None, None, None
     if ROLES > 1:
         p_scratch += unit.to(tl.int64) * SCRATCH
-        p_read, p_recalled = p_scratch + G * D_V, p_scratch + 2 * G * D_V
+        p_read, p_recalled = p_scratch + G * D_V, p_scratch + G * (2 * D_V + 1)
         p_place = p_recalled + D_V + 1
         if RECURRENT > 0:
             p_mixed = p_scratch
@@ -191,9 +192,9 @@ def _mixer_step_kernel(
         start = (role - 1) * BLOCK_V
         if (role > 0) & (role <= RECURRENT):
             recur(
-                p_query, p_key, p_value, s_query_h, p_recurrent + head * (D_K * D_V), p_read, start, p_now,
-                recurrence_weight, G, D_K, DK_PAD, D_V, BLOCK_V, QUERY_MAP, KEY_MAP, DIVISOR, PRECISION,
-                OVERLAP,
+                p_query, p_key, p_value, s_query_h, p_recurrent + head * (D_K * (D_V + 1 if NORMALISED else D_V)),
+                p_read, start, p_now, recurrence_weight, G, D_K, DK_PAD, D_V, BLOCK_V, QUERY_MAP, KEY_MAP, DECAY,
+                NORMALISED, PRECISION, OVERLAP,
             )  # fmt: skip
     if JUDGES > 0:
         start = (role - 1 - RECURRENT) * BLOCK_JUDGE
@@ -209,7 +210,11 @@ def _mixer_step_kernel(
             if RECURRENT > 0:
                 o_part = o_g[:, None] * D_V + o_v[None, :]
                 mixed = tl.load(p_scratch + o_part, mask=m_out, cache_modifier=".cg")
-                mixed += tl.load(p_read + o_part, mask=m_out, cache_modifier=".cg")
+                read = tl.load(p_read + o_part, mask=m_out, cache_modifier=".cg")
+                if NORMALISED:  # the weight of the recurrence is in both
+                    sums = tl.load(p_read + G * D_V + o_g, mask=o_g < G, other=0.0, cache_modifier=".cg")
+                    read = read * (recurrence_weight / tl.where(sums > 0, sums, 1.0))[:, None]
+                mixed += read
                 tl.store(p_out, tl.where(now >= 0, mixed, 0.0).to(p_output.dtype.element_ty), mask=m_out)
             if JUDGES > 0:
                 mass = tl.load(p_recalled + D_V, cache_modifier=".cg")

@@ -5,6 +5,7 @@ The kernels of novelty, memory and recurrences are beside this file; this file h
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from ligerexport.kernels.fused import linear_attention, memory_attention
 from ligerexport.kernels.fused.evicted_prefill import evicted_prefill
 from ligerexport.kernels.fused.recall_error import recall_error
-from ligerexport.model.gates import OPEN
+from ligerexport.model.gates import get_gate
 from ligerexport.model.state import MixerSpec, MixerState
 
 
@@ -38,12 +39,13 @@ def prefill(
         return attended.output, present
     batch, tokens = query.shape[:2]
     if config.recurrent:
-        real_key, real_value = (x.new_empty(x.shape) for x in (key, value))
-        for x, real, hidden in ((key, real_key, OPEN), (value, real_value, 0.0)):
+        real_key = key.new_empty(key.shape)
+        # a sum of weights needs more than 16 bits
+        real_value = value.new_empty(*value.shape[:3], spec.columns, dtype=torch.float32 if config.normalised else None)
+        for x, real, hidden in ((key, real_key, get_gate(config.gate).open_key), (value, real_value, 0.0)):
             hide_padding[tokens, spec.kv_heads, batch](
-                x, real, position, tokens, *x.stride()[:3],
-                HIDDEN=hidden, HEADS=spec.kv_heads, WIDTH=x.shape[3], BLOCK=triton.next_power_of_2(x.shape[3]),
-                num_warps=1,
+                x, real, position, tokens, *x.stride()[:3], HIDDEN=hidden, HEADS=spec.kv_heads, WIDTH=x.shape[3],
+                WIDER=real.shape[3], BLOCK=triton.next_power_of_2(real.shape[3]), num_warps=1,
             )  # fmt: skip
         past = state["recurrent_state"]
         recurred, final, _ = linear_attention.forward(query, real_key, real_value, None, past, None, config.gate, 1.0)
@@ -52,12 +54,16 @@ def prefill(
 
 
 def blend_outputs(attended: Tensor, recurred: Tensor, spec: MixerSpec) -> Tensor:
-    """Return the weighted sum of two outputs `[B, T, H_q, d_v]`, or of the first one if there is no recurrence."""
+    """Return the weighted sum of two outputs `[B, T, H_q, d_v]`, or of the first one if there is no recurrence.
+
+    The second has one more column if the recurrence is normalised: the sum of weights, by which it is divided.
+    """
     batch, tokens = attended.shape[:2]
     output, config, width = attended.new_empty(attended.shape), spec.config, spec.q_heads * spec.d_v
     blend[tokens, batch](
         attended, recurred, output, config.attention_weight, config.recurrence_weight, tokens,
-        RECURRENT=config.recurrent, WIDTH=width, BLOCK=min(1024, triton.next_power_of_2(width)), num_warps=4,
+        RECURRENT=config.recurrent, HEAD=spec.d_v, COLUMNS=spec.columns, WIDTH=width,
+        BLOCK=min(1024, triton.next_power_of_2(width)), num_warps=4,
     )  # fmt: skip
     return output
 
@@ -65,26 +71,33 @@ def blend_outputs(attended: Tensor, recurred: Tensor, spec: MixerSpec) -> Tensor
 @triton.jit
 def hide_padding(
     p_x, p_real, p_position, tokens, stride_b, stride_t, stride_h, HIDDEN: tl.constexpr, HEADS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, WIDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copy `[B, T, H, d]`, with another value for padding. Grid: (T, H, B)."""
+    """Copy `[B, T, H, d]`, with another value for padding, and fill further columns with 1. Grid: (T, H, B)."""
     t, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     channels = tl.arange(0, BLOCK)
-    x = tl.load(p_x + b * stride_b + t.to(tl.int64) * stride_t + h * stride_h + channels, mask=channels < WIDTH)
+    p_x += b * stride_b + t.to(tl.int64) * stride_t + h * stride_h
+    x = tl.load(p_x + channels, mask=channels < WIDTH, other=1.0)
     x = tl.where(tl.load(p_position + b) + t < 0, HIDDEN, x)
-    tl.store(p_real + ((b * tokens + t) * HEADS + h) * WIDTH + channels, x, mask=channels < WIDTH)
+    tl.store(p_real + ((b * tokens + t) * HEADS + h) * WIDER + channels, x, mask=channels < WIDER)
 
 
 @triton.jit
 def blend(
     p_attended, p_recurred, p_output, attention_weight, recurrence_weight, tokens,
-    RECURRENT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    RECURRENT: tl.constexpr, HEAD: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the weighted sum of two `[B, T, WIDTH]`. Grid: (T, B)."""
-    row = (tl.program_id(1).to(tl.int64) * tokens + tl.program_id(0)) * WIDTH
+    """Write the weighted sum of `[B, T, WIDTH]` and `[B, T, WIDTH / HEAD, COLUMNS]`. Grid: (T, B)."""
+    token = tl.program_id(1).to(tl.int64) * tokens + tl.program_id(0)
     for start in tl.static_range(0, WIDTH, BLOCK):
-        at, mask = row + start + tl.arange(0, BLOCK), start + tl.arange(0, BLOCK) < WIDTH
+        channel = start + tl.arange(0, BLOCK)
+        at, mask = token * WIDTH + channel, channel < WIDTH
         mixed = attention_weight * tl.load(p_attended + at, mask=mask).to(tl.float32)
-        if RECURRENT:
+        if RECURRENT and COLUMNS == HEAD:
             mixed += recurrence_weight * tl.load(p_recurred + at, mask=mask).to(tl.float32)
+        elif RECURRENT:
+            p_head = p_recurred + (token * (WIDTH // HEAD) + channel // HEAD) * COLUMNS
+            weight = tl.load(p_head + HEAD, mask=mask, other=1.0)
+            read = tl.load(p_head + channel % HEAD, mask=mask, other=0.0) / tl.where(weight > 0, weight, 1.0)
+            mixed += recurrence_weight * read
         tl.store(p_output + at, mixed, mask=mask)

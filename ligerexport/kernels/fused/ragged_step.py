@@ -9,6 +9,7 @@ The slots are an unordered set here.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ligerexport.kernels.fused.launch import launch, layout, same
 from ligerexport.kernels.fused.numbers import LOG2E
-from ligerexport.kernels.fused.slots_step import dot, slot_logits
+from ligerexport.kernels.library.memory_attention import BLOCK
 from ligerexport.kernels.tuning import padded
 from ligerexport.model.state import MOST, MixerSpec, MixerState
 
@@ -29,6 +30,8 @@ SMALLEST = tl.constexpr(torch.finfo(torch.float16).tiny)
 LARGEST = tl.constexpr(torch.finfo(torch.float16).max)
 ROUNDER = tl.constexpr(1.5 * 2**23)
 """Added to a number of at most 2^22 in fp32, it leaves no bits for a fraction."""
+RADIANS = tl.constexpr(2 * math.pi / 2**32)
+"""The unit of angles in the integers that hold a turn."""
 NONE = tl.constexpr(2**63 - 1)
 """Stands for no slot, and ranks above all slots."""
 FIELDS = tl.constexpr(8)
@@ -76,10 +79,10 @@ def plan_on(text: str, block: int, device: torch.device) -> _Plan:
     return _Plan(table(tiles), table(heads), max(count for _, count, *_ in heads), ends[-1], scored)
 
 
-def choose_block(spec: MixerSpec, batch: int, itemsize: int) -> int:
-    """Return the number of slots in a tile for activations of `itemsize` bytes, by measurements on an H200."""
-    width = max(padded(spec.d_k), padded(spec.d_v))
-    return min((1 << 15) // (width * itemsize), 64 if batch == 1 and width > 64 else 32)
+def choose_block(spec: MixerSpec, batch: int) -> int:
+    """Return the number of slots in a tile: as many as leave work for a whole GPU, by measurements on an H200."""
+    slots = batch * sum(spec.slots_per_head)
+    return next((block for block in (256, 128) if slots >= 600 * block), 64)
 
 
 def ragged_step(
@@ -101,13 +104,22 @@ def ragged_step(
         heads: Query, key and value, with any strides and a contiguous last axis.
         out: `[B, H_q, d_v]`, contiguous, to write to.
         block: Number of slots in a tile, a power of two from 16; None for `choose_block`.
+        rotary: With the row of turns, which the angles come from: reading as many rows as slots took most of the time.
+
+    Raises:
+        ValueError: The table has no row of turns.
     """
+    if rotary.shape[1] != spec.max_distance + BLOCK + 1:
+        raise ValueError(
+            f"rotary must have {spec.max_distance + BLOCK + 1} rows, the last of turns; it has {rotary.shape[1]}"
+        )
     (query, key, value), position = heads, position.contiguous()
     index, score = (None if x is None else x.contiguous() for x in (index, score))
     batch, group, rotated = query.shape[0], spec.q_heads // spec.kv_heads, rotary.shape[-1]
     out = query.new_empty(batch, spec.q_heads, spec.d_v) if out is None else out
-    block = block or choose_block(spec, batch, query.element_size())
+    block = block or choose_block(spec, batch)
     plan = plan_on(spec.text, block, query.device)
+    half = query.element_size() == 2 and not triton.knobs.runtime.interpret
     # per tile: the weighted sum of values `[G, d_v]`, and largest logit, sum of weights and logit left out, each `[G]`
     width = triton.cdiv(group * (spec.d_v + 3), 32) * 32
     sums = torch.empty(batch * len(plan.tiles), width, dtype=torch.float32, device=query.device)
@@ -123,8 +135,11 @@ def ragged_step(
         constants=lambda: shape | {
             "DV_PAD": d_v, "R": rotated, "R_PAD": padded(rotated), "BLOCK_R": min(32, padded(rotated)),
             "REST_PAD": padded(spec.d_k - 2 * rotated) if spec.d_k > 2 * rotated else 0, "CAP": spec.max_distance,
-            "TABLE": rotary.shape[1] * rotated, "SINKS": spec.config.sinks, "G_PAD": padded(group), "N": block,
-            "COLUMNS": min(64, d_v), "PRECISION": _precision(query.dtype), "num_warps": _warps(block, spec),
+            "TABLE": rotary.shape[1] * rotated, "SINKS": spec.config.sinks,
+            "G_PAD": max(8, triton.next_power_of_2(group)), "TILE": block,
+            "N": _part(block, query, max(padded(spec.d_k), d_v)), "HALF": half,
+            "CODED": half and spec.config.state_dtype == "int8", "PRECISION": _precision(query.dtype), "num_warps": 4,
+            "num_stages": 1,  # more copy the slots through shared memory, and took half as long again
         },
     )  # fmt: skip
     columns = min(32, d_v) if few else d_v
@@ -148,9 +163,9 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if triton.knobs.runtime.interpret else "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def _warps(block: int, spec: MixerSpec) -> int:
-    """Return the warps of a tile, so that its keys and values fit into the registers."""
-    return min(16, max(4, block * max(padded(spec.d_k), padded(spec.d_v)) // 1024))
+def _part(block: int, query: Tensor, width: int) -> int:
+    """Return the slots of a tile that are read at a time, so that their keys and values fit into the registers."""
+    return min(block, 64, (1 << 14) // (width * query.element_size()))
 
 
 @triton.jit
@@ -159,9 +174,13 @@ def _tiles_kernel(
     p_slot_score, p_tiles, p_sums, p_found, s_query_b, s_query_h, scale2, slots, scored,
     G: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, WIDTH: tl.constexpr, DV_PAD: tl.constexpr, R: tl.constexpr,
     R_PAD: tl.constexpr, BLOCK_R: tl.constexpr, REST_PAD: tl.constexpr, CAP: tl.constexpr, TABLE: tl.constexpr,
-    SINKS: tl.constexpr, G_PAD: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, G_PAD: tl.constexpr, TILE: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr,
+    CODED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend over one tile of one sequence, without its worst slot."""
+    """Attend over one tile of one sequence, N slots at a time, without its worst slot.
+
+    With `CODED`, codes of 8 bits are multiplied in fp16, which holds them without error and has the fraction of tf32.
+    """
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     now = tl.load(p_position + b).to(tl.int32)
     row = b
@@ -173,70 +192,140 @@ def _tiles_kernel(
     p_tiles += tile * FIELDS
     h, first, count = tl.load(p_tiles), tl.load(p_tiles + 1), tl.load(p_tiles + 2)
     window, pool, shift = tl.load(p_tiles + 3), tl.load(p_tiles + 4), tl.load(p_tiles + 5)
-    p_query += b * s_query_b + h * G * s_query_h
-    o_g, o_r, o_n, o_c = tl.arange(0, G_PAD), tl.arange(0, BLOCK_R), tl.arange(0, N), tl.arange(0, COLUMNS)
-    m_g, m_n = o_g < G, o_n < count
-    slot = row * slots + first + o_n
+    start = row * slots + first
+    o_g, o_r, o_n = tl.arange(0, G_PAD), tl.arange(0, BLOCK_R), tl.arange(0, N)
+    o_v, o_t = tl.arange(0, DV_PAD), tl.arange(0, TILE)
+    m_g, m_v, m_t = o_g < G, o_v < D_V, o_t < count
 
-    # All large loads start before the program waits for any; only the rotary rows depend on their results.
-    position = tl.load(p_slot_position + slot, mask=m_n, other=-1)
-    score, b_rest, o_e = tl.zeros([N], tl.float32), None, None
-    if p_slot_score is not None:
-        score = tl.load(p_slot_score + row * scored + first + shift + o_n, mask=m_n & (pool > 0), other=0.0)
-    p_first = p_slot_key + slot[:, None] * D_K + o_r[None, :]
-    b_first, b_second, b_values = tl.tuple([]), tl.tuple([]), tl.tuple([])
+    # The queries, with a column for each head.
+    kind: tl.constexpr = tl.float16 if CODED else tl.float32
+    p_q, m_q = p_query + b * s_query_b + (h * G + o_g)[None, :] * s_query_h, m_g[None, :]
+    q_first, q_second, per_token = tl.tuple([]), tl.tuple([]), tl.tuple([])
+    q_rest, o_e = o_r, o_r  # others below, if some channels are not rotated
+    p_turns = p_rotary + TABLE - R + o_r[None, :]  # the last row
     for i in tl.static_range(R_PAD // BLOCK_R):
-        m_part = m_n[:, None] & (o_r + i * BLOCK_R < R)[None, :]
-        b_first += (tl.load(p_first + i * BLOCK_R, mask=m_part, other=0.0),)
-        b_second += (tl.load(p_first + R + i * BLOCK_R, mask=m_part, other=0.0),)
+        o_q = (o_r + i * BLOCK_R)[:, None]
+        q_first += (operand(tl.load(p_q + o_q, mask=(o_q < R) & m_q, other=0.0), kind),)
+        q_second += (operand(tl.load(p_q + R + o_q, mask=(o_q < R) & m_q, other=0.0), kind),)
+        m_turns = (o_r + i * BLOCK_R < R)[None, :]
+        high = tl.load(p_turns + i * BLOCK_R, mask=m_turns, other=0.0)
+        low = tl.load(p_turns + TABLE + i * BLOCK_R, mask=m_turns, other=0.0)
+        per_token += (((high * 65536.0).to(tl.int32) << 16) + (low * 4294967296.0).to(tl.int32),)
     if REST_PAD > 0:
         o_e = 2 * R + tl.arange(0, REST_PAD)
-        m_rest = m_n[:, None] & (o_e < D_K)[None, :]
-        b_rest = tl.load(p_slot_key + slot[:, None] * D_K + o_e[None, :], mask=m_rest, other=0.0)
-        b_rest = b_rest.to(tl.float32).to(p_query.dtype.element_ty)
-    for j in tl.static_range(DV_PAD // COLUMNS):
-        o_v = o_c + j * COLUMNS
-        m_values = m_n[:, None] & (o_v < D_V)[None, :]
-        b_values += (tl.load(p_slot_value + slot[:, None] * D_V + o_v[None, :], mask=m_values, other=0.0),)
-    distance = now - position
-    logits = scale2 * slot_logits(
-        p_query, s_query_h, p_rotary, b_first, b_second, b_rest, o_e, distance,
-        G, G_PAD, D_K, R, R_PAD, BLOCK_R, REST_PAD, CAP, TABLE, N, PRECISION,
-    )  # fmt: skip
-    if p_key_scale is not None:
-        logits *= tl.load(p_key_scale + slot, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        q_rest = operand(tl.load(p_q + o_e[:, None], mask=(o_e < D_K)[:, None] & m_q, other=0.0), kind)
 
+    # Who ranks worst.
+    position = tl.load(p_slot_position + start + o_t, mask=m_t, other=-1)
+    score = tl.zeros([TILE], tl.float32)
+    if p_slot_score is not None:
+        score = tl.load(p_slot_score + row * scored + first + shift + o_t, mask=m_t & (pool > 0), other=0.0)
     filled = (position >= 0) & (position < now)
-    ranked = filled & (distance >= window) & (position >= SINKS)
+    ranked = filled & (now - position >= window) & (position >= SINKS)
     bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0, which has other bits
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
     rank = tl.where(ranked, (ordered << 32) + (0x7FFFFFFF - position), NONE)  # of equal scores, the younger is worse
     worst = tl.min(rank, axis=0)
-    is_worst = ranked & (rank == worst)
+    worst_place = tl.min(tl.where(ranked & (rank == worst), (first + o_t).to(tl.int64), NONE), axis=0)
     p_found += unit * FIELDS
     tl.store(p_found, worst)
-    place = (first + o_n).to(tl.int64)
-    tl.store(p_found + 1, tl.min(tl.where(is_worst, place, NONE), axis=0))
+    tl.store(p_found + 1, worst_place)
     tl.store(p_found + 2, tl.sum(ranked.to(tl.int32), axis=0))
-    tl.store(p_found + 3, tl.min(tl.where(m_n & (filled == 0), place, NONE), axis=0))
+    tl.store(p_found + 3, tl.min(tl.where(m_t & (filled == 0), (first + o_t).to(tl.int64), NONE), axis=0))
 
-    visible = (filled & (is_worst == 0))[None, :]
-    seen = tl.where(visible, logits, -1e30)
-    top = tl.max(seen, axis=1)
-    weight = tl.where(visible, tl.exp2(seen - top[:, None]), 0.0)
+    top, left_out = tl.full([G_PAD], -1e30, tl.float32), tl.full([G_PAD], -1e30, tl.float32)
+    total, mixed = tl.zeros([G_PAD], tl.float32), tl.zeros([DV_PAD, G_PAD], tl.float32)
+    for at in range(0, count, N):
+        n = at + o_n
+        m_n, slot = n < count, start + n
+        placed = tl.load(p_slot_position + slot, mask=m_n, other=-1)
+        p_slot = p_slot_key + slot[:, None] * D_K
+        k_first, k_second = tl.tuple([]), tl.tuple([])
+        for i in tl.static_range(R_PAD // BLOCK_R):
+            o_k = (o_r + i * BLOCK_R)[None, :]
+            k_first += (tl.load(p_slot + o_k, mask=m_n[:, None] & (o_k < R), other=0, cache_modifier=".cg"),)
+            k_second += (tl.load(p_slot + R + o_k, mask=m_n[:, None] & (o_k < R), other=0, cache_modifier=".cg"),)
+        p_values, m_values = p_slot_value + slot[:, None] * D_V + o_v[None, :], m_n[:, None] & m_v[None, :]
+        values = tl.load(p_values, mask=m_values, other=0, cache_modifier=".cg")
+        turn = tl.minimum(tl.maximum(now - placed, 0), CAP)  # times `per_token`, it wraps around as angles do
+        logits = tl.zeros([N, G_PAD], tl.float32)
+        for i in tl.static_range(R_PAD // BLOCK_R):
+            o_k = (o_r + i * BLOCK_R)[None, :]
+            angle = (turn[:, None] * per_token[i]).to(tl.float32) * RADIANS
+            cos, sin = turned(angle, HALF)
+            cos, sin = cos.to(kind), sin.to(kind)
+            one, two = decoded(k_first[i], CODED), decoded(k_second[i], CODED)
+            logits = tl.dot(one * cos - two * sin, q_first[i], logits, input_precision=PRECISION)
+            logits = tl.dot(two * cos + one * sin, q_second[i], logits, input_precision=PRECISION)
+        if REST_PAD > 0:
+            k_rest = tl.load(p_slot + o_e[None, :], mask=m_n[:, None] & (o_e < D_K)[None, :], other=0)
+            logits = tl.dot(decoded(k_rest, CODED), q_rest, logits, input_precision=PRECISION)
+        logits *= scale2
+        if p_key_scale is not None:
+            logits *= tl.load(p_key_scale + slot, mask=m_n, other=0.0).to(tl.float32)[:, None]
+
+        there = (placed >= 0) & (placed < now)
+        is_worst = first + n == worst_place
+        visible = (there & (is_worst == 0))[:, None]
+        left_out = tl.maximum(left_out, tl.max(tl.where(is_worst[:, None], logits, -1e30), axis=0))
+        higher = tl.maximum(top, tl.max(tl.where(visible, logits, -1e30), axis=0))
+        weight = tl.where(visible, tl.exp2(logits - higher[None, :]), 0.0)
+        fade = tl.exp2(top - higher)
+        top, total = higher, total * fade + tl.sum(weight, axis=0)
+        if p_value_scale is not None:
+            scale = tl.load(p_value_scale + slot, mask=m_n, other=0.0).to(tl.float32)
+            weight = tl.where(visible, weight * scale[:, None], 0.0)
+        values = decoded(values, CODED)
+        if p_value_scale is None:
+            values = tl.where(there[:, None], values, 0.0)  # an empty slot may hold any number
+        mixed = tl.dot(tl.trans(values), weight.to(kind), mixed * fade[None, :], input_precision=PRECISION)
     p_sums += unit * WIDTH
     p_top = p_sums + G * D_V + o_g
     tl.store(p_top, top, mask=m_g)
-    tl.store(p_top + G, tl.sum(weight, axis=1), mask=m_g)
-    tl.store(p_top + 2 * G, tl.max(tl.where(is_worst[None, :], logits, -1e30), axis=1), mask=m_g)
-    if p_value_scale is not None:
-        scale = tl.load(p_value_scale + slot, mask=m_n, other=0.0).to(tl.float32)
-        weight = tl.where(visible, weight * scale[None, :], 0.0)
-    for j in tl.static_range(DV_PAD // COLUMNS):
-        o_v = o_c + j * COLUMNS
-        values = tl.where(filled[:, None], b_values[j].to(tl.float32), 0.0)  # an empty slot may hold any number
-        mixed = dot(weight, values, tl.zeros([G_PAD, COLUMNS], tl.float32), PRECISION)
-        tl.store(p_sums + o_g[:, None] * D_V + o_v[None, :], mixed, mask=m_g[:, None] & (o_v < D_V)[None, :])
+    tl.store(p_top + G, total, mask=m_g)
+    tl.store(p_top + 2 * G, left_out, mask=m_g)
+    tl.store(p_sums + o_g[None, :] * D_V + o_v[:, None], mixed, mask=m_g[None, :] & m_v[:, None])
+
+
+@triton.jit
+def turned(angle, HALF: tl.constexpr):
+    """Return cosine and sine of angles between -pi and pi; with `HALF`, their error is at most 2^-20."""
+    if HALF:
+        cos = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
+        sin = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
+        return cos, sin
+    else:
+        return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
+def operand(x, kind: tl.constexpr):
+    """Return numbers in the type of a product, at most the largest of fp16."""
+    x = x.to(tl.float32)
+    if kind == tl.float16:
+        x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+    return x.to(kind)
+
+
+@triton.jit
+def decoded(x, CODED: tl.constexpr):
+    """Return the contents of slots in the type of a product; four codes a time become fp16 by their bits."""
+    if CODED:
+        # 0x6400 is 1,024 in fp16, and its last 8 bits count units: 1,024 + 128 + code, less 1,152
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 shifted, low, high, base;
+            xor.b32 shifted, $2, 0x80808080;
+            mov.b32 base, 0x64806480;
+            prmt.b32 low, shifted, 0x64646464, 0x4140;
+            prmt.b32 high, shifted, 0x64646464, 0x4342;
+            sub.f16x2 $0, low, base;
+            sub.f16x2 $1, high, base;
+            }""",
+            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit

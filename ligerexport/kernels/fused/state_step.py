@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ligerexport.kernels.fused.numbers import LOG2E
+from ligerexport.kernels.fused.numbers import LOG2E, STRONGEST
 from ligerexport.kernels.fused.overlap import wait
 from ligerexport.kernels.fused.slots_step import row
 
@@ -21,10 +21,24 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _decay(key, DIVISOR: tl.constexpr):
-    """Return exp(logsigmoid(key) / DIVISOR)."""
-    exponent = tl.minimum(key, 0.0) * LOG2E
-    return tl.exp2((exponent - tl.log2(1.0 + tl.exp2(-tl.abs(key) * LOG2E))) * (1.0 / DIVISOR))
+def _decay_of_key(key, D_K: tl.constexpr, DECAY: tl.constexpr):
+    """Return exp(g) of a raw key, whose padded channels are 0; DECAY is `Gate.kernel_decay`."""
+    tl.static_assert(
+        DECAY[0] == "logsigmoid" or DECAY[0] == "minus_exp" or DECAY[0] == "head_logsigmoid"
+        or DECAY[0] == "head_minus_softplus", "no such decay in this kernel",
+    )  # fmt: skip
+    if DECAY[0] == "head_logsigmoid" or DECAY[0] == "head_minus_softplus":
+        key = tl.sum(key, axis=0) * (1.0 / D_K) + tl.zeros_like(key)
+    if DECAY[0] == "head_minus_softplus":
+        key = -key
+    if DECAY[0] == "minus_exp":
+        kept = tl.exp2(-tl.minimum(tl.exp2(key * LOG2E) * (1.0 / DECAY[1]), STRONGEST) * LOG2E)
+    elif DECAY[2] > 0.0:
+        kept = DECAY[2] + (1.0 - DECAY[2]) * _sigmoid(key)
+    else:
+        exponent = tl.minimum(key, 0.0) * LOG2E
+        kept = tl.exp2((exponent - tl.log2(1.0 + tl.exp2(-tl.abs(key) * LOG2E))) * (1.0 / DECAY[1]))
+    return kept
 
 
 @triton.jit
@@ -43,14 +57,20 @@ def features(x, m_columns, MAP: tl.constexpr):
 def recur(
     p_query, p_key, p_value, s_query_h, p_state, p_read, start, p_now, recurrence_weight,
     G: tl.constexpr, D_K: tl.constexpr, DK_PAD: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr,
-    QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DIVISOR: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DECAY: tl.constexpr, NORMALISED: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Update the columns of the recurrent state from `start`, and write the queries' answer `[G, columns]`."""
+    """Update the columns of the recurrent state from `start`, and write the queries' answer `[G, columns]`.
+
+    If the state is normalised, its last column is the sum of weights; the first block writes the answer's sums `[G]`
+    behind the answer.
+    """
+    WIDTH: tl.constexpr = D_V + 1 if NORMALISED else D_V
     G_PAD: tl.constexpr = 16
     o_g, o_k, o_v = tl.arange(0, G_PAD), tl.arange(0, DK_PAD), start + tl.arange(0, BLOCK_V)
     m_g, m_k, m_v = o_g < G, o_k < D_K, o_v < D_V
-    p_state += o_k[:, None] * D_V + o_v[None, :]
+    p_mass = p_state + o_k * WIDTH + D_V
+    p_state += o_k[:, None] * WIDTH + o_v[None, :]
     b_state = tl.load(p_state, mask=m_k[:, None] & m_v[None, :], other=0.0, eviction_policy="evict_first")
     wait(OVERLAP)
     # the queries of the group and, in the row after them, the key
@@ -59,7 +79,9 @@ def recur(
     b_v = tl.load(p_value + o_v, mask=m_v, other=0.0).to(tl.float32)
     phi_q = features(b_x, m_k[None, :], QUERY_MAP)
     phi_k = row(phi_q if QUERY_MAP == KEY_MAP else features(b_x, m_k[None, :], KEY_MAP), G)
-    decay = _decay(row(b_x, G), DIVISOR)
+    if DECAY[2] > 0.0:
+        phi_k = phi_k * (1.0 - DECAY[2])
+    decay = _decay_of_key(row(b_x, G), D_K, DECAY)
     # phi_q (decay S + phi_k v) = (phi_q decay) S + (phi_q phi_k) v: the product takes S as it was loaded
     phi_q = tl.where(m_g[:, None], phi_q * recurrence_weight, 0.0)
     read = tl.sum(phi_q * phi_k[None, :], axis=1)[:, None] * b_v[None, :]
@@ -68,6 +90,11 @@ def recur(
     m_state = m_k[:, None] & m_v[None, :] & (tl.load(p_now) >= 0)
     tl.store(p_state, b_state, mask=m_state, eviction_policy="evict_first")
     tl.store(p_read + o_g[:, None] * D_V + o_v[None, :], read, mask=m_g[:, None] & m_v[None, :])
+    if NORMALISED:
+        m_mass = m_k & (start == 0)
+        b_mass = decay * tl.load(p_mass, mask=m_mass, other=0.0) + phi_k
+        tl.store(p_mass, b_mass, mask=m_mass & (tl.load(p_now) >= 0))
+        tl.store(p_read + G * D_V + o_g, tl.sum(phi_q * b_mass[None, :], axis=1), mask=m_g & (start == 0))
 
 
 @triton.jit

@@ -36,7 +36,7 @@ def strong_reach(factors, at, channels, C: tl.constexpr, K: tl.constexpr, BK: tl
 @triton.jit
 def strong_scores(
     query, reach, k, g, channels, stride_k, stride_g, length,
-    K: tl.constexpr, BK: tl.constexpr, KEY_MAP: tl.constexpr, DIVISOR: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, KEY_MAP: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """Return the scores `[C, C]` of strong channels."""
     C: tl.constexpr = query.shape[0]
@@ -44,7 +44,7 @@ def strong_scores(
     scores = tl.zeros([C, C], tl.float32)
     for distance in range(0, C):
         m_rows = (row >= distance) & (row < length)
-        key, d = load_key(k, g, row - distance, channels, stride_k, stride_g, m_rows, K, BK, KEY_MAP, DIVISOR)
+        key, d = load_key(k, g, row - distance, channels, stride_k, stride_g, m_rows, K, BK, KEY_MAP, DECAY)
         pair = tl.sum(query * key * tl.exp2(reach), axis=1)
         scores += tl.where(row[None, :] == row[:, None] - distance, pair[:, None], 0.0)
         reach += d
@@ -54,7 +54,7 @@ def strong_scores(
 @triton.jit
 def strong_query_gradient(
     d_scores, reach, k, g, channels, stride_k, stride_g, length,
-    K: tl.constexpr, BK: tl.constexpr, KEY_MAP: tl.constexpr, DIVISOR: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, KEY_MAP: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient of the queries `[C, BK]` through `strong_scores`."""
     C: tl.constexpr = d_scores.shape[0]
@@ -62,7 +62,7 @@ def strong_query_gradient(
     gradient = tl.zeros([C, BK], tl.float32)
     for distance in range(0, C):
         m_rows = (row >= distance) & (row < length)
-        key, d = load_key(k, g, row - distance, channels, stride_k, stride_g, m_rows, K, BK, KEY_MAP, DIVISOR)
+        key, d = load_key(k, g, row - distance, channels, stride_k, stride_g, m_rows, K, BK, KEY_MAP, DECAY)
         pair = tl.sum(tl.where(row[None, :] == row[:, None] - distance, d_scores, 0.0), axis=1)
         gradient += pair[:, None] * key * tl.exp2(reach)
         reach += d
@@ -72,7 +72,7 @@ def strong_query_gradient(
 @triton.jit
 def strong_key_gradient(
     d_scores, reach, q, k, g, channels, stride_q, stride_k, stride_g, length, scale,
-    K: tl.constexpr, BK: tl.constexpr, QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DIVISOR: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient of the keys' features `[C, BK]` through `strong_scores`."""
     C: tl.constexpr = d_scores.shape[0]
@@ -83,7 +83,7 @@ def strong_key_gradient(
         query = load_query(q, later, channels, stride_q, later < length, K, BK, QUERY_MAP) * scale
         pair = tl.sum(tl.where(row[:, None] == row[None, :] + distance, d_scores, 0.0), axis=0)
         gradient += pair[:, None] * query * tl.exp2(reach)
-        _, d = load_key(k, g, later + 1, channels, stride_k, stride_g, later + 1 < length, K, BK, KEY_MAP, DIVISOR)
+        _, d = load_key(k, g, later + 1, channels, stride_k, stride_g, later + 1 < length, K, BK, KEY_MAP, DECAY)
         reach += d
     return gradient
 
@@ -100,7 +100,7 @@ def strong_pairs(
     q, k, g, factors, flags, strong, chunks, count, scale,
     stride_q, stride_qh, stride_k, stride_kh, stride_g, stride_gh,
     HEADS, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DIVISOR: tl.constexpr,
+    QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """Write the scores `[chunks, query heads, C, C]` of strong channels. Grid: (query heads, groups of chunks)."""
     h, start = tl.program_id(0), tl.program_id(1) * TOGETHER
@@ -117,9 +117,7 @@ def strong_pairs(
             p_k, p_g = k + first * stride_k + head * stride_kh, g + first * stride_g + head * stride_gh
             query = load_query(p_q, token, channels, stride_q, token < length, K, BK, QUERY_MAP) * scale
             reach = strong_reach(factors, at, channels, C, K, BK)
-            scores = strong_scores(
-                query, reach, p_k, p_g, channels, stride_k, stride_g, length, K, BK, KEY_MAP, DIVISOR
-            )
+            scores = strong_scores(query, reach, p_k, p_g, channels, stride_k, stride_g, length, K, BK, KEY_MAP, DECAY)
             p_scores = strong + (chunk * HEADS * GROUP + h).to(tl.int64) * C * C
             p_scores = p_scores + token[:, None] * C + token[None, :]
             tl.store(p_scores, scores.to(strong.dtype.element_ty))
@@ -131,7 +129,7 @@ def strong_gradient(
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_g, stride_gh, stride_do, stride_doh,
     stride_dg, stride_dgh,
     HEADS, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DIVISOR: tl.constexpr,
+    QUERY_MAP: tl.constexpr, KEY_MAP: tl.constexpr, DECAY: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Turn gradients of scaled queries and keys into those of features, and add the part through `strong_pairs`.
@@ -153,7 +151,7 @@ def strong_gradient(
             p_k, p_g = k + first * stride_k + head * stride_kh, g + first * stride_g + head * stride_gh
             p_v = v + first * stride_v + head * stride_vh
             reach = strong_reach(factors, at, channels, C, K, BK)
-            key, d = load_key(p_k, p_g, token, channels, stride_k, stride_g, m_rows, K, BK, KEY_MAP, DIVISOR)
+            key, d = load_key(p_k, p_g, token, channels, stride_k, stride_g, m_rows, K, BK, KEY_MAP, DECAY)
             r, before, after = around_middle(d, OPERAND, PRECISION)
             q_factor, k_factor, _, _, _ = around_reference(r, before, after)
             d_key = tl.zeros([C, BK], tl.float32)
@@ -169,12 +167,12 @@ def strong_gradient(
                     d_scores = tl.dot(d_output, tl.trans(value), d_scores, input_precision=PRECISION)
                 d_scores = tl.where(causal, d_scores, 0.0)
                 d_query = strong_query_gradient(
-                    d_scores, reach, p_k, p_g, channels, stride_k, stride_g, length, K, BK, KEY_MAP, DIVISOR
+                    d_scores, reach, p_k, p_g, channels, stride_k, stride_g, length, K, BK, KEY_MAP, DECAY
                 )
                 balance += query * d_query
                 d_key += strong_key_gradient(
                     d_scores, reach, p_q, p_k, p_g, channels, stride_q, stride_k, stride_g, length, scale,
-                    K, BK, QUERY_MAP, KEY_MAP, DIVISOR,
+                    K, BK, QUERY_MAP, KEY_MAP, DECAY,
                 )  # fmt: skip
                 p_dq, stride_dq = scaled_dq + (first * HEADS * GROUP + h) * K, HEADS * GROUP * K
                 old = load_block(p_dq, token, channels, stride_dq, m_rows, K, BK).to(tl.float32)

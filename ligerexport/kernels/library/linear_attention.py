@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ligerexport.kernels.fused.segments import segment_count, segment_length
 from ligerexport.kernels.library.dispatch import fused
-from ligerexport.kernels.linear_attention import FEATURE_MAPS, gated_linear_attention
+from ligerexport.kernels.linear_attention import apply_gate, gated_linear_attention
 from ligerexport.model.gates import get_gate
 
 
@@ -32,15 +32,15 @@ def linear_attention(
     Args:
         query: `[B, T, H_q, d_k]`; H_q is a multiple of H_kv, and the heads of a group share one state.
         key: `[B, T, H_kv, d_k]`.
-        value: `[B, T, H_kv, d_v]`, in fp32, bf16 or fp16 like query and key.
+        value: `[B, T, H_kv, d_v]`; query, key and value are in fp32, bf16 or fp16.
         decay: `[B, T, H_kv, d_k]`, g in nats per token, at most 0; with it, query and key are features.
-        gate: Row of `GATES`, instead of `decay`: feature maps and decay are computed from the raw projections.
+        gate: Name for `get_gate`, instead of `decay`: feature maps and decay are computed from the raw projections.
         scale: Factor of the output.
         initial_state: `[N, H_kv, d_k, d_v]` fp32; None is zero. N is B, or the number of packed sequences.
         cu_seqlens: `[N + 1]` integer, the bounds of packed sequences along T; B must be 1.
 
     Returns:
-        Output `[B, T, H_q, d_v]` in the dtype of `query`, and the final state `[N, H_kv, d_k, d_v]` fp32. Both are
+        Output `[B, T, H_q, d_v]` in the dtype of `value`, and the final state `[N, H_kv, d_k, d_v]` fp32. Both are
         differentiable.
 
     Raises:
@@ -100,15 +100,13 @@ def _plain(
         assert decay is not None
         g = decay.to(dtype).transpose(1, 2)
     else:
-        row = get_gate(gate)
-        g = torch.nn.functional.logsigmoid(k) / row.decay_divisor
-        q, k = FEATURE_MAPS[row.query_map](q), FEATURE_MAPS[row.key_map](k)
+        q, k, g = apply_gate(q, k, get_gate(gate))
     if initial_state is None:
         initial_state = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
     if key.shape[1] == 0:
-        return query.new_zeros(*query.shape[:3], v.shape[3]), initial_state.clone()
+        return value.new_zeros(*query.shape[:3], v.shape[3]), initial_state.clone()
     output, state = gated_linear_attention(q * scale, k, v, g, initial_state)
-    return output.permute(0, 3, 1, 2, 4).flatten(2, 3).to(query.dtype).contiguous(), state
+    return output.permute(0, 3, 1, 2, 4).flatten(2, 3).to(value.dtype).contiguous(), state
 
 
 @_linear_attention.register_fake
@@ -126,7 +124,7 @@ def _(
         segment = segment_length(batch * length, heads, d_k, d_v, query.element_size())
         longest = batch * length if packed else length
         segments = 0 if longest <= segment else segment_count(batch * length, sequences, segment, packed)
-    return query.new_empty(*query.shape[:3], d_v), state, state.new_empty(segments, heads, d_k, d_v)
+    return value.new_empty(*query.shape[:3], d_v), state, state.new_empty(segments, heads, d_k, d_v)
 
 
 @torch.library.custom_op("ligerexport::linear_attention_backward", mutates_args=())

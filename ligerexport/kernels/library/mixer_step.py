@@ -35,7 +35,7 @@ def mixer_step(
         position: `[B]` int64, number of tokens that each sequence has seen; negative for padding.
         state: Pools `[M, ...]` by the names of `MixerSpec.state`, M at least B. On CUDA the slots end up
             in any order.
-        rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK)`.
+        rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK, turns=True)`.
         index: `[B]` integer, the row of the pools that holds each sequence, negative to skip it; None for row b.
         score: `[B, H_kv]` fp32, the learned score; needed if `spec.config.foresees`.
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ligerexport.checkpoint.sources import no_bars
+from ligerexport.console import no_bars
 from ligerexport.errors import LigerError, MissingDependency, UsageError, close_matches
 from ligerexport.measure.evaluate.estimate import Estimate
 from ligerexport.measure.evaluate.settings import TASK_LENGTHS, TASKS

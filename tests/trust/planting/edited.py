@@ -87,6 +87,18 @@ def the_judge_is_not_carried(model: ir.Model) -> None:
     instead(model, past(model, "judge_state"), scaled(0))
 
 
+@edit(presets=("memory", "recall"), lowerings=ONNX)
+def position_of_one_slot_off_by_one(model: ir.Model) -> None:
+    """Its token has another position, but the score of the right one."""
+
+    def early(g: Builder, x: ir.Value) -> ir.Value:
+        assert x.shape is not None
+        integer = np.int64 if x.dtype == ir.DataType.INT64 else np.int32
+        return g.op("Sub", x, g.const(np.arange(int(x.shape[-1])) == 8, integer))
+
+    instead(model, past(model, "slot_position"), early)
+
+
 @edit(presets=SLOTTED)
 def scores_of_the_slots_fade(model: ir.Model) -> None:
     instead(model, past(model, "slot_score"), scaled(0.999))

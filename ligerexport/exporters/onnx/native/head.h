@@ -355,7 +355,7 @@ class Head {
       normaliser[g] = top + std::log(sum);
     }
     Mix(Mixed(t, 0), l_.d_v, room, w_);
-    for (int64_t g = 0; g < group_ && l_.evicts && mass_[0] > 0; ++g) Expand(Query(t, g), Mixed(t, g), normaliser[g]);
+    for (int64_t g = 0; g < group_ && l_.evicts && mass_[0] > 0; ++g) Expand(t, g, normaliser[g]);
     Score(now, near);
   }
 
@@ -391,11 +391,11 @@ class Head {
   }
 
   // Shares the softmax's denominator with the evicted tokens; see `ligerexport.kernels.evicted`.
-  void Expand(const float* q, float* mixed, float normaliser) {
-    const float count = mass_[0];
+  void Expand(int64_t t, int64_t g, float normaliser) {
+    float *mixed = Mixed(t, g), count = mass_[0];
     std::vector<float>& turned = w_.plain;
     turned.resize(l_.d_k);
-    rotate(turned.data(), q, c_.turn, c_.turn + c_.half, 1.0f, c_.half, l_.d_k);
+    rotate(turned.data(), Query(t, g), c_.turn, c_.turn + c_.half, 1.0f, c_.half, l_.d_k);
     for (float& x : turned) x *= l_.scale;
     const float mean = dot(turned.data(), mass_, l_.d_k) / count;
     turned[0] = 1 - mean;
@@ -403,6 +403,7 @@ class Head {
     for (int64_t c = 0; c < l_.d_k; ++c)
       if (turned[c] != 0) add(w_.features.data(), state_ + c * l_.d_v, turned[c] / count, l_.d_v);
     const float share = 1 / (1 + std::exp(normaliser - mean - std::log(l_.recurrence_weight * count)));
+    if (c_.forgotten != nullptr) c_.forgotten[b_ * l_.q_heads + h_ * group_ + g] = share;
     for (int64_t v = 0; v < l_.d_v; ++v) mixed[v] += share * (w_.features[v] - mixed[v]);
   }
 

@@ -60,6 +60,7 @@ struct Call {  // pointers to the tensors of one call; past and present may be t
   T *new_key, *new_value;
   Scale<T> *new_key_scale, *new_value_scale;
   float *mixed, *new_score, *new_state, *new_mass;
+  float* forgotten;  // `[B, H_q]`: share of the last token's attention that fell on evicted tokens; or null
   Positions past_position, new_position;
   std::atomic<bool>* damaged;  // set if no text can lead to the state
 };

@@ -14,7 +14,7 @@ from ligerexport.exporters.onnx.lowerings import Table
 from ligerexport.exporters.onnx.native import DOMAIN, RAGGED_OPERATORS
 from ligerexport.kernels.evicted import slow_rotation
 from ligerexport.model.scores import Pool
-from ligerexport.model.state import EVICTED, RAGGED, SLOTS, MixerSpec
+from ligerexport.model.state import EVICTED, FORGOTTEN, RAGGED, SLOTS, MixerSpec
 
 SCALES = tuple(row.name for row in RAGGED if row.needs == "scaled")
 """Scales of keys and values that are codes."""
@@ -23,8 +23,8 @@ INPUTS = (
     "hidden", "score_weight", "score_bias", *SCALES,
 )  # fmt: skip
 """Inputs of the operator, in order."""
-OUTPUTS = ("mixed", *SLOTS, *EVICTED, *SCALES)
-"""Outputs of the operator, in order: the mixed heads, then the new state."""
+OUTPUTS = ("mixed", *SLOTS, *EVICTED, *SCALES, FORGOTTEN)
+"""Outputs of the operator, in order: the mixed heads, the new state, and a measurement."""
 
 
 def turn_table(g: Builder, rotary: torch.Tensor, spec: MixerSpec, name: str) -> ir.Value:
@@ -42,6 +42,7 @@ def bounded_memory(
     arrival: ir.Value | None,
     learned: ir.Value | None,
     past: dict[str, ir.Value],
+    meter: bool = False,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """Write one layer's memory as a node.
 
@@ -53,6 +54,7 @@ def bounded_memory(
         learned: `[B * T, H]`, the learned scores from which `arrival` was made. If they come from a linear map, the
             operator computes it itself.
         past: State by the names of `MixerSpec.state`.
+        meter: Whether to return `FORGOTTEN` `[B, H_q]` too.
 
     Returns:
         Output `[B * T, H_q * d_v]` and the new state.
@@ -67,7 +69,8 @@ def bounded_memory(
     for i, pool in enumerate(spec.pools):
         attributes |= {f"pool{i}_{name}": value for name, value in _pool(pool).items()}
     own = {name for name in OUTPUTS if name in past and (config.evicts or name not in EVICTED)}
-    names = OUTPUTS[: 1 + max(map(OUTPUTS.index, own))]
+    measured = {FORGOTTEN} if meter else set()
+    names = OUTPUTS[: 1 + max(map(OUTPUTS.index, own | measured))]
     given = dict(zip(INPUTS, projected, strict=False))
     if (whole := g.whole(*projected)) is not None:
         given = {"query": whole}
@@ -83,7 +86,7 @@ def bounded_memory(
     kind = RAGGED_OPERATORS[config.state_dtype] if config.ragged else "BoundedMemory"
     inputs = INPUTS if config.scaled else INPUTS[: -len(SCALES)]  # older libraries know no scales
     mixed, *present = g.op(kind, *map(given.get, inputs), outputs=len(names), domain=DOMAIN, **attributes)
-    return mixed, {name: new for name, new in zip(names[1:], present, strict=True) if name in own}
+    return mixed, {name: new for name, new in zip(names[1:], present, strict=True) if name in own | measured}
 
 
 def _sizes(spec: MixerSpec) -> dict[str, int]:

@@ -38,6 +38,7 @@ enum Output : size_t {
   kNewRecurrentMass,
   kNewSlotKeyScale,
   kNewSlotValueScale,
+  kForgotten,
   kOutputs,
 };
 

@@ -4,7 +4,8 @@
 // and value `[B T, H d]`, or all three side by side as the first; position `[B]`; cosine and sine by offset `[rows, R]`;
 // the slots; scores on arrival `[B, H, 1, T]`; turn `[3, R]`, state and mass of a recurrence over evicted tokens; and, for
 // learned scores that the operator computes itself instead of taking them as scores on arrival, the layer's input
-// `[B T, D]`, weight `[H, D]` and bias `[H]`. Outputs: the mixed heads `[B T, H_q d_v]`, then the new state.
+// `[B T, D]`, weight `[H, D]` and bias `[H]`. Outputs: the mixed heads `[B T, H_q d_v]`, then the new state, and, if a
+// graph asks for it, the share of the last token's attention that fell on evicted tokens `[B, H_q]`.
 //
 // `RaggedMemory` has the same operands for a layer in which each key head has sizes of its own: the slots of all heads lie
 // on one axis, head after head. `RaggedMemoryFloat16` has slots in fp16, `RaggedMemoryInt8` codes with scales in fp16, and
@@ -264,6 +265,8 @@ struct Memory : Access {
     call.new_score = Renewed<float>(context, kSlotScore, kNewSlotScore);
     call.new_state = Renewed<float>(context, kRecurrentState, kNewRecurrentState);
     call.new_mass = Renewed<float>(context, kRecurrentMass, kNewRecurrentMass);
+    call.forgotten = Allocate<float>(context, kForgotten, {call.batch, layer.q_heads});
+    if (call.forgotten != nullptr) std::fill_n(call.forgotten, call.batch * layer.q_heads, 0.0f);
     need(call.mixed && call.new_key && call.new_value && call.new_position.data, "an output is missing");
     need(!call.past_score == !call.new_score && !call.past_state == !call.new_state && !call.past_mass == !call.new_mass &&
              !call.past_key_scale == !call.new_key_scale && !call.past_value_scale == !call.new_value_scale,
@@ -277,7 +280,7 @@ struct Memory : Access {
   static OrtElementType Type(size_t i, bool output) {
     if (output ? i == kNewSlotPosition : i == kSlotPosition) return kRagged ? kInt32 : kInt64;
     if (output ? i == kNewSlotKey || i == kNewSlotValue : i == kSlotKey || i == kSlotValue) return kType<T>;
-    if (output ? i >= kNewSlotKeyScale : i >= kSlotKeyScale) return kType<Scale>;
+    if (output ? i == kNewSlotKeyScale || i == kNewSlotValueScale : i >= kSlotKeyScale) return kType<Scale>;
     return !output && i == kPosition ? kInt64 : kFloat;
   }
   static bool Optional(size_t i, bool output) {

@@ -1,0 +1,112 @@
+"""The time of a prompt in torch on a GPU: a converted model against the Transformer with SDPA.
+
+    python benchmarks/torch_prefill.py -o benchmarks/results/torch_prefill.json
+
+Weights are random in bf16, in the shapes of SmolLM2-135M and Qwen2.5-1.5B; the time does not depend on them. Both
+models read the same ids, keep what they need to go on, and return the logits of the last token. They take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from build import SHAPES, make_checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ligerexport.checkpoint.convert import load_model
+from ligerexport.model.config import PRESETS
+
+SIZES: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+    },
+    "Qwen2.5-1.5B": {
+        "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 32768,
+    },
+}  # fmt: skip
+BUDGETS = ("16 64", "64+128 256+512", "512+1024 16+64", "256+256 1024+1024")
+"""Sizes of the memories of a layer's KV heads, which take turns."""
+
+
+def timed(call: Any, device: str) -> float:
+    """Return the milliseconds of a call."""
+    if device == "cpu":
+        import time
+
+        begin = time.perf_counter()
+        call()
+        return (time.perf_counter() - begin) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096, 16384])
+    parser.add_argument("--shapes", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--layers", type=int, help="layers of a shape; default: all")
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for name in args.shapes:
+        sizes = SIZES[name] | ({"num_hidden_layers": args.layers} if args.layers else {})
+        kv_heads = sizes["num_key_value_heads"]
+        heads = [" ".join((BUDGETS * 2)[i % 4] for i in range(j, j + 4)) for j in range(4)]
+        preset = replace(
+            PRESETS["recall"].config,
+            heads=tuple(" ".join(heads[i % 4].split()[:kv_heads]) for i in range(sizes["num_hidden_layers"])),
+        )
+        SHAPES[name] = sizes
+        with tempfile.TemporaryDirectory() as place:
+            ours = load_model(make_checkpoint(Path(place) / "m", name, None, preset), torch.bfloat16)
+        ours = ours.to(device).eval()
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device(device):
+            theirs = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa")).eval()
+        torch.set_default_dtype(torch.float32)
+        for length in args.lengths:
+            ids = torch.randint(sizes["vocab_size"], (1, length), device=device)
+            times: dict[str, list[float]] = {"converted": [], "transformer": []}
+            with torch.inference_mode():
+                for _ in range(args.rounds + 2):
+                    for side, model in (("converted", ours), ("transformer", theirs)):
+                        call = lambda model=model: model(ids, use_cache=True, logits_to_keep=1)  # noqa: E731
+                        times[side].append(timed(call, device))
+            row: dict[str, Any] = {"shape": name, "tokens": length}
+            for side, samples in times.items():
+                low, median, high = statistics.quantiles(samples[2:], n=4)
+                row[side] = {"ms": median, "low": low, "high": high}
+            row["speedup"] = statistics.median(
+                b / a for a, b in zip(times["converted"][2:], times["transformer"][2:], strict=True)
+            )
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        del ours, theirs
+    result = {
+        "command": "python benchmarks/torch_prefill.py -o benchmarks/results/torch_prefill.json",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "rows": rows,
+    }
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
