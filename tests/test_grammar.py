@@ -86,6 +86,8 @@ def test_a_limit_cuts_an_answer_off(built: tuple[Path, Path]) -> None:
         ({"json_schema": {"if": {}}}, "Unimplemented"),
         ({"json_schema": {"$ref": "https://example.com/schema"}}, "not present"),
         ({"json_schema": []}, "a JSON schema is"),
+        ({"json_schema": {"const": {1}}}, "no JSON"),
+        ({"json_schema": {"$ref": "#"}}, "cannot be used"),
         ({"regex": "("}, "unclosed group"),
         ({"grammar": "start: nothing"}, "nothing"),
         ({"regex": "a", "grammar": "b"}, "expected one of"),

@@ -41,11 +41,15 @@ def json_rule(schema: Any) -> str:
     """Return the right side of a Lark rule for JSON that fits a schema.
 
     Raises:
-        UsageError: The schema is no object.
+        UsageError: The schema is no object of JSON.
     """
+    hint = 'give an object such as {"type": "object"}'
     if not isinstance(schema, Mapping):
-        raise UsageError(f"a JSON schema is {schema!r:.60}", hint='give an object such as {"type": "object"}')
-    return "%json " + json.dumps({**schema, "x-guidance": STYLE})
+        raise UsageError(f"a JSON schema is {schema!r:.60}", hint=hint)
+    try:
+        return "%json " + json.dumps({**schema, "x-guidance": STYLE})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"a JSON schema is no JSON: {error}", hint=hint) from None
 
 
 def lark(
@@ -91,9 +95,13 @@ class Grammar:
 
     def __init__(self, text: TextModel, size: int, ends: frozenset[int], source: str) -> None:
         self._size = size
-        self._matcher: LLMatcher = llguidance().LLMatcher(_tokens(text, size, ends), source, log_level=0)
-        if self._matcher.is_error():
-            raise UsageError(f"the grammar cannot be used: {' '.join(self._matcher.get_error().split())}")
+        library = llguidance()
+        limits = library.LLParserLimits(verbose_errors=False)
+        self._matcher: LLMatcher = library.LLMatcher(_tokens(text, size, ends), source, log_level=0, limits=limits)
+        try:
+            self.begin().mask()
+        except LigerError as error:
+            raise UsageError(error.message) from None
 
     def begin(self) -> Constraint:
         """Return the constraint of a new text."""
@@ -120,7 +128,8 @@ class Constraint:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         mask = np.unpackbits(bits, count=self._size, bitorder="little").view(bool)
         if self._matcher.is_error() or not mask.any():
-            raise LigerError(f"no token can follow in this grammar: {' '.join(self._matcher.get_error().split())}")
+            why = " ".join(self._matcher.get_error().split()) or "no token can follow"
+            raise LigerError(f"the grammar cannot be used: {why}")
         return mask
 
     def accept(self, token: int) -> bool:
@@ -165,7 +174,7 @@ class _Vocabulary:
         known = frozenset(text.vocabulary.values())
         self.eos_token_id = size
         self.tokens = [text.token_bytes(token) if token in known else b"" for token in range(size)] + [b"<end>"]
-        self.special_token_ids = [*text.special_ids.values(), size]
+        self.special_token_ids = [*(token for token in text.special_ids.values() if token < size), size]
         self._text = text
 
     def __call__(self, text: str) -> list[int]:
@@ -177,6 +186,7 @@ def _tokens(text: TextModel, size: int, ends: frozenset[int]) -> LLTokenizer:
     """Return the tokens as llguidance stores them, which takes about a second for a large vocabulary."""
     library = llguidance()
     tokens: LLTokenizer = library.LLTokenizer(
-        library.TokenizerWrapper(_Vocabulary(text, size)), eos_token=sorted(ends) or size
+        library.TokenizerWrapper(_Vocabulary(text, size)),
+        eos_token=sorted(token for token in ends if token < size) or size,
     )
     return tokens

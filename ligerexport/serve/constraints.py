@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from ligerexport.errors import UsageError
+from ligerexport.run.generate import check_text
 from ligerexport.run.grammar import Grammar, json_rule, lark
 from ligerexport.serve.answers import Served
 from ligerexport.serve.errors import ApiError
@@ -81,6 +82,8 @@ def tools_of(body: ChatRequest, text: TextModel) -> Tools | None:
             raise _refused(f"Tool choice {name!r:.80} is not found in 'tools'.", "tool_choice")
     if len({function.name for function in functions}) < len(functions):
         raise _refused("Two tools have the same name.", "tools")
+    for function in functions:
+        check_text(json.dumps(function.model_dump(), ensure_ascii=False), f"the tool {function.name}")
     form = form_of(text.chat_template or "")
     if form is None:
         raise ApiError(400, "'tools' is not supported: the chat template of this model has no tools in a known form.",
