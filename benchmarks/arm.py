@@ -36,7 +36,8 @@ def compile_step(place: Path, runtime: Path, processor: str) -> None:
     subprocess.run([*operator, "-o", str(place / "operator.so")], check=True)
     example = ROOT / "examples" / "cpp"
     (place / "nlohmann").symlink_to("/usr/include/nlohmann")
-    sources = (str(Path(__file__).with_name("arm_steps.cpp")), str(example / "session.cpp"))
+    sources = [str(example / name) for name in ("session.cpp", "state.cpp")]
+    sources += [str(Path(__file__).with_name("arm_steps.cpp"))]
     headers = [f"-I{x}" for x in (example, ROOT / "tests" / "ort", place)]
     library = (f"-L{runtime}", "-lonnxruntime")
     subprocess.run([*COMPILE, *headers, *sources, *library, "-o", str(place / "steps")], check=True)

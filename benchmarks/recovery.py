@@ -210,6 +210,12 @@ def measure(name: str, row: Row, args: argparse.Namespace, place: Path) -> dict[
 
 
 def _measure(name: str, row: Row, args: argparse.Namespace, place: Path) -> dict[str, Any]:
+    model, found = trained(name, row, args, place)
+    return found | judge(model, args, row.controls)
+
+
+def trained(name: str, row: Row, args: argparse.Namespace, place: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the model of a row, converted and recovered in a directory, and the cost of training."""
     fitted = {"calibrate": args.calibrate} if get_preset(row.preset).foresees and args.calibrate else {}
     model = lx.convert(args.model, place / "converted", preset=row.preset, progress=progress, **fitted, **row.changes)
     found: dict[str, Any] = {"preset": row.preset, "changes": row.changes, "recipe": row.recipe}
@@ -228,7 +234,7 @@ def _measure(name: str, row: Row, args: argparse.Namespace, place: Path) -> dict
         record = json.loads((adapter / RECORD).read_text())
         found |= {key: record[key] for key in ("final_loss", "tokens", "samples")}
         torch.cuda.empty_cache()  # other rows may run beside this one
-    return found | judge(model, args, row.controls)
+    return model, found
 
 
 def run_beside(names: list[str], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:

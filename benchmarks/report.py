@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import report_edge
 import report_kernels
 import report_memory
 import report_trt
@@ -396,7 +397,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mmlu": mmlu, "prompt_cache": prompt_cache, "loading": loading, "nodes": nodes, "bench": bench,
     "peers_more": peers,
     "build_8b": build_8b, "peers_qwen": lambda: peers("peers_qwen"),
-    "peers": lambda: peers(engines=("ligerexport", "llama.cpp")),
+    "peers": lambda: peers("peers_recall", ("ligerexport", "llama.cpp")),
 }  # fmt: skip
 for prefix, made in {
     "": (
@@ -410,6 +411,7 @@ for prefix, made in {
     "trust_": (
         report_trust.promises, report_trust.faults, report_trust.hostile, report_trust.drift, report_trust.concurrency,
     ),
+    "edge_": (report_edge.goals, report_edge.memory, report_edge.packages),
     "memory_": (
         report_memory.ours, report_memory.qwen, report_memory.at_8_mb, report_memory.by_bytes,
         report_memory.at_equal_tokens, report_memory.snapshots,

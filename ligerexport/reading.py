@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -116,3 +117,11 @@ def as_path(text: str | Path) -> Path:
     if not str(text):
         raise UsageError("a path is empty", hint="name a file or directory, or . for this directory")
     return Path(text).expanduser()
+
+
+def give_back_memory() -> None:
+    """Return memory that a library freed to the system: glibc keeps what a large file took while it was parsed."""
+    import ctypes
+
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries, and Windows
+        ctypes.CDLL(None).malloc_trim(0)

@@ -42,6 +42,8 @@ SOME_GATES = ["gla", "hgrn2", "gsa:4", "mlstm"]
 """One gate of each kind of state, and of each way to fill it."""
 BUILT = [name for name, preset in PRESETS.items() if not preset.config.ragged]
 """Presets that targets can build."""
+FUSED = [name for name in BUILT if PRESETS[name].config.fuses]
+"""Presets of which fused kernels, and so the TensorRT plugin, compute a whole step."""
 
 MEMORY = LigerConfig(
     window=12, sinks=2, slots=(("recent_use", 3), ("peak_effect", 4), ("novelty", 5)),

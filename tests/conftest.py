@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +35,8 @@ if find_spec("hypothesis"):  # which is not needed to run the other tests
 
 from ligerexport.checkpoint.sources import resolve
 from ligerexport.console import progress, set_quiet
+
+ROOT = Path(__file__).parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -102,3 +106,37 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     liger = {"window": 8, "sinks": 2, "slots": (("peak_use", 4), ("novelty", 4)), "keep_softmax": request.param}
     lx.convert(directory / "source", directory / "liger", preset="liger", **liger)
     return directory / "liger", lx.build(directory / "liger", max_chunk=16)
+
+
+@pytest.fixture(scope="session")
+def liger_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program of examples/cpp with the operator of `native` in it.
+
+    It is linked with ORT_HOME or, without it, with the library of the Python package.
+    """
+    if not shutil.which("cmake") or not shutil.which("c++"):
+        pytest.skip("needs cmake and a C++ compiler")
+    made = tmp_path_factory.mktemp("cpp")
+    operator = ROOT / "ligerexport" / "exporters" / "onnx" / "native"
+    options = [f"-DORT_HOME={os.environ.get('ORT_HOME', made)}", f"-DLIGER_NATIVE={operator}"]
+    if "ORT_HOME" not in os.environ:
+        package = Path(find_spec("onnxruntime").origin).parent
+        library = next(package.glob("capi/libonnxruntime.so.1*"), None)
+        if library is None:
+            pytest.skip("needs ONNX Runtime's shared library: set ORT_HOME")
+        (made / "lib").mkdir()
+        for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+            (made / "lib" / name).symlink_to(library)
+        options.append(f"-DORT_INCLUDE={ROOT / 'tests' / 'ort'}")
+    configured = subprocess.run(
+        ["cmake", "-S", ROOT / "examples" / "cpp", "-B", made / "build", "-DCMAKE_BUILD_TYPE=Debug", *options],
+        capture_output=True,
+        text=True,
+    )
+    for library, package in (("ICU", "libicu-dev"), ("nlohmann_json", "nlohmann-json3-dev")):
+        if configured.returncode and f"Find{library}" in configured.stderr + configured.stdout:
+            pytest.skip(f"needs {package}")
+    assert configured.returncode == 0, configured.stderr
+    compiled = subprocess.run(["cmake", "--build", made / "build", "--parallel"], capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    return made / "build" / "liger-run"

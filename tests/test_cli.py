@@ -110,7 +110,7 @@ def test_no_arguments_is_help_and_version_is_data(cli: Cli) -> None:
         (["run"], 2, "Missing argument", "ligerexport run --help"),
         (["run", "/absent", "hi"], 1, "no directory /absent", "ligerexport build"),
         (["list", "gate"], 2, "unknown table 'gate'", "gates"),
-        (["convert", "m", "-o", "o", "--preset", "memry"], 2, "unknown preset 'memry'", "did you mean memory?"),
+        (["convert", "m", "-o", "o", "--preset", "memorry"], 2, "unknown preset 'memorry'", "did you mean memory?"),
         (["convert", "m", "-o", "o", "--gate", "hgrn"], 2, "unknown gate 'hgrn'", "did you mean hgrn2?"),
         (["convert", "m", "-o", "o", "--slots", "peek_use=3"], 2, "unknown score 'peek_use'", "did you mean peak_use"),
         (["convert", "m", "-o", "o", "--slots", "peak_use"], 2, "--slots peak_use", "peak_use=32"),

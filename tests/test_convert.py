@@ -113,6 +113,7 @@ def test_an_unknown_family_names_the_close_one(tmp_path: Path) -> None:
         ({"preset": "liger", "gate": "gsa:5"}, "16 key channels"),
         ({"gate": "hgrn2:1"}, "gate 'hgrn2:1'"),
         ({"preset": "evicted", "gate": "gsa"}, "gate 'gsa'"),
+        ({"memories": 4}, "the recurrence has no weight"),
         ({"slots": (("peak", 3),)}, "unknown score"),
         ({"slots": (("use", 0),)}, "0 slots"),
         ({"slots": (("use", 1), ("use", 2))}, "twice"),
@@ -135,7 +136,7 @@ def test_settings_that_make_no_sense(tmp_path: Path, changes: dict[str, object],
 
 def test_unknown_preset_and_setting() -> None:
     with pytest.raises(UsageError, match="unknown preset") as error:
-        get_preset("memry")
+        get_preset("memorry")
     assert "memory" in str(error.value.hint)
     with pytest.raises(UsageError, match="unknown setting"):
         LigerConfig.from_dict({"windw": 3})

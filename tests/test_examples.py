@@ -6,7 +6,6 @@ An app whose tools (a compiler, Node, a browser) are missing is skipped; `.ci/ru
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -69,35 +68,6 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for lowering in ("ort", "portable"):
         made[lowering] = lx.build(checkpoint, root / lowering, lowering=lowering)
     return made
-
-
-@pytest.fixture(scope="module")
-def liger_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C++ program, linked with ORT_HOME or, without it, with the library of the Python package."""
-    if not shutil.which("cmake") or not shutil.which("c++"):
-        pytest.skip("needs cmake and a C++ compiler")
-    made = tmp_path_factory.mktemp("cpp")
-    options = [f"-DORT_HOME={os.environ.get('ORT_HOME', made)}"]
-    if "ORT_HOME" not in os.environ:
-        package = Path(find_spec("onnxruntime").origin).parent
-        library = next(package.glob("capi/libonnxruntime.so.1*"), None)
-        if library is None:
-            pytest.skip("needs ONNX Runtime's shared library: set ORT_HOME")
-        (made / "lib").mkdir()
-        for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
-            (made / "lib" / name).symlink_to(library)
-        options.append(f"-DORT_INCLUDE={ROOT / 'tests' / 'ort'}")
-    configured = subprocess.run(
-        ["cmake", "-S", EXAMPLES / "cpp", "-B", made / "build", "-DCMAKE_BUILD_TYPE=Debug", *options],
-        capture_output=True,
-        text=True,
-    )
-    for library, package in (("ICU", "libicu-dev"), ("nlohmann_json", "nlohmann-json3-dev")):
-        if configured.returncode and f"Find{library}" in configured.stderr + configured.stdout:
-            pytest.skip(f"needs {package}")
-    assert configured.returncode == 0, configured.stderr
-    run("cmake", "--build", made / "build", "--parallel")
-    return made / "build" / "liger-run"
 
 
 @pytest.fixture(scope="module")

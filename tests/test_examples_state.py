@@ -14,7 +14,6 @@ from test_examples import (  # noqa: F401
     app,
     browser,
     expected,
-    liger_run,
     needs_packages,
     options,
 )

@@ -17,7 +17,7 @@ from ligerexport.model.config import PRESETS, LigerConfig
 from ligerexport.model.gates import get_gate
 from ligerexport.model.scores import SCORES
 from ligerexport.model.state import MixerSpec, MixerState
-from tests.checkpoints import BUILT, EVERY_GATE
+from tests.checkpoints import EVERY_GATE, FUSED
 from tests.tolerances import FUSED_BF16, FUSED_FP32
 
 GPU = torch.cuda.is_available()
@@ -174,7 +174,7 @@ def test_values_in_tiles(slots: tuple[tuple[str, int], ...]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("preset", BUILT)
+@pytest.mark.parametrize("preset", FUSED)
 def test_presets_at_full_size(preset: str) -> None:
     check(make_spec(PRESETS[preset].config, (4, 2), 64, 64), before=200, steps=150)
 

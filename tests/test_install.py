@@ -11,6 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import arm64
 import pytest
 import toy
 
@@ -120,3 +121,23 @@ def test_wheels_run_on_old_systems_and_bring_every_level(installed: Installed, b
         with zipfile.ZipFile(wheel) as archive:
             brought = {Path(file).name for file in archive.namelist() if file.endswith(".so")}
         assert brought == {row.file for row in levels()[name]}
+
+
+def test_the_aarch64_wheel_in_an_emulator(installed: Installed, artifact: Path, tmp_path: Path) -> None:
+    """The tokens are those of this machine, with each library that the wheel brings."""
+    if not shutil.which("qemu-aarch64") or not arm64.ROOT.is_dir() or "aarch64" not in HERE:
+        pytest.skip("needs qemu-user, g++-aarch64-linux-gnu and `python tests/arm64.py build/arm64`")
+    (python,) = (path for path in (arm64.ROOT / "usr" / "bin").glob("python3.*") if path.name[8:].isdecimal())
+    (wheel,) = installed.dist.glob("*_aarch64.whl")
+    platforms = [f"--platform=manylinux_2_{glibc}_aarch64" for glibc in (28, 27, 17)]
+    version = f"--python-version={python.name[6:]}"
+    installed.pip("install", "--quiet", "--only-binary=:all:", version, *platforms, "--target", tmp_path, wheel)
+    expected = "".join(chunk.text for chunk in lx.generate(lx.load(artifact), "Once", max_new_tokens=6))
+    for processor, library in (("cortex-a72", "base"), ("cortex-a76", "dotprod"), ("max,sve=off", "i8mm")):
+        run = ["qemu-aarch64", "-cpu", processor, "-L", arm64.ROOT, "-E", f"PYTHONPATH={tmp_path}", python]
+        code = "from ligerexport.exporters.onnx.native import find; print(find())"
+        chosen = subprocess.run([*run, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert Path(chosen.stdout.strip()).name == f"liger-aarch64-{library}.so"
+        words = ["-m", "ligerexport", "run", artifact, "Once", "-n", "6", "--json"]
+        done = subprocess.run([*run, *words], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0 and json.loads(done.stdout)["text"] == expected, done.stderr

@@ -22,6 +22,7 @@ from ligerexport.exporters.verify.torch_model import Answer, Reference
 from ligerexport.exporters.verify.verify import Verification
 from ligerexport.model.config import STATE_DTYPES, LigerConfig
 from ligerexport.model.families import FAMILIES
+from ligerexport.model.gates import get_gate
 
 CUTS, STEPS = (50, 1, 39), 64
 IDS = np.random.default_rng(2).integers(0, 131, sum(CUTS) + STEPS)
@@ -78,11 +79,13 @@ def test_logits_and_state(place: Path, family: str, gate: str, weights: str, low
 @pytest.mark.parametrize("lowering", TARGETS["onnx"].lowerings)
 @pytest.mark.parametrize("number", range(len(FAMILIES)), ids=list(FAMILIES))
 def test_sizes_for_each_head(tmp_path: Path, number: int, lowering: str) -> None:
-    """Gates and types of the state take turns: every lowering has each of them with several families."""
+    """Gates, memories and types of the state take turns: every lowering has each of them with several families."""
     family, at = list(FAMILIES)[number], number + TARGETS["onnx"].lowerings.index(lowering)
     gate, dtype = EVERY_GATE[number % len(EVERY_GATE)], STATE_DTYPES[at % len(STATE_DTYPES)]
+    memories = 0 if get_gate(gate).keyed or get_gate(gate).normalised else 3 * (number % 2)
     sizes = ("", "6+9 14+3") if family == "gemma3_text" else ("12+9 5", "6+9 14+3")
-    liger = LigerConfig(gate=gate, sinks=2, slots=(("peak_effect", 4),), heads=sizes, state_dtype=dtype)
+    slots = (("peak_effect", 4),)
+    liger = LigerConfig(gate=gate, sinks=2, slots=slots, heads=sizes, state_dtype=dtype, memories=memories)
     swapped = {"layer_types": SIZES["gemma3_text"]["layer_types"][::-1]} if family == "gemma3_text" else {}
     spec = read_spec(make_checkpoint(tmp_path / "model", liger, family, num_hidden_layers=2, **swapped))
     artifact = open_artifact(build(spec.path, tmp_path / "engine", lowering=lowering, verify=False), hashes=False)

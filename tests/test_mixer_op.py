@@ -34,6 +34,8 @@ CONFIGS = {
     "memory": PRESETS["memory"].config,
     "every score": EVERY_SCORE,
     "foresight": FORESIGHT,
+    "memories": replace(EVERY_SCORE, memories=3, gate="hgrn2"),
+    "mom": replace(PRESETS["mom"].config, window=20),
     "window of one": replace(SMALL, window=1, sinks=0),
     **{gate: replace(SMALL, gate=gate) for gate in EVERY_GATE},
     **{name: replace(SMALL, slots=((name, 5),), recurrence_weight=0.0) for name in SCORES},
@@ -80,6 +82,8 @@ CASES = [(name, length) for name in CONFIGS for length in (7, 65)] + [
     ("evicted", 1),
     ("gsa", 150),
     ("gsa", 1),
+    ("mom", 150),
+    ("mom", 1),
 ]
 
 
@@ -93,7 +97,7 @@ def test_chunked_equals_the_loop(name: str, length: int) -> None:
     assert_states_equal(found_state, expected_state, OP_FP64)
 
 
-@pytest.mark.parametrize("name", ["liger", "memory", "every score", "foresight", "evicted", "gsa:4", "mlstm"])
+@pytest.mark.parametrize("name", ["liger", "memory", "every score", "foresight", "evicted", "gsa:4", "mlstm", "mom"])
 def test_any_cut_gives_the_same(name: str) -> None:
     spec, (q, k, v, position), state, table = make(CONFIGS[name], 150)
     expected, expected_state = liger_mixer(q, k, v, position, state, spec, table, foreseen(v))
@@ -107,7 +111,7 @@ def test_any_cut_gives_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["every score", "foresight", "evicted", "gsa:4", "hgrn2:0.3", "mamba2", "mlstm", "rwkv6"]
+    "name", ["every score", "foresight", "evicted", "gsa:4", "hgrn2:0.3", "mamba2", "mlstm", "rwkv6", "mom"]
 )
 @pytest.mark.parametrize("padding", [20, 2 * BLOCK])
 def test_padding_on_the_left_changes_nothing(padding: int, name: str) -> None:
@@ -137,7 +141,7 @@ def test_strong_gates_stay_exact(gate: str) -> None:
         assert difference.abs().max() <= OP_FP32 * expected_state[name].abs().max()
 
 
-@pytest.mark.parametrize("name", ["liger", "every score", "foresight", "evicted", *EVERY_GATE[1:]])
+@pytest.mark.parametrize("name", ["liger", "every score", "foresight", "evicted", "mom", *EVERY_GATE[1:]])
 def test_gradients_equal_those_of_the_loop(name: str) -> None:
     spec, inputs, state, table = make(CONFIGS[name], 40, position=(0,))
     weight = torch.randn(1, 40, 6, 12, dtype=torch.float64)

@@ -55,6 +55,7 @@ MIXERS = {
     "hgrn2": LigerConfig(gate="hgrn2", window=9, sinks=2, attention_weight=0.7, recurrence_weight=0.4, max_distance=30),
     "gsa": LigerConfig(gate="gsa", window=9, sinks=2, attention_weight=0.7, recurrence_weight=0.4, max_distance=30),
     "gsa and scores": LigerConfig(gate="gsa", window=10, sinks=3, max_distance=25, slots=(("use", 2), ("novelty", 3))),
+    "memories": LigerConfig(window=9, sinks=2, max_distance=30, slots=(("novelty", 3),), memories=3),
     "scores": LigerConfig(gate="gla", window=10, sinks=3, max_distance=25,
                           slots=(("use", 2), ("novelty", 3), ("peak_use", 4), ("peak_effect", 2), ("recent_use", 2))),
     "memory": MEMORY,
@@ -85,7 +86,7 @@ def mixer_graph(spec: MixerSpec, lowering: str, inv_freq: Tensor = INV_FREQ) -> 
         [ids, position, *projected, *([score] if score else []), *past.values()], outputs, nodes=g.nodes,
         initializers=list(g.initializers.values()), opset_imports={"": 21, CONTRIB: 1, DOMAIN: 1}, name="mixer",
     )  # fmt: skip
-    functions = lower.functions(spec.kv_heads) if spec.config.recurrent or spec.config.judged else []
+    functions = lower.functions() if spec.config.recurrent or spec.config.judged else []
     return ir.serde.serialize_model(ir.Model(graph, ir_version=10, functions=functions))
 
 
@@ -182,9 +183,10 @@ def test_evicted_tokens_where_channels_are_not_rotated(lowering: str, inv_freq: 
     compare_states(state, session.state, STATE, spec)
 
 
-def test_function_body_is_the_kernel() -> None:
+@pytest.mark.parametrize("name", ["scores", "memories"])
+def test_function_body_is_the_kernel(name: str) -> None:
     """Runtimes without a kernel for LinearAttention inline the body in the model."""
-    spec = mixer_spec(MIXERS["scores"])
+    spec = mixer_spec(MIXERS[name])
     model = mixer_graph(spec, "ort")
     inlined = onnx.inliner.inline_local_functions(model)
     assert not [node for node in inlined.graph.node if node.op_type == "LinearAttention"]
@@ -338,6 +340,7 @@ def proto(spec: ModelSpec, lowering: str) -> onnx.ModelProto:
     ("changes", "lowering"),
     [
         *product(({}, {"gate": "gsa"}, {"attention_weight": 1.0, "recurrence": "evicted"}), TARGETS["onnx"].lowerings),
+        *product(({"memories": 2},), TARGETS["onnx"].lowerings),
         *product(({"heads": ("8+2+2 4+1+2", "", "8+2+2 8+2+2"), "state_dtype": "int8"},), TARGETS["onnx"].ragged),
     ],
 )
@@ -387,7 +390,8 @@ def test_nodes(tmp_path: Path, lowering: str, preset: str) -> None:
     assert kinds["LinearAttention"] == (0 if lowering == "portable" else recurrences)
     assert kinds["CumSum"] == (recurrences if lowering == "portable" else 0) + 5 * (config.evicts - within)
     names = {value.name.split(".")[2] for value in graphs[2].input if value.name.startswith("past.")}
-    assert ("recurrent_state" in names, "judge_state" in names) == (config.recurrent, config.judged)
+    assert ("recurrent_state" in names, "memory_state" in names) == (config.linear, config.routed)
+    assert ("judge_state" in names) == config.judged
     if lowering == "portable":
         assert {node.domain for node in graphs[2].node} == {""}
 

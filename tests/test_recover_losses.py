@@ -18,10 +18,10 @@ from ligerexport.errors import UsageError
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.families import FAMILIES
 from ligerexport.train.data import Documents
-from ligerexport.train.losses import divergence, next_token_loss, relative_error
+from ligerexport.train.losses import divergence, imbalance, next_token_loss, relative_error
 from ligerexport.train.model import load_teacher
 from ligerexport.train.packing import Batch, Rows
-from ligerexport.train.phases import PHASES
+from ligerexport.train.phases import BALANCE, PHASES, balance
 from ligerexport.train.recipes import RECIPES, Phase, Recipe, rate_at
 from tests.checkpoints import MEMORY, SIZES, make_checkpoint
 
@@ -71,6 +71,23 @@ def test_relative_error() -> None:
     parts = sum(relative_error(output[i : i + 1], target[i : i + 1], counted[i : i + 1]) for i in range(2))
     close(parts, expected)
     assert relative_error(output, target, torch.zeros(2, 5, dtype=torch.bool)) == 0
+
+
+def test_imbalance() -> None:
+    """Rows add up, padding and the rest of a row do not count, and the bounds are those of the docstring."""
+    logits, weights = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.rand(2, 5)
+    real = torch.tensor([[True, True, True, False, False], [True] * 5])
+    expected = torch.zeros((), dtype=torch.float64)
+    for row in range(2):
+        for head in range(3):
+            seen = logits[row, real[row], head]
+            used = functional.one_hot(seen.argsort(dim=-1)[:, 2:], 4).sum(dim=1).double().mean(dim=0) / 2
+            expected += 4 * (used * seen.softmax(dim=-1).mean(dim=0)).sum() / 3 * weights[row].sum()
+    close(imbalance(logits, 2, real, weights), expected.float())
+    turns = 100.0 * torch.eye(4, dtype=torch.float64)[None, :, None]
+    ones = torch.ones(1, 4)
+    close(imbalance(turns, 1, ones.bool(), ones), torch.tensor(4.0))
+    close(imbalance(turns[:, :1].expand(-1, 4, -1, -1), 1, ones.bool(), ones), torch.tensor(16.0))
 
 
 def make_batch(**phase: Any) -> Batch:
@@ -146,6 +163,23 @@ def test_follow_and_next_token_are_plain_losses_of_logits(models: tuple[Any, Any
         close(PHASES["follow"](student, teacher, batch), expected)
         likelihood = functional.cross_entropy(mine, batch.targets[batch.counted], reduction="sum")
         close(PHASES["next_token"](student, None, batch), likelihood)
+
+
+def test_training_balances_the_memories(tmp_path: Path) -> None:
+    """By the projection of keys alone, from which the router is computed; with gradient checkpointing too."""
+    config = LigerConfig(window=8, memories=4, keep_softmax=(2,))
+    student = load_model(make_checkpoint(tmp_path / "liger", config, hidden_size=32)).train()
+    batch, found = make_batch(), []
+    weights = [layer.self_attn.k_proj.weight for layer in student.model.layers[:2]]
+    for step in range(30):
+        if step == 1:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        PHASES["next_token"](student, None, batch)
+        loss = balance(student, batch) / (BALANCE * batch.weights.sum())
+        found.append(loss.item())
+        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+            weight.data -= 0.3 * gradient
+    assert found[0] > 1.05 and 1 < found[-1] < 1 + (found[0] - 1) / 2
 
 
 def test_answers_weigh_more(models: tuple[Any, Any]) -> None:

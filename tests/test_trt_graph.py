@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from checkpoints import BUILT, FORESIGHT, MEMORY, make_checkpoint
+from checkpoints import FORESIGHT, FUSED, MEMORY, make_checkpoint
 
 from ligerexport.artifact.artifact import Artifact, Source
 from ligerexport.checkpoint.convert import load_model
@@ -82,7 +82,7 @@ def compare(spec: ModelSpec, artifact: Artifact, weights: str) -> None:
 
 
 @pytest.mark.parametrize("weights", LOGITS)
-@pytest.mark.parametrize("preset", BUILT)
+@pytest.mark.parametrize("preset", FUSED)
 def test_presets(tmp_path: Path, preset: str, weights: str) -> None:
     compare(*write(tmp_path, PRESETS[preset].config, weights), weights)
 
@@ -132,7 +132,7 @@ def test_batch_and_padding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", LOGITS)
-@pytest.mark.parametrize("preset", BUILT)
+@pytest.mark.parametrize("preset", FUSED)
 def test_nodes(tmp_path: Path, preset: str, weights: str) -> None:
     """The contract between node and plugin, input by input, and nothing that TensorRT 8.5 would read differently."""
     spec, artifact = write(tmp_path, PRESETS[preset].config, weights)

@@ -1,22 +1,125 @@
 // liger-run ARTIFACT PROMPT: writes text with an artifact of ligerexport, by ONNX Runtime alone.
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <functional>
 #include <iostream>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <random>
 #include <set>
 
+#include "chat.h"
+#include "prompt_cache.h"
+#include "sampler.h"
 #include "session.h"
 #include "tokenizer.h"
 
 namespace {
 
 constexpr char kUsage[] =
-    "usage: liger-run ARTIFACT PROMPT [--tokens N] [--threads N] [--ids] [--library FILE] [--state FILE]\n"
-    "       liger-run ARTIFACT --encode     the ids of each line of stdin, a JSON string\n";
+    "usage: liger-run ARTIFACT PROMPT [options]\n"
+    "       liger-run ARTIFACT --chat [options]     each line of stdin is a question\n"
+    "       liger-run ARTIFACT --encode             the ids of each line of stdin, a JSON string\n"
+    "  --tokens N            largest number of tokens to write, 64\n"
+    "  --threads N           threads; 0 means one per core\n"
+    "  --ids                 write ids in place of text\n"
+    "  --library FILE        the compiled operator of the lowering native\n"
+    "  --chat                send the prompt as a question, with the chat template\n"
+    "  --system TEXT         what the chat begins with\n"
+    "  --temperature X       0 takes the most likely token each time; also --top-k N, --top-p X, --min-p X\n"
+    "  --seed N              the same seed writes the same text\n"
+    "  --stop TEXT           end before this text; may be repeated\n"
+    "  --prompt-cache FILE   keep the state after the beginning of the prompt\n"
+    "  --state FILE          continue from a saved state\n"
+    "  --save-state FILE     write the state after the prompt\n";
+
+struct UsageError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Options {
+  std::vector<std::string> places, stops;
+  std::string library, state, save_state, prompt_cache, system;
+  int tokens = 64, threads = 0;
+  bool as_ids = false, encode = false, chat = false;
+  Sampling sampling;
+};
+
+template <typename Number>
+Number number(const std::string& name, const std::string& text, Number low, Number high) {
+  Number value{};
+  bool whole = !text.empty();
+  if constexpr (std::is_integral_v<Number>) {
+    const auto end = text.data() + text.size();
+    const auto [at, error] = std::from_chars(text.data(), end, value);
+    whole = whole && error == std::errc() && at == end;
+  } else {
+    char* at = nullptr;
+    value = std::strtod(text.c_str(), &at);
+    whole = whole && *at == 0;
+  }
+  if (!whole || !(value >= low && value <= high)) {
+    std::ostringstream message;
+    message << name << " needs a " << (std::is_integral_v<Number> ? "whole " : "") << "number from " << low << " to "
+            << high << ", not '" << text << "'";
+    throw UsageError(message.str());
+  }
+  return value;
+}
+
+Options parse(int argc, char** argv) {
+  constexpr int kMost = std::numeric_limits<int>::max();
+  Options o;
+  o.sampling.seed = uint64_t{std::random_device{}()} << 32 | std::random_device{}();
+  const std::map<std::string, std::function<void(const std::string&, const std::string&)>> with_value = {
+      {"--tokens", [&](auto& name, auto& x) { o.tokens = number(name, x, 1, kMost); }},
+      {"--threads", [&](auto& name, auto& x) { o.threads = number(name, x, 0, 1024); }},
+      {"--library", [&](auto&, auto& x) { o.library = x; }},
+      {"--state", [&](auto&, auto& x) { o.state = x; }},
+      {"--save-state", [&](auto&, auto& x) { o.save_state = x; }},
+      {"--prompt-cache", [&](auto&, auto& x) { o.prompt_cache = x; }},
+      {"--system", [&](auto&, auto& x) { o.system = x; }},
+      {"--stop", [&](auto&, auto& x) { if (!x.empty()) o.stops.push_back(x); }},
+      {"--temperature", [&](auto& name, auto& x) { o.sampling.temperature = number(name, x, 0.0, 1e6); }},
+      {"--top-k", [&](auto& name, auto& x) { o.sampling.top_k = number(name, x, 0, kMost); }},
+      {"--top-p", [&](auto& name, auto& x) { o.sampling.top_p = number(name, x, 1e-9, 1.0); }},
+      {"--min-p", [&](auto& name, auto& x) { o.sampling.min_p = number(name, x, 0.0, 1.0); }},
+      {"--seed", [&](auto& name, auto& x) { o.sampling.seed = number(name, x, uint64_t{0}, UINT64_MAX); }},
+  };
+  const std::map<std::string, bool*> flags = {{"--ids", &o.as_ids}, {"--encode", &o.encode}, {"--chat", &o.chat}};
+  bool only_places = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    const auto valued = with_value.find(word);
+    const auto flag = flags.find(word);
+    if (only_places || word.rfind("--", 0) != 0) {
+      o.places.push_back(word);
+    } else if (word == "--") {
+      only_places = true;
+    } else if (flag != flags.end()) {
+      *flag->second = true;
+    } else if (valued == with_value.end()) {
+      throw UsageError("there is no option " + word);
+    } else if (++i == argc) {
+      throw UsageError(word + " needs a value");
+    } else {
+      valued->second(word, argv[i]);
+    }
+  }
+  const size_t most = o.encode ? 1 : 2;
+  if (o.places.size() > most || o.places.size() < (o.chat ? 1 : most))
+    throw UsageError(o.encode ? "one artifact was expected" : "an artifact and one prompt were expected");
+  if (!o.state.empty() && !o.prompt_cache.empty())
+    throw UsageError("a prompt cache is for the beginning of a text: leave out --state or --prompt-cache");
+  if (!o.system.empty() && !o.chat) throw UsageError("--system needs --chat");
+  return o;
+}
 
 nlohmann::json read(const std::filesystem::path& file) {
   std::ifstream stream(file);
@@ -55,62 +158,90 @@ void encode_lines(const Tokenizer& tokenizer) {
     std::cout << nlohmann::json(tokenizer.encode(nlohmann::json::parse(line).get<std::string>())) << "\n";
 }
 
-void write(const std::filesystem::path& artifact, const std::string& prompt, int tokens, int threads, bool as_ids,
-           const std::string& library, const std::string& state, const Tokenizer& tokenizer) {
-  disable_telemetry();
-  const auto stop = ends(artifact, tokenizer);
-  Session session(artifact, threads, library);
-  if (!state.empty()) session.restore(state);
-  const auto ids = tokenizer.encode(prompt, state.empty());
-  const auto has_text = [&](int64_t id) { return !tokenizer.bytes(id).empty(); };
-  bool begins = tokenizer.strips_space() && std::none_of(ids.begin(), ids.end(), has_text);
-  int64_t token = session.advance(ids);
-  const auto begin = std::chrono::steady_clock::now();
-  int count = 0;
-  while (++count) {
-    // The bytes of a character may come with several tokens; the reader of the stream joins them.
-    std::string text = stop.count(token) ? "" : tokenizer.bytes(token);
-    if (begins && !text.empty()) {
-      if (text[0] == ' ') text.erase(0, 1);
-      begins = false;
+// Writes texts with one session.
+class Writer {
+ public:
+  Writer(const std::filesystem::path& artifact, const Options& options, const Tokenizer& tokenizer)
+      : options_(options), tokenizer_(tokenizer), session_(artifact, options.threads, options.library),
+        sampler_(options.sampling), ends_(::ends(artifact, tokenizer)) {
+    if (options.chat) {
+      chat_.emplace(artifact);
+      ends_.merge(chat_->ends());
     }
-    std::cout << (as_ids ? std::to_string(token) + " " : text) << std::flush;
-    if (count >= tokens || stop.count(token)) break;
-    token = session.advance({token});
+    if (!options.state.empty()) session_.restore(options.state);
   }
-  const std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
-  std::cout << std::endl;
-  std::fprintf(stderr, "%d tokens, %.1f a second, state of %.2f MB\n", count, (count - 1) / time.count(),
-               session.state_bytes() / 1e6);
-}
+
+  // Writes what follows a prompt or, in a chat, the answer to a question.
+  void write(const std::string& prompt) {
+    const bool special = options_.state.empty() && !chat_;
+    const std::string text = !chat_ ? prompt : begun_ ? chat_->next(prompt) : chat_->first(options_.system, prompt);
+    std::vector<int64_t> ids = unseen_;
+    for (const int64_t id : tokenizer_.encode(text, special)) ids.push_back(id);
+    const bool cached = !begun_ && !options_.prompt_cache.empty();
+    const std::vector<float>* logits =
+        cached ? &read_prompt(session_, ids, options_.prompt_cache) : &session_.advance(ids);
+    if (!begun_ && !options_.save_state.empty()) session_.save(options_.save_state);
+    begun_ = true;
+    const auto has_text = [&](int64_t id) { return !tokenizer_.bytes(id).empty(); };
+    bool begins = tokenizer_.strips_space() && std::none_of(ids.begin(), ids.end(), has_text);
+    StopStrings stops(options_.stops, tokenizer_);
+    const auto begin = std::chrono::steady_clock::now();
+    for (int count = 1;; ++count) {
+      const int64_t token = sampler_(*logits);
+      const bool end = ends_.count(token) || stops.is_end(token);
+      // The bytes of a character may come with several tokens; the reader of the stream joins them.
+      std::string bytes = end ? "" : tokenizer_.bytes(token), out;
+      if (begins && !bytes.empty()) {
+        if (bytes[0] == ' ') bytes.erase(0, 1);
+        begins = false;
+      }
+      const bool last = stops.push(bytes, out) || end || count == options_.tokens;
+      if (last) out += stops.flush();
+      std::cout << (options_.as_ids ? std::to_string(token) + " " : out) << std::flush;
+      if (last) {
+        unseen_ = end ? std::vector<int64_t>{} : std::vector<int64_t>{token};  // the next turn has the answer's end
+        report(count, std::chrono::steady_clock::now() - begin);
+        return;
+      }
+      logits = &session_.advance({token});
+    }
+  }
+
+ private:
+  void report(int count, std::chrono::duration<double> time) const {
+    std::cout << std::endl;
+    std::fprintf(stderr, "%d tokens, %.1f a second, state of %.2f MB\n", count, (count - 1) / time.count(),
+                 session_.state_bytes() / 1e6);
+  }
+
+  const Options& options_;
+  const Tokenizer& tokenizer_;
+  Session session_;
+  Sampler sampler_;
+  std::set<int64_t> ends_;
+  std::optional<Chat> chat_;
+  bool begun_ = false;
+  std::vector<int64_t> unseen_;  // written, but not yet read by the session
+};
 
 }  // namespace
 
 int main(int argc, char** argv) try {
-  std::vector<std::string> places;
-  std::string library, state;
-  int tokens = 64, threads = 0;
-  bool as_ids = false, encode = false;
-  for (int i = 1; i < argc; ++i) {
-    const std::string word = argv[i];
-    const bool more = i + 1 < argc;
-    if (word == "--tokens" && more) tokens = std::stoi(argv[++i]);
-    else if (word == "--threads" && more) threads = std::stoi(argv[++i]);
-    else if (word == "--library" && more) library = argv[++i];
-    else if (word == "--state" && more) state = argv[++i];
-    else if (word == "--ids") as_ids = true;
-    else if (word == "--encode") encode = true;
-    else places.push_back(word);
-  }
-  if (places.size() != (encode ? 1 : 2)) {
-    std::cerr << kUsage;
-    return 2;
-  }
-  const std::filesystem::path artifact = places[0];
+  const Options options = parse(argc, argv);
+  const std::filesystem::path artifact = options.places[0];
   const Tokenizer tokenizer(artifact / "tokenizer.json");
-  if (encode) encode_lines(tokenizer);
-  else write(artifact, places[1], tokens, threads, as_ids, library, state, tokenizer);
+  if (options.encode) {
+    encode_lines(tokenizer);
+    return 0;
+  }
+  disable_telemetry();
+  Writer writer(artifact, options, tokenizer);
+  if (options.places.size() == 2) writer.write(options.places[1]);
+  else for (std::string line; std::getline(std::cin, line);) writer.write(line);
   return 0;
+} catch (const UsageError& error) {
+  std::cerr << "error: " << error.what() << "\n" << kUsage;
+  return 2;
 } catch (const std::exception& error) {
   std::cerr << "error: " << error.what() << "\n";
   return 1;

@@ -1,17 +1,21 @@
 #include "session.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <fstream>
 #include <functional>
 #include <numeric>
 #include <stdexcept>
 
-#include "state.h"
+#ifdef LIGER_NATIVE  // the operator is part of this program, as on iOS, where an app loads no library by its path
+extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base);
+#endif
 
 namespace {
 
-constexpr size_t kChunk = 64;  // prompt tokens per call; more are not faster
+constexpr size_t kChunk = 64;            // prompt tokens per call; more are not faster
+constexpr int64_t kFade = int64_t{1} << 20;  // tokens after which sums without a decay are halved
 
 template <typename Element>
 Ort::Value view(const Ort::MemoryInfo& memory, Element* data, const std::vector<int64_t>& shape) {
@@ -62,8 +66,10 @@ Session::Session(const std::filesystem::path& artifact, int threads, const std::
   const auto& manifest = manifest_;
   if (manifest["format_version"] > 2 || manifest["target"] != "onnx")
     throw std::runtime_error("this program reads artifacts of format 1 or 2 for the target onnx");
+#ifndef LIGER_NATIVE
   if (manifest["lowering"] == "native" && library.empty())
     throw std::runtime_error("the lowering native needs --library, or build the artifact with --lowering ort");
+#endif
 
   Ort::SessionOptions options;
   options.SetIntraOpNumThreads(threads);
@@ -71,6 +77,10 @@ Session::Session(const std::filesystem::path& artifact, int threads, const std::
   void* handle = nullptr;
   if (!library.empty())
     Ort::ThrowOnError(Ort::GetApi().RegisterCustomOpsLibrary(options, library.c_str(), &handle));
+#ifdef LIGER_NATIVE
+  else
+    Ort::ThrowOnError(RegisterCustomOps(options, OrtGetApiBase()));
+#endif
   const auto graph = artifact / manifest["graph"]["file"].get<std::string>();
   session_ = Ort::Session(env_, graph.c_str(), options);
 
@@ -96,10 +106,10 @@ Session::Session(const std::filesystem::path& artifact, int threads, const std::
   }
 }
 
-int64_t Session::advance(const std::vector<int64_t>& ids) {
+const std::vector<float>& Session::advance(const std::vector<int64_t>& ids) {
   if (ids.empty()) throw std::runtime_error("the prompt has no tokens");
   for (size_t start = 0; start < ids.size(); start += chunk_) run(&ids[start], std::min(chunk_, ids.size() - start));
-  return std::max_element(logits_.begin(), logits_.end()) - logits_.begin();
+  return logits_;
 }
 
 void Session::run(const int64_t* ids, int64_t count) {
@@ -114,7 +124,31 @@ void Session::run(const int64_t* ids, int64_t count) {
     given_[2 + i] = std::move(made_[1 + i]);
     made_[1 + i] = Ort::Value{nullptr};
   }
+  const int64_t before = position_ / kFade;
   position_ += count;
+  if (const int64_t times = position_ / kFade - before) halve_sums(times);
+}
+
+// Sums without a decay would become inexact; readers use only their ratios.
+void Session::halve_sums(int64_t times) {
+  const auto ends = [](const std::string& name, const std::string& end) {
+    return name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
+  };
+  const std::string state = "recurrent_state", mass = "recurrent_mass";
+  for (size_t i = 2; i < inputs_.size(); ++i) {
+    std::string name = inputs_[i];
+    bool sum = false;
+    for (const char* end : {"recurrent_mass", "judge_state", "cell_count", "cell_key", "cell_value"})
+      sum = sum || ends(name, end);
+    if (ends(name, state)) {
+      name.replace(name.size() - state.size(), state.size(), mass);
+      sum = std::find(inputs_.begin(), inputs_.end(), name) != inputs_.end();
+    }
+    if (!sum) continue;
+    auto* const numbers = static_cast<float*>(given_[i].GetTensorMutableRawData());
+    const size_t count = given_[i].GetTensorTypeAndShapeInfo().GetElementCount();
+    for (size_t j = 0; j < count; ++j) numbers[j] *= std::ldexp(1.0f, -static_cast<int>(times));
+  }
 }
 
 size_t Session::state_bytes() const {
@@ -131,4 +165,18 @@ void Session::restore(const std::filesystem::path& file) {
     if (grows_[i]) given_[2 + i] = made_of(tensor.shape, tensor.type);
     std::memcpy(given_[2 + i].GetTensorMutableRawData(), tensor.data.data(), tensor.data.size());
   }
+}
+
+void Session::save(const std::filesystem::path& file, const std::vector<int64_t>& ids) {
+  State state{position_, {}};
+  for (size_t i = 0; i < grows_.size(); ++i) {
+    Ort::Value& value = given_[2 + i];
+    const auto& tensor = manifest_["state"][i];
+    const auto* data = static_cast<const char*>(value.GetTensorMutableRawData());
+    std::vector<int64_t> shape;
+    for (const auto& size : tensor["shape"])
+      shape.push_back(size.is_number() ? size.get<int64_t>() : size == "B" ? 1 : position_);
+    state.tensors[inputs_[2 + i]] = {tensor["dtype"], shape, {data, data + bytes_of(value)}};
+  }
+  write_state(file, manifest_, state, ids);
 }

@@ -35,8 +35,17 @@ int64_t integer(const Tensor& tensor, size_t i) {
   return tensor.type == "int64" ? at<int64_t>(tensor, i) : at<int32_t>(tensor, i);
 }
 
-// The tensors and the metadata of a file; the sizes of every tensor are checked.
-std::pair<Tensors, json> parse(const std::string& bytes) {
+std::string digest(const Tensors& tensors) {
+  std::string bytes;
+  for (const auto& [name, tensor] : tensors) bytes.append(name).append(tensor.data.begin(), tensor.data.end());
+  return sha256(std::move(bytes));
+}
+
+// The tensors and the metadata of a file; the sizes of every tensor and the hash of all are checked.
+std::pair<Tensors, json> parse(const std::filesystem::path& file) {
+  std::ifstream stream(file, std::ios::binary);
+  if (!stream) throw std::runtime_error("there is no file " + file.string());
+  const std::string bytes{std::istreambuf_iterator<char>(stream), {}};
   const std::runtime_error damaged("this file is not a saved state");
   uint64_t length = 0;
   if (bytes.size() < sizeof length) throw damaged;
@@ -59,13 +68,11 @@ std::pair<Tensors, json> parse(const std::string& bytes) {
     const char* data = begin + length;
     tensors[name] = {type->second, shape, {data + range[0], data + range[1]}};
   }
-  return {tensors, content.value("__metadata__", json::object())};
-}
-
-std::string digest(const Tensors& tensors) {
-  std::string bytes;
-  for (const auto& [name, tensor] : tensors) bytes.append(name).append(tensor.data.begin(), tensor.data.end());
-  return sha256(std::move(bytes));
+  const json header = content.value("__metadata__", json::object());
+  if (header.value("ligerexport.snapshot", "") != "2") throw std::runtime_error("a saved state of format 2 was expected");
+  if (header.value("sha256", "") != digest(tensors))
+    throw std::runtime_error("this state was changed after it was written");
+  return {tensors, header};
 }
 
 struct Heads {
@@ -173,16 +180,11 @@ size_t width_of(const std::string& type) {
 }
 
 State read_state(const std::filesystem::path& file, const json& manifest) {
-  std::ifstream stream(file, std::ios::binary);
-  if (!stream) throw std::runtime_error("there is no file " + file.string());
-  auto [tensors, header] = parse({std::istreambuf_iterator<char>(stream), {}});
-  if (header.value("ligerexport.snapshot", "") != "2") throw std::runtime_error("a saved state of format 2 was expected");
+  auto [tensors, header] = parse(file);
   if (!manifest.contains("identity"))
     throw std::runtime_error("this artifact reads no states of other runtimes: build it again");
   if (header.value("identity", "") != manifest["identity"].get<std::string>())
     throw std::runtime_error("this state belongs to another model");
-  if (header.value("sha256", "") != digest(tensors))
-    throw std::runtime_error("this state was changed after it was written");
   for (const auto& wanted : manifest["state"]) {
     const std::string name = wanted["past"], end = ".slot_position", prefix = name.substr(0, name.rfind('.'));
     if (name == prefix + end && tensors.count(name) && tensors.count(prefix + ".slot_key")) {
@@ -215,4 +217,47 @@ State read_state(const std::filesystem::path& file, const json& manifest) {
     throw std::runtime_error("the state of one sequence was expected");
   state.position = at<int64_t>(seen->second, 0);
   return state;
+}
+
+SavedIds read_ids(const std::filesystem::path& file) {
+  const auto [tensors, header] = parse(file);
+  SavedIds saved{header.value("model", ""), {}};
+  const auto found = tensors.find("ids");
+  if (found == tensors.end() || found->second.type != "int64") return saved;
+  for (size_t i = 0; i < count_of(found->second.shape); ++i) saved.ids.push_back(at<int64_t>(found->second, i));
+  return saved;
+}
+
+void write_state(const std::filesystem::path& file, const json& manifest, const State& state,
+                 const std::vector<int64_t>& ids) {
+  if (!manifest.contains("fingerprint"))
+    throw std::runtime_error("this artifact writes no states for other runtimes: build it again");
+  Tensors tensors = state.tensors;
+  const auto add = [&](const char* name, const int64_t* numbers, size_t count) {
+    const auto* data = reinterpret_cast<const char*>(numbers);
+    tensors[name] = {"int64", {static_cast<int64_t>(count)}, {data, data + count * sizeof *numbers}};
+  };
+  add("position", &state.position, 1);
+  if (!ids.empty()) add("ids", ids.data(), ids.size());
+  json header, metadata = {{"ligerexport.snapshot", "2"}, {"model", manifest["fingerprint"]},
+                           {"identity", manifest["identity"]}, {"sha256", digest(tensors)}};
+  size_t end = 0;
+  for (const auto& [name, tensor] : tensors) {
+    const auto type = std::find_if(kNames.begin(), kNames.end(), [&, &wanted = tensor.type](const auto& row) {
+      return row.second == wanted;
+    });
+    header[name] = {{"dtype", type->first}, {"shape", tensor.shape}, {"data_offsets", {end, end + tensor.data.size()}}};
+    end += tensor.data.size();
+  }
+  header["__metadata__"] = metadata;
+  std::string text = header.dump();
+  text.append((8 - text.size() % 8) % 8, ' ');
+  const uint64_t length = text.size();
+  const std::filesystem::path part = file.string() + ".part";
+  std::ofstream stream(part, std::ios::binary);
+  stream.write(reinterpret_cast<const char*>(&length), sizeof length) << text;
+  for (const auto& [name, tensor] : tensors) stream.write(tensor.data.data(), tensor.data.size());
+  stream.close();
+  if (!stream) throw std::runtime_error("cannot write " + part.string());
+  std::filesystem::rename(part, file);
 }

@@ -1,8 +1,10 @@
 // One sequence on an artifact, in Node and in browsers: `ort` is onnxruntime-node or onnxruntime-web.
 
-import { ARRAYS, readState } from "./state.mjs";
+import { Sampler, StopStrings } from "./sampler.mjs";
+import { ARRAYS, readState, writeState } from "./state.mjs";
 
 const CHUNK = 64; // prompt tokens per call; more are not faster
+const FADE = 2 ** 20; // tokens after which sums without a decay are halved
 const CONTEXT = 8; // earlier tokens on which a text may depend: more than the bytes of a character
 
 export class Session {
@@ -44,15 +46,21 @@ export class Session {
     for (const [past, { dtype, data, sizes }] of state) this.state.set(past, new this.ort.Tensor(dtype, data, sizes));
   }
 
-  /** Advance by any number of tokens and return the most likely next one. */
+  /** Return the bytes of a file with the state; `ids` are all tokens that it has seen, for a prompt cache. */
+  async save(ids) {
+    const state = new Map();
+    for (const [past, tensor] of this.state)
+      state.set(past, { dtype: tensor.type, data: await tensor.getData(), sizes: tensor.dims });
+    return writeState(this.manifest, this.position, state, ids);
+  }
+
+  /** Advance by any number of tokens and return the logits of the next one. */
   async advance(ids) {
     if (!ids.length) throw new Error("the prompt has no tokens");
     let logits;
     for (let start = 0; start < ids.length; start += this.chunk)
       logits = await this.#run(ids.slice(start, start + this.chunk));
-    let best = 0;
-    for (let i = 1; i < logits.length; i++) if (logits[i] > logits[best]) best = i;
-    return best;
+    return logits;
   }
 
   async #run(ids) {
@@ -69,8 +77,21 @@ export class Session {
       if (tensor !== feeds[past] && feeds[past].location === "gpu-buffer") feeds[past].dispose();
       this.state.set(past, tensor);
     }
+    const before = Math.floor(this.position / FADE);
     this.position += ids.length;
+    const times = Math.floor(this.position / FADE) - before;
+    if (times) await this.#halveSums(0.5 ** times);
     return results.logits.data;
+  }
+
+  /** Sums without a decay would become inexact; readers use only their ratios. */
+  async #halveSums(factor) {
+    for (const [past, tensor] of this.state) {
+      const state = past.endsWith("recurrent_state") && this.state.has(past.replace(/state$/, "mass"));
+      if (!state && !/(recurrent_mass|judge_state|cell_(count|key|value))$/.test(past)) continue;
+      const data = (await tensor.getData()).map((number) => number * factor);
+      this.state.set(past, new this.ort.Tensor(tensor.type, data, tensor.dims));
+    }
   }
 }
 
@@ -130,22 +151,53 @@ export class Detokenizer {
   }
 }
 
-/**
- * Stream `{ token, text }` of the most likely continuation; text comes once its last character is complete.
- *
- * @param state Bytes of a saved state that the prompt continues, if any.
- */
-export async function* generate(session, tokenizer, ends, prompt, tokens, state) {
-  const ids = tokenizer.encode(prompt, { add_special_tokens: !state }).ids;
-  const detokenizer = new Detokenizer(tokenizer, ids);
-  session.reset();
-  if (state) await session.restore(state);
-  let token = await session.advance(ids);
-  for (let count = 1; ; count++) {
-    const last = count >= tokens || ends.has(token);
-    const text = ends.has(token) ? "" : detokenizer.push(token);
-    yield { token, text: last ? text + detokenizer.flush() : text };
-    if (last) return;
-    token = await session.advance([token]);
+/** Texts on one session: a prompt and its continuation, or a chat. */
+export class Writer {
+  #begun = false;
+  #unseen = []; // written, but not yet read by the session
+
+  /**
+   * @param session A session.
+   * @param tokenizer The tokenizer.
+   * @param ends Ids that end a text, from `endIds`.
+   * @param options Of the `Sampler`, and `tokens`, the largest number to write; `stop`, a list of texts; `chat`, a
+   *   `Chat`, and `system`, what it begins with; `state`, bytes of a saved state that the text continues.
+   */
+  constructor(session, tokenizer, ends, options) {
+    Object.assign(this, { session, tokenizer, options });
+    this.ends = new Set([...ends, ...(options.chat?.ends ?? [])]);
+    this.sampler = new Sampler(options);
+    const added = [...tokenizer.get_added_tokens_decoder().values()];
+    this.special = new Map(added.filter((token) => token.special).map(({ content, id }) => [content, id]));
+  }
+
+  /**
+   * Stream `{ token, text }` of the continuation of a prompt or, in a chat, of the answer to a question. Text comes once
+   * its last character is complete.
+   *
+   * @param read What reads the first prompt, from the session and ids to logits.
+   */
+  async *write(prompt, read = (session, ids) => session.advance(ids)) {
+    const { session, tokenizer } = this;
+    const { chat, system, state, tokens, stop = [] } = this.options;
+    const text = !chat ? prompt : this.#begun ? chat.next(prompt) : chat.first(prompt, system);
+    const ids = [...this.#unseen, ...tokenizer.encode(text, { add_special_tokens: !state && !chat }).ids];
+    if (!this.#begun) session.reset();
+    if (!this.#begun && state) await session.restore(state);
+    let logits = await (this.#begun ? session.advance(ids) : read(session, ids));
+    this.#begun = true;
+    const detokenizer = new Detokenizer(tokenizer, ids);
+    const stops = new StopStrings(stop, this.special);
+    for (let count = 1; ; count++) {
+      const token = this.sampler.choose(logits);
+      const end = this.ends.has(token) || stops.ids.has(token);
+      let [out, found] = end ? ["", false] : stops.push(detokenizer.push(token));
+      const last = end || found || count >= tokens;
+      if (last && !found) out += stops.push(detokenizer.flush())[0] + stops.flush();
+      this.#unseen = end ? [] : [token]; // the next turn has the answer's end
+      yield { token, text: out };
+      if (last) return;
+      logits = await session.advance([token]);
+    }
   }
 }

@@ -6,15 +6,47 @@ const megabytes = (bytes) => `state of ${(bytes / 1e6).toFixed(2)} MB`;
 let ids, begin;
 
 function busy(yes) {
-  at("write").disabled = yes;
+  for (const id of ["write", "next", "save"]) at(id).disabled = yes || (id !== "write" && !ids);
   at("stop").disabled = !yes;
+}
+
+function download(bytes) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([bytes]));
+  link.download = "liger.state";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+async function options() {
+  const number = (id) => (at(id).value ? Number(at(id).value) : undefined);
+  return {
+    tokens: number("tokens"),
+    state: await at("state").files[0]?.arrayBuffer(),
+    chat: at("chat").checked,
+    system: at("system").value,
+    stop: [at("stop-at").value],
+    temperature: number("temperature"),
+    topK: number("top-k"),
+    topP: number("top-p"),
+    minP: number("min-p"),
+    seed: number("seed"),
+  };
+}
+
+async function write(fresh) {
+  ids = [];
+  at("text").replaceChildren();
+  busy(true);
+  worker.postMessage({ prompt: at("prompt").value, options: fresh ? await options() : undefined });
 }
 
 worker.onerror = (event) => (at("status").textContent = `error: ${event.message}`);
 worker.onmessage = ({ data }) => {
-  const { ready, token, text, done, error, stateBytes } = data;
+  const { ready, token, text, done, error, saved, stateBytes } = data;
   if (error) at("status").textContent = `error: ${error}`;
   else if (ready) at("status").textContent = `${ready} is ready, ${megabytes(stateBytes)}`;
+  else if (saved) download(saved);
   else if (!done) {
     if (!ids.length) begin = performance.now();
     ids.push(token);
@@ -24,16 +56,17 @@ worker.onmessage = ({ data }) => {
     at("status").textContent = `${ids.length} tokens${speeds}, ${megabytes(stateBytes)}`;
   }
   at("text").dataset.ids = ids?.join(" ") ?? "";
-  if (ready || done || error) busy(false);
+  if (ready || done || error || saved) busy(false);
 };
 
-document.querySelector("form").onsubmit = async (event) => {
+document.querySelector("form").onsubmit = (event) => {
   event.preventDefault();
-  ids = [];
-  at("text").replaceChildren();
+  write(true);
+};
+at("next").onclick = () => write(false);
+at("save").onclick = () => {
   busy(true);
-  const state = await at("state").files[0]?.arrayBuffer();
-  worker.postMessage({ prompt: at("prompt").value, tokens: Number(at("tokens").value), state });
+  worker.postMessage({ save: true });
 };
 at("stop").onclick = () => worker.postMessage({ stop: true });
 

@@ -1,4 +1,4 @@
-// Reads a state that any runtime has saved: a file in the format safetensors with the tensors of one sequence.
+// Reads and writes a state for any runtime: a file in the format safetensors with the tensors of one sequence.
 
 const BYTES = { F32: 4, F16: 2, I64: 8, I32: 4, I8: 1 };
 const NAMES = { F32: "float32", F16: "float16", I64: "int64", I32: "int32", I8: "int8" };
@@ -13,11 +13,9 @@ export const ARRAYS = {
  * @param manifest The artifact's manifest.json, parsed.
  */
 export async function readState(file, manifest) {
-  const { header, tensors } = parse(file);
-  if (header["ligerexport.snapshot"] !== "2") throw new Error("a saved state of format 2 was expected");
+  const { header, tensors } = await parse(file);
   if (!manifest.identity) throw new Error("this artifact reads no states of other runtimes: build it again");
   if (header.identity !== manifest.identity) throw new Error("this state belongs to another model");
-  if (header.sha256 !== (await digest(tensors))) throw new Error("this state was changed after it was written");
   const state = new Map();
   const missing = (name) => new Error(`this state has no ${name} that fits this artifact`);
   for (const prefix of new Set(manifest.state.map(({ past }) => past.slice(0, past.lastIndexOf("."))))) {
@@ -39,7 +37,37 @@ export async function readState(file, manifest) {
   return { position: Number(seen.data[0]), state };
 }
 
-function parse(file) {
+/** Return the fingerprint of the model whose state it is, and the tokens that it has seen, if they were saved. */
+export async function readIds(file) {
+  const { header, tensors } = await parse(file);
+  return { model: header.model, ids: Array.from(tensors.get("ids")?.data ?? [], Number) };
+}
+
+/** Return the bytes of a file with a state; `ids` are the tokens that it has seen, if they are saved with it. */
+export async function writeState(manifest, position, state, ids) {
+  if (!manifest.fingerprint) throw new Error("this artifact writes no states for other runtimes: build it again");
+  const tensors = new Map([["position", { dtype: "int64", data: BigInt64Array.of(BigInt(position)), sizes: [1] }]]);
+  if (ids) tensors.set("ids", { dtype: "int64", data: BigInt64Array.from(ids, BigInt), sizes: [ids.length] });
+  for (const [past, tensor] of state) tensors.set(past, tensor);
+  const header = {};
+  let end = 0;
+  for (const [name, { dtype, data, sizes }] of tensors) {
+    tensors.get(name).bytes = new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+    const type = Object.keys(NAMES).find((key) => NAMES[key] === dtype);
+    header[name] = { dtype: type, shape: sizes, data_offsets: [end, (end += data.byteLength)] };
+  }
+  const { fingerprint: model, identity } = manifest;
+  header.__metadata__ = { "ligerexport.snapshot": "2", model, identity, sha256: await digest(tensors) };
+  const text = new TextEncoder().encode(JSON.stringify(header));
+  const padded = new Uint8Array(Math.ceil(text.length / 8) * 8).fill(32);
+  padded.set(text);
+  const length = new BigUint64Array([BigInt(padded.length)]); // little-endian, as all browsers and Node are
+  const parts = [length, padded, ...Array.from(tensors.values(), (tensor) => tensor.bytes)];
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
+}
+
+/** Return the metadata and the tensors of a file, whose sizes and hash are checked. */
+async function parse(file) {
   const damaged = new Error("this file is not a saved state");
   if (file.byteLength < 8) throw damaged;
   const length = Number(new DataView(file).getBigUint64(0, true));
@@ -59,7 +87,10 @@ function parse(file) {
     const bytes = file.slice(8 + length + range[0], 8 + length + range[1]); // a copy, aligned for its type
     tensors.set(name, { dtype: NAMES[dtype], shape, bytes, data: new ARRAYS[NAMES[dtype]](bytes) });
   }
-  return { header: content.__metadata__ ?? {}, tensors };
+  const header = content.__metadata__ ?? {};
+  if (header["ligerexport.snapshot"] !== "2") throw new Error("a saved state of format 2 was expected");
+  if (header.sha256 !== (await digest(tensors))) throw new Error("this state was changed after it was written");
+  return { header, tensors };
 }
 
 /** Return the sha256 of all names and their bytes, in the order of the names, in hex. */

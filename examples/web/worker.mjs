@@ -1,7 +1,9 @@
-// The model, in its own thread. Incoming messages: { backend } first, then { prompt, tokens, state } or { stop }.
+// The model, in its own thread. Incoming messages: { backend } first, then { prompt, options } with the options of
+// `Writer`, { prompt } to continue the same text, { stop }, or { save } for the bytes of the state.
 
 import { Tokenizer } from "./node_modules/@huggingface/tokenizers/dist/tokenizers.min.mjs";
-import { endIds, generate, Session } from "./liger.mjs";
+import { Chat } from "./chat.mjs";
+import { endIds, Session, Writer } from "./liger.mjs";
 
 const RUNTIME = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
 const ARTIFACT = new URL("./artifact/", import.meta.url).href;
@@ -12,7 +14,7 @@ const json = async (name) => {
   return answer.json();
 };
 
-let model, stopped;
+let model, stopped, writer;
 
 async function load(backend) {
   const manifest = await json("manifest.json");
@@ -21,12 +23,13 @@ async function load(backend) {
   ort.env.wasm.wasmPaths = RUNTIME;
   const graph = manifest.graph.file;
   const weights = Object.keys(manifest.files).filter((name) => name.startsWith(graph) && name !== graph);
-  const [tokens, names, more, generation, config, session] = await Promise.all([
+  const [tokens, names, more, generation, config, pieces, session] = await Promise.all([
     json("tokenizer.json"),
     optional("special_tokens_map.json"),
     optional("tokenizer_config.json"),
     optional("generation_config.json"),
     optional("config.json"),
+    optional("chat.json"),
     ort.InferenceSession.create(ARTIFACT + graph, {
       executionProviders: [backend],
       // WebAssembly has no fast products with 4-bit weights, so they become fp32 while loading (lowering `portable`).
@@ -39,6 +42,7 @@ async function load(backend) {
   model = {
     session: new Session(ort, manifest, session),
     tokenizer,
+    pieces,
     ends: endIds(tokenizer, settings, generation, config),
   };
   postMessage({ ready: manifest.source.model, stateBytes: model.session.stateBytes });
@@ -52,9 +56,13 @@ const breathe = () =>
     port2.postMessage(0);
   });
 
-async function write({ prompt, tokens, state }) {
+async function write({ prompt, options }) {
   stopped = false;
-  for await (const piece of generate(model.session, model.tokenizer, model.ends, prompt, tokens, state)) {
+  if (options) {
+    const chat = options.chat && new Chat(model.pieces);
+    writer = new Writer(model.session, model.tokenizer, model.ends, { ...options, chat });
+  }
+  for await (const piece of writer.write(prompt)) {
     postMessage({ ...piece, stateBytes: model.session.stateBytes });
     await breathe();
     if (stopped) break;
@@ -66,6 +74,7 @@ onmessage = async ({ data }) => {
   try {
     if (data.stop) stopped = true;
     else if (data.backend) await load(data.backend);
+    else if (data.save) postMessage({ saved: await model.session.save() });
     else await write(data);
   } catch (error) {
     postMessage({ error: String(error?.message ?? error) });

@@ -221,8 +221,8 @@ class Manifest:
         return f"{_digest(self.source.files)}-{_digest([exchanged, asdict(self.model)])}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON, the format version first; `identity` is for readers in other languages."""
-        return {"format_version": self.format_version, "identity": self.identity} | asdict(self)
+        """Return plain data for JSON, the format version first; the digests are for readers in other languages."""
+        return {name: getattr(self, name) for name in ("format_version", "identity", "fingerprint")} | asdict(self)
 
     @classmethod
     def from_dict(cls, data: Any) -> Manifest:

@@ -145,6 +145,10 @@ class ConvertPlan:
         self.liger = liger = _choose_conversion(model, preset, memory, adapter, changes)
         self.preset = preset = _choose_preset(preset, memory, adapter, changes)
         self.sized = preset == SIZED and adapter is None
+        if changes.get("memories") and not liger.routed:
+            raise UsageError(
+                f"{liger.memories} memories, but the recurrence has no weight", hint="--preset mom, or liger"
+            )
         _check_size_options(self.fitting, preset, memory, adapter, changes)
         self.texts = _check_score_options(liger, self.fitting)
         if output.resolve() == Path(model).expanduser().resolve():

@@ -57,6 +57,10 @@ def convert(
     cells: Annotated[
         int | None, typer.Option(help="Number of clusters of evicted tokens for each KV head, for --recurrence cells.")
     ] = None,
+    memories: Annotated[
+        int | None,
+        typer.Option(help="Number of further states of the parallel recurrence, of which each token uses two."),
+    ] = None,
     layer_memory: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,7 +121,7 @@ def convert(
         "gate": gate, "sinks": sinks, "window": window, "slots": pools,
         "attention_weight": attention_weight, "recurrence_weight": recurrence_weight,
         "recurrence": recurrence, "recurrence_distance": recurrence_distance, "cells": cells,
-        "layer_memory": parse_layer_memory(layer_memory),
+        "memories": memories, "layer_memory": parse_layer_memory(layer_memory),
         "keep_softmax": parse_layers(keep_softmax), "max_distance": max_distance,
     }  # fmt: skip
     fitting = Fitting(calibrate, scores, windows, parse_bytes(state_bytes), fit)

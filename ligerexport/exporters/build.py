@@ -6,6 +6,7 @@ An artifact that differs from the torch model is not written.
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ from ligerexport.exporters.onnx.native import check_ready
 from ligerexport.exporters.targets import BLOCK, STATES, get_backend, get_precision, get_target
 from ligerexport.reading import from_plain, sha256
 from ligerexport.staging import check_destination
+from ligerexport.text.pieces import PIECES, chat_pieces
 from ligerexport.text.tokenizer import TextModel
 from ligerexport.versions import require, warn_if_untried
 
@@ -201,7 +203,10 @@ class BuildPlan:
         info, spec, settings, storage = self.info, self.spec, self.settings, self.storage
         assert settings.lowering is not None and settings.max_chunk is not None
         if (info.path / "tokenizer.json").is_file():
-            TextModel(info.path).write_tokenizer(directory / "tokenizer.json")
+            text = TextModel(info.path)
+            text.write_tokenizer(directory / "tokenizer.json")
+            if (pieces := chat_pieces(text)) is not None:
+                (directory / PIECES).write_text(json.dumps(pieces, indent=1) + "\n", encoding="utf-8")
         with progress("writing weights", weight_bytes(spec, storage)) as advance:
             write_weights(spec, directory, storage, advance)
         onnx_graph.write_graph(

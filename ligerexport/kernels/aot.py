@@ -140,8 +140,8 @@ def _plan(
         config = spec.config
         if not (config.fuses or spec.splits):
             raise UsageError(
-                "no kernel is compiled ahead of time for keyed rows, cells, or ragged slots with a recurrence or other "
-                "scores than a learned one",
+                "no kernel is compiled ahead of time for keyed rows, cells, memories, or ragged slots with a "
+                "recurrence or other scores than a learned one",
                 hint="convert with --recurrence-weight 0, or with another gate",
             )
         absent = "linear_attention" if config.evicts or not config.recurrent else ""

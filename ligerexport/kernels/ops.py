@@ -16,6 +16,7 @@ from ligerexport.kernels.library.linear_attention import linear_attention
 from ligerexport.kernels.library.memory_attention import BLOCK, memory_attention
 from ligerexport.kernels.library.recall_error import recall_error
 from ligerexport.kernels.linear_attention import weighted_mean
+from ligerexport.kernels.memories import routed_recurrence
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.kernels.ragged import ragged_mixer
 from ligerexport.model.gates import get_gate
@@ -84,6 +85,10 @@ def liger_mixer(
         if config.keyed:
             recurred, present["recurrent_key"], present["recurrent_state"] = keyed_recurrence(
                 query, key, value, padding, state["recurrent_key"], state["recurrent_state"], gate
+            )
+        elif config.routed:
+            recurred, present["memory_state"] = routed_recurrence(
+                query, key, value, padding, state["memory_state"], config
             )
         else:
             real_key, real_value = key.masked_fill(padding, gate.open_key), value.masked_fill(padding, 0.0)

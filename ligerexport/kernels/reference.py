@@ -22,6 +22,8 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "one_minus_sigmoid": lambda x: 1 - torch.sigmoid(x),
 }
 """Functions from raw projections `[..., d_k]` to features of the recurrence."""
+STATES = "recurrent_state", "memory_state"
+"""Tensors of the state of the recurrence, of which a layer has one or none."""
 DECAYS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "logsigmoid": lambda k, divisor: torch.sigmoid(k).pow(1 / divisor),
     "minus_exp": lambda k, divisor: torch.exp(-k.clamp_max(math.log(STRONGEST * divisor)).exp() / divisor),
@@ -60,7 +62,7 @@ def liger_mixer_reference(
     for b in range(batch):
         for h, spec in enumerate(layer.heads):
             slots = _load_slots(state, b, h, layer, query.dtype)
-            recurrent = state["recurrent_state"][b, h] if spec.config.linear else None
+            recurrent = next((state[name][b, h] for name in STATES if name in state), None)
             keys = state["recurrent_key"][b, h] if spec.config.keyed else None
             mass = state["recurrent_mass"][b, h] if spec.config.expands else None
             cells = [state[name][b, h] for name in CELLS if name in state]
@@ -97,7 +99,7 @@ def liger_mixer_reference(
                     mixed = mixed + spec.config.recurrence_weight * recurred
                 output[b, t, h * group : (h + 1) * group] = mixed
             _store_slots(present, b, h, slots, layer)
-            after = {"recurrent_state": recurrent, "recurrent_key": keys, "recurrent_mass": mass, FORGOTTEN: share}
+            after = dict.fromkeys(STATES, recurrent) | {"recurrent_key": keys, "recurrent_mass": mass, FORGOTTEN: share}
             for name, x in (after | dict(zip(CELLS, cells, strict=False))).items():
                 if x is not None and name in state:
                     present[name][b, h] = x.detach()
@@ -105,10 +107,12 @@ def liger_mixer_reference(
 
 
 def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
-    """Update `[d_k, d_v]` and read it: paper, equation 7; ONNX LinearAttention, `gated`.
+    """Update `[d_k, d_v]` and read it: paper, equation 7; ONNX LinearAttention, `gated`; or do it in memories.
 
     A normalised state has one more column, for a value that is always 1.
     """
+    if recurrent.ndim == 3:
+        return _recur_in_memories(q, k, v, recurrent, spec)
     gate = get_gate(spec.config.gate)
     kept, write = DECAYS[gate.decay](k, gate.decay_divisor), FEATURE_MAPS[gate.key_map](k)
     if gate.floor:
@@ -118,6 +122,19 @@ def _recur(q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, spec: MixerSpec) 
     recurrent = kept.expand(len(k))[:, None] * recurrent + torch.outer(write, v)
     read = FEATURE_MAPS[gate.query_map](q) @ recurrent
     return read[:, :-1] / read[:, -1:] if gate.normalised else read, recurrent
+
+
+def _recur_in_memories(q: Tensor, k: Tensor, v: Tensor, memories: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
+    """Update the chosen of `[M + 1, d_k, d_v]` and the last one, and read these: MoM, equations 3 to 8."""
+    count = spec.config.memories
+    logits = torch.stack([k[m::count].sum() / math.sqrt(spec.d_k / count) for m in range(count)])
+    chosen = logits.argsort(descending=True)[: spec.config.active].tolist()
+    weights = [*torch.softmax(logits[chosen], dim=0), 1.0]
+    output, present = q.new_zeros(q.shape[0], spec.d_v), list(memories)
+    for weight, m in zip(weights, [*chosen, count], strict=True):
+        recurred, present[m] = _recur(q, k, v, memories[m], spec)
+        output = output + weight * recurred
+    return output, torch.stack(present)
 
 
 def _recur_by_keys(

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from ligerexport.errors import CheckpointError, LigerError, UsageError
 from ligerexport.kernels.library.dispatch import fused
 from ligerexport.kernels.library.mixer_step import mixer_step
+from ligerexport.kernels.memories import route
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.layers.cache import LigerLayer as LigerLayer
 from ligerexport.model.config import LigerConfig
@@ -145,6 +146,9 @@ class LigerMixer(nn.Module):
 
     Parameters keep their names, so checkpoints load as before. `score_proj` exists for a pool kept by `learned`,
     `cell_proj` for cells.
+
+    Attributes:
+        routing: Logits of the memories `[B, T, H_kv, M]` of the last call in training, for the loss that balances them.
     """
 
     q_proj: nn.Linear
@@ -156,6 +160,7 @@ class LigerMixer(nn.Module):
     k_norm: nn.Module
     score_proj: nn.Linear
     cell_proj: nn.ParameterDict
+    routing: Tensor | None = None
 
     def __init__(self, attention: nn.Module, spec: MixerSpec, inv_freq: tuple[float, ...]):
         super().__init__()
@@ -203,6 +208,8 @@ class LigerMixer(nn.Module):
         batch, length, _ = hidden_states.shape
         spec = self.spec
         query, key, value = self.project(hidden_states)
+        if self.training and spec.config.routed:
+            self.routing = route(key, spec.config.memories)
         score = self.learned_score(hidden_states, position_ids) if spec.config.foresees else None
         if cu_seq_lens_q is not None:
             if cache is not None or max_length_q is None:

@@ -62,6 +62,9 @@ class LigerConfig:
             clusters of these tokens.
         recurrence_distance: Distance in tokens at which `evicted` and `cells` read their tokens.
         cells: Number of clusters per KV head, for `cells`.
+        memories: Number of further states per KV head, for `parallel`. A token changes and reads only those that a
+            router chooses by its key, beside the state that every token shares.
+        active: Number of these memories that the router chooses for a token.
         layer_memory: Layers whose memory has another size: (layer, window, slots), with pools of the same scores.
         heads: Sizes of the memory of each KV head, which then replace `window` and the counts of `slots`: a string for
             each layer, with a word for each head, such as `16 256+64`. A word has the window and, for a head with
@@ -87,6 +90,8 @@ class LigerConfig:
     recurrence: Literal["parallel", "evicted", "cells"] = "parallel"
     recurrence_distance: int = 512
     cells: int = 8
+    memories: int = 0
+    active: int = 2
     layer_memory: tuple[tuple[int, int, Slots], ...] = ()
     heads: tuple[str, ...] = ()
     state_dtype: Literal["activation", "float16", "int8"] = "activation"
@@ -95,7 +100,7 @@ class LigerConfig:
     max_distance: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("window", "sinks", "recurrence_distance", "cells"):
+        for name in ("window", "sinks", "recurrence_distance", "cells", "memories", "active"):
             _whole(name, getattr(self, name))
         object.__setattr__(self, "slots", _pools(self.slots))
         memory = sorted(
@@ -156,6 +161,21 @@ class LigerConfig:
             raise UsageError(
                 f"{self.cells} cells, but the recurrence is '{self.recurrence}'", hint="add --recurrence cells"
             )
+        self._check_memories()
+
+    def _check_memories(self) -> None:
+        if self.memories < 0 or (self.memories and not 1 <= self.active <= self.memories):
+            raise UsageError(
+                f"{self.active} active of {self.memories} memories", hint="at least one is active, and at most all"
+            )
+        if self.memories and self.recurrence != "parallel":
+            raise UsageError(
+                f"{self.memories} memories, but the recurrence is '{self.recurrence}'", hint="--recurrence parallel"
+            )
+        gate = get_gate(self.gate)
+        if self.memories and (gate.keyed or gate.normalised):
+            what = "whose rows have keys" if gate.keyed else "which has a normaliser"
+            raise UsageError(f"{self.memories} memories with the gate '{self.gate}', {what}", hint="--gate gla")
 
     def _check_heads(self) -> None:
         layers: Any = self.heads
@@ -266,8 +286,13 @@ class LigerConfig:
 
     @property
     def linear(self) -> bool:
-        """Whether the recurrence is linear attention, whose state is a matrix."""
-        return self.recurrent and not self.celled
+        """Whether the recurrence is linear attention with one state, which is a matrix."""
+        return self.recurrent and not self.celled and not self.routed
+
+    @property
+    def routed(self) -> bool:
+        """Whether a router chooses the memories of a token."""
+        return self.recurrent and self.memories > 0
 
     @property
     def expands(self) -> bool:
@@ -286,8 +311,8 @@ class LigerConfig:
 
     @property
     def fuses(self) -> bool:
-        """Whether one fused kernel can compute a whole step; it supports no keyed rows, cells or ragged slots."""
-        return not self.keyed and not self.celled and not self.ragged
+        """Whether one fused kernel can compute a step: without keyed rows, cells, memories and ragged slots."""
+        return not self.keyed and not self.celled and not self.routed and not self.ragged
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -299,6 +324,7 @@ class LigerConfig:
             "keep_window": None if self.keep_window is None else list(self.keep_window),
         }
         new = set() if self.recurrence == "cells" else {"cells"}
+        new |= set() if self.memories else {"memories", "active"}
         if self.ragged:
             lists["heads"] = list(self.heads)
         else:
@@ -340,6 +366,10 @@ PRESETS: dict[str, Preset] = {
     "liger": Preset(
         LigerConfig(gate="gla", window=64),
         "the paper: window 64, no sinks, half softmax and half recurrence; needs recovery",
+    ),
+    "mom": Preset(
+        LigerConfig(gate="gla", window=64, recurrence_weight=0.25, memories=4),
+        "the same with Mixture-of-Memories: a shared state and 4 others, of which each token uses 2; needs recovery",
     ),
     "sinks": Preset(
         LigerConfig(window=60, sinks=4, attention_weight=1.0, recurrence_weight=0.0),

@@ -55,6 +55,7 @@ TENSORS = (
     _Row("slot_position", ("slots",), "int64", fill=-1),
     _Row("slot_score", ("pools", "slots"), "float32", "slots"),
     _Row("recurrent_state", ("rows", "columns"), "float32", "linear"),
+    _Row("memory_state", ("memories", "d_k", "d_v"), "float32", "routed"),
     _Row("recurrent_key", ("rows", "d_k"), "float32", "keyed"),
     _Row("recurrent_mass", ("d_k",), "float32", "expands"),
     _Row("judge_state", ("d_k", "d_v + 1"), "float32", "judged"),
@@ -68,10 +69,11 @@ TENSORS = (
 are in the order of their positions, and empty ones may be anywhere between them. Only the fused step and the TensorRT
 plugin accept and return them in any order, so states are sorted before they are compared. `recurrent_state` is the
 recurrence. It has a row for each key channel, or fewer if the gate is keyed, and a last column with the sum of the
-keys' features if the gate is normalised. `recurrent_key` holds the keys of the rows of a keyed gate, and
-`recurrent_mass` is the sum of the features of evicted tokens, the first of which counts them. `judge_state` is the
-linear state without decay that judges novelty; its last column is the sum of the keys' features. `cell_*` are
-the number of evicted tokens in each cell and the sums of their keys, before rotary embedding, and of their values.
+keys' features if the gate is normalised. `memory_state` is a recurrence for each memory, the shared one last.
+`recurrent_key` holds the keys of the rows of a keyed gate, and `recurrent_mass` is the sum of the features of evicted
+tokens, the first of which counts them. `judge_state` is the linear state without decay that judges novelty; its last
+column is the sum of the keys' features. `cell_*` are the number of evicted tokens in each cell and the sums of their
+keys, before rotary embedding, and of their values.
 """
 
 RAGGED = (
@@ -94,8 +96,8 @@ MOST = 127
 
 SLOTS = tuple(row.name for row in TENSORS if row.name.startswith("slot_"))
 """Tensors of the exact memory."""
-FUSED = tuple(row.name for row in TENSORS if row.needs not in ("keyed", "celled"))
-"""Tensors that a layer without keyed rows or cells can carry; fused kernels and C++ support no others."""
+FUSED = tuple(row.name for row in TENSORS if row.needs not in ("keyed", "celled", "routed"))
+"""Tensors that a layer without keyed rows, cells or memories can carry; fused kernels and C++ support no others."""
 EVICTED = tuple(name for name in FUSED if name.startswith("recurrent_"))
 """Tensors of the linear attention over evicted tokens."""
 CELLS = tuple(row.name for row in TENSORS if row.needs == "celled")
@@ -176,6 +178,8 @@ class MixerSpec:
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.config.memories > self.d_k:
+            raise UsageError(f"{self.config.memories} memories", hint=f"a key has {self.d_k} channels to choose by")
         if self.config.heads and (words := len(self.config.heads[0].split())) != self.kv_heads:
             raise UsageError(
                 f"a layer has sizes for {words} KV heads: '{self.config.heads[0]:.60}'", hint=f"give {self.kv_heads}"
@@ -265,7 +269,7 @@ class MixerSpec:
     def state(self) -> tuple[TensorSpec, ...]:
         """Return the rows of `TENSORS` or, for a ragged layer, of `RAGGED` that this layer has, in order."""
         c = self.config
-        sizes = {"slots": c.num_slots, "pools": len(c.slots), "cells": c.cells}
+        sizes = {"slots": c.num_slots, "pools": len(c.slots), "cells": c.cells, "memories": c.memories + 1}
         sizes |= {"d_k": self.d_k, "d_v": self.d_v, "d_v + 1": self.d_v + 1, "rows": self.rows, "columns": self.columns}
         if c.ragged:
             sizes["slots"] = sum(self.slots_per_head)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError
+from ligerexport.reading import give_back_memory
 from ligerexport.run.grammar import Constrained, Grammar, lark
 from ligerexport.run.prompt_cache import PromptCache
 from ligerexport.run.runtime import Session, Snapshot
@@ -275,7 +276,9 @@ def text_model(directory: Path) -> TextModel:
 
 @lru_cache(maxsize=4)
 def _text_model(directory: Path, changed: int) -> TextModel:
-    return TextModel(directory)
+    model = TextModel(directory)
+    give_back_memory()
+    return model
 
 
 _PREFILL = 16

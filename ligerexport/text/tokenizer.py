@@ -114,7 +114,7 @@ class TextModel:
             after = self.next_turn("?").lstrip()
         except UsageError:
             return self.eos_ids
-        found = max((token for token in self._controls if after.startswith(token)), key=len, default=None)
+        found = max((token for token in self.controls if after.startswith(token)), key=len, default=None)
         return self.eos_ids | (frozenset() if found is None else {self.vocabulary[found]})
 
     @cached_property
@@ -205,7 +205,7 @@ class TextModel:
         return {index: token for index, token in found.items() if token.content}
 
     @cached_property
-    def _controls(self) -> frozenset[str]:
+    def controls(self) -> frozenset[str]:
         """The special tokens, and the added tokens in the chat template that are not whitespace."""
         template = self.chat_template or ""
         contents = {token.content for token in self._added.values()}
@@ -253,7 +253,7 @@ class TextModel:
         turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if marked:  # tokens that the model writes in answers, such as <think>, are not marked
             turns = [
-                mark(turn, self.special_ids if turn.get("role") == "assistant" else self._controls) for turn in turns
+                mark(turn, self.special_ids if turn.get("role") == "assistant" else self.controls) for turn in turns
             ]
             tools = mark(tools, self._controls)
         try:
@@ -276,7 +276,7 @@ class TextModel:
 
     def encode_rendered(self, text: str) -> list[int]:
         """Return the ids of `render(marked=True)`'s output, in which special tokens in messages are text."""
-        return encode_marked(text, self._controls, partial(self.encode, special=False), self._encode_plainly)
+        return encode_marked(text, self.controls, partial(self.encode, special=False), self._encode_plainly)
 
     def encode_rendered_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, as `encode_rendered` does; texts without marks use all cores."""

@@ -21,8 +21,8 @@ from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.train.config import RecoverConfig
 from ligerexport.train.distributed import Group, Root, as_part, fill, gradients, trainable, whole
-from ligerexport.train.packing import Rows
-from ligerexport.train.phases import PHASES
+from ligerexport.train.packing import Batch, Rows
+from ligerexport.train.phases import PHASES, balance
 from ligerexport.train.recipes import rate_at
 from ligerexport.train.state import Resumed, save_state
 
@@ -177,7 +177,11 @@ class Trainer:
 
     def _loss(self, name: str) -> Callable[..., torch.Tensor]:
         """Return the phase as a function of student and batch that gathers the teacher's weights."""
-        function, teacher = PHASES[name], self.teacher
+        phase, teacher = PHASES[name], self.teacher
+
+        def function(student: Any, theirs: Any, batch: Batch) -> torch.Tensor:
+            return phase(student, theirs, batch) + balance(student, batch)
+
         if teacher is None:
             return lambda student, batch: function(student, None, batch)
         return lambda student, batch: teacher(lambda theirs: function(student, theirs, batch))

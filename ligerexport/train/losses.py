@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ligerexport.kernels.memories import choose
 from ligerexport.train.estimate import LOGIT_CHUNK
 
 Head = Callable[[Tensor], Tensor]
@@ -74,6 +75,27 @@ def relative_error(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     error = (output.float() - target).square().mul(kept).sum(dim=(1, 2))
     scale = target.square().mul(kept).sum(dim=(1, 2))
     return (error / scale.clamp_min(torch.finfo(torch.float32).tiny) * weights.sum(dim=1)).sum()
+
+
+def imbalance(logits: Tensor, active: int, real: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum over rows of how unevenly a router uses the memories, times the sum of the row's weights.
+
+    For one head it is M times the sum over memories of the share of all choices and the mean probability (Switch
+    Transformers, arXiv 2101.03961, equation 4): 1 if all are used alike, at most M / active. A row is never split
+    between processes or micro-batches, so the sums add up.
+
+    Args:
+        logits: Logits of the memories `[R, L, H_kv, M]`.
+        active: Number of memories that a token uses.
+        real: Which positions hold tokens, `[R, L]` bool.
+        weights: How much each position counts in the loss, `[R, L]`.
+    """
+    shares = (real / real.sum(dim=1, keepdim=True).clamp_min(1))[..., None, None]
+    chosen, _ = choose(logits, active)
+    used = (chosen[..., :-1] * shares).sum(dim=1) / active  # [R, H_kv, M]
+    probable = (logits.softmax(dim=-1) * shares).sum(dim=1)
+    uneven = logits.shape[-1] * (used * probable).sum(dim=-1).mean(dim=-1)
+    return (uneven * weights.sum(dim=1)).sum().float()
 
 
 def _sum_chunks(part: Callable[..., Tensor], chunk: int, *tensors: Tensor) -> Tensor:

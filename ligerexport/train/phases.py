@@ -17,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from ligerexport.layers.mixer import LigerMixer
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.families import output_head
-from ligerexport.train.losses import divergence, next_token_loss, relative_error
-from ligerexport.train.packing import Batch
+from ligerexport.train.losses import divergence, imbalance, next_token_loss, relative_error
+from ligerexport.train.packing import IGNORE, Batch
 
+BALANCE = 0.01
+"""Factor of the loss that balances memories, as in the published settings of MoM (arXiv 2502.13685)."""
 PhaseFunction = Callable[[Any, Any, Batch], Tensor]
 
 
@@ -68,6 +70,21 @@ def align(student: Any, teacher: Any, batch: Batch) -> Tensor:
         for hook in hooks:
             hook.remove()
     return torch.stack(losses).mean()
+
+
+def balance(student: Any, batch: Batch) -> Tensor | float:
+    """Return the loss for memories that are used unevenly, after a phase has called the student; 0 without memories."""
+    mixers = [layer.self_attn for layer in student.model.layers]
+    routed = [x for x in mixers if isinstance(x, LigerMixer) and x.spec.config.routed]
+    if not routed:
+        return 0.0
+    assert batch.weights is not None
+    real = batch.targets != IGNORE
+    losses = []
+    for mixer in routed:
+        assert mixer.routing is not None
+        losses.append(imbalance(mixer.routing, mixer.spec.config.active, real, batch.weights))
+    return BALANCE * torch.stack(losses).mean()
 
 
 def _hidden(model: Any, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@
 #include <utility>
 
 using OrtStatus = void;
+using OrtSessionOptions = void;
 using OrtApi = void* const;
 struct OrtApiBase {
   OrtApi* (*GetApi)(uint32_t version);

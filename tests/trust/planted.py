@@ -38,7 +38,7 @@ from ligerexport.exporters.onnx.graph import LOWERINGS, weight_storage, write_gr
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.verify.verify import verify_artifact
-from ligerexport.model.config import LigerConfig
+from ligerexport.model.config import PRESETS, LigerConfig
 
 CONFIGS = {
     "liger": LigerConfig(window=12),
@@ -48,6 +48,7 @@ CONFIGS = {
     "recall": replace(
         FORESIGHT, slots=(("learned", 9),), heads=("12+9 5+6", "6+13 14+5", "20 4+9"), state_dtype="int8"
     ),
+    "mom": replace(PRESETS["mom"].config, window=12),
 }
 """The presets, with sizes that a text of 400 tokens fills many times."""
 

@@ -13,7 +13,8 @@ RESULTS = HERE.parents[1] / "benchmarks" / "results"
 TABLE, REAL_TABLE = (json.loads((RESULTS / f"{name}.json").read_text())["rows"] for name in ("planted", "planted_real"))
 EARLY = [row for row in TABLE if "verb" in row]
 SIZED = [row for row in TABLE if row["preset"] == "recall"]
-SHORT = [row for row in TABLE if row not in EARLY][::6][:12] + SIZED[::9]
+ROUTED = [row for row in TABLE if row["preset"] == "mom"]
+SHORT = [row for row in TABLE if row not in EARLY][::6][:12] + SIZED[::9] + ROUTED[::4]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_a_graph_that_does_not_run_is_refused(place: Path, monkeypatch: pytest.M
     assert right(found) and "ONNX Runtime failed" in found["refused"], found
 
 
-@pytest.mark.parametrize("number", [1, 9, 14])
+@pytest.mark.parametrize("number", [1, 5, 9, 14])
 def test_a_sound_model_passes(place: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     from planted import sound
 

@@ -77,9 +77,12 @@ class Builder:
         self.initializers[tensor.name] = value
         return value
 
-    def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
-        """Reshape to constant sizes; 0 keeps an axis and -1 stands for the rest."""
-        return self.op("Reshape", x, self.const(shape))
+    def reshape(self, x: ir.Value, *shape: int | ir.Value) -> ir.Value:
+        """Reshape to sizes, which may be values `[1]`; 0 keeps an axis and -1 stands for the rest."""
+        if all(isinstance(size, int) for size in shape):
+            return self.op("Reshape", x, self.const(shape))
+        sizes = [self.const([size]) if isinstance(size, int) else size for size in shape]
+        return self.op("Reshape", x, self.concat(*sizes, axis=0))
 
     def transpose(self, x: ir.Value, *perm: int) -> ir.Value:
         """Permute axes."""

@@ -140,7 +140,7 @@ def build_graph(
         opset_imports={"": lower.opset} | dict.fromkeys(lower.domains, 1), name="ligerexport",
     )  # fmt: skip
     linear_states = any(layer is not None and (layer.config.recurrent or layer.config.judged) for layer in spec.mixers)
-    functions = lower.functions(spec.kv_heads) if linear_states else []
+    functions = lower.functions() if linear_states else []
     model = ir.Model(graph, ir_version=lower.ir_version, producer_name="ligerexport", functions=functions)
     if lower.plugin:
         fuse_for_plugin(model, storage.activation)

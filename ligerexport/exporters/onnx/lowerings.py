@@ -90,7 +90,7 @@ class Portable:
         """Return the last token's row `[B, width]` of `[B * T, width]`."""
         return self.g.op("Gather", frame.per_token(x, width), self.g.const(-1), axis=1)
 
-    def functions(self, kv_heads: int) -> list[ir.Function]:
+    def functions(self) -> list[ir.Function]:
         """Return the model-local functions that the graph needs."""
         return []
 
@@ -198,9 +198,9 @@ class Ort(Portable):
     max_tensors = None
     transposed = False
 
-    def functions(self, kv_heads: int) -> list[ir.Function]:
-        """Return the body of `LinearAttention`, for this head count only, for runtimes that have no kernel for it."""
-        return [linear_attention_function(kv_heads)]
+    def functions(self) -> list[ir.Function]:
+        """Return the body of `LinearAttention`, for runtimes that have no kernel for it."""
+        return [linear_attention_function()]
 
     def add_norm(self, x: ir.Value, residual: ir.Value, weight: ir.Value, eps: float) -> tuple[ir.Value, ir.Value]:
         name = "SkipSimplifiedLayerNormalization"
@@ -269,21 +269,23 @@ def rotate(g: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, half: int, d_k
 
 
 def pairwise_linear_attention(
-    g: Builder, query: ir.Value, key: ir.Value, value: ir.Value, state: ir.Value, decay: ir.Value, heads: int,
+    g: Builder,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    state: ir.Value,
+    decay: ir.Value,
+    heads: int | ir.Value,
     d_k: int | ir.Value,
-) -> tuple[ir.Value, ir.Value]:  # fmt: skip
+) -> tuple[ir.Value, ir.Value]:
     """Write gated linear attention over T tokens at once, for packed tensors.
 
-    `heads` is H_kv, and `d_k` may be a value `[1]`. `decay` is `[B, T, H_kv * d_k]`, or `[B, T, H_kv]` if it is the
-    same for all channels. The decay between two tokens comes from the difference of their sums, which is at most 0, so
-    no gate overflows. State and values are joined first, so that the state has one consumer and may be updated in
+    `heads` is H_kv. It and `d_k` are numbers or values `[1]`. `decay` is `[B, T, H_kv * d_k]`, or `[B, T, H_kv]` if it
+    is the same for all channels. The decay between two tokens comes from the difference of their sums, which is at most
+    0, so no gate overflows. State and values are joined first, so that the state has one consumer and may be updated in
     place.
     """
-    if isinstance(d_k, int):
-        width, by_head = g.const([d_k]), g.const([0, 0, heads, -1, d_k])
-    else:
-        width, by_head = d_k, g.concat(g.const([0, 0, heads, -1]), d_k, axis=0)
-    q = g.transpose(g.op("Reshape", query, by_head), 0, 2, 1, 3, 4)  # [B, H, T, G, d_k]
+    q = g.transpose(g.reshape(query, 0, 0, heads, -1, d_k), 0, 2, 1, 3, 4)  # [B, H, T, G, d_k]
     k, v, gate = (split_heads(g, x, heads) for x in (key, value, decay))
     memory = g.concat(state, v, axis=2)  # [B, H, d_k + T, d_v]
     total = g.op("CumSum", gate, g.const(2))
@@ -291,6 +293,7 @@ def pairwise_linear_attention(
     weights = g.op("Mul", pairs, causal(g, k))
     carried = g.op("Mul", q, unsqueeze(g, g.op("Exp", total), 3))
     rows = g.op("Concat", carried, weights, axis=-1)  # [B, H, T, G, d_k + T]
+    width = g.const([d_k]) if isinstance(d_k, int) else d_k
     flat = g.op("Concat", g.const([0, 0, -1]), g.op("Shape", memory, start=2, end=3), axis=0)
     read = g.op("MatMul", g.op("Reshape", rows, flat), memory)
     groups = g.op("Concat", g.op("Shape", q, end=4), g.const([-1]), axis=0)
@@ -298,7 +301,7 @@ def pairwise_linear_attention(
     return output, advance(g, k, v, total, g.op("Slice", memory, g.const([0]), width, g.const([2])))
 
 
-def split_heads(g: Builder, x: ir.Value, heads: int) -> ir.Value:
+def split_heads(g: Builder, x: ir.Value, heads: int | ir.Value) -> ir.Value:
     """Return `[B, H, T, d]` of packed `[B, T, H * d]`."""
     return g.transpose(g.reshape(x, 0, 0, heads, -1), 0, 2, 1, 3)
 
@@ -329,14 +332,13 @@ def causal(g: Builder, key: ir.Value) -> ir.Value:
     return g.op("Cast", seen, to=ir.DataType.FLOAT)
 
 
-def linear_attention_function(kv_heads: int) -> ir.Function:
-    """Return `com.microsoft::LinearAttention` as a model-local function, valid for these heads and the gated rule."""
+def linear_attention_function() -> ir.Function:
+    """Return `com.microsoft::LinearAttention` as a model-local function, valid for the gated rule."""
     g = Builder(function=True)
     inputs = [ir.Value(name=name) for name in ("query", "key", "value", "past_state", "decay")]
     query, key, value, past, decay = inputs
-    output, state = pairwise_linear_attention(
-        g, query, key, value, past, decay, kv_heads, g.op("Shape", past, start=2, end=3)
-    )
+    heads, d_k = (g.op("Shape", past, start=axis, end=axis + 1) for axis in (1, 2))
+    output, state = pairwise_linear_attention(g, query, key, value, past, decay, heads, d_k)
     output.name, state.name = "output", "present_state"
     graph = ir.Graph(inputs, [output, state], nodes=g.nodes, opset_imports={"": OPSET})
     attributes = [

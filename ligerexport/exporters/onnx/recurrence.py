@@ -87,12 +87,58 @@ def gated_recurrence(
             k = g.op("Mul", g.reshape(k, 0, 0, -1), frame.real(1 - gate.floor))
     if gate.floor:
         decay = g.op("Log", g.op("Sub", g.floats(1), k))
-    read, present["recurrent_state"] = lower.linear_attention(
-        g.reshape(q, 0, 0, -1), k, value, past["recurrent_state"], decay, (spec.q_heads, heads), spec.rows
-    )
+    if spec.config.routed:
+        read, present["memory_state"] = _in_memories(lower, frame, spec, projected[1], q, (k, value, decay), past)
+    else:
+        read, present["recurrent_state"] = lower.linear_attention(
+            g.reshape(q, 0, 0, -1), k, value, past["recurrent_state"], decay, (spec.q_heads, heads), spec.rows
+        )
     if gate.normalised:
         read = weighted_mean(g, g.reshape(read, 0, 0, spec.q_heads, -1), spec.d_v)
     return g.reshape(read, -1, spec.q_heads * spec.d_v), present
+
+
+def _in_memories(
+    lower: Portable,
+    frame: Frame,
+    spec: MixerSpec,
+    projected: ir.Value,
+    query: ir.Value,
+    written: tuple[ir.Value, ir.Value, ir.Value],
+    past: dict[str, ir.Value],
+) -> tuple[ir.Value, ir.Value]:
+    """Run the recurrence in the memories that each token uses; see `ligerexport.kernels.memories`.
+
+    Every memory is a head of one linear attention, in which tokens that do not use it have a key and a decay of 0.
+
+    Args:
+        projected: Key `[B * T, H * d_k]` as projected.
+        query: Features `[B, T, H_q, d_k]`.
+        written: Features of the key, value and decay `[B, T, H * d]`.
+        past: State by the names of `MixerSpec.state`.
+
+    Returns:
+        Output `[B, T, H, G * d_v]` and the new states.
+    """
+    g, heads, memories = lower.g, spec.kv_heads, spec.config.memories
+    count, group = memories + 1, spec.q_heads // spec.kv_heads
+    member = (np.arange(spec.d_k)[:, None] % memories == np.arange(memories)) / np.sqrt(spec.d_k / memories)
+    logits = g.op("MatMul", frame.per_token(projected, heads, spec.d_k), g.floats(member))
+    best, _ = g.op("TopK", logits, g.const([spec.config.active]), outputs=2, axis=-1)
+    chosen = g.op("GreaterOrEqual", logits, g.slice(best, -1, np.iinfo(np.int64).max, 3))
+    weights = g.op("Softmax", g.op("Where", chosen, logits, g.floats(-np.inf)), axis=-1)
+
+    def with_shared(x: ir.Value) -> ir.Value:
+        return unsqueeze(g, g.op("Pad", x, g.const([0] * 7 + [1]), g.floats(1)), 4)  # [B, T, H, M + 1, 1]
+
+    uses = with_shared(g.op("Cast", chosen, to=ir.DataType.FLOAT))
+    q = g.op("Mul", g.reshape(query, 0, 0, heads, 1, -1), with_shared(weights))
+    k, v, decay = (g.reshape(g.op("Mul", g.reshape(x, 0, 0, heads, 1, -1), uses), 0, 0, -1) for x in written)
+    state = g.reshape(past["memory_state"], 0, -1, spec.d_k, spec.d_v)
+    sizes = count * spec.q_heads, count * heads
+    read, state = lower.linear_attention(g.reshape(q, 0, 0, -1), k, v, state, decay, sizes, spec.d_k)
+    read = g.op("ReduceSum", g.reshape(read, 0, 0, heads, count, group * spec.d_v), g.const([3]), keepdims=0)
+    return read, g.reshape(state, 0, heads, count, spec.d_k, spec.d_v)
 
 
 def _row_logits(

@@ -219,6 +219,8 @@ def _missing(layer: MixerSpec) -> str | None:
     config = layer.config
     if config.keyed:
         return "a recurrence with keyed rows"
+    if config.routed:
+        return "a recurrence with several memories"
     if config.ragged and not layer.splits:
         kept = "sizes for each KV head" if config.heads else f"slots in {config.state_dtype}"
         return f"{kept} together with a recurrence or with scores that are not learned"

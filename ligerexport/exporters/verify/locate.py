@@ -15,7 +15,14 @@ from ligerexport.exporters.onnx.session import EXACT, FOLDER
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.variants import exact_graph
 from ligerexport.exporters.tensorrt.evaluation import evaluator
-from ligerexport.exporters.verify.compare import Mismatch, came_back, is_near_tie, state_error, tolerance_of
+from ligerexport.exporters.verify.compare import (
+    Mismatch,
+    came_back,
+    is_near_tie,
+    is_other_memory,
+    state_error,
+    tolerance_of,
+)
 from ligerexport.exporters.verify.slots import by_head, encode, of_layer, unscaled
 from ligerexport.exporters.verify.ties import narrow
 from ligerexport.exporters.verify.torch_model import Answer, Reference, State
@@ -102,6 +109,8 @@ def _first_layer(spec: ModelSpec, expected: State, found: State, state: State, p
                 tied = is_near_tie(ours, theirs, mixer.config.slots, tolerance_of("float32").tie)
                 tied = tied and not came_back(then, theirs, position)
                 return _Difference(layer, f"its slot_position{where}", tied)
+            if mixer is not None and is_other_memory(ours, theirs, mixer, tolerance_of("float32")):
+                return _Difference(layer, f"its memory_state{where}", tied=True)
             errors |= {f"its {name}{where}": state_error(tensor, theirs[name]) for name, tensor in ours.items()}
         if (scale := unscaled(sides[1])) is not None:
             return _Difference(layer, f"its {scale}")

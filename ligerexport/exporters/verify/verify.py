@@ -3,9 +3,9 @@
 Weights are first compared with the checkpoint's, element by element. Then torch computes with the weights that the
 artifact stores, so that no error of the graph is mistaken for rounding. The cost of rounding is measured separately.
 
-Torch runs first and only its answers are kept, so the weights are in memory once. Tokens keep their slots by comparing
-fp32 scores, so two correct answers can differ when scores tie. Such ties are told apart from errors, counted, and
-resolved by copying torch's state. `replay` searches for ties inside a call.
+Torch runs first and only its answers are kept, so the weights are in memory once. Tokens keep their slots and choose
+their memories by comparing fp32 numbers, so two correct answers can differ when these tie. Such ties are told apart
+from errors, counted, and resolved by copying torch's state. `replay` searches for ties inside a call.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PIECES = 6
 STEPS = 24
 """Number of tokens, from the text's beginning, that are fed one by one; each greedy choice after them is compared."""
 WHOLE = 8
-"""The whole state is compared after every eighth step."""
+"""The whole state is compared after every eighth step, or after each if a step may use another memory by a tie."""
 
 
 def verify_artifact(
@@ -63,7 +63,8 @@ def verify_artifact(
     reference = Reference(unrounded(spec), artifact, storage, tolerance.weights)
     cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, len(ids)), PIECES - 1, replace=False))
     pieces = [*np.split(ids, cuts), *ids[:STEPS, None]]
-    whole = {i for i in range(len(pieces)) if i < PIECES or (len(pieces) - 1 - i) % WHOLE == 0}
+    often = 1 if any(mixer is not None and mixer.config.routed for mixer in spec.mixers) else WHOLE
+    whole = {i for i in range(len(pieces)) if i < PIECES or (len(pieces) - 1 - i) % often == 0}
     with progress("running the torch model", len(spec.mixers), "steps") as advance:
         answers = reference.answers(pieces, whole=whole, advance=advance)
     comparison = Verification(spec, tolerance, reference, progress)
@@ -125,8 +126,9 @@ class Verification(Comparison):
         progress: ProgressFactory = silent,
     ) -> None:
         super().__init__(spec, tolerance)
-        scored = any(mixer is not None and mixer.config.slots for mixer in spec.mixers)  # only slots can tie
-        self._reference, self._progress = reference if scored else None, progress
+        configs = [mixer.config for mixer in spec.mixers if mixer is not None]
+        ties = any(config.slots or config.routed for config in configs)  # only slots and memories are chosen
+        self._reference, self._progress = reference if ties else None, progress
 
     def run(self, session: Engine, answers: list[Answer], advance: Any, prompt: int = PIECES) -> None:
         """Feed the prompt (the first `prompt` answers) in torch's pieces, then single steps, then the prompt at once.

@@ -43,15 +43,15 @@ def mixer_step(
         Output `[B, H_q, d_v]` in the dtype of `query`; zero for a sequence that is skipped or padding.
 
     Raises:
-        ValueError: A pool needs a `score` that is missing, or no kernel computes a step of this memory: it has keyed
-            rows or cells, or ragged slots with a recurrence or other scores than a learned one.
+        ValueError: A pool needs a `score` that is missing, or no kernel computes a step of this layer: it has keyed
+            rows, cells or memories, or ragged slots with a recurrence or other scores than a learned one.
     """
     if spec.config.foresees and score is None:
         raise ValueError("a pool ranks by a learned score, but no score was given")
     if not spec.config.fuses and not spec.splits:
         raise ValueError(
-            "keyed rows, cells, and ragged slots with a recurrence or other scores than a learned one have no fused "
-            "step; use liger_mixer"
+            "keyed rows, cells, memories, and ragged slots with a recurrence or other scores than a learned one have "
+            "no fused step; use liger_mixer"
         )
     pools = {name: state.get(name) for name in CHANGED}
     return _mixer_step(query, key, value, position, **pools, rotary=rotary, index=index, score=score, spec=spec.text)

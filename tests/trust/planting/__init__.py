@@ -5,6 +5,7 @@ from planting import (  # noqa: F401  (each registers its faults)
     edited,
     lowered,
     ragged,
+    routed,
     stored,
     understood,
     written,

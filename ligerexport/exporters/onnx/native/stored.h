@@ -48,6 +48,8 @@ inline float widen(Exact x) { return x.value; }
 inline float widen(Half x) {
 #ifdef __F16C__
   return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+  return load_from<__fp16>(&x);
 #else
   const uint32_t sign = (x.bits & 0x8000u) << 16, rest = static_cast<uint32_t>(x.bits & 0x7fffu);
   const float normal = of_bits((rest << 13) + (0xe0u << 23)) * 0x1.0p-112f;
@@ -72,6 +74,8 @@ inline Vector load(const Exact* x) { return at(&x->value, 0); }
 inline Vector load(const Half* x) {
 #if defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#elif defined(__aarch64__)
+  return vcvt_f32_f16(load_from<float16x4_t>(x));
 #else
   Vector y;
   for (int i = 0; i < kVector; ++i) y[i] = widen(x[i]);
@@ -82,6 +86,9 @@ inline Vector load(const Half* x) {
 inline Vector load(const int8_t* x) {
 #if defined(__AVX2__)
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+#elif defined(__aarch64__)
+  const int16x8_t codes = vmovl_s8(vcreate_s8(load_from<uint32_t>(x)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(codes)));
 #else
   Integers y;
   for (int i = 0; i < kVector; ++i) y[i] = x[i];
