@@ -255,7 +255,7 @@ class TextModel:
             turns = [
                 mark(turn, self.special_ids if turn.get("role") == "assistant" else self.controls) for turn in turns
             ]
-            tools = mark(tools, self._controls)
+            tools = mark(tools, self.controls)
         try:
             own = {"messages": turns, "tools": tools, "documents": None, "add_generation_prompt": answer}
             return self._template(**(self._special | own))
