@@ -79,6 +79,8 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / name / "one.txt").write_text(words)
     chat = [{"role": "user", "content": words[:200]}, {"role": "assistant", "content": words[:300]}]
     (place / "question.txt").write_text(words[:200])
+    (place / "person.json").write_text('{"enum": [{"name": "Ada"}]}')
+    (place / "rules.gbnf").write_text('root ::= "one" | "two"')
     (place / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 300)
     shutil.copy(place / "chats.jsonl", place / "recall.jsonl")
     config = LigerConfig.from_dict(json.loads((place / "liger" / "config.json").read_text())["liger"])

@@ -105,6 +105,7 @@ def test_what_is_missing_is_named_with_its_command(installed: Installed, built: 
         ("recover", "recover", liger, "--data", liger, "-o", "a"),
         ("demo", "demo", artifact, "--against", artifact),
         ("serve", "serve", artifact),
+        ("grammar", "run", artifact, "a", "--regex", "a"),
     ):
         error = installed.run(*arguments, code=4)[1]
         assert error.splitlines()[-1] == f"hint: pip install 'ligerexport[{extra}]'", error

@@ -142,7 +142,7 @@ def test_constraints_fit_the_bounds() -> None:
     lines = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in lines}
     extras = project["optional-dependencies"]
-    pinned = ("build", "builtin", "recover", "eval", "demo", "serve", "rtx", "dev")
+    pinned = ("build", "builtin", "recover", "eval", "demo", "grammar", "serve", "rtx", "dev")
     for line in [*project["dependencies"], *(line for extra in pinned for line in extras[extra])]:
         requirement = Requirement(line)
         if requirement.name == "ligerexport":

@@ -14,6 +14,7 @@ from ligerexport.cli.prompting import Artifact, Asking, MaxNewTokens, cached, op
 from ligerexport.console import card, data, format_bytes, progress, silent, warn
 from ligerexport.errors import UsageError, quoted
 from ligerexport.model.config import LigerConfig
+from ligerexport.reading import read_json
 
 _LONG_PROMPT = 2048
 """Smallest number of tokens for which a progress bar, and copying the weights into their fastest layout, pays off."""
@@ -34,6 +35,13 @@ def run(
     ] = None,
     save_state: Annotated[
         Path | None, typer.Option("--save-state", help="Write the state after the prompt to this file.")
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", help="File with a JSON schema that the text fits.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option("--regex", help="Regular expression that the whole text fits.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option("--grammar", help="File with a grammar that the text follows, as Lark or GBNF.")
     ] = None,
     forgetting: Annotated[
         bool,
@@ -59,16 +67,18 @@ def run(
     prompt = _prompt(prompt, file)
     sampling, origin = asking.sampling(artifact, chat)
     options.announce("run", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed,
-                     stop=asking.stop, prompt_cache=asking.prompt_cache, state=state,
-                     save_state=save_state)  # fmt: skip
+                     stop=asking.stop, prompt_cache=asking.prompt_cache, state=state, save_state=save_state,
+                     json_schema=json_schema, regex=regex, grammar=grammar)  # fmt: skip
+    schema = None if json_schema is None else read_json(json_schema, UsageError, "give a file with one JSON object")
+    rules = None if grammar is None else grammar.read_text(encoding="utf-8")
     long = len(prompt) > 4 * _LONG_PROMPT
     session, cache = asking.open(artifact, many=long, meter=forgetting)
     if state is not None:
         session.restore(Snapshot.load(state))
     chunks = generate(
         session, prompt, chat=chat, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed, stop=asking.stop or (),
-        special_content=asking.special_content, prompt_cache=cache, fresh=state is None,
-        report_forgetting=forgetting, progress=progress if long else silent,
+        json_schema=schema, regex=regex, grammar=rules, special_content=asking.special_content, prompt_cache=cache,
+        fresh=state is None, report_forgetting=forgetting, progress=progress if long else silent,
     )  # fmt: skip
     pieces = list[Chunk]()
     for chunk in chunks:

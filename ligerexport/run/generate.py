@@ -7,13 +7,14 @@ from collections.abc import Generator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError
 from ligerexport.reading import give_back_memory
+from ligerexport.run.grammar import Constrained, Grammar, lark
 from ligerexport.run.prompt_cache import PromptCache
 from ligerexport.run.runtime import Session, Snapshot
 from ligerexport.run.sampling import Sampler
@@ -32,7 +33,7 @@ class Summary:
         ttft: Seconds from the call to the first token.
         decode_seconds: Seconds for all later tokens, without the time of the stream's reader.
         state_bytes: Bytes of the session's state at the end.
-        finish: Reason for the end: an end-of-text id, a stop string, or `max_new_tokens`.
+        finish: Reason for the end: an end-of-text id or that of a grammar, a stop string, or `max_new_tokens`.
         cached_tokens: Number of `prompt_tokens` that came from a prompt cache.
         forgotten: Mean of the chunks' `forgotten`.
     """
@@ -139,6 +140,9 @@ def generate(
     frequency_penalty: float = 0.0,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    json_schema: Mapping[str, Any] | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
     fresh: bool = True,
     prompt_cache: PromptCache | Path | str | None = None,
     report_forgetting: bool = False,
@@ -164,6 +168,9 @@ def generate(
         frequency_penalty: See `Sampler`.
         seed: See `Sampler`.
         stop: Text or special token that ends the generation and is not part of it, or several.
+        json_schema: JSON schema that the text fits, on one line. `max_new_tokens` may cut it off before its end.
+        regex: Regular expression that the whole text fits, instead of a schema.
+        grammar: Grammar that the text follows, in the form of Lark or of llama.cpp (GBNF), instead of a schema.
         fresh: Whether to reset the session first; if not, the prompt continues the session's text.
         prompt_cache: File that keeps the state after the beginning of the prompt for later calls.
         report_forgetting: Whether chunks have `forgotten`, which is None if `session.forgotten` is.
@@ -174,8 +181,9 @@ def generate(
 
     Raises:
         UsageError: There is no prompt or more than one, it has no tokens, a value makes no sense, there is no chat
-            template, or a stop string has text before a special token.
-        ArtifactError: The prompt is text, but the model has no tokenizer.
+            template, a stop string has text before a special token, or a schema or grammar cannot be used.
+        ArtifactError: The prompt is text, or the answer has a grammar, but the model has no tokenizer.
+        MissingDependency: A schema or a grammar needs the `grammar` extra.
         LigerError: `prompt_cache` is a file of another kind, or cannot be written.
     """
     if (prompt is None) == (messages is None):
@@ -216,8 +224,13 @@ def generate(
     cache = PromptCache(prompt_cache) if isinstance(prompt_cache, str | Path) else prompt_cache
     stops = StopStrings(_stops(stop), text.special_ids if text else None)
     ends = eos_ids(session.artifact.directory) if text is None else text.eos_ids if messages is None else text.turn_ends
+    choose: Sampler | Constrained = sampler
+    if (source := lark(json_schema, regex, grammar)) is not None:
+        text = text or text_model(session.artifact.directory)
+        rules = Grammar(text, session.artifact.manifest.model.vocab_size, ends, source)
+        choose = Constrained(sampler, rules.begin())
     meter = session if report_forgetting else None
-    return _stream(session, ids, text, sampler, max_new_tokens, ends, stops, cache, progress, meter)
+    return _stream(session, ids, text, choose, max_new_tokens, ends, stops, cache, progress, meter)
 
 
 def _check(session: Session, ids: Sequence[int], max_new_tokens: int) -> None:
@@ -276,7 +289,7 @@ def _stream(
     session: Session,
     ids: Sequence[int],
     text: TextModel | None,
-    sampler: Sampler,
+    sampler: Sampler | Constrained,
     max_new_tokens: int,
     ends: Set[int],
     stops: StopStrings,
@@ -310,7 +323,8 @@ def _stream(
             finish = "stop"
         else:
             out, stopped = stops.push(detokenizer.push(token) if detokenizer else "")
-            finish = "stop" if stopped else "length" if count == max_new_tokens else None
+            complete = isinstance(sampler, Constrained) and sampler.complete
+            finish = "stop" if stopped else "eos" if complete else "length" if count == max_new_tokens else None
         if finish in ("eos", "length") or token in stops.ids:
             rest, stopped = stops.push(detokenizer.flush() if detokenizer else "")
             out += rest + stops.flush()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from ligerexport.run.generate import StopStrings
+from ligerexport.run.grammar import Grammar
 from ligerexport.serve.engine import Engine
 from ligerexport.serve.errors import ApiError
 from ligerexport.serve.job import Ticket
 from ligerexport.serve.metrics import Metrics
-from ligerexport.serve.request import Constraint, Event, Finish, Request, Settings
+from ligerexport.serve.request import Event, Finish, Request, Settings
 from ligerexport.serve.schemas import Chosen, Sampled
 from ligerexport.text.tokenizer import Detokenizer, TextModel
 
@@ -73,7 +74,7 @@ class Asked:
         stops: Strings that end an answer.
         count: Number of answers to each prompt.
         options: Further fields of the engine's `Request`.
-        constrain: Makes the constraint of one answer.
+        grammar: What each answer follows.
     """
 
     model: Served
@@ -84,7 +85,7 @@ class Asked:
     stops: Sequence[str] = ()
     count: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
-    constrain: Callable[[], Constraint | None] = lambda: None
+    grammar: Grammar | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -227,7 +228,7 @@ def start(asked: Asked, owner: str, client: str) -> list[Answer]:
             settings = {**asked.settings, "seed": None if seed is None else seed + index % asked.count}
             request = Request(
                 prompt, Settings(**settings), asked.max_tokens, asked.ends | stops.ids, owner=owner, client=client,
-                deadline=until, constraint=asked.constrain(), **asked.options,
+                deadline=until, constraint=asked.grammar.begin() if asked.grammar else None, **asked.options,
             )  # fmt: skip
             answers.append(Answer(index, model.engine.submit(request), prompt, model.text, stops))
     except BaseException:

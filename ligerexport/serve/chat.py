@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncGenerator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
+from ligerexport.run.generate import check_text
 from ligerexport.serve.answers import Asked, Collected, Served, biases, given, strings, usage
-from ligerexport.serve.constraints import constraint_of
+from ligerexport.serve.constraints import grammar_of, tools_of
 from ligerexport.serve.errors import ApiError
 from ligerexport.serve.request import Event, Finish
-from ligerexport.serve.schemas import ChatRequest, Message
+from ligerexport.serve.schemas import ChatRequest, Message, ToolCall
 from ligerexport.serve.shape import Pieces, chat_logprobs, counted, new_id
+from ligerexport.text.calls import Call, CallReader
 from ligerexport.text.marks import is_marked
 from ligerexport.text.tokenizer import TextModel
 
@@ -24,21 +27,47 @@ SHORT = 1 << 14
 def turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Return messages as chat templates take them."""
     roles = {"developer": "system", "function": "tool"}
-    return [{"role": roles.get(message.role, message.role), "content": message.text} for message in messages]
+    said = list[dict[str, Any]]()
+    for number, message in enumerate(messages):
+        turn: dict[str, Any] = {"role": roles.get(message.role, message.role), "content": message.text}
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                {"type": "function", "function": _called(call, number)} for call in message.tool_calls
+            ]
+        if message.tool_call_id is not None:
+            turn["tool_call_id"] = message.tool_call_id
+        said.append(turn)
+    return said
 
 
-def encode(text: TextModel, messages: Sequence[Message]) -> tuple[list[int], int]:
-    """Return the ids of a conversation, and how many of them belong to its beginning, the system messages.
+def _called(call: ToolCall, number: int) -> dict[str, Any]:
+    """Return an earlier call with its arguments as an object."""
+    param = f"messages[{number}].tool_calls"
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ApiError(400, f"Invalid '{param}': the arguments are no JSON object.", param=param, code="invalid_value")
+    check_text(json.dumps(arguments, ensure_ascii=False), param)  # what the JSON escapes is text only now
+    return {"name": call.function.name, "arguments": arguments}
+
+
+def encode(
+    text: TextModel, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+) -> tuple[list[int], int]:
+    """Return the ids of a conversation, and how many of them belong to its beginning: tools and system messages.
 
     They are those of `TextModel.encode_chat`. Turns that an earlier request had are not encoded again.
     """
     said = turns(messages)
-    rendered = text.render(said, marked=True)
+    rendered = text.render(said, marked=True, tools=tools)
     end = "" if is_marked(rendered) else max(_separators(text), key=rendered.count, default="")
     *past, last = rendered.split(end) if end else [rendered]
     ids = [token for turn in past for token in _kept(_turn, turn)(text, turn + end)] + text.encode_rendered(last)
     system = tuple(turn["content"] for turn in takewhile(lambda turn: turn["role"] == "system", said))
-    other = _kept(_with_system, "".join(system))(text, system)
+    given = json.dumps(tools)
+    other = _kept(_with_system, "".join([*system, given]))(text, system, given)
     return ids, next((at for at, pair in enumerate(zip(ids, other, strict=False)) if pair[0] != pair[1]), 0)
 
 
@@ -53,10 +82,10 @@ def _turn(text: TextModel, rendered: str) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def _with_system(text: TextModel, system: tuple[str, ...]) -> list[int]:
-    """Return the ids of a conversation that has the same system messages and begins in another way after them."""
+def _with_system(text: TextModel, system: tuple[str, ...], tools: str) -> list[int]:
+    """Return the ids of a conversation with the same tools and system messages that goes on in another way."""
     said = [{"role": "system", "content": content} for content in system]
-    return text.encode_chat([*said, {"role": "user", "content": "\x1f"}])
+    return text.encode_chat([*said, {"role": "user", "content": "\x1f"}], tools=json.loads(tools))
 
 
 @lru_cache(maxsize=8)
@@ -81,16 +110,16 @@ class Chat:
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "Invalid 'top_logprobs': it needs 'logprobs' to be true.", param="top_logprobs",
                            code="invalid_value")  # fmt: skip
-        ids, beginning = encode(model.text, body.messages)
+        self._tools = tools_of(body, model.text)
+        ids, beginning = encode(model.text, body.messages, self._tools.shown() if self._tools else None)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self.body, self._usage = body, bool(body.stream_options and body.stream_options.include_usage)
-        constraint_of(body, model.text)  # refuses before the engine is asked
         self.asked = Asked(
             model, [ids], given(body, model), body.max_completion_tokens or body.max_tokens or model.longest,
             model.text.turn_ends, strings(body.stop), body.n or 1,
             {"logprobs": logprobs, "logit_bias": biases(body, model), "pin": bool(body.pin),
              "marks": (beginning,) if beginning else ()},
-            partial(constraint_of, body, model.text),
+            grammar_of(body, model, self._tools),
         )  # fmt: skip
         self._head = {"id": new_id("chatcmpl"), "object": "chat.completion", "created": int(time.time()),
                       "model": model.name}  # fmt: skip
@@ -98,35 +127,59 @@ class Chat:
     def _logprobs(self, events: Sequence[Event]) -> dict[str, Any] | None:
         return chat_logprobs(self.asked.model.text, events) if self.body.logprobs else None
 
+    def _reader(self) -> CallReader | None:
+        return self._tools.reader() if self._tools else None
+
+    def _choice(self, answer: Collected) -> dict[str, Any]:
+        reader = self._reader()
+        parts = [*reader.push(answer.text), *reader.flush()] if reader else [answer.text]
+        text = "".join(part for part in parts if isinstance(part, str))
+        calls = [_call(part) for part in parts if isinstance(part, Call)]
+        message = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
+        return {"index": answer.index, "message": message | ({"tool_calls": calls} if calls else {}),
+                "logprobs": self._logprobs(answer.events), "finish_reason": _reason(answer.finish, calls)}  # fmt: skip
+
     def whole(self, answers: Sequence[Collected]) -> dict[str, Any]:
-        choices = [
-            {"index": answer.index, "message": {"role": "assistant", "content": answer.text, "refusal": None},
-             "logprobs": self._logprobs(answer.events), "finish_reason": answer.finish}
-            for answer in answers
-        ]  # fmt: skip
+        choices = [self._choice(answer) for answer in answers]
         ends = [answer.end for answer in answers if answer.end]
         return {**self._head, "choices": choices, "usage": counted(usage(self.asked, ends))}
 
     async def stream(self, pieces: Pieces) -> AsyncGenerator[dict[str, Any] | None]:
         head = {**self._head, "object": "chat.completion.chunk"} | ({"usage": None} if self._usage else {})
         ends: dict[int, Finish] = {}
+        readers = [self._reader() for _ in range(self.asked.count)]
+        calls = [0] * self.asked.count
 
-        def chunk(index: int, delta: dict[str, Any], logprobs: Any, finish: str | None = None) -> dict[str, Any]:
+        def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> dict[str, Any]:
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
             return {**head, "choices": [choice]}
 
         for index in range(self.asked.count):
-            yield chunk(index, {"role": "assistant", "content": "", "refusal": None}, None)
+            yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
         async for found in pieces:
             if found is None:
                 yield None
                 continue
             index, piece = found
-            if piece.text or (self.body.logprobs and piece.events):
-                logprobs = self._logprobs(piece.events)
-                yield chunk(index, {"content": piece.text}, logprobs)
+            parts: list[str | Call] = [piece.text]
+            if (reader := readers[index]) is not None:
+                parts = [*reader.push(piece.text), *(reader.flush() if piece.end else ())]
+            text = "".join(part for part in parts if isinstance(part, str))
+            if text or (self.body.logprobs and piece.events):
+                yield chunk(index, {"content": text}, self._logprobs(piece.events))
+            for call in (part for part in parts if isinstance(part, Call)):
+                yield chunk(index, {"tool_calls": [{"index": calls[index], **_call(call)}]})
+                calls[index] += 1
             if piece.end is not None:
                 ends[index] = piece.end
-                yield chunk(index, {}, None, piece.finish)
+                yield chunk(index, {}, None, _reason(piece.finish, calls[index]))
         if self._usage:
             yield {**head, "choices": [], "usage": counted(usage(self.asked, [ends[key] for key in sorted(ends)]))}
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": new_id("call"), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _reason(finish: str | None, calls: object) -> str | None:
+    return "tool_calls" if calls and finish == "stop" else finish

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from functools import partial
 from typing import Any
 
 from ligerexport.serve.answers import Asked, Collected, Served, given, usage
 from ligerexport.serve.chat import encode
-from ligerexport.serve.constraints import constraint_of
+from ligerexport.serve.constraints import grammar_of
 from ligerexport.serve.errors import ApiError
 from ligerexport.serve.request import Finish
 from ligerexport.serve.schemas import Message, ResponseRequest
@@ -30,12 +29,11 @@ class Response:
         if body.instructions:
             items.insert(0, Message(role="system", content=body.instructions))
         ids, beginning = encode(model.text, items)
-        constraint_of(body, model.text)  # refuses before the engine is asked
         self.body, settings = body, given(body, model)
         self.asked = Asked(
             model, [ids], settings, body.max_output_tokens or model.longest, model.text.turn_ends,
             options={"pin": bool(body.pin), "marks": (beginning,) if beginning else ()},
-            constrain=partial(constraint_of, body, model.text),
+            grammar=grammar_of(body, model),
         )  # fmt: skip
         self._item = new_id("msg")
         self._head: dict[str, Any] = {
@@ -43,8 +41,9 @@ class Response:
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "model": model.name,
             "parallel_tool_calls": True, "previous_response_id": None, "store": False,
             "reasoning": {"effort": None, "summary": None}, "temperature": settings.get("temperature"),
-            "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": settings.get("top_p"),
-            "truncation": "disabled", "user": body.user, "metadata": body.metadata or {},
+            "text": {"format": {"type": "text"}} | (body.text or {}), "tool_choice": "auto", "tools": [],
+            "top_p": settings.get("top_p"), "truncation": "disabled", "user": body.user,
+            "metadata": body.metadata or {},
         }  # fmt: skip
 
     def _message(self, text: str, status: str) -> dict[str, Any]:

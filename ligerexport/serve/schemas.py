@@ -48,6 +48,25 @@ class Part(BaseModel):
     text: str
 
 
+class Called(BaseModel):
+    """A function with its arguments, a JSON object."""
+
+    model_config = STRICT
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call in an earlier answer."""
+
+    model_config = STRICT
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Called
+
+
 class Message(BaseModel):
     """A turn. Clients echo what they got, so unknown fields are ignored here."""
 
@@ -55,6 +74,8 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Rows[Part] | None = None
+    tool_calls: Rows[ToolCall] | None = None
+    tool_call_id: str | None = None
 
     @property
     def text(self) -> str:
@@ -100,6 +121,22 @@ class Chosen(Sampled):
     stream_options: StreamOptions | None = None
 
 
+class Function(Body):
+    """A function that an answer may call; `parameters` is the JSON schema of its arguments."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool; only functions are supported."""
+
+    type: Literal["function"]
+    function: Function
+
+
 class ChatRequest(Chosen):
     """Body of `/v1/chat/completions`."""
 
@@ -109,7 +146,7 @@ class ChatRequest(Chosen):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: dict[str, Any] | None = None
-    tools: Rows[dict[str, Any]] | None = None
+    tools: Annotated[Rows[Tool], Field(max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None

@@ -233,13 +233,17 @@ class TextModel:
     def _silent(self) -> frozenset[int]:
         return frozenset(self.special_ids.values())
 
-    def render(self, messages: Sequence[Message], *, answer: bool = True, marked: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], *, answer: bool = True, marked: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:  # fmt: skip
         """Return a conversation rendered by the chat template, as transformers' `apply_chat_template` does.
 
         Args:
             messages: The turns.
             answer: Whether to end with the header of the model's next turn.
             marked: Whether the special tokens in the content of messages are marked as text, for `encode_rendered`.
+            tools: Functions that the model may call, each with OpenAI's fields.
 
         Raises:
             UsageError: There is no template, or it refuses these messages.
@@ -251,8 +255,9 @@ class TextModel:
             turns = [
                 mark(turn, self.special_ids if turn.get("role") == "assistant" else self.controls) for turn in turns
             ]
+            tools = mark(tools, self.controls)
         try:
-            own = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": answer}
+            own = {"messages": turns, "tools": tools, "documents": None, "add_generation_prompt": answer}
             return self._template(**(self._special | own))
         except ValueError as error:
             raise UsageError(
@@ -278,16 +283,20 @@ class TextModel:
         unmarked = iter(self.encode_batch([text for text in texts if not is_marked(text)], special=False))
         return [self.encode_rendered(text) if is_marked(text) else next(unmarked) for text in texts]
 
-    def encode_chat(self, messages: Sequence[Message], *, special_content: bool = False) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, special_content: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:  # fmt: skip
         """Return the ids of a conversation up to the model's next answer.
 
         Args:
             messages: The turns.
             special_content: Whether special tokens in the content of messages act as such, not as text.
+            tools: See `render`.
         """
         if special_content:
-            return self.encode(self.render(messages), special=False)
-        return self.encode_rendered(self.render(messages, marked=True))
+            return self.encode(self.render(messages, tools=tools), special=False)
+        return self.encode_rendered(self.render(messages, marked=True, tools=tools))
 
     def encode_next(self, text: str, *, special_content: bool = False) -> list[int]:
         """Return the ids of `next_turn`; see `encode_chat`."""
