@@ -132,7 +132,7 @@ FAULTS: dict[str, tuple[Any, str, Any, str]] = {
     "wrong head offset": (packed, "places", shifted, r"layer 0 is the first that differs \(its slot_\w+ of head [13]"),
     "wrong scale": (packed, "MOST", 126, r"layer 0.*slot_key_scale"),
     "swapped heads": (
-        packed.Heads, "join", lambda self, parts, axis, widths=1: self._concat(parts, axis),
+        packed.Heads, "join", lambda self, parts, axis, widths=1: packed.concat(self._g, self._most, parts, axis),
         r"layer 0 is the first that differs \(its slot_\w+ of head",
     ),
 }  # fmt: skip

@@ -129,7 +129,7 @@ liger::Call make_call(const liger::Mixer& mixer, const std::string& dtype, int64
   if (a.joint) add(all, all * (query + key + value));
   else for (int64_t width : {query, key, value}) add(all, all * width);
   add(batch, batch);
-  add(2, 2 * (a.max_distance + 64) * (a.d_k / 2));
+  add(2, 2 * (a.max_distance + 64 + 1) * (a.d_k / 2));
   if (a.foresees) add(all, all * a.kv_heads);
   call.outputs = {at(64)};
   for (int64_t elements : {slots * a.d_k / codes, slots * a.d_v / codes}) add_state(elements);
