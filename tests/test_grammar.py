@@ -82,7 +82,7 @@ def test_a_limit_cuts_an_answer_off(built: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("rules", "match"),
     [
-        ({"json_schema": {"type": "strin"}}, "strin"),
+        ({"json_schema": {"type": "txt"}}, "txt"),
         ({"json_schema": {"if": {}}}, "Unimplemented"),
         ({"json_schema": {"$ref": "https://example.com/schema"}}, "not present"),
         ({"json_schema": []}, "a JSON schema is"),

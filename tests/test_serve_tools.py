@@ -153,7 +153,7 @@ def test_answers_may_be_text_or_a_format_beside_tools(client: Any, server: Addre
 CHANGES: list[tuple[dict[str, Any], str, str | None]] = [
     ({"response_format": {"type": "xml"}}, "invalid_value", "response_format"),
     ({"response_format": {"type": "json_schema"}}, "missing_required_parameter", "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strin"}}}},
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "txt"}}}},
      "invalid_value", "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": 3}}}, "invalid_value",
      "response_format"),
@@ -170,7 +170,7 @@ CHANGES: list[tuple[dict[str, Any], str, str | None]] = [
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "rain"}}}, "invalid_value",
      "tool_choice"),
     ({"tool_choice": "auto"}, "invalid_value", "tool_choice"),
-    ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "strin"}}}],
+    ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "txt"}}}],
       "tool_choice": "required"}, "invalid_value", "tools"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "["}}]}]},
      "invalid_value", "messages[0].tool_calls"),
