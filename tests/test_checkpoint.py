@@ -123,7 +123,7 @@ SINGLE_DAMAGE = {
     "config without type": (write("config.json", b"{}"), "names no model_type", "config.json"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "no weights in", "copy or download"),
     "pickle": (pickle_only, "pickle weights only .pytorch_model.bin.", "save_pretrained"),
-    "adapter": (adapter_only, "LoRA adapter", "merge_and_unload"),
+    "adapter": (adapter_only, "LoRA adapter", "--merge"),
     "cut in the weights": (cut("model.safetensors", -8), "bytes, its header announces", "cut off"),
     "cut in the header": (cut("model.safetensors", 60), "too few for its header", "cut off"),
     "empty": (cut("model.safetensors", 0), "has 0 bytes", "cut off"),
