@@ -396,7 +396,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "layers": layers, "quantised": quantised, "native": native, "kept": kept, "cost": cost, "shares": shares,
     "mmlu": mmlu, "prompt_cache": prompt_cache, "loading": loading, "nodes": nodes, "bench": bench,
     "peers_more": peers,
-    "build_8b": build_8b, "peers_qwen": lambda: peers("peers_qwen"), "peers_qwen_1_5b": lambda: peers("peers_qwen_1_5b"),
+    "build_8b": build_8b, "peers_qwen": lambda: peers("peers_qwen"),
+    "peers_qwen_1_5b": lambda: peers("peers_qwen_1_5b"),
     "peers": lambda: peers("peers_recall", ("ligerexport", "llama.cpp")),
 }  # fmt: skip
 for prefix, made in {
