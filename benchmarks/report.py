@@ -193,11 +193,6 @@ def paper() -> str:
     return _recovered(lambda name, row: row.get("recipe") == "paper")
 
 
-def gates() -> str:
-    """The paper's gates, trained side by side."""
-    return _recovered(lambda name, row: True, "gates")
-
-
 def _recovered(wanted: Callable[[str, Any], bool], source: str = "recovery") -> str:
     rows = []
     for name, row in result(source)["rows"].items():
@@ -392,7 +387,8 @@ def loading() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "nll": nll, "recall": recall, "stream": stream, "decode": decode, "flat": flat, "build": build, "sweep": sweep,
-    "evicted": evicted, "budgets": budgets, "recovered": recovered, "paper": paper, "gates": gates, "tasks": tasks,
+    "evicted": evicted, "budgets": budgets, "recovered": recovered, "paper": paper, "tasks": tasks,
+    **{source: lambda source=source: _recovered(lambda name, row: True, source) for source in ("gates", "mom")},
     "layers": layers, "quantised": quantised, "native": native, "kept": kept, "cost": cost, "shares": shares,
     "mmlu": mmlu, "prompt_cache": prompt_cache, "loading": loading, "nodes": nodes, "bench": bench,
     "peers_more": peers,
@@ -412,7 +408,7 @@ for prefix, made in {
     "trust_": (
         report_trust.promises, report_trust.faults, report_trust.hostile, report_trust.drift, report_trust.concurrency,
     ),
-    "edge_": (report_edge.goals, report_edge.memory, report_edge.packages),
+    "edge_": (report_edge.goals, report_edge.memory, report_edge.packages, report_edge.serve),
     "memory_": (
         report_memory.ours, report_memory.qwen, report_memory.at_8_mb, report_memory.by_bytes,
         report_memory.at_equal_tokens, report_memory.snapshots,

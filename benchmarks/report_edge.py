@@ -1,4 +1,4 @@
-"""The tables of small devices, for `report.py`."""
+"""The tables of small devices and of the server on one, for `report.py`."""
 
 from __future__ import annotations
 
@@ -54,3 +54,20 @@ def packages() -> Table:
     """The largest packages that are installed on aarch64."""
     largest = _result("install")["sizes"]["aarch64"]["largest"]
     return ["package", "on disk"], [[name.rpartition("-")[0], _mb(size)] for name, size in largest.items()]
+
+
+def serve() -> Table:
+    """What the server's engine takes."""
+    data = _result("serve")
+    turn, speed, stall = data["turn"], data["speed"], data["stall"]
+    first = " / ".join(f"{turn[f'ms_{place}']['median']:.0f}" for place in ("memory", "disk", "restart"))
+    gaps = " / ".join(f"{stall['gap_ms'][key]:.0f}" for key in ("median", "p99", "high"))
+    chat = f"first token of a turn of {turn['new']} new tokens after {turn['history']:,}"
+    streams = f"time between tokens of {stall['streams']} streams while {stall['tokens']:,} tokens are read"
+    rows: list[list[object]] = [
+        ["time per token of one client, relative to `lx.generate`", f"{speed['ratio']:.2f}"],
+        [f"tokens per second of {speed['clients']} clients together", f"{speed['tokens_per_second_together']:.0f}"],
+        [f"{chat}: state in memory / on the disk / after a restart", f"{first} ms"],
+        [f"{streams}: median / 99th percentile / longest", f"{gaps} ms"],
+    ]
+    return ["figure", "measured"], rows
