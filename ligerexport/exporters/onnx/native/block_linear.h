@@ -2,7 +2,8 @@
 //
 // A row has blocks of 32, 64 or 128 codes of 4 or 8 bits that share a scale and a zero point: the layout of ONNX Runtime's
 // `MatMulNBits`. Every 32 inputs are rounded to integers with a scale of their own: to 8 bits for codes of 4 bits, to 16
-// bits for codes of 8. A block contributes scale * (input scale * sum of code * input - zero point * sum of inputs). For a
+// bits for codes of 8. On ARM all have 8 bits, and those of codes of 8 bits share a scale in a block, up to 64 of them. A
+// block contributes scale * (input scale * sum of code * input - zero point * sum of inputs). For a
 // few tokens, rows are read as they are; for many, the codes of a tile of rows are rearranged first.
 #pragma once
 
@@ -291,20 +292,23 @@ struct Tile {
   // Multiplies the tile with T tokens; `out` is the result `[rows]` of the first one.
   template <int kBits, int T>
   void Multiply(const BlockMatrix& m, const RoundedInputs& in, int64_t token, int64_t rows, float* out) const {
-    constexpr int64_t kBytes = kUnit * (kBits / 4);  // of a unit's inputs
-    const int64_t units = m.blocks * (m.block / kUnit), stride = in.groups * kGroup, of_block = m.block / kUnit;
+    constexpr int64_t kBytes = kUnit * kParts<kBits>;  // of a unit's inputs
+    const int64_t span = span_units<kBits>(m.block), stride = in.groups * kGroup, of_block = m.block / (span * kUnit);
     Lanes sums[T] = {};
-    for (int64_t b = 0, u = 0; u < units; ++b) {
+    for (int64_t b = 0, s = 0; b < m.blocks; ++b) {
       const Lanes factor = lanes(scale, b), offset = lanes(zero, b);
-      for (const int64_t end = u + of_block; u < end; ++u) {
-        const int32_t* words = &codes[u * (kUnit / 4) * kLanes];
+      for (const int64_t end = s + of_block; s < end; ++s)
         for (int t = 0; t < T; ++t) {
-          const int64_t at = (token + t) * stride + u;
-          Words products = tile_products<kBits>(words, &in.narrow[at * kBytes]);
-          if constexpr (kBits == 8) products = products * 256 + tile_products<kBits>(words, &in.narrow[at * kBytes + kUnit]);
+          Words products{};
+          for (int64_t u = s * span; u < (s + 1) * span; ++u) {
+            const int32_t* words = &codes[u * (kUnit / 4) * kLanes];
+            const int8_t* x = &in.narrow[((token + t) * stride + u) * kBytes];
+            products += tile_products<kBits>(words, x);
+            if constexpr (kParts<kBits> == 2) products = products * 256 + tile_products<kBits>(words, x + kUnit);
+          }
+          const int64_t at = (token + t) * stride + s;
           sums[t] += __builtin_convertvector(products, Lanes) * (factor * in.scale[at]) - offset * in.sum[at];
         }
-      }
     }
     for (int t = 0; t < T; ++t)
       for (int64_t r = 0; r < rows; ++r) out[t * m.rows + r] = sums[t][r];
@@ -337,8 +341,8 @@ void multiply_rows(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens
   for (int64_t first = begin; first < end; first += kRows)
 #ifdef __ARM_NEON
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t row = first, last = std::min(first + kRows, end); row < last; row += 4)
-        multiply_some<kBits>(m, row, std::min<int64_t>(4, last - row), in, t, out + t * m.rows + row);
+      for (int64_t row = first; row < std::min(first + kRows, end); ++row)
+        out[t * m.rows + row] = multiply_row<kBits>(m, row, in, t);
 #else
     for (int64_t t = 0; t < tokens; t += kTile)
       for (int64_t row = first; row < std::min(first + kRows, end); ++row) {
