@@ -40,6 +40,17 @@ inline int32x4_t add_lane_products(int32x4_t sums, uint8x16_t codes, int8x16_t i
   return vdotq_laneq_s32(sums, vreinterpretq_s8_u8(codes), inputs, kFour);
 }
 
+// Reads four words of each of four rows, as vectors that have one of each row.
+template <typename Words>
+inline void read_turned(const uint8_t* const* rows, Words* to) {
+  const auto word = [&](int r) { return load_from<uint32x4_t>(rows[r]); };
+  const auto wide = [](uint32x4_t x) { return vreinterpretq_u64_u32(x); };
+  const uint32x4_t even[] = {vtrn1q_u32(word(0), word(1)), vtrn1q_u32(word(2), word(3))};
+  const uint32x4_t odd[] = {vtrn2q_u32(word(0), word(1)), vtrn2q_u32(word(2), word(3))};
+  to[0] = Words(vtrn1q_u64(wide(even[0]), wide(even[1]))), to[1] = Words(vtrn1q_u64(wide(odd[0]), wide(odd[1])));
+  to[2] = Words(vtrn2q_u64(wide(even[0]), wide(even[1]))), to[3] = Words(vtrn2q_u64(wide(odd[0]), wide(odd[1])));
+}
+
 // Calls `work` with each of these constants.
 template <typename Work, int... kEach>
 inline void each_of(Work work, std::integer_sequence<int, kEach...>) {
@@ -97,77 +108,95 @@ inline int16x8_t read_points(const uint8_t* from) {
 #define LIGER_IN_ORDER
 #endif
 
-// Multiplies a row with a token. A block has kUnits units; a vector has the sums of four spans.
+// Multiplies rows `begin` to `end` with a token. A block has kUnits units; a vector has the sums of four spans.
 template <int kBits, int kUnits>
-LIGER_IN_ORDER float multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, int64_t token) {
+LIGER_IN_ORDER void multiply_run(
+    const BlockMatrix& m, int64_t begin, int64_t end, const RoundedInputs& in, int64_t token, float* out) {
   constexpr int64_t kSpan = span_units<kBits>(kUnits * kUnit), kSpans = kGroup / kSpan, kOfBlock = kUnits / kSpan;
   constexpr int64_t kBlocks = kGroup / kUnits, kPoints = kBlocks * kBits / 8;  // of a group: blocks, bytes of zero points
   constexpr int64_t kBytes = kUnit * kBits / 8;
+  constexpr int kPair = 2;  // rows that share the loads of inputs
   const int64_t at = token * in.groups * kGroup;
-  const int8_t* x = &in.narrow[at * kUnit];
-  const float* step = &in.scale[at];
-  const int16_t* count = &in.count[at];
-  float32x4_t result = vdupq_n_f32(0);
-  int32x4_t sums[4] = {}, last = vdupq_n_s32(0);  // sums run on, since their differences cost less than zeros; they may wrap
+  for (int64_t row = begin; row < end; row += kPair) {
+    const uint8_t *codes[kPair], *zeros[kPair];
+    const float* scales[kPair];
+    for (int64_t r = 0; r < kPair; ++r) {
+      const int64_t which = std::min(row + r, end - 1);
+      codes[r] = m.codes + which * m.code_row, zeros[r] = m.zero_point + which * m.zero_row;
+      scales[r] = m.scale + which * m.blocks;
+    }
+    const int8_t* x = &in.narrow[at * kUnit];
+    const float* step = &in.scale[at];
+    const int16_t* count = &in.count[at];
+    float32x4_t result[kPair] = {};
+    int32x4_t sums[kPair][4] = {}, last[kPair] = {};  // sums run on, as differences cost less than zeros; they may wrap
 
-  // Adds a group, of which `left` units exist.
-  const auto add = [&](int64_t left, const uint8_t* codes, const uint8_t* zeros, const float* scales)
-      __attribute__((always_inline)) {
-    const int16x8_t points = read_points<kBits, kUnits, kOfBlock>(zeros), counts = vld1q_s16(count);
+    // Adds a group, of which `left` units exist.
+    const auto add = [&](int64_t left) __attribute__((always_inline)) {
+      int16x8_t points[kPair];
+      for (int r = 0; r < kPair; ++r) points[r] = read_points<kBits, kUnits, kOfBlock>(zeros[r]);
+      const int16x8_t counts = vld1q_s16(count);
 #pragma GCC unroll 2
-    for (int64_t s = 0; s < kSpans; s += 4) {
-      if (s * kSpan >= left) break;
+      for (int64_t s = 0; s < kSpans; s += 4) {
+        if (s * kSpan >= left) break;
 #pragma GCC unroll 8
-      for (int64_t u = s * kSpan; u < (s + 4) * kSpan; ++u) {
-        if (u >= left) break;
-        uint8x16_t one, two;
-        read_codes<kBits>(codes + u * kBytes, one, two);
-        int32x4_t& to = sums[u / kSpan - s];
-        to = add_products<kBits>(to, one, vld1q_s8(x + u * kUnit));
-        to = add_products<kBits>(to, two, vld1q_s8(x + u * kUnit + 16));
+        for (int64_t u = s * kSpan; u < (s + 4) * kSpan; ++u) {
+          if (u >= left) break;
+          const int8x16_t first = vld1q_s8(x + u * kUnit), second = vld1q_s8(x + u * kUnit + 16);
+          for (int r = 0; r < kPair; ++r) {
+            uint8x16_t one, two;
+            read_codes<kBits>(codes[r] + u * kBytes, one, two);
+            int32x4_t& to = sums[r][u / kSpan - s];
+            to = add_products<kBits>(add_products<kBits>(to, one, first), two, second);
+          }
+        }
+        const float32x4_t steps = vld1q_f32(step + s);
+        for (int r = 0; r < kPair; ++r) {
+          const int32x4_t all = lane_totals(sums[r]);
+          int32x4_t total = vsubq_s32(all, last[r]);
+          last[r] = all;
+          total = s > 0 ? vmlsl_high_s16(total, points[r], counts)
+                        : vmlsl_s16(total, vget_low_s16(points[r]), vget_low_s16(counts));
+          const float* from = scales[r] + s / kOfBlock;
+          float32x4_t scale;
+          if constexpr (kOfBlock == 1)
+            scale = vld1q_f32(from);
+          else if constexpr (kOfBlock == 2)
+            scale = vcombine_f32(vdup_n_f32(from[0]), vdup_n_f32(from[1]));
+          else
+            scale = vdupq_n_f32(from[0]);
+          result[r] = vfmaq_f32(result[r], vcvtq_f32_s32(total), vmulq_f32(scale, steps));
+        }
       }
-      int32x4_t all = lane_totals(sums);
-      int32x4_t total = vsubq_s32(all, last);
-      total = s > 0 ? vmlsl_high_s16(total, points, counts)
-                    : vmlsl_s16(total, vget_low_s16(points), vget_low_s16(counts));
-      last = all;
-      const float* from = scales + s / kOfBlock;
-      float32x4_t scale;
-      if constexpr (kOfBlock == 1)
-        scale = vld1q_f32(from);
-      else if constexpr (kOfBlock == 2)
-        scale = vcombine_f32(vdup_n_f32(from[0]), vdup_n_f32(from[1]));
-      else
-        scale = vdupq_n_f32(from[0]);
-      result = vfmaq_f32(result, vcvtq_f32_s32(total), vmulq_f32(scale, vld1q_f32(step + s)));
+    };
+    int64_t left = m.blocks * kUnits;
+    for (; left >= kGroup; left -= kGroup) {
+      add(kGroup);
+      x += kGroup * kUnit, step += kSpans, count += kSpans;
+      for (int r = 0; r < kPair; ++r) codes[r] += kGroup * kBytes, zeros[r] += kPoints, scales[r] += kBlocks;
     }
-    x += kGroup * kUnit, step += kSpans, count += kSpans;
-  };
-  const uint8_t *codes = m.codes + row * m.code_row, *zeros = m.zero_point + row * m.zero_row;
-  const float* scales = m.scale + row * m.blocks;
-  int64_t left = m.blocks * kUnits;
-  for (; left >= kGroup; left -= kGroup) {
-    add(kGroup, codes, zeros, scales);
-    codes += kGroup * kBytes, zeros += kPoints, scales += kBlocks;
-  }
-  if (left > 0) {
-    float some[kBlocks];
-    uint8_t few[kPoints];
-    if (row + kGroup >= m.rows) {  // in earlier rows, values of the next ones follow and meet inputs of scale 0
-      const int64_t blocks = left / kUnits;
-      std::fill(std::copy_n(scales, blocks, some), some + kBlocks, 0.0f);
-      std::fill(std::copy_n(zeros, (blocks * kBits + 7) / 8, few), few + kPoints, uint8_t{0});
-      scales = some, zeros = few;
+    if (left > 0) {
+      float some[kPair][kBlocks] = {};
+      uint8_t few[kPair][kPoints] = {};
+      if (row + kPair + kGroup > m.rows)  // in earlier rows, values of the next ones follow and meet inputs of scale 0
+        for (int r = 0; r < kPair; ++r) {
+          const int64_t blocks = left / kUnits;
+          std::copy_n(scales[r], blocks, some[r]), scales[r] = some[r];
+          std::copy_n(zeros[r], (blocks * kBits + 7) / 8, few[r]), zeros[r] = few[r];
+        }
+      add(left);
     }
-    add(left, codes, zeros, scales);
+    out[row] = vaddvq_f32(result[0]);
+    if (row + 1 < end) out[row + 1] = vaddvq_f32(result[1]);
   }
-  return vaddvq_f32(result);
 }
 
 template <int kBits>
-float multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, int64_t token) {
-  if (m.block == kUnit) return multiply_row<kBits, 1>(m, row, in, token);
-  return m.block == 2 * kUnit ? multiply_row<kBits, 2>(m, row, in, token) : multiply_row<kBits, 4>(m, row, in, token);
+void multiply_run(const BlockMatrix& m, int64_t begin, int64_t end, const RoundedInputs& in, int64_t token, float* out) {
+  const auto multiply = m.block == kUnit       ? multiply_run<kBits, 1>
+                        : m.block == 2 * kUnit ? multiply_run<kBits, 2>
+                                               : multiply_run<kBits, 4>;
+  multiply(m, begin, end, in, token, out);
 }
 
 }  // namespace liger
