@@ -6,7 +6,7 @@ Both artifacts are of one checkpoint with the same weights; without them, only c
 `libonnxruntime.so` for aarch64, as the package `onnxruntime-node` has it. A whole process runs in QEMU's emulator
 of a Cortex-A76, which logs each block that it executes; Debian has what this needs as `qemu-user`,
 `g++-aarch64-linux-gnu` and `llvm`. A count hardly differs from run to run, so one run is enough. Cycles are those
-that `llvm-mca` finds on a Neoverse N1, which is close to a Cortex-A76, for the compiled loop over the blocks of two rows.
+that `llvm-mca` finds on a Neoverse N1, which is close to a Cortex-A76, for the loop over the blocks of two rows.
 """
 
 from __future__ import annotations
