@@ -27,21 +27,24 @@ from ligerexport.kernels.library import ragged_prefill as library
 from ligerexport.kernels.ops import liger_mixer
 from tests.tolerances import FUSED_FP32
 
+CASES = CONFIGS | {"windows": replace(SOFTMAX, slots=(), heads=("3 20 1",), sinks=0, state_dtype="int8")}
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "float16"])
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("float16", "no scores")])
 def test_prompts_equal_plain_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two sequences, one of which begins with padding, with slots that are full, empty and unordered."""
     monkeypatch.setattr("ligerexport.model.state._room", lambda count, least: count)  # the interpreter is slow
-    spec, position = make_spec(CONFIGS[name], (3, 3), 16, 8), torch.tensor([11, -4])
+    spec, position = make_spec(CASES[name], (3, 3), 16, 8), torch.tensor([11, -4])
     state = prefilled(spec, position - 11, 11)
     *heads, score = make_inputs(spec, 2, 15)
+    score = score if spec.config.foresees else None
     expected, expected_state = liger_mixer(*heads, position, state, spec, make_rotary(spec), score)
     monkeypatch.setattr(library, "fused", lambda x: True)
     query, key, value = (x.to(DEVICE) for x in heads)
-    rest = position.to(DEVICE), to_device(state, spec), spec, make_rotary(spec).to(DEVICE), score.to(DEVICE)
+    rest = position.to(DEVICE), to_device(state, spec), spec, make_rotary(spec).to(DEVICE)
     assert library.serves(query, key, value, spec)
     assert not library.serves(query, key.clone().requires_grad_(), value, spec), "the kernels have no gradient"
-    found, found_state = liger_mixer(query, key, value, *rest)
+    found, found_state = liger_mixer(query, key, value, *rest, None if score is None else score.to(DEVICE))
     assert not found[1, :4].any(), "padding"
     expected[1, :4] = 0  # torch leaves there what nobody reads
     assert error(found, expected) <= FUSED_FP32

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, MutableMapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -328,7 +328,7 @@ def gather_candidates(
     return found
 
 
-@lru_cache(maxsize=256)
+@cache
 def sizes_on(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """Return the sizes of heads as a tensor."""
     return torch.tensor(sizes, dtype=torch.int32, device=device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 
 import torch
@@ -72,7 +72,7 @@ def _equal(spec: MixerSpec) -> MixerSpec:
     return replace(group, sizes=(sizes,) * spec.kv_heads)
 
 
-@lru_cache(maxsize=512)
+@cache
 def places_on(text: str, device: torch.device) -> Tensor:
     """Return `[H_kv, FIELDS]`: first slot, slots, first score, and whether the head keeps scores."""
     spec = MixerSpec.from_text(text)

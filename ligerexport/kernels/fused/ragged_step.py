@@ -10,7 +10,7 @@ The slots are an unordered set here.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -56,7 +56,7 @@ class _Plan(NamedTuple):
     scored: int
 
 
-@lru_cache(maxsize=512)
+@cache
 def plan_on(text: str, block: int, device: torch.device) -> _Plan:
     """Return how the layer `MixerSpec.text` is divided into tiles of at most `block` slots."""
     spec = MixerSpec.from_text(text)
