@@ -13,6 +13,7 @@ from torch import Tensor
 from ligerexport.kernels.fused.candidates import BLOCK, Candidates, angles, kept_of, turn, window_of
 from ligerexport.kernels.fused.launch import launch
 from ligerexport.kernels.fused.numbers import LOG2E
+from ligerexport.kernels.tuning import cdiv
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def tiles(width: int, dtype: torch.dtype) -> dict[str, int]:
 
 def query_programs(found: Candidates, tile: dict[str, int]) -> int:
     """Return how many programs of a tile the queries of one KV head need."""
-    return triton.cdiv(found.length, tile["QUERIES"]) * (found.query.shape[1] // found.key.shape[1])
+    return cdiv(found.length, tile["QUERIES"]) * (found.query.shape[1] // found.key.shape[1])
 
 
 def attend(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ligerexport.kernels.fused.launch import launch, layout, same
+from ligerexport.kernels.tuning import cdiv, power_of_two
 from ligerexport.model.state import MixerSpec, MixerState
 
 BLOCK = 64
@@ -83,7 +84,7 @@ class Candidates:
     @property
     def blocks(self) -> int:
         """Blocks of queries."""
-        return triton.cdiv(self.length, BLOCK)
+        return cdiv(self.length, BLOCK)
 
     @property
     def ragged(self) -> bool:
@@ -281,7 +282,7 @@ def gather_candidates(
     position = position.contiguous()
     kv_heads, d_v = value.shape[2:]
     config, slots, pools = spec.config, spec.config.num_slots, len(spec.config.slots)
-    width_k, width_v = (max(triton.next_power_of_2(d), NARROWEST) for d in (d_k, d_v))
+    width_k, width_v = (max(power_of_two(d), NARROWEST) for d in (d_k, d_v))
     table, reach = _reach(rotary, spec.max_distance, length)
     call = call or same(layout(query, key, value, arrival, position, table, *state.values()), spec.text)
     time = torch.empty(batch, kv_heads, slots + length, dtype=torch.int32, device=query.device)
@@ -309,7 +310,7 @@ def gather_candidates(
     }  # fmt: skip
     rows = 32 if max(width_k, width_v) <= 128 else 16
     launch(
-        call, _tokens_kernel, (triton.cdiv(length, rows), kv_heads, batch),
+        call, _tokens_kernel, (cdiv(length, rows), kv_heads, batch),
         query, key, value, position if arrival is None else arrival, position, found.sizes, table, found.query,
         found.key, found.value, found.time, found.leave, found.score, *strides, length, table.stride(0), reach,
         constants=lambda: constants | {
@@ -317,12 +318,12 @@ def gather_candidates(
         },
     )  # fmt: skip
     launch(
-        call, _slots_kernel, (triton.cdiv(slots, 16), kv_heads, batch),
+        call, _slots_kernel, (cdiv(slots, 16), kv_heads, batch),
         state["slot_key"], state["slot_value"], state["slot_position"], state.get("slot_score", found.score), position,
         found.sizes, table, found.key, found.value, found.time, found.leave, found.score, found.source, found.count,
         table.stride(0), reach, spec.max_distance,
         constants=lambda: constants | {
-            "COLUMNS": min(512, triton.next_power_of_2(slots)), "ROWS": 16, "num_warps": 4,
+            "COLUMNS": min(512, power_of_two(slots)), "ROWS": 16, "num_warps": 4,
         },
     )  # fmt: skip
     return found

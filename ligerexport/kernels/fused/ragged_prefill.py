@@ -23,6 +23,7 @@ from ligerexport.kernels.fused.launch import launch, layout, same
 from ligerexport.kernels.fused.prefill import blend_outputs
 from ligerexport.kernels.fused.ragged_step import FIELDS, code_scale, to_codes
 from ligerexport.kernels.fused.slots import deaths, old_table, present_candidates
+from ligerexport.kernels.tuning import cdiv, power_of_two
 from ligerexport.model.state import MixerSpec, MixerState
 
 Codes = tuple[Tensor, Tensor | None]
@@ -93,10 +94,10 @@ def _rounded(x: Tensor, spec: MixerSpec, call: Hashable) -> tuple[Tensor, Codes]
     rounded, codes = x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.int8 if scaled else torch.float16)
     scale = x.new_empty(batch, tokens, heads, dtype=torch.float16) if scaled else None
     launch(
-        call, _round_kernel, (triton.cdiv(tokens, ROWS), heads, batch),
+        call, _round_kernel, (cdiv(tokens, ROWS), heads, batch),
         x, rounded, codes, scale, *x.stride()[:3], tokens,
         constants=lambda: {
-            "H": heads, "D": width, "WIDTH": triton.next_power_of_2(width), "ROWS": ROWS, "num_warps": 4,
+            "H": heads, "D": width, "WIDTH": power_of_two(width), "ROWS": ROWS, "num_warps": 4,
         },
     )  # fmt: skip
     return rounded, (codes, scale)
@@ -118,7 +119,7 @@ def _spread(
     if score is not None:
         past["slot_score"] = score.new_empty(batch, spec.kv_heads, 1, room)
     launch(
-        call, _spread_kernel, (triton.cdiv(room, ROWS), spec.kv_heads, batch),
+        call, _spread_kernel, (cdiv(room, ROWS), spec.kv_heads, batch),
         *(state[name] for name in ("slot_key", "slot_value")), state.get("slot_key_scale"),
         state.get("slot_value_scale"), position, score, places,
         *past.values(), *(() if score is not None else (None,)), slots, 0 if score is None else score.shape[2],
@@ -141,14 +142,14 @@ def _keep(
     names = ("slot_key", "slot_value", "slot_key_scale", "slot_value_scale")
     score, config = state.get("slot_score"), found.spec.config
     launch(
-        found.call, _keep_kernel, (triton.cdiv(max(spec.slots_per_head), ROWS), spec.kv_heads, len(key)),
+        found.call, _keep_kernel, (cdiv(max(spec.slots_per_head), ROWS), spec.kv_heads, len(key)),
         *(state.get(name) for name in names), key, value, key_scale, value_scale,
         found.time, found.source, found.score, table, found.position, found.sizes, places,
         *(present.get(name) for name in (*names, "slot_position", "slot_score")), *key.stride()[:3],
         *value.stride()[:3], found.length, found.blocks, state["slot_position"].shape[1],
         0 if score is None else score.shape[2],
         constants=lambda: _widths(spec) | {
-            "N": config.num_slots, "KEPT": config.kept, "KEPT_PADDED": triton.next_power_of_2(max(config.kept, 1)),
+            "N": config.num_slots, "KEPT": config.kept, "KEPT_PADDED": power_of_two(max(config.kept, 1)),
         },
     )  # fmt: skip
     return present
@@ -157,8 +158,8 @@ def _keep(
 def _widths(spec: MixerSpec) -> dict[str, int]:
     """Return the constants that a copy of slots needs."""
     return {
-        "H": spec.kv_heads, "D_K": spec.d_k, "WIDTH_K": triton.next_power_of_2(spec.d_k), "D_V": spec.d_v,
-        "WIDTH_V": triton.next_power_of_2(spec.d_v), "FIELDS": FIELDS, "ROWS": ROWS, "num_warps": 4,
+        "H": spec.kv_heads, "D_K": spec.d_k, "WIDTH_K": power_of_two(spec.d_k), "D_V": spec.d_v,
+        "WIDTH_V": power_of_two(spec.d_v), "FIELDS": FIELDS, "ROWS": ROWS, "num_warps": 4,
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ligerexport.kernels.fused.candidates import BLOCK, EMPTY, NEVER, Candidates, pool_of, window_of
 from ligerexport.kernels.fused.launch import launch
 from ligerexport.kernels.fused.numbers import FAINTEST
+from ligerexport.kernels.tuning import cdiv, power_of_two
 from ligerexport.model.state import SLOTS, MixerState
 
 EVENTS = 128
@@ -254,9 +255,9 @@ def deaths(found: Candidates) -> Tensor:
         return found.leave
     batch, kv_heads, count = found.time.shape
     events = count - min((window for window, _ in found.spec.sizes), default=found.spec.config.window)
-    blocks = triton.cdiv(events, EVENTS)
+    blocks = cdiv(events, EVENTS)
     death = torch.empty_like(found.time, memory_format=torch.contiguous_format)
-    places = [max(2, triton.next_power_of_2(pool.size)) for pool in pools]
+    places = [max(2, power_of_two(pool.size)) for pool in pools]
     listed = [min(n, EVENTS) for n in places]
 
     def lists(width: int) -> Tensor:
@@ -266,7 +267,7 @@ def deaths(found: Candidates) -> Tensor:
     best = lists(listed[0])
     common = {"H_KV": kv_heads, "POOLS": len(pools), "EVENTS": EVENTS, "RAGGED": found.ragged, "num_warps": 4}
     launch(
-        found.call, _enter_kernel, (triton.cdiv(count, EVENTS), kv_heads, batch),
+        found.call, _enter_kernel, (cdiv(count, EVENTS), kv_heads, batch),
         found.time, found.leave, found.score, found.position, found.sizes, death, key, best, count, events, blocks,
         constants=lambda: common | {
             "SINKS": found.spec.config.sinks, "HORIZON": pools[0].horizon, "LISTED": listed[0],
@@ -320,7 +321,7 @@ def old_table(found: Candidates, death: Tensor, only_sinks: bool = False) -> Ten
             death, table, found.position, found.sizes, count, found.length, found.blocks,
             constants=lambda: {
                 "H_KV": kv_heads, "SLOTS": config.num_slots, "SINKS": config.sinks, "ONLY_SINKS": only_sinks,
-                "WINDOW": config.window, "KEPT": kept, "KEPT_PADDED": triton.next_power_of_2(kept), "BLOCK": BLOCK,
+                "WINDOW": config.window, "KEPT": kept, "KEPT_PADDED": power_of_two(kept), "BLOCK": BLOCK,
                 "COLUMNS": 1024, "RAGGED": found.ragged, "num_warps": 4,
             },
         )  # fmt: skip
@@ -335,13 +336,13 @@ def present_slots(found: Candidates, table: Tensor, key: Tensor, value: Tensor, 
         name: torch.empty_like(state[name], memory_format=torch.contiguous_format) for name in SLOTS if name in state
     }
     launch(
-        found.call, _present_kernel, (triton.cdiv(config.num_slots, 16), kv_heads, batch),
+        found.call, _present_kernel, (cdiv(config.num_slots, 16), kv_heads, batch),
         key, value, state["slot_key"], state["slot_value"], found.time, found.source, found.score, table,
         found.position, found.sizes, present["slot_key"], present["slot_value"], present["slot_position"],
         present.get("slot_score", found.score), *key.stride()[:3], *value.stride()[:3], length, found.blocks,
         constants=lambda: {
             "H_KV": kv_heads, "SLOTS": config.num_slots, "KEPT": config.kept,
-            "KEPT_PADDED": triton.next_power_of_2(max(config.kept, 1)), "POOLS": len(config.slots), "D_K": d_k,
+            "KEPT_PADDED": power_of_two(max(config.kept, 1)), "POOLS": len(config.slots), "D_K": d_k,
             "WIDTH_K": found.key.shape[3], "D_V": d_v, "WIDTH_V": found.value.shape[3], "ROWS": 16,
             "RAGGED": found.ragged, "num_warps": 4,
         },
