@@ -23,6 +23,7 @@ from test_fused_ragged_step import (
 )
 
 from ligerexport.kernels import ragged
+from ligerexport.kernels.fused import slots
 from ligerexport.kernels.library import ragged_prefill as library
 from ligerexport.kernels.ops import liger_mixer
 from tests.tolerances import FUSED_FP32
@@ -34,6 +35,8 @@ CASES = CONFIGS | {"windows": replace(SOFTMAX, slots=(), heads=("3 20 1",), sink
 def test_prompts_equal_plain_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two sequences, one of which begins with padding, with slots that are full, empty and unordered."""
     monkeypatch.setattr("ligerexport.model.state._room", lambda count, least: count)  # the interpreter is slow
+    for constant, size in (("EVENTS", 16), ("LONG", 16), ("SEGMENT", 2)):  # several segments in a short call
+        monkeypatch.setattr(slots, constant, size)
     spec, position = make_spec(CASES[name], (3, 3), 16, 8), torch.tensor([11, -4])
     state = prefilled(spec, position - 11, 11)
     *heads, score = make_inputs(spec, 2, 15)

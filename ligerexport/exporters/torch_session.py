@@ -21,7 +21,7 @@ from ligerexport.exporters.build import source_of
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.session import BatchSession, choose_chunk
 from ligerexport.exporters.torch_graph import Replay
-from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer
+from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer, shared_table
 from ligerexport.model.state import FORGOTTEN
 
 CHUNK = 1024
@@ -71,7 +71,8 @@ class TorchSession(BatchSession):
         self._mixers = [mixer for mixer in spec.mixers if mixer is not None]
         self._meters = meter and spec.evicts
         layers = [layer.self_attn for layer in self._model.model.layers]
-        self._tables = [layer.rotary(self._model.device) for layer in layers]  # graphs read them: they must stay
+        # graphs read the tables, so they must stay
+        self._tables = [shared_table(x.inv_freq, x.spec.max_distance, self._model.device) for x in layers]
         self._allocate(batch)
 
     def _allocate(self, batch: int) -> None:

@@ -8,6 +8,8 @@ better items within the block. No loop over single tokens is needed.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,11 @@ from ligerexport.model.state import SLOTS, MixerState
 
 EVENTS = 128
 """Number of events for which one program finds the drops of a pool."""
+
+LONG = 512
+"""Number of a pool's places from which blocks of events are merged by segments."""
+SEGMENT = 8
+"""Number of blocks of events in a segment."""
 
 NOTHING = tl.constexpr(-(2**63))
 """Order of an event without an item: worse than all items."""
@@ -79,22 +86,34 @@ def _merged(best, other, PLACES: tl.constexpr, STAGES: tl.constexpr):
 
 
 @triton.jit
-def _leaders_kernel(p_sorted, p_leaders, blocks, LISTED: tl.constexpr, PLACES: tl.constexpr, STAGES: tl.constexpr):
-    """Write for each block of events the best items that came before it."""
-    bh = tl.program_id(0).to(tl.int64)
+def _leaders_kernel(
+    p_sorted, p_before, p_leaders, p_total, blocks, per,
+    LISTED: tl.constexpr, PLACES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Merge the sorted items of `per` blocks of events, after those in `p_before`. Grid: (segments, B * H).
+
+    What is None is not read or written: `p_leaders` gets the best items before each block, `p_total` those of all.
+    """
+    segment, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, PLACES)
-    p_block = p_sorted + bh * blocks * LISTED + PLACES - 1 - i
-    p_to = p_leaders + bh * blocks * PLACES + i
+    at = (bh * tl.num_programs(0) + segment) * PLACES + i
+    first = segment * per
+    last = tl.minimum(first + per, blocks)
+    p_block = p_sorted + (bh * blocks + first) * LISTED + PLACES - 1 - i
     listed = i >= PLACES - LISTED
     best = tl.full((PLACES,), NOTHING, tl.int64)
+    if p_before is not None:
+        best = tl.load(p_before + at)
     arriving = tl.load(p_block, mask=listed, other=NOTHING)
-    for block in range(0, blocks):
+    for block in range(first, last):
         p_block += LISTED
-        after = tl.load(p_block, mask=listed & (block + 1 < blocks), other=NOTHING)  # ready by the next iteration
-        tl.store(p_to, best)
-        p_to += PLACES
+        after = tl.load(p_block, mask=listed & (block + 1 < last), other=NOTHING)  # ready by the next iteration
+        if p_leaders is not None:
+            tl.store(p_leaders + (bh * blocks + block) * PLACES + i, best)
         best = _merged(best, arriving, PLACES, STAGES)
         arriving = after
+    if p_total is not None:
+        tl.store(p_total + at, best)
 
 
 @triton.jit
@@ -276,13 +295,7 @@ def deaths(found: Candidates) -> Tensor:
     for i, pool in enumerate(pools):
         last = i == len(pools) - 1
         after = i if last else i + 1
-        leaders = lists(places[i])
-        launch(
-            (found.call, i), _leaders_kernel, (batch * kv_heads, 1, 1), best, leaders, blocks,
-            constants=lambda: {
-                "LISTED": listed[i], "PLACES": places[i], "STAGES": places[i].bit_length() - 1, "num_warps": 1,
-            },
-        )  # fmt: skip
+        leaders = _leaders((found.call, i), best, blocks, places[i])
         next_key, next_best = (key, best) if last else (torch.empty_like(key), lists(listed[after]))
         launch(
             (found.call, i), _drop_kernel, (blocks, kv_heads, batch),
@@ -295,6 +308,48 @@ def deaths(found: Candidates) -> Tensor:
         )  # fmt: skip
         key, best = next_key, next_best
     return death
+
+
+def _leaders(call: Hashable, listed: Tensor, blocks: int, places: int) -> Tensor:
+    """Return the best items `[B, H_kv, blocks, places]` before each block of events.
+
+    Long lists are merged in parallel: each segment of blocks by itself, then the segments one after the other, then the
+    blocks of each segment after the segments before it.
+
+    Args:
+        call: See `launch`.
+        listed: `[B, H_kv, blocks, n]`, the best items of each block in falling order.
+        blocks: Number of blocks.
+        places: Number of items, a power of two.
+    """
+    lanes = listed.shape[0] * listed.shape[1]
+
+    def merge(
+        step: str,
+        given: Tensor,
+        count: int,
+        per: int,
+        before: Tensor | None,
+        after: Tensor | None,
+        total: Tensor | None,
+    ) -> None:
+        launch(
+            (call, step), _leaders_kernel, (cdiv(count, per), lanes, 1), given, before, after, total, count, per,
+            constants=lambda: {
+                "LISTED": given.shape[3], "PLACES": places, "STAGES": places.bit_length() - 1, "num_warps": 1,
+            },
+        )  # fmt: skip
+
+    leaders = listed.new_empty(*listed.shape[:3], places)
+    if places < LONG:
+        merge("all", listed, blocks, blocks, None, leaders, None)
+        return leaders
+    segments = cdiv(blocks, SEGMENT)
+    totals, before = (listed.new_empty(*listed.shape[:2], segments, places) for _ in range(2))
+    merge("segments", listed, blocks, SEGMENT, None, None, totals)
+    merge("between", totals, segments, segments, None, before, None)
+    merge("within", listed, blocks, SEGMENT, before, leaders, None)
+    return leaders
 
 
 def old_table(found: Candidates, death: Tensor, only_sinks: bool = False) -> Tensor:
