@@ -150,9 +150,10 @@ def _drop_kernel(
     p_leaders += (bh * blocks + block) * PLACES
     threshold = tl.load(p_leaders + tl.maximum(size, 1) - 1)
     least = tl.zeros((EVENTS,), tl.int64) + threshold
-    if tl.max((key > threshold).to(tl.int32)) > 0:
+    entering = tl.sum((key > threshold).to(tl.int32))
+    if entering > 0:
         least = tl.full((EVENTS,), NEVER_DROPPED, tl.int64)
-        for start in range(0, size, ROWS):
+        for start in range(tl.maximum(size - 1 - entering, 0), size, ROWS):  # better ones stay
             place = start + tl.arange(0, ROWS)
             item = tl.load(p_leaders + place, mask=place < size, other=NOTHING)
             least = tl.minimum(least, _least(item, place, place * 0 - 1, place < size, key, e, size))
@@ -336,7 +337,8 @@ def _leaders(call: Hashable, listed: Tensor, blocks: int, places: int) -> Tensor
         launch(
             (call, step), _leaders_kernel, (cdiv(count, per), lanes, 1), given, before, after, total, count, per,
             constants=lambda: {
-                "LISTED": given.shape[3], "PLACES": places, "STAGES": places.bit_length() - 1, "num_warps": 1,
+                "LISTED": given.shape[3], "PLACES": places, "STAGES": places.bit_length() - 1,
+                "num_warps": min(8, max(1, places // 256)),  # three lists must fit into the registers
             },
         )  # fmt: skip
 
