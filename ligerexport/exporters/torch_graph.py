@@ -83,10 +83,11 @@ class Replay:
     def _settle(self) -> None:
         """Move the state to the tensors that the graphs read and write."""
         for layer, kept in zip(self._layers, self._states, strict=True):
-            for name, x in layer.state.items():
-                if x is not kept[name]:
-                    kept[name].copy_(x)
-            layer.state = kept
+            if layer.state is not kept:
+                for name, x in layer.state.items():
+                    if x is not kept[name]:
+                        kept[name].copy_(x)
+                layer.state = kept
 
 
 def warm_up(run: Callable[[], None]) -> None:
