@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from ligerexport.checkpoint.convert import load_model
 from ligerexport.exporters import torch_graph
+from ligerexport.exporters.torch_fused import fuse
 from ligerexport.exporters.torch_session import TorchSession
 from ligerexport.model.config import PRESETS, LigerConfig
 from tests.checkpoints import make_checkpoint
@@ -82,6 +85,21 @@ def test_what_cannot_be_captured_runs_directly(
     assert capsys.readouterr().err.count("cannot be captured") == 1
 
 
+@pytest.mark.parametrize(
+    ("family", "norms"), [("llama", 7), ("qwen2", 7), ("qwen3", 13), ("gemma3_text", 0), ("phi3", 7)]
+)
+def test_fused_layers_compute_the_same(family: str, norms: int, tmp_path: Path) -> None:
+    model = load_model(make_checkpoint(tmp_path / "model", RAGGED, family), torch.float32)
+    ids = torch.randint(131, (2, 20))
+    with torch.inference_mode():
+        expected = model(ids).logits
+        fuse(model)
+        found = model(ids).logits
+    assert sum("forward" in vars(module) for module in model.modules()) == norms
+    assert not any("q_proj" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CONFIGS)
 def test_graphs_on_a_gpu(name: str, tmp_path: Path) -> None:
@@ -90,3 +108,6 @@ def test_graphs_on_a_gpu(name: str, tmp_path: Path) -> None:
     plain._replay.eager = "for the comparison"
     follow(session, plain)
     assert session.eager is None and sorted(session._replay._graphs) == [1, 16]
+    session.reset()
+    reference, ids = TorchSession(path, batch=2), np.random.default_rng(1).integers(0, 131, (2, 40))
+    np.testing.assert_allclose(session.prefill(ids), reference.prefill(ids), atol=2e-3)

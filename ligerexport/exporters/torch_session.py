@@ -20,6 +20,7 @@ from ligerexport.errors import CheckpointError, MissingDependency, UsageError
 from ligerexport.exporters.build import source_of
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.session import BatchSession, choose_chunk
+from ligerexport.exporters.torch_fused import fuse
 from ligerexport.exporters.torch_graph import Replay
 from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer, shared_table
 from ligerexport.model.state import FORGOTTEN
@@ -68,6 +69,8 @@ class TorchSession(BatchSession):
         self.artifact = Artifact(Path(path), _manifest(spec, source_of(info, lambda size: None), dtype))
         self.chunk = choose_chunk(chunk, CHUNK, LONGEST)
         self._model: Any = load_model(path, DTYPES[dtype].torch).eval().to(device)  # type: ignore[arg-type]
+        if device == "cuda":
+            fuse(self._model)
         self._mixers = [mixer for mixer in spec.mixers if mixer is not None]
         self._meters = meter and spec.evicts
         layers = [layer.self_attn for layer in self._model.model.layers]
