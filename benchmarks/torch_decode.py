@@ -44,12 +44,12 @@ def main() -> None:
     for name in args.shapes:
         with tempfile.TemporaryDirectory() as place:
             path, ours, theirs = make_models(name, args.layers, Path(place), device)
-            graph, direct = (TorchSession(path, device=device) for _ in range(2))
+            session = TorchSession(path, device=device)
         weights = sum(x.nbytes for n, x in ours.named_parameters() if "embed_tokens" not in n)
         weights += 0 if any("lm_head" in n for n, _ in ours.named_parameters()) else ours.lm_head.weight.nbytes
         del ours
         for batch in args.batches:
-            sides = {"graph": graph.sibling(batch), "direct": direct.sibling(batch)}
+            sides = {side: session.sibling(batch) for side in ("graph", "direct")}
             sides["direct"]._replay.eager = "measured without"
             ids = [1] * batch
             given = torch.ones(batch, 1, dtype=torch.long, device=device)
@@ -75,7 +75,7 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
                 del kept, calls
             print(sides["graph"].eager, flush=True)
-        del theirs, graph, direct, sides
+        del theirs, session, sides
     result = {
         "command": "python benchmarks/torch_decode.py -o benchmarks/results/torch_decode.json",
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

@@ -59,6 +59,15 @@ def make_models(name: str, layers: int | None, directory: Path, device: str) -> 
     return path, load_model(path, torch.bfloat16).to(device).eval(), theirs
 
 
+def make_sessions(path: Path, chunks: list[int], device: str) -> dict[str, TorchSession]:
+    """Return sessions on the same weights, with graphs of some numbers of tokens."""
+    loaded, made = TorchSession(path, device=device), {}
+    for chunk in chunks:
+        loaded.chunk = chunk
+        made[f"session {chunk}"] = loaded.sibling()
+    return made
+
+
 def quartiles(samples: list[float]) -> dict[str, float]:
     """Return the median and the quartiles of times in milliseconds."""
     low, median, high = statistics.quantiles(samples, n=4)
@@ -96,7 +105,7 @@ def main() -> None:
     for name in args.shapes:
         with tempfile.TemporaryDirectory() as place:
             path, ours, theirs = make_models(name, args.layers, Path(place), device)
-            sessions = {f"session {n}": TorchSession(path, chunk=n, device=device) for n in args.chunks}
+            sessions = make_sessions(path, args.chunks, device)
         for length in args.lengths:
             ids = torch.randint(SIZES[name]["vocab_size"], (1, length), device=device)
             given = ids.cpu().numpy()
