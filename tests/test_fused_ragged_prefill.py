@@ -26,7 +26,7 @@ from ligerexport.kernels import ragged
 from ligerexport.kernels.fused import slots
 from ligerexport.kernels.library import ragged_prefill as library
 from ligerexport.kernels.ops import liger_mixer
-from tests.tolerances import FUSED_FP32
+from tests.tolerances import FUSED_BF16, FUSED_FP32
 
 CASES = CONFIGS | {"windows": replace(SOFTMAX, slots=(), heads=("3 20 1",), sinks=0, state_dtype="int8")}
 
@@ -64,7 +64,7 @@ def test_prompts_equal_plain_torch(name: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_full_size(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the kernels between which torch gathers the slots, with heads of very different sizes.
+    """Against the kernels in fp32 between which torch gathers the slots, with heads of very different sizes.
 
     The first call is longer than the largest rotary distance.
     """
@@ -76,11 +76,12 @@ def test_full_size(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     expected_state = state = spec.initial_state(2, dtype, DEVICE)
     for length in (3000, 700, 65):
         *heads, score = (x.to(DEVICE) for x in make_inputs(spec, 2, length, dtype))
-        heads = [x.to(dtype) for x in heads]
-        found, state = liger_mixer(*heads, position, state, spec, rotary, score)
+        found, state = liger_mixer(*(x.to(dtype) for x in heads), position, state, spec, rotary, score)
         with monkeypatch.context() as patch:
             patch.setattr(ragged, "serves", lambda *args: False)
             expected, expected_state = liger_mixer(*heads, position, expected_state, spec, rotary, score)
-        assert torch.equal(found, expected), length
+        if dtype == torch.float32:
+            assert torch.equal(found, expected), length
+        assert error(found, expected.cpu()) <= FUSED_BF16, length
         assert_same(state, expected_state, spec)
         position = position + length

@@ -139,6 +139,14 @@ def _load_turned(p_row, m_row, cos, sin, ROWS: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
+def narrowed(x, p_from, p_to):
+    """Return fp32 in the type that `p_to` points to; what bf16 holds may be more than fp16 does."""
+    if p_from.dtype.element_ty == tl.bfloat16 and p_to.dtype.element_ty == tl.float16:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    return x.to(p_to.dtype.element_ty)
+
+
+@triton.jit
 def window_of(p_sizes, h, WINDOW: tl.constexpr, RAGGED: tl.constexpr):
     """Return the window of a head."""
     if RAGGED:
@@ -196,7 +204,7 @@ def _tokens_kernel(
     for head in range(GROUP):
         turned = _load_turned(p_row + head * query_h, m_t, cos, sin, ROWS, WIDTH_K, D_K, R)
         p_to = p_turned_query + ((bh * GROUP + head) * length + t)[:, None] * WIDTH_K + i_k[None, :]
-        tl.store(p_to, turned.to(p_turned_query.dtype.element_ty), mask=m_t[:, None])
+        tl.store(p_to, narrowed(turned, p_query, p_turned_query), mask=m_t[:, None])
 
     p_row = p_key + b * key_b + t.to(tl.int64) * key_t + h * key_h
     turned = _load_turned(p_row, m_t, cos, sin, ROWS, WIDTH_K, D_K, R)
@@ -273,10 +281,13 @@ def gather_candidates(
     spec: MixerSpec,
     rotary: Tensor,
     call: Hashable = None,
+    dtype: torch.dtype | None = None,
 ) -> Candidates:
-    """Return the candidates of a call; the arguments are those of `memory_attention`.
+    """Return the candidates of a call; the other arguments are those of `memory_attention`.
 
-    `call` is an object that is the same for calls of equal layout, if the caller has one.
+    Args:
+        call: An object that is the same for calls of equal layout, if the caller has one.
+        dtype: Type of the copies; None takes that of the queries.
     """
     batch, length, q_heads, d_k = query.shape
     position = position.contiguous()
@@ -289,9 +300,9 @@ def gather_candidates(
     found = Candidates(
         spec=spec,
         call=call,
-        query=query.new_empty(batch, q_heads, length, width_k),
-        key=query.new_empty(batch, kv_heads, slots + length, width_k),
-        value=query.new_empty(batch, kv_heads, slots + length, width_v),
+        query=query.new_empty(batch, q_heads, length, width_k, dtype=dtype),
+        key=query.new_empty(batch, kv_heads, slots + length, width_k, dtype=dtype),
+        value=query.new_empty(batch, kv_heads, slots + length, width_v, dtype=dtype),
         time=time,
         leave=torch.empty_like(time),
         score=torch.empty(batch, kv_heads, pools, slots + length, dtype=torch.float32, device=query.device),
