@@ -38,12 +38,14 @@ HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"
 def make_page(demo: Demo) -> gr.Blocks:
     """Return the Gradio app."""
     first, second = demo.pair.names
+    grows = demo.pair.facts(second)["kind"] == "transformer"
+    title = "A constant memory beside a growing one" if grows else "Two models side by side"
     about = (
         f"<b>{escape(first)}</b> keeps a memory of constant size ({PAPER}), and <b>{escape(second)}</b> is what it is "
         f"compared with. Both answer one prompt, in turns, each in its own process. {page.difference(demo.pair)}"
     )
     with gr.Blocks(title=f"{first} and {second}") as blocks:
-        _html(f'<div class="lx-head"><h1>A constant memory beside a growing one</h1><p>{about}</p></div>')
+        _html(f'<div class="lx-head"><h1>{title}</h1><p>{about}</p></div>')
         kept = gr.State(None)
         with gr.Tab("Live"):
             stop = _live(demo, kept)

@@ -18,7 +18,7 @@ NOTHING = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Gradio compares states by their hash
 class Kept:
     """What a model held at the end of an answer.
 
