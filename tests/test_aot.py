@@ -300,20 +300,21 @@ for preset in ("sinks", "memory"):
 
 
 def test_every_decay_compiles() -> None:
-    """Interpreted kernels accept more than the compiler; the wider state of `mlstm` has plans too."""
+    """Interpreted kernels accept more than the compiler; the wider state of `mlstm` and `gsa`'s rows have plans too."""
     code = """
-for gate in ("mlstm", "rwkv6"):
+both = ["_mixer_step_kernel", "prepare"]
+for gate, names in (("mlstm", both), ("rwkv6", both), ("gsa", ["_keyed_kernel"])):
     layer = dataclasses.replace(TINY, config=dataclasses.replace(TINY.config, gate=gate))
     for job in aot._plan([layer], "bf16", [90], ["step", "prefill"], 1)[2].values():
-        if "DECAY" in job.constants and job.kernel.name != "strong_pairs":
+        if job.kernel.name in names:
             print(job.kernel.name, aot._compile(job).failure)
 """
-    assert python(code).split() == ["_mixer_step_kernel", "prepare"] * 2
+    assert python(code).split() == ["_mixer_step_kernel", "prepare"] * 2 + ["_keyed_kernel"] * 2
 
 
 def test_unknown_names_are_told(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="keyed rows"):
-        aot._plan([replace(TINY, config=replace(PRESETS["liger"].config, gate="gsa"))], "bf16", [90], ["step"], 1)
+    with pytest.raises(UsageError, match="for cells, memories"):
+        aot._plan([replace(TINY, config=PRESETS["mom"].config)], "bf16", [90], ["step"], 1)
     with pytest.raises(UsageError, match="unknown compute capability '91'") as caught:
         aot.compile_kernels([TINY], "bf16", [91], tmp_path / "none")
     assert caught.value.hint is not None and "90" in caught.value.hint

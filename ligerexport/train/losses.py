@@ -81,8 +81,8 @@ def imbalance(logits: Tensor, active: int, real: Tensor, weights: Tensor) -> Ten
     """Return the sum over rows of how unevenly a router uses the memories, times the sum of the row's weights.
 
     For one head it is M times the sum over memories of the share of all choices and the mean probability (Switch
-    Transformers, arXiv 2101.03961, equation 4), minus 1: 0 if all are used alike, at most M / active - 1. A row is never
-    split between processes or micro-batches, so the sums add up.
+    Transformers, arXiv 2101.03961, equation 4), minus 1: 0 if all are used alike, at most M / active - 1. A row is
+    never split between processes or micro-batches, so the sums add up.
 
     Args:
         logits: Logits of the memories `[R, L, H_kv, M]`.
