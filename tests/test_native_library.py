@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from checkpoints import FORESIGHT, make_checkpoint
 
 import ligerexport as lx
 from ligerexport.artifact.artifact import Manifest, open_artifact
@@ -18,7 +19,6 @@ from ligerexport.cli.doctor import examine
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError
 from ligerexport.exporters.onnx import backend, native
 from ligerexport.exporters.onnx.native import cpus
-from tests.checkpoints import FORESIGHT, make_checkpoint
 
 A72 = "asimd crc32"
 A76 = "asimd atomics fphp asimdhp asimddp"
