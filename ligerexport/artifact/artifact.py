@@ -166,8 +166,8 @@ class Manifest:
         verification: Result of the comparison with torch, as the verifier wrote it.
         recovery: How the weights were trained after the conversion, as in config.json; None if they were not.
         block: Number of weights that share a scale; None if weights have none.
-        quality: Cost of the precision against fp32 on a built-in text, as the verifier measured it: nats per token
-            before and after, and the divergence. None for fp32.
+        quality: Cost of the precision of the first graph against fp32 on a built-in text, as the verifier measured it:
+            nats per token before and after, and the divergence. None for fp32.
         device: The GPUs that the artifact was built for: compute capabilities, largest number of sequences, plugin's
             names of kernels, plugin and engine. None for the CPU.
         files: Every other file of the artifact; filled when it is written.
