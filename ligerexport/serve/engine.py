@@ -38,6 +38,7 @@ class Engine:
         memory: Bytes of states in memory. The rows of running requests and their readers are not part of it.
         state_dir: Directory for states; None keeps them in memory only. Its states are found again after a restart.
         disk: Bytes of states in that directory; None takes 16 times `memory`.
+        shared: Place of states that other servers use too, instead of a directory; see `SharedStore`.
         queue: Number of requests that may wait.
         device, threads: See `ligerexport.run.runtime.load`.
 
@@ -58,6 +59,7 @@ class Engine:
         memory: int = 4 << 30,
         state_dir: Path | None = None,
         disk: int | None = None,
+        shared: str | None = None,
         queue: int = 256,
         device: str = "cpu",
         threads: int | None = None,
@@ -68,7 +70,8 @@ class Engine:
         session = load(artifact, batch=max_batch, threads=threads, device=device)
         self.manifest: Manifest = session.artifact.manifest
         self.directory = session.artifact.directory
-        self._states = States(self.manifest.fingerprint, memory, state_dir, DISK * memory if disk is None else disk)
+        space = DISK * memory if disk is None else disk
+        self._states = States(self.manifest.fingerprint, memory, state_dir, space, shared)
         self._changed = threading.Condition()
         self._waiting = Waiting(queue)
         self._poked = self._draining = self._closing = False
