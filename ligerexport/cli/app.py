@@ -31,6 +31,7 @@ from ligerexport.cli.native import native
 from ligerexport.cli.recover import recover
 from ligerexport.cli.run import run
 from ligerexport.cli.serve import serve
+from ligerexport.cli.triton import triton
 from ligerexport.console import data, print_error, say
 from ligerexport.errors import LigerError, UsageError, close_matches
 
@@ -55,7 +56,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _VERBS = (
-    convert, allocate, recover, eval_, build, run, chat, serve, bench, demo, pull, push, inspect, native, doctor, list_,
+    convert, allocate, recover, eval_, build, run, chat, serve, bench, demo, pull, push, inspect, native, triton,
+    doctor, list_,
 )  # fmt: skip
 for _verb in _VERBS:
     app.command(_verb.__name__.rstrip("_"))(_verb)

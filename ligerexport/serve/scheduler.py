@@ -359,6 +359,8 @@ class Scheduler:
             owner, ids = job.request.owner, np.array(job.tokens[: job.at], np.int64)
             if self._states.wants(owner, ids):
                 self._states.insert(owner, ids, session.snapshot(job.row or 0), write=True)
+            else:
+                self._states.secure(owner, ids)
         if job.row is not None:
             self._vacate(job.row)
         else:

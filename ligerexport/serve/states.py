@@ -189,6 +189,13 @@ class States:
                 self._write(held)
             self._shrink()
 
+    def secure(self, owner: str, ids: np.ndarray) -> None:
+        """Begin to write the deepest state of a prefix `[T]` to the disk, if it is not there."""
+        with self._lock:
+            held, _ = self.find(owner, ids, len(ids))
+            if held is not None:
+                self._write(held)
+
     def forget(self, held: Held) -> None:
         """Remove a state."""
         with self._lock:

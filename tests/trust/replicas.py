@@ -6,7 +6,7 @@ It starts Ray on this machine, with two replicas that share their states in a di
 turns, half of them streaming; a request that fails, or a stream that ends with an error, is sent again, as clients do.
 Then one server without Ray gets the same requests. `different` counts answers that are not the same to the token;
 `gaps` are the log probabilities by which the first other token is behind, where batches of other sizes round otherwise.
-`from_state` counts the later turns that read their new tokens only.
+`from_state` counts the later turns for which the prompt of the turn before was not read again.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def check(artifact: Path, args: argparse.Namespace) -> dict[str, Any]:
             turns = [chat.result() for chat in chats]
         files = len(list(Path(states).rglob("*.state")))
     later = [(one, two) for chat in turns for one, two in pairwise(chat)]
-    cached = [two.usage["prompt_tokens_details"]["cached_tokens"] - one.usage["total_tokens"] for one, two in later]
+    cached = [two.usage["prompt_tokens_details"]["cached_tokens"] - one.usage["prompt_tokens"] for one, two in later]
     gaps = alone(artifact, [turn for chat in turns for turn in chat])
     return {
         "chats": args.chats, "turns": args.turns, "killed": killed, "answers": sum(map(len, turns)),
