@@ -14,6 +14,7 @@ import numpy as np
 
 from ligerexport.artifact.artifact import Artifact, StateTensor, TensorInfo
 from ligerexport.errors import UsageError
+from ligerexport.exporters.onnx.session import optimisation
 from ligerexport.exporters.targets import get_target
 from ligerexport.staging import staged_directory
 
@@ -21,7 +22,9 @@ CONFIG_FILE = "config.pbtxt"
 VERSION = "1"
 TYPES = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "int8": "INT8"}
 """The server's names of types."""
-STEPS = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int64": np.int64, "int32": np.int32,
+LEVELS = {"ORT_DISABLE_ALL": 2, "ORT_ENABLE_BASIC": -1, "ORT_ENABLE_ALL": 0}
+"""The server's numbers of the levels at which ONNX Runtime loads a graph."""
+NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int64": np.int64, "int32": np.int32,
          "int8": np.int8}  # fmt: skip
 
 
@@ -65,7 +68,7 @@ def write_repository(
         for tensor in manifest.state:
             if tensor.fill:
                 initial.mkdir(exist_ok=True)
-                np.full(_sizes(tensor.shape), tensor.fill, STEPS[tensor.dtype]).tofile(initial / tensor.past)
+                np.full(_sizes(tensor.shape), tensor.fill, NUMPY[tensor.dtype]).tofile(initial / tensor.past)
         (stage / CONFIG_FILE).write_text(configuration(artifact, place.name, max_batch, library), encoding="utf-8")
     return place
 
@@ -87,6 +90,7 @@ def configuration(artifact: Artifact, name: str, max_batch: int, library: str | 
     operators = f'model_operations {{ op_library_filename: "{library}" }}\n' if library else ""
     return (
         f'name: "{name}"\nbackend: "onnxruntime"\ndefault_model_filename: "{graph.file}"\nmax_batch_size: {max_batch}\n'
+        f"optimization {{ graph {{ level: {LEVELS[optimisation(artifact.manifest)]} }} }}\n"
         f"{''.join(inputs)}{''.join(outputs)}"
         f"sequence_batching {{\n  oldest {{ max_candidate_sequences: {8 * max_batch} }}\n"
         f"  max_sequence_idle_microseconds: 600000000\n{states}}}\n{operators}"
