@@ -116,11 +116,12 @@ class Chats:
             "cached": min(cached for _, cached in found),
         }  # fmt: skip
 
-    def turns(self, port: int, count: int) -> tuple[list[float], list[int]]:
+    def turns(self, port: int, count: int, seed: int) -> tuple[list[float], list[int]]:
         """Ask in one chat after the other; return the seconds to the first token, and the tokens that were not read."""
+        ask(port, "Hello", 1, self.args)  # a server's first answer takes longer
         times, cached = [], []
         for chat in range(count):
-            found, kept = ask(port, f"{self.texts[chat]} {words(2000 + chat, NEW)}", 1, self.args)
+            found, kept = ask(port, f"{self.texts[chat]} {words(seed + chat, NEW)}", 1, self.args)
             times.append(found[0])
             cached.append(kept)
         return times, cached
@@ -135,9 +136,9 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
         with server([*command, "--state-dir", states]) as port:
             chats.read(port)
             result: dict[str, Any] = chats.together(port)
-            result["held"], result["held_cached"] = chats.turns(port, args.chats)
+            result["held"], result["held_cached"] = chats.turns(port, args.chats, 2000)
         with server([*command, "--state-dir", states, "--memory", "0"]) as port:
-            result["evicted"], result["evicted_cached"] = chats.turns(port, args.evicted)
+            result["evicted"], result["evicted_cached"] = chats.turns(port, args.evicted, 3000)
     return result
 
 
@@ -153,9 +154,9 @@ def measure_llama(args: argparse.Namespace) -> dict[str, Any]:
             chats.read(port)
             if not result:
                 result = dict(chats.together(port))
-                result["held"], result["held_cached"] = chats.turns(port, args.chats)
-            ask(port, words(3000, args.tokens), 1, args)  # takes the slot that was used longest ago, and so on
-            result[name], result[f"{name}_cached"] = chats.turns(port, args.evicted)
+                result["held"], result["held_cached"] = chats.turns(port, args.chats, 2000)
+            ask(port, words(4000, args.tokens), 1, args)  # takes the slot that was used longest ago, and so on
+            result[name], result[f"{name}_cached"] = chats.turns(port, args.evicted, 3000)
     return result
 
 

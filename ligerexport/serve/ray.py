@@ -181,8 +181,8 @@ class Ingress:
         call = Call(request.method, request.url.path, request.url.query.encode(), headers, body, client,
                     beginnings(body, request.headers.get("authorization", "").encode()))  # fmt: skip
         for _ in range(TRIES):
-            pieces = self._replicas.answer.remote(call)
             try:
+                pieces = self._replicas.answer.remote(call)
                 head = await anext(pieces)
                 first = await anext(pieces, b"")
             except BackPressureError:
