@@ -65,8 +65,8 @@ def ask(port: int, prompt: str, tokens: int, args: argparse.Namespace) -> tuple[
 
 
 @contextmanager
-def server(command: list[str]) -> Iterator[int]:
-    """Run a server; yield its port when it answers."""
+def server(command: list[str], args: argparse.Namespace) -> Iterator[int]:
+    """Run a server; yield its port after its first answer, which takes longer than others."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -79,6 +79,7 @@ def server(command: list[str]) -> Iterator[int]:
                 if connection.getresponse().status == 200:
                     break
             time.sleep(0.2)
+        ask(port, "Hello", 1, args)
         yield port
     finally:
         process.terminate()
@@ -118,7 +119,6 @@ class Chats:
 
     def turns(self, port: int, count: int, seed: int) -> tuple[list[float], list[int]]:
         """Ask in one chat after the other; return the seconds to the first token, and the tokens that were not read."""
-        ask(port, "Hello", 1, self.args)  # a server's first answer takes longer
         times, cached = [], []
         for chat in range(count):
             found, kept = ask(port, f"{self.texts[chat]} {words(seed + chat, NEW)}", 1, self.args)
@@ -133,11 +133,11 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "ligerexport", "serve", f"m={args.artifact}", "--threads", str(args.threads),
                "--max-batch", str(args.chats)]  # fmt: skip
     with tempfile.TemporaryDirectory() as states:
-        with server([*command, "--state-dir", states]) as port:
+        with server([*command, "--state-dir", states], args) as port:
             chats.read(port)
             result: dict[str, Any] = chats.together(port)
             result["held"], result["held_cached"] = chats.turns(port, args.chats, 2000)
-        with server([*command, "--state-dir", states, "--memory", "0"]) as port:
+        with server([*command, "--state-dir", states, "--memory", "0"], args) as port:
             result["evicted"], result["evicted_cached"] = chats.turns(port, args.evicted, 3000)
     return result
 
@@ -150,7 +150,7 @@ def measure_llama(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, more in (("evicted_cache", []), ("evicted", ["--cache-ram", "0"])):
         chats = Chats(args)
-        with server([*command, *more]) as port:
+        with server([*command, *more], args) as port:
             chats.read(port)
             if not result:
                 result = dict(chats.together(port))

@@ -196,7 +196,7 @@ def main(words: list[str] | None = None) -> None:
     """Check one artifact."""
     args = parser().parse_args(words)
     result = {
-        "command": f"python tests/trust/replicas.py ARTIFACT -o {args.output} --tokens {args.tokens} --words {args.words}",
+        "command": f"python tests/trust/replicas.py ARTIFACT --tokens {args.tokens} --words {args.words} -o RESULT",
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("ray", "fastapi", "onnxruntime")},
         **check(args.artifact.resolve(), args),
