@@ -237,4 +237,5 @@ def app(arguments: Arguments) -> Any:
             request_router_class=PrefixRouter, request_router_kwargs={"slack": arguments.max_batch // 2}
         ),
     )  # fmt: skip
-    return serve.deployment(Ingress).options(max_ongoing_requests=1 << 14).bind(replicas.bind(arguments))
+    ingress = serve.deployment(Ingress).options(max_ongoing_requests=1 << 14, ray_actor_options={"num_cpus": 0})
+    return ingress.bind(replicas.bind(arguments))
