@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -212,15 +212,22 @@ def _lost() -> ApiError:
                     code="service_unavailable", kind="server_error", headers={"Retry-After": "1"})  # fmt: skip
 
 
-def app(arguments: Arguments) -> Any:
+def app(given: Arguments | Mapping[str, Any]) -> Any:
     """Return the Ray Serve application.
 
     Args:
-        arguments: What it is built from; `serve run` and files in YAML give them by name.
+        given: What it is built from; `serve run` and files in YAML give texts by name.
 
     Raises:
-        UsageError: The numbers of replicas contradict each other.
+        UsageError: An argument is unknown or has another type, or the numbers of replicas contradict each other.
     """
+    try:
+        arguments = Arguments.model_validate(given)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        name = wrong["loc"][0] if wrong["loc"] else "arguments"
+        hint = f"the arguments are {', '.join(Arguments.model_fields)}"
+        raise UsageError(f"{name}: {wrong['msg']}", hint=hint) from None
     most = arguments.max_replicas or arguments.replicas
     if most < arguments.replicas:
         raise UsageError(f"max_replicas {most} is less than replicas {arguments.replicas}", hint="give a larger one")

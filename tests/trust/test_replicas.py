@@ -18,7 +18,7 @@ import toy
 pytest.importorskip("ray", reason="needs Ray: pip install 'ligerexport[ray]'")
 
 from ligerexport.errors import UsageError
-from ligerexport.serve.ray import Arguments, PrefixRouter, app
+from ligerexport.serve.ray import PrefixRouter, app
 
 pytestmark = pytest.mark.system
 
@@ -51,9 +51,15 @@ def test_a_chat_stays_with_its_replica_until_others_have_much_less_to_do() -> No
     assert ranks("1", "2", of=replicas[1:]) == [["b"]]  # the other one has died
 
 
-def test_the_numbers_of_replicas_fit() -> None:
-    with pytest.raises(UsageError, match="max_replicas 1 is less than replicas 2"):
-        app(Arguments(artifact=Path("x"), replicas=2, max_replicas=1))
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"replicas": "2", "max_replicas": "1"}, "max_replicas 1 is less"), ({"replica": "2"}, "replica: "),
+     ({"memory": "much"}, "memory: "), ({"replicas": "0"}, "replicas: ")],
+    ids=str,
+)  # fmt: skip
+def test_wrong_arguments_are_named(wrong: dict[str, str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        app({"artifact": "x"} | wrong)
 
 
 def test_killed_replicas_cost_no_answer(tmp_path: Path) -> None:
