@@ -15,7 +15,8 @@ from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError
 from ligerexport.serve.app import make_app
 from ligerexport.serve.forward import BLOCK, Call, Head, answer, beginnings
-from ligerexport.serve.models import open_model
+from ligerexport.serve.models import open_models
+from ligerexport.serve.request import Space
 from ligerexport.serve.shared import SharedStore
 from ligerexport.serve.states import States
 
@@ -36,13 +37,13 @@ def store(states: States) -> SharedStore:
 
 def keep(states: States, *lengths: int, pin: bool = False) -> None:
     for length in lengths:
-        states.insert("", TEXT[:length], state(length), write=True, pin=pin)
+        states.insert(Space(), TEXT[:length], state(length), write=True, pin=pin)
     states.flush()
 
 
 def found(states: States, limit: int = len(TEXT)) -> int:
     """Return the length of the deepest state of the text."""
-    held, _ = states.find("", TEXT, limit)
+    held, _ = states.find(Space(), TEXT, limit)
     return held.node.length if held else 0
 
 
@@ -59,8 +60,8 @@ def test_a_server_goes_on_from_a_state_of_another(place: str) -> None:
     assert found(one) == 120 and found(other) == 0
     store(other).refresh()
     assert found(other, limit=119) == 40 and found(other) == 120
-    assert other.find("someone", TEXT, 200)[0] is None and other.find("", TEXT[::-1], 200)[0] is None
-    held, known = other.find("", TEXT, 200)
+    assert other.find(Space("someone"), TEXT, 200)[0] is None and other.find(Space(), TEXT[::-1], 200)[0] is None
+    held, known = other.find(Space(), TEXT, 200)
     assert held is not None and known == 120
     np.testing.assert_array_equal(other.fetch(held).result().tensors["past.0.x"], state(120).tensors["past.0.x"])
     assert found(States("model", ALL, None, ALL, place)) == 120  # a replica that starts again
@@ -71,9 +72,9 @@ def test_a_state_that_is_gone_is_not_found_again(place: str) -> None:
     one, other = (States("model", 0, None, ALL, place) for _ in range(2))
     keep(one, 40, 120)
     store(other).refresh()
-    held, _ = other.find("", TEXT, 200)
+    held, _ = other.find(Space(), TEXT, 200)
     assert held is not None
-    one.forget(one.get("", held.id))
+    one.forget(one.get(Space(), held.id))
     with pytest.raises(LigerError, match="cannot read"):
         other.fetch(held).result()
     other.forget(held)  # as the scheduler does
@@ -108,8 +109,8 @@ def test_chats_share_their_turns_and_not_their_system_message() -> None:
 
 
 def test_another_process_answers_like_the_server(tmp_path: Path) -> None:
-    model = open_model("toy", toy.build(tmp_path / "toy"), longest=256, deadline=None, max_batch=2, threads=1)
-    app = make_app([model])
+    models = open_models("toy", toy.build(tmp_path / "toy"), {}, longest=256, deadline=None, max_batch=2, threads=1)
+    app, engine = make_app(models), models[0].engine
     body = {"model": "toy", "prompt": "Once", "temperature": 0, "logit_bias": {str(toy.EOS): -100}}
 
     def call(path: str, **changes: Any) -> Call:
@@ -136,7 +137,7 @@ def test_another_process_answers_like_the_server(tmp_path: Path) -> None:
         text = "".join(choice["text"] for event in events for choice in event["choices"])
         assert status == 200 and json.loads(whole)["choices"][0]["text"] == text != ""
         await leave()
-        await model.engine.drain(10**6)  # ends with the answer above
+        await engine.drain(10**6)  # ends with the answer above
 
     asyncio.run(run())
-    model.engine.close()
+    engine.close()

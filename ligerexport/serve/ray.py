@@ -23,7 +23,7 @@ from ligerexport.serve.app import Access, make_app
 from ligerexport.serve.errors import ApiError
 from ligerexport.serve.forward import Call, Head, answer, beginnings
 from ligerexport.serve.gate import Keys
-from ligerexport.serve.models import open_model
+from ligerexport.serve.models import open_models
 from ligerexport.serve.sse import event
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it when it starts
@@ -52,6 +52,7 @@ class Arguments(BaseModel):
     Attributes:
         artifact: Directory that `build` wrote, at the same place on every machine.
         name: The model's name in requests; default: that of the directory.
+        lora: Directories of adapters by their names; each is the model `NAME:ADAPTER`.
         state_dir: Where the replicas share states: a directory that every machine sees, or an address that fsspec
             knows, such as `s3://bucket/states`. Without it, what a dead replica knew is read again.
         memory: Bytes of states in the memory of each replica.
@@ -71,6 +72,7 @@ class Arguments(BaseModel):
 
     artifact: Path
     name: str = ""
+    lora: dict[str, Path] = Field(default_factory=dict)
     state_dir: str | None = None
     memory: ByteSize = ByteSize(4_000_000_000)
     disk: ByteSize = ByteSize(64_000_000_000)
@@ -131,13 +133,14 @@ class Replica:
     """
 
     def __init__(self, arguments: Arguments) -> None:
-        self._model = open_model(
-            arguments.name or arguments.artifact.resolve().name, arguments.artifact, max_batch=arguments.max_batch,
-            memory=int(arguments.memory), disk=int(arguments.disk), shared=arguments.state_dir,
-            queue=arguments.queue, device=arguments.device, threads=arguments.threads,
+        models = open_models(
+            arguments.name or arguments.artifact.resolve().name, arguments.artifact, arguments.lora,
+            max_batch=arguments.max_batch, memory=int(arguments.memory), disk=int(arguments.disk),
+            shared=arguments.state_dir, queue=arguments.queue, device=arguments.device, threads=arguments.threads,
             longest=arguments.max_new_tokens, deadline=arguments.deadline,
         )  # fmt: skip
-        self._app = make_app([self._model], Access(Keys(arguments.api_key_file) if arguments.api_key_file else None))
+        self._engine = models[0].engine
+        self._app = make_app(models, Access(Keys(arguments.api_key_file) if arguments.api_key_file else None))
 
     async def answer(self, call: Call) -> AsyncGenerator[Head | bytes]:
         """Answer a request; see `ligerexport.serve.forward.answer`."""
@@ -150,13 +153,13 @@ class Replica:
         Raises:
             RuntimeError: The engine has failed.
         """
-        if self._model.engine.failed:
-            raise RuntimeError(self._model.engine.failed)
+        if self._engine.failed:
+            raise RuntimeError(self._engine.failed)
 
     async def __del__(self) -> None:
         """Ray calls this once no request is left: the states are written."""
-        await self._model.engine.drain(PATIENCE)
-        self._model.engine.close()
+        await self._engine.drain(PATIENCE)
+        self._engine.close()
 
 
 class Ingress:

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class SharedStore(Store):
-    """The states of one model, `URL/MODEL/OWNER/DIGEST.state`, which other servers read and write too.
+    """The states of one model, `URL/MODEL/SPACE/DIGEST.state`, which other servers read and write too.
 
     Args:
         url: A directory, or an address that fsspec knows, such as `s3://bucket/states`.
@@ -84,14 +84,14 @@ class SharedStore(Store):
                 self._remove(name)
         listed: dict[str, dict[int, dict[str, int]]] = {}
         for name, facts in states.items():
-            _, owner, file = name.rsplit("/", 2)
+            _, space, file = name.rsplit("/", 2)
             state = file.removesuffix(SUFFIX)
             if (length := state.rpartition("-")[2]).isdecimal():
-                listed.setdefault(owner, {}).setdefault(int(length), {})[state] = facts["size"]
+                listed.setdefault(space, {}).setdefault(int(length), {})[state] = facts["size"]
         self._listed = listed
 
-    def longest(self, owner: str, ids: np.ndarray, limit: int, beyond: int) -> tuple[int, int] | None:
-        listed, seen, at, best = self._listed.get(owner, {}), hashing(ids[:0]), 0, None
+    def longest(self, space: str, ids: np.ndarray, limit: int, beyond: int) -> tuple[int, int] | None:
+        listed, seen, at, best = self._listed.get(space, {}), hashing(ids[:0]), 0, None
         for length in sorted(length for length in listed if length <= limit):
             seen.update(np.ascontiguousarray(ids[at:length], np.int64).data)
             at = length
@@ -100,8 +100,8 @@ class SharedStore(Store):
                 best = length, nbytes
         return best
 
-    def write(self, owner: str, ids: np.ndarray, snapshot: Snapshot) -> int:
-        place = self._place(owner, digest(ids))
+    def write(self, space: str, ids: np.ndarray, snapshot: Snapshot) -> int:
+        place = self._place(space, digest(ids))
         with TemporaryDirectory() as directory:
             file = Path(directory) / "state"
             replace(snapshot, ids=ids).save(file)
@@ -117,8 +117,8 @@ class SharedStore(Store):
                 raise LigerError(f"cannot write {place}: {error}", hint="look at the place of shared states") from error
             return file.stat().st_size
 
-    def read(self, owner: str, ids: np.ndarray) -> Snapshot:
-        place = self._place(owner, digest(ids))
+    def read(self, space: str, ids: np.ndarray) -> Snapshot:
+        place = self._place(space, digest(ids))
         with TemporaryDirectory() as directory:
             file = Path(directory) / "state"
             try:
@@ -127,8 +127,8 @@ class SharedStore(Store):
                 raise LigerError(f"cannot read {place}: {error}") from error
             return checked(Snapshot.load(file), ids, place)
 
-    def mark(self, owner: str, state: str, name: str, pinned: bool) -> None:
-        place = self._place(owner, state).removesuffix(SUFFIX) + ".json"
+    def mark(self, space: str, state: str, name: str, pinned: bool) -> None:
+        place = self._place(space, state).removesuffix(SUFFIX) + ".json"
         try:
             if name or pinned:
                 self._files.makedirs(place.rpartition("/")[0], exist_ok=True)
@@ -138,16 +138,16 @@ class SharedStore(Store):
         except Exception as error:
             raise LigerError(f"cannot write {place}: {error}", hint="look at the place of shared states") from error
 
-    def remove(self, owner: str, state: str) -> None:
-        self._remove(self._place(owner, state))
-        for states in self._listed.get(owner, {}).values():
+    def remove(self, space: str, state: str) -> None:
+        self._remove(self._place(space, state))
+        for states in self._listed.get(space, {}).values():
             states.pop(state, None)
 
     def close(self) -> None:
         self._closed.set()
 
-    def _place(self, owner: str, state: str) -> str:
-        return f"{self._root}/{owner}/{state}{SUFFIX}"
+    def _place(self, space: str, state: str) -> str:
+        return f"{self._root}/{space}/{state}{SUFFIX}"
 
     def _remove(self, place: str) -> None:
         for name in (place, place.removesuffix(SUFFIX) + ".json"):

@@ -13,6 +13,7 @@ import numpy as np
 
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError
+from ligerexport.serve.request import Space
 from ligerexport.staging import remove_leftovers, staged_file
 
 SUFFIX = ".state"
@@ -44,13 +45,20 @@ def named(seen: hashlib.blake2b, length: int) -> str:
     return f"{seen.hexdigest()}-{length}"
 
 
-def owner_key(owner: str) -> str:
-    """Return an owner's name of any characters as a name of a directory."""
-    return hashlib.blake2b(owner.encode(), digest_size=16).hexdigest() if owner else "all"
+def space_key(space: Space) -> str:
+    """Return the name of the directory of a space's states."""
+    owner = hashlib.blake2b(space.owner.encode(), digest_size=16).hexdigest() if space.owner else "all"
+    return f"{owner}-{space.adapter}" if space.adapter else owner
+
+
+def adapter_digest(directory: Path | str) -> str:
+    """Return the name of the weights of an adapter, whatever it is called."""
+    files = [Path(directory).expanduser() / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
 
 
 class Store:
-    """The files of one model's states, `MODEL/OWNER/DIGEST.state`, with a `.json` beside those that a user marked.
+    """The files of one model's states, `MODEL/SPACE/DIGEST.state`, with a `.json` beside those that a user marked.
 
     Args:
         directory: Directory of the states of all models.
@@ -68,7 +76,7 @@ class Store:
             raise LigerError(f"cannot write {self.directory}: {error.strerror}", hint=_HINT) from error
 
     def scan(self) -> Iterator[tuple[str, Stored]]:
-        """Yield each owner's key and state, the latest first. Files that are no state of this model are removed."""
+        """Yield each space's key and state, the latest first. Files that are no state of this model are removed."""
         files = sorted(self.directory.glob(f"*/*{SUFFIX}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
         for file in files:
             remove_leftovers(file)
@@ -80,50 +88,50 @@ class Store:
             name, pinned = _read_marks(file.with_suffix(".json"))
             yield file.parent.name, Stored(ids, file.stat().st_size, name, pinned)
 
-    def write(self, owner: str, ids: np.ndarray, snapshot: Snapshot) -> int:
+    def write(self, space: str, ids: np.ndarray, snapshot: Snapshot) -> int:
         """Write a state whole or not at all; return the file's size in bytes.
 
         Raises:
             LigerError: The disk is full, or the file cannot be written.
         """
-        file = self._file(owner, digest(ids))
+        file = self._file(space, digest(ids))
         replace(snapshot, ids=ids).save(file)
         return file.stat().st_size
 
-    def read(self, owner: str, ids: np.ndarray) -> Snapshot:
+    def read(self, space: str, ids: np.ndarray) -> Snapshot:
         """Return the state of a prefix.
 
         Raises:
             LigerError: The file is damaged, is of another prefix, or is gone.
         """
-        file = self._file(owner, digest(ids))
+        file = self._file(space, digest(ids))
         return checked(Snapshot.load(file), ids, str(file))
 
-    def mark(self, owner: str, state: str, name: str, pinned: bool) -> None:
+    def mark(self, space: str, state: str, name: str, pinned: bool) -> None:
         """Write what a user said about a state.
 
         Raises:
             LigerError: The disk is full, or the file cannot be written.
         """
-        file = self._file(owner, state).with_suffix(".json")
+        file = self._file(space, state).with_suffix(".json")
         if name or pinned:
             with staged_file(file, hint=_HINT) as stage:
                 stage.write_text(said(name, pinned), encoding="utf-8")
         else:
             file.unlink(missing_ok=True)
 
-    def remove(self, owner: str, state: str) -> None:
+    def remove(self, space: str, state: str) -> None:
         """Remove a state's files, if they exist."""
-        file = self._file(owner, state)
+        file = self._file(space, state)
         for path in (file, file.with_suffix(".json")):
             with suppress(OSError):
                 path.unlink()
 
-    def longest(self, owner: str, ids: np.ndarray, limit: int, beyond: int) -> tuple[int, int] | None:
+    def longest(self, space: str, ids: np.ndarray, limit: int, beyond: int) -> tuple[int, int] | None:
         """Return the number of tokens of the deepest state of a prefix that others wrote, and its bytes.
 
         Args:
-            owner: Key of the owner.
+            space: Key of the space.
             ids: Tokens `[T]` int64.
             limit: Largest number of tokens that the state may have seen.
             beyond: Number of tokens that it must exceed.
@@ -133,8 +141,8 @@ class Store:
     def close(self) -> None:
         """End what the store does by itself."""
 
-    def _file(self, owner: str, state: str) -> Path:
-        return self.directory / owner / f"{state}{SUFFIX}"
+    def _file(self, space: str, state: str) -> Path:
+        return self.directory / space / f"{state}{SUFFIX}"
 
 
 def checked(snapshot: Snapshot, ids: np.ndarray, place: str) -> Snapshot:

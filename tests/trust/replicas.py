@@ -34,7 +34,7 @@ from ray import serve
 
 from ligerexport.serve.app import make_app
 from ligerexport.serve.forward import Call, Head, answer
-from ligerexport.serve.models import open_model
+from ligerexport.serve.models import open_models
 from ligerexport.serve.ray import Arguments, app
 
 NAME = f"replicas-{os.getpid()}"
@@ -126,8 +126,8 @@ def running(artifact: Path, states: Path, args: argparse.Namespace) -> Iterator[
 
 def alone(artifact: Path, turns: list[Turn]) -> list[float]:
     """Ask one server, one request after the other; return how far the first other token of an answer is behind."""
-    model = open_model("m", artifact, longest=256, deadline=None, max_batch=1, memory=1 << 28, queue=4, threads=1)
-    single, gaps = make_app([model]), []
+    models = open_models("m", artifact, {}, longest=256, deadline=None, max_batch=1, memory=1 << 28, threads=1)
+    single, gaps = make_app(models), []
 
     async def ask(body: dict[str, Any]) -> bytes:
         raw = json.dumps(body | {"stream": False, "stream_options": None}).encode()
@@ -147,7 +147,7 @@ def alone(artifact: Path, turns: list[Turn]) -> list[float]:
                 assert len(tokens) == len(turn.tokens)
 
     asyncio.run(compare())
-    model.engine.close()
+    models[0].engine.close()
     return gaps
 
 
