@@ -33,7 +33,7 @@ def keyed_recurrence(
         present: The same after the last token; they may be `past`.
         output: `[B, T, H_q, d_v]`, contiguous, to write to. With `attended` it gets the sum of both, and 0 for padding.
         spec: The layer.
-        index: `[B]`, the row of the state that holds each sequence; negative to skip it, with an output of 0; None for b.
+        index: `[B]`, the row of the state of each sequence; negative skips it and gives 0; None for row b.
         attended: `[B, T, H_q, d_v]`, contiguous: the weighted output of the slots; None if another launch adds it.
     """
     query, key, value = heads
