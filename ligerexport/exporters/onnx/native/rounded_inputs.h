@@ -101,7 +101,7 @@ struct RoundedInputs {
     constexpr float kMost = kBits == 4 ? 127.0f : 32639.0f;  // 127 * 256 + 127
     constexpr int64_t kPart = kUnit * kBits / 8;
     groups = (matrix.blocks * matrix.block + kGroup * kUnit - 1) / (kGroup * kUnit);
-    tiled = kTiles<kBits> && tokens >= 2 * kTile;
+    tiled = kTiles<kBits> && tokens >= 2 && matrix.rows >= kLanes;
     const int64_t units = groups * kGroup, run = tiled ? 1 : kRun<kBits>;
     scale.assign(tokens * units, 0.0f);
     sum.assign(tokens * units, 0.0f);
