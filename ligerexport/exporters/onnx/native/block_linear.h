@@ -56,29 +56,29 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
 
 using Lanes = float __attribute__((vector_size(4 * kLanes)));
 using Words = int32_t __attribute__((vector_size(4 * kLanes)));  // four codes of each row
+constexpr int kWords = kUnit / 4;                                // of a unit
 
 // Sums of a unit's products in each row of a tile; all rows use the same four inputs at a time.
 template <int kBits>
-inline Words tile_products(const int32_t* codes, const int8_t* x) {
+inline Words tile_products(const Words* codes, const int8_t* x) {
   [[maybe_unused]] const auto four = [x](int i) { return load_from<int32_t>(x + 4 * i); };
-  [[maybe_unused]] const auto word = [codes](int i) { return load_from<Words>(codes + i * kLanes); };
 #if defined(__AVX512VNNI__)
   __m512i sums = _mm512_setzero_si512();
-  for (int i = 0; i < kUnit / 4; ++i) sums = _mm512_dpbusd_epi32(sums, __m512i(word(i)), _mm512_set1_epi32(four(i)));
+  for (int i = 0; i < kWords; ++i) sums = _mm512_dpbusd_epi32(sums, __m512i(codes[i]), _mm512_set1_epi32(four(i)));
 #elif defined(__AVXVNNI__)
   __m256i sums = _mm256_setzero_si256();
-  for (int i = 0; i < kUnit / 4; ++i) sums = _mm256_dpbusd_avx_epi32(sums, __m256i(word(i)), _mm256_set1_epi32(four(i)));
+  for (int i = 0; i < kWords; ++i) sums = _mm256_dpbusd_avx_epi32(sums, __m256i(codes[i]), _mm256_set1_epi32(four(i)));
 #elif defined(__ARM_FEATURE_DOTPROD)
   int32x4_t sums = vdupq_n_s32(0);
   const int8x16_t low = vld1q_s8(x), high = vld1q_s8(x + 16);
   const auto add = [&](auto i) {
-    sums = add_lane_products<kBits, i & 3>(sums, load_from<uint8x16_t>(codes + i * kLanes), i < 4 ? low : high);
+    sums = add_lane_products<kBits, i & 3>(sums, uint8x16_t(codes[i]), i < 4 ? low : high);
   };
-  each_of(add, std::make_integer_sequence<int, kUnit / 4>{});
+  each_of(add, std::make_integer_sequence<int, kWords>{});
 #else
   __m256i sums = _mm256_setzero_si256();  // 16 bits hold 8 sums of two products of at most 15 * 127
-  for (int i = 0; i < kUnit / 4; ++i)
-    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(__m256i(word(i)), _mm256_set1_epi32(four(i))));
+  for (int i = 0; i < kWords; ++i)
+    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(__m256i(codes[i]), _mm256_set1_epi32(four(i))));
   sums = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
 #endif
   return Words(sums);
@@ -120,25 +120,16 @@ inline void fetch_words(const void* first, int64_t row_bytes, int64_t at) {
 
 // A tile of rows: codes as bytes, in the order of rounded inputs, and values of blocks.
 struct Tile {
-  std::vector<int32_t> codes;      // [units, kUnit / 4, kLanes]
+  std::vector<Words> codes;        // [units, kWords]
   std::vector<float> scale, zero;  // [blocks, kLanes], the zero point times the scale
 
+  // Reads what the rows from `row` on have beside their codes.
   template <int kBits>
-  void Read(const BlockMatrix& m, int64_t row) {
-    const uint8_t *rows = m.codes + row * m.code_row, *zeros = m.zero_point + row * m.zero_row;
+  void ReadValues(const BlockMatrix& m, int64_t row) {
+    const uint8_t* zeros = m.zero_point + row * m.zero_row;
     const float* scales = m.scale + row * m.blocks;
-    codes.resize(m.blocks * m.block / 4 * kLanes);
     scale.resize(m.blocks * kLanes), zero.resize(m.blocks * kLanes);
     Words words[4];
-    const auto put_words = [](auto* to, auto words) { std::memcpy(to, &words, sizeof(words)); };
-    int32_t* to = codes.data();
-    for (int64_t at = 0; at < m.code_row; at += 16, to += 32 / kBits * kLanes) {
-      read_words(rows + at, m.code_row, words);
-      fetch_words(rows, m.code_row, at);
-      for (int i = 0; i < 4; ++i)
-        put_words(to + i * kLanes, kBits == 4 ? words[i] & 0x0f0f0f0f : words[i] ^ int32_t(kCentre<8> * 0x01010101u));
-      for (int i = 0; kBits == 4 && i < 4; ++i) put_words(to + (i + 4) * kLanes, words[i] >> 4 & 0x0f0f0f0f);
-    }
     for (int64_t b = 0; b < m.blocks; b += 4) {  // the last four overlap those before
       const int64_t begin = std::min(b, m.blocks - 4);
       if (begin >= 0) {
@@ -164,22 +155,44 @@ struct Tile {
       }
       for (int64_t i = b; i < std::min(b + kPoints, m.blocks); ++i, words[0] >>= kBits) {
         const Words points = (words[0] & ((1 << kBits) - 1)) - kCentre<kBits>;
-        put_words(&zero[i * kLanes], __builtin_convertvector(points, Lanes) * lanes(scale, i));
+        const Lanes offset = __builtin_convertvector(points, Lanes) * lanes(scale, i);
+        std::memcpy(&zero[i * kLanes], &offset, sizeof(offset));
       }
     }
   }
 
-  // Multiplies the tile with T tokens; writes the last `rows` results, for the first one to `out`.
-  template <int kBits, int T>
-  void Multiply(const BlockMatrix& m, const RoundedInputs& in, int64_t token, int64_t rows, float* out) const {
+  // Reads the codes of a unit.
+  template <int kBits>
+  static void ReadUnit(const BlockMatrix& m, int64_t row, int64_t unit, Words* to) {
+    const uint8_t* rows = m.codes + row * m.code_row;
+    int64_t at = unit * kUnit * kBits / 8;
+    for (int i = 0; i < kBits / 4; ++i, at += 16) {
+      read_words(rows + at, m.code_row, to + 4 * i);
+      fetch_words(rows, m.code_row, at);
+    }
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kBits == 4)
+        to[i + 4] = to[i] >> 4 & 0x0f0f0f0f, to[i] &= 0x0f0f0f0f;
+      else if constexpr (kCentre<8> != 0)
+        to[i] ^= int32_t(kCentre<8> * 0x01010101u), to[i + 4] ^= int32_t(kCentre<8> * 0x01010101u);
+    }
+  }
+
+  // Multiplies the tile with T tokens; writes the last `rows` results, for the first one to `out`. The first call reads the
+  // codes, and keeps them if others follow.
+  template <int kBits, int T, bool kFirst>
+  void Multiply(const BlockMatrix& m, int64_t row, const RoundedInputs& in, int64_t token, int64_t rows, bool keep,
+                float* out) {
     constexpr int64_t kBytes = kUnit * (kBits / 4);  // of a unit's inputs
     const int64_t units = m.blocks * (m.block / kUnit), stride = in.groups * kGroup, of_block = m.block / kUnit;
     Lanes sums[T] = {};
     for (int64_t b = 0, u = 0; u < units; ++b) {
       const Lanes factor = lanes(scale, b), offset = lanes(zero, b);
       for (const int64_t end = u + of_block; u < end; ++u) {
-        const int32_t* words = &codes[u * (kUnit / 4) * kLanes];
-#pragma GCC unroll 8
+        Words read[kWords];
+        const Words* const words = kFirst ? read : &codes[u * kWords];
+        if constexpr (kFirst) ReadUnit<kBits>(m, row, u, read);
+        if (kFirst && keep) std::copy_n(read, kWords, &codes[u * kWords]);
         for (int t = 0; t < T; ++t) {
           const int64_t at = (token + t) * stride + u;
           Words products = tile_products<kBits>(words, &in.narrow[at * kBytes]);
@@ -203,14 +216,26 @@ void multiply_tiles(const BlockMatrix& m, const RoundedInputs& in, int64_t token
   thread_local Tile tile;
   for (; begin < end; begin += kLanes) {
     const int64_t rows = std::min<int64_t>(kLanes, end - begin);
-    tile.Read<kBits>(m, begin + rows - kLanes);
+    const int64_t row = begin + rows - kLanes;
+    tile.ReadValues<kBits>(m, row);
+    tile.codes.resize(m.blocks * m.block / 4);
     int64_t t = 0;
-    const auto multiply = [&](auto count) {
-      for (; t + count <= tokens; t += count) tile.Multiply<kBits, count>(m, in, t, rows, out + t * m.rows + begin);
+    const auto multiply = [&](auto count, auto first) {
+      tile.Multiply<kBits, count, first>(m, row, in, t, rows, tokens > count, out + t * m.rows + begin);
+      t += count;
     };
-    multiply(std::integral_constant<int, kTile>{});
-    multiply(std::integral_constant<int, 2>{});
-    multiply(std::integral_constant<int, 1>{});
+    const auto some = [&](auto first) {
+      if (tokens - t >= kTile)
+        multiply(std::integral_constant<int, kTile>{}, first);
+      else if (tokens - t == 3)
+        multiply(std::integral_constant<int, 3>{}, first);
+      else if (tokens - t == 2)
+        multiply(std::integral_constant<int, 2>{}, first);
+      else
+        multiply(std::integral_constant<int, 1>{}, first);
+    };
+    some(std::true_type{});
+    while (t < tokens) some(std::false_type{});
   }
 }
 
