@@ -58,30 +58,43 @@ using Lanes = float __attribute__((vector_size(4 * kLanes)));
 using Words = int32_t __attribute__((vector_size(4 * kLanes)));  // four codes of each row
 constexpr int kWords = kUnit / 4;                                // of a unit
 
-// Sums of a unit's products in each row of a tile; all rows use the same four inputs at a time.
-template <int kBits>
-inline Words tile_products(const Words* codes, const int8_t* x) {
-  [[maybe_unused]] const auto four = [x](int i) { return load_from<int32_t>(x + 4 * i); };
-#if defined(__AVX512VNNI__)
-  __m512i sums = _mm512_setzero_si512();
-  for (int i = 0; i < kWords; ++i) sums = _mm512_dpbusd_epi32(sums, __m512i(codes[i]), _mm512_set1_epi32(four(i)));
-#elif defined(__AVXVNNI__)
-  __m256i sums = _mm256_setzero_si256();
-  for (int i = 0; i < kWords; ++i) sums = _mm256_dpbusd_avx_epi32(sums, __m256i(codes[i]), _mm256_set1_epi32(four(i)));
-#elif defined(__ARM_FEATURE_DOTPROD)
-  int32x4_t sums = vdupq_n_s32(0);
-  const int8x16_t low = vld1q_s8(x), high = vld1q_s8(x + 16);
-  const auto add = [&](auto i) {
-    sums = add_lane_products<kBits, i & 3>(sums, uint8x16_t(codes[i]), i < 4 ? low : high);
-  };
-  each_of(add, std::make_integer_sequence<int, kWords>{});
+// Adds a unit's products in each row of a tile to `sums`, for T tokens whose inputs lie `apart` bytes from each other. All
+// rows use the same four inputs at a time.
+template <int kBits, int T>
+inline __attribute__((always_inline)) void add_products(Words* sums, const Words* codes, const int8_t* x, int64_t apart) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  for (int t = 0; t < T; ++t) {
+    int32x4_t sum = int32x4_t(sums[t]);
+    const int8x16_t low = vld1q_s8(x + t * apart), high = vld1q_s8(x + t * apart + 16);
+    const auto add = [&](auto i) {
+      sum = add_lane_products<kBits, i & 3>(sum, uint8x16_t(codes[i]), i < 4 ? low : high);
+    };
+    each_of(add, std::make_integer_sequence<int, kWords>{});
+    sums[t] = Words(sum);
+  }
 #else
-  __m256i sums = _mm256_setzero_si256();  // 16 bits hold 8 sums of two products of at most 15 * 127
+  const auto four = [=](int t, int i) { return load_from<int32_t>(x + t * apart + 4 * i); };
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#pragma GCC unroll 8
   for (int i = 0; i < kWords; ++i)
-    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(__m256i(codes[i]), _mm256_set1_epi32(four(i))));
-  sums = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+#if defined(__AVX512VNNI__)
+      sums[t] = Words(_mm512_dpbusd_epi32(__m512i(sums[t]), __m512i(codes[i]), _mm512_set1_epi32(four(t, i))));
+#else
+      sums[t] = Words(_mm256_dpbusd_avx_epi32(__m256i(sums[t]), __m256i(codes[i]), _mm256_set1_epi32(four(t, i))));
 #endif
-  return Words(sums);
+#else
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    __m256i pairs = _mm256_setzero_si256();  // 16 bits hold 8 sums of two products of at most 15 * 127
+#pragma GCC unroll 8
+    for (int i = 0; i < kWords; ++i)
+      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(__m256i(codes[i]), _mm256_set1_epi32(four(t, i))));
+    sums[t] += Words(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+#endif
+#endif
 }
 
 // Reads 16 bytes of each row of a tile; `to[i]` has the i-th four of them of all rows.
@@ -184,27 +197,36 @@ struct Tile {
   void Multiply(const BlockMatrix& m, int64_t row, const RoundedInputs& in, int64_t token, int64_t rows, bool keep,
                 float* out) {
     constexpr int64_t kBytes = kUnit * (kBits / 4);  // of a unit's inputs
-    const int64_t units = m.blocks * (m.block / kUnit), stride = in.groups * kGroup, of_block = m.block / kUnit;
+    const int64_t units = m.blocks * (m.block / kUnit), stride = in.groups * kGroup;
+    const int shift = m.block == kUnit ? 0 : m.block == 2 * kUnit ? 1 : 2;
+    const int8_t* x = &in.narrow[token * stride * kBytes];
+    const float *scales = &in.scale[token * stride], *totals = &in.sum[token * stride];
     Lanes sums[T] = {};
-    for (int64_t b = 0, u = 0; u < units; ++b) {
-      const Lanes factor = lanes(scale, b), offset = lanes(zero, b);
-      for (const int64_t end = u + of_block; u < end; ++u) {
-        Words read[kWords];
-        const Words* const words = kFirst ? read : &codes[u * kWords];
-        if constexpr (kFirst) ReadUnit<kBits>(m, row, u, read);
-        if (kFirst && keep) std::copy_n(read, kWords, &codes[u * kWords]);
-        for (int t = 0; t < T; ++t) {
-          const int64_t at = (token + t) * stride + u;
-          Words products = tile_products<kBits>(words, &in.narrow[at * kBytes]);
-          if constexpr (kBits == 8) products = products * 256 + tile_products<kBits>(words, &in.narrow[at * kBytes + kUnit]);
-          sums[t] += __builtin_convertvector(products, Lanes) * (factor * in.scale[at]) - offset * in.sum[at];
-        }
+    for (int64_t u = 0; u < units; ++u, x += kBytes) {
+      Words read[kWords], products[T] = {};
+      const Words* const words = kFirst ? read : &codes[u * kWords];
+      if constexpr (kFirst) ReadUnit<kBits>(m, row, u, read);
+      if (kFirst && keep) std::copy_n(read, kWords, &codes[u * kWords]);
+      add_products<kBits, T>(products, words, x, stride * kBytes);
+      if constexpr (kBits == 8) {
+        for (Words& product : products) product <<= 8;
+        add_products<kBits, T>(products, words, x + kUnit, stride * kBytes);
+      }
+      const Lanes factor = lanes(scale, u >> shift), offset = lanes(zero, u >> shift);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        sums[t] += __builtin_convertvector(products[t], Lanes) * (factor * scales[t * stride + u]);
+        sums[t] -= offset * totals[t * stride + u];
       }
     }
     for (int t = 0; t < T; ++t) {
-      float results[kLanes];
-      std::memcpy(results, &sums[t], sizeof(results));
-      std::copy_n(results + kLanes - rows, rows, out + t * m.rows);
+      if (rows == kLanes) {
+        std::memcpy(out + t * m.rows, &sums[t], sizeof(Lanes));
+      } else {
+        float last[kLanes];
+        std::memcpy(last, &sums[t], sizeof(last));
+        std::copy_n(last + kLanes - rows, rows, out + t * m.rows);
+      }
     }
   }
 
