@@ -32,7 +32,7 @@ def mean_squares(spec: ModelSpec, ids: np.ndarray, progress: ProgressFactory = s
 
     reference = Reference(spec)
     hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in reference.linear_maps()]
-    with progress("reading a text", len(spec.mixers), "layers") as advance:
+    with progress("reading a text", len(spec.mixers), "steps") as advance:
         reference.answers([ids], whole=(), advance=advance)
     for hook in hooks:
         hook.remove()
