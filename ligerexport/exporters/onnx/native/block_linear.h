@@ -3,7 +3,7 @@
 // A row has blocks of 32, 64 or 128 codes of 4 or 8 bits that share a scale and a zero point: the layout of ONNX Runtime's
 // `MatMulNBits`. Every 32 inputs are rounded to integers with a scale of their own: to 8 bits for codes of 4 bits, to 16
 // bits for codes of 8. A block contributes scale * (input scale * sum of code * input - zero point * sum of inputs). For a
-// few tokens, rows are read as they are; for many, the codes of a tile of rows are rearranged first.
+// few tokens, rows are read as they are; for more, the codes of a tile of rows are rearranged as they are read.
 #pragma once
 
 #include <algorithm>

@@ -86,6 +86,12 @@ struct BlockMatrix {
 template <int kBits>
 constexpr bool kTiles = kLanes > 0 && (kBits == 4 || kFourProducts);
 
+#ifdef __AVX2__
+constexpr int64_t kTiled = 2;  // fewest tokens that are worth a tile
+#else
+constexpr int64_t kTiled = 2 * kTile;
+#endif
+
 // Inputs of one call as integers.
 struct RoundedInputs {
   int64_t groups;
@@ -101,7 +107,7 @@ struct RoundedInputs {
     constexpr float kMost = kBits == 4 ? 127.0f : 32639.0f;  // 127 * 256 + 127
     constexpr int64_t kPart = kUnit * kBits / 8;
     groups = (matrix.blocks * matrix.block + kGroup * kUnit - 1) / (kGroup * kUnit);
-    tiled = kTiles<kBits> && tokens >= 2 && matrix.rows >= kLanes;
+    tiled = kTiles<kBits> && tokens >= kTiled && matrix.rows >= kLanes;
     const int64_t units = groups * kGroup, run = tiled ? 1 : kRun<kBits>;
     scale.assign(tokens * units, 0.0f);
     sum.assign(tokens * units, 0.0f);
