@@ -37,7 +37,7 @@ class _Verbs(TyperGroup):
 _VERBS = {
     "convert": "convert", "allocate": "allocate", "recover": "recover", "eval": "eval:eval_", "build": "build",
     "run": "run", "chat": "chat", "serve": "serve", "bench": "bench", "demo": "demo", "pull": "hub", "push": "hub",
-    "inspect": "inspect", "native": "native", "doctor": "doctor", "list": "list:list_",
+    "inspect": "inspect", "native": "native", "triton": "triton", "doctor": "doctor", "list": "list:list_",
 }  # fmt: skip
 """Module of each verb, and its function if it has another name, in the order of work."""
 
