@@ -86,12 +86,23 @@ def test_what_costs_most_has_more_bits(tmp_path: Path) -> None:
     found = {name: storage.bits(spec, name) for name in spec.weights}
     assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == 8
     assert found["model.norm.weight"] == found["model.layers.3.self_attn.score_proj.weight"] == 32
-    assert {found[f"model.layers.{i}.self_attn.{kind}_proj.weight"] for i in range(16) for kind in "qkvo"} == {8}
+    assert {found[f"model.layers.{i}.self_attn.{kind}_proj.weight"] for i in range(16) for kind in "qkv"} == {8}
+    assert {found[f"model.layers.{i}.self_attn.o_proj.weight"] for i in range(16)} == {4}
     more = [i for i in range(16) if found[f"model.layers.{i}.mlp.down_proj.weight"] == 8]
     assert more == [0, 1, 4, 7, 10, 13, 14, 15]
     for kind in ("gate", "up"):
         assert [i for i in range(16) if found[f"model.layers.{i}.mlp.{kind}_proj.weight"] == 8] == [0, 1, 15]
     assert {storage.bits(spec, name) for name in found} == {4, 8, 32}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_large_inputs_meet_is_rounded_with_less_error(bits: int) -> None:
+    random = np.random.default_rng(0)
+    matrix, sizes = random.normal(size=(40, 80)).astype(np.float32), np.exp(random.normal(0, 2, 80))
+    even, weighted, same = (quantise(matrix, bits, 32, importance=x) for x in (None, sizes, np.full(80, 7.0)))
+    plain, better = (((dequantise(x, 80) - matrix) ** 2 @ sizes).mean() for x in (even, weighted))
+    assert better < 0.7 * plain
+    np.testing.assert_array_equal(same.codes, even.codes)
 
 
 def build_parameters(spec: ModelSpec) -> int:

@@ -57,7 +57,7 @@ void products(int64_t rows, int64_t width, int64_t bits, int64_t block) {
   const float most = bits == 4 ? liger::kMost<4> : liger::kMost<8>;
   const int64_t span = 32 * (bits == 4 ? liger::span_units<4>(block) : liger::span_units<8>(block));
   std::vector<float> row(m.blocks * block);
-  for (int64_t tokens : {1, 5, 15}) {
+  for (int64_t tokens : {1, 2, 3, 10}) {
     Data<float> x(tokens * width), out(tokens * rows);
     for (int64_t i = 0; i < tokens * width; ++i) x[i] = i / width == 1 ? (i % 2 ? -1.0f : 1.0f) : normal();
     std::vector<double> rounded(tokens * width);

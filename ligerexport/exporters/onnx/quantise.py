@@ -11,6 +11,8 @@ import numpy as np
 
 SPANS = np.linspace(0.85, 1.15, 9)
 """Widths of the grid that are tried, relative to the range of a block: narrower clips, wider is coarser."""
+LEAST = np.float32(0.05)
+"""Weight of a column without inputs, relative to the mean of all: a text is too short to show what never comes."""
 TILE = 1 << 17
 """Elements that are searched at a time; they fit a core's cache, which is three times as fast as whole matrices."""
 
@@ -27,13 +29,17 @@ class Blocks(NamedTuple):
     zero_point: np.ndarray
 
 
-def quantise(matrix: np.ndarray, bits: int, block: int, levels: int | None = None) -> Blocks:
+def quantise(
+    matrix: np.ndarray, bits: int, block: int, levels: int | None = None, importance: np.ndarray | None = None
+) -> Blocks:
     """Quantise the rows of a matrix `[N, K]` fp32 in blocks, to the nearest code of the best grid of each block.
 
-    Codes are below `levels`, by default `2**bits`. For given codes the best scale is a quotient of sums, and for a
-    given scale the best codes are the nearest. Both are found once for several widths of the grid, and the width with
-    the smallest squared error wins; a block of zeros stays zero. This is the search of llama.cpp's k-quants, except
-    that the zero point is an integer while errors are compared.
+    Codes are below `levels`, by default `2**bits`. Squared errors are weighted by the `importance` `[K]` of the column,
+    the mean square of that input of the map, so that the error of its output is small; without it all count alike. For
+    given codes the best scale is a quotient of sums, and for a given scale the best codes are the nearest. Both are
+    found once for several widths of the grid, and the width with the smallest error wins; a block of zeros stays zero.
+    This is the search of llama.cpp's k-quants with an importance matrix, except that the zero point is an integer while
+    errors are compared.
     """
     rows, width = matrix.shape
     count = -(-width // block)
@@ -43,17 +49,22 @@ def quantise(matrix: np.ndarray, bits: int, block: int, levels: int | None = Non
         np.empty((rows, count), np.uint8),
     )
     tile = max(1, TILE // (count * block))
+    weights = None
+    if importance is not None:
+        even = importance.astype(np.float32) / max(importance.mean(), np.finfo(np.float32).tiny) + LEAST
+        weights = np.pad(even, (0, count * block - width)).reshape(count, block)
     for start in range(0, rows, tile):
         part = slice(start, start + tile)
         padded = np.pad(matrix[part], ((0, 0), (0, count * block - width)))
-        found = _search(padded.reshape(-1, block), levels or 2**bits)
+        each = None if weights is None else np.tile(weights, (len(padded), 1))
+        found = _search(padded.reshape(-1, block), levels or 2**bits, each)
         for whole, piece in zip(result, found, strict=True):
             whole[part] = piece.reshape(-1, whole.shape[1])
     return result
 
 
-def _search(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return codes, scale and zero point of blocks `[n, block]`."""
+def _search(x: np.ndarray, levels: int, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return codes, scale and zero point of blocks `[n, block]`, whose elements have weights of the same shape."""
     top = np.float32(levels - 1)
     low, high = np.minimum(x.min(1, keepdims=True), 0), np.maximum(x.max(1, keepdims=True), 0)
     step = np.maximum((high - low) / top, np.finfo(np.float32).tiny)
@@ -62,8 +73,9 @@ def _search(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndar
         tried = step * span
         zero = np.clip(np.rint(-low / tried), 0, top)
         codes = np.clip(np.rint(x / tried) + zero, 0, top) - zero
-        dot = np.einsum("nk,nk->n", x, codes)[:, None]
-        norm = np.maximum(np.einsum("nk,nk->n", codes, codes)[:, None], 1)
+        weighted = codes if weights is None else weights * codes
+        dot = np.einsum("nk,nk->n", x, weighted)[:, None]
+        norm = np.maximum(np.einsum("nk,nk->n", codes, weighted)[:, None], LEAST)
         explained = dot * dot / norm  # the part of the sum of squares that the best scale, dot / norm, explains
         better = explained > best
         best = np.where(better, explained, best)

@@ -7,7 +7,7 @@ transposed. Maps of one input are adjacent; a tied embedding is stored once.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -60,17 +60,17 @@ class WeightStorage:
     def bits(self, spec: ModelSpec, name: str) -> int:
         """Return the bits of an element of a weight; 32 for vectors and for learned scores.
 
-        `int4` stores with 8 bits what would lose most: embedding and output; the projections of attention, which decide
-        which tokens keep a slot; the whole MLP in the first eighth of the layers and in the last one; and `down_proj`
-        in the layers that ONNX Runtime's model builder (`k_quant_mixed`) and llama.cpp (`Q4_K_M`) choose: the first,
-        the last and every third between. `gate_proj` and `up_proj` are one product and have the same bits.
+        `int4` stores with 8 bits what would lose most: embedding and output; query, key and value of the attention, of
+        which queries and keys decide which tokens keep a slot; the whole MLP in the first eighth of the layers and in
+        the last one; and `down_proj` in the layers that ONNX Runtime's model builder (`k_quant_mixed`) and llama.cpp
+        (`Q4_K_M`) choose: the first, the last and every third between. Maps that are one product have the same bits.
         """
         if len(spec.weights[name].shape) != 2 or "score_proj" in name:
             return 32
         if not self.precision.mixed:
             return self.precision.bits
         if not (place := _MLP.search(name)):
-            return 8
+            return self.precision.bits if "o_proj" in name else 8
         layer, layers = int(place[1]), len(spec.mixers)
         eighth = layers // 8
         whole = layer < eighth or (eighth > 0 and layer == layers - 1)
@@ -167,8 +167,13 @@ def write_weights(
     directory: Path,
     storage: WeightStorage = FP32,
     advance: Callable[[float], None] = lambda amount: None,
+    importance: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Stream the weights from the shards into `DATA_FILE`, some rows at a time; transposed weights are read whole."""
+    """Stream the weights from the shards into `DATA_FILE`, some rows at a time; transposed weights are read whole.
+
+    Args:
+        importance: For `quantise`, by the names of weights; those without it count all columns alike.
+    """
     layout = data_layout(spec, storage)
     with (directory / DATA_FILE).open("wb") as data:
         for name in spec.used:
@@ -179,9 +184,9 @@ def write_weights(
                     data.write(np.ascontiguousarray(slab, part.dtype.numpy()).view(np.uint8).data)
                     advance(slab.size * part.dtype.itemsize)
                 continue
-            bits = storage.bits(spec, name)
+            bits, own = storage.bits(spec, name), (importance or {}).get(name)
             found: Iterable[Blocks] = (
-                quantise(slab, bits, storage.block_of(spec, name), storage.precision.levels)
+                quantise(slab, bits, storage.block_of(spec, name), storage.precision.levels, own)
                 for slab in weight_slabs(spec, name)
             )
             if storage.transposed:

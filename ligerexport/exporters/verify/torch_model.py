@@ -92,6 +92,11 @@ class Reference:
         self._held: dict[str, Tensor] = {}
         self._holds = 4 * sum(prod(weight.shape) for weight in spec.weights.values()) <= SHARE * free_memory()
 
+    def linear_maps(self) -> list[tuple[str, nn.Linear]]:
+        """Return the linear maps of all layers with their names; their weights are there only while a layer runs."""
+        layers = self._model.model.layers.named_modules(prefix="model.layers")
+        return [(name, module) for name, module in layers if isinstance(module, nn.Linear)]
+
     def new_cache(self) -> LigerCache:
         """Return a cache that has seen nothing."""
         cache = LigerCache(self._model.config)

@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "vectors.h"
+#include "stored.h"
 
 namespace liger {
 
@@ -47,21 +47,43 @@ struct Dense {
   void Reset(int64_t far_columns, int64_t near_columns) {
     far = panelled(far_columns), columns = far + panelled(near_columns);
     plain.resize(tokens * group * d_k), turned.resize(tokens * group * d_k);
-    keys.assign(columns * d_k, 0.0f), values.assign(columns * panelled(d_v), 0.0f);
+    keys.resize(columns * d_k), values.resize(columns * panelled(d_v));
     since.assign(columns, std::numeric_limits<int32_t>::max()), until.assign(columns, 0);
     weight.resize(tokens * group * columns), mixed.resize(tokens * group * panelled(d_v));
+    for (int64_t v = 0; v < panelled(d_v); v += kPanel) {  // the padding has weights of about 0
+      Pad(v, far_columns, far), Pad(v, far + near_columns, columns);
+    }
   }
 
-  void Set(int64_t column, int64_t first, int64_t end, const float* key, float key_scale) {
+  void See(int64_t column, int64_t first, int64_t end) {
     since[column] = static_cast<int32_t>(first), until[column] = static_cast<int32_t>(end);
-    float* to = &keys[column / kPanel * kPanel * d_k + column % kPanel];
-    for (int64_t k = 0; k < d_k; ++k) to[k * kPanel] = key_scale * key[k];
   }
 
-  // `value(c)` returns a number of the candidate's value.
-  template <typename Value>
-  void SetValue(int64_t column, const Value& value) {
-    for (int64_t v = 0; v < d_v; ++v) values[(v / kPanel * columns + column) * kPanel + v % kPanel] = value(v);
+  // Sets the keys of up to kVector columns from `column` on, which is a multiple of it. `rows` has room for all of them.
+  void SetKeys(int64_t column, const float* rows, const Vector& scales) {
+    float* to = &keys[column / kPanel * kPanel * d_k + column % kPanel];
+    int64_t k = 0;
+    for (; k + kVector <= d_k; k += kVector) {
+      Vector square[kVector];
+      for (int c = 0; c < kVector; ++c) square[c] = at(rows + c * d_k + k, 0);
+      transpose(square);
+      for (int i = 0; i < kVector; ++i) put(to + (k + i) * kPanel, scales * square[i]);
+    }
+    for (; k < d_k; ++k)
+      for (int c = 0; c < kVector; ++c) to[k * kPanel + c] = scales[c] * rows[c * d_k + k];
+  }
+
+  template <typename T>
+  void SetValue(int64_t column, const T* value, float scale) {
+    float* to = &values[column * kPanel];
+    int64_t v = 0;
+    for (; v + kVector <= d_v; v += kVector) put(to + v / kPanel * columns * kPanel + v % kPanel, scale * load(value + v));
+    for (; v < d_v; ++v) to[v / kPanel * columns * kPanel + v % kPanel] = scale * widen(value[v]);
+  }
+
+  void Pad(int64_t first, int64_t begin, int64_t end) {
+    float* panel = &values[first * columns];
+    std::fill(panel + begin * kPanel, panel + end * kPanel, 0.0f);
   }
 
   // For each query of each token writes the largest logit, the sum of the exponentials, and the weighted sum of values.

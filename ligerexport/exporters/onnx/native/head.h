@@ -169,22 +169,21 @@ class Head {
         rotate(&d.turned[to], Query(t, g), c_.cos + row, c_.sin + row, 1.0f, c_.half, l_.d_k);
       }
     }
-    w.rotated.resize(l_.d_k);
-    const auto set = [&](int64_t column, int64_t i, int64_t since, int64_t until) {
-      d.Set(column, since, until, w.rotated.data(), l_.scale * KeyScale(i));
-      const float scale = ValueScale(i);
-      d.SetValue(column, [&](int64_t v) { return scale * widen(Value(i)[v]); });
+    w.rotated.resize(kVector * l_.d_k);
+    const auto set = [&](const std::vector<int64_t>& which, int64_t first, bool far) {
+      for (size_t j = 0; j < which.size(); j += kVector) {
+        Vector scales{};
+        for (size_t k = 0; k < std::min<size_t>(kVector, which.size() - j); ++k) {
+          const int64_t i = which[j + k], column = first + j + k, until = w_.gone[i];
+          Rotate(i, &w.rotated[k * l_.d_k], far);
+          scales[k] = l_.scale * KeyScale(i);
+          d.SetValue(column, Value(i), ValueScale(i));
+          d.See(column, far ? std::max(i - n_, beyond(i)) : i - n_, far ? until : std::min(until, beyond(i)));
+        }
+        d.SetKeys(first + j, w.rotated.data(), scales);
+      }
     };
-    for (size_t j = 0; j < w.left.size(); ++j) {
-      const int64_t i = w.left[j];
-      rotate(w.rotated.data(), Key(i), c_.cos, c_.sin, 1.0f, c_.half, l_.d_k);
-      set(j, i, std::max(i - n_, beyond(i)), w_.gone[i]);
-    }
-    for (size_t j = 0; j < w.seen.size(); ++j) {
-      const int64_t i = w.seen[j];
-      Rotate(i, w.rotated.data());
-      set(d.far + j, i, i - n_, std::min(w_.gone[i], beyond(i)));
-    }
+    set(w.left, 0, true), set(w.seen, d.far, false);
     d.Attend(partial);
   }
 
@@ -221,8 +220,9 @@ class Head {
     return w_.rank[a] > w_.rank[b] || (w_.rank[a] == w_.rank[b] && w_.time[a] < w_.time[b]);
   }
 
-  void Rotate(int64_t i, float* to) const {
-    const int64_t offset = std::max<int64_t>(w_.time[i] - start_, -l_.max_distance) + l_.max_distance;
+  // Rotates a key to its distance, or to the largest.
+  void Rotate(int64_t i, float* to, bool far = false) const {
+    const int64_t offset = far ? 0 : std::max<int64_t>(w_.time[i] - start_, -l_.max_distance) + l_.max_distance;
     rotate(to, Key(i), c_.cos + offset * c_.half, c_.sin + offset * c_.half, 1.0f, c_.half, l_.d_k);
   }
 

@@ -104,6 +104,12 @@ struct BlockMatrix {
 template <int kBits>
 constexpr bool kTiles = kLanes > 0 && (kBits == 4 || kFourProducts);
 
+#ifdef __AVX2__
+constexpr int64_t kTiled = 2;  // fewest tokens that are worth a tile
+#else
+constexpr int64_t kTiled = 2 * kTile;
+#endif
+
 // Inputs of one call as integers.
 struct RoundedInputs {
   int64_t groups;
@@ -121,7 +127,7 @@ struct RoundedInputs {
     constexpr int64_t kPart = kUnit * kParts<kBits> / 2, kMostUnits = 2;
     const int64_t span = span_units<kBits>(matrix.block), size = span * kUnit;
     groups = (matrix.blocks * matrix.block + kGroup * kUnit - 1) / (kGroup * kUnit);
-    tiled = kTiles<kBits> && tokens >= 2 * kTile;
+    tiled = kTiles<kBits> && tokens >= kTiled && matrix.rows >= kLanes;
     const int64_t units = groups * kGroup, run = tiled ? 1 : kRun<kBits>;
     scale.assign(tokens * units, 0.0f);
     sum.assign(tokens * units, 0.0f);

@@ -57,6 +57,31 @@ inline void totals(float* to, const Vector* x) {
 #endif
 }
 
+// Swaps rows and columns of a square of numbers.
+inline void transpose(Vector* x) {
+#if defined(__AVX__)
+  __m256 pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2)
+    pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]), pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      const __m256d low = _mm256_castps_pd(pairs[i + k]), high = _mm256_castps_pd(pairs[i + 2 + k]);
+      fours[i + 2 * k] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+      fours[i + 2 * k + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+    }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+#else
+  for (int i = 0; i < kVector; ++i)
+    for (int k = 0; k < i; ++k) {
+      const float swapped = x[i][k];
+      x[i][k] = x[k][i], x[k][i] = swapped;
+    }
+#endif
+}
+
 // Returns the largest number that is not NaN, or minus infinity.
 inline float largest(const float* x, int64_t n) {
   Vector most = Vector{} - HUGE_VALF;

@@ -1,4 +1,4 @@
-// Products of tiles of rows of a block-quantised matrix with many tokens; see `block_linear.h`.
+// Products of tiles of rows of a block-quantised matrix with many tokens on ARM; see `block_linear.h`.
 //
 // The codes of a tile are rearranged, so that a vector has four codes of each row.
 #pragma once
@@ -9,15 +9,10 @@
 #include <utility>
 #include <vector>
 
+#include "block_rows_neon.h"
 #include "rounded_inputs.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include "block_rows_neon.h"
-#endif
-
-#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+#if defined(__ARM_FEATURE_DOTPROD)
 #define LIGER_TILES
 
 namespace liger {
@@ -28,38 +23,13 @@ using Words = int32_t __attribute__((vector_size(4 * kLanes)));  // four codes o
 // Adds a unit's products in each row of a tile; all rows use the same four inputs at a time.
 template <int kBits>
 inline Words add_tile_products(Words to, const int32_t* codes, const int8_t* x) {
-  [[maybe_unused]] const auto four = [x](int i) { return load_from<int32_t>(x + 4 * i); };
-  [[maybe_unused]] const auto word = [codes](int i) { return load_from<Words>(codes + i * kLanes); };
-#if defined(__AVX512VNNI__)
-  __m512i sums = __m512i(to);
-  for (int i = 0; i < kUnit / 4; ++i) sums = _mm512_dpbusd_epi32(sums, __m512i(word(i)), _mm512_set1_epi32(four(i)));
-#elif defined(__AVXVNNI__)
-  __m256i sums = __m256i(to);
-  for (int i = 0; i < kUnit / 4; ++i) sums = _mm256_dpbusd_avx_epi32(sums, __m256i(word(i)), _mm256_set1_epi32(four(i)));
-#elif defined(__ARM_FEATURE_DOTPROD)
   int32x4_t sums = int32x4_t(to);
   const int8x16_t low = vld1q_s8(x), high = vld1q_s8(x + 16);
   const auto add = [&](auto i) {
     sums = add_lane_products<kBits, i & 3>(sums, load_from<uint8x16_t>(codes + i * kLanes), i < 4 ? low : high);
   };
   each_of(add, std::make_integer_sequence<int, kUnit / 4>{});
-#else
-  __m256i sums = _mm256_setzero_si256();  // 16 bits hold 8 sums of two products of at most 15 * 127
-  for (int i = 0; i < kUnit / 4; ++i)
-    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(__m256i(word(i)), _mm256_set1_epi32(four(i))));
-  sums = _mm256_add_epi32(__m256i(to), _mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
-#endif
   return Words(sums);
-}
-
-// Reads four words of each row.
-inline void read_words(const uint8_t* const* from, Words* to) {
-#ifdef __ARM_NEON
-  read_turned(from, to);
-#else
-  for (int i = 0; i < 4; ++i)
-    for (int r = 0; r < kLanes; ++r) to[i][r] = load_from<int32_t>(from[r] + 4 * i);
-#endif
 }
 
 // A tile of rows: codes as bytes, in the order of rounded inputs, and values of blocks. The last row stands for those
@@ -85,7 +55,7 @@ struct Tile {
     for (int64_t u = 0; u < units; ++u, words += kUnit / 4 * kLanes)
       for (int i = 0; i < kUnit * kBits / 32; i += 4) {
         Words some[4];
-        read_words(from, some);
+        read_turned(from, some);
         for (auto& x : from) x += 16;
         for (int k = 0; k < 4; ++k) {
           put_words(i + k, kBits == 8 ? some[k] ^ static_cast<int32_t>(kCentre<8> * 0x01010101u) : some[k] & 0x0f0f0f0f);
