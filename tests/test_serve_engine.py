@@ -18,6 +18,7 @@ from ligerexport.errors import LigerError, UsageError
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.serve.engine import Engine
 from ligerexport.serve.job import Ticket
+from ligerexport.serve.pace import Pace
 from ligerexport.serve.request import Draining, Event, Finish, QueueFull, Request, Settings
 from ligerexport.serve.scheduler import Scheduler
 
@@ -89,15 +90,43 @@ def test_many_at_once_answer_as_alone(built: tuple[Path, Path], start: Callable[
         assert [event.token for event in events] == expected
         assert finish == Finish("length", len(prompt), 0 if i == 0 else 50, len(expected))
     stats = engine.stats()
-    assert (stats["cached"], stats["read"]) == (250, 59 + sum(len(prompt) - 51 for prompt in PROMPTS[1:]))
+    assert (stats["cached"], stats["read"]) == (250, 60 + sum(len(prompt) - 50 for prompt in PROMPTS[1:]))
     assert stats["steps"] < stats["stepped"]
 
 
 def test_the_same_prompt_at_once_is_read_once(start: Callable[..., Engine]) -> None:
     engine = start()
     first, *others = answers(engine, *[ask(PROMPTS[3])] * 4)
-    assert engine.stats()["read"] == len(PROMPTS[3]) - 1
-    assert all(other[0] == first[0] and other[1].cached_tokens == len(PROMPTS[3]) - 1 for other in others)
+    assert engine.stats()["read"] == len(PROMPTS[3])
+    assert all(other[0] == first[0] and other[1].cached_tokens == len(PROMPTS[3]) for other in others)
+
+
+def test_the_first_token_takes_no_step_and_masks_are_made_beside_steps(
+    built: tuple[Path, Path], start: Callable[..., Engine]
+) -> None:
+    engine, threads = start(), list[str]()
+    watch = Watch(lambda _: threads.append(threading.current_thread().name))
+    assert tokens(engine, ask(PROMPTS[0], max_tokens=1)) == [alone(built[1], PROMPTS[0], max_new_tokens=1)]
+    assert engine.stats()["steps"] == 0
+    assert tokens(engine, ask(PROMPTS[0], max_tokens=4, constraint=watch)) == [
+        alone(built[1], PROMPTS[0], max_new_tokens=4)
+    ]
+    assert engine.stats()["steps"] == 3 and engine.stats()["read"] == len(PROMPTS[0])
+    assert threads[0] == "ligerexport-engine" and {name[:5] for name in threads[1:]} == {"masks"} and len(threads) == 4
+
+
+def test_pieces_leave_time_for_the_step() -> None:
+    """Calls of a machine that gets three times slower, beside steps of 4 rows."""
+    call = {8: 0.02, 16: 0.03, 64: 0.08}
+    pace = Pace(0.1, call)
+    assert pace.piece(pace.stall) == 64 and pace.piece(10.0) == 16 * 64 and pace.piece(0.03) == 16
+    pace.stepped(4, 0.04)
+    assert pace.step(1) == 0.0 and pace.step(6) == 0.04  # the nearest that is known
+    assert pace.piece(pace.stall - pace.step(4)) == 16 + int(48 * 0.03 / 0.05)
+    for _ in range(12):
+        tokens = pace.piece(pace.stall - pace.step(4))
+        pace.read(tokens, 3 * float(np.interp(tokens, [0, *call], [0, *call.values()])))
+    assert tokens == 8 and pace.piece(1.0) == 4 * 64 and pace.piece(-1.0) == 8
 
 
 def test_turns_branches_and_a_restart_start_from_the_deepest_state(
@@ -112,7 +141,7 @@ def test_turns_branches_and_a_restart_start_from_the_deepest_state(
     engine.close()
     turn, edited = prompt + answer + IDS[5][:30], prompt[:60] + IDS[4][:40]
     engine = start(state_dir=tmp_path)
-    for request, cached in ((turn, len(prompt) + 19), (edited, 50), (prompt, len(prompt) - 1)):
+    for request, cached in ((turn, len(prompt) + 19), (edited, 50), (prompt, len(prompt))):
         ((events, finish),) = answers(engine, ask(request))
         assert [event.token for event in events] == alone(built[1], request)
         assert finish.cached_tokens == cached
@@ -155,12 +184,12 @@ def test_owners_do_not_share_states(start: Callable[..., Engine]) -> None:
     for owner in ("one", "two", "one", "", "three"):
         ((_, finish),) = answers(engine, ask(prompt, owner=owner))
         cached.append(finish.cached_tokens)
-    assert cached == [0, 0, 59, 0, 0]
+    assert cached == [0, 0, 60, 0, 0]
     for pin in (False, True):  # also if it was read before
         answers(engine, ask(SYSTEM, pin=pin, max_tokens=0))
     ((_, finish),) = answers(engine, ask(prompt, owner="four"))
-    assert finish.cached_tokens == 49
-    assert [info.tokens for info in engine.states("") if info.pinned] == [49]
+    assert finish.cached_tokens == 50
+    assert [info.tokens for info in engine.states("") if info.pinned] == [50]
     same = engine.states("two")[0].id  # the same tokens
     engine.delete("one", same)
     with pytest.raises(UsageError, match="no state"):

@@ -124,6 +124,8 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, capsys: pytest.CaptureFix
         ([artifact, "--api-key-file", tmp_path / "utf16"], 2, "is not UTF-8"),
         ([artifact, "--max-batch", 0], 2, "--max-batch"),
         ([artifact, "--deadline", "nan"], 2, "--deadline"),
+        ([artifact, "--stall", "0ms"], 2, "--stall '0ms'"),
+        ([artifact, "--stall", "fast"], 2, "--stall 'fast'"),
         ([artifact, "--drain", "inf"], 2, "--drain"),
         ([f"..={artifact}"], 2, "no name"),
         ([artifact, "--port", 99_999], 2, "port 99999"),

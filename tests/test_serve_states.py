@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,9 +69,9 @@ def test_what_was_used_lately_stays() -> None:
     states = States("model", 3 * SIZE, None, 0)
     keep(states, "a", "b", "c")
     for new in "defgh":
-        assert states.find("", ids("aa"), 40)[0] is not None
+        assert states.find("", ids("aa"))[0] is not None
         keep(states, new)
-    assert states.find("", ids("a"), 20)[0] is not None and states.find("", ids("b"), 20)[0] is None
+    assert states.find("", ids("aa"))[0] is not None and states.find("", ids("bb"))[0] is None
 
 
 def test_the_disk_takes_what_the_memory_cannot_hold(tmp_path: Path) -> None:
@@ -90,6 +91,22 @@ def test_the_disk_takes_what_the_memory_cannot_hold(tmp_path: Path) -> None:
     again = States("model", 9 * SIZE, tmp_path, 9 * SIZE)
     assert sorted(x.id for x in again.infos("")) == sorted(x.id for x in states.infos("") if x.on_disk)
     assert States("other", SIZE, tmp_path, SIZE).infos("") == []
+
+
+def test_only_a_state_with_logits_answers_its_own_prompt(tmp_path: Path) -> None:
+    states = States("model", 9 * SIZE, tmp_path, 9 * SIZE)
+    keep(states, "a", "aa")
+    assert states.find("", ids("aa"))[0].node.length == 20 and states.wants("", ids("aa"))
+    logits = np.arange(3, dtype=np.float32)
+    states.insert("", ids("aa"), replace(state(40), logits=logits))
+    assert states.find("", ids("aa"))[0].node.length == 40 and not states.wants("", ids("aa"))
+    assert states.stats()["states_memory_bytes"] == 2 * SIZE + logits.nbytes
+    states.flush()
+    states.close()
+    again = States("model", 0, tmp_path, 9 * SIZE)
+    held, _ = again.find("", ids("aa"))
+    np.testing.assert_array_equal(again.fetch(held).result().logits, logits)
+    assert held.node.length == 40 and again.find("", ids("a"))[0] is None
 
 
 def test_pinned_states_stay_but_not_all_can_be_pinned() -> None:

@@ -14,7 +14,7 @@ from ligerexport.run.generate import text_model
 from ligerexport.run.runtime import load
 from ligerexport.serve.job import Job, Ticket
 from ligerexport.serve.request import Draining, QueueFull, Request, StateInfo
-from ligerexport.serve.scheduler import Scheduler
+from ligerexport.serve.scheduler import STALL, Scheduler
 from ligerexport.serve.states import States
 from ligerexport.serve.waiting import Waiting
 from ligerexport.text.tokenizer import TextModel
@@ -39,6 +39,7 @@ class Engine:
         state_dir: Directory for states; None keeps them in memory only. Its states are found again after a restart.
         disk: Bytes of states in that directory; None takes 16 times `memory`.
         queue: Number of requests that may wait.
+        stall: Longest planned time in seconds between two tokens of an answer while prompts of others are read.
         device, threads: See `ligerexport.run.runtime.load`.
 
     Attributes:
@@ -59,6 +60,7 @@ class Engine:
         state_dir: Path | None = None,
         disk: int | None = None,
         queue: int = 256,
+        stall: float = STALL,
         device: str = "cpu",
         threads: int | None = None,
     ) -> None:
@@ -75,7 +77,7 @@ class Engine:
         self._failed = ""
         self._idle = threading.Event()
         self._idle.set()
-        self._scheduler = Scheduler(session, self._states, self._wake)
+        self._scheduler = Scheduler(session, self._states, self._wake, stall)
         self._thread = threading.Thread(target=self._work, name="ligerexport-engine", daemon=True)
         self._thread.start()
 
@@ -134,6 +136,7 @@ class Engine:
             self._closing = True
         self._wake()
         self._thread.join()
+        self._scheduler.close()
         self._states.close()
 
     def states(self, owner: str = "") -> list[StateInfo]:

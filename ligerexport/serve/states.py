@@ -44,6 +44,7 @@ class Held:
         id: `digest` of its tokens.
         node: Its place.
         nbytes: Its size.
+        answers: Whether it has the logits after its last token, so that an answer can begin there.
         snapshot: The state itself; None if it is on the disk only.
         written: Whether it is on the disk.
         writing: Whether it is on its way there.
@@ -57,6 +58,7 @@ class Held:
     id: str
     node: Node
     nbytes: int
+    answers: bool
     snapshot: Snapshot | None = None
     written: bool = False
     writing: bool = False
@@ -109,24 +111,25 @@ class States:
         self._in_memory = self._on_disk = self._being_written = 0
         self._writes: set[Future[int]] = set()
         for owner, found in self._store.scan() if self._store else ():
-            held = self._add(owner, found.ids, found.nbytes)
+            held = self._add(owner, found.ids, found.nbytes, found.answers)
             held.written, held.name, held.pinned = True, found.name, found.pinned
             self._on_disk += found.nbytes
 
-    def find(self, owner: str, ids: np.ndarray, limit: int) -> tuple[Held | None, int]:
+    def find(self, owner: str, ids: np.ndarray) -> tuple[Held | None, int]:
         """Return the deepest state for a beginning of ids, and how many of their tokens any prefix of the owner has.
+
+        A state that has seen all of them is only found if an answer can begin there.
 
         Args:
             owner: The owner; pinned states of the owner "" are found too.
             ids: Tokens `[T]` int64.
-            limit: Largest number of tokens that the state may have seen.
         """
         with self._lock:
-            nodes, known = self._tree(owner_key(owner)).find(ids, limit)
-            best = next((node.held for node in nodes if isinstance(node.held, Held)), None)
+            found, known = self._find(owner_key(owner), ids)
+            best = next((held for held in found if held.answers or held.node.length < len(ids)), None)
             if owner:
-                common, _ = self._tree(owner_key("")).find(ids, limit)
-                pinned = next((x.held for x in common if isinstance(x.held, Held) and x.held.pinned), None)
+                common = (held for held in self._find(owner_key(""), ids)[0] if held.pinned)
+                pinned = next((held for held in common if held.answers or held.node.length < len(ids)), None)
                 if pinned is not None and (best is None or pinned.node.length > best.node.length):
                     best = pinned
             if best is not None:
@@ -154,7 +157,7 @@ class States:
 
     def wants(self, owner: str, ids: np.ndarray) -> bool:
         """Return whether a state after these tokens `[T]` is not there yet and is worth its bytes."""
-        held, _ = self.find(owner, ids, len(ids))
+        held, _ = self.find(owner, ids)
         return len(ids) - (held.node.length if held else 0) >= WORTH
 
     def insert(
@@ -171,7 +174,12 @@ class States:
         """
         with self._lock:
             key = owner_key(owner)
-            held = self._held.get((key, digest(ids))) or self._add(key, ids, snapshot.nbytes)
+            held = self._held.get((key, digest(ids)))
+            if held and snapshot.logits is not None and not (held.answers or held.pinned or held.name):
+                self.forget(held)  # the new one can do more
+                held = None
+            if held is None:
+                held = self._add(key, ids, snapshot.nbytes, snapshot.logits is not None)
             if held.snapshot is None:
                 held.snapshot = snapshot
                 self._in_memory += held.nbytes
@@ -259,9 +267,13 @@ class States:
         self._uses += 1
         held.stamp, held.used = self._clock, self._uses
 
-    def _add(self, key: str, ids: np.ndarray, nbytes: int) -> Held:
+    def _find(self, key: str, ids: np.ndarray) -> tuple[list[Held], int]:
+        nodes, known = self._tree(key).find(ids, len(ids))
+        return [node.held for node in nodes if isinstance(node.held, Held)], known
+
+    def _add(self, key: str, ids: np.ndarray, nbytes: int, answers: bool) -> Held:
         node = self._tree(key).insert(ids)
-        held = node.held = Held(key, digest(ids), node, nbytes)
+        held = node.held = Held(key, digest(ids), node, nbytes, answers)
         self._held[key, held.id] = held
         return held
 

@@ -21,9 +21,13 @@ _HINT = "choose another --state-dir"
 
 @dataclass(frozen=True)
 class Stored:
-    """A state on the disk: its tokens `[T]`, its file's size in bytes, and what users said about it."""
+    """A state on the disk: its tokens `[T]`, its file's size in bytes, and what users said about it.
+
+    `answers` says whether it has the logits after its last token.
+    """
 
     ids: np.ndarray
+    answers: bool
     nbytes: int
     name: str
     pinned: bool
@@ -63,12 +67,12 @@ class Store:
         for file in files:
             remove_leftovers(file)
             try:
-                ids = _read_ids(file)
+                ids, answers = _read_ids(file)
             except Exception:  # safetensors raises several kinds for damaged files
                 file.unlink(missing_ok=True)
                 continue
             said = _read_marks(file.with_suffix(".json"))
-            yield file.parent.name, Stored(ids, file.stat().st_size, said[0], said[1])
+            yield file.parent.name, Stored(ids, answers, file.stat().st_size, said[0], said[1])
 
     def write(self, owner: str, ids: np.ndarray, snapshot: Snapshot) -> int:
         """Write a state whole or not at all; return the file's size in bytes.
@@ -116,8 +120,8 @@ class Store:
         return self.directory / owner / f"{state}{_SUFFIX}"
 
 
-def _read_ids(file: Path) -> np.ndarray:
-    """Return the tokens of a state without reading the state itself.
+def _read_ids(file: Path) -> tuple[np.ndarray, bool]:
+    """Return the tokens of a state, and whether it has logits, without reading the state itself.
 
     Raises:
         ValueError: The file has another name than its tokens.
@@ -126,9 +130,10 @@ def _read_ids(file: Path) -> np.ndarray:
 
     with safe_open(str(file), framework="numpy") as opened:
         ids: np.ndarray = opened.get_tensor("ids")
+        answers = "logits" in opened.keys()  # noqa: SIM118  (it is no dict)
     if ids.ndim != 1 or ids.dtype != np.int64 or digest(ids) != file.stem:
         raise ValueError(f"{file} is the state of other tokens")
-    return ids
+    return ids, answers
 
 
 def _read_marks(file: Path) -> tuple[str, bool]:
