@@ -18,7 +18,6 @@ from ligerexport.errors import LigerError, UsageError
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.serve.engine import Engine
 from ligerexport.serve.job import Ticket
-from ligerexport.serve.pace import Pace
 from ligerexport.serve.request import Draining, Event, Finish, QueueFull, Request, Settings
 from ligerexport.serve.scheduler import Scheduler
 
@@ -113,20 +112,6 @@ def test_the_first_token_takes_no_step_and_masks_are_made_beside_steps(
     ]
     assert engine.stats()["steps"] == 3 and engine.stats()["read"] == len(PROMPTS[0])
     assert threads[0] == "ligerexport-engine" and {name[:5] for name in threads[1:]} == {"masks"} and len(threads) == 4
-
-
-def test_pieces_leave_time_for_the_step() -> None:
-    """Calls of a machine that gets three times slower, beside steps of 4 rows."""
-    call = {8: 0.02, 16: 0.03, 64: 0.08}
-    pace = Pace(0.1, call)
-    assert pace.piece(pace.stall) == 64 and pace.piece(10.0) == 16 * 64 and pace.piece(0.03) == 16
-    pace.stepped(4, 0.04)
-    assert pace.step(1) == 0.0 and pace.step(6) == 0.04  # the nearest that is known
-    assert pace.piece(pace.stall - pace.step(4)) == 16 + int(48 * 0.03 / 0.05)
-    for _ in range(12):
-        tokens = pace.piece(pace.stall - pace.step(4))
-        pace.read(tokens, 3 * float(np.interp(tokens, [0, *call], [0, *call.values()])))
-    assert tokens == 8 and pace.piece(1.0) == 4 * 64 and pace.piece(-1.0) == 8
 
 
 def test_turns_branches_and_a_restart_start_from_the_deepest_state(

@@ -39,9 +39,13 @@ class Pace:
         self._steps[rows] = _follow(self._steps.get(rows, seconds), seconds)
 
     def step(self, rows: int) -> float:
-        """Return the likely seconds of a step of a batch: those of the largest known one that is not larger."""
-        known = [size for size in self._steps if size <= rows]
-        return self._steps[max(known)] if known else 0.0
+        """Return the likely seconds of a step; a batch that is new takes at most so much longer as it is larger."""
+        known = max((size for size in self._steps if size <= rows), default=0)
+        return self._steps[known] * rows / known if known else 0.0
+
+    def fits(self, left: float) -> bool:
+        """Return whether the smallest piece can be read in some seconds."""
+        return left >= self._slower * self._seconds[1]
 
     def piece(self, left: float) -> int:
         """Return how many tokens can be read in some seconds; at least the smallest measured number."""

@@ -102,7 +102,7 @@ class Scheduler:
         if not self.running:
             self._since = time.perf_counter()
         for number, (job, work) in enumerate(self._tasks()):
-            if number and self._left() <= 0:
+            if number and not self.pace.fits(self._left()):
                 break
             self._guard(job, work)
         if self.running:
