@@ -226,7 +226,7 @@ class States:
         return held
 
     def change(self, held: Held, *, name: str | None = None, pinned: bool | None = None) -> None:
-        """Name or pin a state; None leaves what there is.
+        """Name or pin a state, which is on the disk afterwards; None leaves what there is.
 
         Raises:
             UsageError: Pinned states would take more than half of the space.
@@ -234,17 +234,26 @@ class States:
         """
         with self._lock:
             self._set(held, held.name if name is None else name, held.pinned if pinned is None else pinned)
-            if held.pinned or held.name:
-                self._write(held)
+            if not (held.pinned or held.name):
+                return
+            self._write(held, always=True)
+            writes = set(self._writes)
+        self._settle(writes)
+        if self._store is not None and not held.written:
+            raise LigerError("the state cannot be written: the disk is full", hint="delete other states first")
 
     def flush(self) -> None:
         """Write all states for which the disk has room, and wait until they are written."""
         with self._lock:
             for held in sorted(self._held.values(), key=lambda held: held.priority, reverse=True):
                 self._write(held, always=True)
-        while writes := set(self._writes):
-            for write in writes:
-                write.exception()
+            writes = set(self._writes)
+        self._settle(writes)
+
+    def _settle(self, writes: set[Future[int]]) -> None:
+        """Wait until states are written, and known to be."""
+        while left := self._writes & writes:
+            left.pop().exception()
 
     def close(self) -> None:
         """Finish what is being written, and end the threads."""
