@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.serve.states import States
@@ -91,6 +92,44 @@ def test_the_disk_takes_what_the_memory_cannot_hold(tmp_path: Path) -> None:
     again = States("model", 9 * SIZE, tmp_path, 9 * SIZE)
     assert sorted(x.id for x in again.infos("")) == sorted(x.id for x in states.infos("") if x.on_disk)
     assert States("other", SIZE, tmp_path, SIZE).infos("") == []
+
+
+@pytest.mark.parametrize("disk", [0, 10**9])
+def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path) -> None:
+    """Chats grow, branch, are asked for and are deleted; every state comes back as it was, and all bytes count."""
+    random, made = np.random.default_rng(disk), dict[str, Snapshot]()
+    states = States("model", 6 * 9_000, tmp_path if disk else None, disk)
+
+    def after(text: str) -> Snapshot:
+        """Return a state that has one row for each letter of the text, in the last of 64 places."""
+        if text not in made:
+            rows = np.zeros((1, 2, 64, 16), np.float32)
+            for at, letter in enumerate(text):
+                rows[0, :, at % 64] = [ord(letter) + at / 64] * 16
+            made[text] = Snapshot(
+                "model", np.array([20 * len(text)]), {"past.0.x": rows, "past.0.y": rows[..., 0].copy()}
+            )
+        return made[text]
+
+    texts, most, packed = ["a" * 60, "b" * 60], 0, 0
+    for _ in range(150):
+        text = texts[random.integers(len(texts))] + "".join(random.choice([*"cdef"], random.integers(1, 5)))
+        texts.append(text)
+        states.insert("", ids(text), after(text))
+        if random.random() < 0.03 and (held := states.find("", ids(texts[random.integers(len(texts))] + "z"))[0]):
+            states.forget(held)
+        held, _ = states.find("", ids(texts[random.integers(len(texts))] + "z"))
+        if held is not None:
+            found, letters = states.fetch(held).result(), "".join(map(chr, held.ids[::20].tolist()))
+            for name, expected in after(letters).tensors.items():
+                np.testing.assert_array_equal(found.tensors[name], expected)
+        alive = list(states._held.values())
+        assert states.stats()["states_memory_bytes"] == sum(x.taken for x in alive)
+        assert [x.uses for x in alive] == [sum(y.base is x for y in alive) for x in alive]
+        most = max(most, sum(x.taken > 0 for x in alive))
+        packed += any(x.uses for x in alive)
+    states.close()
+    assert most > 20 and packed > 75, "six whole ones would fit"
 
 
 def test_only_a_state_with_logits_answers_its_own_prompt(tmp_path: Path) -> None:

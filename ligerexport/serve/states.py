@@ -4,6 +4,9 @@ What is kept longest follows GreedyDual-Size-Frequency (Cherkasova, 1998). A sta
 read again without it. The last state of a chat is needed for its next turn. One inside a chat is only needed for a
 branch, so it is worth a tenth of that, unless prefixes have branched there already. States of one model have nearly
 equal sizes.
+
+When the memory is full, states are first kept as differences from ones before them, where those are much smaller. A
+state stays as long as another one is a difference from it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import numpy as np
 
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError, UsageError
+from ligerexport.serve.delta import Delta, difference
 from ligerexport.serve.request import StateInfo
 from ligerexport.serve.store import Store, digest, owner_key
 from ligerexport.serve.tree import Node, Tree
@@ -46,6 +50,9 @@ class Held:
         nbytes: Its size.
         answers: Whether it has the logits after its last token, so that an answer can begin there.
         snapshot: The state itself; None if it is on the disk only.
+        base: The state from which it is a difference; None if it is whole.
+        uses: Number of states that are differences from this one.
+        tried: Whether a difference was tried already.
         written: Whether it is on the disk.
         writing: Whether it is on its way there.
         dropped: Whether the memory gives it up once it is written; it counts as written already.
@@ -59,7 +66,10 @@ class Held:
     node: Node
     nbytes: int
     answers: bool
-    snapshot: Snapshot | None = None
+    snapshot: Snapshot | Delta | None = None
+    base: Held | None = None
+    uses: int = 0
+    tried: bool = False
     written: bool = False
     writing: bool = False
     dropped: bool = False
@@ -76,6 +86,13 @@ class Held:
             edges.append(node.edge)
             node = node.parent
         return np.concatenate(edges[::-1])
+
+    @property
+    def taken(self) -> int:
+        """Bytes of memory that it takes."""
+        if self.snapshot is None or self.dropped:
+            return 0
+        return self.snapshot.nbytes if isinstance(self.snapshot, Delta) else self.nbytes
 
     @property
     def priority(self) -> tuple[float, int]:
@@ -143,6 +160,8 @@ class States:
         if snapshot is None:
             assert self._store is not None
             return self._readers.submit(self._store.read, owner, ids)
+        if isinstance(snapshot, Delta):
+            return self._readers.submit(snapshot.whole)
         ready: Future[Snapshot] = Future()
         ready.set_result(snapshot)
         return ready
@@ -196,6 +215,8 @@ class States:
         with self._lock:
             if self._held.get((held.owner, held.id)) is not held:
                 return
+            for other in [other for other in self._held.values() if held.uses and other.base is held]:
+                self._unpack(other)
             self._release(held)
             if held.written:
                 self._unwrite(held)
@@ -302,8 +323,10 @@ class States:
     def _shrink(self) -> None:
         """Take states out of memory until the budget holds, those of least priority first."""
         while self._in_memory > self.memory:
-            loose = (x for x in self._held.values() if x.snapshot is not None and not x.dropped)
-            loose = (x for x in loose if self._store is not None or not x.pinned)
+            loose = [x for x in self._held.values() if x.taken and not x.uses]
+            if any(self._pack(held) for held in loose if not held.tried):
+                continue
+            loose = [x for x in loose if self._store is not None or not x.pinned]
             victim = min(loose, key=lambda held: held.priority, default=None)
             if victim is None:
                 return
@@ -311,8 +334,8 @@ class States:
             if not victim.written:
                 self._write(victim)
             if victim.writing:
+                self._in_memory -= victim.taken
                 victim.dropped = True
-                self._in_memory -= victim.nbytes
             elif victim.written:
                 self._release(victim)
             else:
@@ -320,9 +343,33 @@ class States:
 
     def _release(self, held: Held) -> None:
         """Take a state out of memory."""
-        if held.snapshot is not None and not held.dropped:
-            self._in_memory -= held.nbytes
-        held.snapshot, held.dropped = None, False
+        self._in_memory -= held.taken
+        if held.base is not None:
+            held.base.uses -= 1
+        held.snapshot, held.base, held.dropped, held.tried = None, None, False, False
+
+    def _pack(self, held: Held) -> bool:
+        """Keep a state as a difference from one before it; return whether that was possible."""
+        held.tried = True
+        before = next((x.held for x in held.node.above() if isinstance(x.held, Held) and x.held.taken), None)
+        base = before and (before.base or before)
+        if base is None or not isinstance(base.snapshot, Snapshot) or not isinstance(held.snapshot, Snapshot):
+            return False
+        if base.dropped or (delta := difference(held.snapshot, base.snapshot)) is None:
+            return False
+        self._in_memory -= held.taken
+        held.snapshot, held.base = delta, base
+        base.uses += 1
+        self._in_memory += held.taken
+        return True
+
+    def _unpack(self, held: Held) -> None:
+        """Make a difference whole again."""
+        assert isinstance(held.snapshot, Delta) and held.base is not None
+        self._in_memory -= held.taken
+        held.base.uses -= 1
+        held.snapshot, held.base, held.tried = held.snapshot.whole(), None, False
+        self._in_memory += held.taken
 
     def _write(self, held: Held, always: bool = False) -> None:
         """Begin to write a state, unless too many are on their way already."""
@@ -333,9 +380,13 @@ class States:
             return
         held.writing = True
         self._being_written += held.nbytes
-        write = self._writer.submit(self._store.write, held.owner, held.ids, held.snapshot)
+        write = self._writer.submit(self._save, held.owner, held.ids, held.snapshot)
         self._writes.add(write)
         write.add_done_callback(self._wrote(held, held.nbytes))
+
+    def _save(self, owner: str, ids: np.ndarray, state: Snapshot | Delta) -> int:
+        assert self._store is not None
+        return self._store.write(owner, ids, state.whole() if isinstance(state, Delta) else state)
 
     def _make_room(self, held: Held) -> bool:
         """Remove states from the disk until a new one fits; return whether it does."""
