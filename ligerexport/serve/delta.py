@@ -51,7 +51,7 @@ def difference(state: Snapshot, base: Snapshot) -> Delta | None:
             return None
         rows = _rows(tensor)
         differ = (rows != _rows(other)).any(-1)
-        changed[name] = np.packbits(differ), rows[differ]
+        changed[name] = np.packbits(differ), rows.compress(differ, axis=0)
         size += changed[name][0].nbytes + changed[name][1].nbytes
         if size > limit:
             return None
@@ -59,7 +59,8 @@ def difference(state: Snapshot, base: Snapshot) -> Delta | None:
 
 
 def _rows(tensor: np.ndarray) -> np.ndarray:
-    """Return the bits of a contiguous tensor in rows `[R, W]`: one for each slot and head, or for each number."""
-    width = tensor.itemsize * (tensor.shape[-1] if tensor.ndim > 3 else 1)
+    """Return the bits of a contiguous tensor in rows `[R, W]`: vectors of slots if it has many, otherwise numbers."""
+    last = tensor.shape[-1]
+    width = tensor.itemsize * (last if tensor.size > last * last else 1)
     unit = gcd(width, 8)
     return tensor.reshape(-1).view(f"u{unit}").reshape(-1, width // unit)
