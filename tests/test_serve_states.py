@@ -79,8 +79,7 @@ def test_the_disk_takes_what_the_memory_cannot_hold(tmp_path: Path) -> None:
     states = States("model", 2 * SIZE, tmp_path, 4 * SIZE)
     for letter in "abcdef":
         keep(states, letter)
-        while states._writes:
-            pass
+        states._settle(set(states._writes))
     states.flush()
     stats = states.stats()
     assert stats["states_memory_bytes"] <= 2 * SIZE and stats["states_disk_bytes"] <= 4 * SIZE
@@ -116,6 +115,7 @@ def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path) -
         text = texts[random.integers(len(texts))] + "".join(random.choice([*"cdef"], random.integers(1, 5)))
         texts.append(text)
         states.insert("", ids(text), after(text))
+        states._settle(set(states._writes))
         if random.random() < 0.03 and (held := states.find("", ids(texts[random.integers(len(texts))] + "z"))[0]):
             states.forget(held)
         held, _ = states.find("", ids(texts[random.integers(len(texts))] + "z"))
@@ -124,12 +124,12 @@ def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path) -
             for name, expected in after(letters).tensors.items():
                 np.testing.assert_array_equal(found.tensors[name], expected)
         alive = list(states._held.values())
-        assert states.stats()["states_memory_bytes"] == sum(x.taken for x in alive)
+        assert states.stats()["states_memory_bytes"] == sum(x.taken for x in alive) <= states.memory
         assert [x.uses for x in alive] == [sum(y.base is x for y in alive) for x in alive]
         most = max(most, sum(x.taken > 0 for x in alive))
         packed += any(x.uses for x in alive)
     states.close()
-    assert most > 20 and packed > 75, "six whole ones would fit"
+    assert most > 20 and packed > 40, "six whole ones would fit"
 
 
 def test_only_a_state_with_logits_answers_its_own_prompt(tmp_path: Path) -> None:

@@ -215,13 +215,16 @@ class States:
         with self._lock:
             if self._held.get((held.owner, held.id)) is not held:
                 return
-            for other in [other for other in self._held.values() if held.uses and other.base is held]:
+            others = [other for other in self._held.values() if held.uses and other.base is held]
+            for other in others:
                 self._unpack(other)
             self._release(held)
             if held.written:
                 self._unwrite(held)
             del self._held[held.owner, held.id]
             self._trees[held.owner].remove(held.node)
+            if others:
+                self._shrink()
 
     def infos(self, owner: str) -> list[StateInfo]:
         """Return the states of an owner, the longest first."""
