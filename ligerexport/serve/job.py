@@ -16,8 +16,8 @@ from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import UsageError
 from ligerexport.run.runtime import Session
 from ligerexport.run.sampling import Sampler
+from ligerexport.serve.held import Held
 from ligerexport.serve.request import Event, Finish, Reason, Request
-from ligerexport.serve.states import Held
 
 
 class Ticket:

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,83 +23,18 @@ import numpy as np
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.serve.delta import Delta, difference
+from ligerexport.serve.held import Held
 from ligerexport.serve.request import StateInfo
 from ligerexport.serve.store import Store, digest, owner_key
-from ligerexport.serve.tree import Node, Tree
+from ligerexport.serve.tree import Tree
 
 WORTH = 16
 """Smallest number of tokens by which a state must be longer than the one before it."""
-INSIDE = 0.1
-"""Worth of a state inside a chat, as a share of that of the last one."""
 WRITING = 16
 """Part of the memory, one in 16, that states may take in addition while they are written; at least `FEW` states."""
 FEW = 4
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Held:
-    """A state at a node of a tree.
-
-    Attributes:
-        owner: Key of the owner's tree.
-        id: `digest` of its tokens.
-        node: Its place.
-        nbytes: Its size.
-        answers: Whether it has the logits after its last token, so that an answer can begin there.
-        snapshot: The state itself; None if it is on the disk only.
-        base: The state from which it is a difference; None if it is whole.
-        uses: Number of states that are differences from this one.
-        tried: Whether a difference was tried already.
-        written: Whether it is on the disk.
-        writing: Whether it is on its way there.
-        dropped: Whether the memory gives it up once it is written; it counts as written already.
-        pinned, name: See `StateInfo`.
-        stamp: Value of the cache's clock at its last use.
-        used: Number of that use.
-    """
-
-    owner: str
-    id: str
-    node: Node
-    nbytes: int
-    answers: bool
-    snapshot: Snapshot | Delta | None = None
-    base: Held | None = None
-    uses: int = 0
-    tried: bool = False
-    written: bool = False
-    writing: bool = False
-    dropped: bool = False
-    pinned: bool = False
-    name: str = ""
-    stamp: float = 0.0
-    used: int = 0
-
-    @property
-    def ids(self) -> np.ndarray:
-        """The tokens that the state has seen, `[T]` int64."""
-        edges, node = [self.node.edge], self.node.parent
-        while node is not None:
-            edges.append(node.edge)
-            node = node.parent
-        return np.concatenate(edges[::-1])
-
-    @property
-    def taken(self) -> int:
-        """Bytes of memory that it takes."""
-        if self.snapshot is None or self.dropped:
-            return 0
-        return self.snapshot.nbytes if isinstance(self.snapshot, Delta) else self.nbytes
-
-    @property
-    def priority(self) -> tuple[float, int]:
-        """When it goes: the smallest first, and of equal ones the one that was used longest ago."""
-        before = next((node.length for node in self.node.above()), 0)
-        branches = len(self.node.children)
-        share = 1.0 if branches == 0 else max(INSIDE, branches - 1.0)
-        return self.stamp + share * (self.node.length - before), self.used
 
 
 class States:
