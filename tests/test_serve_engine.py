@@ -142,8 +142,9 @@ def test_damaged_files_are_not_used(built: tuple[Path, Path], start: Callable[..
         content[-40:] = bytes(x ^ 1 for x in content[-40:])
         file.write_bytes(content)
     (files[0].parent / "0.state").write_bytes(b"no state")
+    (files[0].parent / ".1.state.abc.partial").mkdir()
     again = start(state_dir=tmp_path)
-    assert not (files[0].parent / "0.state").exists()
+    assert not (files[0].parent / "0.state").exists() and not [*tmp_path.rglob("*.partial")]
     ((events, finish),) = answers(again, ask(PROMPTS[1] + expected))
     assert [event.token for event in events] == alone(built[1], PROMPTS[1] + expected)
     assert finish.cached_tokens == 0

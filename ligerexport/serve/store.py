@@ -63,9 +63,10 @@ class Store:
 
     def scan(self) -> Iterator[tuple[str, Stored]]:
         """Yield each owner's key and state, the latest first. Files that are no state of this model are removed."""
+        for stage in self.directory.glob("*/.*.partial"):  # what a killed server was writing
+            remove_leftovers(stage.with_name(stage.name[1:].rsplit(".", 2)[0]))
         files = sorted(self.directory.glob(f"*/*{_SUFFIX}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
         for file in files:
-            remove_leftovers(file)
             try:
                 ids, answers = _read_ids(file)
             except Exception:  # safetensors raises several kinds for damaged files

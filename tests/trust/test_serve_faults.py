@@ -20,7 +20,7 @@ def test_faults_of_clients_break_nothing(name: str, built: tuple[Path, Path]) ->
     from serve_faults import try_out
 
     row = try_out(built[1], name, SHORT[name])
-    assert not row["wrong"] and row.get("leftovers", 0) == 0
+    assert not row["wrong"]
     assert row.get("kills") == 1 or row["requests"] >= 20
 
 
