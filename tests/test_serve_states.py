@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.serve.request import Space
 from ligerexport.serve.states import States
 from ligerexport.serve.tree import Node, Tree
 
@@ -27,11 +28,11 @@ def ids(text: str) -> np.ndarray:
 
 def keep(states: States, *texts: str, owner: str = "") -> None:
     for text in texts:
-        states.insert(owner, ids(text), state(20 * len(text)))
+        states.insert(Space(owner), ids(text), state(20 * len(text)))
 
 
 def kept(states: States, owner: str = "") -> list[int]:
-    return [info.tokens // 20 for info in states.infos(owner)]
+    return [info.tokens // 20 for info in states.infos(Space(owner))]
 
 
 def test_a_tree_finds_what_a_list_finds() -> None:
@@ -70,9 +71,9 @@ def test_what_was_used_lately_stays() -> None:
     states = States("model", 3 * SIZE, None, 0)
     keep(states, "a", "b", "c")
     for new in "defgh":
-        assert states.find("", ids("aa"))[0] is not None
+        assert states.find(Space(), ids("aa"))[0] is not None
         keep(states, new)
-    assert states.find("", ids("aa"))[0] is not None and states.find("", ids("bb"))[0] is None
+    assert states.find(Space(), ids("aa"))[0] is not None and states.find(Space(), ids("bb"))[0] is None
 
 
 def test_the_disk_takes_what_the_memory_cannot_hold(tmp_path: Path) -> None:
@@ -89,8 +90,8 @@ def test_the_disk_takes_what_the_memory_cannot_hold(tmp_path: Path) -> None:
     np.testing.assert_array_equal(snapshot.tensors["past.0.x"], state(20).tensors["past.0.x"])
     states.close()
     again = States("model", 9 * SIZE, tmp_path, 9 * SIZE)
-    assert sorted(x.id for x in again.infos("")) == sorted(x.id for x in states.infos("") if x.on_disk)
-    assert States("other", SIZE, tmp_path, SIZE).infos("") == []
+    assert sorted(x.id for x in again.infos(Space())) == sorted(x.id for x in states.infos(Space()) if x.on_disk)
+    assert States("other", SIZE, tmp_path, SIZE).infos(Space()) == []
 
 
 @pytest.mark.parametrize("disk", [0, 10**9])
@@ -114,11 +115,11 @@ def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path) -
     for _ in range(150):
         text = texts[random.integers(len(texts))] + "".join(random.choice([*"cdef"], random.integers(1, 5)))
         texts.append(text)
-        states.insert("", ids(text), after(text))
+        states.insert(Space(), ids(text), after(text))
         states._settle(set(states._writes))
-        if random.random() < 0.03 and (held := states.find("", ids(texts[random.integers(len(texts))] + "z"))[0]):
+        if random.random() < 0.03 and (held := states.find(Space(), ids(texts[random.integers(len(texts))] + "z"))[0]):
             states.forget(held)
-        held, _ = states.find("", ids(texts[random.integers(len(texts))] + "z"))
+        held, _ = states.find(Space(), ids(texts[random.integers(len(texts))] + "z"))
         if held is not None:
             found, letters = states.fetch(held).result(), "".join(map(chr, held.ids[::20].tolist()))
             for name, expected in after(letters).tensors.items():
@@ -135,23 +136,23 @@ def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path) -
 def test_only_a_state_with_logits_answers_its_own_prompt(tmp_path: Path) -> None:
     states = States("model", 9 * SIZE, tmp_path, 9 * SIZE)
     keep(states, "a", "aa")
-    assert states.find("", ids("aa"))[0].node.length == 20 and states.wants("", ids("aa"))
+    assert states.find(Space(), ids("aa"))[0].node.length == 20 and states.wants(Space(), ids("aa"))
     logits = np.arange(3, dtype=np.float32)
-    states.insert("", ids("aa"), replace(state(40), logits=logits))
-    assert states.find("", ids("aa"))[0].node.length == 40 and not states.wants("", ids("aa"))
+    states.insert(Space(), ids("aa"), replace(state(40), logits=logits))
+    assert states.find(Space(), ids("aa"))[0].node.length == 40 and not states.wants(Space(), ids("aa"))
     assert states.stats()["states_memory_bytes"] == 2 * SIZE + logits.nbytes
     states.flush()
     states.close()
     again = States("model", 0, tmp_path, 9 * SIZE)
-    held, _ = again.find("", ids("aa"))
+    held, _ = again.find(Space(), ids("aa"))
     np.testing.assert_array_equal(again.fetch(held).result().logits, logits)
-    assert held.node.length == 40 and again.find("", ids("a"))[0] is None
+    assert held.node.length == 40 and again.find(Space(), ids("a"))[0] is None
 
 
 def test_pinned_states_stay_but_not_all_can_be_pinned() -> None:
     states = States("model", 4 * SIZE, None, 0)
     for letter in "abc":
-        states.insert("", ids(letter), state(20), pin=True)
+        states.insert(Space(), ids(letter), state(20), pin=True)
     keep(states, "defgh", "ijklm", "nopqr")
-    pinned = [info for info in states.infos("") if info.pinned]
-    assert len(pinned) == 2 and len(states.infos("")) == 4
+    pinned = [info for info in states.infos(Space()) if info.pinned]
+    assert len(pinned) == 2 and len(states.infos(Space())) == 4

@@ -69,6 +69,9 @@ class Asking:
     prompt_cache: Annotated[
         Path | None, typer.Option("--prompt-cache", help="File that keeps the state after the beginning of the prompt.")
     ] = None
+    lora: Annotated[
+        Path | None, typer.Option("--lora", metavar="ADAPTER", help="Use this LoRA; the artifact needs build --lora.")
+    ] = None
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu"
     threads: Threads = None
     no_hash: Annotated[bool, typer.Option("--no-hash", help="Do not check the files' sha256 first.")] = False
@@ -95,9 +98,12 @@ class Asking:
         from ligerexport.run.prompt_cache import PromptCache
         from ligerexport.run.runtime import load
 
+        adapters = {str(self.lora): self.lora} if self.lora else {}
         session = load(
-            artifact, threads=self.threads, prepack=many, hashes=not self.no_hash, device=self.device, meter=meter
-        )
+            artifact, threads=self.threads, prepack=many, hashes=not self.no_hash, device=self.device, meter=meter,
+            adapters=adapters,
+        )  # fmt: skip
+        session.use(next(iter(adapters), None))
         return session, PromptCache(self.prompt_cache) if self.prompt_cache else None
 
 

@@ -42,8 +42,11 @@ class Server:
             UsageError: An option applies to artifacts only, or the server has no such model.
             LigerError: The server cannot be reached, or refuses.
         """
-        if asking.prompt_cache or asking.special_content:
-            raise UsageError("--prompt-cache and --special-content need an artifact", hint="leave them out")
+        if asking.prompt_cache or asking.special_content or asking.lora:
+            raise UsageError(
+                "--prompt-cache, --special-content and --lora need an artifact",
+                hint="leave them out; a server's adapters are models: --model NAME:ADAPTER",
+            )
         key = read_keys(self.api_key_file)[0] if self.api_key_file else None
         settings, _ = asking.sampling(Path(), False)
         fields = settings | {"seed": asking.seed, "stop": asking.stop, "max_tokens": max_new_tokens}

@@ -19,7 +19,7 @@ class Held:
     """A state at a node of a tree.
 
     Attributes:
-        owner: Key of the owner's tree.
+        space: Key of the tree in which it is.
         id: `digest` of its tokens.
         node: Its place.
         nbytes: Its size.
@@ -36,7 +36,7 @@ class Held:
         used: Number of that use.
     """
 
-    owner: str
+    space: str
     id: str
     node: Node
     nbytes: int

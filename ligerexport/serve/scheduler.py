@@ -164,11 +164,11 @@ class Scheduler:
         job.held, job.loading, job.behind, job.at, job.cached = None, None, None, 0, 0
         if job.scored:
             return
-        owner, whole = job.request.owner, len(job.prompt)
-        held, known = self._states.find(owner, job.prompt)
+        space, whole = job.space, len(job.prompt)
+        held, known = self._states.find(space, job.prompt)
         cached = held.node.length if held else 0
         for other in self._reading[: self._reading.index(job)]:
-            if other.request.owner == owner and not other.scored:
+            if other.space == space and not other.scored:
                 common = common_length(other.prompt, job.prompt)
                 end = common == len(other.prompt)
                 if not end:  # the state there will have no logits
@@ -222,12 +222,13 @@ class Scheduler:
             job.start = snapshot
             self._first(job, snapshot.logits)
         else:
-            job.reader = self._reader(snapshot)
+            job.reader = self._reader(job, snapshot)
             job.stops = [at for at in job.stops if at > cached]  # others may have added some meanwhile
 
-    def _reader(self, snapshot: Snapshot | None) -> Session:
-        """Return a session of one row in a state, or one that has seen nothing."""
+    def _reader(self, job: Job, snapshot: Snapshot | None) -> Session:
+        """Return a session of one row for a job, in a state, or one that has seen nothing."""
         reader = self._readers.pop() if self._readers else self._root.sibling()
+        reader.use(job.request.adapter)
         reader.reset() if snapshot is None else reader.restore(snapshot)
         return reader
 
@@ -270,12 +271,12 @@ class Scheduler:
 
     def _keep(self, job: Job, *, write: bool) -> Snapshot | None:
         """Keep the state of a job if it is worth its bytes, and return it then."""
-        owner, ids = job.request.owner, np.array(job.tokens[: job.at], np.int64)
+        space, ids = job.space, np.array(job.tokens[: job.at], np.int64)
         pin = job.request.pin and job.at == len(job.prompt)
-        if not (pin or self._states.wants(owner, ids)):
+        if not (pin or self._states.wants(space, ids)):
             return None
         snapshot = self._snapshot(job)
-        self._states.insert(owner, ids, snapshot, pin=pin, write=write)
+        self._states.insert(space, ids, snapshot, pin=pin, write=write)
         return snapshot
 
     def _join(self, job: Job) -> None:
@@ -327,6 +328,7 @@ class Scheduler:
         for job in self.running:
             job.prepare(self._masks)
         try:
+            self._batch.use([None if job is None else job.request.adapter for job in self._rows])
             logits = self._batch.step(ids)
         except Exception as error:
             for job in self.running:

@@ -24,8 +24,8 @@ from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.serve.delta import Delta, difference
 from ligerexport.serve.held import Held
-from ligerexport.serve.request import StateInfo
-from ligerexport.serve.store import Store, digest, owner_key
+from ligerexport.serve.request import Space, StateInfo
+from ligerexport.serve.store import Store, digest, space_key
 from ligerexport.serve.tree import Tree
 
 WORTH = 16
@@ -61,25 +61,25 @@ class States:
         self._clock, self._uses = 0.0, 0
         self._in_memory = self._on_disk = self._being_written = 0
         self._writes: set[Future[int]] = set()
-        for owner, found in self._store.scan() if self._store else ():
-            held = self._add(owner, found.ids, found.nbytes, found.answers)
+        for key, found in self._store.scan() if self._store else ():
+            held = self._add(key, found.ids, found.nbytes, found.answers)
             held.written, held.name, held.pinned = True, found.name, found.pinned
             self._on_disk += found.nbytes
 
-    def find(self, owner: str, ids: np.ndarray) -> tuple[Held | None, int]:
-        """Return the deepest state for a beginning of ids, and how many of their tokens any prefix of the owner has.
+    def find(self, space: Space, ids: np.ndarray) -> tuple[Held | None, int]:
+        """Return the deepest state for a beginning of ids, and how many of their tokens any prefix of the space has.
 
         A state that has seen all of them is only found if an answer can begin there.
 
         Args:
-            owner: The owner; pinned states of the owner "" are found too.
+            space: Where to look; pinned states of the owner "" are found too.
             ids: Tokens `[T]` int64.
         """
         with self._lock:
-            found, known = self._find(owner_key(owner), ids)
+            found, known = self._find(space_key(space), ids)
             best = next((held for held in found if held.answers or held.node.length < len(ids)), None)
-            if owner:
-                common = (held for held in self._find(owner_key(""), ids)[0] if held.pinned)
+            if space.owner:
+                common = (held for held in self._find(space_key(space._replace(owner="")), ids)[0] if held.pinned)
                 pinned = next((held for held in common if held.answers or held.node.length < len(ids)), None)
                 if pinned is not None and (best is None or pinned.node.length > best.node.length):
                     best = pinned
@@ -90,10 +90,10 @@ class States:
     def fetch(self, held: Held) -> Future[Snapshot]:
         """Return a state, from memory or from the disk; the future fails if its file is damaged or gone."""
         with self._lock:
-            snapshot, owner, ids = held.snapshot, held.owner, held.ids
+            snapshot, space, ids = held.snapshot, held.space, held.ids
         if snapshot is None:
             assert self._store is not None
-            return self._readers.submit(self._store.read, owner, ids)
+            return self._readers.submit(self._store.read, space, ids)
         if isinstance(snapshot, Delta):
             return self._readers.submit(snapshot.whole)
         ready: Future[Snapshot] = Future()
@@ -103,30 +103,30 @@ class States:
     def keep_in_memory(self, held: Held, snapshot: Snapshot) -> None:
         """Keep a state in memory that was read from the disk."""
         with self._lock:
-            if held.snapshot is None and self._held.get((held.owner, held.id)) is held:
+            if held.snapshot is None and self._held.get((held.space, held.id)) is held:
                 held.snapshot = snapshot
                 self._in_memory += held.nbytes
                 self._shrink()
 
-    def wants(self, owner: str, ids: np.ndarray) -> bool:
+    def wants(self, space: Space, ids: np.ndarray) -> bool:
         """Return whether a state after these tokens `[T]` is not there yet and is worth its bytes."""
-        held, _ = self.find(owner, ids)
+        held, _ = self.find(space, ids)
         return len(ids) - (held.node.length if held else 0) >= WORTH
 
     def insert(
-        self, owner: str, ids: np.ndarray, snapshot: Snapshot, *, pin: bool = False, write: bool = False
+        self, space: Space, ids: np.ndarray, snapshot: Snapshot, *, pin: bool = False, write: bool = False
     ) -> None:
         """Keep a state.
 
         Args:
-            owner: The owner.
+            space: Where to keep it.
             ids: Tokens that it has seen `[T]` int64.
             snapshot: The state of one sequence, which nobody changes any more.
             pin: Whether to pin it.
             write: Whether to write it to the disk at once, and not only when the memory is full.
         """
         with self._lock:
-            key = owner_key(owner)
+            key = space_key(space)
             held = self._held.get((key, digest(ids)))
             if held and snapshot.logits is not None and not (held.answers or held.pinned or held.name):
                 self.forget(held)  # the new one can do more
@@ -147,7 +147,7 @@ class States:
     def forget(self, held: Held) -> None:
         """Remove a state."""
         with self._lock:
-            if self._held.get((held.owner, held.id)) is not held:
+            if self._held.get((held.space, held.id)) is not held:
                 return
             others = [other for other in self._held.values() if held.uses and other.base is held]
             for other in others:
@@ -155,29 +155,29 @@ class States:
             self._release(held)
             if held.written:
                 self._unwrite(held)
-            del self._held[held.owner, held.id]
-            self._trees[held.owner].remove(held.node)
+            del self._held[held.space, held.id]
+            self._trees[held.space].remove(held.node)
             if others:
                 self._shrink()
 
-    def infos(self, owner: str) -> list[StateInfo]:
-        """Return the states of an owner, the longest first."""
+    def infos(self, space: Space) -> list[StateInfo]:
+        """Return the states of a space, the longest first."""
         with self._lock:
-            mine = [held for held in self._held.values() if held.owner == owner_key(owner)]
+            mine = [held for held in self._held.values() if held.space == space_key(space)]
             return [
                 StateInfo(x.id, x.node.length, x.nbytes, x.snapshot is not None, x.written, x.pinned, x.name)
                 for x in sorted(mine, key=lambda held: -held.node.length)
             ]
 
-    def get(self, owner: str, state: str) -> Held:
-        """Return a state of an owner.
+    def get(self, space: Space, state: str) -> Held:
+        """Return a state of a space.
 
         Raises:
             UsageError: There is none with this id or name.
         """
         with self._lock:
-            key = owner_key(owner)
-            named = (x for x in self._held.values() if x.owner == key and x.name == state and state)
+            key = space_key(space)
+            named = (x for x in self._held.values() if x.space == key and x.name == state and state)
             held = self._held.get((key, state)) or next(named, None)
         if held is None:
             raise UsageError(f"there is no state {state!r:.60}", hint="list the states first")
@@ -254,7 +254,7 @@ class States:
                     hint="unpin or delete others first, or give the server more space",
                 )
         if self._store is not None:
-            self._store.mark(held.owner, held.id, name, pinned)
+            self._store.mark(held.space, held.id, name, pinned)
         held.name, held.pinned = name, pinned
 
     def _shrink(self) -> None:
@@ -317,13 +317,13 @@ class States:
             return
         held.writing = True
         self._being_written += held.nbytes
-        write = self._writer.submit(self._save, held.owner, held.ids, held.snapshot)
+        write = self._writer.submit(self._save, held.space, held.ids, held.snapshot)
         self._writes.add(write)
         write.add_done_callback(self._wrote(held, held.nbytes))
 
-    def _save(self, owner: str, ids: np.ndarray, state: Snapshot | Delta) -> int:
+    def _save(self, space: str, ids: np.ndarray, state: Snapshot | Delta) -> int:
         assert self._store is not None
-        return self._store.write(owner, ids, state.whole() if isinstance(state, Delta) else state)
+        return self._store.write(space, ids, state.whole() if isinstance(state, Delta) else state)
 
     def _make_room(self, held: Held) -> bool:
         """Remove states from the disk until a new one fits; return whether it does."""
@@ -341,7 +341,7 @@ class States:
 
     def _unwrite(self, held: Held) -> None:
         assert self._store is not None
-        self._store.remove(held.owner, held.id)
+        self._store.remove(held.space, held.id)
         held.written = False
         self._on_disk -= held.nbytes
 
@@ -351,12 +351,12 @@ class States:
             with self._lock:
                 held.writing = False
                 self._being_written -= nbytes
-                known = self._held.get((held.owner, held.id)) is held
+                known = self._held.get((held.space, held.id)) is held
                 if error is None and known:
                     held.written = True
                     self._on_disk += nbytes
                 elif error is None and self._store is not None:  # it was forgotten meanwhile
-                    self._store.remove(held.owner, held.id)
+                    self._store.remove(held.space, held.id)
                 else:
                     _log.warning("a state was not written: %s", error)
                     self.disk = min(self.disk, self._on_disk)  # later ones replace others
