@@ -52,7 +52,7 @@ def _served() -> list[list[object]]:
     """What was done to the server."""
     rows = _result("serve_faults")["rows"]
     bad, left, killed = (rows[x] for x in ("malformed requests", "requests whose client left", "kill -9 under load"))
-    full, slow, long = (rows[x] for x in ("a full disk", "clients that do not read", "a prompt of two million tokens"))
+    full, slow, long = (rows[x] for x in ("a full disk", "clients that do not read", "a long prompt"))
 
     def grew(row: dict[str, Any]) -> str:
         return f"{sum(row['wrong'].values())}, memory grew by {row['growth'] / 1e6:.1f} MB"

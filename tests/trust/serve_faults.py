@@ -361,7 +361,7 @@ def prompt(trial: Trial) -> dict[str, Any]:
 
 ROWS: dict[str, Callable[[Trial], dict[str, Any]]] = {
     "malformed requests": malformed, "requests whose client left": cancelled, "kill -9 under load": killed,
-    "a full disk": full, "clients that do not read": slow, "a prompt of two million tokens": prompt,
+    "a full disk": full, "clients that do not read": slow, "a long prompt": prompt,
 }  # fmt: skip
 
 
