@@ -37,6 +37,9 @@ class Machine:
     def sibling(self, batch: int = 1) -> Machine:
         return Machine(self._clock, batch)
 
+    def use(self, adapters: object) -> None:
+        pass
+
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         calls = -(-len(ids) // self.chunk)
         self._takes(0.01 * calls + 0.0011 * len(ids))
@@ -89,6 +92,7 @@ def test_no_stream_waits_longer_than_the_bound(stall: float, monkeypatch: pytest
 
     streams = [come(40, 1 << 20) for _ in range(4)]
     while len(times[streams[-1]]) < 20:
+        assert scheduler.jobs
         scheduler.turn()
     began, steps = clock[0], scheduler.counts["steps"]
     long = come(round(80_000 * stall), 8)
@@ -96,6 +100,7 @@ def test_no_stream_waits_longer_than_the_bound(stall: float, monkeypatch: pytest
     while not times[long]:
         if scheduler.counts["steps"] % 25 == 20 and len(short) < 4:
             short.append(come(40, 16))
+        assert long in scheduler.jobs
         scheduler.turn()
     end, steps = clock[0], scheduler.counts["steps"] - steps
     assert all(len(times[job]) == 16 and times[job][-1] < end for job in short) and len(short) == 4
