@@ -274,6 +274,8 @@ class Scheduler:
         space, ids = job.space, np.array(job.tokens[: job.at], np.int64)
         pin = job.request.pin and job.at == len(job.prompt)
         if not (pin or self._states.wants(space, ids)):
+            if write:
+                self._states.secure(space, ids)
             return None
         snapshot = self._snapshot(job)
         self._states.insert(space, ids, snapshot, pin=pin, write=write)

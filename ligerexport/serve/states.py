@@ -12,6 +12,7 @@ state stays as long as another one is a difference from it.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ from ligerexport.errors import LigerError, UsageError
 from ligerexport.serve.delta import Delta, difference
 from ligerexport.serve.held import Held
 from ligerexport.serve.request import Space, StateInfo
+from ligerexport.serve.shared import SharedStore
 from ligerexport.serve.store import Store, digest, space_key
 from ligerexport.serve.tree import Tree
 
@@ -45,14 +47,17 @@ class States:
         memory: Bytes of states in memory.
         directory: Directory for states on the disk; None keeps them in memory only.
         disk: Bytes of states on the disk.
+        shared: Place of states that other servers use too, instead of a directory; see `SharedStore`.
 
     Raises:
         LigerError: The directory cannot be written.
     """
 
-    def __init__(self, model: str, memory: int, directory: Path | None, disk: int) -> None:
-        self.memory, self.disk = memory, disk
-        self._store = None if directory is None else Store(directory, model)
+    def __init__(self, model: str, memory: int, directory: Path | None, disk: int, shared: str | None = None) -> None:
+        self.memory, self.disk = memory, disk if shared is None else sys.maxsize  # a shared store keeps to its space
+        self._store: Store | None = None if directory is None else Store(directory, model)
+        if shared is not None:
+            self._store = SharedStore(shared, model, disk)
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="read-states")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write-states")
         self._lock = threading.RLock()
@@ -83,9 +88,10 @@ class States:
                 pinned = next((held for held in common if held.answers or held.node.length < len(ids)), None)
                 if pinned is not None and (best is None or pinned.node.length > best.node.length):
                     best = pinned
+            best = self._adopted(space_key(space), ids, best.node.length if best else 0) or best
             if best is not None:
                 self._use(best)
-            return best, known
+            return best, max(known, best.node.length if best else 0)
 
     def fetch(self, held: Held) -> Future[Snapshot]:
         """Return a state, from memory or from the disk; the future fails if its file is damaged or gone."""
@@ -143,6 +149,13 @@ class States:
             if write or held.pinned:
                 self._write(held)
             self._shrink()
+
+    def secure(self, space: Space, ids: np.ndarray) -> None:
+        """Begin to write the deepest state of a prefix `[T]` to the disk, if it is not there."""
+        with self._lock:
+            held, _ = self.find(space, ids)
+            if held is not None:
+                self._write(held)
 
     def forget(self, held: Held) -> None:
         """Remove a state."""
@@ -217,6 +230,8 @@ class States:
         """Finish what is being written, and end the threads."""
         self._readers.shutdown()
         self._writer.shutdown()
+        if self._store is not None:
+            self._store.close()
 
     def stats(self) -> dict[str, float]:
         """Return how many states there are and their bytes."""
@@ -226,6 +241,21 @@ class States:
                 "states_memory_bytes": self._in_memory,
                 "states_disk_bytes": self._on_disk,
             }
+
+    def _adopted(self, key: str, ids: np.ndarray, beyond: int) -> Held | None:
+        """Return a longer state of a prefix that another server wrote; None if there is none.
+
+        It has seen fewer tokens: the name of its file does not say whether an answer can begin there.
+        """
+        found = self._store.longest(key, ids, len(ids) - 1, beyond) if self._store else None
+        if found is None:
+            return None
+        length, nbytes = found
+        held = self._held.get((key, digest(ids[:length]))) or self._add(key, ids[:length], nbytes, False)
+        if not held.written:
+            held.written = True
+            self._on_disk += nbytes
+        return held
 
     def _tree(self, key: str) -> Tree:
         return self._trees.setdefault(key, Tree())
