@@ -75,4 +75,8 @@ def serve() -> Table:
         [f"{chat}: state in memory / on the disk / after a restart", f"{first} ms"],
         [f"{streams}: median / 99th percentile / longest", f"{gaps} ms"],
     ]
+    if chats := data.get("chats"):
+        what = f"memory for {chats['chats']:,} chats of {chats['tokens']:,} tokens, 50 with each beginning"
+        kept = f"{chats['from_last_state']} of {chats['asked_again']}"
+        rows.append([f"{what}; chats whose last state was found", f"{chats['bytes'] / 1e9:.2f} GB; {kept}"])
     return ["figure", "measured"], rows

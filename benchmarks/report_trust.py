@@ -44,6 +44,29 @@ def promises() -> Table:
          f"memory changed by {100 * cycles['rss_change']:.1f} %"],
         ["sessions at a time", f"{sessions}, in threads and in processes", "0 wrote a different text than alone"],
         ["Ctrl-C within a call", f"{sum(concurrency['interrupted'].values())}", "0 went on with a wrong state"],
+        *_served(),
+    ]  # fmt: skip
+
+
+def _served() -> list[list[object]]:
+    """What was done to the server."""
+    rows = _result("serve_faults")["rows"]
+    bad, left, killed = (rows[x] for x in ("malformed requests", "requests whose client left", "kill -9 under load"))
+    full, slow, long = (rows[x] for x in ("a full disk", "clients that do not read", "a long prompt"))
+
+    def grew(row: dict[str, Any]) -> str:
+        return f"{sum(row['wrong'].values())}, memory grew by {row['growth'] / 1e6:.1f} MB"
+
+    return [
+        ["malformed requests to the server", f"{bad['requests']:,}", grew(bad)],
+        ["requests whose client left", f"{left['requests']:,}", grew(left)],
+        ["kill -9 of the server with states on the disk, under load",
+         f"{killed['kills']}, {killed['turns']:,} turns of chats", sum(killed["wrong"].values())],
+        ["answers while the disk for states was full", full["requests"], sum(full["wrong"].values())],
+        ["clients that do not read their answers", f"{slow['clients']}, {slow['tokens_each']:,} tokens each",
+         f"{sum(slow['wrong'].values())}, {slow['growth_per_client'] / 1e6:.1f} MB each"],
+        ["tokens of one prompt to the server", f"{long['tokens']:,}",
+         f"{sum(long['wrong'].values())}, {long['bytes_per_token']:.0f} bytes of memory a token for their ids"],
     ]  # fmt: skip
 
 

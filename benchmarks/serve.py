@@ -108,7 +108,7 @@ def measure_turn(open_engine: Callable[..., Engine], vocabulary: int, args: argp
             times = []
             for i in range(args.rounds if place != "restart" else 1):
                 answer = asyncio.run(ask(engine, history + text(1000 * seed + i, 40, vocabulary), 1))
-                assert answer.finish.cached_tokens == len(history) - 1, answer.finish
+                assert answer.finish.cached_tokens == len(history), answer.finish
                 times.append(answer.times[0])
             asyncio.run(engine.drain(60))
             engine.close()

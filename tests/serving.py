@@ -1,9 +1,12 @@
-"""A server of the toy artifact in this process, for the tests of `serve`, and plain requests to it."""
+"""A server of an artifact in this process or in one of its own, for the tests of `serve`, and plain requests to it."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +53,35 @@ class Address:
             return response.status, json.loads(raw) if "json" in found.get("content-type", "") else raw, found
         finally:
             connection.close()
+
+
+class Process(Address):
+    """A server that another process runs.
+
+    Args:
+        words: Arguments of `ligerexport serve`.
+        log: File for stderr.
+    """
+
+    def __init__(self, *words: object, log: Path) -> None:
+        command = [sys.executable, "-m", "ligerexport", "serve", *map(str, words), "--port", "0", "--json"]
+        self.log = log
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, log.read_text()
+        super().__init__(int(json.loads(line)["address"].rpartition(":")[2]))
+
+    def stop(self) -> int:
+        """End the process as a service manager does; return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait()
+
+    def memory(self) -> int:
+        """Return the bytes of its resident memory."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) << 10
 
 
 @contextmanager

@@ -89,15 +89,29 @@ def test_many_at_once_answer_as_alone(built: tuple[Path, Path], start: Callable[
         assert [event.token for event in events] == expected
         assert finish == Finish("length", len(prompt), 0 if i == 0 else 50, len(expected))
     stats = engine.stats()
-    assert (stats["cached"], stats["read"]) == (250, 59 + sum(len(prompt) - 51 for prompt in PROMPTS[1:]))
+    assert (stats["cached"], stats["read"]) == (250, 60 + sum(len(prompt) - 50 for prompt in PROMPTS[1:]))
     assert stats["steps"] < stats["stepped"]
 
 
 def test_the_same_prompt_at_once_is_read_once(start: Callable[..., Engine]) -> None:
     engine = start()
     first, *others = answers(engine, *[ask(PROMPTS[3])] * 4)
-    assert engine.stats()["read"] == len(PROMPTS[3]) - 1
-    assert all(other[0] == first[0] and other[1].cached_tokens == len(PROMPTS[3]) - 1 for other in others)
+    assert engine.stats()["read"] == len(PROMPTS[3])
+    assert all(other[0] == first[0] and other[1].cached_tokens == len(PROMPTS[3]) for other in others)
+
+
+def test_the_first_token_takes_no_step_and_masks_are_made_beside_steps(
+    built: tuple[Path, Path], start: Callable[..., Engine]
+) -> None:
+    engine, threads = start(), list[str]()
+    watch = Watch(lambda _: threads.append(threading.current_thread().name))
+    assert tokens(engine, ask(PROMPTS[0], max_tokens=1)) == [alone(built[1], PROMPTS[0], max_new_tokens=1)]
+    assert engine.stats()["steps"] == 0
+    assert tokens(engine, ask(PROMPTS[0], max_tokens=4, constraint=watch)) == [
+        alone(built[1], PROMPTS[0], max_new_tokens=4)
+    ]
+    assert engine.stats()["steps"] == 3 and engine.stats()["read"] == len(PROMPTS[0])
+    assert threads[0] == "ligerexport-engine" and {name[:5] for name in threads[1:]} == {"masks"} and len(threads) == 4
 
 
 def test_turns_branches_and_a_restart_start_from_the_deepest_state(
@@ -112,7 +126,7 @@ def test_turns_branches_and_a_restart_start_from_the_deepest_state(
     engine.close()
     turn, edited = prompt + answer + IDS[5][:30], prompt[:60] + IDS[4][:40]
     engine = start(state_dir=tmp_path)
-    for request, cached in ((turn, len(prompt) + 19), (edited, 50), (prompt, len(prompt) - 1)):
+    for request, cached in ((turn, len(prompt) + 19), (edited, 50), (prompt, len(prompt))):
         ((events, finish),) = answers(engine, ask(request))
         assert [event.token for event in events] == alone(built[1], request)
         assert finish.cached_tokens == cached
@@ -128,8 +142,9 @@ def test_damaged_files_are_not_used(built: tuple[Path, Path], start: Callable[..
         content[-40:] = bytes(x ^ 1 for x in content[-40:])
         file.write_bytes(content)
     (files[0].parent / "0.state").write_bytes(b"no state")
+    (files[0].parent / ".1.state.abc.partial").mkdir()
     again = start(state_dir=tmp_path)
-    assert not (files[0].parent / "0.state").exists()
+    assert not (files[0].parent / "0.state").exists() and not [*tmp_path.rglob("*.partial")]
     ((events, finish),) = answers(again, ask(PROMPTS[1] + expected))
     assert [event.token for event in events] == alone(built[1], PROMPTS[1] + expected)
     assert finish.cached_tokens == 0
@@ -155,12 +170,12 @@ def test_owners_do_not_share_states(start: Callable[..., Engine]) -> None:
     for owner in ("one", "two", "one", "", "three"):
         ((_, finish),) = answers(engine, ask(prompt, owner=owner))
         cached.append(finish.cached_tokens)
-    assert cached == [0, 0, 59, 0, 0]
+    assert cached == [0, 0, 60, 0, 0]
     for pin in (False, True):  # also if it was read before
         answers(engine, ask(SYSTEM, pin=pin, max_tokens=0))
     ((_, finish),) = answers(engine, ask(prompt, owner="four"))
-    assert finish.cached_tokens == 49
-    assert [info.tokens for info in engine.states("") if info.pinned] == [49]
+    assert finish.cached_tokens == 50
+    assert [info.tokens for info in engine.states("") if info.pinned] == [50]
     same = engine.states("two")[0].id  # the same tokens
     engine.delete("one", same)
     with pytest.raises(UsageError, match="no state"):
@@ -247,7 +262,7 @@ def test_a_storm(tmp_path: Path, memory: int, disk: int) -> None:
     asyncio.run(run())
     states = list(engine._states._held.values())
     stats = engine.stats()
-    assert stats["states_memory_bytes"] == sum(x.nbytes for x in states if x.snapshot is not None) <= memory
+    assert stats["states_memory_bytes"] == sum(x.taken for x in states) <= memory
     assert stats["states_disk_bytes"] == sum(x.nbytes for x in states if x.written) <= disk
     assert len(list(tmp_path.rglob("*.state"))) == sum(x.written for x in states)
     engine.close()

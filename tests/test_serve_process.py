@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,41 +12,12 @@ from typing import Any
 
 import pytest
 import toy
-from serving import Address
+from serving import Process
 
 from ligerexport.cli import main
 
-TOKENS = 4000
+TOKENS = 1500
 """Number of tokens in an answer that is not yet complete when its first tokens have come."""
-
-
-class Process(Address):
-    """A server that another process runs.
-
-    Args:
-        words: Arguments of `ligerexport serve`.
-        log: File for stderr.
-    """
-
-    def __init__(self, *words: object, log: Path) -> None:
-        command = [sys.executable, "-m", "ligerexport", "serve", *map(str, words), "--port", "0", "--json"]
-        self.log = log
-        with log.open("w") as stderr:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, log.read_text()
-        super().__init__(int(json.loads(line)["address"].rpartition(":")[2]))
-
-    def stop(self) -> int:
-        """End the process as a service manager does; return its exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait()
-
-    def memory(self) -> int:
-        """Return the bytes of its resident memory."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) << 10
 
 
 @pytest.fixture
@@ -103,9 +73,9 @@ def test_malformed_requests_leave_nothing_behind(start: Callable[..., Process]) 
             response = connection.getresponse()
             assert response.status in (400, 404) and b'"error"' in response.read()
 
-    send(300)
+    send(200)
     before = server.memory()
-    send(1000)
+    send(500)
     assert server.memory() - before < 2 << 20
     assert server.ask("/v1/completions", good)[0] == 200
     assert server.stop() == 0 and "Traceback" not in server.log.read_text()
@@ -124,6 +94,8 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, capsys: pytest.CaptureFix
         ([artifact, "--api-key-file", tmp_path / "utf16"], 2, "is not UTF-8"),
         ([artifact, "--max-batch", 0], 2, "--max-batch"),
         ([artifact, "--deadline", "nan"], 2, "--deadline"),
+        ([artifact, "--stall", "0ms"], 2, "--stall '0ms'"),
+        ([artifact, "--stall", "fast"], 2, "--stall 'fast'"),
         ([artifact, "--drain", "inf"], 2, "--drain"),
         ([f"..={artifact}"], 2, "no name"),
         ([artifact, "--lora", "law"], 2, "names no adapter of a model"),

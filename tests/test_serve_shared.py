@@ -43,7 +43,7 @@ def keep(states: States, *lengths: int, pin: bool = False) -> None:
 
 def found(states: States, limit: int = len(TEXT)) -> int:
     """Return the length of the deepest state of the text."""
-    held, _ = states.find(Space(), TEXT, limit)
+    held, _ = states.find(Space(), TEXT[: limit + 1])
     return held.node.length if held else 0
 
 
@@ -60,8 +60,8 @@ def test_a_server_goes_on_from_a_state_of_another(place: str) -> None:
     assert found(one) == 120 and found(other) == 0
     store(other).refresh()
     assert found(other, limit=119) == 40 and found(other) == 120
-    assert other.find(Space("someone"), TEXT, 200)[0] is None and other.find(Space(), TEXT[::-1], 200)[0] is None
-    held, known = other.find(Space(), TEXT, 200)
+    assert other.find(Space("someone"), TEXT)[0] is None and other.find(Space(), TEXT[::-1])[0] is None
+    held, known = other.find(Space(), TEXT)
     assert held is not None and known == 120
     np.testing.assert_array_equal(other.fetch(held).result().tensors["past.0.x"], state(120).tensors["past.0.x"])
     assert found(States("model", ALL, None, ALL, place)) == 120  # a replica that starts again
@@ -72,7 +72,7 @@ def test_a_state_that_is_gone_is_not_found_again(place: str) -> None:
     one, other = (States("model", 0, None, ALL, place) for _ in range(2))
     keep(one, 40, 120)
     store(other).refresh()
-    held, _ = other.find(Space(), TEXT, 200)
+    held, _ = other.find(Space(), TEXT)
     assert held is not None
     one.forget(one.get(Space(), held.id))
     with pytest.raises(LigerError, match="cannot read"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.serve.request import Space
@@ -69,17 +71,16 @@ def test_what_was_used_lately_stays() -> None:
     states = States("model", 3 * SIZE, None, 0)
     keep(states, "a", "b", "c")
     for new in "defgh":
-        assert states.find(Space(), ids("aa"), 40)[0] is not None
+        assert states.find(Space(), ids("aa"))[0] is not None
         keep(states, new)
-    assert states.find(Space(), ids("a"), 20)[0] is not None and states.find(Space(), ids("b"), 20)[0] is None
+    assert states.find(Space(), ids("aa"))[0] is not None and states.find(Space(), ids("bb"))[0] is None
 
 
 def test_the_disk_takes_what_the_memory_cannot_hold(tmp_path: Path) -> None:
     states = States("model", 2 * SIZE, tmp_path, 4 * SIZE)
     for letter in "abcdef":
         keep(states, letter)
-        while states._writes:
-            pass
+        states._settle(set(states._writes))
     states.flush()
     stats = states.stats()
     assert stats["states_memory_bytes"] <= 2 * SIZE and stats["states_disk_bytes"] <= 4 * SIZE
@@ -91,6 +92,61 @@ def test_the_disk_takes_what_the_memory_cannot_hold(tmp_path: Path) -> None:
     again = States("model", 9 * SIZE, tmp_path, 9 * SIZE)
     assert sorted(x.id for x in again.infos(Space())) == sorted(x.id for x in states.infos(Space()) if x.on_disk)
     assert States("other", SIZE, tmp_path, SIZE).infos(Space()) == []
+
+
+@pytest.mark.parametrize("disk", [0, 10**9])
+def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path) -> None:
+    """Chats grow, branch, are asked for and are deleted; every state comes back as it was, and all bytes count."""
+    random, made = np.random.default_rng(disk), dict[str, Snapshot]()
+    states = States("model", 6 * 9_000, tmp_path if disk else None, disk)
+
+    def after(text: str) -> Snapshot:
+        """Return a state that has one row for each letter of the text, in the last of 64 places."""
+        if text not in made:
+            rows = np.zeros((1, 2, 64, 16), np.float32)
+            for at, letter in enumerate(text):
+                rows[0, :, at % 64] = [ord(letter) + at / 64] * 16
+            made[text] = Snapshot(
+                "model", np.array([20 * len(text)]), {"past.0.x": rows, "past.0.y": rows[..., 0].copy()}
+            )
+        return made[text]
+
+    texts, most, packed = ["a" * 60, "b" * 60], 0, 0
+    for _ in range(150):
+        text = texts[random.integers(len(texts))] + "".join(random.choice([*"cdef"], random.integers(1, 5)))
+        texts.append(text)
+        states.insert(Space(), ids(text), after(text))
+        states._settle(set(states._writes))
+        if random.random() < 0.03 and (held := states.find(Space(), ids(texts[random.integers(len(texts))] + "z"))[0]):
+            states.forget(held)
+        held, _ = states.find(Space(), ids(texts[random.integers(len(texts))] + "z"))
+        if held is not None:
+            found, letters = states.fetch(held).result(), "".join(map(chr, held.ids[::20].tolist()))
+            for name, expected in after(letters).tensors.items():
+                np.testing.assert_array_equal(found.tensors[name], expected)
+        alive = list(states._held.values())
+        assert states.stats()["states_memory_bytes"] == sum(x.taken for x in alive) <= states.memory
+        assert [x.uses for x in alive] == [sum(y.base is x for y in alive) for x in alive]
+        most = max(most, sum(x.taken > 0 for x in alive))
+        packed += any(x.uses for x in alive)
+    states.close()
+    assert most > 20 and packed > 40, "six whole ones would fit"
+
+
+def test_only_a_state_with_logits_answers_its_own_prompt(tmp_path: Path) -> None:
+    states = States("model", 9 * SIZE, tmp_path, 9 * SIZE)
+    keep(states, "a", "aa")
+    assert states.find(Space(), ids("aa"))[0].node.length == 20 and states.wants(Space(), ids("aa"))
+    logits = np.arange(3, dtype=np.float32)
+    states.insert(Space(), ids("aa"), replace(state(40), logits=logits))
+    assert states.find(Space(), ids("aa"))[0].node.length == 40 and not states.wants(Space(), ids("aa"))
+    assert states.stats()["states_memory_bytes"] == 2 * SIZE + logits.nbytes
+    states.flush()
+    states.close()
+    again = States("model", 0, tmp_path, 9 * SIZE)
+    held, _ = again.find(Space(), ids("aa"))
+    np.testing.assert_array_equal(again.fetch(held).result().logits, logits)
+    assert held.node.length == 40 and again.find(Space(), ids("a"))[0] is None
 
 
 def test_pinned_states_stay_but_not_all_can_be_pinned() -> None:

@@ -27,6 +27,8 @@ class Snapshot:
         tensors: State by the names of the graph's `past.*` inputs, batch axis first.
         ids: Tokens of one sequence that led to the state, `[T]` int64; None if they are not kept with it.
         identity: `Manifest.identity` of the model in any precision; None if an older version wrote the state.
+        logits: Logits after the last token, `[V]` fp32, from which the next one can be chosen; None if they are not
+            kept with it.
     """
 
     model: str
@@ -34,11 +36,13 @@ class Snapshot:
     tensors: dict[str, np.ndarray]
     ids: np.ndarray | None = None
     identity: str | None = None
+    logits: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Bytes of the state, and of the logits that are kept with it."""
+        kept = 0 if self.logits is None else self.logits.nbytes
+        return kept + sum(tensor.nbytes for tensor in self.tensors.values())
 
     def sequence(self, row: int) -> Snapshot:
         """Return one sequence of a batch.
@@ -73,8 +77,8 @@ class Snapshot:
         """
         from safetensors.numpy import save_file
 
-        ids = {} if self.ids is None else {"ids": self.ids}
-        tensors = {"position": self.position, **ids, **{name: widened(x) for name, x in self.tensors.items()}}
+        more = {name: x for name, x in (("ids", self.ids), ("logits", self.logits)) if x is not None}
+        tensors = {"position": self.position, **more, **{name: widened(x) for name, x in self.tensors.items()}}
         header = {"ligerexport.snapshot": _FORMAT, "model": self.model, "sha256": digest(tensors)}
         if self.identity is not None:
             header["identity"] = self.identity
@@ -104,13 +108,14 @@ class Snapshot:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
             if version != "1" and header.get("sha256") != digest(tensors):
                 raise ValueError("it was changed after it was written")
-            position, ids = tensors.pop("position"), tensors.pop("ids", None)
-            for name, array in (("position", position), ("ids", ids)):
-                if array is not None and (array.ndim != 1 or array.dtype != np.int64):
+            position, ids, logits = tensors.pop("position"), tensors.pop("ids", None), tensors.pop("logits", None)
+            for name, array, dtype in (("position", position, np.int64), ("ids", ids, np.int64),
+                                       ("logits", logits, np.float32)):  # fmt: skip
+                if array is not None and (array.ndim != 1 or array.dtype != dtype):
                     raise ValueError(f"its {name} are {list(array.shape)} of {array.dtype}")
         except Exception as error:  # safetensors raises several kinds for damaged files
             raise LigerError(f"cannot read a state from {path}: {error}", hint=_HINT) from error
-        return cls(header["model"], position, tensors, ids, header.get("identity"))
+        return cls(header["model"], position, tensors, ids, header.get("identity"), logits)
 
 
 def digest(tensors: dict[str, np.ndarray]) -> str:

@@ -51,6 +51,9 @@ def serve(
     deadline: Annotated[
         float | None, typer.Option(help="Seconds after which an answer is cut off.", show_default=False)
     ] = None,
+    stall: Annotated[
+        str, typer.Option(help="Longest time between two tokens of an answer while prompts of others are read.")
+    ] = "100ms",
     drain: Annotated[float, typer.Option(help="Seconds that answers may take to finish when the server stops.")] = 30,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Threads = None,
@@ -67,7 +70,7 @@ def serve(
         from ligerexport.serve.models import open_models
     except ImportError as error:
         raise MissingDependency(error.name or "fastapi", extra="serve") from error
-    named, budget = _names(artifacts), _bytes(memory)
+    named, budget, bound = _names(artifacts), _bytes(memory), _seconds(stall)
     adapters = _adapters(lora or [], named)
     if min(max_batch, queue, max_new_tokens) < 1 or not (deadline is None or deadline > 0):
         raise UsageError(
@@ -77,8 +80,8 @@ def serve(
         raise UsageError(f"--drain {drain}", hint="give a number of seconds, such as 30")
     access = Access(Keys(api_key_file) if api_key_file else None, LOOPBACK if host in LOOPBACK else None, cors or ())
     options.announce("serve", artifacts=artifacts, lora=lora, host=host, port=port, max_batch=max_batch, queue=queue,
-                     memory=memory, state_dir=state_dir, max_new_tokens=max_new_tokens, deadline=deadline, drain=drain,
-                     device=device, threads=threads)  # fmt: skip
+                     memory=memory, state_dir=state_dir, max_new_tokens=max_new_tokens, deadline=deadline, stall=stall,
+                     drain=drain, device=device, threads=threads)  # fmt: skip
     with listen(host, port) as listener:  # a port in use is found before anything is loaded
         models = []
         with progress("loading", len(named), "steps") as advance:
@@ -86,7 +89,7 @@ def serve(
                 models.extend(open_models(
                     name, prepared(artifact), adapters[name], max_batch=max_batch, memory=budget // len(named),
                     queue=queue, state_dir=state_dir / name if state_dir else None, device=device, threads=threads,
-                    longest=max_new_tokens, deadline=deadline,
+                    longest=max_new_tokens, deadline=deadline, stall=bound,
                 ))  # fmt: skip
                 advance(1)
         if host not in LOOPBACK and api_key_file is None:
@@ -150,3 +153,16 @@ def _bytes(text: str) -> int:
     if not found:
         raise UsageError(f"{text!r} is no size of a memory", hint="give a number of bytes, such as 500MB or 4GB")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _seconds(text: str) -> float:
+    """Return a number of seconds that is written like 100ms or 0.1s.
+
+    Raises:
+        UsageError: It is written in another way, or is 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(m?)s", text.strip().lower())
+    seconds = float(found[1]) / (1000 if found[2] else 1) if found else 0.0
+    if not seconds:
+        raise UsageError(f"--stall {text!r}", hint="give a time such as 100ms or 1s")
+    return seconds

@@ -21,7 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ligerexport import __version__
 from ligerexport.serve import responses
-from ligerexport.serve.answers import Collected, Served, merged, start, watched
+from ligerexport.serve.answers import Answer, Collected, Served, merged, start, watched
 from ligerexport.serve.chat import Chat, encode
 from ligerexport.serve.completions import Completion
 from ligerexport.serve.errors import ApiError, install
@@ -136,9 +136,13 @@ def _add_texts(app: FastAPI, served: Models, metrics: Metrics) -> None:
     """Add the endpoints that write text."""
 
     async def respond(request: Request, make: Callable[[Served, Any], Shape], body: Any) -> Response:
-        shape = await run_in_threadpool(make, served.find(body.model), body)
         owner = request.state.owner
-        answers = start(shape.asked, owner, owner or (request.client.host if request.client else ""))
+
+        def begin() -> tuple[Shape, list[Answer]]:
+            shape = make(served.find(body.model), body)
+            return shape, start(shape.asked, owner, owner or (request.client.host if request.client else ""))
+
+        shape, answers = await run_in_threadpool(begin)  # long prompts take long, and others stream meanwhile
         if body.stream:
             return stream(request, shape, answers, metrics)
         whole = [Collected(answer.index) for answer in answers]

@@ -15,7 +15,7 @@ from ligerexport.run.generate import text_model
 from ligerexport.run.runtime import load
 from ligerexport.serve.job import Job, Ticket
 from ligerexport.serve.request import Draining, QueueFull, Request, Space, StateInfo
-from ligerexport.serve.scheduler import Scheduler
+from ligerexport.serve.scheduler import STALL, Scheduler
 from ligerexport.serve.states import States
 from ligerexport.serve.store import adapter_digest
 from ligerexport.serve.waiting import Waiting
@@ -42,6 +42,7 @@ class Engine:
         disk: Bytes of states in that directory; None takes 16 times `memory`.
         shared: Place of states that other servers use too, instead of a directory; see `SharedStore`.
         queue: Number of requests that may wait.
+        stall: Longest planned time in seconds between two tokens of an answer while prompts of others are read.
         device, threads, adapters: See `ligerexport.run.runtime.load`.
 
     Attributes:
@@ -63,6 +64,7 @@ class Engine:
         disk: int | None = None,
         shared: str | None = None,
         queue: int = 256,
+        stall: float = STALL,
         device: str = "cpu",
         threads: int | None = None,
         adapters: Mapping[str, Path] | None = None,
@@ -82,7 +84,7 @@ class Engine:
         self._failed = ""
         self._idle = threading.Event()
         self._idle.set()
-        self._scheduler = Scheduler(session, self._states, self._wake)
+        self._scheduler = Scheduler(session, self._states, self._wake, stall)
         self._thread = threading.Thread(target=self._work, name="ligerexport-engine", daemon=True)
         self._thread.start()
 
@@ -142,6 +144,7 @@ class Engine:
             self._closing = True
         self._wake()
         self._thread.join()
+        self._scheduler.close()
         self._states.close()
 
     def states(self, owner: str = "", adapter: str | None = None) -> list[StateInfo]:

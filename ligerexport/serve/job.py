@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -16,8 +16,8 @@ from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import UsageError
 from ligerexport.run.runtime import Session
 from ligerexport.run.sampling import Sampler
+from ligerexport.serve.held import Held
 from ligerexport.serve.request import Event, Finish, Reason, Request, Space
-from ligerexport.serve.states import Held
 
 
 class Ticket:
@@ -76,6 +76,8 @@ class Job:
         cached: How many of them came from a state.
         row: Row of the batch; None while the job waits or its prompt is read.
         reader: Session that reads the prompt.
+        start: State from which the job continues in a row, if no reader has it.
+        logits: Logits `[V]` after the prompt, once it is read; None before.
         held: The state from which the job starts, until it is there.
         loading: The same state, which may still be read from the disk.
         stops: Numbers of tokens at which to keep the prompt's state, the largest first.
@@ -105,11 +107,14 @@ class Job:
         self.at = self.cached = 0
         self.row: int | None = None
         self.reader: Session | None = None
+        self.start: Snapshot | None = None
+        self.logits: np.ndarray | None = None
         self.held: Held | None = None
         self.loading: Future[Snapshot] | None = None
         self.behind: tuple[Job, int] | None = None
         self.stops: list[int] = []
         self._finished = False
+        self._mask: Future[np.ndarray] | None = None
         self._sampler = Sampler(**asdict(request.settings))
         self._sampler.read(self.tokens)
         if request.prompt_logprobs:
@@ -123,22 +128,31 @@ class Job:
         return "deadline" if deadline is not None and time.monotonic() >= deadline else None
 
     @property
-    def last(self) -> int:
-        """Number of the prompt's tokens before its last one, which is fed by a step of the batch."""
-        return len(self.prompt) - 1
+    def scored(self) -> bool:
+        """Whether steps read the prompt, since each of its tokens gets its log-probability."""
+        return self.request.prompt_logprobs
 
     @property
     def written(self) -> int:
         """Number of tokens that were written."""
         return len(self.tokens) - len(self.prompt)
 
+    def prepare(self, pool: Executor) -> None:
+        """Begin to find the tokens that are allowed after the next one, while the model reads it."""
+        if self.request.constraint is not None and self.at + 1 >= len(self.prompt):
+            self._mask = pool.submit(self.request.constraint.mask)
+
     def seen(self, logits: np.ndarray) -> Reason | None:
         """Take the logits `[V]` after the next token; return why the job ends, if it does."""
         self.at += 1
-        request = self.request
         if self.at < len(self.prompt):
             self.ticket.put(self._event(int(self.prompt[self.at]), logits, prompt=True))
             return None
+        return self.choose(logits)
+
+    def choose(self, logits: np.ndarray) -> Reason | None:
+        """Choose a token from the logits `[V]` after the tokens so far; return why the job ends, if it does."""
+        request = self.request
         if request.max_tokens == 0:
             return "length"
         changed = self._allowed(logits)
@@ -161,7 +175,8 @@ class Job:
             logits[list(request.logit_bias)] += np.fromiter(request.logit_bias.values(), np.float32)
         if request.constraint is None:
             return logits
-        mask = request.constraint.mask()
+        waiting, self._mask = self._mask, None
+        mask = request.constraint.mask() if waiting is None else waiting.result()
         return np.where(mask, logits, np.float32(-np.inf)) if mask.any() else None
 
     def _event(self, token: int, logits: np.ndarray, prompt: bool = False) -> Event:

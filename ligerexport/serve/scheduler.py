@@ -1,8 +1,8 @@
 """Continuous batching: every turn reads a piece of one prompt, and feeds one token to every row of the batch.
 
-A prompt is read by a session of its own, so that a piece touches no other row. It moves to a row of the batch when all
-but its last token are read, and a step feeds that one. Batches have 1, 2, 3, 4, 6, 8, 12, ... rows: a row without a job
-costs time, and so do jobs that move to a batch of another size.
+A prompt is read by a session of its own, so that a piece touches no other row. Its last piece gives the first token of
+the answer; only then is its state kept, and moves to a row of the batch. Batches have 1, 2, 3, 4, 6, 8, 12, ... rows: a
+row without a job costs time, and so do jobs that move to a batch of another size.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,63 +21,19 @@ from ligerexport.errors import LigerError
 from ligerexport.run.prompt_cache import common_length
 from ligerexport.run.runtime import Session
 from ligerexport.serve.job import Job
+from ligerexport.serve.pace import Pace
 from ligerexport.serve.request import Reason
 from ligerexport.serve.states import WORTH, States
 
-STALL = 0.15
-"""Longest time in seconds between two tokens of a running job while prompts are read."""
-_SHARE = 0.8
-"""Share of `STALL` that a piece of a prompt and a step plan to take; the rest is for copies of states."""
-_LEAST = 8
-"""Smallest piece of a prompt in tokens, even if it takes longer than planned."""
-_MOST = 16
-"""Largest piece, in calls of the engine."""
+STALL = 0.1
+"""Default of the longest planned time in seconds between two tokens of a running job while prompts are read."""
+_SIZES = 8, 16, 32
+"""Numbers of tokens of calls that are timed, beside that of a whole one; the first is the smallest piece."""
 _SPARE = 32
 """Number of steps with too many rows before the batch gets smaller."""
 _IDLE = -1
 
 _log = logging.getLogger(__name__)
-
-
-class Pace:
-    """Chooses how many tokens of a prompt to read between two steps, from the times of earlier ones.
-
-    A piece takes a time of its own and a time per token. Both were measured before the first prompt, and are multiplied
-    by how much slower pieces have been lately, for instance because other processes compute too.
-
-    Args:
-        chunk: Number of tokens per call of the engine.
-        least: Seconds of a piece of `_LEAST` tokens.
-        whole: Seconds of a piece of `chunk` tokens.
-    """
-
-    def __init__(self, chunk: int, least: float, whole: float) -> None:
-        self.chunk = chunk
-        self._token = max(whole - least, 0.1 * whole) / max(1, chunk - _LEAST)
-        self._call = max(0.0, whole - chunk * self._token)
-        self._slower, self._step = 1.0, 0.0
-
-    def read(self, tokens: int, seconds: float) -> None:
-        """Record the time of a piece."""
-        calls = -(-tokens // self.chunk)
-        self._slower = _follow(self._slower, seconds / (calls * self._call + tokens * self._token))
-
-    def stepped(self, seconds: float) -> None:
-        """Record the time of a step."""
-        self._step = _follow(self._step, seconds)
-
-    def piece(self, running: bool) -> int:
-        """Return how many tokens to read; without running jobs, at least a whole call."""
-        left = (STALL * _SHARE - (self._step if running else 0.0)) / self._slower
-        calls = int(left / (self._call + self.chunk * self._token))
-        if calls >= 1 or not running:
-            return min(max(calls, 1), _MOST) * self.chunk
-        return min(max(int((left - self._call) / self._token), _LEAST), self.chunk)
-
-
-def _follow(old: float, new: float) -> float:
-    """Return an estimate that rises fast and falls slowly."""
-    return old + (new - old) * (0.5 if new > old else 0.1)
 
 
 class Scheduler:
@@ -85,12 +43,13 @@ class Scheduler:
         session: Session with as many rows as there are places; it and its siblings belong to this object.
         states: Where states come from and go to.
         wake: Called when a state was read from the disk.
+        stall: Longest planned time in seconds between two tokens of a running job.
 
     Attributes:
         counts: Totals since the start, by name.
     """
 
-    def __init__(self, session: Session, states: States, wake: Callable[[], None]) -> None:
+    def __init__(self, session: Session, states: States, wake: Callable[[], None], stall: float = STALL) -> None:
         self._root, self._states, self._wake = session, states, wake
         self.places = session.batch
         self._batches = {self.places: session}
@@ -100,7 +59,9 @@ class Scheduler:
         self._turn = self._spare = 0
         self.counts: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.pace = self._measure()
+        self._masks = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        self._since = time.perf_counter()
+        self.pace = self._measure(stall)
 
     @property
     def jobs(self) -> list[Job]:
@@ -117,16 +78,16 @@ class Scheduler:
         """Whether a turn would do anything."""
         return any(job is not None for job in self._rows) or any(self._ready(job) for job in self._reading)
 
-    def _measure(self) -> Pace:
-        """Time pieces of two lengths, the second time that a session reads them."""
+    def _measure(self, stall: float) -> Pace:
+        """Time calls of some lengths, the second time that a session makes them."""
         reader = self._root.sibling()
         seconds = {}
-        for size in (_LEAST, reader.chunk) * 2:
+        for size in (*(size for size in _SIZES if size < reader.chunk), reader.chunk) * 2:
             clock = time.perf_counter()
             reader.prefill(np.zeros(size, np.int64))
             seconds[size] = time.perf_counter() - clock
         self._readers.append(reader)
-        return Pace(reader.chunk, seconds[_LEAST], seconds[reader.chunk])
+        return Pace(stall, seconds)
 
     def admit(self, job: Job) -> None:
         """Give a job a place."""
@@ -134,17 +95,33 @@ class Scheduler:
         self._start(job)
 
     def turn(self) -> None:
-        """End what must end, read a piece of a prompt, and advance all rows by a token."""
+        """End what must end, open states and read a piece of a prompt while there is time, and advance all rows."""
         for job in self.jobs:
             if reason := job.overdue():
                 self._end(job, reason)
-        for job in list(self._reading):
-            if job.reader is None and self._ready(job):
-                self._guard(job, self._open)
-        if readers := [job for job in self._reading if job.reader is not None]:
-            self._guard(self._choose(readers), self._read)
-        if any(job is not None for job in self._rows):
+        if not self.running:
+            self._since = time.perf_counter()
+        for number, (job, work) in enumerate(self._tasks()):
+            if number and not self.pace.fits(self._left()):
+                break
+            self._guard(job, work)
+        if self.running:
             self._step()
+
+    def _tasks(self) -> Iterator[tuple[Job, Callable[[Job], None]]]:
+        """Yield what can be done before a step, the shortest first."""
+        for job in list(self._reading):
+            if job.logits is not None:
+                yield job, self._join
+            elif job.reader is None and self._ready(job):
+                yield job, self._open
+        if readers := [job for job in self._reading if job.reader is not None and job.logits is None]:
+            yield self._choose(readers), self._read
+
+    def _left(self) -> float:
+        """Return how many seconds are left before the next step must begin."""
+        step = self.pace.step(len(self._rows)) if self.running else 0.0
+        return self.pace.stall - step - (time.perf_counter() - self._since)
 
     def fail(self, error: Exception) -> bool:
         """End all jobs after an unexpected error; return whether there can be others."""
@@ -164,6 +141,10 @@ class Scheduler:
         for job in self.jobs:
             self._end(job, "cancelled")
 
+    def close(self) -> None:
+        """End the thread that computes masks."""
+        self._masks.shutdown()
+
     def _guard(self, job: Job, work: Callable[[Job], None]) -> None:
         """Do something for a job of which no other one has to know; an error ends the job."""
         try:
@@ -181,20 +162,23 @@ class Scheduler:
     def _start(self, job: Job) -> None:
         """Look for the deepest state of a prompt, and plan where to keep others."""
         job.held, job.loading, job.behind, job.at, job.cached = None, None, None, 0, 0
-        if job.request.prompt_logprobs:
+        if job.scored:
             return
-        space, last = job.space, job.last
-        held, known = self._states.find(space, job.prompt, last)
+        space, whole = job.space, len(job.prompt)
+        held, known = self._states.find(space, job.prompt)
         cached = held.node.length if held else 0
         for other in self._reading[: self._reading.index(job)]:
-            if other.space == space and not other.request.prompt_logprobs:
-                common = min(common_length(other.prompt, job.prompt), last, other.last)
-                if common >= cached + WORTH and other.at < common:
+            if other.space == space and not other.scored:
+                common = common_length(other.prompt, job.prompt)
+                end = common == len(other.prompt)
+                if not end:  # the state there will have no logits
+                    common = min(common, whole - 1)
+                if common >= cached + WORTH and (end or other.at < common):
                     other.stops = sorted({*other.stops, common}, reverse=True)
                     job.behind = other, common
                     return
-        marks = {at for at in job.request.marks if at < last}
-        job.stops = [last]
+        marks = {at for at in job.request.marks if at < whole}
+        job.stops = [whole]
         for at in sorted({known, *marks}, reverse=True):
             if cached + WORTH <= at <= job.stops[-1] - WORTH:
                 job.stops.append(at)
@@ -206,7 +190,7 @@ class Scheduler:
         """Return whether a job that is not running can go on."""
         if job.behind is not None:
             other, common = job.behind
-            return other.at >= common or other not in self._reading
+            return common <= other.at < len(other.prompt) or other not in self._reading
         return job.loading is None or job.loading.done()
 
     def _open(self, job: Job) -> None:
@@ -230,13 +214,16 @@ class Scheduler:
 
     def _begin(self, job: Job, snapshot: Snapshot | None, cached: int) -> None:
         """Continue a prompt after the tokens that a state has seen."""
-        job.cached = cached
-        if cached < job.last and not job.request.prompt_logprobs:
-            job.reader, job.at = self._reader(job, snapshot), cached
-            job.stops = [at for at in job.stops if at > cached]  # others may have added some meanwhile
-        else:
-            self._join(job, snapshot, cached)
+        job.cached = job.at = cached
         self.counts["cached"] += cached
+        if job.scored:
+            self._join(job)
+        elif snapshot is not None and snapshot.logits is not None and cached == len(job.prompt):
+            job.start = snapshot
+            self._first(job, snapshot.logits)
+        else:
+            job.reader = self._reader(job, snapshot)
+            job.stops = [at for at in job.stops if at > cached]  # others may have added some meanwhile
 
     def _reader(self, job: Job, snapshot: Snapshot | None) -> Session:
         """Return a session of one row for a job, in a state, or one that has seen nothing."""
@@ -248,52 +235,71 @@ class Scheduler:
     def _choose(self, readers: list[Job]) -> Job:
         """Return the oldest job and the one that is nearest to its end by turns, so that both go on."""
         self._turn += 1
-        return readers[0] if self._turn % 2 else min(readers, key=lambda job: job.last - job.at)
+        return readers[0] if self._turn % 2 else min(readers, key=lambda job: len(job.prompt) - job.at)
 
     def _read(self, job: Job) -> None:
-        """Read a piece of a prompt."""
+        """Read a piece of a prompt; without running jobs, at least a whole call."""
         assert job.reader is not None
-        end = min(job.at + self.pace.piece(bool(self.running)), job.stops[-1])
+        most = self.pace.piece(self._left())
+        end = min(job.at + (most if self.running else max(most, self.pace.chunk)), job.stops[-1])
         clock = time.perf_counter()
-        job.reader.prefill(job.prompt[job.at : end])
+        logits = job.reader.prefill(job.prompt[job.at : end])
         seconds = time.perf_counter() - clock
         self.pace.read(end - job.at, seconds)
         self.counts["read"] += end - job.at
         self.seconds["reading"] += seconds
         job.at = end
-        if end == job.stops[-1]:
+        if end == len(job.prompt):
+            self._first(job, logits[0].copy())
+        elif end == job.stops[-1]:
             job.stops.pop()
-            snapshot = self._keep(job, job.reader.snapshot())
-            if end == job.last:
-                self._readers.append(job.reader)
-                job.reader = None
-                self._join(job, snapshot, job.at)
+            self._keep(job, write=True)
 
-    def _keep(self, job: Job, snapshot: Snapshot) -> Snapshot:
-        """Keep a state of a prompt if it is worth its bytes."""
-        space, ids = job.space, job.prompt[: job.at]
-        if self._states.wants(space, ids):
-            self._states.insert(space, ids, snapshot, write=job.at < job.last)
+    def _first(self, job: Job, logits: np.ndarray) -> None:
+        """Choose the first token, which need not wait until the state has moved."""
+        job.logits = logits
+        if reason := job.choose(logits):
+            self._end(job, reason)
+
+    def _snapshot(self, job: Job) -> Snapshot:
+        """Return the state of a job, with the logits after a prompt that was just read."""
+        session = job.reader if job.row is None else self._batch
+        if session is None:
+            assert job.start is not None
+            return job.start
+        return replace(session.snapshot(job.row or 0), logits=job.logits)
+
+    def _keep(self, job: Job, *, write: bool) -> Snapshot | None:
+        """Keep the state of a job if it is worth its bytes, and return it then."""
+        space, ids = job.space, np.array(job.tokens[: job.at], np.int64)
+        pin = job.request.pin and job.at == len(job.prompt)
+        if not (pin or self._states.wants(space, ids)):
+            if write:
+                self._states.secure(space, ids)
+            return None
+        snapshot = self._snapshot(job)
+        self._states.insert(space, ids, snapshot, pin=pin, write=write)
         return snapshot
 
-    def _join(self, job: Job, snapshot: Snapshot | None, at: int) -> None:
-        """Give a job whose prompt is read a row, or end it if that was all."""
-        if job.request.pin and snapshot is not None:
-            self._states.insert(job.space, job.prompt[:at], snapshot, pin=True)
-        if job.request.max_tokens == 0 and not job.request.prompt_logprobs:
-            job.at = at
-            self._reading.remove(job)
-            job.finish("length")
-            return
+    def _join(self, job: Job) -> None:
+        """Give a job a row, and keep the state of its prompt."""
+        start = None if job.scored else self._keep(job, write=False) or self._snapshot(job)
         if None not in self._rows:
             self._resize(self._fitting(len(self._rows) + 1))
         row = self._rows.index(None)
-        if snapshot is None:
+        if start is None:
             self._batch.reset(row)
         else:
-            self._batch.restore(snapshot, row)
+            self._batch.restore(start, row)
+        self._leave(job)
+        self._rows[row], job.row, job.start, job.logits = job, row, None, None
+
+    def _leave(self, job: Job) -> None:
+        """Take a job from those that are being read, and its reader from it."""
         self._reading.remove(job)
-        self._rows[row], job.row, job.at = job, row, at
+        if job.reader is not None:
+            self._readers.append(job.reader)
+            job.reader = None
 
     def _fitting(self, jobs: int) -> int:
         """Return the smallest size of a batch for a number of jobs."""
@@ -321,6 +327,8 @@ class Scheduler:
         """Feed a token to every row."""
         ids = [_IDLE if job is None else job.tokens[job.at] for job in self._rows]
         clock = time.perf_counter()
+        for job in self.running:
+            job.prepare(self._masks)
         try:
             self._batch.use([None if job is None else job.request.adapter for job in self._rows])
             logits = self._batch.step(ids)
@@ -330,21 +338,22 @@ class Scheduler:
             self._batch.reset()
             self._rows = [None]
             return
+        ended: list[tuple[Job, Reason]] = []
         for job in self.running:
             assert job.row is not None
             try:
-                reason = job.seen(logits[job.row])
+                if reason := job.seen(logits[job.row]):
+                    ended.append((job, reason))
             except Exception as error:  # its settings, its grammar, or logits that are no numbers
                 self._report(job, error)
                 self._vacate(job.row)
-                continue
-            if reason:
-                self._end(job, reason)
-        seconds = time.perf_counter() - clock
-        self.pace.stepped(seconds)
+        self._since = time.perf_counter()
+        self.pace.stepped(len(ids), self._since - clock)
         self.counts["steps"] += 1
         self.counts["stepped"] += len(ids) - ids.count(_IDLE)
-        self.seconds["stepping"] += seconds
+        self.seconds["stepping"] += self._since - clock
+        for job, reason in ended:
+            self._end(job, reason)
         self._narrow()
 
     def _narrow(self) -> None:
@@ -356,20 +365,13 @@ class Scheduler:
 
     def _end(self, job: Job, reason: Reason) -> None:
         """End a job and keep its state."""
-        session: Session | None = job.reader if job.row is None else self._batch
-        if session is not None and job.at > job.cached and not job.request.prompt_logprobs:
-            space, ids = job.space, np.array(job.tokens[: job.at], np.int64)
-            if self._states.wants(space, ids):
-                self._states.insert(space, ids, session.snapshot(job.row or 0), write=True)
-            else:
-                self._states.secure(space, ids)
+        begun = job.row is not None or job.reader is not None or job.start is not None
+        if begun and job.at and not job.scored:
+            self._keep(job, write=True)
         if job.row is not None:
             self._vacate(job.row)
         else:
-            self._reading.remove(job)
-            if job.reader is not None:
-                self._readers.append(job.reader)
-                job.reader = None
+            self._leave(job)
         self.counts["ended"] += 1
         job.finish(reason)
 

@@ -4,6 +4,9 @@ What is kept longest follows GreedyDual-Size-Frequency (Cherkasova, 1998). A sta
 read again without it. The last state of a chat is needed for its next turn. One inside a chat is only needed for a
 branch, so it is worth a tenth of that, unless prefixes have branched there already. States of one model have nearly
 equal sizes.
+
+When the memory is full, states are first kept as differences from ones before them, where those are much smaller. A
+state stays as long as another one is a difference from it.
 """
 
 from __future__ import annotations
@@ -14,76 +17,26 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError, UsageError
+from ligerexport.serve.delta import Delta, difference
+from ligerexport.serve.held import Held
 from ligerexport.serve.request import Space, StateInfo
 from ligerexport.serve.shared import SharedStore
 from ligerexport.serve.store import Store, digest, space_key
-from ligerexport.serve.tree import Node, Tree
+from ligerexport.serve.tree import Tree
 
 WORTH = 16
 """Smallest number of tokens by which a state must be longer than the one before it."""
-INSIDE = 0.1
-"""Worth of a state inside a chat, as a share of that of the last one."""
 WRITING = 16
 """Part of the memory, one in 16, that states may take in addition while they are written; at least `FEW` states."""
 FEW = 4
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Held:
-    """A state at a node of a tree.
-
-    Attributes:
-        space: Key of the tree in which it is.
-        id: `digest` of its tokens.
-        node: Its place.
-        nbytes: Its size.
-        snapshot: The state itself; None if it is on the disk only.
-        written: Whether it is on the disk.
-        writing: Whether it is on its way there.
-        dropped: Whether the memory gives it up once it is written; it counts as written already.
-        pinned, name: See `StateInfo`.
-        stamp: Value of the cache's clock at its last use.
-        used: Number of that use.
-    """
-
-    space: str
-    id: str
-    node: Node
-    nbytes: int
-    snapshot: Snapshot | None = None
-    written: bool = False
-    writing: bool = False
-    dropped: bool = False
-    pinned: bool = False
-    name: str = ""
-    stamp: float = 0.0
-    used: int = 0
-
-    @property
-    def ids(self) -> np.ndarray:
-        """The tokens that the state has seen, `[T]` int64."""
-        edges, node = [self.node.edge], self.node.parent
-        while node is not None:
-            edges.append(node.edge)
-            node = node.parent
-        return np.concatenate(edges[::-1])
-
-    @property
-    def priority(self) -> tuple[float, int]:
-        """When it goes: the smallest first, and of equal ones the one that was used longest ago."""
-        before = next((node.length for node in self.node.above()), 0)
-        branches = len(self.node.children)
-        share = 1.0 if branches == 0 else max(INSIDE, branches - 1.0)
-        return self.stamp + share * (self.node.length - before), self.used
 
 
 class States:
@@ -114,27 +67,28 @@ class States:
         self._in_memory = self._on_disk = self._being_written = 0
         self._writes: set[Future[int]] = set()
         for key, found in self._store.scan() if self._store else ():
-            held = self._add(key, found.ids, found.nbytes)
+            held = self._add(key, found.ids, found.nbytes, found.answers)
             held.written, held.name, held.pinned = True, found.name, found.pinned
             self._on_disk += found.nbytes
 
-    def find(self, space: Space, ids: np.ndarray, limit: int) -> tuple[Held | None, int]:
-        """Return the deepest state for a beginning of ids, and how many of their tokens any prefix there has.
+    def find(self, space: Space, ids: np.ndarray) -> tuple[Held | None, int]:
+        """Return the deepest state for a beginning of ids, and how many of their tokens any prefix of the space has.
+
+        A state that has seen all of them is only found if an answer can begin there.
 
         Args:
             space: Where to look; pinned states of the owner "" are found too.
             ids: Tokens `[T]` int64.
-            limit: Largest number of tokens that the state may have seen.
         """
         with self._lock:
-            nodes, known = self._tree(space_key(space)).find(ids, limit)
-            best = next((node.held for node in nodes if isinstance(node.held, Held)), None)
+            found, known = self._find(space_key(space), ids)
+            best = next((held for held in found if held.answers or held.node.length < len(ids)), None)
             if space.owner:
-                common, _ = self._tree(space_key(space._replace(owner=""))).find(ids, limit)
-                pinned = next((x.held for x in common if isinstance(x.held, Held) and x.held.pinned), None)
+                common = (held for held in self._find(space_key(space._replace(owner="")), ids)[0] if held.pinned)
+                pinned = next((held for held in common if held.answers or held.node.length < len(ids)), None)
                 if pinned is not None and (best is None or pinned.node.length > best.node.length):
                     best = pinned
-            best = self._adopted(space_key(space), ids, limit, best.node.length if best else 0) or best
+            best = self._adopted(space_key(space), ids, best.node.length if best else 0) or best
             if best is not None:
                 self._use(best)
             return best, max(known, best.node.length if best else 0)
@@ -146,6 +100,8 @@ class States:
         if snapshot is None:
             assert self._store is not None
             return self._readers.submit(self._store.read, space, ids)
+        if isinstance(snapshot, Delta):
+            return self._readers.submit(snapshot.whole)
         ready: Future[Snapshot] = Future()
         ready.set_result(snapshot)
         return ready
@@ -160,7 +116,7 @@ class States:
 
     def wants(self, space: Space, ids: np.ndarray) -> bool:
         """Return whether a state after these tokens `[T]` is not there yet and is worth its bytes."""
-        held, _ = self.find(space, ids, len(ids))
+        held, _ = self.find(space, ids)
         return len(ids) - (held.node.length if held else 0) >= WORTH
 
     def insert(
@@ -177,7 +133,12 @@ class States:
         """
         with self._lock:
             key = space_key(space)
-            held = self._held.get((key, digest(ids))) or self._add(key, ids, snapshot.nbytes)
+            held = self._held.get((key, digest(ids)))
+            if held and snapshot.logits is not None and not (held.answers or held.pinned or held.name):
+                self.forget(held)  # the new one can do more
+                held = None
+            if held is None:
+                held = self._add(key, ids, snapshot.nbytes, snapshot.logits is not None)
             if held.snapshot is None:
                 held.snapshot = snapshot
                 self._in_memory += held.nbytes
@@ -192,7 +153,7 @@ class States:
     def secure(self, space: Space, ids: np.ndarray) -> None:
         """Begin to write the deepest state of a prefix `[T]` to the disk, if it is not there."""
         with self._lock:
-            held, _ = self.find(space, ids, len(ids))
+            held, _ = self.find(space, ids)
             if held is not None:
                 self._write(held)
 
@@ -201,11 +162,16 @@ class States:
         with self._lock:
             if self._held.get((held.space, held.id)) is not held:
                 return
+            others = [other for other in self._held.values() if held.uses and other.base is held]
+            for other in others:
+                self._unpack(other)
             self._release(held)
             if held.written:
                 self._unwrite(held)
             del self._held[held.space, held.id]
             self._trees[held.space].remove(held.node)
+            if others:
+                self._shrink()
 
     def infos(self, space: Space) -> list[StateInfo]:
         """Return the states of a space, the longest first."""
@@ -231,7 +197,7 @@ class States:
         return held
 
     def change(self, held: Held, *, name: str | None = None, pinned: bool | None = None) -> None:
-        """Name or pin a state; None leaves what there is.
+        """Name or pin a state, which is on the disk afterwards; None leaves what there is.
 
         Raises:
             UsageError: Pinned states would take more than half of the space.
@@ -239,17 +205,26 @@ class States:
         """
         with self._lock:
             self._set(held, held.name if name is None else name, held.pinned if pinned is None else pinned)
-            if held.pinned or held.name:
-                self._write(held)
+            if not (held.pinned or held.name):
+                return
+            self._write(held, always=True)
+            writes = set(self._writes)
+        self._settle(writes)
+        if self._store is not None and not held.written:
+            raise LigerError("the state cannot be written: the disk is full", hint="delete other states first")
 
     def flush(self) -> None:
         """Write all states for which the disk has room, and wait until they are written."""
         with self._lock:
             for held in sorted(self._held.values(), key=lambda held: held.priority, reverse=True):
                 self._write(held, always=True)
-        while writes := set(self._writes):
-            for write in writes:
-                write.exception()
+            writes = set(self._writes)
+        self._settle(writes)
+
+    def _settle(self, writes: set[Future[int]]) -> None:
+        """Wait until states are written, and known to be."""
+        while left := self._writes & writes:
+            left.pop().exception()
 
     def close(self) -> None:
         """Finish what is being written, and end the threads."""
@@ -267,13 +242,16 @@ class States:
                 "states_disk_bytes": self._on_disk,
             }
 
-    def _adopted(self, key: str, ids: np.ndarray, limit: int, beyond: int) -> Held | None:
-        """Return a longer state of a prefix that another server wrote; None if there is none."""
-        found = self._store.longest(key, ids, limit, beyond) if self._store else None
+    def _adopted(self, key: str, ids: np.ndarray, beyond: int) -> Held | None:
+        """Return a longer state of a prefix that another server wrote; None if there is none.
+
+        It has seen fewer tokens: the name of its file does not say whether an answer can begin there.
+        """
+        found = self._store.longest(key, ids, len(ids) - 1, beyond) if self._store else None
         if found is None:
             return None
         length, nbytes = found
-        held = self._held.get((key, digest(ids[:length]))) or self._add(key, ids[:length], nbytes)
+        held = self._held.get((key, digest(ids[:length]))) or self._add(key, ids[:length], nbytes, False)
         if not held.written:
             held.written = True
             self._on_disk += nbytes
@@ -286,9 +264,13 @@ class States:
         self._uses += 1
         held.stamp, held.used = self._clock, self._uses
 
-    def _add(self, key: str, ids: np.ndarray, nbytes: int) -> Held:
+    def _find(self, key: str, ids: np.ndarray) -> tuple[list[Held], int]:
+        nodes, known = self._tree(key).find(ids, len(ids))
+        return [node.held for node in nodes if isinstance(node.held, Held)], known
+
+    def _add(self, key: str, ids: np.ndarray, nbytes: int, answers: bool) -> Held:
         node = self._tree(key).insert(ids)
-        held = node.held = Held(key, digest(ids), node, nbytes)
+        held = node.held = Held(key, digest(ids), node, nbytes, answers)
         self._held[key, held.id] = held
         return held
 
@@ -308,8 +290,10 @@ class States:
     def _shrink(self) -> None:
         """Take states out of memory until the budget holds, those of least priority first."""
         while self._in_memory > self.memory:
-            loose = (x for x in self._held.values() if x.snapshot is not None and not x.dropped)
-            loose = (x for x in loose if self._store is not None or not x.pinned)
+            loose = [x for x in self._held.values() if x.taken and not x.uses]
+            if any(self._pack(held) for held in loose if not held.tried):
+                continue
+            loose = [x for x in loose if self._store is not None or not x.pinned]
             victim = min(loose, key=lambda held: held.priority, default=None)
             if victim is None:
                 return
@@ -317,8 +301,8 @@ class States:
             if not victim.written:
                 self._write(victim)
             if victim.writing:
+                self._in_memory -= victim.taken
                 victim.dropped = True
-                self._in_memory -= victim.nbytes
             elif victim.written:
                 self._release(victim)
             else:
@@ -326,9 +310,33 @@ class States:
 
     def _release(self, held: Held) -> None:
         """Take a state out of memory."""
-        if held.snapshot is not None and not held.dropped:
-            self._in_memory -= held.nbytes
-        held.snapshot, held.dropped = None, False
+        self._in_memory -= held.taken
+        if held.base is not None:
+            held.base.uses -= 1
+        held.snapshot, held.base, held.dropped, held.tried = None, None, False, False
+
+    def _pack(self, held: Held) -> bool:
+        """Keep a state as a difference from one before it; return whether that was possible."""
+        held.tried = True
+        before = next((x.held for x in held.node.above() if isinstance(x.held, Held) and x.held.taken), None)
+        base = before and (before.base or before)
+        if base is None or not isinstance(base.snapshot, Snapshot) or not isinstance(held.snapshot, Snapshot):
+            return False
+        if base.dropped or (delta := difference(held.snapshot, base.snapshot)) is None:
+            return False
+        self._in_memory -= held.taken
+        held.snapshot, held.base = delta, base
+        base.uses += 1
+        self._in_memory += held.taken
+        return True
+
+    def _unpack(self, held: Held) -> None:
+        """Make a difference whole again."""
+        assert isinstance(held.snapshot, Delta) and held.base is not None
+        self._in_memory -= held.taken
+        held.base.uses -= 1
+        held.snapshot, held.base, held.tried = held.snapshot.whole(), None, False
+        self._in_memory += held.taken
 
     def _write(self, held: Held, always: bool = False) -> None:
         """Begin to write a state, unless too many are on their way already."""
@@ -339,9 +347,13 @@ class States:
             return
         held.writing = True
         self._being_written += held.nbytes
-        write = self._writer.submit(self._store.write, held.space, held.ids, held.snapshot)
+        write = self._writer.submit(self._save, held.space, held.ids, held.snapshot)
         self._writes.add(write)
         write.add_done_callback(self._wrote(held, held.nbytes))
+
+    def _save(self, space: str, ids: np.ndarray, state: Snapshot | Delta) -> int:
+        assert self._store is not None
+        return self._store.write(space, ids, state.whole() if isinstance(state, Delta) else state)
 
     def _make_room(self, held: Held) -> bool:
         """Remove states from the disk until a new one fits; return whether it does."""

@@ -22,9 +22,13 @@ _HINT = "choose another --state-dir"
 
 @dataclass(frozen=True)
 class Stored:
-    """A state on the disk: its tokens `[T]`, its file's size in bytes, and what users said about it."""
+    """A state on the disk: its tokens `[T]`, its file's size in bytes, and what users said about it.
+
+    `answers` says whether it has the logits after its last token.
+    """
 
     ids: np.ndarray
+    answers: bool
     nbytes: int
     name: str
     pinned: bool
@@ -77,16 +81,17 @@ class Store:
 
     def scan(self) -> Iterator[tuple[str, Stored]]:
         """Yield each space's key and state, the latest first. Files that are no state of this model are removed."""
+        for stage in self.directory.glob("*/.*.partial"):  # what a killed server was writing
+            remove_leftovers(stage.with_name(stage.name[1:].rsplit(".", 2)[0]))
         files = sorted(self.directory.glob(f"*/*{SUFFIX}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
         for file in files:
-            remove_leftovers(file)
             try:
-                ids = _read_ids(file)
+                ids, answers = _read_ids(file)
             except Exception:  # safetensors raises several kinds for damaged files
                 file.unlink(missing_ok=True)
                 continue
             name, pinned = _read_marks(file.with_suffix(".json"))
-            yield file.parent.name, Stored(ids, file.stat().st_size, name, pinned)
+            yield file.parent.name, Stored(ids, answers, file.stat().st_size, name, pinned)
 
     def write(self, space: str, ids: np.ndarray, snapshot: Snapshot) -> int:
         """Write a state whole or not at all; return the file's size in bytes.
@@ -161,8 +166,8 @@ def said(name: str, pinned: bool) -> str:
     return json.dumps({"name": name, "pinned": pinned})
 
 
-def _read_ids(file: Path) -> np.ndarray:
-    """Return the tokens of a state without reading the state itself.
+def _read_ids(file: Path) -> tuple[np.ndarray, bool]:
+    """Return the tokens of a state, and whether it has logits, without reading the state itself.
 
     Raises:
         ValueError: The file has another name than its tokens.
@@ -171,9 +176,10 @@ def _read_ids(file: Path) -> np.ndarray:
 
     with safe_open(str(file), framework="numpy") as opened:
         ids: np.ndarray = opened.get_tensor("ids")
+        answers = "logits" in opened.keys()  # noqa: SIM118  (it is no dict)
     if ids.ndim != 1 or ids.dtype != np.int64 or digest(ids) != file.stem:
         raise ValueError(f"{file} is the state of other tokens")
-    return ids
+    return ids, answers
 
 
 def _read_marks(file: Path) -> tuple[str, bool]:
