@@ -65,6 +65,10 @@ class Asking:
     prompt_cache: Annotated[
         Path | None, typer.Option("--prompt-cache", help="File that keeps the state after the beginning of the prompt.")
     ] = None
+    speculate: Annotated[
+        str,
+        typer.Option("--speculate", help="ngram guesses tokens from earlier places of the text; off does not."),
+    ] = "off"
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu"
     threads: Threads = None
     no_hash: Annotated[bool, typer.Option("--no-hash", help="Do not check the files' sha256 first.")] = False
