@@ -262,8 +262,8 @@ def shape(given: argparse.Namespace) -> int:
     liger, layers = get_preset(given.preset), given.layers or SHAPES[given.shape]["num_hidden_layers"]
     liger = replace(liger, heads=(given.heads,) * layers) if given.heads else liger
     make_checkpoint(given.checkpoint, given.shape, given.layers, liger)
-    lx.build(given.checkpoint, given.output, target="trt", engine=False, sms=(90,), max_batch=16,
-             max_chunk=given.max_chunk, verify=False)  # fmt: skip
+    lx.build(given.checkpoint, given.output, target="trt", engine=False, sms=(90,),
+             max_batch=given.max_batch, max_chunk=given.max_chunk, verify=False)  # fmt: skip
     return 0
 
 
@@ -318,6 +318,7 @@ def main() -> int:
     zero.add_argument("--preset", default="foresight")
     zero.add_argument("--heads", help="sizes of the memories of a layer's KV heads, as in `LigerConfig.heads`")
     zero.add_argument("--max-chunk", type=int, default=1024)
+    zero.add_argument("--max-batch", type=int, default=16)
     zero.add_argument("--checkpoint", type=Path, required=True)
     zero.add_argument("-o", "--output", type=Path, required=True)
     zero.set_defaults(run=shape)

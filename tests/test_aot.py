@@ -45,7 +45,14 @@ RECALL = replace(
     SMOLLM2, config=replace(PRESETS["recall"].config, heads=("12+6 3 70+20",), attention_weight=0.5), max_distance=300
 )
 SIZES = {"i32": 4, "i64": 8, "fp32": 4}
-TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
+TYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "i8": torch.int8,
+    "i32": torch.int32,
+    "i64": torch.int64,
+}
 
 PREAMBLE = f"""
 import dataclasses, json, sys

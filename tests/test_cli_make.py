@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,26 @@ def test_build_of_a_model_that_is_not_converted(cli: Cli, source: Path) -> None:
     result = cli("build", source)
     assert result.code in (1, 2) and "not converted" in result.err and "ligerexport convert" in result.err
     assert not (source / "onnx").exists()
+
+
+def test_run_of_a_model(cli: Cli, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is prepared once; a changed one again. A path with a typing error is not looked for on the hub."""
+    from ligerexport.checkpoint import convert
+    from ligerexport.exporters import prepare
+
+    model = shutil.copytree(source, tmp_path / "tiny")
+    monkeypatch.setattr(convert, "DEFAULT_PRESET", "memory")  # a tiny model is too small for a fit
+    monkeypatch.setattr(prepare, "cache_dir", lambda: tmp_path / "cache")
+    first = cli("run", model, "hello", "-n", 5, "--json")
+    assert first.code == 0 and "converting" in first.err and "native" in first.err, first
+    (kept,) = [path for path in (tmp_path / "cache" / "artifacts").iterdir() if path.is_dir()]
+    manifest = json.loads((kept / "manifest.json").read_text())
+    assert manifest["precision"] == "int4" and manifest["verification"]["passed"] is True
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_make", lambda *_: pytest.fail("it is in the cache"))
+        again = cli("run", model, "hello", "-n", 5, "--json")
+        assert json.loads(again.out)["text"] == json.loads(first.out)["text"] and "converting" not in again.err
+        assert "there is no directory" in cli("run", f"{tmp_path}/tinny", "hello").err
+    os.utime(model / "model.safetensors", (1, 1))
+    assert prepare.prepare(model) != kept
+    assert not list((tmp_path / "cache" / "artifacts").glob(".converted-*"))

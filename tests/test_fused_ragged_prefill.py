@@ -22,7 +22,8 @@ from test_fused_ragged_step import (
     to_device,
 )
 
-from ligerexport.kernels.fused.ragged_prefill import ragged_prefill
+from ligerexport.kernels import ragged
+from ligerexport.kernels.library import ragged_prefill as library
 from ligerexport.kernels.ops import liger_mixer
 from tests.tolerances import FUSED_FP32
 
@@ -35,31 +36,45 @@ def test_prompts_equal_plain_torch(name: str, monkeypatch: pytest.MonkeyPatch) -
     state = prefilled(spec, position - 11, 11)
     *heads, score = make_inputs(spec, 2, 15)
     expected, expected_state = liger_mixer(*heads, position, state, spec, make_rotary(spec), score)
-    given = [x.to(DEVICE) for x in (*heads, score, position)]
-    found, found_state = ragged_prefill(*given, to_device(state, spec), spec, make_rotary(spec).to(DEVICE))
+    monkeypatch.setattr(library, "fused", lambda x: True)
+    query, key, value = (x.to(DEVICE) for x in heads)
+    rest = position.to(DEVICE), to_device(state, spec), spec, make_rotary(spec).to(DEVICE), score.to(DEVICE)
+    assert library.serves(query, key, value, spec)
+    assert not library.serves(query, key.clone().requires_grad_(), value, spec), "the kernels have no gradient"
+    found, found_state = liger_mixer(query, key, value, *rest)
     assert not found[1, :4].any(), "padding"
     expected[1, :4] = 0  # torch leaves there what nobody reads
     assert error(found, expected) <= FUSED_FP32
     assert found_state.keys() == expected_state.keys()
     assert_same(found_state, expected_state, spec)
-    assert found_state["slot_position"].dtype == torch.int32
+    made = library._ragged_prefill(
+        *(x.to("meta") for x in (query, key, value, rest[0])), [x.to("meta") for x in found_state.values()],
+        rest[3].to("meta"), None, spec.text,
+    )  # fmt: skip
+    for x, fake in zip((found, *found_state.values()), made, strict=True):
+        assert x.shape == fake.shape and x.dtype == fake.dtype
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_full_size(dtype: torch.dtype) -> None:
-    """Against the kernels between which torch gathers the slots, with heads of very different sizes."""
+def test_full_size(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the kernels between which torch gathers the slots, with heads of very different sizes.
+
+    The first call is longer than the largest rotary distance.
+    """
     config = replace(
         SOFTMAX, sinks=4, heads=("16 256+384 1024+2048",), state_dtype="int8", attention_weight=1.0
     )  # fmt: skip
-    spec = replace(make_spec(config, (9, 3), 64, 64), max_distance=4000)
+    spec = replace(make_spec(config, (9, 3), 64, 64), max_distance=2500)
     rotary, position = make_rotary(spec).to(DEVICE), torch.tensor([0, -9], device=DEVICE)
     expected_state = state = spec.initial_state(2, dtype, DEVICE)
     for length in (3000, 700, 65):
         *heads, score = (x.to(DEVICE) for x in make_inputs(spec, 2, length, dtype))
         heads = [x.to(dtype) for x in heads]
-        expected, expected_state = liger_mixer(*heads, position, expected_state, spec, rotary, score)
-        found, state = ragged_prefill(*heads, score, position, state, spec, rotary)
+        found, state = liger_mixer(*heads, position, state, spec, rotary, score)
+        with monkeypatch.context() as patch:
+            patch.setattr(ragged, "serves", lambda *args: False)
+            expected, expected_state = liger_mixer(*heads, position, expected_state, spec, rotary, score)
         assert torch.equal(found, expected), length
         assert_same(state, expected_state, spec)
         position = position + length

@@ -24,6 +24,7 @@ from ligerexport.artifact.artifact import MANIFEST, open_artifact
 from ligerexport.artifact.hub import pull, push
 from ligerexport.checkpoint.sources import resolve
 from ligerexport.errors import ArtifactError, CheckpointError, LigerError, SourceError, UsageError
+from ligerexport.exporters.prepare import is_model, prepare
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2}
 
@@ -231,3 +232,14 @@ def test_commands(hub: Hub, artifact: Path, tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["path"] == "toy" and files(tmp_path / "toy") == files(artifact)
+
+
+def test_prepare_fetches_an_artifact(hub: Hub, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGEREXPORT_CACHE", str(tmp_path / "cache"))
+    hub.add("owner/built", files(artifact))
+    assert is_model("owner/built") and files(prepare("owner/built")) == files(artifact)
+    hub.log.clear()
+    prepare("owner/built")
+    assert not [
+        path for _, path, _ in hub.log if "/resolve/" in path and not path.endswith(("manifest.json", "config.json"))
+    ]

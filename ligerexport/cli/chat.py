@@ -13,7 +13,7 @@ import typer
 
 from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
-from ligerexport.cli.prompting import Asking, MaxNewTokens, cached, open_stdin, show
+from ligerexport.cli.prompting import Asking, MaxNewTokens, Runnable, cached, open_stdin, prepared, show
 from ligerexport.cli.remote import RemoteConversation, Server
 from ligerexport.console import card, data, err, format_bytes, print_error, say
 from ligerexport.errors import LigerError, UsageError, close_matches
@@ -34,9 +34,7 @@ _ENDINGS = {"eos": "complete", "length": "length limit", "stop": "stop text"}
 
 @verb()
 def chat(
-    artifact: Annotated[
-        Path | None, typer.Argument(help="Directory that build wrote, or convert, which runs in torch.")
-    ] = None,
+    artifact: Annotated[Path | None, Runnable] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
     max_new_tokens: MaxNewTokens = 512,
     *,
@@ -59,7 +57,7 @@ def chat(
     if artifact is None:
         talk = server.connect(asking, system, max_new_tokens)
     else:
-        talk, notes = _open(artifact, asking, system, max_new_tokens)
+        talk, notes = _open(prepared(artifact), asking, system, max_new_tokens)
     say("Ctrl-C stops an answer, /help lists the commands")
     turns: list[dict[str, Any]] = []
     for line in _lines(stdin):

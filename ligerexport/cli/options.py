@@ -6,7 +6,8 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter
@@ -64,9 +65,7 @@ def verb(*, verbose: bool = True, computes: bool = False) -> Callable[[Callable[
             begin(quiet, debug, verbose)
             for name, group in groups.items():
                 given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
-            if computes:
-                _compute(function, *args, **given)
-            else:
+            with computing(given.get("threads")) if computes else nullcontext():
                 function(*args, **given)
 
         parameters = [x for one in found for x in (_options(one.annotation) if one.name in groups else [one])]
@@ -94,15 +93,16 @@ def path(text: str | Path) -> Path:
     return Path(text)
 
 
-def _compute(function: Callable[..., None], *args: Any, threads: int | None = None, **given: Any) -> None:
-    """Call a verb that computes."""
+@contextmanager
+def computing(threads: int | None = None) -> Iterator[None]:
+    """Use this many threads, and hide the warnings and progress bars of libraries."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own bars replace them
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # otherwise it prints each attempt to reach the hub
     with use_threads(threads), warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
-        function(*args, threads=threads, **given)
+        yield
 
 
 def begin(quiet: bool, debug: bool, verbose: bool = False) -> None:

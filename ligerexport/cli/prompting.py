@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from ligerexport.cli.options import Threads
-from ligerexport.console import data
+from ligerexport.cli.options import Threads, computing
+from ligerexport.console import data, progress
 from ligerexport.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ligerexport.run.runtime import Session
 
 Artifact = Annotated[Path, typer.Argument(help="Directory that build wrote, or convert, which runs in torch.")]
+Runnable = typer.Argument(
+    help="Directory that build wrote, or convert, which runs in torch; or a model, which is converted and built first: "
+    "a directory, a GGUF file, a hub id, or a built-in model such as smollm2-135m."
+)
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Largest number of tokens to write.")]
 
 
@@ -102,6 +106,16 @@ class Asking:
 
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def prepared(model: Path) -> Path:
+    """Return the directory to open: that of the user, or an artifact of the model that the user named."""
+    from ligerexport.exporters.prepare import is_model, prepare
+
+    if not is_model(model):
+        return model
+    with computing():
+        return prepare(model, progress)
 
 
 def open_stdin() -> TextIO:

@@ -10,7 +10,7 @@ import typer
 from ligerexport.artifact.artifact import Manifest
 from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
-from ligerexport.cli.prompting import Artifact, Asking, MaxNewTokens, cached, open_stdin, show
+from ligerexport.cli.prompting import Asking, MaxNewTokens, Runnable, cached, open_stdin, prepared, show
 from ligerexport.console import card, data, format_bytes, progress, silent, warn
 from ligerexport.errors import UsageError, quoted
 from ligerexport.model.config import LigerConfig
@@ -22,7 +22,7 @@ _LONG_PROMPT = 2048
 
 @verb()
 def run(
-    artifact: Artifact,
+    artifact: Annotated[Path, Runnable],
     prompt: Annotated[
         str | None,
         typer.Argument(help="Text to continue; - reads stdin. Write -- before a text that begins with a dash."),
@@ -57,14 +57,16 @@ def run(
     """Continue a prompt. The text streams to stdout.
 
     Each token is the most likely one. With --chat, tokens are sampled as set in the model's generation_config.json. A
-    prompt that is too long for a command line can come from a file or a pipe. A state that one runtime saved can be
+    prompt that is too long for a command line can come from a file or a pipe. A model is converted and built at its
+    first run; its artifact, verified and in int4, is kept in the cache. A state that one runtime saved can be
     continued by every other: a checkpoint on a GPU reads a long text, and an artifact on a small device goes on.
     """
     from ligerexport.artifact.snapshot import Snapshot
     from ligerexport.run.generate import Chunk, generate, text_model
 
     data("", end="")  # fails at once if stdout is closed
-    prompt = _prompt(prompt, file)
+    prompt, model = _prompt(prompt, file), artifact
+    artifact = prepared(model)
     sampling, origin = asking.sampling(artifact, chat)
     options.announce("run", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed,
                      stop=asking.stop, prompt_cache=asking.prompt_cache, state=state, save_state=save_state,
@@ -111,7 +113,7 @@ def run(
             *([("forgotten", _forgotten(summary.forgotten, manifest))] if forgetting else []),
             *([("sampling", origin)] if origin else []),
         ],
-        next_command=f"ligerexport chat {quoted(artifact)}",
+        next_command=f"ligerexport chat {quoted(model)}",
     )  # fmt: skip
     if summary.finish == "eos" and not text.strip():
         asked = chat or not text_model(artifact).chat_template

@@ -11,6 +11,7 @@ import typer
 
 from ligerexport.cli import options
 from ligerexport.cli.options import Json, Threads, verb
+from ligerexport.cli.prompting import prepared
 from ligerexport.console import card, format_bytes, progress, warn
 from ligerexport.errors import MissingDependency, UsageError
 
@@ -20,7 +21,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 @verb()
 def serve(
     artifacts: Annotated[
-        list[str], typer.Argument(metavar="[NAME=]ARTIFACT...", help="Directories that build wrote, with their names.")
+        list[str],
+        typer.Argument(metavar="[NAME=]ARTIFACT...", help="Directories that build wrote, or models as for run."),
     ],
     host: Annotated[
         str, typer.Option(help="Address to serve on; other machines can reach any but 127.0.0.1.")
@@ -76,8 +78,8 @@ def serve(
         with progress("loading", len(named), "steps") as advance:
             for name, artifact in named.items():
                 models.append(open_model(
-                    name, artifact, max_batch=max_batch, memory=budget // len(named), queue=queue, device=device,
-                    state_dir=state_dir / name if state_dir else None, threads=threads,
+                    name, prepared(artifact), max_batch=max_batch, memory=budget // len(named), queue=queue,
+                    state_dir=state_dir / name if state_dir else None, device=device, threads=threads,
                     longest=max_new_tokens, deadline=deadline,
                 ))  # fmt: skip
                 advance(1)

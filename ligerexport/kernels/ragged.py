@@ -2,6 +2,7 @@
 
 Heads of equal sizes form a group, for which the operator of equal heads does the work. The Triton kernels read the
 sizes of each head and take all heads at once, with scratch memory for the largest; the state itself has no padding.
+Without gradients, they also do what this file does, see `ligerexport.kernels.fused.ragged_prefill`.
 Keys and values are rounded to the type of the state when they arrive, before anything reads them, and their codes are
 never computed again. So a prompt can be cut anywhere.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ligerexport.kernels.library.dispatch import fused
+from ligerexport.kernels.library.ragged_prefill import ragged_prefill, serves
 from ligerexport.model.state import FORGOTTEN, MOST, MixerSpec, MixerState
 
 Mixer = Callable[..., tuple[Tensor, MixerState]]
@@ -69,8 +71,11 @@ def ragged_mixer(
 ) -> tuple[Tensor, MixerState]:
     """Run `mixer` for each group of heads; further arguments and the results are those of the mixer.
 
-    Gradients pass through the rounding of keys and values unchanged.
+    Gradients pass through the rounding of keys and values unchanged. On CUDA, kernels compute all heads at once where
+    no gradient is needed.
     """
+    if serves(query, key, value, spec):
+        return ragged_prefill(query, key, value, position, state, spec, rotary, score)
     key, new_key = _rounded(key, spec)
     value, new_value = _rounded(value, spec)
     now = position[:, None] + torch.arange(key.shape[1], device=key.device)

@@ -216,7 +216,7 @@ class MixerSpec:
         """Number of columns of the recurrent state."""
         return self.d_v + self.config.normalised
 
-    @property
+    @cached_property
     def pools(self) -> tuple[Pool, ...]:
         """The pools of slots in plain values."""
         return pack(self.config.slots, self.config.window)
@@ -255,13 +255,13 @@ class MixerSpec:
         config = replace(c, window=_room(window, 256), slots=slots, heads=(), state_dtype="activation")
         return replace(self, config=config, sizes=sizes)
 
-    @property
+    @cached_property
     def splits(self) -> bool:
         """Whether fused kernels can compute a step over ragged slots: with one learned score or none, no recurrence."""
         c = self.config
         return c.ragged and not c.recurrent and not c.judged and all(pool.on_arrival for pool in self.pools)
 
-    @property
+    @cached_property
     def slots_per_head(self) -> tuple[int, ...]:
         """Number of all exact slots of each KV head."""
         return tuple(spec.config.num_slots for spec in self.heads)

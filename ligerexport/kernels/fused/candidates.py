@@ -6,7 +6,7 @@ is rotated in registers; the order of channels does not change the product of a 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ligerexport.kernels.fused.launch import launch, layout, same
 from ligerexport.model.state import MixerSpec, MixerState
@@ -28,6 +29,9 @@ EMPTY = tl.constexpr(-(2**30))
 """Time of an empty candidate; differences from it still fit in 32 bits."""
 NEVER = tl.constexpr(2**31 - 1)
 """Death of a candidate that stays."""
+
+_LONGER: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()
+"""For a rotary table, the last longer one that was made of it, which all layers of a model share, and its turns."""
 
 
 @dataclass(frozen=True)
@@ -267,15 +271,19 @@ def gather_candidates(
     state: MixerState,
     spec: MixerSpec,
     rotary: Tensor,
+    call: Hashable = None,
 ) -> Candidates:
-    """Return the candidates of a call; the arguments are those of `memory_attention`."""
+    """Return the candidates of a call; the arguments are those of `memory_attention`.
+
+    `call` is an object that is the same for calls of equal layout, if the caller has one.
+    """
     batch, length, q_heads, d_k = query.shape
     position = position.contiguous()
     kv_heads, d_v = value.shape[2:]
     config, slots, pools = spec.config, spec.config.num_slots, len(spec.config.slots)
     width_k, width_v = (max(triton.next_power_of_2(d), NARROWEST) for d in (d_k, d_v))
     table, reach = _reach(rotary, spec.max_distance, length)
-    call = same(layout(query, key, value, arrival, position, table, *state.values()), spec.text)
+    call = call or same(layout(query, key, value, arrival, position, table, *state.values()), spec.text)
     time = torch.empty(batch, kv_heads, slots + length, dtype=torch.int32, device=query.device)
     found = Candidates(
         spec=spec,
@@ -293,9 +301,8 @@ def gather_candidates(
         reach=reach,
     )
     arrives = next((i for i, pool in enumerate(spec.pools) if pool.on_arrival), -1)
-    strides = [s for x in (query, key, value) for s in x.stride()[:3]] + [
-        *(arrival.stride() if arrival is not None else (0, 0, 0))
-    ]
+    strides = [s for x in (query, key, value) for s in x.stride()[:3]]
+    strides += (0, 0, 0) if arrival is None else arrival.stride()
     constants = {
         "H_KV": kv_heads, "SLOTS": slots, "WINDOW": config.window, "SINKS": config.sinks, "POOLS": pools, "D_K": d_k,
         "WIDTH_K": width_k, "D_V": d_v, "WIDTH_V": width_v, "R": table.shape[2], "RAGGED": found.ragged,
@@ -331,8 +338,17 @@ def _reach(rotary: Tensor, cap: int, length: int) -> tuple[Tensor, int]:
     """Return a table of angles that reaches back over the whole call, and its reach in tokens."""
     if length <= cap + 1:
         return rotary.contiguous(), cap
+    turns = length // cap + 1
+    made = _LONGER.get(rotary)
+    if made is None or made[0] != turns:
+        made = _LONGER[rotary] = turns, _turned_on(rotary, cap, turns)
+    return made[1], made[1].shape[1] - 1
+
+
+def _turned_on(rotary: Tensor, cap: int, turns: int) -> Tensor:
+    """Return the angles from offset `-(turns + 1) cap + 1` to 0."""
     circle = torch.complex(rotary[0, : cap + 1].double(), rotary[1, : cap + 1].double())
-    steps = torch.arange(length // cap + 1, -1, -1, device=rotary.device)
+    steps = torch.arange(turns, -1, -1, device=rotary.device)
     whole = circle[0].angle() * steps[:, None]
     longer = (torch.polar(torch.ones_like(whole), whole)[:, None] * circle[1:]).flatten(0, 1)
-    return torch.stack([longer.real, longer.imag]).float(), longer.shape[0] - 1
+    return torch.stack([longer.real, longer.imag]).float()

@@ -7,6 +7,7 @@ codes, from the old state or from what was rounded, so no code is computed twice
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from ligerexport.kernels.fused.attend import attend
 from ligerexport.kernels.fused.candidates import EMPTY, Candidates, gather_candidates
+from ligerexport.kernels.fused.launch import launch, layout, same
 from ligerexport.kernels.fused.prefill import blend_outputs
 from ligerexport.kernels.fused.ragged_step import FIELDS, code_scale, to_codes
 from ligerexport.kernels.fused.slots import deaths, old_table, present_candidates
-from ligerexport.kernels.ragged import Stored
 from ligerexport.model.state import MixerSpec, MixerState
+
+Codes = tuple[Tensor, Tensor | None]
+"""Vectors in the type of the state `[..., d]`, and their scales `[...]` if they are codes of 8 bits."""
 
 ROWS = 16
 """Slots or tokens of a program."""
@@ -39,12 +43,13 @@ def ragged_prefill(
     rotary: Tensor,
 ) -> tuple[Tensor, MixerState]:
     """Run `liger_mixer` for a layer with `spec.splits`; arguments and results are the same, with slots in any order."""
-    key, new_key = _rounded(key, spec)
-    value, new_value = _rounded(value, spec)
+    call = same(layout(query, key, value, score, position, rotary, *state.values()), spec.text)
+    key, new_key = _rounded(key, spec, (call, "key"))
+    value, new_value = _rounded(value, spec, (call, "value"))
     places = places_on(spec.text, query.device)
     wide = roomy(spec)
-    past = _spread(state, spec, wide, places, query.dtype)
-    found = gather_candidates(query, key, value, score, position, past, wide, rotary)
+    past = _spread(state, spec, wide, places, query.dtype, call)
+    found = gather_candidates(query, key, value, score, position, past, wide, rotary, call)
     death = deaths(found)  # scores are complete when a token arrives
     table = old_table(found, death)
     present = _keep(found, table, state, (new_key, new_value), spec, places)
@@ -55,11 +60,13 @@ def ragged_prefill(
     return blend_outputs(output, output, spec), present
 
 
-@lru_cache(maxsize=256)
 def roomy(spec: MixerSpec) -> MixerSpec:
     """Return the layer with room for its largest head and the sizes of each one."""
-    if spec.roomy is not None:
-        return spec.roomy
+    return spec.roomy or _equal(spec)
+
+
+@lru_cache(maxsize=256)
+def _equal(spec: MixerSpec) -> MixerSpec:
     ((_, group),) = spec.groups
     sizes = spec.config.window, spec.config.kept - spec.config.sinks
     return replace(group, sizes=(sizes,) * spec.kv_heads)
@@ -77,22 +84,27 @@ def places_on(text: str, device: torch.device) -> Tensor:
     return torch.tensor([(*row, *[0] * (FIELDS.value - len(row))) for row in rows], dtype=torch.int32, device=device)
 
 
-def _rounded(x: Tensor, spec: MixerSpec) -> tuple[Tensor, Stored]:
+def _rounded(x: Tensor, spec: MixerSpec, call: Hashable) -> tuple[Tensor, Codes]:
     """Return vectors `[B, T, H_kv, d]` rounded to the type of the state, and as they are stored."""
     if spec.config.state_dtype == "activation":
-        return x, Stored(x, None)
+        return x, (x, None)
     batch, tokens, heads, width = x.shape
     scaled = spec.config.scaled
     rounded, codes = x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.int8 if scaled else torch.float16)
     scale = x.new_empty(batch, tokens, heads, dtype=torch.float16) if scaled else None
-    _round_kernel[(triton.cdiv(tokens, ROWS), heads, batch)](
+    launch(
+        call, _round_kernel, (triton.cdiv(tokens, ROWS), heads, batch),
         x, rounded, codes, scale, *x.stride()[:3], tokens,
-        H=heads, D=width, WIDTH=triton.next_power_of_2(width), ROWS=ROWS, num_warps=4,
+        constants=lambda: {
+            "H": heads, "D": width, "WIDTH": triton.next_power_of_2(width), "ROWS": ROWS, "num_warps": 4,
+        },
     )  # fmt: skip
-    return rounded, Stored(codes, scale)
+    return rounded, (codes, scale)
 
 
-def _spread(state: MixerState, spec: MixerSpec, wide: MixerSpec, places: Tensor, dtype: torch.dtype) -> MixerState:
+def _spread(
+    state: MixerState, spec: MixerSpec, wide: MixerSpec, places: Tensor, dtype: torch.dtype, call: Hashable
+) -> MixerState:
     """Return the state of `wide`, in which a head has its slots at the end of its row, and empty ones before."""
     position, room = state["slot_position"], wide.config.num_slots
     batch, slots = position.shape
@@ -105,12 +117,12 @@ def _spread(state: MixerState, spec: MixerSpec, wide: MixerSpec, places: Tensor,
     }
     if score is not None:
         past["slot_score"] = score.new_empty(batch, spec.kv_heads, 1, room)
-    _spread_kernel[(triton.cdiv(room, ROWS), spec.kv_heads, batch)](
+    launch(
+        call, _spread_kernel, (triton.cdiv(room, ROWS), spec.kv_heads, batch),
         *(state[name] for name in ("slot_key", "slot_value")), state.get("slot_key_scale"),
         state.get("slot_value_scale"), position, score, places,
         *past.values(), *(() if score is not None else (None,)), slots, 0 if score is None else score.shape[2],
-        H=spec.kv_heads, N=room, D_K=spec.d_k, WIDTH_K=triton.next_power_of_2(spec.d_k), D_V=spec.d_v,
-        WIDTH_V=triton.next_power_of_2(spec.d_v), FIELDS=FIELDS, ROWS=ROWS, num_warps=4,
+        constants=lambda: _widths(spec) | {"N": room},
     )  # fmt: skip
     return past
 
@@ -119,7 +131,7 @@ def _keep(
     found: Candidates,
     table: Tensor,
     state: MixerState,
-    new: tuple[Stored, Stored],
+    new: tuple[Codes, Codes],
     spec: MixerSpec,
     places: Tensor,
 ) -> MixerState:
@@ -128,18 +140,26 @@ def _keep(
     (key, key_scale), (value, value_scale) = new
     names = ("slot_key", "slot_value", "slot_key_scale", "slot_value_scale")
     score, config = state.get("slot_score"), found.spec.config
-    _keep_kernel[(triton.cdiv(max(spec.slots_per_head), ROWS), spec.kv_heads, len(key))](
+    launch(
+        found.call, _keep_kernel, (triton.cdiv(max(spec.slots_per_head), ROWS), spec.kv_heads, len(key)),
         *(state.get(name) for name in names), key, value, key_scale, value_scale,
         found.time, found.source, found.score, table, found.position, found.sizes, places,
         *(present.get(name) for name in (*names, "slot_position", "slot_score")), *key.stride()[:3],
         *value.stride()[:3], found.length, found.blocks, state["slot_position"].shape[1],
         0 if score is None else score.shape[2],
-        H=spec.kv_heads, N=config.num_slots, KEPT=config.kept,
-        KEPT_PADDED=triton.next_power_of_2(max(config.kept, 1)), D_K=spec.d_k,
-        WIDTH_K=triton.next_power_of_2(spec.d_k), D_V=spec.d_v, WIDTH_V=triton.next_power_of_2(spec.d_v),
-        FIELDS=FIELDS, ROWS=ROWS, num_warps=4,
+        constants=lambda: _widths(spec) | {
+            "N": config.num_slots, "KEPT": config.kept, "KEPT_PADDED": triton.next_power_of_2(max(config.kept, 1)),
+        },
     )  # fmt: skip
     return present
+
+
+def _widths(spec: MixerSpec) -> dict[str, int]:
+    """Return the constants that a copy of slots needs."""
+    return {
+        "H": spec.kv_heads, "D_K": spec.d_k, "WIDTH_K": triton.next_power_of_2(spec.d_k), "D_V": spec.d_v,
+        "WIDTH_V": triton.next_power_of_2(spec.d_v), "FIELDS": FIELDS, "ROWS": ROWS, "num_warps": 4,
+    }  # fmt: skip
 
 
 @triton.jit
