@@ -42,8 +42,10 @@ class Server:
             UsageError: An option applies to artifacts only, or the server has no such model.
             LigerError: The server cannot be reached, or refuses.
         """
-        if asking.prompt_cache or asking.special_content:
-            raise UsageError("--prompt-cache and --special-content need an artifact", hint="leave them out")
+        if asking.prompt_cache or asking.special_content or asking.speculate != "off":
+            raise UsageError(
+                "--prompt-cache, --special-content and --speculate need an artifact", hint="leave them out"
+            )
         key = read_keys(self.api_key_file)[0] if self.api_key_file else None
         settings, _ = asking.sampling(Path(), False)
         fields = settings | {"seed": asking.seed, "stop": asking.stop, "max_tokens": max_new_tokens}

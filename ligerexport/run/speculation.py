@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from ligerexport.run.runtime import Session
 T = TypeVar("T")
 WAYS = "off", "ngram"
 """Values of `speculate`."""
-LENGTHS = (0, 1, 2, 3, 5, 7, 11, 15)
+LENGTHS = (0, 1, 3, 7, 15)
 """Numbers of guessed tokens that a call may have beside the one that was chosen."""
 GAIN = 1.05
 """Guessing must promise this many times the speed of single steps."""
@@ -148,7 +149,7 @@ class Speculation:
     Args:
         session: The session, whose drafts take one call.
         places: The text so far, of which `step` adds its tokens.
-        guesses: Guesses of earlier texts on the same machine.
+        guesses: What was measured in this session before.
         clock: Returns the time in seconds.
 
     Attributes:
@@ -199,6 +200,10 @@ class Speculation:
             self._guesses.time(len(drafted), self._seconds + self._clock() - start)
 
 
+_known: WeakKeyDictionary[Session, Guesses] = WeakKeyDictionary()
+"""What was measured in each session."""
+
+
 class Guessing:
     """How the texts of one conversation are guessed.
 
@@ -212,14 +217,13 @@ class Guessing:
     def __init__(self, speculate: str) -> None:
         check_way(speculate)
         self._places = None if speculate == "off" else Places()
-        self._guesses = Guesses()
 
     def on(self, session: Session, ids: Iterable[int]) -> Session:
         """Return a session that guesses, if it can, what follows a prompt that continues the conversation."""
         if self._places is None or not session.drafts:
             return session
         self._places.read(ids)
-        return cast(Session, Speculation(session, self._places, self._guesses))
+        return cast(Session, Speculation(session, self._places, _known.setdefault(session, Guesses())))
 
 
 def settled(session: Session, chunks: Generator[T]) -> Generator[T]:
