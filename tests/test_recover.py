@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import toy
@@ -21,7 +22,7 @@ pytest.importorskip("peft")
 
 import ligerexport as lx
 from ligerexport.artifact.artifact import open_artifact
-from ligerexport.checkpoint.adapter import merge_adapter
+from ligerexport.checkpoint.adapter import _product, merge_adapter
 from ligerexport.cli import main
 from ligerexport.errors import CheckpointError, LigerError, UsageError
 from ligerexport.train import phases
@@ -162,6 +163,13 @@ def test_merged_weights_equal_the_adapter(liger: Path, chats: Path, tmp_path: Pa
     plain, whole = logits(lx.load_model(liger)), logits(lx.load_model(merged))
     assert (whole - logits(with_lora)).abs().max() <= LOGITS_FP32 * whole.abs().max()
     assert (whole - plain).abs().max() > 1e-2
+
+
+def test_merged_weights_are_the_same_on_every_machine() -> None:
+    """As numpy adds them up, one rank after the other."""
+    b, a = torch.randn(100, 16), torch.randn(16, 300)
+    ranks = b.numpy().T[:, :, None] * a.numpy()[:, None]
+    assert np.array_equal(_product(b, a).numpy(), np.add.accumulate(ranks)[-1])
 
 
 def test_weights_keep_their_type_and_files(chats: Path, tmp_path: Path) -> None:

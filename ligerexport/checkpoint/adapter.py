@@ -232,6 +232,19 @@ def lora_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]
     return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
 
 
+def _product(b: Tensor, a: Tensor) -> Tensor:
+    """Return B A, summed in the order of the ranks.
+
+    A matrix product has other last bits on other processors. With these sums a model that is converted on two machines
+    has the same weights, so that states of one fit the other.
+    """
+    made = b.new_zeros(len(b), a.shape[1])
+    for rows, part in zip(made.split(64), b.split(64), strict=True):  # as many as a processor's cache holds
+        for rank, row in enumerate(a):
+            rows += part[:, rank : rank + 1] * row
+    return made
+
+
 def _merge_file(source: Path, target: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> None:
     from safetensors.torch import save_file
 
@@ -246,7 +259,7 @@ def _merge_file(source: Path, target: Path, pairs: Mapping[str, tuple[Tensor, Te
             weight = file.get_tensor(name)
             if name in pairs:
                 a, b = pairs[name]
-                weight = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+                weight = (weight.float() + scale * _product(b.float(), a.float())).to(weight.dtype)
             weights[name] = weight.contiguous()
         made = target.with_name(f"{target.name}.merged")  # the target may be a link to one of the user's files
         save_file(weights, made, metadata=file.metadata() or {"format": "pt"})
