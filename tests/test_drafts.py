@@ -56,7 +56,7 @@ def test_the_state_does_not_know_what_was_taken_back(model: Path) -> None:
     untouched = tensors(session)
     logits = np.stack([stepped.step(token)[0].copy() for token in IDS[0, 40:46]])
     before, states = session.snapshot(), []
-    for kept in range(7):
+    for kept in (0, 1, 4, 6):
         for other in (3, 9):
             draft = np.append(IDS[0, 40 : 40 + kept], np.full(6 - kept, other))
             np.testing.assert_allclose(session.propose(draft)[0, :kept], logits[:kept], atol=1e-4)

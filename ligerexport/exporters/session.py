@@ -14,10 +14,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from ligerexport.artifact.artifact import Artifact, Manifest, StateTensor
+from ligerexport.artifact.artifact import Artifact, StateTensor
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.exporters.exchange import adapt, held_positions
+from ligerexport.exporters.exchange import adapt, check_origin, held_positions
 from ligerexport.exporters.exchange import dtype_of as dtype_of
 from ligerexport.model.state import FADE, fade
 
@@ -357,7 +357,7 @@ class BatchSession(ABC):
         """
         self._rows(row)
         batch, manifest = self.batch if row is None else 1, self.artifact.manifest
-        _check_origin(snapshot, manifest)
+        check_origin(snapshot, manifest)
         tensors = adapt(snapshot.tensors, manifest)
         for tensor in manifest.state:
             given = tensors.get(tensor.past)
@@ -427,26 +427,6 @@ def _inherit() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_inherit)
-
-
-def _check_origin(snapshot: Snapshot, manifest: Manifest) -> None:
-    """Check that a state belongs to a model.
-
-    Raises:
-        UsageError: It does not.
-    """
-    if manifest.fingerprint == snapshot.model or manifest.identity == snapshot.identity:
-        return
-    if snapshot.identity is None:
-        raise UsageError(
-            "this state belongs to another model, or to other weights of this one",
-            hint="load the artifact that it was saved with",
-        )
-    (weights, _), (ours, _) = (x.partition("-")[::2] for x in (snapshot.identity, manifest.identity))
-    what = "another conversion of this model" if weights == ours else "another model"
-    raise UsageError(
-        f"this state belongs to {what}", hint="states fit what was built from the same converted checkpoint"
-    )
 
 
 def choose_chunk(chunk: int | None, default: int, limit: int) -> int:

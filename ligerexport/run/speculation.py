@@ -95,7 +95,8 @@ class Guesses:
     def __init__(self) -> None:
         self._right = np.array([0.2, 0.4, 0.8, 1.6, 1.8])  # by length of the match; of 2 guesses
         self._made = np.full(5, 2.0)
-        self._costs: dict[int, deque[float]] = {}
+        self._steps: deque[float] = deque(maxlen=_TIMINGS)  # their seconds
+        self._costs: dict[int, deque[float]] = {}  # in steps of the same time, by the number of tokens
         self._waited = 0
 
     @staticmethod
@@ -109,20 +110,23 @@ class Guesses:
         self._made[kind] = 0.95 * self._made[kind] + 1
 
     def time(self, tokens: int, seconds: float) -> None:
-        """Record what a call of some tokens cost."""
-        self._costs.setdefault(tokens, deque(maxlen=_TIMINGS)).append(seconds)
+        """Record what a call of some tokens cost; the first one has one token."""
+        if tokens == 1:
+            self._steps.append(seconds)
+        else:
+            step = statistics.median(self._steps)
+            self._costs.setdefault(tokens, deque(maxlen=_TIMINGS)).append(seconds / step)
 
     def cost(self, tokens: int) -> float:
         """Return what a call of some tokens costs, in steps."""
-        step = statistics.median(self._costs[1])
-        known = max(n for n in self._costs if n < tokens)
+        known = max((n for n in self._costs if n < tokens), default=1)
         slope = _ROW if known == 1 else (self.cost(known) - 1) / (known - 1)
-        timed = [seconds / step for seconds in self._costs.get(tokens, ())]
+        timed = [*self._costs.get(tokens, ())]
         return statistics.median(timed + [1 + slope * (tokens - 1)] * max(0, 3 - len(timed)))
 
     def choose(self, length: int, most: int) -> int:
         """Return the number of tokens to guess after a match of some length, at most `most`."""
-        if 1 not in self._costs or most < 1 or not length:
+        if not self._steps or not length:
             return 0
         best, chosen, tokens, share = GAIN, 0, 1.0, 1.0
         for count in range(1, most + 1):
@@ -137,7 +141,7 @@ class Guesses:
                 break
         self._waited = 0 if chosen else self._waited + 1
         if self._waited == _PATIENCE:
-            self._costs, self._waited = {1: self._costs[1]}, 0
+            self._costs, self._waited = {}, 0
         return chosen
 
 

@@ -121,17 +121,9 @@ def mixer(
         arrival, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
     if lower.native:
         assert tables.keys is not None
+        metered = lower.meter and config.evicts
         mixed, kept = bounded_memory(
-            frame,
-            spec,
-            tables.keys,
-            tables.turn,
-            projected,
-            arrival,
-            score,
-            past,
-            layer,
-            lower.meter and config.evicts,
+            frame, spec, tables.keys, tables.turn, projected, arrival, score, past, layer, metered
         )
     else:
         query = g.transpose(frame.per_token(projected[0], spec.q_heads, spec.d_k), 0, 2, 1, 3)
