@@ -36,7 +36,7 @@ PIECES = 6
 STEPS = 24
 """Number of tokens, from the text's beginning, that are fed one by one; each greedy choice after them is compared."""
 REJECTED = 3
-"""Number of tokens that are taken back again after some of these."""
+"""Number of tokens that are taken back again in every eighth of these steps."""
 WHOLE = 8
 """The whole state is compared after every eighth step, or after each if a step may use another memory by a tie."""
 
@@ -202,8 +202,8 @@ class Verification(Comparison):
 
 
 def _step(session: Engine, ids: np.ndarray, start: int) -> np.ndarray:
-    """Advance by one token, in two of three steps as the first of a draft whose other tokens are taken back."""
-    if start % 3 == 0 or not isinstance(session, OnnxSession):
+    """Advance by one token, in every eighth step as the first of a draft whose other tokens are taken back."""
+    if start % WHOLE or not isinstance(session, OnnxSession):
         return session.step(int(ids[0]))
     session.propose(np.arange(REJECTED))
     session.commit(0)

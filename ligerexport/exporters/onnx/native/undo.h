@@ -23,7 +23,7 @@ struct Undo {  // of one KV head of one sequence; K `Change`s and 2 K rows follo
 
   struct Change {
     int64_t place;  // a slot, in the order in which they are filled
-    int64_t gone;   // the token at which the new token with this number loses its slot, K if it stays
+    int64_t gone;   // the token at which the new token with this number loses its slot; K if it stays, -1 if it is padding
   };
 
   int64_t row() const {
@@ -67,12 +67,12 @@ void remember(const Layer& layer, const Call<T>& call, const Workspace<T>& w, in
   undo->filled = std::min<int64_t>(w.free.size(), call.length);
   for (int64_t i = 0; i < call.length; ++i) {
     auto& change = undo->changes()[i];
-    change = {0, w.gone[slots + i]};
+    const int64_t now = call.position[b] + i;
+    change = {0, now < 0 ? -1 : w.gone[slots + i]};
     char* row = undo->new_row(i);
     const auto put = [&](const void* x, int64_t bytes) { std::memcpy(row, x, bytes), row += bytes; };
     put(&w.key[i * layer.d_k], undo->bytes[Undo::kKey]), put(&w.value[i * layer.d_v], undo->bytes[Undo::kValue]);
     put(&w.key_scale[i], undo->bytes[Undo::kKeyScale]), put(&w.value_scale[i], undo->bytes[Undo::kValueScale]);
-    const int64_t now = call.position[b] + i;
     const auto narrow = static_cast<int32_t>(now);
     put(call.new_position.narrow ? static_cast<const void*>(&narrow) : &now, position);
     for (int64_t p = 0; p < pools; ++p) put(&w.score[p * candidates + slots + i], sizeof(float));

@@ -39,7 +39,7 @@ class Undo:
             self._ranges[int(layer), PARTS.index(name)] = first, first + array.nbytes
             rows[int(layer)] += array.itemsize * (1 if array.ndim == 2 else array.shape[1 if name == PARTS[-1] else 2])
         batch = next(iter(state.values())).shape[0]
-        record = _RECORD + tokens * (_CHANGE + 2 * (int(rows.max()) + 8))
+        record = _RECORD + tokens * (_CHANGE + 2 * (int(rows.max()) // 8 * 8 + 16))
         self.memory = np.zeros((layers, batch * heads * record), np.uint8)
 
     def take_back(self, kept: np.ndarray) -> None:
