@@ -48,7 +48,7 @@ def plugin() -> str:
     """Return `operands.h` of the node `LigerMixer`."""
     rows = []
     for row in RAGGED:  # rows of equal heads are the same without scales, with activations in slots
-        if row.needs not in ("keyed", "celled", "routed"):
+        if row.needs not in ("celled", "routed"):
             needs = f"&MixerAttributes::{ATTRIBUTES.get(row.needs, row.needs)}" if row.needs else "nullptr"
             rows.append(f'    {{"{row.name}", Type::{TYPES[row.dtype]}, {needs}}},')
     names = ", ".join(f'"{name}"' for name in OPERANDS)

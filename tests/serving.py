@@ -15,7 +15,7 @@ import uvicorn
 
 from ligerexport.serve.app import Access, make_app
 from ligerexport.serve.host import listen
-from ligerexport.serve.models import open_model
+from ligerexport.serve.models import open_models
 
 
 @dataclass
@@ -53,18 +53,20 @@ class Address:
 
 
 @contextmanager
-def serving(artifact: Path, access: Access | None = None, **settings: Any) -> Iterator[Address]:
+def serving(
+    artifact: Path, access: Access | None = None, adapters: dict[str, Path] | None = None, **settings: Any
+) -> Iterator[Address]:
     """Serve an artifact under the name `toy` from a thread."""
     options: dict[str, Any] = {"max_batch": 4, "memory": 1 << 26, "queue": 64, "state_dir": None, "device": "cpu",
                                "threads": 1, "longest": 256, "deadline": None}  # fmt: skip
-    model = open_model("toy", artifact, **options | settings)
+    models = open_models("toy", artifact, adapters or {}, **options | settings)
     listener = listen("127.0.0.1", 0)
-    app = make_app([model], access or Access(), patience=5)
+    app = make_app(models, access or Access(), patience=5)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
-        yield Address(listener.getsockname()[1], model.engine)
+        yield Address(listener.getsockname()[1], models[0].engine)
     finally:
         server.should_exit = True
         thread.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from ligerexport.kernels.ops import BLOCK, rotary_table
 from ligerexport.kernels.plans import spec_fields
 from ligerexport.model.state import MixerSpec
 from tests.tolerances import FUSED_BF16
+
+KEYED = replace(PLAIN, config=replace(PLAIN.config, gate="gsa:16"))
 
 
 class Driver:
@@ -103,7 +106,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
     major, minor = torch.cuda.get_device_capability()
     sm, place = 10 * major + minor, tmp_path_factory.mktemp("device")
     operators = ("step", "linear_attention", "memory_attention", "prefill")
-    aot.compile_kernels([MEMORY, PLAIN], "bf16", [sm], place / "cubins", operators=operators, max_batch=8, jobs=1)
+    layers = [MEMORY, PLAIN, KEYED]
+    aot.compile_kernels(layers, "bf16", [sm], place / "cubins", operators=operators, max_batch=8, jobs=1)
     torch.zeros(1, device="cuda")  # makes the context
     return Driver(place / "cubins", sm)
 
@@ -135,20 +139,21 @@ def rotary() -> Tensor:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layer", [MEMORY, KEYED], ids=["memory", "keyed"])
 @pytest.mark.parametrize("batch", [1, 7])
-def test_steps_on_a_gpu(driver: Driver, batch: int) -> None:
+def test_steps_on_a_gpu(driver: Driver, batch: int, layer: MixerSpec) -> None:
     from ligerexport.kernels.fused.mixer_step import mixer_step
 
-    eager = MEMORY.initial_state(batch, torch.bfloat16, "cuda")
+    eager = layer.initial_state(batch, torch.bfloat16, "cuda")
     eager["slot_position"] = eager["slot_position"].int()  # as plans have it
     compiled = {name: x.clone() for name, x in eager.items()}
     for step in range(60):
         tensors = projections(batch)
         position = torch.full((batch,), step, device="cuda", dtype=torch.int32)
-        expected = mixer_step(tuple(tensors.values()), position, eager, MEMORY, rotary())
+        expected = mixer_step(tuple(tensors.values()), position, eager, layer, rotary())
         output = torch.full_like(expected, float("nan"))
         inputs = {**tensors, **compiled, "position": position, "rotary": rotary(), "output": output}
-        driver.run("step", axes_of(tensors, batch=batch), inputs)
+        driver.run("step", axes_of(tensors, batch=batch), inputs, layer)
         assert error(output, expected) < FUSED_BF16
     assert (eager["slot_position"] >= 0).all()
     assert torch.equal(compiled["slot_position"], eager["slot_position"])
@@ -197,20 +202,21 @@ def test_memory_attention_on_a_gpu(driver: Driver, batch: int, tokens: int) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layer", [PLAIN, KEYED], ids=["plain", "keyed"])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 50), (3, 200)])
-def test_prefill_on_a_gpu(driver: Driver, batch: int, tokens: int) -> None:
+def test_prefill_on_a_gpu(driver: Driver, batch: int, tokens: int, layer: MixerSpec) -> None:
     from ligerexport.kernels.ops import liger_mixer
 
-    past = PLAIN.initial_state(batch, torch.bfloat16, "cuda")
+    past = layer.initial_state(batch, torch.bfloat16, "cuda")
     position = torch.full((batch,), -5, device="cuda")
     for _ in range(2):
         tensors = projections(batch, tokens)
-        expected, state = liger_mixer(*tensors.values(), position, past, PLAIN, rotary())
+        expected, state = liger_mixer(*tensors.values(), position, past, layer, rotary())
         inputs = {f"past_{name}": x.int() if x.dtype == torch.int64 else x for name, x in past.items()}
         outputs = {f"present_{name[5:]}": torch.zeros_like(x) for name, x in inputs.items()}
         outputs["output"] = torch.full_like(expected, float("nan"))
         inputs |= {**tensors, **outputs, "position": position.int(), "rotary": rotary()}
-        driver.run("prefill", axes_of(tensors, batch=batch, tokens=tokens), inputs, PLAIN)
+        driver.run("prefill", axes_of(tensors, batch=batch, tokens=tokens), inputs, layer)
         assert error(outputs["output"], expected) < FUSED_BF16
         for name, x in state.items():
             assert error(outputs[f"present_{name}"], x) < FUSED_BF16, name

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from ligerexport.demo import host, page
 from ligerexport.demo.chart import Line, chart, nice_ceiling, thin
 from ligerexport.demo.compare import Pair, Stream, same_text
 from ligerexport.demo.host import Demo, read_result
+from ligerexport.demo.kept import Kept, kept_of, marked
 from ligerexport.demo.prompts import CHAT, MOST, PASSKEY, ask, filler
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.measure.bench.bench import bench, quantile
 from ligerexport.measure.bench.settings import Settings
 from ligerexport.measure.bench.worker import Worker
+from ligerexport.run.runtime import Session
 from ligerexport.text.tokenizer import TextModel
 
 
@@ -94,6 +96,30 @@ def test_both_answer_as_they_do_alone(demo: Demo, artifact: Path, text: TextMode
         assert stream.memory[-1][0] == len(ids) + stream.written - 1
 
 
+def test_what_is_held_is_marked(demo: Demo, text: TextModel) -> None:
+    """The toy holds the last tokens and no others; shades are shares of heads, and text is no markup."""
+    ids = ask(text, CHAT.name, "<b>a question</b>", 100).ids
+    stream, _ = answers(demo.pair, "held", ids, text)
+    kept = kept_of(stream, text)
+    assert kept is not None and len(kept.pieces) == stream.seen
+    assert "".join(kept.pieces).startswith(text.decode(ids)[:50])
+    assert stream.held == [[positions.tolist() for positions in heads] for heads in reread(demo, ids, stream).held()]
+    html = marked(kept, 0, 0)
+    assert "<b>" not in html and "&lt;b&gt;" in html
+    two = Kept(["one ", "two ", "three ", "four"], [[[0, 3], [3]], [[3], [1, 3]]])
+    assert two.heads == 2
+    assert '<mark class="lx-held2">one two </mark>three <mark class="lx-held5">four</mark>' in marked(two, 0, 0)
+    assert "one <mark" in marked(two, 2, 2) and "This head of 4, after 4 tokens: 2 tokens are held" in marked(two, 2, 2)
+    assert kept_of(Stream("x", {}, ()), text) is None and "Run a question first" in marked(None, 0, 0)
+
+
+def reread(demo: Demo, ids: Sequence[int], stream: Stream) -> Session:
+    """Return a session that has read what the model of a stream has seen."""
+    session = lx.load(demo._models[0])
+    session.prefill([*ids, *stream.ids][: stream.seen])
+    return session
+
+
 def test_two_users_do_not_mix(demo: Demo, text: TextModel) -> None:
     questions = [ask(text, CHAT.name, "first", 0).ids, ask(text, CHAT.name, "another one", 130).ids]
     alone = [answers(demo.pair, f"alone {i}", ids, text)[0].text for i, ids in enumerate(questions)]
@@ -116,6 +142,8 @@ def test_the_one_that_computed_less_has_the_next_turn(
     turns: list[str] = []
 
     def work(name: str, do: str, session: str, **arguments: Any) -> dict[str, Any]:
+        if do == "held":
+            return {"held": None}
         turns.append(name)
         seconds = 1 / 64 if name == ours else 8 / 64
         memory = {"state_bytes": 1, "rss": 1, "device": None}

@@ -310,6 +310,17 @@ def luminance(page: Page, part: str, what: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+def test_the_tab_of_what_is_held(page: Page) -> None:
+    page.ask("Why?", context=256, tokens=8)
+    page.wait()
+    page.page.get_by_role("tab", name="What it still holds").click()
+    page.page.wait_for_selector("#held mark.lx-held5")
+    assert "Why?" in page.page.inner_text("#held .lx-held")
+    page.slide("layer", 1)
+    page.slide("head", 2)
+    page.page.wait_for_function("document.querySelector('#held p').innerText.startsWith('This head')")
+
+
 def test_the_other_tabs(page: Page) -> None:
     page.page.get_by_role("tab", name="Model card").click()
     assert "compared with torch" in page.page.inner_text("#card")

@@ -14,7 +14,6 @@ from ligerexport.kernels.fused.mixer_step import Tiling, mixer_step
 from ligerexport.kernels.ops import BLOCK, liger_mixer, rotary_table
 from ligerexport.kernels.reference import liger_mixer_reference
 from ligerexport.model.config import PRESETS, LigerConfig
-from ligerexport.model.gates import get_gate
 from ligerexport.model.scores import SCORES
 from ligerexport.model.state import MixerSpec, MixerState
 from tests.checkpoints import EVERY_GATE, FUSED
@@ -29,7 +28,6 @@ SMALL = LigerConfig(window=8, sinks=2, attention_weight=0.7, recurrence_weight=0
 EVERY_SCORE = replace(SMALL, slots=tuple((name, 2 + i % 2) for i, name in enumerate(SCORES) if name != "learned"))
 MEMORY = replace(PRESETS["memory"].config, window=14, slots=(("recent_use", 4), ("peak_effect", 3), ("novelty", 3)))
 FORESIGHT = replace(MEMORY, slots=(("recent_use", 4), ("learned", 6)))
-FUSED_GATES = [name for name in EVERY_GATE if not get_gate(name).keyed]
 CONFIGS = {
     "liger": replace(PRESETS["liger"].config, window=16),
     "sinks": replace(PRESETS["sinks"].config, window=12),
@@ -43,7 +41,7 @@ CONFIGS = {
     "evicted, judged": replace(MEMORY, recurrence_weight=1.0, recurrence="evicted", recurrence_distance=30),
     "window of one": replace(SMALL, window=1, sinks=0),
     "window of one, scored": replace(SMALL, window=1, sinks=0, slots=(("use", 3), ("novelty", 2))),
-    **{gate: replace(SMALL, gate=gate) for gate in FUSED_GATES},
+    **{gate: replace(SMALL, gate=gate) for gate in EVERY_GATE},
     **{name: replace(SMALL, slots=((name, 5),), recurrence_weight=0.0) for name in SCORES},
 }
 
@@ -241,7 +239,7 @@ def test_views_of_one_projection() -> None:
     assert error(found, expected[:, 0]) <= FUSED_FP32
 
 
-@pytest.mark.parametrize("gate", FUSED_GATES)
+@pytest.mark.parametrize("gate", EVERY_GATE)
 def test_strong_gates_stay_exact(gate: str) -> None:
     spec = make_spec(replace(SMALL, gate=gate))
     state = prefilled(spec, 20, (0,))

@@ -144,7 +144,7 @@ def test_step_in_place_equals_the_mixer(name: str, device: str) -> None:
     for row, sequence in ((2, 0), (1, 3)):
         positions = pools["slot_position"][row].sort(-1).values
         assert torch.equal(positions, after["slot_position"][sequence].sort(-1).values)
-        for key in ("recurrent_state", "judge_state"):
+        for key in ("recurrent_state", "recurrent_key", "judge_state"):
             if key in pools:
                 assert (pools[key][row] - after[key][sequence]).abs().max() <= OP_FP32
 
@@ -177,7 +177,7 @@ def test_mistakes_are_named() -> None:
         mixer_step(
             *(x[:, 0] for x in layer.inputs(2, 1)), torch.tensor([0, 5]), layer.state(2), layer.spec, layer.rotary
         )
-    layer = Layer(CONFIGS["gsa"], "cpu")
+    layer = Layer(PRESETS["mom"].config, "cpu")
     with pytest.raises(ValueError, match="no fused step"):
         mixer_step(
             *(x[:, 0] for x in layer.inputs(2, 1)), torch.tensor([0, 5]), layer.state(2), layer.spec, layer.rotary

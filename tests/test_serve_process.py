@@ -126,6 +126,10 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, capsys: pytest.CaptureFix
         ([artifact, "--deadline", "nan"], 2, "--deadline"),
         ([artifact, "--drain", "inf"], 2, "--drain"),
         ([f"..={artifact}"], 2, "no name"),
+        ([artifact, "--lora", "law"], 2, "names no adapter of a model"),
+        ([artifact, f"other={artifact}", "--lora", "law=law"], 2, "MODEL:NAME=ADAPTER with a model of toy, other"),
+        ([artifact, "--lora", "law=a", "--lora", "toy:law=b"], 2, "two models are named toy:law"),
+        ([artifact, "--lora", "law=law"], 2, "takes no adapters"),
         ([artifact, "--port", 99_999], 2, "port 99999"),
     ):
         with pytest.raises(SystemExit) as done:

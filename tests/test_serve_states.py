@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.serve.request import Space
 from ligerexport.serve.states import States
 from ligerexport.serve.tree import Node, Tree
 
@@ -25,11 +26,11 @@ def ids(text: str) -> np.ndarray:
 
 def keep(states: States, *texts: str, owner: str = "") -> None:
     for text in texts:
-        states.insert(owner, ids(text), state(20 * len(text)))
+        states.insert(Space(owner), ids(text), state(20 * len(text)))
 
 
 def kept(states: States, owner: str = "") -> list[int]:
-    return [info.tokens // 20 for info in states.infos(owner)]
+    return [info.tokens // 20 for info in states.infos(Space(owner))]
 
 
 def test_a_tree_finds_what_a_list_finds() -> None:
@@ -68,9 +69,9 @@ def test_what_was_used_lately_stays() -> None:
     states = States("model", 3 * SIZE, None, 0)
     keep(states, "a", "b", "c")
     for new in "defgh":
-        assert states.find("", ids("aa"), 40)[0] is not None
+        assert states.find(Space(), ids("aa"), 40)[0] is not None
         keep(states, new)
-    assert states.find("", ids("a"), 20)[0] is not None and states.find("", ids("b"), 20)[0] is None
+    assert states.find(Space(), ids("a"), 20)[0] is not None and states.find(Space(), ids("b"), 20)[0] is None
 
 
 def test_the_disk_takes_what_the_memory_cannot_hold(tmp_path: Path) -> None:
@@ -88,14 +89,14 @@ def test_the_disk_takes_what_the_memory_cannot_hold(tmp_path: Path) -> None:
     np.testing.assert_array_equal(snapshot.tensors["past.0.x"], state(20).tensors["past.0.x"])
     states.close()
     again = States("model", 9 * SIZE, tmp_path, 9 * SIZE)
-    assert sorted(x.id for x in again.infos("")) == sorted(x.id for x in states.infos("") if x.on_disk)
-    assert States("other", SIZE, tmp_path, SIZE).infos("") == []
+    assert sorted(x.id for x in again.infos(Space())) == sorted(x.id for x in states.infos(Space()) if x.on_disk)
+    assert States("other", SIZE, tmp_path, SIZE).infos(Space()) == []
 
 
 def test_pinned_states_stay_but_not_all_can_be_pinned() -> None:
     states = States("model", 4 * SIZE, None, 0)
     for letter in "abc":
-        states.insert("", ids(letter), state(20), pin=True)
+        states.insert(Space(), ids(letter), state(20), pin=True)
     keep(states, "defgh", "ijklm", "nopqr")
-    pinned = [info for info in states.infos("") if info.pinned]
-    assert len(pinned) == 2 and len(states.infos("")) == 4
+    pinned = [info for info in states.infos(Space()) if info.pinned]
+    assert len(pinned) == 2 and len(states.infos(Space())) == 4

@@ -34,7 +34,7 @@ from ligerexport.exporters.tensorrt import backend, evaluation, machine, pack
 from ligerexport.exporters.tensorrt.engine import build_engine, check_engine
 from ligerexport.exporters.tensorrt.halves import halve_products
 from ligerexport.exporters.tensorrt.session import VARIABLE
-from ligerexport.model.config import LigerConfig
+from ligerexport.model.config import PRESETS, LigerConfig
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +137,8 @@ def test_kept_softmax(tmp_path: Path, target: str, packed: list[dict[str, Any]],
 
 
 def test_layers_without_kernels(tmp_path: Path, packed: list[dict[str, Any]]) -> None:
-    path = make_checkpoint(tmp_path / "model", LigerConfig(gate="gsa", window=8))
-    with pytest.raises(UsageError, match="keyed rows"):
+    path = make_checkpoint(tmp_path / "model", replace(PRESETS["mom"].config, window=8))
+    with pytest.raises(UsageError, match="several memories"):
         lx.build(path, tmp_path / "a", target="trt", engine=False, sms=(86,))
 
 

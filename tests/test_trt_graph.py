@@ -92,8 +92,9 @@ def test_families(tmp_path: Path, family: str) -> None:
     compare(*write(tmp_path, MEMORY, "fp32", family), "fp32")
 
 
-def test_gate_with_a_wider_state(tmp_path: Path) -> None:
-    compare(*write(tmp_path, LigerConfig(gate="mlstm", window=8), "fp32"), "fp32")
+@pytest.mark.parametrize("gate", ["mlstm", "gsa:4"])
+def test_gates_with_states_of_other_shapes(tmp_path: Path, gate: str) -> None:
+    compare(*write(tmp_path, LigerConfig(gate=gate, window=8), "fp32"), "fp32")
 
 
 def test_ragged_slots(tmp_path: Path) -> None:

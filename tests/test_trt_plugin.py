@@ -47,6 +47,7 @@ SPECS = {
     "foresight": FORESIGHT,
     "judged": JUDGED,
     "evicted": replace(FORESIGHT, config=replace(PRESETS["evicted"].config, window=12, slots=LEARNED)),
+    "keyed": replace(LAYER, config=replace(LAYER.config, window=12, gate="gsa")),
     "ragged": replace(LAYER, config=RECALL, q_heads=4, kv_heads=2),
 }
 PRODUCTS = {
@@ -384,12 +385,12 @@ def test_equal_code_is_packed_once(packed: Packed) -> None:
     assert packed.file.stat().st_size < sum({x["sha256"]: x["bytes"] for x in cubins}.values()) + 80_000
 
 
-def test_keyed_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memories_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(UsageError, match="keyed rows"):
-        write_pack([replace(LAYER, config=replace(LAYER.config, gate="gsa"))], tmp_path / "kernels.liger")
+    with pytest.raises(UsageError, match="for cells, memories"):
+        write_pack([replace(LAYER, config=PRESETS["mom"].config)], tmp_path / "kernels.liger")
     assert not (tmp_path / "kernels.liger").exists()
 
 

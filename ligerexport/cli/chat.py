@@ -86,7 +86,7 @@ def _open(
     sampling, origin = asking.sampling(artifact, True)
     sampler = Sampler(**sampling, seed=asking.seed)
     options.announce("chat", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed,
-                     stop=asking.stop, prompt_cache=asking.prompt_cache)  # fmt: skip
+                     stop=asking.stop, prompt_cache=asking.prompt_cache, lora=asking.lora)  # fmt: skip
     session, cache = asking.open(artifact, many=True)  # a conversation has many tokens
     talk = Conversation(
         session, sampler, system=system, max_new_tokens=max_new_tokens, stop=asking.stop or (), prompt_cache=cache,

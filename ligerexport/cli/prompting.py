@@ -73,6 +73,9 @@ class Asking:
         str,
         typer.Option("--speculate", help="ngram guesses tokens from earlier places of the text; off does not."),
     ] = "off"
+    lora: Annotated[
+        Path | None, typer.Option("--lora", metavar="ADAPTER", help="Use this LoRA; the artifact needs build --lora.")
+    ] = None
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu"
     threads: Threads = None
     no_hash: Annotated[bool, typer.Option("--no-hash", help="Do not check the files' sha256 first.")] = False
@@ -99,9 +102,12 @@ class Asking:
         from ligerexport.run.prompt_cache import PromptCache
         from ligerexport.run.runtime import load
 
+        adapters = {str(self.lora): self.lora} if self.lora else {}
         session = load(
-            artifact, threads=self.threads, prepack=many, hashes=not self.no_hash, device=self.device, meter=meter
-        )
+            artifact, threads=self.threads, prepack=many, hashes=not self.no_hash, device=self.device, meter=meter,
+            adapters=adapters,
+        )  # fmt: skip
+        session.use(next(iter(adapters), None))
         return session, PromptCache(self.prompt_cache) if self.prompt_cache else None
 
 

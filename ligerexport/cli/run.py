@@ -69,8 +69,9 @@ def run(
     artifact = prepared(model)
     sampling, origin = asking.sampling(artifact, chat)
     options.announce("run", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed,
-                     stop=asking.stop, prompt_cache=asking.prompt_cache, state=state, save_state=save_state,
-                     json_schema=json_schema, regex=regex, grammar=grammar, speculate=asking.speculate)  # fmt: skip
+                     stop=asking.stop, prompt_cache=asking.prompt_cache, lora=asking.lora, state=state,
+                     save_state=save_state, json_schema=json_schema, regex=regex, grammar=grammar,
+                     speculate=asking.speculate)  # fmt: skip
     schema = None if json_schema is None else read_json(json_schema, UsageError, "give a file with one JSON object")
     rules = None if grammar is None else grammar.read_text(encoding="utf-8")
     long = len(prompt) > 4 * _LONG_PROMPT

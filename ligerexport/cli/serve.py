@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +44,10 @@ def serve(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="Largest answer to a request that names no limit.")
     ] = 4096,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="[MODEL:]NAME=ADAPTER", help="LoRA to serve as MODEL:NAME; may be repeated."),
+    ] = None,
     deadline: Annotated[
         float | None, typer.Option(help="Seconds after which an answer is cut off.", show_default=False)
     ] = None,
@@ -59,10 +64,11 @@ def serve(
         from ligerexport.serve.app import Access, make_app
         from ligerexport.serve.gate import LOOPBACK, Keys
         from ligerexport.serve.host import listen, run
-        from ligerexport.serve.models import open_model
+        from ligerexport.serve.models import open_models
     except ImportError as error:
         raise MissingDependency(error.name or "fastapi", extra="serve") from error
     named, budget = _names(artifacts), _bytes(memory)
+    adapters = _adapters(lora or [], named)
     if min(max_batch, queue, max_new_tokens) < 1 or not (deadline is None or deadline > 0):
         raise UsageError(
             "--max-batch, --queue, --max-new-tokens and --deadline must be positive", hint="give at least 1"
@@ -70,16 +76,16 @@ def serve(
     if not 0 <= drain < math.inf:
         raise UsageError(f"--drain {drain}", hint="give a number of seconds, such as 30")
     access = Access(Keys(api_key_file) if api_key_file else None, LOOPBACK if host in LOOPBACK else None, cors or ())
-    options.announce("serve", artifacts=artifacts, host=host, port=port, max_batch=max_batch, queue=queue,
+    options.announce("serve", artifacts=artifacts, lora=lora, host=host, port=port, max_batch=max_batch, queue=queue,
                      memory=memory, state_dir=state_dir, max_new_tokens=max_new_tokens, deadline=deadline, drain=drain,
                      device=device, threads=threads)  # fmt: skip
     with listen(host, port) as listener:  # a port in use is found before anything is loaded
         models = []
         with progress("loading", len(named), "steps") as advance:
             for name, artifact in named.items():
-                models.append(open_model(
-                    name, prepared(artifact), max_batch=max_batch, memory=budget // len(named), queue=queue,
-                    state_dir=state_dir / name if state_dir else None, device=device, threads=threads,
+                models.extend(open_models(
+                    name, prepared(artifact), adapters[name], max_batch=max_batch, memory=budget // len(named),
+                    queue=queue, state_dir=state_dir / name if state_dir else None, device=device, threads=threads,
                     longest=max_new_tokens, deadline=deadline,
                 ))  # fmt: skip
                 advance(1)
@@ -87,9 +93,10 @@ def serve(
             warn(f"anyone who can reach {host} can use this server: --api-key-file FILE asks for a key")
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
-        options.finish_json(json, {"address": address, "models": list(named)})
+        served = [model.name for model in models]
+        options.finish_json(json, {"address": address, "models": served})
         states = f"{format_bytes(budget)} in memory" + (f", more in {state_dir}" if state_dir else "")
-        card("serving", [("models", ", ".join(named)), ("page", address), ("API", f"{address}/v1"),
+        card("serving", [("models", ", ".join(served)), ("page", address), ("API", f"{address}/v1"),
                          ("states", states), ("stop", "Ctrl-C")])  # fmt: skip
         run(make_app(models, access, patience=drain), listener, drain)
 
@@ -110,6 +117,26 @@ def _names(artifacts: list[str]) -> dict[str, Path]:
         if name in found:
             raise UsageError(f"two artifacts are named {name}", hint="give them names: chat=DIRECTORY code=DIRECTORY")
         found[name] = options.path(place)
+    return found
+
+
+def _adapters(given: list[str], models: Collection[str]) -> dict[str, dict[str, Path]]:
+    """Return the adapters of each model by their names.
+
+    Raises:
+        UsageError: One has no name or the name of another one, or its model is not served or not named.
+    """
+    found: dict[str, dict[str, Path]] = {model: {} for model in models}
+    for text in given:
+        named, separator, place = text.partition("=")
+        model, _, name = named.rpartition(":")
+        model = model or (next(iter(found)) if len(found) == 1 else "")
+        if not (separator and name and place and model in found):
+            raise UsageError(f"--lora {text!r} names no adapter of a model",
+                             hint=f"give MODEL:NAME=ADAPTER with a model of {', '.join(found)}")  # fmt: skip
+        if name in found[model] or f"{model}:{name}" in found:
+            raise UsageError(f"two models are named {model}:{name}", hint="give the adapter another name")
+        found[model][name] = options.path(place)
     return found
 
 

@@ -16,7 +16,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ligerexport.demo import page
 from ligerexport.demo.host import SHORT, Demo
-from ligerexport.demo.prompts import CHAT, MOST, PASSKEY, PRESETS
+from ligerexport.demo.kept import marked
+from ligerexport.demo.prompts import FIRST, MOST, PASSKEY, PRESETS
 from ligerexport.errors import UsageError
 from ligerexport.versions import warn_if_untried
 
@@ -28,6 +29,7 @@ POLICY = (
 )
 """Content security policy: Gradio's own scripts are inline, and other servers are not contacted."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PAPER = '<a href="https://arxiv.org/abs/2503.01496" rel="noreferrer" target="_blank">Liger</a>'
 USERS = 8
 """Largest number of concurrent answers."""
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -36,12 +38,19 @@ HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"
 def make_page(demo: Demo) -> gr.Blocks:
     """Return the Gradio app."""
     first, second = demo.pair.names
-    title = f"{escape(first)} and {escape(second)}"
-    about = "One prompt, two models, each in its own process. The figures are measured while they answer."
+    grows = demo.pair.facts(second)["kind"] == "transformer"
+    title = "A constant memory beside a growing one" if grows else "Two models side by side"
+    about = (
+        f"<b>{escape(first)}</b> keeps a memory of constant size ({PAPER}), and <b>{escape(second)}</b> is what it is "
+        f"compared with. Both answer one prompt, in turns, each in its own process. {page.difference(demo.pair)}"
+    )
     with gr.Blocks(title=f"{first} and {second}") as blocks:
         _html(f'<div class="lx-head"><h1>{title}</h1><p>{about}</p></div>')
+        kept = gr.State(None)
         with gr.Tab("Live"):
-            stop = _live(demo)
+            stop = _live(demo, kept)
+        with gr.Tab("What it still holds"):
+            _held(kept)
         with gr.Tab("Measured here"):
             measured = _html(page.measured(demo.result), elem_id="measured")
             lengths = " and ".join(f"{tokens:,}" for tokens in SHORT.contexts)
@@ -65,15 +74,31 @@ def make_page(demo: Demo) -> gr.Blocks:
     return blocks
 
 
-def _live(demo: Demo) -> gr.Button:
-    """Make the tab in which both models answer, and return its stop button."""
-    idle, trained = demo.idle(), demo.pair.facts(demo.pair.names[1])["trained_length"]
-    preset = gr.Radio(list(PRESETS), value=CHAT.name, label="Question")
-    prompt = gr.Textbox(CHAT.prompt, label="Prompt", lines=2, max_lines=6, elem_id="prompt")
+def _held(kept: gr.State) -> None:
+    """Make the tab that shows which tokens the first model holds after an answer."""
     with gr.Row():
-        context = gr.Slider(0, MOST, CHAT.context, step=256, label="Context length (tokens)", elem_id="context",
+        layer = gr.Slider(0, 1, 0, step=1, label="Layer", info="0 shows all layers", elem_id="layer", min_width=300)
+        head = gr.Slider(0, 1, 0, step=1, label="KV head", info="0 shows all heads", elem_id="head", min_width=300)
+    shown = _html(marked(None, 0, 0), elem_id="held")
+
+    def arrived(kept: Any, layer: int, head: int) -> list[Any]:
+        layers, heads = (len(kept.held), kept.heads) if kept else (1, 1)
+        return [gr.Slider(maximum=layers), gr.Slider(maximum=heads), marked(kept, int(layer), int(head))]
+
+    kept.change(arrived, [kept, layer, head], [layer, head, shown], **HIDDEN)
+    gr.on([layer.change, head.change], lambda kept, layer, head: marked(kept, int(layer), int(head)),
+          [kept, layer, head], shown, **HIDDEN)  # fmt: skip
+
+
+def _live(demo: Demo, kept: gr.State) -> gr.Button:
+    """Make the tab in which both models answer, and return its stop button; `kept` gets what the first one holds."""
+    idle, trained = demo.idle(), demo.pair.facts(demo.pair.names[1])["trained_length"]
+    preset = gr.Radio(list(PRESETS), value=FIRST.name, label="Question")
+    prompt = gr.Textbox(FIRST.prompt, label="Prompt", lines=2, max_lines=6, elem_id="prompt")
+    with gr.Row():
+        context = gr.Slider(0, MOST, FIRST.context, step=256, label="Context length (tokens)", elem_id="context",
                             info=f"Both were trained on up to {trained:,}", min_width=300)  # fmt: skip
-        most = gr.Slider(4, 512, CHAT.tokens, step=4, label="Answer length (tokens)", elem_id="most",
+        most = gr.Slider(4, 512, FIRST.tokens, step=4, label="Answer length (tokens)", elem_id="most",
                          info="Greedy decoding", min_width=300)  # fmt: skip
         depth = gr.Slider(0, 100, 50, step=5, label="Position of the pass key (%)", elem_id="depth",
                           info="0 is the beginning of the text", min_width=300, visible=False)  # fmt: skip
@@ -90,7 +115,7 @@ def _live(demo: Demo) -> gr.Button:
     plots = _html(idle["plots"], elem_id="plots")
     runs = _html(page.runs(demo.pair.names, []), elem_id="runs")
     rows = gr.State([])
-    parts = {"ours": ours, "theirs": theirs, "plots": plots, "runs": runs, "rows": rows, "status": status}
+    parts = {"ours": ours, "theirs": theirs, "plots": plots, "runs": runs, "rows": rows, "status": status, "kept": kept}
 
     def choose(name: str) -> list[Any]:
         row, asks = PRESETS[name], name == PASSKEY.name

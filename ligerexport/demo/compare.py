@@ -50,6 +50,8 @@ class Stream:
         latencies: Milliseconds of each token except the first.
         memory: After each turn: tokens seen, bytes of state or KV cache, resident bytes, bytes on a GPU.
         finish: Reason for the end: `eos`, `length`, `stopped`; None before the end.
+        ids: Ids of the answer.
+        held: Positions that each KV head of each layer holds after the answer; None if it was stopped or is unknown.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Stream:
     latencies: list[float] = field(default_factory=list)
     memory: list[tuple[int, int, int, int | None]] = field(default_factory=list)
     finish: str | None = None
+    ids: list[int] = field(default_factory=list)
+    held: list[list[list[int]]] | None = None
 
     @property
     def seen(self) -> int:
@@ -160,6 +164,8 @@ class Pair:
                     yield streams
                     time.sleep(REST)
                     shown = time.perf_counter()
+            for writer in writers:
+                writer.stream.held = writer.ask(stop, "held")["held"]
         except Stopped:
             for stream in streams:
                 stream.finish = stream.finish or "stopped"
@@ -197,7 +203,7 @@ class _Writer:
         stream = self.stream
         if stream.read < len(stream.prompt):
             piece = list(stream.prompt[stream.read : stream.read + self._piece])
-            answer = self._ask(stop, "prefill", ids=[piece])
+            answer = self.ask(stop, "prefill", ids=[piece])
             seconds, tokens = answer["seconds"], answer["tokens"]
             stream.read += len(piece)
             stream.clock += seconds
@@ -206,19 +212,21 @@ class _Writer:
                 stream.first = stream.clock
                 self._write(tokens[0])
         else:
-            answer = self._ask(stop, "decode", tokens=[self._token])
+            answer = self.ask(stop, "decode", tokens=[self._token])
             (seconds,), ((token,),) = answer["seconds"], answer["tokens"]
             stream.clock += seconds
             stream.latencies.append(seconds * 1e3)
             self._write(token)
         stream.memory.append((stream.seen, answer["state_bytes"], answer["rss"], answer["device"]))
 
-    def _ask(self, stop: threading.Event, do: str, **arguments: Any) -> dict[str, Any]:
+    def ask(self, stop: threading.Event, do: str, **arguments: Any) -> dict[str, Any]:
+        """Call the model's worker in a turn."""
         return self._pair.call(stop, partial(self._pair.work, self.stream.name, do, self._session, **arguments))
 
     def _write(self, token: int) -> None:
         stream = self.stream
         stream.written += 1
+        stream.ids.append(token)
         self._token = token
         if token in self._end:
             stream.finish = "eos"

@@ -15,7 +15,8 @@ from ligerexport.artifact.artifact import is_artifact, open_artifact
 from ligerexport.console import Advance, Unit
 from ligerexport.demo import page
 from ligerexport.demo.compare import Pair, Stopped, Stream, same_text
-from ligerexport.demo.prompts import CHAT, ask
+from ligerexport.demo.kept import kept_of
+from ligerexport.demo.prompts import FIRST, ask
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.measure.bench.bench import bench
 from ligerexport.measure.bench.report import RESULT
@@ -72,7 +73,7 @@ class Demo:
             if not stop.is_set():
                 rows = [*rows, page.run_row(streams, question.key)]
                 said = page.status(self._verdict(streams))
-                yield {"runs": page.runs(self.pair.names, rows), "rows": rows}
+                yield {"runs": page.runs(self.pair.names, rows), "rows": rows, "kept": kept_of(streams[0], self.text)}
         except LigerError as error:
             said = page.status(error.message, error.hint, error=True)
         finally:
@@ -86,7 +87,7 @@ class Demo:
     def idle(self) -> dict[str, Any]:
         """Return the parts of the page before the first question."""
         first, second = (Stream(name, self.pair.facts(name), ()) for name in self.pair.names)
-        return self._picture((first, second), CHAT.tokens, None)
+        return self._picture((first, second), FIRST.tokens, None)
 
     def _verdict(self, streams: tuple[Stream, Stream]) -> str:
         ours, theirs = streams

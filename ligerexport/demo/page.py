@@ -12,7 +12,7 @@ from typing import Any
 from ligerexport.artifact.artifact import Manifest
 from ligerexport.console import format_bytes
 from ligerexport.demo.chart import Line, chart, legend
-from ligerexport.demo.compare import Stream
+from ligerexport.demo.compare import Pair, Stream
 from ligerexport.measure.bench.report import COLUMNS, cells
 
 STYLES = ("ours", "theirs")
@@ -21,6 +21,7 @@ KINDS = {
     "converted": ("recurrent, constant state, torch", "state"),
     "transformer": ("Transformer, growing KV cache", "KV cache"),
 }
+RUNTIMES = {"artifact": "ONNX Runtime or TensorRT", "converted": "PyTorch", "transformer": "PyTorch"}
 FINISHES = {"eos": "finished", "length": "finished", "stopped": "stopped"}
 EMPTY = "-"
 
@@ -57,6 +58,14 @@ def card(stream: Stream, style: str, key: str | None = None) -> str:
         f"<div>{escape(stream.text)}</div></div>"
         f'<p class="lx-line">{_progress(stream)}{_recalled(stream, key)}</p></section>'
     )
+
+
+def difference(pair: Pair) -> str:
+    """Return a sentence about how the two models run, apart from their memories."""
+    how = [f"{pair.facts(name)['precision']} weights in {RUNTIMES[pair.facts(name)['kind']]}" for name in pair.names]
+    if how[0] == how[1]:
+        return f"Both have {how[0]}."
+    return f"They differ in more than memory: the first has {how[0]}, the second {how[1]}."
 
 
 def _figure(text: str | None) -> tuple[str, str]:

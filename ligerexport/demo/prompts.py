@@ -41,7 +41,9 @@ class Preset:
 CHAT = Preset("Chat", "Explain in a few sentences why the sky is blue.", 0, 128)
 SUMMARISE = Preset("Summarise a long text", "Summarise the text above in three sentences.", 2048, 128)
 PASSKEY = Preset("Passkey recall", "", 1024, 8)
-PRESETS = {preset.name: preset for preset in (CHAT, SUMMARISE, PASSKEY)}
+PRESETS = {preset.name: preset for preset in (SUMMARISE, PASSKEY, CHAT)}
+FIRST = SUMMARISE
+"""The preset that the page opens with: a text that is long enough for a constant memory to matter."""
 
 
 @cache

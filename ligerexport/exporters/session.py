@@ -64,7 +64,7 @@ class BatchSession(ABC):
 
     def use(self, adapters: str | Sequence[str | None] | None) -> None:
         """See `ligerexport.run.runtime.Session`."""
-        if adapters is not None:
+        if isinstance(adapters, str) or any(adapters or ()):
             raise UsageError("this session takes no adapters", hint="build for ONNX Runtime with --lora R")
 
     @contextmanager

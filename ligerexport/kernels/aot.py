@@ -140,11 +140,11 @@ def _plan(
         config = spec.config
         if not (config.fuses or spec.splits):
             raise UsageError(
-                "no kernel is compiled ahead of time for keyed rows, cells, memories, or ragged slots with a "
-                "recurrence or other scores than a learned one",
-                hint="convert with --recurrence-weight 0, or with another gate",
+                "no kernel is compiled ahead of time for cells, memories, or ragged slots with a recurrence or other "
+                "scores than a learned one",
+                hint="convert with --recurrence-weight 0",
             )
-        absent = "linear_attention" if config.evicts or not config.recurrent else ""
+        absent = "linear_attention" if config.evicts or config.keyed or not config.recurrent else ""
         wanted += [(name, spec, dtype) for name in operators if name != absent]
     plans: dict[str, Plan] = {}
     kernels: dict[str, Kernel] = {}

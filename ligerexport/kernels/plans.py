@@ -309,7 +309,8 @@ def _prefill(spec: MixerSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Ca
 
 
 def _prefill_axes(spec: MixerSpec, dtype: torch.dtype) -> dict[str, str]:
-    linear = _linear_attention_axes(spec, dtype) if spec.config.recurrent else {"pieces": "cdiv(tokens, tokens)"}
+    chunked = spec.config.recurrent and not spec.config.keyed
+    linear = _linear_attention_axes(spec, dtype) if chunked else {"pieces": "cdiv(tokens, tokens)"}
     return linear | _memory_attention_axes(spec, dtype) | (_judge_axes(spec) if spec.config.judged else {})
 
 

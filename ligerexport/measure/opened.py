@@ -134,6 +134,10 @@ class Opened(ABC):
         """
         raise UsageError("the state of a recurrent model cannot be filled without reading")
 
+    def held(self) -> list[list[list[int]]] | None:
+        """Return the positions that the first sequence holds exactly, by layer and KV head; None if unknown."""
+        return None
+
     @abstractmethod
     def sibling(self, batch: int = 1) -> Opened:
         """Return new sequences on the same weights, with empty states."""
@@ -354,6 +358,10 @@ class ArtifactModel(Opened):
         array = np.asarray(ids, np.int64)
         logits = self.session.step(array[:, 0]) if array.shape[1] == 1 else self.session.prefill(array)
         return [int(row) for row in logits.argmax(axis=-1)]
+
+    def held(self) -> list[list[list[int]]]:
+        """See `Opened.held`."""
+        return [[positions.tolist() for positions in heads] for heads in self.session.held()]
 
     def sibling(self, batch: int = 1) -> ArtifactModel:
         return ArtifactModel(self.session.sibling(batch), self.device)

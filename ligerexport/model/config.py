@@ -311,8 +311,8 @@ class LigerConfig:
 
     @property
     def fuses(self) -> bool:
-        """Whether one fused kernel can compute a step: without keyed rows, cells, memories and ragged slots."""
-        return not self.keyed and not self.celled and not self.routed and not self.ragged
+        """Whether fused kernels can compute a step: without cells, memories and ragged slots."""
+        return not self.celled and not self.routed and not self.ragged
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -96,9 +96,9 @@ MOST = 127
 
 SLOTS = tuple(row.name for row in TENSORS if row.name.startswith("slot_"))
 """Tensors of the exact memory."""
-FUSED = tuple(row.name for row in TENSORS if row.needs not in ("keyed", "celled", "routed"))
-"""Tensors that a layer without keyed rows, cells or memories can carry; fused kernels and C++ support no others."""
-EVICTED = tuple(name for name in FUSED if name.startswith("recurrent_"))
+FUSED = tuple(row.name for row in TENSORS if row.needs not in ("celled", "routed"))
+"""Tensors that a layer without cells or memories can carry; fused kernels and the TensorRT plugin support no others."""
+EVICTED = tuple(row.name for row in TENSORS if row.needs in ("linear", "expands"))
 """Tensors of the linear attention over evicted tokens."""
 CELLS = tuple(row.name for row in TENSORS if row.needs == "celled")
 """Tensors of the cells of evicted tokens."""

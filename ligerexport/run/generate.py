@@ -223,10 +223,8 @@ def generate(
         session.reset()
     elif prompt_cache is not None:
         raise UsageError("prompt_cache with fresh=False", hint="a cache is for the beginning of a text; leave one out")
-    if prompt_cache is not None and any(getattr(session, "adapters", ())):
-        raise UsageError(
-            "prompt_cache with an adapter", hint="its states are those of the model without one; leave it out"
-        )
+    if prompt_cache is not None:
+        _check_no_adapter(session)
     cache = PromptCache(prompt_cache) if isinstance(prompt_cache, str | Path) else prompt_cache
     stops = StopStrings(_stops(stop), text.special_ids if text else None)
     ends = eos_ids(session.artifact.directory) if text is None else text.eos_ids if messages is None else text.turn_ends
@@ -247,6 +245,13 @@ def _check(session: Session, ids: Sequence[int], max_new_tokens: int) -> None:
         raise UsageError("the prompt has no tokens", hint="give at least one token of text")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens {max_new_tokens}", hint="give at least 1")
+
+
+def _check_no_adapter(session: Session) -> None:
+    if any(getattr(session, "adapters", ())):
+        raise UsageError(
+            "prompt_cache with an adapter", hint="its states are those of the model without one; leave it out"
+        )
 
 
 def _stops(stop: Sequence[str]) -> list[str]:
@@ -378,6 +383,8 @@ class Conversation:
         special_content: bool = False,
         speculate: str = "off",
     ) -> None:
+        if prompt_cache is not None:
+            _check_no_adapter(session)
         self.session, self._guessing = session, Guessing(speculate)
         self._text = text_model(session.artifact.directory)
         self._text.next_turn("?")

@@ -45,6 +45,7 @@ class Served:
         longest: Largest number of tokens in an answer to a request without a limit.
         deadline: Seconds after which an answer is cut off; None never.
         facts: What `/v1/models` says in addition.
+        adapter: Adapter of the engine that answers use; None for none.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Served:
     longest: int = 4096
     deadline: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -228,7 +230,8 @@ def start(asked: Asked, owner: str, client: str) -> list[Answer]:
             settings = {**asked.settings, "seed": None if seed is None else seed + index % asked.count}
             request = Request(
                 prompt, Settings(**settings), asked.max_tokens, asked.ends | stops.ids, owner=owner, client=client,
-                deadline=until, constraint=asked.grammar.begin() if asked.grammar else None, **asked.options,
+                adapter=model.adapter, deadline=until,
+                constraint=asked.grammar.begin() if asked.grammar else None, **asked.options,
             )  # fmt: skip
             answers.append(Answer(index, model.engine.submit(request), prompt, model.text, stops))
     except BaseException:

@@ -103,16 +103,17 @@ def make_app(models: Sequence[Served], access: Access = Access(), *, patience: f
         patience: Seconds that accepted requests may take to finish when it shuts down.
     """
     served = Models(models)
-    metrics = Metrics({model.name: model.engine for model in models})
+    engines = {model.name: model.engine for model in models if model.adapter is None}
+    metrics = Metrics(engines)
     ready = [True]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         ready[0] = False
-        await asyncio.gather(*(model.engine.drain(patience) for model in models))
-        for model in models:
-            model.engine.close()
+        await asyncio.gather(*(engine.drain(patience) for engine in engines.values()))
+        for engine in engines.values():
+            engine.close()
 
     gate = Middleware(Gate, keys=access.keys, hosts=access.hosts, most=access.most,
                       count=lambda path, status: metrics.requests.labels(path, str(status)).inc())  # fmt: skip
@@ -203,13 +204,13 @@ def _add_states(app: FastAPI, served: Models) -> None:
         """List the client's states of one model, or of all."""
         models = served.all.values() if model is None else [served.find(model)]
         rows = [{"object": "state", "model": one.name, **asdict(info)}
-                for one in models for info in one.engine.states(request.state.owner)]  # fmt: skip
+                for one in models for info in one.engine.states(request.state.owner, one.adapter)]  # fmt: skip
         return {"object": "list", "data": rows}
 
     def one(state: str, model: str | None, owner: str) -> tuple[Served, dict[str, Any]]:
         """Return a state and its model."""
         for candidate in served.all.values() if model is None else [served.find(model)]:
-            for info in candidate.engine.states(owner):
+            for info in candidate.engine.states(owner, candidate.adapter):
                 if state in (info.id, info.name):
                     return candidate, {"object": "state", "model": candidate.name, **asdict(info)}
         raise ApiError(404, f"There is no state '{state[:100]}'.", param="id", code="state_not_found")
@@ -220,16 +221,16 @@ def _add_states(app: FastAPI, served: Models) -> None:
         owner = request.state.owner
         found, facts = one(state, body.model, owner)
         if body.pinned is not None:
-            found.engine.pin(owner, facts["id"], body.pinned)
+            found.engine.pin(owner, facts["id"], body.pinned, found.adapter)
         if body.name is not None:
-            found.engine.name(owner, facts["id"], body.name)
+            found.engine.name(owner, facts["id"], body.name, found.adapter)
         return one(facts["id"], found.name, owner)[1]
 
     @app.delete("/v1/states/{state}")
     def delete_state(state: str, request: Request, model: str | None = Query(None)) -> dict[str, Any]:
         """Forget a state."""
         found, facts = one(state, model, request.state.owner)
-        found.engine.delete(request.state.owner, facts["id"])
+        found.engine.delete(request.state.owner, facts["id"], found.adapter)
         return {"id": facts["id"], "object": "state", "deleted": True}
 
 

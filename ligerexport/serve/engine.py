@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 from ligerexport.artifact.artifact import Manifest
-from ligerexport.errors import LigerError, UsageError
+from ligerexport.errors import LigerError, UsageError, close_matches
 from ligerexport.run.generate import text_model
 from ligerexport.run.runtime import load
 from ligerexport.serve.job import Job, Ticket
-from ligerexport.serve.request import Draining, QueueFull, Request, StateInfo
+from ligerexport.serve.request import Draining, QueueFull, Request, Space, StateInfo
 from ligerexport.serve.scheduler import Scheduler
 from ligerexport.serve.states import States
+from ligerexport.serve.store import adapter_digest
 from ligerexport.serve.waiting import Waiting
 from ligerexport.text.tokenizer import TextModel
 
@@ -39,7 +41,7 @@ class Engine:
         state_dir: Directory for states; None keeps them in memory only. Its states are found again after a restart.
         disk: Bytes of states in that directory; None takes 16 times `memory`.
         queue: Number of requests that may wait.
-        device, threads: See `ligerexport.run.runtime.load`.
+        device, threads, adapters: See `ligerexport.run.runtime.load`.
 
     Attributes:
         manifest: What the artifact says about itself.
@@ -61,14 +63,16 @@ class Engine:
         queue: int = 256,
         device: str = "cpu",
         threads: int | None = None,
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         for name, value, least in (("max_batch", max_batch, 1), ("memory", memory, 0), ("queue", queue, 1)):
             if value < least:
                 raise UsageError(f"{name} {value}", hint=f"give at least {least}")
-        session = load(artifact, batch=max_batch, threads=threads, device=device)
+        session = load(artifact, batch=max_batch, threads=threads, device=device, adapters=adapters)
         self.manifest: Manifest = session.artifact.manifest
         self.directory = session.artifact.directory
         self._states = States(self.manifest.fingerprint, memory, state_dir, DISK * memory if disk is None else disk)
+        self._adapters = {name: adapter_digest(path) for name, path in (adapters or {}).items()}
         self._changed = threading.Condition()
         self._waiting = Waiting(queue)
         self._poked = self._draining = self._closing = False
@@ -102,7 +106,8 @@ class Engine:
             Draining: The engine is about to end.
             LigerError: The engine has failed.
         """
-        job = Job(request, self.manifest.model.vocab_size, self._wake)
+        space = self._space(request.owner, request.adapter)
+        job = Job(request, self.manifest.model.vocab_size, self._wake, space.adapter)
         with self._changed:
             if self._failed:
                 raise LigerError(f"the engine has failed: {self._failed}", hint="start the server again")
@@ -136,26 +141,26 @@ class Engine:
         self._thread.join()
         self._states.close()
 
-    def states(self, owner: str = "") -> list[StateInfo]:
-        """Return the states of an owner, the longest first."""
-        return self._states.infos(owner)
+    def states(self, owner: str = "", adapter: str | None = None) -> list[StateInfo]:
+        """Return the states of an owner with an adapter or without one, the longest first."""
+        return self._states.infos(self._space(owner, adapter))
 
-    def pin(self, owner: str, state: str, pinned: bool = True) -> None:
+    def pin(self, owner: str, state: str, pinned: bool = True, adapter: str | None = None) -> None:
         """Keep a state until it is deleted, or no longer; `state` is an id or a name.
 
         Raises:
             UsageError: There is no such state, or pinned ones would take more than half of the space.
             LigerError: The disk is full.
         """
-        self._states.change(self._states.get(owner, state), pinned=pinned)
+        self._states.change(self._states.get(self._space(owner, adapter), state), pinned=pinned)
 
-    def name(self, owner: str, state: str, name: str) -> None:
+    def name(self, owner: str, state: str, name: str, adapter: str | None = None) -> None:
         """Name a state; see `pin` for errors."""
-        self._states.change(self._states.get(owner, state), name=name)
+        self._states.change(self._states.get(self._space(owner, adapter), state), name=name)
 
-    def delete(self, owner: str, state: str) -> None:
+    def delete(self, owner: str, state: str, adapter: str | None = None) -> None:
         """Delete a state, also from the disk; see `pin` for errors."""
-        self._states.forget(self._states.get(owner, state))
+        self._states.forget(self._states.get(self._space(owner, adapter), state))
 
     def stats(self) -> dict[str, float]:
         """Return gauges (`running`, `reading`, `waiting`, bytes of states) and totals since the start.
@@ -170,6 +175,18 @@ class Engine:
         totals = {name: float(scheduler.counts[name]) for name in ("read", "cached", "steps", "stepped")}
         seconds = {f"seconds_{name}": scheduler.seconds[name] for name in ("reading", "stepping")}
         return gauges | totals | seconds | self._states.stats()
+
+    def _space(self, owner: str, adapter: str | None) -> Space:
+        """Return where states of an owner and an adapter belong.
+
+        Raises:
+            UsageError: There is no such adapter.
+        """
+        if adapter is None:
+            return Space(owner)
+        if adapter not in self._adapters:
+            raise UsageError(f"no adapter '{adapter}' was loaded", hint=close_matches(adapter, self._adapters))
+        return Space(owner, self._adapters[adapter])
 
     def _wake(self) -> None:
         with self._changed:

@@ -16,7 +16,7 @@ from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import UsageError
 from ligerexport.run.runtime import Session
 from ligerexport.run.sampling import Sampler
-from ligerexport.serve.request import Event, Finish, Reason, Request
+from ligerexport.serve.request import Event, Finish, Reason, Request, Space
 from ligerexport.serve.states import Held
 
 
@@ -66,8 +66,10 @@ class Job:
         request: The request.
         vocabulary: Number of tokens of the model.
         wake: See `Ticket`.
+        adapter: Digest of the request's adapter; empty text for none.
 
     Attributes:
+        space: Where its states belong.
         tokens: The prompt and the tokens that were written.
         prompt: The prompt `[T]` int64.
         at: Number of `tokens` that the model has seen.
@@ -83,7 +85,7 @@ class Job:
         UsageError: A value of the request makes no sense.
     """
 
-    def __init__(self, request: Request, vocabulary: int, wake: Callable[[], None]) -> None:
+    def __init__(self, request: Request, vocabulary: int, wake: Callable[[], None], adapter: str = "") -> None:
         ids = np.asarray(request.prompt)
         if ids.ndim != 1 or len(ids) < 1 or ids.dtype.kind not in "iu":
             raise UsageError("the prompt has no tokens", hint="give at least one token of text")
@@ -96,6 +98,7 @@ class Job:
             raise UsageError(f"logprobs {request.logprobs}", hint=f"give 0 to {vocabulary}")
         self.request, self.ticket = request, Ticket(wake)
         self.client = request.client or request.owner
+        self.space = Space(request.owner, adapter)
         self.prompt = ids.astype(np.int64)
         self.tokens: list[int] = self.prompt.tolist()
         self.arrived = time.monotonic()

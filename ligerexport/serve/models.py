@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,15 @@ from ligerexport.serve.answers import Served
 from ligerexport.serve.engine import Engine
 
 
-def open_model(name: str, artifact: Path, *, longest: int, deadline: float | None, **settings: Any) -> Served:
-    """Load an artifact.
+def open_models(
+    name: str, artifact: Path, adapters: Mapping[str, Path], *, longest: int, deadline: float | None, **settings: Any
+) -> list[Served]:
+    """Load an artifact. Each adapter is a model of its own, `NAME:ADAPTER`, on the same engine.
 
     Args:
         name: Its name in requests.
         artifact: Directory that `build` wrote.
+        adapters: Directories of PEFT adapters by their names.
         longest: See `Served`.
         deadline: See `Served`.
         settings: Arguments of `Engine`.
@@ -32,4 +37,6 @@ def open_model(name: str, artifact: Path, *, longest: int, deadline: float | Non
              "kv_bytes_per_token": manifest.bytes.kv_per_token, "source": manifest.source.model,
              "target": manifest.target, "weights": manifest.precision}  # fmt: skip
     said, _ = chat_settings(artifact)
-    return Served(name, Engine(artifact, **settings), said, longest, deadline, facts)
+    base = Served(name, Engine(artifact, adapters=adapters, **settings), said, longest, deadline, facts)
+    named = {f"{name}:{adapter}": adapter for adapter in adapters}
+    return [base, *(replace(base, name=x, adapter=named[x], facts=facts | {"parent": name}) for x in named)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -45,6 +45,18 @@ class Constraint(Protocol):
         ...
 
 
+class Space(NamedTuple):
+    """Where states belong: a state is found only in the space in which it was made.
+
+    Attributes:
+        owner: Whose states they are; all owners also find the pinned ones of the owner "".
+        adapter: Digest of the adapter with which the text was read; empty text for none.
+    """
+
+    owner: str = ""
+    adapter: str = ""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How tokens are chosen; see `ligerexport.run.sampling.Sampler` for each value."""
@@ -77,6 +89,7 @@ class Request:
         constraint: Allows some tokens only.
         deadline: Time of `time.monotonic()` in seconds at which the request ends.
         pin: Whether to keep the state of the prompt without its last token for good.
+        adapter: Name of an adapter that the engine has; None for none.
         marks: Numbers of tokens after which the prompt may branch, such as the ends of turns. States are kept there.
     """
 
@@ -92,6 +105,7 @@ class Request:
     constraint: Constraint | None = None
     deadline: float | None = None
     pin: bool = False
+    adapter: str | None = None
     marks: tuple[int, ...] = ()
 
 

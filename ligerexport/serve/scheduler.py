@@ -183,11 +183,11 @@ class Scheduler:
         job.held, job.loading, job.behind, job.at, job.cached = None, None, None, 0, 0
         if job.request.prompt_logprobs:
             return
-        owner, last = job.request.owner, job.last
-        held, known = self._states.find(owner, job.prompt, last)
+        space, last = job.space, job.last
+        held, known = self._states.find(space, job.prompt, last)
         cached = held.node.length if held else 0
         for other in self._reading[: self._reading.index(job)]:
-            if other.request.owner == owner and not other.request.prompt_logprobs:
+            if other.space == space and not other.request.prompt_logprobs:
                 common = min(common_length(other.prompt, job.prompt), last, other.last)
                 if common >= cached + WORTH and other.at < common:
                     other.stops = sorted({*other.stops, common}, reverse=True)
@@ -232,15 +232,16 @@ class Scheduler:
         """Continue a prompt after the tokens that a state has seen."""
         job.cached = cached
         if cached < job.last and not job.request.prompt_logprobs:
-            job.reader, job.at = self._reader(snapshot), cached
+            job.reader, job.at = self._reader(job, snapshot), cached
             job.stops = [at for at in job.stops if at > cached]  # others may have added some meanwhile
         else:
             self._join(job, snapshot, cached)
         self.counts["cached"] += cached
 
-    def _reader(self, snapshot: Snapshot | None) -> Session:
-        """Return a session of one row in a state, or one that has seen nothing."""
+    def _reader(self, job: Job, snapshot: Snapshot | None) -> Session:
+        """Return a session of one row for a job, in a state, or one that has seen nothing."""
         reader = self._readers.pop() if self._readers else self._root.sibling()
+        reader.use(job.request.adapter)
         reader.reset() if snapshot is None else reader.restore(snapshot)
         return reader
 
@@ -270,15 +271,15 @@ class Scheduler:
 
     def _keep(self, job: Job, snapshot: Snapshot) -> Snapshot:
         """Keep a state of a prompt if it is worth its bytes."""
-        owner, ids = job.request.owner, job.prompt[: job.at]
-        if self._states.wants(owner, ids):
-            self._states.insert(owner, ids, snapshot, write=job.at < job.last)
+        space, ids = job.space, job.prompt[: job.at]
+        if self._states.wants(space, ids):
+            self._states.insert(space, ids, snapshot, write=job.at < job.last)
         return snapshot
 
     def _join(self, job: Job, snapshot: Snapshot | None, at: int) -> None:
         """Give a job whose prompt is read a row, or end it if that was all."""
         if job.request.pin and snapshot is not None:
-            self._states.insert(job.request.owner, job.prompt[:at], snapshot, pin=True)
+            self._states.insert(job.space, job.prompt[:at], snapshot, pin=True)
         if job.request.max_tokens == 0 and not job.request.prompt_logprobs:
             job.at = at
             self._reading.remove(job)
@@ -321,6 +322,7 @@ class Scheduler:
         ids = [_IDLE if job is None else job.tokens[job.at] for job in self._rows]
         clock = time.perf_counter()
         try:
+            self._batch.use([None if job is None else job.request.adapter for job in self._rows])
             logits = self._batch.step(ids)
         except Exception as error:
             for job in self.running:
@@ -356,9 +358,9 @@ class Scheduler:
         """End a job and keep its state."""
         session: Session | None = job.reader if job.row is None else self._batch
         if session is not None and job.at > job.cached and not job.request.prompt_logprobs:
-            owner, ids = job.request.owner, np.array(job.tokens[: job.at], np.int64)
-            if self._states.wants(owner, ids):
-                self._states.insert(owner, ids, session.snapshot(job.row or 0), write=True)
+            space, ids = job.space, np.array(job.tokens[: job.at], np.int64)
+            if self._states.wants(space, ids):
+                self._states.insert(space, ids, session.snapshot(job.row or 0), write=True)
         if job.row is not None:
             self._vacate(job.row)
         else:

@@ -20,8 +20,8 @@ import numpy as np
 
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.serve.request import StateInfo
-from ligerexport.serve.store import Store, digest, owner_key
+from ligerexport.serve.request import Space, StateInfo
+from ligerexport.serve.store import Store, digest, space_key
 from ligerexport.serve.tree import Node, Tree
 
 WORTH = 16
@@ -40,7 +40,7 @@ class Held:
     """A state at a node of a tree.
 
     Attributes:
-        owner: Key of the owner's tree.
+        space: Key of the tree in which it is.
         id: `digest` of its tokens.
         node: Its place.
         nbytes: Its size.
@@ -53,7 +53,7 @@ class Held:
         used: Number of that use.
     """
 
-    owner: str
+    space: str
     id: str
     node: Node
     nbytes: int
@@ -108,24 +108,24 @@ class States:
         self._clock, self._uses = 0.0, 0
         self._in_memory = self._on_disk = self._being_written = 0
         self._writes: set[Future[int]] = set()
-        for owner, found in self._store.scan() if self._store else ():
-            held = self._add(owner, found.ids, found.nbytes)
+        for key, found in self._store.scan() if self._store else ():
+            held = self._add(key, found.ids, found.nbytes)
             held.written, held.name, held.pinned = True, found.name, found.pinned
             self._on_disk += found.nbytes
 
-    def find(self, owner: str, ids: np.ndarray, limit: int) -> tuple[Held | None, int]:
-        """Return the deepest state for a beginning of ids, and how many of their tokens any prefix of the owner has.
+    def find(self, space: Space, ids: np.ndarray, limit: int) -> tuple[Held | None, int]:
+        """Return the deepest state for a beginning of ids, and how many of their tokens any prefix there has.
 
         Args:
-            owner: The owner; pinned states of the owner "" are found too.
+            space: Where to look; pinned states of the owner "" are found too.
             ids: Tokens `[T]` int64.
             limit: Largest number of tokens that the state may have seen.
         """
         with self._lock:
-            nodes, known = self._tree(owner_key(owner)).find(ids, limit)
+            nodes, known = self._tree(space_key(space)).find(ids, limit)
             best = next((node.held for node in nodes if isinstance(node.held, Held)), None)
-            if owner:
-                common, _ = self._tree(owner_key("")).find(ids, limit)
+            if space.owner:
+                common, _ = self._tree(space_key(space._replace(owner=""))).find(ids, limit)
                 pinned = next((x.held for x in common if isinstance(x.held, Held) and x.held.pinned), None)
                 if pinned is not None and (best is None or pinned.node.length > best.node.length):
                     best = pinned
@@ -136,10 +136,10 @@ class States:
     def fetch(self, held: Held) -> Future[Snapshot]:
         """Return a state, from memory or from the disk; the future fails if its file is damaged or gone."""
         with self._lock:
-            snapshot, owner, ids = held.snapshot, held.owner, held.ids
+            snapshot, space, ids = held.snapshot, held.space, held.ids
         if snapshot is None:
             assert self._store is not None
-            return self._readers.submit(self._store.read, owner, ids)
+            return self._readers.submit(self._store.read, space, ids)
         ready: Future[Snapshot] = Future()
         ready.set_result(snapshot)
         return ready
@@ -147,30 +147,30 @@ class States:
     def keep_in_memory(self, held: Held, snapshot: Snapshot) -> None:
         """Keep a state in memory that was read from the disk."""
         with self._lock:
-            if held.snapshot is None and self._held.get((held.owner, held.id)) is held:
+            if held.snapshot is None and self._held.get((held.space, held.id)) is held:
                 held.snapshot = snapshot
                 self._in_memory += held.nbytes
                 self._shrink()
 
-    def wants(self, owner: str, ids: np.ndarray) -> bool:
+    def wants(self, space: Space, ids: np.ndarray) -> bool:
         """Return whether a state after these tokens `[T]` is not there yet and is worth its bytes."""
-        held, _ = self.find(owner, ids, len(ids))
+        held, _ = self.find(space, ids, len(ids))
         return len(ids) - (held.node.length if held else 0) >= WORTH
 
     def insert(
-        self, owner: str, ids: np.ndarray, snapshot: Snapshot, *, pin: bool = False, write: bool = False
+        self, space: Space, ids: np.ndarray, snapshot: Snapshot, *, pin: bool = False, write: bool = False
     ) -> None:
         """Keep a state.
 
         Args:
-            owner: The owner.
+            space: Where to keep it.
             ids: Tokens that it has seen `[T]` int64.
             snapshot: The state of one sequence, which nobody changes any more.
             pin: Whether to pin it.
             write: Whether to write it to the disk at once, and not only when the memory is full.
         """
         with self._lock:
-            key = owner_key(owner)
+            key = space_key(space)
             held = self._held.get((key, digest(ids))) or self._add(key, ids, snapshot.nbytes)
             if held.snapshot is None:
                 held.snapshot = snapshot
@@ -186,32 +186,32 @@ class States:
     def forget(self, held: Held) -> None:
         """Remove a state."""
         with self._lock:
-            if self._held.get((held.owner, held.id)) is not held:
+            if self._held.get((held.space, held.id)) is not held:
                 return
             self._release(held)
             if held.written:
                 self._unwrite(held)
-            del self._held[held.owner, held.id]
-            self._trees[held.owner].remove(held.node)
+            del self._held[held.space, held.id]
+            self._trees[held.space].remove(held.node)
 
-    def infos(self, owner: str) -> list[StateInfo]:
-        """Return the states of an owner, the longest first."""
+    def infos(self, space: Space) -> list[StateInfo]:
+        """Return the states of a space, the longest first."""
         with self._lock:
-            mine = [held for held in self._held.values() if held.owner == owner_key(owner)]
+            mine = [held for held in self._held.values() if held.space == space_key(space)]
             return [
                 StateInfo(x.id, x.node.length, x.nbytes, x.snapshot is not None, x.written, x.pinned, x.name)
                 for x in sorted(mine, key=lambda held: -held.node.length)
             ]
 
-    def get(self, owner: str, state: str) -> Held:
-        """Return a state of an owner.
+    def get(self, space: Space, state: str) -> Held:
+        """Return a state of a space.
 
         Raises:
             UsageError: There is none with this id or name.
         """
         with self._lock:
-            key = owner_key(owner)
-            named = (x for x in self._held.values() if x.owner == key and x.name == state and state)
+            key = space_key(space)
+            named = (x for x in self._held.values() if x.space == key and x.name == state and state)
             held = self._held.get((key, state)) or next(named, None)
         if held is None:
             raise UsageError(f"there is no state {state!r:.60}", hint="list the states first")
@@ -275,7 +275,7 @@ class States:
                     hint="unpin or delete others first, or give the server more space",
                 )
         if self._store is not None:
-            self._store.mark(held.owner, held.id, name, pinned)
+            self._store.mark(held.space, held.id, name, pinned)
         held.name, held.pinned = name, pinned
 
     def _shrink(self) -> None:
@@ -312,7 +312,7 @@ class States:
             return
         held.writing = True
         self._being_written += held.nbytes
-        write = self._writer.submit(self._store.write, held.owner, held.ids, held.snapshot)
+        write = self._writer.submit(self._store.write, held.space, held.ids, held.snapshot)
         self._writes.add(write)
         write.add_done_callback(self._wrote(held, held.nbytes))
 
@@ -332,7 +332,7 @@ class States:
 
     def _unwrite(self, held: Held) -> None:
         assert self._store is not None
-        self._store.remove(held.owner, held.id)
+        self._store.remove(held.space, held.id)
         held.written = False
         self._on_disk -= held.nbytes
 
@@ -342,12 +342,12 @@ class States:
             with self._lock:
                 held.writing = False
                 self._being_written -= nbytes
-                known = self._held.get((held.owner, held.id)) is held
+                known = self._held.get((held.space, held.id)) is held
                 if error is None and known:
                     held.written = True
                     self._on_disk += nbytes
                 elif error is None and self._store is not None:  # it was forgotten meanwhile
-                    self._store.remove(held.owner, held.id)
+                    self._store.remove(held.space, held.id)
                 else:
                     _log.warning("a state was not written: %s", error)
                     self.disk = min(self.disk, self._on_disk)  # later ones replace others

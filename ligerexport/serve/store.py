@@ -13,6 +13,7 @@ import numpy as np
 
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError
+from ligerexport.serve.request import Space
 from ligerexport.staging import remove_leftovers, staged_file
 
 _SUFFIX = ".state"
@@ -34,13 +35,20 @@ def digest(ids: np.ndarray) -> str:
     return hashlib.blake2b(np.ascontiguousarray(ids, np.int64).data, digest_size=16).hexdigest()
 
 
-def owner_key(owner: str) -> str:
-    """Return an owner's name of any characters as a name of a directory."""
-    return hashlib.blake2b(owner.encode(), digest_size=16).hexdigest() if owner else "all"
+def space_key(space: Space) -> str:
+    """Return the name of the directory of a space's states."""
+    owner = hashlib.blake2b(space.owner.encode(), digest_size=16).hexdigest() if space.owner else "all"
+    return f"{owner}-{space.adapter}" if space.adapter else owner
+
+
+def adapter_digest(directory: Path | str) -> str:
+    """Return the name of the weights of an adapter, whatever it is called."""
+    files = [Path(directory).expanduser() / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
 
 
 class Store:
-    """The files of one model's states, `MODEL/OWNER/DIGEST.state`, with a `.json` beside those that a user marked.
+    """The files of one model's states, `MODEL/SPACE/DIGEST.state`, with a `.json` beside those that a user marked.
 
     Args:
         directory: Directory of the states of all models.
@@ -58,7 +66,7 @@ class Store:
             raise LigerError(f"cannot write {self.directory}: {error.strerror}", hint=_HINT) from error
 
     def scan(self) -> Iterator[tuple[str, Stored]]:
-        """Yield each owner's key and state, the latest first. Files that are no state of this model are removed."""
+        """Yield each space's key and state, the latest first. Files that are no state of this model are removed."""
         files = sorted(self.directory.glob(f"*/*{_SUFFIX}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
         for file in files:
             remove_leftovers(file)
@@ -70,50 +78,50 @@ class Store:
             said = _read_marks(file.with_suffix(".json"))
             yield file.parent.name, Stored(ids, file.stat().st_size, said[0], said[1])
 
-    def write(self, owner: str, ids: np.ndarray, snapshot: Snapshot) -> int:
+    def write(self, space: str, ids: np.ndarray, snapshot: Snapshot) -> int:
         """Write a state whole or not at all; return the file's size in bytes.
 
         Raises:
             LigerError: The disk is full, or the file cannot be written.
         """
-        file = self._file(owner, digest(ids))
+        file = self._file(space, digest(ids))
         replace(snapshot, ids=ids).save(file)
         return file.stat().st_size
 
-    def read(self, owner: str, ids: np.ndarray) -> Snapshot:
+    def read(self, space: str, ids: np.ndarray) -> Snapshot:
         """Return the state of a prefix.
 
         Raises:
             LigerError: The file is damaged, is of another prefix, or is gone.
         """
-        file = self._file(owner, digest(ids))
+        file = self._file(space, digest(ids))
         snapshot = Snapshot.load(file)
         if snapshot.ids is None or not np.array_equal(snapshot.ids, ids) or snapshot.position.tolist() != [len(ids)]:
             raise LigerError(f"{file} is the state of other tokens")
         return replace(snapshot, ids=None)
 
-    def mark(self, owner: str, state: str, name: str, pinned: bool) -> None:
+    def mark(self, space: str, state: str, name: str, pinned: bool) -> None:
         """Write what a user said about a state.
 
         Raises:
             LigerError: The disk is full, or the file cannot be written.
         """
-        file = self._file(owner, state).with_suffix(".json")
+        file = self._file(space, state).with_suffix(".json")
         if name or pinned:
             with staged_file(file, hint=_HINT) as stage:
                 stage.write_text(json.dumps({"name": name, "pinned": pinned}), encoding="utf-8")
         else:
             file.unlink(missing_ok=True)
 
-    def remove(self, owner: str, state: str) -> None:
+    def remove(self, space: str, state: str) -> None:
         """Remove a state's files, if they exist."""
-        file = self._file(owner, state)
+        file = self._file(space, state)
         for path in (file, file.with_suffix(".json")):
             with suppress(OSError):
                 path.unlink()
 
-    def _file(self, owner: str, state: str) -> Path:
-        return self.directory / owner / f"{state}{_SUFFIX}"
+    def _file(self, space: str, state: str) -> Path:
+        return self.directory / space / f"{state}{_SUFFIX}"
 
 
 def _read_ids(file: Path) -> np.ndarray:

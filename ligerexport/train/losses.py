@@ -81,8 +81,8 @@ def imbalance(logits: Tensor, active: int, real: Tensor, weights: Tensor) -> Ten
     """Return the sum over rows of how unevenly a router uses the memories, times the sum of the row's weights.
 
     For one head it is M times the sum over memories of the share of all choices and the mean probability (Switch
-    Transformers, arXiv 2101.03961, equation 4): 1 if all are used alike, at most M / active. A row is never split
-    between processes or micro-batches, so the sums add up.
+    Transformers, arXiv 2101.03961, equation 4), minus 1: 0 if all are used alike, at most M / active - 1. A row is
+    never split between processes or micro-batches, so the sums add up.
 
     Args:
         logits: Logits of the memories `[R, L, H_kv, M]`.
@@ -94,7 +94,7 @@ def imbalance(logits: Tensor, active: int, real: Tensor, weights: Tensor) -> Ten
     chosen, _ = choose(logits, active)
     used = (chosen[..., :-1] * shares).sum(dim=1) / active  # [R, H_kv, M]
     probable = (logits.softmax(dim=-1) * shares).sum(dim=1)
-    uneven = logits.shape[-1] * (used * probable).sum(dim=-1).mean(dim=-1)
+    uneven = logits.shape[-1] * (used * probable).sum(dim=-1).mean(dim=-1) - 1
     return (uneven * weights.sum(dim=1)).sum().float()
 
 

@@ -137,6 +137,7 @@ liger::Call make_call(const liger::Mixer& mixer, const std::string& dtype, int64
   add_state(slots);
   if (a.pools) add_state((a.ragged ? batch * a.scored : slots) * a.pools);
   if (a.recurrent) add_state(batch * a.kv_heads * a.d_k * a.d_v);
+  if (a.keyed) add_state(batch * a.kv_heads * a.d_k * a.d_k);
   if (a.evicts) add_state(batch * a.kv_heads * a.d_k);
   if (a.judged) add_state(batch * a.kv_heads * a.d_k * (a.d_v + 1));
   return call;

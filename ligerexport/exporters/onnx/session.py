@@ -154,6 +154,8 @@ class OnnxSession(BatchSession):
         for name in rows:
             if name is not None and name not in self._known:
                 raise UsageError(f"no adapter '{name}' was loaded", hint=close_matches(name, self._known))
+        if tuple(rows) == self.adapters:
+            return
         with self._alone():
             for row, (old, new) in enumerate(zip(self.adapters, rows, strict=True)):
                 if old != new:

@@ -129,7 +129,7 @@ class TensorRT(_ForGpus):
         """Add the kernels, and the plugin and an engine if they were asked for."""
         import onnx_ir as ir
 
-        from ligerexport.exporters.tensorrt.node import EQUAL, RAGGED, products
+        from ligerexport.exporters.tensorrt.node import EQUAL, KEYED, RAGGED, products
         from ligerexport.exporters.tensorrt.pack import PACK, write_pack
 
         asked, layers = plan.settings, [layer for layer in dict.fromkeys(plan.spec.mixers) if layer is not None]
@@ -137,7 +137,8 @@ class TensorRT(_ForGpus):
             write_pack(layers, directory / PACK, products=products(ir.load(directory / manifest.graph.file).graph),
                        sms=plan.sms, dtype=DTYPES[plan.storage.precision.dtype].kernel,
                        max_batch=asked.max_batch)  # fmt: skip
-        contract = RAGGED if plan.spec.ragged else EQUAL
+        keyed = any(layer.config.keyed for layer in layers)
+        contract = RAGGED if plan.spec.ragged else KEYED if keyed else EQUAL
         device: dict[str, Any] = {"sms": list(plan.sms), "max_batch": asked.max_batch, "contract": contract,
                                   "kernels": PACK}  # fmt: skip
         if asked.plugin is not None:
@@ -217,8 +218,6 @@ class TensorRTRTX(_ForGpus):
 def _missing(layer: MixerSpec) -> str | None:
     """Return what the kernels of the plugin lack for a layer."""
     config = layer.config
-    if config.keyed:
-        return "a recurrence with keyed rows"
     if config.routed:
         return "a recurrence with several memories"
     if config.ragged and not layer.splits:

@@ -20,8 +20,9 @@ from ligerexport.model.state import MixerSpec
 if TYPE_CHECKING:
     from ligerexport.kernels.linear import LinearSpec
 
-CONTRACTS = EQUAL, RAGGED = 2, 3
-"""Versions of the nodes' attributes, inputs and outputs that the plugin takes: 3 has mixers with ragged slots."""
+CONTRACTS = EQUAL, RAGGED, KEYED = 2, 3, 4
+"""Versions of the nodes' attributes, inputs and outputs that the plugin takes: 3 has mixers with ragged slots, and 4
+some with keyed rows."""
 MIXER, LINEAR = "LigerMixer", "LigerLinear"
 OPERANDS = ("query", "key", "value", "position", "rotary", "score")
 """Inputs of a mixer before its state, in order. A joint node has key and value in the query, and only a layer with
@@ -74,6 +75,8 @@ def mixer_attributes(spec: MixerSpec, joint: bool) -> dict[str, int]:
         "foresees": int(config.foresees), "judged": int(config.judged), "recurrent": int(config.recurrent),
         "evicts": int(config.evicts),
     }  # fmt: skip
+    if config.keyed:
+        made |= {"contract": KEYED, "keyed": 1}
     if not config.ragged:
         return made
     pools, scored = next((x.shape for x in spec.state() if x.name == "slot_score"), (0, 0))

@@ -2,7 +2,8 @@
 
 The slots are an unordered set here: the new token overwrites the one that loses its slot. A KV head has one program
 for its slots and several that each stream columns of its states; the last of them to finish combines their results. If
-evicted tokens feed the recurrence, `evicted_step` follows, which needs the token that the first launch evicted.
+evicted tokens feed the recurrence, `evicted_step` follows, which needs the token that the first launch evicted. The
+rows of a keyed gate follow in a second launch too, which reads the first one's output in fp32.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ligerexport.kernels.fused.evicted_step import evicted_step
+from ligerexport.kernels.fused.keyed import keyed_recurrence
 from ligerexport.kernels.fused.numbers import LOG2E
 from ligerexport.kernels.fused.slots_step import ON_ARRIVAL, attend_slots
 from ligerexport.kernels.fused.state_step import judge, recur
@@ -83,7 +85,8 @@ def mixer_step(
     tiling = tiling or choose_tiling(spec, batch, query.element_size())
     pools, units, rotated = spec.pools, batch * spec.kv_heads, rotary.shape[-1]
     group, evicts = spec.q_heads // spec.kv_heads, config.evicts
-    recurrent, judge = None if evicts else state.get("recurrent_state"), state.get("judge_state")
+    recurrent, judge = None if evicts or config.keyed else state.get("recurrent_state"), state.get("judge_state")
+    mixed = torch.empty_like(out, dtype=torch.float32) if config.keyed else out
     lost = query.new_empty(units, (group + 1) * (spec.d_v + 1) + spec.d_k, dtype=torch.float32) if evicts else None
     roles = 1 + triton.cdiv(spec.d_v, tiling.block_v) * (recurrent is not None)
     roles += triton.cdiv(spec.d_v, tiling.block_judge) * config.judged
@@ -91,7 +94,7 @@ def mixer_step(
     scratch, count = (_scratch(query.device, units * left), _count(query.device, units)) if roles > 1 else (None, None)
     precision = "tf32x3" if query.dtype == torch.float32 else "tf32"
     _mixer_step_kernel[(units * roles,)](
-        query, key, value, position, index, rotary, out,
+        query, key, value, position, index, rotary, mixed,
         state["slot_key"], state["slot_value"], state["slot_position"], state.get("slot_score"),
         recurrent, judge, score, scratch, count, lost,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
@@ -110,6 +113,10 @@ def mixer_step(
     )  # fmt: skip
     if lost is not None:
         evicted_step(query, position, index, rotary, out, state, lost, spec)
+    if config.keyed:
+        rows = state["recurrent_key"], state["recurrent_state"]
+        single = query[:, None], key[:, None], value[:, None]
+        keyed_recurrence(single, position, rows, rows, out, spec, index, mixed)
     return out
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ligerexport.kernels.fused import linear_attention, memory_attention
 from ligerexport.kernels.fused.evicted_prefill import evicted_prefill
+from ligerexport.kernels.fused.keyed import keyed_recurrence
 from ligerexport.kernels.fused.recall_error import recall_error
 from ligerexport.model.gates import get_gate
 from ligerexport.model.state import MixerSpec, MixerState
@@ -38,7 +39,13 @@ def prefill(
     if not config.recurrent and config.attention_weight == 1:
         return attended.output, present
     batch, tokens = query.shape[:2]
-    if config.recurrent:
+    if config.keyed:
+        rows = state["recurrent_key"], state["recurrent_state"]
+        last_key, last = torch.empty_like(rows[0]), torch.empty_like(rows[1])
+        recurred = query.new_empty(*query.shape[:3], spec.d_v, dtype=torch.float32)
+        keyed_recurrence((query, key, value), position, rows, (last_key, last), recurred, spec)
+        present = present | {"recurrent_key": last_key, "recurrent_state": last}
+    elif config.recurrent:
         real_key = key.new_empty(key.shape)
         # a sum of weights needs more than 16 bits
         real_value = value.new_empty(*value.shape[:3], spec.columns, dtype=torch.float32 if config.normalised else None)

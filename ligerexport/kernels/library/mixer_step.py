@@ -43,15 +43,15 @@ def mixer_step(
         Output `[B, H_q, d_v]` in the dtype of `query`; zero for a sequence that is skipped or padding.
 
     Raises:
-        ValueError: A pool needs a `score` that is missing, or no kernel computes a step of this layer: it has keyed
-            rows, cells or memories, or ragged slots with a recurrence or other scores than a learned one.
+        ValueError: A pool needs a `score` that is missing, or no kernel computes a step of this layer: it has
+            cells or memories, or ragged slots with a recurrence or other scores than a learned one.
     """
     if spec.config.foresees and score is None:
         raise ValueError("a pool ranks by a learned score, but no score was given")
     if not spec.config.fuses and not spec.splits:
         raise ValueError(
-            "keyed rows, cells, memories, and ragged slots with a recurrence or other scores than a learned one have "
-            "no fused step; use liger_mixer"
+            "cells, memories, and ragged slots with a recurrence or other scores than a learned one have no fused "
+            "step; use liger_mixer"
         )
     pools = {name: state.get(name) for name in CHANGED}
     return _mixer_step(query, key, value, position, **pools, rotary=rotary, index=index, score=score, spec=spec.text)
@@ -60,13 +60,13 @@ def mixer_step(
 @torch.library.custom_op("ligerexport::mixer_step", mutates_args=CHANGED)
 def _mixer_step(
     query: Tensor, key: Tensor, value: Tensor, position: Tensor, slot_key: Tensor, slot_value: Tensor,
-    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_mass: Tensor | None,
-    judge_state: Tensor | None, slot_key_scale: Tensor | None, slot_value_scale: Tensor | None, rotary: Tensor,
-    index: Tensor | None, score: Tensor | None, spec: str,
+    slot_position: Tensor, slot_score: Tensor | None, recurrent_state: Tensor | None, recurrent_key: Tensor | None,
+    recurrent_mass: Tensor | None, judge_state: Tensor | None, slot_key_scale: Tensor | None,
+    slot_value_scale: Tensor | None, rotary: Tensor, index: Tensor | None, score: Tensor | None, spec: str,
 ) -> Tensor:  # fmt: skip
     tensors = (
-        slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_mass, judge_state, slot_key_scale,
-        slot_value_scale,
+        slot_key, slot_value, slot_position, slot_score, recurrent_state, recurrent_key, recurrent_mass, judge_state,
+        slot_key_scale, slot_value_scale,
     )  # fmt: skip
     pools = {name: tensor for name, tensor in zip(CHANGED, tensors, strict=True) if tensor is not None}
     heads, layer = (query, key, value), MixerSpec.from_text(spec)

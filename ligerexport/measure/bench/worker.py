@@ -116,6 +116,10 @@ class _Server:
             written.append(tokens)
         return {"tokens": written, "seconds": seconds}
 
+    def held(self, session: str) -> dict[str, Any]:
+        """Say which positions a session holds."""
+        return {"held": self._session(session).held()}
+
     def close(self, session: str) -> dict[str, Any]:
         """Forget a session."""
         self._sessions.pop(session, None)

@@ -21,7 +21,7 @@ const Integers<MixerAttributes>& MixerAttributes::Integers() {
       {"judged", &MixerAttributes::judged},       {"recurrent", &MixerAttributes::recurrent},
       {"evicts", &MixerAttributes::evicts},       {"ragged", &MixerAttributes::ragged},
       {"scored", &MixerAttributes::scored},       {"halved", &MixerAttributes::halved},
-      {"scaled", &MixerAttributes::scaled},
+      {"scaled", &MixerAttributes::scaled},       {"keyed", &MixerAttributes::keyed},
   };
   return fields;
 }

@@ -9,7 +9,7 @@ namespace liger {
 struct MixerAttributes {
   std::string layer_spec;
   int32_t contract = 0, q_heads = 0, kv_heads = 0, d_k = 0, d_v = 0, slots = 0, pools = 0, max_distance = 0;
-  int32_t joint = 0, foresees = 0, judged = 0, recurrent = 0, evicts = 0;
+  int32_t joint = 0, foresees = 0, judged = 0, recurrent = 0, evicts = 0, keyed = 0;
   // The slots of all heads lie on one axis (`ragged`), and so do the scores of `scored` of them. Keys and values are
   // fp16 (`halved`), or codes of 8 bits, four in an int32, with fp16 scales (`scaled`), or else as activations.
   int32_t ragged = 0, scored = 0, halved = 0, scaled = 0;

@@ -22,6 +22,7 @@ constexpr StateRow kState[] = {
     {"slot_position", Type::kInteger, nullptr},
     {"slot_score", Type::kFloat, &MixerAttributes::pools},
     {"recurrent_state", Type::kFloat, &MixerAttributes::recurrent},
+    {"recurrent_key", Type::kFloat, &MixerAttributes::keyed},
     {"recurrent_mass", Type::kFloat, &MixerAttributes::evicts},
     {"judge_state", Type::kFloat, &MixerAttributes::judged},
 };
