@@ -294,8 +294,12 @@ def test_half_precision_with_the_same_memory() -> None:
         (("use", 140), ("novelty", 3)),
     ],
 )
-def test_deaths_equal_a_loop_over_the_tokens(pools: tuple[tuple[str, int], ...]) -> None:
-    """Scores with many ties, so that age decides."""
+def test_deaths_equal_a_loop_over_the_tokens(
+    pools: tuple[tuple[str, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores with many ties, so that age decides; the largest pool is merged by segments."""
+    monkeypatch.setattr(slots_module, "LONG", 256)
+    monkeypatch.setattr(slots_module, "SEGMENT", 2)
     config, length, heads = LigerConfig(window=5, sinks=3, slots=pools), 300 if DEVICE == "cpu" else 3000, 1
     spec = MixerSpec(config, heads, heads, 32, 32, 1.0, 64)
     inputs = [torch.zeros(1, length, heads, 32, device=DEVICE) for _ in range(3)]

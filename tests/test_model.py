@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from ligerexport.checkpoint.convert import convert, convert_in_memory, load_model
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.layers import mixer
-from ligerexport.layers.mixer import CACHE, LigerCache, LigerMixer, _shared_table, layer_specs
+from ligerexport.layers.mixer import CACHE, LigerCache, LigerMixer, layer_specs, shared_table
 from ligerexport.model.config import LigerConfig
 from ligerexport.model.families import FAMILIES, get_family, output_head
 from tests.checkpoints import FORESIGHT, MEMORY, OF_FAMILY, SIZES, SOME_GATES, make_checkpoint
@@ -217,7 +217,7 @@ def test_save_load_and_a_copied_cache(tmp_path: Path) -> None:
 def test_training_reaches_every_projection(tmp_path: Path) -> None:
     model = converted(make_teacher(tmp_path / "teacher"), replace(MEMORY, recurrence_weight=0.5)).train()
     ids = torch.randint(0, SIZES["vocab_size"], (2, 80))
-    _shared_table.cache_clear()
+    shared_table.cache_clear()
     with torch.inference_mode():
         model(ids)
     model(ids, labels=ids).loss.backward()

@@ -20,22 +20,27 @@ from ligerexport.errors import CheckpointError, MissingDependency, UsageError
 from ligerexport.exporters.build import source_of
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.session import BatchSession, choose_chunk
-from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer
+from ligerexport.exporters.torch_fused import fuse
+from ligerexport.exporters.torch_graph import Replay
+from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer, shared_table
 from ligerexport.model.state import FORGOTTEN
 
 CHUNK = 1024
-"""Largest number of prompt tokens per call."""
+"""Number of prompt tokens per call."""
+LONGEST = 1 << 14
+"""Largest number of prompt tokens per call, whose activations must fit into memory."""
 
 
 class TorchSession(BatchSession):
     """One batch of sequences on a converted checkpoint. See `ligerexport.run.runtime.Session` for the interface.
 
-    Weights and activations are in fp32 on a CPU. On a GPU they are in the checkpoint's type of 16 bits, if it has one.
+    Weights and activations are in fp32 on a CPU. On a GPU they are in the checkpoint's type of 16 bits, if it has one,
+    and steps and whole chunks are replayed as CUDA graphs from the second one on.
 
     Args:
         path: Directory of the checkpoint.
         batch: B, number of sequences that advance together.
-        chunk: Number of prompt tokens per call; None takes `CHUNK`.
+        chunk: Number of prompt tokens per call, at most `LONGEST`; None takes `CHUNK`.
         device: `cpu` or `cuda`.
         meter: Whether to compute `forgotten`, which on a GPU takes the slower kernels.
 
@@ -62,10 +67,15 @@ class TorchSession(BatchSession):
         stored = [BY_SAFETENSORS[name] for name in info.dtypes if BY_SAFETENSORS[name] in HALVES]
         dtype = stored[0].name if stored and device == "cuda" else "float32"
         self.artifact = Artifact(Path(path), _manifest(spec, source_of(info, lambda size: None), dtype))
-        self.chunk = choose_chunk(chunk, CHUNK, CHUNK)
+        self.chunk = choose_chunk(chunk, CHUNK, LONGEST)
         self._model: Any = load_model(path, DTYPES[dtype].torch).eval().to(device)  # type: ignore[arg-type]
+        if device == "cuda":
+            fuse(self._model)
         self._mixers = [mixer for mixer in spec.mixers if mixer is not None]
         self._meters = meter and spec.evicts
+        layers = [layer.self_attn for layer in self._model.model.layers]
+        # graphs read the tables, so they must stay
+        self._tables = [shared_table(x.inv_freq, x.spec.max_distance, self._model.device) for x in layers]
         self._allocate(batch)
 
     def _allocate(self, batch: int) -> None:
@@ -78,7 +88,15 @@ class TorchSession(BatchSession):
         for layer, mixer in zip(cast(list[LigerLayer], self._cache.layers), self._mixers, strict=True):
             state = mixer.initial_state(batch, self._model.dtype, self._model.device, meter=self._meters)
             layer.advance(state, 0)
+        # a longer chunk reads a table that is made for its length and does not stay
+        graphs = {1, min(self.chunk, *(mixer.max_distance + 1 for mixer in self._mixers))} & {1, self.chunk}
+        self._replay = Replay(self._call, self._cache.layers, graphs, self._model.device)
         self._begin()
+
+    @property
+    def eager(self) -> str | None:
+        """Why calls are not replayed as CUDA graphs; None if they are."""
+        return self._replay.eager
 
     def sibling(self, batch: int = 1) -> TorchSession:
         """Return a session for other sequences on the same loaded weights, which may run in another thread.
@@ -114,16 +132,19 @@ class TorchSession(BatchSession):
 
     @torch.inference_mode()
     def _advance(self, ids: np.ndarray) -> np.ndarray:
-        for part in torch.from_numpy(ids).split(self.chunk, dim=1):
-            position = torch.from_numpy(self._position)[:, None] + torch.arange(part.shape[1])
-            output = self._model(
-                part.to(self._model.device), position_ids=position.to(self._model.device),
-                **{CACHE: self._cache}, use_cache=True, logits_to_keep=1,
-            )  # fmt: skip
+        for start in range(0, ids.shape[1], self.chunk):
+            part = ids[:, start : start + self.chunk]
+            output = self._replay(part, self._position[:, None] + np.arange(part.shape[1]))
             for layer in self._cache.layers:
                 layer.seen = 0  # this class counts tokens, and fades sums, by rows
             self._position += part.shape[1]
-        logits: np.ndarray = output.logits[:, -1].float().cpu().numpy()
+        logits: np.ndarray = output.cpu().numpy()
+        return logits
+
+    def _call(self, ids: Tensor, position: Tensor) -> Tensor:
+        """Advance the cache; return logits `[B, V]` in fp32."""
+        arguments = {"position_ids": position, CACHE: self._cache, "use_cache": True, "logits_to_keep": 1}
+        logits: Tensor = self._model(ids, **arguments).logits[:, -1].float()
         return logits
 
     @torch.inference_mode()

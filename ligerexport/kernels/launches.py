@@ -21,17 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ligerexport.dtypes import BY_KERNEL
 from ligerexport.errors import LigerError
+from ligerexport.kernels.tuning import cdiv
 
 TYPES = {row.torch: name for name, row in BY_KERNEL.items()}
 DIVISORS = tuple(1 << i for i in range(1, 13))
 OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
 }  # fmt: skip
-
-
-def cdiv(a: int, b: int) -> int:
-    """Return a / b, rounded up."""
-    return -(-a // b)
 
 
 def evaluate(expression: str, axes: Mapping[str, int]) -> int:

@@ -177,7 +177,14 @@ def _pick(x: Tensor, index: Sequence[int], dim: int) -> Tensor:
     """Return some rows of a tensor, as a view if they are neighbours."""
     if list(index) == list(range(index[0], index[0] + len(index))):
         return x.narrow(dim, index[0], len(index))
-    return x.index_select(dim, torch.tensor(index, device=x.device))
+    return x.index_select(dim, _kept(tuple(index), x.device))
+
+
+@lru_cache(maxsize=512)
+def _kept(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return `places` on a device, which a copy in each call would stop."""
+    with torch.inference_mode(False):  # an index made in inference mode could not be used in training later
+        return _index(places, device)
 
 
 def _rows(state: MixerState, name: str, group: _Group) -> Tensor:

@@ -135,7 +135,7 @@ def layer_specs(config: PreTrainedConfig) -> list[MixerSpec | None]:
 
 
 @lru_cache(maxsize=8)
-def _shared_table(inv_freq: tuple[float, ...], max_distance: int, device: torch.device) -> Tensor:
+def shared_table(inv_freq: tuple[float, ...], max_distance: int, device: torch.device) -> Tensor:
     """Return one rotary table for all layers of a model."""
     with torch.inference_mode(False):  # a table made in inference mode could not be used in training later
         return rotary_table(torch.tensor(inv_freq), max_distance, BLOCK, turns=True).to(device)
@@ -222,7 +222,7 @@ class LigerMixer(nn.Module):
         if state is None:
             state = spec.initial_state(batch, hidden_states.dtype, hidden_states.device)
         position = position_ids[:, 0].expand(batch)
-        rotary = _shared_table(self.inv_freq, spec.max_distance, hidden_states.device)
+        rotary = shared_table(self.inv_freq, spec.max_distance, hidden_states.device)
         one_token = length == 1 and layer is not None and fused(query) and not torch.is_grad_enabled()
         one_token = one_token and FORGOTTEN not in state
         one_launch = spec.config.fuses and spec.config.num_slots * spec.d_k <= ONE_LAUNCH
@@ -283,7 +283,7 @@ class LigerMixer(nn.Module):
             return x.new_zeros(rows * longest, *x.shape[1:]).index_copy(0, place, x).unflatten(0, (rows, longest))
 
         state = spec.initial_state(rows, query.dtype, device)
-        rotary = _shared_table(self.inv_freq, spec.max_distance, device)
+        rotary = shared_table(self.inv_freq, spec.max_distance, device)
         position = ends - bounds[:-1] - longest
         query, key, value = unpack(query), unpack(key), unpack(value)
         score = None if score is None else unpack(score)
@@ -304,6 +304,8 @@ def _has_gaps(mask: Tensor) -> bool:
 
 def _jumps(position_ids: Tensor, mask: Tensor | None) -> bool:
     """Return whether positions `[B, T]` do not count up one by one, apart from padding by a mask `[B, S]`."""
+    if position_ids.shape[-1] == 1 or (position_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False  # nothing may be read back from a GPU while a graph is captured
     jumps = position_ids.diff(dim=-1) != 1
     if mask is not None:
         text = mask[:, -position_ids.shape[-1] :].bool()

@@ -244,10 +244,10 @@ class MixerSpec:
         """All KV heads with room for the largest one, for kernels that read the sizes of each head.
 
         Rooms come in few sizes, so that few kernels are compiled. None if the kernels do not support the memory: they
-        rank by one score that is known on arrival, and keep no evicted tokens.
+        rank by at most one score, which is known on arrival, and keep no evicted tokens.
         """
         pools, c = self.pools, self.config
-        if not c.heads or c.evicts or len(pools) != 1 or not pools[0].on_arrival:
+        if not c.heads or c.evicts or len(pools) > 1 or not all(pool.on_arrival for pool in pools):
             return None
         sizes = tuple((head.config.window, sum(n for _, n in head.config.slots)) for head in self.heads)
         window, count = (max(column) for column in zip(*sizes, strict=True))

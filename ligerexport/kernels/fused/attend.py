@@ -13,6 +13,7 @@ from torch import Tensor
 from ligerexport.kernels.fused.candidates import BLOCK, Candidates, angles, kept_of, turn, window_of
 from ligerexport.kernels.fused.launch import launch
 from ligerexport.kernels.fused.numbers import LOG2E
+from ligerexport.kernels.tuning import cdiv
 
 
 @triton.jit
@@ -138,11 +139,16 @@ def tiles(width: int, dtype: torch.dtype) -> dict[str, int]:
 
 def query_programs(found: Candidates, tile: dict[str, int]) -> int:
     """Return how many programs of a tile the queries of one KV head need."""
-    return triton.cdiv(found.length, tile["QUERIES"]) * (found.query.shape[1] // found.key.shape[1])
+    return cdiv(found.length, tile["QUERIES"]) * (found.query.shape[1] // found.key.shape[1])
 
 
 def attend(
-    found: Candidates, death: Tensor, table: Tensor, d_v: int, with_output: bool = True
+    found: Candidates,
+    death: Tensor,
+    table: Tensor,
+    d_v: int,
+    with_output: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Attend with all queries to the candidates that they see.
 
@@ -152,6 +158,7 @@ def attend(
         table: Table from `old_table` for this `death`.
         d_v: Width of the values.
         with_output: Whether to compute the output too, and not only the normaliser.
+        dtype: Type of the output; None takes that of the candidates.
 
     Returns:
         Output `[B, T, H_q, d_v]` and the normaliser `[B, H_q, T]`: the logarithm to base 2 of the sum of exponentials.
@@ -160,7 +167,7 @@ def attend(
     kv_heads, config = found.key.shape[1], found.spec.config
     group = q_heads // kv_heads
     lse = torch.empty(batch, q_heads, length, dtype=torch.float32, device=found.query.device)
-    output = found.query.new_empty(batch, length, q_heads, d_v) if with_output else None
+    output = found.query.new_empty(batch, length, q_heads, d_v, dtype=dtype) if with_output else None
     tile = tiles(max(width_k, found.value.shape[3]), found.query.dtype)
     for far, cap in far_launches(found, table.shape[3]):
         launch(

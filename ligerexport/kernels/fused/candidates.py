@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, MutableMapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ligerexport.kernels.fused.launch import launch, layout, same
+from ligerexport.kernels.tuning import cdiv, power_of_two
 from ligerexport.model.state import MixerSpec, MixerState
 
 BLOCK = 64
@@ -83,7 +84,7 @@ class Candidates:
     @property
     def blocks(self) -> int:
         """Blocks of queries."""
-        return triton.cdiv(self.length, BLOCK)
+        return cdiv(self.length, BLOCK)
 
     @property
     def ragged(self) -> bool:
@@ -135,6 +136,14 @@ def _load_turned(p_row, m_row, cos, sin, ROWS: tl.constexpr, WIDTH: tl.constexpr
     b_second = tl.load(p_row[:, None] + second[None, :], mask=mask, other=0.0).to(tl.float32)
     turned = tl.join(b_first * cos - b_second * sin, b_second * cos + b_first * sin)
     return tl.reshape(turned, (ROWS, WIDTH))
+
+
+@triton.jit
+def narrowed(x, p_from, p_to):
+    """Return fp32 in the type that `p_to` points to; what bf16 holds may be more than fp16 does."""
+    if p_from.dtype.element_ty == tl.bfloat16 and p_to.dtype.element_ty == tl.float16:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    return x.to(p_to.dtype.element_ty)
 
 
 @triton.jit
@@ -195,7 +204,7 @@ def _tokens_kernel(
     for head in range(GROUP):
         turned = _load_turned(p_row + head * query_h, m_t, cos, sin, ROWS, WIDTH_K, D_K, R)
         p_to = p_turned_query + ((bh * GROUP + head) * length + t)[:, None] * WIDTH_K + i_k[None, :]
-        tl.store(p_to, turned.to(p_turned_query.dtype.element_ty), mask=m_t[:, None])
+        tl.store(p_to, narrowed(turned, p_query, p_turned_query), mask=m_t[:, None])
 
     p_row = p_key + b * key_b + t.to(tl.int64) * key_t + h * key_h
     turned = _load_turned(p_row, m_t, cos, sin, ROWS, WIDTH_K, D_K, R)
@@ -272,25 +281,28 @@ def gather_candidates(
     spec: MixerSpec,
     rotary: Tensor,
     call: Hashable = None,
+    dtype: torch.dtype | None = None,
 ) -> Candidates:
-    """Return the candidates of a call; the arguments are those of `memory_attention`.
+    """Return the candidates of a call; the other arguments are those of `memory_attention`.
 
-    `call` is an object that is the same for calls of equal layout, if the caller has one.
+    Args:
+        call: An object that is the same for calls of equal layout, if the caller has one.
+        dtype: Type of the copies; None takes that of the queries.
     """
     batch, length, q_heads, d_k = query.shape
     position = position.contiguous()
     kv_heads, d_v = value.shape[2:]
     config, slots, pools = spec.config, spec.config.num_slots, len(spec.config.slots)
-    width_k, width_v = (max(triton.next_power_of_2(d), NARROWEST) for d in (d_k, d_v))
+    width_k, width_v = (max(power_of_two(d), NARROWEST) for d in (d_k, d_v))
     table, reach = _reach(rotary, spec.max_distance, length)
     call = call or same(layout(query, key, value, arrival, position, table, *state.values()), spec.text)
     time = torch.empty(batch, kv_heads, slots + length, dtype=torch.int32, device=query.device)
     found = Candidates(
         spec=spec,
         call=call,
-        query=query.new_empty(batch, q_heads, length, width_k),
-        key=query.new_empty(batch, kv_heads, slots + length, width_k),
-        value=query.new_empty(batch, kv_heads, slots + length, width_v),
+        query=query.new_empty(batch, q_heads, length, width_k, dtype=dtype),
+        key=query.new_empty(batch, kv_heads, slots + length, width_k, dtype=dtype),
+        value=query.new_empty(batch, kv_heads, slots + length, width_v, dtype=dtype),
         time=time,
         leave=torch.empty_like(time),
         score=torch.empty(batch, kv_heads, pools, slots + length, dtype=torch.float32, device=query.device),
@@ -309,7 +321,7 @@ def gather_candidates(
     }  # fmt: skip
     rows = 32 if max(width_k, width_v) <= 128 else 16
     launch(
-        call, _tokens_kernel, (triton.cdiv(length, rows), kv_heads, batch),
+        call, _tokens_kernel, (cdiv(length, rows), kv_heads, batch),
         query, key, value, position if arrival is None else arrival, position, found.sizes, table, found.query,
         found.key, found.value, found.time, found.leave, found.score, *strides, length, table.stride(0), reach,
         constants=lambda: constants | {
@@ -317,18 +329,18 @@ def gather_candidates(
         },
     )  # fmt: skip
     launch(
-        call, _slots_kernel, (triton.cdiv(slots, 16), kv_heads, batch),
+        call, _slots_kernel, (cdiv(slots, 16), kv_heads, batch),
         state["slot_key"], state["slot_value"], state["slot_position"], state.get("slot_score", found.score), position,
         found.sizes, table, found.key, found.value, found.time, found.leave, found.score, found.source, found.count,
         table.stride(0), reach, spec.max_distance,
         constants=lambda: constants | {
-            "COLUMNS": min(512, triton.next_power_of_2(slots)), "ROWS": 16, "num_warps": 4,
+            "COLUMNS": min(512, power_of_two(slots)), "ROWS": 16, "num_warps": 4,
         },
     )  # fmt: skip
     return found
 
 
-@lru_cache(maxsize=256)
+@cache
 def sizes_on(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """Return the sizes of heads as a tensor."""
     return torch.tensor(sizes, dtype=torch.int32, device=device)

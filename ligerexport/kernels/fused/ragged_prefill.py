@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 
 import torch
@@ -18,11 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ligerexport.kernels.fused.attend import attend
-from ligerexport.kernels.fused.candidates import EMPTY, Candidates, gather_candidates
+from ligerexport.kernels.fused.candidates import EMPTY, Candidates, gather_candidates, narrowed
 from ligerexport.kernels.fused.launch import launch, layout, same
 from ligerexport.kernels.fused.prefill import blend_outputs
 from ligerexport.kernels.fused.ragged_step import FIELDS, code_scale, to_codes
 from ligerexport.kernels.fused.slots import deaths, old_table, present_candidates
+from ligerexport.kernels.tuning import cdiv, power_of_two
 from ligerexport.model.state import MixerSpec, MixerState
 
 Codes = tuple[Tensor, Tensor | None]
@@ -42,18 +43,22 @@ def ragged_prefill(
     spec: MixerSpec,
     rotary: Tensor,
 ) -> tuple[Tensor, MixerState]:
-    """Run `liger_mixer` for a layer with `spec.splits`; arguments and results are the same, with slots in any order."""
+    """Run `liger_mixer` for a layer with `spec.splits`; arguments and results are the same, with slots in any order.
+
+    Where activations are bf16, products are in fp16, which holds codes times scales with eight times less error.
+    """
+    kind = torch.float16 if query.dtype == torch.bfloat16 and spec.config.state_dtype != "activation" else query.dtype
     call = same(layout(query, key, value, score, position, rotary, *state.values()), spec.text)
-    key, new_key = _rounded(key, spec, (call, "key"))
-    value, new_value = _rounded(value, spec, (call, "value"))
+    key, new_key = _rounded(key, spec, kind, (call, "key"))
+    value, new_value = _rounded(value, spec, kind, (call, "value"))
     places = places_on(spec.text, query.device)
     wide = roomy(spec)
-    past = _spread(state, spec, wide, places, query.dtype, call)
-    found = gather_candidates(query, key, value, score, position, past, wide, rotary, call)
+    past = _spread(state, spec, wide, places, kind, call)
+    found = gather_candidates(query, key, value, score, position, past, wide, rotary, call, kind)
     death = deaths(found)  # scores are complete when a token arrives
     table = old_table(found, death)
     present = _keep(found, table, state, (new_key, new_value), spec, places)
-    output, _ = attend(found, death, table, spec.d_v)
+    output, _ = attend(found, death, table, spec.d_v, dtype=query.dtype)
     assert output is not None
     if spec.config.attention_weight == 1:
         return output, present
@@ -72,7 +77,7 @@ def _equal(spec: MixerSpec) -> MixerSpec:
     return replace(group, sizes=(sizes,) * spec.kv_heads)
 
 
-@lru_cache(maxsize=512)
+@cache
 def places_on(text: str, device: torch.device) -> Tensor:
     """Return `[H_kv, FIELDS]`: first slot, slots, first score, and whether the head keeps scores."""
     spec = MixerSpec.from_text(text)
@@ -84,19 +89,22 @@ def places_on(text: str, device: torch.device) -> Tensor:
     return torch.tensor([(*row, *[0] * (FIELDS.value - len(row))) for row in rows], dtype=torch.int32, device=device)
 
 
-def _rounded(x: Tensor, spec: MixerSpec, call: Hashable) -> tuple[Tensor, Codes]:
+def _rounded(x: Tensor, spec: MixerSpec, dtype: torch.dtype, call: Hashable) -> tuple[Tensor, Codes]:
     """Return vectors `[B, T, H_kv, d]` rounded to the type of the state, and as they are stored."""
     if spec.config.state_dtype == "activation":
         return x, (x, None)
     batch, tokens, heads, width = x.shape
     scaled = spec.config.scaled
-    rounded, codes = x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.int8 if scaled else torch.float16)
+    rounded, codes = (
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(x.shape, dtype=torch.int8 if scaled else torch.float16),
+    )
     scale = x.new_empty(batch, tokens, heads, dtype=torch.float16) if scaled else None
     launch(
-        call, _round_kernel, (triton.cdiv(tokens, ROWS), heads, batch),
+        call, _round_kernel, (cdiv(tokens, ROWS), heads, batch),
         x, rounded, codes, scale, *x.stride()[:3], tokens,
         constants=lambda: {
-            "H": heads, "D": width, "WIDTH": triton.next_power_of_2(width), "ROWS": ROWS, "num_warps": 4,
+            "H": heads, "D": width, "WIDTH": power_of_two(width), "ROWS": ROWS, "num_warps": 4,
         },
     )  # fmt: skip
     return rounded, (codes, scale)
@@ -118,7 +126,7 @@ def _spread(
     if score is not None:
         past["slot_score"] = score.new_empty(batch, spec.kv_heads, 1, room)
     launch(
-        call, _spread_kernel, (triton.cdiv(room, ROWS), spec.kv_heads, batch),
+        call, _spread_kernel, (cdiv(room, ROWS), spec.kv_heads, batch),
         *(state[name] for name in ("slot_key", "slot_value")), state.get("slot_key_scale"),
         state.get("slot_value_scale"), position, score, places,
         *past.values(), *(() if score is not None else (None,)), slots, 0 if score is None else score.shape[2],
@@ -141,14 +149,14 @@ def _keep(
     names = ("slot_key", "slot_value", "slot_key_scale", "slot_value_scale")
     score, config = state.get("slot_score"), found.spec.config
     launch(
-        found.call, _keep_kernel, (triton.cdiv(max(spec.slots_per_head), ROWS), spec.kv_heads, len(key)),
+        found.call, _keep_kernel, (cdiv(max(spec.slots_per_head), ROWS), spec.kv_heads, len(key)),
         *(state.get(name) for name in names), key, value, key_scale, value_scale,
         found.time, found.source, found.score, table, found.position, found.sizes, places,
         *(present.get(name) for name in (*names, "slot_position", "slot_score")), *key.stride()[:3],
         *value.stride()[:3], found.length, found.blocks, state["slot_position"].shape[1],
         0 if score is None else score.shape[2],
         constants=lambda: _widths(spec) | {
-            "N": config.num_slots, "KEPT": config.kept, "KEPT_PADDED": triton.next_power_of_2(max(config.kept, 1)),
+            "N": config.num_slots, "KEPT": config.kept, "KEPT_PADDED": power_of_two(max(config.kept, 1)),
         },
     )  # fmt: skip
     return present
@@ -157,8 +165,8 @@ def _keep(
 def _widths(spec: MixerSpec) -> dict[str, int]:
     """Return the constants that a copy of slots needs."""
     return {
-        "H": spec.kv_heads, "D_K": spec.d_k, "WIDTH_K": triton.next_power_of_2(spec.d_k), "D_V": spec.d_v,
-        "WIDTH_V": triton.next_power_of_2(spec.d_v), "FIELDS": FIELDS, "ROWS": ROWS, "num_warps": 4,
+        "H": spec.kv_heads, "D_K": spec.d_k, "WIDTH_K": power_of_two(spec.d_k), "D_V": spec.d_v,
+        "WIDTH_V": power_of_two(spec.d_v), "FIELDS": FIELDS, "ROWS": ROWS, "num_warps": 4,
     }  # fmt: skip
 
 
@@ -180,7 +188,7 @@ def _round_kernel(
     codes = to_codes(x, factor[:, None], p_codes.dtype.element_ty)
     to = row[:, None] * D + o_d[None, :]
     tl.store(p_codes + to, codes.to(p_codes.dtype.element_ty), mask=mask)
-    tl.store(p_rounded + to, (codes * factor[:, None]).to(p_rounded.dtype.element_ty), mask=mask)
+    tl.store(p_rounded + to, narrowed(codes * factor[:, None], p_x, p_rounded), mask=mask)
 
 
 @triton.jit

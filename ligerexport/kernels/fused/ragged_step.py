@@ -10,7 +10,7 @@ The slots are an unordered set here.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from ligerexport.kernels.fused.launch import launch, layout, same
 from ligerexport.kernels.fused.numbers import LOG2E
 from ligerexport.kernels.library.memory_attention import BLOCK
-from ligerexport.kernels.tuning import padded
+from ligerexport.kernels.tuning import cdiv, padded, power_of_two
 from ligerexport.model.state import MOST, MixerSpec, MixerState
 
 LARGEST_CODE = tl.constexpr(float(MOST))
@@ -56,7 +56,7 @@ class _Plan(NamedTuple):
     scored: int
 
 
-@lru_cache(maxsize=512)
+@cache
 def plan_on(text: str, block: int, device: torch.device) -> _Plan:
     """Return how the layer `MixerSpec.text` is divided into tiles of at most `block` slots."""
     spec = MixerSpec.from_text(text)
@@ -121,7 +121,7 @@ def ragged_step(
     plan = plan_on(spec.text, block, query.device)
     half = query.element_size() == 2 and not triton.knobs.runtime.interpret
     # per tile: the weighted sum of values `[G, d_v]`, and largest logit, sum of weights and logit left out, each `[G]`
-    width = triton.cdiv(group * (spec.d_v + 3), 32) * 32
+    width = cdiv(group * (spec.d_v + 3), 32) * 32
     sums = torch.empty(batch * len(plan.tiles), width, dtype=torch.float32, device=query.device)
     found = torch.empty(batch * len(plan.tiles), FIELDS.value, dtype=torch.int64, device=query.device)
     slots = [state.get(f"slot_{name}") for name in ("key", "value", "key_scale", "value_scale", "position", "score")]
@@ -136,22 +136,22 @@ def ragged_step(
             "DV_PAD": d_v, "R": rotated, "R_PAD": padded(rotated), "BLOCK_R": min(32, padded(rotated)),
             "REST_PAD": padded(spec.d_k - 2 * rotated) if spec.d_k > 2 * rotated else 0, "CAP": spec.max_distance,
             "TABLE": rotary.shape[1] * rotated, "SINKS": spec.config.sinks,
-            "G_PAD": max(8, triton.next_power_of_2(group)), "TILE": block,
+            "G_PAD": max(8, power_of_two(group)), "TILE": block,
             "N": _part(block, query, max(padded(spec.d_k), d_v)), "HALF": half,
             "CODED": half and spec.config.state_dtype == "int8", "PRECISION": _precision(query.dtype), "num_warps": 4,
             "num_stages": 1,  # more copy the slots through shared memory, and took half as long again
         },
     )  # fmt: skip
     columns = min(32, d_v) if few else d_v
-    lanes = triton.next_power_of_2(group)
+    lanes = power_of_two(group)
     launch(
-        call, _heads_kernel, (triton.cdiv(spec.d_v, columns), spec.kv_heads, batch),
+        call, _heads_kernel, (cdiv(spec.d_v, columns), spec.kv_heads, batch),
         query, key, value, position, index, score, out, *slots, plan.heads, sums, found,
         *(x.stride(axis) for x in heads for axis in (0, 1)), scale2, spec.config.attention_weight,
         len(plan.tiles), plan.slots, plan.scored,
         constants=lambda: shape | {
-            "H": spec.kv_heads, "G_PAD": lanes, "DK_PAD": triton.next_power_of_2(spec.d_k), "DV_PAD": d_v,
-            "T_PAD": triton.next_power_of_2(plan.most), "COLUMNS": columns,
+            "H": spec.kv_heads, "G_PAD": lanes, "DK_PAD": power_of_two(spec.d_k), "DV_PAD": d_v,
+            "T_PAD": power_of_two(plan.most), "COLUMNS": columns,
             "BLOCK_T": max(1, 4096 // (lanes * columns)), "num_warps": 4,
         },
     )  # fmt: skip

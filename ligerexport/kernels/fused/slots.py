@@ -8,6 +8,8 @@ better items within the block. No loop over single tokens is needed.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +18,16 @@ from torch import Tensor
 from ligerexport.kernels.fused.candidates import BLOCK, EMPTY, NEVER, Candidates, pool_of, window_of
 from ligerexport.kernels.fused.launch import launch
 from ligerexport.kernels.fused.numbers import FAINTEST
+from ligerexport.kernels.tuning import cdiv, power_of_two
 from ligerexport.model.state import SLOTS, MixerState
 
 EVENTS = 128
 """Number of events for which one program finds the drops of a pool."""
+
+LONG = 512
+"""Number of a pool's places from which blocks of events are merged by segments."""
+SEGMENT = 8
+"""Number of blocks of events in a segment."""
 
 NOTHING = tl.constexpr(-(2**63))
 """Order of an event without an item: worse than all items."""
@@ -78,22 +86,34 @@ def _merged(best, other, PLACES: tl.constexpr, STAGES: tl.constexpr):
 
 
 @triton.jit
-def _leaders_kernel(p_sorted, p_leaders, blocks, LISTED: tl.constexpr, PLACES: tl.constexpr, STAGES: tl.constexpr):
-    """Write for each block of events the best items that came before it."""
-    bh = tl.program_id(0).to(tl.int64)
+def _leaders_kernel(
+    p_sorted, p_before, p_leaders, p_total, blocks, per,
+    LISTED: tl.constexpr, PLACES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Merge the sorted items of `per` blocks of events, after those in `p_before`. Grid: (segments, B * H).
+
+    What is None is not read or written: `p_leaders` gets the best items before each block, `p_total` those of all.
+    """
+    segment, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, PLACES)
-    p_block = p_sorted + bh * blocks * LISTED + PLACES - 1 - i
-    p_to = p_leaders + bh * blocks * PLACES + i
+    at = (bh * tl.num_programs(0) + segment) * PLACES + i
+    first = segment * per
+    last = tl.minimum(first + per, blocks)
+    p_block = p_sorted + (bh * blocks + first) * LISTED + PLACES - 1 - i
     listed = i >= PLACES - LISTED
     best = tl.full((PLACES,), NOTHING, tl.int64)
+    if p_before is not None:
+        best = tl.load(p_before + at)
     arriving = tl.load(p_block, mask=listed, other=NOTHING)
-    for block in range(0, blocks):
+    for block in range(first, last):
         p_block += LISTED
-        after = tl.load(p_block, mask=listed & (block + 1 < blocks), other=NOTHING)  # ready by the next iteration
-        tl.store(p_to, best)
-        p_to += PLACES
+        after = tl.load(p_block, mask=listed & (block + 1 < last), other=NOTHING)  # ready by the next iteration
+        if p_leaders is not None:
+            tl.store(p_leaders + (bh * blocks + block) * PLACES + i, best)
         best = _merged(best, arriving, PLACES, STAGES)
         arriving = after
+    if p_total is not None:
+        tl.store(p_total + at, best)
 
 
 @triton.jit
@@ -130,9 +150,10 @@ def _drop_kernel(
     p_leaders += (bh * blocks + block) * PLACES
     threshold = tl.load(p_leaders + tl.maximum(size, 1) - 1)
     least = tl.zeros((EVENTS,), tl.int64) + threshold
-    if tl.max((key > threshold).to(tl.int32)) > 0:
+    entering = tl.sum((key > threshold).to(tl.int32))
+    if entering > 0:
         least = tl.full((EVENTS,), NEVER_DROPPED, tl.int64)
-        for start in range(0, size, ROWS):
+        for start in range(tl.maximum(size - 1 - entering, 0), size, ROWS):  # better ones stay
             place = start + tl.arange(0, ROWS)
             item = tl.load(p_leaders + place, mask=place < size, other=NOTHING)
             least = tl.minimum(least, _least(item, place, place * 0 - 1, place < size, key, e, size))
@@ -254,9 +275,9 @@ def deaths(found: Candidates) -> Tensor:
         return found.leave
     batch, kv_heads, count = found.time.shape
     events = count - min((window for window, _ in found.spec.sizes), default=found.spec.config.window)
-    blocks = triton.cdiv(events, EVENTS)
+    blocks = cdiv(events, EVENTS)
     death = torch.empty_like(found.time, memory_format=torch.contiguous_format)
-    places = [max(2, triton.next_power_of_2(pool.size)) for pool in pools]
+    places = [max(2, power_of_two(pool.size)) for pool in pools]
     listed = [min(n, EVENTS) for n in places]
 
     def lists(width: int) -> Tensor:
@@ -266,7 +287,7 @@ def deaths(found: Candidates) -> Tensor:
     best = lists(listed[0])
     common = {"H_KV": kv_heads, "POOLS": len(pools), "EVENTS": EVENTS, "RAGGED": found.ragged, "num_warps": 4}
     launch(
-        found.call, _enter_kernel, (triton.cdiv(count, EVENTS), kv_heads, batch),
+        found.call, _enter_kernel, (cdiv(count, EVENTS), kv_heads, batch),
         found.time, found.leave, found.score, found.position, found.sizes, death, key, best, count, events, blocks,
         constants=lambda: common | {
             "SINKS": found.spec.config.sinks, "HORIZON": pools[0].horizon, "LISTED": listed[0],
@@ -275,13 +296,7 @@ def deaths(found: Candidates) -> Tensor:
     for i, pool in enumerate(pools):
         last = i == len(pools) - 1
         after = i if last else i + 1
-        leaders = lists(places[i])
-        launch(
-            (found.call, i), _leaders_kernel, (batch * kv_heads, 1, 1), best, leaders, blocks,
-            constants=lambda: {
-                "LISTED": listed[i], "PLACES": places[i], "STAGES": places[i].bit_length() - 1, "num_warps": 1,
-            },
-        )  # fmt: skip
+        leaders = _leaders((found.call, i), best, blocks, places[i])
         next_key, next_best = (key, best) if last else (torch.empty_like(key), lists(listed[after]))
         launch(
             (found.call, i), _drop_kernel, (blocks, kv_heads, batch),
@@ -294,6 +309,49 @@ def deaths(found: Candidates) -> Tensor:
         )  # fmt: skip
         key, best = next_key, next_best
     return death
+
+
+def _leaders(call: Hashable, listed: Tensor, blocks: int, places: int) -> Tensor:
+    """Return the best items `[B, H_kv, blocks, places]` before each block of events.
+
+    Long lists are merged in parallel: each segment of blocks by itself, then the segments one after the other, then the
+    blocks of each segment after the segments before it.
+
+    Args:
+        call: See `launch`.
+        listed: `[B, H_kv, blocks, n]`, the best items of each block in falling order.
+        blocks: Number of blocks.
+        places: Number of items, a power of two.
+    """
+    lanes = listed.shape[0] * listed.shape[1]
+
+    def merge(
+        step: str,
+        given: Tensor,
+        count: int,
+        per: int,
+        before: Tensor | None,
+        after: Tensor | None,
+        total: Tensor | None,
+    ) -> None:
+        launch(
+            (call, step), _leaders_kernel, (cdiv(count, per), lanes, 1), given, before, after, total, count, per,
+            constants=lambda: {
+                "LISTED": given.shape[3], "PLACES": places, "STAGES": places.bit_length() - 1,
+                "num_warps": min(8, max(1, places // 256)),  # three lists must fit into the registers
+            },
+        )  # fmt: skip
+
+    leaders = listed.new_empty(*listed.shape[:3], places)
+    if places < LONG:
+        merge("all", listed, blocks, blocks, None, leaders, None)
+        return leaders
+    segments = cdiv(blocks, SEGMENT)
+    totals, before = (listed.new_empty(*listed.shape[:2], segments, places) for _ in range(2))
+    merge("segments", listed, blocks, SEGMENT, None, None, totals)
+    merge("between", totals, segments, segments, None, before, None)
+    merge("within", listed, blocks, SEGMENT, before, leaders, None)
+    return leaders
 
 
 def old_table(found: Candidates, death: Tensor, only_sinks: bool = False) -> Tensor:
@@ -320,7 +378,7 @@ def old_table(found: Candidates, death: Tensor, only_sinks: bool = False) -> Ten
             death, table, found.position, found.sizes, count, found.length, found.blocks,
             constants=lambda: {
                 "H_KV": kv_heads, "SLOTS": config.num_slots, "SINKS": config.sinks, "ONLY_SINKS": only_sinks,
-                "WINDOW": config.window, "KEPT": kept, "KEPT_PADDED": triton.next_power_of_2(kept), "BLOCK": BLOCK,
+                "WINDOW": config.window, "KEPT": kept, "KEPT_PADDED": power_of_two(kept), "BLOCK": BLOCK,
                 "COLUMNS": 1024, "RAGGED": found.ragged, "num_warps": 4,
             },
         )  # fmt: skip
@@ -335,13 +393,13 @@ def present_slots(found: Candidates, table: Tensor, key: Tensor, value: Tensor, 
         name: torch.empty_like(state[name], memory_format=torch.contiguous_format) for name in SLOTS if name in state
     }
     launch(
-        found.call, _present_kernel, (triton.cdiv(config.num_slots, 16), kv_heads, batch),
+        found.call, _present_kernel, (cdiv(config.num_slots, 16), kv_heads, batch),
         key, value, state["slot_key"], state["slot_value"], found.time, found.source, found.score, table,
         found.position, found.sizes, present["slot_key"], present["slot_value"], present["slot_position"],
         present.get("slot_score", found.score), *key.stride()[:3], *value.stride()[:3], length, found.blocks,
         constants=lambda: {
             "H_KV": kv_heads, "SLOTS": config.num_slots, "KEPT": config.kept,
-            "KEPT_PADDED": triton.next_power_of_2(max(config.kept, 1)), "POOLS": len(config.slots), "D_K": d_k,
+            "KEPT_PADDED": power_of_two(max(config.kept, 1)), "POOLS": len(config.slots), "D_K": d_k,
             "WIDTH_K": found.key.shape[3], "D_V": d_v, "WIDTH_V": found.value.shape[3], "ROWS": 16,
             "RAGGED": found.ragged, "num_warps": 4,
         },

@@ -13,9 +13,9 @@ from ligerexport.model.state import MixerSpec, MixerState
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, spec: MixerSpec) -> bool:
-    """Return whether `ragged_prefill` computes this call: on CUDA, by one learned score, and without gradients."""
+    """Return whether `ragged_prefill` computes this call: on CUDA, by a learned score or none, without gradients."""
     differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return fused(query) and spec.splits and len(spec.pools) == 1 and not differentiated
+    return fused(query) and spec.splits and not differentiated
 
 
 def ragged_prefill(
