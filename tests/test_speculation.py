@@ -35,6 +35,10 @@ class Echo:
         self.cost, self.now = cost, 0.0
         self._drafted = 0
 
+    @property
+    def position(self) -> list[int]:
+        return [len(self.seen)]
+
     def logits(self, seen: list[int]) -> np.ndarray:
         found = np.arange(4) * 0.1
         found[(seen[-1] + seen[-2] + 1) % 4] += 2
@@ -143,6 +147,11 @@ def test_greedy_texts_are_the_same(artifact: Path) -> None:
     stream.close()
     assert written == texts[0][:20] and session.position == len(prompt) + 19
     assert session.step(written[-1])[0].argmax() == texts[0][20]
+    stream = lx.generate(session, prompt, max_new_tokens=60, speculate="ngram")
+    assert [next(stream).token for _ in range(30)] == texts[0][:30]
+    session.reset()
+    stream.close()
+    assert session.position == 0
     with pytest.raises(UsageError, match="speculate 'ngrams'"):
         lx.generate(session, prompt, speculate="ngrams")
 

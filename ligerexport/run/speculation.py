@@ -167,7 +167,7 @@ class Speculation:
         self._session, self._places, self._guesses, self._clock = session, places, guesses, clock
         self._drafted: list[int] = []
         self._logits = np.empty((1, 0, 0), np.float32)  # after each token of the draft
-        self._used, self._seconds = 0, 0.0
+        self._used, self._end, self._seconds = 0, 0, 0.0
         self.calls = self.steps = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -193,13 +193,17 @@ class Speculation:
             return logits
         self._logits = self._session.propose(draft)
         self._drafted, self._used, self._seconds = draft, 1, self._clock() - start
+        self._end = int(self._session.position[0])
         return self._logits[:, 0]
 
     def settle(self) -> None:
-        """Take back what was guessed and not chosen; the session is then as after single steps."""
-        if self._drafted:
+        """Take back what was guessed and not chosen; the session is then as after single steps.
+
+        It does nothing if somebody has given the session another state meanwhile.
+        """
+        drafted, self._drafted = self._drafted, []
+        if drafted and self._session.position[0] == self._end:
             start = self._clock()
-            drafted, self._drafted = self._drafted, []
             self._session.commit(self._used)
             self._guesses.time(len(drafted), self._seconds + self._clock() - start)
 
