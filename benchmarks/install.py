@@ -4,8 +4,8 @@
     python benchmarks/install.py dist ARTIFACT -o benchmarks/results/install.json
 
 Sizes are of the files in the wheels of this package and of all that pip installs with it, for each machine that has a
-wheel. Times are of fresh processes in an environment just made for this machine, with nothing else on the path.
-They alternate with those of `import onnxruntime, tokenizers`, which every program that runs a model needs.
+wheel. `least` has those of `LEAST`, which every program that runs a model needs. Times are of fresh processes in an
+environment just made for this machine, with nothing else on the path, in turns with those of importing `LEAST`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ligerexport.exporters.onnx.native.cpus import machine
 
 PROMPT = "Once upon a time"
+LEAST = ("onnxruntime", "tokenizers")
 GLIBC = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 
 
-def sizes(wheel: Path, name: str) -> dict[str, Any]:
-    """Return the bytes to download and to store, in all and of the largest packages."""
+def sizes(wanted: Iterable[str], name: str) -> dict[str, Any]:
+    """Return the bytes to download and to store of packages and what they need, in all and of the largest."""
     with tempfile.TemporaryDirectory() as place:
         options = [word for glibc in GLIBC for word in ("--platform", f"{glibc}_{name}")]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary", ":all:", *options]
-        subprocess.run([*command, "--dest", place, str(wheel)], check=True)
+        subprocess.run([*command, "--dest", place, *wanted], check=True)
         wheels = sorted(Path(place).glob("*.whl"))
         stored = {}
         for file in wheels:
@@ -99,7 +101,8 @@ def main() -> None:
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         "artifact": {name: manifest[name] for name in ("lowering", "precision")},
-        "sizes": {name: sizes(wheel, name) for name, wheel in sorted(wheels.items())},
+        "sizes": {name: sizes([str(wheel)], name) for name, wheel in sorted(wheels.items())},
+        "least": {name: sizes(LEAST, name) for name in sorted(wheels)},
         "seconds": times(wheels[machine()], args.artifact, args.rounds),
     }
     args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -154,13 +154,17 @@ def test_wrong_options(command: list[str | Path], artifact: Path, words: list[st
 
 
 def test_native_without_a_library(liger_run: Path, artifact: Path, tmp_path: Path) -> None:
-    """The C++ program has the operator; Node says that it cannot."""
-    native = lx.build(artifact.parent / "checkpoint", tmp_path / "native", lowering="native")
-    found = run(liger_run, native, PROMPT, "--ids", "--tokens", str(TOKENS))
-    assert [int(word) for word in found.split()] == expected(native, PROMPT, TOKENS)
+    """The C++ program has the operator; Node takes the second graph, and says that it cannot without one."""
+    both = lx.build(artifact.parent / "checkpoint", tmp_path / "both", lowering="native,ort")
+    found = run(liger_run, both, PROMPT, "--ids", "--tokens", str(TOKENS))
+    assert [int(word) for word in found.split()] == expected(both, PROMPT, TOKENS)
     needs_packages("node")
-    done = subprocess.run(["node", EXAMPLES / "node" / "run.mjs", native, "a"], capture_output=True, text=True)
-    assert done.returncode == 1 and "build the artifact with --lowering ort" in done.stderr
+    node = "node", EXAMPLES / "node" / "run.mjs"
+    assert run(*node, both, PROMPT, "--ids", "--tokens", str(TOKENS)) == found
+    manifest = json.loads((both / "manifest.json").read_text()) | {"fallback": None}
+    (both / "manifest.json").write_text(json.dumps(manifest))
+    done = subprocess.run([*node, both, "a"], capture_output=True, text=True)
+    assert done.returncode == 1 and "build the artifact with --lowering native,ort" in done.stderr
 
 
 def test_an_artifact_without_pieces(command: list[str | Path], artifact: Path, tmp_path: Path) -> None:

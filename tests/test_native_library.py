@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
+from checkpoints import FORESIGHT, make_checkpoint
 
+import ligerexport as lx
+from ligerexport.artifact.artifact import Manifest, open_artifact
 from ligerexport.cli import main
 from ligerexport.cli.doctor import examine
-from ligerexport.errors import LigerError, MissingDependency
-from ligerexport.exporters.onnx import native
+from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError
+from ligerexport.exporters.onnx import backend, native
 from ligerexport.exporters.onnx.native import cpus
 
 A72 = "asimd crc32"
@@ -145,3 +151,73 @@ def test_the_command_compiles_every_level(
     with pytest.raises(SystemExit) as done:
         main(["native", "--target", "aarch64", "-o", str(tmp_path / "out")])
     assert done.value.code == 2
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("two") / "model", FORESIGHT, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def both(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact with a graph in native and one in ort."""
+    return lx.build(checkpoint, tmp_path_factory.mktemp("both") / "a", lowering="native,ort")
+
+
+def test_two_graphs_are_both_verified(both: Path) -> None:
+    checked = open_artifact(both).manifest.verification
+    assert checked["passed"] and checked["fallback"]["passed"]
+    assert checked["fallback"]["checks"] == checked["checks"] > 0
+
+
+def test_two_graphs_read_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
+    """The second adds only its constants to their file."""
+    artifact, alone = (
+        open_artifact(lx.build(checkpoint, tmp_path / name, weights="int4", lowering=name, verify=False))
+        for name in ("native,ort", "ort")
+    )
+    manifest, other = artifact.manifest, artifact.on_fallback()
+    assert manifest.lowerings == "native,ort"
+    places = [
+        {(name, x.const_value.location, x.const_value.offset) for name, x in ir.load(graph).graph.initializers.items()
+         if isinstance(x.const_value, ir.ExternalTensor)}
+        for graph in (artifact.graph, other.graph)
+    ]  # fmt: skip
+    weights = {place for place in places[0] if place[0].startswith("model.")}
+    assert weights and weights <= places[1] and {place[1] for place in places[0] | places[1]} == {"model.onnx.data"}
+    constants = alone.manifest.files["model.onnx.data"].bytes - alone.manifest.bytes.weights
+    assert manifest.files["model.onnx.data"].bytes <= alone.manifest.files["model.onnx.data"].bytes + constants
+
+
+def test_the_second_graph_runs_where_the_first_cannot(
+    both: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture
+) -> None:
+    """It continues from the state of the first, and only one line on stderr tells of it."""
+    first = lx.load(both)
+    assert first.artifact.manifest.lowering == "native" and "ort" not in capsys.readouterr().err
+    ids = np.random.default_rng(0).integers(3, 131, 40)
+    logits = first.prefill(ids[:32]).copy()
+    request.getfixturevalue("bare")
+    backend._warn.cache_clear()
+    second, third = lx.load(both), lx.load(both)
+    said = capsys.readouterr().err
+    assert said.count("so the slower ort graph runs") == said.count("\n") == 1
+    assert second.artifact.manifest.lowering == "ort"
+    np.testing.assert_allclose(second.prefill(ids[:32]), logits, atol=1e-4)
+    third.restore(first.snapshot())
+    for token in ids[32:]:
+        np.testing.assert_allclose(third.step(int(token)), first.step(int(token)), atol=1e-4)
+
+
+def test_which_graphs_an_artifact_may_have(both: Path, checkpoint: Path, tmp_path: Path) -> None:
+    for pair in ("ort,native", "native,portable", "native,ort,ort"):
+        with pytest.raises(UsageError, match="on the same weights") as caught:
+            lx.build(checkpoint, tmp_path / "b", lowering=pair)
+        assert caught.value.hint == "only native,ort fit"
+    data = json.loads((both / "manifest.json").read_text())
+    assert Manifest.from_dict(data).lowerings == "native,ort"
+    shutil.copytree(both, tmp_path / "c")
+    del data["files"]["fallback.onnx"]
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match="does not list the graph fallback"):
+        open_artifact(tmp_path / "c")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from serving import Address, serving
 from test_grammar import SCHEMAS
 
-from ligerexport.text.calls import HERMES, LLAMA, Call, CallReader, Form, form_of
+from ligerexport.text.calls import HERMES, LLAMA, Arguments, Call, CallReader, Form, Part, form_of
 
 openai = pytest.importorskip("openai")
 jsonschema_rs = pytest.importorskip("jsonschema_rs")
@@ -72,8 +72,12 @@ def streamed(client: Any, asked: dict[str, Any]) -> tuple[str, list[tuple[str, s
         choice = chunk.choices[0]
         text, reason = text + (choice.delta.content or ""), choice.finish_reason or reason
         for call in choice.delta.tool_calls or ():
-            assert (call.index, bool(call.id), call.type) == (len(calls), True, "function")
-            calls.append([call.function.name, call.function.arguments])
+            if call.id:
+                assert (call.index, call.type, call.function.arguments) == (len(calls), "function", "")
+                calls.append([call.function.name, ""])
+            else:
+                assert call.index == len(calls) - 1 and len(call.function.arguments) < 20
+                calls[-1][1] += call.function.arguments
     return text, [(name, arguments) for name, arguments in calls], reason
 
 
@@ -118,15 +122,17 @@ def test_responses(client: Any) -> None:
     ids=["required", "named"],
 )
 def test_forced_calls_fit_their_schemas(client: Any, choice: Any, names: set[str]) -> None:
-    for seed in range(4):
+    for seed in (0, 2):
         asked = ASK | {"tools": TOOLS, "tool_choice": choice, "seed": seed, "parallel_tool_calls": False}
-        found = client.chat.completions.create(**asked).choices[0]
-        (call,) = found.message.tool_calls
-        assert found.message.content is None and found.finish_reason == "tool_calls"
-        assert streamed(client, asked) == ("", [(call.function.name, call.function.arguments)], "tool_calls")
-        assert call.function.name in names
-        schema = WEATHER if call.function.name == "weather" else {"maxProperties": 0}
-        assert jsonschema_rs.is_valid(schema, json.loads(call.function.arguments))
+        written = []
+        for found in client.chat.completions.create(**asked, n=2).choices:  # with this seed and the next one
+            (call,) = found.message.tool_calls
+            assert found.message.content is None and found.finish_reason == "tool_calls"
+            assert call.function.name in names
+            schema = WEATHER if call.function.name == "weather" else {"maxProperties": 0}
+            assert jsonschema_rs.is_valid(schema, json.loads(call.function.arguments))
+            written.append((call.function.name, call.function.arguments))
+        assert streamed(client, asked) == ("", written[:1], "tool_calls")
 
 
 @recurrent
@@ -194,16 +200,21 @@ def test_a_template_without_tools_is_named(server: Address) -> None:
 
 
 ONE = '{"name": "f", "arguments": {"a": "</tool_call>"}}'
-WRITTEN: list[tuple[Form, str, list[str | Call]]] = [
+WRITTEN: list[tuple[Form, str, list[Part]]] = [
     (HERMES, f"<tool_call>\n{ONE}\n</tool_call>", [Call("f", '{"a": "</tool_call>"}')]),
     (HERMES, f"So:\n<tool_call>{ONE}</tool_call>\n<tool_call>\n{{\"name\": \"g\"}}\n</tool_call>\n",
      ["So:", Call("f", '{"a": "</tool_call>"}'), Call("g", "{}")]),
+    (HERMES, '<tool_call>\n{"arguments": {}, "name": "f"}\n</tool_call>', [Call("f", "{}")]),
+    (HERMES, f"<tool_call>{ONE[:-9]}", [Call("f", '{"a": "</tool')]),
+    (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": [{"b}\n</tool_call>\n' + f"<tool_call>{ONE}</tool_call>",
+     [Call("f", '{"a": [{"b}\n'), Call("f", '{"a": "</tool_call>"}')]),
     (HERMES, f"<tool_call>\n{ONE}", [Call("f", '{"a": "</tool_call>"}')]),
     (HERMES, '<tool_call>\n{"name": "other"}\n</tool_call>', ['<tool_call>\n{"name": "other"}\n</tool_call>']),
     (HERMES, "<tool_call>\n{\n</tool_call> no", ["<tool_call>\n{\n</tool_call> no"]),
     (HERMES, "a < b <tool_ \n", ["a < b <tool_ \n"]),
     (LLAMA, ' {"name": "f", "parameters": {"é": 1}} ', [Call("f", '{"é": 1}')]),
     (LLAMA, '{"name": "f", "parameters": 3}', ['{"name": "f", "parameters": 3}']),
+    (LLAMA, '{"name": "f", "parameters": {"a": "\\\\\\"}"}} and more', [Call("f", '{"a": "\\\\\\"}"}')]),
     (LLAMA, 'Use {"name": "f", "parameters": {}}', ['Use {"name": "f", "parameters": {}}']),
 ]  # fmt: skip
 
@@ -211,15 +222,19 @@ WRITTEN: list[tuple[Form, str, list[str | Call]]] = [
 @pytest.mark.parametrize(("form", "text", "expected"), WRITTEN, ids=lambda value: str(value)[:30])
 @given(data=st.data())
 def test_calls_are_found_however_a_text_is_cut(
-    form: Form, text: str, expected: list[str | Call], data: st.DataObject
+    form: Form, text: str, expected: list[Part], data: st.DataObject
 ) -> None:
     cuts = sorted({0, len(text), *data.draw(st.lists(st.integers(0, len(text)), max_size=9))})
-    reader, found = CallReader(form, {"f", "g"}), list[str | Call]()
+    reader, found = CallReader(form, {"f", "g"}), list[Part]()
     for start, end in pairwise(cuts):
         found += reader.push(text[start:end])
-    joined = list[str | Call]()
+    joined = list[Part]()
     for part in [*found, *reader.flush()]:
-        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+        if isinstance(part, Arguments):
+            begun = joined[-1]
+            assert isinstance(begun, Call)
+            joined[-1] = Call(begun.name, begun.arguments + part.text)
+        elif isinstance(part, str) and joined and isinstance(joined[-1], str):
             joined[-1] += part
         else:
             joined.append(part)

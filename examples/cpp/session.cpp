@@ -66,9 +66,13 @@ Session::Session(const std::filesystem::path& artifact, int threads, const std::
   const auto& manifest = manifest_;
   if (manifest["format_version"] > 2 || manifest["target"] != "onnx")
     throw std::runtime_error("this program reads artifacts of format 1 or 2 for the target onnx");
+  auto graph = manifest["graph"];
 #ifndef LIGER_NATIVE
-  if (manifest["lowering"] == "native" && library.empty())
-    throw std::runtime_error("the lowering native needs --library, or build the artifact with --lowering ort");
+  if (manifest["lowering"] == "native" && library.empty()) {
+    graph = manifest.value("fallback", nlohmann::json());
+    if (graph.is_null())
+      throw std::runtime_error("the lowering native needs --library, or build the artifact with --lowering native,ort");
+  }
 #endif
 
   Ort::SessionOptions options;
@@ -81,8 +85,7 @@ Session::Session(const std::filesystem::path& artifact, int threads, const std::
   else
     Ort::ThrowOnError(RegisterCustomOps(options, OrtGetApiBase()));
 #endif
-  const auto graph = artifact / manifest["graph"]["file"].get<std::string>();
-  session_ = Ort::Session(env_, graph.c_str(), options);
+  session_ = Ort::Session(env_, (artifact / graph["file"].get<std::string>()).c_str(), options);
 
   chunk_ = std::min(kChunk, manifest["graph"]["max_chunk"].get<size_t>());
   logits_.resize(manifest["model"]["vocab_size"].get<size_t>());

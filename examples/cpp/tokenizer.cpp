@@ -23,6 +23,8 @@ constexpr char kByteLevel[] =
 // SentencePiece's spelling of a space.
 constexpr char kSpace[] = "\xE2\x96\x81";
 
+constexpr int64_t kMostIds = 1 << 24;
+
 [[noreturn]] void refuse(const std::string& what) {
   throw std::runtime_error("this program has no " + what +
                            "; it reads BPE tokenizers that are byte-level, or have Metaspace and byte fallback");
@@ -91,7 +93,7 @@ Tokenizer::Tokenizer(const std::filesystem::path& file) {
 
   for (const auto& [token, id] : model["vocab"].items()) {
     vocabulary_[pieces_ ? token : unspell(token)] = id;
-    bytes_[id] = pieces_ ? unspell_piece(token) : unspell(token);
+    name(id, pieces_ ? unspell_piece(token) : unspell(token));
   }
   for (const json& merge : model["merges"]) {
     std::string left, right;
@@ -110,7 +112,7 @@ Tokenizer::Tokenizer(const std::filesystem::path& file) {
     if (token["single_word"] || token["lstrip"] || token["rstrip"]) refuse("added token with conditions");
     added_.push_back({token["content"], token["id"]});
     const std::string content = token["content"];
-    bytes_[token["id"]] = token["special"] ? "" : pieces_ ? unspell_piece(content) : content;
+    name(token["id"], token["special"] ? "" : pieces_ ? unspell_piece(content) : content);
   }
   std::stable_sort(added_.begin(), added_.end(),
                    [](const Added& a, const Added& b) { return a.text.size() > b.text.size(); });
@@ -126,6 +128,12 @@ Tokenizer::Tokenizer(const std::filesystem::path& file) {
     add_pre_tokenizer(data["pre_tokenizer"]);
   }
   if (!data["post_processor"].is_null()) add_post_processor(data["post_processor"]);
+}
+
+void Tokenizer::name(int64_t id, std::string bytes) {
+  if (id < 0 || id >= kMostIds) refuse("token with the id " + std::to_string(id));
+  if (bytes_.size() <= static_cast<size_t>(id)) bytes_.resize(id + 1);
+  bytes_[id] = std::move(bytes);
 }
 
 template <typename Json>
@@ -304,8 +312,7 @@ void Tokenizer::merge(std::vector<int64_t>& tokens) const {
 
 const std::string& Tokenizer::bytes(int64_t id) const {
   static const std::string none;
-  const auto found = bytes_.find(id);
-  return found == bytes_.end() ? none : found->second;
+  return static_cast<size_t>(id) < bytes_.size() ? bytes_[id] : none;
 }
 
 std::set<int64_t> Tokenizer::added(const std::string& token) const {

@@ -48,15 +48,16 @@ class Tokenizer {
   void add_pre_tokenizer(const Json& step);
   template <typename Json>
   void add_post_processor(const Json& step);
+  void name(int64_t id, std::string bytes);
   void add_split(const std::string& pattern, bool gaps);
   void encode_text(const std::string& text, bool first, std::vector<int64_t>& ids) const;
   void encode_piece(const std::string& piece, std::vector<int64_t>& ids) const;
   void merge(std::vector<int64_t>& tokens) const;
 
-  std::unordered_map<std::string, int64_t> vocabulary_;               // by bytes, or by the names of pieces
-  std::unordered_map<int64_t, std::string> bytes_;
-  std::unordered_map<uint64_t, std::pair<size_t, int64_t>> merges_;  // left << 32 | right: rank and result
-  std::vector<Added> added_;                                          // longest first
+  std::unordered_map<std::string, int64_t> vocabulary_;                  // by bytes, or by the names of pieces
+  std::vector<std::string> bytes_;                                       // by id
+  std::unordered_map<uint64_t, std::pair<uint32_t, uint32_t>> merges_;  // left << 32 | right: rank and result
+  std::vector<Added> added_;                                             // longest first
   std::vector<Split> splits_;
   std::vector<int64_t> before_, after_, fallback_;
   std::string prepend_;  // when a text of pieces gets a leading space: always, first, never

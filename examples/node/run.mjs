@@ -105,14 +105,15 @@ async function main() {
   };
   const manifest = json("manifest.json");
   if (!manifest.graph) throw new Error(`${options.artifact} is not an artifact: there is no manifest.json`);
-  if (manifest.lowering === "native")
-    throw new Error("onnxruntime-node loads no operators of others: build the artifact with --lowering ort");
+  const { file } = (manifest.lowering === "native" ? manifest.fallback : manifest.graph) ?? {};
+  if (!file)
+    throw new Error("onnxruntime-node loads no operators of others: build the artifact with --lowering native,ort");
   process.env.ORT_DISABLE_TELEMETRY ??= "1"; // ONNX Runtime reads it once, when it starts
   const ort = await import("onnxruntime-node");
   const settings = { ...json("special_tokens_map.json"), ...json("tokenizer_config.json") };
   const tokenizer = new Tokenizer(json("tokenizer.json"), settings);
   const ends = endIds(tokenizer, settings, json("generation_config.json"), json("config.json"));
-  const graph = await ort.InferenceSession.create(join(options.artifact, manifest.graph.file));
+  const graph = await ort.InferenceSession.create(join(options.artifact, file));
   const session = new Session(ort, manifest, graph, true);
   const chat = options.chat && new Chat(json("chat.json"));
   const state = options.state && bytesOf(options.state);

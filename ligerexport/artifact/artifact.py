@@ -82,17 +82,26 @@ class StateTensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """The step graph: its file, the largest number of tokens per call, and its inputs and outputs in order."""
+    """The step graph: its file, largest number of tokens per call, inputs, outputs; `weights` if not its own file."""
 
     file: str
     max_chunk: int
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    weights: str | None = None
 
     @property
     def data(self) -> str:
         """Name of the weights' file, which contains only numbers."""
-        return f"{self.file}.data"
+        return self.weights or f"{self.file}.data"
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A second graph for devices that cannot run the first: its lowering and file; weights and state are the same."""
+
+    lowering: str
+    file: str
 
 
 @dataclass(frozen=True)
@@ -157,14 +166,15 @@ class Manifest:
         verification: Result of the comparison with torch, as the verifier wrote it.
         recovery: How the weights were trained after the conversion, as in config.json; None if they were not.
         block: Number of weights that share a scale; None if weights have none.
-        quality: Cost of the precision against fp32 on a built-in text, as the verifier measured it: nats per token
-            before and after, and the divergence. None for fp32.
+        quality: Cost of the precision of the first graph against fp32 on a built-in text, as the verifier measured it:
+            nats per token before and after, and the divergence. None for fp32.
         device: The GPUs that the artifact was built for: compute capabilities, largest number of sequences, plugin's
             names of kernels, plugin and engine. None for the CPU.
         files: Every other file of the artifact; filled when it is written.
         slots: Number of slots of each KV head in each layer; empty for a layer kept as softmax, and in artifacts of
             older versions.
         lora: Largest rank of the adapters that the graph takes after its state, for each sequence; 0 for none.
+        fallback: The second graph, if there is one; `verification` has its result under `fallback`.
         format_version: Version of this structure, the oldest that has all that the artifact needs.
     """
 
@@ -188,6 +198,7 @@ class Manifest:
     files: dict[str, FileInfo] = field(default_factory=dict)
     slots: tuple[tuple[int, ...], ...] = ()
     lora: int = 0
+    fallback: Fallback | None = None
     format_version: int = 1
 
     @property
@@ -200,6 +211,11 @@ class Manifest:
         """Tokens of context from which the Transformer's KV cache is larger than the state; None if it never is."""
         saved = self.bytes.kv_per_token - self.growth
         return self.bytes.state_per_sequence // saved + 1 if saved > 0 else None
+
+    @property
+    def lowerings(self) -> str:
+        """The lowering of each graph, separated by commas."""
+        return f"{self.lowering},{self.fallback.lowering}" if self.fallback else self.lowering
 
     @property
     def meters(self) -> bool:
@@ -266,6 +282,13 @@ class Artifact:
     def graph(self) -> Path:
         """The step graph's file."""
         return self.directory / self.manifest.graph.file
+
+    def on_fallback(self) -> Artifact:
+        """Return the artifact with its second graph in place of the first."""
+        first, other = self.manifest, self.manifest.fallback
+        assert other is not None
+        graph = replace(first.graph, file=other.file, weights=first.graph.data)
+        return replace(self, manifest=replace(first, lowering=other.lowering, graph=graph, fallback=None))
 
 
 class ArtifactWriter:
@@ -353,8 +376,9 @@ def open_artifact(path: Path | str, *, hashes: bool = True, data: bool = True, r
         if link.is_symlink() and leads_away(link, directory):
             raise _link(link, directory)
     manifest = Manifest.from_dict(read_json(file, ArtifactError, _REBUILD))
-    if manifest.graph.file not in manifest.files:
-        raise ArtifactError(f"{file} does not list the graph {manifest.graph.file} among its files", hint=_REBUILD)
+    for graph in (manifest.graph, manifest.fallback):
+        if graph is not None and graph.file not in manifest.files:
+            raise ArtifactError(f"{file} does not list the graph {graph.file} among its files", hint=_REBUILD)
     for name, entry in manifest.files.items():
         _check_file(directory, name, entry, hashes and (data or name != manifest.graph.data))
     if runtime:

@@ -36,7 +36,7 @@ def model_card(manifest: Manifest, repository: str) -> str:
         "KV cache of the original is larger": _crossover(manifest),
         "runs with": ", ".join(f"{runtime} {version}" for runtime, version in manifest.requires.items())
         or manifest.target,
-        "lowering": manifest.lowering,
+        "lowering": manifest.lowerings,
         "compared with torch": _verdict(manifest),
         "cost of the precision": _quality(manifest),
         "trained after the conversion": "yes" if manifest.recovery else "no",

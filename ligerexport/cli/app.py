@@ -1,6 +1,6 @@
 """The application: verbs are functions, and an error becomes one line with a hint and an exit code.
 
-A verb imports torch and the runtimes only if it needs them.
+A command imports only its own verb, and a verb imports torch and the runtimes only if it needs them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import cache
+from pkgutil import resolve_name
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -16,21 +18,6 @@ from typer.core import TyperGroup
 
 from ligerexport import __version__
 from ligerexport.cli import options
-from ligerexport.cli.allocate import allocate
-from ligerexport.cli.bench import bench
-from ligerexport.cli.build import build
-from ligerexport.cli.chat import chat
-from ligerexport.cli.convert import convert
-from ligerexport.cli.demo import demo
-from ligerexport.cli.doctor import doctor
-from ligerexport.cli.eval import eval_
-from ligerexport.cli.hub import pull, push
-from ligerexport.cli.inspect import inspect
-from ligerexport.cli.list import list_
-from ligerexport.cli.native import native
-from ligerexport.cli.recover import recover
-from ligerexport.cli.run import run
-from ligerexport.cli.serve import serve
 from ligerexport.console import data, print_error, say
 from ligerexport.errors import LigerError, UsageError, close_matches
 
@@ -47,18 +34,35 @@ class _Verbs(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-app = typer.Typer(
-    cls=_Verbs,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-_VERBS = (
-    convert, allocate, recover, eval_, build, run, chat, serve, bench, demo, pull, push, inspect, native, doctor, list_,
-)  # fmt: skip
-for _verb in _VERBS:
-    app.command(_verb.__name__.rstrip("_"))(_verb)
+_VERBS = {
+    "convert": "convert", "allocate": "allocate", "recover": "recover", "eval": "eval:eval_", "build": "build",
+    "run": "run", "chat": "chat", "serve": "serve", "bench": "bench", "demo": "demo", "pull": "hub", "push": "hub",
+    "inspect": "inspect", "native": "native", "triton": "triton", "doctor": "doctor", "list": "list:list_",
+}  # fmt: skip
+"""Module of each verb, and its function if it has another name, in the order of work."""
+
+
+@cache
+def _app(*verbs: str) -> typer.Typer:
+    """Return the application with some verbs."""
+    made = typer.Typer(
+        cls=_Verbs,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    made.callback()(_root)
+    for verb in verbs:
+        module, _, function = _VERBS[verb].partition(":")
+        made.command(verb)(resolve_name(f"ligerexport.cli.{module}:{function or verb}"))
+    return made
+
+
+def __getattr__(name: str) -> typer.Typer:
+    if name == "app":  # with all verbs
+        return _app(*_VERBS)
+    raise AttributeError(name)
 
 
 def _version(wanted: bool) -> None:
@@ -67,7 +71,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -90,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     _open_standard_files()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit normally, so that half-written files are removed
     try:
-        result = app(arguments or ["--help"], prog_name="ligerexport", standalone_mode=False)
+        wanted = arguments[:1] if arguments and arguments[0] in _VERBS else _VERBS
+        result = _app(*wanted)(arguments or ["--help"], prog_name="ligerexport", standalone_mode=False)
         code = result if isinstance(result, int) else 0
         _flush()
     except (KeyboardInterrupt, typer.Abort):  # typer returns 130 or raises, depending on its version

@@ -33,7 +33,8 @@ def build(
         str | None,
         typer.Option(
             help="ort uses ONNX Runtime's own operators, portable only primitive operators of any runtime, native an "
-            "operator of this project: the fastest on CPUs; where no wheel brings it, it needs a C++ compiler."
+            "operator of this project: the fastest on CPUs; where no wheel brings it, it needs a C++ compiler. With "
+            "native,ort, both graphs share their weights, and ort runs where native cannot."
         ),
     ] = None,
     max_chunk: Annotated[

@@ -107,7 +107,7 @@ def _artifact(path: Path) -> dict[str, Any]:
     manifest = open_artifact(path, runtime=False).manifest
     return {
         "kind": "artifact",
-        "target": f"{manifest.target}, {manifest.lowering} lowering, {manifest.precision}",
+        "target": f"{manifest.target}, {manifest.lowerings} lowering, {manifest.precision}",
         "source": {k: v for k, v in vars(manifest.source).items() if v and k != "files"},
         "family": manifest.family,
         "liger": _conversion(manifest.liger),

@@ -20,6 +20,7 @@ from ligerexport.artifact.artifact import (
     Artifact,
     ArtifactWriter,
     ByteCounts,
+    Fallback,
     Graph,
     Manifest,
     Source,
@@ -47,6 +48,8 @@ COPIED = (
     "chat_template.jinja", "LICENSE",
 )  # fmt: skip
 """Files of the checkpoint that are copied into the artifact."""
+PAIR = ("native", "ort")
+"""The lowerings of two graphs that read the same weights and state, the faster one first."""
 MAX_LORA = 256
 """Largest rank of adapters."""
 
@@ -78,7 +81,8 @@ def build(
         model: Directory that `convert` wrote.
         output: Directory to make; None takes the target's name inside the checkpoint.
         target: Row of `TARGETS`.
-        lowering: How the mixer is written; None takes the target's default.
+        lowering: How the mixer is written; None takes the target's default. `native,ort` writes two graphs on the same
+            weights: `load` takes the second where it cannot run the operator of the first.
         max_chunk: Largest number of tokens per call; None takes 128, for `trt` up to 1,024 if positions reach that far.
         weights: Row of `WEIGHTS`; None takes the target's default. On GPUs, products also run in this type.
         state: Row of `STATES`, the type in which slots are kept; None takes that of the conversion.
@@ -137,7 +141,8 @@ class BuildPlan:
         force: bool = False,
     ) -> None:
         settings = settings or BuildSettings()
-        lowering, weights = _resolve(settings)
+        self.lowerings, weights = _resolve(settings)
+        lowering = self.lowerings[0]
 
         from ligerexport.checkpoint.checkpoint import check_checkpoint
         from ligerexport.exporters.onnx.genai import check_genai
@@ -152,7 +157,8 @@ class BuildPlan:
         check_destination(self.output, force=force, marker=MANIFEST)
         self.info = check_checkpoint(model, tokenizer=False)
         self.spec = read_spec(self.info, settings.state and look_up("type of the state", settings.state, STATES))
-        _check_memory(self.spec, settings.target, lowering)
+        for each in self.lowerings:
+            _check_memory(self.spec, settings.target, each)
         _check_lora(settings)
         if settings.meter:
             _check_meter(self.spec, lowering, settings.genai)
@@ -160,7 +166,8 @@ class BuildPlan:
         max_chunk = self.backend.choose_chunk(self.spec, settings.max_chunk)
         if settings.genai:
             check_genai(self.info.path, settings.target, lowering, ragged=self.spec.ragged)
-        self.force, self.settings = force, replace(settings, lowering=lowering, weights=weights, max_chunk=max_chunk)
+        self.force = force
+        self.settings = replace(settings, lowering=",".join(self.lowerings), weights=weights, max_chunk=max_chunk)
         self.storage = weight_storage(weights, settings.block, lowering)
 
     @property
@@ -201,7 +208,7 @@ class BuildPlan:
         from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
 
         info, spec, settings, storage = self.info, self.spec, self.settings, self.storage
-        assert settings.lowering is not None and settings.max_chunk is not None
+        assert settings.max_chunk is not None
         if (info.path / "tokenizer.json").is_file():
             text = TextModel(info.path)
             text.write_tokenizer(directory / "tokenizer.json")
@@ -209,11 +216,12 @@ class BuildPlan:
                 (directory / PIECES).write_text(json.dumps(pieces, indent=1) + "\n", encoding="utf-8")
         with progress("writing weights", weight_bytes(spec, storage)) as advance:
             write_weights(spec, directory, storage, advance)
-        onnx_graph.write_graph(
-            spec, directory, lowering=settings.lowering, max_chunk=settings.max_chunk, storage=storage,
-            lora=settings.lora,
-            meter=settings.meter,
-        )  # fmt: skip
+        constants: dict[bytes, int] = {}
+        for lowering, file in zip(self.lowerings, (onnx_graph.GRAPH_FILE, onnx_graph.FALLBACK_FILE), strict=False):
+            onnx_graph.write_graph(
+                spec, directory, lowering=lowering, max_chunk=settings.max_chunk, storage=storage,
+                lora=settings.lora, meter=settings.meter, file=file, constants=constants,
+            )  # fmt: skip
         for name in COPIED:
             if (info.path / name).is_file():
                 shutil.copyfile(info.path / name, directory / name)
@@ -224,20 +232,25 @@ class BuildPlan:
             raise CheckpointError(f"config.json has liger_recovery {recovery!r:.60}", hint="convert the model again")
         skipped: dict[str, Any] = {"passed": False, "skipped": True}
         manifest = make_manifest(
-            spec, source, settings.target, settings.lowering, settings.max_chunk, get_target(settings.target).requires,
+            spec, source, settings.target, self.lowerings[0], settings.max_chunk, get_target(settings.target).requires,
             skipped, recovery=recovery, storage=storage, meter=settings.meter,
         )  # fmt: skip
+        if len(self.lowerings) > 1:
+            manifest = replace(manifest, fallback=Fallback(self.lowerings[1], onnx_graph.FALLBACK_FILE))
         return _taking_adapters(manifest, spec, storage, settings.lora) if settings.lora else manifest
 
 
-def _resolve(settings: BuildSettings) -> tuple[str, str]:
-    """Check names and installed packages; return the lowering and the precision of weights."""
-    row, lowering, weights = get_target(settings.target), settings.lowering, settings.weights
-    lowering = row.lowerings[0] if lowering is None else lowering
-    if lowering not in row.lowerings:
-        raise UsageError(
-            f"unknown lowering '{lowering}' for {settings.target}", hint=close_matches(lowering, row.lowerings)
-        )
+def _resolve(settings: BuildSettings) -> tuple[tuple[str, ...], str]:
+    """Check names and installed packages; return the lowering of each graph, and the precision of weights."""
+    row, weights = get_target(settings.target), settings.weights
+    lowerings = (row.lowerings[0],) if settings.lowering is None else tuple(settings.lowering.split(","))
+    for name in lowerings:
+        if name not in row.lowerings:
+            raise UsageError(
+                f"unknown lowering '{name}' for {settings.target}", hint=close_matches(name, row.lowerings)
+            )
+    if len(lowerings) > 1 and lowerings != PAIR:
+        raise UsageError(f"the lowerings {settings.lowering} on the same weights", hint=f"only {','.join(PAIR)} fit")
     weights = row.weights[0] if weights is None else weights
     get_precision(weights, settings.block)
     if weights not in row.weights:
@@ -247,7 +260,7 @@ def _resolve(settings: BuildSettings) -> tuple[str, str]:
     require("build")
     warn_if_untried("onnx")
     warn_if_untried("onnx-ir")
-    return lowering, weights
+    return lowerings, weights
 
 
 def _check_memory(spec: ModelSpec, target: str, lowering: str) -> None:

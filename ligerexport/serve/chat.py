@@ -16,7 +16,7 @@ from ligerexport.serve.errors import ApiError
 from ligerexport.serve.request import Event, Finish
 from ligerexport.serve.schemas import ChatRequest, Message, ToolCall
 from ligerexport.serve.shape import Pieces, chat_logprobs, counted, new_id
-from ligerexport.text.calls import Call, CallReader
+from ligerexport.text.calls import Arguments, Call, CallReader, Part
 from ligerexport.text.marks import is_marked
 from ligerexport.text.tokenizer import TextModel
 
@@ -134,7 +134,12 @@ class Chat:
         reader = self._reader()
         parts = [*reader.push(answer.text), *reader.flush()] if reader else [answer.text]
         text = "".join(part for part in parts if isinstance(part, str))
-        calls = [_call(part) for part in parts if isinstance(part, Call)]
+        calls = list[dict[str, Any]]()
+        for part in parts:
+            if isinstance(part, Call):
+                calls.append(_call(part))
+            elif isinstance(part, Arguments):
+                calls[-1]["function"]["arguments"] += part.text
         message = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
         return {"index": answer.index, "message": message | ({"tool_calls": calls} if calls else {}),
                 "logprobs": self._logprobs(answer.events), "finish_reason": _reason(answer.finish, calls)}  # fmt: skip
@@ -161,15 +166,19 @@ class Chat:
                 yield None
                 continue
             index, piece = found
-            parts: list[str | Call] = [piece.text]
+            parts: list[Part] = [piece.text]
             if (reader := readers[index]) is not None:
                 parts = [*reader.push(piece.text), *(reader.flush() if piece.end else ())]
             text = "".join(part for part in parts if isinstance(part, str))
             if text or (self.body.logprobs and piece.events):
                 yield chunk(index, {"content": text}, self._logprobs(piece.events))
-            for call in (part for part in parts if isinstance(part, Call)):
-                yield chunk(index, {"tool_calls": [{"index": calls[index], **_call(call)}]})
-                calls[index] += 1
+            for part in parts:
+                if isinstance(part, Call):
+                    calls[index] += 1
+                    yield chunk(index, {"tool_calls": [{"index": calls[index] - 1, **_call(part)}]})
+                elif isinstance(part, Arguments):
+                    written = {"index": calls[index] - 1, "function": {"arguments": part.text}}
+                    yield chunk(index, {"tool_calls": [written]})
             if piece.end is not None:
                 ends[index] = piece.end
                 yield chunk(index, {}, None, _reason(piece.finish, calls[index]))

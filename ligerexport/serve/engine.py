@@ -40,6 +40,7 @@ class Engine:
         memory: Bytes of states in memory. The rows of running requests and their readers are not part of it.
         state_dir: Directory for states; None keeps them in memory only. Its states are found again after a restart.
         disk: Bytes of states in that directory; None takes 16 times `memory`.
+        shared: Place of states that other servers use too, instead of a directory; see `SharedStore`.
         queue: Number of requests that may wait.
         device, threads, adapters: See `ligerexport.run.runtime.load`.
 
@@ -60,6 +61,7 @@ class Engine:
         memory: int = 4 << 30,
         state_dir: Path | None = None,
         disk: int | None = None,
+        shared: str | None = None,
         queue: int = 256,
         device: str = "cpu",
         threads: int | None = None,
@@ -71,7 +73,8 @@ class Engine:
         session = load(artifact, batch=max_batch, threads=threads, device=device, adapters=adapters)
         self.manifest: Manifest = session.artifact.manifest
         self.directory = session.artifact.directory
-        self._states = States(self.manifest.fingerprint, memory, state_dir, DISK * memory if disk is None else disk)
+        space = DISK * memory if disk is None else disk
+        self._states = States(self.manifest.fingerprint, memory, state_dir, space, shared)
         self._adapters = {name: adapter_digest(path) for name, path in (adapters or {}).items()}
         self._changed = threading.Condition()
         self._waiting = Waiting(queue)

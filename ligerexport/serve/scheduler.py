@@ -361,6 +361,8 @@ class Scheduler:
             space, ids = job.space, np.array(job.tokens[: job.at], np.int64)
             if self._states.wants(space, ids):
                 self._states.insert(space, ids, session.snapshot(job.row or 0), write=True)
+            else:
+                self._states.secure(space, ids)
         if job.row is not None:
             self._vacate(job.row)
         else:

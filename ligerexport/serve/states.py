@@ -9,6 +9,7 @@ equal sizes.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ import numpy as np
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.serve.request import Space, StateInfo
+from ligerexport.serve.shared import SharedStore
 from ligerexport.serve.store import Store, digest, space_key
 from ligerexport.serve.tree import Node, Tree
 
@@ -92,14 +94,17 @@ class States:
         memory: Bytes of states in memory.
         directory: Directory for states on the disk; None keeps them in memory only.
         disk: Bytes of states on the disk.
+        shared: Place of states that other servers use too, instead of a directory; see `SharedStore`.
 
     Raises:
         LigerError: The directory cannot be written.
     """
 
-    def __init__(self, model: str, memory: int, directory: Path | None, disk: int) -> None:
-        self.memory, self.disk = memory, disk
-        self._store = None if directory is None else Store(directory, model)
+    def __init__(self, model: str, memory: int, directory: Path | None, disk: int, shared: str | None = None) -> None:
+        self.memory, self.disk = memory, disk if shared is None else sys.maxsize  # a shared store keeps to its space
+        self._store: Store | None = None if directory is None else Store(directory, model)
+        if shared is not None:
+            self._store = SharedStore(shared, model, disk)
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="read-states")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write-states")
         self._lock = threading.RLock()
@@ -129,9 +134,10 @@ class States:
                 pinned = next((x.held for x in common if isinstance(x.held, Held) and x.held.pinned), None)
                 if pinned is not None and (best is None or pinned.node.length > best.node.length):
                     best = pinned
+            best = self._adopted(space_key(space), ids, limit, best.node.length if best else 0) or best
             if best is not None:
                 self._use(best)
-            return best, known
+            return best, max(known, best.node.length if best else 0)
 
     def fetch(self, held: Held) -> Future[Snapshot]:
         """Return a state, from memory or from the disk; the future fails if its file is damaged or gone."""
@@ -182,6 +188,13 @@ class States:
             if write or held.pinned:
                 self._write(held)
             self._shrink()
+
+    def secure(self, space: Space, ids: np.ndarray) -> None:
+        """Begin to write the deepest state of a prefix `[T]` to the disk, if it is not there."""
+        with self._lock:
+            held, _ = self.find(space, ids, len(ids))
+            if held is not None:
+                self._write(held)
 
     def forget(self, held: Held) -> None:
         """Remove a state."""
@@ -242,6 +255,8 @@ class States:
         """Finish what is being written, and end the threads."""
         self._readers.shutdown()
         self._writer.shutdown()
+        if self._store is not None:
+            self._store.close()
 
     def stats(self) -> dict[str, float]:
         """Return how many states there are and their bytes."""
@@ -251,6 +266,18 @@ class States:
                 "states_memory_bytes": self._in_memory,
                 "states_disk_bytes": self._on_disk,
             }
+
+    def _adopted(self, key: str, ids: np.ndarray, limit: int, beyond: int) -> Held | None:
+        """Return a longer state of a prefix that another server wrote; None if there is none."""
+        found = self._store.longest(key, ids, limit, beyond) if self._store else None
+        if found is None:
+            return None
+        length, nbytes = found
+        held = self._held.get((key, digest(ids[:length]))) or self._add(key, ids[:length], nbytes)
+        if not held.written:
+            held.written = True
+            self._on_disk += nbytes
+        return held
 
     def _tree(self, key: str) -> Tree:
         return self._trees.setdefault(key, Tree())

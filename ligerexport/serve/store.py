@@ -16,7 +16,7 @@ from ligerexport.errors import LigerError
 from ligerexport.serve.request import Space
 from ligerexport.staging import remove_leftovers, staged_file
 
-_SUFFIX = ".state"
+SUFFIX = ".state"
 _HINT = "choose another --state-dir"
 
 
@@ -31,8 +31,18 @@ class Stored:
 
 
 def digest(ids: np.ndarray) -> str:
-    """Return the name of a prefix `[T]` int64."""
-    return hashlib.blake2b(np.ascontiguousarray(ids, np.int64).data, digest_size=16).hexdigest()
+    """Return the name of a prefix `[T]` int64, which ends with its length."""
+    return named(hashing(ids), len(ids))
+
+
+def hashing(ids: np.ndarray) -> hashlib.blake2b:
+    """Return a hash of a prefix `[T]` int64, to which more tokens can be added."""
+    return hashlib.blake2b(np.ascontiguousarray(ids, np.int64).data, digest_size=16)
+
+
+def named(seen: hashlib.blake2b, length: int) -> str:
+    """Return the name of a prefix from its hash."""
+    return f"{seen.hexdigest()}-{length}"
 
 
 def space_key(space: Space) -> str:
@@ -67,7 +77,7 @@ class Store:
 
     def scan(self) -> Iterator[tuple[str, Stored]]:
         """Yield each space's key and state, the latest first. Files that are no state of this model are removed."""
-        files = sorted(self.directory.glob(f"*/*{_SUFFIX}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        files = sorted(self.directory.glob(f"*/*{SUFFIX}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
         for file in files:
             remove_leftovers(file)
             try:
@@ -75,8 +85,8 @@ class Store:
             except Exception:  # safetensors raises several kinds for damaged files
                 file.unlink(missing_ok=True)
                 continue
-            said = _read_marks(file.with_suffix(".json"))
-            yield file.parent.name, Stored(ids, file.stat().st_size, said[0], said[1])
+            name, pinned = _read_marks(file.with_suffix(".json"))
+            yield file.parent.name, Stored(ids, file.stat().st_size, name, pinned)
 
     def write(self, space: str, ids: np.ndarray, snapshot: Snapshot) -> int:
         """Write a state whole or not at all; return the file's size in bytes.
@@ -95,10 +105,7 @@ class Store:
             LigerError: The file is damaged, is of another prefix, or is gone.
         """
         file = self._file(space, digest(ids))
-        snapshot = Snapshot.load(file)
-        if snapshot.ids is None or not np.array_equal(snapshot.ids, ids) or snapshot.position.tolist() != [len(ids)]:
-            raise LigerError(f"{file} is the state of other tokens")
-        return replace(snapshot, ids=None)
+        return checked(Snapshot.load(file), ids, str(file))
 
     def mark(self, space: str, state: str, name: str, pinned: bool) -> None:
         """Write what a user said about a state.
@@ -109,7 +116,7 @@ class Store:
         file = self._file(space, state).with_suffix(".json")
         if name or pinned:
             with staged_file(file, hint=_HINT) as stage:
-                stage.write_text(json.dumps({"name": name, "pinned": pinned}), encoding="utf-8")
+                stage.write_text(said(name, pinned), encoding="utf-8")
         else:
             file.unlink(missing_ok=True)
 
@@ -120,8 +127,38 @@ class Store:
             with suppress(OSError):
                 path.unlink()
 
+    def longest(self, space: str, ids: np.ndarray, limit: int, beyond: int) -> tuple[int, int] | None:
+        """Return the number of tokens of the deepest state of a prefix that others wrote, and its bytes.
+
+        Args:
+            space: Key of the space.
+            ids: Tokens `[T]` int64.
+            limit: Largest number of tokens that the state may have seen.
+            beyond: Number of tokens that it must exceed.
+        """
+        return None
+
+    def close(self) -> None:
+        """End what the store does by itself."""
+
     def _file(self, space: str, state: str) -> Path:
-        return self.directory / space / f"{state}{_SUFFIX}"
+        return self.directory / space / f"{state}{SUFFIX}"
+
+
+def checked(snapshot: Snapshot, ids: np.ndarray, place: str) -> Snapshot:
+    """Return a state that was read, without its tokens.
+
+    Raises:
+        LigerError: It is that of other tokens.
+    """
+    if snapshot.ids is None or not np.array_equal(snapshot.ids, ids) or snapshot.position.tolist() != [len(ids)]:
+        raise LigerError(f"{place} is the state of other tokens")
+    return replace(snapshot, ids=None)
+
+
+def said(name: str, pinned: bool) -> str:
+    """Return the content of the file with what a user said about a state."""
+    return json.dumps({"name": name, "pinned": pinned})
 
 
 def _read_ids(file: Path) -> np.ndarray:
@@ -141,7 +178,7 @@ def _read_ids(file: Path) -> np.ndarray:
 
 def _read_marks(file: Path) -> tuple[str, bool]:
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        return str(said["name"]), bool(said["pinned"])
+        marks = json.loads(file.read_text(encoding="utf-8"))
+        return str(marks["name"]), bool(marks["pinned"])
     except (OSError, ValueError, KeyError, TypeError):
         return "", False

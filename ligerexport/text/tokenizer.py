@@ -115,7 +115,7 @@ class TextModel:
         except UsageError:
             return self.eos_ids
         found = max((token for token in self.controls if after.startswith(token)), key=len, default=None)
-        return self.eos_ids | (frozenset() if found is None else {self.vocabulary[found]})
+        return self.eos_ids | self._id_of(found)
 
     @cached_property
     def eos_id(self) -> int | None:
@@ -131,7 +131,10 @@ class TextModel:
         return next(iter(self._ids("bos_token")), None)
 
     def _ids(self, name: str) -> frozenset[int]:
-        found = self._tokenizer.token_to_id(self._special[name]) if name in self._special else None
+        return self._id_of(self._special.get(name))
+
+    def _id_of(self, token: str | None) -> frozenset[int]:
+        found = None if token is None else self._tokenizer.token_to_id(token)
         return frozenset() if found is None else frozenset({found})
 
     @cached_property
@@ -191,8 +194,7 @@ class TextModel:
         """Ids of byte tokens, if the decoder joins bytes; an invalid byte invalidates its neighbours."""
         if "ByteFallback" not in self._decoder:
             return frozenset()
-        tokens = (f"<0x{byte:02X}>" for byte in range(256))
-        return frozenset(self.vocabulary[token] for token in tokens if token in self.vocabulary)
+        return frozenset().union(*(self._id_of(f"<0x{byte:02X}>") for byte in range(256)))
 
     @cached_property
     def special_ids(self) -> dict[str, int]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import cache
 from typing import TYPE_CHECKING
 
 from ligerexport.artifact.artifact import Artifact
+from ligerexport.console import warn
+from ligerexport.errors import MissingDependency
 from ligerexport.exporters.backend import Backend, SessionSettings
+from ligerexport.exporters.onnx.native import check_ready
 
 if TYPE_CHECKING:
     from ligerexport.exporters.onnx.session import OnnxSession
@@ -19,5 +23,25 @@ class OnnxRuntime(Backend):
         """Open an artifact. Quantised weights are always prepacked, because products are ten times slower without."""
         from ligerexport.exporters.onnx.session import OnnxSession
 
+        if artifact.manifest.fallback is not None:
+            artifact = _runnable(artifact, settings.device)
         options = asdict(settings) | {"prepack": settings.prepack or artifact.manifest.block is not None}
         return OnnxSession(artifact, **options)
+
+
+def _runnable(artifact: Artifact, device: str) -> Artifact:
+    """Return the artifact, or on its second graph if this machine cannot run the first."""
+    if device != "cpu":
+        return artifact.on_fallback()
+    try:
+        check_ready()
+    except MissingDependency:
+        artifact = artifact.on_fallback()
+        _warn(artifact.manifest.lowering)
+    return artifact
+
+
+@cache
+def _warn(lowering: str) -> None:
+    """Warn once per process."""
+    warn(f"there is neither a compiled operator nor a C++ compiler here, so the slower {lowering} graph runs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +36,7 @@ from ligerexport.model.state import FORGOTTEN, MixerSpec
 LOWERINGS: dict[str, type[Portable]] = {"ort": Ort, "portable": Portable, "native": Native, "plugin": Plugin}
 """The lowerings that a graph can be written in."""
 GRAPH_FILE = "model.onnx"
+FALLBACK_FILE = "fallback.onnx"
 EMBEDDED = 4096
 """Largest constant, in bytes, that stays in the graph's own file."""
 Projected = tuple[ir.Value, ir.Value, ir.Value]
@@ -308,19 +310,27 @@ def write_graph(
     storage: WeightStorage = FP32,
     lora: int = 0,
     meter: bool = False,
+    file: str = GRAPH_FILE,
+    constants: dict[bytes, int] | None = None,
 ) -> None:
-    """Write the graph, and append its large constants to the weights in `DATA_FILE`."""
+    """Write the graph, and append its large constants to the weights in `DATA_FILE`.
+
+    Args:
+        file: Name of the graph's file.
+        constants: Offsets of the constants that another graph has appended, by their bytes; this one's are added.
+    """
     model = build_graph(spec, lowering=lowering, max_chunk=max_chunk, storage=storage, lora=lora, meter=meter)
-    end = max(align(part.offset + part.nbytes) for part in data_layout(spec, storage).values())
+    constants = {} if constants is None else constants
     with (directory / DATA_FILE).open("r+b") as data:
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes <= EMBEDDED:
                 continue
-            data.seek(end)
-            data.write(tensor.tobytes())
+            raw = tensor.tobytes()
+            if raw not in constants:
+                constants[raw] = data.seek(align(data.seek(0, os.SEEK_END)))
+                data.write(raw)
             value.const_value = ir.ExternalTensor(
-                DATA_FILE, end, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+                DATA_FILE, constants[raw], tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )
-            end = align(end + tensor.nbytes)
-    ir.save(model, directory / GRAPH_FILE)
+    ir.save(model, directory / file)

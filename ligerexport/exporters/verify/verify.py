@@ -48,12 +48,13 @@ def verify_artifact(
 
     Args:
         spec: The checkpoint.
-        artifact: Graph, weights and a manifest without files.
+        artifact: Graph, weights and a manifest without files; its second graph is compared too.
         storage: How the weights are stored.
         seed: Seed of the places where the prompt is cut.
 
     Returns:
-        The numbers for the manifest, from the comparison and from `cost_of_precision`.
+        The numbers for the manifest, from the comparison and from `cost_of_precision`. Those of a second graph's
+        comparison are under `fallback`.
 
     Raises:
         VerificationError: A layer differs, or ONNX Runtime fails in it; the message names the first such layer.
@@ -69,22 +70,29 @@ def verify_artifact(
     whole = {i for i in range(len(pieces)) if i < PIECES or (len(pieces) - 1 - i) % often == 0}
     with progress("running the torch model", len(spec.mixers), "steps") as advance:
         answers = reference.answers(pieces, whole=whole, advance=advance)
-    comparison = Verification(spec, tolerance, reference, progress)
-    mismatch = _compare(comparison, artifact, answers, progress)
-    plugin = artifact.manifest.lowering == "plugin"  # ONNX Runtime cannot run it
-    if mismatch is not None:
+
+    def compare(graph: Artifact) -> dict[str, Any]:
+        comparison = Verification(spec, tolerance, reference, progress)
+        mismatch = _compare(comparison, graph, answers, progress)
+        if mismatch is None:
+            return asdict(comparison.result)
         try:
-            found = first_difference(spec, artifact, pieces, reference)
+            found = first_difference(spec, graph, pieces, reference)
         except Mismatch as failure:
             found = failure
-        raise _explain(artifact, found, mismatch) from mismatch
-    return asdict(comparison.result), None if plugin else cost_of_precision(spec, artifact, ids, progress)
+        raise _explain(graph, found, mismatch) from mismatch
+
+    checked = compare(artifact)
+    if artifact.manifest.fallback is not None:
+        checked["fallback"] = compare(artifact.on_fallback())
+    plugin = artifact.manifest.lowering == "plugin"  # ONNX Runtime cannot run it
+    return checked, None if plugin else cost_of_precision(spec, artifact, ids, progress)
 
 
 def _compare(
     comparison: Verification, artifact: Artifact, answers: list[Answer], progress: ProgressFactory
 ) -> Mismatch | None:
-    """Compare the artifact with torch's answers; return the first difference."""
+    """Compare the artifact's graph with torch's answers; return the first difference."""
     with progress("comparing", len(answers) + 1, "steps") as advance:
         session = _open(comparison.spec, artifact)
         try:

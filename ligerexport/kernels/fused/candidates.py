@@ -289,9 +289,7 @@ def gather_candidates(
         call: An object that is the same for calls of equal layout, if the caller has one.
         dtype: Type of the copies; None takes that of the queries.
     """
-    batch, length, q_heads, d_k = query.shape
-    position = position.contiguous()
-    kv_heads, d_v = value.shape[2:]
+    (batch, length, q_heads, d_k), (kv_heads, d_v), position = query.shape, value.shape[2:], position.contiguous()
     config, slots, pools = spec.config, spec.config.num_slots, len(spec.config.slots)
     width_k, width_v = (max(power_of_two(d), NARROWEST) for d in (d_k, d_v))
     table, reach = _reach(rotary, spec.max_distance, length)

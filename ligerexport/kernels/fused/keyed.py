@@ -33,7 +33,7 @@ def keyed_recurrence(
         present: The same after the last token; they may be `past`.
         output: `[B, T, H_q, d_v]`, contiguous, to write to. With `attended` it gets the sum of both, and 0 for padding.
         spec: The layer.
-        index: `[B]`, the row of the state that holds each sequence, negative to skip it; None for row b.
+        index: `[B]`, the row of the state of each sequence; negative skips it and gives 0; None for row b.
         attended: `[B, T, H_q, d_v]`, contiguous: the weighted output of the slots; None if another launch adds it.
     """
     query, key, value = heads
@@ -63,9 +63,12 @@ def _keyed_kernel(
     row = b
     if p_index is not None:
         row = tl.load(p_index + b).to(tl.int64)
-        if row < 0:
-            return
     o_m, o_p, o_k, o_v = tl.arange(0, ROWS_PAD), tl.arange(0, POOL_PAD), tl.arange(0, D_K_PAD), tl.arange(0, D_V_PAD)
+    if row < 0:
+        for place in range(tokens * G):
+            at = (b * tokens + place // G) * (H * G) + h * G + place % G
+            tl.store(p_output + at * D_V + o_v, tl.zeros([D_V_PAD], p_output.dtype.element_ty), mask=o_v < D_V)
+        return
     m_m, m_k, m_v = o_m < ROWS, o_k < D_K, o_v < D_V
     m_pool = m_m[:, None] & (o_p < POOL)[None, :]
     at_k, in_k = (row * H + h) * (ROWS * D_K) + o_m[:, None] * D_K + o_k[None, :], m_m[:, None] & m_k[None, :]
