@@ -6,8 +6,7 @@ Both artifacts are of one checkpoint with the same weights; without them, only c
 `libonnxruntime.so` for aarch64, as the package `onnxruntime-node` has it. A whole process runs in QEMU's emulator
 of a Cortex-A76, which logs each block that it executes; Debian has what this needs as `qemu-user`,
 `g++-aarch64-linux-gnu` and `llvm`. A count hardly differs from run to run, so one run is enough. Cycles are those
-that `llvm-mca` finds on a Neoverse N1, which is close to a Cortex-A76, for the compiled loop over the blocks of
-four rows.
+that `llvm-mca` finds on a Neoverse N1, which is close to a Cortex-A76, for the loop over the blocks of two rows.
 """
 
 from __future__ import annotations
@@ -89,12 +88,12 @@ def cycles(place: Path, bits: int, block: int, processor: str) -> float:
     source, made = place / "rows.cc", place / "rows.s"
     source.write_text(
         '#include "block_linear.h"\n'
-        f"template float32x4_t liger::multiply_four<{bits}, {block // 32}>("
-        "const liger::BlockMatrix&, int64_t, const liger::RoundedInputs&, int64_t);\n"
+        f"template void liger::multiply_run<{bits}, {block // 32}>("
+        "const liger::BlockMatrix&, int64_t, int64_t, const liger::RoundedInputs&, int64_t, float*);\n"
     )
     subprocess.run([*COMPILE, f"-mcpu={processor}", f"-I{OPERATOR}", "-S", str(source), "-o", str(made)], check=True)
     body = max(loops(made.read_text()), key=lambda lines: (sum("dot" in x for x in lines), -len(lines)))
-    codes = sum(line.startswith(("sdot", "usdot")) for line in body) * 16 / (32 * bits / 4)  # in units of 32
+    codes = sum(line.startswith(("sdot", "usdot")) for line in body) * 16 / 32  # in units of 32
     text = "\n".join(x for x in body if not x.startswith("."))
     mca = [MCA, "-mtriple=aarch64", "-mcpu=neoverse-n1", "-iterations=200"]
     done = subprocess.run(mca, input=text, capture_output=True, text=True, check=True)

@@ -54,19 +54,20 @@ void products(int64_t rows, int64_t width, int64_t bits, int64_t block) {
   if (rows > 1)  // the largest and smallest products that there are
     for (int64_t i = 0; i < m.code_row; ++i) codes[i] = 255, codes[m.code_row + i] = 0;
   m.codes = codes.first, m.zero_point = zeros.first, m.scale = scale.first;
-  const float most = bits == 4 ? 127 : 32639;
+  const float most = bits == 4 ? liger::kMost<4> : liger::kMost<8>;
+  const int64_t span = 32 * (bits == 4 ? liger::span_units<4>(block) : liger::span_units<8>(block));
   std::vector<float> row(m.blocks * block);
-  for (int64_t tokens : {1, 3, 5, 15}) {
+  for (int64_t tokens : {1, 5, 15}) {
     Data<float> x(tokens * width), out(tokens * rows);
     for (int64_t i = 0; i < tokens * width; ++i) x[i] = i / width == 1 ? (i % 2 ? -1.0f : 1.0f) : normal();
     std::vector<double> rounded(tokens * width);
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t u = 0; u < width; u += 32) {
-        float given[32] = {}, sum;
-        int32_t whole[32];
-        std::copy_n(&x[t * width + u], std::min<int64_t>(32, width - u), given);
-        const double step = liger::RoundedInputs::RoundUnit(given, most, whole, &sum);
-        for (int64_t i = 0; i < std::min<int64_t>(32, width - u); ++i) {
+      for (int64_t u = 0; u < width; u += span) {
+        float given[64] = {};
+        int32_t whole[64], sum;
+        std::copy_n(&x[t * width + u], std::min(span, width - u), given);
+        const double step = liger::RoundedInputs::RoundSpan(given, span, most, whole, &sum);
+        for (int64_t i = 0; i < std::min(span, width - u); ++i) {
           rounded[t * width + u + i] = whole[i] * step;
           check(whole[i] * step, given[i], (0.5 + most * 1e-6) * step, "input", width, t, u + i);
         }

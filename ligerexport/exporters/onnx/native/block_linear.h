@@ -2,8 +2,9 @@
 //
 // A row has blocks of 32, 64 or 128 codes of 4 or 8 bits that share a scale and a zero point: the layout of ONNX Runtime's
 // `MatMulNBits`. Every 32 inputs are rounded to integers with a scale of their own: to 8 bits for codes of 4 bits, to 16
-// bits for codes of 8. A block contributes scale * (input scale * sum of code * input - zero point * sum of inputs). For a
-// few tokens, rows are read as they are; for many, the codes of a tile of rows are rearranged first.
+// bits for codes of 8. On ARM all have 8 bits, and those of codes of 8 bits share a scale in a block, up to 64 of them. A
+// block contributes scale * (input scale * sum of code * input - zero point * sum of inputs). For a few tokens, rows are
+// read as they are; for many, the codes of a tile of rows are rearranged first.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "rounded_inputs.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include "block_rows_neon.h"
-#endif
+#include "block_tiles.h"
 
 namespace liger {
 
@@ -219,114 +214,6 @@ void multiply_row(const BlockMatrix& m, int64_t row, const RoundedInputs& in, in
 
 #endif
 
-#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
-#define LIGER_TILES
-
-using Lanes = float __attribute__((vector_size(4 * kLanes)));
-using Words = int32_t __attribute__((vector_size(4 * kLanes)));  // four codes of each row
-
-// Sums of a unit's products in each row of a tile; all rows use the same four inputs at a time.
-template <int kBits>
-inline Words tile_products(const int32_t* codes, const int8_t* x) {
-  [[maybe_unused]] const auto four = [x](int i) { return load_from<int32_t>(x + 4 * i); };
-  [[maybe_unused]] const auto word = [codes](int i) { return load_from<Words>(codes + i * kLanes); };
-#if defined(__AVX512VNNI__)
-  __m512i sums = _mm512_setzero_si512();
-  for (int i = 0; i < kUnit / 4; ++i) sums = _mm512_dpbusd_epi32(sums, __m512i(word(i)), _mm512_set1_epi32(four(i)));
-#elif defined(__AVXVNNI__)
-  __m256i sums = _mm256_setzero_si256();
-  for (int i = 0; i < kUnit / 4; ++i) sums = _mm256_dpbusd_avx_epi32(sums, __m256i(word(i)), _mm256_set1_epi32(four(i)));
-#elif defined(__ARM_FEATURE_DOTPROD)
-  int32x4_t sums = vdupq_n_s32(0);
-  const int8x16_t low = vld1q_s8(x), high = vld1q_s8(x + 16);
-  const auto add = [&](auto i) {
-    sums = add_lane_products<kBits, i & 3>(sums, load_from<uint8x16_t>(codes + i * kLanes), i < 4 ? low : high);
-  };
-  each_of(add, std::make_integer_sequence<int, kUnit / 4>{});
-#else
-  __m256i sums = _mm256_setzero_si256();  // 16 bits hold 8 sums of two products of at most 15 * 127
-  for (int i = 0; i < kUnit / 4; ++i)
-    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(__m256i(word(i)), _mm256_set1_epi32(four(i))));
-  sums = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
-#endif
-  return Words(sums);
-}
-
-// A tile of rows: codes as bytes, in the order of rounded inputs, and values of blocks, 0 beyond the last row.
-struct Tile {
-  std::vector<int32_t> codes;      // [units, kUnit / 4, kLanes]
-  std::vector<float> scale, zero;  // [blocks, kLanes], the zero point times the scale
-
-  template <int kBits>
-  void Read(const BlockMatrix& m, int64_t row) {
-    const int64_t units = m.blocks * (m.block / kUnit), rows = std::min<int64_t>(kLanes, m.rows - row);
-    codes.resize(units * (kUnit / 4) * kLanes);
-    scale.assign(m.blocks * kLanes, 0.0f);
-    zero.assign(m.blocks * kLanes, 0.0f);
-    int32_t* words = codes.data();
-    const auto put_words = [&](int i, Words word) { std::memcpy(words + i * kLanes, &word, sizeof(word)); };
-    const uint8_t* from[kLanes];
-    for (int64_t r = 0; r < kLanes; ++r) from[r] = m.codes + (row + std::min(r, rows - 1)) * m.code_row;
-    for (int64_t u = 0; u < units; ++u, words += kUnit / 4 * kLanes)
-      for (int i = 0; i < kUnit * kBits / 32; ++i) {
-        Words word;
-        for (int r = 0; r < kLanes; ++r, from[r - 1] += 4) word[r] = load_from<int32_t>(from[r]);
-        if constexpr (kBits == 8) {
-          put_words(i, word ^ static_cast<int32_t>(kCentre<8> * 0x01010101u));
-        } else {
-          put_words(i, word & 0x0f0f0f0f);
-          put_words(i + 4, word >> 4 & 0x0f0f0f0f);
-        }
-      }
-    for (int64_t r = 0; r < rows; ++r) {
-      const uint8_t* zeros = m.zero_point + (row + r) * m.zero_row;
-      for (int64_t b = 0; b < m.blocks; ++b) {
-        const int point = kBits == 8 ? zeros[b] : zeros[b / 2] >> b % 2 * 4 & 15;
-        scale[b * kLanes + r] = m.scale[(row + r) * m.blocks + b];
-        zero[b * kLanes + r] = scale[b * kLanes + r] * static_cast<float>(point - kCentre<kBits>);
-      }
-    }
-  }
-
-  // Multiplies the tile with T tokens; `out` is the result `[rows]` of the first one.
-  template <int kBits, int T>
-  void Multiply(const BlockMatrix& m, const RoundedInputs& in, int64_t token, int64_t rows, float* out) const {
-    constexpr int64_t kBytes = kUnit * (kBits / 4);  // of a unit's inputs
-    const int64_t units = m.blocks * (m.block / kUnit), stride = in.groups * kGroup, of_block = m.block / kUnit;
-    Lanes sums[T] = {};
-    for (int64_t b = 0, u = 0; u < units; ++b) {
-      const Lanes factor = lanes(scale, b), offset = lanes(zero, b);
-      for (const int64_t end = u + of_block; u < end; ++u) {
-        const int32_t* words = &codes[u * (kUnit / 4) * kLanes];
-        for (int t = 0; t < T; ++t) {
-          const int64_t at = (token + t) * stride + u;
-          Words products = tile_products<kBits>(words, &in.narrow[at * kBytes]);
-          if constexpr (kBits == 8) products = products * 256 + tile_products<kBits>(words, &in.narrow[at * kBytes + kUnit]);
-          sums[t] += __builtin_convertvector(products, Lanes) * (factor * in.scale[at]) - offset * in.sum[at];
-        }
-      }
-    }
-    for (int t = 0; t < T; ++t)
-      for (int64_t r = 0; r < rows; ++r) out[t * m.rows + r] = sums[t][r];
-  }
-
-  static Lanes lanes(const std::vector<float>& from, int64_t i) { return load_from<Lanes>(&from[i * kLanes]); }
-};
-
-template <int kBits>
-void multiply_tiles(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens, int64_t begin, int64_t end, float* out) {
-  thread_local Tile tile;
-  for (; begin < end; begin += kLanes) {
-    const int64_t rows = std::min<int64_t>(kLanes, end - begin);
-    tile.Read<kBits>(m, begin);
-    int64_t t = 0;
-    for (; t + kTile <= tokens; t += kTile) tile.Multiply<kBits, kTile>(m, in, t, rows, out + t * m.rows + begin);
-    for (; t < tokens; ++t) tile.Multiply<kBits, 1>(m, in, t, rows, out + t * m.rows + begin);
-  }
-}
-
-#endif
-
 // Multiplies rows `begin` to `end` with all tokens.
 template <int kBits>
 void multiply_rows(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens, int64_t begin, int64_t end, float* out) {
@@ -337,8 +224,7 @@ void multiply_rows(const BlockMatrix& m, const RoundedInputs& in, int64_t tokens
   for (int64_t first = begin; first < end; first += kRows)
 #ifdef __ARM_NEON
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t row = first, last = std::min(first + kRows, end); row < last; row += 4)
-        multiply_some<kBits>(m, row, std::min<int64_t>(4, last - row), in, t, out + t * m.rows + row);
+      multiply_run<kBits>(m, first, std::min(first + kRows, end), in, t, out + t * m.rows);
 #else
     for (int64_t t = 0; t < tokens; t += kTile)
       for (int64_t row = first; row < std::min(first + kRows, end); ++row) {

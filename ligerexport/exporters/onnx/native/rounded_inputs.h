@@ -16,7 +16,7 @@
 
 namespace liger {
 
-constexpr int64_t kUnit = 32;   // inputs that share a scale
+constexpr int64_t kUnit = 32;   // least number of codes that share a scale
 constexpr int64_t kTile = 4;    // tokens that use a row's codes while they are in registers
 constexpr int64_t kRows = 16;   // rows that stay in the cache from tile to tile
 constexpr int64_t kAhead = 2048;  // bytes of codes to prefetch: one row is too short for the hardware to do so
@@ -37,7 +37,7 @@ constexpr int kLanes = 0;
 constexpr int64_t kGroup = 8;
 template <int kBits>
 #ifdef __ARM_NEON
-constexpr int64_t kRun = kBits == 4 || kLanes > 0 ? 1 : 0;
+constexpr int64_t kRun = 1;
 #else
 constexpr int64_t kRun = kBits == 4 ? 2 : 0;  // 0: inputs are of 16 bits
 #endif
@@ -49,11 +49,29 @@ constexpr bool kFourProducts = false;
 #endif
 
 template <int kBits>
-#if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
+#if defined(__ARM_NEON) && !defined(__ARM_FEATURE_MATMUL_INT8)
 constexpr int kCentre = kBits == 8 ? 128 : 0;  // what is subtracted from codes, for products of signed bytes only
 #else
 constexpr int kCentre = 0;
 #endif
+
+template <int kBits>
+#ifdef __ARM_NEON
+constexpr int kParts = 1;  // bytes of an input
+#else
+constexpr int kParts = kBits / 4;
+#endif
+template <int kBits>
+constexpr float kMost = kParts<kBits> == 1 ? 127.0f : 32639.0f;  // of an input: 127 * 256 + 127
+
+// Returns how many units of inputs share a scale, for a block of this size.
+template <int kBits>
+constexpr int64_t span_units([[maybe_unused]] int64_t block) {
+#ifdef __ARM_NEON
+  if (kBits == 8 && block > kUnit) return 2;
+#endif
+  return 1;
+}
 
 #if defined(__AVX512VNNI__)
 constexpr const char* kLevel = "avx512vnni";
@@ -90,52 +108,70 @@ constexpr bool kTiles = kLanes > 0 && (kBits == 4 || kFourProducts);
 struct RoundedInputs {
   int64_t groups;
   bool tiled;
-  std::vector<float> scale, sum;  // [tokens, groups * kGroup]; beyond the width 0
-  std::vector<int8_t> narrow;     // [tokens, groups * kGroup, kUnit * kBits / 4], or instead
+  std::vector<float> scale, sum;  // of each span, [tokens, groups * kGroup]; beyond the width 0
+  std::vector<int16_t> count;     // the sum of a span's integers, for rows on ARM
+  std::vector<int8_t> narrow;     // [tokens, groups * kGroup, kUnit * kParts<kBits>], or instead
   std::vector<int16_t> wide;      // [tokens, groups * kGroup, kUnit]
 
-  // A unit has two parts: even and odd elements for codes of 4 bits, high and low bytes, both signed, for codes of 8 bits.
-  // For tiles, units follow each other; for rows, the first parts of a run of units come before their second parts.
+  // A unit has two parts: even and odd elements for codes of 4 bits; beside codes of 8 bits, both halves, or high and low
+  // bytes, both signed. For tiles, units follow each other; for rows, the first parts of a run of units come before their
+  // second parts.
   template <int kBits>
   void Round(const BlockMatrix& matrix, const float* x, int64_t tokens) {
-    constexpr float kMost = kBits == 4 ? 127.0f : 32639.0f;  // 127 * 256 + 127
-    constexpr int64_t kPart = kUnit * kBits / 8;
+    constexpr int64_t kPart = kUnit * kParts<kBits> / 2, kMostUnits = 2;
+    const int64_t span = span_units<kBits>(matrix.block), size = span * kUnit;
     groups = (matrix.blocks * matrix.block + kGroup * kUnit - 1) / (kGroup * kUnit);
     tiled = kTiles<kBits> && tokens >= 2 * kTile;
     const int64_t units = groups * kGroup, run = tiled ? 1 : kRun<kBits>;
     scale.assign(tokens * units, 0.0f);
     sum.assign(tokens * units, 0.0f);
+#ifdef __ARM_NEON
+    count.assign(tokens * units, 0);
+#endif
     narrow.assign(run > 0 ? tokens * units * 2 * kPart : 0, 0);
     wide.assign(run > 0 ? 0 : tokens * units * kUnit, 0);
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t u = 0; u * kUnit < matrix.width; ++u) {
-        const int64_t at = t * units + u, left = matrix.width - u * kUnit;
-        const float* from = x + t * matrix.width + u * kUnit;
-        float padded[kUnit] = {};
-        if (left < kUnit) {
+      for (int64_t s = 0; s * size < matrix.width; ++s) {
+        const int64_t at = t * units + s, left = matrix.width - s * size;
+        const float* from = x + t * matrix.width + s * size;
+        float padded[kMostUnits * kUnit] = {};
+        if (left < size) {
           std::copy_n(from, left, padded);
           from = padded;
         }
-        int32_t codes[kUnit];
-        scale[at] = RoundUnit(from, kMost, codes, &sum[at]);
-        if (run == 0) {
-          std::copy_n(codes, kUnit, &wide[at * kUnit]);
-          continue;
-        }
-        int8_t* first = &narrow[(2 * at - u % run) * kPart];
-        int8_t* second = first + run * kPart;
-        for (int64_t i = 0; i < kPart; ++i) {
-          first[i] = static_cast<int8_t>(kBits == 4 ? codes[2 * i] : (codes[i] + 128) >> 8);
-          second[i] = static_cast<int8_t>(kBits == 4 ? codes[2 * i + 1] : codes[i]);
-        }
+        int32_t codes[kMostUnits * kUnit], whole;
+        scale[at] = RoundSpan(from, size, kMost<kBits>, codes, &whole);
+        sum[at] = scale[at] * static_cast<float>(whole);
+        if (!count.empty()) count[at] = static_cast<int16_t>(whole);
+        for (int64_t u = s * span; u < (s + 1) * span; ++u)
+          Put<kBits, kPart>(codes + (u - s * span) * kUnit, t * units + u, u % std::max<int64_t>(run, 1), run);
       }
   }
 
-  // Returns the scale at which the largest input of a unit becomes `most`; writes the codes and their scaled sum.
-  static float RoundUnit(const float* x, float most, int32_t* codes, float* sum) {
+  // Writes the integers of a unit, which is the `nth` one of its run.
+  template <int kBits, int64_t kPart>
+  void Put(const int32_t* codes, int64_t unit, int64_t nth, int64_t run) {
+    if (run == 0) {
+      std::copy_n(codes, kUnit, &wide[unit * kUnit]);
+      return;
+    }
+    int8_t* first = &narrow[(2 * unit - nth) * kPart];
+    int8_t* second = first + run * kPart;
+    for (int64_t i = 0; i < kPart; ++i) {
+      if constexpr (kBits == 4)
+        first[i] = static_cast<int8_t>(codes[2 * i]), second[i] = static_cast<int8_t>(codes[2 * i + 1]);
+      else if constexpr (kParts<kBits> == 1)
+        first[i] = static_cast<int8_t>(codes[i]), second[i] = static_cast<int8_t>(codes[kPart + i]);
+      else
+        first[i] = static_cast<int8_t>((codes[i] + 128) >> 8), second[i] = static_cast<int8_t>(codes[i]);
+    }
+  }
+
+  // Returns the scale at which the largest of n inputs becomes `most`; writes the integers and their sum.
+  static float RoundSpan(const float* x, int64_t n, float most, int32_t* codes, int32_t* sum) {
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     Vector top{}, all{};
-    for (int64_t i = 0; i < kUnit / kVector; ++i) {
+    for (int64_t i = 0; i < n / kVector; ++i) {
       const Vector value = at(x, i), size = value < 0 ? -value : value;
       top = size > top ? size : top;
       all += size;
@@ -145,15 +181,14 @@ struct RoundedInputs {
     if (!std::isfinite(total(all))) largest = std::numeric_limits<float>::quiet_NaN();  // as in fp32
     const float inverse = largest > 0 ? most / largest : 0.0f;
     Integers sums{};
-    for (int64_t i = 0; i < kUnit / kVector; ++i) {
+    for (int64_t i = 0; i < n / kVector; ++i) {
       const Vector nearest = inverse > 0 ? (at(x, i) * inverse + kRound) - kRound : Vector{};
       const Integers whole = __builtin_convertvector(nearest, Integers);
       std::memcpy(codes + i * kVector, &whole, sizeof(whole));
       sums += whole;
     }
-    int32_t count = 0;
-    for (int i = 0; i < kVector; ++i) count += sums[i];
-    *sum = largest / most * static_cast<float>(count);
+    *sum = 0;
+    for (int i = 0; i < kVector; ++i) *sum += sums[i];
     return largest / most;
   }
 };
