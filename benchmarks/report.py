@@ -408,7 +408,10 @@ for prefix, made in {
     "trust_": (
         report_trust.promises, report_trust.faults, report_trust.hostile, report_trust.drift, report_trust.concurrency,
     ),
-    "edge_": (report_edge.goals, report_edge.memory, report_edge.packages, report_edge.serve),
+    "edge_": (
+        report_edge.goals, report_edge.memory, report_edge.packages, report_edge.serve, report_edge.speculation,
+        report_edge.calls,
+    ),
     "memory_": (
         report_memory.ours, report_memory.qwen, report_memory.at_8_mb, report_memory.by_bytes,
         report_memory.at_equal_tokens, report_memory.snapshots,

@@ -1,4 +1,4 @@
-"""The tables of small devices and of the server on one, for `report.py`."""
+"""The tables of small devices, of the server on one, and of guessed tokens, for `report.py`."""
 
 from __future__ import annotations
 
@@ -80,3 +80,23 @@ def serve() -> Table:
         kept = f"{chats['from_last_state']} of {chats['asked_again']}"
         rows.append([f"{what}; chats whose last state was found", f"{chats['bytes'] / 1e9:.2f} GB; {kept}"])
     return ["figure", "measured"], rows
+
+
+def speculation() -> Table:
+    """Speed of answers with guessed tokens, over that without, by the kind of prompt."""
+    data = _result("speculation")
+    rows: list[list[object]] = []
+    for kind, found in data["kinds"].items():
+        answers = [row for row in data["rows"] if row["kind"] == kind]
+        same = sum(row["same"] for row in answers)
+        rows.append([kind, len(answers), f"{found['mean']:.2f}", f"{found['least']:.2f}", f"{same} of {len(answers)}"])
+    return ["answers", "prompts", "speed, geometric mean", "the slowest", "the same text"], rows
+
+
+def calls() -> Table:
+    """What calls of several tokens cost, and taking them back."""
+    rows: list[list[object]] = [
+        [row["tokens"], f"{row['steps']:.2f}", f"{100 * row['back_of_step']:.1f} %"]
+        for row in _result("speculation")["calls"]
+    ]
+    return ["tokens of a call", "its time in steps", "taking all back, of a step"], rows

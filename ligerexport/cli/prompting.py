@@ -69,6 +69,10 @@ class Asking:
     prompt_cache: Annotated[
         Path | None, typer.Option("--prompt-cache", help="File that keeps the state after the beginning of the prompt.")
     ] = None
+    speculate: Annotated[
+        str,
+        typer.Option("--speculate", help="ngram guesses tokens from earlier places of the text; off does not."),
+    ] = "off"
     lora: Annotated[
         Path | None, typer.Option("--lora", metavar="ADAPTER", help="Use this LoRA; the artifact needs build --lora.")
     ] = None

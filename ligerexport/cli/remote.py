@@ -42,9 +42,9 @@ class Server:
             UsageError: An option applies to artifacts only, or the server has no such model.
             LigerError: The server cannot be reached, or refuses.
         """
-        if asking.prompt_cache or asking.special_content or asking.lora:
+        if asking.prompt_cache or asking.special_content or asking.lora or asking.speculate != "off":
             raise UsageError(
-                "--prompt-cache, --special-content and --lora need an artifact",
+                "--prompt-cache, --special-content, --lora and --speculate need an artifact",
                 hint="leave them out; a server's adapters are models: --model NAME:ADAPTER",
             )
         key = read_keys(self.api_key_file)[0] if self.api_key_file else None

@@ -70,7 +70,8 @@ def run(
     sampling, origin = asking.sampling(artifact, chat)
     options.announce("run", artifact=artifact, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed,
                      stop=asking.stop, prompt_cache=asking.prompt_cache, lora=asking.lora, state=state,
-                     save_state=save_state, json_schema=json_schema, regex=regex, grammar=grammar)  # fmt: skip
+                     save_state=save_state, json_schema=json_schema, regex=regex, grammar=grammar,
+                     speculate=asking.speculate)  # fmt: skip
     schema = None if json_schema is None else read_json(json_schema, UsageError, "give a file with one JSON object")
     rules = None if grammar is None else grammar.read_text(encoding="utf-8")
     long = len(prompt) > 4 * _LONG_PROMPT
@@ -80,7 +81,8 @@ def run(
     chunks = generate(
         session, prompt, chat=chat, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed, stop=asking.stop or (),
         json_schema=schema, regex=regex, grammar=rules, special_content=asking.special_content, prompt_cache=cache,
-        fresh=state is None, report_forgetting=forgetting, progress=progress if long else silent,
+        fresh=state is None, report_forgetting=forgetting, speculate=asking.speculate,
+        progress=progress if long else silent,
     )  # fmt: skip
     pieces = list[Chunk]()
     for chunk in chunks:

@@ -203,3 +203,23 @@ def _cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
         bits = floats.view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return floats
+
+
+def check_origin(snapshot: Snapshot, manifest: Manifest) -> None:
+    """Check that a state belongs to a model.
+
+    Raises:
+        UsageError: It does not.
+    """
+    if manifest.fingerprint == snapshot.model or manifest.identity == snapshot.identity:
+        return
+    if snapshot.identity is None:
+        raise UsageError(
+            "this state belongs to another model, or to other weights of this one",
+            hint="load the artifact that it was saved with",
+        )
+    (weights, _), (ours, _) = (x.partition("-")[::2] for x in (snapshot.identity, manifest.identity))
+    what = "another conversion of this model" if weights == ours else "another model"
+    raise UsageError(
+        f"this state belongs to {what}", hint="states fit what was built from the same converted checkpoint"
+    )

@@ -14,10 +14,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from ligerexport.artifact.artifact import Artifact, Manifest, StateTensor
+from ligerexport.artifact.artifact import Artifact, StateTensor
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.exporters.exchange import adapt, held_positions
+from ligerexport.exporters.exchange import adapt, check_origin, held_positions
 from ligerexport.exporters.exchange import dtype_of as dtype_of
 from ligerexport.model.state import FADE, fade
 
@@ -29,6 +29,9 @@ IDLE = -1
 """Stands for an id: this row gets no token."""
 
 _READ = "the file is damaged: read the prompt again"
+
+DRAFT = 16
+"""Largest number of tokens of a draft."""
 
 PATIENCE = 120.0
 """Seconds that the end of the process waits for a running call, which may take long on a busy machine."""
@@ -49,12 +52,14 @@ class BatchSession(ABC):
     _step_ids: np.ndarray
     _longest: int
     _process: int | None = None
+    _drafted: np.ndarray | None = None
+    _before: Snapshot | None = None
 
     def _begin(self) -> None:
         narrow = any(tensor.dtype == "int32" for tensor in self.artifact.manifest.state)
         self._longest = NARROW if narrow else _LONGEST
         self._process = self._process or os.getpid()  # a sibling shares the weights that its original loaded
-        self._busy, self._torn = threading.RLock(), False
+        self._busy, self._torn, self._drafted = threading.RLock(), False, None
         _sessions.add(self)
 
     def use(self, adapters: str | Sequence[str | None] | None) -> None:
@@ -97,6 +102,10 @@ class BatchSession(ABC):
                 "the last call on this session did not complete, so its state is undefined",
                 hint="reset the session or restore a snapshot",
             )
+        if self._drafted is not None:
+            raise UsageError(
+                f"a draft of {self._drafted.shape[1]} tokens waits", hint="call session.commit with the tokens to keep"
+            )
 
     @abstractmethod
     def _advance(self, ids: np.ndarray) -> np.ndarray:
@@ -104,13 +113,17 @@ class BatchSession(ABC):
 
     def _advance_for_ever(self, ids: np.ndarray) -> np.ndarray:
         """Advance, and halve the sums of rows that have seen `FADE` more tokens."""
+        with self._fading():
+            return self._advance(ids)
+
+    @contextmanager
+    def _fading(self) -> Iterator[None]:
         before = self._fades()
-        logits = self._advance(ids)
+        yield
         times = self._fades() - before
         for row in np.flatnonzero(times).tolist():
             snapshot = self._copy(row)
             self._replace(replace(snapshot, tensors=fade(snapshot.tensors, int(times[row]))), row)
-        return logits
 
     def _fades(self) -> np.ndarray:
         return np.maximum(self._position, 0) // FADE
@@ -163,12 +176,7 @@ class BatchSession(ABC):
         Raises:
             UsageError: There are no tokens, an id is outside the vocabulary, or a shape does not fit.
         """
-        array = np.atleast_2d(np.asarray(ids))
-        if array.size == 0:
-            raise UsageError("the prompt has no tokens", hint="give at least one token of text")
-        if array.dtype.kind not in "iu" or array.ndim != 2 or array.shape[0] != self.batch:
-            raise UsageError(f"ids {list(array.shape)} of {array.dtype}, integers [{self.batch}, T] were expected")
-        self._check_vocabulary(int(array.min()), int(array.max()))
+        array = self._checked(ids)
         with self._alone():
             self._check_length(array.shape[1])
             padded = np.asarray(0 if padding is None else padding, self._position.dtype)
@@ -178,6 +186,16 @@ class BatchSession(ABC):
             with self._change():
                 self._position -= padded
                 return self._advance_for_ever(array)
+
+    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return ids of the vocabulary as `[B, T]`."""
+        array = np.atleast_2d(np.asarray(ids))
+        if array.size == 0:
+            raise UsageError("the prompt has no tokens", hint="give at least one token of text")
+        if array.dtype.kind not in "iu" or array.ndim != 2 or array.shape[0] != self.batch:
+            raise UsageError(f"ids {list(array.shape)} of {array.dtype}, integers [{self.batch}, T] were expected")
+        self._check_vocabulary(int(array.min()), int(array.max()))
+        return array
 
     def step(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
         """Advance by one token.
@@ -202,13 +220,84 @@ class BatchSession(ABC):
             self._check_length(1)
             self._check_whole()
             with self._change():
-                waiting = {i: self._copy(i) for i in np.flatnonzero(idle & (self._position > 0)).tolist()}
-                begun = idle & (self._position <= 0)
-                self._position[begun] = np.minimum(self._position[begun], -1)  # padding leaves no trace
-                logits = self._advance_for_ever(self._step_ids)
-                for i, copied in waiting.items():
-                    self._replace(copied, i)
+                return self._step_rows(idle)
+
+    def _step_rows(self, idle: np.ndarray) -> np.ndarray:
+        """Advance by `_step_ids`, but rows `[B]` that are idle."""
+        waiting = {i: self._copy(i) for i in np.flatnonzero(idle & (self._position > 0)).tolist()}
+        begun = idle & (self._position <= 0)
+        self._position[begun] = np.minimum(self._position[begun], -1)  # padding leaves no trace
+        logits = self._advance_for_ever(self._step_ids)
+        for i, copied in waiting.items():
+            self._replace(copied, i)
+        return logits
+
+    @property
+    def drafts(self) -> bool:
+        """Whether `propose` is one call of the engine."""
+        return False
+
+    def propose(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Advance by a draft, whose last tokens `commit` takes back. No other call is allowed before that.
+
+        Args:
+            ids: `[K]` for one sequence, or `[B, K]`; at most `DRAFT` tokens.
+
+        Returns:
+            Logits after each token, `[B, K, V]` fp32; a view that the next call overwrites.
+
+        Raises:
+            UsageError: There are no tokens or too many, an id is outside the vocabulary, or a shape does not fit.
+        """
+        array = self._checked(ids).astype(np.int64)
+        if array.shape[1] > DRAFT:
+            raise UsageError(f"a draft of {array.shape[1]} tokens", hint=f"give at most {DRAFT}")
+        with self._alone():
+            self._check_length(array.shape[1])
+            self._check_whole()
+            with self._change():
+                logits = self._draft(array)
+                self._drafted = array
                 return logits
+
+    def commit(self, kept: int | Sequence[int] | np.ndarray) -> None:
+        """Keep the first tokens of the draft: the state is what it was before it, advanced by these tokens.
+
+        Args:
+            kept: Number of tokens, or `[B]`, one for each row.
+
+        Raises:
+            UsageError: No draft waits, or it has fewer tokens.
+        """
+        with self._alone():
+            if self._drafted is None:
+                raise UsageError("no draft waits", hint="call session.propose first")
+            counts, drafted = np.empty(self.batch, np.int64), self._drafted
+            counts[:] = kept
+            if counts.min() < 0 or counts.max() > drafted.shape[1]:
+                raise UsageError(f"{kept} tokens of a draft", hint=f"give 0 to {drafted.shape[1]}")
+            with self._change():
+                if counts.min() < drafted.shape[1]:
+                    self._settle(counts)
+                self._drafted = self._before = None
+
+    def _draft(self, ids: np.ndarray) -> np.ndarray:
+        """Do what `propose` does; sessions of engines that compute the logits of all tokens do it in one call."""
+        self._before = self._copy(None)
+        tokens = np.hsplit(ids, ids.shape[1])
+        return np.stack([self._advance_for_ever(np.ascontiguousarray(x)).copy() for x in tokens], axis=1)
+
+    def _settle(self, kept: np.ndarray) -> None:
+        """Do what `commit` does with `_drafted` and fewer tokens of some rows, `[B]`."""
+        assert self._before is not None and self._drafted is not None
+        self._replace(self._before, None)
+        if (kept == kept[0]).all():
+            if kept[0]:
+                self._advance_for_ever(self._drafted[:, : kept[0]])
+            return
+        for t in range(kept.max()):
+            self._step_ids[:, 0] = self._drafted[:, t]
+            self._step_rows(kept <= t)
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
         """Advance by a prompt as `prefill` does, and yield the logits after each token.
@@ -253,6 +342,7 @@ class BatchSession(ABC):
                 self._check_whole()
             with self._change():
                 yield
+                self._drafted = self._before = None
 
     def _rows(self, row: int | None) -> slice:
         if row is not None and not 0 <= row < self.batch:
@@ -267,7 +357,7 @@ class BatchSession(ABC):
         """
         self._rows(row)
         batch, manifest = self.batch if row is None else 1, self.artifact.manifest
-        _check_origin(snapshot, manifest)
+        check_origin(snapshot, manifest)
         tensors = adapt(snapshot.tensors, manifest)
         for tensor in manifest.state:
             given = tensors.get(tensor.past)
@@ -337,26 +427,6 @@ def _inherit() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_inherit)
-
-
-def _check_origin(snapshot: Snapshot, manifest: Manifest) -> None:
-    """Check that a state belongs to a model.
-
-    Raises:
-        UsageError: It does not.
-    """
-    if manifest.fingerprint == snapshot.model or manifest.identity == snapshot.identity:
-        return
-    if snapshot.identity is None:
-        raise UsageError(
-            "this state belongs to another model, or to other weights of this one",
-            hint="load the artifact that it was saved with",
-        )
-    (weights, _), (ours, _) = (x.partition("-")[::2] for x in (snapshot.identity, manifest.identity))
-    what = "another conversion of this model" if weights == ours else "another model"
-    raise UsageError(
-        f"this state belongs to {what}", hint="states fit what was built from the same converted checkpoint"
-    )
 
 
 def choose_chunk(chunk: int | None, default: int, limit: int) -> int:

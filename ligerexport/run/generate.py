@@ -18,6 +18,7 @@ from ligerexport.run.grammar import Constrained, Grammar, lark
 from ligerexport.run.prompt_cache import PromptCache
 from ligerexport.run.runtime import Session, Snapshot
 from ligerexport.run.sampling import Sampler
+from ligerexport.run.speculation import Guessing, check_way, settled
 from ligerexport.text.tokenizer import Detokenizer, Message, TextModel, eos_ids
 
 Finish = Literal["eos", "stop", "length"]
@@ -146,6 +147,7 @@ def generate(
     fresh: bool = True,
     prompt_cache: PromptCache | Path | str | None = None,
     report_forgetting: bool = False,
+    speculate: str = "off",
     progress: ProgressFactory = silent,
 ) -> Generator[Chunk]:
     """Continue a prompt, one token after the other.
@@ -174,6 +176,9 @@ def generate(
         fresh: Whether to reset the session first; if not, the prompt continues the session's text.
         prompt_cache: File that keeps the state after the beginning of the prompt for later calls.
         report_forgetting: Whether chunks have `forgotten`, which is None if `session.forgotten` is.
+        speculate: `ngram` guesses tokens from earlier places of the text, to write several in one call of the engine
+            where that is faster; `off` does not. It has no effect with `report_forgetting`, or if `session.drafts` is
+            not true.
         progress: Reports the prefill of long prompts.
 
     Returns:
@@ -213,6 +218,7 @@ def generate(
         if (session.artifact.directory / "tokenizer.json").is_file():
             text = text_model(session.artifact.directory)
     _check(session, ids, max_new_tokens)
+    check_way(speculate)
     if fresh:
         session.reset()
     elif prompt_cache is not None:
@@ -228,7 +234,8 @@ def generate(
         rules = Grammar(text, session.artifact.manifest.model.vocab_size, ends, source)
         choose = Constrained(sampler, rules.begin())
     meter = session if report_forgetting else None
-    return _stream(session, ids, text, choose, max_new_tokens, ends, stops, cache, progress, meter)
+    ahead = Guessing("off" if report_forgetting else speculate).on(session, ids)
+    return settled(ahead, _stream(ahead, ids, text, choose, max_new_tokens, ends, stops, cache, progress, meter))
 
 
 def _check(session: Session, ids: Sequence[int], max_new_tokens: int) -> None:
@@ -357,6 +364,7 @@ class Conversation:
         stop: Text or special token that ends an answer, or several.
         prompt_cache: See `generate`; it applies to the first turn.
         special_content: See `generate`.
+        speculate: See `generate`; earlier turns are looked up too.
 
     Raises:
         ArtifactError: The model has no tokenizer.
@@ -373,10 +381,11 @@ class Conversation:
         stop: Sequence[str] = (),
         prompt_cache: PromptCache | None = None,
         special_content: bool = False,
+        speculate: str = "off",
     ) -> None:
         if prompt_cache is not None:
             _check_no_adapter(session)
-        self.session = session
+        self.session, self._guessing = session, Guessing(speculate)
         self._text = text_model(session.artifact.directory)
         self._text.next_turn("?")
         StopStrings(stop, self._text.special_ids)
@@ -409,9 +418,9 @@ class Conversation:
         _check(self.session, ids, self._max_new_tokens)
         ends, stops = self._text.turn_ends, StopStrings(self._stop, self._text.special_ids)
         self._unseen = []
-        for chunk in _stream(
-            self.session, ids, self._text, self._sampler, self._max_new_tokens, ends, stops, cache, silent
-        ):
+        ahead, limit = self._guessing.on(self.session, ids), self._max_new_tokens
+        chunks = _stream(ahead, ids, self._text, self._sampler, limit, ends, stops, cache, silent)
+        for chunk in settled(ahead, chunks):
             ended = chunk.token in ends | stops.ids  # the next turn includes the end of the answer
             self._unseen = [] if ended else [chunk.token]
             yield chunk

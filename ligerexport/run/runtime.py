@@ -53,6 +53,19 @@ class Session(Protocol):
         """Advance by one token; return logits as `prefill` does. A row whose id is -1 waits."""
         ...
 
+    @property
+    def drafts(self) -> bool:
+        """Whether `propose` is one call of the engine; if not, it is a call for each token."""
+        ...
+
+    def propose(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Advance by a draft `[K]` or `[B, K]` of at most 16 tokens; return the logits after each, `[B, K, V]`."""
+        ...
+
+    def commit(self, kept: int | Sequence[int] | np.ndarray) -> None:
+        """Keep this many tokens of the draft, in all rows or in each, and take the others back."""
+        ...
+
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
         """Advance by a prompt `[T]` or `[B, T]`; yield the logits after each of its T tokens in parts `[B, t, V]`."""
         ...

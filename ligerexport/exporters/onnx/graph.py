@@ -254,7 +254,7 @@ def _mixers(
         if lower.plugin:
             return plugin_mixer(frame, layer, softmax.inv_freq, projected, own, score)
         own_seen = [seen[i, heads] for heads, _ in layer.groups if not lower.native]
-        return mixer(lower, frame, layer, tables[i], projected, own, own_seen, score)
+        return mixer(lower, frame, layer, tables[i], projected, own, own_seen, score, i)
 
     return mix
 

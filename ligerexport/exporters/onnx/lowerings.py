@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from ligerexport.exporters.onnx.builder import CONTRIB, IR_VERSION, OPSET, Builder
 from ligerexport.exporters.onnx.frame import Frame
+from ligerexport.exporters.onnx.lent import KEEP
 from ligerexport.exporters.onnx.native import DOMAIN
 from ligerexport.exporters.onnx.spec import ACTIVATIONS
 
@@ -87,8 +88,9 @@ class Portable:
         self.g, self.meter = g, meter
 
     def last(self, frame: Frame, x: ir.Value, width: int) -> ir.Value:
-        """Return the last token's row `[B, width]` of `[B * T, width]`."""
-        return self.g.op("Gather", frame.per_token(x, width), self.g.const(-1), axis=1)
+        """Return the rows of `[B * T, width]` of the tokens that `KEEP` numbers: the last one of each sequence."""
+        keep = self.g.table(KEEP, np.array([-1]))
+        return self.g.reshape(self.g.op("Gather", frame.per_token(x, width), keep, axis=1), -1, width)
 
     def functions(self) -> list[ir.Function]:
         """Return the model-local functions that the graph needs."""

@@ -86,6 +86,7 @@ def mixer(
     past: dict[str, ir.Value],
     seen: list[Candidates],
     score: ir.Value | None = None,
+    layer: int = 0,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """Write one mixer.
 
@@ -95,6 +96,7 @@ def mixer(
         past: State by the names of `MixerSpec.state`; `candidates` reads the positions, except in `native`.
         seen: Candidates from `candidates` of each group of heads; the lowering `native` does not need them.
         score: `[B * T, H]` fp32, needed where `spec.config.foresees`.
+        layer: Index of the layer, for the lowering `native`.
 
     Returns:
         Output `[B * T, H_q * d_v]` and the new state, with `FORGOTTEN` `[B, H_q]` if `lower.meter` asks for it.
@@ -119,8 +121,9 @@ def mixer(
         arrival, present["judge_state"] = _judge(lower, frame, spec, features, values, past["judge_state"])
     if lower.native:
         assert tables.keys is not None
+        metered = lower.meter and config.evicts
         mixed, kept = bounded_memory(
-            frame, spec, tables.keys, tables.turn, projected, arrival, score, past, lower.meter and config.evicts
+            frame, spec, tables.keys, tables.turn, projected, arrival, score, past, layer, metered
         )
     else:
         query = g.transpose(frame.per_token(projected[0], spec.q_heads, spec.d_k), 0, 2, 1, 3)

@@ -19,10 +19,12 @@ from ligerexport.artifact.claims import METER
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.dtypes import HALVES
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError, close_matches
+from ligerexport.exporters.onnx.lent import KEEP, UNDO, lent, with_inputs
 from ligerexport.exporters.onnx.lora import adapters_of, read_adapter
 from ligerexport.exporters.onnx.native import register
+from ligerexport.exporters.onnx.native.undo import Undo
 from ligerexport.exporters.onnx.screen import check_graph
-from ligerexport.exporters.session import BatchSession, choose_chunk
+from ligerexport.exporters.session import DRAFT, BatchSession, choose_chunk
 from ligerexport.threads import default_threads
 from ligerexport.versions import require, warn_if_untried
 
@@ -54,7 +56,7 @@ class OnnxSession(BatchSession):
         artifact: Artifact from `open_artifact`, or an unfinished artifact under verification.
         batch, threads, chunk, prepack, scoring: As for `ligerexport.run.runtime.load`.
         exact: Whether activations stay in fp32, also in products with quantised weights and in the state. This is
-            slower, and serves to compare a graph with arithmetic on the same weights. It excludes `scoring`.
+            slower, and serves to compare a graph with arithmetic on the same weights.
         device: Row of `PROVIDERS`.
         adapters: Directories of PEFT adapters, by the names that `use` takes.
 
@@ -90,14 +92,17 @@ class OnnxSession(BatchSession):
             raise UsageError("the lowering native runs on the CPU", hint="ligerexport build --lowering ort")
         self._known = {name: read_adapter(place, manifest) for name, place in (adapters or {}).items()}
         check_graph(artifact)
-        graph = _variant(artifact, scoring) if scoring or exact else None
+        graph = artifact.graph.read_bytes()
         if exact:
-            from ligerexport.exporters.onnx.variants import exact_manifest
+            require("build")
+            from ligerexport.exporters.onnx.variants import exact_graph, exact_manifest
 
+            graph = exact_graph(artifact.graph)
             self.artifact = replace(artifact, manifest=exact_manifest(manifest))
-        self._scoring = scoring and graph is not None
+        self._lent = lent(graph)
+        self._scoring = scoring and KEEP in self._lent
         self._device = device
-        self._session = _open(artifact, self.threads, prepack, graph, exact, device)
+        self._session = _open(artifact, self.threads, prepack, with_inputs(graph), exact, device)
         self._allocate()
 
     def _allocate(self) -> None:
@@ -115,6 +120,8 @@ class OnnxSession(BatchSession):
         self._forgotten = np.zeros((self.batch, manifest.model.layers), np.float32) if manifest.meters else None
         self._step, self._chunk = self._bind(), self._bind()
         self._step.bind_ortvalue_input("input_ids", _value(self._step_ids))
+        self._drafts: onnxruntime.IOBinding | None = None
+        self._undo: Undo | None = None
         self._begin()
 
     def sibling(self, batch: int = 1) -> OnnxSession:
@@ -176,6 +183,36 @@ class OnnxSession(BatchSession):
         for start in range(0, max(1, array.shape[1]), self.chunk):
             self.prefill(array[:, start : start + self.chunk])
             yield self._every
+
+    @property
+    def drafts(self) -> bool:
+        return KEEP in self._lent and not self._scoring and self.artifact.manifest.graph.max_chunk >= DRAFT
+
+    def _draft(self, ids: np.ndarray) -> np.ndarray:
+        if not self.drafts:
+            return super()._draft(ids)
+        if self._drafts is None:
+            self._drafts = self._bind()
+            self._draft_logits = np.empty((self.batch * DRAFT, self._logits.shape[1]), np.float32)
+            if UNDO in self._lent and self._device == "cpu" and not self._growing:
+                model = self.artifact.manifest.model
+                self._undo = Undo(self._fixed, model.layers, model.kv_heads, DRAFT)
+                self._drafts.bind_ortvalue_input(UNDO, _value(self._undo.memory))
+        if self._undo is None:
+            self._before = self._copy(None)
+        logits = self._draft_logits[: ids.size].reshape(*ids.shape, -1)
+        _keep_all(self._drafts, logits)
+        with self._fading():
+            self._run(self._drafts, ids)
+        return logits
+
+    def _settle(self, kept: np.ndarray) -> None:
+        if self._undo is None or self._before is not None:
+            super()._settle(kept)
+            return
+        assert self._drafted is not None
+        self._undo.take_back(kept)
+        self._position -= self._drafted.shape[1] - kept
 
     def _forget(self, row: int | None) -> None:
         rows = self._rows(row)
@@ -257,7 +294,7 @@ class OnnxSession(BatchSession):
             binding.bind_output(tensor.present, self._device)
         if self._scoring:
             self._every = np.empty((self.batch, tokens, self._logits.shape[1]), np.float32)
-            binding.bind_ortvalue_output("logits", _value(self._every.reshape(self.batch * tokens, -1)))
+            _keep_all(binding, self._every)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's own classes have no common base
@@ -276,6 +313,13 @@ class OnnxSession(BatchSession):
         self._position += tokens
 
 
+def _keep_all(binding: onnxruntime.IOBinding, logits: np.ndarray) -> None:
+    """Let a call of T tokens write the logits `[B, T, V]` of them all."""
+    batch, tokens, vocabulary = logits.shape
+    binding.bind_ortvalue_input(KEEP, _value(np.arange(tokens)))
+    binding.bind_ortvalue_output("logits", _value(logits.reshape(batch * tokens, vocabulary)))
+
+
 def _value(array: np.ndarray, device: str = "cpu") -> onnxruntime.OrtValue:
     """Return a tensor of ONNX Runtime over the memory of `array`, or a copy on a device."""
     import onnxruntime
@@ -285,13 +329,6 @@ def _value(array: np.ndarray, device: str = "cpu") -> onnxruntime.OrtValue:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _variant(artifact: Artifact, scoring: bool) -> bytes | None:
-    require("build")
-    from ligerexport.exporters.onnx.variants import every_token, exact_graph
-
-    return every_token(artifact.graph) if scoring else exact_graph(artifact.graph)
 
 
 def optimisation(manifest: Manifest, device: str = "cpu") -> str:
@@ -310,9 +347,9 @@ def optimisation(manifest: Manifest, device: str = "cpu") -> str:
 
 
 def _open(
-    artifact: Artifact, threads: int, prepack: bool, graph: bytes | None, exact: bool, device: str
+    artifact: Artifact, threads: int, prepack: bool, graph: bytes, exact: bool, device: str
 ) -> onnxruntime.InferenceSession:
-    """Load the graph or a variant of it, and compare it with the manifest."""
+    """Load a graph, and compare it with the manifest."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -341,11 +378,9 @@ def _open(
         register(options)
     if exact:  # for the products that ONNX Runtime fuses itself
         options.add_session_config_entry(*EXACT)
-    if graph is not None:  # bytes do not say where the weights are
-        options.add_session_config_entry(FOLDER, str(artifact.directory))
+    options.add_session_config_entry(FOLDER, str(artifact.directory))  # bytes do not say where the weights are
     try:
-        model = str(artifact.graph) if graph is None else graph
-        session = onnxruntime.InferenceSession(model, options, providers=PROVIDERS[device])
+        session = onnxruntime.InferenceSession(graph, options, providers=PROVIDERS[device])
     except Exception as error:  # ONNX Runtime's own classes have no common base
         raise ArtifactError(
             f"onnxruntime {onnxruntime.__version__} cannot load {artifact.graph}: {_first_line(error)}",

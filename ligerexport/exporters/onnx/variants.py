@@ -1,8 +1,4 @@
-"""Variants of an artifact's step graph, made in memory; weights and state are the artifact's.
-
-One returns the logits of every token of a call. The other rounds no activations, also not those that it keeps in its
-state.
-"""
+"""A variant of an artifact's step graph, made in memory, that rounds no activations, also not those in its state."""
 
 from __future__ import annotations
 
@@ -55,43 +51,3 @@ def exact_manifest(manifest: Manifest) -> Manifest:
     small = [row.name for row in DTYPES.values() if row.onnx in ROUNDED]
     state = (replace(t, dtype="float32") if t.dtype in small else t for t in manifest.state)
     return replace(manifest, state=tuple(state))
-
-
-def every_token(graph: Path) -> bytes | None:
-    """Return the graph with logits `[B * T, V]`; its weights stay in the files beside `graph`.
-
-    Returns None for a graph that `ligerexport.exporters.onnx.graph` did not write, because its last token is picked in
-    an unknown way.
-    """
-    model = ir.load(graph)
-    logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
-    gathers = None if logits is None else _last_token(logits)
-    if logits is None or not gathers:
-        return None
-    for gather, rows in gathers.items():
-        gather.outputs[0].replace_all_uses_with(rows)
-    logits.shape = ir.Shape([None, logits.shape[-1] if logits.shape else None])
-    return ir.to_proto(model).SerializeToString()
-
-
-def _last_token(logits: ir.Value) -> dict[ir.Node, ir.Value] | None:
-    """Return the nodes above `logits` that take the last token of `[B, T, D]`, and the `[B * T, D]` that each reads."""
-    found: dict[ir.Node, ir.Value] = {}
-    waiting, seen = [logits], set()
-    while waiting:
-        node = waiting.pop().producer()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.op_type != "Gather":
-            waiting += [value for value in node.inputs if value is not None]
-            continue
-        rows, index = node.inputs
-        assert rows is not None and index is not None
-        axis, reshape, last = node.attributes.get("axis"), rows.producer(), ir.convenience.get_const_tensor(index)
-        if axis is None or axis.as_int() != 1 or last is None or last.numpy().tolist() != -1:
-            return None
-        if reshape is None or reshape.op_type != "Reshape" or reshape.inputs[0] is None:
-            return None
-        found[node] = reshape.inputs[0]
-    return found

@@ -35,6 +35,8 @@ PIECES = 6
 """Number of pieces that the prompt is cut into, at random places."""
 STEPS = 24
 """Number of tokens, from the text's beginning, that are fed one by one; each greedy choice after them is compared."""
+REJECTED = 3
+"""Number of tokens that are taken back again in every eighth of these steps."""
 WHOLE = 8
 """The whole state is compared after every eighth step, or after each if a step may use another memory by a tie."""
 
@@ -168,7 +170,7 @@ class Verification(Comparison):
         self.result.tokens += len(answer.ids)
         single = len(answer.ids) == 1
         before = None if single else session.snapshot()
-        logits = (session.step(int(answer.ids[0])) if single else session.prefill(answer.ids))[0]
+        logits = (_step(session, answer.ids, start) if single else session.prefill(answer.ids))[0]
         after = session.snapshot()
         if not self.adrift:
             agreed = False
@@ -205,6 +207,17 @@ class Verification(Comparison):
             self.result.greedy_tokens_equal += 1
         else:
             raise Mismatch(None, "the greedy choice is another token")
+
+
+def _step(session: Engine, ids: np.ndarray, start: int) -> np.ndarray:
+    """Advance by one token, in every eighth step as the first of a draft whose other tokens are taken back."""
+    if start % WHOLE or not isinstance(session, OnnxSession):
+        return session.step(int(ids[0]))
+    session.propose(np.arange(REJECTED))
+    session.commit(0)
+    logits = session.propose(np.append(ids, np.arange(REJECTED)))[:, 0].copy()
+    session.commit(1)
+    return logits
 
 
 def _explain(artifact: Artifact, found: Mismatch | None, mismatch: Mismatch) -> VerificationError:

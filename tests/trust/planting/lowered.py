@@ -178,7 +178,7 @@ def compiled(old: str, new: str) -> Iterator[None]:
     """Compile the library of the lowering `native` from changed sources."""
     with tempfile.TemporaryDirectory() as place:
         copy = shutil.copytree(Path(native.__file__).parent, Path(place, "native"))
-        source = copy / "head.h"
+        (source,) = (path for path in copy.glob("*.h") if old in path.read_text())
         text = source.read_text()
         assert text.count(old) == 1, old
         source.write_text(text.replace(old, new))

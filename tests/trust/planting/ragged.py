@@ -8,9 +8,11 @@ from unittest.mock import patch
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 
-from ligerexport.exporters.onnx import packed
+from ligerexport.exporters.onnx import packed, session
 from ligerexport.exporters.onnx.builder import Builder
+from ligerexport.exporters.onnx.lent import KEEP
 from ligerexport.exporters.onnx.spec import ModelSpec
 from planting.described import at, changed
 from planting.edited import edit, find, instead, past
@@ -133,3 +135,23 @@ def compiled_prompt_sees_one_token_ahead(site: Site) -> Any:
 @fault("code", 0, **IN_NATIVE)
 def compiled_largest_distance_of_a_prompt(site: Site) -> Any:
     return compiled("w_.time[i] + l_.max_distance + 1 - start_", "w_.time[i] + l_.max_distance - 1 - start_")
+
+
+@fault("code", None, **IN_NATIVE)
+def compiled_draft_leaves_a_token(site: Site) -> Any:
+    return compiled("t < kept && i < undo.filled", "t <= kept && t < undo.length && i < undo.filled")
+
+
+@fault("code", None, **IN_NATIVE)
+def compiled_draft_loses_what_it_overwrote(site: Site) -> Any:
+    return compiled("undo.each(changes[i].place, undo.old_row(i), write)", "undo.old_row(i)")
+
+
+@fault("code", None, **RAGGED)
+def logits_of_a_draft_one_token_late(site: Site) -> Any:
+    def late(function: Any, binding: Any, logits: np.ndarray) -> None:
+        function(binding, logits)
+        keep = onnxruntime.OrtValue.ortvalue_from_numpy(np.arange(1, logits.shape[1] + 1) % logits.shape[1])
+        binding.bind_ortvalue_input(KEEP, keep)
+
+    return call(session, "_keep_all", None, late)

@@ -7,13 +7,15 @@ that a compiler is needed only once.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,6 +114,13 @@ def library() -> Path:
         with staged_file(path, hint=CACHE_HINT) as made:
             _compile(compiler, [native], made)
     return path
+
+
+def take_back() -> Callable[..., int]:
+    """Return the library's function `liger_take_back`; see `ort_operator.cc`."""
+    function = ctypes.CDLL(str(library())).liger_take_back
+    function.argtypes = [c_void_p, *[c_int64] * 4, c_void_p, c_void_p]
+    return function  # type: ignore[no-any-return]
 
 
 def compile_levels(target: str, output: Path, *, force: bool = False) -> list[Path]:

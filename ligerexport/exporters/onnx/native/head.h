@@ -4,10 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
-#include "layer.h"
+#include "undo.h"
 
 namespace liger {
 
@@ -416,6 +415,7 @@ class Head {
     for (size_t p = 0; p < pools_; ++p)
       if (c_.new_score != c_.past_score || l_.pools[p].received)
         std::copy_n(&w_.score[p * candidates_], n_, c_.new_score + score_ + p * l_.score_pool);
+    if (c_.undo != nullptr) remember(l_, c_, w_, b_, h_);
     int64_t t = 0;
     for (int64_t i : w_.free) {
       while (t < c_.length && (start_ + t < 0 || w_.gone[n_ + t] < c_.length)) ++t;

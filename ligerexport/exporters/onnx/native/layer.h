@@ -62,6 +62,8 @@ struct Call {  // pointers to the tensors of one call; past and present may be t
   float *mixed, *new_score, *new_state, *new_mass;
   float* forgotten;  // `[B, H_q]`: share of the last token's attention that fell on evicted tokens; or null
   Positions past_position, new_position;
+  char* undo;         // records of all heads, `undo_head` bytes apart, or null; see `undo.h`
+  int64_t undo_head;
   std::atomic<bool>* damaged;  // set if no text can lead to the state
 };
 

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
 from ligerexport.exporters.onnx.builder import Builder
 from ligerexport.exporters.onnx.frame import Frame
+from ligerexport.exporters.onnx.lent import UNDO
 from ligerexport.exporters.onnx.lowerings import Table
 from ligerexport.exporters.onnx.native import DOMAIN, RAGGED_OPERATORS
 from ligerexport.kernels.evicted import slow_rotation
@@ -20,7 +22,7 @@ SCALES = tuple(row.name for row in RAGGED if row.needs == "scaled")
 """Scales of keys and values that are codes."""
 INPUTS = (
     "query", "key", "value", "position", "cos", "sin", *SLOTS, "arrival", "turn", *EVICTED,
-    "hidden", "score_weight", "score_bias", *SCALES,
+    "hidden", "score_weight", "score_bias", *SCALES, UNDO,
 )  # fmt: skip
 """Inputs of the operator, in order."""
 OUTPUTS = ("mixed", *SLOTS, *EVICTED, *SCALES, FORGOTTEN)
@@ -42,6 +44,7 @@ def bounded_memory(
     arrival: ir.Value | None,
     learned: ir.Value | None,
     past: dict[str, ir.Value],
+    layer: int = 0,
     meter: bool = False,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """Write one layer's memory as a node.
@@ -54,6 +57,7 @@ def bounded_memory(
         learned: `[B * T, H]`, the learned scores from which `arrival` was made. If they come from a linear map, the
             operator computes it itself.
         past: State by the names of `MixerSpec.state`.
+        layer: Index of the layer.
         meter: Whether to return `FORGOTTEN` `[B, H_q]` too.
 
     Returns:
@@ -84,7 +88,10 @@ def bounded_memory(
     if turn is not None:
         given["turn"] = turn
     kind = RAGGED_OPERATORS[config.state_dtype] if config.ragged else "BoundedMemory"
-    inputs = INPUTS if config.scaled else INPUTS[: -len(SCALES)]  # older libraries know no scales
+    if spec.splits:  # what stays is known before the attention, and there are no sums
+        given[UNDO] = g.table(UNDO, np.zeros((0, 0), np.uint8))
+        attributes["layer"] = layer
+    inputs = INPUTS[: 1 + max(map(INPUTS.index, given))]  # older libraries know fewer
     mixed, *present = g.op(kind, *map(given.get, inputs), outputs=len(names), domain=DOMAIN, **attributes)
     return mixed, {name: new for name, new in zip(names[1:], present, strict=True) if name in own | measured}
 

@@ -25,6 +25,7 @@ enum Input : size_t {
   kScoreBias,
   kSlotKeyScale,
   kSlotValueScale,
+  kUndo,
   kInputs,
 };
 

@@ -11,6 +11,9 @@
 // on one axis, head after head. `RaggedMemoryFloat16` has slots in fp16, `RaggedMemoryInt8` codes with scales in fp16, and
 // `RaggedMemoryExact` the same codes and scales in fp32 without rounding, for comparisons.
 //
+// These may lend memory `[layers, bytes]` uint8 as the last input: each node writes into the row of its layer what the call
+// overwrites, and `liger_take_back` puts it back. This is for layers whose ranks are known on arrival.
+//
 // `BlockLinear`, over `block_linear.h`. Inputs: `[B T, K]`, codes, scales and zero points as `MatMulNBits` has them, and a
 // bias `[N]`. Output: `[B T, N]`.
 //
@@ -68,6 +71,14 @@ struct Access {
   int64_t Integer(const OrtKernelInfo* info, const std::string& name) const {
     int64_t value = 0;
     Done(ort::call(api, ort::kGetAttributeInt, info, name.c_str(), &value));
+    return value;
+  }
+
+  // Returns an attribute that graphs of earlier versions do not have, 0 for them.
+  int64_t Later(const OrtKernelInfo* info, const std::string& name) const {
+    int64_t value = 0;
+    OrtStatus* const bad = ort::call(api, ort::kGetAttributeInt, info, name.c_str(), &value);
+    if (bad != nullptr) ort::call<void>(api, ort::kReleaseStatus, bad);
     return value;
   }
 
@@ -141,8 +152,9 @@ struct Memory : Access {
   using Scale = liger::Scale<T>;
   static constexpr size_t kInputCount = kInputs, kOutputCount = kOutputs;
   liger::Layer layer;
+  int64_t number;  // of the layer
 
-  Memory(const OrtApi* table, const OrtKernelInfo* info) : Access{table} {
+  Memory(const OrtApi* table, const OrtKernelInfo* info) : Access{table}, number(Later(info, "layer")) {
     const auto size = [&](const std::string& name, int64_t least = 1) { return Size(info, name, least); };
     layer = {size("q_heads"), size("kv_heads"), size("d_k"), size("d_v"), size("sinks", 0), size("max_distance", 0),
              Integer(info, "evicts"), Real(info, "scale"), Real(info, "recurrence_weight"), {}, {}, 0, 0, 0};
@@ -222,6 +234,12 @@ struct Memory : Access {
     holds(kRecurrentMass, heads * l.d_k, "the mass is of another size");
   }
 
+  // Returns the bytes of a head's record of a call, at most.
+  int64_t UndoBytes(int64_t length) const {
+    const int64_t slot = (layer.d_k + layer.d_v) * sizeof(T) + 2 * sizeof(Scale) + sizeof(int64_t);
+    return sizeof(liger::Undo) + length * (sizeof(liger::Undo::Change) + 2 * (slot + layer.pools.size() * sizeof(float)));
+  }
+
   template <typename X>
   X* Renewed(OrtKernelContext* context, size_t input, size_t output) const {
     const OrtValue* past = Value(context, input);
@@ -256,6 +274,13 @@ struct Memory : Access {
     call.past_score = input(kSlotScore);
     call.past_state = input(kRecurrentState), call.past_mass = input(kRecurrentMass);
     Check(context, call, tokens);
+    if (const auto lent = Value(context, kUndo); lent != nullptr && Shape(lent).at(0) > 0) {
+      const auto shape = Shape(lent);
+      call.undo_head = shape.back() / (call.batch * layer.kv_heads) / 8 * 8;
+      need(shape.size() == 2 && number >= 0 && number < shape[0] && call.undo_head >= UndoBytes(call.length),
+           "the memory for taking back is too small");
+      call.undo = Data<char>(lent) + number * shape[1];
+    }
     call.mixed = Allocate<float>(context, kMixed, {tokens, layer.q_heads * layer.d_v});
     call.new_key = Renewed<T>(context, kSlotKey, kNewSlotKey);
     call.new_value = Renewed<T>(context, kSlotValue, kNewSlotValue);
@@ -280,7 +305,8 @@ struct Memory : Access {
   static OrtElementType Type(size_t i, bool output) {
     if (output ? i == kNewSlotPosition : i == kSlotPosition) return kRagged ? kInt32 : kInt64;
     if (output ? i == kNewSlotKey || i == kNewSlotValue : i == kSlotKey || i == kSlotValue) return kType<T>;
-    if (output ? i == kNewSlotKeyScale || i == kNewSlotValueScale : i >= kSlotKeyScale) return kType<Scale>;
+    if (output ? i == kNewSlotKeyScale || i == kNewSlotValueScale : i == kSlotKeyScale || i == kSlotValueScale) return kType<Scale>;
+    if (!output && i == kUndo) return kUint8;
     return !output && i == kPosition ? kInt64 : kFloat;
   }
   static bool Optional(size_t i, bool output) {
@@ -412,5 +438,11 @@ OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base)
   for (const OrtCustomOp& op : operators)
     if (OrtStatus* bad = ort::call(api, ort::kCustomOpDomainAdd, domain, &op)) return bad;
   return ort::call(api, ort::kAddCustomOpDomain, options, domain);
+}
+
+// `liger::take_back` for callers of the library; 0 for success.
+int liger_take_back(char* undo, int64_t layers, int64_t stride, int64_t batch, int64_t heads, const int64_t* kept,
+                    char* const (*ranges)[liger::Undo::kParts][2]) {
+  return !liger::take_back(undo, layers, stride, batch, heads, kept, ranges);
 }
 }

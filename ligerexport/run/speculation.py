@@ -1,0 +1,250 @@
+"""Write several tokens in one call of the engine: guess them from the text so far, and keep those that were right.
+
+A guess is the continuation of an earlier place with the same last tokens. The sampler still chooses every token, from
+the logits that it would get without guesses; a call that has guessed its choice only answers the next question too. So
+the distribution of texts is the same, also with penalties and grammars.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ligerexport.errors import UsageError, close_matches
+from ligerexport.run.runtime import Session
+
+T = TypeVar("T")
+WAYS = "off", "ngram"
+"""Values of `speculate`."""
+LENGTHS = (0, 1, 3, 7, 15)
+"""Numbers of guessed tokens that a call may have beside the one that was chosen."""
+GAIN = 1.1
+"""Guessing must promise this many times the speed of single steps."""
+_ROW = 0.25
+"""Cost of one more token in a call, as a share of a step, until two calls of its length were timed."""
+_TIMINGS = 7
+"""Largest number of calls of one length whose median is its cost."""
+_PATIENCE = 256
+"""Number of steps after which the costs of calls that were too slow are forgotten, in case the machine was busy."""
+
+
+def check_way(speculate: str) -> None:
+    """Check a value of `speculate`.
+
+    Raises:
+        UsageError: There is no such value.
+    """
+    if speculate not in WAYS:
+        raise UsageError(f"speculate '{speculate}'", hint=close_matches(speculate, WAYS))
+
+
+class Places:
+    """Looks up where the last tokens of a text occurred before.
+
+    Attributes:
+        ids: The text.
+        length: Number of last tokens that are the same at the place found, at least; 0 if there is none.
+    """
+
+    _SIZES = (6, 3, 2)
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.length = 0
+        self._next = 0
+        self._seen: dict[tuple[int, ...], int] = {}
+
+    def read(self, ids: Iterable[int]) -> None:
+        """Add tokens to the text."""
+        for token in ids:
+            if self.length and self.ids[self._next] == token:
+                self.length, self._next = self.length + 1, self._next + 1
+            else:
+                self.length = 0
+            self.ids.append(token)
+            for size in (n for n in self._SIZES if n <= len(self.ids)):
+                last = tuple(self.ids[-size:])
+                place = self._seen.get(last)
+                if self.length < size and place is not None:
+                    self.length, self._next = size, place
+                self._seen[last] = len(self.ids)
+
+    def guess(self, count: int) -> list[int]:
+        """Return this many tokens that followed at the place found, or none if there is no such place.
+
+        Behind the end of the text follow the guessed tokens, so a text that repeats itself is continued.
+        """
+        found = self.ids[self._next : self._next + count] if self.length else []
+        while found and len(found) < count:
+            found.append(found[len(found) - (len(self.ids) - self._next)])
+        return found
+
+
+class Guesses:
+    """Says how many guessed tokens a call should have, from how often guesses were right and what calls cost.
+
+    Guesses are counted whether a call had them or not, so nothing is tried only to learn how good they are.
+    """
+
+    def __init__(self) -> None:
+        self._right = np.array([0.2, 0.4, 0.8, 1.6, 1.8])  # by length of the match; of 2 guesses
+        self._made = np.full(5, 2.0)
+        self._steps: deque[float] = deque(maxlen=_TIMINGS)  # their seconds
+        self._costs: dict[int, deque[float]] = {}  # in steps of the same time, by the number of tokens
+        self._waited = 0
+
+    @staticmethod
+    def _kind(length: int) -> int:
+        return min(length, 8) // 2
+
+    def record(self, length: int, right: bool) -> None:
+        """Record whether a guess after a match of some length was right."""
+        kind = self._kind(length)
+        self._right[kind] = 0.95 * self._right[kind] + right
+        self._made[kind] = 0.95 * self._made[kind] + 1
+
+    def time(self, tokens: int, seconds: float) -> None:
+        """Record what a call of some tokens cost; the first one has one token."""
+        if tokens == 1:
+            self._steps.append(seconds)
+        else:
+            step = statistics.median(self._steps)
+            self._costs.setdefault(tokens, deque(maxlen=_TIMINGS)).append(seconds / step)
+
+    def cost(self, tokens: int) -> float:
+        """Return what a call of some tokens costs, in steps."""
+        known = max((n for n in self._costs if n < tokens), default=1)
+        slope = _ROW if known == 1 else (self.cost(known) - 1) / (known - 1)
+        timed = [*self._costs.get(tokens, ())]
+        return statistics.median(timed + [1 + slope * (tokens - 1)] * max(0, 3 - len(timed)))
+
+    def choose(self, length: int, most: int) -> int:
+        """Return the number of tokens to guess after a match of some length, at most `most`."""
+        if not self._steps or not length:
+            return 0
+        best, chosen, tokens, share = GAIN, 0, 1.0, 1.0
+        for count in range(1, most + 1):
+            kind = self._kind(length + count - 1)
+            share *= self._right[kind] / (self._made[kind] + 1)  # one more that was wrong
+            tokens += share
+            if count not in LENGTHS:
+                continue
+            if (speed := tokens / self.cost(count + 1)) > best:
+                best, chosen = speed, count
+            if len(self._costs.get(count + 1, ())) < 2:  # longer calls are tried after shorter ones
+                break
+        self._waited = 0 if chosen else self._waited + 1
+        if self._waited == _PATIENCE:
+            self._costs, self._waited = {}, 0
+        return chosen
+
+
+class Speculation:
+    """A session of one sequence whose steps may answer from an earlier call that has guessed them.
+
+    Everything but `step` is the session's own.
+
+    Args:
+        session: The session, whose drafts take one call.
+        places: The text so far, of which `step` adds its tokens.
+        guesses: What was measured in this session before.
+        clock: Returns the time in seconds.
+
+    Attributes:
+        calls: Number of calls of the engine.
+        steps: Number of tokens.
+    """
+
+    def __init__(
+        self, session: Session, places: Places, guesses: Guesses, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._session, self._places, self._guesses, self._clock = session, places, guesses, clock
+        self._drafted: list[int] = []
+        self._logits = np.empty((1, 0, 0), np.float32)  # after each token of the draft
+        self._used, self._end, self._seconds = 0, 0, 0.0
+        self.calls = self.steps = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def step(self, token: int) -> np.ndarray:
+        """Advance by one token; return the logits after it, `[1, V]`."""
+        self.steps += 1
+        places, guesses = self._places, self._guesses
+        if places.length:
+            guesses.record(places.length, places.guess(1) == [token])
+        places.read([token])
+        if self._drafted and self._used < len(self._drafted) and self._drafted[self._used] == token:
+            self._used += 1
+            return self._logits[:, self._used - 1]
+        self.settle()
+        self.calls += 1
+        draft = [token, *places.guess(guesses.choose(places.length, LENGTHS[-1]))]
+        start = self._clock()
+        if len(draft) == 1:
+            logits = self._session.step(token)
+            guesses.time(1, self._clock() - start)
+            return logits
+        self._logits = self._session.propose(draft)
+        self._drafted, self._used, self._seconds = draft, 1, self._clock() - start
+        self._end = int(self._session.position[0])
+        return self._logits[:, 0]
+
+    def settle(self) -> None:
+        """Take back what was guessed and not chosen; the session is then as after single steps.
+
+        It does nothing if somebody has given the session another state meanwhile.
+        """
+        drafted, self._drafted = self._drafted, []
+        if drafted and self._session.position[0] == self._end:
+            start = self._clock()
+            self._session.commit(self._used)
+            self._guesses.time(len(drafted), self._seconds + self._clock() - start)
+
+
+_known: WeakKeyDictionary[Session, Guesses] = WeakKeyDictionary()
+"""What was measured in each session."""
+
+
+class Guessing:
+    """How the texts of one conversation are guessed.
+
+    Args:
+        speculate: Row of `WAYS`.
+
+    Raises:
+        UsageError: There is no such row.
+    """
+
+    def __init__(self, speculate: str) -> None:
+        check_way(speculate)
+        self._places = None if speculate == "off" else Places()
+
+    def on(self, session: Session, ids: Iterable[int]) -> Session:
+        """Return a session that guesses, if it can, what follows a prompt that continues the conversation."""
+        if self._places is None or not session.drafts:
+            return session
+        self._places.read(ids)
+        return cast(Session, Speculation(session, self._places, _known.setdefault(session, Guesses())))
+
+
+def settled(session: Session, chunks: Generator[T]) -> Generator[T]:
+    """Return chunks that steps of a session make; before the last one and at their end nothing is guessed any more."""
+    return _settled(session, chunks) if isinstance(session, Speculation) else chunks
+
+
+def _settled(session: Speculation, chunks: Generator[Any]) -> Generator[Any]:
+    try:
+        for chunk in chunks:
+            if chunk.finish:
+                session.settle()
+            yield chunk
+    finally:
+        chunks.close()
+        session.settle()
