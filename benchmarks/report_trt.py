@@ -112,6 +112,38 @@ def contexts() -> Table:
     return ["tokens of context", "1 sequence", "Transformer", "16 sequences", "Transformer"], rows
 
 
+def recall() -> Table:
+    """Steps with heads of their own sizes beside equal heads, on one GPU."""
+    data, rows = _result("trt_recall"), []
+    for batch in (1, 16, 64):
+        ours, equal = (data[f"8 layers, {preset}"][f"batch {batch}"] for preset in ("recall", "memory"))
+        ratio = ours["step"]["median_ms"] / equal["step"]["median_ms"]
+        states = [f"{x['state_bytes'] / batch / 1e6:.1f} MB" for x in (ours, equal)]
+        cells = [f"{_milliseconds(x['step'])}, {state}" for x, state in zip((ours, equal), states, strict=True)]
+        rows.append([f"8 layers of the 8B shape, {batch}", *cells, f"{ratio:.2f}"])
+    for batch in (1, 4):
+        small = data["smollm2"][f"batch {batch}"]
+        state = f"{small['state_bytes'] / batch / 1e6:.1f} MB"
+        rows.append([f"SmolLM2-135M, {batch}", f"{_milliseconds(small['step'])}, {state}", "", ""])
+    return ["model, sequences", "`recall`, ms and state of one", "`memory`", "ratio"], rows
+
+
+def in_torch() -> Table:
+    """Prompts and steps of a converted model in torch beside the Transformer."""
+    rows = []
+    for row in _result("torch_prefill")["rows"]:
+        sides = [name for name in row if name.startswith("session")]
+        best = min(sides, key=lambda name: row[name]["ms"])
+        ours, theirs, plain = (row[name]["ms"] for name in (best, "transformer", "converted"))
+        title = f"{row['shape']}, a prompt of {row['tokens']:,} tokens"
+        rows.append([title, f"{ours:.1f} ms", f"{plain:.1f} ms", f"{theirs:.1f} ms", f"{theirs / ours:.2f} times"])
+    for row in _result("torch_decode")["rows"]:
+        ours, theirs, plain = (row[name]["ms"] for name in ("graph", "transformer", "direct"))
+        title = f"{row['shape']}, a step of {row['sequences']} after {row['tokens']:,} tokens"
+        rows.append([title, f"{ours:.2f} ms", f"{plain:.1f} ms", f"{theirs:.1f} ms", f"{theirs / ours:.1f} times"])
+    return ["shape", "session with CUDA graphs", "without", "Transformer", "as fast as the Transformer"], rows
+
+
 def prompts() -> Table:
     """Prompts of the 8B shape and of SmolLM2."""
     data, theirs = _result("trt"), _transformers("prefill")

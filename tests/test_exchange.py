@@ -247,16 +247,24 @@ def test_a_gpu_reads_and_a_cpu_goes_on(tmp_path: Path, name: str) -> None:
 
 
 def go_on(model: Path, place: Path, device: str) -> None:
-    """Read a prompt and some steps on a device, and continue there and with an artifact."""
+    """Read prompts and some steps on a device, and continue there and with an artifact.
+
+    A near tie of scores or codes may fall the other way and change all later logits, as between two runtimes on a CPU.
+    So one prompt may be far off, and the median may not.
+    """
     reader, artifact = lx.load(model, device=device), lx.load(lx.build(model, place / "ort", verify=False))
-    reader.prefill(PROMPT)
-    for token in range(3, 60):
-        reader.step(token)
-    reader.snapshot().save(place / "state")
-    ids: list[int] = [5]
-    expected = loss(greedy(reader, ids), ids)
-    artifact.restore(Snapshot.load(place / "state"))
-    artifact.snapshot().save(place / "back")
-    assert abs(loss(greedy(artifact, ids), ids) - expected) < 0.02
-    reader.restore(Snapshot.load(place / "back"))
-    assert abs(loss(greedy(reader, ids), ids) - expected) < 0.02
+    differences = []
+    for seed in range(5):
+        reader.reset()
+        reader.prefill(np.random.default_rng(seed).integers(3, 131, 70))
+        for token in range(3, 60):
+            reader.step(token)
+        reader.snapshot().save(place / "state")
+        ids: list[int] = [5]
+        expected = loss(greedy(reader, ids), ids)
+        artifact.restore(Snapshot.load(place / "state"))
+        artifact.snapshot().save(place / "back")
+        there = loss(greedy(artifact, ids), ids)
+        reader.restore(Snapshot.load(place / "back"))
+        differences.append([abs(there - expected), abs(loss(greedy(reader, ids), ids) - expected)])
+    assert (np.median(differences, axis=0) < 0.002).all(), differences
