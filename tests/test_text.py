@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -172,3 +174,24 @@ def test_tokens_that_never_end_a_character_take_no_longer_each(model: TextModel)
     for _ in range(100):
         detokenizer.push(token)
     assert max(decoded) <= 3
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tmp_path: Path) -> None:
+    """A server encodes prompts in one thread and streams answers from another."""
+    fallback(FALLBACK["gemma"]).save(str(tmp_path / "tokenizer.json"))
+    model, counted, end = TextModel(tmp_path), [0], threading.Event()
+
+    def count() -> None:
+        while not end.is_set():
+            counted[0] += 1
+            time.sleep(0.001)
+
+    text = " etainsoh" * 50_000
+    thread = threading.Thread(target=count)
+    thread.start()
+    before = counted[0]
+    found = model.encode(text)
+    after = counted[0]
+    end.set()
+    thread.join()
+    assert after > before + 5 and found == model._tokenizer.encode(text).ids

@@ -28,6 +28,8 @@ Message = Mapping[str, Any]
 
 _GROWTH = 64
 """Largest number of characters that a tokenizer may make of one."""
+_SHORT = 1 << 14
+"""Largest number of characters that are encoded while other threads wait; the library lets them run in batches only."""
 _CLEANED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
             (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
 """Replacements of `clean_up_tokenization_spaces`, in this order."""
@@ -163,6 +165,8 @@ class TextModel:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of a text; `special` adds the ids of the tokenizer's post-processor, such as BOS."""
+        if len(text) > _SHORT:
+            return self.encode_batch([text], special=special)[0]
         with _answering(self._directory / "tokenizer.json"):
             return self._tokenizer.encode(text, add_special_tokens=special).ids
 
