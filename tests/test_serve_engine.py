@@ -338,11 +338,27 @@ def test_an_engine_that_keeps_failing_says_so(start: Callable[..., Engine], monk
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(Scheduler, "turn", fails)
-    found = answers(engine, *[ask(PROMPTS[0])] * 4)
-    assert [(finish.reason, finish.error) for _, finish in found] == [("error", "a bug")] * 4
+    with engine._changed:  # it takes none before all are there, since it gives up after three
+        tickets = [engine.submit(ask(PROMPTS[0])) for _ in range(4)]
     engine._thread.join()
+    ends = [ticket._items[-1] for ticket in tickets]
+    assert [(end.reason, end.error) for end in ends if isinstance(end, Finish)] == [("error", "a bug")] * 4
     with pytest.raises(LigerError, match="a bug"):
         engine.submit(ask(PROMPTS[0]))
+
+
+def test_closing_ends_requests_whose_states_cannot_be_kept(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Scheduler) -> None:
+        raise RuntimeError("a bug")
+
+    engine = start()
+    monkeypatch.setattr(Scheduler, "stop", fails)
+    ticket = engine.submit(ask(PROMPTS[0], max_tokens=1 << 30))
+    engine.close()
+    (end,) = [item for item in ticket._items if isinstance(item, Finish)]
+    assert end.reason == "cancelled" and engine._idle.is_set()
 
 
 def test_log_probabilities_of_prompts_and_answers(built: tuple[Path, Path], start: Callable[..., Engine]) -> None:

@@ -222,7 +222,10 @@ class Engine:
         with self._changed:
             self._closing = True
             if not self._failed:
-                self._scheduler.stop()
+                try:
+                    self._scheduler.stop()
+                except Exception:
+                    _log.exception("the states of requests that still ran are lost")
             for job in (*self._scheduler.jobs, *self._waiting.clear()):
                 job.finish("error", self._failed) if self._failed else job.finish("cancelled")
             self._idle.set()
