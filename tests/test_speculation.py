@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,25 @@ def test_calls_are_as_long_as_they_pay(cost: float) -> None:
         assert sum(tokens > 1 for tokens in session.calls) < 20 and session.now < 2010
     else:
         assert session.now < 2000 / (2.2 if cost == 0.3 else 8) and min(later) > 3
+
+
+def test_a_stream_that_was_left_takes_back_no_draft_of_another() -> None:
+    """Also if that one ends at the same position."""
+    session, guesses, places = Echo(), Guesses(), Places()
+    old = Speculation(session, places, guesses, lambda: session.now)  # type: ignore[arg-type]
+    logits = session.logits(session.seen)
+    while not old._drafted:
+        token, known, seen = int(logits.argmax()), deepcopy(places), session.seen[:]
+        logits = old.step(token)[0]
+    session.seen = [*seen]
+    new = Speculation(session, known, guesses, lambda: session.now)  # type: ignore[arg-type]
+    new.step(token)
+    drafted = session.seen[:]
+    assert old._end == new._end == len(drafted)
+    old.settle()
+    assert session.seen == drafted
+    new.settle()
+    assert session.seen == [*seen, token]
 
 
 def test_the_longest_match_is_continued() -> None:

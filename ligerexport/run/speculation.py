@@ -90,6 +90,9 @@ class Guesses:
     """Says how many guessed tokens a call should have, from how often guesses were right and what calls cost.
 
     Guesses are counted whether a call had them or not, so nothing is tried only to learn how good they are.
+
+    Attributes:
+        drafts: Number of drafts so far.
     """
 
     def __init__(self) -> None:
@@ -97,7 +100,7 @@ class Guesses:
         self._made = np.full(5, 2.0)
         self._steps: deque[float] = deque(maxlen=_TIMINGS)  # their seconds
         self._costs: dict[int, deque[float]] = {}  # in steps of the same time, by the number of tokens
-        self._waited = 0
+        self._waited = self.drafts = 0
 
     @staticmethod
     def _kind(length: int) -> int:
@@ -167,7 +170,7 @@ class Speculation:
         self._session, self._places, self._guesses, self._clock = session, places, guesses, clock
         self._drafted: list[int] = []
         self._logits = np.empty((1, 0, 0), np.float32)  # after each token of the draft
-        self._used, self._end, self._seconds = 0, 0, 0.0
+        self._used, self._number, self._end, self._seconds = 0, 0, 0, 0.0
         self.calls = self.steps = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -193,16 +196,17 @@ class Speculation:
             return logits
         self._logits = self._session.propose(draft)
         self._drafted, self._used, self._seconds = draft, 1, self._clock() - start
-        self._end = int(self._session.position[0])
+        guesses.drafts += 1
+        self._number, self._end = guesses.drafts, int(self._session.position[0])
         return self._logits[:, 0]
 
     def settle(self) -> None:
         """Take back what was guessed and not chosen; the session is then as after single steps.
 
-        It does nothing if somebody has given the session another state meanwhile.
+        It does nothing if somebody has given the session another state meanwhile, or another draft.
         """
         drafted, self._drafted = self._drafted, []
-        if drafted and self._session.position[0] == self._end:
+        if drafted and self._number == self._guesses.drafts and self._session.position[0] == self._end:
             start = self._clock()
             self._session.commit(self._used)
             self._guesses.time(len(drafted), self._seconds + self._clock() - start)
