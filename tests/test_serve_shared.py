@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import toy
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError
 from ligerexport.serve.app import make_app
-from ligerexport.serve.forward import BLOCK, Call, Head, answer, beginnings
+from ligerexport.serve.forward import BLOCK, Call, Head, answer, beginnings, read_body
 from ligerexport.serve.models import open_models
 from ligerexport.serve.request import Space
 from ligerexport.serve.shared import SharedStore
@@ -106,6 +107,17 @@ def test_chats_share_their_turns_and_not_their_system_message() -> None:
         assert len(whole) == 3 and (whole[:2] == begin or len(prompt) == 2)
     for bad in (b"", b"{", b"[1]", b'{"messages": 5}', b'{"prompt": [{}, 1]}', b"[" * 9999, b'{"prompt": [[[]]]}'):
         assert len(beginnings(bad)) <= 1
+
+
+def test_a_body_that_is_too_long_is_not_read_to_its_end() -> None:
+    left = [b"ab", b"cd", b"ef"]
+
+    async def pieces() -> AsyncIterator[bytes]:
+        while left:
+            yield left.pop(0)
+
+    assert asyncio.run(read_body(pieces(), 3)) is None and left == [b"ef"]
+    assert asyncio.run(read_body(pieces(), 2)) == b"ef"
 
 
 def test_another_process_answers_like_the_server(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +44,16 @@ class Head:
 
     status: int
     headers: Pairs
+
+
+async def read_body(pieces: AsyncIterator[bytes], most: int) -> bytes | None:
+    """Return the content of a request; None if it has more than `most` bytes, of which the rest is not read."""
+    body = bytearray()
+    async for piece in pieces:
+        body += piece
+        if len(body) > most:
+            return None
+    return bytes(body)
 
 
 def beginnings(body: bytes, key: bytes = b"") -> tuple[bytes, ...]:

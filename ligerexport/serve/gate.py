@@ -20,6 +20,11 @@ OPEN = ("/", "/health", "/ready", "/openapi.json")
 """Paths that need no key."""
 
 
+def too_long(most: int) -> ApiError:
+    """Return the refusal of a body of more than `most` bytes."""
+    return ApiError(413, f"The request is too long. The largest body has {most} bytes.", code="request_too_large")
+
+
 class Keys:
     """The keys that clients may use. Only their hashes are kept.
 
@@ -102,11 +107,7 @@ class Gate:
             scope["state"]["owner"] = self._keys.owner(headers.get("authorization"))
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > self._most:
-            raise self._too_long()
-
-    def _too_long(self) -> ApiError:
-        return ApiError(413, f"The request is too long. The largest body has {self._most} bytes.",
-                        code="request_too_large")  # fmt: skip
+            raise too_long(self._most)
 
     def _limited(self, receive: Any) -> Any:
         """Return a function that receives a body, in pieces of unknown size, up to the limit."""
@@ -117,7 +118,7 @@ class Gate:
             message = await receive()
             left -= len(message.get("body", b""))
             if left < 0:
-                raise self._too_long()
+                raise too_long(self._most)
             return message
 
         return limited

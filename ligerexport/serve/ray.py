@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ligerexport.errors import MissingDependency, UsageError
 from ligerexport.serve.app import Access, make_app
 from ligerexport.serve.errors import ApiError
-from ligerexport.serve.forward import Call, Head, answer, beginnings
-from ligerexport.serve.gate import Keys
+from ligerexport.serve.forward import Call, Head, answer, beginnings, read_body
+from ligerexport.serve.gate import Keys, too_long
 from ligerexport.serve.models import open_models
 from ligerexport.serve.sse import event
 
@@ -179,10 +180,13 @@ class Ingress:
         """Return the answer of a replica, or of a second one if the first one dies before it has said anything."""
         if request.url.path.startswith(self.LOCAL):
             return ApiError(501, "This endpoint is about one server, and this one has replicas.").response()
-        body, headers = await request.body(), tuple(request.headers.raw)
+        body, headers = await read_body(request.stream(), Access.most), tuple(request.headers.raw)
+        if body is None:
+            return too_long(Access.most).response()
         client = (request.client.host, request.client.port) if request.client else None
-        call = Call(request.method, request.url.path, request.url.query.encode(), headers, body, client,
-                    beginnings(body, request.headers.get("authorization", "").encode()))  # fmt: skip
+        key = request.headers.get("authorization", "").encode()
+        known = await run_in_threadpool(beginnings, body, key)  # long prompts take long, and others stream meanwhile
+        call = Call(request.method, request.url.path, request.url.query.encode(), headers, body, client, known)
         for _ in range(TRIES):
             try:
                 pieces = self._replicas.answer.remote(call)
