@@ -7,11 +7,14 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import toy
 from test_cli import Cli, cli  # noqa: F401
 
+from ligerexport.console import silent
+from ligerexport.errors import LigerError
 from ligerexport.model.config import PRESETS
 
 
@@ -101,4 +104,28 @@ def test_run_of_a_model(cli: Cli, source: Path, tmp_path: Path, monkeypatch: pyt
         assert "there is no directory" in cli("run", f"{tmp_path}/tinny", "hello").err
     os.utime(model / "model.safetensors", (1, 1))
     assert prepare.prepare(model) != kept
-    assert not list((tmp_path / "cache" / "artifacts").glob(".converted-*"))
+    assert not list((tmp_path / "cache" / "artifacts").glob(".*"))
+
+
+def test_prepare_after_a_killed_run_and_without_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed run has left is removed, also if the next one fails; a place for no cache is named."""
+    from ligerexport.checkpoint import convert
+    from ligerexport.exporters import prepare
+
+    def fails(model: str, output: Path, **settings: Any) -> None:
+        assert not output.exists()
+        output.mkdir()
+        raise LigerError("no such model")
+
+    monkeypatch.setattr(convert, "ConvertPlan", fails)
+    (left := tmp_path / ".made.converted").mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(LigerError, match="no such model"):
+        prepare._make("model", tmp_path / "made", silent)
+    assert not list(tmp_path.iterdir())
+    (model := tmp_path / "model").mkdir()
+    (file := tmp_path / "file").write_text("no directory")
+    monkeypatch.setattr(prepare, "cache_dir", lambda: file)
+    with pytest.raises(LigerError, match=r"cannot write .*artifacts") as failure:
+        prepare.prepare(model)
+    assert "LIGEREXPORT_CACHE" in str(failure.value.hint)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
@@ -15,7 +16,7 @@ from ligerexport.checkpoint.sources import BUILTIN_MODELS, is_gguf
 from ligerexport.console import ProgressFactory, say, silent
 from ligerexport.errors import LigerError
 from ligerexport.exporters.onnx.native import check_ready
-from ligerexport.staging import cache_dir
+from ligerexport.staging import CACHE_HINT, cache_dir, remove_directory
 
 WEIGHTS = "int4"
 """How a prepared artifact stores its weights."""
@@ -46,6 +47,7 @@ def prepare(model: str | Path, progress: ProgressFactory | None = None) -> Path:
     Raises:
         SourceError: There is no such model, or it could not be fetched.
         CheckpointError: The model cannot be converted.
+        LigerError: The cache cannot be written.
         VerificationError: The graph differs from the torch model.
         MissingDependency: The extra `build`, `builtin` or `hub` is not installed.
     """
@@ -65,13 +67,31 @@ def prepare(model: str | Path, progress: ProgressFactory | None = None) -> Path:
     output = cache_dir() / "artifacts" / f"{short.replace('/', '--')}-{key}"
     if is_artifact(output):
         return output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{output}.lock"):
+    with _locked(output):
         if is_artifact(output):  # another process made it while this one waited
             return output
         if pulled:
             return pull(name, output, progress=progress)
         return _make(name, output, progress)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep other processes from making the same artifact.
+
+    Raises:
+        LigerError: The cache cannot be written.
+    """
+    lock = FileLock(f"{output}.lock")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise LigerError(f"cannot write {output.parent}: {error.strerror}", hint=CACHE_HINT) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _make(model: str, output: Path, progress: ProgressFactory) -> Path:
@@ -84,11 +104,14 @@ def _make(model: str, output: Path, progress: ProgressFactory) -> Path:
         lowering = "native"
     except LigerError:
         lowering = "ort"
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".converted-") as work:
-        converted = Path(work) / "model"
+    converted = output.with_name(f".{output.name}.converted")
+    remove_directory(converted)  # of a killed run; the lock says that no other one has it
+    try:
         say(f"converting {model}, once")
         ConvertPlan(model, converted, adapter=SHIPPED if model in BUILTIN_MODELS else None).run(progress)
         say(f"building it for the lowering {lowering} in {WEIGHTS}, and comparing it with torch")
         build(converted, output, weights=WEIGHTS, lowering=lowering, progress=progress)
+    finally:
+        remove_directory(converted)
     say(f"the artifact is kept in {output}")
     return output
