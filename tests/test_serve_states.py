@@ -10,7 +10,7 @@ import pytest
 
 from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.serve.request import Space
-from ligerexport.serve.states import States
+from ligerexport.serve.states import TRIES, States
 from ligerexport.serve.tree import Node, Tree
 
 SIZE = 800
@@ -131,6 +131,22 @@ def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path) -
         packed += any(x.uses for x in alive)
     states.close()
     assert most > 20 and packed > 40, "six whole ones would fit"
+
+
+def test_few_states_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that would go first; none of these states is like another one, so one goes, and the engine does not wait."""
+    compared = list[int]()
+
+    def differs(state: Snapshot, base: Snapshot) -> None:
+        compared.append(int(state.position[0]))
+
+    monkeypatch.setattr("ligerexport.serve.states.difference", differs)
+    states = States("model", 30 * SIZE, None, 0)
+    for length in range(1, 31):
+        states.insert(Space(), np.full(20 * length, 7), state(20 * length))
+    assert compared == []
+    states.insert(Space(), np.full(620, 7), state(620))
+    assert 0 < len(compared) <= TRIES and len(states.infos(Space())) == 30
 
 
 def test_only_a_state_with_logits_answers_its_own_prompt(tmp_path: Path) -> None:

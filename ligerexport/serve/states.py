@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from heapq import nsmallest
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ WORTH = 16
 WRITING = 16
 """Part of the memory, one in 16, that states may take in addition while they are written; at least `FEW` states."""
 FEW = 4
+TRIES = 8
+"""Number of states that may be compared with others, a few milliseconds each, before one goes: answers wait meanwhile."""
 
 _log = logging.getLogger(__name__)
 
@@ -291,7 +294,8 @@ class States:
         """Take states out of memory until the budget holds, those of least priority first."""
         while self._in_memory > self.memory:
             loose = [x for x in self._held.values() if x.taken and not x.uses]
-            if any(self._pack(held) for held in loose if not held.tried):
+            untried = nsmallest(TRIES, (x for x in loose if not x.tried), key=lambda held: held.priority)
+            if any(map(self._pack, untried)):
                 continue
             loose = [x for x in loose if self._store is not None or not x.pinned]
             victim = min(loose, key=lambda held: held.priority, default=None)
