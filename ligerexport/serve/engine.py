@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ligerexport.artifact.artifact import Manifest
 from ligerexport.errors import LigerError, UsageError, close_matches
@@ -43,7 +44,8 @@ class Engine:
         shared: Place of states that other servers use too, instead of a directory; see `SharedStore`.
         queue: Number of requests that may wait.
         stall: Longest planned time in seconds between two tokens of an answer while prompts of others are read.
-        device, threads, adapters: See `ligerexport.run.runtime.load`.
+        adapters: See `ligerexport.run.runtime.load`.
+        options: Other arguments of `load`, such as `device` and `threads`.
 
     Attributes:
         manifest: What the artifact says about itself.
@@ -65,14 +67,13 @@ class Engine:
         shared: str | None = None,
         queue: int = 256,
         stall: float = STALL,
-        device: str = "cpu",
-        threads: int | None = None,
         adapters: Mapping[str, Path] | None = None,
+        **options: Any,
     ) -> None:
         for name, value, least in (("max_batch", max_batch, 1), ("memory", memory, 0), ("queue", queue, 1)):
             if value < least:
                 raise UsageError(f"{name} {value}", hint=f"give at least {least}")
-        session = load(artifact, batch=max_batch, threads=threads, device=device, adapters=adapters)
+        session = load(artifact, batch=max_batch, adapters=adapters, **options)
         self.manifest: Manifest = session.artifact.manifest
         self.directory = session.artifact.directory
         space = DISK * memory if disk is None else disk
