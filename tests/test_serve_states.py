@@ -134,7 +134,7 @@ def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path) -
 
 
 def test_few_states_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that would go first; none of these states is like another one, so one goes, and the engine does not wait."""
+    """Those that would go first. None of these states is like another one, so one goes."""
     compared = list[int]()
 
     def differs(state: Snapshot, base: Snapshot) -> None:

@@ -147,6 +147,20 @@ def test_the_longest_match_is_continued() -> None:
     assert places.length == 2 and places.guess(1) == [4]
 
 
+def test_a_text_without_end_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its later part is looked up."""
+    monkeypatch.setattr("ligerexport.run.speculation.LONGEST", 40)
+    places = Places()
+    for start in range(0, 1000, 10):
+        places.read(range(start, start + 10))
+        assert places.ids == [*range(max(0, start + 10 - len(places.ids)), start + 10)] and len(places.ids) <= 40
+        assert len(places._seen) <= 3 * 40
+    places.read([990, 991])
+    assert places.guess(3) == [992, 993, 994]
+    places.read([100, 101])
+    assert places.guess(3) == []
+
+
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_checkpoint(tmp_path_factory.mktemp("speculation") / "liger", RAGGED)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -184,14 +185,17 @@ def test_other_threads_run_while_a_long_text_is_encoded(tmp_path: Path) -> None:
     def count() -> None:
         while not end.is_set():
             counted[0] += 1
-            time.sleep(0.001)
+            os.stat(tmp_path)  # lets other threads run
 
-    text = " etainsoh" * 50_000
-    thread = threading.Thread(target=count)
-    thread.start()
-    before = counted[0]
-    found = model.encode(text)
-    after = counted[0]
-    end.set()
-    thread.join()
+    text, thread, interval = " etainsoh" * 30_000, threading.Thread(target=count), sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # a thread runs until it lets others run
+    try:
+        thread.start()
+        before = counted[0]
+        found = model.encode(text)
+        after = counted[0]
+    finally:
+        sys.setswitchinterval(interval)
+        end.set()
+        thread.join()
     assert after > before + 5 and found == model._tokenizer.encode(text).ids

@@ -24,6 +24,8 @@ WAYS = "off", "ngram"
 """Values of `speculate`."""
 LENGTHS = (0, 1, 3, 7, 15)
 """Numbers of guessed tokens that a call may have beside the one that was chosen."""
+LONGEST = 1 << 18
+"""Number of tokens of a text, about 400 bytes each, beyond which its first half is no longer looked up."""
 GAIN = 1.1
 """Guessing must promise this many times the speed of single steps."""
 _ROW = 0.25
@@ -48,7 +50,7 @@ class Places:
     """Looks up where the last tokens of a text occurred before.
 
     Attributes:
-        ids: The text.
+        ids: The text, or the later part of a long one.
         length: Number of last tokens that are the same at the place found, at least; 0 if there is none.
     """
 
@@ -63,6 +65,9 @@ class Places:
     def read(self, ids: Iterable[int]) -> None:
         """Add tokens to the text."""
         for token in ids:
+            if len(self.ids) == LONGEST:
+                later, self.ids, self.length, self._seen = self.ids[LONGEST // 2 :], [], 0, {}
+                self.read(later)
             if self.length and self.ids[self._next] == token:
                 self.length, self._next = self.length + 1, self._next + 1
             else:

@@ -269,6 +269,6 @@ def _add_facts(app: FastAPI, served: Models, metrics: Metrics, ready: Callable[[
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def show_metrics() -> PlainTextResponse:
+    def show_metrics() -> PlainTextResponse:
         """Return counts and times in the format of Prometheus."""
         return PlainTextResponse(metrics.text())

@@ -37,7 +37,7 @@ WRITING = 16
 """Part of the memory, one in 16, that states may take in addition while they are written; at least `FEW` states."""
 FEW = 4
 TRIES = 8
-"""Number of states that may be compared with others, a few milliseconds each, before one goes: answers wait meanwhile."""
+"""Number of states that are compared with others before one goes; answers wait for each a few milliseconds."""
 
 _log = logging.getLogger(__name__)
 
