@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PIP_ARGS ?=
-PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --timeout 900
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder --timeout 900
 PROMPT ?= Once upon a time
 LOWERING ?= $(if $(COMPILER),native,ort)
 

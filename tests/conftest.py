@@ -43,7 +43,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take more than a minute")
 
 
+LONG = (
+    "test_real.py", "test_hostile.py", "test_faults.py", "test_planted.py", "test_fused_linear.py", "test_recover.py",
+    "test_trt_plugin.py", "test_trt_session.py", "test_fused_prefill.py", "test_bench.py",
+)  # fmt: skip
+"""Files that take longest for their number of tests. They come first, so that no process works on one alone at the end."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     cuda = torch.cuda.is_available()
     reasons = {
         "gpu": None if cuda else "no CUDA device",

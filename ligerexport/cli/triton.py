@@ -11,7 +11,6 @@ from ligerexport.artifact.artifact import open_artifact
 from ligerexport.cli import options
 from ligerexport.cli.options import Force, Json, verb
 from ligerexport.console import data
-from ligerexport.exporters.onnx.repository import write_repository
 
 
 @verb(verbose=False)
@@ -31,6 +30,8 @@ def triton(
     json: Json = False,
 ) -> None:
     """Write an artifact as a model of NVIDIA's Triton Inference Server, which then keeps the state of each sequence."""
+    from ligerexport.exporters.onnx.repository import write_repository
+
     place = write_repository(open_artifact(artifact), output, max_batch=max_batch, seen=seen, force=force)
     options.finish_json(json, {"model": str(place)})
     if not json:

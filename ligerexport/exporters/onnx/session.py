@@ -194,7 +194,8 @@ class OnnxSession(BatchSession):
         if self._drafts is None:
             self._drafts = self._bind()
             self._draft_logits = np.empty((self.batch * DRAFT, self._logits.shape[1]), np.float32)
-            if UNDO in self._lent and self._device == "cpu" and not self._growing:
+            ragged = all(len(self._shape(t)) == 2 for t in self._fixed if t.past.endswith("slot_position"))
+            if UNDO in self._lent and ragged and self._device == "cpu" and not self._growing:
                 model = self.artifact.manifest.model
                 self._undo = Undo(self._fixed, model.layers, model.kv_heads, DRAFT)
                 self._drafts.bind_ortvalue_input(UNDO, _value(self._undo.memory))

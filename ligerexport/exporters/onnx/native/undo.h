@@ -107,7 +107,7 @@ inline bool take_back(char* records, int64_t layers, int64_t stride, int64_t bat
   const int64_t rows = batch * heads, bytes = stride / rows / 8 * 8;
   for (int64_t i = 0; i < layers * rows; ++i) {
     auto& undo = *reinterpret_cast<Undo*>(records + i / rows * stride + i % rows * bytes);
-    if (undo.size() > bytes || !take_back(undo, kept[i % rows / heads], ranges[i / rows])) return false;
+    if (undo.length == 0 || undo.size() > bytes || !take_back(undo, kept[i % rows / heads], ranges[i / rows])) return false;
   }
   return true;
 }
