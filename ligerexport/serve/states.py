@@ -5,8 +5,8 @@ read again without it. The last state of a chat is needed for its next turn. One
 branch, so it is worth a tenth of that, unless prefixes have branched there already. States of one model have nearly
 equal sizes.
 
-When the memory is full, states are first kept as differences from ones before them, where those are much smaller. A
-state stays as long as another one is a difference from it.
+When the memory is full, states are first kept as differences from ones before them, where those are much smaller. The
+memory of a state stays as long as another one is a difference from it.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class States:
     def keep_in_memory(self, held: Held, snapshot: Snapshot) -> None:
         """Keep a state in memory that was read from the disk."""
         with self._lock:
-            if held.snapshot is None and self._held.get((held.space, held.id)) is held:
+            if held.snapshot is None and self._is_known(held):
                 held.snapshot = snapshot
                 self._in_memory += held.nbytes
                 self._shrink()
@@ -161,20 +161,16 @@ class States:
                 self._write(held)
 
     def forget(self, held: Held) -> None:
-        """Remove a state."""
+        """Remove a state; its memory stays as long as others are differences from it."""
         with self._lock:
-            if self._held.get((held.space, held.id)) is not held:
+            if not self._is_known(held):
                 return
-            others = [other for other in self._held.values() if held.uses and other.base is held]
-            for other in others:
-                self._unpack(other)
-            self._release(held)
             if held.written:
                 self._unwrite(held)
             del self._held[held.space, held.id]
             self._trees[held.space].remove(held.node)
-            if others:
-                self._shrink()
+            if not held.uses:
+                self._release(held)
 
     def infos(self, space: Space) -> list[StateInfo]:
         """Return the states of a space, the longest first."""
@@ -260,6 +256,10 @@ class States:
             self._on_disk += nbytes
         return held
 
+    def _is_known(self, held: Held) -> bool:
+        """Return whether a state was not removed."""
+        return self._held.get((held.space, held.id)) is held
+
     def _tree(self, key: str) -> Tree:
         return self._trees.setdefault(key, Tree())
 
@@ -315,9 +315,11 @@ class States:
     def _release(self, held: Held) -> None:
         """Take a state out of memory."""
         self._in_memory -= held.taken
-        if held.base is not None:
-            held.base.uses -= 1
-        held.snapshot, held.base, held.dropped, held.tried = None, None, False, False
+        base, held.snapshot, held.base, held.dropped, held.tried = held.base, None, None, False, False
+        if base is not None:
+            base.uses -= 1
+            if not base.uses and not self._is_known(base):
+                self._release(base)
 
     def _pack(self, held: Held) -> bool:
         """Keep a state as a difference from one before it; return whether that was possible."""
@@ -333,14 +335,6 @@ class States:
         base.uses += 1
         self._in_memory += held.taken
         return True
-
-    def _unpack(self, held: Held) -> None:
-        """Make a difference whole again."""
-        assert isinstance(held.snapshot, Delta) and held.base is not None
-        self._in_memory -= held.taken
-        held.base.uses -= 1
-        held.snapshot, held.base, held.tried = held.snapshot.whole(), None, False
-        self._in_memory += held.taken
 
     def _write(self, held: Held, always: bool = False) -> None:
         """Begin to write a state, unless too many are on their way already."""
@@ -385,7 +379,7 @@ class States:
             with self._lock:
                 held.writing = False
                 self._being_written -= nbytes
-                known = self._held.get((held.space, held.id)) is held
+                known = self._is_known(held)
                 if error is None and known:
                     held.written = True
                     self._on_disk += nbytes
