@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.errors import LigerError
 from ligerexport.serve.delta import Delta
 from ligerexport.serve.request import Space
 from ligerexport.serve.states import TRIES, States
@@ -137,6 +138,20 @@ def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path, m
     for held in sorted(states._held.values(), key=lambda held: held.node.length):
         states.forget(held)
     assert states.stats() == {"states": 0, "states_memory_bytes": 0, "states_disk_bytes": 0}
+
+
+@pytest.mark.parametrize("disk", [0, 10**9])
+def test_a_state_may_be_removed_before_it_is_fetched(disk: int, tmp_path: Path) -> None:
+    """The engine finds it, and another thread removes it; the error is one after which the engine looks again."""
+    states = States("model", 9 * SIZE, tmp_path if disk else None, disk)
+    keep(states, "ab")
+    states.flush()
+    held, _ = states.find(Space(), ids("abc"))
+    states.forget(held)
+    with pytest.raises(LigerError):
+        states.fetch(held).result()
+    assert states.find(Space(), ids("abc"))[0] is None
+    states.close()
 
 
 def test_few_states_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

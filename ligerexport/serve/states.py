@@ -97,16 +97,18 @@ class States:
             return best, max(known, best.node.length if best else 0)
 
     def fetch(self, held: Held) -> Future[Snapshot]:
-        """Return a state, from memory or from the disk; the future fails if its file is damaged or gone."""
+        """Return a state, from memory or from the disk; the future fails if it is damaged, or was removed meanwhile."""
         with self._lock:
             snapshot, space, ids = held.snapshot, held.space, held.ids
-        if snapshot is None:
-            assert self._store is not None
-            return self._readers.submit(self._store.read, space, ids)
         if isinstance(snapshot, Delta):
             return self._readers.submit(snapshot.whole)
+        if snapshot is None and self._store is not None:
+            return self._readers.submit(self._store.read, space, ids)
         ready: Future[Snapshot] = Future()
-        ready.set_result(snapshot)
+        if snapshot is None:
+            ready.set_exception(LigerError("the state was removed"))
+        else:
+            ready.set_result(snapshot)
         return ready
 
     def keep_in_memory(self, held: Held, snapshot: Snapshot) -> None:
