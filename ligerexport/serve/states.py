@@ -389,7 +389,8 @@ class States:
                     self._store.remove(held.space, held.id)
                 else:
                     _log.warning("a state was not written: %s", error)
-                    self.disk = min(self.disk, self._on_disk)  # later ones replace others
+                    if not isinstance(self._store, SharedStore):  # a network may work again, a full disk stays full
+                        self.disk = min(self.disk, self._on_disk)  # later ones replace others
                 if held.dropped and known:
                     self._release(held) if held.written else self.forget(held)
                 self._writes.discard(write)
