@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from test_aot import choose, table
 from trt_harness import ENVIRONMENT, PLUGIN, ROOT, compile_harness, cuda_headers
@@ -387,7 +387,7 @@ def test_equal_code_is_packed_once(packed: Packed) -> None:
 
 
 def test_memories_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     with pytest.raises(UsageError, match="for cells, memories"):
         write_pack([replace(LAYER, config=PRESETS["mom"].config)], tmp_path / "kernels.liger")
     assert not (tmp_path / "kernels.liger").exists()

@@ -45,7 +45,7 @@ class Engine:
         queue: Number of requests that may wait.
         stall: Longest planned time in seconds between two tokens of an answer while prompts of others are read.
         adapters: See `ligerexport.run.runtime.load`.
-        **loading: Its further arguments, such as `device` and `threads`.
+        options: Other arguments of `load`, such as `device` and `threads`.
 
     Attributes:
         manifest: What the artifact says about itself.
@@ -68,12 +68,12 @@ class Engine:
         queue: int = 256,
         stall: float = STALL,
         adapters: Mapping[str, Path] | None = None,
-        **loading: Any,
+        **options: Any,
     ) -> None:
         for name, value, least in (("max_batch", max_batch, 1), ("memory", memory, 0), ("queue", queue, 1)):
             if value < least:
                 raise UsageError(f"{name} {value}", hint=f"give at least {least}")
-        session = load(artifact, batch=max_batch, adapters=adapters, **loading)
+        session = load(artifact, batch=max_batch, adapters=adapters, **options)
         self.manifest: Manifest = session.artifact.manifest
         self.directory = session.artifact.directory
         space = DISK * memory if disk is None else disk
