@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ligerexport.errors import LigerError
 from ligerexport.serve.delta import Delta
 from ligerexport.serve.request import Space
 from ligerexport.serve.states import TRIES, States
+from ligerexport.serve.store import Store
 from ligerexport.serve.tree import Node, Tree
 
 SIZE = 800
@@ -138,6 +140,22 @@ def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path, m
     for held in sorted(states._held.values(), key=lambda held: held.node.length):
         states.forget(held)
     assert states.stats() == {"states": 0, "states_memory_bytes": 0, "states_disk_bytes": 0}
+
+
+def test_nobody_waits_while_a_pin_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states, held_lock, mark = States("model", 9 * SIZE, tmp_path, 9 * SIZE), list[bool](), Store.mark
+
+    def slow(self: Store, *what: Any) -> None:
+        held_lock.append(states._lock._is_owned())  # type: ignore[attr-defined]
+        mark(self, *what)
+
+    monkeypatch.setattr(Store, "mark", slow)
+    states.insert(Space(), ids("a"), state(20), pin=True)
+    states.change(states.get(Space(), states.infos(Space())[0].id), name="first")
+    states.close()
+    assert held_lock == [False, False]
+    (info,) = States("model", 9 * SIZE, tmp_path, 9 * SIZE).infos(Space())
+    assert info.pinned and info.name == "first"
 
 
 @pytest.mark.parametrize("disk", [0, 10**9])

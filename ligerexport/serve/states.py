@@ -149,8 +149,11 @@ class States:
                 self._in_memory += held.nbytes
             self._use(held)
             if pin and not held.pinned:
-                with suppress(LigerError):  # the request itself can go on
-                    self._set(held, held.name, True)
+                with suppress(UsageError):  # the request itself can go on
+                    self._check_pin(held)
+                    held.pinned = True
+                    if self._store is not None:
+                        self._writer.submit(self._store.mark, key, held.id, held.name, True)
             if write or held.pinned:
                 self._write(held)
             self._shrink()
@@ -204,9 +207,15 @@ class States:
             UsageError: Pinned states would take more than half of the space.
             LigerError: The disk is full.
         """
+        name, pinned = held.name if name is None else name, held.pinned if pinned is None else pinned
         with self._lock:
-            self._set(held, held.name if name is None else name, held.pinned if pinned is None else pinned)
-            if not (held.pinned or held.name):
+            if pinned and not held.pinned:
+                self._check_pin(held)
+        if self._store is not None:  # in the order of all writes; the engine need not wait
+            self._writer.submit(self._store.mark, held.space, held.id, name, pinned).result()
+        with self._lock:
+            held.name, held.pinned = name, pinned
+            if not (pinned or name):
                 return
             self._write(held, always=True)
             writes = set(self._writes)
@@ -279,18 +288,15 @@ class States:
         self._held[key, held.id] = held
         return held
 
-    def _set(self, held: Held, name: str, pinned: bool) -> None:
-        if pinned and not held.pinned:
-            space = self.memory if self._store is None else self.disk
-            taken = sum(x.nbytes for x in self._held.values() if x.pinned) + held.nbytes
-            if taken > space // 2:
-                raise UsageError(
-                    f"pinned states would take {taken} bytes, more than half of {space}",
-                    hint="unpin or delete others first, or give the server more space",
-                )
-        if self._store is not None:
-            self._store.mark(held.space, held.id, name, pinned)
-        held.name, held.pinned = name, pinned
+    def _check_pin(self, held: Held) -> None:
+        """Refuse to pin a state if pinned ones would take more than half of the space."""
+        space = self.memory if self._store is None else self.disk
+        taken = sum(x.nbytes for x in self._held.values() if x.pinned) + held.nbytes
+        if taken > space // 2:
+            raise UsageError(
+                f"pinned states would take {taken} bytes, more than half of {space}",
+                hint="unpin or delete others first, or give the server more space",
+            )
 
     def _shrink(self) -> None:
         """Take states out of memory until the budget holds, those of least priority first."""
