@@ -82,6 +82,21 @@ def test_a_state_that_is_gone_is_not_found_again(place: str) -> None:
     assert found(other) == 40
 
 
+def test_one_error_of_the_network_costs_one_state(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("the network is down")
+
+    one, other = (States("model", ALL, None, ALL, place) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(store(one)._files, "put_file", fails)
+        keep(one, 40)
+    keep(one, 120)
+    store(other).refresh()
+    assert found(other) == 120
+    one.close()
+    other.close()
+
+
 def test_the_oldest_states_make_room_and_pinned_ones_stay(place: str) -> None:
     states = States("model", ALL, None, 4000, place)
     keep(states, 20, pin=True)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ligerexport.artifact.snapshot import Snapshot
+from ligerexport.errors import LigerError
+from ligerexport.serve.delta import Delta
 from ligerexport.serve.request import Space
 from ligerexport.serve.states import TRIES, States
+from ligerexport.serve.store import Store
 from ligerexport.serve.tree import Node, Tree
 
 SIZE = 800
@@ -95,7 +99,7 @@ def test_the_disk_takes_what_the_memory_cannot_hold(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("disk", [0, 10**9])
-def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path) -> None:
+def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chats grow, branch, are asked for and are deleted; every state comes back as it was, and all bytes count."""
     random, made = np.random.default_rng(disk), dict[str, Snapshot]()
     states = States("model", 6 * 9_000, tmp_path if disk else None, disk)
@@ -125,12 +129,47 @@ def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path) -
             for name, expected in after(letters).tensors.items():
                 np.testing.assert_array_equal(found.tensors[name], expected)
         alive = list(states._held.values())
-        assert states.stats()["states_memory_bytes"] == sum(x.taken for x in alive) <= states.memory
+        bases = {x.base for x in alive if x.base}
+        assert states.stats()["states_memory_bytes"] == sum(x.taken for x in {*alive, *bases}) <= states.memory
         assert [x.uses for x in alive] == [sum(y.base is x for y in alive) for x in alive]
         most = max(most, sum(x.taken > 0 for x in alive))
         packed += any(x.uses for x in alive)
     states.close()
     assert most > 20 and packed > 40, "six whole ones would fit"
+    monkeypatch.setattr(Delta, "whole", lambda self: pytest.fail("all whole ones at once could take too much memory"))
+    for held in sorted(states._held.values(), key=lambda held: held.node.length):
+        states.forget(held)
+    assert states.stats() == {"states": 0, "states_memory_bytes": 0, "states_disk_bytes": 0}
+
+
+def test_nobody_waits_while_a_pin_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states, held_lock, mark = States("model", 9 * SIZE, tmp_path, 9 * SIZE), list[bool](), Store.mark
+
+    def slow(self: Store, *what: Any) -> None:
+        held_lock.append(states._lock._is_owned())  # type: ignore[attr-defined]
+        mark(self, *what)
+
+    monkeypatch.setattr(Store, "mark", slow)
+    states.insert(Space(), ids("a"), state(20), pin=True)
+    states.change(states.get(Space(), states.infos(Space())[0].id), name="first")
+    states.close()
+    assert held_lock == [False, False]
+    (info,) = States("model", 9 * SIZE, tmp_path, 9 * SIZE).infos(Space())
+    assert info.pinned and info.name == "first"
+
+
+@pytest.mark.parametrize("disk", [0, 10**9])
+def test_a_state_may_be_removed_before_it_is_fetched(disk: int, tmp_path: Path) -> None:
+    """The engine finds it, and another thread removes it; the error is one after which the engine looks again."""
+    states = States("model", 9 * SIZE, tmp_path if disk else None, disk)
+    keep(states, "ab")
+    states.flush()
+    held, _ = states.find(Space(), ids("abc"))
+    states.forget(held)
+    with pytest.raises(LigerError):
+        states.fetch(held).result()
+    assert states.find(Space(), ids("abc"))[0] is None
+    states.close()
 
 
 def test_few_states_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ read again without it. The last state of a chat is needed for its next turn. One
 branch, so it is worth a tenth of that, unless prefixes have branched there already. States of one model have nearly
 equal sizes.
 
-When the memory is full, states are first kept as differences from ones before them, where those are much smaller. A
-state stays as long as another one is a difference from it.
+When the memory is full, states are first kept as differences from ones before them, where those are much smaller. The
+memory of a state stays as long as another one is a difference from it.
 """
 
 from __future__ import annotations
@@ -97,22 +97,24 @@ class States:
             return best, max(known, best.node.length if best else 0)
 
     def fetch(self, held: Held) -> Future[Snapshot]:
-        """Return a state, from memory or from the disk; the future fails if its file is damaged or gone."""
+        """Return a state, from memory or from the disk; the future fails if it is damaged, or was removed meanwhile."""
         with self._lock:
             snapshot, space, ids = held.snapshot, held.space, held.ids
-        if snapshot is None:
-            assert self._store is not None
-            return self._readers.submit(self._store.read, space, ids)
         if isinstance(snapshot, Delta):
             return self._readers.submit(snapshot.whole)
+        if snapshot is None and self._store is not None:
+            return self._readers.submit(self._store.read, space, ids)
         ready: Future[Snapshot] = Future()
-        ready.set_result(snapshot)
+        if snapshot is None:
+            ready.set_exception(LigerError("the state was removed"))
+        else:
+            ready.set_result(snapshot)
         return ready
 
     def keep_in_memory(self, held: Held, snapshot: Snapshot) -> None:
         """Keep a state in memory that was read from the disk."""
         with self._lock:
-            if held.snapshot is None and self._held.get((held.space, held.id)) is held:
+            if held.snapshot is None and self._is_known(held):
                 held.snapshot = snapshot
                 self._in_memory += held.nbytes
                 self._shrink()
@@ -147,8 +149,11 @@ class States:
                 self._in_memory += held.nbytes
             self._use(held)
             if pin and not held.pinned:
-                with suppress(LigerError):  # the request itself can go on
-                    self._set(held, held.name, True)
+                with suppress(UsageError):  # the request itself can go on
+                    self._check_pin(held)
+                    held.pinned = True
+                    if self._store is not None:
+                        self._writer.submit(self._store.mark, key, held.id, held.name, True)
             if write or held.pinned:
                 self._write(held)
             self._shrink()
@@ -161,20 +166,16 @@ class States:
                 self._write(held)
 
     def forget(self, held: Held) -> None:
-        """Remove a state."""
+        """Remove a state; its memory stays as long as others are differences from it."""
         with self._lock:
-            if self._held.get((held.space, held.id)) is not held:
+            if not self._is_known(held):
                 return
-            others = [other for other in self._held.values() if held.uses and other.base is held]
-            for other in others:
-                self._unpack(other)
-            self._release(held)
             if held.written:
                 self._unwrite(held)
             del self._held[held.space, held.id]
             self._trees[held.space].remove(held.node)
-            if others:
-                self._shrink()
+            if not held.uses:
+                self._release(held)
 
     def infos(self, space: Space) -> list[StateInfo]:
         """Return the states of a space, the longest first."""
@@ -206,9 +207,15 @@ class States:
             UsageError: Pinned states would take more than half of the space.
             LigerError: The disk is full.
         """
+        name, pinned = held.name if name is None else name, held.pinned if pinned is None else pinned
         with self._lock:
-            self._set(held, held.name if name is None else name, held.pinned if pinned is None else pinned)
-            if not (held.pinned or held.name):
+            if pinned and not held.pinned:
+                self._check_pin(held)
+        if self._store is not None:  # in the order of all writes; the engine need not wait
+            self._writer.submit(self._store.mark, held.space, held.id, name, pinned).result()
+        with self._lock:
+            held.name, held.pinned = name, pinned
+            if not (pinned or name):
                 return
             self._write(held, always=True)
             writes = set(self._writes)
@@ -260,6 +267,10 @@ class States:
             self._on_disk += nbytes
         return held
 
+    def _is_known(self, held: Held) -> bool:
+        """Return whether a state was not removed."""
+        return self._held.get((held.space, held.id)) is held
+
     def _tree(self, key: str) -> Tree:
         return self._trees.setdefault(key, Tree())
 
@@ -277,18 +288,15 @@ class States:
         self._held[key, held.id] = held
         return held
 
-    def _set(self, held: Held, name: str, pinned: bool) -> None:
-        if pinned and not held.pinned:
-            space = self.memory if self._store is None else self.disk
-            taken = sum(x.nbytes for x in self._held.values() if x.pinned) + held.nbytes
-            if taken > space // 2:
-                raise UsageError(
-                    f"pinned states would take {taken} bytes, more than half of {space}",
-                    hint="unpin or delete others first, or give the server more space",
-                )
-        if self._store is not None:
-            self._store.mark(held.space, held.id, name, pinned)
-        held.name, held.pinned = name, pinned
+    def _check_pin(self, held: Held) -> None:
+        """Refuse to pin a state if pinned ones would take more than half of the space."""
+        space = self.memory if self._store is None else self.disk
+        taken = sum(x.nbytes for x in self._held.values() if x.pinned) + held.nbytes
+        if taken > space // 2:
+            raise UsageError(
+                f"pinned states would take {taken} bytes, more than half of {space}",
+                hint="unpin or delete others first, or give the server more space",
+            )
 
     def _shrink(self) -> None:
         """Take states out of memory until the budget holds, those of least priority first."""
@@ -315,9 +323,11 @@ class States:
     def _release(self, held: Held) -> None:
         """Take a state out of memory."""
         self._in_memory -= held.taken
-        if held.base is not None:
-            held.base.uses -= 1
-        held.snapshot, held.base, held.dropped, held.tried = None, None, False, False
+        base, held.snapshot, held.base, held.dropped, held.tried = held.base, None, None, False, False
+        if base is not None:
+            base.uses -= 1
+            if not base.uses and not self._is_known(base):
+                self._release(base)
 
     def _pack(self, held: Held) -> bool:
         """Keep a state as a difference from one before it; return whether that was possible."""
@@ -333,14 +343,6 @@ class States:
         base.uses += 1
         self._in_memory += held.taken
         return True
-
-    def _unpack(self, held: Held) -> None:
-        """Make a difference whole again."""
-        assert isinstance(held.snapshot, Delta) and held.base is not None
-        self._in_memory -= held.taken
-        held.base.uses -= 1
-        held.snapshot, held.base, held.tried = held.snapshot.whole(), None, False
-        self._in_memory += held.taken
 
     def _write(self, held: Held, always: bool = False) -> None:
         """Begin to write a state, unless too many are on their way already."""
@@ -385,7 +387,7 @@ class States:
             with self._lock:
                 held.writing = False
                 self._being_written -= nbytes
-                known = self._held.get((held.space, held.id)) is held
+                known = self._is_known(held)
                 if error is None and known:
                     held.written = True
                     self._on_disk += nbytes
@@ -393,7 +395,8 @@ class States:
                     self._store.remove(held.space, held.id)
                 else:
                     _log.warning("a state was not written: %s", error)
-                    self.disk = min(self.disk, self._on_disk)  # later ones replace others
+                    if not isinstance(self._store, SharedStore):  # a network may work again, a full disk stays full
+                        self.disk = min(self.disk, self._on_disk)  # later ones replace others
                 if held.dropped and known:
                     self._release(held) if held.written else self.forget(held)
                 self._writes.discard(write)
