@@ -47,7 +47,7 @@ LONG = (
     "test_real.py", "test_hostile.py", "test_faults.py", "test_planted.py", "test_fused_linear.py", "test_recover.py",
     "test_trt_plugin.py", "test_trt_session.py", "test_fused_prefill.py", "test_bench.py",
 )  # fmt: skip
-"""Files whose tests take longest. They come first, so that no process works on one alone at the end."""
+"""Files that take longest for their number of tests; they come first, so that no process is left alone with one."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
