@@ -190,7 +190,7 @@ def test_two_graphs_read_the_same_weights(checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_the_second_graph_runs_where_the_first_cannot(
-    both: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture
+    both: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It continues from the state of the first, and only one line on stderr tells of it."""
     first = lx.load(both)
@@ -207,6 +207,12 @@ def test_the_second_graph_runs_where_the_first_cannot(
     third.restore(first.snapshot())
     for token in ids[32:]:
         np.testing.assert_allclose(third.step(int(token)), first.step(int(token)), atol=1e-4)
+    monkeypatch.setenv("CXX", "c++")
+    monkeypatch.setenv("LIGEREXPORT_CACHE", str(both / "manifest.json"))  # where no library can be written
+    assert lx.load(both).artifact.manifest.lowering == "ort" and "cannot write" in capsys.readouterr().err
+    monkeypatch.setenv(native.VARIABLE, str(both / "none.so"))
+    with pytest.raises(LigerError, match=r"none\.so"):
+        lx.load(both)
 
 
 def test_which_graphs_an_artifact_may_have(both: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class BatchSession(ABC):
         narrow = any(tensor.dtype == "int32" for tensor in self.artifact.manifest.state)
         self._longest = NARROW if narrow else _LONGEST
         self._process = self._process or os.getpid()  # a sibling shares the weights that its original loaded
-        self._busy, self._torn, self._drafted = threading.RLock(), False, None
+        self._busy, self._torn, self._drafted, self._before = threading.RLock(), False, None, None
         _sessions.add(self)
 
     def use(self, adapters: str | Sequence[str | None] | None) -> None:

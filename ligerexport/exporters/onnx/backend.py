@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from functools import cache
 from typing import TYPE_CHECKING
 
 from ligerexport.artifact.artifact import Artifact
 from ligerexport.console import warn
-from ligerexport.errors import MissingDependency
+from ligerexport.errors import LigerError
 from ligerexport.exporters.backend import Backend, SessionSettings
-from ligerexport.exporters.onnx.native import check_ready
+from ligerexport.exporters.onnx.native import VARIABLE, check_ready
 
 if TYPE_CHECKING:
     from ligerexport.exporters.onnx.session import OnnxSession
@@ -35,13 +36,15 @@ def _runnable(artifact: Artifact, device: str) -> Artifact:
         return artifact.on_fallback()
     try:
         check_ready()
-    except MissingDependency:
+    except LigerError as error:
+        if os.environ.get(VARIABLE):  # the user has chosen a library
+            raise
         artifact = artifact.on_fallback()
-        _warn(artifact.manifest.lowering)
+        _warn(artifact.manifest.lowering, error.message)
     return artifact
 
 
 @cache
-def _warn(lowering: str) -> None:
+def _warn(lowering: str, reason: str) -> None:
     """Warn once per process."""
-    warn(f"there is neither a compiled operator nor a C++ compiler here, so the slower {lowering} graph runs")
+    warn(f"the compiled operator is missing ({reason}), so the slower {lowering} graph runs")
