@@ -52,7 +52,7 @@ def serve(
         float | None, typer.Option(help="Seconds after which an answer is cut off.", show_default=False)
     ] = None,
     stall: Annotated[
-        str, typer.Option(help="Longest time between two tokens of an answer while prompts of others are read.")
+        str, typer.Option(help="Longest planned time between two tokens of an answer while prompts of others are read.")
     ] = "100ms",
     drain: Annotated[float, typer.Option(help="Seconds that answers may take to finish when the server stops.")] = 30,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
