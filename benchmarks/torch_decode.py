@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from torch_prefill import SIZES, make_models, quartiles, timed
+from torch_prefill import SIZES, make_models, quartiles, save, timed
 
 from ligerexport.exporters.torch_session import TorchSession
 
@@ -76,13 +75,7 @@ def main() -> None:
                 del kept, calls
             print(sides["graph"].eager, flush=True)
         del theirs, session, sides
-    result = {
-        "command": "python benchmarks/torch_decode.py -o benchmarks/results/torch_decode.json",
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "rows": rows,
-    }
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(args.output, "torch_decode", rows, device)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,17 @@ def timed(call: Any, device: str) -> float:
     return start.elapsed_time(end)
 
 
+def save(output: Path, name: str, rows: list[dict[str, Any]], device: str) -> None:
+    """Write the rows of a benchmark with its command, its device and the versions."""
+    result = {
+        "command": f"python benchmarks/{name}.py -o benchmarks/results/{name}.json",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "rows": rows,
+    }
+    output.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,13 +144,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         print({side: session.eager for side, session in sessions.items()}, flush=True)
         del ours, theirs, sessions, calls
-    result = {
-        "command": "python benchmarks/torch_prefill.py -o benchmarks/results/torch_prefill.json",
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "rows": rows,
-    }
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(args.output, "torch_prefill", rows, device)
 
 
 if __name__ == "__main__":
