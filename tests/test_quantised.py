@@ -21,7 +21,7 @@ from ligerexport.exporters.build import PAIR, BuildPlan, build
 from ligerexport.exporters.onnx import graph as onnx_graph
 from ligerexport.exporters.onnx.graph import weight_storage
 from ligerexport.exporters.onnx.native import register
-from ligerexport.exporters.onnx.quantise import dequantise, pack, quantise, unpack
+from ligerexport.exporters.onnx.quantise import dequantise, pack, quantise, requantise, unpack
 from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import data_layout, stored_slabs, write_weights
@@ -99,10 +99,24 @@ def test_what_costs_most_has_more_bits(tmp_path: Path) -> None:
 def test_what_large_inputs_meet_is_rounded_with_less_error(bits: int) -> None:
     random = np.random.default_rng(0)
     matrix, sizes = random.normal(size=(40, 80)).astype(np.float32), np.exp(random.normal(0, 2, 80))
-    even, weighted, same = (quantise(matrix, bits, 32, importance=x) for x in (None, sizes, np.full(80, 7.0)))
+    even, weighted = (quantise(matrix, bits, 32, moments=moments) for moments in (None, [np.diag(sizes)]))
     plain, better = (((dequantise(x, 80) - matrix) ** 2 @ sizes).mean() for x in (even, weighted))
     assert better < 0.7 * plain
-    np.testing.assert_array_equal(same.codes, even.codes)
+
+
+def test_errors_of_a_row_cancel_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs are correlated, so the error of an output is smaller than weights that count alone could make it."""
+    monkeypatch.setattr("ligerexport.exporters.onnx.quantise.CHUNK", 64)
+    random = np.random.default_rng(0)
+    matrix = random.normal(size=(300, 84)).astype(np.float32)
+    inputs = random.normal(size=(2000, 84)) + 2 * random.normal(size=(2000, 4)) @ random.normal(size=(4, 84))
+    moments = [(x.T @ x / len(x)).astype(np.float32) for x in (inputs[:, :64], inputs[:, 64:])]
+    alone, together = (
+        quantise(matrix, 4, 32, moments=found) for found in ([np.diag(np.diag(x)) for x in moments], moments)
+    )
+    plain, better = ((((dequantise(x, 84) - matrix) @ inputs.T) ** 2).mean() for x in (alone, together))
+    assert better < 0.6 * plain
+    np.testing.assert_array_equal(requantise(matrix, together, 16).codes, together.codes)
 
 
 def build_parameters(spec: ModelSpec) -> int:

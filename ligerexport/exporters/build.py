@@ -206,8 +206,7 @@ class BuildPlan:
         """Write tokenizer, weights, graph and companions; return the manifest of an unverified artifact."""
         from ligerexport.exporters.onnx import graph as onnx_graph
         from ligerexport.exporters.onnx.weights import weight_bytes, write_weights
-        from ligerexport.exporters.verify.inputs import mean_squares
-        from ligerexport.exporters.verify.verify import prompt_ids
+        from ligerexport.exporters.verify.inputs import second_moments
 
         info, spec, settings, storage = self.info, self.spec, self.settings, self.storage
         assert settings.max_chunk is not None
@@ -216,9 +215,9 @@ class BuildPlan:
             text.write_tokenizer(directory / "tokenizer.json")
             if (pieces := chat_pieces(text)) is not None:
                 (directory / PIECES).write_text(json.dumps(pieces, indent=1) + "\n", encoding="utf-8")
-        importance = mean_squares(spec, prompt_ids(spec), progress) if storage.precision.mixed else None
         with progress("writing weights", weight_bytes(spec, storage)) as advance:
-            write_weights(spec, directory, storage, advance, importance)
+            moments = second_moments(spec) if storage.precision.mixed else ()
+            write_weights(spec, directory, storage, advance, moments)
         constants: dict[bytes, int] = {}
         for lowering, file in zip(self.lowerings, (onnx_graph.GRAPH_FILE, onnx_graph.FALLBACK_FILE), strict=False):
             onnx_graph.write_graph(

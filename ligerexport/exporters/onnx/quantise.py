@@ -5,7 +5,8 @@ A row is cut into blocks; the values of a block are `scale * (code - zero point)
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -15,6 +16,15 @@ LEAST = np.float32(0.05)
 """Weight of a column without inputs, relative to the mean of all: a text is too short to show what never comes."""
 TILE = 1 << 17
 """Elements that are searched at a time; they fit a core's cache, which is three times as fast as whole matrices."""
+CHUNK = 2048
+"""Columns whose grids are chosen together, a multiple of every block. It bounds work and memory for wide matrices."""
+TOGETHER = np.float32(0.7)
+"""Weight of the products of two inputs, relative to their squares: a short text shows them less reliably."""
+FEW_SPANS = SPANS[::2]
+"""Widths that are tried when grids are chosen together."""
+
+Moments: TypeAlias = Sequence[np.ndarray]
+"""The mean products of each two inputs of a linear map, `[n, n]` for every `CHUNK` inputs."""
 
 
 class Blocks(NamedTuple):
@@ -30,16 +40,27 @@ class Blocks(NamedTuple):
 
 
 def quantise(
-    matrix: np.ndarray, bits: int, block: int, levels: int | None = None, importance: np.ndarray | None = None
+    matrix: np.ndarray,
+    bits: int,
+    block: int,
+    levels: int | None = None,
+    moments: Moments | None = None,
 ) -> Blocks:
     """Quantise the rows of a matrix `[N, K]` fp32 in blocks, to the nearest code of the best grid of each block.
 
-    Codes are below `levels`, by default `2**bits`. Squared errors are weighted by the `importance` `[K]` of the column,
-    the mean square of that input of the map, so that the error of its output is small; without it all count alike. For
-    given codes the best scale is a quotient of sums, and for a given scale the best codes are the nearest. Both are
-    found once for several widths of the grid, and the width with the smallest error wins; a block of zeros stays zero.
-    This is the search of llama.cpp's k-quants with an importance matrix, except that the zero point is an integer while
-    errors are compared.
+    Codes are below `levels`, by default `2**bits`. For given codes the best scale is a quotient of sums, and for a
+    given scale the best codes are the nearest. Both are found once for several widths of the grid, and the width with
+    the smallest error wins; a block of zeros stays zero. This is the search of llama.cpp's k-quants, except that the
+    zero point is an integer while errors are compared.
+
+    Args:
+        matrix: The weights of a linear map.
+        bits: Bits of a code.
+        block: Elements of a block.
+        levels: Number of different codes.
+        moments: Those of the map's inputs on a text. Squared errors are weighted by the mean square of the input, and
+            with few levels the grids of a row are then chosen together, so that the error of its output is small.
+            Without it all errors count alike.
     """
     rows, width = matrix.shape
     count = -(-width // block)
@@ -48,19 +69,88 @@ def quantise(
         np.empty((rows, count), np.float32),
         np.empty((rows, count), np.uint8),
     )
-    tile = max(1, TILE // (count * block))
-    weights = None
-    if importance is not None:
-        even = importance.astype(np.float32) / max(importance.mean(), np.finfo(np.float32).tiny) + LEAST
-        weights = np.pad(even, (0, count * block - width)).reshape(count, block)
+    tile, levels = max(1, TILE // (count * block)), levels or 2**bits
+    chunks = None if moments is None else _damped(moments, count * block - width)
+    weights = None if chunks is None else np.concatenate([chunk.diagonal() for chunk in chunks]).reshape(count, block)
     for start in range(0, rows, tile):
         part = slice(start, start + tile)
         padded = np.pad(matrix[part], ((0, 0), (0, count * block - width)))
         each = None if weights is None else np.tile(weights, (len(padded), 1))
-        found = _search(padded.reshape(-1, block), levels or 2**bits, each)
+        found = _search(padded.reshape(-1, block), levels, each)
         for whole, piece in zip(result, found, strict=True):
             whole[part] = piece.reshape(-1, whole.shape[1])
+        if chunks is not None and levels < 256:
+            _choose_together(padded, Blocks(*(whole[part] for whole in result)), chunks, levels)
     return result
+
+
+def _damped(moments: Moments, beyond: int) -> list[np.ndarray]:
+    """Return what weighs errors: moments relative to the mean square of all inputs, and `beyond` columns of zeros."""
+    mean = sum(chunk.trace() for chunk in moments) / sum(map(len, moments))
+    result = []
+    for chunk in moments:
+        damped = chunk.astype(np.float32) / max(mean, np.finfo(np.float32).tiny)
+        squares = damped.diagonal() + LEAST
+        damped *= TOGETHER
+        np.fill_diagonal(damped, squares)
+        result.append(damped)
+    result[-1] = np.pad(result[-1], (0, beyond))
+    return result
+
+
+def _choose_together(matrix: np.ndarray, blocks: Blocks, moments: Moments, levels: int) -> None:
+    """Choose grids again, block after block, so that errors of the blocks of a row cancel each other in its output.
+
+    The error of an output is the sum of the errors of its inputs, which are correlated. So each block takes, of several
+    widths and of the zero points below and above, the grid whose errors add least to those of all other blocks. Every
+    code stays the nearest of its grid.
+
+    Args:
+        matrix: Rows `[N, B * block]`.
+        blocks: Their codes and grids, which are changed.
+        moments: What `_damped` returned.
+        levels: Number of different codes.
+    """
+    block, first = matrix.shape[1] // blocks.scale.shape[1], 0
+    errors = dequantise(blocks, matrix.shape[1]) - matrix
+    for chunk in moments:
+        beside = errors[:, first : first + len(chunk)]
+        for start in range(0, len(chunk), block):
+            part, at = slice(start, start + block), (first + start) // block
+            own, here = np.ascontiguousarray(chunk[part, part]), beside[:, part]
+            others = 2 * (beside @ chunk[:, part] - here @ own)
+            best = _cost(here, own, others)
+            x = matrix[:, first + start : first + start + block]
+            for codes, scale, zero in _candidates(x, own.diagonal(), levels):
+                error = codes * scale - x
+                cost = _cost(error, own, others)
+                better = cost < best
+                best = np.where(better, cost, best)
+                here[better] = error[better]
+                blocks.codes[better, at * block : (at + 1) * block] = (codes + zero)[better]
+                blocks.scale[better, at], blocks.zero_point[better, at] = scale[better, 0], zero[better, 0]
+        first += len(chunk)
+
+
+def _cost(error: np.ndarray, own: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return what errors of a block `[N, block]` add to the squared errors of the outputs, `[N]`."""
+    return np.einsum("nk,nk->n", error, error @ own + others)
+
+
+def _candidates(x: np.ndarray, weights: np.ndarray, levels: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield grids for blocks `[N, block]`: codes without their zero point, scales and zero points `[N, 1]`."""
+    top = np.float32(levels - 1)
+    low, high = np.minimum(x.min(1, keepdims=True), 0), np.maximum(x.max(1, keepdims=True), 0)
+    step = np.maximum((high - low) / top, np.finfo(np.float32).tiny)
+    for span in FEW_SPANS.astype(np.float32):
+        tried = step * span
+        below = np.floor(-low / tried)
+        for zero in (np.clip(below, 0, top), np.clip(below + 1, 0, top)):
+            codes = np.clip(np.rint(x / tried) + zero, 0, top) - zero
+            weighted = codes * weights
+            dot, norm = (np.einsum("nk,nk->n", y, weighted)[:, None] for y in (x, codes))
+            scale = np.where(dot > 0, dot / np.maximum(norm, np.finfo(np.float32).tiny), tried)
+            yield np.clip(np.rint(x / scale) + zero, 0, top) - zero, scale, zero
 
 
 def _search(x: np.ndarray, levels: int, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from ligerexport.checkpoint.checkpoint import not_finite
 from ligerexport.dtypes import DTYPES
 from ligerexport.exporters.onnx.lora import JOINT as JOINT
-from ligerexport.exporters.onnx.quantise import Blocks, dequantise, pack, quantise, requantise, unpack
+from ligerexport.exporters.onnx.quantise import Blocks, Moments, dequantise, pack, quantise, requantise, unpack
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, Precision
 
@@ -32,6 +32,8 @@ SUFFIXES = ("", "_scale", "_zero_point")
 _MLP = re.compile(r"layers\.(\d+)\.mlp\.(\w+)_proj")
 _JOINT_OF = {f"{n.partition('.')[0]}.{kind}_proj": n for n, kinds in JOINT.items() for kind in kinds}
 _KINDS = [kind for kinds in JOINT.values() for kind in kinds]
+WIDE = 128
+"""Largest block that `BlockLinear` reads."""
 SLAB = 1 << 24
 """Number of elements that are read at a time."""
 
@@ -78,8 +80,14 @@ class WeightStorage:
         return 8 if whole or (often and place[2] == "down") else self.precision.bits
 
     def block_of(self, spec: ModelSpec, name: str) -> int:
-        """Return the elements of a block of a matrix: twice as many for 8 bits among matrices of 4 bits."""
-        return self.block * (2 if self.precision.mixed and self.bits(spec, name) == 8 else 1)
+        """Return the elements of a block of a matrix.
+
+        For 8 bits among matrices of 4 bits they are twice as many, or `WIDE` if rows have a multiple of it.
+        """
+        if not self.precision.mixed or self.bits(spec, name) != 8:
+            return self.block
+        widest = max(2 * self.block, WIDE)
+        return 2 * self.block if spec.weights[name].shape[1] % widest else widest
 
 
 FP32 = WeightStorage()
@@ -167,16 +175,16 @@ def write_weights(
     directory: Path,
     storage: WeightStorage = FP32,
     advance: Callable[[float], None] = lambda amount: None,
-    importance: Mapping[str, np.ndarray] | None = None,
+    moments: Iterable[Mapping[str, Moments]] = (),
 ) -> None:
     """Stream the weights from the shards into `DATA_FILE`, some rows at a time; transposed weights are read whole.
 
     Args:
-        importance: For `quantise`, by the names of weights; those without it count all columns alike.
+        moments: For `quantise`, by the names of weights, some weights at a time; other weights are written after these.
     """
     layout = data_layout(spec, storage)
     with (directory / DATA_FILE).open("wb") as data:
-        for name in spec.used:
+        for name, own in _with_moments(spec, moments):
             part = layout[name]
             if f"{name}_scale" not in layout:
                 data.seek(part.offset)
@@ -184,7 +192,7 @@ def write_weights(
                     data.write(np.ascontiguousarray(slab, part.dtype.numpy()).view(np.uint8).data)
                     advance(slab.size * part.dtype.itemsize)
                 continue
-            bits, own = storage.bits(spec, name), (importance or {}).get(name)
+            bits = storage.bits(spec, name)
             found: Iterable[Blocks] = (
                 quantise(slab, bits, storage.block_of(spec, name), storage.precision.levels, own)
                 for slab in weight_slabs(spec, name)
@@ -199,6 +207,17 @@ def write_weights(
                     advance(array.nbytes)
             for suffix, end in ends.items():
                 assert end == layout[name + suffix].offset + layout[name + suffix].nbytes
+
+
+def _with_moments(spec: ModelSpec, moments: Iterable[Mapping[str, Moments]]) -> Iterator[tuple[str, Moments | None]]:
+    """Yield the names of all weights, first those with moments, which are needed no longer when the next are drawn."""
+    left = dict.fromkeys(spec.used)
+    for found in moments:
+        for name in left.keys() & found.keys():
+            del left[name]
+            yield name, found[name]
+    for name in left:
+        yield name, None
 
 
 def weight_slabs(spec: ModelSpec, name: str) -> Iterator[np.ndarray]:

@@ -151,6 +151,16 @@ class Reference:
         return self._logits(stream[0])
 
     @torch.inference_mode()
+    def layer_by_layer(self, texts: np.ndarray) -> Iterator[None]:
+        """Run texts `[N, T]`, each from its beginning; yield after each layer."""
+        (calls,), cache = self._calls([texts], self.new_cache()), self.new_cache()
+        stream = calls[0][0]
+        for i, layer in enumerate(self._model.model.layers):
+            with self._loaded(f"model.layers.{i}"):
+                stream = layer(stream, **calls[i][1] | {CACHE: cache})
+            yield
+
+    @torch.inference_mode()
     def _logits(self, streams: Tensor) -> np.ndarray:
         logits = np.empty((len(streams), self._spec.vocab_size), np.float32)
         with self._loaded("model.norm"):
@@ -206,7 +216,7 @@ class Reference:
             with self._loaded("model.embed_tokens", "model.norm", tokens=np.unique(np.concatenate(pieces))):
                 for ids in pieces:
                     calls.append([])
-                    model(torch.from_numpy(ids)[None], **{CACHE: seen}, use_cache=True)
+                    model(torch.from_numpy(np.atleast_2d(ids)), **{CACHE: seen}, use_cache=True)
         finally:
             for layer in model.layers:
                 del layer.forward
