@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from ligerexport.artifact.artifact import Manifest, open_artifact
+from ligerexport.console import format_bytes
 from ligerexport.demo.host import Demo
 from ligerexport.demo.prompts import filler
+from ligerexport.demo.sweep import POINTS
 
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -189,24 +191,63 @@ def test_a_stop_ends_an_answer_within_a_turn(page: Page, served: Served, monkeyp
 def test_a_stop_reaches_an_answer_while_the_page_measures(page: Page, served: Served) -> None:
     page.ask("Why?", context=32_768)
     page.page.wait_for_selector("#theirs progress")
-    page.page.get_by_role("tab", name="Measured here").click()
+    page.page.get_by_role("tab", name="Growth").click()
+    page.slide("longest", 32_768)
     page.page.click("#measure")
     page.until(lambda: len(served.demo._stops) == 2)
-    page.page.get_by_role("tab", name="Live").click()
+    page.page.get_by_role("tab", name="Compare").click()
     page.page.click("#stop")
     page.wait()
     assert page.fact("theirs", "finish") == "stopped"
     page.until(lambda: not served.demo._stops)
-    assert served.demo.result is None
 
 
-def test_a_measurement_alone_can_be_stopped(page: Page, served: Served) -> None:
-    page.page.get_by_role("tab", name="Measured here").click()
+def test_curves_fill_and_a_measurement_can_be_stopped(page: Page, served: Served) -> None:
+    page.page.get_by_role("tab", name="Growth").click()
     assert page.page.is_disabled("#halt")
+    page.slide("longest", 512)
     page.page.click("#measure")
+    page.page.wait_for_selector("#halt:enabled")
+    page.page.wait_for_selector("#measure:enabled")
+    drawn = page.page.locator("#growth .lx-chart").evaluate_all("charts => charts.map(x => +x.dataset.points)")
+    assert drawn == [2 * POINTS, 2 * POINTS] and "measured" in page.page.inner_text("#progress")
+    page.slide("longest", 32_768)
+    page.page.click("#measure")
+    page.page.wait_for_selector("#progress progress")
     page.page.click("#halt:enabled")
     page.page.wait_for_selector("#halt:disabled")
-    assert not served.demo._stops and served.demo.result is None
+    assert not served.demo._stops and "stopped" in page.page.inner_text("#progress")
+
+
+def test_a_chat_has_turns_and_constant_memory(page: Page, served: Served) -> None:
+    page.page.get_by_role("tab", name="Chat").click()
+    before = page.page.locator("#message").bounding_box()
+    for turn in (1, 2):
+        page.page.fill("#message textarea", f"Question {turn}")
+        page.page.press("#message textarea", "Enter")
+        page.until(lambda turn=turn: page.page.locator("#turns .bot, #turns .user").count() >= 2 * turn)
+        page.page.wait_for_selector("#memory svg polyline[points*=' ']")
+        page.page.wait_for_selector("#send:enabled")
+        assert page.page.locator("#message").bounding_box() == before
+    size = format_bytes(served.manifest.bytes.state_per_sequence)
+    assert page.page.inner_text("#memory dl div:nth-child(2) dd") == size
+    assert "Question 1" in page.page.inner_text("#turns")
+    page.page.click("#clear")
+    page.until(lambda: "Question" not in page.page.inner_text("#turns"))
+    assert not served.demo.talks._talks and not served.demo._stops
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_answers_are_in_view(page: Page, served: Served, width: int, height: int) -> None:
+    """On a wide screen they are beside the question, and a phone scrolls to them."""
+    shown = served.open(viewport={"width": width, "height": height})
+    shown.ask("Why?", tokens=8)
+    shown.wait()
+    box = shown.page.locator("#ours section").bounding_box()
+    assert box and box["y"] >= 0 and box["y"] + box["height"] <= height
+    summary = shown.page.get_by_text("All that both models read")
+    summary.click()
+    assert "Why?" in shown.page.inner_text("#asked .lx-held")
 
 
 def test_two_pages_stay_apart(page: Page, served: Served) -> None:
@@ -324,8 +365,8 @@ def test_the_tab_of_what_is_held(page: Page) -> None:
 def test_the_other_tabs(page: Page) -> None:
     page.page.get_by_role("tab", name="Model card").click()
     assert "compared with torch" in page.page.inner_text("#card")
-    page.page.get_by_role("tab", name="Measured here").click()
-    assert "Nothing was measured yet" in page.page.inner_text("#measured")
+    page.page.get_by_role("tab", name="Growth").click()
+    assert "ligerexport bench" in page.page.inner_text("#measured")
 
 
 def test_answers_forbid_what_is_elsewhere(page: Page, served: Served) -> None:

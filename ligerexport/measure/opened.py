@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,9 @@ class Opened(ABC):
         vocab_size: Size V of the vocabulary.
         trained_length: Trained context length in tokens.
         batch: Number B of sequences that advance together, and the best number to score at a time.
+        runtime: The program that computes, with its version.
+        grows: Whether the memory of a sequence grows with the text.
+        fills: Whether `fill` is possible.
     """
 
     kind: str
@@ -59,6 +63,9 @@ class Opened(ABC):
     vocab_size: int
     trained_length: int
     batch: int
+    runtime: str
+    grows: bool
+    fills: bool = False
 
     @cached_property
     def text(self) -> TextModel:
@@ -130,9 +137,9 @@ class Opened(ABC):
         """Fill a KV cache with random keys and values of `tokens` tokens; times do not depend on the values.
 
         Raises:
-            UsageError: The model is recurrent.
+            UsageError: The model has to read.
         """
-        raise UsageError("the state of a recurrent model cannot be filled without reading")
+        raise UsageError(f"the memory of {self.name} cannot be filled without reading", hint="give it a text")
 
     def held(self) -> list[list[list[int]]] | None:
         """Return the positions that the first sequence holds exactly, by layer and KV head; None if unknown."""
@@ -156,7 +163,8 @@ def open_model(
     """Open a model to measure it.
 
     Args:
-        model: An artifact, a checkpoint directory, converted or not, a hub id, or a built-in model.
+        model: An artifact, a checkpoint directory, converted or not, a hub id, a built-in model, or what another
+            program runs; see `ligerexport.measure.peers`.
         scoring: Whether to score the model, which needs its tokenizer, or to time it.
         batch: Number B of sequences. On a CPU, torch models score one sequence at a time.
         threads: Number of threads per operator for timing; None takes the physical cores.
@@ -171,6 +179,10 @@ def open_model(
     """
     if is_artifact(model):
         return _open_artifact(Path(model).expanduser(), scoring, batch, threads, device)
+    from ligerexport.measure.peers import is_peer, open_peer
+
+    if is_peer(model):
+        return open_peer(model, batch, threads)
     require("build")
     import torch
 
@@ -228,9 +240,15 @@ class TorchModel(Opened):
         self.batch, self.name, self.path = batch, name, path
         self.kind = "converted" if hasattr(model.config, "liger") else "transformer"
         self.device, self.precision = model.device.type, str(model.dtype).removeprefix("torch.")
+        self.runtime = f"PyTorch {version('torch')}"
+        self.fills = self.kind == "transformer"
         text = model.config.get_text_config()
         self.vocab_size, self.trained_length = text.vocab_size, text.max_position_embeddings
         self._cache: Any = None
+
+    @property
+    def grows(self) -> bool:  # type: ignore[override]
+        return self.sequence_bytes is None
 
     @property
     def sequence_bytes(self) -> int | None:
@@ -279,7 +297,7 @@ class TorchModel(Opened):
             return [int(row) for row in logits[:, -1].argmax(dim=-1)]  # waits for a GPU
 
     def fill(self, tokens: int) -> list[int]:
-        if self.kind != "transformer":
+        if not self.fills:
             return super().fill(tokens)
         import torch
         from transformers import DynamicCache
@@ -317,6 +335,9 @@ class ArtifactModel(Opened):
             manifest.precision,
         )
         self.vocab_size, self.trained_length = manifest.model.vocab_size, manifest.model.trained_length
+        onnx = get_target(manifest.target).onnxruntime
+        self.runtime = f"ONNX Runtime {version('onnxruntime')}" if onnx else "TensorRT"
+        self.grows = manifest.growth > 0
 
     @property
     def sequence_bytes(self) -> int | None:

@@ -241,9 +241,8 @@ def prompt(context: int, vocab_size: int) -> list[int]:
 def _first(worker: Worker, batch: int, context: int, read_up_to: int) -> tuple[list[int], list[float]]:
     """Give a worker its context; return the next ids and the seconds of each reading, none if a cache was filled."""
     ids = [prompt(context, worker.facts["vocab_size"])] * batch
-    worker("prefill", ids=[row[:32] for row in ids])  # the first call allocates
-    worker("restart")
-    if worker.facts["kind"] == "transformer" and context > read_up_to:
+    worker("warm")
+    if worker.facts["fills"] and context > read_up_to:
         return worker("fill", tokens=context)["tokens"], []
     seconds: list[float] = []
     while not seconds or (sum(seconds) < FIRST_SECONDS and len(seconds) < FIRST_TIMES):

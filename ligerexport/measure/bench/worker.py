@@ -19,6 +19,10 @@ from ligerexport.errors import LigerError
 from ligerexport.measure.bench.machine import device_memory, effort, memory
 from ligerexport.measure.opened import Opened, open_model
 
+FACTS = ("kind", "precision", "device", "runtime", "grows", "fills", "vocab_size", "trained_length", "weight_bytes")
+WARM = 32
+"""Number of tokens that a warm-up reads."""
+
 
 class Worker:
     """Starts the process of a model and communicates with it.
@@ -28,7 +32,7 @@ class Worker:
         **options: See `open_model`.
 
     Attributes:
-        facts: `kind`, `precision`, `device`, `vocab_size`, `trained_length` and `weight_bytes` of `Opened`.
+        facts: `FACTS` of `Opened`, and the memory of the process.
 
     Raises:
         LigerError: The model cannot be opened.
@@ -102,6 +106,13 @@ class _Server:
         tokens = model.advance(ids)
         return {"tokens": tokens, "seconds": time.perf_counter() - start}
 
+    def warm(self, session: str) -> dict[str, Any]:
+        """Read and decode a little, which allocates, and reset the session."""
+        model = self._session(session)
+        tokens = model.advance([[1] * WARM] * model.batch)
+        model.advance([[token] for token in tokens])
+        return self.restart(session)
+
     def fill(self, session: str, tokens: int) -> dict[str, Any]:
         """Fill a cache without reading."""
         return {"tokens": self._session(session).fill(tokens)}
@@ -153,8 +164,7 @@ def serve(options: dict[str, Any], requests: IO[str], answers: IO[str]) -> None:
 
     try:
         model = open_model(**options)
-        names = ("kind", "precision", "device", "vocab_size", "trained_length", "weight_bytes")
-        say({name: getattr(model, name) for name in names} | {"memory": memory()})
+        say({name: getattr(model, name) for name in FACTS} | {"memory": memory()})
         server = _Server(model)
         for line in requests:
             try:
