@@ -52,7 +52,7 @@ def card(stream: Stream, style: str, key: str | None = None) -> str:
         f'<span class="lx-kind">{memory} {"grows" if facts["grows"] else "of constant size"}; '
         f"{escape(facts['precision'])} in {escape(facts['runtime'])}</span>"
         f"</header><dl>{rows}</dl>"
-        f'<p class="lx-line">{_process(stream, resident, device)}</p>'
+        f'<p class="lx-line"><span>{_process(stream, resident, device)}</span></p>'
         f'<div class="lx-text" tabindex="0" role="region" aria-label="Answer of {escape(stream.name)}">'
         f"<div>{escape(stream.text.lstrip())}</div></div>"
         f'<p class="lx-line">{_progress(stream)}{_recalled(stream, key)}</p></section>'
@@ -87,7 +87,7 @@ def _process(stream: Stream, resident: int | None, device: int | None) -> str:
     grown = resident - stream.memory[0][2]
     sign = "+" if grown >= 0 else "-"
     gpu = f", GPU {format_bytes(device)}" if device is not None else ""
-    first = "" if stream.first is None else f"; first token after {stream.first:.2f} s"
+    first = "" if stream.first is None else f"<br>first token after {stream.first:.2f} s"
     return f"process {format_bytes(resident)} ({sign}{format_bytes(abs(grown))}){gpu}{first}"
 
 

@@ -139,8 +139,12 @@ def chat_tab(demo: Demo) -> gr.Button:
 def held_tab(kept: gr.State) -> None:
     """Make the tab that shows which tokens the first model holds after an answer."""
     with gr.Row():
-        layer = gr.Slider(0, 1, 0, step=1, label="Layer", info="0 shows all layers", elem_id="layer", min_width=300)
-        head = gr.Slider(0, 1, 0, step=1, label="KV head", info="0 shows all heads", elem_id="head", min_width=300)
+        layer = gr.Slider(
+            0, 1, 0, step=1, label="Layer", info="0 shows all layers", elem_id="layer", min_width=300, buttons=[]
+        )
+        head = gr.Slider(
+            0, 1, 0, step=1, label="KV head", info="0 shows all heads", elem_id="head", min_width=300, buttons=[]
+        )
     shown = html(marked(None, 0, 0), elem_id="held")
 
     def arrived(kept: Any, layer: int, head: int) -> list[Any]:
