@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -26,10 +26,14 @@ LENGTHS = (0, 1, 3, 7, 15)
 """Numbers of guessed tokens that a call may have beside the one that was chosen."""
 LONGEST = 1 << 18
 """Number of tokens of a text, about 400 bytes each, beyond which its first half is no longer looked up."""
-GAIN = 1.1
+GAIN = 1.3
 """Guessing must promise this many times the speed of single steps."""
+_FREE, _SHARE = 0.35, 0.008
+"""Steps that wrong guesses may cost before any was right: at once, and for each token so far."""
+_CAUTION = 8
+"""A call may cost this many times as much as it is likely to lose, or all that it can lose, whichever is less."""
 _ROW = 0.25
-"""Cost of one more token in a call, as a share of a step, until two calls of its length were timed."""
+"""Cost of one more token in a call, as a share of a step, until calls of its length were timed."""
 _TIMINGS = 7
 """Largest number of calls of one length whose median is its cost."""
 _PATIENCE = 256
@@ -132,18 +136,31 @@ class Guesses:
         timed = [*self._costs.get(tokens, ())]
         return statistics.median(timed + [1 + slope * (tokens - 1)] * max(0, 3 - len(timed)))
 
-    def choose(self, length: int, most: int) -> int:
-        """Return the number of tokens to guess after a match of some length, at most `most`."""
-        if not self._steps or not length:
+    def choose(self, lengths: Sequence[int], most: int, budget: float) -> int:
+        """Return the number of tokens to guess in each row of a call.
+
+        Args:
+            lengths: Of the match in each row; 0 for a row that guesses nothing.
+            most: Largest number to return.
+            budget: Steps that the call may lose if its guesses are wrong.
+        """
+        if not self._steps or not any(lengths):
             return 0
-        best, chosen, tokens, share = GAIN, 0, 1.0, 1.0
+        best, chosen, shares = GAIN, 0, [float(length > 0) for length in lengths]
+        tokens = float(len(shares))
         for count in range(1, most + 1):
-            kind = self._kind(length + count - 1)
-            share *= self._right[kind] / (self._made[kind] + 1)  # one more that was wrong
-            tokens += share
+            for row, length in enumerate(lengths):
+                kind = self._kind(length + count - 1)
+                shares[row] *= self._right[kind] / (self._made[kind] + 1)  # one more that was wrong
+            tokens += sum(shares)
+            if count == 1:
+                wrong = 1 - sum(shares) / len(shares)
             if count not in LENGTHS:
                 continue
-            if (speed := tokens / self.cost(count + 1)) > best:
+            cost = self.cost(count + 1)
+            if (cost - 1) * min(1, _CAUTION * wrong) > budget:
+                break
+            if (speed := tokens / len(shares) / cost) > best:
                 best, chosen = speed, count
             if len(self._costs.get(count + 1, ())) < 2:  # longer calls are tried after shorter ones
                 break
@@ -176,6 +193,7 @@ class Speculation:
         self._drafted: list[int] = []
         self._logits = np.empty((1, 0, 0), np.float32)  # after each token of the draft
         self._used, self._number, self._end, self._seconds = 0, 0, 0, 0.0
+        self._saved = 0.0  # in steps
         self.calls = self.steps = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -193,7 +211,8 @@ class Speculation:
             return self._logits[:, self._used - 1]
         self.settle()
         self.calls += 1
-        draft = [token, *places.guess(guesses.choose(places.length, LENGTHS[-1]))]
+        budget = _FREE + _SHARE * self.steps + self._saved
+        draft = [token, *places.guess(guesses.choose([places.length], LENGTHS[-1], budget))]
         start = self._clock()
         if len(draft) == 1:
             logits = self._session.step(token)
@@ -215,6 +234,7 @@ class Speculation:
             start = self._clock()
             self._session.commit(self._used)
             self._guesses.time(len(drafted), self._seconds + self._clock() - start)
+            self._saved += self._used - self._guesses.cost(len(drafted))
 
 
 _known: WeakKeyDictionary[Session, Guesses] = WeakKeyDictionary()
