@@ -54,6 +54,9 @@ def serve(
     stall: Annotated[
         str, typer.Option(help="Longest planned time between two tokens of an answer while prompts of others are read.")
     ] = "100ms",
+    speculate: Annotated[
+        str, typer.Option(help="ngram guesses tokens from earlier places of each text where that is faster.")
+    ] = "off",
     drain: Annotated[float, typer.Option(help="Seconds that answers may take to finish when the server stops.")] = 30,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Threads = None,
@@ -64,6 +67,7 @@ def serve(
     A page for chats is at the server's root. SIGTERM or Ctrl-C finishes the answers that were begun, and ends.
     """
     try:
+        from ligerexport.run.speculation import check_way
         from ligerexport.serve.app import Access, make_app
         from ligerexport.serve.gate import LOOPBACK, Keys
         from ligerexport.serve.host import listen, run
@@ -76,12 +80,13 @@ def serve(
         raise UsageError(
             "--max-batch, --queue, --max-new-tokens and --deadline must be positive", hint="give at least 1"
         )
+    check_way(speculate)
     if not 0 <= drain < math.inf:
         raise UsageError(f"--drain {drain}", hint="give a number of seconds, such as 30")
     access = Access(Keys(api_key_file) if api_key_file else None, LOOPBACK if host in LOOPBACK else None, cors or ())
     options.announce("serve", artifacts=artifacts, lora=lora, host=host, port=port, max_batch=max_batch, queue=queue,
                      memory=memory, state_dir=state_dir, max_new_tokens=max_new_tokens, deadline=deadline, stall=stall,
-                     drain=drain, device=device, threads=threads)  # fmt: skip
+                     speculate=speculate, drain=drain, device=device, threads=threads)  # fmt: skip
     with listen(host, port) as listener:  # a port in use is found before anything is loaded
         models = []
         with progress("loading", len(named), "steps") as advance:
@@ -89,7 +94,7 @@ def serve(
                 models.extend(open_models(
                     name, prepared(artifact), adapters[name], max_batch=max_batch, memory=budget // len(named),
                     queue=queue, state_dir=state_dir / name if state_dir else None, device=device, threads=threads,
-                    longest=max_new_tokens, deadline=deadline, stall=bound,
+                    longest=max_new_tokens, deadline=deadline, stall=bound, speculate=speculate,
                 ))  # fmt: skip
                 advance(1)
         if host not in LOOPBACK and api_key_file is None:

@@ -7,6 +7,7 @@ the distribution of texts is the same, also with penalties and grammars.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -55,6 +56,7 @@ class Places:
 
     Attributes:
         ids: The text, or the later part of a long one.
+        count: Number of tokens of the whole text.
         length: Number of last tokens that are the same at the place found, at least; 0 if there is none.
     """
 
@@ -62,7 +64,7 @@ class Places:
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self.length = 0
+        self.count = self.length = 0
         self._next = 0
         self._seen: dict[tuple[int, ...], int] = {}
 
@@ -71,12 +73,14 @@ class Places:
         for token in ids:
             if len(self.ids) == LONGEST:
                 later, self.ids, self.length, self._seen = self.ids[LONGEST // 2 :], [], 0, {}
+                self.count -= len(later)
                 self.read(later)
             if self.length and self.ids[self._next] == token:
                 self.length, self._next = self.length + 1, self._next + 1
             else:
                 self.length = 0
             self.ids.append(token)
+            self.count += 1
             for size in (n for n in self._SIZES if n <= len(self.ids)):
                 last = tuple(self.ids[-size:])
                 place = self._seen.get(last)
@@ -120,6 +124,12 @@ class Guesses:
         kind = self._kind(length)
         self._right[kind] = 0.95 * self._right[kind] + right
         self._made[kind] = 0.95 * self._made[kind] + 1
+
+    def follow(self, places: Places, token: int) -> None:
+        """Record whether a guess of the next token would have been right, and add the token to the text."""
+        if places.length:
+            self.record(places.length, places.guess(1) == [token])
+        places.read([token])
 
     def time(self, tokens: int, seconds: float) -> None:
         """Record what a call of some tokens cost; the first one has one token."""
@@ -170,6 +180,24 @@ class Guesses:
         return chosen
 
 
+class Budget:
+    """How many steps wrong guesses may cost: few in advance, and those that right guesses have saved.
+
+    Args:
+        most: Largest number of steps.
+
+    Attributes:
+        left: The number of steps.
+    """
+
+    def __init__(self, most: float = math.inf) -> None:
+        self._most, self.left = most, _FREE
+
+    def add(self, tokens: float, cost: float) -> None:
+        """Record that a call wrote some tokens, and what it cost in steps."""
+        self.left = min(self.left + (1 + _SHARE) * tokens - cost, self._most)
+
+
 class Speculation:
     """A session of one sequence whose steps may answer from an earlier call that has guessed them.
 
@@ -193,7 +221,7 @@ class Speculation:
         self._drafted: list[int] = []
         self._logits = np.empty((1, 0, 0), np.float32)  # after each token of the draft
         self._used, self._number, self._end, self._seconds = 0, 0, 0, 0.0
-        self._saved = 0.0  # in steps
+        self._budget = Budget()
         self.calls = self.steps = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -203,20 +231,19 @@ class Speculation:
         """Advance by one token; return the logits after it, `[1, V]`."""
         self.steps += 1
         places, guesses = self._places, self._guesses
-        if places.length:
-            guesses.record(places.length, places.guess(1) == [token])
-        places.read([token])
+        guesses.follow(places, token)
         if self._drafted and self._used < len(self._drafted) and self._drafted[self._used] == token:
             self._used += 1
             return self._logits[:, self._used - 1]
         self.settle()
         self.calls += 1
-        budget = _FREE + _SHARE * self.steps + self._saved
-        draft = [token, *places.guess(guesses.choose([places.length], LENGTHS[-1], budget))]
+        count = guesses.choose([places.length], LENGTHS[-1], self._budget.left)
+        draft = [token, *places.guess(count)]
         start = self._clock()
         if len(draft) == 1:
             logits = self._session.step(token)
             guesses.time(1, self._clock() - start)
+            self._budget.add(1, 1)
             return logits
         self._logits = self._session.propose(draft)
         self._drafted, self._used, self._seconds = draft, 1, self._clock() - start
@@ -234,7 +261,7 @@ class Speculation:
             start = self._clock()
             self._session.commit(self._used)
             self._guesses.time(len(drafted), self._seconds + self._clock() - start)
-            self._saved += self._used - self._guesses.cost(len(drafted))
+            self._budget.add(self._used, self._guesses.cost(len(drafted)))
 
 
 _known: WeakKeyDictionary[Session, Guesses] = WeakKeyDictionary()
