@@ -356,9 +356,8 @@ class Scheduler:
         ended: list[tuple[Job, Reason]] = []
         failed: list[tuple[Job, Exception]] = []
         kept = [0] * size
-        for row, job in enumerate(self._rows):
-            if job is None:
-                continue
+        for job in self.running:
+            assert (row := job.row) is not None
             try:
                 kept[row], reason = job.follow(logits[row], None if draft is None else draft[row])
                 if reason:
@@ -374,9 +373,9 @@ class Scheduler:
         self.counts["steps"] += 1
         self.counts["stepped"] += sum(kept)
         self.seconds["stepping"] += seconds
-        for job, error in failed:
+        for job, reported in failed:
             assert job.row is not None
-            self._report(job, error)
+            self._report(job, reported)
             self._vacate(job.row)
         for job, reason in ended:
             self._end(job, reason)
