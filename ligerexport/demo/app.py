@@ -36,7 +36,7 @@ def make_page(demo: Demo) -> gr.Blocks:
         kept = gr.State(None)
         with gr.Tab("Compare"):
             stops = [compare_tab(demo, kept)]
-        if demo.text.chat_template and demo.pair.facts(first)["kind"] != "transformer":
+        if demo.text.chat_template and demo.pair.facts(first)["kind"] in page.RECURRENT:
             with gr.Tab("Chat"):
                 stops.append(chat_tab(demo))
         with gr.Tab("What it still holds"):

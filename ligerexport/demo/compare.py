@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 
 from ligerexport.errors import LigerError
 from ligerexport.measure.bench.bench import labels
+from ligerexport.measure.bench.llama import check_llama_cpp, in_llama_cpp
 from ligerexport.measure.bench.worker import Worker
 from ligerexport.text.tokenizer import Detokenizer, TextModel
+from ligerexport.threads import default_threads
 
 FRAME = 0.2
 """Seconds between two updates of the page."""
@@ -106,13 +108,18 @@ class Pair:
         self._options = options
         self._queue = ThreadPoolExecutor(1)  # one model computes at a time, first come, first served
         self._workers: dict[str, Worker] = {}
+        if any(map(in_llama_cpp, self._models.values())):
+            check_llama_cpp()
         for name in self.names:
             self._worker(name)
 
     def _worker(self, name: str) -> Worker:
         """Return the worker of a model, which is started again if it died."""
         if name not in self._workers or not self._workers[name].alive:
-            self._workers[name] = Worker(self._models[name], **self._options)
+            model, options = self._models[name], self._options
+            if in_llama_cpp(model):
+                options = {"length": None, "batch": 1, "threads": options["threads"] or default_threads()}
+            self._workers[name] = Worker(model, **options)
         return self._workers[name]
 
     def facts(self, name: str) -> dict[str, Any]:

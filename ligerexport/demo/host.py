@@ -18,8 +18,8 @@ from ligerexport.demo.prompts import FIRST, ask, filler_ids
 from ligerexport.demo.sweep import Curve, Sweep, sweep
 from ligerexport.demo.talk import Talks
 from ligerexport.errors import LigerError, UsageError
+from ligerexport.measure.bench.genai import in_genai
 from ligerexport.measure.bench.report import RESULT
-from ligerexport.measure.peers import LLAMA, is_peer
 from ligerexport.text.tokenizer import TextModel
 from ligerexport.threads import default_threads
 
@@ -168,12 +168,11 @@ class Demo:
 
 def directory_of(model: str) -> Path:
     """Return the directory with a model's tokenizer."""
-    path = Path(model.removeprefix(LLAMA)).expanduser()
-    if is_artifact(path) or (path.is_dir() and is_peer(path)):
-        return path
+    if is_artifact(model) or in_genai(model):
+        return Path(model).expanduser()
     from ligerexport.checkpoint.sources import resolve
 
-    return resolve(str(path) if model.startswith(LLAMA) else model).path
+    return resolve(model).path
 
 
 def read_result(path: Path) -> dict[str, Any]:

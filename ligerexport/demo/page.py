@@ -20,6 +20,8 @@ from ligerexport.measure.bench.report import COLUMNS, cells
 STYLES = ("ours", "theirs")
 FINISHES = {"eos": "finished", "length": "finished", "stopped": "stopped"}
 EMPTY = "-"
+RECURRENT = ("artifact", "converted")
+"""Kinds of models with a state."""
 PAPER = '<a href="https://arxiv.org/abs/2503.01496" rel="noreferrer" target="_blank">Liger</a>'
 
 
@@ -32,7 +34,7 @@ def card(stream: Stream, style: str, key: str | None = None) -> str:
         key: The pass key that the model is asked for.
     """
     facts = stream.facts
-    memory = "KV cache" if facts["kind"] == "transformer" else "state"
+    memory = "state" if facts["kind"] in RECURRENT else "KV cache"
     now = stream.now
     _, state, resident, device = stream.memory[-1] if stream.memory else (0, None, None, None)
     figures = (

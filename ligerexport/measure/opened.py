@@ -38,13 +38,11 @@ BUDGET = 1 << 27
 """Largest number of logits in a call: half a gigabyte in fp32."""
 
 
-class Opened(ABC):
-    """A model to measure. Each scoring call starts with an empty state; `advance` continues after the last call.
+class Timed(ABC):
+    """A model to time: `advance` continues after the last call.
 
     Attributes:
-        kind: `artifact`, `converted` or `transformer`.
-        name: Name that the user gave.
-        path: The model's directory.
+        kind: `artifact`, `converted`, `transformer`, `llama.cpp` or `onnxruntime-genai`.
         device: `cpu`, `cuda` or `mps`.
         precision: Type of the weights.
         vocab_size: Size V of the vocabulary.
@@ -56,8 +54,6 @@ class Opened(ABC):
     """
 
     kind: str
-    name: str
-    path: Path
     device: str
     precision: str
     vocab_size: int
@@ -66,6 +62,48 @@ class Opened(ABC):
     runtime: str
     grows: bool
     fills: bool = False
+
+    @property
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Bytes of weights read per token."""
+
+    @property
+    @abstractmethod
+    def state_bytes(self) -> int:
+        """Bytes of the state or KV cache of all advancing sequences, counted over the actual tensors."""
+
+    @abstractmethod
+    def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
+        """Advance by ids `[B, T]` and return the most likely next ids `[B]`."""
+
+    def fill(self, tokens: int) -> list[int]:
+        """Fill a KV cache with random keys and values of `tokens` tokens; times do not depend on the values.
+
+        Raises:
+            UsageError: The model is recurrent.
+        """
+        raise UsageError("the state of a recurrent model cannot be filled without reading")
+
+    def held(self) -> list[list[list[int]]] | None:
+        """Return the positions that the first sequence holds exactly, by layer and KV head; None if unknown."""
+        return None
+
+    @abstractmethod
+    def sibling(self, batch: int = 1) -> Timed:
+        """Return new sequences on the same weights, with empty states."""
+
+
+class Opened(Timed):
+    """A model to time, and to score: each scoring call starts with an empty state.
+
+    Attributes:
+        name: Name that the user gave.
+        path: The model's directory.
+    """
+
+    name: str
+    path: Path
 
     @cached_property
     def text(self) -> TextModel:
@@ -81,16 +119,6 @@ class Opened(ABC):
     @abstractmethod
     def sequence_bytes(self) -> int | None:
         """Bytes of the state of one sequence; None if it grows with the text."""
-
-    @property
-    @abstractmethod
-    def state_bytes(self) -> int:
-        """Bytes of the state or KV cache of all advancing sequences, counted over the actual tensors."""
-
-    @property
-    @abstractmethod
-    def weight_bytes(self) -> int:
-        """Bytes of weights read per token."""
 
     @abstractmethod
     def read(self, ids: Tensor, state: Any, last: int, *, keep: bool = True) -> tuple[Tensor, Any]:
@@ -130,22 +158,6 @@ class Opened(ABC):
             parts = (tokens,)
 
     @abstractmethod
-    def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
-        """Advance by ids `[B, T]` and return the most likely next ids `[B]`."""
-
-    def fill(self, tokens: int) -> list[int]:
-        """Fill a KV cache with random keys and values of `tokens` tokens; times do not depend on the values.
-
-        Raises:
-            UsageError: The model has to read.
-        """
-        raise UsageError(f"the memory of {self.name} cannot be filled without reading", hint="give it a text")
-
-    def held(self) -> list[list[list[int]]] | None:
-        """Return the positions that the first sequence holds exactly, by layer and KV head; None if unknown."""
-        return None
-
-    @abstractmethod
     def sibling(self, batch: int = 1) -> Opened:
         """Return new sequences on the same weights, with empty states."""
 
@@ -163,8 +175,7 @@ def open_model(
     """Open a model to measure it.
 
     Args:
-        model: An artifact, a checkpoint directory, converted or not, a hub id, a built-in model, or what another
-            program runs; see `ligerexport.measure.peers`.
+        model: An artifact, a checkpoint directory, converted or not, a hub id, or a built-in model.
         scoring: Whether to score the model, which needs its tokenizer, or to time it.
         batch: Number B of sequences. On a CPU, torch models score one sequence at a time.
         threads: Number of threads per operator for timing; None takes the physical cores.
@@ -179,10 +190,6 @@ def open_model(
     """
     if is_artifact(model):
         return _open_artifact(Path(model).expanduser(), scoring, batch, threads, device)
-    from ligerexport.measure.peers import is_peer, open_peer
-
-    if is_peer(model):
-        return open_peer(model, batch, threads)
     require("build")
     import torch
 
@@ -272,7 +279,7 @@ class TorchModel(Opened):
 
     @property
     def weight_bytes(self) -> int:
-        """See `Opened.weight_bytes`; a tied weight is one parameter."""
+        """See `Timed.weight_bytes`; a tied weight is one parameter."""
         total: int = sum(p.nbytes for p in self.model.parameters())
         embedding = self.model.get_input_embeddings().weight
         head = self.model.get_output_embeddings()  # if it has its own weights, only one row of the embedding is read

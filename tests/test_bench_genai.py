@@ -1,4 +1,4 @@
-"""Other programs as the second side of `bench` and of the page."""
+"""onnxruntime-genai as a side of `bench` and of the page."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 import toy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ligerexport.errors import LigerError, MissingDependency, UsageError
+from ligerexport.errors import MissingDependency, UsageError
+from ligerexport.measure.bench.genai import GenAI, in_genai
 from ligerexport.measure.opened import open_model
-from ligerexport.measure.peers import LLAMA
 
 LONGEST = 64
 
@@ -51,8 +51,9 @@ def test_onnxruntime_genai_writes_what_torch_writes(source: Path) -> None:
         output,
     ]
     subprocess.run([sys.executable, *words], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True)
-    peer, theirs = open_model(output, threads=1), open_model(source, threads=1)
-    assert (peer.kind, peer.grows, peer.fills, peer.precision) == ("transformer", True, False, "float32")
+    assert in_genai(str(output)) and not in_genai(str(source))
+    peer, theirs = GenAI(output, 1, 1), open_model(source, threads=1)
+    assert (peer.grows, peer.fills, peer.precision) == (True, False, "float32")
     assert (peer.vocab_size, peer.trained_length) == (theirs.vocab_size, LONGEST)
     ids, other = [list(range(5, 25))], peer.sibling()
     for _ in range(6):
@@ -62,16 +63,11 @@ def test_onnxruntime_genai_writes_what_torch_writes(source: Path) -> None:
     assert other.state_bytes == 0 and other.advance([[7, 8]]) == theirs.sibling().advance([[7, 8]])
     with pytest.raises(UsageError, match=f"room for {LONGEST} tokens"):
         peer.advance([[1] * LONGEST])
-    for refused in (lambda: open_model(output, batch=2), lambda: peer.fill(3), lambda: peer.read(ids, None, 1)):
-        with pytest.raises(LigerError):
-            refused()
+    with pytest.raises(UsageError, match="--batch 2"):
+        peer.sibling(2)
 
 
 def test_a_program_that_is_not_installed_is_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("llama_cpp", "onnxruntime_genai"):
-        monkeypatch.setitem(sys.modules, module, None)
-    (source / "genai_config.json").write_text("{}")
-    for model, package in ((f"{LLAMA}model.gguf", "llama-cpp-python"), (str(source), "onnxruntime-genai")):
-        with pytest.raises(MissingDependency, match=package):
-            open_model(model)
-    (source / "genai_config.json").unlink()
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    with pytest.raises(MissingDependency, match="onnxruntime-genai"):
+        GenAI(source, 1, 1)
