@@ -21,8 +21,7 @@ from typing import Any
 from ligerexport.artifact.artifact import is_artifact, open_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError, VerificationError
-from ligerexport.measure.bench import machine
-from ligerexport.measure.bench.llama import PACKAGE, check_llama_cpp, in_llama_cpp
+from ligerexport.measure.bench import genai, llama, machine
 from ligerexport.measure.bench.settings import Settings
 from ligerexport.measure.bench.worker import WARM, Worker
 from ligerexport.threads import default_threads
@@ -47,8 +46,8 @@ def bench(
     """Measure two models.
 
     Args:
-        model: An artifact, a converted checkpoint, a Transformer (directory, hub id or built-in model), or a GGUF file,
-            which llama.cpp runs.
+        model: An artifact, a converted checkpoint, a Transformer (directory, hub id or built-in model), a GGUF file,
+            which llama.cpp runs, or a directory that onnxruntime-genai runs.
         against: Another model with the same vocabulary.
         checkpoint: The converted checkpoint of an artifact, to compare the artifact with torch first.
         settings: The sweep.
@@ -62,9 +61,11 @@ def bench(
         MissingDependency: A model needs a package that is not installed.
     """
     settings, progress = settings or Settings(), progress or silent
-    peers = [name for name in (model, against) if in_llama_cpp(name)]
+    programs = {llama.PACKAGE: llama.in_llama_cpp, genai.PACKAGE: genai.in_genai}
+    peers = {name: package for package, runs in programs.items() for name in (model, against) if runs(name)}
+    if llama.PACKAGE in peers.values():
+        llama.check_llama_cpp()
     if peers:
-        check_llama_cpp()
         settings = replace(settings, device="cpu" if settings.device == "auto" else settings.device)
     if checkpoint or not all(name in peers or is_artifact(name) for name in (model, against)):
         require("build")
@@ -97,7 +98,7 @@ def bench(
         "machine": machine.describe(threads) | {"bytes_per_s": rates, "energy": meter.source, "load": load},
         "warnings": disturbed(rows, threads, os.cpu_count() or 1, load) + disagreeing(ratios),
         "versions": {"python": platform.python_version()}
-        | versions("torch", "transformers", "onnxruntime", *([PACKAGE] if peers else [])),
+        | versions("torch", "transformers", "onnxruntime", *peers.values()),
         "settings": vars(settings),
         "rows": rows,
         "ratios": ratios,
@@ -187,7 +188,7 @@ def _point(
         turns: dict[str, _Turn] = {}
         for name, model in models.items():
             options: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype}
-            if in_llama_cpp(model):
+            if llama.in_llama_cpp(model):
                 options = {"length": length}
             worker = Worker(model, batch=batch, threads=settings.threads, **options)
             stack.callback(worker.close)

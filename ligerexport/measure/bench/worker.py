@@ -110,7 +110,8 @@ class _Server:
 
     def warm(self, session: str) -> dict[str, Any]:
         """Read and decode a little, which allocates, and reset the session."""
-        model = self._session(session)
+        self.restart(session)  # so that the model itself, which stays, gets no memory of a sequence
+        model = self._sessions[session]
         tokens = model.advance([[1] * WARM] * model.batch)
         model.advance([[token] for token in tokens])
         return self.restart(session)
