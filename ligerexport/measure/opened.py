@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,28 +38,72 @@ BUDGET = 1 << 27
 """Largest number of logits in a call: half a gigabyte in fp32."""
 
 
-class Opened(ABC):
-    """A model to measure. Each scoring call starts with an empty state; `advance` continues after the last call.
+class Timed(ABC):
+    """A model to time: `advance` continues after the last call.
 
     Attributes:
-        kind: `artifact`, `converted` or `transformer`.
-        name: Name that the user gave.
-        path: The model's directory.
+        kind: `artifact`, `converted`, `transformer`, `llama.cpp` or `onnxruntime-genai`.
         device: `cpu`, `cuda` or `mps`.
         precision: Type of the weights.
         vocab_size: Size V of the vocabulary.
         trained_length: Trained context length in tokens.
         batch: Number B of sequences that advance together, and the best number to score at a time.
+        runtime: The program that computes, with its version.
+        grows: Whether the memory of a sequence grows with the text.
+        fills: Whether `fill` is possible.
     """
 
     kind: str
-    name: str
-    path: Path
     device: str
     precision: str
     vocab_size: int
     trained_length: int
     batch: int
+    runtime: str
+    grows: bool
+    fills: bool = False
+
+    @property
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Bytes of weights read per token."""
+
+    @property
+    @abstractmethod
+    def state_bytes(self) -> int:
+        """Bytes of the state or KV cache of all advancing sequences, counted over the actual tensors."""
+
+    @abstractmethod
+    def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
+        """Advance by ids `[B, T]` and return the most likely next ids `[B]`."""
+
+    def fill(self, tokens: int) -> list[int]:
+        """Fill a KV cache with random keys and values of `tokens` tokens; times do not depend on the values.
+
+        Raises:
+            UsageError: The model is recurrent.
+        """
+        raise UsageError("the state of a recurrent model cannot be filled without reading")
+
+    def held(self) -> list[list[list[int]]] | None:
+        """Return the positions that the first sequence holds exactly, by layer and KV head; None if unknown."""
+        return None
+
+    @abstractmethod
+    def sibling(self, batch: int = 1) -> Timed:
+        """Return new sequences on the same weights, with empty states."""
+
+
+class Opened(Timed):
+    """A model to time, and to score: each scoring call starts with an empty state.
+
+    Attributes:
+        name: Name that the user gave.
+        path: The model's directory.
+    """
+
+    name: str
+    path: Path
 
     @cached_property
     def text(self) -> TextModel:
@@ -74,16 +119,6 @@ class Opened(ABC):
     @abstractmethod
     def sequence_bytes(self) -> int | None:
         """Bytes of the state of one sequence; None if it grows with the text."""
-
-    @property
-    @abstractmethod
-    def state_bytes(self) -> int:
-        """Bytes of the state or KV cache of all advancing sequences, counted over the actual tensors."""
-
-    @property
-    @abstractmethod
-    def weight_bytes(self) -> int:
-        """Bytes of weights read per token."""
 
     @abstractmethod
     def read(self, ids: Tensor, state: Any, last: int, *, keep: bool = True) -> tuple[Tensor, Any]:
@@ -121,22 +156,6 @@ class Opened(ABC):
             tokens = logits[:, -1].argmax(dim=-1, keepdim=True)
             yield tokens[:, 0].tolist()
             parts = (tokens,)
-
-    @abstractmethod
-    def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
-        """Advance by ids `[B, T]` and return the most likely next ids `[B]`."""
-
-    def fill(self, tokens: int) -> list[int]:
-        """Fill a KV cache with random keys and values of `tokens` tokens; times do not depend on the values.
-
-        Raises:
-            UsageError: The model is recurrent.
-        """
-        raise UsageError("the state of a recurrent model cannot be filled without reading")
-
-    def held(self) -> list[list[list[int]]] | None:
-        """Return the positions that the first sequence holds exactly, by layer and KV head; None if unknown."""
-        return None
 
     @abstractmethod
     def sibling(self, batch: int = 1) -> Opened:
@@ -228,9 +247,15 @@ class TorchModel(Opened):
         self.batch, self.name, self.path = batch, name, path
         self.kind = "converted" if hasattr(model.config, "liger") else "transformer"
         self.device, self.precision = model.device.type, str(model.dtype).removeprefix("torch.")
+        self.runtime = f"PyTorch {version('torch')}"
+        self.fills = self.kind == "transformer"
         text = model.config.get_text_config()
         self.vocab_size, self.trained_length = text.vocab_size, text.max_position_embeddings
         self._cache: Any = None
+
+    @property
+    def grows(self) -> bool:  # type: ignore[override]
+        return self.sequence_bytes is None
 
     @property
     def sequence_bytes(self) -> int | None:
@@ -254,7 +279,7 @@ class TorchModel(Opened):
 
     @property
     def weight_bytes(self) -> int:
-        """See `Opened.weight_bytes`; a tied weight is one parameter."""
+        """See `Timed.weight_bytes`; a tied weight is one parameter."""
         total: int = sum(p.nbytes for p in self.model.parameters())
         embedding = self.model.get_input_embeddings().weight
         head = self.model.get_output_embeddings()  # if it has its own weights, only one row of the embedding is read
@@ -279,7 +304,7 @@ class TorchModel(Opened):
             return [int(row) for row in logits[:, -1].argmax(dim=-1)]  # waits for a GPU
 
     def fill(self, tokens: int) -> list[int]:
-        if self.kind != "transformer":
+        if not self.fills:
             return super().fill(tokens)
         import torch
         from transformers import DynamicCache
@@ -317,6 +342,9 @@ class ArtifactModel(Opened):
             manifest.precision,
         )
         self.vocab_size, self.trained_length = manifest.model.vocab_size, manifest.model.trained_length
+        onnx = get_target(manifest.target).onnxruntime
+        self.runtime = f"ONNX Runtime {version('onnxruntime')}" if onnx else "TensorRT"
+        self.grows = manifest.growth > 0
 
     @property
     def sequence_bytes(self) -> int | None:

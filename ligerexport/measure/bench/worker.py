@@ -16,8 +16,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from ligerexport.errors import LigerError
+from ligerexport.measure.bench.genai import GenAI, in_genai
+from ligerexport.measure.bench.llama import LlamaCpp
 from ligerexport.measure.bench.machine import device_memory, effort, memory
-from ligerexport.measure.opened import Opened, open_model
+from ligerexport.measure.opened import Timed, open_model
+
+FACTS = ("kind", "precision", "device", "runtime", "grows", "fills", "vocab_size", "trained_length", "weight_bytes")
+WARM = 32
+"""Tokens of a warm-up, which allocates and is not timed."""
 
 
 class Worker:
@@ -25,10 +31,10 @@ class Worker:
 
     Args:
         model: See `open_model`.
-        **options: See `open_model`.
+        **options: See `open_model`, or `LlamaCpp` if `length` is among them.
 
     Attributes:
-        facts: `kind`, `precision`, `device`, `vocab_size`, `trained_length` and `weight_bytes` of `Opened`.
+        facts: `FACTS` of `Timed`, and the memory of the process.
 
     Raises:
         LigerError: The model cannot be opened.
@@ -91,9 +97,9 @@ class Worker:
 class _Server:
     """The side of the model's process: its methods are the requests of `Worker`."""
 
-    def __init__(self, model: Opened) -> None:
+    def __init__(self, model: Timed) -> None:
         self._model = model
-        self._sessions: dict[str, Opened] = {"": model}
+        self._sessions: dict[str, Timed] = {"": model}
 
     def prefill(self, session: str, ids: list[list[int]]) -> dict[str, Any]:
         """Read ids `[B, T]`; the first use of a name starts its session."""
@@ -101,6 +107,14 @@ class _Server:
         start = time.perf_counter()
         tokens = model.advance(ids)
         return {"tokens": tokens, "seconds": time.perf_counter() - start}
+
+    def warm(self, session: str) -> dict[str, Any]:
+        """Read and decode a little, which allocates, and reset the session."""
+        self.restart(session)  # so that the model itself, which stays, gets no memory of a sequence
+        model = self._sessions[session]
+        tokens = model.advance([[1] * WARM] * model.batch)
+        model.advance([[token] for token in tokens])
+        return self.restart(session)
 
     def fill(self, session: str, tokens: int) -> dict[str, Any]:
         """Fill a cache without reading."""
@@ -131,7 +145,7 @@ class _Server:
         self._sessions[session] = self._model.sibling(batch)
         return {}
 
-    def _session(self, name: str) -> Opened:
+    def _session(self, name: str) -> Timed:
         if name not in self._sessions:
             self._sessions[name] = self._model.sibling()
         return self._sessions[name]
@@ -152,9 +166,14 @@ def serve(options: dict[str, Any], requests: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
     try:
-        model = open_model(**options)
-        names = ("kind", "precision", "device", "vocab_size", "trained_length", "weight_bytes")
-        say({name: getattr(model, name) for name in names} | {"memory": memory()})
+        model: Timed
+        if "length" in options:
+            model = LlamaCpp(Path(options.pop("model")).expanduser(), **options)
+        elif in_genai(options["model"]):
+            model = GenAI(Path(options["model"]).expanduser(), options.get("batch", 1), options.get("threads"))
+        else:
+            model = open_model(**options)
+        say({name: getattr(model, name) for name in FACTS} | {"memory": memory()})
         server = _Server(model)
         for line in requests:
             try:
