@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from checkpoints import FORESIGHT, make_checkpoint
 
 import ligerexport as lx
 from ligerexport.artifact.artifact import MANIFEST, Artifact, Manifest, open_artifact
+from ligerexport.checkpoint.loading import load_model
 from ligerexport.errors import UsageError, VerificationError
 from ligerexport.exporters.backend import BuildSettings
 from ligerexport.exporters.build import PAIR, BuildPlan, build
@@ -26,13 +28,14 @@ from ligerexport.exporters.onnx.session import OnnxSession
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import data_layout, stored_slabs, write_weights
 from ligerexport.exporters.targets import TARGETS, WEIGHTS
-from ligerexport.exporters.verify import compare, verify
+from ligerexport.exporters.verify import compare, inputs, verify
 
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "odd": {"vocab_size": 133, "hidden_size": 84, "intermediate_size": 75, "family": "qwen2"},
 }
 """`odd`: untied, with biases, no size a multiple of a block, an odd number of rows and an odd number of blocks."""
+MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 LOWERINGS = TARGETS["onnx"].lowerings
 SMALL = [name for name in TARGETS["onnx"].weights if WEIGHTS[name].bits < 32]
 
@@ -81,7 +84,7 @@ def test_graph_is_torch_with_the_same_weights(checkpoint: Path, tmp_path: Path, 
 
 
 def test_what_costs_most_has_more_bits(tmp_path: Path) -> None:
-    spec = read_spec(make_checkpoint(tmp_path / "model", FORESIGHT, num_hidden_layers=16))
+    spec = read_spec(make_checkpoint(tmp_path / "model", FORESIGHT, num_hidden_layers=16, intermediate_size=128))
     storage = weight_storage("int4")
     found = {name: storage.bits(spec, name) for name in spec.weights}
     assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == 8
@@ -93,6 +96,29 @@ def test_what_costs_most_has_more_bits(tmp_path: Path) -> None:
     for kind in ("gate", "up"):
         assert [i for i in range(16) if found[f"model.layers.{i}.mlp.{kind}_proj.weight"] == 8] == [0, 1, 15]
     assert {storage.bits(spec, name) for name in found} == {4, 8, 32}
+    widths = {spec.weights[name].shape[1] for name, bits in found.items() if bits == 8}
+    assert {width % 128 == 0 for width in widths} == {True, False}
+    for name in found:
+        even = spec.weights[name].shape[-1] % 128 == 0
+        assert found[name] == 32 or storage.block_of(spec, name) == (32 if found[name] == 4 else 128 if even else 64)
+
+
+def test_moments_are_those_of_the_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TEXTS": 2, "LENGTH": 24, "LARGEST": 1e9, "CHUNK": 32}.items():
+        monkeypatch.setattr(inputs, name, value)
+    spec = read_spec(make_checkpoint(tmp_path / "model", FORESIGHT, num_hidden_layers=2))
+    found = [dict(layer) for layer in inputs.second_moments(spec)]
+    model, seen = load_model(spec.path), list[torch.Tensor]()
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    with torch.inference_mode():
+        model(torch.from_numpy(inputs._texts(spec)))
+    expected = (seen[0].T @ seen[0] / len(seen[0])).numpy()
+    chunks = found[1]["model.layers.1.mlp.down_proj.weight"]
+    assert len(chunks) == -(-len(expected) // 32) > 1 and len(seen[0]) == 48
+    for i, chunk in enumerate(chunks):
+        part = slice(32 * i, 32 * i + 32)
+        np.testing.assert_allclose(chunk, expected[part, part], atol=1e-4 * np.abs(expected).max())
+    assert sorted(name.split(".")[-2] for name in found[0]) == sorted(f"{x}_proj" for x in MAPS)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
