@@ -76,9 +76,14 @@ def serve() -> Table:
         [f"{streams}: median / 99th percentile / longest", f"{gaps} ms"],
     ]
     if chats := data.get("chats"):
-        what = f"memory for {chats['chats']:,} chats of {chats['tokens']:,} tokens, 50 with each beginning"
-        kept = f"{chats['from_last_state']} of {chats['asked_again']}"
-        rows.append([f"{what}; chats whose last state was found", f"{chats['bytes'] / 1e9:.2f} GB; {kept}"])
+        what = f"memory for the states of {chats['chats']:,} chats of up to {chats['tokens']:,} tokens"
+        shared = f"of which {chats['sharing']} share the first {chats['tokens_of_beginning']:,}"
+        sizes = " / ".join(f"{chats[key] / 1e9:.2f}" for key in ("bytes", "bytes_of_whole_states"))
+        rows.append([f"{what}, {shared}: as differences / whole", f"{sizes} GB"])
+        kept = f"{chats['chats_with_their_last_state']:,} of {chats['chats']:,}"
+        rows.append(["chats of these that had their last state in memory", kept])
+        alone = f"{chats['same']} of {chats['compared']}"
+        rows.append(["answers of these that were those of a session alone", alone])
     return ["figure", "measured"], rows
 
 
