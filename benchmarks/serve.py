@@ -4,10 +4,11 @@
 
 `stall` streams some answers while another client sends a long prompt, and takes the times between tokens. `turn` asks a
 chat with a long history again, with its state in memory, on the disk, and after a restart; the time ends with the first
-token. `chats` opens many chats of passages of text that share long beginnings, looks which of their states the memory
-still has, asks some of them again, and compares some answers with those of a session that read the same text; `gaps`
-are how much the logits of two tokens differ where the answers part. `speed` compares one client with `lx.generate`, and
-many clients with one. `--only` measures some parts, and leaves the others of an earlier result as they are.
+token, and `ms_restore` and `ms_call` are what a session takes of it, in turns with the engine. `chats` opens many chats
+of passages of text that share long beginnings, looks which of their states the memory still has, asks some of them
+again, and compares some answers with those of a session that read the same text; `gaps` are how much the logits of two
+tokens differ where the answers part. `speed` compares one client with `lx.generate`, and many clients with one.
+`--only` measures some parts, and leaves the others of an earlier result as they are.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ OWN = 20, 200
 """Smallest and largest number of tokens of a chat's own."""
 WRITTEN = 20
 """Tokens of an answer."""
-PAUSE = 0.5
-"""Seconds before a turn: by then the state of the last one is on the disk."""
+PAUSE = 0.3
+"""Seconds between two turns: by then the state of the first one is on the disk."""
 
 
 @dataclass
@@ -108,8 +109,11 @@ def measure_stall(open_engine: Callable[..., Engine], vocabulary: int, args: arg
 
 
 def measure_turn(open_engine: Callable[..., Engine], vocabulary: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure the time to the first token of a turn of 40 tokens after a long history."""
+    """Measure the time to the first token of a turn of 40 tokens after a long history, and what a session takes."""
     history, result = text(1, args.history, vocabulary), {"history": args.history, "new": 40}
+    session = lx.load(args.artifact, threads=args.threads)
+    session.prefill(history)
+    before, parts = session.snapshot(), {"ms_restore": list[float](), "ms_call": list[float]()}
     with tempfile.TemporaryDirectory() as directory:
         for seed, (place, memory) in enumerate((("memory", 4 * GIB), ("disk", 0), ("restart", 4 * GIB)), 1):
             engine = open_engine(memory=memory, state_dir=Path(directory))
@@ -118,13 +122,21 @@ def measure_turn(open_engine: Callable[..., Engine], vocabulary: int, args: argp
             times = []
             for i in range(args.rounds if place != "restart" else 1):
                 time.sleep(PAUSE)
-                answer = asyncio.run(ask(engine, history + text(1000 * seed + i, 40, vocabulary), 1))
+                prompt = history + text(1000 * seed + i, 40, vocabulary)
+                answer = asyncio.run(ask(engine, prompt, 1))
                 assert answer.finish.cached_tokens == len(history), answer.finish
                 times.append(answer.times[0])
+                time.sleep(PAUSE)
+                begin = time.perf_counter()
+                session.restore(before)
+                restored = time.perf_counter()
+                session.prefill(prompt[-40:])
+                parts["ms_restore"].append(restored - begin)
+                parts["ms_call"].append(time.perf_counter() - restored)
             asyncio.run(engine.drain(60))
             engine.close()
             result[f"ms_{place}"] = spread(times)
-    return result
+    return result | {name: spread(times) for name, times in parts.items()}
 
 
 def passages(artifact: str) -> Callable[[int], list[int]]:
