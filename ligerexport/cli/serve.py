@@ -59,6 +59,9 @@ def serve(
     stall: Annotated[
         str, typer.Option(help="Longest planned time between two tokens of an answer while prompts of others are read.")
     ] = "100ms",
+    speculate: Annotated[
+        str, typer.Option(help="ngram guesses tokens from earlier places of each text where that is faster.")
+    ] = "off",
     drain: Annotated[float, typer.Option(help="Seconds that answers may take to finish when the server stops.")] = 30,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Threads = None,
@@ -69,6 +72,7 @@ def serve(
     A page for chats is at the server's root. SIGTERM or Ctrl-C finishes the answers that were begun, and ends.
     """
     try:
+        from ligerexport.run.speculation import check_way
         from ligerexport.serve.app import Access, make_app
         from ligerexport.serve.gate import LOOPBACK, Keys
         from ligerexport.serve.host import listen, run
@@ -81,12 +85,13 @@ def serve(
         raise UsageError(
             "--max-batch, --queue, --max-new-tokens and --deadline must be positive", hint="give at least 1"
         )
+    check_way(speculate)
     if not 0 <= drain < math.inf:
         raise UsageError(f"--drain {drain}", hint="give a number of seconds, such as 30")
     access = Access(Keys(api_key_file) if api_key_file else None, LOOPBACK if host in LOOPBACK else None, cors or ())
     options.announce("serve", artifacts=artifacts, lora=lora, host=host, port=port, max_batch=max_batch, queue=queue,
                      memory=memory, state_dir=state_dir, disk=disk, max_new_tokens=max_new_tokens, deadline=deadline,
-                     stall=stall, drain=drain, device=device, threads=threads)  # fmt: skip
+                     stall=stall, speculate=speculate, drain=drain, device=device, threads=threads)  # fmt: skip
     with listen(host, port) as listener:  # a port in use is found before anything is loaded
         models = []
         with progress("loading", len(named), "steps") as advance:
@@ -95,6 +100,7 @@ def serve(
                     name, prepared(artifact), adapters[name], max_batch=max_batch, memory=budget // len(named),
                     queue=queue, state_dir=state_dir / name if state_dir else None, disk=space // len(named),
                     device=device, threads=threads, longest=max_new_tokens, deadline=deadline, stall=bound,
+                    speculate=speculate,
                 ))  # fmt: skip
                 advance(1)
         if host not in LOOPBACK and api_key_file is None:

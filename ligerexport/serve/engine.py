@@ -45,6 +45,7 @@ class Engine:
         queue: Number of requests that may wait.
         stall: Longest planned time in seconds between two tokens of an answer while prompts of others are read.
         adapters: See `ligerexport.run.runtime.load`.
+        speculate: `ngram` guesses tokens from earlier places of each text where that is faster; `off` does not.
         options: Other arguments of `load`, such as `device` and `threads`.
 
     Attributes:
@@ -52,7 +53,7 @@ class Engine:
         directory: Where the artifact is.
 
     Raises:
-        UsageError: A number is out of range.
+        UsageError: A number is out of range, or there is no such way to guess.
         LigerError: The artifact cannot be opened, or the directory cannot be written.
     """
 
@@ -68,6 +69,7 @@ class Engine:
         queue: int = 256,
         stall: float = STALL,
         adapters: Mapping[str, Path] | None = None,
+        speculate: str = "off",
         **options: Any,
     ) -> None:
         leasts = ("max_batch", max_batch, 1), ("memory", memory, 0), ("disk", disk, 0), ("queue", queue, 1)
@@ -85,7 +87,7 @@ class Engine:
         self._failed = ""
         self._idle = threading.Event()
         self._idle.set()
-        self._scheduler = Scheduler(session, self._states, self._wake, stall)
+        self._scheduler = Scheduler(session, self._states, self._wake, stall, speculate)
         self._thread = threading.Thread(target=self._work, name="ligerexport-engine", daemon=True)
         self._thread.start()
 
