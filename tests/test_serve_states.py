@@ -140,7 +140,7 @@ def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path, m
         return made[text]
 
     texts, most, packed = ["a" * 60, "b" * 60], 0, 0
-    for _ in range(150):
+    for _ in range(100):
         text = texts[random.integers(len(texts))] + "".join(random.choice([*"cdef"], random.integers(1, 5)))
         texts.append(text)
         states.insert(Space(), ids(text), after(text))
