@@ -84,6 +84,13 @@ def serve() -> Table:
         rows.append(["chats of these that had their last state in memory", kept])
         alone = f"{chats['same']} of {chats['compared']}"
         rows.append(["answers of these that were those of a session alone", alone])
+    peers = _result("serve_peers")
+    chats = f"{peers['chats']} chats that ask at once, each after {peers['tokens']:,} tokens"
+    speed, first = (
+        " / ".join(f"{peers[row][name]:.0f}" for name in ("ours", "llama")) for row in ("tokens_per_second", "ms_held")
+    )
+    rows.append([f"tokens per second of {chats}: here / llama.cpp's server with Q4_1", speed])
+    rows.append(["first token of one more turn in each of these: here / there", f"{first} ms"])
     return ["figure", "measured"], rows
 
 
