@@ -95,6 +95,7 @@ def answers(args: argparse.Namespace) -> tuple[list[list[int]], dict[str, Any]]:
     return [first for first, *_ in written], {
         "schemas": len(written), "answers": len(written) * args.answers, "valid": counts["valid"],
         "cut off": counts["cut off"], "tokens": counts["tokens"],
+        "command": f"python benchmarks/grammar.py ARTIFACT --answers {args.answers} -o benchmarks/results/grammar.json",
     }  # fmt: skip
 
 
