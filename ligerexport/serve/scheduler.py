@@ -281,7 +281,7 @@ class Scheduler:
 
     def _keep(self, job: Job, *, write: bool) -> Snapshot | None:
         """Keep the state of a job if it is worth its bytes, and return it then."""
-        space, ids = job.space, np.array(job.tokens[: job.at], np.int64)
+        space, ids = job.space, job.seen_ids
         pin = job.request.pin and job.at == len(job.prompt)
         if not (pin or self._states.wants(space, ids)):
             if write:
