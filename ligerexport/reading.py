@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
@@ -13,12 +12,9 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.threads import default_threads
 
 Row = TypeVar("Row")
 
-PIECE = 1 << 26
-"""Bytes of a piece of a file that has a sha256 of its own."""
 MOST = 2**53
 """Integers from this value on are not accepted as sizes, and JSON numbers no longer hold them exactly."""
 
@@ -100,23 +96,6 @@ def sha256(file: Path) -> str:
     """Return the sha256 of a file in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def sha256_pieces(file: Path) -> tuple[str, ...]:
-    """Return the sha256 in hexadecimal of each `PIECE` bytes of a larger file, which several cores compute together."""
-
-    def one(start: int) -> str:
-        digest, left = hashlib.sha256(), PIECE
-        with file.open("rb", buffering=0) as opened:
-            opened.seek(start)
-            while part := opened.read(min(left, 1 << 20)):
-                digest.update(part)
-                left -= len(part)
-        return digest.hexdigest()
-
-    size = file.stat().st_size
-    with ThreadPoolExecutor(default_threads()) as pool:
-        return tuple(pool.map(one, range(0, size, PIECE))) if size > PIECE else ()
 
 
 def leads_away(file: Path, directory: Path, *others: Path) -> bool:

@@ -18,7 +18,8 @@ import pytest
 import toy
 
 import ligerexport as lx
-from ligerexport import reading, staging
+from ligerexport import staging
+from ligerexport.artifact import pieces
 from ligerexport.artifact.artifact import MANIFEST, ArtifactWriter, Manifest, open_artifact
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError
 
@@ -272,7 +273,7 @@ def test_hashing_can_be_switched_off_but_sizes_cannot(artifact: Path) -> None:
 
 
 def test_large_files_are_hashed_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "PIECE", 1000)
+    monkeypatch.setattr(pieces, "PIECE", 1000)
     artifact = toy.build(tmp_path / "artifact")
     manifest, weights = open_artifact(artifact).manifest, artifact / "model.onnx"
     content = weights.read_bytes()

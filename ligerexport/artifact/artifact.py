@@ -15,9 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from ligerexport.artifact.claims import check_claims
+from ligerexport.artifact.pieces import sha256_pieces
 from ligerexport.dtypes import DTYPES
 from ligerexport.errors import ArtifactError, MissingDependency, quoted
-from ligerexport.reading import from_plain, leads_away, read_json, sha256, sha256_pieces
+from ligerexport.reading import from_plain, leads_away, read_json, sha256
 from ligerexport.staging import staged_directory
 from ligerexport.versions import installed_version
 
