@@ -164,8 +164,9 @@ def test_the_operator_takes_back_to_the_bit(start: int, state_dtype: str) -> Non
     for kept in range(10):
         again()
         memory.run(inputs, position, draft, undo=True)
-        rows = np.array([kept, 9 - kept])
-        memory.undo.take_back(rows)
+        rows = kept, 9 - kept
+        memory.undo.kept[:] = rows
+        memory.undo.take_back()
         for tensor, x in memory.state.items():
             for row, k in enumerate(rows):
                 np.testing.assert_array_equal(x[row], expected[k][tensor][row], err_msg=f"{tensor.past} {kept}")

@@ -62,9 +62,9 @@ class Echo:
         self._drafted = 0
 
 
-def write(session: Any, sampler: Sampler, count: int) -> tuple[list[int], Speculation]:
+def write(session: Any, sampler: Sampler, count: int, guesses: Guesses | None = None) -> tuple[list[int], Speculation]:
     """Return tokens and the session that guessed them."""
-    ahead = Speculation(session, Places(), Guesses(), lambda: session.now)
+    ahead = Speculation(session, Places(), guesses or Guesses(), lambda: session.now)
     found, logits = [], session.logits(session.seen)
     for _ in range(count):
         found.append(sampler(logits))
@@ -114,6 +114,20 @@ def test_calls_are_as_long_as_they_pay(cost: float) -> None:
         assert sum(tokens > 1 for tokens in session.calls) < 20 and session.now < 2010
     else:
         assert session.now < 2000 / (2.2 if cost == 0.3 else 8) and min(later) > 3
+
+
+@pytest.mark.parametrize("cost", [1.0, 0.2])
+def test_wrong_guesses_cost_little(cost: float) -> None:
+    """Each place looks as if it had occurred before, and goes on in another way; earlier answers were easy to guess."""
+    session, guesses = Echo(lambda tokens: 1 + cost * (tokens - 1)), Guesses()
+    write(session, Sampler(), 300, guesses)
+    for count in (10, 40, 1000):
+        places, start = Places(), session.now
+        ahead = Speculation(session, places, guesses, lambda: session.now)  # type: ignore[arg-type]
+        for number in range(count):
+            ahead.step(next(token for token in (number % 3, 3) if places.guess(1) != [token]))
+        ahead.settle()
+        assert session.now - start < 0.4 + 1.02 * count
 
 
 def test_a_stream_that_was_left_takes_back_no_draft_of_another() -> None:

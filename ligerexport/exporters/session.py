@@ -272,12 +272,12 @@ class BatchSession(ABC):
         with self._alone():
             if self._drafted is None:
                 raise UsageError("no draft waits", hint="call session.propose first")
-            counts, drafted = np.empty(self.batch, np.int64), self._drafted
-            counts[:] = kept
-            if counts.min() < 0 or counts.max() > drafted.shape[1]:
-                raise UsageError(f"{kept} tokens of a draft", hint=f"give 0 to {drafted.shape[1]}")
+            length = self._drafted.shape[1]
+            counts = [kept] * self.batch if isinstance(kept, int) else np.atleast_1d(kept).tolist()
+            if len(counts) != self.batch or not 0 <= min(counts) <= max(counts) <= length:
+                raise UsageError(f"{kept} tokens of a draft", hint=f"give 0 to {length}, once or for each row")
             with self._change():
-                if counts.min() < drafted.shape[1]:
+                if min(counts) < length:
                     self._settle(counts)
                 self._drafted = self._before = None
 
@@ -287,17 +287,17 @@ class BatchSession(ABC):
         tokens = np.hsplit(ids, ids.shape[1])
         return np.stack([self._advance_for_ever(np.ascontiguousarray(x)).copy() for x in tokens], axis=1)
 
-    def _settle(self, kept: np.ndarray) -> None:
-        """Do what `commit` does with `_drafted` and fewer tokens of some rows, `[B]`."""
+    def _settle(self, kept: list[int]) -> None:
+        """Do what `commit` does with `_drafted` and fewer tokens of some rows."""
         assert self._before is not None and self._drafted is not None
         self._replace(self._before, None)
-        if (kept == kept[0]).all():
+        if len(set(kept)) == 1:
             if kept[0]:
                 self._advance_for_ever(self._drafted[:, : kept[0]])
             return
-        for t in range(kept.max()):
+        for t in range(max(kept)):
             self._step_ids[:, 0] = self._drafted[:, t]
-            self._step_rows(kept <= t)
+            self._step_rows(np.array(kept) <= t)
 
     def every(self, ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
         """Advance by a prompt as `prefill` does, and yield the logits after each token.

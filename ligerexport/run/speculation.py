@@ -7,10 +7,11 @@ the distribution of texts is the same, also with penalties and grammars.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -26,10 +27,14 @@ LENGTHS = (0, 1, 3, 7, 15)
 """Numbers of guessed tokens that a call may have beside the one that was chosen."""
 LONGEST = 1 << 18
 """Number of tokens of a text, about 400 bytes each, beyond which its first half is no longer looked up."""
-GAIN = 1.1
+GAIN = 1.3
 """Guessing must promise this many times the speed of single steps."""
+_FREE, _SHARE = 0.35, 0.008
+"""Steps that wrong guesses may cost before any was right: at once, and for each token so far."""
+_CAUTION = 8
+"""A call may cost this many times as much as it is likely to lose, or all that it can lose, whichever is less."""
 _ROW = 0.25
-"""Cost of one more token in a call, as a share of a step, until two calls of its length were timed."""
+"""Cost of one more token in a call, as a share of a step, until calls of its length were timed."""
 _TIMINGS = 7
 """Largest number of calls of one length whose median is its cost."""
 _PATIENCE = 256
@@ -51,6 +56,7 @@ class Places:
 
     Attributes:
         ids: The text, or the later part of a long one.
+        count: Number of tokens of the whole text.
         length: Number of last tokens that are the same at the place found, at least; 0 if there is none.
     """
 
@@ -58,7 +64,7 @@ class Places:
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self.length = 0
+        self.count = self.length = 0
         self._next = 0
         self._seen: dict[tuple[int, ...], int] = {}
 
@@ -67,12 +73,14 @@ class Places:
         for token in ids:
             if len(self.ids) == LONGEST:
                 later, self.ids, self.length, self._seen = self.ids[LONGEST // 2 :], [], 0, {}
+                self.count -= len(later)
                 self.read(later)
             if self.length and self.ids[self._next] == token:
                 self.length, self._next = self.length + 1, self._next + 1
             else:
                 self.length = 0
             self.ids.append(token)
+            self.count += 1
             for size in (n for n in self._SIZES if n <= len(self.ids)):
                 last = tuple(self.ids[-size:])
                 place = self._seen.get(last)
@@ -117,6 +125,12 @@ class Guesses:
         self._right[kind] = 0.95 * self._right[kind] + right
         self._made[kind] = 0.95 * self._made[kind] + 1
 
+    def follow(self, places: Places, token: int) -> None:
+        """Record whether a guess of the next token would have been right, and add the token to the text."""
+        if places.length:
+            self.record(places.length, places.guess(1) == [token])
+        places.read([token])
+
     def time(self, tokens: int, seconds: float) -> None:
         """Record what a call of some tokens cost; the first one has one token."""
         if tokens == 1:
@@ -132,18 +146,31 @@ class Guesses:
         timed = [*self._costs.get(tokens, ())]
         return statistics.median(timed + [1 + slope * (tokens - 1)] * max(0, 3 - len(timed)))
 
-    def choose(self, length: int, most: int) -> int:
-        """Return the number of tokens to guess after a match of some length, at most `most`."""
-        if not self._steps or not length:
+    def choose(self, lengths: Sequence[int], most: int, budget: float) -> int:
+        """Return the number of tokens to guess in each row of a call.
+
+        Args:
+            lengths: Of the match in each row; 0 for a row that guesses nothing.
+            most: Largest number to return.
+            budget: Steps that the call may lose if its guesses are wrong.
+        """
+        if not self._steps or not any(lengths):
             return 0
-        best, chosen, tokens, share = GAIN, 0, 1.0, 1.0
+        best, chosen, shares = GAIN, 0, [float(length > 0) for length in lengths]
+        tokens = float(len(shares))
         for count in range(1, most + 1):
-            kind = self._kind(length + count - 1)
-            share *= self._right[kind] / (self._made[kind] + 1)  # one more that was wrong
-            tokens += share
+            for row, length in enumerate(lengths):
+                kind = self._kind(length + count - 1)
+                shares[row] *= self._right[kind] / (self._made[kind] + 1)  # one more that was wrong
+            tokens += sum(shares)
+            if count == 1:
+                wrong = 1 - sum(shares) / len(shares)
             if count not in LENGTHS:
                 continue
-            if (speed := tokens / self.cost(count + 1)) > best:
+            cost = self.cost(count + 1)
+            if (cost - 1) * min(1, _CAUTION * wrong) > budget:
+                break
+            if (speed := tokens / len(shares) / cost) > best:
                 best, chosen = speed, count
             if len(self._costs.get(count + 1, ())) < 2:  # longer calls are tried after shorter ones
                 break
@@ -151,6 +178,24 @@ class Guesses:
         if self._waited == _PATIENCE:
             self._costs, self._waited = {}, 0
         return chosen
+
+
+class Budget:
+    """How many steps wrong guesses may cost: few in advance, and those that right guesses have saved.
+
+    Args:
+        most: Largest number of steps.
+
+    Attributes:
+        left: The number of steps.
+    """
+
+    def __init__(self, most: float = math.inf) -> None:
+        self._most, self.left = most, _FREE
+
+    def add(self, tokens: float, cost: float) -> None:
+        """Record that a call wrote some tokens, and what it cost in steps."""
+        self.left = min(self.left + (1 + _SHARE) * tokens - cost, self._most)
 
 
 class Speculation:
@@ -176,6 +221,7 @@ class Speculation:
         self._drafted: list[int] = []
         self._logits = np.empty((1, 0, 0), np.float32)  # after each token of the draft
         self._used, self._number, self._end, self._seconds = 0, 0, 0, 0.0
+        self._budget = Budget()
         self.calls = self.steps = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -185,19 +231,19 @@ class Speculation:
         """Advance by one token; return the logits after it, `[1, V]`."""
         self.steps += 1
         places, guesses = self._places, self._guesses
-        if places.length:
-            guesses.record(places.length, places.guess(1) == [token])
-        places.read([token])
+        guesses.follow(places, token)
         if self._drafted and self._used < len(self._drafted) and self._drafted[self._used] == token:
             self._used += 1
             return self._logits[:, self._used - 1]
         self.settle()
         self.calls += 1
-        draft = [token, *places.guess(guesses.choose(places.length, LENGTHS[-1]))]
+        count = guesses.choose([places.length], LENGTHS[-1], self._budget.left)
+        draft = [token, *places.guess(count)]
         start = self._clock()
         if len(draft) == 1:
             logits = self._session.step(token)
             guesses.time(1, self._clock() - start)
+            self._budget.add(1, 1)
             return logits
         self._logits = self._session.propose(draft)
         self._drafted, self._used, self._seconds = draft, 1, self._clock() - start
@@ -215,6 +261,7 @@ class Speculation:
             start = self._clock()
             self._session.commit(self._used)
             self._guesses.time(len(drafted), self._seconds + self._clock() - start)
+            self._budget.add(self._used, self._guesses.cost(len(drafted)))
 
 
 _known: WeakKeyDictionary[Session, Guesses] = WeakKeyDictionary()

@@ -142,6 +142,18 @@ class Job:
         if self.request.constraint is not None and self.at + 1 >= len(self.prompt):
             self._mask = pool.submit(self.request.constraint.mask)
 
+    def follow(self, logits: np.ndarray, draft: np.ndarray | None = None) -> tuple[int, Reason | None]:
+        """Take the logits `[K, V]` after the next token and guesses of those that follow it, until a guess is wrong.
+
+        Returns:
+            The number of tokens that were right, and why the job ends, if it does.
+        """
+        for count, row in enumerate(logits, 1):
+            reason = self.seen(row)
+            if reason or draft is None or count == len(draft) or self.tokens[self.at] != draft[count]:
+                return count, reason
+        raise AssertionError("a call has logits for each of its tokens")
+
     def seen(self, logits: np.ndarray) -> Reason | None:
         """Take the logits `[V]` after the next token; return why the job ends, if it does."""
         self.at += 1

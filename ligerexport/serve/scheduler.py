@@ -20,6 +20,7 @@ from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import LigerError
 from ligerexport.run.prompt_cache import common_length
 from ligerexport.run.runtime import Session
+from ligerexport.serve.drafts import Drafts
 from ligerexport.serve.job import Job
 from ligerexport.serve.pace import Pace
 from ligerexport.serve.request import Reason
@@ -44,12 +45,20 @@ class Scheduler:
         states: Where states come from and go to.
         wake: Called when a state was read from the disk.
         stall: Longest planned time in seconds between two tokens of a running job.
+        speculate: See `Drafts`.
 
     Attributes:
         counts: Totals since the start, by name.
     """
 
-    def __init__(self, session: Session, states: States, wake: Callable[[], None], stall: float = STALL) -> None:
+    def __init__(
+        self,
+        session: Session,
+        states: States,
+        wake: Callable[[], None],
+        stall: float = STALL,
+        speculate: str = "off",
+    ) -> None:
         self._root, self._states, self._wake = session, states, wake
         self.places = session.batch
         self._batches = {self.places: session}
@@ -59,6 +68,7 @@ class Scheduler:
         self._turn = self._spare = 0
         self.counts: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._drafts = Drafts(speculate)
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._since = time.perf_counter()
         self.pace = self._measure(stall)
@@ -324,14 +334,19 @@ class Scheduler:
         old.reset()
 
     def _step(self) -> None:
-        """Feed a token to every row."""
-        ids = [_IDLE if job is None else job.tokens[job.at] for job in self._rows]
-        clock = time.perf_counter()
+        """Feed a token to every row, or also guesses of the next ones."""
+        size = len(self._rows)
+        draft = self._drafts.tokens(self._batch, self._rows)
         for job in self.running:
             job.prepare(self._masks)
+        clock = time.perf_counter()
         try:
             self._batch.use([None if job is None else job.request.adapter for job in self._rows])
-            logits = self._batch.step(ids)
+            if draft is None:
+                ids = [_IDLE if job is None else job.tokens[job.at] for job in self._rows]
+                logits = self._batch.step(ids)[:, None]
+            else:
+                logits = self._batch.propose(draft)
         except Exception as error:
             for job in self.running:
                 self._report(job, error)
@@ -339,19 +354,29 @@ class Scheduler:
             self._rows = [None]
             return
         ended: list[tuple[Job, Reason]] = []
+        failed: list[tuple[Job, Exception]] = []
+        kept = [0] * size
         for job in self.running:
-            assert job.row is not None
+            assert (row := job.row) is not None
             try:
-                if reason := job.seen(logits[job.row]):
+                kept[row], reason = job.follow(logits[row], None if draft is None else draft[row])
+                if reason:
                     ended.append((job, reason))
             except Exception as error:  # its settings, its grammar, or logits that are no numbers
-                self._report(job, error)
-                self._vacate(job.row)
+                failed.append((job, error))
+        if draft is not None:
+            self._batch.commit(kept)
         self._since = time.perf_counter()
-        self.pace.stepped(len(ids), self._since - clock)
+        seconds, tokens, rows = self._since - clock, logits.shape[1], len(self.running)
+        self.pace.stepped(size, seconds)
+        self._drafts.took(size, tokens, seconds, sum(kept) / rows)
         self.counts["steps"] += 1
-        self.counts["stepped"] += len(ids) - ids.count(_IDLE)
-        self.seconds["stepping"] += self._since - clock
+        self.counts["stepped"] += sum(kept)
+        self.seconds["stepping"] += seconds
+        for job, reported in failed:
+            assert job.row is not None
+            self._report(job, reported)
+            self._vacate(job.row)
         for job, reason in ended:
             self._end(job, reason)
         self._narrow()

@@ -207,13 +207,15 @@ class OnnxSession(BatchSession):
             self._run(self._drafts, ids)
         return logits
 
-    def _settle(self, kept: np.ndarray) -> None:
+    def _settle(self, kept: list[int]) -> None:
         if self._undo is None or self._before is not None:
             super()._settle(kept)
             return
         assert self._drafted is not None
-        self._undo.take_back(kept)
-        self._position -= self._drafted.shape[1] - kept
+        self._undo.kept[:] = kept
+        self._undo.take_back()
+        self._position += self._undo.kept
+        self._position -= self._drafted.shape[1]
 
     def _forget(self, row: int | None) -> None:
         rows = self._rows(row)

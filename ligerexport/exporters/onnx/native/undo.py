@@ -27,10 +27,11 @@ class Undo:
 
     Attributes:
         memory: `[layers, bytes]` uint8, an input of the graph.
+        kept: `[B]` int64, see `take_back`.
     """
 
     def __init__(self, state: Mapping[StateTensor, np.ndarray], layers: int, heads: int, tokens: int) -> None:
-        self._heads, self._take_back = heads, take_back()
+        self._take_back = take_back()
         self._ranges = np.zeros((layers, len(PARTS), 2), np.int64)
         rows = np.zeros(layers, np.int64)
         for tensor, array in state.items():
@@ -41,16 +42,17 @@ class Undo:
         batch = next(iter(state.values())).shape[0]
         record = _RECORD + tokens * (_CHANGE + 2 * (int(rows.max()) // 8 * 8 + 16))
         self.memory = np.zeros((layers, batch * heads * record), np.uint8)
+        self.kept = np.zeros(batch, np.int64)
+        counts = layers, self.memory.shape[1], batch, heads
+        self._call = self.memory.ctypes.data, *counts, self.kept.ctypes.data, self._ranges.ctypes.data
 
-    def take_back(self, kept: np.ndarray) -> None:
-        """Keep the first tokens of the last call of each row, `[B]` int64.
+    def take_back(self) -> None:
+        """Keep the first `kept` tokens of the last call of each row.
 
         Raises:
             LigerError: The operators did not work on this state.
         """
-        layers, stride = self.memory.shape
-        memory, ranges = self.memory.ctypes.data, self._ranges.ctypes.data
-        if self._take_back(memory, layers, stride, len(kept), self._heads, kept.ctypes.data, ranges):
+        if self._take_back(*self._call):
             raise LigerError(
                 "the graph does not update the state in the place that it was given",
                 hint="do not use this artifact; build it again, or copy it from where it was built",
