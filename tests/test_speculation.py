@@ -57,7 +57,7 @@ class Echo:
         self._drafted = len(ids)
         self.seen += ids
         start = len(self.seen) - len(ids) + 1
-        return np.stack([self.logits(self.seen[: start + i]) for i in range(len(ids))])[None]
+        return np.stack([self.logits(self.seen[start + i - 2 : start + i]) for i in range(len(ids))])[None]
 
     def commit(self, kept: int) -> None:
         if self._drafted:
