@@ -5,7 +5,8 @@
 
 `peak` is the largest resident memory, as the system counts it. `private` is what no file backs: heap, stack and state.
 The rest are pages of files, the weights above all, which the system may drop at any time and read again. `libraries`
-is the peak of a Python process that only imports ONNX Runtime and the tokenizer. A limit is that of a cgroup made for
+is the peak of a Python process that only imports ONNX Runtime and the tokenizer, and `stages` has what each stage of
+`ligerexport run` adds to the resident memory of such a process. A limit is that of a cgroup made for
 one process. It counts the pages of the weights too, whose file is dropped from the system's cache before, but not pages
 of libraries that another process had read. Needs Linux with the memory controller of cgroups (version 1), and root.
 """
@@ -25,6 +26,13 @@ from typing import Any
 
 PROMPT = "Once upon a time"
 LIBRARIES = "import time, onnxruntime, tokenizers; time.sleep(1)"
+STAGES = {
+    "libraries": "import onnxruntime, tokenizers",
+    "modules": "import ligerexport as lx, ligerexport.cli.app, ligerexport.cli.run; lx.generate",
+    "session": "session = lx.load(sys.argv[1], hashes=False)",
+    "tokenizer": "from ligerexport.run.generate import text_model; text_model(pathlib.Path(sys.argv[1]))",
+    "first token": "list(lx.generate(session, sys.argv[2], max_new_tokens=1))",
+}
 GROUP = Path("/sys/fs/cgroup/memory/ligerexport")
 LIMITS = "256,192,160,128,96"
 MB = 1 << 20
@@ -59,6 +67,16 @@ def run(command: list[str], limit: int | None = None) -> dict[str, Any]:
     return found | {"peak": peak, "private": private}
 
 
+def stages(artifact: str) -> dict[str, int]:
+    """Return the bytes of resident memory that each of `STAGES` adds."""
+    say = "\nprint(pathlib.Path('/proc/self/smaps_rollup').read_text().split('Rss:')[1].split()[0])\n"
+    code = "import pathlib, sys\n" + say + say.join(STAGES.values()) + say
+    command = [sys.executable, "-c", code, artifact, PROMPT]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    sizes = [int(line) << 10 for line in done.stdout.splitlines()]
+    return {name: after - before for name, before, after in zip(STAGES, sizes, sizes[1:], strict=False)}
+
+
 def main() -> None:
     """Measure both programs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,6 +94,7 @@ def main() -> None:
         "weights": manifest["bytes"]["weights"],
         "state": manifest["bytes"]["state_per_sequence"],
         "libraries": run([sys.executable, "-c", LIBRARIES])["peak"],
+        "stages": stages(str(args.artifact)),
         "programs": {},
     }
     with tempfile.TemporaryDirectory() as place:

@@ -121,10 +121,12 @@ def recall() -> Table:
         states = [f"{x['state_bytes'] / batch / 1e6:.1f} MB" for x in (ours, equal)]
         cells = [f"{_milliseconds(x['step'])}, {state}" for x, state in zip((ours, equal), states, strict=True)]
         rows.append([f"8 layers of the 8B shape, {batch}", *cells, f"{ratio:.2f}"])
-    for batch in (1, 4):
-        small = data["smollm2"][f"batch {batch}"]
-        state = f"{small['state_bytes'] / batch / 1e6:.1f} MB"
-        rows.append([f"SmolLM2-135M, {batch}", f"{_milliseconds(small['step'])}, {state}", "", ""])
+    for title, name, batch in (
+        ("SmolLM2-135M", "smollm2", 1), ("SmolLM2-135M", "smollm2", 4), ("Qwen2.5-Coder-1.5B", "qwen2.5-coder-1.5b", 1)
+    ):  # fmt: skip
+        row = data[name][f"batch {batch}"]
+        state = f"{row['state_bytes'] / batch / 1e6:.1f} MB"
+        rows.append([f"{title}, {batch}", f"{_milliseconds(row['step'])}, {state}", "", ""])
     return ["model, sequences", "`recall`, ms and state of one", "`memory`", "ratio"], rows
 
 
@@ -137,7 +139,7 @@ def in_torch() -> Table:
         ours, theirs, plain = (row[name]["ms"] for name in (best, "transformer", "converted"))
         title = f"{row['shape']}, a prompt of {row['tokens']:,} tokens"
         rows.append([title, f"{ours:.1f} ms", f"{plain:.1f} ms", f"{theirs:.1f} ms", f"{theirs / ours:.2f} times"])
-    for row in _result("torch_decode")["rows"]:
+    for row in _result("torch_decode")["rows"] + _result("torch_decode_8b")["rows"]:
         ours, theirs, plain = (row[name]["ms"] for name in ("graph", "transformer", "direct"))
         title = f"{row['shape']}, a step of {row['sequences']} after {row['tokens']:,} tokens"
         rows.append([title, f"{ours:.2f} ms", f"{plain:.1f} ms", f"{theirs:.1f} ms", f"{theirs / ours:.1f} times"])

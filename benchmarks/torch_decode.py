@@ -34,9 +34,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 16384])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16])
-    parser.add_argument("--shapes", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--shapes", nargs="*", choices=SIZES, default=["SmolLM2-135M", "Qwen2.5-1.5B"])
     parser.add_argument("--layers", type=int, help="layers of a shape; default: all")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens of a session's calls for prompts")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     speed, rows = copy_speed(device), []
@@ -44,6 +45,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             path, ours, theirs = make_models(name, args.layers, Path(place), device)
             session = TorchSession(path, device=device)
+            session.chunk = args.chunk
         weights = sum(x.nbytes for n, x in ours.named_parameters() if "embed_tokens" not in n)
         weights += 0 if any("lm_head" in n for n, _ in ours.named_parameters()) else ours.lm_head.weight.nbytes
         del ours
@@ -56,7 +58,9 @@ def main() -> None:
                 row: dict[str, Any] = {"shape": name, "sequences": batch, "tokens": tokens}
                 prompt = torch.ones(batch, tokens, dtype=torch.long, device=device)
                 with torch.inference_mode():
-                    kept = theirs(prompt, use_cache=True, logits_to_keep=1).past_key_values
+                    kept = None
+                    for part in prompt.split(args.chunk, dim=1):
+                        kept = theirs(part, past_key_values=kept, use_cache=True, logits_to_keep=1).past_key_values
                     calls: dict[str, Any] = {side: lambda x=x: x.step(ids) for side, x in sides.items()}
                     calls["transformer"] = lambda model=theirs, kept=kept: model(
                         given, past_key_values=kept, use_cache=True
@@ -75,7 +79,7 @@ def main() -> None:
                 del kept, calls
             print(sides["graph"].eager, flush=True)
         del theirs, session, sides
-    save(args.output, "torch_decode", rows, device)
+    save(args.output, rows, device)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "Qwen2.5-1.5B": {
         "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
         "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 32768,
+    },
+    "Llama-3-8B": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
     },
 }  # fmt: skip
 BUDGETS = ("16 64", "64+128 256+512", "512+1024 16+64", "256+256 1024+1024")
@@ -90,10 +95,10 @@ def timed(call: Any, device: str) -> float:
     return start.elapsed_time(end)
 
 
-def save(output: Path, name: str, rows: list[dict[str, Any]], device: str) -> None:
+def save(output: Path, rows: list[dict[str, Any]], device: str) -> None:
     """Write the rows of a benchmark with its command, its device and the versions."""
     result = {
-        "command": f"python benchmarks/{name}.py -o benchmarks/results/{name}.json",
+        "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "rows": rows,
@@ -107,7 +112,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096, 16384])
     parser.add_argument("--chunks", type=int, nargs="*", default=[1024, 4096], help="tokens of a session's graph")
-    parser.add_argument("--shapes", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--shapes", nargs="*", choices=SIZES, default=["SmolLM2-135M", "Qwen2.5-1.5B"])
     parser.add_argument("--layers", type=int, help="layers of a shape; default: all")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
@@ -144,7 +149,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         print({side: session.eager for side, session in sessions.items()}, flush=True)
         del ours, theirs, sessions, calls
-    save(args.output, "torch_prefill", rows, device)
+    save(args.output, rows, device)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +21,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes
     torch.set_num_threads(1)
@@ -87,6 +89,29 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HOME", str(directory))
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory / ".cache"))
     return directory
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """A function that makes what is slow to make: one directory of a name for all processes of a run."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+        place = place.parent
+
+    def make_once(name: str, make: Callable[[Path], object]) -> Path:
+        directory, made = place / name, place / f"{name}.made"
+        with FileLock(place / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir()
+                make(directory)
+                made.touch()
+        return directory
+
+    return make_once
 
 
 @pytest.fixture(scope="session")

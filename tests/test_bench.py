@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import io
 import json
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import toy
-from checkpoints import MEMORY, make_checkpoint
+from checkpoints import MEMORY, make_checkpoint, make_transformer
 
 import ligerexport as lx
 from ligerexport.artifact.artifact import open_artifact
+from ligerexport.checkpoint.gguf import read_header
 from ligerexport.cli import main
+from ligerexport.cli.bench import counts
 from ligerexport.errors import LigerError, UsageError, VerificationError
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.onnx.weights import WeightStorage
@@ -26,14 +32,16 @@ from ligerexport.measure.bench.bench import (
     _Turn,
     bench,
     crossover,
+    disagreeing,
     disturbed,
     gate,
     prompt,
     quantile,
+    ratio_of,
 )
-from ligerexport.measure.bench.report import markdown
+from ligerexport.measure.bench.report import check_output, markdown, save
 from ligerexport.measure.bench.settings import Settings
-from ligerexport.measure.bench.worker import Worker
+from ligerexport.measure.bench.worker import Worker, serve
 from ligerexport.measure.opened import open_model
 
 Built = tuple[Path, Path]
@@ -231,7 +239,7 @@ def test_the_command(
 ) -> None:
     pytest.importorskip("matplotlib")
     liger, artifact = built
-    words = ["bench", artifact, "--against", liger.parent / "source", "--context", "8,16", "--blocks", "1", "--tokens",
+    words = ["bench", artifact, "--against", liger.parent / "source", "--context", "8", "--blocks", "1", "--tokens",
              "2", "-o", tmp_path / "out"]  # fmt: skip
     with pytest.raises(SystemExit, match="0"):
         main([str(word) for word in words])
@@ -244,7 +252,7 @@ def test_the_command(
     for wrong in (["--context", "0"], ["--batch", "1,x"]):
         with pytest.raises(SystemExit, match="2"):
             main([str(word) for word in words] + wrong)
-    assert "write numbers" in capfd.readouterr().err
+    assert "write numbers" in capfd.readouterr().err and counts("16,8, 16", "--context") == (16, 8)
 
 
 @hybrid
@@ -261,6 +269,113 @@ def test_disturbances_are_told(result: dict[str, Any], monkeypatch: pytest.Monke
     assert f"\nWarning: {told}.\n" in markdown(result | {"warnings": [told]})
     assert "Warning" not in markdown({key: value for key, value in result.items() if key != "warnings"})
     assert all(row["others"] >= 0 and row["faults"] >= 0 for row in result["rows"])
+
+
+def test_turns_that_disagree_are_told() -> None:
+    steady = {"batch": 1, "context": 8} | ratio_of([[1, 2, 9], [3], [4], [5]], [[4], [5, 6, 7], [8], [9]])
+    assert steady == {"batch": 1, "context": 8, "low": 0.5, "median": 0.5, "high": 0.5}
+    apart = steady | {"context": 1024, "low": 0.3}
+    assert disagreeing([steady, steady | {"low": 0.45}]) == []
+    [told] = disagreeing([steady, apart])
+    assert "at 1,024 tokens" in told and "0.30 to 0.50 times" in told
+
+
+@hybrid
+def test_the_figures_alone_are_one_file(result: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "new" / "figures.json"
+    check_output(file)
+    assert json.loads(save(result, file).read_text()) == json.loads(json.dumps(result))
+    check_output(file, force=True)
+    with pytest.raises(UsageError, match="exists"):
+        check_output(file)
+    (tmp_path / "directory.json").mkdir()
+    with pytest.raises(UsageError, match="a file was expected"):
+        check_output(tmp_path / "directory.json", force=True)
+
+
+class Llama:
+    """What `bench` takes of llama.cpp's package: the next token is the sum of the tokens so far."""
+
+    def __init__(self, path: str, n_ctx: int, n_threads: int, n_threads_batch: int, **others: Any) -> None:
+        if n_ctx == 13:
+            raise ValueError("Failed to load model")
+        assert n_threads == n_threads_batch == 2 and others == {"n_gpu_layers": 0, "verbose": False}
+        self.room, self.model, self.ctx, self.seen = n_ctx, self, self, list[int]()
+
+    def n_vocab(self) -> int:
+        return toy.VOCAB + 1
+
+    def eval(self, tokens: list[int]) -> None:
+        self.seen += tokens
+        if len(self.seen) > self.room:
+            raise RuntimeError("llama_decode returned 1")
+
+    def reset(self) -> None:
+        self.seen = []
+
+
+def llama_cpp() -> ModuleType:
+    """A stand-in for the package, which takes minutes to compile."""
+    module: Any = ModuleType("llama_cpp")
+    module.Llama = Llama
+    module.llama_model_n_ctx_train = lambda model: 77
+    module.llama_state_seq_get_size = lambda context, sequence: 10 * len(context.seen)
+
+    def describe(model: Llama, text: Any, size: int) -> None:
+        text.value = b"llama 1.2K Q4_K - Medium"
+
+    def logits(context: Llama, which: int) -> Any:
+        values = np.zeros(context.n_vocab(), np.float32)
+        values[sum(context.seen) % len(values)] = 1 - 2 * (which != -1)
+        return values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+    module.llama_model_desc, module.llama_get_logits_ith = describe, logits
+    return module
+
+
+@pytest.fixture
+def model_gguf(tmp_path: Path) -> Path:
+    gguf_files = pytest.importorskip("gguf_files", exc_type=ImportError)
+    made = make_transformer(tmp_path / "model", vocab_size=toy.VOCAB + 1, intermediate_size=64)
+    return gguf_files.write_gguf(made, tmp_path / "model.gguf")
+
+
+def test_llama_cpp_is_timed_like_the_others(model_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", llama_cpp())
+    requests = [
+        {"do": "prefill", "ids": [[1, 2]]}, {"do": "restart"}, {"do": "prefill", "ids": [[5, 6, 7]]},
+        {"do": "decode", "tokens": [18], "count": 2}, {"do": "decode", "tokens": [1], "count": 2},
+    ]  # fmt: skip
+    lines = "".join(json.dumps({"session": ""} | request) + "\n" for request in requests)
+
+    def told(**options: int) -> list[dict[str, Any]]:
+        serve(
+            {"model": str(model_gguf), "batch": 1, "threads": 2} | options, io.StringIO(lines), answers := io.StringIO()
+        )
+        return [json.loads(line) for line in answers.getvalue().splitlines()]
+
+    facts, first, _, again, decoded, full = told(length=6)
+    weights = {name: tensor.nbytes for name, tensor in read_header(model_gguf).tensors.items()}
+    assert facts["kind"] == "llama.cpp" and facts["precision"] == "Q4_K - Medium" and facts["trained_length"] == 77
+    assert facts["vocab_size"] == toy.VOCAB + 1 and facts["weight_bytes"] == (
+        sum(weights.values()) - weights["token_embd.weight"]
+    )
+    assert first["tokens"] == [3] and again["tokens"] == [18] and decoded["tokens"] == [[36], [72]]
+    assert decoded["state_bytes"] == 50 and len(decoded["seconds"]) == 2 and "llama_decode" in full["error"]
+    [refused] = told(length=13)
+    assert "cannot load" in refused["error"] and "--upgrade llama-cpp-python" in refused["hint"]
+    [refused] = told(length=6, batch=2)
+    assert refused["exit_code"] == 2 and "--batch 1" in refused["hint"]
+
+
+@hybrid
+def test_a_gguf_file_without_llama_cpp(
+    built: Built, model_gguf: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ligerexport.measure.bench.llama.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="4"):
+        main(["bench", str(built[1]), "--against", str(model_gguf)])
+    assert capfd.readouterr().err.splitlines()[-1] == "hint: pip install llama-cpp-python"
 
 
 def test_what_others_take_is_all_without_ours(monkeypatch: pytest.MonkeyPatch) -> None:

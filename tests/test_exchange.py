@@ -243,28 +243,27 @@ def test_an_unknown_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MEMORIES)
 def test_a_gpu_reads_and_a_cpu_goes_on(tmp_path: Path, name: str) -> None:
     """The fused step leaves slots in any order; the state also goes back to the GPU."""
-    go_on(make_checkpoint(tmp_path / "model", MEMORIES[name], **HEADS), tmp_path, "cuda")
+    go_on(make_checkpoint(tmp_path / "model", MEMORIES[name], **HEADS, vocab_size=400), tmp_path, "cuda")
 
 
 def go_on(model: Path, place: Path, device: str) -> None:
     """Read prompts and some steps on a device, and continue there and with an artifact.
 
-    A near tie of scores or codes may fall the other way and change all later logits, as between two runtimes on a CPU.
-    So one prompt may be far off, and the median may not.
+    No token comes twice: in the first layer both would have the same score, and the last bit would choose the one that
+    is forgotten.
     """
     reader, artifact = lx.load(model, device=device), lx.load(lx.build(model, place / "ort", verify=False))
-    differences = []
     for seed in range(5):
+        ids = np.random.default_rng(seed).permutation(range(3, 400)).tolist()
         reader.reset()
-        reader.prefill(np.random.default_rng(seed).integers(3, 131, 70))
-        for token in range(3, 60):
+        reader.prefill(np.array(ids[:70]))
+        for token in ids[70:130]:
             reader.step(token)
         reader.snapshot().save(place / "state")
-        ids: list[int] = [5]
-        expected = loss(greedy(reader, ids), ids)
+        later = ids[130 : 130 + STEPS]
+        expected = loss(greedy(reader, later), later)
         artifact.restore(Snapshot.load(place / "state"))
         artifact.snapshot().save(place / "back")
-        there = loss(greedy(artifact, ids), ids)
+        assert abs(loss(greedy(artifact, later), later) - expected) < 0.002
         reader.restore(Snapshot.load(place / "back"))
-        differences.append([abs(there - expected), abs(loss(greedy(reader, ids), ids) - expected)])
-    assert (np.median(differences, axis=0) < 0.002).all(), differences
+        assert abs(loss(greedy(reader, later), later) - expected) < 0.002

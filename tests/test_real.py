@@ -1,6 +1,6 @@
 """Level 4: the built-in model itself. Prefill, steps and cuts agree in torch and artifacts.
 
-The preset `memory` runs over 128 tokens in `ort` and `portable`, and the default with the adapter that ships over 64 in
+The preset `memory` runs over 64 tokens in `ort` and `portable`, and the default with the adapter that ships over 32 in
 every lowering.
 """
 
@@ -31,8 +31,8 @@ from tests.tolerances import MODEL_FP32
 
 pytestmark = pytest.mark.real
 
-STEPS = 128
-GREEDY = 64
+STEPS = 64
+GREEDY = 32
 CUTS = (0, 1, 2, 65, 130, 131, 200)
 
 
@@ -136,7 +136,7 @@ def test_the_default_writes_what_torch_writes(
     check = Verification(spec, tolerance_of("float32"), Reference(spec))
     check.run(lx.load(artifact), answers, lambda count: None, prompt=len(CUTS) - 1)
     result = check.result
-    assert result.greedy_tokens == result.greedy_tokens_equal >= GREEDY - 8 and result.near_ties <= 2
+    assert result.greedy_tokens == result.greedy_tokens_equal >= GREEDY - 4 and result.near_ties <= 1
 
 
 @pytest.mark.gpu

@@ -125,7 +125,7 @@ def test_turns_branches_and_a_restart_start_from_the_deepest_state(
         engine.submit(ask(prompt))
     engine.close()
     turn, edited = prompt + answer + IDS[5][:30], prompt[:60] + IDS[4][:40]
-    engine = start(state_dir=tmp_path)
+    engine = start(state_dir=tmp_path, memory=0)  # which does not limit the disk
     for request, cached in ((turn, len(prompt) + 19), (edited, 50), (prompt, len(prompt))):
         ((events, finish),) = answers(engine, ask(request))
         assert [event.token for event in events] == alone(built[1], request)

@@ -15,18 +15,20 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Once
 
 pytest.importorskip("triton")
 
 from test_aot import choose, table
-from trt_harness import ENVIRONMENT, PLUGIN, ROOT, compile_harness, cuda_headers
+from trt_harness import ENVIRONMENT, PLUGIN, READER, ROOT, cuda_headers
+from trt_packs import FORESIGHT, LAYER, PRODUCTS, SPECS, Packed, make_harness, write
 
 from ligerexport.errors import UsageError
 from ligerexport.exporters.tensorrt.node import EQUAL, RAGGED, mixer_attributes
@@ -37,24 +39,6 @@ from ligerexport.kernels.plans import layer_digest, spec_fields
 from ligerexport.model.config import PRESETS
 from ligerexport.model.state import MixerSpec
 
-LAYER = MixerSpec(PRESETS["liger"].config, 2, 1, 32, 32, 32**-0.5, 300)
-LEARNED = (("recent_use", 6), ("learned", 6))
-FORESIGHT = replace(LAYER, config=replace(PRESETS["foresight"].config, window=12, slots=LEARNED))
-JUDGED = replace(LAYER, config=replace(PRESETS["memory"].config, window=12, slots=(("novelty", 6),)), max_distance=400)
-RECALL = replace(PRESETS["recall"].config, window=12, slots=(("learned", 6),), heads=("12+6 3",), attention_weight=0.5)
-SPECS = {
-    "recurrent": replace(LAYER, config=replace(LAYER.config, window=12)),
-    "foresight": FORESIGHT,
-    "judged": JUDGED,
-    "evicted": replace(FORESIGHT, config=replace(PRESETS["evicted"].config, window=12, slots=LEARNED)),
-    "keyed": replace(LAYER, config=replace(LAYER.config, window=12, gate="gsa")),
-    "ragged": replace(LAYER, config=RECALL, q_heads=4, kv_heads=2),
-}
-PRODUCTS = {
-    "first": (LinearSpec(96, 64, 1e-5, side=3), "fp16"),
-    "last": (LinearSpec(96, 64, bias=True, residual=True, wide=True), "fp16"),
-    "wide": (LinearSpec(40, 64, 1e-5, bias=True, wide=True), "fp32"),
-}
 NUMBERS = re.findall(r'\{"(\w+)", &MixerAttributes', (PLUGIN / "mixer.cc").read_text())  # in the order of an engine
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4, "i8": 1, "i32": 4, "i64": 8}
 MIXED, WORKSPACE, ALLOCATED = 64 << 32, 65 << 32, 66 << 32
@@ -63,47 +47,13 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 
 
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    program = tmp_path_factory.mktemp("harness") / "harness"
-    compile_harness(program)
-    return program
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A pack, and its content according to `write_pack`."""
-
-    file: Path
-    manifest: dict[str, Any]
+def harness(once: Once) -> Path:
+    return once("harness", make_harness) / READER
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
-    return write(tmp_path_factory.mktemp("pack"), SPECS, PRODUCTS)
-
-
-def write(
-    place: Path, specs: dict[str, MixerSpec], products: dict[str, tuple[LinearSpec, str]], sms: tuple[int, ...] = (90,)
-) -> Packed:
-    """Write a pack in a process without the interpreter, with layers and products given twice."""
-    code = f"""
-from ligerexport.model.config import LigerConfig
-from ligerexport.exporters.tensorrt.pack import write_pack
-from ligerexport.kernels.linear import LinearSpec
-from ligerexport.model.state import MixerSpec
-
-layers = {[*map(spec_fields, specs.values())]!r}
-specs = [MixerSpec(**(x | {{"config": LigerConfig.from_dict(x["config"])}})) for x in layers]
-products = [(LinearSpec(**x), dtype) for x, dtype in {[(spec_fields(x), dtype) for x, dtype in products.values()]!r}]
-made = write_pack(
-    specs * 2, "{place}/kernels.liger", products=products * 2, dtype="fp16", max_batch=8, jobs=1, sms={sms}
-)
-open("{place}/kernels.json", "w").write(made.to_json())
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return Packed(place / "kernels.liger", json.loads((place / "kernels.json").read_text()))
+def packed(once: Once) -> Packed:
+    return Packed.read(once("harness", make_harness))
 
 
 @pytest.fixture(scope="module")

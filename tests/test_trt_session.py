@@ -14,12 +14,14 @@ import subprocess
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import toy
+from conftest import Once
 
 import ligerexport as lx
 from ligerexport.artifact.artifact import ArtifactWriter, ByteCounts, Graph, StateTensor, TensorInfo, open_artifact
@@ -43,12 +45,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=[8, 10])
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runner's library for either version of the fake, with a plugin and the command in the same directory."""
-    place = tmp_path_factory.mktemp(f"runner{request.param}")
+def compile_runner(place: Path, version: int) -> None:
     made = place / "libliger_run.so"
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-DNV_TENSORRT_MAJOR={request.param}"]
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-DNV_TENSORRT_MAJOR={version}"]
     flags += ["-DNV_TENSORRT_MINOR=5", f"-I{FAKE}"]
     shared = ["-shared", "-fPIC", "-fvisibility=hidden"]
     sources = [RUNNER / name for name in ("capi.cc", "session.cc", "engine.cc")]
@@ -60,7 +59,12 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     ]
     for command in commands:
         subprocess.run(["g++", *map(str, command)], check=True)
-    return made
+
+
+@pytest.fixture(scope="module", params=[8, 10])
+def library(request: pytest.FixtureRequest, once: Once) -> Path:
+    """The runner's library for either version of the fake, with a plugin and the command in the same directory."""
+    return once(f"runner{request.param}", partial(compile_runner, version=request.param)) / "libliger_run.so"
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PLUGIN = ROOT / "ligerexport" / "exporters" / "tensorrt" / "plugin"
+PACK, READER = "kernels.liger", "reader"
+"""A pack of kernels, and the program beside it."""
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0:exitcode=99:hard_rss_limit_mb=1024", "UBSAN_OPTIONS": "exitcode=99"}
 """Exit code 99 ends the program after a sanitizer's finding, or above a gigabyte of memory."""
 

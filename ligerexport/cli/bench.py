@@ -11,12 +11,16 @@ from ligerexport.cli import options
 from ligerexport.cli.options import Force, Json, Threads, verb
 from ligerexport.console import card, data, progress, warn
 from ligerexport.errors import UsageError
-from ligerexport.measure.bench.report import RESULT, check_plots, markdown, save
+from ligerexport.measure.bench.report import check_output, markdown, save
 from ligerexport.measure.bench.settings import DEVICES, DTYPES, READ_UP_TO, Settings
-from ligerexport.staging import check_destination
 
-Model = Annotated[str, typer.Argument(help="An artifact, a converted checkpoint, or a Transformer.")]
-Against = Annotated[str, typer.Option(help="The other model, such as the Transformer that it was converted from.")]
+Model = Annotated[str, typer.Argument(help="An artifact, a converted checkpoint, a Transformer, or a GGUF file.")]
+Against = Annotated[
+    str,
+    typer.Option(
+        help="The other model, such as the Transformer that it was converted from; llama.cpp runs a GGUF file."
+    ),
+]
 Device = Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")]
 Dtype = Annotated[
     str, typer.Option(help=f"Type of torch models' weights: {', '.join(DTYPES)}; auto is {DTYPES['auto']}.")
@@ -44,7 +48,10 @@ def bench(
     dtype: Dtype = "auto",
     threads: Threads = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory for bench.json, bench.md and plots.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Directory for bench.json, bench.md and plots, or a file NAME.json for the figures."
+        ),
     ] = None,
     force: Force = False,
     json: Json = False,
@@ -58,8 +65,7 @@ def bench(
     settings = Settings(counts(context, "--context"), counts(batch, "--batch"), blocks, tokens, threads, device, dtype,
                         read_up_to)  # fmt: skip
     if output is not None:
-        check_destination(output, force=force, marker=RESULT)
-        check_plots()
+        check_output(output, force=force)
     options.announce("bench", model=model, against=against, checkpoint=checkpoint, **vars(settings))
     result = bench(
         model, against, checkpoint=None if checkpoint is None else str(checkpoint), settings=settings, progress=progress

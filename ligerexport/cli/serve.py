@@ -39,8 +39,13 @@ def serve(
     queue: Annotated[int, typer.Option(help="Largest number of requests that wait; others get the status 429.")] = 256,
     memory: Annotated[str, typer.Option(help="Memory for states between requests, such as 4GB.")] = "4GB",
     state_dir: Annotated[
-        Path | None, typer.Option(help="Directory for states that the memory cannot hold.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Directory for states that the memory cannot hold, and for all of them when the server ends.",
+            show_default=False,
+        ),
     ] = None,
+    disk: Annotated[str, typer.Option(help="Space for states in --state-dir, such as 64GB.")] = "64GB",
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="Largest answer to a request that names no limit.")
     ] = 4096,
@@ -74,7 +79,7 @@ def serve(
         from ligerexport.serve.models import open_models
     except ImportError as error:
         raise MissingDependency(error.name or "fastapi", extra="serve") from error
-    named, budget, bound = _names(artifacts), _bytes(memory), _seconds(stall)
+    named, budget, space, bound = _names(artifacts), _bytes(memory), _bytes(disk), _seconds(stall)
     adapters = _adapters(lora or [], named)
     if min(max_batch, queue, max_new_tokens) < 1 or not (deadline is None or deadline > 0):
         raise UsageError(
@@ -85,16 +90,17 @@ def serve(
         raise UsageError(f"--drain {drain}", hint="give a number of seconds, such as 30")
     access = Access(Keys(api_key_file) if api_key_file else None, LOOPBACK if host in LOOPBACK else None, cors or ())
     options.announce("serve", artifacts=artifacts, lora=lora, host=host, port=port, max_batch=max_batch, queue=queue,
-                     memory=memory, state_dir=state_dir, max_new_tokens=max_new_tokens, deadline=deadline, stall=stall,
-                     speculate=speculate, drain=drain, device=device, threads=threads)  # fmt: skip
+                     memory=memory, state_dir=state_dir, disk=disk, max_new_tokens=max_new_tokens, deadline=deadline,
+                     stall=stall, speculate=speculate, drain=drain, device=device, threads=threads)  # fmt: skip
     with listen(host, port) as listener:  # a port in use is found before anything is loaded
         models = []
         with progress("loading", len(named), "steps") as advance:
             for name, artifact in named.items():
                 models.extend(open_models(
                     name, prepared(artifact), adapters[name], max_batch=max_batch, memory=budget // len(named),
-                    queue=queue, state_dir=state_dir / name if state_dir else None, device=device, threads=threads,
-                    longest=max_new_tokens, deadline=deadline, stall=bound, speculate=speculate,
+                    queue=queue, state_dir=state_dir / name if state_dir else None, disk=space // len(named),
+                    device=device, threads=threads, longest=max_new_tokens, deadline=deadline, stall=bound,
+                    speculate=speculate,
                 ))  # fmt: skip
                 advance(1)
         if host not in LOOPBACK and api_key_file is None:
@@ -103,7 +109,8 @@ def serve(
         address = f"http://{shown}:{listener.getsockname()[1]}"
         served = [model.name for model in models]
         options.finish_json(json, {"address": address, "models": served})
-        states = f"{format_bytes(budget)} in memory" + (f", more in {state_dir}" if state_dir else "")
+        more = f", {format_bytes(space)} in {state_dir}" if state_dir else ""
+        states = f"{format_bytes(budget)} in memory{more}"
         card("serving", [("models", ", ".join(served)), ("page", address), ("API", f"{address}/v1"),
                          ("states", states), ("stop", "Ctrl-C")])  # fmt: skip
         run(make_app(models, access, patience=drain), listener, drain)
@@ -156,7 +163,7 @@ def _bytes(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
     if not found:
-        raise UsageError(f"{text!r} is no size of a memory", hint="give a number of bytes, such as 500MB or 4GB")
+        raise UsageError(f"{text!r} is no size", hint="give a number of bytes, such as 500MB or 4GB")
     return int(float(found[1]) * _UNITS[found[2]])
 
 

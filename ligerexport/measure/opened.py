@@ -37,13 +37,11 @@ BUDGET = 1 << 27
 """Largest number of logits in a call: half a gigabyte in fp32."""
 
 
-class Opened(ABC):
-    """A model to measure. Each scoring call starts with an empty state; `advance` continues after the last call.
+class Timed(ABC):
+    """A model to time: `advance` continues after the last call.
 
     Attributes:
-        kind: `artifact`, `converted` or `transformer`.
-        name: Name that the user gave.
-        path: The model's directory.
+        kind: `artifact`, `converted`, `transformer` or `llama.cpp`.
         device: `cpu`, `cuda` or `mps`.
         precision: Type of the weights.
         vocab_size: Size V of the vocabulary.
@@ -52,13 +50,53 @@ class Opened(ABC):
     """
 
     kind: str
-    name: str
-    path: Path
     device: str
     precision: str
     vocab_size: int
     trained_length: int
     batch: int
+
+    @property
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Bytes of weights read per token."""
+
+    @property
+    @abstractmethod
+    def state_bytes(self) -> int:
+        """Bytes of the state or KV cache of all advancing sequences, counted over the actual tensors."""
+
+    @abstractmethod
+    def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
+        """Advance by ids `[B, T]` and return the most likely next ids `[B]`."""
+
+    def fill(self, tokens: int) -> list[int]:
+        """Fill a KV cache with random keys and values of `tokens` tokens; times do not depend on the values.
+
+        Raises:
+            UsageError: The model is recurrent.
+        """
+        raise UsageError("the state of a recurrent model cannot be filled without reading")
+
+    def held(self) -> list[list[list[int]]] | None:
+        """Return the positions that the first sequence holds exactly, by layer and KV head; None if unknown."""
+        return None
+
+    @abstractmethod
+    def sibling(self, batch: int = 1) -> Timed:
+        """Return new sequences on the same weights, with empty states."""
+
+
+class Opened(Timed):
+    """A model to time, and to score: each scoring call starts with an empty state.
+
+    Attributes:
+        name: Name that the user gave.
+        path: The model's directory.
+    """
+
+    name: str
+    path: Path
 
     @cached_property
     def text(self) -> TextModel:
@@ -74,16 +112,6 @@ class Opened(ABC):
     @abstractmethod
     def sequence_bytes(self) -> int | None:
         """Bytes of the state of one sequence; None if it grows with the text."""
-
-    @property
-    @abstractmethod
-    def state_bytes(self) -> int:
-        """Bytes of the state or KV cache of all advancing sequences, counted over the actual tensors."""
-
-    @property
-    @abstractmethod
-    def weight_bytes(self) -> int:
-        """Bytes of weights read per token."""
 
     @abstractmethod
     def read(self, ids: Tensor, state: Any, last: int, *, keep: bool = True) -> tuple[Tensor, Any]:
@@ -121,22 +149,6 @@ class Opened(ABC):
             tokens = logits[:, -1].argmax(dim=-1, keepdim=True)
             yield tokens[:, 0].tolist()
             parts = (tokens,)
-
-    @abstractmethod
-    def advance(self, ids: Sequence[Sequence[int]]) -> list[int]:
-        """Advance by ids `[B, T]` and return the most likely next ids `[B]`."""
-
-    def fill(self, tokens: int) -> list[int]:
-        """Fill a KV cache with random keys and values of `tokens` tokens; times do not depend on the values.
-
-        Raises:
-            UsageError: The model is recurrent.
-        """
-        raise UsageError("the state of a recurrent model cannot be filled without reading")
-
-    def held(self) -> list[list[list[int]]] | None:
-        """Return the positions that the first sequence holds exactly, by layer and KV head; None if unknown."""
-        return None
 
     @abstractmethod
     def sibling(self, batch: int = 1) -> Opened:
@@ -254,7 +266,7 @@ class TorchModel(Opened):
 
     @property
     def weight_bytes(self) -> int:
-        """See `Opened.weight_bytes`; a tied weight is one parameter."""
+        """See `Timed.weight_bytes`; a tied weight is one parameter."""
         total: int = sum(p.nbytes for p in self.model.parameters())
         embedding = self.model.get_input_embeddings().weight
         head = self.model.get_output_embeddings()  # if it has its own weights, only one row of the embedding is read

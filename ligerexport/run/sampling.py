@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Sampler:
         self.repetition_penalty = repetition_penalty
         self.presence_penalty, self.frequency_penalty = presence_penalty, frequency_penalty
         self._penalises = repetition_penalty != 1 or presence_penalty != 0 or frequency_penalty != 0
-        self._random = np.random.default_rng(seed)
+        self._seed = seed
         self._known: set[int] = set()  # read or written
         self._written: Counter[int] = Counter()  # in this answer
 
@@ -128,6 +129,10 @@ class Sampler:
         counts = np.fromiter(self._written.values(), np.float32, len(self._written))
         logits[ids] -= self.presence_penalty + self.frequency_penalty * counts
         return logits
+
+    @cached_property
+    def _random(self) -> np.random.Generator:  # whose module takes memory that a greedy answer does not need
+        return np.random.default_rng(self._seed)
 
     def _draw(self, logits: np.ndarray) -> int:
         ids, weights = self.distribution(logits)

@@ -22,8 +22,8 @@ from ligerexport.serve.store import adapter_digest
 from ligerexport.serve.waiting import Waiting
 from ligerexport.text.tokenizer import TextModel
 
-DISK = 16
-"""Space for states on the disk if none is given, as a multiple of that in memory."""
+DISK = 64_000_000_000
+"""Default of the bytes of states on the disk."""
 _LOOK = 0.1
 """Seconds between two looks at deadlines while all jobs wait for the disk."""
 _FAILURES = 3
@@ -40,7 +40,7 @@ class Engine:
         max_batch: Number of requests that are read or answered at once.
         memory: Bytes of states in memory. The rows of running requests and their readers are not part of it.
         state_dir: Directory for states; None keeps them in memory only. Its states are found again after a restart.
-        disk: Bytes of states in that directory; None takes 16 times `memory`.
+        disk: Bytes of states in that directory.
         shared: Place of states that other servers use too, instead of a directory; see `SharedStore`.
         queue: Number of requests that may wait.
         stall: Longest planned time in seconds between two tokens of an answer while prompts of others are read.
@@ -64,7 +64,7 @@ class Engine:
         max_batch: int = 16,
         memory: int = 4 << 30,
         state_dir: Path | None = None,
-        disk: int | None = None,
+        disk: int = DISK,
         shared: str | None = None,
         queue: int = 256,
         stall: float = STALL,
@@ -72,14 +72,14 @@ class Engine:
         speculate: str = "off",
         **options: Any,
     ) -> None:
-        for name, value, least in (("max_batch", max_batch, 1), ("memory", memory, 0), ("queue", queue, 1)):
+        leasts = ("max_batch", max_batch, 1), ("memory", memory, 0), ("disk", disk, 0), ("queue", queue, 1)
+        for name, value, least in leasts:
             if value < least:
                 raise UsageError(f"{name} {value}", hint=f"give at least {least}")
         session = load(artifact, batch=max_batch, adapters=adapters, **options)
         self.manifest: Manifest = session.artifact.manifest
         self.directory = session.artifact.directory
-        space = DISK * memory if disk is None else disk
-        self._states = States(self.manifest.fingerprint, memory, state_dir, space, shared)
+        self._states = States(self.manifest.fingerprint, memory, state_dir, disk, shared)
         self._adapters = {name: adapter_digest(path) for name, path in (adapters or {}).items()}
         self._changed = threading.Condition()
         self._waiting = Waiting(queue)

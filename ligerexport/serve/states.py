@@ -1,9 +1,9 @@
 """The states that the engine keeps: trees of prefixes in memory under a budget, then on a disk under another one.
 
 What is kept longest follows GreedyDual-Size-Frequency (Cherkasova, 1998). A state is worth the tokens that would be
-read again without it. The last state of a chat is needed for its next turn. One inside a chat is only needed for a
-branch, so it is worth a tenth of that, unless prefixes have branched there already. States of one model have nearly
-equal sizes.
+read again without it. The last state of a chat is needed for its next turn, so it only goes if the disk has no room
+for it: while too many states are being written, the engine waits. One inside a chat is only needed for a branch, so it
+is worth a tenth of that, unless prefixes have branched there already. States of one model have nearly equal sizes.
 
 When the memory is full, states are first kept as differences from ones before them, where those are much smaller. The
 memory of a state stays as long as another one is a difference from it.
@@ -64,6 +64,7 @@ class States:
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="read-states")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write-states")
         self._lock = threading.RLock()
+        self._settled = threading.Condition(self._lock)
         self._trees: dict[str, Tree] = {}
         self._held: dict[tuple[str, str], Held] = {}
         self._clock, self._uses = 0.0, 0
@@ -73,6 +74,7 @@ class States:
             held = self._add(key, found.ids, found.nbytes, found.answers)
             held.written, held.name, held.pinned = True, found.name, found.pinned
             self._on_disk += found.nbytes
+            self._use(held)
 
     def find(self, space: Space, ids: np.ndarray) -> tuple[Held | None, int]:
         """Return the deepest state for a beginning of ids, and how many of their tokens any prefix of the space has.
@@ -312,6 +314,9 @@ class States:
             self._clock = max(self._clock, victim.priority[0])
             if not victim.written:
                 self._write(victim)
+            if not (victim.written or victim.writing or victim.node.children) and self._crowded(victim):
+                self._settled.wait()  # others may change everything meanwhile
+                continue
             if victim.writing:
                 self._in_memory -= victim.taken
                 victim.dropped = True
@@ -348,14 +353,17 @@ class States:
         """Begin to write a state, unless too many are on their way already."""
         if self._store is None or held.written or held.writing or held.snapshot is None:
             return
-        allowed = max(self.memory // WRITING, FEW * held.nbytes)
-        if (not always and self._being_written + held.nbytes > allowed) or not self._make_room(held):
+        if (not always and self._crowded(held)) or not self._make_room(held):
             return
         held.writing = True
         self._being_written += held.nbytes
         write = self._writer.submit(self._save, held.space, held.ids, held.snapshot)
         self._writes.add(write)
         write.add_done_callback(self._wrote(held, held.nbytes))
+
+    def _crowded(self, held: Held) -> bool:
+        """Return whether too many states are being written for one more."""
+        return self._being_written + held.nbytes > max(self.memory // WRITING, FEW * held.nbytes)
 
     def _save(self, space: str, ids: np.ndarray, state: Snapshot | Delta) -> int:
         assert self._store is not None
@@ -400,5 +408,6 @@ class States:
                 if held.dropped and known:
                     self._release(held) if held.written else self.forget(held)
                 self._writes.discard(write)
+                self._settled.notify_all()
 
         return done

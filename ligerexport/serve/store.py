@@ -80,10 +80,10 @@ class Store:
             raise LigerError(f"cannot write {self.directory}: {error.strerror}", hint=_HINT) from error
 
     def scan(self) -> Iterator[tuple[str, Stored]]:
-        """Yield each space's key and state, the latest first. Files that are no state of this model are removed."""
+        """Yield each space's key and state, the oldest first. Files that are no state of this model are removed."""
         for stage in self.directory.glob("*/.*.partial"):  # what a killed server was writing
             remove_leftovers(stage.with_name(stage.name[1:].rsplit(".", 2)[0]))
-        files = sorted(self.directory.glob(f"*/*{SUFFIX}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        files = sorted(self.directory.glob(f"*/*{SUFFIX}"), key=lambda file: file.stat().st_mtime_ns)
         for file in files:
             try:
                 ids, answers = _read_ids(file)

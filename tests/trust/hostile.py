@@ -92,12 +92,14 @@ def run_kind(name: str, bases: Path, place: Path, numbers: range, *, keep: Path 
     return row | ({"found": dict(findings.most_common())} if findings else {})
 
 
-def prepare(place: Path, bases: Path) -> Path:
+def prepare(place: Path, bases: Path, pack: Path | None = None) -> Path:
     """Make the bases in another process, and the directory for inputs, with files outside of it."""
     work = place / "work"
     if not bases.is_dir():  # torch stays out of this process, which is forked for every input
         half = bases.with_name("half")
         shutil.rmtree(half, ignore_errors=True)
+        if pack is not None:
+            shutil.copytree(pack, half / "pack")
         code = "import sys, pathlib, hostile_bases; hostile_bases.make_bases(pathlib.Path(sys.argv[1]))"
         here = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
         subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(half)], env=os.environ | here, check=True)
@@ -114,12 +116,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--bases", type=Path, help="directory that keeps the valid inputs from run to run")
+    parser.add_argument("--pack", type=Path, help="directory that `make_harness` in tests/trt_packs.py wrote")
     parser.add_argument("--share", type=float, default=1.0, help="share of the inputs of each kind to run")
     args = parser.parse_args()
     rows: dict[str, Any] = json.loads(args.output.read_text())["kinds"] if args.output.is_file() else {}
     with tempfile.TemporaryDirectory() as place:
         bases = args.bases or Path(place, "bases")
-        work = prepare(Path(place), bases)
+        work = prepare(Path(place), bases, args.pack)
         for name in args.kinds:
             count = max(1, int(KINDS[name].count * args.share))
             for start in range(rows.get(name, {"inputs": 0})["inputs"], count, PIECE):

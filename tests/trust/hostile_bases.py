@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hostile_pack import make_pack
+from checkpoints import make_checkpoint
 from safetensors.numpy import save
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from trt_packs import make_harness
 
 import ligerexport as lx
 from ligerexport.checkpoint.adapter import ADAPTER, ADAPTER_CONFIG, RECORD, model_id
@@ -27,9 +28,9 @@ LIGER: dict[str, Any] = {"preset": "liger", "window": 8, "sinks": 2, "slots": ((
 
 def make_bases(place: Path) -> None:
     """Write a Transformer, its conversion, an adapter for it, artifacts of three lowerings, and a kernel pack."""
-    make_pack(place / "pack")
-    from checkpoints import make_checkpoint  # imports Triton, which must compile for the pack and not interpret
-
+    if not (place / "pack").is_dir():
+        (place / "pack").mkdir(parents=True)
+        make_harness(place / "pack")
     sizes = {"vocab_size": 264, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 256}
     memory = make_checkpoint(place / "memory", PRESETS["memory"].config, shard="50KB", **sizes)
     write_tokenizer(memory)

@@ -5,35 +5,16 @@ The reader runs every plan that it accepts on a stub CUDA driver; it is the prog
 
 from __future__ import annotations
 
-import os
 import random
 import resource
 import struct
 import subprocess
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 from hostile_mutate import NUMBERS, damage
 from hostile_worker import SECONDS, Outcome
-from trt_harness import ENVIRONMENT, compile_harness
-
-PACK, READER = "kernels.liger", "reader"
-
-
-def make_pack(place: Path) -> None:
-    """Compile the kernels of two layers, which together have every operator and table, and the reader."""
-    os.environ.pop("TRITON_INTERPRET", None)  # it would replace the compiler
-    from ligerexport.exporters.tensorrt.pack import write_pack
-    from ligerexport.model.config import PRESETS
-    from ligerexport.model.state import MixerSpec
-
-    place.mkdir(parents=True)
-    slots = (("recent_use", 6), ("learned", 6))
-    layers = (PRESETS["liger"].config, replace(PRESETS["evicted"].config, slots=slots))
-    specs = [MixerSpec(replace(config, window=12), 2, 1, 32, 32, 32**-0.5, 300) for config in layers]
-    write_pack(specs, place / PACK, dtype="fp16", max_batch=8, jobs=1)
-    compile_harness(place / READER)
+from trt_harness import ENVIRONMENT, PACK, READER
 
 
 def mutate_pack(data: bytes, rng: random.Random) -> bytes:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import toy
+from conftest import Once
+from trt_packs import make_harness
 
 import ligerexport as lx
 from ligerexport.artifact.artifact import open_artifact
@@ -29,10 +31,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def short(once: Once, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the result of the first hundredth of the inputs."""
     output = tmp_path_factory.mktemp("hostile") / "hostile.json"
-    command = [sys.executable, "-W", "ignore", "tests/trust/hostile.py", "--share", "0.01", "-o", str(output)]
+    pack = once("harness", make_harness)
+    options = ["--share", "0.01", "--pack", pack, "-o", output]
+    command = [sys.executable, "-W", "ignore", "tests/trust/hostile.py", *options]
     here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | here, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

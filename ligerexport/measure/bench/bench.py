@@ -22,6 +22,7 @@ from ligerexport.artifact.artifact import is_artifact, open_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError, VerificationError
 from ligerexport.measure.bench import machine
+from ligerexport.measure.bench.llama import PACKAGE, check_llama_cpp, in_llama_cpp
 from ligerexport.measure.bench.settings import Settings
 from ligerexport.measure.bench.worker import Worker
 from ligerexport.threads import default_threads
@@ -29,6 +30,10 @@ from ligerexport.versions import require, versions
 
 _BUSY = 0.1
 """Largest share of the cores that other processes may use without a warning."""
+_APART = 0.2
+"""Largest distance of the quartiles of a ratio, relative to its median, without a warning."""
+WARM = 32
+"""Tokens of the first call, which allocates and is not timed."""
 FIRST_SECONDS, FIRST_TIMES = 2.0, 5
 """Limits in seconds and in number of readings; the time to first token is the median of the readings within both."""
 
@@ -44,19 +49,27 @@ def bench(
     """Measure two models.
 
     Args:
-        model: An artifact, a converted checkpoint, or a Transformer (directory, hub id or built-in model).
+        model: An artifact, a converted checkpoint, a Transformer (directory, hub id or built-in model), or a GGUF file,
+            which llama.cpp runs.
         against: Another model with the same vocabulary.
         checkpoint: The converted checkpoint of an artifact, to compare the artifact with torch first.
         settings: The sweep.
 
     Returns:
-        Plain data for JSON: `models`, `parity`, `machine`, `rows` (one for each model, batch and context), and
-        `crossover`, the context from which the first model is faster or smaller; `warnings`, sentences about
-        disturbances of the measurement.
+        Plain data for JSON: `models`, `parity`, `machine`, `rows` (one for each model, batch and context); `ratios`,
+        the first model's time per token divided by the second's in the same turn; `crossover`, the context from which
+        the first model is faster or smaller; `warnings`, sentences about disturbances of the measurement.
+
+    Raises:
+        MissingDependency: A model needs a package that is not installed.
     """
-    if checkpoint or not (is_artifact(model) and is_artifact(against)):
-        require("build")
     settings, progress = settings or Settings(), progress or silent
+    peers = [name for name in (model, against) if in_llama_cpp(name)]
+    if peers:
+        check_llama_cpp()
+        settings = replace(settings, device="cpu" if settings.device == "auto" else settings.device)
+    if checkpoint or not all(name in peers or is_artifact(name) for name in (model, against)):
+        require("build")
     threads = settings.threads or default_threads()
     settings = replace(settings, threads=threads)
     load = os.getloadavg()[0]  # before this process computes anything
@@ -66,11 +79,13 @@ def bench(
         for name, path in models.items()
         if is_artifact(path)
     }
-    meter, rows, rates = machine.Energy(), [], {}
+    meter, rows, ratios, rates = machine.Energy(), list[dict[str, Any]](), list[dict[str, Any]](), {}
     for batch in settings.batches:
         for context in sorted(settings.contexts):
             with progress(f"{context:,} tokens, batch {batch}", 2 * (settings.blocks + 2), "steps") as advance:
-                rows += _point(models, batch, context, settings, meter, advance)
+                point, ratio = _point(models, batch, context, settings, meter, advance)
+                rows += point
+                ratios.append({"batch": batch, "context": context} | ratio)
     for device in {row["device"] for row in rows}:
         rates[device] = machine.bandwidth(threads, device)
     for row in rows:
@@ -82,10 +97,12 @@ def bench(
         "models": list(models),
         "parity": parity,
         "machine": machine.describe(threads) | {"bytes_per_s": rates, "energy": meter.source, "load": load},
-        "warnings": disturbed(rows, threads, os.cpu_count() or 1, load),
-        "versions": {"python": platform.python_version()} | versions("torch", "transformers", "onnxruntime"),
+        "warnings": disturbed(rows, threads, os.cpu_count() or 1, load) + disagreeing(ratios),
+        "versions": {"python": platform.python_version()}
+        | versions("torch", "transformers", "onnxruntime", *([PACKAGE] if peers else [])),
         "settings": vars(settings),
         "rows": rows,
+        "ratios": ratios,
         "crossover": {
             str(batch): {
                 key: crossover([row for row in rows if row["batch"] == batch], list(models), key)
@@ -98,7 +115,7 @@ def bench(
 
 def labels(model: str, against: str) -> tuple[str, str]:
     """Return short and distinct names of two models."""
-    short = [Path(name).expanduser().name if Path(name).expanduser().is_dir() else name for name in (model, against)]
+    short = [Path(name).expanduser().name if Path(name).expanduser().exists() else name for name in (model, against)]
     first, second = short if short[0] != short[1] else (model, against)
     return first, second if second != first else f"{second} again"
 
@@ -165,12 +182,16 @@ class _Turn:
 
 def _point(
     models: dict[str, str], batch: int, context: int, settings: Settings, meter: machine.Energy, advance: Any
-) -> list[dict[str, Any]]:
-    """Measure both models at one context."""
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Measure both models at one context; return the row of each, and the ratio of their times."""
+    length = max(context, WARM) + (settings.blocks + 1) * settings.tokens
     with ExitStack() as stack:
         turns: dict[str, _Turn] = {}
         for name, model in models.items():
-            worker = Worker(model, batch=batch, threads=settings.threads, device=settings.device, dtype=settings.dtype)
+            options: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype}
+            if in_llama_cpp(model):
+                options = {"length": length}
+            worker = Worker(model, batch=batch, threads=settings.threads, **options)
             stack.callback(worker.close)
             turns[name] = _Turn(worker, *_first(worker, batch, context, settings.read_up_to))
             advance(1)
@@ -195,11 +216,23 @@ def _point(
         others = None
         if end["all"] is not None:
             others = max(0.0, end["all"] - begin["all"] - end["ours"] + begin["ours"]) / (end["at"] - begin["at"])
-        return [
+        rows = [
             _row(name, turn, batch, context)
             | {"others": others, "faults": (end["faults"][name] - begin["faults"][name]) / tokens}
             for name, turn in turns.items()
         ]
+        return rows, ratio_of(*(turn.seconds for turn in turns.values()))
+
+
+def ratio_of(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Return the quartiles `low`, `median`, `high` of the first model's time over the second's in the same turn.
+
+    Args:
+        first: Seconds of each token, by turn.
+        second: The same of the other model.
+    """
+    ratios = sorted(statistics.median(a) / statistics.median(b) for a, b in zip(first, second, strict=True))
+    return {name: quantile(ratios, share) for name, share in (("low", 0.25), ("median", 0.5), ("high", 0.75))}
 
 
 def _effort(turns: dict[str, _Turn]) -> dict[str, Any]:
@@ -233,6 +266,16 @@ def disturbed(rows: Sequence[dict[str, Any]], threads: int, cores: int, load: fl
     return found
 
 
+def disagreeing(ratios: Sequence[dict[str, Any]]) -> list[str]:
+    """Return warnings about points at which the turns differ too much for a conclusion."""
+    return [
+        f"the turns disagree at {row['context']:,} tokens, batch {row['batch']}: in half of them one model took "
+        f"{row['low']:.2f} to {row['high']:.2f} times the other's time; give more --blocks, or more --tokens"
+        for row in ratios
+        if row["high"] - row["low"] > _APART * row["median"]
+    ]
+
+
 def prompt(context: int, vocab_size: int) -> list[int]:
     """Return ids that every tokenizer has; the time of a token does not depend on its id."""
     return [(7 * i) % max(1, min(vocab_size, 30_000) - 50) + min(50, vocab_size - 1) for i in range(context)]
@@ -241,7 +284,7 @@ def prompt(context: int, vocab_size: int) -> list[int]:
 def _first(worker: Worker, batch: int, context: int, read_up_to: int) -> tuple[list[int], list[float]]:
     """Give a worker its context; return the next ids and the seconds of each reading, none if a cache was filled."""
     ids = [prompt(context, worker.facts["vocab_size"])] * batch
-    worker("prefill", ids=[row[:32] for row in ids])  # the first call allocates
+    worker("prefill", ids=[row[:WARM] for row in ids])
     worker("restart")
     if worker.facts["kind"] == "transformer" and context > read_up_to:
         return worker("fill", tokens=context)["tokens"], []

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ligerexport.console import format_bytes
-from ligerexport.errors import MissingDependency
-from ligerexport.staging import staged_directory
+from ligerexport.errors import MissingDependency, UsageError
+from ligerexport.staging import check_destination, staged_directory, staged_file
 
 RESULT = "bench.json"
 MARKS = (("o", "-"), ("s", "--"))
@@ -33,6 +33,7 @@ def markdown(result: Mapping[str, Any]) -> str:
                               ("state_bytes", "a smaller state"))
         )  # fmt: skip
         lines.append(f"{first} against {second}, batch {batch}: {at}.")
+    lines += [_compared(row, result) for row in result.get("ratios", ())]  # older results have none
     machine = result["machine"]
     rates = ", ".join(
         f"{device} {rate / 1e9:.1f} GB/s" if rate else f"{device} unknown"
@@ -64,6 +65,16 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _compared(ratio: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """Return a sentence about the times of both models at one point."""
+    at = [row for row in result["rows"] if all(row[key] == ratio[key] for key in ("batch", "context"))]
+    first, second = (f"{row['ms_low']:.1f} to {row['ms_high']:.1f} ms" for row in at)
+    return (
+        f"At {ratio['context']:,} tokens, batch {ratio['batch']}, turns took {first} and {second} per token; the ratio "
+        f"is {ratio['median']:.2f}, and {ratio['low']:.2f} to {ratio['high']:.2f} in half of the turns."
+    )
+
+
 def _from(tokens: float | None, result: Mapping[str, Any]) -> str:
     if tokens is None:
         return "at no measured length"
@@ -75,10 +86,16 @@ def _from(tokens: float | None, result: Mapping[str, Any]) -> str:
 def save(result: Mapping[str, Any], output: Path | str, *, force: bool = False) -> Path:
     """Write `bench.json`, `bench.md` and plots; the directory is written completely or not at all.
 
+    A name that ends with `.json` is that of a file, which has the content of `bench.json`.
+
     Raises:
         UsageError: `output` is in use.
         MissingDependency: matplotlib is not installed.
     """
+    if is_file(output):
+        with staged_file(output) as file:
+            file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return Path(output)
     with staged_directory(output, force=force, marker=RESULT) as stage:
         (stage / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         (stage / "bench.md").write_text(markdown(result), encoding="utf-8")
@@ -87,12 +104,25 @@ def save(result: Mapping[str, Any], output: Path | str, *, force: bool = False) 
     return Path(output)
 
 
-def check_plots() -> None:
-    """Fail before the work if plots cannot be drawn.
+def is_file(output: Path | str) -> bool:
+    """Return whether `save` writes one file."""
+    return Path(output).suffix == ".json"
+
+
+def check_output(output: Path, *, force: bool = False) -> None:
+    """Fail before the work if the result cannot be written.
 
     Raises:
-        MissingDependency: matplotlib is not installed.
+        UsageError: `output` is in use.
+        MissingDependency: matplotlib is not installed, and plots were asked for.
     """
+    if is_file(output):
+        if output.is_dir():
+            raise UsageError(f"{output} is a directory, a file was expected", hint="choose another place with -o")
+        if output.exists() and not force:
+            raise UsageError(f"{output} exists", hint="choose another place with -o, or add --force")
+        return
+    check_destination(output, force=force, marker=RESULT)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from ligerexport.errors import LigerError
+from ligerexport.measure.bench.llama import LlamaCpp
 from ligerexport.measure.bench.machine import device_memory, effort, memory
-from ligerexport.measure.opened import Opened, open_model
+from ligerexport.measure.opened import Timed, open_model
 
 
 class Worker:
@@ -25,10 +26,10 @@ class Worker:
 
     Args:
         model: See `open_model`.
-        **options: See `open_model`.
+        **options: See `open_model`, or `LlamaCpp` if `length` is among them.
 
     Attributes:
-        facts: `kind`, `precision`, `device`, `vocab_size`, `trained_length` and `weight_bytes` of `Opened`.
+        facts: `kind`, `precision`, `device`, `vocab_size`, `trained_length` and `weight_bytes` of `Timed`.
 
     Raises:
         LigerError: The model cannot be opened.
@@ -91,9 +92,9 @@ class Worker:
 class _Server:
     """The side of the model's process: its methods are the requests of `Worker`."""
 
-    def __init__(self, model: Opened) -> None:
+    def __init__(self, model: Timed) -> None:
         self._model = model
-        self._sessions: dict[str, Opened] = {"": model}
+        self._sessions: dict[str, Timed] = {"": model}
 
     def prefill(self, session: str, ids: list[list[int]]) -> dict[str, Any]:
         """Read ids `[B, T]`; the first use of a name starts its session."""
@@ -131,7 +132,7 @@ class _Server:
         self._sessions[session] = self._model.sibling(batch)
         return {}
 
-    def _session(self, name: str) -> Opened:
+    def _session(self, name: str) -> Timed:
         if name not in self._sessions:
             self._sessions[name] = self._model.sibling()
         return self._sessions[name]
@@ -152,7 +153,11 @@ def serve(options: dict[str, Any], requests: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
     try:
-        model = open_model(**options)
+        model: Timed
+        if "length" in options:
+            model = LlamaCpp(Path(options.pop("model")).expanduser(), **options)
+        else:
+            model = open_model(**options)
         names = ("kind", "precision", "device", "vocab_size", "trained_length", "weight_bytes")
         say({name: getattr(model, name) for name in names} | {"memory": memory()})
         server = _Server(model)

@@ -195,6 +195,8 @@ void multiply_tiles(const BlockMatrix& m, const RoundedInputs& in, int64_t token
       t += count;
     };
     const auto some = [&](auto first) {
+      if constexpr (kLanes == 16)  // AVX-512 has registers for twice as many
+        if (tokens - t >= 2 * kTile) return multiply(std::integral_constant<int, 2 * kTile>{}, first);
       if (tokens - t >= kTile)
         multiply(std::integral_constant<int, kTile>{}, first);
       else if (tokens - t == 3)
