@@ -34,6 +34,8 @@ _FREE, _SHARE = 0.35, 0.008
 """Steps that wrong guesses may cost before any was right: at once, and for each token so far."""
 _CAUTION = 8
 """A call may cost this many times as much as it is likely to lose, or all that it can lose, whichever is less."""
+_SURE = 0.8
+"""Steps by which all that a call can lose may exceed the budget, however sure its guesses are."""
 _ROW = 0.25
 """Cost of one more token in a call, as a share of a step, until calls of its length were timed."""
 _TIMINGS = 7
@@ -183,7 +185,7 @@ class Guesses:
             if count not in LENGTHS:
                 continue
             cost = self.cost(count + 1)
-            if (cost - 1) * min(1, _CAUTION * wrong) > budget:
+            if max((cost - 1) * min(1, _CAUTION * wrong), cost - 1 - _SURE) > budget:
                 break
             if (speed := tokens / len(shares) / cost) > best:
                 best, chosen = speed, count
