@@ -145,10 +145,10 @@ def test_a_stream_that_was_left_takes_back_no_draft_of_another() -> None:
     old = Speculation(session, places, guesses, lambda: session.now)  # type: ignore[arg-type]
     logits = session.logits(session.seen)
     while not old._drafted:
-        token, known, seen = int(logits.argmax()), deepcopy(places), session.seen[:]
+        token, known, seen = int(logits.argmax()), deepcopy((places, guesses)), session.seen[:]
         logits = old.step(token)[0]
     session.seen = [*seen]
-    new = Speculation(session, known, guesses, lambda: session.now)  # type: ignore[arg-type]
+    new = Speculation(session, *known, lambda: session.now)  # type: ignore[arg-type]
     new.step(token)
     drafted = session.seen[:]
     assert old._end == new._end == len(drafted)

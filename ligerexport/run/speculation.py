@@ -1,8 +1,8 @@
 """Write several tokens in one call of the engine: guess them from the text so far, and keep those that were right.
 
-A guess is the continuation of an earlier place with the same last tokens. The sampler still chooses every token, from
-the logits that it would get without guesses; a call that has guessed its choice only answers the next question too. So
-the distribution of texts is the same, also with penalties and grammars.
+A guess is the continuation of an earlier place with the same last tokens, or what a second model would write. The
+sampler still chooses every token, from the logits that it would get without guesses; a call that has guessed its choice
+only answers the next question too. So the distribution of texts is the same, also with penalties and grammars.
 """
 
 from __future__ import annotations
@@ -121,16 +121,13 @@ class Guesses:
 
     Args:
         prior: How many guesses count as right at first, by `_kind`, and of how many.
-
-    Attributes:
-        drafts: Number of drafts so far.
     """
 
     def __init__(self, prior: tuple[Sequence[float], float] = Places.PRIOR) -> None:
         self._right, self._made = np.array(prior[0]), np.full(len(prior[0]), prior[1])
         self._steps: deque[float] = deque(maxlen=_TIMINGS)  # their seconds
         self._costs: dict[int, deque[float]] = {}  # in steps of the same time, by the number of tokens
-        self._waited = self.drafts = 0
+        self._waited = 0
 
     @staticmethod
     def _kind(length: int) -> int:
@@ -237,7 +234,7 @@ class Speculation:
         self._session, self._source, self._guesses, self._clock = session, source, guesses, clock
         self._drafted: list[int] = []
         self._logits = np.empty((1, 0, 0), np.float32)  # after each token of the draft
-        self._used, self._number, self._end, self._seconds = 0, 0, 0, 0.0
+        self._used, self._end, self._seconds = 0, 0, 0.0
         self._budget = Budget()
         self.calls = self.steps = 0
 
@@ -264,8 +261,7 @@ class Speculation:
             return logits
         self._logits = self._session.propose(draft)
         self._drafted, self._used, self._seconds = draft, 1, self._clock() - start
-        guesses.drafts += 1
-        self._number, self._end = guesses.drafts, int(self._session.position[0])
+        _drafted[self._session], self._end = self._logits, int(self._session.position[0])
         return self._logits[:, 0]
 
     def settle(self) -> None:
@@ -274,13 +270,16 @@ class Speculation:
         It does nothing if somebody has given the session another state meanwhile, or another draft.
         """
         drafted, self._drafted = self._drafted, []
-        if drafted and self._number == self._guesses.drafts and self._session.position[0] == self._end:
+        mine = _drafted.get(self._session) is self._logits
+        if drafted and mine and self._session.position[0] == self._end:
             start = self._clock()
             self._session.commit(self._used)
             self._guesses.time(len(drafted), self._seconds + self._clock() - start)
             self._budget.add(self._used, self._guesses.cost(len(drafted)))
 
 
+_drafted: WeakKeyDictionary[Session, np.ndarray] = WeakKeyDictionary()
+"""The logits of the last draft of each session, which say whose it was."""
 _known: WeakKeyDictionary[Session, dict[type, Guesses]] = WeakKeyDictionary()
 """What was measured in each session with each class of sources."""
 
