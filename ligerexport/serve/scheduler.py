@@ -357,7 +357,8 @@ class Scheduler:
         failed: list[tuple[Job, Exception]] = []
         kept = [0] * size
         for job in self.running:
-            assert (row := job.row) is not None
+            row = job.row
+            assert row is not None
             try:
                 kept[row], reason = job.follow(logits[row], None if draft is None else draft[row])
                 if reason:
