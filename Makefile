@@ -4,6 +4,7 @@
 #   TORCH_INDEX=URL          where to look for torch too; https://download.pytorch.org/whl/cpu has the small CPU builds,
 #                            while the default index serves the CUDA build of several gigabytes to Linux on x86-64
 #   LOWERING=ort             what the quickstart builds; default: native where there is a C++ compiler, ort elsewhere
+#   ORIGINAL=smollm2-135m    what `make demo` compares with; default: the same model in onnxruntime-genai where that runs
 #   PIP_ARGS=...             more arguments for pip install
 #   MACHINES=aarch64         what `make wheels` builds for; default: x86_64 and aarch64
 #   WHEELS=DIRECTORY         where it puts them; default: dist
@@ -16,6 +17,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder --timeout 900
 PROMPT ?= Once upon a time
 LOWERING ?= $(if $(COMPILER),native,ort)
+ORIGINAL ?= $(if $(findstring Linux x86_64,$(shell uname -s -m)),build/smollm2-original,smollm2-135m)
 
 MACHINES ?= x86_64 aarch64
 WHEELS ?= dist
@@ -53,8 +55,8 @@ build: build/smollm2-onnx/manifest.json ## Build and verify its int4 artifact fo
 run: build/smollm2-onnx/manifest.json ## Write text with the artifact.
 	$(BIN)/ligerexport run build/smollm2-onnx "$(PROMPT)"
 
-demo: build/smollm2-onnx/manifest.json ## Show it beside the original model on a local page.
-	$(BIN)/ligerexport demo build/smollm2-onnx --against smollm2-135m
+demo: build/smollm2-onnx/manifest.json $(addsuffix /genai_config.json,$(filter build/%,$(ORIGINAL))) ## Show it beside the original model on a local page.
+	$(BIN)/ligerexport demo build/smollm2-onnx --against $(ORIGINAL)
 
 # The verbs write a whole directory or nothing, so one file of it stands for all.
 build/smollm2-liger/config.json: $(READY) $(SOURCES)
@@ -62,6 +64,10 @@ build/smollm2-liger/config.json: $(READY) $(SOURCES)
 
 build/smollm2-onnx/manifest.json: build/smollm2-liger/config.json
 	$(BIN)/ligerexport build build/smollm2-liger --weights int4 --lowering $(LOWERING) -o build/smollm2-onnx --force
+
+build/smollm2-original/genai_config.json: $(READY)
+	$(BIN)/python -m onnxruntime_genai.models.builder -p int4 -e cpu -o build/smollm2-original -c build/smollm2-original \
+	  -i "$$($(BIN)/python -c 'from ligerexport.checkpoint.sources import resolve; print(resolve("smollm2-135m").path)')"
 
 # ONNX Runtime alone runs this one, and fp32 without rounded slots gives every program the same tokens.
 build/smollm2-fp32/manifest.json: build/smollm2-liger/config.json

@@ -97,6 +97,7 @@ def test_the_table_says_what_the_rows_say(result: dict[str, Any]) -> None:
     text = markdown(result)
     assert text.count("\n| engine") + text.count("\n| onnx") + text.count("\n| source") == len(result["rows"])
     assert "not read" in text and "compared now with" in text
+    assert [text.count(f"the ratio is {row['median']:.2f}") > 0 for row in result["ratios"]] == [True, True]
     slowest = max(result["rows"], key=lambda row: row["ms_p95"])
     assert f"| {slowest['ms_p95']:.1f} ms |" in text
 
@@ -105,7 +106,7 @@ def test_the_table_says_what_the_rows_say(result: dict[str, Any]) -> None:
 def test_what_is_unknown_is_said(result: dict[str, Any]) -> None:
     row = {**result["rows"][0], "of_floor": None, "joules": 0.5, "device_bytes": 2_000_000}
     machine_ = result["machine"] | {"bytes_per_s": {"cuda": None}, "energy": "1 GPUs"}
-    text = markdown(result | {"rows": [row], "machine": machine_})
+    text = markdown(result | {"rows": [row], "ratios": [], "machine": machine_})
     assert "| 2 MB | 0.5 J | unknown |" in text and "cuda unknown" in text and "Energy: 1 GPUs" in text
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,22 @@ import toy
 import ligerexport as lx
 from ligerexport.artifact.artifact import open_artifact
 from ligerexport.cli import main
-from ligerexport.demo import host, page
+from ligerexport.console import format_bytes
+from ligerexport.demo import page
 from ligerexport.demo.chart import Line, chart, nice_ceiling, thin
 from ligerexport.demo.compare import Pair, Stream, same_text
 from ligerexport.demo.host import Demo, read_result
 from ligerexport.demo.kept import Kept, kept_of, marked
-from ligerexport.demo.prompts import CHAT, MOST, PASSKEY, ask, filler
+from ligerexport.demo.prompts import CHAT, MOST, PASSKEY, ask, filler, filler_ids
+from ligerexport.demo.sweep import POINTS, TIMED, sweep
+from ligerexport.demo.talk import ANSWER
 from ligerexport.errors import LigerError, UsageError
 from ligerexport.measure.bench.bench import bench, quantile
 from ligerexport.measure.bench.settings import Settings
 from ligerexport.measure.bench.worker import Worker
+from ligerexport.run.generate import Conversation
 from ligerexport.run.runtime import Session
+from ligerexport.run.sampling import Sampler
 from ligerexport.text.tokenizer import TextModel
 
 
@@ -115,7 +120,7 @@ def test_what_is_held_is_marked(demo: Demo, text: TextModel) -> None:
 
 def reread(demo: Demo, ids: Sequence[int], stream: Stream) -> Session:
     """Return a session that has read what the model of a stream has seen."""
-    session = lx.load(demo._models[0])
+    session = lx.load(demo.talks._path)
     session.prefill([*ids, *stream.ids][: stream.seen])
     return session
 
@@ -142,7 +147,7 @@ def test_the_one_that_computed_less_has_the_next_turn(
     turns: list[str] = []
 
     def work(name: str, do: str, session: str, **arguments: Any) -> dict[str, Any]:
-        if do == "held":
+        if do in ("held", "warm"):
             return {"held": None}
         turns.append(name)
         seconds = 1 / 64 if name == ours else 8 / 64
@@ -170,35 +175,16 @@ def test_a_stop_ends_both_and_leaves_the_workers(demo: Demo, text: TextModel) ->
 
 
 def began(demo: Demo, what: str, session: str) -> Iterator[Any]:
-    changes = demo.run(CHAT.name, "q", MOST, 50, 512, [], session) if what == "run" else demo.measure(session)
+    changes = demo.run(CHAT.name, "q", MOST, 50, 512, [], session) if what == "run" else demo.measure(MOST, session)
     next(changes)
     return changes
 
 
-@pytest.fixture
-def measuring(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Keep measurements from ending; the event is set once one has begun."""
-    event = threading.Event()
-
-    def bench(*_: Any, progress: Callable[..., Any], **__: Any) -> None:
-        with progress("for ever") as advance:
-            event.set()
-            while True:
-                advance(1)
-
-    monkeypatch.setattr(host, "bench", bench)
-    return event
-
-
 @pytest.mark.parametrize("begun", [("run", "measure"), ("measure", "run"), ("measure", "measure"), ("run", "run")])
-def test_a_stop_ends_all_that_its_page_has_under_way(
-    demo: Demo, measuring: threading.Event, begun: tuple[str, str]
-) -> None:
+def test_a_stop_ends_all_that_its_page_has_under_way(demo: Demo, begun: tuple[str, str]) -> None:
     ends = [began(demo, what, "page") for what in begun]
     with ThreadPoolExecutor() as pool:
         lasts = [pool.submit(lambda changes: list(changes)[-1], changes) for changes in ends]
-        if "measure" in begun:
-            measuring.wait()
         other = pool.submit(list, demo.run(CHAT.name, "q", 0, 50, 4, [], "another page"))
         demo.stop("page")
         for last in lasts:
@@ -207,9 +193,7 @@ def test_a_stop_ends_all_that_its_page_has_under_way(
     assert not demo._stops
 
 
-def test_a_page_that_goes_at_once_and_a_demo_that_ends(
-    demo: Demo, measuring: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_that_goes_at_once_and_a_demo_that_ends(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     for what in ("run", "measure"):
         began(demo, what, "page").close()
         assert not demo._stops
@@ -243,12 +227,52 @@ def test_mistakes_are_messages(demo: Demo) -> None:
     assert not demo._stops
 
 
-def test_measuring_here_is_bench(demo: Demo) -> None:
-    first, last = demo.measure("page")
-    assert "Nothing was measured" in first[0] and "measured just now" in last[1]
-    assert demo.result is not None and last[0] == page.measured(demo.result)
-    assert [row["context"] for row in demo.result["rows"]] == [128, 128, 1024, 1024]
-    demo.result = None
+def test_curves_fill_while_both_read(demo: Demo, text: TextModel, artifact: Path) -> None:
+    """A model that fails ends only its own curve, and a stop keeps what was measured."""
+    shown = list(demo.measure(64, "page"))
+    assert shown[-1][0].count(f'data-points="{2 * POINTS}"') == 2 and "measured just now" in shown[-1][1]
+    assert 'data-points="0"' in shown[0][0] and "0 of 64 tokens" in shown[0][1]
+    state = open_artifact(artifact).manifest
+    ids, stop = filler_ids(text, 64), threading.Event()
+    *_, found = sweep(demo.pair, "sweep", ids, stop)
+    for curve in found.curves:
+        assert [at for at, _ in curve.time] == [4 * (i + 1) for i in range(POINTS)]
+        read = [at + (1 + TIMED) * (i + 1) for i, (at, _) in enumerate(curve.time)]
+        assert [size for _, size in curve.memory] == [
+            state.bytes.state_per_sequence + count * state.growth for count in read
+        ]
+    for found in sweep(demo.pair, "half", ids, stop):
+        if found.done > 0.5:
+            stop.set()
+    assert found.stopped and found.done == 36 / 64 and len(found.curves[0].time) == 8
+
+    demo.pair._workers[demo.pair.names[1]]._process.kill()
+    demo.pair._options["threads"] = 0  # so that it does not start again
+    *_, found = sweep(demo.pair, "dead", ids, threading.Event())
+    demo.pair._options["threads"] = 1
+    assert found.curves[1].error and not found.curves[1].time and len(found.curves[0].time) == POINTS
+    assert "ends early" in page.growth(found)
+
+
+def test_a_chat_goes_on_where_it_stopped(demo: Demo, artifact: Path) -> None:
+    """Turns, sampling and the system prompt are those of `Conversation`; the memory stays what it is."""
+    talk = Conversation(lx.load(artifact), Sampler(0.0), system="be short", max_new_tokens=ANSWER)
+    for said in ("hello", "and again"):
+        expected = "".join(chunk.text for chunk in talk.say(said))
+        *changes, last = demo.chat(said, "be short", 0.0, 1.0, "chat")
+        assert changes[-1]["answer"] == expected and not last["busy"]
+    made = demo.talks._talks["chat"]
+    assert made.memory[-1] == (talk.position, talk.state_bytes)
+    assert format_bytes(talk.state_bytes) in changes[-1]["memory"]
+
+    changes = demo.chat("stop me", "", 1.5, 0.5, "chat")
+    while "answer" not in next(changes):
+        pass
+    demo.stop("chat")
+    assert "stopped" in list(changes)[-1]["status"] and (made.sampler.temperature, made.sampler.top_p) == (1.5, 0.5)
+    assert list(demo.chat("go on", "", 0.0, 1.0, "chat"))[-2]["answer"]
+    demo.talks.forget("chat")
+    assert not demo.talks._talks and not demo._stops
 
 
 def test_the_command_serves_until_it_is_interrupted(artifact: Path) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toy
 
 from ligerexport.artifact.artifact import Manifest, open_artifact
+from ligerexport.console import format_bytes
 from ligerexport.demo.host import Demo
-from ligerexport.demo.prompts import filler
+from ligerexport.demo.sweep import POINTS
 
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -95,14 +97,16 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def served(built: tuple[Path, Path]) -> Iterator[Served]:
+def served(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium:
         pytest.skip("needs chromium")
     from ligerexport.demo.app import launch
 
     liger, artifact = built
-    demo = Demo(str(artifact), str(liger.parent / "source"), threads=1)
+    shutil.copytree(artifact, chats := tmp_path_factory.mktemp("page") / "engine")
+    (chats / "chat_template.jinja").write_text(toy.TEMPLATE)
+    demo = Demo(str(chats), str(liger.parent / "source"), threads=1)
     run, seen = demo.run, threading.Semaphore(0)
 
     def when_seen(*arguments: Any) -> Iterator[dict[str, Any]]:
@@ -189,24 +193,50 @@ def test_a_stop_ends_an_answer_within_a_turn(page: Page, served: Served, monkeyp
 def test_a_stop_reaches_an_answer_while_the_page_measures(page: Page, served: Served) -> None:
     page.ask("Why?", context=32_768)
     page.page.wait_for_selector("#theirs progress")
-    page.page.get_by_role("tab", name="Measured here").click()
+    page.page.get_by_role("tab", name="Growth").click()
+    page.slide("longest", 32_768)
     page.page.click("#measure")
     page.until(lambda: len(served.demo._stops) == 2)
-    page.page.get_by_role("tab", name="Live").click()
+    page.page.get_by_role("tab", name="Compare").click()
     page.page.click("#stop")
     page.wait()
     assert page.fact("theirs", "finish") == "stopped"
     page.until(lambda: not served.demo._stops)
-    assert served.demo.result is None
 
 
-def test_a_measurement_alone_can_be_stopped(page: Page, served: Served) -> None:
-    page.page.get_by_role("tab", name="Measured here").click()
+def test_curves_fill_and_a_measurement_can_be_stopped(page: Page, served: Served) -> None:
+    page.page.get_by_role("tab", name="Growth").click()
     assert page.page.is_disabled("#halt")
+    page.slide("longest", 512)
     page.page.click("#measure")
+    page.page.wait_for_selector("#halt:enabled")
+    page.page.wait_for_selector("#measure:enabled")
+    drawn = page.page.locator("#growth .lx-chart").evaluate_all("charts => charts.map(x => +x.dataset.points)")
+    assert drawn == [2 * POINTS, 2 * POINTS] and "measured" in page.page.inner_text("#progress")
+    page.slide("longest", 32_768)
+    page.page.click("#measure")
+    page.page.wait_for_selector("#progress progress")
     page.page.click("#halt:enabled")
     page.page.wait_for_selector("#halt:disabled")
-    assert not served.demo._stops and served.demo.result is None
+    assert not served.demo._stops and "stopped" in page.page.inner_text("#progress")
+
+
+def test_a_chat_has_turns_and_constant_memory(page: Page, served: Served) -> None:
+    page.page.get_by_role("tab", name="Chat").click()
+    before = page.page.locator("#message").bounding_box()
+    for turn in (1, 2):
+        page.page.fill("#message textarea", f"Question {turn}")
+        page.page.press("#message textarea", "Enter")
+        page.until(lambda turn=turn: page.page.locator("#turns .bot, #turns .user").count() >= 2 * turn)
+        page.page.wait_for_selector("#memory svg:not([data-points='0'])")
+        page.page.wait_for_selector("#send:enabled")
+        assert page.page.locator("#message").bounding_box() == before
+    size = format_bytes(served.manifest.bytes.state_per_sequence)
+    assert page.page.inner_text("#memory dl div:nth-child(2) dd") == size
+    assert "Question 1" in page.page.inner_text("#turns")
+    page.page.click("#clear")
+    page.until(lambda: "Question" not in page.page.inner_text("#turns"))
+    assert not served.demo.talks._talks and not served.demo._stops
 
 
 def test_two_pages_stay_apart(page: Page, served: Served) -> None:
@@ -253,6 +283,8 @@ def test_the_pass_key_preset_says_whether_it_was_recalled(page: Page) -> None:
     page.wait()
     for side in ("ours", "theirs"):
         assert "recalled" in page.page.inner_text(f"#{side} section b")
+    key = page.page.locator("#asked mark").text_content()
+    assert key and len(key) == 5 and key.isdigit()
 
 
 def test_mistakes_show_as_messages(page: Page) -> None:
@@ -276,18 +308,23 @@ def test_the_keyboard_is_enough(page: Page) -> None:
     assert {"run", "lx-text", "lx-table"} <= reached
 
 
-@pytest.mark.parametrize("width", [390, 768])
-def test_a_phone_has_one_column_and_no_sideways_scrolling(page: Page, served: Served, width: int) -> None:
-    small = served.open(viewport={"width": width, "height": 900})
-    small.ask("Why?", tokens=8)
-    small.wait()
-    assert small.page.evaluate("document.documentElement.scrollWidth") <= width
-    _, ours, theirs, plots = small.places()
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (768, 1024), (390, 844)])
+def test_answers_are_in_view_and_nothing_scrolls_sideways(page: Page, served: Served, width: int, height: int) -> None:
+    """A wide screen has the question beside the answers; a narrow one scrolls to them, and a phone has one column."""
+    shown = served.open(viewport={"width": width, "height": height})
+    shown.ask("Why?", tokens=8)
+    shown.wait()
+    assert shown.page.evaluate("document.documentElement.scrollWidth") <= width
+    run, ours, theirs, plots = shown.places()
+    assert ours["y"] >= 0 and ours["y"] + ours["height"] <= height
     if width < 500:
         assert theirs["y"] >= ours["y"] + ours["height"]
     else:
-        assert theirs["x"] >= ours["x"] + ours["width"]
+        assert theirs["x"] >= ours["x"] + ours["width"] and theirs["y"] == ours["y"]
+    assert (ours["x"] >= run["x"] + run["width"]) == (width > 1000)
     assert plots["y"] >= theirs["y"] + theirs["height"]
+    shown.page.get_by_text("All that both models read").click()
+    assert "Why?" in shown.page.inner_text("#asked .lx-held")
 
 
 def test_light_and_dark_have_contrast(page: Page, served: Served) -> None:
@@ -310,7 +347,7 @@ def luminance(page: Page, part: str, what: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_the_tab_of_what_is_held(page: Page) -> None:
+def test_the_other_tabs(page: Page) -> None:
     page.ask("Why?", context=256, tokens=8)
     page.wait()
     page.page.get_by_role("tab", name="What it still holds").click()
@@ -319,17 +356,13 @@ def test_the_tab_of_what_is_held(page: Page) -> None:
     page.slide("layer", 1)
     page.slide("head", 2)
     page.page.wait_for_function("document.querySelector('#held p').innerText.startsWith('This head')")
-
-
-def test_the_other_tabs(page: Page) -> None:
     page.page.get_by_role("tab", name="Model card").click()
     assert "compared with torch" in page.page.inner_text("#card")
-    page.page.get_by_role("tab", name="Measured here").click()
-    assert "Nothing was measured yet" in page.page.inner_text("#measured")
+    page.page.get_by_role("tab", name="Growth").click()
+    assert "ligerexport bench" in page.page.inner_text("#measured")
 
 
 def test_answers_forbid_what_is_elsewhere(page: Page, served: Served) -> None:
     answer = page.page.request.get(served.address)
     assert "default-src 'self'" in answer.headers["content-security-policy"]
     assert page.page.request.get(served.address, headers={"Host": "elsewhere.example"}).status == 400
-    assert filler()[:40] not in answer.text()

@@ -18,7 +18,8 @@ Model = Annotated[str, typer.Argument(help="An artifact, a converted checkpoint,
 Against = Annotated[
     str,
     typer.Option(
-        help="The other model, such as the Transformer that it was converted from; llama.cpp runs a GGUF file."
+        help="The other model, such as the Transformer that it was converted from; llama.cpp runs a GGUF file, and "
+        "onnxruntime-genai what its builder wrote."
     ),
 ]
 Device = Annotated[str, typer.Option(help=f"One of: {', '.join(DEVICES)}.")]

@@ -1,7 +1,7 @@
 """Let two models answer one prompt, each in its own process, in turns so that each has the machine to itself.
 
 The next turn goes to the model with less computing time, so both clocks advance together and the faster model gets
-ahead. The workers of `ligerexport.measure.bench` measure times and bytes.
+ahead. Both are warm before the clocks start. The workers of `ligerexport.measure.bench` measure times and bytes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 
 from ligerexport.errors import LigerError
 from ligerexport.measure.bench.bench import labels
+from ligerexport.measure.bench.llama import check_llama_cpp, in_llama_cpp
 from ligerexport.measure.bench.worker import Worker
 from ligerexport.text.tokenizer import Detokenizer, TextModel
+from ligerexport.threads import default_threads
 
 FRAME = 0.2
 """Seconds between two updates of the page."""
@@ -106,13 +108,18 @@ class Pair:
         self._options = options
         self._queue = ThreadPoolExecutor(1)  # one model computes at a time, first come, first served
         self._workers: dict[str, Worker] = {}
+        if any(map(in_llama_cpp, self._models.values())):
+            check_llama_cpp()
         for name in self.names:
             self._worker(name)
 
     def _worker(self, name: str) -> Worker:
         """Return the worker of a model, which is started again if it died."""
         if name not in self._workers or not self._workers[name].alive:
-            self._workers[name] = Worker(self._models[name], **self._options)
+            model, options = self._models[name], self._options
+            if in_llama_cpp(model):
+                options = {"length": None, "batch": 1, "threads": options["threads"] or default_threads()}
+            self._workers[name] = Worker(model, **options)
         return self._workers[name]
 
     def facts(self, name: str) -> dict[str, Any]:
@@ -125,6 +132,8 @@ class Pair:
         Raises:
             Stopped: `stop` was set; the result is dropped.
         """
+        if stop.is_set():
+            raise Stopped
         future = self._queue.submit(work)
         while True:
             try:
@@ -156,9 +165,9 @@ class Pair:
         streams = writers[0].stream, writers[1].stream
         shown = 0.0
         try:
+            for writer in writers:
+                writer.ask(stop, "warm")
             while going := [writer for writer in writers if writer.stream.finish is None]:
-                if stop.is_set():
-                    raise Stopped
                 min(going, key=lambda writer: writer.stream.clock).turn(stop)
                 if time.perf_counter() - shown > FRAME:
                     yield streams
@@ -171,12 +180,17 @@ class Pair:
                 stream.finish = stream.finish or "stopped"
         finally:
             for name in self.names:
-                self._queue.submit(partial(self._forget, name, session))
+                self.after(partial(self.forget, name, session))
         yield streams
 
-    def _forget(self, name: str, session: str) -> None:
+    def forget(self, name: str, session: str) -> None:
+        """Let a model's worker forget a session, if it is alive."""
         if self._workers[name].alive:
             self._workers[name]("close", session)
+
+    def after(self, work: Callable[[], Any]) -> None:
+        """Call `work` after the turns that wait, and do not wait for it."""
+        self._queue.submit(work)
 
     def work(self, name: str, do: str, session: str, **arguments: Any) -> dict[str, Any]:
         """Call the worker of a model, during a turn."""

@@ -1,30 +1,27 @@
-"""The actions of a page: let both models answer a question, stop them, measure them."""
+"""The actions of a page: let both models answer a question, chat with the first, measure both, and stop all that."""
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ligerexport.artifact.artifact import is_artifact, open_artifact
-from ligerexport.console import Advance, Unit
 from ligerexport.demo import page
-from ligerexport.demo.compare import Pair, Stopped, Stream, same_text
+from ligerexport.demo.compare import FRAME, Pair, Stream, same_text
 from ligerexport.demo.kept import kept_of
-from ligerexport.demo.prompts import FIRST, ask
+from ligerexport.demo.prompts import FIRST, ask, filler_ids
+from ligerexport.demo.sweep import Curve, Sweep, sweep
+from ligerexport.demo.talk import Talks
 from ligerexport.errors import LigerError, UsageError
-from ligerexport.measure.bench.bench import bench
+from ligerexport.measure.bench.genai import in_genai
 from ligerexport.measure.bench.report import RESULT
-from ligerexport.measure.bench.settings import Settings
 from ligerexport.text.tokenizer import TextModel
-
-SHORT = Settings(contexts=(128, 1024), blocks=6, tokens=8)
-"""Settings of the measurement that the button on the page starts."""
+from ligerexport.threads import default_threads
 
 
 class Demo:
@@ -50,12 +47,13 @@ class Demo:
         threads: int | None = None,
         device: str = "auto",
     ) -> None:
-        self._models, self._device, self._threads = (model, against), device, threads
         self.manifest = open_artifact(Path(model).expanduser()).manifest if is_artifact(model) else None
         self.result = None if results is None else read_result(results)
+        self.threads = threads or default_threads()
         self.text = TextModel(directory_of(model))
         same_text(self.text, TextModel(directory_of(against)))
         self.pair = Pair(model, against, threads=threads, device=device)
+        self.talks = Talks(model, self.pair, threads)
         self._stops: set[tuple[str, threading.Event]] = set()  # one for each running answer or measurement
 
     def run(
@@ -67,6 +65,8 @@ class Demo:
         try:
             yield {"busy": True, "status": page.status("The models take turns: each is timed while the other waits.")}
             question = ask(self.text, preset, prompt, int(context), depth / 100)
+            read = self.text.decode(question.ids)
+            yield {"asked": page.asked("All that both models read", read, len(question.ids), question.key)}
             race = self.pair.race(uuid.uuid4().hex, question.ids, self.text, int(most), stop)
             for streams in race:
                 yield self._picture(streams, int(most), question.key)
@@ -83,6 +83,11 @@ class Demo:
     def _picture(self, streams: tuple[Stream, Stream], most: int, key: str | None) -> dict[str, Any]:
         cards = (page.card(stream, style, key) for stream, style in zip(streams, page.STYLES, strict=True))
         return dict(zip(page.STYLES, cards, strict=True)) | {"plots": page.plots(streams, most)}
+
+    def before(self, context: int) -> str:
+        """Return the text that stands before the question."""
+        ids = filler_ids(self.text, int(context))
+        return page.asked("Text before the question", self.text.decode(ids), len(ids))
 
     def idle(self) -> dict[str, Any]:
         """Return the parts of the page before the first question."""
@@ -109,30 +114,50 @@ class Demo:
             if owner == session:
                 stop.set()
 
-    def measure(self, session: str) -> Iterator[tuple[str, str]]:
-        """Measure in separate processes while answers wait; yield the table and the status line."""
+    def measure(self, longest: int, session: str) -> Iterator[tuple[str, str]]:
+        """Measure both at lengths up to `longest` tokens; yield the charts and the status line."""
         stop = self._begin(session)
-
-        def watch(
-            description: str, total: float | None = None, unit: Unit = "bytes"
-        ) -> AbstractContextManager[Advance]:
-            def advance(amount: float) -> None:
-                if stop.is_set():
-                    raise Stopped
-
-            return nullcontext(advance)
-
-        settings = Settings(SHORT.contexts, SHORT.batches, SHORT.blocks, SHORT.tokens, self._threads, self._device)
+        found, said = Sweep(int(longest), [Curve(name) for name in self.pair.names]), page.status("")
         try:
-            yield page.measured(self.result), page.status("measuring; answers wait until it is done")
-            self.result = self.pair.call(stop, partial(bench, *self._models, settings=settings, progress=watch))
-            yield page.measured(self.result), page.status("measured just now")
-        except Stopped:
-            yield page.measured(self.result), page.status("stopped")
+            yield page.growth(found), page.measuring(found)
+            shown = 0.0
+            for found in sweep(self.pair, uuid.uuid4().hex, filler_ids(self.text, int(longest)), stop):
+                if time.perf_counter() - shown > FRAME:
+                    yield page.growth(found), page.measuring(found)
+                    shown = time.perf_counter()
+            said = page.status("stopped" if found.stopped else "measured just now")
         except LigerError as error:
-            yield page.measured(self.result), page.status(error.message, error.hint, error=True)
+            said = page.status(error.message, error.hint, error=True)
         finally:
             self._stops.discard((session, stop))
+        yield page.growth(found), said
+
+    def chat(self, text: str, system: str, temperature: float, top_p: float, session: str) -> Iterator[dict[str, Any]]:
+        """Let the first model answer in the conversation of a page; yield changes by part of the page.
+
+        Args:
+            text: What the user says.
+            system: See `Talks.say`.
+            temperature: See `Talks.say`.
+            top_p: See `Talks.say`.
+            session: Unique name of the page.
+        """
+        stop = self._begin(session)
+        try:
+            yield {"busy": True, "status": page.status("reading")}
+            shown, change = 0.0, dict[str, Any]()
+            for answer, talk in self.talks.say(session, text, system, temperature, top_p, stop):
+                change = {"answer": answer, "memory": page.memory(self.pair.names[0], talk.memory, self.manifest)}
+                if time.perf_counter() - shown > FRAME:
+                    yield change | {"status": page.status("writing")}
+                    shown = time.perf_counter()
+            yield change
+            said = page.status("stopped; the chat can go on" if stop.is_set() else "")
+        except LigerError as error:
+            said = page.status(error.message, error.hint, error=True)
+        finally:
+            self._stops.discard((session, stop))
+        yield {"busy": False, "status": said}
 
     def close(self) -> None:
         """End everything that runs, and close both models."""
@@ -143,7 +168,7 @@ class Demo:
 
 def directory_of(model: str) -> Path:
     """Return the directory with a model's tokenizer."""
-    if is_artifact(model):
+    if is_artifact(model) or in_genai(model):
         return Path(model).expanduser()
     from ligerexport.checkpoint.sources import resolve
 

@@ -1,10 +1,11 @@
-"""Render the page's content as HTML: two cards, charts, the runs so far, the model card, the measured table.
+"""Render the page's content as HTML: two cards, charts, the runs so far, the text asked, the model card, tables.
 
 All text from models and files is escaped. The style sheet fixes heights, so that nothing moves while text arrives.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -13,17 +14,15 @@ from ligerexport.artifact.artifact import Manifest
 from ligerexport.console import format_bytes
 from ligerexport.demo.chart import Line, chart, legend
 from ligerexport.demo.compare import Pair, Stream
+from ligerexport.demo.sweep import Sweep
 from ligerexport.measure.bench.report import COLUMNS, cells
 
 STYLES = ("ours", "theirs")
-KINDS = {
-    "artifact": ("recurrent, constant state", "state"),
-    "converted": ("recurrent, constant state, torch", "state"),
-    "transformer": ("Transformer, growing KV cache", "KV cache"),
-}
-RUNTIMES = {"artifact": "ONNX Runtime or TensorRT", "converted": "PyTorch", "transformer": "PyTorch"}
 FINISHES = {"eos": "finished", "length": "finished", "stopped": "stopped"}
 EMPTY = "-"
+RECURRENT = ("artifact", "converted")
+"""Kinds of models with a state."""
+PAPER = '<a href="https://arxiv.org/abs/2503.01496" rel="noreferrer" target="_blank">Liger</a>'
 
 
 def card(stream: Stream, style: str, key: str | None = None) -> str:
@@ -34,7 +33,8 @@ def card(stream: Stream, style: str, key: str | None = None) -> str:
         style: Row of `STYLES`.
         key: The pass key that the model is asked for.
     """
-    kind, memory = KINDS[stream.facts["kind"]]
+    facts = stream.facts
+    memory = "state" if facts["kind"] in RECURRENT else "KV cache"
     now = stream.now
     _, state, resident, device = stream.memory[-1] if stream.memory else (0, None, None, None)
     figures = (
@@ -51,21 +51,31 @@ def card(stream: Stream, style: str, key: str | None = None) -> str:
         f'data-resident="{resident or 0}" data-ms="{stream.median or 0:.4f}" data-seen="{stream.seen}" '
         f'data-finish="{stream.finish or ""}">'
         f"<header>{_shape(style)} <strong>{escape(stream.name)}</strong>"
-        f'<span class="lx-kind">{kind}, {escape(stream.facts["precision"])} on {escape(stream.facts["device"])}</span>'
+        f'<span class="lx-kind">{memory} {"grows" if facts["grows"] else "of constant size"}; '
+        f"{escape(facts['precision'])} in {escape(facts['runtime'])}</span>"
         f"</header><dl>{rows}</dl>"
-        f'<p class="lx-line">{_process(stream, resident, device)}</p>'
+        f'<p class="lx-line"><span>{_process(stream, resident, device)}</span></p>'
         f'<div class="lx-text" tabindex="0" role="region" aria-label="Answer of {escape(stream.name)}">'
-        f"<div>{escape(stream.text)}</div></div>"
+        f"<div>{escape(stream.text.lstrip())}</div></div>"
         f'<p class="lx-line">{_progress(stream)}{_recalled(stream, key)}</p></section>'
     )
 
 
-def difference(pair: Pair) -> str:
-    """Return a sentence about how the two models run, apart from their memories."""
-    how = [f"{pair.facts(name)['precision']} weights in {RUNTIMES[pair.facts(name)['kind']]}" for name in pair.names]
-    if how[0] == how[1]:
-        return f"Both have {how[0]}."
-    return f"They differ in more than memory: the first has {how[0]}, the second {how[1]}."
+def about(pair: Pair, threads: int) -> str:
+    """Return the title and the sentences that say what is compared, why, and how the models differ otherwise."""
+    first, second = (pair.facts(name) for name in pair.names)
+    ours, theirs = (f"<b>{escape(name)}</b>" for name in pair.names)
+    if second["grows"] and not first["grows"]:
+        title = "Constant memory beside a growing one"
+        what = (f"{ours} keeps a memory of constant size ({PAPER}). {theirs} keeps every token in a cache. Ask both "
+                "about a long text, and see what each token costs and what is remembered.")  # fmt: skip
+    else:
+        title, what = "Two models, one question", f"{ours} and {theirs} answer the same prompt."
+    how = [f"{facts['precision']} weights in {facts['runtime']}" for facts in (first, second)]
+    same = f"Both have {how[0]}" if how[0] == how[1] else f"The first has {how[0]}, the second {how[1]}"
+    where = f"{threads} thread{'s' if threads > 1 else ''}" if first["device"] == "cpu" else escape(first["device"])
+    fair = f"{escape(same)}, on {where} each."
+    return f'<div class="lx-head"><h1>{title}</h1><p>{what} {fair}</p></div>'
 
 
 def _figure(text: str | None) -> tuple[str, str]:
@@ -79,7 +89,7 @@ def _process(stream: Stream, resident: int | None, device: int | None) -> str:
     grown = resident - stream.memory[0][2]
     sign = "+" if grown >= 0 else "-"
     gpu = f", GPU {format_bytes(device)}" if device is not None else ""
-    first = "" if stream.first is None else f"; first token after {stream.first:.2f} s"
+    first = "" if stream.first is None else f"<br>first token after {stream.first:.2f} s"
     return f"process {format_bytes(resident)} ({sign}{format_bytes(abs(grown))}){gpu}{first}"
 
 
@@ -118,11 +128,69 @@ def plots(streams: Sequence[Stream], most: int) -> str:
         for s, style in zip(streams, STYLES, strict=True)
     ]
     longest = max(len(s.prompt) for s in streams) + most
+    return _figures(
+        chart("Time per token (ms)", "token of the answer", latency, lambda y: f"{y:g}", (1, max(most, 2)))
+        + chart("State or KV cache", "tokens read", memory, format_bytes, (0, max(longest, 1))), latency,
+    )  # fmt: skip
+
+
+def growth(sweep: Sweep) -> str:
+    """Return the charts of a measurement: time per token and memory by length of the text."""
+    parts = list(zip(sweep.curves, STYLES, strict=True))
+    time = [Line(curve.name, style, curve.time) for curve, style in parts]
+    memory = [Line(curve.name, style, curve.memory) for curve, style in parts]
+    ends = "".join(
+        f'<p class="lx-note">The curve of {escape(curve.name)} ends early: {escape(curve.error)}.</p>'
+        for curve in sweep.curves
+        if curve.error
+    )
+    return _figures(
+        chart("Time per token (ms)", "tokens of text", time, lambda y: f"{y:g}", (0, sweep.longest))
+        + chart("State or KV cache", "tokens of text", memory, format_bytes, (0, sweep.longest)), time,
+    ) + ends  # fmt: skip
+
+
+def measuring(sweep: Sweep) -> str:
+    """Return the status line of a measurement that is under way."""
+    done = f"{sweep.done * sweep.longest:,.0f} of {sweep.longest:,} tokens"
     return (
-        f'<figure class="lx-plots">{legend(latency)}<div>'
-        + chart("Time per token (ms)", "token of the answer", latency, lambda y: f"{y:g}", (1, max(most, 2)))
-        + chart("State or KV cache", "tokens read", memory, format_bytes, (0, max(longest, 1)))
-        + "</div></figure>"
+        f'<p class="lx-status" role="status"><progress max="1" value="{sweep.done:.3f}" aria-label="Measured">{done}'
+        f"</progress> {done}</p>"
+    )
+
+
+def memory(name: str, points: Sequence[tuple[float, float]], manifest: Manifest | None) -> str:
+    """Return the memory of a conversation, beside what the Transformer's cache would be.
+
+    Args:
+        name: Name of the model.
+        points: Tokens seen, and bytes of state.
+        manifest: Manifest with the size of the Transformer's cache; None if it is unknown.
+    """
+    seen, state = points[-1] if points else (0, None)
+    lines, figures = [Line(name, "ours", points)], [("tokens so far", f"{seen:,.0f}", "ours")]
+    figures.append(("state", EMPTY if state is None else format_bytes(int(state)), "ours"))
+    if manifest is not None:
+        cache = manifest.bytes.kv_per_token
+        lines.append(Line("KV cache of the Transformer, calculated", "theirs", [(at, at * cache) for at, _ in points]))
+        figures.append(("KV cache would be", format_bytes(int(seen) * cache), "theirs"))
+    rows = "".join(f'<div class="lx-{style}"><dt>{what}</dt><dd>{value}</dd></div>' for what, value, style in figures)
+    drawn = chart("Memory", "tokens so far", lines, format_bytes, (0, max(256, 2 ** math.ceil(math.log2(seen or 1)))))
+    return f'<section class="lx-card lx-ours" aria-label="Memory"><dl>{rows}</dl></section>{_figures(drawn, lines)}'
+
+
+def _figures(charts: str, lines: Sequence[Line]) -> str:
+    return f'<figure class="lx-plots">{legend(lines)}<div>{charts}</div></figure>'
+
+
+def asked(what: str, text: str, tokens: int, key: str | None = None) -> str:
+    """Return a text that both models read, folded away, with the pass key marked."""
+    body = escape(text)
+    if key is not None:
+        body = body.replace(key, f'<mark class="lx-held5">{key}</mark>')
+    return (
+        f'<details class="lx-asked"><summary>{what} ({tokens:,} tokens)</summary>'
+        f'<div class="lx-held" tabindex="0" role="region" aria-label="{what}">{body}</div></details>'
     )
 
 
@@ -159,8 +227,8 @@ def measured(result: Mapping[str, Any] | None) -> str:
     """Return the table of `bench`."""
     if result is None:
         return (
-            '<p class="lx-note">Nothing was measured yet. <code>ligerexport bench</code> makes this table, and '
-            "<code>ligerexport demo --results DIRECTORY</code> shows it.</p>"
+            '<p class="lx-note">For figures to keep, <code>ligerexport bench</code> measures longer and with care. '
+            "<code>ligerexport demo --results DIRECTORY</code> shows its table here.</p>"
         )
     machine = result["machine"]
     note = f"{machine['cpu']}, {machine['threads']} threads. {result['command']}"

@@ -76,7 +76,7 @@ def ask(
     """
     if preset == PASSKEY.name:
         key = "".join(random.choices("0123456789", k=5))
-        words = _words(text, context)
+        words = filler_ids(text, context)
         at = round(max(0.0, min(1.0, depth)) * len(words))
         needle = text.encode(NEEDLE.format(key=key), special=False)
         question = text.encode(QUESTION.format(key=key), special=False)
@@ -85,7 +85,7 @@ def ask(
         return Question((*start, *words[:at], *needle, *words[at:], *question[:answer]), key)
     if not prompt.strip():
         raise UsageError("there is no prompt", hint="type one, or choose a preset")
-    words = _words(text, context)
+    words = filler_ids(text, context)
     here = secrets.token_hex(16) if words else ""  # a string that no user types
     content = f"{here}\n\n{prompt.strip()}" if words else prompt.strip()
     if not text.chat_template:
@@ -97,7 +97,7 @@ def ask(
     return Question((*text.encode_rendered(before), *words, *text.encode_rendered(after)))
 
 
-def _words(text: TextModel, count: int) -> list[int]:
+def filler_ids(text: TextModel, count: int) -> list[int]:
     """Return the first tokens of the filler text."""
     return _encoded(text)[:count] if count else []
 

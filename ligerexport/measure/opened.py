@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +42,15 @@ class Timed(ABC):
     """A model to time: `advance` continues after the last call.
 
     Attributes:
-        kind: `artifact`, `converted`, `transformer` or `llama.cpp`.
+        kind: `artifact`, `converted`, `transformer`, `llama.cpp` or `onnxruntime-genai`.
         device: `cpu`, `cuda` or `mps`.
         precision: Type of the weights.
         vocab_size: Size V of the vocabulary.
         trained_length: Trained context length in tokens.
         batch: Number B of sequences that advance together, and the best number to score at a time.
+        runtime: The program that computes, with its version.
+        grows: Whether the memory of a sequence grows with the text.
+        fills: Whether `fill` is possible.
     """
 
     kind: str
@@ -55,6 +59,9 @@ class Timed(ABC):
     vocab_size: int
     trained_length: int
     batch: int
+    runtime: str
+    grows: bool
+    fills: bool = False
 
     @property
     @abstractmethod
@@ -240,9 +247,15 @@ class TorchModel(Opened):
         self.batch, self.name, self.path = batch, name, path
         self.kind = "converted" if hasattr(model.config, "liger") else "transformer"
         self.device, self.precision = model.device.type, str(model.dtype).removeprefix("torch.")
+        self.runtime = f"PyTorch {version('torch')}"
+        self.fills = self.kind == "transformer"
         text = model.config.get_text_config()
         self.vocab_size, self.trained_length = text.vocab_size, text.max_position_embeddings
         self._cache: Any = None
+
+    @property
+    def grows(self) -> bool:  # type: ignore[override]
+        return self.sequence_bytes is None
 
     @property
     def sequence_bytes(self) -> int | None:
@@ -291,7 +304,7 @@ class TorchModel(Opened):
             return [int(row) for row in logits[:, -1].argmax(dim=-1)]  # waits for a GPU
 
     def fill(self, tokens: int) -> list[int]:
-        if self.kind != "transformer":
+        if not self.fills:
             return super().fill(tokens)
         import torch
         from transformers import DynamicCache
@@ -329,6 +342,9 @@ class ArtifactModel(Opened):
             manifest.precision,
         )
         self.vocab_size, self.trained_length = manifest.model.vocab_size, manifest.model.trained_length
+        onnx = get_target(manifest.target).onnxruntime
+        self.runtime = f"ONNX Runtime {version('onnxruntime')}" if onnx else "TensorRT"
+        self.grows = manifest.growth > 0
 
     @property
     def sequence_bytes(self) -> int | None:

@@ -21,10 +21,9 @@ from typing import Any
 from ligerexport.artifact.artifact import is_artifact, open_artifact
 from ligerexport.console import ProgressFactory, silent
 from ligerexport.errors import UsageError, VerificationError
-from ligerexport.measure.bench import machine
-from ligerexport.measure.bench.llama import PACKAGE, check_llama_cpp, in_llama_cpp
+from ligerexport.measure.bench import genai, llama, machine
 from ligerexport.measure.bench.settings import Settings
-from ligerexport.measure.bench.worker import Worker
+from ligerexport.measure.bench.worker import WARM, Worker
 from ligerexport.threads import default_threads
 from ligerexport.versions import require, versions
 
@@ -32,8 +31,6 @@ _BUSY = 0.1
 """Largest share of the cores that other processes may use without a warning."""
 _APART = 0.2
 """Largest distance of the quartiles of a ratio, relative to its median, without a warning."""
-WARM = 32
-"""Tokens of the first call, which allocates and is not timed."""
 FIRST_SECONDS, FIRST_TIMES = 2.0, 5
 """Limits in seconds and in number of readings; the time to first token is the median of the readings within both."""
 
@@ -49,8 +46,8 @@ def bench(
     """Measure two models.
 
     Args:
-        model: An artifact, a converted checkpoint, a Transformer (directory, hub id or built-in model), or a GGUF file,
-            which llama.cpp runs.
+        model: An artifact, a converted checkpoint, a Transformer (directory, hub id or built-in model), a GGUF file,
+            which llama.cpp runs, or a directory that onnxruntime-genai runs.
         against: Another model with the same vocabulary.
         checkpoint: The converted checkpoint of an artifact, to compare the artifact with torch first.
         settings: The sweep.
@@ -64,9 +61,11 @@ def bench(
         MissingDependency: A model needs a package that is not installed.
     """
     settings, progress = settings or Settings(), progress or silent
-    peers = [name for name in (model, against) if in_llama_cpp(name)]
+    programs = {llama.PACKAGE: llama.in_llama_cpp, genai.PACKAGE: genai.in_genai}
+    peers = {name: package for package, runs in programs.items() for name in (model, against) if runs(name)}
+    if llama.PACKAGE in peers.values():
+        llama.check_llama_cpp()
     if peers:
-        check_llama_cpp()
         settings = replace(settings, device="cpu" if settings.device == "auto" else settings.device)
     if checkpoint or not all(name in peers or is_artifact(name) for name in (model, against)):
         require("build")
@@ -99,7 +98,7 @@ def bench(
         "machine": machine.describe(threads) | {"bytes_per_s": rates, "energy": meter.source, "load": load},
         "warnings": disturbed(rows, threads, os.cpu_count() or 1, load) + disagreeing(ratios),
         "versions": {"python": platform.python_version()}
-        | versions("torch", "transformers", "onnxruntime", *([PACKAGE] if peers else [])),
+        | versions("torch", "transformers", "onnxruntime", *peers.values()),
         "settings": vars(settings),
         "rows": rows,
         "ratios": ratios,
@@ -184,12 +183,12 @@ def _point(
     models: dict[str, str], batch: int, context: int, settings: Settings, meter: machine.Energy, advance: Any
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Measure both models at one context; return the row of each, and the ratio of their times."""
-    length = max(context, WARM) + (settings.blocks + 1) * settings.tokens
+    length = max(context, WARM + 1) + (settings.blocks + 1) * settings.tokens
     with ExitStack() as stack:
         turns: dict[str, _Turn] = {}
         for name, model in models.items():
             options: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype}
-            if in_llama_cpp(model):
+            if llama.in_llama_cpp(model):
                 options = {"length": length}
             worker = Worker(model, batch=batch, threads=settings.threads, **options)
             stack.callback(worker.close)
@@ -284,9 +283,8 @@ def prompt(context: int, vocab_size: int) -> list[int]:
 def _first(worker: Worker, batch: int, context: int, read_up_to: int) -> tuple[list[int], list[float]]:
     """Give a worker its context; return the next ids and the seconds of each reading, none if a cache was filled."""
     ids = [prompt(context, worker.facts["vocab_size"])] * batch
-    worker("prefill", ids=[row[:WARM] for row in ids])
-    worker("restart")
-    if worker.facts["kind"] == "transformer" and context > read_up_to:
+    worker("warm")
+    if worker.facts["fills"] and context > read_up_to:
         return worker("fill", tokens=context)["tokens"], []
     seconds: list[float] = []
     while not seconds or (sum(seconds) < FIRST_SECONDS and len(seconds) < FIRST_TIMES):

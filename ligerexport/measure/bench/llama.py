@@ -38,7 +38,8 @@ class LlamaCpp(Timed):
 
     Args:
         path: GGUF file.
-        length: Most tokens that the sequence may have; llama.cpp allocates memory for them at once.
+        length: Most tokens that the sequence may have; llama.cpp allocates memory for them at once. With None this one
+            only tells facts, and each sibling is a new sequence of up to the trained length.
         batch: Number of sequences, which must be 1.
         threads: Number of threads, for prompts too.
 
@@ -47,19 +48,20 @@ class LlamaCpp(Timed):
         UsageError: More than one sequence was asked for.
     """
 
-    kind, device = "llama.cpp", "cpu"
+    kind, device, runtime, grows = "llama.cpp", "cpu", "llama.cpp", True
 
-    def __init__(self, path: Path, length: int, batch: int, threads: int) -> None:
+    def __init__(self, path: Path, length: int | None, batch: int, threads: int) -> None:
         import llama_cpp
 
         if batch != 1:
             raise UsageError(
                 f"--batch {batch} with a GGUF file", hint="llama.cpp is timed with one sequence: --batch 1"
             )
+        self._path, self._length, self._threads = path, length, threads
         self._tensors = read_header(path).tensors
         try:
             self._llama: Any = llama_cpp.Llama(
-                str(path), n_ctx=length, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False
+                str(path), n_ctx=length or 8, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False
             )
         except (ValueError, RuntimeError) as error:
             raise SourceError(
@@ -89,6 +91,8 @@ class LlamaCpp(Timed):
         return [int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())]
 
     def sibling(self, batch: int = 1) -> LlamaCpp:
-        """Return this sequence, emptied: llama.cpp's package has one per model."""
+        """Return this sequence, emptied, so that only one has memory; see `length`."""
+        if self._length is None:
+            return LlamaCpp(self._path, self.trained_length, batch, self._threads)
         self._llama.reset()
         return self

@@ -16,9 +16,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from ligerexport.errors import LigerError
+from ligerexport.measure.bench.genai import GenAI, in_genai
 from ligerexport.measure.bench.llama import LlamaCpp
 from ligerexport.measure.bench.machine import device_memory, effort, memory
 from ligerexport.measure.opened import Timed, open_model
+
+FACTS = ("kind", "precision", "device", "runtime", "grows", "fills", "vocab_size", "trained_length", "weight_bytes")
+WARM = 32
+"""Tokens of a warm-up, which allocates and is not timed."""
 
 
 class Worker:
@@ -29,7 +34,7 @@ class Worker:
         **options: See `open_model`, or `LlamaCpp` if `length` is among them.
 
     Attributes:
-        facts: `kind`, `precision`, `device`, `vocab_size`, `trained_length` and `weight_bytes` of `Timed`.
+        facts: `FACTS` of `Timed`, and the memory of the process.
 
     Raises:
         LigerError: The model cannot be opened.
@@ -103,6 +108,14 @@ class _Server:
         tokens = model.advance(ids)
         return {"tokens": tokens, "seconds": time.perf_counter() - start}
 
+    def warm(self, session: str) -> dict[str, Any]:
+        """Read and decode a little, which allocates, and reset the session."""
+        self.restart(session)  # so that the model itself, which stays, gets no memory of a sequence
+        model = self._sessions[session]
+        tokens = model.advance([[1] * WARM] * model.batch)
+        model.advance([[token] for token in tokens])
+        return self.restart(session)
+
     def fill(self, session: str, tokens: int) -> dict[str, Any]:
         """Fill a cache without reading."""
         return {"tokens": self._session(session).fill(tokens)}
@@ -156,10 +169,11 @@ def serve(options: dict[str, Any], requests: IO[str], answers: IO[str]) -> None:
         model: Timed
         if "length" in options:
             model = LlamaCpp(Path(options.pop("model")).expanduser(), **options)
+        elif in_genai(options["model"]):
+            model = GenAI(Path(options["model"]).expanduser(), options.get("batch", 1), options.get("threads"))
         else:
             model = open_model(**options)
-        names = ("kind", "precision", "device", "vocab_size", "trained_length", "weight_bytes")
-        say({name: getattr(model, name) for name in names} | {"memory": memory()})
+        say({name: getattr(model, name) for name in FACTS} | {"memory": memory()})
         server = _Server(model)
         for line in requests:
             try:
