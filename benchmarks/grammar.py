@@ -2,16 +2,19 @@
 
     python benchmarks/grammar.py ARTIFACT -o benchmarks/results/grammar.json
 
-There are 50 schemas, which the model is not told; an answer that `--max-new-tokens` cuts off counts as invalid. Both
-libraries then follow the same answers, taking turns. xgrammar imports torch, and is left out if it is not installed.
+There are 50 schemas, which the model is not told. The server's engine writes the answers, many at a time; one that
+`--max-new-tokens` cuts off counts as invalid. Both libraries then follow some of them, taking turns. xgrammar imports
+torch, and is left out if it is not installed. `--count` only counts, and leaves the times of an earlier result.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +26,8 @@ import numpy as np
 import ligerexport as lx
 from ligerexport.run.generate import text_model
 from ligerexport.run.grammar import STYLE, Grammar, lark
+from ligerexport.serve.engine import Engine
+from ligerexport.serve.request import Request, Settings
 
 SHORT: dict[str, Any] = {"type": "string", "maxLength": 40}
 FIELDS: dict[str, Any] = {
@@ -62,24 +67,36 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def answers(args: argparse.Namespace) -> tuple[list[list[int]], dict[str, Any]]:
-    """Return the ids of one answer to each schema, and how many of all answers are valid."""
-    asked = [{"role": "user", "content": "Make up an example as JSON."}]
-    session, firsts, valid, cut, tokens = lx.load(args.artifact, threads=args.threads), [], 0, 0, 0
-    for number, schema in enumerate(schemas()):
-        for seed in range(args.answers):
-            chunks = list(lx.generate(session, messages=asked, json_schema=schema, seed=seed, temperature=0.8,
-                                      max_new_tokens=args.max_new_tokens))  # fmt: skip
-            tokens += len(chunks)
-            text = "".join(chunk.text for chunk in chunks)
-            if chunks[-1].finish == "length":
-                cut += 1
-            elif jsonschema_rs.is_valid(schema, json.loads(text)):
-                valid += 1
-            if not seed:
-                firsts.append([chunk.token for chunk in chunks])
-        print(f"{number + 1} schemas, {valid} valid, {cut} cut off")
-    return firsts, {"schemas": number + 1, "answers": (number + 1) * args.answers, "valid": valid, "cut off": cut,
-                    "tokens": tokens}  # fmt: skip
+    """Let the server's engine write all answers; return the ids of one to each schema, and how many are valid."""
+    engine = Engine(args.artifact, max_batch=args.batch, queue=1 << 16, threads=args.threads)
+    text, size = engine.text, engine.manifest.model.vocab_size
+    prompt = tuple(text.encode_chat([{"role": "user", "content": "Make up an example as JSON."}]))
+    gate, counts = asyncio.Semaphore(4 * args.batch), Counter[str]()
+
+    async def write(schema: dict[str, Any], grammar: Grammar, seed: int) -> list[int]:
+        settings = Settings(temperature=0.8, seed=seed)
+        async with gate:
+            *events, end = [item async for item in engine.submit(Request(
+                prompt, settings, args.max_new_tokens, text.turn_ends, constraint=grammar.begin()))]  # fmt: skip
+        ids = [event.token for event in events]
+        counts["tokens"] += len(ids)
+        if end.reason == "stop":
+            counts["valid"] += jsonschema_rs.is_valid(schema, json.loads(text.decode(ids)))
+        counts["cut off"] += end.reason == "length"
+        return ids
+
+    async def write_all() -> list[list[list[int]]]:
+        found = [(schema, Grammar(text, size, text.turn_ends, str(lark(schema)))) for schema in schemas()]
+        return await asyncio.gather(*(
+            asyncio.gather(*(write(*pair, seed) for seed in range(args.answers))) for pair in found))  # fmt: skip
+
+    written = asyncio.run(write_all())
+    engine.close()
+    return [first for first, *_ in written], {
+        "schemas": len(written), "answers": len(written) * args.answers, "valid": counts["valid"],
+        "cut off": counts["cut off"], "tokens": counts["tokens"],
+        "command": f"python benchmarks/grammar.py ARTIFACT --answers {args.answers} -o benchmarks/results/grammar.json",
+    }  # fmt: skip
 
 
 def own(args: argparse.Namespace) -> Callable[[dict[str, Any]], tuple[Callable[[], Any], Callable[[int], Any]]]:
@@ -134,8 +151,16 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=20, help="answers to each schema")
     parser.add_argument("--max-new-tokens", type=int, default=400)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--count", action="store_true")
     args = parser.parse_args()
     firsts, counts = answers(args)
+    if args.count:
+        print(json.dumps(counts))
+        if args.output:
+            known = json.loads(args.output.read_text()) if args.output.exists() else {}
+            args.output.write_text(json.dumps(known | {"answers": counts}, indent=1) + "\n")
+        return
     sides = {"llguidance": own(args)}
     try:
         sides["xgrammar"] = peer(args)

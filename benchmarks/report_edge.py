@@ -76,9 +76,21 @@ def serve() -> Table:
         [f"{streams}: median / 99th percentile / longest", f"{gaps} ms"],
     ]
     if chats := data.get("chats"):
-        what = f"memory for {chats['chats']:,} chats of {chats['tokens']:,} tokens, 50 with each beginning"
-        kept = f"{chats['from_last_state']} of {chats['asked_again']}"
-        rows.append([f"{what}; chats whose last state was found", f"{chats['bytes'] / 1e9:.2f} GB; {kept}"])
+        what = f"memory for the states of {chats['chats']:,} chats of up to {chats['tokens']:,} tokens"
+        shared = f"of which {chats['sharing']} share the first {chats['tokens_of_beginning']:,}"
+        sizes = " / ".join(f"{chats[key] / 1e9:.2f}" for key in ("bytes", "bytes_of_whole_states"))
+        rows.append([f"{what}, {shared}: as differences / whole", f"{sizes} GB"])
+        kept = f"{chats['chats_with_their_last_state']:,} of {chats['chats']:,}"
+        rows.append(["chats of these that had their last state in memory", kept])
+        alone = f"{chats['same']} of {chats['compared']}"
+        rows.append(["answers of these that were those of a session alone", alone])
+    peers = _result("serve_peers")
+    chats = f"{peers['chats']} chats that ask at once, each after {peers['tokens']:,} tokens"
+    speed, first = (
+        " / ".join(f"{peers[row][name]:.0f}" for name in ("ours", "llama")) for row in ("tokens_per_second", "ms_held")
+    )
+    rows.append([f"tokens per second of {chats}: here / llama.cpp's server with Q4_1", speed])
+    rows.append(["first token of one more turn in each of these: here / there", f"{first} ms"])
     return ["figure", "measured"], rows
 
 

@@ -4,9 +4,11 @@
 
 `stall` streams some answers while another client sends a long prompt, and takes the times between tokens. `turn` asks a
 chat with a long history again, with its state in memory, on the disk, and after a restart; the time ends with the first
-token. `chats` opens many chats that share beginnings, asks some of them again, and compares some answers with
-`lx.generate`; `gaps` are how much the logits of two tokens differ where the answers part. `speed` compares one client
-with `lx.generate`, and many clients with one.
+token, and `ms_restore` and `ms_call` are what a session takes of it, in turns with the engine. `chats` opens many chats
+of passages of text that share long beginnings, looks which of their states the memory still has, asks some of them
+again, and compares some answers with those of a session that read the same text; `gaps` are how much the logits of two
+tokens differ where the answers part. `speed` compares one client with `lx.generate`, and many clients with one.
+`--only` measures some parts, and leaves the others of an earlier result as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import asyncio
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,10 +29,20 @@ from typing import Any
 import numpy as np
 
 import ligerexport as lx
+from ligerexport.run.generate import text_model
 from ligerexport.serve.engine import Engine
 from ligerexport.serve.request import Finish, Request
+from ligerexport.serve.store import digest
 
 GIB = 1 << 30
+SHARING = 50
+"""Chats with the same beginning, such as a long system message."""
+OWN = 20, 200
+"""Smallest and largest number of tokens of a chat's own."""
+WRITTEN = 20
+"""Tokens of an answer."""
+PAUSE = 0.3
+"""Seconds between two turns: by then the state of the first one is on the disk."""
 
 
 @dataclass
@@ -98,8 +109,11 @@ def measure_stall(open_engine: Callable[..., Engine], vocabulary: int, args: arg
 
 
 def measure_turn(open_engine: Callable[..., Engine], vocabulary: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure the time to the first token of a turn of 40 tokens after a long history."""
+    """Measure the time to the first token of a turn of 40 tokens after a long history, and what a session takes."""
     history, result = text(1, args.history, vocabulary), {"history": args.history, "new": 40}
+    session = lx.load(args.artifact, threads=args.threads)
+    session.prefill(history)
+    before, parts = session.snapshot(), {"ms_restore": list[float](), "ms_call": list[float]()}
     with tempfile.TemporaryDirectory() as directory:
         for seed, (place, memory) in enumerate((("memory", 4 * GIB), ("disk", 0), ("restart", 4 * GIB)), 1):
             engine = open_engine(memory=memory, state_dir=Path(directory))
@@ -107,53 +121,93 @@ def measure_turn(open_engine: Callable[..., Engine], vocabulary: int, args: argp
                 asyncio.run(ask(engine, history, 0))
             times = []
             for i in range(args.rounds if place != "restart" else 1):
-                answer = asyncio.run(ask(engine, history + text(1000 * seed + i, 40, vocabulary), 1))
+                time.sleep(PAUSE)
+                prompt = history + text(1000 * seed + i, 40, vocabulary)
+                answer = asyncio.run(ask(engine, prompt, 1))
                 assert answer.finish.cached_tokens == len(history), answer.finish
                 times.append(answer.times[0])
+                time.sleep(PAUSE)
+                begin = time.perf_counter()
+                session.restore(before)
+                restored = time.perf_counter()
+                session.prefill(prompt[-40:])
+                parts["ms_restore"].append(restored - begin)
+                parts["ms_call"].append(time.perf_counter() - restored)
             asyncio.run(engine.drain(60))
             engine.close()
             result[f"ms_{place}"] = spread(times)
-    return result
+    return result | {name: spread(times) for name, times in parts.items()}
+
+
+def passages(artifact: str) -> Callable[[int], list[int]]:
+    """Return a function that reads on in the passages of the texts that ship: so many ids, the same in each run."""
+    found = "".join(file.read_text() for file in sorted(Path(lx.__file__).parent.glob("data/calibration/*.txt")))
+    encode, parts, random = text_model(Path(artifact)).encode, found.split("\n\n"), np.random.default_rng(7)
+
+    def read(tokens: int) -> list[int]:
+        ids: list[int] = []
+        while len(ids) < tokens:
+            ids += encode(parts[random.integers(len(parts))] + "\n\n")
+        return ids[:tokens]
+
+    return read
 
 
 def measure_chats(open_engine: Callable[..., Engine], vocabulary: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Open many chats, 50 with each beginning; ask each tenth again, and compare some answers with `lx.generate`."""
-    engine = open_engine(memory=args.memory)
-    tail = 40
-    prompts = [
-        text(1000 + i // 50, args.tokens - tail, vocabulary) + text(5000 + i, tail, vocabulary)
-        for i in range(args.chats)
-    ]
+    """Open many chats and ask each tenth again; see which states are left, and compare some answers."""
+    clock, read, random = time.perf_counter(), passages(args.artifact), np.random.default_rng(8)
+    engine = open_engine(memory=args.memory, stall=9)  # nobody waits for a token
+    begin = args.tokens - OWN[1]
+    begins = [read(begin) for _ in range(0, args.chats, SHARING)]
+    prompts = [begins[i // SHARING] + read(int(random.integers(*OWN))) for i in range(args.chats)]
 
     async def run(prompts: list[list[int]]) -> list[Answer]:
         gate = asyncio.Semaphore(64)
 
         async def one(prompt: list[int]) -> Answer:
             async with gate:
-                return await ask(engine, prompt, 24)
+                return await ask(engine, prompt, WRITTEN)
 
         return await asyncio.gather(*map(one, prompts))
 
     answers = asyncio.run(run(prompts))
-    stats = engine.stats()
+    seconds, stats, states = time.perf_counter() - clock, engine.stats(), engine.states()
+    kept = {info.id for info in states}
+    last = [digest(np.array(p + a.tokens[:-1])) for p, a in zip(prompts, answers, strict=True)]
     again = [p + a.tokens + [50] for p, a in zip(prompts, answers, strict=True)][:: max(1, args.chats // 100)]
-    kept = sum(a.finish.cached_tokens == len(p) - 2 for p, a in zip(again, asyncio.run(run(again)), strict=True))
-    session, gaps = lx.load(args.artifact, threads=args.threads), []
-    checked = range(0, args.chats, max(1, args.chats // args.checked))
-    for i in checked:
-        alone = [chunk.token for chunk in lx.generate(session, prompts[i], max_new_tokens=24)]
-        if alone != (found := answers[i].tokens[: len(alone)]):  # which ends with the text, and the engine's does not
-            at = next(at for at, pair in enumerate(zip(alone, found, strict=True)) if pair[0] != pair[1])
-            session.reset()
-            logits = session.prefill(prompts[i] + alone[:at])[0]
-            gaps.append(float(logits[alone[at]] - logits[found[at]]))
-    state = max(info.bytes for info in engine.states())
+    found = sum(a.finish.cached_tokens == len(p) - 2 for p, a in zip(again, asyncio.run(run(again)), strict=True))
     engine.close()
+    checked = range(0, args.chats, max(1, args.chats // args.checked))
+    gaps = differ(lx.load(args.artifact, threads=args.threads), begin, [(prompts[i], answers[i]) for i in checked])
     return {
-        "chats": args.chats, "tokens": args.tokens, "state_bytes": state, "states": stats["states"],
-        "bytes": stats["states_memory_bytes"], "asked_again": len(again), "from_last_state": kept,
+        "chats": args.chats, "tokens": args.tokens, "tokens_of_beginning": begin, "sharing": SHARING,
+        "seconds": seconds, "state_bytes": max(info.bytes for info in states), "states": len(states),
+        "memory": args.memory, "bytes": stats["states_memory_bytes"],
+        "bytes_of_whole_states": sum(info.bytes for info in states),
+        "chats_with_their_last_state": sum(state in kept for state in last),
+        "asked_again": len(again), "from_last_state": found,
         "compared": len(checked), "same": len(checked) - len(gaps), "gaps": gaps,
     }  # fmt: skip
+
+
+def differ(session: lx.Session, begin: int, chats: list[tuple[list[int], Answer]]) -> list[float]:
+    """Return by how much two logits differ where an answer parts from that of a session, for each that does."""
+    gaps, seen, before = [], list[int](), session.snapshot()
+    for prompt, answer in chats:
+        if prompt[:begin] != seen:
+            seen = prompt[:begin]
+            session.reset()
+            session.prefill(seen)
+            before = session.snapshot()
+        session.restore(before)
+        alone = [x.token for x in lx.generate(session, prompt[begin:], max_new_tokens=WRITTEN, fresh=False)]
+        pairs = zip(alone, answer.tokens, strict=False)  # a session ends with the text, and the engine does not
+        if part := next((pair for pair in enumerate(pairs) if pair[1][0] != pair[1][1]), None):
+            at, (own, other) = part
+            session.restore(before)
+            logits = session.prefill(prompt[begin:] + alone[:at])[0]
+            gaps.append(float(logits[own] - logits[other]))
+    return gaps
 
 
 def measure_speed(open_engine: Callable[..., Engine], vocabulary: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -198,16 +252,17 @@ def main() -> None:
     parser.add_argument("--history", type=int, default=8_000)
     parser.add_argument("--chats", type=int, default=1_000)
     parser.add_argument("--tokens", type=int, default=4_000)
-    parser.add_argument("--memory", type=int, default=17 * GIB // 2)
-    parser.add_argument("--checked", type=int, default=10)
+    parser.add_argument("--memory", type=int, default=2_500_000_000)
+    parser.add_argument("--checked", type=int, default=50)
     args = parser.parse_args()
 
     def open_engine(**settings: Any) -> Engine:
         return Engine(args.artifact, **({"max_batch": args.batch, "threads": args.threads, "queue": 4096} | settings))
 
     vocabulary = lx.load(args.artifact).artifact.manifest.model.vocab_size
-    result = {
-        "command": "python " + " ".join(sys.argv),
+    result = json.loads(args.output.read_text()) if args.output.exists() else {}
+    result |= {
+        "command": f"python benchmarks/serve.py ARTIFACT -o {args.output}, in parts with --only",
         "machine": {"cores": os.cpu_count(), "threads": args.threads},
         "versions": {name: version(name) for name in ("onnxruntime", "numpy", "safetensors")},
         "rounds": args.rounds,

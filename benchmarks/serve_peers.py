@@ -189,7 +189,7 @@ def main() -> None:
     result = {
         "command": f"python benchmarks/serve_peers.py ARTIFACT --llama llama-server --gguf {Path(args.gguf).name} "
         f"--rounds {args.rounds} --chats {args.chats} --tokens {args.tokens} --new {args.new} -o {args.output}",
-        "machine": {"cores": os.cpu_count(), "threads": args.threads},
+        "machine": {"cores": os.cpu_count(), "threads": args.threads}, "chats": args.chats, "tokens": args.tokens,
         "versions": {name: version(name) for name in ("onnxruntime", "fastapi", "uvicorn")},
         "llama": (said.stderr + said.stdout).split("\n")[0],
         "tokens_per_second": {name: statistics.median(x["tokens_per_second"] for x in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import toy
 
 import ligerexport as lx
 from ligerexport import staging
+from ligerexport.artifact import pieces
 from ligerexport.artifact.artifact import MANIFEST, ArtifactWriter, Manifest, open_artifact
 from ligerexport.errors import ArtifactError, LigerError, MissingDependency, UsageError
 
@@ -267,6 +270,25 @@ def test_hashing_can_be_switched_off_but_sizes_cannot(artifact: Path) -> None:
     _truncate(artifact)
     with pytest.raises(ArtifactError, match="100 bytes"):
         open_artifact(artifact, hashes=False)
+
+
+def test_large_files_are_hashed_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 1000)
+    artifact = toy.build(tmp_path / "artifact")
+    manifest, weights = open_artifact(artifact).manifest, artifact / "model.onnx"
+    content = weights.read_bytes()
+    expected = [hashlib.sha256(content[at : at + 1000]).hexdigest() for at in range(0, len(content), 1000)]
+    assert list(manifest.files[weights.name].pieces) == expected and len(expected) > 10
+    assert manifest.files["config.json"].pieces == ()
+    for changed in (content[:-1] + b"x", content[:5000] + b"x" + content[5001:]):
+        weights.write_bytes(changed)
+        with pytest.raises(ArtifactError, match="was changed after the build"):
+            open_artifact(artifact)
+    weights.write_bytes(content)
+    entry = asdict(manifest.files[weights.name]) | {"pieces": expected[:-1]}
+    edit_manifest(artifact, files=json.loads((artifact / MANIFEST).read_text())["files"] | {weights.name: entry})
+    with pytest.raises(ArtifactError, match="was changed after the build"):
+        open_artifact(artifact)
 
 
 def test_runtime_that_is_not_there(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

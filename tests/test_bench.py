@@ -97,6 +97,7 @@ def test_the_table_says_what_the_rows_say(result: dict[str, Any]) -> None:
     text = markdown(result)
     assert text.count("\n| engine") + text.count("\n| onnx") + text.count("\n| source") == len(result["rows"])
     assert "not read" in text and "compared now with" in text
+    assert [text.count(f"the ratio is {row['median']:.2f}") > 0 for row in result["ratios"]] == [True, True]
     slowest = max(result["rows"], key=lambda row: row["ms_p95"])
     assert f"| {slowest['ms_p95']:.1f} ms |" in text
 

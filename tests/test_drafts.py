@@ -56,7 +56,7 @@ def test_the_state_does_not_know_what_was_taken_back(model: Path) -> None:
     untouched = tensors(session)
     logits = np.stack([stepped.step(token)[0].copy() for token in IDS[0, 40:46]])
     before, states = session.snapshot(), []
-    for kept in (0, 1, 4, 6):
+    for kept in (0, 2, 6):
         for other in (3, 9):
             draft = np.append(IDS[0, 40 : 40 + kept], np.full(6 - kept, other))
             np.testing.assert_allclose(session.propose(draft)[0, :kept], logits[:kept], atol=1e-4)
@@ -74,7 +74,7 @@ def test_the_state_does_not_know_what_was_taken_back(model: Path) -> None:
 def test_rows_keep_what_they_want(model: Path) -> None:
     """Each goes on as a session that runs alone."""
     session = begun(model, batch=2)
-    for kept in ((1, 4), (0, 3), (4, 4)):
+    for kept in ((1, 4), (0, 3)):
         at = session.position
         draft = np.stack([row[p : p + 4] for row, p in zip(IDS, at, strict=True)])
         for row, k in enumerate(kept):
@@ -85,7 +85,7 @@ def test_rows_keep_what_they_want(model: Path) -> None:
     alone = lx.load(model)
     for row, logits in enumerate(session.step([7, 7])):
         alone.reset()
-        np.testing.assert_allclose(alone.prefill([*IDS[row, : 45 + 6 * row], 7])[0], logits, atol=1e-4)
+        np.testing.assert_allclose(alone.prefill([*IDS[row, : 41 + 6 * row], 7])[0], logits, atol=1e-4)
 
 
 def test_no_other_call_before_the_commit(model: Path) -> None:

@@ -94,12 +94,14 @@ def test_revision_and_cache(hub: Hub) -> None:
     [
         ("owner/gated", "asks for its terms to be accepted", "hf auth login"),
         ("owner/missing", "no directory 'owner/missing' here, and there is no repository", "spelling"),
+        ("owner/text", "owner/text has no config.json", "GGUF"),
         ("owner/tiny@other", "owner/tiny has no revision 'other'", "leave"),
     ],
 )
 def test_refusals(hub: Hub, monkeypatch: pytest.MonkeyPatch, name: str, message: str, hint: str) -> None:
     monkeypatch.delenv("HF_TOKEN")
     hub.add("owner/tiny", {"config.json": b"{}"})
+    hub.add("owner/text", {"README.md": b"no model"})
     hub.add("owner/gated", {"config.json": b"{}"}, gated=True)
     with pytest.raises(SourceError, match=message) as caught:
         resolve(name)

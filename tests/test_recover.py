@@ -100,7 +100,7 @@ def test_the_loss_falls(liger: Path, chats: Path, tmp_path: Path, recipe: str) -
 
 
 def test_killed_and_resumed_is_as_if_never_stopped(liger: Path, chats: Path, tmp_path: Path) -> None:
-    more = ["--steps", 24, "--save-every", 2]
+    more = ["--steps", 14, "--save-every", 2]
     straight = subprocess.run(command(liger, chats, tmp_path / "straight", *more), env=ENVIRONMENT, capture_output=True)
     assert straight.returncode == 0 and b"Warning" not in straight.stderr, straight.stderr
     states = tmp_path / "stopped.state"

@@ -256,7 +256,7 @@ def test_a_storm(tmp_path: Path, memory: int, disk: int) -> None:
 
     async def run() -> None:
         place = asyncio.Semaphore(20)
-        await asyncio.gather(*(one(place) for _ in range(80)))
+        await asyncio.gather(*(one(place) for _ in range(50)))
         await engine.drain(60)
 
     asyncio.run(run())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,15 +102,21 @@ def test_the_disk_takes_what_the_memory_cannot_hold(tmp_path: Path) -> None:
 def test_a_slow_disk_loses_no_chat_and_the_oldest_goes_first_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, letters = Store.write, "abcdefghijklmnopqrst"
+    write, letters, waits = Store.write, "abcdefghijklmnopqrst", threading.Event()
 
     def slow(self: Store, *what: Any) -> int:
-        time.sleep(0.002)
+        waits.wait()
         return write(self, *what)
+
+    def wait() -> None:
+        waits.set()
+        threading.Condition.wait(states._settled)
 
     monkeypatch.setattr(Store, "write", slow)
     states = States("model", 0, tmp_path, 10**6)
+    monkeypatch.setattr(states._settled, "wait", wait)
     keep(states, *letters)
+    assert waits.is_set()
     states.flush()
     states.close()
     assert len(kept(states)) == len(letters)
@@ -140,7 +146,7 @@ def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path, m
         return made[text]
 
     texts, most, packed = ["a" * 60, "b" * 60], 0, 0
-    for _ in range(150):
+    for _ in range(100):
         text = texts[random.integers(len(texts))] + "".join(random.choice([*"cdef"], random.integers(1, 5)))
         texts.append(text)
         states.insert(Space(), ids(text), after(text))

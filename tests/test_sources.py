@@ -105,7 +105,7 @@ def test_typing_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["./absent", "/absent/model", "a/b/c", "../absent", ""])
 def test_no_such_path(name: str) -> None:
-    with pytest.raises(SourceError, match="no directory and no built-in model"):
+    with pytest.raises(SourceError, match="no directory, GGUF file or built-in model"):
         resolve(name)
 
 

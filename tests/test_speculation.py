@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,10 @@ from test_drafts import RAGGED
 
 import ligerexport as lx
 from ligerexport.errors import UsageError
+from ligerexport.run.draft import DraftModel
 from ligerexport.run.generate import Conversation
 from ligerexport.run.sampling import Sampler
-from ligerexport.run.speculation import LENGTHS, Guesses, Places, Speculation
+from ligerexport.run.speculation import LENGTHS, Guesses, Places, Source, Speculation
 
 NEVER_SO_FAR = 4.75
 """Standard deviations of a chi-square that one right sampler in a million exceeds."""
@@ -54,7 +57,7 @@ class Echo:
         self._drafted = len(ids)
         self.seen += ids
         start = len(self.seen) - len(ids) + 1
-        return np.stack([self.logits(self.seen[: start + i]) for i in range(len(ids))])[None]
+        return np.stack([self.logits(self.seen[start + i - 2 : start + i]) for i in range(len(ids))])[None]
 
     def commit(self, kept: int) -> None:
         if self._drafted:
@@ -62,9 +65,12 @@ class Echo:
         self._drafted = 0
 
 
-def write(session: Any, sampler: Sampler, count: int, guesses: Guesses | None = None) -> tuple[list[int], Speculation]:
+def write(
+    session: Any, sampler: Sampler, count: int, guesses: Guesses | None = None, source: Source | None = None
+) -> tuple[list[int], Speculation]:
     """Return tokens and the session that guessed them."""
-    ahead = Speculation(session, Places(), guesses or Guesses(), lambda: session.now)
+    source = source or Places()
+    ahead = Speculation(session, source, guesses or Guesses(source.PRIOR), lambda: session.now)
     found, logits = [], session.logits(session.seen)
     for _ in range(count):
         found.append(sampler(logits))
@@ -88,12 +94,15 @@ def test_a_seed_writes_the_text_of_single_steps(penalty: float) -> None:
 
 
 def test_samples_keep_their_distribution() -> None:
-    """A chi-square of the last of four tokens, over all pairs before it, against the model's own probabilities."""
-    counts: Counter[tuple[int, ...]] = Counter()
     session = Echo()
     text, ahead = write(session, Sampler(1.0, seed=5), 4000)
     assert ahead.calls < 0.8 * ahead.steps
-    counts.update(zip(text, text[1:], text[2:], strict=False))
+    check_distribution(session, text)
+
+
+def check_distribution(session: Echo, text: list[int]) -> None:
+    """Check by chi-square the last of three tokens, over all pairs before it, against the model's own probabilities."""
+    counts = Counter(zip(text, text[1:], text[2:], strict=False))
     chi, freedom = 0.0, 0
     for pair in product(range(4), repeat=2):
         weights = np.exp(session.logits(list(pair)).astype(np.float64))
@@ -136,10 +145,10 @@ def test_a_stream_that_was_left_takes_back_no_draft_of_another() -> None:
     old = Speculation(session, places, guesses, lambda: session.now)  # type: ignore[arg-type]
     logits = session.logits(session.seen)
     while not old._drafted:
-        token, known, seen = int(logits.argmax()), deepcopy(places), session.seen[:]
+        token, known, seen = int(logits.argmax()), deepcopy((places, guesses)), session.seen[:]
         logits = old.step(token)[0]
     session.seen = [*seen]
-    new = Speculation(session, known, guesses, lambda: session.now)  # type: ignore[arg-type]
+    new = Speculation(session, *known, lambda: session.now)  # type: ignore[arg-type]
     new.step(token)
     drafted = session.seen[:]
     assert old._end == new._end == len(drafted)
@@ -214,3 +223,73 @@ def test_a_session_without_drafts_steps(tmp_path: Path) -> None:
         talk.reset()
         answers.append([[chunk.token for chunk in talk.say(line)] for line in ("one", "one")])
     assert answers[0] == answers[1]
+
+
+class Says:
+    """A session that guesses: it answers each token with the next number, and counts what it reads."""
+
+    def __init__(self) -> None:
+        self.artifact, self.seen, self.read = SimpleNamespace(manifest=MODEL), list[int](), 0
+
+    def sibling(self) -> Says:
+        return self
+
+    def prefill(self, ids: list[int]) -> np.ndarray:
+        self.seen, self.read = [*self.seen, *ids], self.read + len(ids)
+        return np.eye(4, dtype=np.float32)[None, (self.seen[-1] + self.seen[-2 if len(self.seen) > 1 else -1] + 1) % 4]
+
+    def step(self, token: int) -> np.ndarray:
+        return self.prefill([token])
+
+    def snapshot(self) -> list[int]:
+        return [*self.seen]
+
+    def restore(self, seen: list[int]) -> None:
+        self.seen = [*seen]
+
+
+MODEL = SimpleNamespace(model=SimpleNamespace(vocab_size=4))
+
+
+def test_a_model_guesses_after_the_text_alone() -> None:
+    """Its state has seen exactly the text before each guess, however many guesses were right and whatever came then."""
+    random, session, text = np.random.default_rng(0), Says(), [1, 2]
+    model = DraftModel(session, 4)  # type: ignore[arg-type]
+    model.read(text)
+    for _ in range(300):
+        count = int(random.integers(1, 6))
+        found = model.guess(count)
+        assert session.seen[: len(text)] == text and session.seen[len(text) :] == found[:-1]
+        expected = [*text]
+        for _ in range(count):
+            expected.append((expected[-1] + expected[-2] + 1) % 4)
+        assert found == expected[len(text) :]
+        taken = [*found[: random.integers(0, count + 1)], *random.integers(0, 4, random.integers(1, 4)).tolist()]
+        for place, token in enumerate(taken):
+            assert model.next == (found[place] if taken[:place] == found[:place] and place < count else None)
+            model.read([token])
+        text += taken
+    assert session.read < 1.5 * len(text) + 900
+
+
+def test_samples_keep_their_distribution_when_a_model_guesses() -> None:
+    session, model = Echo(), DraftModel(Says(), 4)  # type: ignore[arg-type]
+    model.read([0, 0])
+    text, ahead = write(session, Sampler(1.0, seed=7), 4000, source=model)
+    assert ahead.calls < 0.8 * ahead.steps
+    check_distribution(session, text)
+
+
+def test_another_artifact_guesses(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text is that of steps, with any model that guesses; one with other tokens is refused."""
+    monkeypatch.setattr(Guesses, "choose", lambda self, *_: 3 if self._steps else 0)
+    session, prompt = lx.load(artifact), [*range(20, 40)]
+    expected = [chunk.token for chunk in lx.generate(session, prompt, max_new_tokens=40)]
+    small = lx.build(
+        make_checkpoint(tmp_path / "liger", replace(RAGGED, heads=("3 4",) * 3)), lowering="ort", verify=False
+    )
+    for draft in (session, lx.load(small)):
+        guessed = lx.generate(session, prompt, max_new_tokens=40, speculate=draft)
+        assert [chunk.token for chunk in guessed] == expected
+    with pytest.raises(UsageError, match=r"the tokenizer of .* is another one"):
+        lx.generate(session, prompt, speculate=lx.load(toy.build(tmp_path / "toy")))

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from ligerexport.artifact.claims import check_claims
+from ligerexport.artifact.pieces import sha256_pieces
 from ligerexport.dtypes import DTYPES
 from ligerexport.errors import ArtifactError, MissingDependency, quoted
 from ligerexport.reading import from_plain, leads_away, read_json, sha256
@@ -140,10 +141,11 @@ class ByteCounts:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """sha256 in hex and size in bytes of one file."""
+    """sha256 in hex and size in bytes of one file, and of a large one the sha256 of its pieces (`sha256_pieces`)."""
 
     sha256: str
     bytes: int
+    pieces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -330,8 +332,8 @@ class ArtifactWriter:
             The manifest with `files`.
         """
         files = sorted(path for path in self.directory.rglob("*") if path.is_file())
-        entries = {path.relative_to(self.directory).as_posix(): FileInfo(sha256(path), path.stat().st_size)
-                   for path in files}  # fmt: skip
+        entries = {path.relative_to(self.directory).as_posix():
+                   FileInfo(sha256(path), path.stat().st_size, sha256_pieces(path)) for path in files}  # fmt: skip
         manifest = replace(manifest, files=entries)
         (self.directory / MANIFEST).write_text(json.dumps(manifest.to_dict(), indent=1) + "\n", encoding="utf-8")
         self._committed = True
@@ -428,7 +430,7 @@ def _link(file: Path, directory: Path) -> ArtifactError:
 
 
 def _check_hash(file: Path, entry: FileInfo) -> None:
-    if sha256(file) != entry.sha256:
+    if sha256_pieces(file) != entry.pieces if entry.pieces else sha256(file) != entry.sha256:
         raise ArtifactError(f"{file} was changed after the build: its sha256 is not the manifest's", hint=_REBUILD)
 
 

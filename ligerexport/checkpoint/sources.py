@@ -125,7 +125,7 @@ def resolve(model: str | Path, *, progress: ProgressFactory | None = None) -> So
     if is_hub_id(name):
         return _from_hub(name, progress)
     raise SourceError(
-        f"no directory and no built-in model is called '{name}' (a hub id has the form owner/name)",
+        f"no directory, GGUF file or built-in model is called '{name}' (a hub id has the form owner/name)",
         hint=close_matches(name, BUILTIN_MODELS),
     )
 
@@ -135,6 +135,11 @@ def _from_hub(name: str, progress: ProgressFactory) -> Source:
         name, _HUB_FILES, progress, here=f"there is no directory '{name}' here, and ",
         hint="check the network, or give a directory or a built-in model: " + ", ".join(BUILTIN_MODELS),
     )  # fmt: skip
+    if not (path / "config.json").is_file():
+        raise SourceError(
+            f"{name} has no config.json, so it is no model as transformers reads them",
+            hint="name another repository, or download its GGUF file and give that file",
+        )
     return Source(path, name.partition("@")[0], revision=path.name, license=_card_license(path))
 
 

@@ -90,7 +90,7 @@ def _open(
     session, cache = asking.open(artifact, many=True)  # a conversation has many tokens
     talk = Conversation(
         session, sampler, system=system, max_new_tokens=max_new_tokens, stop=asking.stop or (), prompt_cache=cache,
-        special_content=asking.special_content, speculate=asking.speculate,
+        special_content=asking.special_content, speculate=asking.guesser(),
     )  # fmt: skip
 
     def notes() -> list[tuple[str, str]]:

@@ -71,7 +71,12 @@ class Asking:
     ] = None
     speculate: Annotated[
         str,
-        typer.Option("--speculate", help="ngram guesses tokens from earlier places of the text; off does not."),
+        typer.Option(
+            "--speculate",
+            metavar="WAY",
+            help="ngram guesses tokens from earlier places of the text; the directory of an artifact lets it guess; "
+            "off does not guess.",
+        ),
     ] = "off"
     lora: Annotated[
         Path | None, typer.Option("--lora", metavar="ADAPTER", help="Use this LoRA; the artifact needs build --lora.")
@@ -109,6 +114,16 @@ class Asking:
         )  # fmt: skip
         session.use(next(iter(adapters), None))
         return session, PromptCache(self.prompt_cache) if self.prompt_cache else None
+
+    def guesser(self) -> str | Session:
+        """Return what guesses tokens: a way, or a session of the artifact that the user named."""
+        from ligerexport.run.runtime import load
+        from ligerexport.run.speculation import WAYS, check_way
+
+        if self.speculate in WAYS or not Path(self.speculate).is_dir():
+            check_way(self.speculate)
+            return self.speculate
+        return load(self.speculate, threads=self.threads, hashes=not self.no_hash, device=self.device)
 
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")

@@ -81,7 +81,7 @@ def run(
     chunks = generate(
         session, prompt, chat=chat, max_new_tokens=max_new_tokens, **sampling, seed=asking.seed, stop=asking.stop or (),
         json_schema=schema, regex=regex, grammar=rules, special_content=asking.special_content, prompt_cache=cache,
-        fresh=state is None, report_forgetting=forgetting, speculate=asking.speculate,
+        fresh=state is None, report_forgetting=forgetting, speculate=asking.guesser(),
         progress=progress if long else silent,
     )  # fmt: skip
     pieces = list[Chunk]()

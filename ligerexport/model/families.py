@@ -14,7 +14,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ligerexport.errors import CheckpointError, LigerError, UsageError, close_matches
+from ligerexport.errors import CheckpointError, LigerError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -317,9 +317,12 @@ def get_family(model_type: str) -> Family:
         model_type: Value of `model_type` in config.json.
 
     Raises:
-        CheckpointError: There is no such family; the hint names close matches.
+        CheckpointError: There is no such family; the hint names all.
     """
     name = model_type.removeprefix(PREFIX)
     if name not in FAMILIES:
-        raise CheckpointError(f"unknown family '{name}'", hint=close_matches(name, FAMILIES))
+        raise CheckpointError(
+            f"models of the family '{name}' cannot be converted",
+            hint=f"those of these can: {', '.join(sorted(FAMILIES))}",
+        )
     return FAMILIES[name]

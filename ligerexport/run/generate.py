@@ -18,7 +18,7 @@ from ligerexport.run.grammar import Constrained, Grammar, lark
 from ligerexport.run.prompt_cache import PromptCache
 from ligerexport.run.runtime import Session, Snapshot
 from ligerexport.run.sampling import Sampler
-from ligerexport.run.speculation import Guessing, check_way, settled
+from ligerexport.run.speculation import Guessing, settled
 from ligerexport.text.tokenizer import Detokenizer, Message, TextModel, eos_ids
 
 Finish = Literal["eos", "stop", "length"]
@@ -147,7 +147,7 @@ def generate(
     fresh: bool = True,
     prompt_cache: PromptCache | Path | str | None = None,
     report_forgetting: bool = False,
-    speculate: str = "off",
+    speculate: str | Session = "off",
     progress: ProgressFactory = silent,
 ) -> Generator[Chunk]:
     """Continue a prompt, one token after the other.
@@ -177,8 +177,8 @@ def generate(
         prompt_cache: File that keeps the state after the beginning of the prompt for later calls.
         report_forgetting: Whether chunks have `forgotten`, which is None if `session.forgotten` is.
         speculate: `ngram` guesses tokens from earlier places of the text, to write several in one call of the engine
-            where that is faster; `off` does not. It has no effect with `report_forgetting`, or if `session.drafts` is
-            not true.
+            where that is faster; a session of a smaller model with the same tokenizer lets this model guess; `off` does
+            not guess. It has no effect with `report_forgetting`, or if `session.drafts` is not true.
         progress: Reports the prefill of long prompts.
 
     Returns:
@@ -218,7 +218,7 @@ def generate(
         if (session.artifact.directory / "tokenizer.json").is_file():
             text = text_model(session.artifact.directory)
     _check(session, ids, max_new_tokens)
-    check_way(speculate)
+    guessing = Guessing(session, "off" if report_forgetting else speculate)
     if fresh:
         session.reset()
     elif prompt_cache is not None:
@@ -234,7 +234,7 @@ def generate(
         rules = Grammar(text, session.artifact.manifest.model.vocab_size, ends, source)
         choose = Constrained(sampler, rules.begin())
     meter = session if report_forgetting else None
-    ahead = Guessing("off" if report_forgetting else speculate).on(session, ids)
+    ahead = guessing.on(ids)
     return settled(ahead, _stream(ahead, ids, text, choose, max_new_tokens, ends, stops, cache, progress, meter))
 
 
@@ -381,11 +381,11 @@ class Conversation:
         stop: Sequence[str] = (),
         prompt_cache: PromptCache | None = None,
         special_content: bool = False,
-        speculate: str = "off",
+        speculate: str | Session = "off",
     ) -> None:
         if prompt_cache is not None:
             _check_no_adapter(session)
-        self.session, self._guessing = session, Guessing(speculate)
+        self.session, self._guessing = session, Guessing(session, speculate)
         self._text = text_model(session.artifact.directory)
         self._text.next_turn("?")
         StopStrings(stop, self._text.special_ids)
@@ -418,7 +418,7 @@ class Conversation:
         _check(self.session, ids, self._max_new_tokens)
         ends, stops = self._text.turn_ends, StopStrings(self._stop, self._text.special_ids)
         self._unseen = []
-        ahead, limit = self._guessing.on(self.session, ids), self._max_new_tokens
+        ahead, limit = self._guessing.on(ids), self._max_new_tokens
         chunks = _stream(ahead, ids, self._text, self._sampler, limit, ends, stops, cache, silent)
         for chunk in settled(ahead, chunks):
             ended = chunk.token in ends | stops.ids  # the next turn includes the end of the answer
@@ -428,6 +428,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget everything."""
         self.session.reset()
+        self._guessing.forget()
         self._sampler.forget()
         self._unseen = []
 
@@ -439,7 +440,8 @@ class Conversation:
         self.session.snapshot().save(path)
 
     def load(self, path: Path | str) -> None:
-        """Continue a saved conversation. The repetition penalty does not know its tokens."""
+        """Continue a saved conversation, whose tokens the repetition penalty and guesses do not know."""
         self.session.restore(Snapshot.load(path))
+        self._guessing.forget()
         self._sampler.forget()
         self._unseen = []

@@ -1,8 +1,8 @@
 """Write several tokens in one call of the engine: guess them from the text so far, and keep those that were right.
 
-A guess is the continuation of an earlier place with the same last tokens. The sampler still chooses every token, from
-the logits that it would get without guesses; a call that has guessed its choice only answers the next question too. So
-the distribution of texts is the same, also with penalties and grammars.
+A guess is the continuation of an earlier place with the same last tokens, or what a second model would write. The
+sampler still chooses every token, from the logits that it would get without guesses; a call that has guessed its choice
+only answers the next question too. So the distribution of texts is the same, also with penalties and grammars.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ligerexport.errors import UsageError, close_matches
+from ligerexport.run.draft import DraftModel, check_tokens
 from ligerexport.run.runtime import Session
 
 T = TypeVar("T")
@@ -33,6 +34,8 @@ _FREE, _SHARE = 0.35, 0.008
 """Steps that wrong guesses may cost before any was right: at once, and for each token so far."""
 _CAUTION = 8
 """A call may cost this many times as much as it is likely to lose, or all that it can lose, whichever is less."""
+_SURE = 0.8
+"""Steps by which all that a call can lose may exceed the budget, however sure its guesses are."""
 _ROW = 0.25
 """Cost of one more token in a call, as a share of a step, until calls of its length were timed."""
 _TIMINGS = 7
@@ -58,8 +61,10 @@ class Places:
         ids: The text, or the later part of a long one.
         count: Number of tokens of the whole text.
         length: Number of last tokens that are the same at the place found, at least; 0 if there is none.
+        PRIOR: See `Guesses`.
     """
 
+    PRIOR = (0.2, 0.4, 0.8, 1.6, 1.8), 2.0
     _SIZES = (6, 3, 2)
 
     def __init__(self) -> None:
@@ -67,6 +72,11 @@ class Places:
         self.count = self.length = 0
         self._next = 0
         self._seen: dict[tuple[int, ...], int] = {}
+
+    @property
+    def next(self) -> int | None:
+        """The guess of the next token, if there is one."""
+        return self.ids[self._next] if self.length else None
 
     def read(self, ids: Iterable[int]) -> None:
         """Add tokens to the text."""
@@ -99,21 +109,25 @@ class Places:
         return found
 
 
+Source = Places | DraftModel
+"""What guesses tokens."""
+
+
 class Guesses:
     """Says how many guessed tokens a call should have, from how often guesses were right and what calls cost.
 
-    Guesses are counted whether a call had them or not, so nothing is tried only to learn how good they are.
+    Guesses from earlier places are counted whether a call had them or not, so none is made only to learn how good they
+    are.
 
-    Attributes:
-        drafts: Number of drafts so far.
+    Args:
+        prior: How many guesses count as right at first, by `_kind`, and of how many.
     """
 
-    def __init__(self) -> None:
-        self._right = np.array([0.2, 0.4, 0.8, 1.6, 1.8])  # by length of the match; of 2 guesses
-        self._made = np.full(5, 2.0)
+    def __init__(self, prior: tuple[Sequence[float], float] = Places.PRIOR) -> None:
+        self._right, self._made = np.array(prior[0]), np.full(len(prior[0]), prior[1])
         self._steps: deque[float] = deque(maxlen=_TIMINGS)  # their seconds
         self._costs: dict[int, deque[float]] = {}  # in steps of the same time, by the number of tokens
-        self._waited = self.drafts = 0
+        self._waited = 0
 
     @staticmethod
     def _kind(length: int) -> int:
@@ -125,11 +139,11 @@ class Guesses:
         self._right[kind] = 0.95 * self._right[kind] + right
         self._made[kind] = 0.95 * self._made[kind] + 1
 
-    def follow(self, places: Places, token: int) -> None:
-        """Record whether a guess of the next token would have been right, and add the token to the text."""
-        if places.length:
-            self.record(places.length, places.guess(1) == [token])
-        places.read([token])
+    def follow(self, source: Source, token: int) -> None:
+        """Record whether the guess of the next token was right, and add the token to the text."""
+        if source.next is not None:
+            self.record(source.length, source.next == token)
+        source.read([token])
 
     def time(self, tokens: int, seconds: float) -> None:
         """Record what a call of some tokens cost; the first one has one token."""
@@ -168,7 +182,7 @@ class Guesses:
             if count not in LENGTHS:
                 continue
             cost = self.cost(count + 1)
-            if (cost - 1) * min(1, _CAUTION * wrong) > budget:
+            if max((cost - 1) * min(1, _CAUTION * wrong), cost - 1 - _SURE) > budget:
                 break
             if (speed := tokens / len(shares) / cost) > best:
                 best, chosen = speed, count
@@ -205,7 +219,7 @@ class Speculation:
 
     Args:
         session: The session, whose drafts take one call.
-        places: The text so far, of which `step` adds its tokens.
+        source: The text so far, to which `step` adds its tokens.
         guesses: What was measured in this session before.
         clock: Returns the time in seconds.
 
@@ -215,12 +229,12 @@ class Speculation:
     """
 
     def __init__(
-        self, session: Session, places: Places, guesses: Guesses, clock: Callable[[], float] = time.perf_counter
+        self, session: Session, source: Source, guesses: Guesses, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self._session, self._places, self._guesses, self._clock = session, places, guesses, clock
+        self._session, self._source, self._guesses, self._clock = session, source, guesses, clock
         self._drafted: list[int] = []
         self._logits = np.empty((1, 0, 0), np.float32)  # after each token of the draft
-        self._used, self._number, self._end, self._seconds = 0, 0, 0, 0.0
+        self._used, self._end, self._seconds = 0, 0, 0.0
         self._budget = Budget()
         self.calls = self.steps = 0
 
@@ -230,16 +244,16 @@ class Speculation:
     def step(self, token: int) -> np.ndarray:
         """Advance by one token; return the logits after it, `[1, V]`."""
         self.steps += 1
-        places, guesses = self._places, self._guesses
-        guesses.follow(places, token)
+        source, guesses = self._source, self._guesses
+        guesses.follow(source, token)
         if self._drafted and self._used < len(self._drafted) and self._drafted[self._used] == token:
             self._used += 1
             return self._logits[:, self._used - 1]
         self.settle()
         self.calls += 1
-        count = guesses.choose([places.length], LENGTHS[-1], self._budget.left)
-        draft = [token, *places.guess(count)]
+        count = guesses.choose([source.length], LENGTHS[-1], self._budget.left)
         start = self._clock()
+        draft = [token, *source.guess(count)]
         if len(draft) == 1:
             logits = self._session.step(token)
             guesses.time(1, self._clock() - start)
@@ -247,8 +261,7 @@ class Speculation:
             return logits
         self._logits = self._session.propose(draft)
         self._drafted, self._used, self._seconds = draft, 1, self._clock() - start
-        guesses.drafts += 1
-        self._number, self._end = guesses.drafts, int(self._session.position[0])
+        _drafted[self._session], self._end = self._logits, int(self._session.position[0])
         return self._logits[:, 0]
 
     def settle(self) -> None:
@@ -257,37 +270,55 @@ class Speculation:
         It does nothing if somebody has given the session another state meanwhile, or another draft.
         """
         drafted, self._drafted = self._drafted, []
-        if drafted and self._number == self._guesses.drafts and self._session.position[0] == self._end:
+        mine = _drafted.get(self._session) is self._logits
+        if drafted and mine and self._session.position[0] == self._end:
             start = self._clock()
             self._session.commit(self._used)
             self._guesses.time(len(drafted), self._seconds + self._clock() - start)
             self._budget.add(self._used, self._guesses.cost(len(drafted)))
 
 
-_known: WeakKeyDictionary[Session, Guesses] = WeakKeyDictionary()
-"""What was measured in each session."""
+_drafted: WeakKeyDictionary[Session, np.ndarray] = WeakKeyDictionary()
+"""The logits of the last draft of each session, which say whose it was."""
+_known: WeakKeyDictionary[Session, dict[type, Guesses]] = WeakKeyDictionary()
+"""What was measured in each session with each class of sources."""
 
 
 class Guessing:
     """How the texts of one conversation are guessed.
 
     Args:
-        speculate: Row of `WAYS`.
+        session: The session that writes them.
+        speculate: Row of `WAYS`, or a session of a model that guesses.
 
     Raises:
-        UsageError: There is no such row.
+        UsageError: There is no such row, or the model that guesses has another tokenizer.
     """
 
-    def __init__(self, speculate: str) -> None:
-        check_way(speculate)
-        self._places = None if speculate == "off" else Places()
+    def __init__(self, session: Session, speculate: str | Session) -> None:
+        if isinstance(speculate, str):
+            check_way(speculate)
+        else:
+            check_tokens(session.artifact, speculate.artifact)
+        self._session, self._speculate = session, speculate
+        self.forget()
 
-    def on(self, session: Session, ids: Iterable[int]) -> Session:
+    def forget(self) -> None:
+        """Begin another text."""
+        self._source: Source | None = Places() if self._speculate == "ngram" else None
+
+    def on(self, ids: Iterable[int]) -> Session:
         """Return a session that guesses, if it can, what follows a prompt that continues the conversation."""
-        if self._places is None or not session.drafts:
+        session = self._session
+        if self._speculate == "off" or not session.drafts:
             return session
-        self._places.read(ids)
-        return cast(Session, Speculation(session, self._places, _known.setdefault(session, Guesses())))
+        if self._source is None:
+            assert not isinstance(self._speculate, str)
+            self._source = DraftModel(self._speculate, session.artifact.manifest.model.vocab_size)
+        source = self._source
+        source.read(ids)
+        guesses = _known.setdefault(session, {}).setdefault(type(source), Guesses(source.PRIOR))
+        return cast(Session, Speculation(session, source, guesses))
 
 
 def settled(session: Session, chunks: Generator[T]) -> Generator[T]:

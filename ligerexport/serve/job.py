@@ -133,6 +133,12 @@ class Job:
         return self.request.prompt_logprobs
 
     @property
+    def seen_ids(self) -> np.ndarray:
+        """The tokens that the model has seen, `[T]` int64."""
+        written = self.tokens[len(self.prompt) : self.at]
+        return np.concatenate([self.prompt[: self.at], np.array(written, np.int64)])
+
+    @property
     def written(self) -> int:
         """Number of tokens that were written."""
         return len(self.tokens) - len(self.prompt)

@@ -281,7 +281,7 @@ class Scheduler:
 
     def _keep(self, job: Job, *, write: bool) -> Snapshot | None:
         """Keep the state of a job if it is worth its bytes, and return it then."""
-        space, ids = job.space, np.array(job.tokens[: job.at], np.int64)
+        space, ids = job.space, job.seen_ids
         pin = job.request.pin and job.at == len(job.prompt)
         if not (pin or self._states.wants(space, ids)):
             if write:
@@ -357,7 +357,8 @@ class Scheduler:
         failed: list[tuple[Job, Exception]] = []
         kept = [0] * size
         for job in self.running:
-            assert (row := job.row) is not None
+            row = job.row
+            assert row is not None
             try:
                 kept[row], reason = job.follow(logits[row], None if draft is None else draft[row])
                 if reason:

@@ -1,9 +1,10 @@
 """The states that the engine keeps: trees of prefixes in memory under a budget, then on a disk under another one.
 
 What is kept longest follows GreedyDual-Size-Frequency (Cherkasova, 1998). A state is worth the tokens that would be
-read again without it. The last state of a chat is needed for its next turn, so it only goes if the disk has no room
-for it: while too many states are being written, the engine waits. One inside a chat is only needed for a branch, so it
-is worth a tenth of that, unless prefixes have branched there already. States of one model have nearly equal sizes.
+read again without it. The last state of a chat is needed for its next turn, so it only goes if the disk has no room for
+it: while too many states are being written, the engine waits, though not for a network. One inside a chat is only
+needed for a branch, so it is worth a tenth of that, unless prefixes have branched there already. States of one model
+have nearly equal sizes.
 
 When the memory is full, states are first kept as differences from ones before them, where those are much smaller. The
 memory of a state stays as long as another one is a difference from it.
@@ -314,7 +315,8 @@ class States:
             self._clock = max(self._clock, victim.priority[0])
             if not victim.written:
                 self._write(victim)
-            if not (victim.written or victim.writing or victim.node.children) and self._crowded(victim):
+            lost = not (victim.written or victim.writing or victim.node.children)
+            if lost and self._crowded(victim) and not isinstance(self._store, SharedStore):
                 self._settled.wait()  # others may change everything meanwhile
                 continue
             if victim.writing:

@@ -178,8 +178,9 @@ def _search(x: np.ndarray, levels: int, weights: np.ndarray | None) -> tuple[np.
 def requantise(matrix: np.ndarray, grid: Blocks, levels: int) -> Blocks:
     """Quantise the rows of a matrix `[N, K]` fp32 to the nearest codes for given scales and zero points."""
     rows, count = grid.scale.shape
-    padded = np.pad(matrix, ((0, 0), (0, grid.codes.shape[1] - matrix.shape[1]))).reshape(rows, count, -1)
-    codes = np.rint(padded / grid.scale[..., None])
+    codes = np.pad(matrix, ((0, 0), (0, grid.codes.shape[1] - matrix.shape[1]))).reshape(rows, count, -1)
+    codes /= grid.scale[..., None]
+    np.rint(codes, out=codes)
     codes += grid.zero_point[..., None]
     return grid._replace(codes=np.clip(codes, 0, levels - 1, out=codes).astype(np.uint8).reshape(rows, -1))
 
@@ -187,8 +188,10 @@ def requantise(matrix: np.ndarray, grid: Blocks, levels: int) -> Blocks:
 def dequantise(blocks: Blocks, width: int) -> np.ndarray:
     """Return the matrix `[N, width]` fp32 that quantised blocks represent."""
     rows, count = blocks.scale.shape
-    codes = blocks.codes.reshape(rows, count, -1).astype(np.float32) - blocks.zero_point[..., None]
-    return (codes * blocks.scale[..., None]).reshape(rows, -1)[:, :width]
+    values = blocks.codes.reshape(rows, count, -1).astype(np.float32)
+    values -= blocks.zero_point[..., None]
+    values *= blocks.scale[..., None]
+    return values.reshape(rows, -1)[:, :width]
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

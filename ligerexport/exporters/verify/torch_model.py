@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -31,6 +32,7 @@ from ligerexport.exporters.onnx.weights import WeightStorage, stored_slabs, weig
 from ligerexport.layers.mixer import CACHE, LigerCache, LigerLayer, read_config
 from ligerexport.model.families import output_head
 from ligerexport.model.state import FORGOTTEN
+from ligerexport.threads import default_threads
 
 State = dict[str, np.ndarray]
 
@@ -226,7 +228,8 @@ class Reference:
     def _loaded(self, *names: str, tokens: np.ndarray | None = None) -> Iterator[None]:
         """Load the weights of modules and drop them at the end of the `with` block.
 
-        Of the embedding, only the rows of `tokens` are loaded.
+        Of the embedding, only the rows of `tokens` are loaded. Each core reads a weight, since numpy takes only one for
+        what it decodes and compares.
         """
         empty = {
             f"{name}.{key}": parameter
@@ -234,9 +237,10 @@ class Reference:
             for key, parameter in self._model.get_submodule(name).named_parameters()
         }
         try:
-            for name in empty:
-                weight = self._weight(name, tokens if "embed_tokens" in name else None)
-                self._put(name, nn.Parameter(weight, requires_grad=False))
+            with ThreadPoolExecutor(default_threads()) as pool:
+                wanted = [tokens if "embed_tokens" in name else None for name in empty]
+                for name, weight in zip(empty, pool.map(self._weight, empty, wanted), strict=True):
+                    self._put(name, nn.Parameter(weight, requires_grad=False))
             yield
         finally:
             for name, parameter in empty.items():

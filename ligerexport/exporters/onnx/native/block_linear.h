@@ -140,7 +140,7 @@ void block_linear(const BlockMatrix& m, const float* x, const float* bias, int64
   constexpr int64_t kPiece = 1 << 16;  // fewest products for a thread
   thread_local RoundedInputs shared;
   RoundedInputs& in = shared;
-  if (!exact) m.bits == 4 ? in.Round<4>(m, x, tokens) : in.Round<8>(m, x, tokens);
+  if (!exact) m.bits == 4 ? in.Round<4>(m, x, tokens, parallel) : in.Round<8>(m, x, tokens, parallel);
   const int64_t work = m.rows * m.width * tokens, most = (m.rows + kRows - 1) / kRows;
   const int64_t pieces = std::min<int64_t>({std::max<int64_t>(work / kPiece, 1), most, 32});
   const int64_t rows = ((m.rows + pieces - 1) / pieces + kRows - 1) / kRows * kRows;

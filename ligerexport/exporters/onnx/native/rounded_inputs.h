@@ -122,10 +122,10 @@ struct RoundedInputs {
   // A unit has two parts: even and odd elements for codes of 4 bits; beside codes of 8 bits, both halves, or high and low
   // bytes, both signed. For tiles, units follow each other; for rows, the first parts of a run of units come before their
   // second parts.
-  template <int kBits>
-  void Round(const BlockMatrix& matrix, const float* x, int64_t tokens) {
-    constexpr int64_t kPart = kUnit * kParts<kBits> / 2, kMostUnits = 2;
-    const int64_t span = span_units<kBits>(matrix.block), size = span * kUnit;
+  template <int kBits, typename Parallel>
+  void Round(const BlockMatrix& matrix, const float* x, int64_t tokens, const Parallel& parallel) {
+    constexpr int64_t kFew = 1 << 14;  // numbers that one thread rounds faster than several
+    constexpr int64_t kPart = kUnit * kParts<kBits> / 2;
     groups = (matrix.blocks * matrix.block + kGroup * kUnit - 1) / (kGroup * kUnit);
     tiled = kTiles<kBits> && tokens >= kTiled && matrix.rows >= kLanes;
     const int64_t units = groups * kGroup, run = tiled ? 1 : kRun<kBits>;
@@ -136,22 +136,33 @@ struct RoundedInputs {
 #endif
     narrow.assign(run > 0 ? tokens * units * 2 * kPart : 0, 0);
     wide.assign(run > 0 ? 0 : tokens * units * kUnit, 0);
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t s = 0; s * size < matrix.width; ++s) {
-        const int64_t at = t * units + s, left = matrix.width - s * size;
-        const float* from = x + t * matrix.width + s * size;
-        float padded[kMostUnits * kUnit] = {};
-        if (left < size) {
-          std::copy_n(from, left, padded);
-          from = padded;
-        }
-        int32_t codes[kMostUnits * kUnit], whole;
-        scale[at] = RoundSpan(from, size, kMost<kBits>, codes, &whole);
-        sum[at] = scale[at] * static_cast<float>(whole);
-        if (!count.empty()) count[at] = static_cast<int16_t>(whole);
-        for (int64_t u = s * span; u < (s + 1) * span; ++u)
-          Put<kBits, kPart>(codes + (u - s * span) * kUnit, t * units + u, u % std::max<int64_t>(run, 1), run);
+    const auto round = [&](int64_t t) { RoundToken<kBits, kPart>(matrix, x + t * matrix.width, t * units, run); };
+    if (tokens > 1 && tokens * matrix.width > kFew)
+      parallel(tokens, round);
+    else
+      for (int64_t t = 0; t < tokens; ++t) round(t);
+  }
+
+  // Rounds the inputs of a token, whose units begin at `first`.
+  template <int kBits, int64_t kPart>
+  void RoundToken(const BlockMatrix& matrix, const float* x, int64_t first, int64_t run) {
+    constexpr int64_t kMostUnits = 2;
+    const int64_t span = span_units<kBits>(matrix.block), size = span * kUnit;
+    for (int64_t s = 0; s * size < matrix.width; ++s) {
+      const int64_t at = first + s, left = matrix.width - s * size;
+      const float* from = x + s * size;
+      float padded[kMostUnits * kUnit] = {};
+      if (left < size) {
+        std::copy_n(from, left, padded);
+        from = padded;
       }
+      int32_t codes[kMostUnits * kUnit], whole;
+      scale[at] = RoundSpan(from, size, kMost<kBits>, codes, &whole);
+      sum[at] = scale[at] * static_cast<float>(whole);
+      if (!count.empty()) count[at] = static_cast<int16_t>(whole);
+      for (int64_t u = s * span; u < (s + 1) * span; ++u)
+        Put<kBits, kPart>(codes + (u - s * span) * kUnit, first + u, u % std::max<int64_t>(run, 1), run);
+    }
   }
 
   // Writes the integers of a unit, which is the `nth` one of its run.
