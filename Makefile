@@ -54,6 +54,7 @@ build: build/smollm2-onnx/manifest.json ## Build and verify its int4 artifact fo
 
 run: build/smollm2-onnx/manifest.json ## Write text with the artifact.
 	$(BIN)/ligerexport run build/smollm2-onnx "$(PROMPT)"
+	@echo 'To use the command ligerexport in this shell: . $(BIN)/activate'
 
 demo: build/smollm2-onnx/manifest.json $(addsuffix /genai_config.json,$(filter build/%,$(ORIGINAL))) ## Show it beside the original model on a local page.
 	$(BIN)/ligerexport demo build/smollm2-onnx --against $(ORIGINAL)
@@ -66,8 +67,10 @@ build/smollm2-onnx/manifest.json: build/smollm2-liger/config.json
 	$(BIN)/ligerexport build build/smollm2-liger --weights int4 --lowering $(LOWERING) -o build/smollm2-onnx --force
 
 build/smollm2-original/genai_config.json: $(READY)
-	$(BIN)/python -m onnxruntime_genai.models.builder -p int4 -e cpu -o build/smollm2-original -c build/smollm2-original \
-	  -i "$$($(BIN)/python -c 'from ligerexport.checkpoint.sources import resolve; print(resolve("smollm2-135m").path)')"
+	@echo 'Building the original for onnxruntime-genai takes about a minute.'
+	@$(BIN)/python -m onnxruntime_genai.models.builder -p int4 -e cpu -o build/smollm2-original -c build/smollm2-original \
+	  -i "$$($(BIN)/python -c 'from ligerexport.checkpoint.sources import resolve; print(resolve("smollm2-135m").path)')" \
+	  > build/smollm2-original.log 2>&1 || { cat build/smollm2-original.log; exit 1; }
 
 # ONNX Runtime alone runs this one, and fp32 without rounded slots gives every program the same tokens.
 build/smollm2-fp32/manifest.json: build/smollm2-liger/config.json

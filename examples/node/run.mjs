@@ -6,7 +6,7 @@ import { createInterface } from "node:readline";
 import { parseArgs } from "node:util";
 import { Tokenizer } from "@huggingface/tokenizers";
 import { Chat } from "../web/chat.mjs";
-import { endIds, Session, Writer } from "../web/liger.mjs";
+import { endIds, optimisation, Session, Writer } from "../web/liger.mjs";
 import { readIds } from "../web/state.mjs";
 
 const USAGE = `usage: node run.mjs ARTIFACT PROMPT [options]
@@ -113,7 +113,9 @@ async function main() {
   const settings = { ...json("special_tokens_map.json"), ...json("tokenizer_config.json") };
   const tokenizer = new Tokenizer(json("tokenizer.json"), settings);
   const ends = endIds(tokenizer, settings, json("generation_config.json"), json("config.json"));
-  const graph = await ort.InferenceSession.create(join(options.artifact, file));
+  const graph = await ort.InferenceSession.create(join(options.artifact, file), {
+    graphOptimizationLevel: optimisation(manifest),
+  });
   const session = new Session(ort, manifest, graph, true);
   const chat = options.chat && new Chat(json("chat.json"));
   const state = options.state && bytesOf(options.state);

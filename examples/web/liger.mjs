@@ -95,6 +95,12 @@ export class Session {
   }
 }
 
+/** The level at which ONNX Runtime loaded the graph when it was verified; another one rounds differently. */
+export function optimisation({ lowering, precision }) {
+  if (lowering === "portable") return "all";
+  return ["fp16", "bf16"].includes(precision) ? "basic" : "disabled";
+}
+
 /** Ids that end a text: the tokenizer's eos_token, and those that generation_config.json and config.json name. */
 export function endIds(tokenizer, settings, ...configs) {
   const name = settings?.eos_token?.content ?? settings?.eos_token;

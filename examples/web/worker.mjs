@@ -3,7 +3,7 @@
 
 import { Tokenizer } from "./node_modules/@huggingface/tokenizers/dist/tokenizers.min.mjs";
 import { Chat } from "./chat.mjs";
-import { endIds, Session, Writer } from "./liger.mjs";
+import { endIds, optimisation, Session, Writer } from "./liger.mjs";
 
 const RUNTIME = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
 const ARTIFACT = new URL("./artifact/", import.meta.url).href;
@@ -32,6 +32,7 @@ async function load(backend) {
     optional("chat.json"),
     ort.InferenceSession.create(ARTIFACT + graph, {
       executionProviders: [backend],
+      graphOptimizationLevel: optimisation(manifest),
       // WebAssembly has no fast products with 4-bit weights, so they become fp32 while loading (lowering `portable`).
       extra: { session: { disable_quant_qdq: backend === "wasm" ? "1" : "0" } },
       externalData: weights.map((path) => ({ path, data: ARTIFACT + path })),

@@ -132,7 +132,8 @@ def convert(
         return options.finish_made(json, f"would write {output}", plan.describe(), None)
 
     path = plan.run(progress)
-    facts, following = describe_checkpoint(path, plan.liger), f"ligerexport build {quoted(path)} --target onnx"
+    facts = describe_checkpoint(path, plan.liger)
+    following = f"ligerexport build {quoted(path)} --target onnx --weights int4 --lowering native"
     if plan.liger.celled:  # no target has this memory yet
         following = f"ligerexport eval {quoted(path)}"
     if plan.sized:

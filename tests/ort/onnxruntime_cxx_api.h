@@ -17,6 +17,7 @@ struct OrtApiBase {
 extern "C" const OrtApiBase* OrtGetApiBase();
 
 enum OrtLoggingLevel { ORT_LOGGING_LEVEL_ERROR = 3 };
+enum GraphOptimizationLevel { ORT_DISABLE_ALL = 0, ORT_ENABLE_BASIC = 1, ORT_ENABLE_ALL = 99 };
 enum OrtAllocatorType { OrtDeviceAllocator = 0 };
 enum OrtMemType { OrtMemTypeDefault = 0 };
 enum ONNXTensorElementDataType {
@@ -78,6 +79,7 @@ struct RunOptions : Handle<97> {
 
 struct SessionOptions : Handle<100> {
   SessionOptions() { ThrowOnError(entry(10, &p_)); }
+  void SetGraphOptimizationLevel(GraphOptimizationLevel level) { ThrowOnError(entry(23, p_, int{level})); }
   void SetIntraOpNumThreads(int count) { ThrowOnError(entry(24, p_, count)); }
   void AddConfigEntry(const char* key, const char* value) { ThrowOnError(entry(130, p_, key, value)); }
 };
