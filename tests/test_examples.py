@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 PROMPT = "Ünïcode, 12345 numbers,   spaces\n\tand more than one chunk of 🙂 text; " * 2
 TOKENS = 24
-REAL = ROOT / "build" / "smollm2-fp32"
+REAL, INT4 = ROOT / "build" / "smollm2-fp32", ROOT / "build" / "smollm2-onnx"
 
 App = Callable[..., list[int]]
 """Function from an artifact, a prompt, a number of tokens and maybe a saved state to an app's ids."""
@@ -174,6 +174,17 @@ def test_every_app_gives_the_tokens_of_the_real_model(app: App) -> None:
         pytest.skip("needs `make examples`")
     prompt = "The capital of France is"
     assert app(REAL, prompt, 20) == expected(REAL, prompt, 20)
+
+
+@pytest.mark.real
+def test_the_program_in_cpp_loads_int4_at_the_level_that_was_verified(liger_run: Path) -> None:
+    """At another level it writes "New Haven" in the place of "Nova Haven"."""
+    if not INT4.is_dir() or lx.load(INT4).artifact.manifest.lowering != "native":
+        pytest.skip("needs `make quickstart` with a C++ compiler")
+    library = run(sys.executable, "-m", "ligerexport", "native").split()[-1]
+    prompt = "Once upon a time"
+    found = run(liger_run, INT4, *options(prompt, 24), "--library", library)
+    assert ids(found) == expected(INT4, prompt, 24)
 
 
 def test_the_page_stops(browser: Any, artifacts: dict[str, Path]) -> None:
