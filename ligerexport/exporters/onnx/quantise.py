@@ -16,6 +16,8 @@ LEAST = np.float32(0.05)
 """Weight of a column without inputs, relative to the mean of all: a text is too short to show what never comes."""
 TILE = 1 << 17
 """Elements that are searched at a time; they fit a core's cache, which is three times as fast as whole matrices."""
+ROWS = 1 << 20
+"""Elements of rows whose grids are chosen together at a time, which is twice as fast as `TILE`."""
 CHUNK = 2048
 """Columns whose grids are chosen together, a multiple of every block. It bounds work and memory for wide matrices."""
 TOGETHER = np.float32(0.7)
@@ -24,7 +26,7 @@ FEW_SPANS = SPANS[::2]
 """Widths that are tried when grids are chosen together."""
 
 Moments: TypeAlias = Sequence[np.ndarray]
-"""The mean products of each two inputs of a linear map, `[n, n]` for every `CHUNK` inputs."""
+"""Mean products of each two inputs of a linear map, `[n, n]` for every `CHUNK` inputs, or mean squares, `[n]`."""
 
 
 class Blocks(NamedTuple):
@@ -59,8 +61,8 @@ def quantise(
         block: Elements of a block.
         levels: Number of different codes.
         moments: Those of the map's inputs on a text. Squared errors are weighted by the mean square of the input, and
-            with few levels the grids of a row are then chosen together, so that the error of its output is small.
-            Without it all errors count alike.
+            with few levels and the products of inputs, the grids of a row are then chosen together, so that the error
+            of its output is small. Without moments all errors count alike.
     """
     rows, width = matrix.shape
     count = -(-width // block)
@@ -71,7 +73,7 @@ def quantise(
     )
     tile, levels = max(1, TILE // (count * block)), levels or 2**bits
     chunks = None if moments is None else _damped(moments, count * block - width)
-    weights = None if chunks is None else np.concatenate([chunk.diagonal() for chunk in chunks]).reshape(count, block)
+    weights = None if chunks is None else np.concatenate([_squares(chunk) for chunk in chunks]).reshape(count, block)
     for start in range(0, rows, tile):
         part = slice(start, start + tile)
         padded = np.pad(matrix[part], ((0, 0), (0, count * block - width)))
@@ -79,21 +81,30 @@ def quantise(
         found = _search(padded.reshape(-1, block), levels, each)
         for whole, piece in zip(result, found, strict=True):
             whole[part] = piece.reshape(-1, whole.shape[1])
-        if chunks is not None and levels < 256:
+    if chunks is not None and chunks[0].ndim == 2 and levels < 256:
+        tile = max(1, ROWS // (count * block))
+        for start in range(0, rows, tile):
+            part = slice(start, start + tile)
+            padded = np.pad(matrix[part], ((0, 0), (0, count * block - width)))
             _choose_together(padded, Blocks(*(whole[part] for whole in result)), chunks, levels)
     return result
 
 
+def _squares(chunk: np.ndarray) -> np.ndarray:
+    return chunk.diagonal() if chunk.ndim == 2 else chunk
+
+
 def _damped(moments: Moments, beyond: int) -> list[np.ndarray]:
     """Return what weighs errors: moments relative to the mean square of all inputs, and `beyond` columns of zeros."""
-    mean = sum(chunk.trace() for chunk in moments) / sum(map(len, moments))
+    mean = sum(_squares(chunk).sum() for chunk in moments) / sum(map(len, moments))
     result = []
     for chunk in moments:
         damped = chunk.astype(np.float32) / max(mean, np.finfo(np.float32).tiny)
-        squares = damped.diagonal() + LEAST
-        damped *= TOGETHER
-        np.fill_diagonal(damped, squares)
-        result.append(damped)
+        squares = _squares(damped) + LEAST
+        if damped.ndim == 2:
+            damped *= TOGETHER
+            np.fill_diagonal(damped, squares)
+        result.append(damped if damped.ndim == 2 else squares)
     result[-1] = np.pad(result[-1], (0, beyond))
     return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,10 @@ TEXTS = 16
 """Number of texts."""
 LENGTH = 256
 """Number of tokens of a text, or of the longest text that the model was trained on."""
+MOST = 500_000_000
+"""Weights of a model up to which products of inputs are computed, since larger models take many minutes."""
+FEW = 2
+"""Number of texts for larger models, of which only the squares of inputs are used."""
 PASSAGES = 60
 """Number of passages that are joined to texts, more than enough for most tokenizers."""
 LARGEST = 2.0
@@ -31,8 +36,10 @@ LARGEST = 2.0
 def second_moments(spec: ModelSpec) -> Iterator[dict[str, Moments]]:
     """Yield the moments of the inputs of every linear map of a layer, by the names of its weights, layer after layer.
 
-    The model runs in fp32, with one layer in memory, on the text that ships for the fit of memories.
+    The model runs in fp32, with one layer in memory, on the text that ships for the fit of memories. For a model of
+    more than `MOST` weights these are the mean squares alone.
     """
+    small = sum(prod(spec.weights[name].shape) for name in spec.used) <= MOST
     found: dict[str, Moments] = {}
     last: list[Any] = [None, None]
 
@@ -44,11 +51,12 @@ def second_moments(spec: ModelSpec) -> Iterator[dict[str, Moments]]:
     def moments_of(rows: torch.Tensor) -> Moments:
         squares = rows.square().sum(1, keepdim=True)
         rows = rows * (LARGEST * squares.median() / squares).clamp(max=1).sqrt()
-        return [(x.T @ x / len(x)).numpy() for x in rows.split(CHUNK, dim=1)]
+        parts = rows.split(CHUNK, dim=1)
+        return [(x.T @ x / len(x) if small else x.square().mean(0)).numpy() for x in parts]
 
     reference = Reference(spec)
     hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in reference.linear_maps()]
-    for _ in reference.layer_by_layer(_texts(spec)):
+    for _ in reference.layer_by_layer(_texts(spec)[: TEXTS if small else FEW]):
         yield found
         found.clear()
     for hook in hooks:
