@@ -101,7 +101,7 @@ def test_run_of_a_model(cli: Cli, source: Path, tmp_path: Path, monkeypatch: pyt
         patch.setattr(prepare, "_make", lambda *_: pytest.fail("it is in the cache"))
         again = cli("run", model, "hello", "-n", 5, "--json")
         assert json.loads(again.out)["text"] == json.loads(first.out)["text"] and "converting" not in again.err
-        assert "there is no directory" in cli("run", f"{tmp_path}/tinny", "hello").err
+        assert f"did you mean {model}?" in cli("run", f"{tmp_path}/tinny", "hello").err
     os.utime(model / "model.safetensors", (1, 1))
     assert prepare.prepare(model) != kept
     assert not list((tmp_path / "cache" / "artifacts").glob(".*"))
