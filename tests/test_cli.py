@@ -374,8 +374,10 @@ def test_inspect_tells_what_an_artifact_is(cli: Cli, artifact: Path) -> None:
     assert told["kind"] == "artifact" and told["verification"] == {"passed": True}
     assert told["state"][0] == {"name": "recurrent_state", "shape": [8], "dtype": "float32", "layers": 1, "bytes": 32}
     text = cli("inspect", artifact).out
+    assert text.startswith(f'supported; next: ligerexport run {artifact} "What is gravity?" --chat\n')
     for word in ("recurrent_state", "slot_position", "grows", "ort lowering", "passed=True", "gate=gla"):
         assert word in text
+    assert max(map(len, text.splitlines())) > 100  # no line is wrapped in a pipe
 
 
 def test_inspect_notices_damage(cli: Cli, tmp_path: Path) -> None:
