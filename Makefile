@@ -79,7 +79,7 @@ build/smollm2-onnx/manifest.json: build/smollm2-liger/config.json
 	$(BIN)/ligerexport build build/smollm2-liger --weights int4 --lowering $(LOWERING) -o build/smollm2-onnx --force
 
 build/smollm2-original/genai_config.json: $(DEMO)
-	@echo 'Building the original for onnxruntime-genai takes about a minute.'
+	@echo 'Building the original for onnxruntime-genai takes up to a minute.'
 	@$(BIN)/python -m onnxruntime_genai.models.builder -p int4 -e cpu -o build/smollm2-original -c build/smollm2-original \
 	  -i "$$($(BIN)/python -c 'from ligerexport.checkpoint.sources import resolve; print(resolve("smollm2-135m").path)')" \
 	  > build/smollm2-original.log 2>&1 || { cat build/smollm2-original.log; exit 1; }

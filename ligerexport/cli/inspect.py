@@ -128,7 +128,7 @@ def _artifact(path: Path) -> dict[str, Any]:
     return {
         "supported": why is None,
         "why": why or ("it was not verified" if manifest.verification.get("skipped") else None),
-        "next": first_command(path, manifest.target),
+        "next": None if why else first_command(path, manifest.target),
         "kind": "artifact",
         "target": f"{manifest.target}, {manifest.lowerings} lowering, {manifest.precision}",
         "source": {k: v for k, v in vars(manifest.source).items() if v and k != "files"},
