@@ -51,7 +51,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(DEMO): $(READY)
-	$(PIP) --no-build-isolation -e '.[builtin,demo]' $(if $(filter build/%,$(ORIGINAL)),onnxruntime-genai)
+	$(PIP) --no-build-isolation -e '.[builtin,demo]' 'onnxruntime-genai; sys_platform == "linux" and platform_machine == "x86_64"'
 	@touch $@
 
 $(ALL): $(READY)
