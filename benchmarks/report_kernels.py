@@ -1,4 +1,6 @@
-"""The tables of the fused kernels, for `report.py`: each function returns header and rows, from `fused.json`."""
+"""The tables of the fused kernels, for `report.py`: each function returns header and rows, from `fused.json` and
+`fused_linear.json`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-DATA: Any = json.loads((Path(__file__).parent / "results" / "fused.json").read_text())
+RESULTS = Path(__file__).parent / "results"
+DATA: Any = json.loads((RESULTS / "fused.json").read_text())
+LINEAR: Any = json.loads((RESULTS / "fused_linear.json").read_text())
 Table = tuple[list[str], list[list[object]]]
 PASSES = {"forward": "forward", "both": "forward + backward"}
 
@@ -27,10 +31,13 @@ def _shapes(rows: list[Any], kind: bool = True) -> Iterator[tuple[str, Any]]:
 def linear() -> Table:
     """Gated linear attention against flash-linear-attention."""
     lines: list[list[object]] = []
-    for shape, row in _shapes([*DATA["forward"], *DATA["raw"]], kind=False):
+    for shape, row in _shapes([*LINEAR["forward"], *LINEAR["raw"]], kind=False):
         for what, title in PASSES.items():
             floor, mine, peer = row["floors"][what], row["ours"][what], row["fla"][what]
-            least = [floor["bytes"] / DATA["rates"]["copy"] * 1e3, floor["operations"] / DATA["rates"]["product"] * 1e3]
+            least = [
+                floor["bytes"] / LINEAR["rates"]["copy"] * 1e3,
+                floor["operations"] / LINEAR["rates"]["product"] * 1e3,
+            ]
             lines.append([
                 shape, "raw projections" if row["raw"] else "explicit decay", title, _ms(mine), _ms(peer),
                 f"{peer['ms'] / mine['ms']:.2f}", f"{least[0]:.3f}, {least[1]:.3f}", f"{max(least) / mine['ms']:.0%}",
@@ -53,7 +60,7 @@ def linear_memory() -> Table:
     """Peak memory of forward and backward."""
     return ["peak above the inputs, forward + backward", "here", "fla"], [
         [shape, f"{row['ours']['peak'] / 1e6:.0f} MB", f"{row['fla']['peak'] / 1e6:.0f} MB"]
-        for shape, row in _shapes([*DATA["forward"], *DATA["raw"]])
+        for shape, row in _shapes([*LINEAR["forward"], *LINEAR["raw"]])
     ]
 
 

@@ -112,13 +112,13 @@ def at_equal_tokens() -> Table:
 
 
 DRAWN = {
-    ("ours", "recall"): ("C0o-", "recall"),
-    ("ours", "recall, 3M tokens"): ("C0*", "recall, trained"),
-    ("ours", "equal window, 3M tokens"): ("C1*", "window of equal bytes, trained"),
-    ("exact", "window with sinks"): ("C1s-", "window with sinks"),
-    ("stream", "KeyDiff"): ("C2^-", "KeyDiff in a stream"),
-    ("stream", "expected attention"): ("C3v-", "expected attention in a stream"),
-    ("prompt", "KVzip"): ("C7D:", "KVzip, which first keeps everything"),
+    ("ours", "recall"): ("C0o-", "ligerexport, preset recall"),
+    ("ours", "recall, 3M tokens"): ("C0*", "the same, trained"),
+    ("ours", "equal window, 3M tokens"): ("C1*", "only a window, trained"),
+    ("exact", "window with sinks"): ("C1s-", "only a window"),
+    ("stream", "KeyDiff"): ("C2^-", "KeyDiff"),
+    ("stream", "expected attention"): ("C3v-", "expected attention"),
+    ("prompt", "KVzip"): ("C7D:", "KVzip: keeps the whole text while it reads"),
 }
 """Style and label of what is drawn: ours, and of each kind of peer the best in one of the panels."""
 
@@ -150,19 +150,20 @@ def plot(file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 4), layout="constrained")
-    above = "nats above the Transformer"
+    above = "extra loss, nats per token"
     panels = {
-        "reading 1000": ("answers among 1,000 tokens", above),
-        "keys 4096": ("keys said 4,096 tokens ago", "share of what the Transformer recalls"),
-        "prose 8192": ("prose of 8,192 tokens", above),
+        "reading 1000": ("Answers about 1,000 tokens (lower is better)", above),
+        "keys 4096": ("Keys after 4,096 tokens (higher is better)", "share that is recalled"),
+        "prose 8192": ("Prose of 8,192 tokens (lower is better)", above),
     }
     for axis, (column, (title, unit)) in zip(axes, panels.items(), strict=True):
         for (kind, name), (style, label) in DRAWN.items():
             if points := _points(kind, name, column):
                 axis.plot(*zip(*points, strict=True), style, label=label, markersize=10 if "*" in style else 5)
         axis.axhline(1 if column.startswith("keys") else 0, color="black", linewidth=0.8)
-        axis.set(title=title, xlabel="megabytes of state", ylabel=unit, xscale="log")
+        axis.set(xlabel="megabytes of memory", ylabel=unit, xscale="log")
         axis.set_xticks(MEGABYTES, [str(megabytes) for megabytes in MEGABYTES])
+        axis.set_title(title, fontsize=10.5)
         axis.minorticks_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file, metadata={"Date": None})

@@ -65,9 +65,9 @@ def main() -> None:
                     calls["transformer"] = lambda model=theirs, kept=kept: model(
                         given, past_key_values=kept, use_cache=True
                     )
-                    for session in sides.values():
-                        session.reset()
-                        session.prefill(prompt.cpu().numpy())
+                    for x in sides.values():
+                        x.reset()
+                        x.prefill(prompt.cpu().numpy())
                     times: dict[str, list[float]] = {side: [] for side in calls}
                     for _ in range(args.rounds + 5):
                         for side, call in calls.items():
@@ -78,7 +78,8 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
                 del kept, calls
             print(sides["graph"].eager, flush=True)
-        del theirs, session, sides
+            del sides, x
+        del theirs, session
     save(args.output, rows, device)
 
 

@@ -22,7 +22,7 @@ from ligerexport.errors import UsageError
 from ligerexport.run.draft import DraftModel
 from ligerexport.run.generate import Conversation
 from ligerexport.run.sampling import Sampler
-from ligerexport.run.speculation import LENGTHS, Guesses, Places, Source, Speculation
+from ligerexport.run.speculation import LENGTHS, Guesses, Guessing, Places, Source, Speculation
 
 NEVER_SO_FAR = 4.75
 """Standard deviations of a chi-square that one right sampler in a million exceeds."""
@@ -293,3 +293,13 @@ def test_another_artifact_guesses(artifact: Path, tmp_path: Path, monkeypatch: p
         assert [chunk.token for chunk in guessed] == expected
     with pytest.raises(UsageError, match=r"the tokenizer of .* is another one"):
         lx.generate(session, prompt, speculate=lx.load(toy.build(tmp_path / "toy")))
+
+
+def test_guesses_are_made_by_default_where_no_text_can_be_had_twice(artifact: Path, tmp_path: Path) -> None:
+    """And where they are taken back without a copy of the state."""
+    native, other = lx.load(artifact), lx.load(toy.build(tmp_path / "toy"))
+    for session, sampler, guesses in (
+        (native, Sampler(0.8), True), (native, Sampler(0.8, seed=1), False), (native, Sampler(), False),
+        (other, Sampler(0.8), False),
+    ):  # fmt: skip
+        assert isinstance(Guessing(session, "auto", sampler).on([5, 6]), Speculation) == guesses

@@ -71,9 +71,14 @@ def test_replayed_calls_equal_direct_ones(name: str, tmp_path: Path, monkeypatch
 def test_what_cannot_be_captured_runs_directly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def capture(run: Callable[[], None]) -> Callable[[], None]:
-        run()
+    def fail(*args: object, **given: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    def capture(run: Callable[[], None]) -> Callable[[], None]:
+        with monkeypatch.context() as patch:  # after the first layer has advanced
+            patch.setattr(session._model.model.layers[1], "forward", fail)
+            run()
+        return run
 
     path = make_checkpoint(tmp_path / "model", RAGGED)
     session, plain = (TorchSession(path, batch=2, chunk=16) for _ in range(2))

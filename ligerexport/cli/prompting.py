@@ -75,9 +75,9 @@ class Asking:
             "--speculate",
             metavar="WAY",
             help="ngram guesses tokens from earlier places of the text; the directory of an artifact lets it guess; "
-            "off does not guess.",
+            "off does not guess; auto is ngram where a sampled answer has no seed.",
         ),
-    ] = "off"
+    ] = "auto"
     lora: Annotated[
         Path | None, typer.Option("--lora", metavar="ADAPTER", help="Use this LoRA; the artifact needs build --lora.")
     ] = None

@@ -42,7 +42,7 @@ class Server:
             UsageError: An option applies to artifacts only, or the server has no such model.
             LigerError: The server cannot be reached, or refuses.
         """
-        if asking.prompt_cache or asking.special_content or asking.lora or asking.speculate != "off":
+        if asking.prompt_cache or asking.special_content or asking.lora or asking.speculate not in ("auto", "off"):
             raise UsageError(
                 "--prompt-cache, --special-content, --lora and --speculate need an artifact",
                 hint="leave them out; a server's adapters are models: --model NAME:ADAPTER",

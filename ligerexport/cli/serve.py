@@ -74,6 +74,7 @@ def serve(
     try:
         from ligerexport.run.speculation import check_way
         from ligerexport.serve.app import Access, make_app
+        from ligerexport.serve.drafts import SERVED
         from ligerexport.serve.gate import LOOPBACK, Keys
         from ligerexport.serve.host import listen, run
         from ligerexport.serve.models import open_models
@@ -85,7 +86,7 @@ def serve(
         raise UsageError(
             "--max-batch, --queue, --max-new-tokens and --deadline must be positive", hint="give at least 1"
         )
-    check_way(speculate)
+    check_way(speculate, SERVED)
     if not 0 <= drain < math.inf:
         raise UsageError(f"--drain {drain}", hint="give a number of seconds, such as 30")
     access = Access(Keys(api_key_file) if api_key_file else None, LOOPBACK if host in LOOPBACK else None, cors or ())

@@ -69,15 +69,15 @@ class Replay:
             outputs[:] = [self._call(inputs[0], inputs[1])]
             self._settle()
 
-        before = [{name: x.clone() for name, x in state.items()} for state in self._states]
+        before = [({name: x.clone() for name, x in layer.state.items()}, layer.seen) for layer in self._layers]
         try:
             warm_up(run)
             self._graphs[given.shape[2]] = inputs, capture(run), outputs
         except RuntimeError as error:
             self.eager = f"this model's calls cannot be captured: {str(error).splitlines()[0]}"
             warn(f"decoding is slower than it could be: {self.eager}")
-        for layer, state in zip(self._layers, before, strict=True):
-            layer.state = state
+        for layer, (state, seen) in zip(self._layers, before, strict=True):
+            layer.state, layer.seen = state, seen
         self._settle()
 
     def _settle(self) -> None:

@@ -50,7 +50,7 @@ KERNELS: dict[str, dict[tuple[int, int], Tile]] = {
         (64, 4): Tile(32, 64, 0, 4), (128, 4): Tile(32, 64, 0, 4), (256, 4): Tile(16, 64, 0, 4),
     },
     "prepare_maps": {
-        (64, 2): _walk(0, 4, 2), (128, 2): _walk(0, 4, 2), (256, 2): _walk(0, 8, 2),
+        (64, 2): _walk(0, 4, 2), (128, 2): _walk(0, 4, 3), (256, 2): _walk(0, 8, 2),
         (64, 4): _walk(0, 4), (128, 4): _walk(0, 8), (256, 4): _walk(0, 8),
     },
     "segment_states": {
@@ -61,6 +61,7 @@ KERNELS: dict[str, dict[tuple[int, int], Tile]] = {
         (64, 2): _walk(64, 4, 2), (128, 2): _walk(64, 4, 2), (256, 2): _walk(64, 8),
         (64, 4): _walk(64, 4), (128, 4): _walk(64, 8), (256, 4): _walk(32, 8),
     },
+    # 32 value channels of 2 bytes: Triton 3.6 compiles reads outside of shared memory for 9.0
     "value_gradient": {
         (64, 2): _walk(64, 4), (128, 2): _walk(64, 4), (256, 2): _walk(64, 8),
         (64, 4): _walk(64, 4), (128, 4): _walk(64, 8), (256, 4): _walk(32, 8),

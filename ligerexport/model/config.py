@@ -46,7 +46,7 @@ def _whole(name: str, value: Any) -> int:
 
 @dataclass(frozen=True)
 class LigerConfig:
-    """How the attention of a checkpoint becomes a recurrence and a bounded exact memory.
+    """The memory that replaces the attention of a checkpoint: which tokens it keeps exactly, and its recurrence.
 
     Attributes:
         gate: Row of `GATES`, with a number after a colon if it takes one.

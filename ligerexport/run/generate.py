@@ -147,7 +147,7 @@ def generate(
     fresh: bool = True,
     prompt_cache: PromptCache | Path | str | None = None,
     report_forgetting: bool = False,
-    speculate: str | Session = "off",
+    speculate: str | Session = "auto",
     progress: ProgressFactory = silent,
 ) -> Generator[Chunk]:
     """Continue a prompt, one token after the other.
@@ -178,7 +178,8 @@ def generate(
         report_forgetting: Whether chunks have `forgotten`, which is None if `session.forgotten` is.
         speculate: `ngram` guesses tokens from earlier places of the text, to write several in one call of the engine
             where that is faster; a session of a smaller model with the same tokenizer lets this model guess; `off` does
-            not guess. It has no effect with `report_forgetting`, or if `session.drafts` is not true.
+            not guess, and `auto` is `ngram` with the lowering `native` if tokens are sampled without a seed. It has no
+            effect with `report_forgetting`, or if `session.drafts` is not true.
         progress: Reports the prefill of long prompts.
 
     Returns:
@@ -218,7 +219,7 @@ def generate(
         if (session.artifact.directory / "tokenizer.json").is_file():
             text = text_model(session.artifact.directory)
     _check(session, ids, max_new_tokens)
-    guessing = Guessing(session, "off" if report_forgetting else speculate)
+    guessing = Guessing(session, "off" if report_forgetting else speculate, sampler)
     if fresh:
         session.reset()
     elif prompt_cache is not None:
@@ -381,16 +382,16 @@ class Conversation:
         stop: Sequence[str] = (),
         prompt_cache: PromptCache | None = None,
         special_content: bool = False,
-        speculate: str | Session = "off",
+        speculate: str | Session = "auto",
     ) -> None:
         if prompt_cache is not None:
             _check_no_adapter(session)
-        self.session, self._guessing = session, Guessing(session, speculate)
+        self.session, self._sampler = session, sampler or Sampler()
+        self._guessing = Guessing(session, speculate, self._sampler)
         self._text = text_model(session.artifact.directory)
         self._text.next_turn("?")
         StopStrings(stop, self._text.special_ids)
         self._special_content = special_content
-        self._sampler = sampler or Sampler()
         check_text(system or "", "the system message")
         self._system = [{"role": "system", "content": system}] if system else []
         self._max_new_tokens, self._stop, self._cache = max_new_tokens, _stops(stop), prompt_cache

@@ -91,7 +91,7 @@ class Session(Protocol):
 
     @property
     def forgotten(self) -> np.ndarray | None:
-        """Share of the last token's attention on forgotten tokens, `[B, layers]`, at least; None if it is unknown.
+        """Smallest possible share of the last token's attention on forgotten tokens, `[B, layers]`, or None.
 
         It is known of models that keep what they evict, such as those of the preset `evicted`, if they were built with
         `meter=True`, or loaded with it in torch.
@@ -135,7 +135,7 @@ def load(
         threads: Number of threads per operator; None takes the physical cores that this process may use.
         chunk: Number of prompt tokens per call; None takes the fastest measured one.
         prepack: Whether the runtime may copy the weights into its fastest layout. If not, they stay mapped from the
-            file, which loads sooner and needs less memory, but makes each token slower. Quantised weights are always
+            file, which loads sooner and needs less memory, but reads prompts more slowly. Quantised weights are always
             copied if the runtime's products need that.
         hashes: Whether to check the sha256 of every file first; weights are hashed while the engine loads them.
         scoring: Whether calls compute the logits of all their tokens, for `Session.every`, instead of the last logits.

@@ -86,6 +86,11 @@ class Sampler:
         self._known: set[int] = set()  # read or written
         self._written: Counter[int] = Counter()  # in this answer
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether it writes the same text each time."""
+        return self.temperature == 0 or self._seed is not None
+
     def read(self, ids: Iterable[int]) -> None:
         """Record the ids that the model reads before an answer, in addition to all earlier ones."""
         self._written.clear()

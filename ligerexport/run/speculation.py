@@ -20,10 +20,11 @@ import numpy as np
 from ligerexport.errors import UsageError, close_matches
 from ligerexport.run.draft import DraftModel, check_tokens
 from ligerexport.run.runtime import Session
+from ligerexport.run.sampling import Sampler
 
 T = TypeVar("T")
-WAYS = "off", "ngram"
-"""Values of `speculate`."""
+WAYS = "auto", "off", "ngram"
+"""Values of `speculate`; `auto` is `ngram` for texts that nobody can have twice, if guesses are taken back cheaply."""
 LENGTHS = (0, 1, 3, 7, 15)
 """Numbers of guessed tokens that a call may have beside the one that was chosen."""
 LONGEST = 1 << 18
@@ -44,14 +45,14 @@ _PATIENCE = 256
 """Number of steps after which the costs of calls that were too slow are forgotten, in case the machine was busy."""
 
 
-def check_way(speculate: str) -> None:
+def check_way(speculate: str, ways: Sequence[str] = WAYS) -> None:
     """Check a value of `speculate`.
 
     Raises:
         UsageError: There is no such value.
     """
-    if speculate not in WAYS:
-        raise UsageError(f"speculate '{speculate}'", hint=close_matches(speculate, WAYS))
+    if speculate not in ways:
+        raise UsageError(f"speculate '{speculate}'", hint=close_matches(speculate, ways))
 
 
 class Places:
@@ -290,14 +291,18 @@ class Guessing:
     Args:
         session: The session that writes them.
         speculate: Row of `WAYS`, or a session of a model that guesses.
+        sampler: What chooses the tokens.
 
     Raises:
         UsageError: There is no such row, or the model that guesses has another tokenizer.
     """
 
-    def __init__(self, session: Session, speculate: str | Session) -> None:
+    def __init__(self, session: Session, speculate: str | Session, sampler: Sampler) -> None:
         if isinstance(speculate, str):
             check_way(speculate)
+            if speculate == "auto":
+                cheap = session.artifact.manifest.lowering == "native"
+                speculate = "ngram" if cheap and not sampler.repeatable else "off"
         else:
             check_tokens(session.artifact, speculate.artifact)
         self._session, self._speculate = session, speculate

@@ -13,6 +13,8 @@ from ligerexport.run.runtime import Session
 from ligerexport.run.speculation import LENGTHS, Budget, Guesses, Places, check_way
 from ligerexport.serve.job import Job
 
+SERVED = "off", "ngram"
+"""Values of `speculate` in the server."""
 _SAVED = 4.0
 """Most steps that a batch may lose by wrong guesses after right ones."""
 
@@ -24,14 +26,14 @@ class Drafts:
     is measured for each number of rows.
 
     Args:
-        speculate: `off` or `ngram`.
+        speculate: Row of `SERVED`.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: There is no such row.
     """
 
     def __init__(self, speculate: str) -> None:
-        check_way(speculate)
+        check_way(speculate, SERVED)
         self._off = speculate == "off"
         self._places: WeakKeyDictionary[Job, Places] = WeakKeyDictionary()
         self._guesses: defaultdict[int, Guesses] = defaultdict(Guesses)

@@ -1,6 +1,6 @@
 """Estimate parameters, steps and memory of a recovery from headers and settings alone, without loading weights.
 
-The memory is for the fused kernels, and off by a few tenths at most; docs/guides/recover.md lists its terms.
+The memory is for the fused kernels, and off by a few tenths at most; benchmarks/results/recovery.md lists its terms.
 """
 
 from __future__ import annotations

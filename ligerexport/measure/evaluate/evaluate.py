@@ -61,7 +61,7 @@ def evaluate(
             teacher, `reading` with questions, `tasks` with names of tasks.
         tasks: Names of lm-eval's tasks.
         task_data: Directory with the tasks' data sets, for machines without a network.
-        questions: File with rows that have a passage, a question about it, the answer and, if they like, a title.
+        questions: File with rows that have a passage, a question about it, the answer and optionally a title.
         output: Directory for `report.json`, `report.md` and plots; None writes nothing.
         force: Whether an older report in `output` may be replaced.
         progress: Opens a phase of long work; see `ligerexport.console.progress`.
