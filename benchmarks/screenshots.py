@@ -1,9 +1,10 @@
 """Take the pictures of the demo for the documents, with an installed browser.
 
-python benchmarks/screenshots.py ENGINE --against ORIGINAL -o docs/images
+python benchmarks/screenshots.py ENGINE --against ORIGINAL -o docs/images [--metered METERED]
 
 ENGINE is an artifact in int4 for the lowering `native`, and ORIGINAL a directory that the model builder of
-onnxruntime-genai wrote for its Transformer, in int4 too; see docs/guides/demo.md.
+onnxruntime-genai wrote for its Transformer, in int4 too; see docs/guides/demo.md. METERED is an artifact of the preset
+`evicted` that was built with `--meter`; without it, its picture is not taken.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import io
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -47,6 +50,12 @@ def compare(page: sync_api.Page, context: int) -> None:
     page.wait_for_selector("#run:enabled", timeout=LONG)
 
 
+def held(page: sync_api.Page) -> None:
+    """Show what the first model holds."""
+    page.get_by_role("tab", name="What it still holds").click()
+    page.wait_for_selector("#held mark.lx-held5")
+
+
 def chat(page: sync_api.Page) -> None:
     """Have a short conversation."""
     page.get_by_role("tab", name="Chat").click()
@@ -75,8 +84,7 @@ def take(browser: sync_api.Browser, address: str, output: Path, context: int, lo
         compare(page, context)
         save(page, output / f"demo-{scheme}.png")
         if scheme == "light":
-            page.get_by_role("tab", name="What it still holds").click()
-            page.wait_for_selector("#held mark.lx-held5")
+            held(page)
             save(page, output / "demo-held.png")
             chat(page)
             save(page, output / "demo-chat.png")
@@ -97,25 +105,45 @@ def opened(browser: sync_api.Browser, address: str, size: tuple[int, int], schem
     return page
 
 
+def take_forgotten(browser: sync_api.Browser, address: str, output: Path, context: int) -> None:
+    """Take the picture of the share of attention on forgotten tokens."""
+    page = opened(browser, address, WIDE, "light")
+    compare(page, context)
+    held(page)
+    page.wait_for_selector("#held .lx-chart")
+    save(page, output / "demo-forgotten.png")
+    page.close()
+
+
+@contextmanager
+def serving(model: str, against: str) -> Iterator[str]:
+    """Serve the page of two models, and return its address."""
+    demo = Demo(model, against)
+    try:
+        yield launch(demo)[1]
+    finally:
+        demo.close()
+
+
 def main() -> None:
     """Serve the demo and take all pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact")
     parser.add_argument("--against", required=True)
+    parser.add_argument("--metered")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--context", type=int, default=SUMMARISE.context)
     parser.add_argument("--longest", type=int, default=4096, help="last length of the measured curves")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    demo = Demo(args.artifact, args.against)
-    try:
-        _, address = launch(demo)
-        with sync_api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        with serving(args.artifact, args.against) as address:
             take(browser, address, args.output, args.context, args.longest)
-            browser.close()
-    finally:
-        demo.close()
+        if args.metered:
+            with serving(args.metered, args.against) as address:
+                take_forgotten(browser, address, args.output, args.context)
+        browser.close()
 
 
 if __name__ == "__main__":

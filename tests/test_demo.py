@@ -10,6 +10,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ligerexport.demo.chart import Line, chart, nice_ceiling, thin
 from ligerexport.demo.compare import Pair, Stream, same_text
 from ligerexport.demo.host import Demo, read_result
 from ligerexport.demo.kept import Kept, kept_of, marked
-from ligerexport.demo.prompts import CHAT, MOST, PASSKEY, ask, filler, filler_ids
+from ligerexport.demo.prompts import CHAT, MOST, PASSKEY, SUMMARISE, ask, filler, filler_ids
 from ligerexport.demo.sweep import POINTS, TIMED, sweep
 from ligerexport.demo.talk import ANSWER
 from ligerexport.errors import LigerError, UsageError
@@ -72,8 +73,10 @@ def test_questions(text: TextModel) -> None:
     for context in (0, 10):
         ids = ask(text, CHAT.name, typed, context).ids
         assert text.decode(ids).endswith(f"{typed}\n") and toy.EOS not in ids
-    with pytest.raises(UsageError, match="no prompt"):
+    with pytest.raises(UsageError, match="no question"):
         ask(text, CHAT.name, "  ", 0)
+    with pytest.raises(UsageError, match="no text above"):
+        ask(text, SUMMARISE.name, SUMMARISE.prompt, 0)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
@@ -101,21 +104,28 @@ def test_both_answer_as_they_do_alone(demo: Demo, artifact: Path, text: TextMode
         assert stream.memory[-1][0] == len(ids) + stream.written - 1
 
 
-def test_what_is_held_is_marked(demo: Demo, text: TextModel) -> None:
+def test_what_is_held_and_what_was_forgotten(demo: Demo, text: TextModel) -> None:
     """The toy holds the last tokens and no others; shades are shares of heads, and text is no markup."""
     ids = ask(text, CHAT.name, "<b>a question</b>", 100).ids
     stream, _ = answers(demo.pair, "held", ids, text)
-    kept = kept_of(stream, text)
+    assert demo.manifest is not None
+    kept = kept_of(stream, text, demo.manifest)
     assert kept is not None and len(kept.pieces) == stream.seen
     assert "".join(kept.pieces).startswith(text.decode(ids)[:50])
     assert stream.held == [[positions.tolist() for positions in heads] for heads in reread(demo, ids, stream).held()]
     html = marked(kept, 0, 0)
     assert "<b>" not in html and "&lt;b&gt;" in html
-    two = Kept(["one ", "two ", "three ", "four"], [[[0, 3], [3]], [[3], [1, 3]]])
+    assert "It is unknown" in html and "keeps nothing" in html
+    evicts = replace(demo.manifest, liger={"recurrence": "evicted", "attention_weight": 1.0})
+    unmetered = kept_of(stream, text, evicts)
+    assert "without <code>--meter</code>" in marked(unmetered, 1, 0)
+    two = Kept(["one ", "two ", "three ", "four"], [[[0, 3], [3]], [[3], [1, 3]]], [[0.1, 0.3], [0.3, 0.5]])
     assert two.heads == 2
     assert '<mark class="lx-held2">one two </mark>three <mark class="lx-held5">four</mark>' in marked(two, 0, 0)
-    assert "one <mark" in marked(two, 2, 2) and "This head of 4, after 4 tokens: 2 tokens are held" in marked(two, 2, 2)
-    assert kept_of(Stream("x", {}, ()), text) is None and "Run a question first" in marked(None, 0, 0)
+    assert "one <mark" in marked(two, 2, 2) and "This head, one of 4, still holds 2 of 4 tokens" in marked(two, 2, 2)
+    for layer, share, last in ((0, "30.0%", "40%"), (1, "20.0%", "30%"), (2, "40.0%", "50%")):
+        assert f"At least {share}" in marked(two, layer, 0) and f": {last} at 2" in marked(two, layer, 0)
+    assert kept_of(Stream("x", {}, ()), text, demo.manifest) is None and "Ask a question" in marked(None, 0, 0)
 
 
 def reread(demo: Demo, ids: Sequence[int], stream: Stream) -> Session:
@@ -151,7 +161,7 @@ def test_the_one_that_computed_less_has_the_next_turn(
             return {"held": None}
         turns.append(name)
         seconds = 1 / 64 if name == ours else 8 / 64
-        memory = {"state_bytes": 1, "rss": 1, "device": None}
+        memory = {"state_bytes": 1, "rss": 1, "device": None, "forgotten": [0.25] if name == ours else None}
         if do == "prefill":
             return {"tokens": [65], "seconds": seconds} | memory
         return {"tokens": [[65]], "seconds": [seconds]} | memory
@@ -161,6 +171,7 @@ def test_the_one_that_computed_less_has_the_next_turn(
     assert turns[:20] == [ours, theirs, *[ours] * 8, theirs, *[ours] * 8, theirs]
     assert turns.count(ours) == turns.count(theirs) == 18
     assert (first.clock, second.clock) == (18 / 64, 18 * 8 / 64)
+    assert first.forgotten == [[0.25]] * 18 and second.forgotten == []
 
 
 def test_a_stop_ends_both_and_leaves_the_workers(demo: Demo, text: TextModel) -> None:
@@ -188,8 +199,8 @@ def test_a_stop_ends_all_that_its_page_has_under_way(demo: Demo, begun: tuple[st
         other = pool.submit(list, demo.run(CHAT.name, "q", 0, 50, 4, [], "another page"))
         demo.stop("page")
         for last in lasts:
-            assert "stopped" in str(last.result())
-        assert "finished" in other.result()[-1]["status"]
+            assert "Stopped" in str(last.result())
+        assert "Finished" in other.result()[-1]["status"]
     assert not demo._stops
 
 
@@ -200,37 +211,50 @@ def test_a_page_that_goes_at_once_and_a_demo_that_ends(demo: Demo, monkeypatch: 
     monkeypatch.setattr(demo.pair, "close", lambda: None)
     changes = [began(demo, what, what) for what in ("run", "measure")]
     demo.close()
-    assert all("stopped" in str(list(rest)[-1]) for rest in changes)
+    assert all("Stopped" in str(list(rest)[-1]) for rest in changes)
 
 
 def test_a_dead_process_is_a_message_and_is_started_again(demo: Demo) -> None:
     demo.pair._workers[demo.pair.names[1]]._process.kill()
     demo.pair._workers[demo.pair.names[1]]._process.wait()
     changes = list(demo.run(CHAT.name, "q", 0, 50, 4, [], "page"))
-    assert changes[0]["busy"] and not changes[-1]["busy"] and "finished" in changes[-1]["status"]
+    assert changes[0]["busy"] and not changes[-1]["busy"] and "Finished" in changes[-1]["status"]
 
+
+def test_a_side_that_fails_leaves_the_other(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     race = demo.pair.race("x", (1, 2, 3), demo.text, 50, threading.Event())
     next(race)
     demo.pair._workers[demo.pair.names[0]]._process.kill()
-    demo.pair._options["threads"] = 0  # so that it does not start again
-    with pytest.raises(LigerError):
-        list(race)
-    (*_, last) = demo.run(CHAT.name, "q", 0, 50, 4, [], "page")
+    monkeypatch.setitem(demo.pair._options, "threads", 0)  # so that it does not start again
+    *_, (failed, whole) = race
+    assert failed.finish == "failed" and failed.error and whole.finish in ("length", "eos") and whole.error is None
+    *_, drawn, last = demo.run(CHAT.name, "q", 0, 50, 4, [], "page")
     assert 'role="alert"' in last["status"] and not last["busy"]
-    demo.pair._options["threads"] = 1
-    assert "finished" in list(demo.run(CHAT.name, "q", 0, 50, 4, [], "page"))[-1]["status"]
+    assert "failed" in drawn["runs"] and drawn["kept"] is None
+    monkeypatch.undo()
+    assert "Finished" in list(demo.run(CHAT.name, "q", 0, 50, 4, [], "page"))[-1]["status"]
+
+
+def test_a_text_without_room_is_refused_before_it_is_read(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(demo.pair.facts(demo.pair.names[1]), "room", 70)
+    for context, read in ((200, False), (50, True)):
+        changes = list(demo.run(CHAT.name, "q", context, 50, 40, [], "page"))
+        card = [change["theirs"] for change in changes if "theirs" in change][-1]
+        assert "has room for 70" in changes[-1]["status"] and 'data-finish="failed"' in card
+        assert ('data-seen="70"' in card) is read and ('data-seen="0"' in card) is not read
+        assert any('data-finish="length"' in change.get("ours", "") for change in changes)
 
 
 def test_mistakes_are_messages(demo: Demo) -> None:
     changes = list(demo.run(CHAT.name, " ", 0, 50, 4, [], "page"))
-    assert "there is no prompt" in changes[-1]["status"] and 'role="alert"' in changes[-1]["status"]
+    assert "There is no question" in changes[-1]["status"] and 'role="alert"' in changes[-1]["status"]
     assert not demo._stops
 
 
 def test_curves_fill_while_both_read(demo: Demo, text: TextModel, artifact: Path) -> None:
     """A model that fails ends only its own curve, and a stop keeps what was measured."""
     shown = list(demo.measure(64, "page"))
-    assert shown[-1][0].count(f'data-points="{2 * POINTS}"') == 2 and "measured just now" in shown[-1][1]
+    assert shown[-1][0].count(f'data-points="{2 * POINTS}"') == 2 and "Measured" in shown[-1][1]
     assert 'data-points="0"' in shown[0][0] and "0 of 64 tokens" in shown[0][1]
     state = open_artifact(artifact).manifest
     ids, stop = filler_ids(text, 64), threading.Event()
@@ -269,7 +293,7 @@ def test_a_chat_goes_on_where_it_stopped(demo: Demo, artifact: Path) -> None:
     while "answer" not in next(changes):
         pass
     demo.stop("chat")
-    assert "stopped" in list(changes)[-1]["status"] and (made.sampler.temperature, made.sampler.top_p) == (1.5, 0.5)
+    assert "Stopped" in list(changes)[-1]["status"] and (made.sampler.temperature, made.sampler.top_p) == (1.5, 0.5)
     assert list(demo.chat("go on", "", 0.0, 1.0, "chat"))[-2]["answer"]
     demo.talks.forget("chat")
     assert not demo.talks._talks and not demo._stops
@@ -308,15 +332,15 @@ def test_runs_add_up_and_say_what_was_recalled(demo: Demo) -> None:
     assert rows[0] == ["earlier"] and len(rows) == 2
     assert all("recalled" in rows[1][column] for column in (2, 4))
     stream = Stream("m", demo.pair.facts(demo.pair.names[0]), (1,), text=" 1 2345.", finish="eos")
-    assert "✓ recalled 12345" in page.card(stream, "ours", "12345")
-    assert "✗ not recalled: the key was 54321" in page.card(stream, "ours", "54321")
+    assert "✓ It recalled 12345" in page.card(stream, "ours", "12345")
+    assert "✗ It did not recall 54321" in page.card(stream, "ours", "54321")
 
 
 def test_what_models_write_is_no_markup(demo: Demo) -> None:
     facts = demo.pair.facts(demo.pair.names[0])
     html = page.card(Stream("<b>", facts, (1,), text="<script>alert(1)</script>"), "ours")
     assert "<script>" not in html and "&lt;script&gt;" in html and "&lt;b&gt;" in html
-    assert "<i>" not in page.table(("<i>",), [["<i>"]]) and "<i>" not in page.status("<i>", "<i>")
+    assert "<i>" not in page.table(("<i>",), [["<i>"]]) and "<i>" not in page.status(LigerError("<i>", hint="<i>"))
 
 
 def test_the_model_card_is_the_manifest(artifact: Path, demo: Demo) -> None:

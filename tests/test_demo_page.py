@@ -151,7 +151,7 @@ def test_both_answer_and_nothing_jumps(page: Page) -> None:
     drawn = page.page.locator("#plots .lx-chart").evaluate_all("charts => charts.map(x => +x.dataset.points)")
     assert len(drawn) == 2 and min(drawn) > 20
     assert page.page.locator("#plots polyline[points*=' ']").count() == 4
-    assert "finished" in page.page.inner_text("#status [role=status]")
+    assert "Finished" in page.page.inner_text("#status [role=status]")
     assert page.page.locator("#runs tbody tr").count() == 1
 
 
@@ -184,7 +184,7 @@ def test_a_stop_ends_an_answer_within_a_turn(page: Page, served: Served, monkeyp
     page.page.click("#stop")
     page.wait()
     assert turns[0] - after[0] <= 1
-    assert page.fact("theirs", "finish") == "stopped" and "stopped" in page.page.inner_text("#status")
+    assert page.fact("theirs", "finish") == "stopped" and "Stopped" in page.page.inner_text("#status")
     page.ask("And now?")
     page.wait()
     assert page.fact("theirs", "finish") in ("length", "eos")
@@ -212,13 +212,13 @@ def test_curves_fill_and_a_measurement_can_be_stopped(page: Page, served: Served
     page.page.wait_for_selector("#halt:enabled")
     page.page.wait_for_selector("#measure:enabled")
     drawn = page.page.locator("#growth .lx-chart").evaluate_all("charts => charts.map(x => +x.dataset.points)")
-    assert drawn == [2 * POINTS, 2 * POINTS] and "measured" in page.page.inner_text("#progress")
+    assert drawn == [2 * POINTS, 2 * POINTS] and "Measured" in page.page.inner_text("#progress")
     page.slide("longest", 32_768)
     page.page.click("#measure")
     page.page.wait_for_selector("#progress progress")
     page.page.click("#halt:enabled")
     page.page.wait_for_selector("#halt:disabled")
-    assert not served.demo._stops and "stopped" in page.page.inner_text("#progress")
+    assert not served.demo._stops and "Stopped" in page.page.inner_text("#progress")
 
 
 def test_a_chat_has_turns_and_constant_memory(page: Page, served: Served) -> None:
@@ -275,14 +275,14 @@ def test_a_page_that_goes_ends_its_answer(page: Page, served: Served, how: str) 
 
 
 def test_the_pass_key_preset_says_whether_it_was_recalled(page: Page) -> None:
-    page.page.get_by_label("Passkey recall").check()
+    page.page.get_by_label("Find a pass key").check()
     page.page.wait_for_selector("#depth")
     assert page.page.locator("#prompt textarea").is_disabled()
     page.slide("context", 256)
     page.begin(lambda: page.page.click("#run"))
     page.wait()
     for side in ("ours", "theirs"):
-        assert "recalled" in page.page.inner_text(f"#{side} section b")
+        assert "recall" in page.page.inner_text(f"#{side} section b")
     key = page.page.locator("#asked mark").text_content()
     assert key and len(key) == 5 and key.isdigit()
 
@@ -291,7 +291,7 @@ def test_mistakes_show_as_messages(page: Page) -> None:
     page.page.fill("#prompt textarea", " ")
     page.begin(lambda: page.page.click("#run"))
     page.page.wait_for_selector("#status [role=alert]")
-    assert "there is no prompt" in page.page.inner_text("#status")
+    assert "There is no question" in page.page.inner_text("#status")
     page.wait()
 
 
@@ -309,13 +309,14 @@ def test_the_keyboard_is_enough(page: Page) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (768, 1024), (390, 844)])
-def test_answers_are_in_view_and_nothing_scrolls_sideways(page: Page, served: Served, width: int, height: int) -> None:
+def test_answers_are_in_view_and_nothing_scrolls_sideways(page: Page, width: int, height: int) -> None:
     """A wide screen has the question beside the answers; a narrow one scrolls to them, and a phone has one column."""
-    shown = served.open(viewport={"width": width, "height": height})
-    shown.ask("Why?", tokens=8)
-    shown.wait()
-    assert shown.page.evaluate("document.documentElement.scrollWidth") <= width
-    run, ours, theirs, plots = shown.places()
+    page.page.set_viewport_size({"width": width, "height": height})
+    page.ask("Why?", tokens=8)
+    page.wait()
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= width
+    run, ours, theirs, plots = page.places()
+    assert 0 <= page.page.locator("#status").bounding_box()["y"] < height
     assert ours["y"] >= 0 and ours["y"] + ours["height"] <= height
     if width < 500:
         assert theirs["y"] >= ours["y"] + ours["height"]
@@ -323,19 +324,22 @@ def test_answers_are_in_view_and_nothing_scrolls_sideways(page: Page, served: Se
         assert theirs["x"] >= ours["x"] + ours["width"] and theirs["y"] == ours["y"]
     assert (ours["x"] >= run["x"] + run["width"]) == (width > 1000)
     assert plots["y"] >= theirs["y"] + theirs["height"]
-    shown.page.get_by_text("All that both models read").click()
-    assert "Why?" in shown.page.inner_text("#asked .lx-held")
+    page.page.get_by_text("All that both models read").click()
+    assert "Why?" in page.page.inner_text("#asked .lx-held")
 
 
-def test_light_and_dark_have_contrast(page: Page, served: Served) -> None:
+def test_light_and_dark_have_contrast(page: Page) -> None:
     for scheme in ("light", "dark"):
-        shown = served.open(color_scheme=scheme)
-        shown.page.wait_for_function(f"document.body.classList.contains('dark') == {str(scheme == 'dark').lower()}")
-        shown.page.evaluate("document.getAnimations().forEach(x => x.finish())")
-        paper = luminance(shown, ".lx-card", "backgroundColor")
+        page.page.emulate_media(color_scheme=scheme)
+        page.page.reload()
+        page.page.wait_for_selector("#theirs section")
+        page.page.wait_for_function(f"document.body.classList.contains('dark') == {str(scheme == 'dark').lower()}")
+        page.page.evaluate("document.getAnimations().forEach(x => x.finish())")
+        paper = luminance(page, ".lx-card", "backgroundColor")
         assert (paper < 0.2) == (scheme == "dark")
-        for part in (".lx-card strong", ".lx-card dt", "#ours dd", "#theirs dd", ".lx-line", "#status p"):
-            ink = luminance(shown, part, "color")
+        parts = (".lx-card strong", ".lx-card dt", "#ours dd", "#theirs dd", ".lx-line", "#status p", ".max_value")
+        for part in parts:
+            ink = luminance(page, part, "color")
             assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 4.5, (scheme, part)
 
 
@@ -353,11 +357,12 @@ def test_the_other_tabs(page: Page) -> None:
     page.page.get_by_role("tab", name="What it still holds").click()
     page.page.wait_for_selector("#held mark.lx-held5")
     assert "Why?" in page.page.inner_text("#held .lx-held")
+    assert "unknown how much of the attention" in page.page.inner_text("#held aside")
     page.slide("layer", 1)
     page.slide("head", 2)
-    page.page.wait_for_function("document.querySelector('#held p').innerText.startsWith('This head')")
+    page.page.wait_for_function("document.querySelector('#held .lx-note').innerText.startsWith('This head')")
     page.page.get_by_role("tab", name="Model card").click()
-    assert "compared with torch" in page.page.inner_text("#card")
+    assert "compared with PyTorch" in page.page.inner_text("#card")
     page.page.get_by_role("tab", name="Growth").click()
     assert "ligerexport bench" in page.page.inner_text("#measured")
 

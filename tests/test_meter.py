@@ -20,6 +20,7 @@ from ligerexport.exporters.targets import TARGETS
 from ligerexport.kernels.memory_attention import rotary_table
 from ligerexport.kernels.ops import BLOCK, liger_mixer
 from ligerexport.kernels.reference import liger_mixer_reference
+from ligerexport.measure.opened import ArtifactModel
 from ligerexport.model.state import FORGOTTEN, MixerSpec
 from tests import toy
 from tests.checkpoints import FORESIGHT, SIZES, make_checkpoint
@@ -72,6 +73,7 @@ def test_a_session_measures_what_torch_does(checkpoint: Path, tmp_path: Path, lo
     # keys that are rounded to another code move a share, by much less than its size
     ragged = session.artifact.manifest.liger.get("heads")
     np.testing.assert_allclose(session.forgotten, torch_session.forgotten, atol=5e-3 if ragged else MODEL_FP32)
+    assert ArtifactModel(session).forgotten() == session.forgotten[0].tolist()
     assert session.forgotten.shape == (2, 3) and session.forgotten.min() > 0 and session.forgotten.max() < 1
     assert session.snapshot().tensors.keys() == torch_session.snapshot().tensors.keys()
 

@@ -34,17 +34,18 @@ def make_page(demo: Demo) -> gr.Blocks:
     with gr.Blocks(title=f"{first} and {second}") as blocks:
         html(page.about(demo.pair, demo.threads))
         kept = gr.State(None)
-        with gr.Tab("Compare"):
-            stops = [compare_tab(demo, kept)]
-        if demo.text.chat_template and demo.pair.facts(first)["kind"] in page.RECURRENT:
-            with gr.Tab("Chat"):
-                stops.append(chat_tab(demo))
-        with gr.Tab("What it still holds"):
-            held_tab(kept)
-        with gr.Tab("Growth"):
-            stops.append(growth_tab(demo))
-        with gr.Tab("Model card"):
-            html(page.model_card(first, demo.manifest, demo.pair.facts(first)), elem_id="card")
+        with gr.Tabs(overflow_behavior="wrap"):
+            with gr.Tab("Compare"):
+                stops = [compare_tab(demo, kept)]
+            if demo.text.chat_template and demo.pair.facts(first)["kind"] in page.RECURRENT:
+                with gr.Tab("Chat"):
+                    stops.append(chat_tab(demo))
+            with gr.Tab("What it still holds"):
+                held_tab(demo, kept)
+            with gr.Tab("Growth"):
+                stops.append(growth_tab(demo))
+            with gr.Tab("Model card"):
+                html(page.model_card(first, demo.manifest, demo.pair.facts(first)), elem_id="card")
 
         def end(request: gr.Request) -> None:
             demo.stop(str(request.session_hash))
@@ -72,6 +73,8 @@ def launch(
     sans, mono = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="zinc", neutral_hue="zinc", font=sans, font_mono=mono).set(
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
+        input_placeholder_color="*neutral_600", input_placeholder_color_dark="*neutral_300",
         button_primary_background_fill="*neutral_800", button_primary_background_fill_hover="*neutral_700",
         button_primary_background_fill_dark="*neutral_200", button_primary_background_fill_hover_dark="*neutral_100",
         button_primary_text_color="white", button_primary_text_color_dark="*neutral_900",

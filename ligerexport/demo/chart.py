@@ -16,6 +16,7 @@ MOST = 160
 """Largest number of points in a line; points of longer lines are left out evenly."""
 MARKS = 6
 """Number of markers on a line."""
+NOTHING = "Nothing is measured yet."
 
 Point = tuple[float, float]
 
@@ -47,15 +48,18 @@ def chart(title: str, x_label: str, lines: Sequence[Line], form: Callable[[float
         return LEFT + x * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - y * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<text class="lx-title" x="2" y="16">{escape(title)}</text>']
+    middle, empty = (LEFT + WIDTH - RIGHT) / 2, not any(line.points for line in lines)
     for i in range(3):
         value = top * i / 2
         _, y = place((low, value))
         parts.append(f'<line class="lx-grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="lx-tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{form(value)}</text>')
+        tick = "" if empty else form(value)
+        parts.append(f'<text class="lx-tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>')
+    if empty:
+        parts.append(f'<text class="lx-tick" x="{middle}" y="{HEIGHT / 2 - 8}" text-anchor="middle">{NOTHING}</text>')
     for value, anchor in ((low, "start"), (high, "end")):
         x, _ = place((value, 0))
         parts.append(f'<text class="lx-tick" x="{x:.1f}" y="{HEIGHT - 16}" text-anchor="{anchor}">{value:,.0f}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="lx-tick" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
     said = []
     for line in lines:
@@ -63,7 +67,7 @@ def chart(title: str, x_label: str, lines: Sequence[Line], form: Callable[[float
         parts.append(_line(line.style, points))
         if line.points:
             said.append(f"{line.name}: {form(line.points[-1][1])} at {line.points[-1][0]:,.0f}")
-    text = f"{title}. " + ("; ".join(said) or "Nothing is drawn yet.")
+    text = f"{title}. " + ("; ".join(said) or NOTHING)
     return (
         f'<svg class="lx-chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(text)}" '
         f'data-points="{sum(len(line.points) for line in lines)}">{"".join(parts)}</svg>'

@@ -51,9 +51,12 @@ class Stream:
         written: Number of tokens in the answer.
         latencies: Milliseconds of each token except the first.
         memory: After each turn: tokens seen, bytes of state or KV cache, resident bytes, bytes on a GPU.
-        finish: Reason for the end: `eos`, `length`, `stopped`; None before the end.
+        finish: Reason for the end: `eos`, `length`, `stopped`, `failed`; None before the end.
+        error: Why it failed.
         ids: Ids of the answer.
         held: Positions that each KV head of each layer holds after the answer; None if it was stopped or is unknown.
+        forgotten: For each token of the answer, the share of the attention that fell on forgotten tokens, by layer; no
+            tokens if it is unknown.
     """
 
     name: str
@@ -67,8 +70,10 @@ class Stream:
     latencies: list[float] = field(default_factory=list)
     memory: list[tuple[int, int, int, int | None]] = field(default_factory=list)
     finish: str | None = None
+    error: LigerError | None = None
     ids: list[int] = field(default_factory=list)
     held: list[list[list[int]]] | None = None
+    forgotten: list[list[float]] = field(default_factory=list)
 
     @property
     def seen(self) -> int:
@@ -156,25 +161,25 @@ class Pair:
             stop: Event that ends the answers, which then finish as `stopped`.
 
         Yields:
-            Both streams, the same objects each time, several times a second and at the end.
-
-        Raises:
-            LigerError: A model failed.
+            Both streams, the same objects each time, several times a second and at the end. A model that fails does
+            not stop the other.
         """
         writers = [_Writer(self, name, session, prompt, text, most) for name in self.names]
         streams = writers[0].stream, writers[1].stream
         shown = 0.0
         try:
             for writer in writers:
-                writer.ask(stop, "warm")
+                writer.attempt(partial(writer.ask, stop, "warm"))
             while going := [writer for writer in writers if writer.stream.finish is None]:
-                min(going, key=lambda writer: writer.stream.clock).turn(stop)
+                writer = min(going, key=lambda writer: writer.stream.clock)
+                writer.attempt(partial(writer.turn, stop))
                 if time.perf_counter() - shown > FRAME:
                     yield streams
                     time.sleep(REST)
                     shown = time.perf_counter()
             for writer in writers:
-                writer.stream.held = writer.ask(stop, "held")["held"]
+                if writer.stream.error is None:
+                    writer.stream.held = writer.ask(stop, "held")["held"]
         except Stopped:
             for stream in streams:
                 stream.finish = stream.finish or "stopped"
@@ -212,9 +217,24 @@ class _Writer:
         self._end, self._detokenizer = text.turn_ends, Detokenizer(text, prompt)
         self._token, self._piece = 0, STEP
 
+    def attempt(self, work: Callable[[], Any]) -> None:
+        """Call `work`; an error ends this answer."""
+        try:
+            work()
+        except LigerError as error:
+            self.stream.finish, self.stream.error = "failed", error
+
     def turn(self, stop: threading.Event) -> None:
-        """Read a piece of the prompt, or write a token."""
+        """Read a piece of the prompt, or write a token.
+
+        Raises:
+            LigerError: The model failed, or has no room for the tokens.
+        """
         stream = self.stream
+        needed, room = max(len(stream.prompt), stream.seen + 1), stream.facts["room"]
+        if room is not None and needed > room:
+            raise LigerError(f"the text takes {needed:,} tokens, and {stream.name} has room for {room:,}",
+                             hint="choose a shorter text")  # fmt: skip
         if stream.read < len(stream.prompt):
             piece = list(stream.prompt[stream.read : stream.read + self._piece])
             answer = self.ask(stop, "prefill", ids=[piece])
@@ -224,21 +244,23 @@ class _Writer:
             self._piece = max(1, round(len(piece) / seconds * TURN / STEP)) * STEP
             if stream.read == len(stream.prompt):
                 stream.first = stream.clock
-                self._write(tokens[0])
+                self._write(tokens[0], answer["forgotten"])
         else:
             answer = self.ask(stop, "decode", tokens=[self._token])
             (seconds,), ((token,),) = answer["seconds"], answer["tokens"]
             stream.clock += seconds
             stream.latencies.append(seconds * 1e3)
-            self._write(token)
+            self._write(token, answer["forgotten"])
         stream.memory.append((stream.seen, answer["state_bytes"], answer["rss"], answer["device"]))
 
     def ask(self, stop: threading.Event, do: str, **arguments: Any) -> dict[str, Any]:
         """Call the model's worker in a turn."""
         return self._pair.call(stop, partial(self._pair.work, self.stream.name, do, self._session, **arguments))
 
-    def _write(self, token: int) -> None:
+    def _write(self, token: int, forgotten: list[float] | None) -> None:
         stream = self.stream
+        if forgotten is not None:
+            stream.forgotten.append(forgotten)
         stream.written += 1
         stream.ids.append(token)
         self._token = token

@@ -61,7 +61,7 @@ class Demo:
     ) -> Iterator[dict[str, Any]]:
         """Let both models answer; yield changes by part of the page."""
         stop = self._begin(session)
-        said = page.status("stopped")
+        said = page.status("Stopped.")
         try:
             yield {"busy": True, "status": page.status("The models take turns: each is timed while the other waits.")}
             question = ask(self.text, preset, prompt, int(context), depth / 100)
@@ -72,10 +72,11 @@ class Demo:
                 yield self._picture(streams, int(most), question.key)
             if not stop.is_set():
                 rows = [*rows, page.run_row(streams, question.key)]
-                said = page.status(self._verdict(streams))
-                yield {"runs": page.runs(self.pair.names, rows), "rows": rows, "kept": kept_of(streams[0], self.text)}
+                said = page.status(verdict(streams))
+                kept = kept_of(streams[0], self.text, self.manifest)
+                yield {"runs": page.runs(self.pair.names, rows), "rows": rows, "kept": kept}
         except LigerError as error:
-            said = page.status(error.message, error.hint, error=True)
+            said = page.status(error)
         finally:
             self._stops.discard((session, stop))
         yield {"busy": False, "status": said}
@@ -93,15 +94,6 @@ class Demo:
         """Return the parts of the page before the first question."""
         first, second = (Stream(name, self.pair.facts(name), ()) for name in self.pair.names)
         return self._picture((first, second), FIRST.tokens, None)
-
-    def _verdict(self, streams: tuple[Stream, Stream]) -> str:
-        ours, theirs = streams
-        if not ours.median or not theirs.median:
-            return "finished"
-        faster, slower = (ours, theirs) if ours.median <= theirs.median else (theirs, ours)
-        assert faster.median and slower.median
-        return (f"finished: after {len(ours.prompt):,} tokens {faster.name} took {faster.median:.1f} ms per token, "
-                f"{slower.name} {slower.median:.1f} ms, {slower.median / faster.median:.1f} times as long")  # fmt: skip
 
     def _begin(self, session: str) -> threading.Event:
         stop = threading.Event()
@@ -125,9 +117,9 @@ class Demo:
                 if time.perf_counter() - shown > FRAME:
                     yield page.growth(found), page.measuring(found)
                     shown = time.perf_counter()
-            said = page.status("stopped" if found.stopped else "measured just now")
+            said = page.grown(found)
         except LigerError as error:
-            said = page.status(error.message, error.hint, error=True)
+            said = page.status(error)
         finally:
             self._stops.discard((session, stop))
         yield page.growth(found), said
@@ -144,17 +136,17 @@ class Demo:
         """
         stop = self._begin(session)
         try:
-            yield {"busy": True, "status": page.status("reading")}
+            yield {"busy": True, "status": page.status("The model reads your message.")}
             shown, change = 0.0, dict[str, Any]()
             for answer, talk in self.talks.say(session, text, system, temperature, top_p, stop):
                 change = {"answer": answer, "memory": page.memory(self.pair.names[0], talk.memory, self.manifest)}
                 if time.perf_counter() - shown > FRAME:
-                    yield change | {"status": page.status("writing")}
+                    yield change | {"status": page.status("The model writes.")}
                     shown = time.perf_counter()
             yield change
-            said = page.status("stopped; the chat can go on" if stop.is_set() else "")
+            said = page.status("Stopped. The chat can go on." if stop.is_set() else "")
         except LigerError as error:
-            said = page.status(error.message, error.hint, error=True)
+            said = page.status(error)
         finally:
             self._stops.discard((session, stop))
         yield {"busy": False, "status": said}
@@ -164,6 +156,21 @@ class Demo:
         for _, stop in list(self._stops):
             stop.set()
         self.pair.close()
+
+
+def verdict(streams: tuple[Stream, Stream]) -> str | LigerError:
+    """Return what an answer showed: a comparison of the times, or why a model failed."""
+    if failed := next((stream.error for stream in streams if stream.error), None):
+        return failed
+    ours, theirs = streams
+    if not ours.median or not theirs.median:
+        return "Finished."
+    faster, slower = (ours, theirs) if ours.median <= theirs.median else (theirs, ours)
+    assert faster.median and slower.median
+    ratio = slower.median / faster.median
+    times = f"{ratio:.1f} times" if ratio >= 1.05 else "about"
+    return (f"Finished. After {len(ours.prompt):,} tokens, {faster.name} took {faster.median:.1f} ms per token and "
+            f"{slower.name} {slower.median:.1f} ms, {times} as long.")  # fmt: skip
 
 
 def directory_of(model: str) -> Path:

@@ -15,10 +15,10 @@ from ligerexport.console import format_bytes
 from ligerexport.demo.chart import Line, chart, legend
 from ligerexport.demo.compare import Pair, Stream
 from ligerexport.demo.sweep import Sweep
+from ligerexport.errors import LigerError
 from ligerexport.measure.bench.report import COLUMNS, cells
 
 STYLES = ("ours", "theirs")
-FINISHES = {"eos": "finished", "length": "finished", "stopped": "stopped"}
 EMPTY = "-"
 RECURRENT = ("artifact", "converted")
 """Kinds of models with a state."""
@@ -35,28 +35,25 @@ def card(stream: Stream, style: str, key: str | None = None) -> str:
     """
     facts = stream.facts
     memory = "state" if facts["kind"] in RECURRENT else "KV cache"
-    now = stream.now
+    shown = stream.median if stream.finish else stream.now
     _, state, resident, device = stream.memory[-1] if stream.memory else (0, None, None, None)
     figures = (
-        ("time per token", *_figure(f"{now:.1f} ms" if now else None)),
-        ("tokens per second", *_figure(f"{1e3 / now:.1f}" if now else None)),
+        ("time per token", *_figure(f"{shown:.1f} ms" if shown else None)),
+        ("tokens per second", *_figure(f"{1e3 / shown:.1f}" if shown else None)),
         (memory, *_figure(None if state is None else format_bytes(state))),
     )
-    rows = "".join(
-        f'<div><dt>{what}</dt><dd data-figure="{what}">{value}<small>{unit}</small></dd></div>'
-        for what, value, unit in figures
-    )
+    rows = "".join(f"<div><dt>{what}</dt><dd>{value}<small>{unit}</small></dd></div>" for what, value, unit in figures)
     return (
         f'<section class="lx-card lx-{style}" aria-label="{escape(stream.name)}" data-state="{state or 0}" '
         f'data-resident="{resident or 0}" data-ms="{stream.median or 0:.4f}" data-seen="{stream.seen}" '
         f'data-finish="{stream.finish or ""}">'
         f"<header>{_shape(style)} <strong>{escape(stream.name)}</strong>"
-        f'<span class="lx-kind">{memory} {"grows" if facts["grows"] else "of constant size"}; '
-        f"{escape(facts['precision'])} in {escape(facts['runtime'])}</span>"
+        f'<span class="lx-kind">Memory: a {memory} {"that grows" if facts["grows"] else "of constant size"}<br>'
+        f"Weights: {escape(facts['precision'])}, in {escape(facts['runtime'])}</span>"
         f"</header><dl>{rows}</dl>"
         f'<p class="lx-line"><span>{_process(stream, resident, device)}</span></p>'
         f'<div class="lx-text" tabindex="0" role="region" aria-label="Answer of {escape(stream.name)}">'
-        f"<div>{escape(stream.text.lstrip())}</div></div>"
+        f"<div>{_text(stream)}</div></div>"
         f'<p class="lx-line">{_progress(stream)}{_recalled(stream, key)}</p></section>'
     )
 
@@ -67,14 +64,13 @@ def about(pair: Pair, threads: int) -> str:
     ours, theirs = (f"<b>{escape(name)}</b>" for name in pair.names)
     if second["grows"] and not first["grows"]:
         title = "Constant memory beside a growing one"
-        what = (f"{ours} keeps a memory of constant size ({PAPER}). {theirs} keeps every token in a cache. Ask both "
-                "about a long text, and see what each token costs and what is remembered.")  # fmt: skip
+        what = (f"{ours} has a memory of constant size, its state ({PAPER}). {theirs} is a Transformer and keeps every "
+                "token in a growing memory, its KV cache. Ask both about a long text, and see what a token costs and "
+                "what is remembered.")  # fmt: skip
     else:
         title, what = "Two models, one question", f"{ours} and {theirs} answer the same prompt."
-    how = [f"{facts['precision']} weights in {facts['runtime']}" for facts in (first, second)]
-    same = f"Both have {how[0]}" if how[0] == how[1] else f"The first has {how[0]}, the second {how[1]}"
     where = f"{threads} thread{'s' if threads > 1 else ''}" if first["device"] == "cpu" else escape(first["device"])
-    fair = f"{escape(same)}, on {where} each."
+    fair = f"Each runs alone on {where} while the other waits."
     return f'<div class="lx-head"><h1>{title}</h1><p>{what} {fair}</p></div>'
 
 
@@ -83,33 +79,45 @@ def _figure(text: str | None) -> tuple[str, str]:
     return number, f" {unit}"
 
 
+def _text(stream: Stream) -> str:
+    """Return the answer so far, and why it failed."""
+    if not stream.prompt:
+        return '<span class="lx-soft">The answer will appear here.</span>'
+    failed = f'<p class="lx-error">{escape(sentences(stream.error))}</p>' if stream.error else ""
+    return escape(stream.text.lstrip()) + failed
+
+
 def _process(stream: Stream, resident: int | None, device: int | None) -> str:
+    """Return the memory of the whole process, and the time to the first token."""
     if resident is None:
-        return f"process {format_bytes(stream.facts['memory']['rss'])} with the model loaded"
+        return f"Process: {format_bytes(stream.facts['memory']['rss'])} with the model loaded"
     grown = resident - stream.memory[0][2]
-    sign = "+" if grown >= 0 else "-"
     gpu = f", GPU {format_bytes(device)}" if device is not None else ""
-    first = "" if stream.first is None else f"<br>first token after {stream.first:.2f} s"
-    return f"process {format_bytes(resident)} ({sign}{format_bytes(abs(grown))}){gpu}{first}"
+    first = "" if stream.first is None else f"<br>First token after {stream.first:.2f} s"
+    change = f"{format_bytes(abs(grown))} {'more' if grown >= 0 else 'less'}"
+    return f"Process: {format_bytes(resident)} ({change}){gpu}{first}"
 
 
 def _progress(stream: Stream) -> str:
-    if stream.finish:
-        return f"{FINISHES[stream.finish]}: {stream.written:,} tokens after {len(stream.prompt):,}"
     if not stream.prompt:
-        return "ready"
-    if stream.read < len(stream.prompt):
+        return ""
+    if not stream.finish and stream.read < len(stream.prompt):
         done = f"{stream.read:,} of {len(stream.prompt):,} tokens"
-        return f'reading <progress max="{len(stream.prompt)}" value="{stream.read}">{done}</progress> {done}'
-    return f"writing token {stream.written:,} after {len(stream.prompt):,}"
+        bar = f'<progress max="{len(stream.prompt)}" value="{stream.read}" aria-label="Tokens read">{done}</progress>'
+        return f"Reading {bar} {done}"
+    wrote = f"{stream.written:,} token{'' if stream.written == 1 else 's'} after reading {stream.read:,}"
+    if not stream.finish:
+        return f"Writing: {wrote}"
+    how = {"eos": "Finished", "length": "Limit reached", "stopped": "Stopped", "failed": "Failed"}
+    return f"{how[stream.finish]}: {wrote}"
 
 
 def _recalled(stream: Stream, key: str | None) -> str:
     if key is None or stream.finish in (None, "stopped"):
         return ""
     if recalled(stream, key):
-        return f' <b class="lx-yes">✓ recalled {key}</b>'
-    return f' <b class="lx-no">✗ not recalled: the key was {key}</b>'
+        return f' <b class="lx-yes">✓ It recalled {key}.</b>'
+    return f' <b class="lx-no">✗ It did not recall {key}.</b>'
 
 
 def recalled(stream: Stream, key: str) -> bool:
@@ -130,7 +138,7 @@ def plots(streams: Sequence[Stream], most: int) -> str:
     longest = max(len(s.prompt) for s in streams) + most
     return _figures(
         chart("Time per token (ms)", "token of the answer", latency, lambda y: f"{y:g}", (1, max(most, 2)))
-        + chart("State or KV cache", "tokens read", memory, format_bytes, (0, max(longest, 1))), latency,
+        + chart("Memory: state or KV cache", "tokens read", memory, format_bytes, (0, max(longest, 1))), latency,
     )  # fmt: skip
 
 
@@ -146,13 +154,26 @@ def growth(sweep: Sweep) -> str:
     )
     return _figures(
         chart("Time per token (ms)", "tokens of text", time, lambda y: f"{y:g}", (0, sweep.longest))
-        + chart("State or KV cache", "tokens of text", memory, format_bytes, (0, sweep.longest)), time,
+        + chart("Memory: state or KV cache", "tokens of text", memory, format_bytes, (0, sweep.longest)), time,
     ) + ends  # fmt: skip
+
+
+def grown(sweep: Sweep) -> str:
+    """Return the status line of a measurement that has ended: the last point of each curve."""
+    if sweep.stopped:
+        return status("Stopped.")
+    lasts = [
+        f"{curve.name} took {curve.time[-1][1]:.1f} ms per token and {format_bytes(int(curve.memory[-1][1]))}"
+        f" after {curve.time[-1][0]:,.0f} tokens"
+        for curve in sweep.curves
+        if curve.time
+    ]
+    return status(f"Measured: {'; '.join(lasts) or 'nothing'}.")
 
 
 def measuring(sweep: Sweep) -> str:
     """Return the status line of a measurement that is under way."""
-    done = f"{sweep.done * sweep.longest:,.0f} of {sweep.longest:,} tokens"
+    done = f"{sweep.done * sweep.longest:,.0f} of {sweep.longest:,} tokens measured"
     return (
         f'<p class="lx-status" role="status"><progress max="1" value="{sweep.done:.3f}" aria-label="Measured">{done}'
         f"</progress> {done}</p>"
@@ -173,7 +194,7 @@ def memory(name: str, points: Sequence[tuple[float, float]], manifest: Manifest 
     if manifest is not None:
         cache = manifest.bytes.kv_per_token
         lines.append(Line("KV cache of the Transformer, calculated", "theirs", [(at, at * cache) for at, _ in points]))
-        figures.append(("KV cache would be", format_bytes(int(seen) * cache), "theirs"))
+        figures.append(("as a KV cache", format_bytes(int(seen) * cache), "theirs"))
     rows = "".join(f'<div class="lx-{style}"><dt>{what}</dt><dd>{value}</dd></div>' for what, value, style in figures)
     drawn = chart("Memory", "tokens so far", lines, format_bytes, (0, max(256, 2 ** math.ceil(math.log2(seen or 1)))))
     return f'<section class="lx-card lx-ours" aria-label="Memory"><dl>{rows}</dl></section>{_figures(drawn, lines)}'
@@ -185,6 +206,8 @@ def _figures(charts: str, lines: Sequence[Line]) -> str:
 
 def asked(what: str, text: str, tokens: int, key: str | None = None) -> str:
     """Return a text that both models read, folded away, with the pass key marked."""
+    if not tokens:
+        return '<p class="lx-note">No text stands before the question.</p>'
     body = escape(text)
     if key is not None:
         body = body.replace(key, f'<mark class="lx-held5">{key}</mark>')
@@ -199,7 +222,7 @@ def run_row(streams: Sequence[Stream], key: str | None) -> list[str]:
     row = [f"{len(streams[0].prompt):,}"]
     for stream in streams:
         state = format_bytes(stream.memory[-1][1]) if stream.memory else EMPTY
-        row += [f"{stream.median:.1f} ms" if stream.median else EMPTY, state]
+        row += ["failed" if stream.error else f"{stream.median:.1f} ms" if stream.median else EMPTY, state]
         if key is not None:
             row[-1] += ", recalled" if recalled(stream, key) else ", not recalled"
     return row
@@ -208,8 +231,8 @@ def run_row(streams: Sequence[Stream], key: str | None) -> list[str]:
 def runs(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return the runs of this page, the newest first."""
     if not rows:
-        return '<p class="lx-note">Each run adds a row here. Move the context slider and run again.</p>'
-    header = ["prompt tokens", *(f"{escape(name)}: {what}" for name in names for what in ("time per token", "memory"))]
+        return '<p class="lx-note">Each answer adds a row here. Change the length of the text and ask again.</p>'
+    header = ["tokens read", *(f"{escape(name)}: {what}" for name in names for what in ("time per token", "memory"))]
     return table(header, list(reversed(rows)))
 
 
@@ -227,7 +250,7 @@ def measured(result: Mapping[str, Any] | None) -> str:
     """Return the table of `bench`."""
     if result is None:
         return (
-            '<p class="lx-note">For figures to keep, <code>ligerexport bench</code> measures longer and with care. '
+            '<p class="lx-note"><code>ligerexport bench</code> measures longer and with more care. '
             "<code>ligerexport demo --results DIRECTORY</code> shows its table here.</p>"
         )
     machine = result["machine"]
@@ -238,34 +261,39 @@ def measured(result: Mapping[str, Any] | None) -> str:
 def model_card(name: str, manifest: Manifest | None, facts: Mapping[str, Any]) -> str:
     """Return a table of facts from the model's manifest."""
     if manifest is None:
-        return table(("", name), [[key.replace("_", " "), str(value)] for key, value in facts.items()])
+        return table(("fact", name), [[key.replace("_", " "), str(value)] for key, value in facts.items()])
     checked, quality = manifest.verification, manifest.quality or {}
     rows = [
         ("made from", f"{manifest.source.model} ({manifest.source.revision or 'a directory'})"),
         ("licence", manifest.source.license or "not stated"),
         ("family", f"{manifest.family}, {manifest.model.parameters:,} parameters, {manifest.model.layers} layers"),
         ("trained context length", f"{manifest.model.trained_length:,} tokens"),
-        ("graph", f"{manifest.target}, lowering {manifest.lowering}, weights {manifest.precision}"),
+        ("written for", f"{manifest.target}, lowering {manifest.lowering}, {manifest.precision} weights"),
         ("weights", format_bytes(manifest.bytes.weights)),
         ("state of a sequence", f"{format_bytes(manifest.bytes.state_per_sequence)} at any length"
          + (f", and {format_bytes(manifest.growth)} per token in softmax layers" if manifest.growth else "")),
         ("KV cache of the Transformer", f"{format_bytes(manifest.bytes.kv_per_token)} per token in fp32"),
-        ("KV cache larger", f"from {manifest.crossover:,} tokens on" if manifest.crossover else "never"),
-        ("training after the conversion", "none" if manifest.recovery is None else "yes, see the manifest"),
-        ("compared with torch", f"{checked['tokens']:,} tokens, logits within {checked['max_logit_error']:.1e}"
+        ("KV cache larger than the state", f"from {manifest.crossover:,} tokens on" if manifest.crossover else "never"),
+        ("training after the conversion", "none" if manifest.recovery is None else "yes"),
+        ("compared with PyTorch", f"{checked['tokens']:,} tokens, logits within {checked['max_logit_error']:.1e}"
          if checked.get("tokens") else "passed" if checked.get("passed") else "no"),
-        *([("cost of precision", f"{quality['nll'] - quality['nll_float32']:+.3f} nats per token")]
+        *([("loss by the precision of the weights", f"{quality['nll'] - quality['nll_float32']:+.3f} nats per token")]
           if {"nll", "nll_float32"} <= quality.keys() else []),
         ("written by", f"ligerexport {manifest.ligerexport}"),
     ]  # fmt: skip
-    return table(("", name), rows)
+    return table(("fact", name), rows)
 
 
-def status(text: str, hint: str | None = None, *, error: bool = False) -> str:
+def status(said: str | LigerError) -> str:
     """Return the status line. Screen readers announce errors at once."""
-    role = "alert" if error else "status"
-    more = f" <span>{escape(hint)}</span>" if hint else ""
-    return f'<p class="lx-status{" lx-error" if error else ""}" role="{role}">{escape(text)}{more}</p>'
+    if isinstance(said, LigerError):
+        return f'<p class="lx-status lx-error" role="alert">{escape(sentences(said))}</p>'
+    return f'<p class="lx-status" role="status">{escape(said)}</p>'
+
+
+def sentences(error: LigerError) -> str:
+    """Return what an error says and what to do, as sentences."""
+    return " ".join(f"{part[0].upper()}{part[1:].rstrip('.')}." for part in (error.message, error.hint) if part)
 
 
 def _shape(style: str) -> str:

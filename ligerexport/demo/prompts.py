@@ -38,9 +38,9 @@ class Preset:
     tokens: int
 
 
-CHAT = Preset("Chat", "Explain in a few sentences why the sky is blue.", 0, 128)
-SUMMARISE = Preset("Summarise a long text", "Summarise the text above in three sentences.", 2048, 128)
-PASSKEY = Preset("Passkey recall", "", 1024, 8)
+CHAT = Preset("Short question", "Explain in a few sentences why the sky is blue.", 0, 128)
+SUMMARISE = Preset("Summarise", "Summarise the text above in three sentences.", 2048, 128)
+PASSKEY = Preset("Find a pass key", "", 1024, 8)
 PRESETS = {preset.name: preset for preset in (SUMMARISE, PASSKEY, CHAT)}
 FIRST = SUMMARISE
 """The preset that the page opens with: a text that is long enough for a constant memory to matter."""
@@ -72,7 +72,7 @@ def ask(
         depth: Position of the pass key in the filler, from 0 (beginning) to 1 (end).
 
     Raises:
-        UsageError: There is no prompt.
+        UsageError: There is no prompt, or no text that it could summarise.
     """
     if preset == PASSKEY.name:
         key = "".join(random.choices("0123456789", k=5))
@@ -84,8 +84,10 @@ def ask(
         start = text.encode("")  # ids that begin every text, such as BOS
         return Question((*start, *words[:at], *needle, *words[at:], *question[:answer]), key)
     if not prompt.strip():
-        raise UsageError("there is no prompt", hint="type one, or choose a preset")
+        raise UsageError("there is no question", hint="type one, or choose an example")
     words = filler_ids(text, context)
+    if not words and prompt.strip() == SUMMARISE.prompt:
+        raise UsageError("there is no text above the question", hint="choose a longer text, or another question")
     here = secrets.token_hex(16) if words else ""  # a string that no user types
     content = f"{here}\n\n{prompt.strip()}" if words else prompt.strip()
     if not text.chat_template:

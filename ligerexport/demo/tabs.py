@@ -9,7 +9,7 @@ import gradio as gr
 
 from ligerexport.demo import page
 from ligerexport.demo.host import Demo
-from ligerexport.demo.kept import marked
+from ligerexport.demo.kept import UNKNOWN, marked
 from ligerexport.demo.prompts import FIRST, MOST, PASSKEY, PRESETS
 from ligerexport.demo.sweep import POINTS, Curve, Sweep
 
@@ -17,10 +17,11 @@ USERS = 8
 """Largest number of concurrent answers."""
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 SHOW = """(...values) => {
-  document.querySelector('#ours').scrollIntoView({block: innerWidth < 1000 ? 'start' : 'nearest'});
+  const narrow = innerWidth < 1000;
+  document.querySelector(narrow ? '#status' : '#ours').scrollIntoView({block: narrow ? 'start' : 'nearest'});
   return values;
 }"""
-"""Brings the answers into view, which are below the questions on a phone."""
+"""Brings the answers into view, which are below the question on a phone, under the status line."""
 SYSTEM = "You are a helpful assistant."
 
 
@@ -41,22 +42,22 @@ def compare_tab(demo: Demo, kept: gr.State) -> gr.Button:
     idle, trained = demo.idle(), demo.pair.facts(demo.pair.names[1])["trained_length"]
     with gr.Row():
         with gr.Column(scale=3, min_width=280):
-            preset = gr.Radio(list(PRESETS), value=FIRST.name, label="Question")
-            prompt = gr.Textbox(FIRST.prompt, label="Prompt", lines=2, max_lines=6, elem_id="prompt")
+            preset = gr.Radio(list(PRESETS), value=FIRST.name, label="Example")
+            prompt = gr.Textbox(FIRST.prompt, label="Question", lines=2, max_lines=6, elem_id="prompt")
             context = gr.Slider(0, MOST, FIRST.context, step=256, label="Text before it (tokens)", buttons=[],
-                                info=f"Both were trained on up to {trained:,}", elem_id="context")  # fmt: skip
-            depth = gr.Slider(0, 100, 50, step=5, label="Position of the pass key (%)", buttons=[], elem_id="depth",
-                              info="0 is the beginning of the text", visible=False)  # fmt: skip
+                                info=f"They trained on up to {trained:,}.", elem_id="context")  # fmt: skip
+            depth = gr.Slider(0, 100, 50, step=5, label="Place of the pass key (%)", buttons=[], elem_id="depth",
+                              info="0 is the beginning of the text.", visible=False)  # fmt: skip
             most = gr.Slider(4, 512, FIRST.tokens, step=4, label="Answer (tokens)", buttons=[], elem_id="most",
-                             info="The likeliest token each time")  # fmt: skip
-            run, stop = _buttons("Run", "run", "stop")
+                             info="The likeliest token is taken.")  # fmt: skip
+            run, stop = _buttons("Ask both", "run", "stop")
         with gr.Column(scale=9, min_width=640):
             with gr.Row():
                 with gr.Column(min_width=300):
                     ours = html(idle["ours"], elem_id="ours")
                 with gr.Column(min_width=300):
                     theirs = html(idle["theirs"], elem_id="theirs")
-            status = html(page.status("ready"), elem_id="status")
+            status = html(page.status("Press “Ask both” to begin."), elem_id="status")
             plots = html(idle["plots"], elem_id="plots")
     asked = html(demo.before(FIRST.context), elem_id="asked")
     runs = html(page.runs(demo.pair.names, []), elem_id="runs")
@@ -97,18 +98,21 @@ def chat_tab(demo: Demo) -> gr.Button:
     with gr.Row():
         with gr.Column(scale=8, min_width=300):
             turns = gr.Chatbot(label=f"Chat with {demo.pair.names[0]}", height=400, elem_id="turns",
-                               placeholder="Say something. The memory keeps its size.", buttons=[])  # fmt: skip
-            text = gr.Textbox(label="Message", lines=1, max_lines=5, elem_id="message")
+                               placeholder="Write a message. However long the chat gets, the memory keeps its size.",
+                               show_label=False, buttons=[])  # fmt: skip
+            text = gr.Textbox(label="Message", placeholder="Enter sends it.", lines=1, max_lines=5, elem_id="message")
             send, stop = _buttons("Send", "send", "hush")
             status = html(page.status(""), elem_id="said")
         with gr.Column(scale=4, min_width=280):
             memory = html(empty, elem_id="memory")
             with gr.Accordion("System prompt and sampling", open=False, elem_id="settings"):
-                system = gr.Textbox(SYSTEM, label="System prompt", info="For the next chat", lines=2, elem_id="system")
+                system = gr.Textbox(
+                    SYSTEM, label="System prompt", info="The next chat begins with it.", lines=2, elem_id="system"
+                )
                 heat = gr.Slider(0, 2, temperature, step=0.05, label="Temperature", buttons=[], elem_id="temperature",
-                                 info="0 takes the most likely token")  # fmt: skip
+                                 info="0 always takes the likeliest token.")  # fmt: skip
                 top = gr.Slider(0.05, 1, top_p, step=0.05, label="Top-p", buttons=[], elem_id="top_p",
-                                info="1 keeps all tokens")  # fmt: skip
+                                info="1 allows all tokens.")  # fmt: skip
             clear = gr.Button("New chat", elem_id="clear")
     parts = {"turns": turns, "memory": memory, "status": status, "text": text}
 
@@ -132,26 +136,25 @@ def chat_tab(demo: Demo) -> gr.Button:
 
     gr.on([send.click, text.submit], say, [text, turns, system, heat, top], [*parts.values(), send, stop],
           concurrency_limit=USERS, **HIDDEN)  # fmt: skip
-    gr.on([clear.click, turns.clear], forget, None, [turns, memory, status], **HIDDEN)
+    clear.click(forget, None, [turns, memory, status], **HIDDEN)
     return stop
 
 
-def held_tab(kept: gr.State) -> None:
+def held_tab(demo: Demo, kept: gr.State) -> None:
     """Make the tab that shows which tokens the first model holds after an answer."""
-    with gr.Row():
-        layer = gr.Slider(
-            0, 1, 0, step=1, label="Layer", info="0 shows all layers", elem_id="layer", min_width=300, buttons=[]
-        )
-        head = gr.Slider(
-            0, 1, 0, step=1, label="KV head", info="0 shows all heads", elem_id="head", min_width=300, buttons=[]
-        )
-    shown = html(marked(None, 0, 0), elem_id="held")
+    with gr.Row(visible=False) as choice:
+        layer = gr.Slider(0, 1, 0, step=1, label="Layer", info="0 shows all layers.", elem_id="layer", min_width=300,
+                          buttons=[])  # fmt: skip
+        head = gr.Slider(0, 1, 0, step=1, label="Head", info="Each head has its own memory; 0 shows all.",
+                         elem_id="head", min_width=300, buttons=[])  # fmt: skip
+    shown = html(UNKNOWN if demo.manifest is None else marked(None, 0, 0), elem_id="held")
 
     def arrived(kept: Any, layer: int, head: int) -> list[Any]:
         layers, heads = (len(kept.held), kept.heads) if kept else (1, 1)
-        return [gr.Slider(maximum=layers), gr.Slider(maximum=heads), marked(kept, int(layer), int(head))]
+        return [gr.Row(visible=kept is not None), gr.Slider(maximum=layers), gr.Slider(maximum=heads),
+                marked(kept, int(layer), int(head))]  # fmt: skip
 
-    kept.change(arrived, [kept, layer, head], [layer, head, shown], **HIDDEN)
+    kept.change(arrived, [kept, layer, head], [choice, layer, head, shown], **HIDDEN)
     gr.on([layer.change, head.change], lambda kept, layer, head: marked(kept, int(layer), int(head)),
           [kept, layer, head], shown, **HIDDEN)  # fmt: skip
 
@@ -160,10 +163,10 @@ def growth_tab(demo: Demo) -> gr.Button:
     """Make the tab that measures both models while a text gets longer, and return its stop button."""
     with gr.Row():
         with gr.Column(scale=3, min_width=280):
-            html(f'<p class="lx-note">Both read one text. At {POINTS} lengths up to the chosen one, a few tokens are '
-                 "timed. The curves fill while it runs.</p>")  # fmt: skip
+            html(f'<p class="lx-note">Both models read the same text. At {POINTS} lengths up to the chosen one, a few '
+                 "tokens are timed. The curves fill meanwhile.</p>")  # fmt: skip
             longest = gr.Slider(512, MOST, 4096, step=512, label="Longest text (tokens)", buttons=[], elem_id="longest",
-                                info="A Transformer needs minutes for long ones")  # fmt: skip
+                                info="Long texts take minutes.")  # fmt: skip
             measure, halt = _buttons("Measure", "measure", "halt")
             progress = html(page.status(""), elem_id="progress")
         with gr.Column(scale=9, min_width=640):

@@ -51,6 +51,7 @@ class Timed(ABC):
         runtime: The program that computes, with its version.
         grows: Whether the memory of a sequence grows with the text.
         fills: Whether `fill` is possible.
+        room: Largest number of tokens in a sequence; None if there is no limit.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Timed(ABC):
     runtime: str
     grows: bool
     fills: bool = False
+    room: int | None = None
 
     @property
     @abstractmethod
@@ -87,6 +89,10 @@ class Timed(ABC):
 
     def held(self) -> list[list[list[int]]] | None:
         """Return the positions that the first sequence holds exactly, by layer and KV head; None if unknown."""
+        return None
+
+    def forgotten(self) -> list[float] | None:
+        """Return the share of the first sequence's attention on forgotten tokens, by layer; see `Session.forgotten`."""
         return None
 
     @abstractmethod
@@ -390,6 +396,11 @@ class ArtifactModel(Opened):
     def held(self) -> list[list[list[int]]]:
         """See `Opened.held`."""
         return [[positions.tolist() for positions in heads] for heads in self.session.held()]
+
+    def forgotten(self) -> list[float] | None:
+        """See `Timed.forgotten`."""
+        shares = self.session.forgotten
+        return None if shares is None else [float(share) for share in shares[0]]
 
     def sibling(self, batch: int = 1) -> ArtifactModel:
         return ArtifactModel(self.session.sibling(batch), self.device)

@@ -52,7 +52,7 @@ class GenAI(Timed):
         self._path, self._threads, self.batch = path, threads or default_threads(), batch
         self.runtime = f"{PACKAGE} {version(PACKAGE)}"
         self.vocab_size, self.trained_length = settings["vocab_size"], settings["context_length"]
-        self._seen = 0
+        self.room, self._seen = self.trained_length, 0
         self._sequence: Any = None  # it has a whole cache, so the first call makes it
         self._token_bytes: int
         if like is not None:

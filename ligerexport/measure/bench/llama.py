@@ -70,6 +70,7 @@ class LlamaCpp(Timed):
         self._api, self.batch = llama_cpp, batch
         self.vocab_size = self._llama.n_vocab()
         self.trained_length = llama_cpp.llama_model_n_ctx_train(self._llama.model)
+        self.room = length or self.trained_length
         about = ctypes.create_string_buffer(256)
         llama_cpp.llama_model_desc(self._llama.model, about, len(about))
         self.precision = about.value.decode().split(" ", 2)[-1]  # family, size, type

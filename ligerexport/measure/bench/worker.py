@@ -21,7 +21,9 @@ from ligerexport.measure.bench.llama import LlamaCpp
 from ligerexport.measure.bench.machine import device_memory, effort, memory
 from ligerexport.measure.opened import Timed, open_model
 
-FACTS = ("kind", "precision", "device", "runtime", "grows", "fills", "vocab_size", "trained_length", "weight_bytes")
+FACTS = (
+    "kind", "precision", "device", "runtime", "grows", "fills", "room", "vocab_size", "trained_length", "weight_bytes",
+)  # fmt: skip
 WARM = 32
 """Tokens of a warm-up, which allocates and is not timed."""
 
@@ -154,7 +156,8 @@ class _Server:
         """Handle one request."""
         done = getattr(self, request.pop("do"))(**request)
         model = self._sessions.get(request["session"])
-        facts = {"state_bytes": model.state_bytes if model else 0, "device": device_memory()}
+        state, forgotten = (model.state_bytes, model.forgotten()) if model else (0, None)
+        facts = {"state_bytes": state, "forgotten": forgotten, "device": device_memory()}
         return done | facts | memory() | effort()
 
 
