@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ligerexport.train.allocate import allocate as allocate
     from ligerexport.train.recover import recover as recover
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _NO_TELEMETRY = {
     "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime and its generate() API, which also write a device id
