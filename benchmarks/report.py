@@ -84,17 +84,8 @@ def decode() -> str:
 
 
 def flat() -> str:
-    """The artifact alone, with more blocks."""
-    rows = result("flat")["rows"]
-    least = min(row["ms_per_token"] for row in rows), min(row["rss"] for row in rows)
-    lines = [
-        [
-            "time per token",
-            *(f"{row['ms_per_token']:.2f} ms, +{row['ms_per_token'] / least[0] - 1:.1%}" for row in rows),
-        ],
-        ["resident memory", *(f"{row['rss'] / 1e6:.0f} MB, +{row['rss'] / least[1] - 1:.1%}" for row in rows)],
-    ]
-    return table(["tokens of context", *(f"{row['context']:,}" for row in rows)], lines)
+    """Artifacts alone, to long contexts."""
+    return peers("flat_recall").replace("| ligerexport: ", "| memory: ").replace("| ligerexport ", "| ")
 
 
 def build() -> str:

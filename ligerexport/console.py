@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from io import StringIO
 from typing import Any, Literal, Protocol
 
 from rich.console import Console
@@ -25,6 +27,11 @@ Unit = Literal["bytes", "steps"]
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, highlight=False)
+
+_FIRST, _EVERY = 2.0, 10.0
+"""Seconds until a phase first says how far it is, and least seconds to the next time, where stderr is no terminal."""
+_UNBOUNDED = 1 << 20
+"""Width of a table, in characters, where no terminal cuts its lines."""
 
 
 class ProgressFactory(Protocol):
@@ -79,7 +86,17 @@ def data_json(value: Any) -> None:
 def data_table(table: Table | None = None) -> None:
     """Print a table on stdout, or an empty line."""
     with _writable():
-        out.print(table or "")
+        _print(out, table or "")
+
+
+def _print(console: Console, table: Table | str) -> None:
+    """Print a table, which is as wide as a terminal at most; in a file or a pipe, no line is wrapped."""
+    if console.is_terminal:
+        return console.print(table)
+    whole = Console(file=StringIO(), width=_UNBOUNDED, highlight=False)
+    whole.print(table)
+    lines = whole.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    console.print(Text("\n".join(line.rstrip() for line in lines)), soft_wrap=True)
 
 
 @contextmanager
@@ -111,7 +128,7 @@ def card(title: str, rows: Sequence[tuple[str, str]], *, next_command: str | Non
     for label, value in rows:
         table.add_row(Text(f"  {label}"), Text(value))
     err.print(Text(title, style="bold green"))
-    err.print(table)
+    _print(err, table)
     if next_command:  # outside the table, which would wrap it
         err.print(Text.assemble((f"  {'next':{width}}  ", "dim"), next_command), soft_wrap=True)
 
@@ -144,7 +161,7 @@ def no_bars() -> Iterator[None]:
 
 @contextmanager
 def progress(description: str, total: float | None = None, unit: Unit = "bytes") -> Iterator[Advance]:
-    """Show one long phase: a bar on a terminal, and one line at the end elsewhere.
+    """Show one long phase: a bar on a terminal; elsewhere a line now and then, and one at the end.
 
     Args:
         description: The phase, in a few words.
@@ -155,9 +172,16 @@ def progress(description: str, total: float | None = None, unit: Unit = "bytes")
         A function that takes the amount done since its last call.
     """
     start, done = time.perf_counter(), 0.0
+
+    def tell() -> float:
+        seconds = time.perf_counter() - start
+        say(f"{description}: {f'{done / total:.0%} after' if total and done else 'at work for'} {seconds:.0f} s")
+        return max(_EVERY, seconds / 10)  # so that hours of work do not fill a log
+
+    lines = nullcontext() if err.quiet or err.is_terminal else _repeated(tell)
     count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = [TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn()]
-    with Progress(*columns, console=err, transient=True, disable=err.quiet or not err.is_terminal) as bar:
+    with Progress(*columns, console=err, transient=True, disable=err.quiet or not err.is_terminal) as bar, lines:
         task = bar.add_task(description, total=total)
 
         def advance(amount: float) -> None:
@@ -169,6 +193,25 @@ def progress(description: str, total: float | None = None, unit: Unit = "bytes")
     seconds = time.perf_counter() - start
     amount = f"{format_bytes(done)} in " if unit == "bytes" and done else ""
     say(f"{description}: {amount}{seconds:.1f} s")
+
+
+@contextmanager
+def _repeated(tell: Callable[[], float]) -> Iterator[None]:
+    """Call a function now and then, while the body runs; it returns the number of seconds until the next call."""
+    ended = threading.Event()
+
+    def work() -> None:
+        wait = _FIRST
+        while not ended.wait(wait):
+            wait = tell()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def format_bytes(count: float) -> str:

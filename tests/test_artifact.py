@@ -221,6 +221,12 @@ def _link_out(artifact: Path) -> None:
     (artifact / "config.json").symlink_to(artifact.parent / "config.json")
 
 
+def _put_inside(artifact: Path) -> None:
+    (artifact / "engine").mkdir()
+    (artifact / MANIFEST).rename(artifact / "engine" / MANIFEST)
+    (artifact / "config.json").unlink()
+
+
 def _rename(old: str, new: str) -> Edit:
     def edit(artifact: Path) -> None:
         files = json.loads((artifact / MANIFEST).read_text())["files"]
@@ -241,6 +247,7 @@ def _set(**changes: object) -> Edit:
         (_truncate, r"model\.onnx has 100 bytes where \d+ were written", "build"),
         (lambda a: (a / "tokenizer.json").unlink(), r"tokenizer\.json is missing", "build"),
         (lambda a: (a / MANIFEST).unlink(), "is not an artifact", "ligerexport build"),
+        (_put_inside, "is not an artifact", "did you mean"),
         (lambda a: (a / MANIFEST).write_text("{"), "is not JSON", "build"),
         (lambda a: (a / MANIFEST).write_text("[]"), "holds no JSON object", "build"),
         (_set(format_version=4), "format 4 is newer", "pip install --upgrade"),

@@ -199,7 +199,7 @@ def test_a_worker_keeps_sessions_apart_and_says_why_it_fails(built: Built) -> No
             worker("decode", "two", tokens=[1])
     finally:
         worker.close()
-    with pytest.raises(LigerError, match="built-in model is called 'absent'"):
+    with pytest.raises(LigerError, match="built-in model 'absent'"):
         Worker("absent")
 
 

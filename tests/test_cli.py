@@ -108,7 +108,8 @@ def test_no_arguments_is_help_and_version_is_data(cli: Cli) -> None:
         (["run", "x", "y", "--tmperature", "1"], 2, "unknown option '--tmperature'", "--temperature"),
         (["run", "x", "--item"], 2, "unknown option '--item'", "A prompt that begins with a dash goes after --"),
         (["run"], 2, "Missing argument", "ligerexport run --help"),
-        (["run", "/absent", "hi"], 1, "no directory /absent", "ligerexport build"),
+        (["run", "smollm2-13m", "hi"], 1, "built-in model 'smollm2-13m'", "did you mean smollm2-135m?"),
+        (["serve", "/absent"], 1, "built-in model '/absent'", "owner/name for a model of the hub"),
         (["list", "gate"], 2, "unknown table 'gate'", "gates"),
         (["convert", "m", "-o", "o", "--preset", "memorry"], 2, "unknown preset 'memorry'", "did you mean memory?"),
         (["convert", "m", "-o", "o", "--gate", "hgrn"], 2, "unknown gate 'hgrn'", "did you mean hgrn2?"),
@@ -118,7 +119,7 @@ def test_no_arguments_is_help_and_version_is_data(cli: Cli) -> None:
         (["convert", "m", "-o", "o", "--layer-memory", "7"], 2, "--layer-memory 7", "window=240"),
         (["convert", "m", "-o", "o", "--layer-memory", "7:use=2"], 2, "--layer-memory 7:use=2", "window=240"),
         (["convert", "m", "-o", "o", "--window", "0"], 2, "window 0", "at least 1"),
-        (["convert", "smolm2-135m", "-o", "o", "--dry-run"], 2, "no model 'smolm2-135m'", "smollm2-135m"),
+        (["convert", "smolm2-135m", "-o", "o", "--dry-run"], 1, "model 'smolm2-135m'", "did you mean smollm2-135m?"),
         (["convert", "m"], 2, "Missing option", "ligerexport convert --help"),
         (["build", "--target", "onxn"], 2, "onxn", "onnx"),
         (["build", "/absent"], 1, "/absent", "config.json"),
@@ -144,7 +145,7 @@ def test_commands_to_paste_quote_their_paths() -> None:
 
 def test_debug_shows_the_traceback() -> None:
     done = subprocess.run(command("run", "/absent", "hi", "--debug"), capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" in done.stderr and "ArtifactError" in done.stderr
+    assert done.returncode == 1 and "Traceback" in done.stderr and "SourceError" in done.stderr
 
 
 def test_run_streams_text_to_stdout_and_talks_on_stderr(cli: Cli, artifact: Path) -> None:
@@ -373,8 +374,10 @@ def test_inspect_tells_what_an_artifact_is(cli: Cli, artifact: Path) -> None:
     assert told["kind"] == "artifact" and told["verification"] == {"passed": True}
     assert told["state"][0] == {"name": "recurrent_state", "shape": [8], "dtype": "float32", "layers": 1, "bytes": 32}
     text = cli("inspect", artifact).out
+    assert text.startswith(f'supported; next: ligerexport run {artifact} "What is gravity?" --chat\n')
     for word in ("recurrent_state", "slot_position", "grows", "ort lowering", "passed=True", "gate=gla"):
         assert word in text
+    assert max(map(len, text.splitlines())) > 100  # no line is wrapped in a pipe
 
 
 def test_inspect_notices_damage(cli: Cli, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import toy
+from checkpoints import make_transformer
 from test_cli import Cli, cli  # noqa: F401
 
 from ligerexport.console import silent
@@ -54,6 +55,7 @@ def test_from_a_transformer_to_text(cli: Cli, source: Path, tmp_path: Path, monk
     assert result.code == 0 and f"ligerexport build '{liger}' --target onnx" in result.err, result
     told = json.loads(cli("inspect", liger, "--json").out)
     assert told["kind"] == "converted checkpoint" and told["liger"]["slots"] == [["peak_use", 4], ["novelty", 4]]
+    assert told["supported"] and told["next"] == f"ligerexport build '{liger}' -o engine"
     shown = cli("inspect", liger).out
     assert re.search(r"^1 +6 +peak_use=2,novelty=2 *$", shown, re.MULTILINE) and "layer_memory" not in shown
 
@@ -69,6 +71,23 @@ def test_from_a_transformer_to_text(cli: Cli, source: Path, tmp_path: Path, monk
     assert (liger / "onnx" / "manifest.json").read_bytes() == before
     told = json.loads(cli("run", "onnx", "hello", "-n", 5, "--json").out)
     assert told["new_tokens"] == 5 and told["state_bytes"] == manifest["state_bytes"]
+
+
+def test_inspect_says_first_whether_a_model_is_supported(cli: Cli, source: Path, tmp_path: Path) -> None:
+    def first(model: Path, **changes: object) -> str:
+        file = model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        told = json.loads(cli("inspect", model, "--json").out)
+        line = cli("inspect", model).out.splitlines()[0]
+        assert line.startswith("supported" if told["supported"] else "not supported: ") and (told["why"] or "") in line
+        return line
+
+    plain = shutil.copytree(source, tmp_path / "plain")
+    gemma = make_transformer(tmp_path / "gemma", "gemma3_text")
+    assert first(plain) == f"supported; next: ligerexport convert {plain} -o liger"
+    assert re.search(r"^supported with a limit: \d of \d layers keep the sliding window", first(gemma))
+    assert "attn_logit_softcapping 50.0 in config.json is not supported" in first(gemma, attn_logit_softcapping=50.0)
+    assert "the family 'gpt2' cannot be converted; those of these can: gemma3_text" in first(plain, model_type="gpt2")
 
 
 def test_a_model_is_not_converted_over_itself(cli: Cli, source: Path) -> None:
@@ -101,7 +120,7 @@ def test_run_of_a_model(cli: Cli, source: Path, tmp_path: Path, monkeypatch: pyt
         patch.setattr(prepare, "_make", lambda *_: pytest.fail("it is in the cache"))
         again = cli("run", model, "hello", "-n", 5, "--json")
         assert json.loads(again.out)["text"] == json.loads(first.out)["text"] and "converting" not in again.err
-        assert "there is no directory" in cli("run", f"{tmp_path}/tinny", "hello").err
+        assert f"did you mean {model}?" in cli("run", f"{tmp_path}/tinny", "hello").err
     os.utime(model / "model.safetensors", (1, 1))
     assert prepare.prepare(model) != kept
     assert not list((tmp_path / "cache" / "artifacts").glob(".*"))

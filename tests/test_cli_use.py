@@ -240,5 +240,5 @@ def test_a_home_that_cannot_be_used_names_the_variable() -> None:
     environment = {
         name: value for name, value in os.environ.items() if name not in ("XDG_CACHE_HOME", "LIGEREXPORT_CACHE")
     }
-    done = ligerexport("convert", "smollm2-135m", "-o", "/proc/x", env=environment | {"HOME": "/dev/null"})
+    done = ligerexport("run", "smollm2-135m", "hi", env=environment | {"HOME": "/dev/null"})
     assert "LIGEREXPORT_CACHE" in error(done, 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import queue
+import re
 
 import pytest
 
@@ -41,11 +43,23 @@ def test_errors_are_printed_even_when_quiet(capsys: pytest.CaptureFixture[str]) 
     assert console.err.quiet
 
 
-def test_progress_off_a_terminal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_off_a_terminal_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with console.progress("fetching", 2_000_000) as advance:
         advance(1_500_000)
         advance(500_000)
     assert capsys.readouterr().err.startswith("fetching: 2 MB in 0.")
+    lines = queue.SimpleQueue[str]()
+    monkeypatch.setattr(console, "say", lines.put)
+    monkeypatch.setattr(console, "_FIRST", 0.0)
+    monkeypatch.setattr(console, "_EVERY", 0.01)
+    with console.progress("reading", 4, "steps") as advance:
+        assert lines.get().startswith("reading: at work for ")
+        advance(1)
+        assert any(lines.get().startswith("reading: 25% after ") for _ in range(1000))
+    ended = [lines.get() for _ in range(lines.qsize())]
+    assert re.fullmatch(r"reading: \d+\.\d s", ended[-1])
 
 
 @pytest.mark.parametrize(

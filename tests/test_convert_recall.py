@@ -171,6 +171,9 @@ def test_adapters_that_ship(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no adapter ships for smollm2-135m with the preset memory") as error:
         liger("memory")
     assert "recover" in str(error.value.hint)
+    with pytest.raises(UsageError) as error:
+        ConvertPlan(tmp_path / "smollm2-135m", tmp_path / "liger", adapter="shipped")
+    assert "ligerexport convert smollm2-135m --adapter shipped" in str(error.value.hint)
 
 
 def test_no_window_reaches_beyond_the_largest_distance() -> None:
@@ -195,12 +198,13 @@ def test_the_command_says_what_it_will_do_and_did(tmp_path: Path, capfd: pytest.
     assert "fit seconds" in said and "fit memory" in said
     facts, said = command("--state-bytes", "40kB")
     assert "fitting 40 kB of state for 6 KV heads" in said and "--no-fit goes without" in said
-    assert "slots in" in str(facts["heads"]) and "--state-bytes" in str(facts["more"])
+    assert "KV heads have scored slots" in str(facts["heads"]) and "--state-bytes" in str(facts["more"])
     assert facts["layers"] == "3 of 3 converted" and "ligerexport build" in said
     with pytest.raises(SystemExit):
         main(["inspect", str(liger)])
     told = capfd.readouterr().out
-    assert "window+slots of each KV head" in told and re.search(r"slot_key +\[\d+ to \d+, 16\] +int8 +3 ", told)
+    assert str(facts["heads"]) in told and "384" not in told  # the slots of a head, not those of the preset
+    assert "window+scored slots of each KV head" in told and re.search(r"slot_key +\[\d+ to \d+, 16\] +int8 +3 ", told)
     plan, _ = command("--no-fit", "--force", "--dry-run")
     assert (
         plan["exact_slots"] == sizes.equal_sizes(check_checkpoint(teacher).config, get_preset("recall"), None).num_slots

@@ -102,6 +102,7 @@ def test_what_is_missing_is_named_with_its_command(installed: Installed, built: 
         ("builtin", "convert", "smollm2-135m", "-o", "a"),
         ("build", "convert", liger.with_name("source"), "-o", "a"),
         ("build", "build", liger, "-o", "a"),
+        ("build", "run", liger, "a"),
         ("build", "inspect", liger),
         ("build", "inspect", artifact, "--providers"),
         ("build", "eval", artifact, "--text", ROOT / "README.md"),

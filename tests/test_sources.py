@@ -91,16 +91,17 @@ def test_directory(tmp_path: Path) -> None:
 
 def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.bin").touch()
-    with pytest.raises(SourceError, match="is a file, expected a checkpoint directory") as caught:
+    with pytest.raises(SourceError, match="is a file, expected a directory") as caught:
         resolve(tmp_path / "model.bin")
     assert caught.value.hint == f"try {tmp_path}"
 
 
 @pytest.mark.parametrize("name", ["smolm2-135m", "smollm2"])
 def test_typing_error(name: str) -> None:
-    with pytest.raises(SourceError, match=f"called '{name}'") as caught:
+    with pytest.raises(SourceError, match=f"built-in model '{name}'") as caught:
         resolve(name)
-    assert caught.value.hint == "did you mean smollm2-135m?"
+    assert str(caught.value.hint).startswith("did you mean smollm2-135m? Otherwise give a directory")
+    assert "owner/name" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("name", ["./absent", "/absent/model", "a/b/c", "../absent", ""])

@@ -403,14 +403,14 @@ def check_data(artifact: Artifact) -> None:
 def _suggest(directory: Path) -> str:
     if (directory / "config.json").is_file():
         return f"build one from this checkpoint: ligerexport build {quoted(directory)} --target onnx"
-    return "give the directory that `ligerexport build` wrote"
+    inside = sorted(file.parent for file in directory.glob(f"*/{MANIFEST}"))
+    return f"did you mean {quoted(inside[0])}?" if inside else "give the directory that `ligerexport build` wrote"
 
 
 def _check_file(directory: Path, name: str, entry: FileInfo, hashes: bool) -> None:
     """Check that a file is in the directory and matches the manifest."""
     if ".." in PurePosixPath(name).parts or not re.fullmatch(r"[\w. +@-]{1,200}(/[\w. +@-]{1,200}){0,9}", name):
-        outside = f"{MANIFEST} names '{name}', which is outside the artifact"
-        raise ArtifactError(outside, hint="do not use this artifact")
+        raise ArtifactError(f"{MANIFEST} names '{name}', which is outside the artifact", hint="do not use this one")
     file = directory / name
     if not file.is_file():
         raise ArtifactError(f"{file} is missing", hint=_REBUILD)

@@ -110,7 +110,7 @@ def check_checkpoint(path: str | Path, *, tokenizer: bool = True) -> CheckpointI
     """
     path = Path(path)
     check_links(path)
-    config = _read_config(path)
+    config = checkpoint_config(path)
     files = checkpoint_files(path)
     stored = {name: info for file in files for name, info in read_header(file).items()}
     if files[0].name != SINGLE:
@@ -240,18 +240,26 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise _damaged(file, f"is damaged: {error}") from None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def checkpoint_config(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's config.json.
+
+    Raises:
+        CheckpointError: There is none, it is damaged, or the directory holds something else.
+    """
     file = path / "config.json"
     if not path.is_dir():
-        raise CheckpointError(f"no directory {path}", hint="give the directory that holds config.json")
+        hint = f"give one with config.json; names and GGUF files are for: ligerexport convert {quoted(path)} -o liger"
+        what = f"{path} is a file, expected a directory" if path.is_file() else f"no directory {path}"
+        raise CheckpointError(what, hint=hint)
     if (path / "manifest.json").is_file() and not any(path.glob("*.safetensors")):
         raise CheckpointError(
             f"{path} is a built artifact, expected a checkpoint",
             hint=f"give the checkpoint that it was built from; to write text with it: ligerexport run {quoted(path)}",
         )
     if not file.is_file():
-        inside = sorted(config.parent for config in path.glob("*/config.json"))
-        hint = f"did you mean {inside[0]}?" if inside else "give the directory that holds config.json"
+        artifacts = {manifest.parent for manifest in path.glob("*/manifest.json")}
+        inside = sorted({config.parent for config in path.glob("*/config.json")} - artifacts)
+        hint = f"did you mean {quoted(inside[0])}?" if inside else "give the directory that holds config.json"
         if other := _other_weights(path):
             raise other
         raise CheckpointError(f"no config.json in {path}", hint=hint)

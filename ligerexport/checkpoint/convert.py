@@ -24,9 +24,9 @@ from ligerexport.checkpoint.loading import load_transformer as load_transformer
 from ligerexport.checkpoint.scores import DATA, WINDOWS, Fitting, find_scores, packaged, write_weights
 from ligerexport.checkpoint.seal import write_seal
 from ligerexport.checkpoint.sizes import describe_sizes, equal_sizes, fitted_sizes
-from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source, fetched, find_adapter, is_gguf, resolve
+from ligerexport.checkpoint.sources import BUILTIN_MODELS, Source, fetched, find_adapter, is_gguf, no_model, resolve
 from ligerexport.console import ProgressFactory, silent
-from ligerexport.errors import CheckpointError, UsageError, close_matches, quoted
+from ligerexport.errors import CheckpointError, UsageError, quoted
 from ligerexport.model.config import DEFAULT_PRESET, MEMORY, OPEN_PRESET, LigerConfig, get_preset, read_memory
 from ligerexport.model.families import PREFIX, described, get_family, harmless
 from ligerexport.reading import as_path
@@ -167,7 +167,7 @@ class ConvertPlan:
 
         Raises:
             CheckpointError: The model is a directory that cannot be converted.
-            UsageError: There is no such model.
+            SourceError: There is no such model.
         """
         path, name = Path(self.model).expanduser(), str(self.model)
         if self.sized and (place := path if name and path.is_dir() else fetched(name)):
@@ -183,7 +183,7 @@ class ConvertPlan:
         elif "/" in name:
             facts = {"path": str(self.output), "from": f"{name} on the hub"}
         else:
-            raise UsageError(f"no model '{name}'", hint=close_matches(name, BUILTIN_MODELS))
+            raise no_model(name)
         return facts | ({} if self.sized else describe_fit(path, self.texts, self.fitting.windows))
 
     def _describe_sizes(self, info: CheckpointInfo) -> dict[str, Any]:
@@ -280,10 +280,10 @@ def _shipped(model: str, preset: str) -> Path:
 
 
 def _none_ships(model: str, preset: str) -> UsageError:
-    return UsageError(
-        f"no adapter ships for {Path(model).name} with the preset {preset}",
-        hint="convert it without, then train one: ligerexport recover LIGER --data FILE --adapter",
-    )
+    hint = "convert it without, then train one: ligerexport recover LIGER --data FILE --adapter"
+    if (name := Path(model).name) in BUILTIN_MODELS and name != model:
+        hint = f"adapters ship for names: ligerexport convert {quoted(name)} --adapter {SHIPPED} -o liger"
+    return UsageError(f"no adapter ships for {Path(model).name} with the preset {preset}", hint=hint)
 
 
 def _check_size_options(

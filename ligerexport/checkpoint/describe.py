@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from ligerexport.checkpoint.checkpoint import check_checkpoint
 from ligerexport.model.config import LigerConfig
-from ligerexport.model.state import MixerSpec
 
 
 def describe_checkpoint(path: Path, config: LigerConfig) -> dict[str, Any]:
@@ -28,7 +26,7 @@ def describe_checkpoint(path: Path, config: LigerConfig) -> dict[str, Any]:
         "path": str(path),
         "weight_bytes": info.bytes,
         "layers": f"{len(converted)} of {len(specs)} converted",
-        "heads": _describe_heads(converted) if config.heads else None,
+        "heads": describe_heads(config) if config.heads else None,
         "exact_slots": round(mean(n for spec in converted for n in spec.slots_per_head)) if converted else 0,
         "state_bytes": state,
         "kv_cache_larger_from": state // saved + 1 if saved else None,
@@ -36,13 +34,14 @@ def describe_checkpoint(path: Path, config: LigerConfig) -> dict[str, Any]:
     }
 
 
-def _describe_heads(specs: Sequence[MixerSpec]) -> str:
-    """Return the sizes of the KV heads of converted layers, in words."""
-    heads = [head.config for spec in specs for head in spec.heads]
-    scored = [sum(count for _, count in head.slots) for head in heads]
+def describe_heads(config: LigerConfig) -> str:
+    """Return the sizes of the memories of KV heads, in words."""
+    layers = [layer for layer, words in enumerate(config.heads) if words]
+    heads = [head for layer in layers for head in config.for_layer(layer).for_heads()]
+    slots = [sum(count for _, count in head.slots) for head in heads]
     return (
-        f"window of {mean(head.window for head in heads):.0f} and {mean(scored):.0f} scored slots on average, "
-        f"slots in {sum(map(bool, scored))} of {len(heads)} KV heads"
+        f"a window of {mean(head.window for head in heads):.0f} and {mean(slots):.0f} scored slots on average; "
+        f"{sum(map(bool, slots))} of {len(heads)} KV heads have scored slots"
     )
 
 

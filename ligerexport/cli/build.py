@@ -11,11 +11,12 @@ from ligerexport.artifact.artifact import Manifest, open_artifact
 from ligerexport.checkpoint.describe import describe_checkpoint
 from ligerexport.cli import options
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
+from ligerexport.cli.prompting import first_command
 from ligerexport.console import progress
-from ligerexport.errors import UsageError, quoted
+from ligerexport.errors import UsageError
 from ligerexport.exporters.backend import BuildSettings
 from ligerexport.exporters.build import BuildPlan
-from ligerexport.exporters.targets import BLOCK, STATES, WEIGHTS, get_target
+from ligerexport.exporters.targets import BLOCK, STATES, WEIGHTS
 
 _ANNOUNCED = ("target", "lowering", "max_chunk", "weights", "state")
 _FOR_GPUS = ("sms", "max_batch", "plugin", "engine")
@@ -107,8 +108,7 @@ def build(
         "chat": _chat(path),
         "device": manifest.device and "  ".join(f"{key}={options.plain(x)}" for key, x in manifest.device.items()),
     }
-    run = get_target(target).run
-    options.finish_made(json, "built and verified", facts, run % quoted(path) if run else None)
+    options.finish_made(json, "built and verified", facts, first_command(path, target))
 
 
 def _cost(manifest: Manifest) -> str | None:

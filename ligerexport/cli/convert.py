@@ -127,7 +127,9 @@ def convert(
     fitting = Fitting(calibrate, scores, windows, parse_bytes(state_bytes), fit)
     given: dict[str, Any] = {"preset": preset, "memory": memory, "adapter": adapter, "merge": merge}
     plan = ConvertPlan(model, output, fitting, **given, force=force, **changes)
-    options.announce("convert", model=model, output=output, preset=preset, threads=threads, **vars(plan.liger))
+    chosen = ("window", "slots") if plan.sized or plan.liger.heads else ()  # for each KV head
+    settings = {name: value for name, value in vars(plan.liger).items() if name not in chosen}
+    options.announce("convert", model=model, output=output, preset=preset, threads=threads, **settings)
     if dry_run:
         return options.finish_made(json, f"would write {output}", plan.describe(), None)
 

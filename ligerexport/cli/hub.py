@@ -11,7 +11,7 @@ from ligerexport.artifact import hub
 from ligerexport.artifact.artifact import open_artifact
 from ligerexport.cli import options
 from ligerexport.cli.options import Force, Json, verb
-from ligerexport.cli.prompting import Artifact
+from ligerexport.cli.prompting import Artifact, first_command
 from ligerexport.console import progress
 from ligerexport.errors import quoted
 
@@ -36,7 +36,7 @@ def pull(
         "artifact_bytes": sum(entry.bytes for entry in manifest.files.values()),
         "state_bytes": manifest.bytes.state_per_sequence,
     }
-    options.finish_made(json, "fetched and checked", facts, f'ligerexport run {quoted(path)} "Once upon a time"')
+    options.finish_made(json, "fetched and checked", facts, first_command(path, manifest.target))
 
 
 @verb()

@@ -9,14 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from ligerexport.artifact.artifact import MANIFEST, open_artifact
-from ligerexport.checkpoint.checkpoint import check_checkpoint
+from ligerexport.checkpoint.checkpoint import check_checkpoint, checkpoint_config
+from ligerexport.checkpoint.describe import describe_heads
 from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
-from ligerexport.console import data_table, format_bytes
+from ligerexport.cli.prompting import first_command
+from ligerexport.console import data, data_table, format_bytes
 from ligerexport.dtypes import DTYPES
-from ligerexport.errors import ArtifactError, UsageError
+from ligerexport.errors import ArtifactError, CheckpointError, LigerError, UsageError, quoted
 from ligerexport.exporters.targets import get_target
 from ligerexport.model.config import LigerConfig
+from ligerexport.model.families import get_family
 from ligerexport.versions import require
 
 REASONS = 5
@@ -31,13 +34,18 @@ def inspect(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Describe an artifact or checkpoint: its state, its bytes, and what was verified."""
+    """Describe an artifact or checkpoint: whether it is supported, its state, its bytes, and what was verified."""
     if providers:
         return _providers(path, json)
     facts = _artifact(path) if (path / MANIFEST).is_file() else _checkpoint(path)
     if json:
         return options.finish_json(True, facts)
     liger = facts["liger"] or {}
+    data(_support(facts.pop("supported"), facts.pop("why"), facts.pop("next")))
+    if liger.get("heads"):  # which replace the window and the numbers of slots
+        facts["heads"] = describe_heads(LigerConfig.from_dict(liger))
+        liger["scores"] = [name for name, _ in liger.pop("slots")]
+        del liger["window"]
     state, memories, heads = facts.pop("state"), liger.pop("layer_memory", ()), liger.pop("heads", ())
     rows = [(key.replace("_", " "), _plain(key, value)) for key, value in facts.items() if value not in (None, {})]
     options.print_table(("", ""), rows)
@@ -46,10 +54,18 @@ def inspect(
         options.print_table(("layers with their own memory", "window", "slots"), _group_memories(memories))
     if heads:
         data_table()
-        options.print_table(("layer", "window+slots of each KV head"), [(str(i), x) for i, x in enumerate(heads) if x])
+        rows = [(str(layer), words) for layer, words in enumerate(heads) if words]
+        options.print_table(("layer", "window+scored slots of each KV head"), rows)
     if state:
         data_table()
         options.print_table(("state", "shape", "type", "layers", "bytes per sequence"), _of_all_layers(state))
+
+
+def _support(supported: bool, why: str | None, after: str | None) -> str:
+    """Return a line that says whether a model is supported, with the limit or the reason, and the next command."""
+    line = "supported" if supported else "not supported"
+    line += f"{' with a limit' * supported}: {why}" if why else ""
+    return f"{line}; next: {after}" if supported and after else line
 
 
 def _group_memories(memories: Iterable[tuple[int, int, Any]]) -> list[tuple[str, str, str]]:
@@ -104,8 +120,15 @@ def _conversion(liger: dict[str, Any]) -> dict[str, Any]:
 
 
 def _artifact(path: Path) -> dict[str, Any]:
-    manifest = open_artifact(path, runtime=False).manifest
+    manifest, why = open_artifact(path, runtime=False).manifest, None
+    try:
+        open_artifact(path, hashes=False)
+    except LigerError as error:
+        why = error.message
     return {
+        "supported": why is None,
+        "why": why or ("it was not verified" if manifest.verification.get("skipped") else None),
+        "next": None if why else first_command(path, manifest.target),
         "kind": "artifact",
         "target": f"{manifest.target}, {manifest.lowerings} lowering, {manifest.precision}",
         "source": {k: v for k, v in vars(manifest.source).items() if v and k != "files"},
@@ -174,9 +197,23 @@ def _group(tensors: Iterable[tuple[str, Sequence[int | str], str]]) -> list[dict
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     require("build")
+    from ligerexport.checkpoint.support import support
+
+    facts: dict[str, Any]
+    model_type = checkpoint_config(path)["model_type"]
+    try:
+        get_family(model_type)
+    except CheckpointError as error:
+        reason = f"{error.message}; {error.hint}"
+        facts = {"supported": False, "why": reason, "next": None, "kind": "checkpoint", "family": model_type}
+        return facts | {"liger": None, "state": []}
     info = check_checkpoint(path)
-    config = info.config
-    facts: dict[str, Any] = {
+    config, (supported, why) = info.config, support(info)
+    after = "build {} -o engine" if "liger" in config else "convert {} -o liger"
+    facts = {
+        "supported": supported,
+        "why": why,
+        "next": f"ligerexport {after.format(quoted(path))}" if supported else None,
         "kind": "converted checkpoint" if "liger" in config else "checkpoint",
         "family": str(config["model_type"]).removeprefix("liger_"),
         "liger": config.get("liger"),

@@ -147,7 +147,7 @@ def crossover_row(tokens: int | None) -> tuple[str, str]:
 def finish_made(json: bool, title: str, facts: dict[str, Any], next_command: str | None) -> None:
     """Print facts about a result, as a card and, if requested, as JSON."""
     finish_json(json, facts)
-    labels = {"path": "where", "weight_bytes": "weights"}
+    labels = {"path": "where", "weight_bytes": "weights", "exact_slots": "tokens per head"}
     rows = []
     for key, value in facts.items():
         if key == "kv_cache_larger_from":

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from ligerexport.checkpoint.sources import no_model
 from ligerexport.cli.options import Threads, computing
 from ligerexport.console import data, progress
-from ligerexport.errors import UsageError
+from ligerexport.errors import UsageError, quoted
+from ligerexport.exporters.targets import TARGETS
 
 if TYPE_CHECKING:
     from ligerexport.run.generate import Chunk
@@ -130,13 +132,30 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "pr
 
 
 def prepared(model: Path) -> Path:
-    """Return the directory to open: that of the user, or an artifact of the model that the user named."""
+    """Return the directory to open: that of the user, or an artifact of the model that the user named.
+
+    Raises:
+        SourceError: There is no such directory or model.
+    """
     from ligerexport.exporters.prepare import is_model, prepare
 
     if not is_model(model):
+        if not model.is_dir():
+            raise no_model(str(model))
         return model
     with computing():
         return prepare(model, progress)
+
+
+def first_command(artifact: Path, target: str) -> str | None:
+    """Return the command that tries an artifact: with a question, if the model has a template for chats."""
+    from ligerexport.run.generate import text_model
+
+    row = TARGETS.get(target)
+    if row is None or not row.onnxruntime:
+        return row.run % quoted(artifact) if row and row.run else None
+    asked = (artifact / "tokenizer.json").is_file() and text_model(artifact).chat_template
+    return row.run % quoted(artifact) + (' "What is gravity?" --chat' if asked else ' "Once upon a time"')
 
 
 def open_stdin() -> TextIO:

@@ -136,7 +136,10 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         UsageError: There is no prompt, or two, or it is not text.
     """
     if (prompt is None) == (file is None):
-        raise UsageError("expected one prompt, as PROMPT or with --file", hint="PROMPT can be - to read stdin")
+        raise UsageError(
+            "expected one prompt, as PROMPT or with --file",
+            hint='ligerexport run ARTIFACT "What is gravity?" --chat; PROMPT can be - to read stdin',
+        )
     if file is not None:
         prompt = open_stdin().read() if str(file) == "-" else file.read_text(encoding="utf-8", errors="surrogateescape")
     elif prompt == "-":

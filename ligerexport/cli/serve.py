@@ -91,11 +91,11 @@ def serve(
                      memory=memory, state_dir=state_dir, disk=disk, max_new_tokens=max_new_tokens, deadline=deadline,
                      stall=stall, speculate=speculate, drain=drain, device=device, threads=threads)  # fmt: skip
     with listen(host, port) as listener:  # a port in use is found before anything is loaded
-        models = []
-        with progress("loading", len(named), "steps") as advance:
-            for name, artifact in named.items():
+        models, found = [], {name: prepared(model) for name, model in named.items()}
+        with progress("loading", len(found), "steps") as advance:
+            for name, artifact in found.items():
                 models.extend(open_models(
-                    name, prepared(artifact), adapters[name], max_batch=max_batch, memory=budget // len(named),
+                    name, artifact, adapters[name], max_batch=max_batch, memory=budget // len(named),
                     queue=queue, state_dir=state_dir / name if state_dir else None, disk=space // len(named),
                     device=device, threads=threads, longest=max_new_tokens, deadline=deadline, stall=bound,
                     speculate=speculate,

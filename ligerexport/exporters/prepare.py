@@ -59,7 +59,10 @@ def prepare(model: str | Path, progress: ProgressFactory | None = None) -> Path:
     elif name in BUILTIN_MODELS:
         made_from = BUILTIN_MODELS[name].sha256
     else:
-        place = snapshot(name, [MANIFEST, "config.json"], progress)
+        place = snapshot(
+            name, [MANIFEST, "config.json"], progress, here=f"there is no directory '{name}' here, and ",
+            hint="check the path or the network, or give a built-in model: " + ", ".join(BUILTIN_MODELS),
+        )  # fmt: skip
         name, pulled = f"{name.partition('@')[0]}@{place.name}", (place / MANIFEST).is_file()
         made_from = name
     key = hashlib.sha256(f"{__version__} {WEIGHTS} {made_from}".encode()).hexdigest()[:12]

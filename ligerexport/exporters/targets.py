@@ -49,7 +49,7 @@ TARGETS: dict[str, Target] = {
         weights=("fp32", "fp16", "int8", "int4"),
         doc="a step graph for ONNX Runtime, weights in fp32 to int4",
         onnxruntime=True,
-        run='ligerexport run %s "Once upon a time"',
+        run="ligerexport run %s",
         ragged=("ort", "portable", "native"),
     ),
     "trt": Target(

@@ -54,7 +54,7 @@ class TorchSession(BatchSession):
         self, path: Path | str, *, batch: int = 1, chunk: int | None = None, device: str = "cpu", meter: bool = False
     ) -> None:
         if device not in ("cpu", "cuda"):
-            raise UsageError(f"device '{device}'", hint="choose from cpu, cuda")
+            raise UsageError(f"unknown device '{device}'", hint="choose from cpu, cuda")
         if device == "cuda" and not torch.cuda.is_available():
             raise MissingDependency("a cuda device", hint="leave --device out")
         info = check_checkpoint(path, tokenizer=False)

@@ -14,6 +14,7 @@ from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.errors import ArtifactError, UsageError, close_matches
 from ligerexport.exporters.backend import SessionSettings
 from ligerexport.exporters.targets import TARGETS, get_backend
+from ligerexport.versions import require
 
 __all__ = ["Session", "Snapshot", "load"]
 
@@ -146,11 +147,12 @@ def load(
 
     Raises:
         ArtifactError: The artifact is damaged, of a newer format, or for other runtime versions.
-        MissingDependency: The artifact's runtime is not installed.
+        MissingDependency: The artifact's runtime is not installed, or torch for a checkpoint.
         LigerError: The engine does not run on this machine's GPU.
         CheckpointError: The checkpoint is damaged, not converted, or keeps layers as softmax.
     """
     if not is_artifact(path) and any(Path(path).glob("*.safetensors")):
+        require("build")
         from ligerexport.exporters.torch_session import TorchSession
 
         if adapters:

@@ -87,7 +87,7 @@ class OnnxSession(BatchSession):
         if batch < 1 or self.threads < 1:
             raise UsageError(f"batch {batch} and threads {self.threads}", hint="both are at least 1")
         if device not in PROVIDERS:
-            raise UsageError(f"device '{device}'", hint=close_matches(device, PROVIDERS))
+            raise UsageError(f"unknown device '{device}'", hint=f"choose from {', '.join(PROVIDERS)}")
         if device != "cpu" and manifest.lowering == "native":
             raise UsageError("the lowering native runs on the CPU", hint="ligerexport build --lowering ort")
         self._known = {name: read_adapter(place, manifest) for name, place in (adapters or {}).items()}
