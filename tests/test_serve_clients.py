@@ -76,7 +76,7 @@ def test_llm(server: Address, tmp_path: Path) -> None:
 def test_locust(server: Address, tmp_path: Path) -> None:
     """Eight users, each of which holds a chat that grows."""
     (tmp_path / "locustfile.py").write_text(LOCUST)
-    line = [sys.executable, "-m", "locust", "--headless", "--host", server.url, "-u", "8", "-r", "8", "-t", "5s",
+    line = [sys.executable, "-m", "locust", "--headless", "--host", server.url, "-u", "8", "-r", "8", "-t", "2s",
             "--csv", "out", "--only-summary"]  # fmt: skip
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

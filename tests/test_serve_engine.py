@@ -115,8 +115,9 @@ def test_the_first_token_takes_no_step_and_masks_are_made_beside_steps(
 
 
 def test_turns_branches_and_a_restart_start_from_the_deepest_state(
-    built: tuple[Path, Path], start: Callable[..., Engine], tmp_path: Path
+    built: tuple[Path, Path], start: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("ligerexport.serve.held.SHORT", 20)
     engine = start(state_dir=tmp_path)
     prompt = PROMPTS[2]
     (answer,) = tokens(engine, ask(prompt, marks=(50,)))

@@ -363,7 +363,7 @@ def test_openapi_is_kept(server: Address) -> None:
     for operation in schema.get_all_operations():
 
         @given(case=operation.ok().as_strategy())
-        @settings(max_examples=8, phases=[Phase.generate], database=None, derandomize=True)
+        @settings(max_examples=6, phases=[Phase.generate], database=None, derandomize=True)
         def check(case: Any) -> None:
             nonlocal asked
             asked += 1

@@ -1,4 +1,4 @@
-"""The page of `serve` in a browser, and OpenAI's client for JavaScript."""
+"""The page of `serve` and that of Gradio in a browser, and OpenAI's client for JavaScript."""
 
 from __future__ import annotations
 
@@ -43,26 +43,31 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
 
 
 @pytest.fixture
-def page(server: Address) -> Iterator[Any]:
-    """The page; afterwards all requests must have been local, and the console empty."""
+def browser() -> Iterator[Any]:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium:
         pytest.skip("needs chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
+        opened = playwright.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-background-networking"]
         )
-        opened, asked, complaints = browser.new_page(), list[str](), list[str]()
-        opened.set_default_timeout(LONG)
-        opened.on("request", lambda request: asked.append(request.url))
-        opened.on("console", lambda message: complaints.append(message.text))
-        opened.on("pageerror", lambda error: complaints.append(str(error)))
-        opened.on("dialog", lambda dialog: dialog.accept())
-        opened.goto(server.url)
-        opened.wait_for_selector("#model option", state="attached")
         yield opened
-        assert complaints == [] and asked and all(url.startswith((server.url, "data:")) for url in asked)
-        browser.close()
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Address) -> Iterator[Any]:
+    """The page; afterwards all requests must have been local, and the console empty."""
+    opened, asked, complaints = browser.new_page(), list[str](), list[str]()
+    opened.set_default_timeout(LONG)
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.on("console", lambda message: complaints.append(message.text))
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("dialog", lambda dialog: dialog.accept())
+    opened.goto(server.url)
+    opened.wait_for_selector("#model option", state="attached")
+    yield opened
+    assert complaints == [] and asked and all(url.startswith((server.url, "data:")) for url in asked)
 
 
 def test_chats_are_edited_branched_and_kept(page: Any) -> None:
@@ -105,6 +110,29 @@ def test_an_answer_can_be_stopped(page: Any, server: Address) -> None:
     page.wait_for_selector("#status:text('Stopped.')")
     while server.engine.stats()["running"]:
         pass
+
+
+def test_gradio(browser: Any, server: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat in Gradio's own page, whose second turn goes on from the state of the first one."""
+    gradio = pytest.importorskip("gradio", reason="needs gradio")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    chat = gradio.load_chat(f"{server.url}/v1", model="toy", token="any")
+    _, address, _ = chat.launch(prevent_thread_lock=True, quiet=True)
+    opened, stats = browser.new_page(), [server.engine.stats()]
+    try:
+        opened.set_default_timeout(LONG)
+        opened.goto(address)
+        for question in ("hello " * 200, "hello"):
+            opened.fill("textarea", question)
+            opened.keyboard.press("Enter")
+            while (now := server.engine.stats())["read"] == stats[-1]["read"] or now["reading"] or now["running"]:
+                opened.wait_for_timeout(50)
+            stats.append(now)
+        opened.wait_for_function("document.querySelectorAll('.message.bot').length == 2")
+        assert all(opened.locator(".message.bot").all_inner_texts())
+    finally:
+        chat.close()
+    assert stats[2]["cached"] - stats[1]["cached"] > 1000 > stats[2]["read"] - stats[1]["read"]
 
 
 def test_openai_for_javascript(server: Address, tmp_path: Path) -> None:

@@ -73,9 +73,9 @@ def test_malformed_requests_leave_nothing_behind(start: Callable[..., Process]) 
             response = connection.getresponse()
             assert response.status in (400, 404) and b'"error"' in response.read()
 
-    send(200)
+    send(100)
     before = server.memory()
-    send(500)
+    send(300)
     assert server.memory() - before < 2 << 20
     assert server.ask("/v1/completions", good)[0] == 200
     assert server.stop() == 0 and "Traceback" not in server.log.read_text()

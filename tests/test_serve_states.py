@@ -172,6 +172,20 @@ def test_states_that_share_slots_take_little_memory(disk: int, tmp_path: Path, m
     assert states.stats() == {"states": 0, "states_memory_bytes": 0, "states_disk_bytes": 0}
 
 
+@pytest.mark.parametrize("memory", [3 * SIZE, 99 * SIZE])
+def test_what_can_be_read_again_soon_is_not_written(memory: int, tmp_path: Path) -> None:
+    """That is the state after a short prompt whose answer is there, unless it is pinned or has several answers."""
+    states = States("model", memory, tmp_path, 10**6)
+    for turn in ("b", "ba", "bb", "p", "pa", "pap", "papa", "q" * 13, "q" * 13 + "a"):
+        states.insert(Space(), ids(turn), state(20 * len(turn)), write=turn.endswith("a"), pin=turn == "pap")
+        states._settle(set(states._writes))
+    states.flush()
+    states.close()
+    found = [held.ids[::20].tolist() for held in states._held.values() if held.written]
+    assert {bytes(x).decode() for x in found} == {"b", "ba", "bb", "pa", "pap", "papa", "q" * 13, "q" * 13 + "a"}
+    assert len(list(tmp_path.rglob("*.state"))) == len(found)
+
+
 def test_nobody_waits_while_a_pin_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states, held_lock, mark = States("model", 9 * SIZE, tmp_path, 9 * SIZE), list[bool](), Store.mark
 

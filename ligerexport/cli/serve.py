@@ -40,10 +40,7 @@ def serve(
     memory: Annotated[str, typer.Option(help="Memory for states between requests, such as 4GB.")] = "4GB",
     state_dir: Annotated[
         Path | None,
-        typer.Option(
-            help="Directory for states that the memory cannot hold, and for all of them when the server ends.",
-            show_default=False,
-        ),
+        typer.Option(help="Directory for the states after answers, also after a restart.", show_default=False),
     ] = None,
     disk: Annotated[str, typer.Option(help="Space for states in --state-dir, such as 64GB.")] = "64GB",
     max_new_tokens: Annotated[

@@ -12,6 +12,8 @@ from ligerexport.serve.tree import Node
 
 INSIDE = 0.1
 """Worth of a state inside a chat, as a share of that of the last one."""
+SHORT = 256
+"""Number of tokens that are rather read again than written to the disk as a state."""
 
 
 @dataclass(eq=False)
@@ -70,9 +72,18 @@ class Held:
         return self.snapshot.nbytes if isinstance(self.snapshot, Delta) else self.nbytes
 
     @property
+    def own(self) -> int:
+        """Number of tokens that would be read again without it."""
+        return self.node.length - next((node.length for node in self.node.above()), 0)
+
+    @property
+    def minor(self) -> bool:
+        """Whether only another answer would need it, nobody chose it, and it takes little time to make it again."""
+        return len(self.node.children) == 1 and self.own < SHORT and not (self.pinned or self.name)
+
+    @property
     def priority(self) -> tuple[float, int]:
         """When it goes: the smallest first, and of equal ones the one that was used longest ago."""
-        before = next((node.length for node in self.node.above()), 0)
         branches = len(self.node.children)
         share = 1.0 if branches == 0 else max(INSIDE, branches - 1.0)
-        return self.stamp + share * (self.node.length - before), self.used
+        return self.stamp + share * self.own, self.used

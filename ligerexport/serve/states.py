@@ -3,8 +3,9 @@
 What is kept longest follows GreedyDual-Size-Frequency (Cherkasova, 1998). A state is worth the tokens that would be
 read again without it. The last state of a chat is needed for its next turn, so it only goes if the disk has no room for
 it: while too many states are being written, the engine waits, though not for a network. One inside a chat is only
-needed for a branch, so it is worth a tenth of that, unless prefixes have branched there already. States of one model
-have nearly equal sizes.
+needed for a branch, so it is worth a tenth of that, unless prefixes have branched there already. It is not written if
+few tokens make it from the one before: that would double what each turn of a chat writes, and memory cards wear out.
+States of one model have nearly equal sizes.
 
 When the memory is full, states are first kept as differences from ones before them, where those are much smaller. The
 memory of a state stays as long as another one is a difference from it.
@@ -227,9 +228,10 @@ class States:
             raise LigerError("the state cannot be written: the disk is full", hint="delete other states first")
 
     def flush(self) -> None:
-        """Write all states for which the disk has room, and wait until they are written."""
+        """Write all but minor states for which the disk has room, and wait until they are written."""
         with self._lock:
-            for held in sorted(self._held.values(), key=lambda held: held.priority, reverse=True):
+            wanted = (held for held in self._held.values() if not held.minor)
+            for held in sorted(wanted, key=lambda held: held.priority, reverse=True):
                 self._write(held, always=True)
             writes = set(self._writes)
         self._settle(writes)
@@ -313,7 +315,7 @@ class States:
             if victim is None:
                 return
             self._clock = max(self._clock, victim.priority[0])
-            if not victim.written:
+            if not (victim.written or victim.minor):
                 self._write(victim)
             lost = not (victim.written or victim.writing or victim.node.children)
             if lost and self._crowded(victim) and not isinstance(self._store, SharedStore):
