@@ -22,7 +22,7 @@ from ligerexport.train.model import load_student
 from ligerexport.train.recover import warn_of_repeats
 from tests.checkpoints import MEMORY, make_checkpoint
 
-GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "recover.md"
+GUIDE = Path(__file__).parents[1] / "benchmarks" / "results" / "recovery.md"
 LLAMA_70B = {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
     "num_key_value_heads": 8, "vocab_size": 128256,
