@@ -89,6 +89,9 @@ def serve() -> Table:
     )
     rows.append([f"tokens per second of {chats}: here / llama.cpp's server with Q4_1", speed])
     rows.append(["first token of one more turn in each of these: here / there", f"{first} ms"])
+    gone = " / ".join(f"{peers['ms_evicted'][name]:,.0f}" for name in ("ours", "llama_cache", "llama"))
+    where = "here from the disk, after a restart / there with its cache of prompts in memory / there without it"
+    rows.append([f"the same for a chat that the server no longer holds: {where}", f"{gone} ms"])
     return ["figure", "measured"], rows
 
 

@@ -161,17 +161,15 @@ def _fit(
     facts = describe_sizes(info, liger, total)
     heads, effort = converted_heads(info.config, liger), _effort()
     given = [passages(read_texts(texts))] if texts else []
-    longest = info.config.get("max_position_embeddings") or 2 * effort.tokens
-    reader = Reader(TextModel(source.path), [builtin_texts(), *filter(None, given)], longest, _SEED)
-    needed, (there, where) = facts["fit_memory_bytes"], _room()
+    reader = Reader(TextModel(source.path), [builtin_texts(), *filter(None, given)], _longest(info, effort), _SEED)
+    gpu, needed, (there, where) = torch.cuda.is_available(), facts["fit_memory_bytes"], _room()
     if needed > there:
         raise LigerError(
             f"the fit of this model needs {format_bytes(needed)} of memory, and {format_bytes(there)} are {where}",
-            hint=NO_FIT,
+            hint=("fit on the CPU, with CUDA_VISIBLE_DEVICES= before the command, or " if gpu else "") + NO_FIT,
         )
     say(f"fitting {format_bytes(facts['state_bytes'])} of state for {heads.number} KV heads: the Transformer reads "
         f"{facts['fit']}, in about {_duration(facts['fit_seconds'])}; --no-fit goes without")  # fmt: skip
-    gpu = torch.cuda.is_available()
     with progress(f"loading {source.name}", info.bytes) as advance:
         model: Any = load_transformer(info.path, info.config, "auto" if gpu else torch.float32)
         if model.dtype == torch.float16:  # in which gradients overflow
@@ -190,6 +188,8 @@ def describe_sizes(info: CheckpointInfo, liger: LigerConfig, state_bytes: int | 
     Raises:
         UsageError: The bytes are too few, which would otherwise be found after the fit.
     """
+    import torch
+
     heads, effort = converted_heads(info.config, liger), _effort()
     total, (_, nbytes) = state_bytes or usual_bytes(heads.number, heads.width), _options(heads, liger)
     share_out([[0.0] * len(nbytes)] * heads.number, nbytes, total)
@@ -197,7 +197,7 @@ def describe_sizes(info: CheckpointInfo, liger: LigerConfig, state_bytes: int | 
     layers, hidden = info.config["num_hidden_layers"], info.config["hidden_size"]
     squares = 8 * len(heads.layers) * hidden**2
     # what a layer keeps of a token for the gradient: three times the width of the MLP, and about 14 of its own
-    kept = 4 * layers * max(effort.prose_tokens, 2 * effort.asked_tokens)
+    kept = 4 * layers * min(max(effort.prose_tokens, 2 * effort.asked_tokens), _longest(info, effort))
     kept *= 3 * info.config["intermediate_size"] + 14 * hidden
     tflop = 2e-12 * weights * effort.passes
     return {
@@ -205,8 +205,14 @@ def describe_sizes(info: CheckpointInfo, liger: LigerConfig, state_bytes: int | 
         "fit": f"{effort.texts} texts with {effort.read:,} tokens",
         "fit_tflop": round(tflop, 1),
         "fit_seconds": round(tflop / _tflops()),
-        "fit_memory_bytes": 4 * weights + squares + kept,
+        "fit_memory_bytes": (max(info.bytes, 2 * weights) if torch.cuda.is_available() else 4 * weights) + squares + kept,
     }
+
+
+def _longest(info: CheckpointInfo, effort: Effort) -> int:
+    """Return the number of tokens in the longest text that a fit may read."""
+    longest: int = info.config.get("max_position_embeddings") or 2 * effort.tokens
+    return longest
 
 
 def _effort() -> Effort:
