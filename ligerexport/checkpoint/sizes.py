@@ -200,12 +200,13 @@ def describe_sizes(info: CheckpointInfo, liger: LigerConfig, state_bytes: int | 
     kept = 4 * layers * min(max(effort.prose_tokens, 2 * effort.asked_tokens), _longest(info, effort))
     kept *= 3 * info.config["intermediate_size"] + 14 * hidden
     tflop = 2e-12 * weights * effort.passes
+    loaded = max(info.bytes, 2 * weights) if torch.cuda.is_available() else 4 * weights
     return {
         "state_bytes": total,
         "fit": f"{effort.texts} texts with {effort.read:,} tokens",
         "fit_tflop": round(tflop, 1),
         "fit_seconds": round(tflop / _tflops()),
-        "fit_memory_bytes": (max(info.bytes, 2 * weights) if torch.cuda.is_available() else 4 * weights) + squares + kept,
+        "fit_memory_bytes": loaded + squares + kept,
     }
 
 
