@@ -39,6 +39,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 ROOM = 192
 """Tokens that peers can store beyond the context; 8,000 plus these fit a model trained on 8,192 tokens."""
 
+PAUSE = 0.2
+"""Seconds after each block: until then the idle threads of its engine may spin, and slow the next one down."""
 
 CLOCK = CLOCKS[os.environ.get("DECODE_CLOCK", "wall")]
 
@@ -204,6 +206,7 @@ def time_in_turns(
             process.stdin.write(f"{tokens}\n")
             process.stdin.flush()
             last[key] = json.loads(process.stdout.readline())
+            time.sleep(PAUSE)
             if turn:  # the first is a warm-up
                 samples[key].append(statistics.median(last[key]["ms"]))
     return samples, last
