@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,20 @@ FORMS = {
 }
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lowering, liger = FORMS[request.param]
+Load = Callable[..., lx.Session]
+
+
+@pytest.fixture(scope="module", params=[*FORMS, pytest.param("torch on cuda", marks=pytest.mark.gpu)])
+def load(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Load:
+    name, _, device = request.param.partition(" on ")
+    lowering, liger = FORMS[name]
     path = make_checkpoint(tmp_path_factory.mktemp("drafts") / "liger", liger)
-    return path if lowering is None else lx.build(path, lowering=lowering, verify=False)
+    path = path if lowering is None else lx.build(path, lowering=lowering, verify=False)
+    return partial(lx.load, path, device=device or "cpu")
 
 
-def begun(model: Path, batch: int = 1) -> lx.Session:
-    session = lx.load(model, batch=batch)
+def begun(load: Load, batch: int = 1) -> lx.Session:
+    session = load(batch=batch)
     session.prefill(IDS[:batch, :40])
     return session
 
@@ -50,9 +57,9 @@ def tensors(session: lx.Session) -> dict[str, np.ndarray]:
     return session.snapshot().tensors
 
 
-def test_the_state_does_not_know_what_was_taken_back(model: Path) -> None:
+def test_the_state_does_not_know_what_was_taken_back(load: Load) -> None:
     """It is that of single steps, to the bit if no token is kept, and rejected tokens leave no trace in it."""
-    session, stepped = begun(model), begun(model)
+    session, stepped = begun(load), begun(load)
     untouched = tensors(session)
     logits = np.stack([stepped.step(token)[0].copy() for token in IDS[0, 40:46]])
     before, states = session.snapshot(), []
@@ -71,9 +78,9 @@ def test_the_state_does_not_know_what_was_taken_back(model: Path) -> None:
             np.testing.assert_allclose(x, states[-1][name], atol=1e-4, err_msg=name)
 
 
-def test_rows_keep_what_they_want(model: Path) -> None:
+def test_rows_keep_what_they_want(load: Load) -> None:
     """Each goes on as a session that runs alone."""
-    session = begun(model, batch=2)
+    session = begun(load, batch=2)
     for kept in ((1, 4), (0, 3)):
         at = session.position
         draft = np.stack([row[p : p + 4] for row, p in zip(IDS, at, strict=True)])
@@ -82,14 +89,14 @@ def test_rows_keep_what_they_want(model: Path) -> None:
         session.propose(draft)
         session.commit(kept)
         np.testing.assert_array_equal(session.position, at + kept)
-    alone = lx.load(model)
+    alone = load()
     for row, logits in enumerate(session.step([7, 7])):
         alone.reset()
         np.testing.assert_allclose(alone.prefill([*IDS[row, : 41 + 6 * row], 7])[0], logits, atol=1e-4)
 
 
-def test_no_other_call_before_the_commit(model: Path) -> None:
-    session = begun(model)
+def test_no_other_call_before_the_commit(load: Load) -> None:
+    session = begun(load)
     with pytest.raises(UsageError, match="no draft waits"):
         session.commit(0)
     with pytest.raises(UsageError, match="a draft of 17 tokens"):
@@ -174,7 +181,8 @@ def test_the_operator_takes_back_to_the_bit(start: int, state_dtype: str) -> Non
 
 def test_records_of_another_state_are_refused(tmp_path: Path) -> None:
     """A forged graph cannot make a session write elsewhere."""
-    session: Any = begun(lx.build(make_checkpoint(tmp_path / "liger", RAGGED), lowering="native", verify=False))
+    built = lx.build(make_checkpoint(tmp_path / "liger", RAGGED), lowering="native", verify=False)
+    session: Any = begun(partial(lx.load, built))
     before = {t.past: x.copy() for t, x in session._fixed.items()}
     session.propose([5, 6])
     after = {t.past: x.copy() for t, x in session._fixed.items()}

@@ -177,6 +177,12 @@ def test_mistakes_are_named() -> None:
         mixer_step(
             *(x[:, 0] for x in layer.inputs(2, 1)), torch.tensor([0, 5]), layer.state(2), layer.spec, layer.rotary
         )
+    strided = {name: torch.stack([x, x], dim=-1)[..., 0] for name, x in layer.state(2).items()}
+    with pytest.raises(ValueError, match="slot_key has to be contiguous"):
+        mixer_step(
+            *(x[:, 0] for x in layer.inputs(2, 1)), torch.tensor([0, 5]), strided, layer.spec, layer.rotary,
+            score=torch.zeros(2, 2),
+        )  # fmt: skip
     layer = Layer(PRESETS["mom"].config, "cpu")
     with pytest.raises(ValueError, match="no fused step"):
         mixer_step(

@@ -61,11 +61,8 @@ def test_the_op_equals_the_loop_at_any_cut(config: lx.LigerConfig) -> None:
         torch.testing.assert_close(found[FORGOTTEN].float(), loop[FORGOTTEN], atol=0, rtol=1e-6)  # both in fp32
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-def test_a_session_measures_what_torch_does(checkpoint: Path, tmp_path: Path, lowering: str) -> None:
-    engine = lx.build(checkpoint, tmp_path / "engine", lowering=lowering, meter=True, verify=lowering == "native")
-    session = lx.load(engine, batch=2, chunk=32)
-    torch_session = lx.load(checkpoint, batch=2, meter=True)
+def both_measure(session: lx.Session, torch_session: lx.Session) -> None:
+    """Run both sessions on the same tokens, and compare the shares of two rows."""
     for each in (session, torch_session):
         each.prefill(np.stack([IDS[:60], IDS[20:80]]))
         each.step([3, -1])
@@ -73,9 +70,21 @@ def test_a_session_measures_what_torch_does(checkpoint: Path, tmp_path: Path, lo
     # keys that are rounded to another code move a share, by much less than its size
     ragged = session.artifact.manifest.liger.get("heads")
     np.testing.assert_allclose(session.forgotten, torch_session.forgotten, atol=5e-3 if ragged else MODEL_FP32)
-    assert ArtifactModel(session).forgotten() == session.forgotten[0].tolist()
     assert session.forgotten.shape == (2, 3) and session.forgotten.min() > 0 and session.forgotten.max() < 1
     assert session.snapshot().tensors.keys() == torch_session.snapshot().tensors.keys()
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_a_session_measures_what_torch_does(checkpoint: Path, tmp_path: Path, lowering: str) -> None:
+    engine = lx.build(checkpoint, tmp_path / "engine", lowering=lowering, meter=True, verify=lowering == "native")
+    session = lx.load(engine, batch=2, chunk=32)
+    both_measure(session, lx.load(checkpoint, batch=2, meter=True))
+    assert ArtifactModel(session).forgotten() == session.forgotten[0].tolist()
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_the_same(checkpoint: Path) -> None:
+    both_measure(*(lx.load(checkpoint, batch=2, meter=True, device=device) for device in ("cuda", "cpu")))
 
 
 def test_the_graph_without_a_meter_says_nothing(checkpoint: Path, tmp_path: Path) -> None:

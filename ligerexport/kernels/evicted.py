@@ -32,8 +32,8 @@ def slow_rotation(rotary: Tensor, spec: MixerSpec) -> tuple[Tensor, Tensor]:
     """
     distance = min(spec.config.recurrence_distance, spec.max_distance)
     cos, sin = rotary[:, spec.max_distance - 1].double()  # one token back
-    slow = torch.atan2(-sin, cos) * distance <= math.pi / 2
-    slow[0] = False
+    # a CUDA graph cannot set one element to a number from the host
+    slow = (torch.atan2(-sin, cos) * distance <= math.pi / 2) & (torch.arange(len(cos), device=cos.device) > 0)
     cos, sin = rotary[:, spec.max_distance - distance]
     return torch.stack([cos, -sin]).where(slow, 0.0), slow
 

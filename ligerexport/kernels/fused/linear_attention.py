@@ -235,6 +235,11 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _whole(state: Tensor | None) -> Tensor | None:
+    """Return a state, which may be some heads of another one, as the kernels count its elements."""
+    return None if state is None else state.contiguous()
+
+
 def forward(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, gate: str | None, scale: float,
@@ -248,6 +253,7 @@ def forward(
     batch, length = query.shape[:2]
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     output = value.new_empty(batch, length, query.shape[2], value.shape[3])
+    initial_state = _whole(initial_state)
     q, k, v = _flat(query), _flat(key), _flat(value)
     g = k if decay is None else _flat(decay)
     call = _call(layout(q, k, v, g, initial_state), sequences, cu_seqlens is not None, gate, target())
@@ -278,6 +284,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of `inputs`: query, key, value, decay and initial state."""
     query, key, value, decay, initial_state = inputs
+    initial_state, d_final = _whole(initial_state), _whole(d_final)
     sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     q, k, v, do = (_flat(x) for x in (query, key, value, d_output))
     g = k if decay is None else _flat(decay)

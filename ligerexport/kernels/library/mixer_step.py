@@ -33,8 +33,8 @@ def mixer_step(
         key: `[B, H_kv, d_k]`.
         value: `[B, H_kv, d_v]`.
         position: `[B]` int64, number of tokens that each sequence has seen; negative for padding.
-        state: Pools `[M, ...]` by the names of `MixerSpec.state`, M at least B. On CUDA the slots end up
-            in any order.
+        state: Contiguous pools `[M, ...]` by the names of `MixerSpec.state`, M at least B. On CUDA the slots end
+            up in any order.
         rotary: `rotary_table(inv_freq, spec.max_distance, BLOCK, turns=True)`.
         index: `[B]` integer, the row of the pools that holds each sequence, negative to skip it; None for row b.
         score: `[B, H_kv]` fp32, the learned score; needed if `spec.config.foresees`.
@@ -43,8 +43,9 @@ def mixer_step(
         Output `[B, H_q, d_v]` in the dtype of `query`; zero for a sequence that is skipped or padding.
 
     Raises:
-        ValueError: A pool needs a `score` that is missing, or no kernel computes a step of this layer: it has
-            cells or memories, or ragged slots with a recurrence or other scores than a learned one.
+        ValueError: A pool needs a `score` that is missing, a tensor of the state is not contiguous, or no kernel
+            computes a step of this layer: it has cells or memories, or ragged slots with a recurrence or other scores
+            than a learned one.
     """
     if spec.config.foresees and score is None:
         raise ValueError("a pool ranks by a learned score, but no score was given")
@@ -53,6 +54,8 @@ def mixer_step(
             "cells, memories, and ragged slots with a recurrence or other scores than a learned one have no fused "
             "step; use liger_mixer"
         )
+    if strided := [name for name, tensor in state.items() if not tensor.is_contiguous()]:
+        raise ValueError(f"the state is changed in place, so {strided[0]} has to be contiguous")
     pools = {name: state.get(name) for name in CHANGED}
     return _mixer_step(query, key, value, position, **pools, rotary=rotary, index=index, score=score, spec=spec.text)
 
