@@ -31,6 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ligerexport.measure.bench.bench import PAUSE
 from ligerexport.measure.bench.machine import cpu_name, memory
 
 CONTEXTS = (128, 1024, 8192, 32768)
@@ -38,9 +39,6 @@ ENGINES = ("ligerexport", "transformers eager", "transformers sdpa", "llama.cpp"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 ROOM = 192
 """Tokens that peers can store beyond the context; 8,000 plus these fit a model trained on 8,192 tokens."""
-
-PAUSE = 0.2
-"""Seconds after each block: until then the idle threads of its engine may spin, and slow the next one down."""
 
 CLOCK = CLOCKS[os.environ.get("DECODE_CLOCK", "wall")]
 

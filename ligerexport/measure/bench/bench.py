@@ -31,6 +31,8 @@ _BUSY = 0.1
 """Largest share of the cores that other processes may use without a warning."""
 _APART = 0.2
 """Largest distance of the quartiles of a ratio, relative to its median, without a warning."""
+PAUSE = 0.2
+"""Seconds after each block: until then the idle threads of its engine may spin, and slow the next one down."""
 FIRST_SECONDS, FIRST_TIMES = 2.0, 5
 """Limits in seconds and in number of readings; the time to first token is the median of the readings within both."""
 
@@ -206,6 +208,7 @@ def _point(
                 before = meter.read()
                 turn.last = turn.worker("decode", tokens=turn.tokens, count=settings.tokens)
                 spent = meter.since(before)
+                time.sleep(PAUSE)
                 if block:  # the first is a warm-up
                     turn.seconds.append(turn.last["seconds"])
                     turn.joules += [] if spent is None else [spent / settings.tokens / batch]
