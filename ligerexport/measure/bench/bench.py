@@ -162,7 +162,7 @@ def gate(artifact: str, checkpoint: str | None = None, progress: ProgressFactory
     if not opened.manifest.verification.get("passed"):
         raise VerificationError(
             f"{artifact} was never compared with the torch model",
-            hint="build it without --no-verify, or give its converted checkpoint: --checkpoint DIRECTORY",
+            hint="build it without verify=False, or give its converted checkpoint: --checkpoint DIRECTORY",
         )
     return {"by": "its manifest: compared with torch when it was built, and every file has its sha256"} | (
         opened.manifest.verification
