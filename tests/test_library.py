@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -90,6 +91,31 @@ def test_operators_are_registered_as_they_behave(name: str, device: str) -> None
     torch.library.opcheck(
         OPS.mixer_step.default, (*one, position, *tensors, layer.rotary, None, foreseen(one[2]), text)
     )
+
+
+@pytest.mark.parametrize("used", ["output", "state", "both"])
+@pytest.mark.parametrize("initial", [False, True])
+def test_the_direct_call_has_the_gradients_of_plain_torch(
+    used: str, initial: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing watches, the kernels are called without the registry of operators."""
+    module = sys.modules[linear_attention.__module__]
+    shapes = ((1, 70, 4, 16), (1, 70, 2, 16), (1, 70, 2, 24), (1, 2, 16, 24))
+    inputs = [torch.randn(shape) for shape in shapes[: 3 + initial]]
+    results = []
+    for fused in (False, True):
+        monkeypatch.setattr(module, "fused", lambda x, fused=fused: fused)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        state = leaves[3] if initial else None
+        found = linear_attention(*leaves[:3], gate="gla", initial_state=state)
+        assert ("_Direct" in type(found[0].grad_fn).__name__) == fused
+        loss = sum(
+            x.square().sum() for x, name in zip(found, ("output", "state"), strict=True) if used in (name, "both")
+        )
+        wanted = leaves if used != "state" else leaves[1:]  # the state does not depend on the query
+        results.append([x.detach() for x in (*found, *torch.autograd.grad(loss, wanted))])
+    for plain, direct in zip(*results, strict=True):
+        assert (direct - plain).norm() <= FUSED_FP32 * plain.norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ligerexport.kernels.fused.segments import segment_count, segment_length
-from ligerexport.kernels.library.dispatch import fused
+from ligerexport.kernels.library.dispatch import fused, watched
 from ligerexport.kernels.linear_attention import apply_gate, gated_linear_attention
 from ligerexport.model.gates import get_gate
 
@@ -59,7 +60,8 @@ def linear_attention(
         raise ValueError(f"decay {list(decay.shape)} does not have the shape of key {list(key.shape)}")
     if cu_seqlens is not None and batch != 1:
         raise ValueError(f"packed sequences have batch 1, not {batch}")
-    output, state, _ = _linear_attention(query, key, value, decay, initial_state, cu_seqlens, gate, scale)
+    run = _Direct.apply if fused(query) and not watched(query) else _linear_attention
+    output, state, _ = run(query, key, value, decay, initial_state, cu_seqlens, gate, scale)
     return output, state
 
 
@@ -127,9 +129,8 @@ def _(
     return value.new_empty(*query.shape[:3], d_v), state, state.new_empty(segments, heads, d_k, d_v)
 
 
-@torch.library.custom_op("ligerexport::linear_attention_backward", mutates_args=())
-def _linear_attention_backward(
-    d_output: Tensor, d_final: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None,
+def _backward(
+    d_output: Tensor, d_final: Tensor | None, query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None,
     initial_state: Tensor | None, states: Tensor, cu_seqlens: Tensor | None, gate: str | None, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     from ligerexport.kernels.fused import linear_attention as kernels
@@ -137,6 +138,11 @@ def _linear_attention_backward(
     inputs = (query, key, value, decay, initial_state)
     found = kernels.backward(d_output, d_final, inputs, states, cu_seqlens, gate, scale)
     return [x for x in found if x is not None]
+
+
+_linear_attention_backward = torch.library.custom_op("ligerexport::linear_attention_backward", mutates_args=())(
+    _backward
+)
 
 
 @_linear_attention_backward.register_fake
@@ -149,10 +155,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _differentiate(ctx: Any, d_output: Tensor, d_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, d_output: Tensor, d_final: Tensor | None, _: Tensor | None, backward: Any = _linear_attention_backward
+) -> tuple[Tensor | None, ...]:
     *tensors, cu_seqlens, states = ctx.saved_tensors
     if fused(tensors[0]):
-        found = _linear_attention_backward(d_output, d_final, *tensors, states, cu_seqlens, ctx.gate, ctx.scale)
+        found = backward(d_output, d_final, *tensors, states, cu_seqlens, ctx.gate, ctx.scale)
     else:
         with torch.enable_grad():
             leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
@@ -166,3 +174,27 @@ def _differentiate(ctx: Any, d_output: Tensor, d_final: Tensor, _: Tensor) -> tu
 
 
 _linear_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator on a GPU without torch's registry, which takes longer than the kernels of a small call."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from ligerexport.kernels.fused import linear_attention as kernels
+
+        return kernels.forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        query, value = ctx.saved_tensors[0], ctx.saved_tensors[2]
+        if d_output is None:  # only the final state was used
+            d_output = value.new_zeros(*query.shape[:3], value.shape[3])
+        return _differentiate(ctx, d_output, d_final, None, _backward)
