@@ -129,8 +129,9 @@ def _(
     return value.new_empty(*query.shape[:3], d_v), state, state.new_empty(segments, heads, d_k, d_v)
 
 
-def _backward(
-    d_output: Tensor, d_final: Tensor | None, query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None,
+@torch.library.custom_op("ligerexport::linear_attention_backward", mutates_args=())
+def _linear_attention_backward(
+    d_output: Tensor, d_final: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None,
     initial_state: Tensor | None, states: Tensor, cu_seqlens: Tensor | None, gate: str | None, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     from ligerexport.kernels.fused import linear_attention as kernels
@@ -138,11 +139,6 @@ def _backward(
     inputs = (query, key, value, decay, initial_state)
     found = kernels.backward(d_output, d_final, inputs, states, cu_seqlens, gate, scale)
     return [x for x in found if x is not None]
-
-
-_linear_attention_backward = torch.library.custom_op("ligerexport::linear_attention_backward", mutates_args=())(
-    _backward
-)
 
 
 @_linear_attention_backward.register_fake
@@ -155,12 +151,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _differentiate(
-    ctx: Any, d_output: Tensor, d_final: Tensor | None, _: Tensor | None, backward: Any = _linear_attention_backward
-) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, d_output: Tensor, d_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, cu_seqlens, states = ctx.saved_tensors
     if fused(tensors[0]):
-        found = backward(d_output, d_final, *tensors, states, cu_seqlens, ctx.gate, ctx.scale)
+        found = _linear_attention_backward(d_output, d_final, *tensors, states, cu_seqlens, ctx.gate, ctx.scale)
     else:
         with torch.enable_grad():
             leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
@@ -194,7 +188,10 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        query, value = ctx.saved_tensors[0], ctx.saved_tensors[2]
+        from ligerexport.kernels.fused import linear_attention as kernels
+
+        *inputs, cu_seqlens, states = ctx.saved_tensors
         if d_output is None:  # only the final state was used
-            d_output = value.new_zeros(*query.shape[:3], value.shape[3])
-        return _differentiate(ctx, d_output, d_final, None, _backward)
+            d_output = inputs[2].new_zeros(*inputs[0].shape[:3], inputs[2].shape[3])
+        found = kernels.backward(d_output, d_final, tuple(inputs), states, cu_seqlens, ctx.gate, ctx.scale)
+        return *found, None, None, None
