@@ -76,7 +76,7 @@ def ours(args: argparse.Namespace) -> None:
         name, _, path = model.rpartition("=")
         opened = open_model(path, scoring=True, device=args.device, dtype=args.dtype, batch=args.batch)
         for part, items in parts.items():
-            if part.startswith("floor"):
+            if part.startswith("floor") and opened.sequence_bytes is not None:
                 continue
             found = {i: [round(x, 5) for x in scored] for i, scored in enumerate(_scored(opened, items))}
             if args.write and part.startswith("reading"):
