@@ -200,8 +200,8 @@ def cost() -> str:
         "With 8 MB of memory, the adapter that ships (LoRA that was trained on 3 million tokens) and fp32 weights, "
         "SmolLM2-135M predicts prose almost as well as the Transformer: its loss is "
         f"{prose[0]} [nats](docs/glossary.md#nat) per token, and the Transformer's {prose[1]} (untrained {prose[2]}). "
-        "It answers questions about a passage among 1,000 or 3,000 tokens as well. Of the pass keys, such as a number "
-        "or a name, that the Transformer repeats when 4,096 tokens have followed them, it repeats "
+        "It answers questions about a passage among 1,000 or 3,000 tokens as well as the Transformer. A pass key is a "
+        "number, a name or the like. Of those that the Transformer still knows after 4,096 more tokens, it knows "
         f"{keys['mean']:.0%}. Among 7,000 tokens its answers have a loss of {far['mean']:.2f} ± {far['stderr']:.2f} "
         "more ([table](benchmarks/results/memory_peers.json)).", 130
     )  # fmt: skip

@@ -50,7 +50,7 @@ def memory() -> Table:
             least = [limit for limit, said in row["limits"].items() if said == "the same text"][-1]
             limit = _mb(int(least.split()[0]) << 20)
             rows.append([model, programs[name], _mb(row["peak"]), _mb(row["private"]), limit])
-    return ["model", "program", "peak", "of it no file's pages", "ran with only"], rows
+    return ["model", "program", "peak", "cannot be dropped", "ran with only"], rows
 
 
 def packages() -> Table:

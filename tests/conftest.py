@@ -142,25 +142,29 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def liger_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program of examples/cpp with the operator of `native` in it.
+def ort_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of ONNX Runtime: ORT_HOME, or the library of the Python package with the headers in `tests/ort`."""
+    if "ORT_HOME" in os.environ:
+        return Path(os.environ["ORT_HOME"])
+    library = next(Path(find_spec("onnxruntime").origin).parent.glob("capi/libonnxruntime.so.1*"), None)
+    if library is None:
+        pytest.skip("needs ONNX Runtime's shared library: set ORT_HOME")
+    made = tmp_path_factory.mktemp("ort")
+    (made / "lib").mkdir()
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (made / "lib" / name).symlink_to(library)
+    (made / "include").symlink_to(ROOT / "tests" / "ort")
+    return made
 
-    It is linked with ORT_HOME or, without it, with the library of the Python package.
-    """
+
+@pytest.fixture(scope="session")
+def liger_run(tmp_path_factory: pytest.TempPathFactory, ort_home: Path) -> Path:
+    """The program of examples/cpp with the operator of `native` in it."""
     if not shutil.which("cmake") or not shutil.which("c++"):
         pytest.skip("needs cmake and a C++ compiler")
     made = tmp_path_factory.mktemp("cpp")
     operator = ROOT / "ligerexport" / "exporters" / "onnx" / "native"
-    options = [f"-DORT_HOME={os.environ.get('ORT_HOME', made)}", f"-DLIGER_NATIVE={operator}"]
-    if "ORT_HOME" not in os.environ:
-        package = Path(find_spec("onnxruntime").origin).parent
-        library = next(package.glob("capi/libonnxruntime.so.1*"), None)
-        if library is None:
-            pytest.skip("needs ONNX Runtime's shared library: set ORT_HOME")
-        (made / "lib").mkdir()
-        for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
-            (made / "lib" / name).symlink_to(library)
-        options.append(f"-DORT_INCLUDE={ROOT / 'tests' / 'ort'}")
+    options = [f"-DORT_HOME={ort_home}", f"-DLIGER_NATIVE={operator}"]
     configured = subprocess.run(
         ["cmake", "-S", ROOT / "examples" / "cpp", "-B", made / "build", "-DCMAKE_BUILD_TYPE=Debug", *options],
         capture_output=True,

@@ -52,10 +52,11 @@ def test_from_a_transformer_to_text(cli: Cli, source: Path, tmp_path: Path, monk
     liger = tmp_path / "my liger"
     result = cli("convert", source, "-o", liger, "--window", 8, "--slots", "peak_use=4,novelty=4",
                  "--layer-memory", "1:window=6,peak_use=2,novelty=2")  # fmt: skip
-    assert result.code == 0 and f"ligerexport build '{liger}' --target onnx" in result.err, result
+    build = f"ligerexport build '{liger}'"
+    assert result.code == 0 and f"{build} --weights int4 --lowering native -o engine" in result.err, result
     told = json.loads(cli("inspect", liger, "--json").out)
     assert told["kind"] == "converted checkpoint" and told["liger"]["slots"] == [["peak_use", 4], ["novelty", 4]]
-    assert told["supported"] and told["next"] == f"ligerexport build '{liger}' -o engine"
+    assert told["supported"] and told["next"] == f"{build} --weights int4 --lowering native -o engine"
     shown = cli("inspect", liger).out
     assert re.search(r"^1 +6 +peak_use=2,novelty=2 *$", shown, re.MULTILINE) and "layer_memory" not in shown
 

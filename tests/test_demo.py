@@ -326,6 +326,21 @@ def test_without_gradio_the_command_says_what_to_install(
     assert "pip install 'ligerexport[demo]'" in capfd.readouterr().err
 
 
+def test_wrong_words_are_answered_before_models_load(
+    tmp_path: Path, artifact: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio")
+    for words, said in (
+        ([tmp_path, "--against", artifact], f"{tmp_path} holds no model"),
+        ([artifact, "--against", tmp_path], f"{tmp_path} holds no model"),
+        ([artifact, "--against", artifact, "--port", 70_000], "--port 70000 is out of range"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["demo", *map(str, words)])
+        error, hint = capfd.readouterr().err.strip().splitlines()[-2:]
+        assert error.startswith(f"error: {said}") and hint.startswith("hint: give ")
+
+
 def test_runs_add_up_and_say_what_was_recalled(demo: Demo) -> None:
     changes = list(demo.run(PASSKEY.name, "", 20, 50, 3, [["earlier"]], "page"))
     rows = next(change["rows"] for change in changes if "rows" in change)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +168,26 @@ def test_native_without_a_library(liger_run: Path, artifact: Path, tmp_path: Pat
     (both / "manifest.json").write_text(json.dumps(manifest))
     done = subprocess.run([*node, both, "a"], capture_output=True, text=True)
     assert done.returncode == 1 and "build the artifact with --lowering native,ort" in done.stderr
+
+
+def test_the_program_of_the_guide(liger_run: Path, ort_home: Path, tmp_path: Path) -> None:
+    """It compiles as printed, loads int4 of the lowering native, and writes what `liger-run` writes."""
+    guide = (EXAMPLES.parent / "docs" / "guides" / "apps.md").read_text().partition("### A program of your own")[2]
+    blocks = dict(re.findall(r"^```(\w*)\n(.*?)^```", guide.partition("\n## ")[0], re.DOTALL | re.MULTILINE))
+    (tmp_path / "app.cpp").write_text(blocks["cpp"])
+    (tmp_path / "CMakeLists.txt").write_text(blocks["cmake"])
+    (tmp_path / "ligerexport").symlink_to(EXAMPLES.parent)
+    (tmp_path / re.search(r"-DORT_HOME=\$PWD/(\S+)", blocks[""])[1]).symlink_to(ort_home)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "eos_token_id": None}
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", MEMORY, **sizes)
+    tokenizer().save(str(checkpoint / "tokenizer.json"))
+    engine = lx.build(checkpoint, tmp_path / "engine", weights="int4", lowering="native")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    found = run("sh", "-ec", blocks[""], cwd=tmp_path, env=os.environ | {"PATH": path}, errors="replace")
+    library = run(sys.executable, "-m", "ligerexport", "native").split()[-1]  # others round in another way
+    words = engine, "Once upon a time", "--tokens", "64", "--library", library
+    written = run(liger_run, *words, errors="replace")
+    assert len(written) > 32 and found.endswith(f"\n{written}")
 
 
 def test_an_artifact_without_pieces(command: list[str | Path], artifact: Path, tmp_path: Path) -> None:

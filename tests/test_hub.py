@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import ligerexport as lx
 from ligerexport.artifact.artifact import MANIFEST, open_artifact
+from ligerexport.artifact.card import model_card
 from ligerexport.artifact.hub import pull, push
 from ligerexport.checkpoint.sources import resolve
 from ligerexport.errors import ArtifactError, CheckpointError, LigerError, SourceError, UsageError
@@ -190,6 +192,10 @@ def test_card(hub: Hub, artifact: Path) -> None:
     manifest = open_artifact(artifact).manifest
     assert card.data.library_name == "ligerexport" and manifest.target in card.data.tags
     assert "ligerexport pull owner/toy -o toy" in card.text and f"| lowering | {manifest.lowering} |" in card.text
+    assert 'ligerexport run toy "Once upon a time"\n' in card.text
+    for name in ("chat_template.jinja", "chat.json"):
+        more = manifest.files | {name: manifest.files["config.json"]}
+        assert 'run toy "What is gravity?" --chat\n' in model_card(replace(manifest, files=more), "owner/toy")
 
 
 def test_pull_and_push_are_refused(hub: Hub, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

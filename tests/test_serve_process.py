@@ -102,7 +102,7 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, capsys: pytest.CaptureFix
         ([artifact, f"other={artifact}", "--lora", "law=law"], 2, "MODEL:NAME=ADAPTER with a model of toy, other"),
         ([artifact, "--lora", "law=a", "--lora", "toy:law=b"], 2, "two models are named toy:law"),
         ([artifact, "--lora", "law=law"], 2, "takes no adapters"),
-        ([artifact, "--port", 99_999], 2, "port 99999"),
+        ([artifact, "--port", 99_999], 2, "--port 99999 is out of range"),
     ):
         with pytest.raises(SystemExit) as done:
             main(["serve", "--port", "0", *map(str, words)])

@@ -142,17 +142,6 @@ std::set<int64_t> ends(const std::filesystem::path& artifact, const Tokenizer& t
   return found;
 }
 
-// Turns ONNX Runtime's telemetry off, unless the user has set the variable, which it reads only when it starts.
-void disable_telemetry() {
-  constexpr char kVariable[] = "ORT_DISABLE_TELEMETRY";
-  if (std::getenv(kVariable)) return;
-#ifdef _WIN32
-  _putenv_s(kVariable, "1");
-#else
-  setenv(kVariable, "1", 1);
-#endif
-}
-
 void encode_lines(const Tokenizer& tokenizer) {
   for (std::string line; std::getline(std::cin, line);)
     std::cout << nlohmann::json(tokenizer.encode(nlohmann::json::parse(line).get<std::string>())) << "\n";
@@ -234,7 +223,6 @@ int main(int argc, char** argv) try {
     encode_lines(tokenizer);
     return 0;
   }
-  disable_telemetry();
   Writer writer(artifact, options, tokenizer);
   if (options.places.size() == 2) writer.write(options.places[1]);
   else for (std::string line; std::getline(std::cin, line);) writer.write(line);

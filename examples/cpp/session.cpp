@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <functional>
@@ -57,9 +58,21 @@ Ort::Value alias(const Ort::MemoryInfo& memory, Ort::Value& tensor, const std::v
                                   shape.size(), tensor.GetTensorTypeAndShapeInfo().GetElementType());
 }
 
+// Turns ONNX Runtime's telemetry off, unless the user has set the variable, which it reads only when it starts.
+Ort::Env quiet_environment() {
+  constexpr char kVariable[] = "ORT_DISABLE_TELEMETRY";
+#ifdef _WIN32
+  if (!std::getenv(kVariable)) _putenv_s(kVariable, "1");
+#else
+  setenv(kVariable, "1", 0);
+#endif
+  return Ort::Env(ORT_LOGGING_LEVEL_ERROR, "liger");
+}
+
 }  // namespace
 
-Session::Session(const std::filesystem::path& artifact, int threads, const std::string& library) {
+Session::Session(const std::filesystem::path& artifact, int threads, const std::string& library)
+    : env_(quiet_environment()) {
   std::ifstream file(artifact / "manifest.json");
   if (!file) throw std::runtime_error(artifact.string() + " is not an artifact: there is no manifest.json");
   manifest_ = nlohmann::json::parse(file);

@@ -33,7 +33,7 @@ class Session {
   void halve_sums(int64_t times);
 
   nlohmann::json manifest_;
-  Ort::Env env_{ORT_LOGGING_LEVEL_ERROR, "liger"};
+  Ort::Env env_;
   Ort::Session session_{nullptr};
   Ort::MemoryInfo memory_ = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
   std::vector<std::string> inputs_, outputs_;  // input_ids, position, past.* and logits, present.*

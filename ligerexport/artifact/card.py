@@ -25,6 +25,8 @@ def model_card(manifest: Manifest, repository: str) -> str:
         license=source.license and source.license.lower(), library_name="ligerexport", tags=tags,
         pipeline_tag="text-generation", **hub,
     )  # fmt: skip
+    chats = {"chat_template.jinja", "chat.json"} & manifest.files.keys()
+    prompt = '"What is gravity?" --chat' if chats else '"Once upon a time"'
     name = repository.rpartition("/")[2]
     rows = {
         "made from": f"{source.model}{f' ({source.revision})' if source.revision else ''}",
@@ -55,7 +57,7 @@ with the text.
 ```
 pip install 'ligerexport[hub]'
 ligerexport pull {quoted(repository)} -o {quoted(name)}
-ligerexport run {quoted(name)} "Once upon a time"
+ligerexport run {quoted(name)} {prompt}
 ```
 
 | what | value |

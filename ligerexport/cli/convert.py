@@ -14,6 +14,7 @@ from ligerexport.checkpoint.describe import describe_checkpoint
 from ligerexport.checkpoint.scores import WINDOWS, Fitting
 from ligerexport.cli import options
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
+from ligerexport.cli.prompting import build_command
 from ligerexport.console import format_bytes, progress
 from ligerexport.errors import UsageError, quoted
 from ligerexport.model.config import DEFAULT_PRESET, OPEN_PRESET, PRESETS, RECURRENCES, Slots
@@ -135,9 +136,8 @@ def convert(
 
     path = plan.run(progress)
     facts = describe_checkpoint(path, plan.liger)
-    following = f"ligerexport build {quoted(path)} --target onnx --weights int4 --lowering native"
-    if plan.liger.celled:  # no target has this memory yet
-        following = f"ligerexport eval {quoted(path)}"
+    # No target has a memory with cells yet.
+    following = f"ligerexport eval {quoted(path)}" if plan.liger.celled else build_command(path)
     if plan.sized:
         facts["more"] = f"keep more: --state-bytes {format_bytes(2 * facts['state_bytes']).replace(' ', '')}"
         if fit:

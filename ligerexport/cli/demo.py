@@ -41,6 +41,7 @@ def demo(
         raise MissingDependency(error.name or "gradio", extra="demo") from error
     from ligerexport.demo.host import Demo
 
+    options.check_port(port)
     options.announce("demo", model=model, against=against, results=results, host=host, port=port, device=device)
     with progress("loading both models", None, "steps"):
         shown = Demo(model, against, results=results, threads=threads, device=device)

@@ -13,7 +13,7 @@ from ligerexport.checkpoint.checkpoint import check_checkpoint, checkpoint_confi
 from ligerexport.checkpoint.describe import describe_heads
 from ligerexport.cli import options
 from ligerexport.cli.options import Json, verb
-from ligerexport.cli.prompting import first_command
+from ligerexport.cli.prompting import build_command, first_command
 from ligerexport.console import data, data_table, format_bytes
 from ligerexport.dtypes import DTYPES
 from ligerexport.errors import ArtifactError, CheckpointError, LigerError, UsageError, quoted
@@ -209,11 +209,11 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         return facts | {"liger": None, "state": []}
     info = check_checkpoint(path)
     config, (supported, why) = info.config, support(info)
-    after = "build {} -o engine" if "liger" in config else "convert {} -o liger"
+    after = build_command(path) if "liger" in config else f"ligerexport convert {quoted(path)} -o liger"
     facts = {
         "supported": supported,
         "why": why,
-        "next": f"ligerexport {after.format(quoted(path))}" if supported else None,
+        "next": after if supported else None,
         "kind": "converted checkpoint" if "liger" in config else "checkpoint",
         "family": str(config["model_type"]).removeprefix("liger_"),
         "liger": config.get("liger"),

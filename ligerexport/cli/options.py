@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ligerexport.console import card, data_json, data_table, format_bytes, say, set_quiet
-from ligerexport.errors import one_line
+from ligerexport.errors import UsageError, one_line
 from ligerexport.reading import as_path
 from ligerexport.threads import use_threads
 
@@ -132,6 +132,16 @@ def finish_json(wanted: bool, result: dict[str, Any]) -> None:
     """Print the result as one line of JSON, if `wanted`."""
     if wanted:
         data_json(result)
+
+
+def check_port(port: int | None) -> None:
+    """Check a port before anything is loaded.
+
+    Raises:
+        UsageError: It is out of range.
+    """
+    if not 0 <= (port or 0) <= 65535:
+        raise UsageError(f"--port {port} is out of range", hint="give 1 to 65535, such as --port 8080")
 
 
 def parts(text: str) -> list[str]:

@@ -158,6 +158,11 @@ def first_command(artifact: Path, target: str) -> str | None:
     return row.run % quoted(artifact) + (' "What is gravity?" --chat' if asked else ' "Once upon a time"')
 
 
+def build_command(checkpoint: Path) -> str:
+    """Return the command that builds a converted checkpoint for this machine."""
+    return f"ligerexport build {quoted(checkpoint)} --weights int4 --lowering native -o engine"
+
+
 def open_stdin() -> TextIO:
     """Return stdin as UTF-8 with the line ends of any system; a terminal keeps its own encoding.
 

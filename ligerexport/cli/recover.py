@@ -10,8 +10,9 @@ import typer
 
 from ligerexport.cli import options
 from ligerexport.cli.options import DryRun, Force, Json, Threads, verb
+from ligerexport.cli.prompting import build_command
 from ligerexport.console import card, format_bytes, progress, say, set_quiet
-from ligerexport.errors import UsageError, quoted
+from ligerexport.errors import UsageError
 from ligerexport.train.config import DEFAULT_TOKENS, TARGETS, RecoverConfig
 from ligerexport.train.recipes import DEFAULT_RECIPE, RECIPES
 from ligerexport.train.recover import RecoverPlan
@@ -179,4 +180,4 @@ def _finish(path: Path, merge: bool, json: bool) -> None:
           for row in phases),
         ("tokens", f"{record['tokens']:,}"),
         ("report", str(path / "report.md")),
-    ], next_command=f"ligerexport build {quoted(path)} --target onnx" if merge else None)  # fmt: skip
+    ], next_command=build_command(path) if merge else None)  # fmt: skip

@@ -84,6 +84,7 @@ def serve(
             "--max-batch, --queue, --max-new-tokens and --deadline must be positive", hint="give at least 1"
         )
     check_way(speculate, SERVED)
+    options.check_port(port)
     if not 0 <= drain < math.inf:
         raise UsageError(f"--drain {drain}", hint="give a number of seconds, such as 30")
     access = Access(Keys(api_key_file) if api_key_file else None, LOOPBACK if host in LOOPBACK else None, cors or ())

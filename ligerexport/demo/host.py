@@ -17,7 +17,7 @@ from ligerexport.demo.kept import kept_of
 from ligerexport.demo.prompts import FIRST, ask, filler_ids
 from ligerexport.demo.sweep import Curve, Sweep, sweep
 from ligerexport.demo.talk import Talks
-from ligerexport.errors import LigerError, UsageError
+from ligerexport.errors import LigerError, SourceError, UsageError
 from ligerexport.measure.bench.genai import in_genai
 from ligerexport.measure.bench.report import RESULT
 from ligerexport.text.tokenizer import TextModel
@@ -174,12 +174,22 @@ def verdict(streams: tuple[Stream, Stream]) -> str | LigerError:
 
 
 def directory_of(model: str) -> Path:
-    """Return the directory with a model's tokenizer."""
+    """Return the directory with a model's tokenizer.
+
+    Raises:
+        SourceError: There is no such model, or the directory has none.
+    """
     if is_artifact(model) or in_genai(model):
         return Path(model).expanduser()
     from ligerexport.checkpoint.sources import resolve
 
-    return resolve(model).path
+    path = resolve(model).path
+    if not (path / "config.json").is_file():
+        raise SourceError(
+            f"{model} holds no model: there is no config.json, manifest.json or genai_config.json",
+            hint="give a directory that `ligerexport build` wrote, a checkpoint, or a name such as smollm2-135m",
+        )
+    return path
 
 
 def read_result(path: Path) -> dict[str, Any]:

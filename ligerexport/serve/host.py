@@ -20,10 +20,8 @@ def listen(host: str, port: int) -> socket.socket:
         port: Port; 0 takes a free one.
 
     Raises:
-        UsageError: The port is in use or out of range, or the address is not this machine's.
+        UsageError: The port is in use, or the address is not this machine's.
     """
-    if not 0 <= port <= 65535:  # the system would take the port modulo 65536
-        raise UsageError(f"port {port}", hint="give 1 to 65535, or 0 for a free one")
     listener = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
