@@ -93,6 +93,7 @@ def mixer_graph(spec: MixerSpec, lowering: str, inv_freq: Tensor = INV_FREQ) -> 
 
 def session_options() -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads leave torch the cores
     register(options)
     return options
 
