@@ -35,7 +35,7 @@ COMPILER = $(shell for name in $$CXX c++ g++ clang++; do command -v $$name; done
 SOURCES = $(shell find ligerexport -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart convert build run demo examples test lint typecheck pytest system dist wheels docs release clean
+.PHONY: help setup quickstart convert build run demo examples test lint typecheck pytest system clients dist wheels docs release clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -107,6 +107,16 @@ pytest: $(ALL) ## Run the tests.
 
 system: $(ALL) ## Run tests that need a browser, servers or new environments.
 	$(BIN)/python -m pytest -m system $(PYTEST_ARGS)
+
+# These have an environment of their own, which needs no torch: with them, everyone's would have 60 packages more.
+build/clients/.ready: pyproject.toml constraints.txt .ci/clients.txt
+	$(PYTHON) -m venv build/clients
+	build/clients/bin/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -r .ci/clients.txt -e '.[ray]'
+	@touch $@
+
+# tests/conftest.py would load torch. A client that is missing is an error here, and nothing is skipped.
+clients: build/clients/.ready ## Run the tests of other programs with the server: LangChain, llm, locust, Ray.
+	build/clients/bin/python -m pytest --noconftest -m clients tests/test_serve_clients.py tests/trust/test_replicas.py
 
 dist: $(ALL) ## Build the sdist and, from it, a reproducible wheel.
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation

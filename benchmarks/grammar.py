@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ import jsonschema_rs
 import numpy as np
 
 import ligerexport as lx
+from ligerexport.measure.bench.machine import cpu_name
 from ligerexport.run.generate import text_model
 from ligerexport.run.grammar import STYLE, Grammar, lark
 from ligerexport.serve.engine import Engine
@@ -174,6 +176,7 @@ def main() -> None:
             masks[side] += rest
     text = text_model(args.artifact)
     result = {
+        "machine": {"processor": cpu_name(), "cores": os.cpu_count(), "threads": args.threads},
         "vocabulary": len(text.vocabulary), "versions": {side: version(side) for side in sides}, "answers": counts,
         "mask and step ms": {side: spread(masks[side]) for side in sides},
         "compile ms": {side: spread(compiling[side]) for side in sides},

@@ -59,6 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "gpu": None if cuda else "no CUDA device",
         "trt": None if cuda and find_spec("tensorrt") else "no TensorRT or no CUDA device",
         "system": None if "system" in config.getoption("-m") else "make system runs it",
+        "clients": None if "clients" in config.getoption("-m") else "make clients runs it",
         "slow": None if config.getoption("--slow") or "slow" in config.getoption("-m") else "slow; run with --slow",
     }
     for item in items:

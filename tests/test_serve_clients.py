@@ -1,24 +1,30 @@
-"""Clients of `serve` that others wrote: LangChain, a chat program for the terminal, and a load generator."""
+"""Clients of `serve` that others wrote: LangChain, a chat program for the terminal, and a load generator.
+
+`make clients` runs this file in an environment that has them, and without the fixtures of `conftest.py`.
+"""
 
 from __future__ import annotations
 
-import csv
+import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import toy
 from serving import Address, serving
 
-pytestmark = pytest.mark.system
+pytestmark = pytest.mark.clients
 
 LOCUST = """
+from itertools import count
+
 from locust import HttpUser, task
+from locust.exception import StopUser
+
+FINISHED = count(1)
 
 class Chats(HttpUser):
     def on_start(self):
@@ -31,6 +37,10 @@ class Chats(HttpUser):
         with self.client.post("/v1/chat/completions", json=body, catch_response=True) as response:
             answer = response.json()["choices"][0]["message"]
             self.said.append({"role": "assistant", "content": answer["content"]})
+        if len(self.said) == 12:
+            if next(FINISHED) == 8:
+                self.environment.runner.quit()
+            raise StopUser
 """
 
 
@@ -47,8 +57,9 @@ def answered(server: Address, text: str, **more: object) -> str:
 
 
 def test_langchain(server: Address) -> None:
-    models = pytest.importorskip("langchain_openai", reason="needs langchain-openai")
-    chat = models.ChatOpenAI(model="toy", base_url=f"{server.url}/v1", api_key="any", temperature=0, max_tokens=12)
+    from langchain_openai import ChatOpenAI
+
+    chat = ChatOpenAI(model="toy", base_url=f"{server.url}/v1", api_key="any", temperature=0, max_tokens=12)
     expected = answered(server, "hello")
     assert chat.invoke("hello").content == expected != ""
     assert "".join(chunk.content for chunk in chat.stream("hello")) == expected
@@ -61,25 +72,22 @@ def test_langchain(server: Address) -> None:
 
 def test_llm(server: Address, tmp_path: Path) -> None:
     """Simon Willison's `llm`, which reads other servers from a file."""
-    program = shutil.which("llm", path=str(Path(sys.executable).parent))
-    if program is None:
-        pytest.skip("needs llm")
     (tmp_path / "extra-openai-models.yaml").write_text(
         f"- model_id: local\n  model_name: toy\n  api_base: {server.url}/v1\n  api_key_name: none\n"
     )
+    program = Path(sys.executable).parent / "llm"
     line = [program, "-m", "local", "-o", "temperature", "0", "-o", "max_tokens", "12", "--key", "any", "hello"]
     done = subprocess.run(line, env=os.environ | {"LLM_USER_PATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == answered(server, "hello").strip(), done.stderr
 
 
-@pytest.mark.skipif(not find_spec("locust"), reason="needs locust")
 def test_locust(server: Address, tmp_path: Path) -> None:
-    """Eight users, each of which holds a chat that grows."""
+    """Eight users, each of which holds a chat of six turns."""
     (tmp_path / "locustfile.py").write_text(LOCUST)
-    line = [sys.executable, "-m", "locust", "--headless", "--host", server.url, "-u", "8", "-r", "8", "-t", "2s",
-            "--csv", "out", "--only-summary"]  # fmt: skip
+    line = [sys.executable, "-m", "locust", "--headless", "--host", server.url, "-u", "8", "-r", "8", "-t", "5m",
+            "--json"]  # fmt: skip
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = {row["Name"]: row for row in csv.DictReader((tmp_path / "out_stats.csv").open())}
-    assert rows["Aggregated"]["Failure Count"] == "0" and int(rows["Aggregated"]["Request Count"]) > 8
+    (found,) = json.loads(done.stdout)
+    assert found["num_requests"] == 8 * 6 and found["num_failures"] == 0
     assert server.engine.stats()["cached"] > 0

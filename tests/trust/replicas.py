@@ -32,6 +32,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from ligerexport.measure.bench.machine import cpu_name
 from ligerexport.serve.app import make_app
 from ligerexport.serve.forward import Call, Head, answer
 from ligerexport.serve.models import open_models
@@ -196,8 +197,9 @@ def main(words: list[str] | None = None) -> None:
     """Check one artifact."""
     args = parser().parse_args(words)
     result = {
-        "command": f"python tests/trust/replicas.py ARTIFACT --tokens {args.tokens} --words {args.words} -o RESULT",
-        "cores": os.cpu_count(),
+        "command": f"python tests/trust/replicas.py ARTIFACT --chats {args.chats} --turns {args.turns} "
+        f"--tokens {args.tokens} --words {args.words} -o benchmarks/results/replicas.json",
+        "machine": {"processor": cpu_name(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("ray", "fastapi", "onnxruntime")},
         **check(args.artifact.resolve(), args),
     }  # fmt: skip

@@ -1,4 +1,7 @@
-"""The server on Ray: where requests go, and a sample of `tests/trust/replicas.py`. It needs the extra `ray`."""
+"""The server on Ray: where requests go, and a sample of `tests/trust/replicas.py`.
+
+`make clients` runs this file in an environment that has Ray, and without the fixtures of `conftest.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,16 @@ from typing import Any
 import pytest
 import toy
 
-pytest.importorskip("ray", reason="needs Ray: pip install 'ligerexport[ray]'")
-
 from ligerexport.errors import UsageError
-from ligerexport.serve.ray import PrefixRouter, app
 
-pytestmark = pytest.mark.system
+pytestmark = pytest.mark.clients
 
 HERE = Path(__file__).parent
 
 
 def test_a_chat_stays_with_its_replica_until_others_have_much_less_to_do() -> None:
+    from ligerexport.serve.ray import PrefixRouter
+
     lengths = {"a": 0, "b": 0}
     router: Any = PrefixRouter.__new__(PrefixRouter)
     router.initialize_state(slack=2)
@@ -58,6 +60,8 @@ def test_a_chat_stays_with_its_replica_until_others_have_much_less_to_do() -> No
     ids=str,
 )  # fmt: skip
 def test_wrong_arguments_are_named(wrong: dict[str, str], said: str) -> None:
+    from ligerexport.serve.ray import app
+
     with pytest.raises(UsageError, match=said):
         app({"artifact": "x"} | wrong)
 
