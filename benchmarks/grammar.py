@@ -176,7 +176,7 @@ def main() -> None:
             masks[side] += rest
     text = text_model(args.artifact)
     result = {
-        "machine": {"processor": cpu_name(), "cores": os.cpu_count(), "threads": args.threads},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads},
         "vocabulary": len(text.vocabulary), "versions": {side: version(side) for side in sides}, "answers": counts,
         "mask and step ms": {side: spread(masks[side]) for side in sides},
         "compile ms": {side: spread(compiling[side]) for side in sides},

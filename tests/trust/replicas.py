@@ -199,7 +199,7 @@ def main(words: list[str] | None = None) -> None:
     result = {
         "command": f"python tests/trust/replicas.py ARTIFACT --chats {args.chats} --turns {args.turns} "
         f"--tokens {args.tokens} --words {args.words} -o benchmarks/results/replicas.json",
-        "machine": {"processor": cpu_name(), "cores": os.cpu_count()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("ray", "fastapi", "onnxruntime")},
         **check(args.artifact.resolve(), args),
     }  # fmt: skip
