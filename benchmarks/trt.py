@@ -263,22 +263,28 @@ def shape(given: argparse.Namespace) -> int:
     liger = replace(liger, heads=(given.heads,) * layers) if given.heads else liger
     make_checkpoint(given.checkpoint, given.shape, given.layers, liger)
     lx.build(given.checkpoint, given.output, target="trt", engine=False, sms=(90,),
-             max_batch=given.max_batch, max_chunk=given.max_chunk, verify=False)  # fmt: skip
+             max_batch=given.max_batch, max_chunk=given.max_chunk, weights=given.weights, verify=False)  # fmt: skip
     return 0
 
 
 def reference(given: argparse.Namespace) -> int:
     """Write torch's results for a prompt in fp32: greedy tokens, the logits before each, and the state after them.
 
-    On a GPU, also write the error of torch in fp16.
+    On a GPU, also write the error of torch in fp16. With weights in int8, torch has the values that they stand for.
     """
     import torch
 
     from ligerexport.checkpoint.convert import load_model
+    from ligerexport.exporters.onnx.quantise import dequantise, quantise_rows
     from ligerexport.layers.mixer import layer_specs
 
     ids = [int(x) for x in (Path(given.ids[1:]).read_text() if given.ids[0] == "@" else given.ids).split(",")]
     model = load_model(given.checkpoint, dtype=torch.float32).eval().to(given.device)
+    if given.weights == "int8":
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "score_proj" not in name:
+                blocks = quantise_rows(weight.data.cpu().numpy())
+                weight.data.copy_(torch.from_numpy(dequantise(blocks, weight.shape[1])))
     sizes = slots_per_head(layer_specs(model.config))
 
     def follow(tokens: list[int] | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -317,6 +323,7 @@ def main() -> int:
     zero.add_argument("--layers", type=int)
     zero.add_argument("--preset", default="foresight")
     zero.add_argument("--heads", help="sizes of the memories of a layer's KV heads, as in `LigerConfig.heads`")
+    zero.add_argument("--weights", default="fp16", help="how weights are stored, as for `ligerexport build`")
     zero.add_argument("--max-chunk", type=int, default=1024)
     zero.add_argument("--max-batch", type=int, default=16)
     zero.add_argument("--checkpoint", type=Path, required=True)
@@ -326,6 +333,7 @@ def main() -> int:
     one.add_argument("checkpoint", type=Path)
     one.add_argument("--ids", required=True)
     one.add_argument("--tokens", type=int, default=512)
+    one.add_argument("--weights", choices=("fp16", "int8"), default="fp16", help="how the engine stores weights")
     one.add_argument("--device", default="cpu")
     one.add_argument("-o", "--output", type=Path, required=True)
     one.set_defaults(run=reference)

@@ -58,7 +58,7 @@ DTYPES: dict[str, Dtype] = {
         Dtype("int64", 64, 7, "i64"),
         Dtype("int32", 32, 6, "i32"),
         Dtype("int8", 8, 3, "i8"),
-        Dtype("uint8", 8, 2),
+        Dtype("uint8", 8, 2, "u8"),
         Dtype("int4", 4, 22),
         Dtype("uint4", 4, 21),
         Dtype("bool", 8, 9),

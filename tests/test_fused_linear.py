@@ -54,6 +54,41 @@ def test_equals_plain(size: tuple[int, int], dtype: torch.dtype) -> None:
             assert error < ERRORS[dtype], (spec, rows, error)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_codes(size: tuple[int, int]) -> None:
+    """Weights in int8 with a scale for each row, all 256 codes among them."""
+    torch.manual_seed(0)
+    for i, (epsilon, activation, more, wide) in enumerate(product((None, 1e-5), (None, "silu"), *[(False, True)] * 2)):
+        whole = GPU or i in (3, 12)
+        if size[0] > 500 and not whole:
+            continue
+        for rows in (1, 2, 17, 70) if whole else ((1, 5)[i % 2],):
+            outputs = size[0] if GPU or rows > 1 else min(size[0], 12)
+            spec = LinearSpec(outputs, size[1], epsilon, activation, more, more, wide, coded=True)
+            x, weight, *rest = make_inputs(rows, spec, torch.float16)
+            assert x is not None and weight is not None
+            codes = torch.randint(256, weight.shape, dtype=torch.uint8, device=DEVICE)
+            codes.view(-1)[:256] = torch.arange(256)
+            scale = (torch.rand(len(codes), device=DEVICE) + 0.5) / (74 * size[1] ** 0.5)
+            kind = torch.float32 if wide else torch.float16
+            out = torch.full((rows, outputs), float("nan"), dtype=kind, device=DEVICE)
+            linear(x, codes, *rest, spec, out=out, scale=scale)
+            exact = plain(x.double(), (codes.double() - 128) * scale.double()[:, None], *rest, spec)
+            error = ((out.double() - exact).norm() / exact.norm()).item()
+            assert error < ERRORS[torch.float16], (spec, rows, error)
+
+
+def test_rows_of_codes() -> None:
+    """An id outside of the weight has no row."""
+    spec = LinearSpec(40, 33, wide=True, coded=True, indexed=True)
+    codes, scale = torch.randint(256, (33, 40), dtype=torch.uint8, device=DEVICE), torch.rand(33, device=DEVICE)
+    ids = torch.tensor([[3], [32], [-1], [33], [0]], dtype=torch.int32, device=DEVICE)
+    out = torch.full((5, 40), float("nan"), device=DEVICE)
+    linear(ids, codes, None, None, None, spec, out=out, scale=scale)
+    rows = (codes.float() - 128) * scale[:, None]
+    torch.testing.assert_close(out, torch.stack([rows[3], rows[32], *torch.zeros(2, 40, device=DEVICE), rows[0]]))
+
+
 def test_large_rows_do_not_overflow() -> None:
     """Half precision stores the normalised values, not the input."""
     spec = LinearSpec(32, 64, 1e-5)

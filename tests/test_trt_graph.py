@@ -23,7 +23,7 @@ from ligerexport.exporters.onnx.graph import GRAPH_FILE, nodes_by_layer, weight_
 from ligerexport.exporters.onnx.spec import ModelSpec, read_spec
 from ligerexport.exporters.onnx.weights import write_weights
 from ligerexport.exporters.tensorrt.evaluation import PluginSession
-from ligerexport.exporters.tensorrt.node import EQUAL, products, read_linear
+from ligerexport.exporters.tensorrt.node import CODED, EQUAL, products, read_linear
 from ligerexport.exporters.verify.compare import state_error
 from ligerexport.exporters.verify.slots import by_head
 from ligerexport.kernels.plans import layer_digest, spec_fields
@@ -32,10 +32,10 @@ from ligerexport.model.config import PRESETS, LigerConfig
 from ligerexport.model.families import FAMILIES
 from ligerexport.model.state import MixerSpec
 
-LOGITS = {"fp32": 2e-4, "fp16": 2e-2, "bf16": 2e-1}
-STATE = {"fp32": 5e-5, "fp16": 2e-2, "bf16": 8e-2}
+LOGITS = {"fp32": 2e-4, "fp16": 2e-2, "bf16": 2e-1, "int8": 2e-2}
+STATE = {"fp32": 5e-5, "fp16": 2e-2, "bf16": 8e-2, "int8": 2e-2}
 CUTS = (40, 1, 1, 17, 1)
-KINDS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+KINDS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16"}
 RECALL = LigerConfig(
     window=8, sinks=2, slots=(("learned", 5),), attention_weight=0.9, recurrence_weight=0.0, state_dtype="int8",
     heads=("12+8 3", "6+20 6+20", "2 4"),
@@ -56,13 +56,20 @@ def write(path: Path, config: LigerConfig, weights: str, family: str = "llama") 
     return spec, Artifact(directory, make_manifest(spec, Source("x"), "trt", "plugin", 64, {}, {}, storage=storage))
 
 
+def stored(weight: torch.Tensor, weights: str) -> torch.Tensor:
+    """Return a matrix as it is stored, in fp32; int8 has 127 steps from 0 to the largest element of a row."""
+    if weights == "int8":
+        step = weight.abs().amax(1, keepdim=True) / 127
+        return (weight / step).round() * step
+    return weight.to({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[weights]).float()
+
+
 def compare(spec: ModelSpec, artifact: Artifact, weights: str) -> None:
     """Run graph and torch over a prompt in pieces, and compare them."""
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[weights]
     model = load_model(spec.path, dtype=torch.float32).eval()
-    for parameter in model.parameters():  # stored in this type, computed in fp32: what both sides are near to
-        if parameter.ndim == 2:
-            parameter.data = parameter.data.to(dtype).float()
+    for name, parameter in model.named_parameters():  # as stored, computed in fp32: what both sides are near to
+        if parameter.ndim == 2 and "score_proj" not in name:
+            parameter.data = stored(parameter.data, weights)
     session, cache = PluginSession(artifact, spec), LigerCache(model.config)
     ids = torch.randint(3, spec.vocab_size, (1, sum(CUTS)), generator=torch.Generator().manual_seed(1))
     for part in ids.split(CUTS, dim=1):
@@ -141,7 +148,8 @@ def test_nodes(tmp_path: Path, preset: str, weights: str) -> None:
     onnx.checker.check_model(onnx.shape_inference.infer_shapes(model), full_check=False)
     assert {x.domain: x.version for x in model.opset_import} == {"": 17, "ligerexport": 1} and model.ir_version == 8
     kinds = Counter(node.op_type for node in model.graph.node)
-    assert kinds.keys() <= IN_8_5 and kinds["LigerMixer"] == 3 and kinds["LigerLinear"] == 4 * 3 + 1
+    assert kinds.keys() <= IN_8_5 and kinds["LigerMixer"] == 3
+    assert kinds["LigerLinear"] == 4 * 3 + 1 + (weights == "int8")  # which also looks up rows of the embedding
     assert nodes_by_layer(ir.load(artifact.directory / GRAPH_FILE).graph) == [5, 5, 5]
     assert not any(node.attribute for node in model.graph.node if node.op_type == "Shape")
     info = {x.name: x.type.tensor_type for x in model.graph.input}
@@ -191,29 +199,39 @@ def test_layer_digest() -> None:
     assert layer_digest(spec_fields(spec)) == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_products(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "weights"), [*((family, "fp16") for family in FAMILIES), ("qwen2", "int8"), ("gemma3_text", "int8")]
+)
+def test_products(tmp_path: Path, family: str, weights: str) -> None:
     """Each node names the kernels that its attributes describe, and has the inputs that they need."""
-    spec, artifact = write(tmp_path, FORESIGHT, "fp16", family)
+    spec, artifact = write(tmp_path, FORESIGHT, weights, family)
     model = onnx.load(artifact.directory / GRAPH_FILE)
     sizes = {x.name: list(x.dims) for x in model.graph.initializer}
+    types = {x.name: x.data_type for x in model.graph.initializer}
     nodes = [node for node in model.graph.node if node.op_type == "LigerLinear"]
     for node in nodes:
         values = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
         if "activation" in values:
             values["activation"] = values["activation"].decode()
         product = read_linear(values)
-        assert values["layer_spec"] == layer_digest(spec_fields(product)).encode() and values["contract"] == EQUAL
+        kind = "fp32" if "score_proj" in node.input[1] else weights
+        coded = kind == "int8"
+        assert values["layer_spec"] == layer_digest(spec_fields(product)).encode() and product.coded == coded
+        assert values["contract"] == (CODED if coded else EQUAL)
         n, k = product.outputs, product.inputs
         height = n if product.activation is None else 2 * n
-        rest: list[list[int] | None] = [[k]] if product.epsilon is not None else []
+        shape = [k, n] if product.indexed else [height, k]
+        held = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "int8": onnx.TensorProto.INT32}
+        assert types[node.input[1]] == held[kind]
+        rest: list[list[int] | None] = [shape[:1]] * coded
+        rest += [[k]] if product.epsilon is not None else []
         rest += [[height]] * product.bias + [None] * product.residual  # a residual is computed
         rest += [[product.side, k], [product.side]] if product.side else []
         found = [sizes.get(name) for name in node.input[1:]]
         if FAMILIES[family].unit_norms and product.epsilon is not None:  # 1 + the stored weight
-            assert found[1] is None
-            found[1] = [k]
-        assert found == [[height, k], *rest]
+            assert found[1 + coded] is None
+            found[1 + coded] = [k]
+        assert found == [[shape[0], shape[1] // (4 if coded else 1)], *rest]
         assert len(node.output) == 1 + (product.side > 0)
     assert {spec for spec, _ in products(ir.load(artifact.directory / GRAPH_FILE).graph)}
     assert not any(x.op_type in ("Gemm", "MatMul") for x in model.graph.node)

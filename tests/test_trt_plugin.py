@@ -31,7 +31,7 @@ from trt_harness import ENVIRONMENT, PLUGIN, READER, ROOT, cuda_headers
 from trt_packs import FORESIGHT, LAYER, PRODUCTS, SPECS, Packed, make_harness, write
 
 from ligerexport.errors import UsageError
-from ligerexport.exporters.tensorrt.node import EQUAL, RAGGED, mixer_attributes
+from ligerexport.exporters.tensorrt.node import CODED, EQUAL, RAGGED, mixer_attributes
 from ligerexport.exporters.tensorrt.pack import write_pack
 from ligerexport.kernels.launches import evaluate
 from ligerexport.kernels.linear import LinearSpec
@@ -40,7 +40,7 @@ from ligerexport.model.config import PRESETS
 from ligerexport.model.state import MixerSpec
 
 NUMBERS = re.findall(r'\{"(\w+)", &MixerAttributes', (PLUGIN / "mixer.cc").read_text())  # in the order of an engine
-WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4, "i8": 1, "i32": 4, "i64": 8}
+WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4, "i8": 1, "u8": 1, "i32": 4, "i64": 8}
 MIXED, WORKSPACE, ALLOCATED = 64 << 32, 65 << 32, 66 << 32
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
@@ -188,12 +188,13 @@ def test_launches_are_what_python_evaluates(
 def test_products_are_what_python_evaluates(harness: Path, packed: Packed, name: str, rows: int) -> None:
     spec, dtype = PRODUCTS[name]
     flags = [spec.epsilon is not None, spec.bias, spec.residual, spec.wide]
-    numbers = [EQUAL, spec.outputs, spec.inputs, *map(int, flags), spec.side]
+    coded = [int(spec.coded), int(spec.indexed)]
+    numbers = [CODED if spec.coded else EQUAL, spec.outputs, spec.inputs, *map(int, flags), spec.side, *coded]
     text = run_lines(harness, [str(rows)], "product", packed.file, 90, dtype, layer_digest(spec_fields(spec)), *numbers)
     assert "error" not in text, text
     memory = Memory(LAYER, int(text.splitlines()[0].split()[1]))
     flags[3:] = [spec.side > 0] * 2
-    names = ["input", "weight"]
+    names = ["input", "weight", *(["scale"] if spec.coded else [])]
     names += [x for x, y in zip(("norm", "bias", "residual", "side_weight", "side_bias"), flags, strict=True) if y]
     memory.known = {x: (1 + i) << 32 for i, x in enumerate(names)} | {"output": MIXED, "side_output": 63 << 32}
     memory.given = set(memory.known)
@@ -249,7 +250,7 @@ def test_what_waits_may_overlap(harness: Path, packed: Packed) -> None:
     """Only steps and products of few rows overlap, because they wait for the launch before them; none if disabled."""
     words = ["run", packed.file, 90, "fp16", *attributes(FORESIGHT)]
     first, dtype = PRODUCTS["first"]
-    product = ["product", packed.file, 90, dtype, layer_digest(spec_fields(first)), EQUAL, 96, 64, 1, 0, 0, 0, 3]
+    product = ["product", packed.file, 90, dtype, layer_digest(spec_fields(first)), EQUAL, 96, 64, 1, 0, 0, 0, 3, 0, 0]
     assert "overlap" not in run_lines(harness, ["1 1"], *words)
     assert run_lines(harness, ["1 1"], *words, overlap=True).splitlines()[1] == "overlap"
     assert "overlap" not in run_lines(harness, ["2 64"], *words, overlap=True)

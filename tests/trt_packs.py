@@ -33,6 +33,9 @@ SPECS = {
 PRODUCTS = {
     "first": (LinearSpec(96, 64, 1e-5, side=3), "fp16"),
     "last": (LinearSpec(96, 64, bias=True, residual=True, wide=True), "fp16"),
+    "coded": (LinearSpec(96, 64, 1e-5, bias=True, side=3, coded=True), "fp16"),
+    "added": (LinearSpec(96, 64, residual=True, wide=True, coded=True), "fp16"),
+    "indexed": (LinearSpec(64, 96, wide=True, coded=True, indexed=True), "fp16"),
     "wide": (LinearSpec(40, 64, 1e-5, bias=True, wide=True), "fp32"),
 }
 

@@ -362,10 +362,15 @@ def _linear(spec: LinearSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Ca
 
     n, k, normed = spec.outputs, spec.inputs, spec.epsilon is not None
     height = n if spec.activation is None else 2 * n
+    stored = (k, n) if spec.indexed else (height, k)
     for rows in (*range(1, 70), 97, 128, 129, 255, 1000, 4096, 5001):
         tensors: dict[str, Tensor] = {}
-        x = make("input", rows, k, kind=torch.float32 if normed else dtype)
-        weight = make("weight", height, k, kind=dtype)
+        if spec.indexed:
+            x = make("input", rows, 1, kind=torch.int32)
+        else:
+            x = make("input", rows, k, kind=torch.float32 if normed else dtype)
+        weight = make("weight", *stored, kind=torch.uint8 if spec.coded else dtype)
+        scale = make("scale", stored[0]) if spec.coded else None
         norm = make("norm", k) if normed else None
         bias = make("bias", height) if spec.bias else None
         residual = make("residual", rows, n) if spec.residual else None
@@ -373,7 +378,7 @@ def _linear(spec: LinearSpec, dtype: torch.dtype, max_batch: int) -> Iterator[Ca
         side = None
         if spec.side:
             side = make("side_weight", spec.side, k), make("side_bias", spec.side), make("side_output", rows, spec.side)
-        run = partial(linear, x, weight, norm, bias, residual, spec, out=out, side=side)
+        run = partial(linear, x, weight, norm, bias, residual, spec, out=out, side=side, scale=scale)
         roles = {"output": "output"} | ({"side_output": "output"} if spec.side else {})
         yield Call({"rows": rows}, tensors, run, roles)
 

@@ -143,6 +143,8 @@ def get_product_tile(rows: int, outputs: int, inputs: int, itemsize: int, gated:
     of one warp. A few rows are limited by memory too, many by arithmetic.
     """
     whole = inputs & -inputs  # the largest power of two that divides it
+    if itemsize == 1 and (rows > 1 or inputs >= 2048):
+        return _coded_tile(rows, outputs, whole, gated)
     if rows == 1:
         if inputs >= 2048:
             deepest = 1024 if gated else 2048  # the next tile is loaded while one is multiplied
@@ -163,7 +165,26 @@ def get_product_tile(rows: int, outputs: int, inputs: int, itemsize: int, gated:
         tile = ProductTile(128, 128 if gated or outputs > 4096 else 256, 64, 8, 3)
     else:
         tile = ProductTile(128, 64 if gated else 128, 64 if gated else 32, 8, 3)
-    stage = (tile.block_m + tile.block_n * (2 if gated else 1)) * tile.block_k * itemsize
+    return _fitting(tile, (tile.block_m + tile.block_n * (2 if gated else 1)) * tile.block_k * itemsize)
+
+
+def _coded_tile(rows: int, outputs: int, whole: int, gated: bool) -> ProductTile:
+    """Return the tile for weights of one byte, which are the left side of a product, and inputs of two bytes."""
+    if rows == 1:
+        deep = min(max(whole, 512), 4096)
+        return ProductTile(1, 4 if outputs > 1024 else 1, deep, 8 if deep > 2048 else 4, 1)
+    if rows <= 16:
+        tile = ProductTile(16, 16 if outputs < 2048 else 32, 64 if whole < 256 else 256, 4, 6)
+    elif rows <= 64:
+        tile = ProductTile(64, 64, 64, 4, 4)
+    else:
+        hopper = target() // 10 in (9, 10)
+        tile = ProductTile(128, 128 if hopper or not gated else 64, 64, 8, 4 if hopper else 3)
+    return _fitting(tile, (2 * tile.block_m + tile.block_n * (2 if gated else 1)) * tile.block_k)
+
+
+def _fitting(tile: ProductTile, stage: int) -> ProductTile:
+    """Return a tile with no more stages, of `stage` bytes, than fit into shared memory."""
     return replace(tile, stages=min(tile.stages, max(1, SHARED_MEMORY.get(target(), 99 << 10) // stage)))
 
 

@@ -148,7 +148,8 @@ liger::Call make_call(const liger::Linear& linear, const std::string& dtype, int
   liger::Call call{};
   call.dtype = dtype, call.workspace = at(65), call.outputs = {at(64)};
   const int64_t height = a.outputs;  // of a product without a gate
-  call.elements = {rows * a.inputs, height * a.inputs};
+  call.elements = {rows * (a.indexed ? 1 : a.inputs), height * a.inputs / (a.coded ? 4 : 1)};
+  if (a.coded) call.elements.push_back(a.indexed ? a.inputs : height);
   if (a.normed) call.elements.push_back(a.inputs);
   if (a.biased) call.elements.push_back(height);
   if (a.added) call.elements.push_back(rows * a.outputs);

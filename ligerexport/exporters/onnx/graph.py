@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ligerexport.artifact.artifact import Manifest, StateTensor
 from ligerexport.artifact.claims import METER
-from ligerexport.dtypes import DTYPES
+from ligerexport.dtypes import BY_ONNX, DTYPES
 from ligerexport.exporters.onnx.attention import softmax_attention
 from ligerexport.exporters.onnx.builder import Builder, graph_input
 from ligerexport.exporters.onnx.candidates import Candidates, candidates
@@ -53,7 +53,7 @@ def _onnx(dtype: str) -> str:
 def state_tensors(spec: ModelSpec, lowering: str = "ort", storage: WeightStorage = FP32) -> tuple[StateTensor, ...]:
     """Return the state of the whole model in the order of the graph's inputs."""
     growing, row = ("B", spec.kv_heads, "P", spec.head_dim), LOWERINGS[lowering]
-    activation = storage.precision.dtype if row.plugin else "float32"
+    activation = BY_ONNX[storage.activation].name if row.plugin else "float32"
     types = {"activation": activation, "float32": "float32", "int64": row.integer}
     tensors = []
     for layer, layer_spec in enumerate(spec.mixers):
@@ -71,7 +71,8 @@ def state_tensors(spec: ModelSpec, lowering: str = "ort", storage: WeightStorage
 
 def weight_storage(weights: str = "fp32", block: int = BLOCK, lowering: str = "ort") -> WeightStorage:
     """Return how weights are stored for a lowering."""
-    return WeightStorage(get_precision(weights, block), block, LOWERINGS[lowering].transposed)
+    row = LOWERINGS[lowering]
+    return WeightStorage(get_precision(weights, block), block, row.transposed, row.plugin)
 
 
 def storage_of(manifest: Manifest) -> WeightStorage:

@@ -28,6 +28,9 @@ FEW_SPANS = SPANS[::2]
 Moments: TypeAlias = Sequence[np.ndarray]
 """Mean products of each two inputs of a linear map, `[n, n]` for every `CHUNK` inputs, or mean squares, `[n]`."""
 
+MIDDLE = np.uint8(128)
+"""Zero point of the codes that `quantise_rows` makes."""
+
 
 class Blocks(NamedTuple):
     """A quantised matrix `[N, K]`, each row in `B = ceil(K / block)` blocks.
@@ -184,6 +187,17 @@ def _search(x: np.ndarray, levels: int, weights: np.ndarray | None) -> tuple[np.
         zero_point = np.where(better, zero, zero_point)
     codes = np.clip(np.rint(x / scale) + zero_point, 0, top)
     return codes.astype(np.uint8), scale, zero_point.astype(np.uint8)
+
+
+def quantise_rows(matrix: np.ndarray) -> Blocks:
+    """Quantise a matrix `[N, K]` fp32 to codes of 8 bits, one block for each row, with zero in the middle of the grid.
+
+    A product with such codes needs no zero points, and is multiplied with a row's scale at its end.
+    """
+    most = np.abs(matrix).max(1, keepdims=True)
+    scale = np.where(most > 0, np.maximum(most / np.float32(127), np.finfo(np.float32).tiny), np.float32(1))
+    grid = Blocks(np.empty(matrix.shape, np.uint8), scale, np.full_like(scale, MIDDLE, np.uint8))
+    return requantise(matrix, grid, 256)
 
 
 def requantise(matrix: np.ndarray, grid: Blocks, levels: int) -> Blocks:

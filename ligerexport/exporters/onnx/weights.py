@@ -19,8 +19,19 @@ from safetensors import safe_open
 
 from ligerexport.checkpoint.checkpoint import not_finite
 from ligerexport.dtypes import DTYPES
+from ligerexport.errors import UsageError
 from ligerexport.exporters.onnx.lora import JOINT as JOINT
-from ligerexport.exporters.onnx.quantise import Blocks, Moments, dequantise, pack, quantise, requantise, unpack
+from ligerexport.exporters.onnx.quantise import (
+    MIDDLE,
+    Blocks,
+    Moments,
+    dequantise,
+    pack,
+    quantise,
+    quantise_rows,
+    requantise,
+    unpack,
+)
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.targets import BLOCK, WEIGHTS, Precision
 
@@ -32,6 +43,8 @@ SUFFIXES = ("", "_scale", "_zero_point")
 _MLP = re.compile(r"layers\.(\d+)\.mlp\.(\w+)_proj")
 _JOINT_OF = {f"{n.partition('.')[0]}.{kind}_proj": n for n, kinds in JOINT.items() for kind in kinds}
 _KINDS = [kind for kinds in JOINT.values() for kind in kinds]
+ROW_ERROR = 0.15
+"""Largest error of a row of codes with one scale; a large element costs the others more than in a block."""
 WIDE = 128
 """Largest block that `BlockLinear` reads."""
 SLAB = 1 << 24
@@ -47,17 +60,27 @@ class WeightStorage:
         block: Number of elements of a row that share a scale and a zero point, for precisions with blocks.
         transposed: Whether quantised matrices are stored as `[in, out]`, for `DequantizeLinear` before a product that
             runtimes fuse; otherwise they are stored as ONNX Runtime's `MatMulNBits` reads them.
+        by_row: Whether a row of a quantised matrix is one block with signed codes, and no zero point, for the TensorRT
+            plugin. Four codes of 8 bits are one int32, because TensorRT before 10 has no integers of 8 bits.
     """
 
     precision: Precision = WEIGHTS["fp32"]
     block: int = BLOCK
     transposed: bool = False
+    by_row: bool = False
 
     @property
     def activation(self) -> ir.DataType:
-        """Type of the inputs and outputs of products that run in the type of their weights."""
+        """Type of the inputs and outputs of products that run in the type of their weights, or of codes by row."""
+        if self.by_row and self.precision.blocked:
+            return ir.DataType.FLOAT16
         dtype = DTYPES[self.precision.dtype]
         return ir.DataType(dtype.onnx) if dtype.half else ir.DataType.FLOAT
+
+    @property
+    def error(self) -> float:
+        """The same as `Precision.error`, or `ROW_ERROR` for codes by row."""
+        return ROW_ERROR if self.by_row and self.precision.blocked else self.precision.error
 
     def bits(self, spec: ModelSpec, name: str) -> int:
         """Return the bits of an element of a weight; 32 for vectors and for learned scores.
@@ -84,6 +107,8 @@ class WeightStorage:
 
         For 8 bits among matrices of 4 bits they are twice as many, or `WIDE` if rows have a multiple of it.
         """
+        if self.by_row:
+            return spec.weights[name].shape[1]
         if not self.precision.mixed or self.bits(spec, name) != 8:
             return self.block
         widest = max(2 * self.block, WIDE)
@@ -152,6 +177,10 @@ def _parts(spec: ModelSpec, name: str, storage: WeightStorage) -> dict[str, tupl
     if bits == 16:
         return {"": (ir.DataType(DTYPES[storage.precision.dtype].onnx), shape)}
     rows, width = shape
+    if storage.by_row:
+        if width % 4:
+            raise UsageError(f"rows of {width} codes in {name}, no multiple of 4", hint="build with --weights fp16")
+        return {"": (ir.DataType.INT32, (rows, width // 4)), "_scale": (ir.DataType.FLOAT, (rows,))}
     block = storage.block_of(spec, name)
     count = -(-width // block)
     if storage.transposed:
@@ -194,14 +223,16 @@ def write_weights(
                 continue
             bits = storage.bits(spec, name)
             found: Iterable[Blocks] = (
-                quantise(slab, bits, storage.block_of(spec, name), storage.precision.levels, own)
+                quantise_rows(slab)
+                if storage.by_row
+                else quantise(slab, bits, storage.block_of(spec, name), storage.precision.levels, own)
                 for slab in weight_slabs(spec, name)
             )
             if storage.transposed:
                 found = [Blocks(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))]
-            ends = {suffix: layout[name + suffix].offset for suffix in SUFFIXES}
+            ends = {suffix: layout[name + suffix].offset for suffix in SUFFIXES if name + suffix in layout}
             for blocks in found:
-                for suffix, array in _encode(blocks, spec.weights[name].shape[1], bits, storage.transposed).items():
+                for suffix, array in _encode(blocks, spec.weights[name].shape[1], bits, storage).items():
                     data.seek(ends[suffix])
                     ends[suffix] += data.write(array.data.cast("B"))
                     advance(array.nbytes)
@@ -242,10 +273,12 @@ def _slabs(spec: ModelSpec, name: str) -> Iterator[slice]:
     return (slice(start, start + height) for start in range(0, shape[0], height))
 
 
-def _encode(blocks: Blocks, width: int, bits: int, transposed: bool) -> dict[str, np.ndarray]:
-    """Return the bytes of the three tensors of a quantised matrix, C-contiguous."""
+def _encode(blocks: Blocks, width: int, bits: int, storage: WeightStorage) -> dict[str, np.ndarray]:
+    """Return the bytes of the tensors of a quantised matrix, C-contiguous."""
     codes, scale, zero = blocks
-    if transposed:
+    if storage.by_row:
+        return {"": codes - zero, "_scale": scale}  # wraps around, as signed codes do
+    if storage.transposed:
         codes, scale, zero = codes[:, :width].T.reshape(-1), scale.T, zero.T.reshape(-1)
     arrays = pack(codes, bits), scale, pack(zero, bits)
     return {suffix: np.ascontiguousarray(array) for suffix, array in zip(SUFFIXES, arrays, strict=True)}
@@ -278,6 +311,12 @@ def stored_slabs(
             yield stored[rows].astype(np.float32, copy=False), lambda own: own.astype(dtype).astype(np.float32)
         return
     (height, width), block = shape, storage.block_of(spec, name)
+    if storage.by_row:
+        signed, each = bytes_of("").reshape(shape), bytes_of("_scale").view(np.float32)[:, None]
+        for rows in _slabs(spec, name):
+            zeros = np.full((len(each[rows]), 1), MIDDLE)
+            yield _both(Blocks(signed[rows] + MIDDLE, each[rows], zeros), width, 2**bits)
+        return
     scale = bytes_of("_scale").view(np.float32).reshape(layout[f"{name}_scale"].shape)
     count = -(-width // block)
     whole = {"": width if storage.transposed else count * block, "_zero_point": count}
@@ -289,8 +328,9 @@ def stored_slabs(
     beyond = (0, 0), (0, count * block - whole[""])
     for rows in _slabs(spec, name):
         blocks = Blocks(np.pad(codes[rows], beyond), np.ascontiguousarray(scale[rows]), zero[rows])
+        yield _both(blocks, width, storage.precision.levels or 2**bits)
 
-        def rounded(own: np.ndarray, grid: Blocks = blocks) -> np.ndarray:
-            return dequantise(requantise(own, grid, storage.precision.levels or 2**bits), width)
 
-        yield dequantise(blocks, width), rounded
+def _both(blocks: Blocks, width: int, levels: int) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """Return the values of a quantised matrix, and the function that rounds to the nearest value of its grids."""
+    return dequantise(blocks, width), lambda own: dequantise(requantise(own, blocks, levels), width)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ligerexport.artifact.artifact import Artifact, Manifest
 from ligerexport.console import ProgressFactory
-from ligerexport.dtypes import DTYPES
+from ligerexport.dtypes import BY_ONNX
 from ligerexport.errors import ArtifactError, MissingDependency, UsageError
 from ligerexport.exporters.backend import Backend, BuildSettings, Check, SessionSettings
 from ligerexport.exporters.build import BuildPlan
@@ -129,16 +129,17 @@ class TensorRT(_ForGpus):
         """Add the kernels, and the plugin and an engine if they were asked for."""
         import onnx_ir as ir
 
-        from ligerexport.exporters.tensorrt.node import EQUAL, KEYED, RAGGED, products
+        from ligerexport.exporters.tensorrt.node import CODED, EQUAL, KEYED, RAGGED, products
         from ligerexport.exporters.tensorrt.pack import PACK, write_pack
 
         asked, layers = plan.settings, [layer for layer in dict.fromkeys(plan.spec.mixers) if layer is not None]
         with progress(f"compiling kernels for {', '.join(f'sm_{sm}' for sm in plan.sms)}"):
             write_pack(layers, directory / PACK, products=products(ir.load(directory / manifest.graph.file).graph),
-                       sms=plan.sms, dtype=DTYPES[plan.storage.precision.dtype].kernel,
+                       sms=plan.sms, dtype=BY_ONNX[plan.storage.activation].kernel,
                        max_batch=asked.max_batch)  # fmt: skip
         keyed = any(layer.config.keyed for layer in layers)
         contract = RAGGED if plan.spec.ragged else KEYED if keyed else EQUAL
+        contract = CODED if plan.storage.precision.blocked else contract
         device: dict[str, Any] = {"sms": list(plan.sms), "max_batch": asked.max_batch, "contract": contract,
                                   "kernels": PACK}  # fmt: skip
         if asked.plugin is not None:

@@ -87,9 +87,9 @@ class PluginSession:
 def evaluator(artifact: Artifact, spec: ModelSpec, *, wide: bool = False) -> ReferenceEvaluator:
     """Return onnx's evaluator of an artifact's graph; the arguments are those of `PluginSession`."""
     model = onnx.load(artifact.graph)
-    if wide and artifact.manifest.precision in _HALVES.values():  # in other artifacts a half is an error
+    if wide and artifact.manifest.precision in ("int8", *_HALVES.values()):  # in other artifacts a half is an error
         _widen(model)
-    return ReferenceEvaluator(model, new_ops=[_mixer_op(spec, wide), LigerLinear])
+    return ReferenceEvaluator(model, new_ops=[_mixer_op(spec, wide), _linear_op(wide)])
 
 
 def _widen(model: onnx.ModelProto) -> None:
@@ -130,14 +130,25 @@ def _mixer_op(spec: ModelSpec, wide: bool) -> type[OpRun]:
     return LigerMixer
 
 
-class LigerLinear(OpRun):
-    """Computes products with weights."""
+def _linear_op(wide: bool) -> type[OpRun]:
+    """Return the operator of products with weights."""
 
-    op_domain = DOMAIN
+    class LigerLinear(OpRun):
+        op_domain = DOMAIN
 
-    def _run(self, x: np.ndarray, weight: np.ndarray, *rest: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
-        _check(LINEAR, attributes)
-        return run_linear(read_linear(attributes), x, weight, rest)
+        def _run(self, x: np.ndarray, *tensors: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
+            _check(LINEAR, attributes)
+            spec, (weight, *rest), kind = read_linear(attributes), tensors, tensors[0].dtype
+            if spec.coded:
+                codes, kind = weight.view(np.int8), np.dtype(np.float32 if wide else np.float16)
+                if spec.indexed:
+                    return (codes[x[:, 0]] * rest[0][x[:, 0], None],)
+                weight = codes * rest.pop(0)[:, None]
+            made, *sides = run_linear(spec, x, weight, rest)
+            return made if spec.wide else made.astype(kind), *sides
+
+    assert LigerLinear.__name__ == LINEAR
+    return LigerLinear
 
 
 def _check(kind: str, attributes: dict[str, Any]) -> None:
@@ -148,7 +159,7 @@ def _check(kind: str, attributes: dict[str, Any]) -> None:
 def run_linear(
     spec: LinearSpec, x: np.ndarray, weight: np.ndarray, rest: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, ...]:
-    """Return the outputs of a node for its inputs."""
+    """Return the outputs of a node for its inputs, in fp32."""
     import torch
 
     from ligerexport.kernels.linear import linear
@@ -158,7 +169,7 @@ def run_linear(
     with torch.inference_mode():
         made = linear(rows, _torch(weight), norm, bias, residual, spec)
         sides = [linear(rows, next(there), norm, next(there), None, spec.of_side())] if spec.side else []
-    return np.asarray(made.float().numpy(), np.float32 if spec.wide else weight.dtype), *(y.numpy() for y in sides)
+    return made.float().numpy(), *(y.numpy() for y in sides)
 
 
 def run_mixer(spec: MixerSpec, tensors: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:

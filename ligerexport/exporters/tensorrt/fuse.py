@@ -20,12 +20,12 @@ def fuse_for_plugin(model: ir.Model, activation: ir.DataType) -> None:
 
     A product takes over the norm of its input, and the gated unit or the sum that follows it. A small fp32 product of
     the same input as a layer's query, key and value becomes a second output of their node. Inputs and outputs of
-    products with 16-bit weights are cast to the type of activations; everything else is fp32.
+    products with weights of 16 or 8 bits are cast to the type of activations; everything else is fp32.
 
     Args:
         model: Graph that `build_graph` wrote with the lowering `plugin`; changed in place. The nodes
             that were taken over stay in it, unused.
-        activation: Type of inputs and outputs of products with 16-bit weights.
+        activation: Type of inputs and outputs of products with weights of 16 or 8 bits.
     """
     fuse = _Fuser(model.graph, activation)
     rules = {"Gemm": fuse.product, "Add": fuse.residual, "GatedUnit": fuse.gated_unit, MIXER: fuse.mixer}
@@ -53,15 +53,18 @@ class _Fuser:
     def product(self, node: ir.Node) -> None:
         """Write `x @ weight^T + bias`, with the norm that x comes from."""
         x, weight, *rest = _inputs(node)
-        if (cast := weight.producer()) is not None:
-            (weight,) = _inputs(cast)
+        scale: list[ir.Value] = []
+        if (source := weight.producer()) is not None:  # a Cast, or a DequantizeLinear of codes
+            weight, *scale = _inputs(source)
         assert weight.shape is not None
         (n, k), halves = weight.shape.numpy(), weight.dtype != ir.DataType.FLOAT
         given, epsilon = {"input": self._narrow(x, node) if halves else x, "weight": weight}, None
+        given |= zip(["scale"], scale, strict=False)
         if norm := _find_norm(x):
             given["input"], given["norm"], epsilon = norm
         given |= zip(["bias"], rest, strict=False)
-        spec = LinearSpec(n, k, epsilon, bias=bool(rest), wide=node is self._head or not halves)
+        wide = node is self._head or not halves
+        spec = LinearSpec(n, 4 * k if scale else k, epsilon, bias=bool(rest), wide=wide, coded=bool(scale))
         self._replace(node, _Product(spec, given))
 
     def residual(self, node: ir.Node) -> None:

@@ -20,9 +20,9 @@ from ligerexport.model.state import MixerSpec
 if TYPE_CHECKING:
     from ligerexport.kernels.linear import LinearSpec
 
-CONTRACTS = EQUAL, RAGGED, KEYED = 2, 3, 4
-"""Versions of the nodes' attributes, inputs and outputs that the plugin takes: 3 has mixers with ragged slots, and 4
-some with keyed rows."""
+CONTRACTS = EQUAL, RAGGED, KEYED, CODED = 2, 3, 4, 5
+"""Versions of the nodes' attributes, inputs and outputs that the plugin takes: 3 has mixers with ragged slots, 4 some
+with keyed rows, and 5 products with weights in int8."""
 MIXER, LINEAR = "LigerMixer", "LigerLinear"
 OPERANDS = ("query", "key", "value", "position", "rotary", "score")
 """Inputs of a mixer before its state, in order. A joint node has key and value in the query, and only a layer with
@@ -93,7 +93,9 @@ def plugin_linear(g: Builder, spec: LinearSpec, inputs: Sequence[ir.Value]) -> A
         spec: What is computed.
         inputs: x `[M, K]`, fp32 where it is normed and otherwise of the weight's type; the weight `[N, K]`, or
             `[2 N, K]` of a gated unit; then, as far as `spec` has them, the norm's weight `[K]`, the bias `[N]` or
-            `[2 N]`, the residual `[M, N]`, and weight `[S, K]` and bias `[S]` of a side, fp32.
+            `[2 N]`, the residual `[M, N]`, and weight `[S, K]` and bias `[S]` of a side, fp32. A coded weight is
+            `[N, K / 4]` int32, each with four codes of int8, its scales `[N]` follow it, and halves are fp16. Where
+            rows are indexed, x is their ids `[M, 1]` int32, and the weight is `[K, N / 4]`.
 
     Returns:
         `[M, N]`, fp32 or of the weight's type, as `spec.wide` says; with a side also `[M, S]` fp32.
@@ -102,8 +104,9 @@ def plugin_linear(g: Builder, spec: LinearSpec, inputs: Sequence[ir.Value]) -> A
 
     for_readers: dict[str, Any] = {} if spec.epsilon is None else {"epsilon": spec.epsilon}
     for_readers |= {} if spec.activation is None else {"activation": spec.activation}
+    coded = {"contract": CODED, "coded": 1, "indexed": int(spec.indexed)} if spec.coded else {}
     return g.op(
-        LINEAR, *inputs, **NAMED, layer_spec=layer_digest(spec_fields(spec)), N=spec.outputs, K=spec.inputs,
+        LINEAR, *inputs, **NAMED | coded, layer_spec=layer_digest(spec_fields(spec)), N=spec.outputs, K=spec.inputs,
         normed=int(spec.epsilon is not None), biased=int(spec.bias), added=int(spec.residual), wide=int(spec.wide),
         side=spec.side, outputs=2 if spec.side else 1, **for_readers,
     )  # fmt: skip
@@ -114,17 +117,18 @@ def read_linear(attributes: Mapping[str, Any]) -> LinearSpec:
     from ligerexport.kernels.linear import LinearSpec
 
     flags = {name: bool(attributes[old]) for name, old in (("bias", "biased"), ("residual", "added"), ("wide", "wide"))}
+    flags |= {name: bool(attributes.get(name)) for name in ("coded", "indexed")}
     epsilon, activation = (attributes.get(name) for name in ("epsilon", "activation"))
     return LinearSpec(attributes["N"], attributes["K"], epsilon, activation, **flags, side=attributes["side"])
 
 
 def products(graph: ir.Graph) -> dict[tuple[LinearSpec, str], None]:
-    """Return the products of a graph, each once, with the type of the weight by its name in the kernels."""
+    """Return the products of a graph, each once, with the type of activations by its name in the kernels."""
     found: dict[tuple[LinearSpec, str], None] = {}
     for node in graph:
         if node.op_type == LINEAR and (weight := node.inputs[1]) is not None and weight.dtype is not None:
             spec = read_linear({name: x.value for name, x in node.attributes.items()})
-            found[spec, BY_ONNX[weight.dtype].kernel] = None
+            found[spec, "fp16" if spec.coded else BY_ONNX[weight.dtype].kernel] = None
     return found
 
 

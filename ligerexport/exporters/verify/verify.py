@@ -63,7 +63,7 @@ def verify_artifact(
     """
     check_reading(spec, progress)
     tolerance, ids = tolerance_of(storage.precision.dtype), prompt_ids(spec)
-    reference = Reference(unrounded(spec), artifact, storage, tolerance.weights)
+    reference = Reference(unrounded(spec), artifact, storage, storage.error)
     cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, len(ids)), PIECES - 1, replace=False))
     pieces = [*np.split(ids, cuts), *ids[:STEPS, None]]
     often = 1 if any(mixer is not None and mixer.config.routed for mixer in spec.mixers) else WHOLE

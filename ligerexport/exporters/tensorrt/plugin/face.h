@@ -39,6 +39,12 @@ inline std::string dtype_of(nvinfer1::DataType type) {
   return "";
 }
 
+// The type of activations of a node; `at(i)` returns the type of input i.
+template <typename N, typename At>
+std::string dtype_in(const N& node, At&& at) {
+  return node.Typed() < 0 ? "fp16" : dtype_of(at(node.Typed()));
+}
+
 inline int64_t elements_of(const nvinfer1::Dims& dims) {
   int64_t count = 1;
   for (int i = 0; i < dims.nbDims; ++i) count *= dims.d[i];
@@ -74,7 +80,7 @@ template <typename N>
 Call call_of(const N& node, const nvinfer1::PluginTensorDesc* descriptions, const void* const* inputs,
              void* const* outputs, void* workspace, cudaStream_t stream, bool timed) {
   Call call{};
-  call.dtype = dtype_of(descriptions[node.Typed()].type);
+  call.dtype = dtype_in(node, [&](int i) { return descriptions[i].type; });
   call.inputs.assign(inputs, inputs + node.Inputs());
   call.outputs.assign(outputs, outputs + node.Outputs());
   call.rows = rows_of(node, [&](int i) { return descriptions[i].dims; });

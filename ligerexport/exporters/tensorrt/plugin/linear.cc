@@ -8,23 +8,31 @@ const Integers<LinearAttributes>& LinearAttributes::Integers() {
       {"K", &LinearAttributes::inputs},          {"normed", &LinearAttributes::normed},
       {"biased", &LinearAttributes::biased},     {"added", &LinearAttributes::added},
       {"wide", &LinearAttributes::wide},         {"side", &LinearAttributes::side},
+      {"coded", &LinearAttributes::coded},       {"indexed", &LinearAttributes::indexed},
   };
   return fields;
 }
 
 void LinearAttributes::Check() const {
   check_contract(Linear::kName, contract);
-  if (outputs <= 0 || inputs <= 0 || side < 0 || layer_spec.empty())
+  if (outputs <= 0 || inputs <= 0 || side < 0 || (indexed && (!coded || !wide || normed)) || layer_spec.empty())
     throw Error("a LigerLinear node has no valid attributes: " + text_of(*this));
 }
 
 Linear::Linear(Attributes attributes) : Layer(attributes.layer_spec), attributes_(std::move(attributes)) {
   attributes_.Check();
   names_ = {"input", "weight"};
+  if (attributes_.coded) names_.push_back("scale");
   if (attributes_.normed) names_.push_back("norm");
   if (attributes_.biased) names_.push_back("bias");
   if (attributes_.added) names_.push_back("residual");
   if (attributes_.side) names_.insert(names_.end(), {"side_weight", "side_bias"});
+}
+
+Type Linear::InputType(int index) const {
+  if (index > 1) return Type::kFloat;
+  if (index == 1) return attributes_.coded ? Type::kInteger : Type::kActivation;
+  return attributes_.indexed ? Type::kInteger : attributes_.normed ? Type::kFloat : activation();
 }
 
 size_t Linear::Workspace(const std::string& dtype, const std::vector<int64_t>& rows) const {

@@ -12,8 +12,8 @@ namespace liger {
 
 constexpr char kVersion[] = "1";
 constexpr char kNamespace[] = "ligerexport";
-// Nodes of equal KV heads are those of contract 2; ragged ones came with 3, keyed rows with 4.
-constexpr int32_t kOldestContract = 2, kContract = 4;
+// Nodes of equal KV heads are those of contract 2; ragged ones came with 3, keyed rows with 4, codes of weights with 5.
+constexpr int32_t kOldestContract = 2, kContract = 5;
 
 // `kStored` is the type of keys and values in the state, which `MixerAttributes` gives.
 enum class Type { kActivation, kFloat, kHalf, kInteger, kStored };

@@ -37,7 +37,7 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
   size_t getWorkspaceSize(const nvinfer1::PluginTensorDesc* inputs, int32_t, const nvinfer1::PluginTensorDesc*,
                           int32_t) const noexcept override {
     return guarded("getWorkspaceSize", size_t{0}, [&] {
-      return node_.Workspace(dtype_of(inputs[node_.Typed()].type),
+      return node_.Workspace(dtype_in(node_, [&](int i) { return inputs[i].type; }),
                              rows_of(node_, [&](int i) { return inputs[i].dims; }));
     });
   }

@@ -68,7 +68,7 @@ class Plugin final : public nvinfer1::IPluginV3,
   size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t,
                           const nvinfer1::DynamicPluginTensorDesc*, int32_t) const noexcept override {
     return guarded("getWorkspaceSize", size_t{0}, [&] {
-      return node_.Workspace(dtype_of(inputs[node_.Typed()].desc.type),
+      return node_.Workspace(dtype_in(node_, [&](int i) { return inputs[i].desc.type; }),
                              rows_of(node_, [&](int i) { return inputs[i].max; }));
     });
   }

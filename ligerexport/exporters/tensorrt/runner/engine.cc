@@ -240,7 +240,7 @@ void Engine::Build(const Options& options) {
   for (int i = 0; i < network->getNbInputs(); ++i)
     halves = halves || network->getInput(i)->getType() == nvinfer1::DataType::kHALF;
   const std::string precision = here_["precision"];
-  if (halves || precision == "fp16" || precision == "float16") {
+  if (halves || precision == "fp16" || precision == "float16" || precision == "int8") {  // codes have fp16 beside them
     config->setFlag(nvinfer1::BuilderFlag::kFP16);
     config->setFlag(nvinfer1::BuilderFlag::kPREFER_PRECISION_CONSTRAINTS);
     keep_floats(*network);
