@@ -365,7 +365,7 @@ for prefix, made in {
     "trt_": (
         report_trt.verified, report_trt.goals, report_trt.contexts, report_trt.prompts, report_trt.builds,
         report_trt.primitives, report_trt.overlap, report_trt.layer, report_trt.products, report_trt.recall,
-        report_trt.in_torch,
+        report_trt.in_torch, report_trt.row_codes,
     ),
     "trust_": (
         report_trust.promises, report_trust.faults, report_trust.hostile, report_trust.drift, report_trust.concurrency,

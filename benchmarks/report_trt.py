@@ -130,6 +130,15 @@ def recall() -> Table:
     return ["model, sequences", "`recall`, ms and state of one", "`memory`", "ratio"], rows
 
 
+def row_codes() -> Table:
+    """Loss of weights in 8 bits."""
+    rows = []
+    for row in _result("row_codes")["rows"]:
+        change = f"{row['nll_change']:+.4f} ± {row['nll_change_error']:.4f}" if rows else f"{row['nll']:.3f} in all"
+        rows.append([row["form"], change, f"{row['largest_row_error']:.1%}"])
+    return ["weights", "NLL above fp32, nats per token", "largest error of a row"], rows
+
+
 def in_torch() -> Table:
     """Prompts and steps of a converted model in torch beside the Transformer."""
     rows = []

@@ -113,6 +113,8 @@ def test_a_wrong_graph_is_not_written(
         ({"target": "trt", "sms": (75,)}, "compute capability 75"),
         ({"target": "trt-rtx", "sms": (90,)}, "compute capability 90"),
         ({"target": "trt", "weights": "int4"}, "weights in int4"),
+        ({"target": "trt-rtx", "weights": "int8"}, "weights in int8"),
+        ({"target": "trt", "weights": "int8", "block": 64}, "blocks of 64"),
         ({"target": "onnx", "weights": "bf16"}, "weights in bf16"),
         ({"target": "onnx", "sms": (90,)}, "GPU options"),
         ({"target": "onnx", "engine": False}, "GPU options"),

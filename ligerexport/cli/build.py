@@ -89,7 +89,7 @@ def build(
     names = _ANNOUNCED + (_FOR_GPUS if plan.sms else ())
     chosen = {name: getattr(plan.settings, name) for name in names}
     options.announce("build", model=model, output=plan.output, threads=threads, **chosen,
-                     block=plan.storage.block if plan.storage.precision.blocked else None)  # fmt: skip
+                     block=plan.storage.shared)  # fmt: skip
     if dry_run:
         facts = describe_checkpoint(model, plan.spec.liger) | plan.describe()
         if plan.sms:

@@ -345,7 +345,7 @@ def make_manifest(
         target=target,
         lowering=lowering,
         precision=storage.precision.dtype,
-        block=storage.block if storage.precision.blocked and not storage.by_row else None,
+        block=storage.shared,
         source=source,
         family=spec.family,
         liger=spec.liger.to_dict(),

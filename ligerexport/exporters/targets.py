@@ -85,7 +85,8 @@ class Precision:
     - `pack` and `unpack` in `exporters/onnx/quantise.py`, and the codes' ONNX type in `_parts` of `weights.py`;
     - `Portable.blocked_rows` in `exporters/onnx/lowerings.py`, which unpacks codes from bytes;
     - `Ort`: what ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized` accept;
-    - `Native`: `exporters/onnx/native/block_linear.h` and the operator in `ort_operator.cc`.
+    - `Native`: `exporters/onnx/native/block_linear.h` and the operator in `ort_operator.cc`;
+    - `Plugin`: `by_row` in `exporters/onnx/weights.py`, and `kernels/fused/linear.py`.
 
     Another floating-point type needs a row in `ligerexport/dtypes.py`, and kernels of the plugin for it.
 

@@ -77,6 +77,12 @@ def calls(dtype: torch.dtype) -> None:
         x, weight, norm, bias, residual, *side = (torch.randn(*shape, device=DEVICE) for shape in shapes)
         out = torch.empty(rows, 200, device=DEVICE, dtype=dtype)
         linear(x, weight.to(dtype), norm, bias, residual, linear_spec, out=out, side=(side[0], side[1], side[2]))
+        codes, scale = torch.randint(256, weight.shape, dtype=torch.uint8, device=DEVICE), weight[:, 0].contiguous()
+        linear(x, codes, norm, bias, residual, replace(linear_spec, coded=True), out=out.half(), scale=scale,
+               side=(side[0], side[1], side[2]))  # fmt: skip
+    ids = torch.tensor([[3], [199], [-1]], dtype=torch.int32, device=DEVICE)
+    looked_up = LinearSpec(192, 200, wide=True, coded=True, indexed=True)
+    linear(ids, codes[:200], None, None, None, looked_up, out=torch.empty(3, 192, device=DEVICE), scale=scale[:200])
 
 
 def main() -> None:

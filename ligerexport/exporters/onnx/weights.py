@@ -78,6 +78,11 @@ class WeightStorage:
         return ir.DataType(dtype.onnx) if dtype.half else ir.DataType.FLOAT
 
     @property
+    def shared(self) -> int | None:
+        """Elements that share a scale as manifests have it; None without blocks, or if each row is one."""
+        return self.block if self.precision.blocked and not self.by_row else None
+
+    @property
     def error(self) -> float:
         """The same as `Precision.error`, or `ROW_ERROR` for codes by row."""
         return ROW_ERROR if self.by_row and self.precision.blocked else self.precision.error

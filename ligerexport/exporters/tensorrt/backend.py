@@ -21,6 +21,7 @@ from ligerexport.dtypes import BY_ONNX
 from ligerexport.errors import ArtifactError, MissingDependency, UsageError
 from ligerexport.exporters.backend import Backend, BuildSettings, Check, SessionSettings
 from ligerexport.exporters.build import BuildPlan
+from ligerexport.exporters.targets import BLOCK
 from ligerexport.exporters.tensorrt import machine
 from ligerexport.exporters.tensorrt.engine import build_engine, check_engine
 from ligerexport.exporters.tensorrt.machine import driver
@@ -47,6 +48,8 @@ class _ForGpus(Backend):
             raise UsageError(f"compute capability {', '.join(unknown)}", hint=f"{self.name} is built for: {known}")
         if settings.max_batch < 1:
             raise UsageError(f"max_batch {settings.max_batch}", hint="there is at least one sequence")
+        if settings.block != BLOCK:
+            raise UsageError(f"blocks of {settings.block} weights for {self.name}", hint="a row has one scale here")
         plugin = None if settings.plugin is None else Path(settings.plugin)
         if plugin is not None and not plugin.is_file():
             raise UsageError(
