@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from ligerexport.measure.bench.machine import cpu_name
+
 PROMPT = "Once upon a time"
 
 
@@ -81,7 +83,7 @@ def main() -> None:
             seconds.append(command(artifact))
     result = {
         "command": "python " + " ".join(sys.argv),
-        "cores": os.cpu_count(),
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count()},
         "load": os.getloadavg()[0],
         "versions": {name: version(name) for name in ("onnxruntime", "numpy", "tokenizers")},
         "rounds": args.rounds,

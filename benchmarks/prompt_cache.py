@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ligerexport as lx
+from ligerexport.measure.bench.machine import cpu_name
 
 
 def measure(artifact: str, tokens: int, rounds: int, threads: int) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     result = {
         "command": "python " + " ".join(sys.argv),
-        "machine": {"cores": os.cpu_count(), "threads": args.threads},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads},
         "versions": {name: version(name) for name in ("onnxruntime", "numpy", "safetensors")},
         "rounds": args.rounds,
         "rows": [measure(artifact, args.tokens, args.rounds, args.threads) for artifact in args.artifacts],
