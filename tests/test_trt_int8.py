@@ -1,4 +1,4 @@
-"""Weights in int8 for TensorRT: what is written, and that verification finds faults. Kernels are not compiled."""
+"""Weights in int8 for TensorRT: what is written, and that verification finds faults."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import MEMORY, make_checkpoint
 
 import ligerexport as lx
 from ligerexport.artifact.artifact import open_artifact
 from ligerexport.errors import VerificationError
-from ligerexport.exporters.onnx import quantise, weights
+from ligerexport.exporters.onnx import graph, quantise, weights
+from ligerexport.exporters.onnx.spec import read_spec
 from ligerexport.exporters.tensorrt import evaluation, pack
+from ligerexport.kernels.fused.linear import linear
+from ligerexport.kernels.linear import LinearSpec
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,24 @@ def test_weights_in_int8(checkpoint: Path, tmp_path: Path, packed: list[dict[str
     assert packed[1]["dtype"] == "fp16"
     assert {(spec.coded, kind) for spec, kind in packed[1]["products"]} == {(True, "fp16")}
     assert sum(spec.indexed for spec, _ in packed[1]["products"]) == 1
+
+
+def test_kernels_read_what_is_stored(checkpoint: Path, tmp_path: Path, packed: list[dict[str, Any]]) -> None:
+    """The bytes of the file are the codes that a kernel takes."""
+    directory = lx.build(checkpoint, tmp_path / "a", target="trt", engine=False, sms=(87,), weights="int8")
+    spec, storage = read_spec(checkpoint), graph.storage_of(open_artifact(directory).manifest)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    outputs, inputs = spec.weights[name].shape
+    layout, file = (
+        weights.data_layout(spec, storage),
+        torch.from_numpy(np.fromfile(directory / weights.DATA_FILE, np.uint8)),
+    )
+    codes, scale = (file[part.offset : part.offset + part.nbytes] for part in (layout[name], layout[f"{name}_scale"]))
+    x, out = torch.randn(1, inputs, dtype=torch.float16), torch.empty(1, outputs)
+    made = LinearSpec(outputs, inputs, wide=True, coded=True)
+    linear(x, codes.view(outputs, inputs), None, None, None, made, out=out, scale=scale.view(torch.float32))
+    values = np.concatenate([slab for slab, _ in weights.stored_slabs(spec, storage, directory, name)])
+    torch.testing.assert_close(out, x.float() @ torch.from_numpy(values).T, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("fault", ["code", "scale", "tolerance"])

@@ -26,7 +26,8 @@ class LinearSpec:
         residual: Whether a residual is added at the end.
         wide: Whether y is fp32; otherwise it has the weight's dtype.
         side: Number of outputs of a second product of the normed x, whose weight, bias and result are fp32; 0 for none.
-        coded: Whether the weight is int8 codes, each row with a scale in fp32; everything of 16 bits is fp16 then.
+        coded: Whether the weight is codes of 8 bits around 128, each row with a scale in fp32; all that has 16 bits is
+            fp16 then.
         indexed: Whether there is no product, but x is the ids `[M, 1]` of the rows of the weight `[K, N]` that are y.
     """
 

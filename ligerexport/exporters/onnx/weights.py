@@ -60,8 +60,9 @@ class WeightStorage:
         block: Number of elements of a row that share a scale and a zero point, for precisions with blocks.
         transposed: Whether quantised matrices are stored as `[in, out]`, for `DequantizeLinear` before a product that
             runtimes fuse; otherwise they are stored as ONNX Runtime's `MatMulNBits` reads them.
-        by_row: Whether a row of a quantised matrix is one block with signed codes, and no zero point, for the TensorRT
-            plugin. Four codes of 8 bits are one int32, because TensorRT before 10 has no integers of 8 bits.
+        by_row: Whether a row of a quantised matrix is one block for the TensorRT plugin, with `MIDDLE` as its zero
+            point, which is not stored. Four codes of 8 bits are one int32, because TensorRT before 10 has no integers
+            of 8 bits.
     """
 
     precision: Precision = WEIGHTS["fp32"]
@@ -282,7 +283,7 @@ def _encode(blocks: Blocks, width: int, bits: int, storage: WeightStorage) -> di
     """Return the bytes of the tensors of a quantised matrix, C-contiguous."""
     codes, scale, zero = blocks
     if storage.by_row:
-        return {"": codes - zero, "_scale": scale}  # wraps around, as signed codes do
+        return {"": codes, "_scale": scale}
     if storage.transposed:
         codes, scale, zero = codes[:, :width].T.reshape(-1), scale.T, zero.T.reshape(-1)
     arrays = pack(codes, bits), scale, pack(zero, bits)
@@ -317,10 +318,10 @@ def stored_slabs(
         return
     (height, width), block = shape, storage.block_of(spec, name)
     if storage.by_row:
-        signed, each = bytes_of("").reshape(shape), bytes_of("_scale").view(np.float32)[:, None]
+        codes, each = bytes_of("").reshape(shape), bytes_of("_scale").view(np.float32)[:, None]
         for rows in _slabs(spec, name):
             zeros = np.full((len(each[rows]), 1), MIDDLE)
-            yield _both(Blocks(signed[rows] + MIDDLE, each[rows], zeros), width, 2**bits)
+            yield _both(Blocks(codes[rows], each[rows], zeros), width, 2**bits)
         return
     scale = bytes_of("_scale").view(np.float32).reshape(layout[f"{name}_scale"].shape)
     count = -(-width // block)

@@ -20,6 +20,7 @@ from ligerexport.artifact.snapshot import Snapshot
 from ligerexport.dtypes import DTYPES, HALVES
 from ligerexport.errors import ArtifactError
 from ligerexport.exporters.onnx.native import DOMAIN
+from ligerexport.exporters.onnx.quantise import MIDDLE
 from ligerexport.exporters.onnx.spec import ModelSpec
 from ligerexport.exporters.tensorrt.node import CONTRACTS, LINEAR, MIXER, read_linear
 from ligerexport.model.state import MOST, MixerSpec
@@ -140,10 +141,10 @@ def _linear_op(wide: bool) -> type[OpRun]:
             _check(LINEAR, attributes)
             spec, (weight, *rest), kind = read_linear(attributes), tensors, tensors[0].dtype
             if spec.coded:
-                codes, kind = weight.view(np.int8), np.dtype(np.float32 if wide else np.float16)
+                codes, kind = weight.view(np.uint8), np.dtype(np.float32 if wide else np.float16)
                 if spec.indexed:
-                    return (codes[x[:, 0]] * rest[0][x[:, 0], None],)
-                weight = codes * rest.pop(0)[:, None]
+                    return ((codes[x[:, 0]] - np.float32(MIDDLE)) * rest[0][x[:, 0], None],)
+                weight = (codes - np.float32(MIDDLE)) * rest.pop(0)[:, None]
             made, *sides = run_linear(spec, x, weight, rest)
             return made if spec.wide else made.astype(kind), *sides
 

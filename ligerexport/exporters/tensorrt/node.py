@@ -94,8 +94,8 @@ def plugin_linear(g: Builder, spec: LinearSpec, inputs: Sequence[ir.Value]) -> A
         inputs: x `[M, K]`, fp32 where it is normed and otherwise of the weight's type; the weight `[N, K]`, or
             `[2 N, K]` of a gated unit; then, as far as `spec` has them, the norm's weight `[K]`, the bias `[N]` or
             `[2 N]`, the residual `[M, N]`, and weight `[S, K]` and bias `[S]` of a side, fp32. A coded weight is
-            `[N, K / 4]` int32, each with four codes of int8, its scales `[N]` follow it, and halves are fp16. Where
-            rows are indexed, x is their ids `[M, 1]` int32, and the weight is `[K, N / 4]`.
+            `[N, K / 4]` int32, each with four codes of 8 bits around 128, its scales `[N]` follow it, and halves are
+            fp16. Where rows are indexed, x is their ids `[M, 1]` int32, and the weight is `[K, N / 4]`.
 
     Returns:
         `[M, N]`, fp32 or of the weight's type, as `spec.wide` says; with a side also `[M, S]` fp32.

@@ -10,7 +10,7 @@ namespace liger {
 struct LinearAttributes {
   std::string layer_spec;
   int32_t contract = 0, outputs = 0, inputs = 0, normed = 0, biased = 0, added = 0, wide = 0, side = 0;
-  // The weight is codes of 8 bits, four in an int32, with a scale for each row (`coded`). Where rows of it are looked up
+  // The weight is codes of 8 bits around 128, four in an int32, with a scale for each row (`coded`). Where rows of it are looked up
   // (`indexed`), x is their ids `[M, 1]`, and there is no product.
   int32_t coded = 0, indexed = 0;
 
