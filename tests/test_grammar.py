@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 import ligerexport as lx
+from ligerexport.artifact.artifact import open_artifact
 from ligerexport.cli import main
 from ligerexport.errors import UsageError
+from ligerexport.run.grammar import Grammar, lark
+from ligerexport.text.tokenizer import TextModel
 
 jsonschema_rs = pytest.importorskip("jsonschema_rs")
 pytest.importorskip("llguidance")
@@ -52,6 +55,16 @@ def text(built: tuple[Path, Path], **asked: Any) -> tuple[str, str | None]:
     """Return what `generate` writes, and the reason for its end."""
     chunks = list(lx.generate(lx.load(built[1]), "Answer:", **{"temperature": 1, "max_new_tokens": 2000} | asked))
     return "".join(chunk.text for chunk in chunks), chunks[-1].finish
+
+
+def test_what_ends_a_text_is_no_part_of_it(built: tuple[Path, Path]) -> None:
+    """Also a token that is text to the tokenizer, which generation_config.json may name."""
+    model = TextModel(built[1])
+    quote, sign = model.encode('"#', special=False)
+    size = open_artifact(built[1]).manifest.model.vocab_size
+    for others in (set(), {sign}):
+        constraint = Grammar(model, size, model.turn_ends - {sign} | others, str(lark(WORD))).begin()
+        assert constraint.accept(quote) and constraint.mask()[sign] == (not others)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

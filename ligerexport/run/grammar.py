@@ -166,15 +166,18 @@ class _Vocabulary:
     Args:
         text: The tokenizer.
         size: Number of the model's logits. One more token ends texts if the model has none for this.
+        ends: Ids that end a text, and so are no part of it, even if the tokenizer takes them for text.
     """
 
     bos_token_id = None
 
-    def __init__(self, text: TextModel, size: int) -> None:
-        known = frozenset(text.vocabulary.values())
+    def __init__(self, text: TextModel, size: int, ends: frozenset[int]) -> None:
+        plain = ends.difference(text.special_ids.values())
+        known = frozenset(text.vocabulary.values()) - plain
         self.eos_token_id = size
         self.tokens = [text.token_bytes(token) if token in known else b"" for token in range(size)] + [b"<end>"]
-        self.special_token_ids = [*(token for token in text.special_ids.values() if token < size), size]
+        special = plain.union(text.special_ids.values())
+        self.special_token_ids = [*sorted(token for token in special if token < size), size]
         self._text = text
 
     def __call__(self, text: str) -> list[int]:
@@ -186,7 +189,7 @@ def _tokens(text: TextModel, size: int, ends: frozenset[int]) -> LLTokenizer:
     """Return the tokens as llguidance stores them, which takes about a second for a large vocabulary."""
     library = llguidance()
     tokens: LLTokenizer = library.LLTokenizer(
-        library.TokenizerWrapper(_Vocabulary(text, size)),
+        library.TokenizerWrapper(_Vocabulary(text, size, ends)),
         eos_token=sorted(token for token in ends if token < size) or size,
     )
     return tokens
