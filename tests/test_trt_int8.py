@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import MEMORY, make_checkpoint
+from test_trt import checkpoint, packed  # noqa: F401
 
 import ligerexport as lx
 from ligerexport.artifact.artifact import open_artifact
 from ligerexport.errors import VerificationError
 from ligerexport.exporters.onnx import graph, quantise, weights
 from ligerexport.exporters.onnx.spec import read_spec
-from ligerexport.exporters.tensorrt import evaluation, pack
+from ligerexport.exporters.tensorrt import evaluation
 from ligerexport.kernels.fused.linear import linear
 from ligerexport.kernels.linear import LinearSpec
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "model", MEMORY, num_hidden_layers=2)
-
-
-@pytest.fixture
-def packed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The arguments of `write_pack`, which is not run."""
-    calls: list[dict[str, Any]] = []
-
-    def write_pack(specs: Sequence[Any], path: Path, **options: Any) -> None:
-        path.write_bytes(b"LIGERPK2")
-        calls.append(options)
-
-    monkeypatch.setattr(pack, "write_pack", write_pack)
-    return calls
 
 
 def test_weights_in_int8(checkpoint: Path, tmp_path: Path, packed: list[dict[str, Any]]) -> None:
@@ -61,10 +42,8 @@ def test_kernels_read_what_is_stored(checkpoint: Path, tmp_path: Path, packed: l
     spec, storage = read_spec(checkpoint), graph.storage_of(open_artifact(directory).manifest)
     name = "model.layers.0.self_attn.o_proj.weight"
     outputs, inputs = spec.weights[name].shape
-    layout, file = (
-        weights.data_layout(spec, storage),
-        torch.from_numpy(np.fromfile(directory / weights.DATA_FILE, np.uint8)),
-    )
+    layout = weights.data_layout(spec, storage)
+    file = torch.from_numpy(np.fromfile(directory / weights.DATA_FILE, np.uint8))
     codes, scale = (file[part.offset : part.offset + part.nbytes] for part in (layout[name], layout[f"{name}_scale"]))
     x, out = torch.randn(1, inputs, dtype=torch.float16), torch.empty(1, outputs)
     made = LinearSpec(outputs, inputs, wide=True, coded=True)
